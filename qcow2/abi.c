@@ -1,0 +1,2 @@
+#include "qcow2/native.h"
+int qcow2_native_abi(void) { return 1; }

@@ -1,0 +1,2 @@
+#pragma once
+int qcow2_native_abi(void);

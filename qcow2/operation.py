@@ -1,0 +1,192 @@
+"""The closed set of operations the engine may await: its only way to the disk, to other cores and to waiting.
+
+Each operation says what it guarantees when the await returns, not which system call it is. A driver
+(`qcow2.driver`) makes it true; a failure arrives at the await as `OSError`. Awaiting an operation and
+`Signal.wait` are the only places where a coroutine of the engine gives way to another one.
+"""
+
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from typing import Any, NewType, Protocol
+
+GuestOffset = NewType("GuestOffset", int)  # bytes from the start of the virtual disk
+HostOffset = NewType("HostOffset", int)  # bytes from the start of a file of the chain
+
+
+class File(Protocol):
+    """An open host file, opaque to the engine: a key for the driver and a name for messages."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def writable(self) -> bool: ...
+
+
+class Buffer(Protocol):
+    """A run of bytes that the engine moves but need not look at: guest memory, or a memoryview."""
+
+    def __len__(self) -> int: ...
+
+    def slice(self, start: int, nbytes: int) -> "Buffer":
+        """Borrow *nbytes* of this buffer from *start*; no copy."""
+
+    def load(self) -> bytes:
+        """Copy the bytes out."""
+
+    def store(self, data: bytes | bytearray | memoryview) -> None:
+        """Copy *data*, exactly as long as the buffer, in."""
+
+    def zero(self) -> None:
+        """Fill with zeros."""
+
+
+class Operation:
+    """One thing the engine awaits; the value of the await is the operation's result."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator["Operation", Any, Any]:
+        return (yield self)
+
+
+class Size(Operation):
+    """The length of the file in bytes -> int."""
+
+    __slots__ = ("file",)
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+
+class Read(Operation):
+    """*nbytes* at *host_offset* -> bytes; what lies past the end of the file reads as zeros."""
+
+    __slots__ = ("file", "host_offset", "nbytes")
+
+    def __init__(self, file: File, host_offset: int, nbytes: int) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.nbytes = nbytes
+
+
+class ReadInto(Operation):
+    """Fill *target* from *host_offset*; what lies past the end of the file reads as zeros."""
+
+    __slots__ = ("data", "file", "host_offset", "target")
+
+    def __init__(self, file: File, host_offset: int, target: Buffer, *, data: bool = False) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.target = target
+        self.data = data  # guest data: an O_DIRECT mode may bypass the page cache
+
+
+class Write(Operation):
+    """Put *pieces*, one after the other, at *host_offset*: process-safe on return, stable after the next Sync.
+
+    After a power loss before that, any subset of its 512-byte sectors may be on the disk.
+    """
+
+    __slots__ = ("data", "file", "host_offset", "pieces")
+
+    def __init__(
+        self, file: File, host_offset: int, *pieces: bytes | bytearray | memoryview | Buffer, data: bool = False
+    ) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.pieces: Sequence[bytes | bytearray | memoryview | Buffer] = pieces
+        self.data = data  # guest data: an O_DIRECT mode may bypass the page cache
+
+
+class Zero(Operation):
+    """Make *nbytes* at *host_offset* read as zeros, giving the space back where the host can; stable after the next Sync.
+
+    Does not change the length of the file. What is past its end reads as zeros already.
+    """
+
+    __slots__ = ("file", "host_offset", "nbytes")
+
+    def __init__(self, file: File, host_offset: int, nbytes: int) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.nbytes = nbytes
+
+
+class Resize(Operation):
+    """Set the length of the file; new bytes read as zeros. Stable after the next Sync."""
+
+    __slots__ = ("file", "nbytes")
+
+    def __init__(self, file: File, nbytes: int) -> None:
+        self.file = file
+        self.nbytes = nbytes
+
+
+class Sync(Operation):
+    """Everything written to the file before this await began is stable on return.
+
+    Concurrent syncs may share one fdatasync, if that one *started* after the last of them was awaited.
+    """
+
+    __slots__ = ("file",)
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+
+class Grace(Operation):
+    """Every read and write of the chain's files that was in flight when this await began, the data plane's included, is done."""
+
+    __slots__ = ()
+
+
+class Compute(Operation):
+    """The result of *function*, a pure function that releases the GIL; a driver may run it on another core."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+
+class Spawn(Operation):
+    """Start *coroutine* as a task of its own beside the caller; returns at once.
+
+    The coroutine ends its own errors: one that leaves it is a bug of ours and ends the process.
+    """
+
+    __slots__ = ("coroutine",)
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.coroutine = coroutine
+
+
+class Wait(Operation):
+    """Until *signal* is set; used through `Signal.wait`."""
+
+    __slots__ = ("signal",)
+
+    def __init__(self, signal: "Signal") -> None:
+        self.signal = signal
+
+
+class Signal:
+    """A one-shot event between coroutines of one scheduler."""
+
+    __slots__ = ("is_set", "waiters")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.waiters: list[Callable[[], None]] = []  # filled by the scheduler
+
+    async def wait(self) -> None:
+        """Return once the signal is set; at once if it is."""
+        if not self.is_set:
+            await Wait(self)
+
+    def set(self) -> None:
+        """Let every waiter go on, in the order they came."""
+        self.is_set = True
+        waiters, self.waiters = self.waiters, []
+        for wake in waiters:
+            wake()
