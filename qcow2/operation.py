@@ -99,9 +99,9 @@ class Write(Operation):
 
 
 class Zero(Operation):
-    """Make *nbytes* at *host_offset* read as zeros, giving the space back where the host can; stable after the next Sync.
+    """Make *nbytes* at *host_offset* read as zeros; stable after the next Sync.
 
-    Does not change the length of the file. What is past its end reads as zeros already.
+    Gives the space back where the host can. Does not change the length of the file. What is past its end reads as zeros already.
     """
 
     __slots__ = ("file", "host_offset", "nbytes")
@@ -135,7 +135,7 @@ class Sync(Operation):
 
 
 class Grace(Operation):
-    """Every read and write of the chain's files that was in flight when this await began, the data plane's included, is done."""
+    """Every transfer that was in flight when this await began, the data plane's included, is done."""
 
     __slots__ = ()
 
