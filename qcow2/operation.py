@@ -101,7 +101,8 @@ class Write(Operation):
 class Zero(Operation):
     """Make *nbytes* at *host_offset* read as zeros; stable after the next Sync.
 
-    Gives the space back where the host can. Does not change the length of the file. What is past its end reads as zeros already.
+    Gives the space back where the host can. Does not change the length of the file; what is past its end reads as
+    zeros already.
     """
 
     __slots__ = ("file", "host_offset", "nbytes")
