@@ -1,2 +1,10 @@
+/* What qcow2's C offers to its cffi wrapper; the contracts stand here, `native.cdef` repeats the prototypes. */
 #pragma once
-int qcow2_native_abi(void);
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ring/extent.h"
+
+/* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */
+int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);

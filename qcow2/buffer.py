@@ -1,0 +1,29 @@
+"""Buffers over memory of this process, for callers that are not a guest."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBuffer:
+    """A `Buffer` over a contiguous memoryview of bytes, borrowed from the caller."""
+
+    view: memoryview
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def slice(self, start: int, nbytes: int) -> "MemoryBuffer":
+        """Borrow *nbytes* of this buffer from *start*; no copy."""
+        return MemoryBuffer(self.view[start : start + nbytes])
+
+    def load(self) -> bytes:
+        """Copy the bytes out."""
+        return bytes(self.view)
+
+    def store(self, data: bytes | bytearray | memoryview) -> None:
+        """Copy *data*, exactly as long as the buffer, in."""
+        self.view[:] = data
+
+    def zero(self) -> None:
+        """Fill with zeros."""
+        self.view[:] = bytes(len(self.view))

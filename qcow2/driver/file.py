@@ -1,0 +1,207 @@
+"""Blocking driver: the engine's operations as system calls on open files, one at a time.
+
+Used where nothing else is going on: create, check, convert, and the library's synchronous face.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from qcow2 import operation as op
+from qcow2.buffer import MemoryBuffer
+from qcow2.native import check, lib
+from qcow2.task import Scheduler, Task
+
+T = TypeVar("T")
+
+IOV_MAX = 1024
+ZEROS = bytes(1 << 20)
+
+
+class HostFile:
+    """An open regular file or block device; a context manager that closes it."""
+
+    def __init__(self, path: str, fd: int, *, writable: bool) -> None:
+        self.path = path
+        self.fd = fd
+        self.writable = writable
+        self.is_device = False
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool = False, create: bool = False) -> "HostFile":
+        """Open *path*; *create* makes it, or empties what is there.
+
+        Raises: OSError naming the path; EINVAL if it is neither a regular file nor a block device.
+        """
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable or create else os.O_RDONLY)
+        fd = os.open(path, flags | (os.O_CREAT | os.O_TRUNC if create else 0), 0o666)
+        file = cls(path, fd, writable=writable or create)
+        try:
+            file._refuse_odd_kinds()
+        except OSError:
+            file.close()
+            raise
+        return file
+
+    def _refuse_odd_kinds(self) -> None:
+        mode = os.fstat(self.fd).st_mode
+        self.is_device = stat.S_ISBLK(mode)
+        if not (self.is_device or stat.S_ISREG(mode)):
+            raise OSError(errno.EINVAL, "neither a regular file nor a block device", self.path)
+
+    def size(self) -> int:
+        """Return the length in bytes."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the descriptor; a second time does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> "HostFile":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class BlockingDriver:
+    """Runs coroutines of the engine to their end, each operation finished before the next begins."""
+
+    def __init__(self) -> None:
+        self._scheduler = Scheduler(self._start)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Return the result of *coroutine*; everything it spawned has ended too, or waits for another run."""
+        ended: list[Task] = []
+        self._scheduler.spawn(coroutine, ended.append)
+        self._scheduler.run()
+        if not ended:
+            coroutine.close()
+            raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
+        if ended[0].error is not None:
+            raise ended[0].error
+        result: T = ended[0].result
+        return result
+
+    def _start(self, task: Task, operation: op.Operation) -> None:
+        try:
+            value = perform(operation)
+        except BaseException as error:  # whatever it is, it belongs to the coroutine that awaits
+            self._scheduler.fail(task, error)
+        else:
+            self._scheduler.resume(task, value)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run *coroutine* to its end on a blocking driver of its own."""
+    return BlockingDriver().run(coroutine)
+
+
+def perform(operation: op.Operation) -> Any:
+    """Do what *operation* promises and return its result."""
+    match operation:
+        case op.Read():
+            return _read(_host(operation.file), operation.host_offset, operation.nbytes)
+        case op.ReadInto():
+            return _read_into(_host(operation.file), operation.host_offset, operation.target)
+        case op.Write():
+            return _write(_host(operation.file), operation.host_offset, [_bytes_of(p) for p in operation.pieces])
+        case op.Zero():
+            return _zero(_host(operation.file), operation.host_offset, operation.nbytes)
+        case op.Resize():
+            return _resize(_host(operation.file), operation.nbytes)
+        case op.Sync():
+            return os.fdatasync(_host(operation.file).fd)
+        case op.Size():
+            return _host(operation.file).size()
+        case op.Grace():
+            return None
+        case op.Compute():
+            return operation.function()
+    raise TypeError(f"not an operation: {operation!r}")
+
+
+def _host(file: op.File) -> HostFile:
+    if not isinstance(file, HostFile):
+        raise TypeError(f"not a file of this driver: {file!r}")
+    return file
+
+
+def _bytes_of(piece: bytes | bytearray | memoryview | op.Buffer) -> memoryview:
+    if isinstance(piece, MemoryBuffer):
+        return piece.view
+    if isinstance(piece, bytes | bytearray | memoryview):
+        return memoryview(piece)
+    return memoryview(piece.load())
+
+
+def _read(file: HostFile, host_offset: int, nbytes: int) -> bytes:
+    data = os.pread(file.fd, nbytes, host_offset)
+    if len(data) == nbytes:
+        return data
+    buffer = bytearray(nbytes)
+    buffer[: len(data)] = data
+    _fill(file, host_offset + len(data), memoryview(buffer)[len(data) :])
+    return bytes(buffer)
+
+
+def _fill(file: HostFile, host_offset: int, view: memoryview) -> None:
+    """Read until *view* is full or the file ends; the rest of *view* is zeroed."""
+    while len(view):
+        count = os.preadv(file.fd, [view], host_offset)
+        if count == 0:
+            view[:] = bytes(len(view))
+            return
+        host_offset += count
+        view = view[count:]
+
+
+def _read_into(file: HostFile, host_offset: int, target: op.Buffer) -> None:
+    if isinstance(target, MemoryBuffer):
+        _fill(file, host_offset, target.view)
+    else:
+        target.store(_read(file, host_offset, len(target)))
+
+
+def _write(file: HostFile, host_offset: int, pieces: Sequence[memoryview]) -> None:
+    pieces = [piece for piece in pieces if len(piece)]
+    while pieces:
+        count = os.pwritev(file.fd, pieces[:IOV_MAX], host_offset)
+        host_offset += count
+        pieces = _without_front(pieces, count)
+
+
+def _without_front(pieces: Sequence[memoryview], count: int) -> list[memoryview]:
+    left = []
+    for piece in pieces:
+        if count < len(piece):
+            left.append(piece[count:])
+        count = max(0, count - len(piece))
+    return left
+
+
+def _zero(file: HostFile, host_offset: int, nbytes: int) -> None:
+    nbytes = min(nbytes, file.size() - host_offset)
+    if nbytes <= 0:
+        return
+    result = lib.punch_hole(file.fd, host_offset, nbytes)
+    if result == -errno.EOPNOTSUPP:
+        _write_zeros(file, host_offset, nbytes)
+    else:
+        check(result)
+
+
+def _write_zeros(file: HostFile, host_offset: int, nbytes: int) -> None:
+    for start in range(0, nbytes, len(ZEROS)):
+        _write(file, host_offset + start, [memoryview(ZEROS)[: nbytes - start]])
+
+
+def _resize(file: HostFile, nbytes: int) -> None:
+    if not file.is_device:
+        os.ftruncate(file.fd, nbytes)
+    elif nbytes > file.size():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.path)

@@ -1,0 +1,67 @@
+"""The blocking driver keeps what the operations promise, on real files."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qcow2 import operation as op
+from qcow2.buffer import MemoryBuffer
+from qcow2.driver.file import HostFile, run
+
+pytestmark = pytest.mark.file
+
+
+async def _do(operation):
+    return await operation
+
+
+def test_pieces_are_written_one_after_the_other(tmp_path: Path) -> None:
+    with HostFile.open(str(tmp_path / "a"), create=True) as file:
+        run(_do(op.Write(file, 3, b"ab", memoryview(b"cd"), MemoryBuffer(memoryview(b"ef")))))
+    assert (tmp_path / "a").read_bytes() == b"\0\0\0abcdef"
+
+
+def test_many_pieces_exceed_one_system_call(tmp_path: Path) -> None:
+    with HostFile.open(str(tmp_path / "a"), create=True) as file:
+        run(_do(op.Write(file, 0, *(bytes([i % 251]) for i in range(3000)))))
+    assert (tmp_path / "a").read_bytes() == bytes(i % 251 for i in range(3000))
+
+
+def test_what_lies_past_the_end_reads_as_zeros(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"xy")
+    target = bytearray(b"?" * 4)
+    with HostFile.open(str(tmp_path / "a")) as file:
+        assert run(_do(op.Read(file, 1, 3))) == b"y\0\0"
+        run(_do(op.ReadInto(file, 0, MemoryBuffer(memoryview(target)))))
+    assert target == b"xy\0\0"
+
+
+def test_zero_leaves_the_length_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10000)
+    with HostFile.open(str(tmp_path / "a"), writable=True) as file:
+        run(_do(op.Zero(file, 5000, 100000)))
+        assert run(_do(op.Size(file))) == 10000
+    assert (tmp_path / "a").read_bytes() == b"x" * 5000 + bytes(5000)
+
+
+def test_a_failure_arrives_at_the_await(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+
+    async def try_to_write(file: HostFile) -> int:
+        try:
+            await op.Write(file, 0, b"y")
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    with HostFile.open(str(tmp_path / "a")) as file:
+        assert run(try_to_write(file)) == errno.EBADF
+
+
+def test_a_directory_is_refused_by_name(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        HostFile.open(str(tmp_path))
+    assert os.listdir("/proc/self/fd") == before
