@@ -1,0 +1,330 @@
+"""The crash driver: a simulated host under the unchanged engine; it remembers what a death may leave behind.
+
+Operations in flight complete one at a time in an order drawn from a seed. What was issued and completed is appended
+to a journal; `points` replays it and tells, at each moment, which effects were stable and which were pending.
+Two deaths: *kill* keeps every issued effect, *power* keeps the stable ones and any subset of the pending ones, torn at
+sectors of 512 bytes.
+"""
+
+import random
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.task import Scheduler, Task
+
+SECTOR = 512
+ZEROS = bytes(SECTOR)
+
+
+class SimulatedFile:
+    """A sparse host file in memory: sectors that differ from zeros, and a length; satisfies `qcow2.operation.File`."""
+
+    __slots__ = ("path", "sectors", "size", "writable")
+
+    def __init__(self, path: str, sectors: dict[int, bytes], size: int, *, writable: bool = True) -> None:
+        self.path = path
+        self.sectors = sectors
+        self.size = size
+        self.writable = writable
+
+    @classmethod
+    def parse(cls, path: str, content: bytes) -> "SimulatedFile":
+        """A file that holds *content*."""
+        file = cls(path, {}, 0)
+        file.write(0, content)
+        return file
+
+    def copy(self) -> "SimulatedFile":
+        """A file of its own with the same bytes."""
+        return SimulatedFile(self.path, dict(self.sectors), self.size, writable=self.writable)
+
+    def read(self, host_offset: int, nbytes: int) -> bytes:
+        """The bytes there; zeros past the end."""
+        first, start = divmod(host_offset, SECTOR)
+        last = -(-(host_offset + nbytes) // SECTOR)
+        get = self.sectors.get
+        whole = b"".join([get(sector, ZEROS) for sector in range(first, last)])
+        return whole[start : start + nbytes]
+
+    def write(self, host_offset: int, data: bytes) -> None:
+        """Put *data* there, growing the file if it ends past its end."""
+        for sector, piece in split_sectors(host_offset, data):
+            self.put(sector, piece)
+        self.size = max(self.size, host_offset + len(data))
+
+    def put(self, sector: int, piece: tuple[int, bytes]) -> None:
+        """Change part of one sector."""
+        start, data = piece
+        if len(data) != SECTOR:
+            old = self.sectors.get(sector, ZEROS)
+            data = old[:start] + data + old[start + len(data) :]
+        if data == ZEROS:
+            self.sectors.pop(sector, None)
+        else:
+            self.sectors[sector] = data
+
+    def zero(self, host_offset: int, nbytes: int) -> None:
+        """Punch: zeros there, the length unchanged."""
+        size = self.size
+        self.write(host_offset, bytes(min(nbytes, max(0, size - host_offset))))
+        self.size = size
+
+    def resize(self, nbytes: int) -> None:
+        """Cut or extend with zeros."""
+        if nbytes < self.size:
+            for sector in [sector for sector in self.sectors if sector >= -(-nbytes // SECTOR)]:
+                del self.sectors[sector]
+            if nbytes % SECTOR:
+                self.put(nbytes // SECTOR, (nbytes % SECTOR, bytes(SECTOR - nbytes % SECTOR)))
+        self.size = nbytes
+
+    def content(self) -> bytes:
+        """All of it."""
+        return self.read(0, self.size)
+
+
+def split_sectors(host_offset: int, data: bytes) -> Iterator[tuple[int, tuple[int, bytes]]]:
+    """Cut a write at sector borders: (sector, (start within it, bytes))."""
+    done = 0
+    while done < len(data):
+        sector, start = divmod(host_offset + done, SECTOR)
+        piece = data[done : done + SECTOR - start]
+        yield sector, (start, piece)
+        done += len(piece)
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One change of a file: a write (data), a punch (nbytes) or a new length (nbytes)."""
+
+    kind: str  # "write" | "zero" | "resize"
+    file: SimulatedFile
+    host_offset: int
+    data: bytes
+    nbytes: int
+
+    def apply(self, file: SimulatedFile) -> None:
+        """Make the change."""
+        if self.kind == "write":
+            file.write(self.host_offset, self.data)
+        elif self.kind == "zero":
+            file.zero(self.host_offset, self.nbytes)
+        else:
+            file.resize(self.nbytes)
+
+    def tear(self) -> list["Effect"]:
+        """The parts that a power loss may keep or lose one by one: a write's sectors."""
+        if self.kind != "write" or len(self.data) <= SECTOR:
+            return [self]
+        return [
+            Effect("write", self.file, sector * SECTOR + start, data, len(data))
+            for sector, (start, data) in split_sectors(self.host_offset, self.data)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """Journal: the operation *number* began; its effect may reach the disk from now on."""
+
+    number: int
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Journal: the operation *number* was reported done."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """Journal: the effects *numbers* of *file*, all that were complete when the sync started, are stable."""
+
+    file: SimulatedFile
+    numbers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Journal: something the workload wants to find again, such as a guest's request or its acknowledgement."""
+
+    what: Any
+
+
+Entry = Issued | Completed | Synced | Mark
+
+
+class Deadlock(Exception):
+    """Nothing is in flight, and the task has not ended."""
+
+
+class CrashDriver:
+    """Runs coroutines against `SimulatedFile`s, completing their operations in an order drawn from *seed*.
+
+    *fault(operation)* may return an OSError, which fails that operation without any effect.
+    """
+
+    def __init__(
+        self, seed: int = 0, *, fault: Callable[[Operation], OSError | None] | None = None, limit: int = 1_000_000
+    ) -> None:
+        self.random = random.Random(seed)
+        self.journal: list[Entry] = []
+        self.operations = 0
+        self._limit = limit
+        self._fault = fault
+        self._in_flight: list[tuple[int, Task, Operation, frozenset[int]]] = []
+        self._pending: dict[int, SimulatedFile] = {}  # complete and not yet synced
+        self._scheduler = Scheduler(self._start)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any], on_done: Callable[[Task], None] | None = None) -> Task:
+        """Start *coroutine* beside the others."""
+        return self._scheduler.spawn(coroutine, on_done)
+
+    def mark(self, what: Any) -> None:
+        """Note *what* in the journal."""
+        self.journal.append(Mark(what))
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run *coroutine*, and whatever it spawned, to the end; its result, or its exception."""
+        task = self.spawn(coroutine, lambda ended: None)
+        self.finish()
+        if not task.done:
+            raise Deadlock(coroutine)
+        if task.error is not None:
+            raise task.error
+        return task.result
+
+    def finish(self) -> None:
+        """Complete operations until none is in flight and no task is ready."""
+        self._scheduler.run()
+        while self._in_flight:
+            self._complete_one()
+            self._scheduler.run()
+
+    def _start(self, task: Task, operation: Operation) -> None:
+        self.operations += 1
+        if self.operations > self._limit:
+            raise AssertionError(f"more than {self._limit} operations: the engine spins")
+        number = self.operations
+        effect = effect_of(operation)
+        fault = self._fault(operation) if self._fault else None
+        if fault is not None:
+            self._scheduler.fail(task, fault)
+            return
+        covered: frozenset[int] = frozenset()
+        if isinstance(operation, Sync):
+            covered = frozenset(n for n, file in self._pending.items() if file is operation.file)
+        elif isinstance(operation, Grace):
+            covered = frozenset(
+                n for n, _, other, _ in self._in_flight if not isinstance(other, Grace | Sync | Compute)
+            )
+        if effect is not None:
+            assert effect.file.writable, f"write to read-only {effect.file.path}"
+            self.journal.append(Issued(number, effect))
+            effect.apply(effect.file)
+        self._in_flight.append((number, task, operation, covered))
+
+    def _complete_one(self) -> None:
+        numbers = {number for number, _, _, _ in self._in_flight}
+        able = [
+            index
+            for index, (_, _, operation, covered) in enumerate(self._in_flight)
+            if not (isinstance(operation, Grace) and covered & numbers)
+        ]
+        number, task, operation, covered = self._in_flight.pop(self.random.choice(able))
+        match operation:
+            case Write() | Zero() | Resize():
+                self._pending[number] = simulated(operation.file)
+                self.journal.append(Completed(number))
+            case Sync():
+                for n in covered:
+                    self._pending.pop(n, None)
+                self.journal.append(Synced(simulated(operation.file), covered))
+            case _:
+                pass
+        self._scheduler.resume(task, perform(operation))
+
+
+def simulated(file: Any) -> SimulatedFile:
+    """*file*, which this driver was given, as what it is."""
+    assert isinstance(file, SimulatedFile)
+    return file
+
+
+def piece_bytes(piece: Any) -> bytes:
+    """The bytes of one piece of a Write."""
+    return bytes(piece) if isinstance(piece, bytes | bytearray | memoryview) else bytes(piece.load())
+
+
+def effect_of(operation: Operation) -> Effect | None:
+    """What *operation* changes, its data copied now."""
+    match operation:
+        case Write():
+            data = b"".join(map(piece_bytes, operation.pieces))
+            return Effect("write", simulated(operation.file), operation.host_offset, data, len(data))
+        case Zero():
+            return Effect("zero", simulated(operation.file), operation.host_offset, b"", operation.nbytes)
+        case Resize():
+            return Effect("resize", simulated(operation.file), 0, b"", operation.nbytes)
+        case _:
+            return None
+
+
+def perform(operation: Operation) -> Any:
+    """The result of an operation that completes now; changes were applied when it was issued."""
+    match operation:
+        case Size():
+            return simulated(operation.file).size
+        case Read():
+            return simulated(operation.file).read(operation.host_offset, operation.nbytes)
+        case ReadInto():
+            operation.target.store(simulated(operation.file).read(operation.host_offset, len(operation.target)))
+            return None
+        case Compute():
+            return operation.function()
+        case _:
+            return None
+
+
+@dataclass(slots=True)
+class Point:
+    """A moment at which death may strike: what is stable, and what is pending in the order it was issued."""
+
+    position: int  # entries of the journal that had happened
+    stable: SimulatedFile
+    pending: list[tuple[int, Effect]]
+
+    def after_kill(self) -> SimulatedFile:
+        """The file as the next process finds it: every issued effect, in order."""
+        return self.keep(effect for _, effect in self.pending)
+
+    def keep(self, effects: Iterable[Effect]) -> SimulatedFile:
+        """The file with only *effects* of the pending ones on the disk."""
+        file = self.stable.copy()
+        for effect in effects:
+            effect.apply(file)
+        return file
+
+
+def points(journal: list[Entry], initial: SimulatedFile, file: SimulatedFile) -> Iterator[Point]:
+    """Every moment of *journal* at which the possible states of *file*, which began as *initial*, changed.
+
+    The yielded Point is reused: take what you need before the next one.
+    """
+    stable = initial.copy()
+    pending: dict[int, Effect] = {}
+    for position, entry in enumerate(journal):
+        match entry:
+            case Issued(number, effect) if effect.file is file:
+                pending[number] = effect
+            case Synced(synced, numbers) if synced is file:
+                for number in sorted(numbers & pending.keys()):
+                    pending.pop(number).apply(stable)
+            case Mark():
+                pass
+            case _:
+                continue
+        yield Point(position + 1, stable, list(pending.items()))
