@@ -1,0 +1,21 @@
+"""What can be wrong with an image, by whose fault; a failure of the host stays an OSError."""
+
+
+class ImageError(Exception):
+    """Something is wrong with the image at *path*; the text is one line that starts with it."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class UnsupportedImage(ImageError):
+    """Valid, as far as one can tell, but beyond us."""
+
+
+class CorruptImage(ImageError):
+    """The image contradicts itself; *host_offset* is where the contradiction was read."""
+
+    def __init__(self, path: str, host_offset: int, message: str) -> None:
+        super().__init__(path, message)
+        self.host_offset = host_offset
