@@ -1,0 +1,211 @@
+"""One run of QEMU: boot the guest, hand it a job, follow its console, stop it whatever happens."""
+
+import json
+import os
+import re
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from guest.kernel import Kernel
+from guest.program import LEASH, Failure, find_program
+from guest.transcript import Transcript
+
+TAIL_LINES = 25
+CONTROL_TIMEOUT = 30.0
+COMMAND_LINE = "console=ttyS0 quiet panic=0 mitigations=off nokaslr no_timer_check tsc=reliable random.trust_cpu=on"
+
+
+class GuestFailure(Failure):
+    """The guest did not do its job; the message ends with the last lines of its console."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished guest left: its job's exit status, the files it reported, its console."""
+
+    status: int
+    files: dict[str, str]
+    console: list[str]
+    seconds_to_job: float
+    seconds: float
+
+
+def vhost_user_disk(socket_path: Path, *, queues: int | None = None) -> list[str]:
+    """QEMU's arguments for a disk served by the vhost-user back-end that listens at *socket_path*."""
+    name = "disk-" + re.sub(r"[^A-Za-z0-9]", "-", os.fspath(socket_path))
+    device = f"vhost-user-blk-pci,chardev={name}" + ("" if queues is None else f",num-queues={queues}")
+    return ["-chardev", f"socket,id={name},path={_escaped(socket_path)}", "-device", device]
+
+
+def builtin_disk(image: Path, *, cache: str, trace: Path) -> list[str]:
+    """QEMU's arguments for a qcow2 disk served by QEMU itself, which lists all it submits to the host in *trace*.
+
+    The list is complete with aio=io_uring only; writing it costs the guest nothing measurable.
+    """
+    drive = f"if=virtio,file={_escaped(image)},format=qcow2,cache={cache},aio=io_uring"
+    return ["-drive", drive, "-trace", "luring_co_submit", "-D", os.fspath(trace)]
+
+
+def _escaped(path: Path) -> str:
+    return os.fspath(path).replace(",", ",,")
+
+
+class Guest:
+    """A guest that runs *job*, a shell script, with *disks* as /dev/vda, /dev/vdb and so on.
+
+    With *root*, such as /dev/vda, the job runs on the file system of that disk. Use as a context manager;
+    leaving it kills whatever still runs. *on_line* sees what the guest prints as it arrives, without marks and
+    reported files.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        initrd: Path,
+        job: str,
+        disks: Sequence[str] = (),
+        *,
+        root: str | None = None,
+        cpus: int = 1,
+        memory_mib: int = 512,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._job = job
+        self._arguments = [
+            *(
+                str(find_program("qemu-system-x86_64", "qemu-system-x86")),
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+            ),
+            *("-machine", "pc,memory-backend=ram", "-accel", "tcg", "-cpu", "max", "-smp", str(cpus)),
+            *("-m", f"{memory_mib}M", "-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on"),
+            *("-kernel", str(kernel.image), "-initrd", str(initrd), "-serial", "stdio"),
+            *("-append", COMMAND_LINE + (f" guest.root={root}" if root else "")),
+            *disks,
+        ]
+        self._on_line = on_line
+        self._transcript = Transcript()
+        self._seconds_to_job = 0.0
+        self._partial = b""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            job = stack.enter_context(open(os.memfd_create("job"), "w+"))
+            job.write(self._job)
+            job.flush()
+            ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+            self._started = time.monotonic()
+            self._process = stack.enter_context(self._launch(job.fileno(), theirs.fileno()))
+            stack.callback(self._process.kill)
+            theirs.close()
+            ours.settimeout(CONTROL_TIMEOUT)
+            self._control = stack.enter_context(ours.makefile("rw"))
+            self._answer("QMP")
+            self.command("qmp_capabilities")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def _launch(self, job_fd: int, control_fd: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [
+                *LEASH,
+                *self._arguments,
+                *("-fw_cfg", f"name=opt/guest/job,file=/dev/fd/{job_fd}"),
+                *("-chardev", f"socket,id=control,fd={control_fd}", "-mon", "chardev=control,mode=control"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(job_fd, control_fd),
+        )
+
+    def wait_for(self, text: str, timeout: float) -> str:
+        """Follow the console until a line contains *text* and return that line."""
+        for line in self._lines(timeout):
+            if text in line:
+                return line
+        raise self._failure(f"QEMU ended before the guest printed {text!r}")
+
+    def finish(self, timeout: float, *, check: bool = True) -> Result:
+        """Follow the console until QEMU has ended; with *check*, a job that failed raises."""
+        for _line in self._lines(timeout):
+            pass
+        seconds = time.monotonic() - self._started
+        job_status = self._transcript.status
+        if status := self._process.wait():
+            raise self._failure(f"QEMU ended with status {status}")
+        if job_status is None:
+            raise self._failure("QEMU ended before the guest's job did")
+        if check and job_status:
+            raise self._failure(f"the guest's job failed with status {job_status}")
+        return Result(job_status, self._transcript.files, self._transcript.lines, self._seconds_to_job, seconds)
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        """Run one QMP command, such as "stop" or "system_reset", and return its answer."""
+        self._control.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+        self._control.flush()
+        return self._answer("return")
+
+    def _answer(self, key: str) -> Any:
+        """Return the value of the next message that has *key*, passing over events."""
+        try:
+            for line in self._control:
+                message = json.loads(line)
+                if "error" in message:
+                    raise self._failure(f"QEMU refused: {message['error']['desc']}")
+                if key in message:
+                    return message[key]
+        except TimeoutError:
+            raise self._failure(f"QEMU gave no answer within {CONTROL_TIMEOUT:.0f} s") from None
+        raise self._failure("QEMU closed its control socket")
+
+    def _lines(self, timeout: float) -> Iterator[str]:
+        """Yield console lines as they arrive until QEMU closes its output; raise when the guest is beyond hope."""
+        deadline = time.monotonic() + timeout
+        while self._read(deadline - time.monotonic()):
+            *complete, self._partial = re.split(rb"[\r\n]+", self._partial)
+            for line in (raw.decode(errors="replace") for raw in complete if raw):
+                self._add(line)
+                yield line
+            if self._transcript.is_over:
+                raise self._failure(f"the guest gave up: {self._transcript.trouble}")
+            if time.monotonic() > deadline:
+                raise self._failure(f"the guest was not done after {timeout:.0f} s")
+
+    def _read(self, timeout: float) -> bool:
+        """Append console output to the partial line; False at its end."""
+        pipe = self._process.stdout
+        assert pipe is not None
+        if not select.select([pipe], [], [], max(timeout, 0))[0]:
+            return True
+        data = os.read(pipe.fileno(), 65536)
+        self._partial += data
+        return bool(data)
+
+    def _add(self, line: str) -> None:
+        is_for_people = self._transcript.add(line)
+        if self._transcript.begun and not self._seconds_to_job:
+            self._seconds_to_job = time.monotonic() - self._started
+        if is_for_people:
+            self._on_line(line)
+
+    def _failure(self, reason: str) -> GuestFailure:
+        """Stop QEMU and describe *reason* with the end of the console below it."""
+        self._process.kill()
+        while self._read(CONTROL_TIMEOUT):
+            pass
+        lines = [*self._transcript.lines, *self._partial.decode(errors="replace").splitlines()]
+        return GuestFailure("\n".join([reason, *(f"  | {line}" for line in lines[-TAIL_LINES:])]))
