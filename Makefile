@@ -1,0 +1,46 @@
+# Every target installs what it lacks and says what it installs: Debian packages (.ci/need) and a .venv.
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
+export PYTHON
+
+.PHONY: demo test check vm build-packages guest-packages
+
+demo: guest-packages $(VENV)/installed
+	@$(BIN)/python examples/demo.py
+
+test: guest-packages $(VENV)/installed
+	$(BIN)/pytest
+
+vm: guest-packages $(VENV)/installed
+	$(BIN)/pytest tests/vm
+
+check: guest-packages $(VENV)/installed $(VENV)/installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	MYPYPATH=examples $(BIN)/mypy --strict examples/*.py
+	$(BIN)/pytest tests/pure tests/file
+
+build-packages:
+	@.ci/need build
+
+guest-packages: build-packages
+	@.ci/need guest
+
+$(BIN)/python: | build-packages
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Editable, so only a change of the compiled half or of the dependencies needs another run.
+$(VENV)/installed: $(NATIVE) | $(BIN)/python
+	@echo "building the C extensions and installing into $(VENV): this project, pytest, pyelftools, hypothesis"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/installed
+	@echo "installing into $(VENV): ruff, mypy"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,dev]'
+	@touch $@
