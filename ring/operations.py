@@ -1,0 +1,95 @@
+"""Operations of Python on the worker's io_uring: begun here, finished by an event, queued when C's pool is full."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ring.native import Pointer, check, ffi, lib
+from ring.request import GuestSlice
+
+Piece = GuestSlice | bytes | bytearray | memoryview
+Done = Callable[[int], None]  # called on the worker thread with 0 or -errno
+
+READ, WRITE, DATA = 0, 1, 2  # enum transfer_flag
+HOST_MEMORY = (1 << 64) - 1  # PIECE_HOST: the piece is an address of this process
+BUSY = -16  # -EBUSY: no operation is free
+
+
+class Operations:
+    """The operations under way, by the number C gave them. An operation is complete or failed, never short."""
+
+    def __init__(self, worker: Pointer) -> None:
+        self._worker = worker
+        self._done: list[Done | None] = [None] * lib.WORKER_OPERATIONS
+        self._pinned: list[Any] = [None] * lib.WORKER_OPERATIONS  # what the kernel reads or writes meanwhile
+        self._waiting: deque[tuple[Callable[[], int], Done, Any]] = deque()  # in order: a grace must not overtake
+        self.in_flight = 0
+
+    def transfer(self, flags: int, slot: int, host_offset: int, pieces: Sequence[Piece], done: Done) -> None:
+        """Read into or write from *pieces*."""
+        if len(pieces) == 1:
+            source, start, nbytes, pin = _describe(pieces[0], writable=not flags & WRITE)
+            self._begin(
+                lambda: lib.worker_transfer(self._worker, flags, slot, host_offset, source, start, nbytes), done, pin
+            )
+            return
+        described = [_describe(piece, writable=not flags & WRITE) for piece in pieces]
+        array = ffi.new("struct piece[]", [(source, start, nbytes) for source, start, nbytes, _ in described])
+        self._begin(
+            lambda: lib.worker_transfer_pieces(self._worker, flags, slot, host_offset, array, len(described)),
+            done,
+            (array, described),
+        )
+
+    def zero(self, slot: int, host_offset: int, nbytes: int, done: Done) -> None:
+        """Make a range read as zeros."""
+        self._begin(lambda: lib.worker_zero(self._worker, slot, host_offset, nbytes), done, None)
+
+    def sync(self, slot: int, done: Done) -> None:
+        """Join the group commit of the file in *slot*."""
+        self._begin(lambda: lib.worker_sync(self._worker, slot), done, None)
+
+    def grace(self, done: Done) -> None:
+        """Wait for what is in flight."""
+        self._begin(lambda: lib.worker_grace(self._worker), done, None)
+
+    def finish(self, number: int, result: int) -> None:
+        """C says that an operation ended."""
+        done = self._done[number]
+        assert done is not None
+        self._done[number] = None
+        self._pinned[number] = None
+        self.in_flight -= 1
+        done(result)
+
+    def begin_waiting(self) -> None:
+        """Begin what had to wait, as far as C's pool allows."""
+        while self._waiting:
+            begin, done, pin = self._waiting[0]
+            if not self._try(begin, done, pin):
+                break
+            self._waiting.popleft()
+
+    def _begin(self, begin: Callable[[], int], done: Done, pin: Any) -> None:
+        self.in_flight += 1
+        if self._waiting or not self._try(begin, done, pin):
+            self._waiting.append((begin, done, pin))
+
+    def _try(self, begin: Callable[[], int], done: Done, pin: Any) -> bool:
+        number = begin()
+        if number == BUSY:
+            return False
+        if number < 0:
+            self.in_flight -= 1
+            check(number, "operation of the worker")
+        self._done[number] = done
+        self._pinned[number] = pin
+        return True
+
+
+def _describe(piece: Piece, *, writable: bool) -> tuple[int, int, int, Any]:
+    """Say where *piece* is, for `struct piece`, and what keeps it there."""
+    if isinstance(piece, GuestSlice):
+        return piece.request_id, piece.start, piece.nbytes, None
+    pin = ffi.from_buffer(piece, require_writable=writable)
+    return HOST_MEMORY, int(ffi.cast("uintptr_t", pin)), len(pin), pin

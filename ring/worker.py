@@ -1,0 +1,362 @@
+"""One thread that serves a device's queues: batches in, batches out.
+
+The worker thread owns the rings, the io_uring and everything that `Request`s and operations touch. It lives in
+`worker_run`, without the GIL, until C has something for Python; then one batch of events is dispatched here, then
+the functions that other threads posted are run, then it goes back. "Worker thread" in a docstring means: only from
+`on_request`, from a `done`, or from a function given to `call`.
+"""
+
+import os
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from ring.counter import Counters, snapshot
+from ring.memory import Mapping, MemoryRegion, map_regions, native_table
+from ring.native import Pointer, check, ffi, lib
+from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
+from ring.request import Request
+from ring.virtqueue import QueueLayout
+
+T = TypeVar("T")
+
+EVENT = struct.Struct("=IiQIIQQ")  # struct worker_event: kind, result, id, type, flags, offset, nbytes
+REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE = 1, 2, 3, 4, 5, 6, 7  # enum worker_event_kind
+
+
+class NativeDevice(Protocol):
+    """A device's half in C: parses each popped chain, serves it or punts (`virtio.native.NativeBlock`)."""
+
+    @property
+    def native(self) -> Pointer:
+        """Its `struct device`, valid as long as this object."""
+
+
+class Worker:
+    """A context manager: entering starts the thread, leaving stops and joins it."""
+
+    def __init__(
+        self,
+        device: NativeDevice,
+        on_request: Callable[[Request], None],
+        *,
+        pool_threads: int = 2,
+        on_queue_broken: Callable[[int, str], None] | None = None,
+        on_death: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """Nothing starts yet.
+
+        *on_request(request)* begins a request, on the worker thread. *on_queue_broken(index, fault)* tells, on the
+        worker thread, of a queue that was stopped because its ring is nonsense; its err fd has been signalled.
+        *on_death(error)* is called on the dying worker thread if anything raised there: a bug of ours, and the
+        process cannot go on serving. `stop` raises that error too.
+        """
+        self._device = device
+        self._on_request = on_request
+        self._on_queue_broken = on_queue_broken
+        self._on_death = on_death
+        self._pool = ThreadPoolExecutor(pool_threads, "compute")
+        self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
+        self._started: Future[None] = Future()
+        self._lock = threading.Lock()  # guards _open, and the control fd while it is written
+        self._open = False
+        self._calls: deque[tuple[Callable[[], Any], Future[Any] | None]] = deque()
+        self._computed: deque[Callable[[], None]] = deque()
+        self._computing = 0
+        self._stopping = False
+        self._death: BaseException | None = None
+        self._control = -1
+        self._counters: Pointer = ffi.new("struct worker_counters *")
+        self._mappings: dict[MemoryRegion, Mapping] = {}
+        self._draining: dict[int, Callable[[int], None]] = {}
+        self._queues: set[int] = set()
+        self._on_sync_failed: dict[int, Callable[[int], None]] = {}
+
+    def __enter__(self) -> "Worker":
+        """Start the thread. Raises: OSError if the kernel refuses an io_uring."""
+        self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._open = True
+        self._thread.start()
+        try:
+            self._started.result()
+        except OSError:
+            self._thread.join()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # from any thread
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run *function* on the worker thread between two batches and wait for it; raises what it raises.
+
+        Raises: RuntimeError on the worker thread itself, or if that thread has ended.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("call() waits for the worker thread and cannot be used on it")
+        future: Future[T] = Future()
+        self._post(function, future)
+        return future.result()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run *function* on the worker thread between two batches; do not wait.
+
+        Raises: RuntimeError if that thread has ended.
+        """
+        self._post(function, None)
+
+    def stop(self) -> None:
+        """Drain every queue and operation, end the thread and join it; twice is fine.
+
+        Raises: whatever killed the worker thread, if something did.
+        """
+        with self._lock:
+            if self._open:
+                self._calls.append((self._drain, None))
+                os.eventfd_write(self._control, 1)
+        self._thread.join()
+        death, self._death = self._death, None
+        if death is not None:
+            raise death
+
+    @property
+    def counters(self) -> Counters:
+        """What was counted so far; also after `stop`."""
+        return snapshot(self._counters)
+
+    # worker thread: memory and queues
+
+    def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
+        """Replace the memory table; returns when nothing in flight uses a region that is not in it any more.
+
+        Regions that were in the table before (the same objects) keep their mapping. It goes on serving what is in
+        flight while it waits, so it is for functions given to `call` only. A started queue whose ring is no longer
+        inside the table breaks.
+        Raises: OSError if a region cannot be mapped or overlaps another; the table is then as it was.
+        """
+        added = map_regions([region for region in regions if region not in self._mappings])
+        mappings = {region: self._mappings.get(region) or added[region] for region in regions}
+        try:
+            table = native_table(mappings)
+        except OSError:
+            for mapping in added.values():
+                mapping.close()
+            raise
+        removed = [mapping for region, mapping in self._mappings.items() if region not in mappings]
+        if removed:
+            self._pause()
+        lib.worker_set_memory(self._native, table)
+        self._mappings = mappings
+        for mapping in removed:
+            mapping.close()
+
+    def start_queue(self, index: int, layout: QueueLayout) -> None:
+        """Give a stopped queue its ring. It is served once it is also enabled and its kick is set.
+
+        It is then looked at once, kicked or not.
+        Raises: OSError EINVAL for a size, an alignment or an address outside guest memory, EBUSY if it is started.
+        """
+        check(
+            lib.worker_start_queue(
+                self._native,
+                index,
+                layout.size,
+                layout.descriptor_address,
+                layout.driver_address,
+                layout.device_address,
+                layout.base,
+                layout.event_idx,
+            ),
+            f"queue {index}: {layout}",
+        )
+        self._queues.add(index)
+
+    def set_kick(self, index: int, fd: int | None) -> None:
+        """Take over *fd* as the queue's kick; None means the driver does not kick and the ring is polled."""
+        check(lib.worker_set_kick(self._native, index, -1 if fd is None else fd), f"kick of queue {index}")
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        """Take over *fd* as the queue's call, and signal it once: a completion may have raced with the change."""
+        check(lib.worker_set_call(self._native, index, -1 if fd is None else fd), f"call of queue {index}")
+
+    def set_err(self, index: int, fd: int | None) -> None:
+        """Take over *fd*, signalled if the queue breaks."""
+        check(lib.worker_set_err(self._native, index, -1 if fd is None else fd), f"err of queue {index}")
+
+    def set_enabled(self, index: int, enabled: bool) -> None:
+        """Let the queue be served, or leave its ring untouched until it is; what is in flight goes on."""
+        check(lib.worker_set_enabled(self._native, index, enabled), f"queue {index}")
+
+    def drain_queue(self, index: int, done: Callable[[int], None]) -> None:
+        """Stop fetching, finish what is in flight, drop kick and call, then *done(base)*: the next available index.
+
+        From then on the ring is not touched and nobody is signalled. *done* always comes later, never from within
+        this call. A queue that was never started answers base 0.
+        """
+        check(lib.worker_drain_queue(self._native, index), f"queue {index}")
+        self._draining[index] = done
+
+    # worker thread: files and the engine's operations
+
+    def add_file(
+        self,
+        fd: int,
+        *,
+        direct_fd: int = -1,
+        sync: bool = True,
+        on_sync_failed: Callable[[int], None] | None = None,
+    ) -> int:
+        """Register a file and return its slot; the fds stay the caller's and must outlive the worker.
+
+        *direct_fd* (O_DIRECT) serves `data` transfers and the extent map's where everything is aligned. With
+        ``sync=False`` syncs succeed at once. *on_sync_failed(errno)* is told once, on the worker thread, if an
+        fdatasync failed; from then on every write, zero and sync of the slot fails with EIO.
+        """
+        slot = check(lib.worker_add_file(self._native, fd, direct_fd, sync), "file of the worker")
+        if on_sync_failed is not None:
+            self._on_sync_failed[slot] = on_sync_failed
+        return slot
+
+    def read(self, slot: int, host_offset: int, pieces: Sequence[Piece], done: Done, *, data: bool = False) -> None:
+        """Fill *pieces* one after the other, with zeros past the end of the file."""
+        self._operations.transfer(READ | DATA * data, slot, host_offset, pieces, done)
+
+    def write(self, slot: int, host_offset: int, pieces: Sequence[Piece], done: Done, *, data: bool = False) -> None:
+        """Write *pieces* one after the other; their bytes must not change until *done*."""
+        self._operations.transfer(WRITE | DATA * data, slot, host_offset, pieces, done)
+
+    def zero(self, slot: int, host_offset: int, nbytes: int, done: Done) -> None:
+        """Make the range read as zeros without changing the file's length; give its space back where possible."""
+        self._operations.zero(slot, host_offset, nbytes, done)
+
+    def sync(self, slot: int, done: Done) -> None:
+        """Join the group commit: *done* after an fdatasync that started after now."""
+        self._operations.sync(slot, done)
+
+    def grace(self, done: Done) -> None:
+        """*done* after everything in flight now is done: C's transfers and Python's reads, writes and zeros."""
+        self._operations.grace(done)
+
+    def compute(self, function: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
+        """Run *function* on a pool thread, then *done(result, error)* on the worker thread."""
+        self._computing += 1
+        self._pool.submit(function).add_done_callback(lambda future: self._deliver(future, done))
+
+    # the thread
+
+    def _main(self) -> None:
+        error = ffi.new("int *")
+        self._native: Pointer = lib.worker_create(self._device.native, self._control, self._counters, error)
+        if not self._native:
+            self._close()
+            self._started.set_exception(OSError(error[0], os.strerror(error[0]), "io_uring"))
+            return
+        self._operations = Operations(self._native)
+        events: Any = lib.worker_events(self._native)
+        self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))
+        self._started.set_result(None)
+        try:
+            while not self._stopping:
+                self._turn()
+                self._run_calls()
+        except BaseException as death:
+            self._death = death
+            if self._on_death is not None:
+                self._on_death(death)
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        """Serve in C until there is something for Python, and dispatch it."""
+        count = check(lib.worker_run(self._native), "io_uring")
+        for kind, result, number, type_, flags, offset, nbytes in EVENT.iter_unpack(self._events[: count * EVENT.size]):
+            if kind == REQUEST:
+                self._on_request(Request(self._native, number, type_, flags, offset, nbytes))
+            elif kind == DONE:
+                self._operations.finish(number, result)
+            elif kind == CONTROL:
+                self._run_computed()
+            elif kind == DRAINED:
+                self._queues.discard(number)
+                self._draining.pop(number)(result)
+            elif kind == BROKEN:
+                self._report_fault(number)
+            elif kind == SYNC_FAILED:
+                self._report_failed_sync(number, -result)
+        self._operations.begin_waiting()
+
+    def _report_fault(self, index: int) -> None:
+        fault: Any = lib.worker_queue_fault(self._native, index)
+        if self._on_queue_broken is not None:
+            self._on_queue_broken(index, ffi.string(fault).decode())
+
+    def _report_failed_sync(self, slot: int, errno: int) -> None:
+        tell = self._on_sync_failed.get(slot)
+        if tell is not None:
+            tell(errno)
+
+    def _post(self, function: Callable[[], Any], future: "Future[Any] | None") -> None:
+        with self._lock:
+            if not self._open:
+                raise RuntimeError("the worker has ended")
+            self._calls.append((function, future))
+            os.eventfd_write(self._control, 1)
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            if future is None:
+                function()
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:  # the caller's to handle
+                future.set_exception(error)
+
+    def _deliver(self, future: Future[T], done: Callable[[T | None, BaseException | None], None]) -> None:
+        error = future.exception()
+        result = future.result() if error is None else None
+        self._computed.append(lambda: done(result, error))
+        os.eventfd_write(self._control, 1)  # open: `_drain` waits for what is being computed
+
+    def _run_computed(self) -> None:
+        os.eventfd_read(self._control)
+        while self._computed:
+            self._computed.popleft()()
+            self._computing -= 1
+
+    def _pause(self) -> None:
+        """Serve what is in flight without fetching anything new, until nothing is."""
+        lib.worker_pause(self._native, 1)
+        while lib.worker_requests_in_flight(self._native):
+            self._turn()
+        lib.worker_pause(self._native, 0)
+
+    def _drain(self) -> None:
+        for index in self._queues - self._draining.keys():
+            self.drain_queue(index, lambda base: None)
+        while self._draining or self._operations.in_flight or self._computing:
+            self._turn()
+        self._stopping = True
+
+    def _close(self) -> None:
+        with self._lock:
+            self._open = False
+        self._pool.shutdown()
+        if self._native:
+            lib.worker_destroy(self._native)
+        for mapping in self._mappings.values():
+            mapping.close()
+        os.close(self._control)
+        while self._calls:
+            _, future = self._calls.popleft()
+            if future is not None:
+                future.set_exception(RuntimeError("the worker has ended"))

@@ -1,0 +1,60 @@
+"""The half of a virtio-blk device that lives in C: parses each request, serves it over the extent map or punts."""
+
+from typing import Any
+
+from ring.extent import ExtentMap
+from ring.native import Pointer, ffi, lib
+
+SERIAL_MAX = 20  # VIRTIO_BLK_ID_BYTES
+NO_SLOT = 0xFFFFFFFF  # BLOCK_NO_SLOT
+
+
+class NativeBlock:
+    """`struct block`, a `NativeDevice` for the worker; once one runs, change it on its thread only."""
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        block_size: int = 512,
+        read_only: bool = False,
+        serial: str = "",
+        max_discard_sectors: int = 0,
+        max_write_zeroes_sectors: int = 0,
+    ) -> None:
+        """Describe a disk of *size* bytes; a limit of 0 sectors answers that request type with UNSUPP.
+
+        The device starts in writeback, without an extent map (everything goes to Python) and without a file
+        to sync (FLUSH goes to Python, and writethrough is Python's to keep).
+        """
+        encoded = serial.encode()
+        if len(encoded) > SERIAL_MAX:
+            raise ValueError(f"serial {serial!r} is {len(encoded)} bytes long, the limit is {SERIAL_MAX}")
+        self._block: Any = ffi.new("struct block *")
+        lib.block_init(self._block)
+        self._block.size = size
+        self._block.block_size = block_size
+        self._block.read_only = read_only
+        ffi.memmove(self._block.serial, encoded, len(encoded))
+        self._block.max_discard_sectors = max_discard_sectors
+        self._block.max_write_zeroes_sectors = max_write_zeroes_sectors
+        self.set_sync_slot(None)
+
+    @property
+    def native(self) -> Pointer:
+        """Its `struct device`, valid as long as this object."""
+        device: Pointer = ffi.addressof(self._block, "device")
+        return device
+
+    def set_writethrough(self, writethrough: bool) -> None:
+        """From now on a write, write-zeroes or discard joins the group commit before its status is written."""
+        self._block.writethrough = writethrough
+
+    def set_sync_slot(self, slot: int | None) -> None:
+        """FLUSH and writethrough sync the file in *slot*; with None both are left to Python."""
+        self._block.sync_slot = NO_SLOT if slot is None else slot
+
+    def set_extent_map(self, extent_map: ExtentMap | None) -> None:
+        """Serve reads and writes over *extent_map*, whose owner must outlive its use; None leaves them to Python."""
+        translate, context = extent_map or (0, 0)
+        lib.block_set_extent_map(self._block, translate, context)
