@@ -1,0 +1,114 @@
+"""Effects: the closed set of things a session asks its connection to do; what it yields, never does itself."""
+
+from dataclasses import dataclass
+
+from vhost.message import Region
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send *payload* as the answer to *request*."""
+
+    request: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetWriteCache:
+    """From now on a completed write may be volatile (*writeback*), or is stable."""
+
+    writeback: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Every write completed so far is stable when this returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetMemory:
+    """These regions, mapped from the message's fds in their order, are all guest memory; running rings move along."""
+
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AddMemory:
+    """One region more, mapped from the message's fd; the others stay as they are, with I/O in flight."""
+
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveMemory:
+    """Unmap one region."""
+
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class StartQueue:
+    """Serve the ring from available index *base*. Addresses are the front-end's own."""
+
+    index: int
+    size: int
+    descriptor: int
+    available: int
+    used: int
+    base: int
+    event_idx: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopQueue:
+    """Finish what is in flight, drop kick and call, leave the ring alone -> the index to go on from."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnableQueue:
+    """Whether a started ring may be served."""
+
+    index: int
+    enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetKick:
+    """Take the message's fd (or none) as the one the driver kicks."""
+
+    index: int
+    has_fd: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetCall:
+    """Take the message's fd (or none) as the one that interrupts the driver."""
+
+    index: int
+    has_fd: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetErr:
+    """Take the message's fd (or none) as the one that tells of a broken ring."""
+
+    index: int
+    has_fd: bool
+
+
+Effect = (
+    Reply
+    | SetWriteCache
+    | Flush
+    | SetMemory
+    | AddMemory
+    | RemoveMemory
+    | StartQueue
+    | StopQueue
+    | EnableQueue
+    | SetKick
+    | SetCall
+    | SetErr
+)

@@ -1,0 +1,287 @@
+"""The rules of one front-end's visit: a message in, effects out; owns no fd.
+
+Requests are answered one at a time and in order. Each answer is a generator that yields what must be done and is
+sent the result; an `OSError` thrown in means it could not be done, and becomes a non-zero acknowledgement if the
+front-end asked for one. Anything the specification forbids raises `ProtocolViolation`.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from vhost import effect
+from vhost.message import (
+    MAX_FDS,
+    U64,
+    VERSION,
+    ConfigWindow,
+    HeaderFlag,
+    MemorySlot,
+    MemoryTable,
+    Message,
+    ProtocolFeature,
+    ProtocolViolation,
+    Region,
+    Request,
+    VhostFeature,
+    VringAddress,
+    VringState,
+)
+from vhost.vring import Steps, Vrings
+from virtio.config import WCE_OFFSET, read_window
+from virtio.feature import BlockFeature, RingFeature, caches_writes, unknown_bits
+
+PROTOCOL_FEATURES = int(
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+HEADER_FLAGS = int(HeaderFlag.VERSION | HeaderFlag.NEED_REPLY)
+ADDRESS_LIMIT = 1 << 64
+ACK, NACK = U64(0).pack(), U64(1).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the device offers to whichever front-end comes; fixed for the daemon's life."""
+
+    features: int
+    num_queues: int
+    max_queue_size: int
+    max_regions: int
+    config: bytes  # the configuration space; its wce byte is the configured mode
+
+
+class Session:
+    """The state of one visit; *wce* outlives it: the next one is given the value this one left."""
+
+    def __init__(self, offer: Offer, *, wce: bool) -> None:
+        self.offer = offer
+        self.wce = wce
+        self.features = 0
+        self.protocol_features = 0
+        self.status = 0
+        self.regions: list[Region] = []
+        self.vrings = Vrings(offer.num_queues, offer.max_queue_size)
+
+    def receive(self, message: Message) -> Steps:
+        """Answer *message*: its effects, then the acknowledgement it asked for."""
+        rule, payload = self._parse(message)
+        answer = ACK
+        try:
+            yield from rule.answer(self, payload)
+        except OSError:
+            if rule.replies or not self._acknowledges(message):
+                raise
+            answer = NACK
+        if self._acknowledges(message) and not rule.replies:
+            yield effect.Reply(message.request, answer)
+
+    def _parse(self, message: Message) -> "tuple[Rule, Any]":
+        if message.flags & HeaderFlag.VERSION != VERSION or unknown_bits(message.flags, HEADER_FLAGS):
+            raise ProtocolViolation(f"flags {message.flags:#x} are not those of a version {VERSION} request")
+        rule = RULES.get(message.request)
+        if rule is None or unknown_bits(rule.needs, self.protocol_features):
+            raise ProtocolViolation(f"request {message.request} is unknown or was not negotiated")
+        payload = rule.parse(message.payload)
+        if message.nfds not in rule.nfds(payload):
+            raise ProtocolViolation(f"{Request(message.request).name} came with {message.nfds} file descriptors")
+        return rule, payload
+
+    def _acknowledges(self, message: Message) -> bool:
+        return bool(message.flags & HeaderFlag.NEED_REPLY and self.protocol_features & ProtocolFeature.REPLY_ACK)
+
+    def get_features(self, _: None) -> Steps:
+        yield _reply_u64(Request.GET_FEATURES, self.offer.features | VhostFeature.PROTOCOL_FEATURES)
+
+    def set_features(self, features: U64) -> Steps:
+        _refuse_unknown("virtio features", features.value, self.offer.features | VhostFeature.PROTOCOL_FEATURES)
+        self.features = features.value
+        self.vrings.event_idx = bool(self.features & RingFeature.EVENT_IDX)
+        yield effect.SetWriteCache(self.is_writeback)
+        if not self.features & VhostFeature.PROTOCOL_FEATURES:
+            yield from self.vrings.enable_all()  # such a front-end never sends SET_VRING_ENABLE
+
+    def get_protocol_features(self, _: None) -> Steps:
+        yield _reply_u64(Request.GET_PROTOCOL_FEATURES, PROTOCOL_FEATURES)
+
+    def set_protocol_features(self, features: U64) -> Steps:
+        _refuse_unknown("protocol features", features.value, PROTOCOL_FEATURES)
+        self.protocol_features = features.value
+        yield from ()
+
+    def get_queue_num(self, _: None) -> Steps:
+        yield _reply_u64(Request.GET_QUEUE_NUM, len(self.vrings))
+
+    def ignore(self, _: None) -> Steps:
+        """SET_OWNER: there is nothing to own. RESET_OWNER: deprecated, best ignored, says the specification."""
+        yield from ()
+
+    def get_max_mem_slots(self, _: None) -> Steps:
+        yield _reply_u64(Request.GET_MAX_MEM_SLOTS, self.offer.max_regions)
+
+    def set_mem_table(self, table: MemoryTable) -> Steps:
+        for position, region in enumerate(table.regions):
+            _check_region(region, table.regions[:position])
+        yield effect.SetMemory(table.regions)
+        self.regions = list(table.regions)
+
+    def add_mem_reg(self, slot: MemorySlot) -> Steps:
+        if len(self.regions) >= self.offer.max_regions:
+            raise ProtocolViolation(f"more than {self.offer.max_regions} memory regions")
+        _check_region(slot.region, self.regions)
+        yield effect.AddMemory(slot.region)
+        self.regions.append(slot.region)
+
+    def rem_mem_reg(self, slot: MemorySlot) -> Steps:
+        region = self._find_region(slot.region)
+        self.regions.remove(region)
+        yield effect.RemoveMemory(region)
+
+    def _find_region(self, wanted: Region) -> Region:
+        """The region with the addresses and size of *wanted*, whose mmap_offset means nothing."""
+        for region in self.regions:
+            if _place(region) == _place(wanted):
+                return region
+        raise ProtocolViolation(f"no memory region of {wanted.size:#x} bytes at {wanted.guest_address:#x}")
+
+    @property
+    def is_writeback(self) -> bool:
+        """Whether completed writes may be volatile under what was negotiated so far."""
+        configured = bool(self.offer.config[WCE_OFFSET])
+        return caches_writes(self.features, wce=self.wce, writeback=configured)
+
+    def get_config(self, window: ConfigWindow) -> Steps:
+        space = self.offer.config[:WCE_OFFSET] + bytes([self.wce]) + self.offer.config[WCE_OFFSET + 1 :]
+        data = read_window(space, window.start, window.size)
+        yield effect.Reply(Request.GET_CONFIG, ConfigWindow(window.start, window.size, window.flags, data).pack())
+
+    def set_config(self, window: ConfigWindow) -> Steps:
+        """Switch wce, all there is to write. Its driver may not be known to us yet: what is *offered* counts."""
+        if (window.start, window.flags) != (WCE_OFFSET, 0) or window.data not in (b"\0", b"\1"):
+            raise PermissionError(
+                f"the driver may not write {window.size} bytes at {window.start} of its configuration"
+            )
+        if not self.offer.features & BlockFeature.CONFIG_WCE:
+            raise PermissionError("the write cache of this device cannot be switched")
+        before, self.wce = self.wce, window.data == b"\1"
+        yield effect.SetWriteCache(self.is_writeback)
+        if before and not self.wce:
+            yield from self._flush_or_restore_wce()
+
+    def _flush_or_restore_wce(self) -> Steps:
+        """Make stable what was completed before the switch; flushed after it, so that no write slips in between."""
+        try:
+            yield effect.Flush()
+        except OSError:
+            self.wce = True  # the front-end keeps its own copy at 1 when we refuse
+            yield effect.SetWriteCache(self.is_writeback)
+            raise
+
+    def reset_device(self, _: None) -> Steps:
+        """Forget the rings and the status; memory and wce stay, the front-end does not send them again."""
+        self.status = 0
+        yield from self.vrings.reset()
+
+    def set_status(self, status: U64) -> Steps:
+        if status.value > 0xFF:
+            raise ProtocolViolation(f"a device status of {status.value:#x}, more than 8 bits")
+        if status.value == 0:  # also sent whenever the virtual machine pauses
+            yield from self.vrings.reset()
+        self.status = status.value
+
+    def get_status(self, _: None) -> Steps:
+        yield _reply_u64(Request.GET_STATUS, self.status)
+
+
+def _reply_u64(request: Request, value: int) -> effect.Reply:
+    return effect.Reply(request, U64(value).pack())
+
+
+def _refuse_unknown(noun: str, features: int, offered: int) -> None:
+    if unknown := unknown_bits(features, offered):
+        raise ProtocolViolation(f"{noun} {unknown:#x} were not offered")
+
+
+def _place(region: Region) -> tuple[int, int, int]:
+    return region.guest_address, region.user_address, region.size
+
+
+def _check_region(region: Region, others: Collection[Region]) -> None:
+    """Refuse a region that is empty, runs over the end of an address space or overlaps one of *others*."""
+    for start in (region.guest_address, region.user_address, region.mmap_offset):
+        if region.size == 0 or start + region.size > ADDRESS_LIMIT:
+            raise ProtocolViolation(f"a memory region of {region.size:#x} bytes at {start:#x}")
+    first, end = region.guest_address, region.guest_address + region.size
+    for other in others:
+        if first < other.guest_address + other.size and other.guest_address < end:
+            raise ProtocolViolation(f"two memory regions at guest address {max(first, other.guest_address):#x}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a request must look, and who answers it."""
+
+    answer: Callable[[Session, Any], Steps]
+    parse: Callable[[bytes], Any]
+    needs: int = 0  # the protocol feature it belongs to
+    replies: bool = False  # has a reply of its own, hence no acknowledgement
+    nfds: Callable[[Any], Collection[int]] = lambda payload: (0,)
+
+
+def _empty(payload: bytes) -> None:
+    if payload:
+        raise ProtocolViolation(f"a request without payload came with {len(payload)} bytes")
+
+
+def _ring_fds(fd: U64) -> Collection[int]:
+    return (0,) if fd.value & U64.NO_FD else (1,)
+
+
+def _table_fds(table: MemoryTable) -> Collection[int]:
+    return (len(table.regions),)
+
+
+def _slot_fds(_: MemorySlot) -> Collection[int]:
+    return (1,)
+
+
+def _stray_fds(_: MemorySlot) -> Collection[int]:
+    return range(MAX_FDS + 1)
+
+
+RULES: dict[int, Rule] = {
+    Request.GET_FEATURES: Rule(Session.get_features, _empty, replies=True),
+    Request.SET_FEATURES: Rule(Session.set_features, U64.parse),
+    Request.SET_OWNER: Rule(Session.ignore, _empty),
+    Request.RESET_OWNER: Rule(Session.ignore, _empty),
+    Request.SET_MEM_TABLE: Rule(Session.set_mem_table, MemoryTable.parse, nfds=_table_fds),
+    Request.SET_VRING_NUM: Rule(lambda session, state: session.vrings.set_num(state), VringState.parse),
+    Request.SET_VRING_ADDR: Rule(lambda session, address: session.vrings.set_addr(address), VringAddress.parse),
+    Request.SET_VRING_BASE: Rule(lambda session, state: session.vrings.set_base(state), VringState.parse),
+    Request.GET_VRING_BASE: Rule(lambda session, state: session.vrings.get_base(state), VringState.parse, replies=True),
+    Request.SET_VRING_KICK: Rule(lambda session, fd: session.vrings.set_kick(fd), U64.parse, nfds=_ring_fds),
+    Request.SET_VRING_CALL: Rule(lambda session, fd: session.vrings.set_call(fd), U64.parse, nfds=_ring_fds),
+    Request.SET_VRING_ERR: Rule(lambda session, fd: session.vrings.set_err(fd), U64.parse, nfds=_ring_fds),
+    Request.GET_PROTOCOL_FEATURES: Rule(Session.get_protocol_features, _empty, replies=True),
+    Request.SET_PROTOCOL_FEATURES: Rule(Session.set_protocol_features, U64.parse),
+    Request.GET_QUEUE_NUM: Rule(Session.get_queue_num, _empty, needs=ProtocolFeature.MQ, replies=True),
+    Request.SET_VRING_ENABLE: Rule(lambda session, state: session.vrings.set_enable(state), VringState.parse),
+    Request.GET_CONFIG: Rule(Session.get_config, ConfigWindow.parse, needs=ProtocolFeature.CONFIG, replies=True),
+    Request.SET_CONFIG: Rule(Session.set_config, ConfigWindow.parse, needs=ProtocolFeature.CONFIG),
+    Request.RESET_DEVICE: Rule(Session.reset_device, _empty, needs=ProtocolFeature.RESET_DEVICE),
+    Request.GET_MAX_MEM_SLOTS: Rule(
+        Session.get_max_mem_slots, _empty, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True
+    ),
+    Request.ADD_MEM_REG: Rule(
+        Session.add_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_slot_fds
+    ),
+    Request.REM_MEM_REG: Rule(
+        Session.rem_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_stray_fds
+    ),
+    Request.SET_STATUS: Rule(Session.set_status, U64.parse, needs=ProtocolFeature.STATUS),
+    Request.GET_STATUS: Rule(Session.get_status, _empty, needs=ProtocolFeature.STATUS, replies=True),
+}

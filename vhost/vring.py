@@ -1,0 +1,155 @@
+"""The state machine of the rings: configured by the front-end, started, stopped, enabled."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from vhost import effect
+from vhost.effect import Effect
+from vhost.message import U64, ProtocolViolation, Request, VringAddress, VringState
+from virtio.feature import unknown_bits
+
+Steps: TypeAlias = Generator[Effect, Any, None]
+
+
+@dataclass(slots=True)
+class Vring:
+    """What the front-end has said about one ring, and whether it runs."""
+
+    size: int = 0
+    base: int = 0
+    address: VringAddress | None = None
+    has_kick: bool = False  # an fd, or the word that there is none
+    enabled: bool = False
+    is_running: bool = False
+
+
+class Vrings:
+    """The rings of one visit. A ring runs from the moment it is complete until its base is asked for."""
+
+    def __init__(self, count: int, max_size: int) -> None:
+        self.max_size = max_size
+        self.event_idx = False  # of rings that start from now on
+        self._rings = [Vring() for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def set_num(self, state: VringState) -> Steps:
+        ring = self._stopped_ring(state.index)
+        if not 0 < state.num <= self.max_size or state.num & (state.num - 1):
+            raise ProtocolViolation(
+                f"ring {state.index} has a size of {state.num}, not a power of two up to {self.max_size}"
+            )
+        ring.size = state.num
+        yield from ()
+
+    def set_addr(self, address: VringAddress) -> Steps:
+        """Place a ring. A running one may be told again where it is (with another LOG flag), not moved."""
+        ring = self._ring(address.index)
+        if unknown_bits(address.flags, VringAddress.LOG):
+            raise ProtocolViolation(f"ring {address.index} has unknown flags {address.flags:#x}")
+        if address.descriptor % 16 or address.available % 2 or address.used % 4:
+            raise ProtocolViolation(
+                f"ring {address.index} is not aligned: descriptors at {address.descriptor:#x}, "
+                f"available at {address.available:#x}, used at {address.used:#x}"
+            )
+        if ring.is_running and not _same_place(ring.address, address):
+            raise ProtocolViolation(f"ring {address.index} moves while it runs")
+        ring.address = address
+        yield from ()
+
+    def set_base(self, state: VringState) -> Steps:
+        ring = self._stopped_ring(state.index)
+        if state.num > 0xFFFF:
+            raise ProtocolViolation(f"ring {state.index} has a base of {state.num:#x}, more than 16 bits")
+        ring.base = state.num
+        yield from ()
+
+    def get_base(self, state: VringState) -> Steps:
+        """Drain, then silence: nothing of the ring is touched or signalled after the reply."""
+        self._ring(state.index)
+        yield from self._stop(state.index)
+        yield effect.Reply(Request.GET_VRING_BASE, VringState(state.index, self._rings[state.index].base).pack())
+
+    def set_kick(self, fd: U64) -> Steps:
+        index = self._ring_of_fd(fd)
+        self._rings[index].has_kick = True
+        yield effect.SetKick(index, not fd.value & U64.NO_FD)
+        yield from self._start_when_complete(index)
+
+    def set_call(self, fd: U64) -> Steps:
+        yield effect.SetCall(self._ring_of_fd(fd), not fd.value & U64.NO_FD)
+
+    def set_err(self, fd: U64) -> Steps:
+        yield effect.SetErr(self._ring_of_fd(fd), not fd.value & U64.NO_FD)
+
+    def set_enable(self, state: VringState) -> Steps:
+        self._ring(state.index)
+        if state.num > 1:
+            raise ProtocolViolation(f"ring {state.index} is to be enabled by {state.num}, neither 0 nor 1")
+        yield from self._enable(state.index, bool(state.num))
+        yield from self._start_when_complete(state.index)
+
+    def enable_all(self) -> Steps:
+        for index in range(len(self)):
+            yield from self._enable(index, True)
+
+    def reset(self) -> Steps:
+        """Forget everything but the err fds, which the front-end does not send again."""
+        for index, ring in enumerate(self._rings):
+            if ring.has_kick:
+                yield from self._stop(index)
+            if ring.enabled:
+                yield from self._enable(index, False)
+            self._rings[index] = Vring()
+
+    def _ring(self, index: int) -> Vring:
+        if index >= len(self):
+            raise ProtocolViolation(f"ring {index} of {len(self)}")
+        return self._rings[index]
+
+    def _stopped_ring(self, index: int) -> Vring:
+        ring = self._ring(index)
+        if ring.is_running:
+            raise ProtocolViolation(f"ring {index} is changed while it runs")
+        return ring
+
+    def _ring_of_fd(self, fd: U64) -> int:
+        """The ring that a kick, call or err fd belongs to."""
+        index = fd.value & (U64.NO_FD - 1)
+        if fd.value >= 2 * U64.NO_FD:
+            raise ProtocolViolation(f"unknown bits in {fd.value:#x}, a ring index and its no-fd bit")
+        self._ring(index)
+        return index
+
+    def _enable(self, index: int, enabled: bool) -> Steps:
+        self._rings[index].enabled = enabled
+        yield effect.EnableQueue(index, enabled)
+
+    def _start_when_complete(self, index: int) -> Steps:
+        """Start a ring that has all it needs, not waiting for a kick: an earlier life of ours may have consumed it."""
+        ring = self._rings[index]
+        if ring.has_kick and ring.size and ring.address is not None and not ring.is_running:
+            yield from self._start(index)
+
+    def _start(self, index: int) -> Steps:
+        ring = self._rings[index]
+        at = ring.address
+        assert at is not None  # the callers saw the ring complete
+        yield effect.StartQueue(
+            index, ring.size, at.descriptor, at.available, at.used, base=ring.base, event_idx=self.event_idx
+        )
+        ring.is_running = True
+
+    def _stop(self, index: int) -> Steps:
+        """Stop a ring, which also drops its kick and call fds."""
+        ring = self._rings[index]
+        base = yield effect.StopQueue(index)
+        if ring.is_running:
+            ring.base = base
+        ring.is_running = ring.has_kick = False
+
+
+def _same_place(old: VringAddress | None, new: VringAddress) -> bool:
+    return old is not None and (old.descriptor, old.available, old.used) == (new.descriptor, new.available, new.used)
