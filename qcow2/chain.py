@@ -1,0 +1,92 @@
+"""Opening a chain: the image, the backing file it names, and so on to the base, each locked."""
+
+import os
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from qcow2.driver.file import HostFile, run
+from qcow2.error import ImageError, UnsupportedImage
+from qcow2.header import Header, read_header
+from qcow2.image import Image, OpenOptions
+from qcow2.lock import lock_image
+from qcow2.raw import RawImage
+
+MAX_DEPTH = 200
+FORMATS = ("qcow2", "raw")
+
+
+@dataclass
+class Chain:
+    """The files of an image and of everything under it; closes them as a context manager."""
+
+    files: list[HostFile] = field(default_factory=list)  # top first
+
+    def __enter__(self) -> "Chain":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, and with them give the locks back."""
+        for file in self.files:
+            file.close()
+
+    def open(self, path: str, image_format: str, options: OpenOptions) -> Image | RawImage:
+        """Open the image at *path* and what is under it.
+
+        Raises: OSError, UnsupportedImage, CorruptImage; for a backing file the text shows the way to it.
+        """
+        if image_format not in FORMATS:
+            raise UnsupportedImage(path, f"format {image_format!r} is not supported, only {' and '.join(FORMATS)}")
+        file = self._open_file(path, writable=options.writable)
+        if image_format == "raw":
+            return run(RawImage.open(file, writable=options.writable))
+        backing = self._open_backing(file, run(read_header(file)), options)
+        return run(Image.open(file, backing=backing, options=options))
+
+    def _open_file(self, path: str, *, writable: bool) -> HostFile:
+        file = HostFile.open(path, writable=writable)
+        self.files.append(file)
+        lock_image(file.fd, path, writable=writable)
+        return file
+
+    def _open_backing(self, file: HostFile, header: Header, options: OpenOptions) -> Image | RawImage | None:
+        if header.backing_name is None:
+            return None
+        if header.backing_format is None:
+            message = f"the format of backing file {header.backing_name!r} is not recorded, and never guessed"
+            raise UnsupportedImage(file.path, message)
+        path = backing_path(file.path, header.backing_name)
+        self._refuse_cycle(file, path)
+        below = OpenOptions(cache_size=options.cache_size)
+        try:
+            return self.open(path, header.backing_format, below)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, " -> ".join(self._way_to(path))) from error
+
+    def _way_to(self, path: str) -> list[str]:
+        names = [file.path for file in self.files]
+        return names if path in names else [*names, path]
+
+    def _refuse_cycle(self, file: HostFile, path: str) -> None:
+        way = " -> ".join(self._way_to(path))
+        if len(self.files) >= MAX_DEPTH:
+            raise UnsupportedImage(file.path, f"more than {MAX_DEPTH} files in the backing chain")
+        if os.path.exists(path) and any(os.path.samestat(os.stat(path), os.fstat(f.fd)) for f in self.files):
+            raise ImageError(file.path, f"the backing chain is a cycle: {way} -> {path}")
+
+
+def backing_path(path: str, name: str) -> str:
+    """Where the backing file *name* of the image at *path* is; relative names start at the image's directory.
+
+    Raises: UnsupportedImage for what is not the name of a file.
+    """
+    if name.startswith("json:"):
+        raise UnsupportedImage(path, f"backing file {name!r}: json: names are not supported")
+    local = name.removeprefix("file:")
+    if local == name and ":" in name.split("/", 1)[0]:
+        raise UnsupportedImage(path, f"backing file {name!r}: protocol {name.split(':', 1)[0]!r} is not supported")
+    return os.path.join(os.path.dirname(path), local)

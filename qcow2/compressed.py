@@ -1,0 +1,162 @@
+"""Compressed clusters: where their bytes are, and what they hold."""
+
+import io
+import sys
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from qcow2.error import CorruptImage
+from qcow2.geometry import Geometry
+from qcow2.layout import SECTOR_SIZE, CompressedMasks, CompressionType
+from qcow2.operation import Compute, File, Read, Signal
+from qcow2.statistics import Statistics
+
+CACHE_BYTES = 4 << 20
+ZSTD_WINDOW_LOG = 23  # what every decoder must accept; more would be memory in proportion to an unchecked field
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The bytes that may belong to one compressed cluster; the stream may end earlier."""
+
+    host_offset: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, entry: int, geometry: Geometry) -> "Payload":
+        """What a compressed L2 entry says."""
+        masks = CompressedMasks.of(geometry.cluster_bits)
+        host_offset = entry & masks.offset_mask
+        sectors = (entry >> masks.sectors_shift & masks.sectors_mask) + 1
+        return cls(host_offset, sectors * SECTOR_SIZE - host_offset % SECTOR_SIZE)
+
+    def host_clusters(self, geometry: Geometry) -> range:
+        """Numbers of the host clusters it touches; each counts one reference for it."""
+        last = self.host_offset + self.nbytes - 1
+        return range(geometry.cluster_of(self.host_offset), geometry.cluster_of(last) + 1)
+
+
+def inflate(data: bytes, cluster_size: int) -> bytes:
+    """Decompress a raw deflate stream, up to *cluster_size* bytes; what follows it is ignored.
+
+    Raises: ValueError if it is none.
+    """
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, cluster_size)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+
+
+def unpack_zstd(data: bytes, cluster_size: int) -> bytes:
+    """Decompress zstd frames, up to *cluster_size* bytes; what follows them is ignored.
+
+    Raises: ValueError if there are none.
+    """
+    if sys.version_info >= (3, 14):
+        return _unpack_with_stdlib(data, cluster_size)
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << ZSTD_WINDOW_LOG)
+    try:
+        reader = decompressor.stream_reader(io.BytesIO(data), read_across_frames=True)
+        return bytes(reader.read(cluster_size))
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+
+if sys.version_info >= (3, 14):
+
+    def _unpack_with_stdlib(data: bytes, cluster_size: int) -> bytes:
+        from compression import zstd
+
+        options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+        output = b""
+        try:
+            while data and len(output) < cluster_size:
+                frame = zstd.ZstdDecompressor(options=options)
+                output += frame.decompress(data, cluster_size - len(output))
+                data = frame.unused_data if frame.eof else b""
+        except zstd.ZstdError as error:
+            raise ValueError(str(error)) from error
+        return output
+
+
+UNPACK: dict[CompressionType, Callable[[bytes, int], bytes]] = {
+    CompressionType.ZLIB: inflate,
+    CompressionType.ZSTD: unpack_zstd,
+}
+
+
+class _Unpacking:
+    """A cluster being read and decompressed; whoever else wants it waits and takes the outcome."""
+
+    def __init__(self) -> None:
+        self.ended = Signal()
+        self.content = b""
+        self.error: BaseException | None = None
+
+
+class CompressedClusters:
+    """Reads compressed clusters of one file; keeps the last few, and reads none twice at a time."""
+
+    def __init__(
+        self, file: File, geometry: Geometry, compression_type: CompressionType, statistics: Statistics
+    ) -> None:
+        self._file = file
+        self._geometry = geometry
+        self._unpack = UNPACK[compression_type]
+        self._statistics = statistics
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._limit = max(1, CACHE_BYTES // geometry.cluster_size)
+        self._under_way: dict[int, _Unpacking] = {}
+
+    async def read(self, entry: int) -> bytes:
+        """The whole cluster that a compressed L2 *entry*, just resolved, names.
+
+        Never reads the file after having waited: the cluster may have been freed meanwhile.
+        Raises: CorruptImage if it is not a stream of one cluster.
+        """
+        if entry in self._kept:
+            self._kept.move_to_end(entry)
+            return self._kept[entry]
+        if entry not in self._under_way:
+            return await self._read_first(entry)
+        unpacking = self._under_way[entry]
+        await unpacking.ended.wait()
+        if unpacking.error is not None:
+            raise unpacking.error
+        return unpacking.content
+
+    async def _read_first(self, entry: int) -> bytes:
+        unpacking = self._under_way[entry] = _Unpacking()
+        try:
+            content = unpacking.content = await self._decompress(Payload.of(entry, self._geometry))
+        except BaseException as error:  # passed on to those who wait for it, and raised here
+            unpacking.error = error
+            raise
+        finally:
+            del self._under_way[entry]
+            unpacking.ended.set()
+        self._keep(entry, content)
+        return content
+
+    def _keep(self, entry: int, content: bytes) -> None:
+        self._kept[entry] = content
+        if len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+
+    async def _decompress(self, payload: Payload) -> bytes:
+        self._statistics.decompressions += 1
+        data = await Read(self._file, payload.host_offset, payload.nbytes)
+        cluster_size = self._geometry.cluster_size
+        try:
+            content: bytes = await Compute(partial(self._unpack, data, cluster_size))
+        except ValueError as error:
+            raise CorruptImage(self._file.path, payload.host_offset, f"compressed cluster: {error}") from error
+        if len(content) != cluster_size:
+            message = f"compressed cluster holds {len(content)} bytes, not {cluster_size}"
+            raise CorruptImage(self._file.path, payload.host_offset, message)
+        return content

@@ -1,0 +1,114 @@
+"""The synchronous face: an image as ordinary Python uses it."""
+
+from types import TracebackType
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.chain import Chain
+from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
+from qcow2.raw import RawImage
+
+
+class Disk:
+    """An open image with its chain of files; a context manager that closes it cleanly.
+
+    Offsets and sizes are bytes of the virtual disk and need no alignment, except where a method says so.
+    """
+
+    def __init__(self, image: Image | RawImage, chain: Chain) -> None:
+        self.image = image
+        self.chain = chain
+        self._driver = BlockingDriver()
+
+    @property
+    def size(self) -> int:
+        """Length of the virtual disk in bytes."""
+        return self.image.size
+
+    @property
+    def files(self) -> list[HostFile]:
+        """The open host files, the image's own first, then what is under it."""
+        return self.chain.files
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return the *nbytes* at *offset*.
+
+        Raises: ValueError if they are not inside the disk; OSError, CorruptImage.
+        """
+        target = bytearray(self._require_inside(offset, nbytes))
+        self._driver.run(self.image.read(offset, MemoryBuffer(memoryview(target))))
+        return bytes(target)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Put *data* at *offset*; it survives this process at once, a power loss after `flush`.
+
+        Raises: ValueError if it does not fit the disk; OSError.
+        """
+        view = memoryview(data).cast("B")
+        self._require_inside(offset, len(view))
+        self._driver.run(self.image.write(offset, MemoryBuffer(view)))
+
+    def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
+        """Make *nbytes* at *offset* read as zeros; *unmap* gives their space back."""
+        self._require_inside(offset, nbytes)
+        self._driver.run(self.image.write_zeroes(offset, nbytes, unmap=unmap))
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Give back the space of the whole clusters in the range, which then read as zeros."""
+        self._require_inside(offset, nbytes)
+        self._driver.run(self.image.discard(offset, nbytes))
+
+    def flush(self) -> None:
+        """Make everything written so far survive a power loss."""
+        self._driver.run(self.image.flush())
+
+    def close(self) -> None:
+        """Leave the image clean and close its files; a second time does nothing.
+
+        Raises: OSError if a write or sync failed, now or before; the files are closed all the same.
+        """
+        if self.files[0].fd < 0:
+            return
+        try:
+            self._driver.run(self.image.close())
+        finally:
+            self.chain.close()
+
+    def _require_inside(self, offset: int, nbytes: int) -> int:
+        if self.files[0].fd < 0:
+            raise ValueError(f"{self.files[0].path}: the disk is closed")
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise ValueError(f"{nbytes} bytes at {offset} are not inside the disk of {self.size} bytes")
+        return nbytes
+
+    def __enter__(self) -> "Disk":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_disk(
+    path: str,
+    *,
+    writable: bool = False,
+    format: str = "qcow2",
+    lazy_refcounts: bool | None = None,
+    cache_size: int = DEFAULT_CACHE_SIZE,
+) -> Disk:
+    """Open the image at *path*, and the backing files it names.
+
+    *format* is "qcow2" or "raw", and never guessed. *lazy_refcounts* overrides what the image says about writing
+    refcounts only at close. *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
+
+    Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
+    """
+    options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
+    chain = Chain()
+    try:
+        return Disk(chain.open(path, format, options), chain)
+    except BaseException:
+        chain.close()
+        raise

@@ -1,0 +1,398 @@
+/* See l2cache.h. Slots are found through chained hash buckets and given up by the CLOCK rule. */
+#include "qcow2/l2cache.h"
+
+#include <endian.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
+#define FLAG_COPIED (UINT64_C(1) << 63)
+#define FLAG_COMPRESSED (UINT64_C(1) << 62)
+#define FLAG_ZERO UINT64_C(1)
+#define L2_RESERVED UINT64_C(0x3f000000000001fe)
+#define MAX_SLICE_BITS 9 /* 512 entries, 4 KiB */
+#define NONE UINT32_MAX
+
+struct l2map {
+    uint32_t cluster_bits;
+    uint32_t slice_bits; /* log2 of the entries in a slice */
+    uint32_t version;
+    uint64_t size;
+
+    const uint64_t *l1;
+    uint64_t l1_nentries;
+    const uint64_t *metadata;
+    size_t nmetadata;
+    uint64_t file_end;
+
+    uint32_t slot;
+    int writable;
+    int has_backing;
+    extent_translate backing_translate;
+    void *backing_context;
+    uint64_t backing_size;
+
+    uint32_t nslots;
+    uint32_t nused;
+    uint32_t hand;
+    uint32_t bucket_mask;
+    uint64_t *entries;   /* nslots slices, host byte order */
+    uint64_t *slice_of;  /* slot -> slice number */
+    uint32_t *next;      /* slot -> next slot of the same bucket */
+    uint32_t *buckets;   /* bucket -> first slot */
+    uint8_t *referenced; /* slot -> used since the hand last passed */
+};
+
+struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots)
+{
+    struct l2map *map = calloc(1, sizeof(*map));
+    uint32_t nbuckets = 16;
+
+    if (!map)
+        return NULL;
+    while (nbuckets < nslots)
+        nbuckets *= 2;
+    map->cluster_bits = cluster_bits;
+    map->slice_bits = cluster_bits - 3 < MAX_SLICE_BITS ? cluster_bits - 3 : MAX_SLICE_BITS;
+    map->version = version;
+    map->size = size;
+    map->slot = SLOT_UNKNOWN;
+    map->nslots = nslots;
+    map->bucket_mask = nbuckets - 1;
+    map->entries = calloc((size_t)nslots << map->slice_bits, sizeof(*map->entries));
+    map->slice_of = calloc(nslots, sizeof(*map->slice_of));
+    map->next = calloc(nslots, sizeof(*map->next));
+    map->buckets = malloc(nbuckets * sizeof(*map->buckets));
+    map->referenced = calloc(nslots, sizeof(*map->referenced));
+    if (!map->entries || !map->slice_of || !map->next || !map->buckets || !map->referenced) {
+        l2map_destroy(map);
+        return NULL;
+    }
+    memset(map->buckets, 0xff, nbuckets * sizeof(*map->buckets));
+    return map;
+}
+
+void l2map_destroy(struct l2map *map)
+{
+    free(map->entries);
+    free(map->slice_of);
+    free(map->next);
+    free(map->buckets);
+    free(map->referenced);
+    free(map);
+}
+
+void l2map_set_l1(struct l2map *map, const uint64_t *l1, uint64_t nentries)
+{
+    map->l1 = l1;
+    map->l1_nentries = nentries;
+}
+
+void l2map_set_metadata(struct l2map *map, const uint64_t *clusters, size_t nclusters)
+{
+    map->metadata = clusters;
+    map->nmetadata = nclusters;
+}
+
+void l2map_set_file_end(struct l2map *map, uint64_t file_end)
+{
+    map->file_end = file_end;
+}
+
+void l2map_set_file(struct l2map *map, uint32_t slot, int writable)
+{
+    map->slot = slot;
+    map->writable = writable;
+}
+
+void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size)
+{
+    map->has_backing = has_backing;
+    map->backing_translate = translate;
+    map->backing_context = context;
+    map->backing_size = size;
+}
+
+static uint32_t *bucket_of(struct l2map *map, uint64_t slice)
+{
+    return &map->buckets[(slice * UINT64_C(0x9e3779b97f4a7c15) >> 32) & map->bucket_mask];
+}
+
+static uint32_t find(struct l2map *map, uint64_t slice)
+{
+    uint32_t slot = *bucket_of(map, slice);
+
+    while (slot != NONE && map->slice_of[slot] != slice)
+        slot = map->next[slot];
+    if (slot != NONE)
+        map->referenced[slot] = 1;
+    return slot;
+}
+
+static void unchain(struct l2map *map, uint32_t slot)
+{
+    uint32_t *link = bucket_of(map, map->slice_of[slot]);
+
+    while (*link != slot)
+        link = &map->next[*link];
+    *link = map->next[slot];
+}
+
+static uint32_t take_slot(struct l2map *map)
+{
+    uint32_t slot;
+
+    if (map->nused < map->nslots)
+        return map->nused++;
+    while (map->referenced[map->hand]) {
+        map->referenced[map->hand] = 0;
+        map->hand = (map->hand + 1) % map->nslots;
+    }
+    slot = map->hand;
+    map->hand = (map->hand + 1) % map->nslots;
+    unchain(map, slot);
+    return slot;
+}
+
+static uint64_t *slice_entries(struct l2map *map, uint32_t slot)
+{
+    return map->entries + ((size_t)slot << map->slice_bits);
+}
+
+void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data)
+{
+    size_t nentries = (size_t)1 << map->slice_bits;
+    uint32_t slot = find(map, slice);
+    uint64_t *entries;
+
+    if (slot == NONE) {
+        uint32_t *bucket = bucket_of(map, slice);
+
+        slot = take_slot(map);
+        map->slice_of[slot] = slice;
+        map->next[slot] = *bucket;
+        *bucket = slot;
+        map->referenced[slot] = 1;
+    }
+    entries = slice_entries(map, slot);
+    memcpy(entries, data, nentries * sizeof(*entries));
+    for (size_t i = 0; i < nentries; i++)
+        entries[i] = be64toh(entries[i]);
+}
+
+void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entries, size_t n)
+{
+    uint64_t cluster = guest_offset >> map->cluster_bits;
+    uint32_t slot = find(map, cluster >> map->slice_bits);
+
+    if (slot != NONE)
+        memcpy(slice_entries(map, slot) + (cluster & ((UINT64_C(1) << map->slice_bits) - 1)), entries,
+               n * sizeof(*entries));
+}
+
+static int is_metadata(const struct l2map *map, uint64_t host_cluster)
+{
+    size_t low = 0, high = map->nmetadata;
+
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+
+        if (map->metadata[middle] < host_cluster)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < map->nmetadata && map->metadata[low] == host_cluster;
+}
+
+static void describe_compressed(const struct l2map *map, uint64_t entry, struct l2_run *run)
+{
+    uint32_t offset_bits = 62 - (map->cluster_bits - 8);
+    uint64_t offset = entry & ((UINT64_C(1) << offset_bits) - 1);
+    uint64_t nsectors = ((entry & ~(FLAG_COPIED | FLAG_COMPRESSED)) >> offset_bits) + 1;
+    uint64_t last = (offset & ~UINT64_C(511)) + nsectors * 512 - 1;
+
+    run->kind = L2_COMPRESSED;
+    run->copied = 0;
+    run->host_offset = offset;
+    if (offset >= map->file_end || is_metadata(map, offset >> map->cluster_bits) ||
+        is_metadata(map, last >> map->cluster_bits))
+        run->kind = L2_BAD;
+}
+
+/* Classify one entry. A set reserved bit, a cluster that is not aligned, does not exist or is metadata makes it bad. */
+static void describe_entry(const struct l2map *map, uint64_t entry, struct l2_run *run)
+{
+    uint64_t offset = entry & OFFSET_MASK;
+
+    run->entry = entry;
+    if (entry & FLAG_COMPRESSED) {
+        describe_compressed(map, entry, run);
+        return;
+    }
+    run->copied = entry >> 63;
+    run->host_offset = offset;
+    if (entry & FLAG_ZERO)
+        run->kind = offset ? L2_ZERO_ALLOCATED : L2_ZERO_PLAIN;
+    else
+        run->kind = offset ? L2_DATA : L2_UNALLOCATED;
+    if ((entry & L2_RESERVED) || (map->version < 3 && (entry & FLAG_ZERO)))
+        run->kind = L2_BAD;
+    else if (offset && ((offset & ((UINT64_C(1) << map->cluster_bits) - 1)) || offset >= map->file_end ||
+                        is_metadata(map, offset >> map->cluster_bits)))
+        run->kind = L2_BAD;
+}
+
+/* Does the cluster `ahead` clusters after the first of `run` go on with it? */
+static int continues(const struct l2map *map, const struct l2_run *run, const struct l2_run *after, uint64_t ahead)
+{
+    if (after->kind != run->kind)
+        return 0;
+    switch (run->kind) {
+    case L2_UNALLOCATED:
+    case L2_ZERO_PLAIN:
+        return 1;
+    case L2_DATA:
+    case L2_ZERO_ALLOCATED:
+        return after->copied == run->copied && after->host_offset == run->host_offset + (ahead << map->cluster_bits);
+    default:
+        return 0;
+    }
+}
+
+static uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Without an L2 table everything up to the table's end is unallocated. Returns 0 if there is a table. */
+static int describe_missing_table(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out)
+{
+    uint32_t table_bits = map->cluster_bits + map->cluster_bits - 3;
+    uint64_t l1_index = guest_offset >> table_bits;
+
+    if (l1_index < map->l1_nentries && (map->l1[l1_index] & OFFSET_MASK))
+        return 0;
+    memset(out, 0, sizeof(*out));
+    out->kind = L2_UNALLOCATED;
+    out->nbytes = least(nbytes, ((l1_index + 1) << table_bits) - guest_offset);
+    return 1;
+}
+
+void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out)
+{
+    uint64_t cluster = guest_offset >> map->cluster_bits;
+    uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
+    uint64_t nentries = UINT64_C(1) << map->slice_bits;
+    uint64_t index = cluster & (nentries - 1);
+    uint64_t covered = (nentries - index) << map->cluster_bits;
+    uint64_t ahead = 1;
+    const uint64_t *entries;
+    uint32_t slot;
+
+    if (describe_missing_table(map, guest_offset, nbytes, out))
+        return;
+    memset(out, 0, sizeof(*out));
+    nbytes = least(nbytes, covered - in_cluster);
+    out->nbytes = nbytes;
+    slot = find(map, cluster >> map->slice_bits);
+    if (slot == NONE)
+        return;
+    entries = slice_entries(map, slot) + index;
+    describe_entry(map, entries[0], out);
+    while ((ahead << map->cluster_bits) < in_cluster + nbytes) {
+        struct l2_run after;
+
+        describe_entry(map, entries[ahead], &after);
+        if (!continues(map, out, &after, ahead))
+            break;
+        ahead++;
+    }
+    out->nbytes = least(nbytes, (ahead << map->cluster_bits) - in_cluster);
+    if (out->kind == L2_DATA || out->kind == L2_ZERO_ALLOCATED)
+        out->host_offset += in_cluster;
+}
+
+/* What shows through an unallocated run: the backing image's answer, clipped; zeros past its end or without one. */
+static void translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct extent *out)
+{
+    memset(out, 0, sizeof(*out));
+    out->nbytes = nbytes;
+    if (!map->has_backing || guest_offset >= map->backing_size) {
+        out->kind = EXTENT_ZERO;
+        return;
+    }
+    if (map->backing_translate)
+        map->backing_translate(map->backing_context, guest_offset, least(nbytes, map->backing_size - guest_offset), 0,
+                               out);
+}
+
+static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out)
+{
+    struct l2_run run;
+
+    l2map_describe(map, guest_offset, nbytes, &run);
+    memset(out, 0, sizeof(*out));
+    out->nbytes = run.nbytes;
+    if (run.kind == L2_DATA && map->slot != SLOT_UNKNOWN && (!is_write || (map->writable && run.copied))) {
+        out->kind = EXTENT_DATA;
+        out->slot = map->slot;
+        out->host_offset = run.host_offset;
+    } else if (!is_write && (run.kind == L2_ZERO_PLAIN || run.kind == L2_ZERO_ALLOCATED)) {
+        out->kind = EXTENT_ZERO;
+    } else if (!is_write && run.kind == L2_UNALLOCATED) {
+        translate_backing(map, guest_offset, run.nbytes, out);
+    }
+}
+
+static int extends(const struct extent *extent, const struct extent *after)
+{
+    if (after->kind != extent->kind || extent->kind == EXTENT_PUNT)
+        return 0;
+    return extent->kind == EXTENT_ZERO ||
+           (after->slot == extent->slot && after->host_offset == extent->host_offset + extent->nbytes);
+}
+
+void l2map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out)
+{
+    struct l2map *map = context;
+    struct extent after;
+
+    if (guest_offset >= map->size || nbytes > map->size - guest_offset) {
+        memset(out, 0, sizeof(*out));
+        out->nbytes = nbytes;
+        return;
+    }
+    translate_run(map, guest_offset, nbytes, is_write, out);
+    while (out->nbytes < nbytes && out->kind != EXTENT_PUNT) {
+        translate_run(map, guest_offset + out->nbytes, nbytes - out->nbytes, is_write, &after);
+        if (!extends(out, &after))
+            break;
+        out->nbytes += after.nbytes;
+    }
+}
+
+void rawmap_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out)
+{
+    const struct rawmap *map = context;
+
+    memset(out, 0, sizeof(*out));
+    out->nbytes = nbytes;
+    if (guest_offset >= map->size || nbytes > map->size - guest_offset)
+        return;
+    if (map->slot != SLOT_UNKNOWN && (!is_write || map->writable)) {
+        out->kind = EXTENT_DATA;
+        out->slot = map->slot;
+        out->host_offset = guest_offset;
+    }
+}
+
+uintptr_t l2map_translate_address(void)
+{
+    return (uintptr_t)l2map_translate;
+}
+
+uintptr_t rawmap_translate_address(void)
+{
+    return (uintptr_t)rawmap_translate;
+}

@@ -1,0 +1,70 @@
+/* The active image's mapping as far as it is in memory: the L1 table, the L2
+ * slices held in a bounded cache, and the extent map that answers from them.
+ *
+ * Nothing here is ever dirty: an entry changes here after it changed in the
+ * file. Nothing here does I/O: what is not in memory is a miss (or a punt). One
+ * thread.
+ */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ring/extent.h"
+
+enum l2_kind {
+    L2_MISS = 0,           /* the slice is not in memory */
+    L2_UNALLOCATED = 1,    /* nothing here: the backing file, or zeros */
+    L2_ZERO_PLAIN = 2,     /* reads as zeros, owns no host cluster */
+    L2_ZERO_ALLOCATED = 3, /* reads as zeros, keeps the host cluster at host_offset */
+    L2_DATA = 4,
+    L2_COMPRESSED = 5,
+    L2_BAD = 6, /* the entry contradicts the image; host_offset is what it names */
+};
+
+/* What a stretch of guest clusters has in common. */
+struct l2_run {
+    uint32_t kind;
+    uint32_t copied;      /* the COPIED flag: refcount exactly one */
+    uint64_t entry;       /* the first entry as it stands in the table */
+    uint64_t host_offset; /* of the first guest byte (data, zero allocated); of the cluster otherwise */
+    uint64_t nbytes;
+};
+
+#define SLOT_UNKNOWN UINT32_MAX
+
+struct l2map;
+
+/* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
+struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots);
+void l2map_destroy(struct l2map *map);
+
+/* l1: entries in host byte order, borrowed until the next call. */
+void l2map_set_l1(struct l2map *map, const uint64_t *l1, uint64_t nentries);
+/* Clusters of the image's own metadata, which no guest data may overlap: sorted numbers, borrowed until the next call. */
+void l2map_set_metadata(struct l2map *map, const uint64_t *clusters, size_t nclusters);
+/* Host clusters at or past this byte do not exist. */
+void l2map_set_file_end(struct l2map *map, uint64_t file_end);
+/* The worker's number of the image's file; writable: overwrites in place may be answered. */
+void l2map_set_file(struct l2map *map, uint32_t slot, int writable);
+/* What shows where nothing is allocated; has_backing with translate NULL: only Python can tell. */
+void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size);
+
+/* Put a slice in the cache: `data` as in the file. Evicts another one if need be. */
+void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);
+/* n entries from guest_offset on are now `entries`; ignored if the slice is not in the cache. They lie in one slice. */
+void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entries, size_t n);
+/* Describe the longest run at guest_offset, at most nbytes, that lies in one slice and is of one kind. */
+void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out);
+/* extent_translate over a struct l2map. */
+void l2map_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
+uintptr_t l2map_translate_address(void);
+
+/* A file that is its own mapping: extent_translate over it. */
+struct rawmap {
+    uint64_t size;
+    uint32_t slot;
+    int writable;
+};
+void rawmap_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
+uintptr_t rawmap_translate_address(void);

@@ -1,0 +1,170 @@
+"""From guest bytes to what the image has for them: the L1 table, the L2 slices, and the changes of their entries.
+
+A change is written to the file before it is made in memory, so what is in memory is never ahead of the page cache.
+"""
+
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from sys import byteorder
+
+from qcow2.error import CorruptImage
+from qcow2.geometry import Geometry
+from qcow2.l2cache import Kind, L2Cache, Run
+from qcow2.layout import COPIED, ENTRY_SIZE, L1_RESERVED, OFFSET_MASK
+from qcow2.operation import File, Read, Signal
+from qcow2.stability import Stability
+from qcow2.statistics import Statistics
+
+MISS, BAD = int(Kind.MISS), int(Kind.BAD)
+
+
+def entries_of(data: bytes) -> "array[int]":
+    """The 64-bit entries of a table as it is in the file."""
+    entries = array("Q", data)
+    if byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+def bytes_of(entries: Iterable[int]) -> bytes:
+    """A table as it is in the file."""
+    swapped = array("Q", entries)
+    if byteorder == "little":
+        swapped.byteswap()
+    return swapped.tobytes()
+
+
+class Mapping:
+    """The active L1 table and its L2 tables."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        cache: L2Cache,
+        l1: "array[int]",
+        l1_offset: int,
+        stability: Stability,
+        statistics: Statistics,
+    ) -> None:
+        self.geometry = geometry
+        self.cache = cache
+        self.l1 = l1
+        self.l1_offset = l1_offset
+        self.file_end = 0  # no host cluster begins at or past it
+        self._file = file
+        self._stability = stability
+        self._statistics = statistics
+        self._metadata: array[int] = array("Q")
+        self._loading: dict[int, Signal] = {}
+        self._outdated: set[int] = set()  # slices changed in the file while being loaded
+        cache.set_l1(l1)
+        cache.set_metadata(self._metadata)
+
+    def set_file_end(self, nbytes: int) -> None:
+        """The host file is *nbytes* long now."""
+        self.file_end = self.geometry.round_up(nbytes)
+        self.cache.set_file_end(self.file_end)
+
+    def own_metadata(self, clusters: Iterable[int]) -> None:
+        """Guest data may not lie in these host *clusters*."""
+        self.cache.release_metadata()
+        for cluster in clusters:
+            insort(self._metadata, cluster)
+        self.cache.set_metadata(self._metadata)
+
+    def disown_metadata(self, clusters: Iterable[int]) -> None:
+        """These host *clusters* hold metadata no longer."""
+        self.cache.release_metadata()
+        for cluster in clusters:
+            del self._metadata[bisect_left(self._metadata, cluster)]
+        self.cache.set_metadata(self._metadata)
+
+    async def resolve(self, guest_offset: int, nbytes: int) -> Run:
+        """Describe the longest run at *guest_offset* that one L2 slice maps in one way.
+
+        Awaits: at most one Read of a slice; none when it is cached.
+        Raises: CorruptImage if the entry has reserved bits or names a cluster that cannot be its own.
+        """
+        run = self.cache.describe(guest_offset, nbytes)
+        while run.kind == MISS:
+            await self._load(guest_offset)
+            run = self.cache.describe(guest_offset, nbytes)
+        if run.kind == BAD:
+            self._refuse_entry(guest_offset, run)
+        return run
+
+    def _refuse_entry(self, guest_offset: int, run: Run) -> None:
+        where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
+        raise CorruptImage(
+            self._file.path, where, f"L2 entry {run.entry:#018x} of guest offset {guest_offset:#x} is invalid"
+        )
+
+    def has_table(self, guest_offset: int) -> bool:
+        """Whether an L2 table maps *guest_offset*."""
+        index = self.geometry.l1_index(guest_offset)
+        return index < len(self.l1) and bool(self.l1[index] & OFFSET_MASK)
+
+    def table_is_shared(self, guest_offset: int) -> bool:
+        """Whether the L2 table of *guest_offset* belongs to a snapshot too."""
+        return not self.l1[self.geometry.l1_index(guest_offset)] & COPIED
+
+    def table_offset(self, guest_offset: int) -> int:
+        """Host offset of the L2 table of *guest_offset*.
+
+        Raises: CorruptImage if the L1 entry cannot be true.
+        """
+        index = self.geometry.l1_index(guest_offset)
+        entry = self.l1[index]
+        offset = entry & OFFSET_MASK
+        if entry & L1_RESERVED or offset % self.geometry.cluster_size or offset >= self.file_end:
+            where = self.l1_offset + index * ENTRY_SIZE
+            raise CorruptImage(self._file.path, where, f"L1 entry {index} is invalid: {entry:#018x}")
+        return offset
+
+    async def _load(self, guest_offset: int) -> None:
+        """Bring the slice of *guest_offset* into the cache; who comes while it is read waits for it."""
+        number = self.geometry.slice_of(guest_offset)
+        if number in self._loading:
+            await self._loading[number].wait()
+            return
+        slice_bytes = self.geometry.slice_bytes
+        in_table = self.geometry.entry_offset(guest_offset) // slice_bytes * slice_bytes
+        table = self.table_offset(guest_offset)
+        signal = self._loading[number] = Signal()
+        try:
+            self._statistics.l2_loads += 1
+            data = await Read(self._file, table + in_table, slice_bytes)
+            if number not in self._outdated:
+                self.cache.load(number, data)
+        finally:
+            self._outdated.discard(number)
+            del self._loading[number]
+            signal.set()
+
+    async def link(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """Make the L2 entries from *guest_offset* on, all of one private table, be *entries*.
+
+        One metadata write a slice; process-safe on return. The caller holds the lock of the clusters.
+        """
+        bits = self.geometry.cluster_bits
+        per_slice = self.geometry.slice_bytes // ENTRY_SIZE
+        done = 0
+        while done < len(entries):
+            here = guest_offset + (done << bits)
+            part = entries[done : done + per_slice - (here >> bits) % per_slice]
+            where = self.table_offset(here) + self.geometry.entry_offset(here)
+            await self._stability.write(where, bytes_of(part))
+            if self.geometry.slice_of(here) in self._loading:
+                self._outdated.add(self.geometry.slice_of(here))
+            self.cache.update(here, part)
+            done += len(part)
+
+    async def set_table(self, guest_offset: int, host_offset: int) -> None:
+        """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""
+        index = self.geometry.l1_index(guest_offset)
+        entry = host_offset | COPIED
+        await self._stability.write(self.l1_offset + index * ENTRY_SIZE, bytes_of([entry]))
+        self.own_metadata([host_offset >> self.geometry.cluster_bits])
+        self.l1[index] = entry

@@ -1,0 +1,95 @@
+"""A raw file as an image: under a qcow2 overlay, or served as it is."""
+
+import errno
+from collections.abc import Sequence
+
+from qcow2.l2cache import ExtentMap, Kind, RawMap, Run
+from qcow2.layout import SECTOR_SIZE
+from qcow2.operation import Buffer, File, ReadInto, Size, Sync, Write, Zero
+from qcow2.stability import Stability
+from qcow2.statistics import Statistics
+
+
+class RawImage:
+    """A file whose guest offsets are host offsets; the same face as `qcow2.image.Image`."""
+
+    def __init__(self, file: File, size: int, *, read_only: bool) -> None:
+        self.file = file
+        self.size = size
+        self.read_only = read_only
+        self.backing = None
+        self.statistics = Statistics()
+        self._map = RawMap(size)
+        self._slot: int | None = None
+        self._stability = Stability(file, self.statistics, self._refuse_writes)
+
+    @classmethod
+    async def open(cls, file: File, *, writable: bool = False) -> "RawImage":
+        """The image in *file*; a length that is no multiple of 512 is rounded up, as QEMU does."""
+        size = -(-await Size(file) // SECTOR_SIZE) * SECTOR_SIZE
+        return cls(file, size, read_only=not writable)
+
+    @property
+    def chain(self) -> Sequence["RawImage"]:
+        """This image alone: raw files have no backing file."""
+        return [self]
+
+    @property
+    def extent_map(self) -> ExtentMap:
+        """The addresses the worker takes; valid until the image is closed."""
+        return self._map.extent_map
+
+    def set_slot(self, file: File, slot: int | None) -> None:
+        """Say which of the worker's files *file* is; None takes it back."""
+        if file is self.file:
+            self._slot = slot
+            self._map.set_file(slot, writable=not self.read_only and self._stability.error is None)
+
+    def fail(self, error: OSError) -> None:
+        """Take no more writes because of *error*."""
+        self._stability.fail(error)
+
+    def _refuse_writes(self) -> None:
+        self._map.set_file(self._slot, writable=False)
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, "opened read-only", self.file.path)
+        self._stability.require_trust()
+
+    async def resolve(self, guest_offset: int, nbytes: int) -> Run:
+        """All of it is data, as far as is known here."""
+        return Run(Kind.DATA, 1, 0, guest_offset, nbytes)
+
+    async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
+        """Whether the range is known to read as zeros: past the end."""
+        return guest_offset >= self.size
+
+    async def read(self, guest_offset: int, target: Buffer) -> None:
+        """Fill *target*; zeros past the end."""
+        await ReadInto(self.file, guest_offset, target, data=True)
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Put *source* at *guest_offset*; process-safe on return."""
+        self._require_writable()
+        await Write(self.file, guest_offset, source, data=True)
+
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        """Make the range read as zeros; *unmap* or not, the host decides about the space."""
+        self._require_writable()
+        await Zero(self.file, guest_offset, nbytes)
+
+    async def discard(self, guest_offset: int, nbytes: int) -> None:
+        """Give the range's space back; it reads as zeros."""
+        self._require_writable()
+        await Zero(self.file, guest_offset, nbytes)
+
+    async def flush(self) -> None:
+        """Make every write that has completed stable."""
+        if not self.read_only:
+            await self._stability.sync()
+
+    async def close(self) -> None:
+        """Make everything stable; raises what a failed sync raised."""
+        if not self.read_only:
+            await Sync(self.file)
