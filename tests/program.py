@@ -1,0 +1,72 @@
+"""The two programs as a user runs them: `qcow2` once, `vhost-user-qcow2` for as long as a test needs it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+TOOL = Path(sys.executable).with_name("qcow2")
+DAEMON = Path(sys.executable).with_name("vhost-user-qcow2")
+TIMEOUT = 60
+
+
+def qcow2_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the `qcow2` tool to its end."""
+    return subprocess.run([TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def qcow2_tool_ok(*arguments: str | Path) -> str:
+    """Run the `qcow2` tool, which must succeed, and return what it printed."""
+    done = qcow2_tool(*arguments)
+    assert done.returncode == 0, f"qcow2 {' '.join(map(str, arguments))}: exit {done.returncode}: {done.stderr}"
+    return done.stdout
+
+
+class Daemon:
+    """A `vhost-user-qcow2` process on a listening socket that exists before it does, so nobody waits for its start."""
+
+    def __init__(self, image: Path, *options: str) -> None:
+        self.image = image
+        self.options = options
+        self.socket_path = image.with_name(f"{image.name}.{os.getpid()}.sock")
+
+    def __enter__(self) -> "Daemon":
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(str(self.socket_path))
+        self.listener.listen()
+        fd = self.listener.fileno()
+        command = [DAEMON, f"--fd={fd}", f"--blk-file={self.image}", *self.options]
+        self.process = subprocess.Popen(
+            command, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.listener.close()  # the daemon's copy is the only one: once it is dead, a connect is refused
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        _, said = self.process.communicate(timeout=TIMEOUT)
+        self.socket_path.unlink(missing_ok=True)
+        if error is not None and said:
+            error.add_note(f"the daemon said: {said}")
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(TIMEOUT)
+        assert self.process.returncode == -signal.SIGKILL, self._said()
+
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """A clean end: exit status 0."""
+        self.process.send_signal(by)
+        self.process.wait(TIMEOUT)
+        assert self.process.returncode == 0, self._said()
+
+    def _said(self) -> str:
+        assert self.process.stderr is not None
+        return f"exit {self.process.returncode}: {self.process.stderr.read()}"
