@@ -1,0 +1,121 @@
+"""Where front-ends come from: a socket path of our own, or a file descriptor we inherited."""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PATH_MAX = 107  # sun_path without its final NUL
+
+
+class EndpointError(Exception):
+    """The socket cannot be used; one line says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A socket that is listening, or already connected to the one front-end it will ever have."""
+
+    unix_socket: socket.socket
+    is_listening: bool
+
+    def visitors(self, stop_fd: int) -> Iterator[socket.socket]:
+        """Yield one front-end's socket after the other, each the caller's to close, until *stop_fd* is readable."""
+        if not self.is_listening:
+            yield self.unix_socket
+            return
+        self.unix_socket.setblocking(False)
+        while _is_readable(self.unix_socket.fileno(), stop_fd):
+            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it left before we came
+                visitor, _ = self.unix_socket.accept()
+                yield visitor
+
+
+def _is_readable(fd: int, stop_fd: int) -> bool:
+    """Wait for *fd*; False if *stop_fd* came first or with it."""
+    ready = select.poll()
+    ready.register(fd, select.POLLIN)
+    ready.register(stop_fd, select.POLLIN)
+    return all(number != stop_fd for number, _ in ready.poll())
+
+
+@contextlib.contextmanager
+def listen(path: str) -> Iterator[Endpoint]:
+    """Listen on *path*, in place of a socket nobody listens on any more; the path is removed at the end.
+
+    Raises: EndpointError if the path is too long, in use, or not a socket.
+    """
+    check_path(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        _remove_stale(path)
+        try:
+            listener.bind(path)
+        except OSError as error:
+            raise EndpointError(f"cannot create socket {path}: {error.strerror}") from None
+        identity = _identity(path)
+        listener.listen(1)
+        try:
+            yield Endpoint(listener, is_listening=True)
+        finally:
+            if _identity(path) == identity:  # else someone else's by now
+                os.unlink(path)
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that cannot be the address of a Unix socket."""
+    length = len(os.fsencode(path))
+    if not 0 < length <= PATH_MAX:
+        raise EndpointError(f"socket path {path!r} has {length} bytes, a Unix socket takes 1 to {PATH_MAX}")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket at *path* if nobody listens on it."""
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise EndpointError(f"cannot look at {path}: {error.strerror}") from None
+    if not stat.S_ISSOCK(kind):
+        raise EndpointError(f"{path} exists and is not a socket")
+    if _is_live(path):
+        raise EndpointError(f"socket {path} is in use by another process")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _is_live(path: str) -> bool:
+    """Whether a process listens on *path*; one that is too busy to accept (EAGAIN) does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+@contextlib.contextmanager
+def inherit(fd: int) -> Iterator[Endpoint]:
+    """Use the Unix stream socket *fd*, listening or connected.
+
+    Raises: EndpointError if it is not one.
+    """
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError as error:
+        raise EndpointError(f"file descriptor {fd}: {error.strerror}") from None
+    if not is_socket:
+        raise EndpointError(f"file descriptor {fd} is not a socket")
+    with socket.socket(fileno=fd) as inherited:
+        if (inherited.family, inherited.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise EndpointError(f"file descriptor {fd} is not a Unix stream socket")
+        yield Endpoint(inherited, bool(inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)))

@@ -1,0 +1,148 @@
+"""The daemon's options: parsed once into a record that cannot be wrong."""
+
+import argparse
+from dataclasses import dataclass
+from enum import Enum
+from typing import NoReturn
+
+PROGRAM = "vhost-user-qcow2"
+QUEUES_MAX = 256  # a ring index has 8 bits on the wire
+DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
+SERIAL_MAX = 20  # bytes of the answer to GET_ID
+CACHE_SIZE_MIN, CACHE_SIZE_MAX = 1 << 20, 1 << 40
+DEFAULT_CACHE_SIZE = 32 << 20
+SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+
+class UsageError(Exception):
+    """The command line asks for something impossible; one line says what."""
+
+
+class CacheMode(Enum):
+    """What a completed write means, named as in QEMU: (may be volatile, data past the page cache, syncs happen)."""
+
+    WRITEBACK = (True, False, True)
+    WRITETHROUGH = (False, False, True)
+    NONE = (True, True, True)
+    DIRECTSYNC = (False, True, True)
+    UNSAFE = (True, False, False)
+
+    @property
+    def writeback(self) -> bool:
+        return self.value[0]
+
+    @property
+    def direct(self) -> bool:
+        return self.value[1]
+
+    @property
+    def sync(self) -> bool:
+        return self.value[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One daemon's command line. Exactly one of *socket_path* and *fd* is given."""
+
+    blk_file: str
+    socket_path: str | None = None
+    fd: int | None = None
+    format: str = "qcow2"
+    read_only: bool = False
+    cache: CacheMode = CacheMode.WRITEBACK
+    num_queues: int = DEFAULT_QUEUES
+    serial: str = ""
+    lazy_refcounts: bool | None = None  # None: as the image says
+    cache_size: int = DEFAULT_CACHE_SIZE
+    stats: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(arguments: list[str]) -> Options:
+    """Raises: UsageError naming the option, the value and the limit."""
+    given = _parser().parse_args(arguments)
+    if (given.socket_path is None) == (given.fd is None):
+        raise UsageError("give one of --socket-path=PATH and --fd=N")
+    if given.format == "raw" and given.lazy_refcounts != "image":
+        raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a raw image has no refcounts")
+    return Options(
+        blk_file=given.blk_file,
+        socket_path=given.socket_path,
+        fd=given.fd,
+        format=given.format,
+        read_only=given.read_only,
+        cache=CacheMode[given.cache.upper()],
+        num_queues=given.num_queues,
+        serial=given.serial,
+        lazy_refcounts={"on": True, "off": False, "image": None}[given.lazy_refcounts],
+        cache_size=given.cache_size,
+        stats=given.stats,
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=PROGRAM, allow_abbrev=False, description="Serve a disk image to a virtual machine.")
+    add = parser.add_argument
+    add("--socket-path", metavar="PATH", help="listen on this Unix socket")
+    add("--fd", metavar="N", type=_fd, help="use this inherited Unix socket, listening or connected")
+    add("--blk-file", metavar="IMAGE", type=_non_empty, required=True, help="the image file or block device")
+    add("--format", choices=["qcow2", "raw"], default="qcow2", help="of the image; never guessed (default: qcow2)")
+    add("--read-only", action="store_true", help="let the guest read only")
+    add("--cache", choices=[mode.name.lower() for mode in CacheMode], default="writeback", help="default: writeback")
+    add("--num-queues", metavar="N", type=_num_queues, default=DEFAULT_QUEUES, help=f"default: {DEFAULT_QUEUES}")
+    add("--serial", metavar="TEXT", type=_serial, default="", help=f"what the guest sees, up to {SERIAL_MAX} bytes")
+    add("--lazy-refcounts", choices=["on", "off", "image"], default="image", help="default: as the image says")
+    add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
+    add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
+    add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")
+    return parser
+
+
+def _non_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def _integer(text: str, noun: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
+    return int(text)
+
+
+def _fd(text: str) -> int:
+    number = _integer(text, "a file descriptor")
+    if number >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{number} is not a file descriptor")
+    return number
+
+
+def _num_queues(text: str) -> int:
+    number = _integer(text, "a number of queues")
+    if not 1 <= number <= QUEUES_MAX:
+        raise argparse.ArgumentTypeError(f"{number} is not between 1 and {QUEUES_MAX}")
+    return number
+
+
+def _serial(text: str) -> str:
+    length = len(text.encode(errors="surrogateescape"))
+    if length > SERIAL_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} has {length} bytes, the limit is {SERIAL_MAX}")
+    return text
+
+
+def _cache_size(text: str) -> int:
+    shift = SUFFIXES.get(text[-1:].lower(), 0)
+    digits = text[:-1] if shift else text
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32M")
+    nbytes = int(digits) << shift
+    if not CACHE_SIZE_MIN <= nbytes <= CACHE_SIZE_MAX:
+        raise argparse.ArgumentTypeError(f"{nbytes} bytes are not between {CACHE_SIZE_MIN} and {CACHE_SIZE_MAX}")
+    return nbytes
