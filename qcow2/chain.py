@@ -48,9 +48,14 @@ class Chain:
         return run(Image.open(file, backing=backing, options=options))
 
     def _open_file(self, path: str, *, writable: bool) -> HostFile:
-        file = HostFile.open(path, writable=writable)
-        self.files.append(file)
-        lock_image(file.fd, path, writable=writable)
+        way = " -> ".join(self._way_to(path))
+        try:
+            file = HostFile.open(path, writable=writable)
+            self.files.append(file)
+            lock_image(file.fd, path, writable=writable)
+        except OSError as error:
+            error.filename = way
+            raise
         return file
 
     def _open_backing(self, file: HostFile, header: Header, options: OpenOptions) -> Image | RawImage | None:
@@ -62,10 +67,7 @@ class Chain:
         path = backing_path(file.path, header.backing_name)
         self._refuse_cycle(file, path)
         below = OpenOptions(cache_size=options.cache_size)
-        try:
-            return self.open(path, header.backing_format, below)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, " -> ".join(self._way_to(path))) from error
+        return self.open(path, header.backing_format, below)
 
     def _way_to(self, path: str) -> list[str]:
         names = [file.path for file in self.files]
