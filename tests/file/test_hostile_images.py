@@ -1,0 +1,162 @@
+"""No image, however crafted, makes a visitor crash, hang or take memory without bound: it is read, or refused.
+
+The visitor lives in 1 GiB of address space and has ten seconds an image; see `tests.visitor`.
+"""
+
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.builder import Built, Recipe, build
+from tests.builder.record import BACKING_FORMAT, COMPRESSED, COPIED, EXTENDED_L2, HEADER_FIELDS, LAZY_REFCOUNTS
+from tests.visitor import Visit, visit
+
+READERS = ["read", "check", "info", "map", "dump-header"]
+WRITERS = ["write", "repair"]
+EDGES = [0, 1, 2, 7, 8, 9, 22, 31, 32, 63, 64, 511, 512, 513, 65535, 65536, 65537, 1 << 20, (1 << 31) - 1, 1 << 31]
+WIDE_EDGES = [1 << 32, (1 << 32) + 65536, 1 << 55, 1 << 56, (1 << 62) - 1, 1 << 62, 1 << 63, (1 << 64) - 512]
+
+
+def victim(path: Path, *, version: int = 3, seed: int = 0) -> Built:
+    """A small image with something of everything."""
+    rng = random.Random(seed)
+    recipe = Recipe(size=600 * 4096, cluster_bits=12, version=version, layout="scattered", seed=seed)
+    recipe.extensions = [(BACKING_FORMAT, b"raw"), (0xCAFE, b"unknown")]
+    recipe.compatible = LAZY_REFCOUNTS if version == 3 else 0
+    for index in range(30):
+        recipe.data(index, rng.randbytes(64))
+    for index in range(30, 40):
+        recipe.compressed(index, rng.randbytes(1000), skip=index % 5)
+    if version == 3:
+        recipe.zero(41)
+        recipe.preallocated_zero(42, b"hidden")
+    recipe.data(599, b"last")
+    recipe.snapshot("kept")
+    recipe.data(3, b"newer")
+    return build(recipe, path)
+
+
+def no_visit_failed(visits: list[Visit]) -> None:
+    """Done or refused; a refusal is one line that names the image."""
+    failed = [visit for visit in visits if visit.end == "failed"]
+    assert not failed, f"{len(failed)} of {len(visits)}: {failed[0].path}\n{failed[0].text}"
+    for one in visits:
+        if one.end == "refused":
+            assert Path(one.path).name in one.text, one
+
+
+def images(tmp_path: Path, damages: Iterator[tuple[str, Callable[[Built], None]]]) -> list[Path]:
+    paths = []
+    for name, damage in damages:
+        built = victim(tmp_path / name)
+        damage(built)
+        paths.append(built.path)
+    return paths
+
+
+def header_damages() -> Iterator[tuple[str, Callable[[Built], None]]]:
+    for field, (_, code) in HEADER_FIELDS.items():
+        limit = 8 * struct.calcsize(">" + code)
+        for value in [*EDGES, *WIDE_EDGES, (1 << limit) - 1]:
+            if value < 1 << limit:
+                yield f"{field}-{value:x}", lambda built, f=field, v=value: built.set_header(**{f: v})
+
+
+def table_damages() -> Iterator[tuple[str, Callable[[Built], None]]]:
+    entries = [*EDGES, *WIDE_EDGES, (1 << 64) - 1]
+    entries += [COPIED | 4096, COPIED, 4096 | 1, COMPRESSED, COMPRESSED | 0x3FFF_FFFF_FFFF_FFFF, COMPRESSED | 1]
+    for entry in entries:
+        yield f"l1-{entry:x}", lambda built, e=entry: built.set_l1(0, e)
+        yield f"l2-{entry:x}", lambda built, e=entry: built.set_l2(3, e)
+        yield f"reftable-{entry:x}", lambda built, e=entry: built.set_refcount_table(0, e)
+    own = [
+        ("l1-to-header", lambda built: built.set_l1(0, COPIED | 0)),
+        ("l1-to-l1", lambda built: built.set_l1(0, COPIED | built.l1_offset)),
+        ("l1-twice", lambda built: built.set_l1(0, COPIED | built.l2_offsets[1])),
+        ("l2-to-l2", lambda built: built.set_l2(3, COPIED | built.l2_offsets[0])),
+        ("l2-to-l1", lambda built: built.set_l2(3, COPIED | built.l1_offset)),
+        ("l2-to-reftable", lambda built: built.set_l2(3, COPIED | built.refcount_table_offset)),
+        ("l2-twice", lambda built: built.set_l2(5, built.l2(6))),
+        ("reftable-to-itself", lambda built: built.set_refcount_table(0, built.refcount_table_offset)),
+        ("reftable-to-l1", lambda built: built.set_refcount_table(0, built.l1_offset)),
+    ]
+    yield from own
+
+
+def snapshot_damages() -> Iterator[tuple[str, Callable[[Built], None]]]:
+    def damage(built: Built, at: int, code: str, value: int) -> None:
+        start = struct.unpack(">Q", built.peek(HEADER_FIELDS["snapshots_offset"][0], 8))[0]
+        built.poke(start + at, struct.pack(">" + code, value))
+
+    for name, at, code in [("l1", 0, "Q"), ("l1size", 8, "I"), ("id", 12, "H"), ("name", 14, "H"), ("extra", 36, "I")]:
+        for value in [0, 1, 512, 65535, (1 << 31) - 1, (1 << 32) - 1, (1 << 63) | 4096]:
+            if value < 1 << 8 * struct.calcsize(code):
+                yield f"snapshot-{name}-{value:x}", lambda b, a=at, c=code, v=value: damage(b, a, c, v)
+
+
+def truncations() -> Iterator[tuple[str, Callable[[Built], None]]]:
+    for nbytes in [0, 1, 4, 71, 72, 103, 104, 112, 511, 4095, 4096, 4097, 8192, 20000, 65536, 100_000]:
+        yield f"truncated-{nbytes}", lambda built, n=nbytes: built.truncate(n)
+
+
+def splashes(count: int) -> Iterator[tuple[str, Callable[[Built], None]]]:
+    """Random bytes over random places of the metadata."""
+
+    def splash(built: Built, seed: int) -> None:
+        rng = random.Random(seed)
+        tables = [0, 0, built.l1_offset, built.refcount_table_offset]
+        tables += [*built.l2_offsets.values(), *built.refcount_block_offsets.values()]
+        for _ in range(rng.randrange(1, 12)):
+            built.poke(rng.choice(tables) + rng.randrange(256), rng.randbytes(rng.choice([1, 1, 2, 8])))
+
+    for seed in range(count):
+        yield f"splash-{seed}", lambda built, s=seed: splash(built, s)
+
+
+DAMAGES = {
+    "header fields": header_damages,
+    "tables": table_damages,
+    "snapshot table": snapshot_damages,
+    "truncation": truncations,
+    "splashes": lambda: splashes(120),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("action", READERS)
+def test_reading_ends_well(tmp_path: Path, action: str, damage: str) -> None:
+    no_visit_failed(visit(action, images(tmp_path, DAMAGES[damage]())))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("action", WRITERS)
+def test_writing_ends_well(tmp_path: Path, action: str, damage: str) -> None:
+    no_visit_failed(visit(action, images(tmp_path, DAMAGES[damage]())))
+
+
+def test_an_extension_longer_than_the_cluster_is_refused(tmp_path: Path) -> None:
+    built = victim(tmp_path / "a")
+    built.poke(116, struct.pack(">I", 0xFFFF_FFF0))
+    (one,) = visit("read", [built.path])
+    assert one.end == "refused"
+
+
+def test_an_enormous_disk_without_tables_reads_as_zeros(tmp_path: Path) -> None:
+    """The largest disk an L1 table of 32 MiB can map; nothing may be sized by it."""
+    size = (32 << 20) // 8 * (1 << 18) * (1 << 21)
+    recipe = Recipe(size=1 << 40, cluster_bits=21)
+    build(recipe, tmp_path / "a").set_header(size=min(size, (1 << 63) - 512))
+    (one,) = visit("read", [tmp_path / "a"])
+    assert one.end == "refused"
+    build(recipe, tmp_path / "b")
+    (one,) = visit("read", [tmp_path / "b"])
+    assert one.end == "done"
+
+
+def test_extended_l2_is_refused_by_name(tmp_path: Path) -> None:
+    build(Recipe(size=1 << 20, incompatible=EXTENDED_L2), tmp_path / "a")
+    (one,) = visit("write", [tmp_path / "a"])
+    assert "extended L2" in one.text

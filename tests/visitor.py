@@ -1,0 +1,123 @@
+"""Visits images that may be hostile, in a process with little memory and little time, and says how each visit ended.
+
+`python -m tests.visitor ACTION IMAGE...` prints one JSON object an image: its path, how it ended ("done", "refused" or
+"failed") and a line of text. A crash or a hang of the process names the image by being the first one missing.
+"""
+
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+ADDRESS_SPACE = 1 << 30
+SECONDS = 10
+PROBE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Visit:
+    """How one visit ended."""
+
+    path: str
+    end: str
+    text: str
+
+
+def visit(action: str, paths: Sequence[Path]) -> list[Visit]:
+    """Visit each image for *action*, one of `ACTIONS`, in a process of its own."""
+    command = [sys.executable, "-m", "tests.visitor", action, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + len(paths))
+    visits = [Visit(**json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(visits) == len(paths), (
+        f"{action} of {paths[len(visits)]}: exit {done.returncode}: {done.stderr[-2000:]}, after {visits[-1:]}"
+    )
+    return visits
+
+
+def _places(size: int) -> list[int]:
+    """Where to look on a disk that may claim to be enormous."""
+    spread = [size // 8 * eighth for eighth in range(8)]
+    near = list(range(0, min(size, 64 * PROBE), PROBE))
+    return sorted(
+        {min(place // 512 * 512, max(size - PROBE, 0)) for place in [*near, *spread, size - PROBE] if place >= 0}
+    )
+
+
+def read(path: str) -> None:
+    import qcow2
+
+    with qcow2.open(path) as disk:
+        for place in _places(disk.size):
+            disk.read(place, min(PROBE, disk.size - place))
+
+
+def write(path: str) -> None:
+    import qcow2
+
+    with qcow2.open(path, writable=True) as disk:
+        for number, place in enumerate(_places(disk.size)):
+            nbytes = min(PROBE, disk.size - place)
+            match number % 3:
+                case 0:
+                    disk.write(place + nbytes // 3, b"\xa5" * (nbytes // 3))
+                case 1:
+                    disk.write_zeroes(place, nbytes, unmap=True)
+                case 2:
+                    disk.discard(place, nbytes)
+        disk.flush()
+
+
+def _tool(*arguments: str) -> Callable[[str], None]:
+    def run(path: str) -> None:
+        from qcow2.tool import main
+
+        said, complained = io.StringIO(), io.StringIO()
+        with redirect_stdout(said), redirect_stderr(complained):
+            status = main([*arguments, path])
+        if status:
+            raise OSError(f"exit {status}: {complained.getvalue() or said.getvalue()[-200:]}")
+
+    return run
+
+
+ACTIONS: dict[str, Callable[[str], None]] = {
+    "read": read,
+    "write": write,
+    "check": _tool("check"),
+    "repair": _tool("check", "-r", "all"),
+    "info": _tool("info"),
+    "map": _tool("map", "--output=json"),
+    "dump-header": _tool("dump-header"),
+}
+
+
+def _end_of(action: str, path: str) -> Visit:
+    import qcow2
+
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        ACTIONS[action](path)
+        return Visit(path, "done", "")
+    except (OSError, qcow2.ImageError) as error:
+        return Visit(path, "refused", str(error))
+    except BaseException:
+        return Visit(path, "failed", traceback.format_exc())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main(action: str, *paths: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    for path in paths:
+        print(json.dumps(vars(_end_of(action, path))), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
