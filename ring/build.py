@@ -8,7 +8,17 @@ from cffi import FFI
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wshadow", "-Wno-unused-parameter", "-fno-strict-aliasing"]
+FLAGS = [
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-O2",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Wno-unused-parameter",
+    "-fno-strict-aliasing",
+]
 
 
 def emit_wrapper(module: str, target: Path) -> None:

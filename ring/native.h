@@ -1,2 +1,8 @@
+/* What the cffi wrapper of the data plane includes. */
 #pragma once
-int ring_native_abi(void);
+
+#include "ring/driver.h"
+#include "ring/identity.h"
+#include "ring/memory.h"
+#include "ring/worker.h"
+#include "virtio/block.h"

@@ -328,7 +328,6 @@ class Worker:
         os.eventfd_write(self._control, 1)  # open: `_drain` waits for what is being computed
 
     def _run_computed(self) -> None:
-        os.eventfd_read(self._control)
         while self._computed:
             self._computed.popleft()()
             self._computing -= 1

@@ -1,0 +1,110 @@
+/* Group commit and grace: lines of waiters that one fdatasync, or one epoch, serves together. */
+#include <errno.h>
+#include <stddef.h>
+
+#include "ring/worker.h"
+
+static void serve(struct worker *worker, struct waiter *waiter, int result)
+{
+    if (waiter->request)
+        worker->device->end(worker->device, worker, waiter->request, result);
+    else
+        worker_tell(worker, (struct worker_event){.kind = EVENT_DONE, .result = result, .id = waiter->operation});
+}
+
+static void serve_line(struct worker *worker, struct line *line, int result)
+{
+    for (struct waiter *waiter; (waiter = line_leave(line));)
+        serve(worker, waiter, result);
+}
+
+static void join(struct worker *worker, uint32_t slot, struct waiter *waiter)
+{
+    struct file *file = &worker->files[slot];
+
+    worker->counters->sync_waiters++;
+    if (file->error)
+        serve(worker, waiter, -EIO);
+    else if (!file->syncs)
+        serve(worker, waiter, 0);
+    else
+        line_join(&file->waiting, waiter);
+}
+
+void request_sync(struct worker *worker, struct request *request, uint32_t slot)
+{
+    join(worker, slot, &request->waiter);
+}
+
+int worker_sync(struct worker *worker, uint32_t slot)
+{
+    int number = worker_has_slot(worker, slot) ? operation_begin(worker) : -EBADF;
+
+    if (number >= 0)
+        join(worker, slot, &worker->operations[number].waiter);
+    return number;
+}
+
+/* Whoever waits now is served by a sync that starts now: after they joined. */
+static void start(struct worker *worker, uint32_t slot)
+{
+    struct file *file = &worker->files[slot];
+    struct io_uring_sqe *entry = uring_entry(&worker->uring);
+
+    if (!entry)
+        return; /* they go on waiting; the next round tries again */
+    io_uring_prep_fsync(entry, file->fd, IORING_FSYNC_DATASYNC);
+    io_uring_sqe_set_data64(entry, tagged(TAG_SYNC, slot, 0));
+    line_move(&file->served, &file->waiting);
+    file->syncing = true;
+    worker->submitted++;
+    worker->counters->syncs++;
+}
+
+void commits_start(struct worker *worker)
+{
+    for (uint32_t slot = 0; slot < worker->file_count; slot++)
+        if (worker->files[slot].waiting.first && !worker->files[slot].syncing)
+            start(worker, slot);
+}
+
+void commit_completed(struct worker *worker, uint32_t slot, int result)
+{
+    struct file *file = &worker->files[slot];
+
+    worker->submitted--;
+    worker->progress = true;
+    file->syncing = false;
+    if (result < 0) {
+        /* The kernel may have marked the lost pages clean, so a later sync that succeeds proves nothing. */
+        file->error = -result;
+        worker_tell(worker, (struct worker_event){.kind = EVENT_SYNC_FAILED, .result = result, .id = slot});
+        serve_line(worker, &file->waiting, -EIO);
+    }
+    serve_line(worker, &file->served, result < 0 ? -EIO : 0);
+}
+
+int worker_grace(struct worker *worker)
+{
+    int number = operation_begin(worker);
+
+    if (number >= 0)
+        line_join(&worker->grace.waiting, &worker->operations[number].waiter);
+    return number;
+}
+
+void grace_advance(struct worker *worker)
+{
+    struct grace *grace = &worker->grace;
+
+    for (;;) {
+        if (grace->running && grace->in_flight[!grace->epoch])
+            return;
+        serve_line(worker, &grace->served, 0);
+        grace->running = grace->waiting.first != NULL;
+        if (!grace->running)
+            return;
+        line_move(&grace->served, &grace->waiting);
+        grace->epoch = !grace->epoch;
+    }
+}

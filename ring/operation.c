@@ -1,0 +1,414 @@
+/* Operations: transfers that are carried through until complete or failed. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <stddef.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+#include "ring/pieces.h"
+#include "ring/worker.h"
+
+#define ZEROS_NBYTES 65536
+#define SUBMISSION_NBYTES (1u << 30) /* a result is an int */
+
+static const uint8_t zeros[ZEROS_NBYTES] __attribute__((aligned(4096)));
+
+int operation_begin(struct worker *worker)
+{
+    uint32_t number = worker->free_operation;
+    struct operation *operation = &worker->operations[number];
+
+    if (number == WORKER_OPERATIONS)
+        return -EBUSY;
+    worker->free_operation = operation->next;
+    worker->free_operations--;
+    *operation = (struct operation){.verb = VERB_WAIT, .waiter.operation = number};
+    return number;
+}
+
+void operation_free(struct worker *worker, uint32_t number)
+{
+    worker->operations[number].next = worker->free_operation;
+    worker->free_operation = number;
+    worker->free_operations++;
+}
+
+static void end(struct worker *worker, uint32_t number, int result)
+{
+    struct operation *operation = &worker->operations[number];
+    struct request *request = operation->request;
+
+    worker->grace.in_flight[operation->epoch]--;
+    worker->progress = true;
+    if (!request) {
+        worker_tell(worker, (struct worker_event){.kind = EVENT_DONE, .result = result, .id = number});
+        return;
+    }
+    operation_free(worker, number);
+    request_release(worker, request, result);
+}
+
+/* A cursor over the pieces of an operation, past what is done already. */
+struct gather {
+    struct iovec *iovecs; /* NULL: only count */
+    uint32_t count;
+    uint32_t limit;
+    uint64_t nbytes;
+};
+
+static bool add(struct gather *gather, void *address, uint64_t nbytes)
+{
+    uint64_t room = SUBMISSION_NBYTES - gather->nbytes;
+    uint64_t run = nbytes < room ? nbytes : room;
+
+    if (gather->count == gather->limit || run == 0)
+        return false;
+    if (gather->iovecs)
+        gather->iovecs[gather->count] = (struct iovec){address, run};
+    gather->count++;
+    gather->nbytes += run;
+    return run == nbytes;
+}
+
+static bool add_zeros(struct gather *gather, uint64_t nbytes)
+{
+    while (nbytes) {
+        uint64_t run = nbytes < ZEROS_NBYTES ? nbytes : ZEROS_NBYTES;
+        if (!add(gather, (void *)(uintptr_t)zeros, run))
+            return false;
+        nbytes -= run;
+    }
+    return true;
+}
+
+static bool add_guest(struct gather *gather, const struct request *request, uint64_t start, uint64_t nbytes)
+{
+    struct piece_walk walk = pieces_walk(request->data, start, nbytes);
+    struct iovec stretch;
+
+    while (pieces_next(&walk, &stretch))
+        if (!add(gather, stretch.iov_base, stretch.iov_len))
+            return false;
+    return true;
+}
+
+/* Collect what comes next. -ESTALE: a request was finished under its own transfer. */
+static int gather_pieces(struct worker *worker, const struct operation *operation, struct gather *gather)
+{
+    uint64_t skip = operation->progress;
+
+    for (uint32_t i = 0; i < operation->piece_count; i++) {
+        const struct piece *piece = &operation->pieces[i];
+        uint64_t nbytes = piece->nbytes - skip, start = piece->start + skip;
+        bool whole;
+
+        if (skip >= piece->nbytes) {
+            skip -= piece->nbytes;
+            continue;
+        }
+        skip = 0;
+        if (piece->source == PIECE_HOST) {
+            whole = add(gather, (void *)(uintptr_t)start, nbytes);
+        } else if (piece->source == PIECE_ZEROS) {
+            whole = add_zeros(gather, nbytes);
+        } else {
+            struct request *request = worker_request(worker, piece->source);
+            if (!request)
+                return -ESTALE;
+            whole = add_guest(gather, request, start, nbytes);
+        }
+        if (!whole)
+            break;
+    }
+    return 0;
+}
+
+static bool is_aligned(const struct file *file, uint64_t host_offset, const struct gather *gather)
+{
+    if ((host_offset | gather->nbytes) & (file->offset_align - 1))
+        return false;
+    for (uint32_t i = 0; i < gather->count; i++)
+        if (((uintptr_t)gather->iovecs[i].iov_base & (file->memory_align - 1)) ||
+            (gather->iovecs[i].iov_len & (file->offset_align - 1)))
+            return false;
+    return true;
+}
+
+static void prepare_transfer(struct io_uring_sqe *entry, struct operation *operation, const struct file *file,
+                             const struct gather *gather)
+{
+    uint64_t host_offset = operation->host_offset + operation->progress;
+    const struct iovec *iovecs = gather->iovecs;
+    int fd;
+
+    operation->direct = operation->data && file->direct_fd >= 0 && is_aligned(file, host_offset, gather);
+    fd = operation->direct ? file->direct_fd : file->fd;
+    if (operation->verb == VERB_READ && gather->count == 1)
+        io_uring_prep_read(entry, fd, iovecs->iov_base, iovecs->iov_len, host_offset);
+    else if (operation->verb == VERB_READ)
+        io_uring_prep_readv(entry, fd, iovecs, gather->count, host_offset);
+    else if (gather->count == 1)
+        io_uring_prep_write(entry, fd, iovecs->iov_base, iovecs->iov_len, host_offset);
+    else
+        io_uring_prep_writev(entry, fd, iovecs, gather->count, host_offset);
+}
+
+/* -> 0, -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
+static int submit_transfer(struct worker *worker, uint32_t number)
+{
+    struct operation *operation = &worker->operations[number];
+    struct gather count = {.limit = UIO_MAXIOV}, gather = {.limit = UIO_MAXIOV};
+    struct iovec single;
+    struct io_uring_sqe *entry;
+    int result = gather_pieces(worker, operation, &count);
+
+    if (result < 0)
+        return result;
+    gather.iovecs = count.count == 1 ? &single : uring_iovecs(&worker->uring, count.count);
+    if (!gather.iovecs)
+        return -EAGAIN;
+    gather_pieces(worker, operation, &gather);
+    entry = uring_entry(&worker->uring);
+    if (!entry)
+        return -EAGAIN;
+    prepare_transfer(entry, operation, &worker->files[operation->slot], &gather);
+    io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
+    return 0;
+}
+
+static int submit_zero(struct worker *worker, uint32_t number)
+{
+    const struct operation *operation = &worker->operations[number];
+    int how = operation->verb == VERB_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+    struct io_uring_sqe *entry = uring_entry(&worker->uring);
+
+    if (!entry)
+        return -EAGAIN;
+    io_uring_prep_fallocate(entry, worker->files[operation->slot].fd, how | FALLOC_FL_KEEP_SIZE,
+                            operation->host_offset, operation->nbytes);
+    io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
+    return 0;
+}
+
+/* Hand it to the kernel, for the first time or to go on. */
+static void submit(struct worker *worker, uint32_t number)
+{
+    struct operation *operation = &worker->operations[number];
+    bool is_transfer = operation->verb == VERB_READ || operation->verb == VERB_WRITE;
+    int result;
+
+    if (operation->verb != VERB_READ && worker->files[operation->slot].error) {
+        end(worker, number, -EIO);
+        return;
+    }
+    if (operation->progress == operation->nbytes) {
+        end(worker, number, 0);
+        return;
+    }
+    result = is_transfer ? submit_transfer(worker, number) : submit_zero(worker, number);
+    if (result == 0) {
+        worker->submitted++;
+    } else if (result == -EAGAIN) {
+        operation->next = worker->stalled;
+        worker->stalled = number;
+    } else {
+        end(worker, number, result);
+    }
+}
+
+void operations_retry(struct worker *worker)
+{
+    uint32_t number = worker->stalled;
+
+    worker->stalled = WORKER_OPERATIONS;
+    while (number != WORKER_OPERATIONS) {
+        uint32_t next = worker->operations[number].next;
+        submit(worker, number);
+        number = next;
+    }
+}
+
+static void begin(struct worker *worker, uint32_t number, enum verb verb, uint32_t slot, uint64_t host_offset,
+                  uint64_t nbytes)
+{
+    struct operation *operation = &worker->operations[number];
+
+    operation->verb = verb;
+    operation->slot = slot;
+    operation->host_offset = host_offset;
+    operation->nbytes = nbytes;
+    operation->epoch = worker->grace.epoch;
+    worker->grace.in_flight[operation->epoch]++;
+    submit(worker, number);
+}
+
+static void begin_piece(struct worker *worker, uint32_t number, uint32_t flags, uint32_t slot, uint64_t host_offset,
+                        struct piece piece)
+{
+    struct operation *operation = &worker->operations[number];
+
+    operation->piece = piece;
+    operation->pieces = &operation->piece;
+    operation->piece_count = 1;
+    operation->data = flags & TRANSFER_DATA;
+    begin(worker, number, flags & TRANSFER_WRITE ? VERB_WRITE : VERB_READ, slot, host_offset, piece.nbytes);
+}
+
+void request_transfer(struct worker *worker, struct request *request, bool is_write, uint32_t slot,
+                      uint64_t host_offset, uint64_t start, uint64_t nbytes)
+{
+    uint32_t number = operation_begin(worker); /* fetching left WORKER_TRANSFERS_MIN free */
+    uint32_t flags = TRANSFER_DATA | (is_write ? TRANSFER_WRITE : TRANSFER_READ);
+
+    request->parts++;
+    worker->operations[number].request = request;
+    begin_piece(worker, number, flags, slot, host_offset, (struct piece){request_id(request), start, nbytes});
+}
+
+/* -> 0 if the piece is inside what it names. */
+static int check_piece(struct worker *worker, const struct piece *piece)
+{
+    const struct request *request;
+
+    if (piece->source == PIECE_HOST)
+        return 0;
+    request = worker_request(worker, piece->source);
+    if (!request || request->state != REQUEST_IN_PYTHON)
+        return -ESTALE;
+    if (piece->start > request->nbytes || piece->nbytes > request->nbytes - piece->start || !request->data)
+        return -EINVAL;
+    return 0;
+}
+
+int worker_transfer(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset, uint64_t source,
+                    uint64_t start, uint64_t nbytes)
+{
+    struct piece piece = {source, start, nbytes};
+    int number = worker_has_slot(worker, slot) ? check_piece(worker, &piece) : -EBADF;
+
+    if (number == 0)
+        number = operation_begin(worker);
+    if (number >= 0)
+        begin_piece(worker, number, flags, slot, host_offset, piece);
+    return number;
+}
+
+int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
+                           const struct piece *pieces, uint32_t count)
+{
+    uint64_t nbytes = 0;
+    int number = worker_has_slot(worker, slot) ? 0 : -EBADF;
+
+    for (uint32_t i = 0; i < count && number == 0; nbytes += pieces[i++].nbytes)
+        number = check_piece(worker, &pieces[i]);
+    if (number == 0)
+        number = operation_begin(worker);
+    if (number < 0)
+        return number;
+    worker->operations[number].pieces = pieces;
+    worker->operations[number].piece_count = count;
+    worker->operations[number].data = flags & TRANSFER_DATA;
+    begin(worker, number, flags & TRANSFER_WRITE ? VERB_WRITE : VERB_READ, slot, host_offset, nbytes);
+    return number;
+}
+
+int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)
+{
+    int number = worker_has_slot(worker, slot) ? operation_begin(worker) : -EBADF;
+
+    if (number >= 0)
+        begin(worker, number, VERB_PUNCH, slot, host_offset, nbytes);
+    return number;
+}
+
+/* Zeros are written where the host can do nothing better, up to the end of the file: past it they are there. */
+static void write_zeros(struct worker *worker, uint32_t number)
+{
+    struct operation *operation = &worker->operations[number];
+    struct stat st;
+
+    if (fstat(worker->files[operation->slot].fd, &st) < 0) {
+        end(worker, number, -errno);
+        return;
+    }
+    if (S_ISREG(st.st_mode)) {
+        uint64_t size = st.st_size;
+        uint64_t left = operation->host_offset < size ? size - operation->host_offset : 0;
+        operation->nbytes = operation->nbytes < left ? operation->nbytes : left;
+    }
+    operation->verb = VERB_WRITE;
+    operation->piece = (struct piece){PIECE_ZEROS, 0, operation->nbytes};
+    operation->pieces = &operation->piece;
+    operation->piece_count = 1;
+    submit(worker, number);
+}
+
+static void zero_completed(struct worker *worker, uint32_t number, int result)
+{
+    struct operation *operation = &worker->operations[number];
+    bool cannot = result == -EOPNOTSUPP || result == -ENOSYS || result == -EINVAL || result == -ENODEV;
+
+    if (!cannot) {
+        end(worker, number, result);
+    } else if (operation->verb == VERB_PUNCH) {
+        operation->verb = VERB_ZERO_RANGE;
+        submit(worker, number);
+    } else {
+        write_zeros(worker, number);
+    }
+}
+
+/* What is past the end of the file reads as zeros. */
+static void zero_rest(struct worker *worker, struct operation *operation)
+{
+    uint64_t skip = operation->progress;
+
+    for (uint32_t i = 0; i < operation->piece_count; i++) {
+        const struct piece *piece = &operation->pieces[i];
+        struct request *request;
+
+        if (skip >= piece->nbytes) {
+            skip -= piece->nbytes;
+            continue;
+        }
+        if (piece->source == PIECE_HOST)
+            memset((uint8_t *)(uintptr_t)piece->start + skip, 0, piece->nbytes - skip);
+        else if ((request = worker_request(worker, piece->source)))
+            pieces_clear(request->data, piece->start + skip, piece->nbytes - skip);
+        skip = 0;
+    }
+}
+
+static void transfer_completed(struct worker *worker, uint32_t number, int result)
+{
+    struct operation *operation = &worker->operations[number];
+
+    if (result == -EINVAL && operation->direct) {
+        operation->data = false; /* the file system wants more alignment than it says */
+        submit(worker, number);
+    } else if (result < 0) {
+        end(worker, number, result);
+    } else if (result == 0 && operation->verb == VERB_READ) {
+        zero_rest(worker, operation);
+        end(worker, number, 0);
+    } else if (result == 0) {
+        end(worker, number, -EIO);
+    } else {
+        operation->progress += result;
+        submit(worker, number);
+    }
+}
+
+void operation_completed(struct worker *worker, uint32_t number, int result)
+{
+    const struct operation *operation = &worker->operations[number];
+
+    worker->submitted--;
+    if (result == -EINTR || result == -EAGAIN)
+        submit(worker, number);
+    else if (operation->verb == VERB_READ || operation->verb == VERB_WRITE)
+        transfer_completed(worker, number, result);
+    else
+        zero_completed(worker, number, result);
+}

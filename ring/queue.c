@@ -1,0 +1,372 @@
+/* The worker's queues: from the kick to the request, from the request to the call. */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "ring/worker.h"
+
+#define FETCH_MAX 128         /* chains of one queue before the others have their turn */
+#define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
+
+static bool is_served(const struct queue *queue)
+{
+    return queue->started && queue->enabled && queue->has_kick && !queue->draining && !queue->ring.fault;
+}
+
+static void activate(struct worker *worker, struct queue *queue)
+{
+    if (queue->active || !is_served(queue))
+        return;
+    queue->active = true;
+    worker->active[worker->active_count++] = queue;
+}
+
+static void deactivate(struct worker *worker, uint32_t position)
+{
+    worker->active[position]->active = false;
+    worker->active[position] = worker->active[--worker->active_count];
+}
+
+static void signal_fd(int fd)
+{
+    uint64_t one = 1;
+
+    /* A full or closed fd is the front-end's loss. */
+    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
+        return;
+}
+
+static void replace_fd(int *fd, int by)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = by;
+    if (by >= 0)
+        fcntl(by, F_SETFL, fcntl(by, F_GETFL) | O_NONBLOCK); /* the peer must not be able to block us */
+}
+
+static void break_queue(struct worker *worker, struct queue *queue, const char *fault)
+{
+    if (!queue->ring.fault)
+        queue->ring.fault = fault;
+    signal_fd(queue->err_fd);
+    worker_tell(worker, (struct worker_event){.kind = EVENT_BROKEN, .id = queue->index});
+}
+
+/* ---- requests ---- */
+
+bool worker_has_room(const struct worker *worker)
+{
+    return worker->free_operations >= WORKER_TRANSFERS_MIN && worker->free_long &&
+           worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
+}
+
+static void begin_request(struct worker *worker, struct queue *queue, const struct chain *chain)
+{
+    struct request *request = &queue->requests[chain->head];
+    uint32_t count = chain->readable_count + chain->writable_count;
+
+    request->waiter.request = request;
+    request->queue = queue;
+    request->head = chain->head;
+    request->state = REQUEST_BUSY;
+    request->generation++;
+    request->pieces = count <= INLINE_PIECES ? request->inline_pieces : worker->long_free[--worker->free_long];
+    memcpy(request->pieces, chain->pieces, count * sizeof(*chain->pieces));
+    request->readable_count = chain->readable_count;
+    request->writable_count = chain->writable_count;
+    request->readable_nbytes = chain->readable_nbytes;
+    request->writable_nbytes = chain->writable_nbytes;
+    request->data = NULL;
+    request->status = NULL;
+    request->type = request->flags = 0;
+    request->offset = request->nbytes = 0;
+    request->parts = 0;
+    request->error = 0;
+    request->synced = false;
+    queue->in_flight++;
+    worker->requests_in_flight++;
+    worker->counters->requests++;
+    worker->device->begin(worker->device, worker, request);
+}
+
+void request_complete(struct worker *worker, struct request *request, uint32_t nbytes)
+{
+    struct queue *queue = request->queue;
+
+    if (request->pieces != request->inline_pieces)
+        worker->long_free[worker->free_long++] = request->pieces;
+    request->state = REQUEST_FREE;
+    queue->in_flight--;
+    worker->requests_in_flight--;
+    virtqueue_push(&queue->ring, request->head, nbytes);
+    if (!queue->dirty) {
+        queue->dirty = true;
+        worker->dirty[worker->dirty_count++] = queue;
+    }
+}
+
+struct request *worker_request(struct worker *worker, uint64_t id)
+{
+    struct queue *queue = &worker->queues[id >> 16 & 0xff];
+    struct request *request;
+
+    if (!queue->requests || (id & 0xffff) >= queue->layout.size)
+        return NULL;
+    request = &queue->requests[id & 0xffff];
+    return request->state != REQUEST_FREE && request->generation == id >> 32 ? request : NULL;
+}
+
+/* ---- each round ---- */
+
+static void fetch(struct worker *worker, struct queue *queue)
+{
+    for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && worker_has_room(worker); count++) {
+        int result = virtqueue_pop(&queue->ring, &worker->memory, &worker->chain);
+
+        if (result == 0)
+            return;
+        worker->progress = true;
+        if (result > 0 && queue->requests[worker->chain.head].state != REQUEST_FREE) {
+            queue->ring.fault = "a head is posted again while it is in flight";
+            result = -EPROTO;
+        }
+        if (result < 0) {
+            break_queue(worker, queue, NULL);
+            return;
+        }
+        if (queue->armed) {
+            virtqueue_disarm(&queue->ring);
+            queue->armed = false;
+        }
+        begin_request(worker, queue, &worker->chain);
+    }
+}
+
+void queues_fetch(struct worker *worker)
+{
+    for (uint32_t i = 0; i < worker->active_count; i++)
+        fetch(worker, worker->active[i]);
+}
+
+static void publish(struct worker *worker, struct queue *queue)
+{
+    worker->counters->batches++;
+    if (virtqueue_publish(&queue->ring) && queue->call_fd >= 0) {
+        signal_fd(queue->call_fd);
+        worker->counters->calls++;
+    }
+}
+
+static void cancel_kick(struct worker *worker, struct queue *queue)
+{
+    struct io_uring_sqe *entry = queue->kick_fd >= 0 ? uring_entry(&worker->uring) : NULL;
+
+    if (entry) {
+        io_uring_prep_poll_remove(entry, tagged(TAG_KICK, queue->index, queue->kick_generation));
+        io_uring_sqe_set_data64(entry, TAG_NOTHING);
+    }
+    queue->kick_generation++;
+}
+
+static void finish_drain(struct worker *worker, struct queue *queue)
+{
+    uint16_t base = queue->started ? virtqueue_base(&queue->ring) : 0;
+
+    cancel_kick(worker, queue);
+    replace_fd(&queue->kick_fd, -1);
+    replace_fd(&queue->call_fd, -1);
+    free(queue->requests);
+    queue->requests = NULL;
+    queue->has_kick = queue->started = queue->draining = false;
+    worker_tell(worker, (struct worker_event){.kind = EVENT_DRAINED, .id = queue->index, .result = base});
+}
+
+void queues_publish(struct worker *worker)
+{
+    while (worker->dirty_count) {
+        struct queue *queue = worker->dirty[--worker->dirty_count];
+
+        queue->dirty = false;
+        publish(worker, queue);
+        worker->progress = true;
+        if (queue->draining && !queue->in_flight)
+            finish_drain(worker, queue);
+    }
+    if (worker->idle_owed && !worker->requests_in_flight) {
+        worker->idle_owed = false;
+        worker_tell(worker, (struct worker_event){.kind = EVENT_IDLE});
+    }
+}
+
+bool queues_arm(struct worker *worker)
+{
+    bool more = false;
+
+    for (uint32_t i = 0; i < worker->active_count;) {
+        struct queue *queue = worker->active[i];
+        bool available = is_served(queue) && virtqueue_arm(&queue->ring);
+
+        queue->armed = true;
+        more |= available;
+        if (is_served(queue) && (available || queue->in_flight || queue->kick_fd < 0))
+            i++;
+        else
+            deactivate(worker, i);
+    }
+    return more && worker_has_room(worker);
+}
+
+bool queues_poll(const struct worker *worker)
+{
+    for (uint32_t i = 0; i < worker->active_count; i++)
+        if (worker->active[i]->kick_fd < 0)
+            return true;
+    return false;
+}
+
+/* ---- kicks ---- */
+
+static void poll_kick(struct worker *worker, struct queue *queue)
+{
+    struct io_uring_sqe *entry = uring_entry(&worker->uring);
+
+    if (!entry) {
+        break_queue(worker, queue, "the kernel does not poll the kick");
+        return;
+    }
+    io_uring_prep_poll_multishot(entry, queue->kick_fd, POLLIN);
+    io_uring_sqe_set_data64(entry, tagged(TAG_KICK, queue->index, queue->kick_generation));
+}
+
+void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, int result, bool more)
+{
+    struct queue *queue = &worker->queues[index];
+    uint64_t count;
+
+    if (generation != queue->kick_generation)
+        return; /* of a kick that was replaced */
+    if (result < 0 || result & (POLLERR | POLLHUP | POLLNVAL)) {
+        break_queue(worker, queue, "the kick is not an eventfd, or is closed");
+        return;
+    }
+    /* Taken, so that the front-end does not find an old kick when it takes the fd back. */
+    if (read(queue->kick_fd, &count, sizeof(count)) > 0)
+        worker->counters->kicks++;
+    if (!more)
+        poll_kick(worker, queue);
+    activate(worker, queue);
+}
+
+/* ---- what Python says ---- */
+
+int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
+                       uint64_t driver_address, uint64_t device_address, uint32_t base, int event_idx)
+{
+    struct queue *queue = &worker->queues[index];
+    struct virtqueue_layout layout = {size, descriptor_address, driver_address, device_address, base, event_idx};
+    struct virtqueue ring;
+    int result;
+
+    if (index >= WORKER_QUEUES || base > UINT16_MAX)
+        return -EINVAL;
+    if (queue->started || queue->draining)
+        return -EBUSY;
+    result = virtqueue_init(&ring, &layout, &worker->memory);
+    if (result < 0)
+        return result;
+    queue->requests = calloc(size, sizeof(*queue->requests));
+    if (!queue->requests)
+        return -ENOMEM;
+    queue->ring = ring;
+    queue->layout = layout;
+    queue->started = true;
+    queue->armed = true; /* nobody asked the driver not to kick yet */
+    activate(worker, queue);
+    return 0;
+}
+
+int worker_set_kick(struct worker *worker, uint32_t index, int fd)
+{
+    struct queue *queue = &worker->queues[index];
+
+    if (index >= WORKER_QUEUES)
+        return -EINVAL;
+    cancel_kick(worker, queue);
+    replace_fd(&queue->kick_fd, fd);
+    queue->has_kick = true;
+    if (fd >= 0)
+        poll_kick(worker, queue);
+    activate(worker, queue);
+    return 0;
+}
+
+int worker_set_call(struct worker *worker, uint32_t index, int fd)
+{
+    if (index >= WORKER_QUEUES)
+        return -EINVAL;
+    replace_fd(&worker->queues[index].call_fd, fd);
+    signal_fd(fd);
+    return 0;
+}
+
+int worker_set_err(struct worker *worker, uint32_t index, int fd)
+{
+    if (index >= WORKER_QUEUES)
+        return -EINVAL;
+    replace_fd(&worker->queues[index].err_fd, fd);
+    return 0;
+}
+
+int worker_set_enabled(struct worker *worker, uint32_t index, int enabled)
+{
+    if (index >= WORKER_QUEUES)
+        return -EINVAL;
+    worker->queues[index].enabled = enabled;
+    activate(worker, &worker->queues[index]);
+    return 0;
+}
+
+int worker_drain_queue(struct worker *worker, uint32_t index)
+{
+    struct queue *queue = &worker->queues[index];
+
+    if (index >= WORKER_QUEUES)
+        return -EINVAL;
+    if (queue->draining)
+        return -EALREADY;
+    queue->draining = true;
+    if (!queue->in_flight && !queue->dirty)
+        finish_drain(worker, queue);
+    return 0;
+}
+
+const char *worker_queue_fault(struct worker *worker, uint32_t index)
+{
+    const char *fault = index < WORKER_QUEUES ? worker->queues[index].ring.fault : NULL;
+
+    return fault ? fault : "";
+}
+
+void worker_set_memory(struct worker *worker, const struct guest_memory *memory)
+{
+    worker->memory = *memory;
+    for (uint32_t i = 0; i < WORKER_QUEUES; i++) {
+        struct queue *queue = &worker->queues[i];
+        if (queue->started && virtqueue_relocate(&queue->ring, &queue->layout, &worker->memory) < 0)
+            break_queue(worker, queue, NULL);
+    }
+}
+
+void queue_close(struct worker *worker, struct queue *queue)
+{
+    cancel_kick(worker, queue);
+    replace_fd(&queue->kick_fd, -1);
+    replace_fd(&queue->call_fd, -1);
+    replace_fd(&queue->err_fd, -1);
+    free(queue->requests);
+}

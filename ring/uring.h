@@ -1,0 +1,31 @@
+/* io_uring, as one thread uses it. */
+#pragma once
+
+#include <liburing.h>
+#include <stdint.h>
+
+#define URING_ENTRIES 256
+#define URING_COMPLETIONS 4096
+#define URING_ARENA 8192 /* iovecs that live until they are submitted */
+
+struct uring {
+    struct io_uring ring;
+    struct iovec *arena;
+    uint32_t arena_used;
+};
+
+/* Open the ring on the thread that will use it. -> 0 or -errno. */
+int uring_init(struct uring *uring);
+void uring_deinit(struct uring *uring);
+
+/* A free submission entry; submits when there is none. NULL only if the kernel refuses to take any. */
+struct io_uring_sqe *uring_entry(struct uring *uring);
+
+/* Room for `count` <= 1024 iovecs, good until submitted. Call before uring_entry. */
+struct iovec *uring_iovecs(struct uring *uring, uint32_t count);
+
+/* Submit what is pending. -> 0 or -errno. */
+int uring_submit(struct uring *uring);
+
+/* Submit, and sleep until there is a completion, or `milliseconds` have passed if they are not 0. */
+int uring_wait(struct uring *uring, uint32_t milliseconds);

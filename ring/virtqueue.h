@@ -1,0 +1,83 @@
+/* A virtqueue, seen from the device: chains are popped, used elements pushed.
+ *
+ * Callers know nothing of the ring's format. Nothing the driver wrote is
+ * trusted: a ring that contradicts itself is broken (`fault` says how) and is
+ * not read any more.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "ring/memory.h"
+
+#define VIRTQUEUE_SIZE_MAX 1024
+#define CHAIN_DESCRIPTORS_MAX 1024 /* Linux posts indirect chains longer than the ring: no tighter bound holds */
+#define CHAIN_PIECES_MAX 2048      /* a descriptor may straddle regions */
+
+struct vring_desc;
+struct vring_avail;
+struct vring_used;
+
+struct virtqueue {
+    const struct vring_desc *descriptors;
+    struct vring_avail *driver;
+    struct vring_used *device;
+    uint16_t size;
+    bool event_idx;
+    uint16_t next_available; /* fetched so far, free-running */
+    uint16_t seen_available; /* the driver's index when last looked at */
+    uint16_t next_used;      /* filled so far, free-running */
+    uint16_t published_used; /* shown to the driver so far */
+    const char *fault;       /* NULL while the ring makes sense */
+};
+
+/* One chain, as host pieces: readable ones first. */
+struct chain {
+    uint16_t head;
+    uint32_t readable_count;
+    uint32_t writable_count;
+    uint64_t readable_nbytes;
+    uint64_t writable_nbytes;
+    struct iovec pieces[CHAIN_PIECES_MAX];
+};
+
+struct virtqueue_layout {
+    uint32_t size;
+    uint64_t descriptor_address; /* user addresses */
+    uint64_t driver_address;
+    uint64_t device_address;
+    uint16_t base;
+    bool event_idx;
+};
+
+/* -EINVAL: a size that is no power of two up to the limit, a misaligned address.
+ * -EFAULT: an address outside guest memory. */
+int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
+
+/* Find the ring again after the memory table changed. -EFAULT: it is gone. */
+int virtqueue_relocate(struct virtqueue *queue, const struct virtqueue_layout *layout,
+                       const struct guest_memory *memory);
+
+/* -> 1 and a chain, 0 if the driver posted nothing more, -EPROTO if the ring is broken. */
+int virtqueue_pop(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain);
+
+/* Fill a used element; the driver sees it at the next publication. At most one
+ * per popped chain, so the ring cannot overflow. */
+void virtqueue_push(struct virtqueue *queue, uint16_t head, uint32_t nbytes);
+
+/* Show the driver what was pushed. -> 1 if it wants to be called. */
+int virtqueue_publish(struct virtqueue *queue);
+
+/* Ask to be kicked. -> 1 if something was posted meanwhile: look before sleeping. */
+int virtqueue_arm(struct virtqueue *queue);
+
+/* Ask not to be kicked. */
+void virtqueue_disarm(struct virtqueue *queue);
+
+/* The index to go on from after the queue is drained. */
+static inline uint16_t virtqueue_base(const struct virtqueue *queue)
+{
+    return queue->next_available;
+}

@@ -1,0 +1,320 @@
+#include "ring/worker.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "ring/pieces.h"
+
+#define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
+
+/* ---- life ---- */
+
+static int poll_control(struct worker *worker)
+{
+    struct io_uring_sqe *entry = uring_entry(&worker->uring);
+
+    if (!entry)
+        return -EBUSY;
+    io_uring_prep_poll_multishot(entry, worker->control_fd, POLLIN);
+    io_uring_sqe_set_data64(entry, TAG_CONTROL);
+    return 0;
+}
+
+static void init_lists(struct worker *worker)
+{
+    for (uint32_t i = 0; i < WORKER_OPERATIONS; i++)
+        worker->operations[i].next = i + 1;
+    worker->free_operations = WORKER_OPERATIONS;
+    worker->stalled = WORKER_OPERATIONS;
+    for (uint32_t i = 0; i < LONG_PIECES; i++)
+        worker->long_free[i] = worker->long_pieces + (size_t)i * CHAIN_PIECES_MAX;
+    worker->free_long = LONG_PIECES;
+    for (uint32_t i = 0; i < WORKER_QUEUES; i++) {
+        worker->queues[i].index = i;
+        worker->queues[i].kick_fd = worker->queues[i].call_fd = worker->queues[i].err_fd = -1;
+    }
+    line_init(&worker->grace.waiting);
+    line_init(&worker->grace.served);
+}
+
+struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int *error)
+{
+    struct worker *worker = calloc(1, sizeof(*worker));
+    struct worker_event *events = calloc(WORKER_EVENTS, sizeof(*events));
+    struct iovec *long_pieces = calloc((size_t)LONG_PIECES * CHAIN_PIECES_MAX, sizeof(*long_pieces));
+    int result = worker && events && long_pieces ? uring_init(&worker->uring) : -ENOMEM;
+
+    if (result < 0) {
+        free(worker);
+        free(events);
+        free(long_pieces);
+        *error = -result;
+        return NULL;
+    }
+    worker->device = device;
+    worker->counters = counters;
+    worker->control_fd = control_fd;
+    worker->events = events;
+    worker->long_pieces = long_pieces;
+    init_lists(worker);
+    poll_control(worker);
+    return worker;
+}
+
+/* ---- events ---- */
+
+void worker_tell(struct worker *worker, struct worker_event event)
+{
+    /* Room for every operation, FETCH_EVENTS_MAX and a batch of requests, and a few for each queue and file. */
+    if (worker->event_count == WORKER_EVENTS)
+        abort();
+    worker->events[worker->event_count++] = event;
+}
+
+struct worker_event *worker_events(struct worker *worker)
+{
+    return worker->events;
+}
+
+/* Python has seen these: their operations may be used again. */
+static void forget_delivered(struct worker *worker)
+{
+    uint32_t left = worker->event_count - worker->delivered;
+
+    for (uint32_t i = 0; i < worker->delivered; i++)
+        if (worker->events[i].kind == EVENT_DONE)
+            operation_free(worker, worker->events[i].id);
+    memmove(worker->events, worker->events + worker->delivered, left * sizeof(*worker->events));
+    worker->event_count = left;
+    worker->delivered = 0;
+}
+
+/* ---- the loop ---- */
+
+static void control_signalled(struct worker *worker, bool more)
+{
+    uint64_t count;
+
+    if (read(worker->control_fd, &count, sizeof(count)) < 0)
+        count = 0; /* an earlier completion took it already */
+    if (!more)
+        poll_control(worker);
+    worker_tell(worker, (struct worker_event){.kind = EVENT_CONTROL});
+}
+
+static void dispatch(struct worker *worker, const struct io_uring_cqe *completion)
+{
+    uint64_t data = completion->user_data;
+    uint32_t number = data >> 8 & 0xffffff, generation = data >> 32;
+    bool more = completion->flags & IORING_CQE_F_MORE;
+
+    switch ((enum tag)(data & 0xff)) {
+    case TAG_OPERATION:
+        operation_completed(worker, number, completion->res);
+        break;
+    case TAG_SYNC:
+        commit_completed(worker, number, completion->res);
+        break;
+    case TAG_KICK:
+        queue_kicked(worker, number, generation, completion->res, more);
+        break;
+    case TAG_CONTROL:
+        control_signalled(worker, more);
+        break;
+    case TAG_NOTHING:
+        break;
+    }
+}
+
+static void reap(struct worker *worker)
+{
+    struct io_uring_cqe *completions[64];
+    unsigned count;
+
+    while ((count = io_uring_peek_batch_cqe(&worker->uring.ring, completions, 64))) {
+        worker->progress = true;
+        for (unsigned i = 0; i < count; i++) {
+            struct io_uring_cqe completion = *completions[i];
+            dispatch(worker, &completion);
+        }
+        io_uring_cq_advance(&worker->uring.ring, count);
+    }
+}
+
+static int round_once(struct worker *worker)
+{
+    worker->progress = false;
+    reap(worker);
+    operations_retry(worker);
+    queues_fetch(worker);
+    commits_start(worker);
+    grace_advance(worker);
+    queues_publish(worker);
+    return uring_submit(&worker->uring);
+}
+
+int worker_run(struct worker *worker)
+{
+    forget_delivered(worker);
+    for (;;) {
+        int result = round_once(worker);
+
+        if (result < 0)
+            return result;
+        if (worker->event_count)
+            break;
+        if (worker->progress || queues_arm(worker))
+            continue;
+        result = uring_wait(&worker->uring, queues_poll(worker) ? POLL_MILLISECONDS : 0);
+        if (result < 0)
+            return result;
+    }
+    worker->delivered = worker->event_count;
+    worker->counters->crossings++;
+    worker->counters->python_events += worker->event_count;
+    return worker->event_count;
+}
+
+void worker_destroy(struct worker *worker)
+{
+    while (worker->submitted) {
+        worker->event_count = worker->delivered = 0;
+        reap(worker);
+        if (uring_submit(&worker->uring) < 0 || (worker->submitted && uring_wait(&worker->uring, 0) < 0))
+            break;
+    }
+    for (uint32_t i = 0; i < WORKER_QUEUES; i++)
+        queue_close(worker, &worker->queues[i]);
+    uring_deinit(&worker->uring);
+    free(worker->events);
+    free(worker->long_pieces);
+    free(worker);
+}
+
+void worker_pause(struct worker *worker, int paused)
+{
+    worker->paused = paused;
+    worker->idle_owed = paused && worker->requests_in_flight;
+}
+
+uint32_t worker_requests_in_flight(struct worker *worker)
+{
+    return worker->requests_in_flight;
+}
+
+/* ---- files ---- */
+
+/* What O_DIRECT on this file wants; 4096 suits every disk that does not say. */
+static void query_alignment(struct file *file)
+{
+    struct statx stx;
+
+    file->memory_align = file->offset_align = 4096;
+#ifdef STATX_DIOALIGN
+    if (file->direct_fd >= 0 && statx(file->direct_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 &&
+        stx.stx_mask & STATX_DIOALIGN && stx.stx_dio_mem_align && stx.stx_dio_offset_align) {
+        file->memory_align = stx.stx_dio_mem_align;
+        file->offset_align = stx.stx_dio_offset_align;
+    }
+#else
+    (void)stx;
+#endif
+}
+
+int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
+{
+    struct file *file = &worker->files[worker->file_count];
+
+    if (worker->file_count == WORKER_FILES)
+        return -EMFILE;
+    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync};
+    line_init(&file->waiting);
+    line_init(&file->served);
+    query_alignment(file);
+    return worker->file_count++;
+}
+
+/* ---- requests ---- */
+
+void request_hold(struct request *request)
+{
+    request->parts++;
+}
+
+void request_release(struct worker *worker, struct request *request, int result)
+{
+    if (result < 0 && request->error == 0)
+        request->error = result;
+    if (--request->parts == 0)
+        worker->device->end(worker->device, worker, request, request->error);
+}
+
+void request_punt(struct worker *worker, struct request *request)
+{
+    request->state = REQUEST_IN_PYTHON;
+    worker->counters->python_requests++;
+    worker_tell(worker, (struct worker_event){
+                            .kind = EVENT_REQUEST,
+                            .id = request_id(request),
+                            .type = request->type,
+                            .flags = request->flags,
+                            .offset = request->offset,
+                            .nbytes = request->nbytes,
+                        });
+}
+
+/* -> 0 if [start, start + nbytes) of the request's data is Python's to touch. */
+static int find_data(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes, struct request **request)
+{
+    *request = worker_request(worker, id);
+    if (!*request || (*request)->state != REQUEST_IN_PYTHON)
+        return -ESTALE;
+    if (start > (*request)->nbytes || nbytes > (*request)->nbytes - start || !(*request)->data)
+        return -EINVAL;
+    return 0;
+}
+
+int worker_finish(struct worker *worker, uint64_t id, uint32_t status)
+{
+    struct request *request = worker_request(worker, id);
+
+    if (!request || request->state != REQUEST_IN_PYTHON)
+        return -ESTALE;
+    request->state = REQUEST_BUSY;
+    worker->device->end(worker->device, worker, request, status);
+    return 0;
+}
+
+int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, uint64_t nbytes)
+{
+    struct request *request;
+    int result = find_data(worker, id, start, nbytes, &request);
+
+    if (result == 0)
+        pieces_load(request->data, start, nbytes, to);
+    return result;
+}
+
+int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void *from, uint64_t nbytes)
+{
+    struct request *request;
+    int result = find_data(worker, id, start, nbytes, &request);
+
+    if (result == 0)
+        pieces_store(request->data, start, nbytes, from);
+    return result;
+}
+
+int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes)
+{
+    struct request *request;
+    int result = find_data(worker, id, start, nbytes, &request);
+
+    if (result == 0)
+        pieces_clear(request->data, start, nbytes);
+    return result;
+}

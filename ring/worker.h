@@ -1,0 +1,366 @@
+/* One worker: the queues of a device, an io_uring, and the loop between them.
+ *
+ * Everything here runs on the worker's own thread. A device parses each popped
+ * chain, then transfers, joins a sync, completes, or hands the request to
+ * Python. Python sees batches of events and begins operations of its own.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ring/memory.h"
+#include "ring/uring.h"
+#include "ring/virtqueue.h"
+
+#define WORKER_QUEUES 256 /* a vring index is 8 bits on the vhost-user wire */
+#define WORKER_FILES 256
+#define WORKER_OPERATIONS 1024
+#define WORKER_EVENTS 4096
+#define WORKER_TRANSFERS_MIN 16 /* operations a device may begin for one request; fetching waits for so many */
+#define INLINE_PIECES 18        /* of a request: the header, 64 KiB in pages, the status */
+#define LONG_PIECES 128         /* requests with more pieces than that, at once */
+
+struct worker;
+struct queue;
+
+/* What the worker tells Python. Field order and width are `EVENT` in ring/worker.py. */
+enum worker_event_kind {
+    EVENT_REQUEST = 1,     /* id, type, flags, offset, nbytes: Python decides and finishes it */
+    EVENT_DONE = 2,        /* id: operation, result */
+    EVENT_CONTROL = 3,     /* the control fd was signalled */
+    EVENT_DRAINED = 4,     /* id: queue, result: base */
+    EVENT_BROKEN = 5,      /* id: queue */
+    EVENT_SYNC_FAILED = 6, /* id: slot, result: -errno */
+    EVENT_IDLE = 7,        /* paused, and nothing is in flight */
+};
+
+struct worker_event {
+    uint32_t kind;
+    int32_t result;
+    uint64_t id;
+    uint32_t type;
+    uint32_t flags;
+    uint64_t offset;
+    uint64_t nbytes;
+};
+_Static_assert(sizeof(struct worker_event) == 40, "EVENT in ring/worker.py");
+
+/* All u64; read by other threads while the worker counts. */
+struct worker_counters {
+    uint64_t requests;
+    uint64_t reads;
+    uint64_t writes;
+    uint64_t flushes;
+    uint64_t discards;
+    uint64_t write_zeroes;
+    uint64_t other_requests;
+    uint64_t read_bytes;
+    uint64_t written_bytes;
+    uint64_t failed_requests;
+    uint64_t python_requests;
+    uint64_t python_events;
+    uint64_t crossings;
+    uint64_t kicks;
+    uint64_t calls;
+    uint64_t syncs;
+    uint64_t sync_waiters;
+    uint64_t batches;
+};
+
+/* Somebody in a line: a request, or an operation of Python's if request is NULL. */
+struct waiter {
+    struct waiter *next;
+    struct request *request;
+    uint32_t operation;
+};
+
+struct line {
+    struct waiter *first;
+    struct waiter **last;
+};
+
+enum request_state { REQUEST_FREE = 0, REQUEST_BUSY, REQUEST_IN_PYTHON };
+
+/* One chain in flight; its slot is its head. The device sets what Python sees
+ * (type, flags, offset, nbytes) and `data`, the pieces that carry nbytes. */
+struct request {
+    struct waiter waiter;
+    struct queue *queue;
+    struct iovec *pieces; /* readable, then writable; inline_pieces or one of the worker's long arrays */
+    struct iovec *data;
+    uint8_t *status; /* where the status byte goes */
+    uint64_t readable_nbytes;
+    uint64_t writable_nbytes;
+    uint64_t offset;
+    uint64_t nbytes;
+    uint32_t readable_count;
+    uint32_t writable_count;
+    uint32_t type;
+    uint32_t flags;
+    uint32_t generation; /* tells a slice of an earlier life of this slot */
+    uint32_t parts;      /* transfers under way */
+    int32_t error;       /* the first that failed */
+    uint16_t head;
+    uint8_t state;
+    uint8_t synced; /* for the device: it waited in a sync already */
+    struct iovec inline_pieces[INLINE_PIECES];
+};
+
+/* What a device does with requests. */
+struct device {
+    /* A chain was popped: begin serving it. */
+    void (*begin)(struct device *device, struct worker *worker, struct request *request);
+    /* Its transfers, its sync or Python came to an end. result: 0, -errno, or
+     * the status > 0 that Python gave. */
+    void (*end)(struct device *device, struct worker *worker, struct request *request, int result);
+};
+
+struct queue {
+    struct virtqueue ring;
+    struct virtqueue_layout layout;
+    struct request *requests; /* [size] */
+    uint32_t in_flight;
+    uint32_t kick_generation;
+    int kick_fd;
+    int call_fd;
+    int err_fd;
+    uint16_t index;
+    bool started;
+    bool enabled;
+    bool has_kick; /* a kick was set, be it "none" */
+    bool draining;
+    bool active; /* in worker->active: looked at in each round */
+    bool dirty;  /* in worker->dirty: holds unpublished used elements */
+    bool armed;  /* the driver was asked to kick */
+};
+
+struct file {
+    int fd;
+    int direct_fd;         /* -1: none */
+    uint32_t memory_align; /* what O_DIRECT wants, powers of two */
+    uint32_t offset_align;
+    bool syncs;   /* false: a sync succeeds at once */
+    bool syncing; /* an fdatasync is in flight, for `served` */
+    int error;    /* of a failed fdatasync, for good */
+    struct line waiting;
+    struct line served;
+};
+
+enum transfer_flag { TRANSFER_READ = 0, TRANSFER_WRITE = 1, TRANSFER_DATA = 2 };
+
+#define PIECE_HOST UINT64_MAX        /* piece.start is an address of this process */
+#define PIECE_ZEROS (UINT64_MAX - 1) /* nbytes of zeros, to be written */
+
+/* Where bytes come from or go to: a part of a request's data, or ours. */
+struct piece {
+    uint64_t source; /* a request's id, PIECE_HOST, PIECE_ZEROS */
+    uint64_t start;
+    uint64_t nbytes;
+};
+
+enum verb { VERB_READ, VERB_WRITE, VERB_PUNCH, VERB_ZERO_RANGE, VERB_WAIT };
+
+struct operation {
+    struct waiter waiter;
+    struct request *request;    /* of a device; NULL: Python's */
+    const struct piece *pieces; /* &piece, or an array that Python keeps */
+    struct piece piece;
+    uint32_t piece_count;
+    uint32_t slot;
+    uint64_t host_offset;
+    uint64_t nbytes;
+    uint64_t progress;
+    uint8_t verb;
+    uint8_t epoch;
+    bool data;   /* may go through direct_fd */
+    bool direct; /* went through it */
+    uint32_t next;
+};
+
+/* Two epochs: a grace closes one and waits until nothing begun in it is left. */
+struct grace {
+    uint32_t in_flight[2];
+    uint8_t epoch; /* of what begins now */
+    bool running;  /* waiting for the other one, for `served` */
+    struct line waiting;
+    struct line served;
+};
+
+struct worker {
+    struct uring uring;
+    struct device *device;
+    struct worker_counters *counters;
+    struct guest_memory memory;
+    int control_fd;
+    bool paused;
+    bool idle_owed; /* EVENT_IDLE is to come */
+    bool progress;  /* something happened in this round */
+    uint32_t requests_in_flight;
+    uint32_t submitted; /* operations in the kernel */
+
+    uint32_t event_count;
+    uint32_t delivered; /* of them, seen by Python */
+    struct worker_event *events;
+
+    uint32_t file_count;
+    uint32_t free_operation; /* list through operation.next; WORKER_OPERATIONS ends it */
+    uint32_t free_operations;
+    uint32_t stalled; /* list of operations that the kernel would not take yet */
+    struct grace grace;
+
+    uint32_t active_count;
+    uint32_t dirty_count;
+    uint32_t free_long;
+    struct queue *active[WORKER_QUEUES];
+    struct queue *dirty[WORKER_QUEUES];
+    struct iovec *long_free[LONG_PIECES];
+    struct iovec *long_pieces; /* [LONG_PIECES][CHAIN_PIECES_MAX] */
+    struct file files[WORKER_FILES];
+    struct queue queues[WORKER_QUEUES];
+    struct operation operations[WORKER_OPERATIONS];
+    struct chain chain; /* the one being popped */
+};
+
+/* ---- for Python; queues are numbered 0 .. WORKER_QUEUES - 1, results are >= 0 or -errno ---- */
+
+/* control_fd and counters are borrowed. NULL and *error = errno if the kernel refuses. */
+struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int *error);
+
+/* Waits for what the kernel still does on our memory, closes every fd it was given to own. */
+void worker_destroy(struct worker *worker);
+
+/* Serve until there is an event. -> the number of events in worker_events, good until the next call. */
+int worker_run(struct worker *worker);
+struct worker_event *worker_events(struct worker *worker);
+
+/* Replace the table. Nothing in flight uses a region that is gone: pause first. */
+void worker_set_memory(struct worker *worker, const struct guest_memory *memory);
+void worker_pause(struct worker *worker, int paused);
+uint32_t worker_requests_in_flight(struct worker *worker);
+
+int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
+                       uint64_t driver_address, uint64_t device_address, uint32_t base, int event_idx);
+int worker_set_kick(struct worker *worker, uint32_t index, int fd);
+int worker_set_call(struct worker *worker, uint32_t index, int fd);
+int worker_set_err(struct worker *worker, uint32_t index, int fd);
+int worker_set_enabled(struct worker *worker, uint32_t index, int enabled);
+int worker_drain_queue(struct worker *worker, uint32_t index);
+const char *worker_queue_fault(struct worker *worker, uint32_t index);
+
+int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync);
+
+/* -> the operation's number, EVENT_DONE follows with its result; -EBUSY: none is free, later. */
+int worker_transfer(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset, uint64_t source,
+                    uint64_t start, uint64_t nbytes);
+int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
+                           const struct piece *pieces, uint32_t count);
+int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes);
+int worker_sync(struct worker *worker, uint32_t slot);
+int worker_grace(struct worker *worker);
+
+/* On requests that are in Python. -ESTALE: this one is not, any more. */
+int worker_finish(struct worker *worker, uint64_t id, uint32_t status);
+int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, uint64_t nbytes);
+int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void *from, uint64_t nbytes);
+int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes);
+
+/* ---- for devices ---- */
+
+/* Begin moving nbytes of the request's data from `start`; device->end comes after
+ * the last part. Bracket all of a request's transfers with hold and release. */
+void request_hold(struct request *request);
+void request_transfer(struct worker *worker, struct request *request, bool is_write, uint32_t slot,
+                      uint64_t host_offset, uint64_t start, uint64_t nbytes);
+void request_release(struct worker *worker, struct request *request, int result);
+
+/* Wait for an fdatasync of the file that starts after now; device->end comes after it. */
+void request_sync(struct worker *worker, struct request *request, uint32_t slot);
+
+/* Leave it to Python. */
+void request_punt(struct worker *worker, struct request *request);
+
+/* Give the chain back: `nbytes` were written to it. The request is gone. */
+void request_complete(struct worker *worker, struct request *request, uint32_t nbytes);
+
+static inline bool worker_has_slot(const struct worker *worker, uint32_t slot)
+{
+    return slot < worker->file_count;
+}
+
+/* An fdatasync of the file failed: it takes no more writes. */
+static inline bool worker_slot_failed(const struct worker *worker, uint32_t slot)
+{
+    return worker->files[slot].error != 0;
+}
+
+/* ---- between the worker's own files ---- */
+
+static inline void line_init(struct line *line)
+{
+    line->first = NULL;
+    line->last = &line->first;
+}
+
+static inline void line_join(struct line *line, struct waiter *waiter)
+{
+    waiter->next = NULL;
+    *line->last = waiter;
+    line->last = &waiter->next;
+}
+
+static inline struct waiter *line_leave(struct line *line)
+{
+    struct waiter *first = line->first;
+
+    if (first) {
+        line->first = first->next;
+        if (!line->first)
+            line->last = &line->first;
+    }
+    return first;
+}
+
+/* Move all of `from`, in order, to the empty line `to`. */
+static inline void line_move(struct line *to, struct line *from)
+{
+    line_init(to);
+    for (struct waiter *waiter; (waiter = line_leave(from));)
+        line_join(to, waiter);
+}
+
+void worker_tell(struct worker *worker, struct worker_event event);
+
+static inline uint64_t request_id(const struct request *request)
+{
+    return (uint64_t)request->generation << 32 | (uint32_t)request->queue->index << 16 | request->head;
+}
+/* NULL: not in flight (any more). */
+struct request *worker_request(struct worker *worker, uint64_t id);
+
+/* queue.c */
+bool worker_has_room(const struct worker *worker);
+void queues_fetch(struct worker *worker);
+void queues_publish(struct worker *worker);
+bool queues_arm(struct worker *worker); /* -> true: look again before sleeping */
+bool queues_poll(const struct worker *worker);
+void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, int result, bool more);
+void queue_close(struct worker *worker, struct queue *queue);
+
+/* operation.c */
+int operation_begin(struct worker *worker); /* -> number or -EBUSY; a verb is to follow */
+void operation_free(struct worker *worker, uint32_t number);
+void operation_completed(struct worker *worker, uint32_t number, int result);
+void operations_retry(struct worker *worker);
+
+/* commit.c */
+void commits_start(struct worker *worker);
+void commit_completed(struct worker *worker, uint32_t slot, int result);
+void grace_advance(struct worker *worker);
+
+/* user_data of a submission: tag | number << 8 | generation << 32 */
+enum tag { TAG_NOTHING, TAG_OPERATION, TAG_SYNC, TAG_KICK, TAG_CONTROL };
+static inline uint64_t tagged(enum tag tag, uint32_t number, uint32_t generation)
+{
+    return (uint64_t)generation << 32 | (uint64_t)number << 8 | tag;
+}

@@ -1,0 +1,304 @@
+#include "virtio/block.h"
+
+#include <linux/virtio_blk.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "ring/pieces.h"
+
+#define SECTOR 512u
+
+_Static_assert(sizeof(struct virtio_blk_outhdr) == 16, "5.2.6");
+_Static_assert(sizeof(struct virtio_blk_discard_write_zeroes) == 16, "5.2.6");
+
+static struct block *block_of(struct device *device)
+{
+    return (struct block *)device;
+}
+
+/* ---- the end of a request ---- */
+
+static void answer(struct worker *worker, struct request *request, uint8_t status, uint64_t data_nbytes)
+{
+    uint64_t nbytes = data_nbytes + 1;
+
+    if (status != VIRTIO_BLK_S_OK)
+        worker->counters->failed_requests++;
+    *request->status = status;
+    request_complete(worker, request, nbytes < UINT32_MAX ? (uint32_t)nbytes : UINT32_MAX);
+}
+
+static bool modifies(const struct request *request)
+{
+    return request->type == VIRTIO_BLK_T_OUT || request->type == VIRTIO_BLK_T_DISCARD ||
+           request->type == VIRTIO_BLK_T_WRITE_ZEROES;
+}
+
+static void end(struct device *device, struct worker *worker, struct request *request, int result)
+{
+    const struct block *block = block_of(device);
+
+    if (result != 0) {
+        answer(worker, request, result > 0 ? result : VIRTIO_BLK_S_IOERR, 0);
+        return;
+    }
+    if (block->writethrough && modifies(request) && !request->synced && worker_has_slot(worker, block->sync_slot)) {
+        request->synced = true;
+        request_sync(worker, request, block->sync_slot);
+        return;
+    }
+    if (request->type == VIRTIO_BLK_T_IN)
+        worker->counters->read_bytes += request->nbytes;
+    else if (request->type == VIRTIO_BLK_T_OUT)
+        worker->counters->written_bytes += request->nbytes;
+    answer(worker, request, VIRTIO_BLK_S_OK, request->type == VIRTIO_BLK_T_IN ? request->nbytes : 0);
+}
+
+/* ---- reads and writes ---- */
+
+/* Find every extent of the request, without starting anything. -> their number, 0: only Python can serve it. */
+static int resolve(const struct block *block, const struct worker *worker, const struct request *request,
+                   struct extent *extents)
+{
+    bool is_write = request->type == VIRTIO_BLK_T_OUT;
+    uint64_t done = 0;
+
+    for (int count = 0; count < WORKER_TRANSFERS_MIN;) {
+        struct extent *extent = &extents[count];
+        uint64_t left = request->nbytes - done;
+
+        block->translate(block->context, request->offset + done, left, is_write, extent);
+        if (extent->nbytes == 0 || extent->nbytes > left)
+            return 0;
+        if (extent->kind != EXTENT_DATA && (extent->kind != EXTENT_ZERO || is_write))
+            return 0;
+        if (extent->kind == EXTENT_DATA && !worker_has_slot(worker, extent->slot))
+            return 0;
+        done += extent->nbytes;
+        count++;
+        if (done == request->nbytes)
+            return count;
+    }
+    return 0;
+}
+
+static void serve(struct worker *worker, struct request *request, const struct extent *extents, int count)
+{
+    bool is_write = request->type == VIRTIO_BLK_T_OUT;
+    uint64_t start = 0;
+
+    request_hold(request);
+    for (int i = 0; i < count; start += extents[i++].nbytes) {
+        if (extents[i].kind == EXTENT_ZERO)
+            pieces_clear(request->data, start, extents[i].nbytes);
+        else
+            request_transfer(worker, request, is_write, extents[i].slot, extents[i].host_offset, start,
+                             extents[i].nbytes);
+    }
+    request_release(worker, request, 0);
+}
+
+static void begin_transfer(struct block *block, struct worker *worker, struct request *request)
+{
+    struct extent extents[WORKER_TRANSFERS_MIN];
+    int count = block->translate ? resolve(block, worker, request, extents) : 0;
+
+    if (count)
+        serve(worker, request, extents, count);
+    else
+        request_punt(worker, request);
+}
+
+static bool is_inside(const struct block *block, uint64_t offset, uint64_t nbytes)
+{
+    return !(offset & (block->block_size - 1)) && !(nbytes & (block->block_size - 1)) && offset <= block->size &&
+           nbytes <= block->size - offset;
+}
+
+/* -> the offset in bytes; UINT64_MAX, which no disk holds, if there is no such number. */
+static uint64_t sector_offset(uint64_t sector)
+{
+    uint64_t offset;
+    return __builtin_mul_overflow(sector, (uint64_t)SECTOR, &offset) ? UINT64_MAX : offset;
+}
+
+static bool sync_failed(const struct block *block, const struct worker *worker)
+{
+    return worker_has_slot(worker, block->sync_slot) && worker_slot_failed(worker, block->sync_slot);
+}
+
+static void transfer(struct block *block, struct worker *worker, struct request *request, uint64_t sector)
+{
+    bool is_write = request->type == VIRTIO_BLK_T_OUT;
+
+    request->offset = sector_offset(sector);
+    if (is_write && (block->read_only || sync_failed(block, worker)))
+        answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+    else if (request->nbytes % SECTOR || !is_inside(block, request->offset, request->nbytes))
+        answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+    else if (request->nbytes == 0)
+        answer(worker, request, VIRTIO_BLK_S_OK, 0);
+    else
+        begin_transfer(block, worker, request);
+}
+
+/* ---- the other types ---- */
+
+static void flush(struct block *block, struct worker *worker, struct request *request)
+{
+    worker->counters->flushes++;
+    if (worker_has_slot(worker, block->sync_slot)) {
+        request->synced = true;
+        request_sync(worker, request, block->sync_slot);
+    } else {
+        request_punt(worker, request);
+    }
+}
+
+static void get_id(const struct block *block, struct worker *worker, struct request *request)
+{
+    uint64_t room = request->writable_nbytes - 1;
+    uint64_t nbytes = strnlen(block->serial, BLOCK_SERIAL_NBYTES);
+
+    if (nbytes < BLOCK_SERIAL_NBYTES)
+        nbytes++; /* the NUL */
+    if (nbytes > room)
+        nbytes = room;
+    pieces_store(request->pieces + request->readable_count, 0, nbytes, block->serial);
+    answer(worker, request, VIRTIO_BLK_S_OK, nbytes);
+}
+
+/* -> the status that a discard or write-zeroes deserves before it is begun. */
+static uint8_t check_segment(const struct block *block, const struct request *request,
+                             const struct virtio_blk_discard_write_zeroes *segment, uint32_t max_sectors)
+{
+    uint32_t flags = request->type == VIRTIO_BLK_T_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0;
+
+    if (segment->flags & ~flags)
+        return VIRTIO_BLK_S_UNSUPP;
+    if (block->read_only || segment->num_sectors > max_sectors ||
+        !is_inside(block, sector_offset(segment->sector), (uint64_t)segment->num_sectors * SECTOR))
+        return VIRTIO_BLK_S_IOERR;
+    return VIRTIO_BLK_S_OK;
+}
+
+static void clear_range(struct block *block, struct worker *worker, struct request *request, uint32_t max_sectors)
+{
+    struct virtio_blk_discard_write_zeroes segment;
+    uint64_t payload = request->readable_nbytes - sizeof(struct virtio_blk_outhdr);
+    uint8_t status = VIRTIO_BLK_S_UNSUPP;
+
+    if (max_sectors && payload < sizeof(segment)) {
+        status = VIRTIO_BLK_S_IOERR;
+    } else if (max_sectors && payload == sizeof(segment)) {
+        pieces_load(request->pieces, sizeof(struct virtio_blk_outhdr), sizeof(segment), &segment);
+        status = check_segment(block, request, &segment, max_sectors);
+    }
+    if (status == VIRTIO_BLK_S_OK && sync_failed(block, worker))
+        status = VIRTIO_BLK_S_IOERR;
+    if (status != VIRTIO_BLK_S_OK || segment.num_sectors == 0) {
+        answer(worker, request, status, 0);
+        return;
+    }
+    request->flags = segment.flags;
+    request->offset = sector_offset(segment.sector);
+    request->nbytes = (uint64_t)segment.num_sectors * SECTOR;
+    request_punt(worker, request);
+}
+
+/* ---- parsing ---- */
+
+/* Take the status byte off the end of the writable pieces. */
+static void take_status(struct request *request)
+{
+    struct iovec *last = &request->pieces[request->readable_count + request->writable_count - 1];
+
+    request->status = (uint8_t *)last->iov_base + last->iov_len - 1;
+}
+
+/* Point `data` at what follows the header; pieces before it are gone for good. */
+static void skip_header(struct request *request)
+{
+    uint64_t skip = sizeof(struct virtio_blk_outhdr);
+    struct iovec *piece = request->pieces;
+
+    for (; skip && skip >= piece->iov_len; piece++)
+        skip -= piece->iov_len;
+    if (skip) {
+        piece->iov_base = (uint8_t *)piece->iov_base + skip;
+        piece->iov_len -= skip;
+    }
+    request->data = piece;
+}
+
+static void dispatch(struct block *block, struct worker *worker, struct request *request, uint64_t sector)
+{
+    switch (request->type) {
+    case VIRTIO_BLK_T_IN:
+        worker->counters->reads++;
+        request->data = request->pieces + request->readable_count;
+        request->nbytes = request->writable_nbytes - 1;
+        transfer(block, worker, request, sector);
+        break;
+    case VIRTIO_BLK_T_OUT:
+        worker->counters->writes++;
+        skip_header(request);
+        request->nbytes = request->readable_nbytes - sizeof(struct virtio_blk_outhdr);
+        transfer(block, worker, request, sector);
+        break;
+    case VIRTIO_BLK_T_FLUSH:
+        flush(block, worker, request);
+        break;
+    case VIRTIO_BLK_T_GET_ID:
+        worker->counters->other_requests++;
+        get_id(block, worker, request);
+        break;
+    case VIRTIO_BLK_T_DISCARD:
+        worker->counters->discards++;
+        clear_range(block, worker, request, block->max_discard_sectors);
+        break;
+    case VIRTIO_BLK_T_WRITE_ZEROES:
+        worker->counters->write_zeroes++;
+        clear_range(block, worker, request, block->max_write_zeroes_sectors);
+        break;
+    default:
+        worker->counters->other_requests++;
+        answer(worker, request, VIRTIO_BLK_S_UNSUPP, 0);
+    }
+}
+
+static void begin(struct device *device, struct worker *worker, struct request *request)
+{
+    struct virtio_blk_outhdr header;
+
+    if (request->writable_nbytes == 0) {
+        worker->counters->other_requests++;
+        worker->counters->failed_requests++;
+        request_complete(worker, request, 0);
+        return;
+    }
+    take_status(request);
+    if (request->readable_nbytes < sizeof(header)) {
+        worker->counters->other_requests++;
+        answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+        return;
+    }
+    pieces_load(request->pieces, 0, sizeof(header), &header);
+    request->type = header.type & ~VIRTIO_BLK_T_BARRIER;
+    dispatch(block_of(device), worker, request, header.sector);
+}
+
+void block_init(struct block *block)
+{
+    *block = (struct block){
+        .device = {.begin = begin, .end = end},
+        .block_size = SECTOR,
+        .sync_slot = BLOCK_NO_SLOT,
+    };
+}
+
+void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address)
+{
+    block->translate = (extent_translate)translate_address;
+    block->context = (void *)context_address;
+}

@@ -1,0 +1,33 @@
+/* The C half of a virtio-blk device: requests are parsed, validated, and served
+ * over the extent map where that takes no decision. Spec: virtio 1.2, 5.2.6.
+ *
+ * A malformed request is answered, never dropped: with a status if its chain
+ * has room for one, with a used element of length 0 if not.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ring/extent.h"
+#include "ring/worker.h"
+
+#define BLOCK_SERIAL_NBYTES 20 /* VIRTIO_BLK_ID_BYTES */
+#define BLOCK_NO_SLOT UINT32_MAX
+
+struct block {
+    struct device device; /* first: the worker knows only this */
+    uint64_t size;        /* bytes */
+    uint32_t block_size;
+    uint32_t max_discard_sectors;      /* 0: DISCARD is not supported */
+    uint32_t max_write_zeroes_sectors; /* 0: WRITE_ZEROES is not supported */
+    uint32_t sync_slot;                /* the file that FLUSH syncs; BLOCK_NO_SLOT: Python flushes */
+    bool read_only;
+    bool writethrough;
+    char serial[BLOCK_SERIAL_NBYTES]; /* NUL only if shorter */
+    extent_translate translate;       /* NULL: every read and write goes to Python */
+    void *context;
+};
+
+void block_init(struct block *block);
+void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address);
