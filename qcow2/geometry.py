@@ -65,3 +65,7 @@ class Geometry:
     def slice_of(self, guest_offset: int) -> int:
         """Number of the slice, counted over the whole disk, that maps *guest_offset*."""
         return guest_offset >> self.slice_bits
+
+    def slice_end(self, guest_offset: int) -> int:
+        """Where the slice that maps *guest_offset* ends, in guest bytes."""
+        return (guest_offset >> self.slice_bits) + 1 << self.slice_bits

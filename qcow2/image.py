@@ -4,18 +4,33 @@ import errno
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from qcow2.allocation import Allocator
 from qcow2.compressed import CompressedClusters
+from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.geometry import Geometry
 from qcow2.header import Header, clear_autoclear, read_header, require_uncorrupted
 from qcow2.l2cache import ExtentMap, L2Cache, Run
-from qcow2.layout import ENTRY_SIZE
+from qcow2.layout import (
+    ENTRY_SIZE,
+    HEADER_INCOMPATIBLE_OFFSET,
+    OFFSET_MASK,
+    REFCOUNT_TABLE_OFFSET_MASK,
+    HeaderRecord,
+)
 from qcow2.mapping import Mapping, entries_of
 from qcow2.operation import Buffer, File, Read, Size
 from qcow2.raw import RawImage
 from qcow2.reading import Reader
+from qcow2.reaper import Reaper
+from qcow2.refcount import Refcounts
+from qcow2.root import Root
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
+from qcow2.table import Tables
+from qcow2.write import Writer
+from qcow2.zeroing import Zeroer
 
 DEFAULT_CACHE_SIZE = 32 << 20
 
@@ -36,20 +51,21 @@ class Image:
         self, file: File, header: Header, l1: "array[int]", backing: "Image | RawImage | None", options: OpenOptions
     ) -> None:
         self.file = file
-        self.header = header
         self.geometry = Geometry.of(header.record)
         self.size = self.geometry.size
         self.backing = backing
         self.read_only = not options.writable
         self.statistics = Statistics()
+        self._header = header
         self._slot: int | None = None
         self._stability = Stability(file, self.statistics, self._refuse_writes)
         self._cache = L2Cache(self.geometry, options.cache_size)
         self._mapping = Mapping(
             file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self.statistics
         )
-        self._compressed = CompressedClusters(file, self.geometry, header.compression_type, self.statistics)
-        self._reader = Reader(file, self._mapping, self._compressed, backing)
+        compressed = CompressedClusters(file, self.geometry, header.compression_type, self.statistics)
+        self._reader = Reader(file, self._mapping, compressed, backing)
+        self._changes: Changes | None = None  # only while writable
         if backing is not None:
             self._cache.set_backing(backing.extent_map, backing.size, backing)
 
@@ -59,19 +75,46 @@ class Image:
     ) -> "Image":
         """Open the image in *file*, already locked, over *backing*, already open.
 
+        For writing it must not be dirty: repair it first.
         Raises: UnsupportedImage, CorruptImage.
         """
         options = options or OpenOptions()
         header = await read_header(file)
         if options.writable:
-            raise OSError(errno.EROFS, "images are only read so far", file.path)
-            require_uncorrupted(file, header)
-            header = await clear_autoclear(file, header)
+            header = await _prepare_to_write(file, header, options)
         record = header.record
         l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         image = cls(file, header, l1, backing, options)
-        image._mapping.set_file_end(await Size(file))
+        file_size = await Size(file)
+        image._mapping.set_file_end(file_size)
+        if options.writable:
+            image._changes = await image._open_changes(header, file_size, options)
         return image
+
+    async def _open_changes(self, header: Header, file_size: int, options: OpenOptions) -> "Changes":
+        record = header.record
+        nbytes = record.refcount_table_clusters << record.cluster_bits
+        table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
+        self._mapping.own_metadata(metadata_clusters(self.file, self.geometry, record, self._mapping.l1, table))
+        is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
+        root = Root(self.file, header, self._stability, is_lazy=is_lazy)
+        return Changes(
+            self.file,
+            self.geometry,
+            self._mapping,
+            self._reader,
+            root,
+            table,
+            self._stability,
+            self.statistics,
+            file_size=file_size,
+            has_backing=self.backing is not None,
+        )
+
+    @property
+    def header(self) -> Header:
+        """The header as it is on the disk."""
+        return self._changes.root.header if self._changes else self._header
 
     @property
     def chain(self) -> "Sequence[Image | RawImage]":
@@ -98,10 +141,11 @@ class Image:
     def _refuse_writes(self) -> None:
         self._cache.set_file(self._slot, writable=False)
 
-    def _require_writable(self) -> None:
-        if self.read_only:
+    def _writable(self) -> "Changes":
+        if self._changes is None:
             raise OSError(errno.EROFS, "opened read-only", self.file.path)
         self._stability.require_trust()
+        return self._changes
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that this image, without its backing file, maps in one way."""
@@ -119,27 +163,102 @@ class Image:
         await self._reader.read(guest_offset, target)
 
     async def write(self, guest_offset: int, source: Buffer) -> None:
-        """Put *source* at *guest_offset*; process-safe on return, stable after `flush`.
+        """Put *source*, which lies inside the disk, at *guest_offset*; process-safe on return, stable after `flush`.
 
-        Raises: OSError; then nothing, a part or all of it is written.
+        Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
         """
-        self._require_writable()
+        await self._writable().writer.write(guest_offset, source)
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
-        """Make the range read as zeros; *unmap* lets go of its host clusters, where it covers them."""
-        self._require_writable()
+        """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
+        await self._writable().zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap)
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
-        """Let go of the host clusters that the range covers; they read as zeros, the rest stays as it is."""
-        self._require_writable()
+        """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
+        await self._writable().zeroer.discard(guest_offset, nbytes)
 
     async def flush(self) -> None:
         """Make every write that has completed stable."""
-        if not self.read_only:
+        if self._changes is not None:
             await self._stability.sync()
 
     async def close(self) -> None:
         """Leave the image clean: refcounts written, everything stable, then the dirty bit cleared.
 
-        Raises: OSError if that failed now or a write or sync failed before; the dirty bit is then as it was.
+        Nothing else is under way. Raises: OSError if that fails, or a metadata write or sync has failed before; the
+        dirty bit then stays.
         """
+        if self._changes is not None:
+            await self._changes.settle()
+
+
+class Changes:
+    """What a writable image has besides: the parts that change it, wired up."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        reader: Reader,
+        root: Root,
+        refcount_table: "array[int]",
+        stability: Stability,
+        statistics: Statistics,
+        *,
+        file_size: int,
+        has_backing: bool,
+    ) -> None:
+        table_offset = root.header.record.refcount_table_offset
+        self.root = root
+        self._stability = stability
+        refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
+        self._reaper = Reaper(file, geometry, refcounts, stability, statistics)
+        self._allocator = Allocator(
+            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size
+        )
+        self._reaper.on_free = self._allocator.reuse
+        tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
+        self.writer = Writer(
+            file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, stability, statistics
+        )
+        self.zeroer = Zeroer(geometry, mapping, reader, self.writer, tables, self._reaper, has_backing=has_backing)
+
+    async def settle(self) -> None:
+        """Bring the disk in the state of a clean close."""
+        await self._reaper.drain()
+        self._stability.require_trust()
+        await self._allocator.settle()
+        await self._stability.sync()
+        await self.root.mark_clean()
+
+
+async def _prepare_to_write(file: File, header: Header, options: OpenOptions) -> Header:
+    """Refuse what may not be written to; what the first writable open changes in the header."""
+    require_uncorrupted(file, header)
+    if header.is_dirty:
+        raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, "not closed cleanly, repair it before writing")
+    if options.lazy_refcounts and header.record.version < 3:
+        raise UnsupportedImage(file.path, "lazy refcounts need version 3 (compat=1.1)")
+    return await clear_autoclear(file, header)
+
+
+def metadata_clusters(
+    file: File, geometry: Geometry, record: HeaderRecord, l1: "array[int]", refcount_table: "array[int]"
+) -> "array[int]":
+    """The sorted numbers of the host clusters that hold the active image's tables.
+
+    Raises: CorruptImage if two tables overlap.
+    """
+    bits = geometry.cluster_bits
+    clusters = [0]
+    clusters += range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1)))
+    start = record.refcount_table_offset >> bits
+    clusters += range(start, start + record.refcount_table_clusters)
+    clusters += [(entry & REFCOUNT_TABLE_OFFSET_MASK) >> bits for entry in refcount_table if entry]
+    clusters += [(entry & OFFSET_MASK) >> bits for entry in l1 if entry & OFFSET_MASK]
+    clusters.sort()
+    for one, other in pairwise(clusters):
+        if one == other:
+            raise CorruptImage(file.path, one << bits, f"two tables share the cluster at {one << bits:#x}")
+    return array("Q", clusters)

@@ -70,8 +70,11 @@ class Mapping:
     def own_metadata(self, clusters: Iterable[int]) -> None:
         """Guest data may not lie in these host *clusters*."""
         self.cache.release_metadata()
-        for cluster in clusters:
-            insort(self._metadata, cluster)
+        if self._metadata:
+            for cluster in clusters:
+                insort(self._metadata, cluster)
+        else:
+            self._metadata.extend(sorted(clusters))
         self.cache.set_metadata(self._metadata)
 
     def disown_metadata(self, clusters: Iterable[int]) -> None:
@@ -80,6 +83,13 @@ class Mapping:
         for cluster in clusters:
             del self._metadata[bisect_left(self._metadata, cluster)]
         self.cache.set_metadata(self._metadata)
+
+    def require_no_metadata(self, clusters: range) -> None:
+        """Raises: CorruptImage if one of the consecutive *clusters*, all free by their refcounts, holds metadata."""
+        index = bisect_left(self._metadata, clusters.start)
+        if index < len(self._metadata) and self._metadata[index] < clusters.stop:
+            where = self._metadata[index] << self.geometry.cluster_bits
+            raise CorruptImage(self._file.path, where, f"metadata at {where:#x} has refcount 0")
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that one L2 slice maps in one way.
@@ -144,22 +154,15 @@ class Mapping:
             signal.set()
 
     async def link(self, guest_offset: int, entries: Sequence[int]) -> None:
-        """Make the L2 entries from *guest_offset* on, all of one private table, be *entries*.
+        """Make the L2 entries from *guest_offset* on, all of one slice of a private table, be *entries*.
 
-        One metadata write a slice; process-safe on return. The caller holds the lock of the clusters.
+        One metadata write; process-safe on return. The caller holds the lock of the clusters.
         """
-        bits = self.geometry.cluster_bits
-        per_slice = self.geometry.slice_bytes // ENTRY_SIZE
-        done = 0
-        while done < len(entries):
-            here = guest_offset + (done << bits)
-            part = entries[done : done + per_slice - (here >> bits) % per_slice]
-            where = self.table_offset(here) + self.geometry.entry_offset(here)
-            await self._stability.write(where, bytes_of(part))
-            if self.geometry.slice_of(here) in self._loading:
-                self._outdated.add(self.geometry.slice_of(here))
-            self.cache.update(here, part)
-            done += len(part)
+        where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
+        await self._stability.write(where, bytes_of(entries))
+        if self.geometry.slice_of(guest_offset) in self._loading:
+            self._outdated.add(self.geometry.slice_of(guest_offset))
+        self.cache.update(guest_offset, entries)
 
     async def set_table(self, guest_offset: int, host_offset: int) -> None:
         """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""

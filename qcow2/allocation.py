@@ -1,0 +1,199 @@
+"""Allocation: host clusters handed out from a reserved run; growing the file and the refcounts under it.
+
+Every cluster handed out is counted (accurate: stable on the disk; lazy: in memory), lies inside the file's stable
+length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync.
+"""
+
+import errno
+
+from qcow2.geometry import Geometry
+from qcow2.mapping import Mapping
+from qcow2.operation import File, Resize, Signal, Zero
+from qcow2.reaper import Reaper
+from qcow2.refcount import Refcounts
+from qcow2.root import Root
+from qcow2.stability import Stability
+from qcow2.statistics import Statistics
+
+FIRST_RUN_BYTES = 256 << 10
+MAX_RUN_BYTES = 4 << 20
+SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
+SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
+
+
+class Allocator:
+    """Hands out host clusters; the only one that takes free ones."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        refcounts: Refcounts,
+        root: Root,
+        mapping: Mapping,
+        reaper: Reaper,
+        stability: Stability,
+        statistics: Statistics,
+        file_size: int,
+    ) -> None:
+        self._file = file
+        self._geometry = geometry
+        self._refcounts = refcounts
+        self._root = root
+        self._mapping = mapping
+        self._reaper = reaper
+        self._stability = stability
+        self._statistics = statistics
+        self._file_size = file_size
+        self._opened_size = file_size  # what was in the file before us is not cut off
+        self._run: list[range] = []  # reserved, not yet handed out
+        self._under_way: Signal | None = None  # of the reservation in progress
+        self._cursor = 0  # no cluster below it is free, as far as is known
+        self._next_bytes = FIRST_RUN_BYTES
+
+    async def allocate(self, nclusters: int) -> range:
+        """Take at least one and at most *nclusters* consecutive host clusters.
+
+        Raises: OSError; ENOSPC leaves everything as it was.
+        """
+        self._stability.require_trust()
+        while not self._run:
+            await self._refill(nclusters)
+        self._stability.require_trust()
+        extent = self._run[0]
+        taken, left = extent[:nclusters], extent[nclusters:]
+        if left:
+            self._run[0] = left
+        else:
+            del self._run[0]
+        return taken
+
+    def reuse(self, cluster: int) -> None:
+        """*cluster* has become free: look there again."""
+        self._cursor = min(self._cursor, cluster)
+
+    async def _refill(self, nclusters: int) -> None:
+        """Reserve a run, or wait for the reservation in progress."""
+        if self._under_way is not None:
+            await self._under_way.wait()
+            return
+        self._under_way = Signal()
+        try:
+            await self._reserve(max(nclusters, self._run_length()))
+        finally:
+            self._under_way.set()
+            self._under_way = None
+
+    def _run_length(self) -> int:
+        """How many clusters to reserve: more each time, but little of a small disk."""
+        nbytes = min(self._next_bytes, self._geometry.size // 8)
+        self._next_bytes = min(2 * self._next_bytes, MAX_RUN_BYTES)
+        return max(1, self._geometry.clusters(nbytes))
+
+    async def _reserve(self, wanted: int) -> None:
+        """Count a run of free clusters, make it part of the file and zeros, and all of this stable."""
+        self._statistics.reservations += 1
+        cursor = self._cursor
+        counted: list[range] = []
+        try:
+            async with self._refcounts.mutex.hold():
+                found = await self._find(wanted)
+                for extent in found:
+                    await self._prepare(extent)
+                for extent in found:  # all of them are inside the file now, and a larger refcount table past them
+                    counted.append(await self._count(extent))
+        except OSError:
+            self.reuse(cursor)
+            if not any(counted):
+                raise
+        await self._stability.sync()
+        self._run += filter(None, counted)
+
+    async def _find(self, wanted: int) -> list[range]:
+        """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
+        end = self._geometry.clusters(self._file_size)
+        scanned = self._refcounts.per_block * (self._refcounts.block_of(self._cursor) + SCANNED_BLOCKS)
+        found, self._cursor = await self._search(self._cursor, min(end, scanned), wanted)
+        wanted -= sum(map(len, found))
+        if wanted:
+            fresh, _ = await self._search(end, end + SEARCHED_CLUSTERS, wanted)
+            found += fresh
+        if not found:
+            raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
+        return found
+
+    async def _search(self, first: int, end: int, wanted: int) -> tuple[list[range], int]:
+        """Runs of free clusters in [first, end), each within one refcount block; and where to search on."""
+        found: list[range] = []
+        while wanted and first < end:
+            extent = (await self._refcounts.find_free(first, end))[:wanted]
+            first = extent.stop
+            if extent:
+                self._mapping.require_no_metadata(extent)
+                found.append(extent)
+                wanted -= len(extent)
+        return found, first
+
+    async def _prepare(self, extent: range) -> None:
+        """Make *extent* part of the file and zeros. Past the end of a file everything is."""
+        bits = self._geometry.cluster_bits
+        start, stop = extent.start << bits, extent.stop << bits
+        if start < self._file_size:
+            await Zero(self._file, start, min(stop, self._file_size) - start)
+        await self._extend(stop)
+
+    async def _extend(self, nbytes: int) -> None:
+        """Let the file be *nbytes* long, if it is shorter."""
+        if nbytes > self._file_size:
+            await Resize(self._file, nbytes)
+            self._file_size = nbytes
+            self._mapping.set_file_end(nbytes)
+
+    async def _count(self, extent: range) -> range:
+        """Count one reference to each cluster of *extent*; what is left of it if its refcount block had to be made."""
+        index = self._refcounts.block_of(extent.start)
+        if index >= len(self._refcounts.table):
+            await self._grow_table(index)
+        if not self._refcounts.has_block(index):
+            await self._refcounts.create_block(index, extent.start)
+            self._mapping.own_metadata(extent[:1])
+            extent = extent[1:]
+        await self._refcounts.add(extent, 1)
+        return extent
+
+    async def _grow_table(self, index: int) -> None:
+        """Move the refcount table to where it has room for entry *index*.
+
+        Written and stable before the header points at it; the old one is freed after.
+        """
+        bits = self._geometry.cluster_bits
+        refcounts = self._refcounts
+        start = max(self._geometry.clusters(self._file_size), len(refcounts.table) * refcounts.per_block)
+        plan = refcounts.plan_table(index, start)
+        await self._extend(plan.clusters.stop << bits)
+        for cluster, content in plan.content():
+            await self._stability.write(cluster << bits, content)
+        await self._stability.sync()
+        old = range(refcounts.table_offset >> bits, refcounts.table_end >> bits)
+        await self._root.set_refcount_table(start << bits, plan.table_clusters)
+        refcounts.adopt(plan)
+        self._mapping.own_metadata(plan.clusters)
+        self._mapping.disown_metadata(old)
+        await self._reaper.free(old)
+
+    async def settle(self) -> None:
+        """Give what was reserved in vain back, write all refcounts, cut the file after its last used cluster.
+
+        Nothing else is under way. Process-safe on return.
+        """
+        async with self._refcounts.mutex.hold():
+            for extent in self._run:
+                await self._refcounts.add(extent, -1)
+            self._run.clear()
+            await self._refcounts.write_all()
+            end = await self._refcounts.find_end(self._geometry.clusters(self._file_size))
+        nbytes = max(self._opened_size, end << self._geometry.cluster_bits)
+        if nbytes < self._file_size:
+            await Resize(self._file, nbytes)
+            self._file_size = nbytes
+            self._mapping.set_file_end(nbytes)

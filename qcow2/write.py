@@ -1,0 +1,174 @@
+"""The write path: overwrite in place, or allocate, copy, write, and only then link."""
+
+from collections.abc import Sequence
+
+from qcow2.allocation import Allocator
+from qcow2.buffer import MemoryBuffer
+from qcow2.compressed import Payload
+from qcow2.geometry import Geometry
+from qcow2.l2cache import Kind, Run
+from qcow2.layout import COPIED
+from qcow2.mapping import Mapping
+from qcow2.operation import Buffer, File, Write
+from qcow2.rangelock import RangeLocks
+from qcow2.reading import Reader
+from qcow2.reaper import Reaper
+from qcow2.root import Root
+from qcow2.stability import Stability
+from qcow2.statistics import Statistics
+from qcow2.table import Tables
+
+
+class Writer:
+    """Writes guest bytes of one image. `locks` are on guest clusters: who changes an entry holds its cluster's."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        reader: Reader,
+        tables: Tables,
+        allocator: Allocator,
+        reaper: Reaper,
+        root: Root,
+        stability: Stability,
+        statistics: Statistics,
+    ) -> None:
+        self.locks = RangeLocks()
+        self._file = file
+        self._geometry = geometry
+        self._mapping = mapping
+        self._reader = reader
+        self._tables = tables
+        self._allocator = allocator
+        self._reaper = reaper
+        self._root = root
+        self._stability = stability
+        self._statistics = statistics
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Put *source*, which lies inside the disk, at *guest_offset*; process-safe on return.
+
+        Raises: OSError; a data write that failed has changed no metadata.
+        """
+        done = 0
+        while done < len(source):
+            run = await self._mapping.resolve(guest_offset + done, len(source) - done)
+            if not is_writable_in_place(run):
+                break
+            # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
+            await Write(self._file, run.host_offset, source.slice(done, run.nbytes), data=True)
+            done += run.nbytes
+        if done < len(source):
+            await self._write_locked(guest_offset + done, source.slice(done, len(source) - done))
+
+    async def _write_locked(self, guest_offset: int, source: Buffer) -> None:
+        first = self._geometry.cluster_of(guest_offset)
+        last = self._geometry.cluster_of(guest_offset + len(source) - 1)
+        async with self.locks.hold(first, last):
+            done = 0
+            while done < len(source):
+                run = await self._mapping.resolve(guest_offset + done, len(source) - done)
+                done += await self._write_run(run, guest_offset + done, source.slice(done, run.nbytes))
+
+    async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
+        if is_writable_in_place(run):
+            await Write(self._file, run.host_offset, source, data=True)
+            return len(source)
+        within = self._geometry.slice_end(guest_offset) - guest_offset
+        source = source.slice(0, min(len(source), within))  # one slice: links of one write
+        await self._tables.require_private(guest_offset)
+        if run.kind == Kind.ZERO_ALLOCATED and run.copied:
+            return await self._write_kept(run, guest_offset, source)
+        return await self._write_new(run, guest_offset, source)
+
+    async def _write_kept(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write clusters that read as zeros but keep host clusters, in which anything may be.
+
+        Their whole content is stable before the zero flag goes (law 3).
+        """
+        bits = self._geometry.cluster_bits
+        first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
+        head = guest_offset - (first << bits)
+        tail = (last + 1 << bits) - guest_offset - len(source)
+        host_offset = run.host_offset - head
+        await Write(self._file, host_offset, bytes(head), source, bytes(tail), data=True)
+        await self._stability.sync()
+        await self._link(first, last - first + 1, host_offset)
+        return len(source)
+
+    async def _write_new(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write to newly allocated clusters, as many as come in one piece, and link them; the old ones are freed."""
+        first = self._geometry.cluster_of(guest_offset)
+        last = self._geometry.cluster_of(guest_offset + len(source) - 1)
+        new = await self._allocator.allocate(last - first + 1)
+        end = first + len(new) << self._geometry.cluster_bits
+        source = source.slice(0, min(len(source), end - guest_offset))
+        try:
+            await self._fill(run, guest_offset, source, new)
+            await self._root.allow_uncounted()
+            await self._link(first, len(new), new.start << self._geometry.cluster_bits)
+        except Exception:
+            await self._reaper.free(new)
+            raise
+        self._statistics.clusters_allocated += len(new)
+        await self._reaper.free(self.host_clusters(run, len(new)))
+        return len(source)
+
+    async def _fill(self, run: Run, guest_offset: int, source: Buffer, new: range) -> None:
+        """Write *source*, and what the rest of its first and last cluster held, to the clusters *new*.
+
+        They read as zeros already. Where the guest saw something else before, it must not see zeros after a power
+        loss: then everything is stable on return (law 3).
+        """
+        start = self._geometry.round_down(guest_offset)
+        end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
+        host_offset = new.start << self._geometry.cluster_bits
+        if await self._shows_zeros(run, start, end - start):
+            await Write(self._file, host_offset + guest_offset - start, source, data=True)
+            return
+        self._statistics.copies += len(new)
+        head = await self._old_content(start, guest_offset)
+        tail = await self._old_content(guest_offset + len(source), end)
+        await Write(self._file, host_offset, head, source, tail, data=True)
+        await self._stability.sync()
+
+    async def _shows_zeros(self, run: Run, start: int, nbytes: int) -> bool:
+        """Whether the guest saw zeros in all of the clusters from *start* on, of which *run* tells the kind."""
+        match run.kind:
+            case Kind.ZERO_PLAIN | Kind.ZERO_ALLOCATED:
+                return True
+            case Kind.UNALLOCATED:
+                return await self._reader.reads_as_zeros(start, nbytes)
+            case _:
+                return False
+
+    async def _old_content(self, start: int, end: int) -> memoryview:
+        content = memoryview(bytearray(end - start))
+        if content:
+            await self._reader.read(start, MemoryBuffer(content))
+        return content
+
+    async def _link(self, first: int, nclusters: int, host_offset: int) -> None:
+        """Let *nclusters* guest clusters from number *first* on be the data at *host_offset*, theirs alone."""
+        bits = self._geometry.cluster_bits
+        entries = [host_offset + (ahead << bits) | COPIED for ahead in range(nclusters)]
+        await self._mapping.link(first << bits, entries)
+
+    def host_clusters(self, run: Run, nclusters: int) -> Sequence[int]:
+        """The host clusters that the first *nclusters* guest clusters of *run* refer to."""
+        match run.kind:
+            case Kind.DATA | Kind.ZERO_ALLOCATED:
+                start = self._geometry.cluster_of(run.host_offset)
+                return range(start, start + nclusters)
+            case Kind.COMPRESSED:
+                return Payload.of(run.entry, self._geometry).host_clusters(self._geometry)
+            case _:
+                return ()
+
+
+def is_writable_in_place(run: Run) -> bool:
+    """Whether overwriting host bytes is all there is to do."""
+    return run.kind == Kind.DATA and bool(run.copied)
