@@ -30,9 +30,11 @@ class Endpoint:
             return
         self.unix_socket.setblocking(False)
         while _is_readable(self.unix_socket.fileno(), stop_fd):
-            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it left before we came
+            try:
                 visitor, _ = self.unix_socket.accept()
-                yield visitor
+            except (BlockingIOError, ConnectionAbortedError):
+                continue  # it left before we came
+            yield visitor
 
 
 def _is_readable(fd: int, stop_fd: int) -> bool:

@@ -46,6 +46,11 @@ class NativeBlock:
         device: Pointer = ffi.addressof(self._block, "device")
         return device
 
+    @property
+    def writethrough(self) -> bool:
+        """Whether a completed write must be stable; without a file to sync that is Python's to keep."""
+        return bool(self._block.writethrough)
+
     def set_writethrough(self, writethrough: bool) -> None:
         """From now on a write, write-zeroes or discard joins the group commit before its status is written."""
         self._block.writethrough = writethrough

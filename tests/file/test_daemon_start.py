@@ -1,0 +1,180 @@
+"""How the daemon starts and why it refuses to: sockets, inherited descriptors, images, one line on stderr."""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.listening import visit
+from tests.program import DAEMON, TIMEOUT
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+def run(*arguments: str | Path, pass_fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the daemon with options that make it end by itself."""
+    command = [DAEMON, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, pass_fds=pass_fds)
+
+
+def start(*arguments: str | Path, pass_fds: tuple[int, ...] = ()) -> "subprocess.Popen[str]":
+    command = [DAEMON, "--format=raw", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds)
+
+
+def ends_well(process: "subprocess.Popen[str]") -> bool:
+    _, said = process.communicate(timeout=TIMEOUT)
+    return process.returncode == 0 and said == ""
+
+
+@pytest.fixture
+def listening(image: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+    """A daemon that made its own socket."""
+    path = tmp_path / "own.sock"
+    process = start(f"--blk-file={image}", f"--socket-path={path}")
+    yield process, path
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+
+
+def refuses(done: "subprocess.CompletedProcess[str]", *words: str) -> bool:
+    """It failed with one line of ours that holds *words*."""
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("vhost-user-qcow2: ")
+    for word in words:
+        assert word in done.stderr
+    return True
+
+
+# Sockets
+
+
+def test_socket_is_made_and_removed(listening: tuple["subprocess.Popen[str]", Path]) -> None:
+    process, path = listening
+    with visit(process, path) as guest:
+        assert guest.size == SIZE
+    process.terminate()
+    assert ends_well(process)
+    assert not path.exists()
+
+
+def test_stale_socket_is_replaced(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    process = start(f"--blk-file={image}", f"--socket-path={path}")
+    with visit(process, path) as guest:
+        assert guest.size == SIZE
+    process.terminate()
+    assert ends_well(process)
+
+
+def test_live_socket_is_refused_and_left_alone(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "live.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        assert refuses(run(f"--blk-file={image}", "--format=raw", f"--socket-path={path}"), str(path), "in use")
+    assert path.exists()
+
+
+def test_file_that_is_no_socket_is_refused_and_left_alone(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    assert refuses(run(f"--blk-file={image}", "--format=raw", f"--socket-path={path}"), str(path), "not a socket")
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("length", [0, 108, 300])
+def test_socket_path_that_does_not_fit_is_refused(image: Path, length: int) -> None:
+    path = "s" * length
+    assert refuses(run(f"--blk-file={image}", "--format=raw", f"--socket-path={path}"), f"{length} bytes", "107")
+
+
+def test_longest_socket_path_is_accepted(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / ("s" * (107 - len(str(tmp_path)) - 1))
+    process = start(f"--blk-file={image}", f"--socket-path={path}")
+    with visit(process, path) as guest:
+        assert guest.size == SIZE
+    process.terminate()
+    assert ends_well(process)
+
+
+def test_directory_that_does_not_exist_is_named(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "a.sock"
+    assert refuses(run(f"--blk-file={image}", "--format=raw", f"--socket-path={path}"), str(path), "No such file")
+
+
+def test_connected_fd_serves_one_front_end_and_ends(image: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    process = start(f"--blk-file={image}", f"--fd={theirs.fileno()}", pass_fds=(theirs.fileno(),))
+    theirs.close()
+    with ours:
+        ours.settimeout(TIMEOUT)
+        ours.sendall(bytes([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]))
+        assert ours.recv(64)[:8] == bytes([1, 0, 0, 0, 5, 0, 0, 0])
+    assert ends_well(process)
+
+
+def test_fd_that_is_not_open_is_refused(image: Path) -> None:
+    assert refuses(run(f"--blk-file={image}", "--format=raw", "--fd=123"), "123", "Bad file descriptor")
+
+
+def test_fd_that_is_no_socket_is_refused(image: Path) -> None:
+    assert refuses(run(f"--blk-file={image}", "--format=raw", "--fd=0"), "0", "not a")
+
+
+def test_socket_of_another_kind_is_refused(image: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
+        done = run(f"--blk-file={image}", "--format=raw", f"--fd={other.fileno()}", pass_fds=(other.fileno(),))
+    assert refuses(done, "not a Unix stream socket")
+
+
+# Images
+
+
+def test_socket_is_looked_at_before_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    assert refuses(run(f"--blk-file={tmp_path}/missing", f"--socket-path={path}"), "not a socket")
+
+
+def test_missing_image_is_named_and_no_socket_stays(tmp_path: Path) -> None:
+    missing, path = tmp_path / "missing.qcow2", tmp_path / "a.sock"
+    assert refuses(run(f"--blk-file={missing}", f"--socket-path={path}"), str(missing), "No such file")
+    assert not path.exists()
+
+
+def test_format_is_not_guessed(image: Path, tmp_path: Path) -> None:
+    assert refuses(run(f"--blk-file={image}", f"--socket-path={tmp_path}/a.sock"), str(image), "qcow2")
+
+
+def test_directory_is_not_an_image(tmp_path: Path) -> None:
+    assert refuses(run(f"--blk-file={tmp_path}", "--format=raw", f"--socket-path={tmp_path}/a.sock"), str(tmp_path))
+
+
+def test_image_in_use_is_refused(listening: tuple["subprocess.Popen[str]", Path], image: Path, tmp_path: Path) -> None:
+    process, path = listening
+    with visit(process, path):
+        done = run(f"--blk-file={image}", "--format=raw", f"--socket-path={tmp_path}/b.sock")
+    assert refuses(done, str(image), "lock")
+
+
+def test_bad_option_is_one_line() -> None:
+    assert refuses(run("--num-queues=0", "--blk-file=a", "--socket-path=b"), "--num-queues", "256")
+
+
+def test_capabilities_are_printed_as_the_conventions_say() -> None:
+    done = run("--print-capabilities", "--blk-file=missing")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == '{"type": "block", "features": ["blk-file", "read-only"]}\n'

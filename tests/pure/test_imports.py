@@ -1,0 +1,89 @@
+"""Imports and C includes go one way: vhost -> virtio -> ring, and qcow2 knows none of the three."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("ring", "virtio", "vhost", "qcow2")
+MAY_IMPORT = {
+    "ring": {"ring"},
+    "virtio": {"virtio", "ring"},
+    "vhost": {"vhost", "virtio", "ring"},
+    "qcow2": {"qcow2"},
+}
+GLUE = {"vhost/disk.py", "vhost/command.py"}  # where an image meets a device
+NEUTRAL = {"ring/extent.h"}  # the seam between a device and an image, for both sides
+COMPOSITION = {"ring/native.h"}  # what the extension's wrapper includes: all of the data plane
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def python_arrows() -> Iterator[tuple[str, str]]:
+    """Yield (file, imported room) for each import, also those inside functions."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or room] if isinstance(node, ast.ImportFrom) else []
+                yield from ((str(path.relative_to(ROOT)), name.partition(".")[0]) for name in names)
+
+
+def c_arrows() -> Iterator[tuple[str, str]]:
+    """Yield (file, included file) for each include of our own."""
+    for room in ROOMS:
+        for path in sorted([*(ROOT / room).rglob("*.c"), *(ROOT / room).rglob("*.h")]):
+            for included in INCLUDE.findall(path.read_text()):
+                near = (path.parent / included).resolve()
+                target = near if near.exists() else ROOT / included
+                yield str(path.relative_to(ROOT)), str(target.relative_to(ROOT))
+
+
+def room_of(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def test_python_imports_follow_the_arrows() -> None:
+    wrong = {
+        (path, room)
+        for path, room in python_arrows()
+        if room in ROOMS and room not in MAY_IMPORT[room_of(path)] and (path, room) not in {(g, "qcow2") for g in GLUE}
+    }
+    assert wrong == set()
+
+
+def test_c_includes_follow_the_arrows() -> None:
+    wrong = {
+        (path, included)
+        for path, included in c_arrows()
+        if room_of(included) not in MAY_IMPORT[room_of(path)] and included not in NEUTRAL and path not in COMPOSITION
+    }
+    assert wrong == set()
+
+
+def test_included_files_exist() -> None:
+    assert {included for _, included in c_arrows() if not (ROOT / included).exists()} == set()
+
+
+@pytest.mark.parametrize("package", ["asyncio", "numpy"])
+def test_nobody_imports(package: str) -> None:
+    assert {path for path, room in python_arrows() if room == package} == set()
+
+
+HEAVY = ("zstandard", "_cffi_backend", "cffi", "ring._native", "qcow2._native", "concurrent.futures")
+
+
+def test_printing_capabilities_loads_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from vhost.command import main\n"
+        "status = main(['--print-capabilities'])\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "sys.exit(f'loaded {loaded}' if loaded or status else 0)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert run.returncode == 0, run.stderr

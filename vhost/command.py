@@ -1,0 +1,115 @@
+"""The `vhost-user-qcow2` command line: open an image, put it under a device, serve it until a signal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from qcow2.statistics import Statistics
+    from ring.counter import Counters
+    from vhost.endpoint import Endpoint
+    from vhost.option import Options
+
+PROGRAM = "vhost-user-qcow2"
+CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the daemon; the exit status. Imports come late: asking for the capabilities must cost nothing."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--print-capabilities" in arguments:
+        print(CAPABILITIES)
+        return 0
+    from vhost.option import UsageError, parse
+
+    try:
+        options = parse(arguments)
+    except UsageError as error:
+        return _complain(str(error))
+    return _serve(options)
+
+
+def _serve(options: "Options") -> int:
+    import logging
+
+    from qcow2 import ImageError
+    from vhost.endpoint import EndpointError
+
+    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
+    try:
+        serve_image(options)
+    except (EndpointError, ImageError) as error:
+        return _complain(str(error))
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    return 0
+
+
+def _complain(text: str) -> int:
+    """Say what is wrong on one line."""
+    print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)
+    return 1
+
+
+def serve_image(options: "Options") -> None:
+    """Serve an image as *options* say until SIGTERM or SIGINT, and close it cleanly.
+
+    The socket comes first: one that cannot be used leaves the image untouched.
+    Raises: EndpointError, OSError, qcow2.ImageError.
+    """
+    from contextlib import ExitStack
+
+    import qcow2
+    from vhost.daemon import run, stop_signals
+    from vhost.disk import ImageBackend, direct_descriptors
+
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(_endpoint(options))
+        disk = stack.enter_context(
+            qcow2.open(
+                options.blk_file,
+                writable=not options.read_only,
+                format=options.format,
+                lazy_refcounts=options.lazy_refcounts,
+                cache_size=options.cache_size,
+            )
+        )
+        stop_fd = stack.enter_context(stop_signals())
+        direct_fds = stack.enter_context(direct_descriptors(disk.files)) if options.cache.direct else {}
+        backend = ImageBackend(disk, cache=options.cache, serial=options.serial, direct_fds=direct_fds)
+        counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
+        disk.close()
+        if options.stats:
+            print(_stats(counters, disk.image.statistics), flush=True)
+
+
+def _endpoint(options: "Options") -> "AbstractContextManager[Endpoint]":
+    from vhost.endpoint import inherit, listen
+
+    if options.socket_path is not None:
+        return listen(options.socket_path)
+    assert options.fd is not None  # by `parse`: one of the two
+    return inherit(options.fd)
+
+
+def _stats(counters: "Counters", statistics: "Statistics") -> str:
+    """One line of JSON: what the data plane and the engine counted."""
+    import json
+
+    return json.dumps(
+        {
+            "requests": counters.requests,
+            "reads": counters.reads,
+            "writes": counters.writes,
+            "flushes": counters.flushes,
+            "discards": counters.discards,
+            "write_zeroes": counters.write_zeroes,
+            "python_requests": counters.python_requests,
+            "syncs": counters.syncs,
+            "metadata_writes": statistics.metadata_writes,
+            "clusters_allocated": statistics.clusters_allocated,
+            "bytes_read": counters.read_bytes,
+            "bytes_written": counters.written_bytes,
+        }
+    )

@@ -1,0 +1,144 @@
+"""One front-end's visit: a session's effects performed on a worker, until the front-end leaves or must go."""
+
+import os
+import select
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import assert_never
+
+from ring.memory import MemoryRegion
+from ring.virtqueue import QueueLayout
+from ring.worker import Worker
+from vhost import effect
+from vhost.channel import Channel, Fds
+from vhost.message import Region
+from vhost.session import Session
+from vhost.vring import Steps
+from virtio.block import Backend
+from virtio.native import NativeBlock
+
+
+class Connection:
+    """A context manager: leaving it drains the rings, forgets the guest's memory and closes the socket."""
+
+    def __init__(
+        self, channel: Channel, session: Session, worker: Worker, backend: Backend, block: NativeBlock
+    ) -> None:
+        self._channel = channel
+        self._session = session
+        self._worker = worker
+        self._backend = backend
+        self._block = block
+        self._regions: dict[Region, MemoryRegion] = {}
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for drained in self._worker.call(self._drain_all):
+            drained.result()
+        self._worker.call(self._forget)
+        self._channel.close()  # last: who sees the end of the stream knows that we are silent
+
+    def serve(self, stop_fd: int) -> None:
+        """Answer messages until *stop_fd* is readable.
+
+        Raises: Hangup, ProtocolViolation, or OSError if something failed that the front-end asked no word about.
+        """
+        ready = select.poll()
+        ready.register(self._channel, select.POLLIN)
+        ready.register(stop_fd, select.POLLIN)
+        while all(fd != stop_fd for fd, _ in ready.poll()):
+            self._answer()
+
+    def _answer(self) -> None:
+        received = self._channel.receive()
+        if received is None:
+            return
+        message, fds = received
+        try:
+            self._run(self._session.receive(message), fds)
+        finally:
+            fds.close()
+
+    def _run(self, steps: Steps, fds: Fds) -> None:
+        """Perform each effect that *steps* yields and send its result, or its failure, back in."""
+        try:
+            wanted = next(steps)
+            while True:
+                try:
+                    result = self._perform(wanted, fds)
+                except OSError as error:
+                    wanted = steps.throw(error)
+                else:
+                    wanted = steps.send(result)
+        except StopIteration:
+            pass
+
+    def _perform(self, wanted: effect.Effect, fds: Fds) -> int | None:
+        match wanted:
+            case effect.Reply(request, payload):
+                self._channel.reply(request, payload)
+            case effect.SetWriteCache(writeback):
+                self._worker.call(lambda: self._block.set_writethrough(not writeback))
+            case effect.Flush():
+                self._flush()
+            case effect.SetMemory(regions):
+                self._set_memory({region: _mappable(region, fds) for region in regions})
+            case effect.AddMemory(region):
+                self._set_memory({**self._regions, region: _mappable(region, fds)})
+            case effect.RemoveMemory(region):
+                self._set_memory({other: mapped for other, mapped in self._regions.items() if other != region})
+            case effect.StartQueue():
+                self._start_queue(wanted)
+            case effect.StopQueue(index):
+                return self._worker.call(lambda: self._drain(index)).result()
+            case effect.EnableQueue(index, enabled):
+                self._worker.call(lambda: self._worker.set_enabled(index, enabled))
+            case effect.SetKick(index, has_fd):
+                self._give_fd(self._worker.set_kick, index, fds, has_fd)
+            case effect.SetCall(index, has_fd):
+                self._give_fd(self._worker.set_call, index, fds, has_fd)
+            case effect.SetErr(index, has_fd):
+                self._give_fd(self._worker.set_err, index, fds, has_fd)
+            case _:
+                assert_never(wanted)
+        return None
+
+    def _give_fd(self, take: Callable[[int, int | None], None], index: int, fds: Fds, has_fd: bool) -> None:
+        fd = fds.take() if has_fd else None
+        self._worker.call(lambda: take(index, fd))
+
+    def _set_memory(self, regions: dict[Region, MemoryRegion]) -> None:
+        self._worker.call(lambda: self._worker.set_memory(list(regions.values())))
+        self._regions = regions
+
+    def _start_queue(self, ring: effect.StartQueue) -> None:
+        layout = QueueLayout(ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx)
+        self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
+
+    def _flush(self) -> None:
+        outcome: Future[int] = Future()
+        self._worker.call(lambda: self._backend.flush(outcome.set_result))
+        result = outcome.result()
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    def _drain(self, index: int) -> "Future[int]":
+        """Begin to drain a queue; the future is its base."""
+        base: Future[int] = Future()
+        self._worker.drain_queue(index, base.set_result)
+        return base
+
+    def _drain_all(self) -> "list[Future[int]]":
+        return [self._drain(index) for index in range(self._session.offer.num_queues)]
+
+    def _forget(self) -> None:
+        for index in range(self._session.offer.num_queues):
+            self._worker.set_enabled(index, False)
+            self._worker.set_err(index, None)
+        self._worker.set_memory([])
+
+
+def _mappable(region: Region, fds: Fds) -> MemoryRegion:
+    return MemoryRegion(fds.take(), region.guest_address, region.user_address, region.size, region.mmap_offset)

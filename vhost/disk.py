@@ -1,0 +1,211 @@
+"""An image under a device: its operations on a ring worker, its requests as coroutines of the engine."""
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from qcow2 import Disk, ImageError
+from qcow2 import operation as op
+from qcow2.buffer import MemoryBuffer
+from qcow2.driver.file import HostFile, perform
+from qcow2.image import Image
+from qcow2.raw import RawImage
+from qcow2.task import Scheduler, Task
+from ring.extent import ExtentMap
+from ring.operations import Piece
+from ring.request import GuestSlice, Request
+from ring.worker import Worker
+from vhost.option import CacheMode
+from virtio.block import UNMAP, RequestType, Status
+from virtio.config import Geometry
+from virtio.native import NativeBlock
+
+PAGE = 4096
+
+log = logging.getLogger("vhost")
+
+
+class RingDriver:
+    """Runs coroutines of the engine on a worker: each operation they await becomes one of the worker's."""
+
+    def __init__(self, worker: Worker, slots: dict[op.File, int]) -> None:
+        self._worker = worker
+        self._slots = slots
+        self._scheduler = Scheduler(self._start)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[Task], None]) -> None:
+        """Begin *coroutine*; *on_end(task)* is called on the worker thread, perhaps before this returns."""
+        self._scheduler.spawn(coroutine, on_end)
+        self._scheduler.run()
+
+    def _start(self, task: Task, operation: op.Operation) -> None:
+        try:
+            self._begin(task, operation)
+        except OSError as error:
+            self._scheduler.fail(task, error)
+
+    def _begin(self, task: Task, operation: op.Operation) -> None:
+        worker = self._worker
+        match operation:
+            case op.Read(file=file, host_offset=host_offset, nbytes=nbytes):
+                worker.read(self._slots[file], host_offset, [target := bytearray(nbytes)], self._read_end(task, target))
+            case op.ReadInto(file=file, host_offset=host_offset, target=buffer, data=data):
+                worker.read(self._slots[file], host_offset, [_piece(buffer)], self._end(task), data=data)
+            case op.Write(file=file, host_offset=host_offset, pieces=pieces, data=data):
+                worker.write(self._slots[file], host_offset, [*map(_piece, pieces)], self._end(task), data=data)
+            case op.Zero(file=file, host_offset=host_offset, nbytes=nbytes):
+                worker.zero(self._slots[file], host_offset, nbytes, self._end(task))
+            case op.Sync(file=file):
+                worker.sync(self._slots[file], self._end(task))
+            case op.Grace():
+                worker.grace(self._end(task))
+            case op.Compute(function=function):
+                worker.compute(function, self._compute_end(task))
+            case op.Size() | op.Resize():  # of an inode the host has in memory: not worth a thread
+                self._scheduler.resume(task, perform(operation))
+            case _:
+                raise TypeError(f"not an operation of the disk: {operation!r}")
+
+    def _end(self, task: Task) -> Callable[[int], None]:
+        return lambda result: self._go_on(task, result, None)
+
+    def _read_end(self, task: Task, target: bytearray) -> Callable[[int], None]:
+        return lambda result: self._go_on(task, result, target)
+
+    def _go_on(self, task: Task, result: int, target: bytearray | None) -> None:
+        if result < 0:
+            self._scheduler.fail(task, OSError(-result, os.strerror(-result)))
+        else:
+            self._scheduler.resume(task, None if target is None else bytes(target))
+        self._scheduler.run()
+
+    def _compute_end(self, task: Task) -> Callable[[Any, BaseException | None], None]:
+        def end(result: Any, error: BaseException | None) -> None:
+            if error is not None:
+                self._scheduler.fail(task, error)
+            else:
+                self._scheduler.resume(task, result)
+            self._scheduler.run()
+
+        return end
+
+
+def _piece(buffer: bytes | bytearray | memoryview | op.Buffer) -> Piece:
+    if isinstance(buffer, MemoryBuffer):
+        return buffer.view
+    if isinstance(buffer, GuestSlice | bytes | bytearray | memoryview):
+        return buffer
+    raise TypeError(f"not a buffer of this driver: {buffer!r}")
+
+
+class ImageBackend:
+    """An open image as a `Backend`; while a worker has it, nobody else may touch it."""
+
+    def __init__(self, disk: Disk, *, cache: CacheMode, serial: str, direct_fds: dict[HostFile, int]) -> None:
+        image = disk.image
+        self.geometry = Geometry(
+            size=image.size,
+            physical_block_size=PAGE,
+            optimal_io_size=_cluster_size(image),
+            read_only=image.read_only,
+            serial=serial,
+        )
+        self._image = image
+        self._files = disk.files
+        self._cache = cache
+        self._direct_fds = direct_fds
+        self._told: set[str] = set()
+
+    def attach(self, worker: Worker, block: NativeBlock) -> None:
+        slots: dict[op.File, int] = {file: self._add_file(worker, file) for file in self._files}
+        for file, slot in slots.items():
+            self._image.set_slot(file, slot)
+        if not self._image.read_only:
+            block.set_sync_slot(slots[self._image.file])
+        block.set_extent_map(ExtentMap(*self._image.extent_map))
+        self._driver = RingDriver(worker, slots)
+        self._block = block
+
+    def _add_file(self, worker: Worker, file: HostFile) -> int:
+        direct_fd = self._direct_fds.get(file, -1)
+        return worker.add_file(file.fd, direct_fd=direct_fd, sync=self._cache.sync, on_sync_failed=self._sync_failed)
+
+    def detach(self) -> None:
+        self._block.set_extent_map(None)
+        for file in self._files:
+            self._image.set_slot(file, None)
+
+    def start(self, request: Request) -> None:
+        self._driver.run(self._serve(request), lambda task: request.finish(self._status(task)))
+
+    def flush(self, done: Callable[[int], None]) -> None:
+        self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
+
+    async def _serve(self, request: Request) -> int:
+        match request.type:
+            case RequestType.IN:
+                await self._image.read(request.offset, request.data())
+            case RequestType.OUT:
+                await self._image.write(request.offset, request.data())
+            case RequestType.DISCARD:
+                await self._image.discard(request.offset, request.nbytes)
+            case RequestType.WRITE_ZEROES:
+                unmap = bool(request.flags & UNMAP)
+                await self._image.write_zeroes(request.offset, request.nbytes, unmap=unmap)
+            case RequestType.FLUSH:
+                await self._image.flush()
+            case _:
+                return Status.UNSUPP
+        return Status.OK
+
+    def _status(self, task: Task) -> int:
+        """How a request ended. What is wrong with the image or the host is logged once; our own bugs are raised."""
+        if task.error is None:
+            return Status.OK if task.result is None else task.result
+        if not isinstance(task.error, OSError | ImageError):
+            raise task.error
+        self._tell(str(task.error))
+        return Status.IOERR
+
+    def _sync_failed(self, number: int) -> None:
+        error = OSError(number, os.strerror(number), self._image.file.path)
+        self._tell(f"{error.filename}: sync failed, no more writes: {error.strerror}")
+        self._image.fail(error)
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told and len(self._told) < 100:
+            self._told.add(text)
+            log.error("%s", text)
+
+
+def _cluster_size(image: Image | RawImage) -> int:
+    """What a guest had best write at a time; 0 says nothing."""
+    if isinstance(image, RawImage) or image.geometry.cluster_size < PAGE:
+        return 0
+    return image.geometry.cluster_size
+
+
+@contextmanager
+def direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
+    """A second descriptor of each file that bypasses the page cache.
+
+    Raises: OSError naming the file whose file system cannot do that.
+    """
+    with ExitStack() as opened:
+        descriptors = {}
+        for file in files:
+            descriptors[file] = _open_direct(file)
+            opened.callback(os.close, descriptors[file])
+        yield descriptors
+
+
+def _open_direct(file: HostFile) -> int:
+    access = os.O_RDWR if file.writable else os.O_RDONLY
+    try:
+        return os.open(f"/proc/self/fd/{file.fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"cannot be opened with O_DIRECT, as this --cache mode needs: {error.strerror}"
+        raise OSError(error.errno, message, file.path) from None
