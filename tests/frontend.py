@@ -1,6 +1,6 @@
-"""A vhost-user-blk front-end and its driver in plain Python, sharing no line with the product: one split virtqueue.
+"""A vhost-user-blk front-end and its driver in plain Python, sharing no line with the product: split virtqueues.
 
-Its memory and its ring outlive the daemon, as a guest's do: `reap` still sees what a killed daemon had acknowledged.
+Its memory and its rings outlive the daemon, as a guest's do: `reap` still sees what a killed daemon had acknowledged.
 Written from the vhost-user and virtio specifications. The 16-bit ring indices are stored and loaded whole through
 `memoryview.cast`; system calls between them (kick, poll) order them on any processor.
 """
@@ -29,13 +29,15 @@ SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, SET_VRING_ENABLE = 15, 16, 18
 GET_CONFIG, SET_CONFIG = 24, 25
-REPLY_ACK, CONFIG = 1 << 3, 1 << 9
+MQ, REPLY_ACK, CONFIG = 1 << 0, 1 << 3, 1 << 9
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 
 WRITABLE, NEXT = 2, 1
 QUEUE_SIZE = 256
 SLOTS = QUEUE_SIZE // 3  # a request is three descriptors: header, data, status
 DATA_BYTES = 256 * 1024
+DATA_START = 1 << 17
+ZONE = DATA_START + SLOTS * DATA_BYTES  # the memory of one queue: rings, headers and status bytes, data
 GUEST_ADDRESS = 0x4000_0000
 USER_ADDRESS = 0x7000_0000_0000
 TIMEOUT = 30
@@ -54,132 +56,34 @@ class Completion:
     data: bytes
 
 
-class FrontEnd:
-    """Connect to *socket_path*, negotiate, start queue 0."""
+class Queue:
+    """One virtqueue in its zone of the guest's memory, and the requests in flight on it."""
 
-    def __init__(self, socket_path: Path, *, features: int = F_FLUSH | F_DISCARD | F_WRITE_ZEROES) -> None:
-        self._place_ring()
+    def __init__(self, memory: memoryview, start: int) -> None:
+        self.bytes = memory
+        self.start = start
+        self.descriptors, self.driver_ring, self.device_ring = start, start + 0x4000, start + 0x8000
+        self.available_index = memory[self.driver_ring + 2 : self.driver_ring + 4].cast("H")
+        self.used_index = memory[self.device_ring + 2 : self.device_ring + 4].cast("H")
         self.free = list(range(SLOTS))
         self.reads: dict[int, int] = {}  # slot: bytes wanted
         self.available = self.used = 0
         self.kick, self.call = os.eventfd(0), os.eventfd(0)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(TIMEOUT)
-        self.socket.connect(str(socket_path))
-        self._negotiate(features)
 
     def close(self) -> None:
-        self.socket.close()
         os.close(self.kick)
         os.close(self.call)
-        for view in (self.available_index, self.used_index, self.bytes):
-            view.release()
-        self.memory.close()
-        os.close(self.memory_fd)
-
-    def __enter__(self) -> "FrontEnd":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    # -- memory: three rings in the first 64 KiB, then headers and status bytes, then data
-
-    def _place_ring(self) -> None:
-        self.data_start = 1 << 17
-        nbytes = self.data_start + SLOTS * DATA_BYTES
-        self.memory_fd = os.memfd_create("guest")
-        os.ftruncate(self.memory_fd, nbytes)
-        self.memory = mmap.mmap(self.memory_fd, nbytes)
-        self.bytes = memoryview(self.memory)
-        self.descriptors, self.driver_ring, self.device_ring = 0, 0x4000, 0x8000
-        self.available_index = self.bytes[self.driver_ring + 2 : self.driver_ring + 4].cast("H")
-        self.used_index = self.bytes[self.device_ring + 2 : self.device_ring + 4].cast("H")
+        self.available_index.release()
+        self.used_index.release()
 
     def _header_at(self, slot: int) -> int:
-        return (1 << 16) + slot * 64
+        return self.start + (1 << 16) + slot * 64
 
     def _status_at(self, slot: int) -> int:
         return self._header_at(slot) + 32
 
     def _data_at(self, slot: int) -> int:
-        return self.data_start + slot * DATA_BYTES
-
-    # -- the socket
-
-    def _send(self, request: int, payload: bytes, *, fds: tuple[int, ...] = (), flags: int = VERSION) -> None:
-        try:
-            socket.send_fds(self.socket, [struct.pack("<III", request, flags, len(payload)) + payload], list(fds))
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise BackendGone from error
-
-    def _receive(self, request: int) -> bytes:
-        header = self._exactly(12)
-        got, flags, nbytes = struct.unpack("<III", header)
-        assert (got, flags) == (request, VERSION | REPLY)
-        return self._exactly(nbytes)
-
-    def _exactly(self, nbytes: int) -> bytes:
-        data = b""
-        while len(data) < nbytes:
-            try:
-                piece = self.socket.recv(nbytes - len(data))
-            except ConnectionResetError as error:
-                raise BackendGone from error
-            if not piece:
-                raise BackendGone
-            data += piece
-        return data
-
-    def ask(self, request: int) -> int:
-        """A request without payload that is answered with 64 bits."""
-        self._send(request, b"")
-        return int.from_bytes(self._receive(request), "little")
-
-    def tell(self, request: int, payload: bytes, *, fds: tuple[int, ...] = ()) -> None:
-        """A request that the backend acknowledges; returns once it has."""
-        self._send(request, payload, fds=fds, flags=VERSION | NEED_REPLY)
-        assert int.from_bytes(self._receive(request), "little") == 0
-
-    def _negotiate(self, features: int) -> None:
-        self.offered = self.ask(GET_FEATURES)
-        self.features = self.offered & (features | VERSION_1 | PROTOCOL_FEATURES)
-        self.ask(GET_PROTOCOL_FEATURES)
-        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", REPLY_ACK | CONFIG))
-        self.tell(SET_OWNER, b"")
-        self.tell(SET_FEATURES, struct.pack("<Q", self.features))
-        region = struct.pack("<IIQQQQ", 1, 0, GUEST_ADDRESS, len(self.memory), USER_ADDRESS, 0)
-        self.tell(SET_MEM_TABLE, region, fds=(self.memory_fd,))
-        self.start_queue(base=0)
-
-    def start_queue(self, base: int) -> None:
-        self.tell(SET_VRING_NUM, struct.pack("<II", 0, QUEUE_SIZE))
-        self.tell(SET_VRING_BASE, struct.pack("<II", 0, base))
-        rings = (self.descriptors, self.device_ring, self.driver_ring)
-        self.tell(SET_VRING_ADDR, struct.pack("<IIQQQQ", 0, 0, *(USER_ADDRESS + ring for ring in rings), 0))
-        self.tell(SET_VRING_KICK, struct.pack("<Q", 0), fds=(self.kick,))
-        self.tell(SET_VRING_CALL, struct.pack("<Q", 0), fds=(self.call,))
-        self.tell(SET_VRING_ENABLE, struct.pack("<II", 0, 1))
-
-    def stop_queue(self) -> int:
-        """Drain queue 0 and return its base."""
-        self._send(GET_VRING_BASE, struct.pack("<II", 0, 0))
-        return int(struct.unpack("<II", self._receive(GET_VRING_BASE))[1])
-
-    def read_config(self, nbytes: int = 60) -> bytes:
-        self._send(GET_CONFIG, struct.pack("<III", 0, nbytes, 0) + bytes(nbytes))
-        return self._receive(GET_CONFIG)[12:]
-
-    def set_writeback(self, enabled: bool) -> None:
-        """The WCE byte of the configuration space; returns once acknowledged."""
-        self.tell(SET_CONFIG, struct.pack("<III", 32, 1, 0) + bytes([enabled]))
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return int.from_bytes(self.read_config(8), "little") * 512
-
-    # -- requests
+        return self.start + DATA_START + slot * DATA_BYTES
 
     def submit(self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0) -> int:
         """Queue a request and kick; *nbytes* is for reads. Returns its slot."""
@@ -225,18 +129,147 @@ class FrontEnd:
         data = bytes(self.bytes[self._data_at(slot) : self._data_at(slot) + nbytes])
         return Completion(slot, self.bytes[self._status_at(slot)], data)
 
-    def wait(self) -> list[Completion]:
-        """Block until at least one request is used; raises BackendGone if the daemon goes away first."""
-        while not (done := list(self.reap())):
-            ready, _, _ = select.select([self.call, self.socket], [], [], TIMEOUT)
-            assert ready, "no completion and no hang-up"
-            if self.call in ready:
-                os.eventfd_read(self.call)
-            elif not (done := list(self.reap())):
+
+class FrontEnd:
+    """Connect to *socket_path*, negotiate, start the queues; requests go to queue 0 unless `queues` is used."""
+
+    def __init__(
+        self, socket_path: Path, *, features: int = F_FLUSH | F_DISCARD | F_WRITE_ZEROES, queues: int = 1
+    ) -> None:
+        self.memory_fd = os.memfd_create("guest")
+        os.ftruncate(self.memory_fd, queues * ZONE)
+        self.memory = mmap.mmap(self.memory_fd, queues * ZONE)
+        self.bytes = memoryview(self.memory)
+        self.queues = [Queue(self.bytes, index * ZONE) for index in range(queues)]
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(TIMEOUT)
+        self.socket.connect(str(socket_path))
+        self._negotiate(features)
+
+    def close(self) -> None:
+        self.socket.close()
+        for queue in self.queues:
+            queue.close()
+        self.bytes.release()
+        self.memory.close()
+        os.close(self.memory_fd)
+
+    def __enter__(self) -> "FrontEnd":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def kick(self) -> int:
+        return self.queues[0].kick
+
+    @property
+    def available(self) -> int:
+        return self.queues[0].available
+
+    # -- the socket
+
+    def _send(self, request: int, payload: bytes, *, fds: tuple[int, ...] = (), flags: int = VERSION) -> None:
+        try:
+            socket.send_fds(self.socket, [struct.pack("<III", request, flags, len(payload)) + payload], list(fds))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise BackendGone from error
+
+    def _receive(self, request: int) -> bytes:
+        header = self._exactly(12)
+        got, flags, nbytes = struct.unpack("<III", header)
+        assert (got, flags) == (request, VERSION | REPLY)
+        return self._exactly(nbytes)
+
+    def _exactly(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            try:
+                piece = self.socket.recv(nbytes - len(data))
+            except ConnectionResetError as error:
+                raise BackendGone from error
+            if not piece:
                 raise BackendGone
-            else:
-                return done
+            data += piece
+        return data
+
+    def ask(self, request: int) -> int:
+        """A request without payload that is answered with 64 bits."""
+        self._send(request, b"")
+        return int.from_bytes(self._receive(request), "little")
+
+    def tell(self, request: int, payload: bytes, *, fds: tuple[int, ...] = ()) -> None:
+        """A request that the backend acknowledges; returns once it has."""
+        self._send(request, payload, fds=fds, flags=VERSION | NEED_REPLY)
+        assert int.from_bytes(self._receive(request), "little") == 0
+
+    def _negotiate(self, features: int) -> None:
+        self.offered = self.ask(GET_FEATURES)
+        multiple = F_MQ if len(self.queues) > 1 else 0
+        self.features = self.offered & (features | multiple | VERSION_1 | PROTOCOL_FEATURES)
+        self.ask(GET_PROTOCOL_FEATURES)
+        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", MQ | REPLY_ACK | CONFIG))
+        self.tell(SET_OWNER, b"")
+        self.tell(SET_FEATURES, struct.pack("<Q", self.features))
+        region = struct.pack("<IIQQQQ", 1, 0, GUEST_ADDRESS, len(self.memory), USER_ADDRESS, 0)
+        self.tell(SET_MEM_TABLE, region, fds=(self.memory_fd,))
+        for index in range(len(self.queues)):
+            self.start_queue(base=0, index=index)
+
+    def start_queue(self, base: int, index: int = 0) -> None:
+        queue = self.queues[index]
+        self.tell(SET_VRING_NUM, struct.pack("<II", index, QUEUE_SIZE))
+        self.tell(SET_VRING_BASE, struct.pack("<II", index, base))
+        rings = (queue.descriptors, queue.device_ring, queue.driver_ring)
+        self.tell(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, 0, *(USER_ADDRESS + ring for ring in rings), 0))
+        self.tell(SET_VRING_KICK, struct.pack("<Q", index), fds=(queue.kick,))
+        self.tell(SET_VRING_CALL, struct.pack("<Q", index), fds=(queue.call,))
+        self.tell(SET_VRING_ENABLE, struct.pack("<II", index, 1))
+
+    def stop_queue(self, index: int = 0) -> int:
+        """Drain a queue and return its base."""
+        self._send(GET_VRING_BASE, struct.pack("<II", index, 0))
+        return int(struct.unpack("<II", self._receive(GET_VRING_BASE))[1])
+
+    def read_config(self, nbytes: int = 60) -> bytes:
+        self._send(GET_CONFIG, struct.pack("<III", 0, nbytes, 0) + bytes(nbytes))
+        return self._receive(GET_CONFIG)[12:]
+
+    def set_writeback(self, enabled: bool) -> None:
+        """The WCE byte of the configuration space; returns once acknowledged."""
+        self.tell(SET_CONFIG, struct.pack("<III", 32, 1, 0) + bytes([enabled]))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return int.from_bytes(self.read_config(8), "little") * 512
+
+    # -- requests
+
+    def submit(self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0) -> int:
+        """Queue a request on queue 0; see `Queue.submit`."""
+        return self.queues[0].submit(kind, guest_offset, data, nbytes=nbytes)
+
+    def reap(self) -> list[Completion]:
+        """What is in the used ring of queue 0 by now, oldest first."""
+        return list(self.queues[0].reap())
+
+    def wait(self) -> list[Completion]:
+        """Block until at least one request of queue 0 is used; raises BackendGone if the daemon goes away first."""
+        while not (done := self.reap()):
+            self.wait_for_call()
         return done
+
+    def wait_for_call(self) -> None:
+        """Block until the device signals any queue; raises BackendGone if it went away and left nothing to reap."""
+        calls = {queue.call: queue for queue in self.queues}
+        ready, _, _ = select.select([*calls, self.socket], [], [], TIMEOUT)
+        assert ready, "no completion and no hang-up"
+        for call in calls.keys() & ready:
+            os.eventfd_read(call)
+        if ready == [self.socket] and all(queue.used == queue.used_index[0] for queue in self.queues):
+            raise BackendGone
 
     def do(self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0) -> Completion:
         """One request, alone, to its completion."""
