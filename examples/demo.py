@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from guest import (
     debian_kernel,
     find_program,
     initramfs,
+    installed_program,
     vhost_user_disk,
 )
 
@@ -91,7 +91,7 @@ def run_ours(directory: Path, boot: Callable[[Sequence[str]], Result], say: Call
     """Serve a fresh image with our daemon in writethrough."""
     image, socket_path = directory / "ours.qcow2", directory / "disk.sock"
     create_image(image, say)
-    command = [str(our_program("vhost-user-qcow2")), f"--socket-path={socket_path}", f"--blk-file={image}"]
+    command = [str(installed_program("vhost-user-qcow2")), f"--socket-path={socket_path}", f"--blk-file={image}"]
     options = ["--cache=writethrough", "--stats"]
     say(f"vhost-user-qcow2 --socket-path={socket_path.name} --blk-file={image.name} {' '.join(options)}")
     with Backend([*command, *options], socket_path) as daemon:
@@ -113,13 +113,13 @@ def run_theirs(directory: Path, boot: Callable[[Sequence[str]], Result], say: Ca
 
 def create_image(image: Path, say: Callable[[str], None]) -> None:
     say(f"qcow2 create -o {IMAGE_OPTIONS} {image.name} {IMAGE_SIZE}")
-    run([our_program("qcow2"), "create", "-o", IMAGE_OPTIONS, image, IMAGE_SIZE])
+    run([installed_program("qcow2"), "create", "-o", IMAGE_OPTIONS, image, IMAGE_SIZE])
 
 
 def judged(image: Path, result: Result, cost: Cost, say: Callable[[str], None]) -> Outcome:
     """Let our checker and QEMU's look at the image and put everything known about the run together."""
     verdicts = {}
-    for judge, command in (("qcow2 check", our_program("qcow2")), ("qemu-img check", qemu_img())):
+    for judge, command in (("qcow2 check", installed_program("qcow2")), ("qemu-img check", qemu_img())):
         checked = run([command, "check", image], accept_failure=True)
         verdicts[judge] = "clean" if checked.returncode == 0 else f"FAILED ({checked.returncode})"
         say(f"{judge} {image.name}: {verdicts[judge]}")
@@ -159,14 +159,6 @@ def stopwatch() -> Callable[[str], None]:
     """Return a function that prints a line with the time since now in front."""
     started = time.monotonic()
     return lambda line: print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
-
-
-def our_program(name: str) -> Path:
-    """Find a console script of the environment that runs us."""
-    path = Path(sysconfig.get_path("scripts"), name)
-    if not path.exists():
-        raise Failure(f"{path} not found: install this project into the environment of {sys.executable}")
-    return path
 
 
 def qemu_img() -> Path:

@@ -3,7 +3,7 @@
 from guest.backend import Backend
 from guest.kernel import Kernel, debian_kernel
 from guest.machine import Guest, GuestFailure, Result, builtin_disk, vhost_user_disk
-from guest.program import Failure, find_program
+from guest.program import Failure, find_program, installed_program
 from guest.system import initramfs, root_tree
 from guest.tree import Tree, write_directory
 
@@ -19,6 +19,7 @@ __all__ = [
     "debian_kernel",
     "find_program",
     "initramfs",
+    "installed_program",
     "root_tree",
     "vhost_user_disk",
     "write_directory",

@@ -72,7 +72,8 @@ class Backend:
 
     def _end(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        with self.process:
+            pass
 
 
 def _is_listening(socket_path: Path) -> bool:

@@ -156,12 +156,12 @@ class Guest:
     def command(self, name: str, **arguments: Any) -> Any:
         """Run one QMP command, such as "stop" or "system_reset", and return its answer."""
         self._control.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
-        self._control.flush()
         return self._answer("return")
 
     def _answer(self, key: str) -> Any:
         """Return the value of the next message that has *key*, passing over events."""
         try:
+            self._control.flush()
             for line in self._control:
                 message = json.loads(line)
                 if "error" in message:
@@ -170,7 +170,9 @@ class Guest:
                     return message[key]
         except TimeoutError:
             raise self._failure(f"QEMU gave no answer within {CONTROL_TIMEOUT:.0f} s") from None
-        raise self._failure("QEMU closed its control socket")
+        except ConnectionError:
+            pass
+        raise self._failure("QEMU ended")
 
     def _lines(self, timeout: float) -> Iterator[str]:
         """Yield console lines as they arrive until QEMU closes its output; raise when the guest is beyond hope."""

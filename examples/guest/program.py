@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 # A child started through this dies with us, also when we are killed.
@@ -22,3 +24,11 @@ def find_program(name: str, package: str) -> Path:
     if path is None:
         raise MissingProgram(f"{name} not found: install the package {package}")
     return Path(path)
+
+
+def installed_program(name: str) -> Path:
+    """Find a program of this project in the Python environment that runs us."""
+    path = Path(sysconfig.get_path("scripts"), name)
+    if not path.exists():
+        raise MissingProgram(f"{path} not found: install this project into the environment of {sys.executable}")
+    return path
