@@ -101,7 +101,7 @@ class Allocator:
                 for extent in found:
                     await self._prepare(extent)
                 for extent in found:  # all of them are inside the file now, and a larger refcount table past them
-                    counted.append(await self._count(extent))
+                    counted += [await self._count(extent)]
         except OSError:
             self.reuse(cursor)
             if not any(counted):

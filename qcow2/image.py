@@ -16,7 +16,6 @@ from qcow2.layout import (
     ENTRY_SIZE,
     HEADER_INCOMPATIBLE_OFFSET,
     OFFSET_MASK,
-    REFCOUNT_TABLE_OFFSET_MASK,
     HeaderRecord,
 )
 from qcow2.mapping import Mapping, entries_of
@@ -95,6 +94,7 @@ class Image:
         record = header.record
         nbytes = record.refcount_table_clusters << record.cluster_bits
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
+        _validate_refcount_table(self.file, record, table, file_size)
         self._mapping.own_metadata(metadata_clusters(self.file, self.geometry, record, self._mapping.l1, table))
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(self.file, header, self._stability, is_lazy=is_lazy)
@@ -243,6 +243,13 @@ async def _prepare_to_write(file: File, header: Header, options: OpenOptions) ->
     return await clear_autoclear(file, header)
 
 
+def _validate_refcount_table(file: File, record: HeaderRecord, table: "array[int]", file_size: int) -> None:
+    for index, entry in enumerate(table):
+        if entry % (1 << record.cluster_bits) or entry >= file_size:
+            where = record.refcount_table_offset + index * ENTRY_SIZE
+            raise CorruptImage(file.path, where, f"refcount table entry {index} is invalid: {entry:#x}")
+
+
 def metadata_clusters(
     file: File, geometry: Geometry, record: HeaderRecord, l1: "array[int]", refcount_table: "array[int]"
 ) -> "array[int]":
@@ -255,7 +262,7 @@ def metadata_clusters(
     clusters += range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1)))
     start = record.refcount_table_offset >> bits
     clusters += range(start, start + record.refcount_table_clusters)
-    clusters += [(entry & REFCOUNT_TABLE_OFFSET_MASK) >> bits for entry in refcount_table if entry]
+    clusters += [entry >> bits for entry in refcount_table if entry]
     clusters += [(entry & OFFSET_MASK) >> bits for entry in l1 if entry & OFFSET_MASK]
     clusters.sort()
     for one, other in pairwise(clusters):
