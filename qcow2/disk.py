@@ -1,10 +1,13 @@
 """The synchronous face: an image as ordinary Python uses it."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 
 from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.extent import Extent, find_extent
 from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.raw import RawImage
 
@@ -61,6 +64,22 @@ class Disk:
     def flush(self) -> None:
         """Make everything written so far survive a power loss."""
         self._driver.run(self.image.flush())
+
+    def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
+        """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
+        end = offset + self._require_inside(offset, nbytes)
+        pending: Extent | None = None
+        while offset < end:
+            extent = self._driver.run(find_extent(self.image, offset, end - offset))
+            offset += extent.nbytes
+            if pending is not None and pending.is_continued_by(extent):
+                pending = replace(pending, nbytes=pending.nbytes + extent.nbytes)
+            else:
+                if pending is not None:
+                    yield pending
+                pending = extent
+        if pending is not None:
+            yield pending
 
     def close(self) -> None:
         """Leave the image clean and close its files; a second time does nothing.

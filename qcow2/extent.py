@@ -1,0 +1,54 @@
+"""Where each stretch of the disk comes from, through the whole chain: what `map` shows."""
+
+from dataclasses import dataclass, replace
+
+from qcow2.image import Image
+from qcow2.l2cache import Kind, Run
+from qcow2.operation import File
+from qcow2.raw import RawImage
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of guest bytes with one origin."""
+
+    guest_offset: int
+    nbytes: int
+    depth: int  # which file of the chain tells, 0 for the image itself
+    file: File
+    is_present: bool  # some file of the chain says something about it; else it reads as zeros for want of data
+    is_zero: bool  # the mapping alone says that it reads as zeros
+    is_data: bool
+    is_compressed: bool
+    host_offset: int | None  # in `file`, of data and of zeros that keep their space; None if compressed
+
+    def is_continued_by(self, other: "Extent") -> bool:
+        """Whether *other*, the next one, has the same origin and goes on where this one ends."""
+        host_offset = None if self.host_offset is None else self.host_offset + self.nbytes
+        moved = replace(self, guest_offset=other.guest_offset, nbytes=other.nbytes, host_offset=host_offset)
+        return other == moved
+
+
+async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:
+    """Describe the start of the range: a stretch of one origin, not always the longest."""
+    run = await image.resolve(guest_offset, nbytes)
+    backing = image.backing
+    if run.kind == Kind.UNALLOCATED and backing is not None and guest_offset < backing.size:
+        inside = min(run.nbytes, backing.size - guest_offset)
+        return await find_extent(backing, guest_offset, inside, depth + 1)
+    return _extent_of(run, image, guest_offset, depth)
+
+
+def _extent_of(run: Run, image: Image | RawImage, guest_offset: int, depth: int) -> Extent:
+    is_data = run.kind in (Kind.DATA, Kind.COMPRESSED)
+    return Extent(
+        guest_offset=guest_offset,
+        nbytes=run.nbytes,
+        depth=depth,
+        file=image.file,
+        is_present=run.kind != Kind.UNALLOCATED,
+        is_zero=not is_data,
+        is_data=is_data,
+        is_compressed=run.kind == Kind.COMPRESSED,
+        host_offset=run.host_offset if run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED) else None,
+    )
