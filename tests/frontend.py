@@ -263,12 +263,12 @@ class FrontEnd:
 
     def wait_for_call(self) -> None:
         """Block until the device signals any queue; raises BackendGone if it went away and left nothing to reap."""
-        calls = {queue.call: queue for queue in self.queues}
-        ready, _, _ = select.select([*calls, self.socket], [], [], TIMEOUT)
+        calls = [queue.call for queue in self.queues]
+        ready, _, _ = select.select([*calls, self.socket.fileno()], [], [], TIMEOUT)
         assert ready, "no completion and no hang-up"
-        for call in calls.keys() & ready:
+        for call in set(calls) & set(ready):
             os.eventfd_read(call)
-        if ready == [self.socket] and all(queue.used == queue.used_index[0] for queue in self.queues):
+        if ready == [self.socket.fileno()] and all(queue.used == queue.used_index[0] for queue in self.queues):
             raise BackendGone
 
     def do(self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0) -> Completion:

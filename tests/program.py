@@ -38,7 +38,7 @@ class Daemon:
         self.listener.bind(str(self.socket_path))
         self.listener.listen()
         fd = self.listener.fileno()
-        command = [DAEMON, f"--fd={fd}", f"--blk-file={self.image}", *self.options]
+        command = [str(DAEMON), f"--fd={fd}", f"--blk-file={self.image}", *self.options]
         self.process = subprocess.Popen(
             command, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
