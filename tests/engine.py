@@ -1,0 +1,90 @@
+"""The engine on a simulated host: images made, driven and read in memory."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.create import Options, create
+from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.image import Image, OpenOptions
+from qcow2.operation import Operation
+from qcow2.raw import RawImage
+
+Fault = Callable[[Operation], OSError | None]
+
+
+class Breaker:
+    """Decides which operations fail; at first none does."""
+
+    def __init__(self) -> None:
+        self.fault: Fault | None = None
+
+    def __call__(self, operation: Operation) -> OSError | None:
+        return self.fault(operation) if self.fault else None
+
+
+@dataclass
+class Bench:
+    """One image under the crash driver."""
+
+    driver: CrashDriver
+    breaker: Breaker
+    file: SimulatedFile
+    base: SimulatedFile | None
+    image: Image
+
+    def write(self, guest_offset: int, data: bytes) -> None:
+        self.driver.run(self.image.write(guest_offset, MemoryBuffer(memoryview(data))))
+
+    def read(self, guest_offset: int, nbytes: int) -> bytes:
+        return read(self.driver, self.image, guest_offset, nbytes)
+
+    def content(self) -> bytes:
+        return self.read(0, self.image.size)
+
+    def close(self) -> None:
+        self.driver.run(self.image.close())
+
+    def reopened_content(self) -> bytes:
+        """What a reader finds that knows nothing but the files."""
+        driver = CrashDriver()
+        backing = driver.run(RawImage.open(self.base)) if self.base else None
+        image = driver.run(Image.open(self.file.copy(), backing=backing))
+        return read(driver, image, 0, image.size)
+
+
+def read(driver: CrashDriver, image: Image, guest_offset: int, nbytes: int) -> bytes:
+    target = bytearray(nbytes)
+    driver.run(image.read(guest_offset, MemoryBuffer(memoryview(target))))
+    return bytes(target)
+
+
+def set_up(
+    size: int,
+    *,
+    seed: int = 0,
+    cluster_bits: int = 9,
+    refcount_order: int = 4,
+    lazy: bool = False,
+    base: bytes | None = None,
+    cache_size: int = 1 << 20,
+) -> Bench:
+    """A new image, over a raw *base* if there is one, open for writing."""
+    breaker = Breaker()
+    driver = CrashDriver(seed, fault=breaker)
+    file = SimulatedFile("disk", {}, 0)
+    options = Options(size=size, cluster_bits=cluster_bits, refcount_order=refcount_order, lazy_refcounts=lazy)
+    driver.run(create(file, options))
+    below = None if base is None else SimulatedFile.parse("base", base)
+    backing = None
+    if below is not None:
+        below.writable = False
+        backing = driver.run(RawImage.open(below))
+    image = driver.run(Image.open(file, backing=backing, options=OpenOptions(writable=True, cache_size=cache_size)))
+    return Bench(driver, breaker, file, below, image)
+
+
+def noise(nbytes: int, seed: int = 0) -> bytes:
+    """Bytes unlike any others."""
+    return random.Random(seed).randbytes(nbytes)

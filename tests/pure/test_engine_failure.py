@@ -1,0 +1,148 @@
+"""Failures are final and honest (law 7): what failed is reported, what is not known is never claimed."""
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from qcow2 import layout
+from qcow2 import operation as op
+from tests.engine import Bench, Fault, noise, set_up
+
+pytestmark = pytest.mark.pure
+
+CLUSTER = 4096
+
+
+def bench_with_data(*, lazy: bool = False, base: bytes | None = None) -> Bench:
+    bench = set_up(64 * CLUSTER, cluster_bits=12, lazy=lazy, base=base)
+    bench.write(0, b"\1" * CLUSTER)
+    return bench
+
+
+def failing(code: int, wanted: Callable[[op.Operation], bool]) -> Fault:
+    return lambda operation: OSError(code, "as told") if wanted(operation) else None
+
+
+def is_data(operation: op.Operation) -> bool:
+    return isinstance(operation, op.Write) and operation.data
+
+
+def is_metadata(operation: op.Operation) -> bool:
+    return isinstance(operation, op.Write) and not operation.data
+
+
+def is_sync(operation: op.Operation) -> bool:
+    return isinstance(operation, op.Sync)
+
+
+def refused(bench: Bench, guest_offset: int = CLUSTER) -> int:
+    """The error number that a write ends with."""
+    with pytest.raises(OSError) as caught:
+        bench.write(guest_offset, b"\2" * CLUSTER)
+    assert caught.value.errno is not None
+    return caught.value.errno
+
+
+def test_failed_data_write_fails_alone_and_maps_nothing() -> None:
+    bench = bench_with_data()
+    writes = bench.image.statistics.metadata_writes
+    bench.breaker.fault = failing(errno.EIO, is_data)
+    assert refused(bench) == errno.EIO
+    assert bench.image.statistics.metadata_writes == writes + 1  # the cluster was counted back, nothing was linked
+    bench.breaker.fault = None
+    assert bench.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
+    bench.write(CLUSTER, b"\2" * CLUSTER)
+    assert bench.read(CLUSTER, CLUSTER) == b"\2" * CLUSTER
+
+
+def test_what_a_failed_data_write_left_behind_is_never_seen() -> None:
+    """Half of the data is in the cluster when the write fails; the cluster is handed out again as zeros."""
+    bench = bench_with_data()
+
+    def spoil(operation: op.Operation) -> OSError | None:
+        if is_data(operation):
+            assert isinstance(operation, op.Write)
+            bench.file.write(operation.host_offset, b"\7" * 512)
+            return OSError(errno.EIO, "as told")
+        return None
+
+    for cluster in range(1, 9):
+        bench.breaker.fault = spoil
+        assert refused(bench, cluster * CLUSTER) == errno.EIO
+        bench.breaker.fault = None
+    for cluster in range(1, 40):
+        bench.write(cluster * CLUSTER + 1024, b"\2" * 512)
+        assert bench.read(cluster * CLUSTER, CLUSTER) == bytes(1024) + b"\2" * 512 + bytes(CLUSTER - 1536)
+
+
+@pytest.mark.parametrize("kind", [is_metadata, is_sync])
+def test_after_a_failed_metadata_write_or_sync_nothing_is_written(kind: Callable[[op.Operation], bool]) -> None:
+    bench = bench_with_data(base=noise(64 * CLUSTER))
+    bench.breaker.fault = failing(errno.EIO, kind)
+    assert refused(bench) == errno.EIO
+    bench.breaker.fault = None
+    assert refused(bench) == errno.EIO
+    assert refused(bench, 0) == errno.EIO
+    assert bench.read(0, CLUSTER) == b"\1" * CLUSTER
+    with pytest.raises(OSError):
+        bench.driver.run(bench.image.flush())
+    with pytest.raises(OSError):
+        bench.close()
+
+
+def is_dirty(bench: Bench) -> bool:
+    word = bench.file.read(layout.HEADER_INCOMPATIBLE_OFFSET, 8)
+    return bool(int.from_bytes(word, "big") & layout.Incompatible.DIRTY)
+
+
+def test_dirty_bit_is_set_by_the_first_allocation_and_cleared_by_close_alone() -> None:
+    bench = set_up(64 * CLUSTER, cluster_bits=12, lazy=True)
+    assert not is_dirty(bench)
+    bench.write(0, b"x")
+    assert is_dirty(bench)
+    bench.driver.run(bench.image.flush())
+    assert is_dirty(bench)
+    bench.close()
+    assert not is_dirty(bench)
+
+
+def test_close_after_a_failure_leaves_the_dirty_bit() -> None:
+    bench = bench_with_data(lazy=True)
+    bench.image.fail(OSError(errno.EIO, "the data plane saw a sync fail"))
+    with pytest.raises(OSError):
+        bench.close()
+    assert is_dirty(bench)
+
+
+def test_no_space_to_grow_fails_the_request_and_loses_nothing() -> None:
+    bench = bench_with_data()
+    bench.breaker.fault = failing(errno.ENOSPC, lambda operation: isinstance(operation, op.Resize))
+    codes = [attempt(bench, cluster) for cluster in range(64)]
+    assert set(codes) == {0, errno.ENOSPC}
+    bench.breaker.fault = None
+    for cluster in range(64):
+        bench.write(cluster * CLUSTER, bytes([cluster + 1]) * CLUSTER)
+    bench.close()
+    assert bench.reopened_content() == b"".join(bytes([cluster + 1]) * CLUSTER for cluster in range(64))
+
+
+@pytest.mark.parametrize("kind", [is_data, is_metadata])
+def test_no_space_for_a_write_fails_the_request_and_loses_nothing(kind: Callable[[op.Operation], bool]) -> None:
+    bench = bench_with_data(base=noise(64 * CLUSTER))
+    bench.breaker.fault = failing(errno.ENOSPC, kind)
+    assert refused(bench, 5 * CLUSTER) == errno.ENOSPC
+    bench.breaker.fault = None
+    expected = b"\1" * CLUSTER + noise(64 * CLUSTER)[CLUSTER:]
+    assert bench.content() == expected
+    bench.write(5 * CLUSTER, b"\2" * CLUSTER)
+    bench.close()
+    assert bench.reopened_content() == expected[: 5 * CLUSTER] + b"\2" * CLUSTER + expected[6 * CLUSTER :]
+
+
+def attempt(bench: Bench, cluster: int) -> int:
+    try:
+        bench.write(cluster * CLUSTER, b"\2" * CLUSTER)
+    except OSError as error:
+        return error.errno or 0
+    return 0
