@@ -2,7 +2,7 @@
 
 import errno
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -56,6 +56,7 @@ class Image:
         self.read_only = not options.writable
         self.statistics = Statistics()
         self._header = header
+        self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
         self._slot: int | None = None
         self._stability = Stability(file, self.statistics, self._refuse_writes)
         self._cache = L2Cache(self.geometry, options.cache_size)
@@ -140,6 +141,7 @@ class Image:
 
     def _refuse_writes(self) -> None:
         self._cache.set_file(self._slot, writable=False)
+        self.on_failure()
 
     def _writable(self) -> "Changes":
         if self._changes is None:

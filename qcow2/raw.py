@@ -1,7 +1,7 @@
 """A raw file as an image: under a qcow2 overlay, or served as it is."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qcow2.l2cache import ExtentMap, Kind, RawMap, Run
 from qcow2.layout import SECTOR_SIZE
@@ -20,6 +20,7 @@ class RawImage:
         self.backing = None
         self.statistics = Statistics()
         self._map = RawMap(size)
+        self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
         self._slot: int | None = None
         self._stability = Stability(file, self.statistics, self._refuse_writes)
 
@@ -51,6 +52,7 @@ class RawImage:
 
     def _refuse_writes(self) -> None:
         self._map.set_file(self._slot, writable=False)
+        self.on_failure()
 
     def _require_writable(self) -> None:
         if self.read_only:

@@ -51,36 +51,38 @@ class RingDriver:
         worker = self._worker
         match operation:
             case op.Read(file=file, host_offset=host_offset, nbytes=nbytes):
-                worker.read(self._slots[file], host_offset, [target := bytearray(nbytes)], self._read_end(task, target))
+                target = bytearray(nbytes)
+                worker.read(self._slots[file], host_offset, [target], self._end(task, file, lambda: bytes(target)))
             case op.ReadInto(file=file, host_offset=host_offset, target=buffer, data=data):
-                worker.read(self._slots[file], host_offset, [_piece(buffer)], self._end(task), data=data)
+                worker.read(self._slots[file], host_offset, [_piece(buffer)], self._end(task, file), data=data)
             case op.Write(file=file, host_offset=host_offset, pieces=pieces, data=data):
-                worker.write(self._slots[file], host_offset, [*map(_piece, pieces)], self._end(task), data=data)
+                worker.write(self._slots[file], host_offset, [*map(_piece, pieces)], self._end(task, file), data=data)
             case op.Zero(file=file, host_offset=host_offset, nbytes=nbytes):
-                worker.zero(self._slots[file], host_offset, nbytes, self._end(task))
+                worker.zero(self._slots[file], host_offset, nbytes, self._end(task, file))
             case op.Sync(file=file):
-                worker.sync(self._slots[file], self._end(task))
+                worker.sync(self._slots[file], self._end(task, file))
             case op.Grace():
-                worker.grace(self._end(task))
+                worker.grace(self._end(task, None))
             case op.Compute(function=function):
                 worker.compute(function, self._compute_end(task))
-            case op.Size() | op.Resize():  # of an inode the host has in memory: not worth a thread
+            case op.Size() | op.Resize():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
             case _:
                 raise TypeError(f"not an operation of the disk: {operation!r}")
 
-    def _end(self, task: Task) -> Callable[[int], None]:
-        return lambda result: self._go_on(task, result, None)
+    def _end(
+        self, task: Task, file: op.File | None, result_of: Callable[[], bytes | None] = lambda: None
+    ) -> Callable[[int], None]:
+        """What the worker calls when an operation on *file* is done: the task goes on with *result_of()*."""
 
-    def _read_end(self, task: Task, target: bytearray) -> Callable[[int], None]:
-        return lambda result: self._go_on(task, result, target)
+        def end(result: int) -> None:
+            if result < 0:
+                self._scheduler.fail(task, OSError(-result, os.strerror(-result), file and file.path))
+            else:
+                self._scheduler.resume(task, result_of())
+            self._scheduler.run()
 
-    def _go_on(self, task: Task, result: int, target: bytearray | None) -> None:
-        if result < 0:
-            self._scheduler.fail(task, OSError(-result, os.strerror(-result)))
-        else:
-            self._scheduler.resume(task, None if target is None else bytes(target))
-        self._scheduler.run()
+        return end
 
     def _compute_end(self, task: Task) -> Callable[[Any, BaseException | None], None]:
         def end(result: Any, error: BaseException | None) -> None:
@@ -128,6 +130,7 @@ class ImageBackend:
         block.set_extent_map(ExtentMap(*self._image.extent_map))
         self._driver = RingDriver(worker, slots)
         self._block = block
+        self._image.on_failure = self._refuse_writes
 
     def _add_file(self, worker: Worker, file: HostFile) -> int:
         direct_fd = self._direct_fds.get(file, -1)
@@ -167,18 +170,27 @@ class ImageBackend:
             return Status.OK if task.result is None else task.result
         if not isinstance(task.error, OSError | ImageError):
             raise task.error
-        self._tell(str(task.error))
+        self._tell(_describe(task.error))
         return Status.IOERR
 
     def _sync_failed(self, number: int) -> None:
-        error = OSError(number, os.strerror(number), self._image.file.path)
-        self._tell(f"{error.filename}: sync failed, no more writes: {error.strerror}")
-        self._image.fail(error)
+        self._image.fail(OSError(number, f"sync failed: {os.strerror(number)}"))
+
+    def _refuse_writes(self) -> None:
+        """A metadata write or a sync failed: no success of the data plane may hide it."""
+        self._tell(f"{self._image.file.path}: a sync or a write of metadata failed, no more writes")
+        self._block.refuse_writes()
 
     def _tell(self, text: str) -> None:
         if text not in self._told and len(self._told) < 100:
             self._told.add(text)
             log.error("%s", text)
+
+
+def _describe(error: OSError | ImageError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _cluster_size(image: Image | RawImage) -> int:

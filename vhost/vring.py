@@ -96,13 +96,16 @@ class Vrings:
             yield from self._enable(index, True)
 
     def reset(self) -> Steps:
-        """Forget everything but the err fds, which the front-end does not send again."""
+        """Forget everything but the err fds, which the front-end does not send again, and where the rings stopped.
+
+        QEMU pauses a virtual machine by a status of 0, and only then asks for the bases it goes on from (seen with 7.2).
+        """
         for index, ring in enumerate(self._rings):
             if ring.has_kick:
                 yield from self._stop(index)
             if ring.enabled:
                 yield from self._enable(index, False)
-            self._rings[index] = Vring()
+            self._rings[index] = Vring(base=ring.base)
 
     def _ring(self, index: int) -> Vring:
         if index >= len(self):

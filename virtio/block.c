@@ -1,5 +1,6 @@
 #include "virtio/block.h"
 
+#include <errno.h>
 #include <linux/virtio_blk.h>
 #include <stddef.h>
 #include <string.h>
@@ -14,6 +15,12 @@ _Static_assert(sizeof(struct virtio_blk_discard_write_zeroes) == 16, "5.2.6");
 static struct block *block_of(struct device *device)
 {
     return (struct block *)device;
+}
+
+/* No success may hide that a write to the image or a sync has failed. */
+static bool takes_no_writes(const struct block *block, const struct worker *worker)
+{
+    return block->failed || (worker_has_slot(worker, block->sync_slot) && worker_slot_failed(worker, block->sync_slot));
 }
 
 /* ---- the end of a request ---- */
@@ -38,6 +45,8 @@ static void end(struct device *device, struct worker *worker, struct request *re
 {
     const struct block *block = block_of(device);
 
+    if (result == 0 && block->failed && request->type != VIRTIO_BLK_T_IN)
+        result = -EIO;
     if (result != 0) {
         answer(worker, request, result > 0 ? result : VIRTIO_BLK_S_IOERR, 0);
         return;
@@ -122,17 +131,13 @@ static uint64_t sector_offset(uint64_t sector)
     return __builtin_mul_overflow(sector, (uint64_t)SECTOR, &offset) ? UINT64_MAX : offset;
 }
 
-static bool sync_failed(const struct block *block, const struct worker *worker)
-{
-    return worker_has_slot(worker, block->sync_slot) && worker_slot_failed(worker, block->sync_slot);
-}
 
 static void transfer(struct block *block, struct worker *worker, struct request *request, uint64_t sector)
 {
     bool is_write = request->type == VIRTIO_BLK_T_OUT;
 
     request->offset = sector_offset(sector);
-    if (is_write && (block->read_only || sync_failed(block, worker)))
+    if (is_write && (block->read_only || takes_no_writes(block, worker)))
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
     else if (request->nbytes % SECTOR || !is_inside(block, request->offset, request->nbytes))
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
@@ -147,7 +152,9 @@ static void transfer(struct block *block, struct worker *worker, struct request 
 static void flush(struct block *block, struct worker *worker, struct request *request)
 {
     worker->counters->flushes++;
-    if (worker_has_slot(worker, block->sync_slot)) {
+    if (takes_no_writes(block, worker)) {
+        answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+    } else if (worker_has_slot(worker, block->sync_slot)) {
         request->synced = true;
         request_sync(worker, request, block->sync_slot);
     } else {
@@ -194,7 +201,7 @@ static void clear_range(struct block *block, struct worker *worker, struct reque
         pieces_load(request->pieces, sizeof(struct virtio_blk_outhdr), sizeof(segment), &segment);
         status = check_segment(block, request, &segment, max_sectors);
     }
-    if (status == VIRTIO_BLK_S_OK && sync_failed(block, worker))
+    if (status == VIRTIO_BLK_S_OK && takes_no_writes(block, worker))
         status = VIRTIO_BLK_S_IOERR;
     if (status != VIRTIO_BLK_S_OK || segment.num_sectors == 0) {
         answer(worker, request, status, 0);

@@ -55,6 +55,10 @@ class NativeBlock:
         """From now on a write, write-zeroes or discard joins the group commit before its status is written."""
         self._block.writethrough = writethrough
 
+    def refuse_writes(self) -> None:
+        """Answer every change and FLUSH with IOERR from now on, also those in flight."""
+        self._block.failed = True
+
     def set_sync_slot(self, slot: int | None) -> None:
         """FLUSH and writethrough sync the file in *slot*; with None both are left to Python."""
         self._block.sync_slot = NO_SLOT if slot is None else slot

@@ -471,6 +471,18 @@ def test_reset_stops_and_disables_rings_and_keeps_memory(front_end: FrontEnd, re
     assert front_end.session.status == 0
 
 
+@pytest.mark.parametrize("reset", [(Request.RESET_DEVICE, b""), (Request.SET_STATUS, U64(0))])
+def test_base_can_be_asked_for_after_the_reset(front_end: FrontEnd, reset: tuple[int, Any]) -> None:
+    # QEMU 7.2 pauses a virtual machine by a status of 0 first, and goes on from the base it then asks for.
+    front_end.configure()
+    front_end.kick()
+    front_end.base = 4321
+    front_end.send(*reset)
+    front_end.base = 0  # what a ring that is not running answers
+    done = front_end.send(Request.GET_VRING_BASE, VringState(0, 0))
+    assert done[-1] == effect.Reply(Request.GET_VRING_BASE, VringState(0, 4321).pack())
+
+
 def test_reset_ring_must_be_configured_again(front_end: FrontEnd) -> None:
     front_end.configure()
     front_end.kick()

@@ -1,0 +1,79 @@
+"""When the host fails under the daemon: one request, or every change from then on, and never a lie."""
+
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.frontend import DISCARD, FLUSH, IN, IOERR, OK, OUT, WRITE_ZEROES, FrontEnd
+from tests.program import TIMEOUT, Daemon
+
+CLUSTER = 65536
+SEGMENT = bytes(8) + (CLUSTER // 512).to_bytes(4, "little") + bytes(4)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "4G"], check=True, timeout=TIMEOUT)
+    return path
+
+
+@pytest.fixture
+def guest(image: Path) -> Iterator[tuple[Daemon, FrontEnd]]:
+    """A guest whose first cluster is allocated and stable."""
+    with Daemon(image) as daemon, FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(0, b"a" * CLUSTER)
+        front_end.flush()
+        yield daemon, front_end
+
+
+def limit(daemon: Daemon, nbytes: int) -> None:
+    """Let every write of the daemon past *nbytes* of a file fail with EFBIG."""
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+
+
+def fail_a_metadata_write(daemon: Daemon, guest: FrontEnd) -> None:
+    """A discard changes metadata only; with the header's sector writable and nothing else, that fails."""
+    limit(daemon, 512)
+    assert guest.do(DISCARD, 0, SEGMENT).status == IOERR
+    limit(daemon, resource.RLIM_INFINITY)
+
+
+def test_failed_data_write_fails_that_request_alone(guest: tuple[Daemon, FrontEnd], image: Path) -> None:
+    daemon, front_end = guest
+    limit(daemon, 512)
+    assert front_end.do(OUT, 0, b"b" * CLUSTER).status == IOERR
+    limit(daemon, resource.RLIM_INFINITY)
+    front_end.write(0, b"c" * CLUSTER)
+    front_end.flush()
+    daemon.stop()
+    subprocess.run(["qemu-img", "check", "-q", image], check=True, timeout=TIMEOUT)
+
+
+CHANGES = [(OUT, b"b" * 512), (FLUSH, b""), (DISCARD, SEGMENT), (WRITE_ZEROES, SEGMENT)]
+
+
+@pytest.mark.parametrize(("kind", "data"), CHANGES, ids=["write", "flush", "discard", "write-zeroes"])
+def test_after_a_failed_metadata_write_nothing_succeeds(guest: tuple[Daemon, FrontEnd], kind: int, data: bytes) -> None:
+    fail_a_metadata_write(*guest)
+    assert guest[1].do(kind, 0, data).status == IOERR
+
+
+def test_after_a_failed_metadata_write_reads_go_on(guest: tuple[Daemon, FrontEnd]) -> None:
+    fail_a_metadata_write(*guest)
+    done = guest[1].do(IN, CLUSTER, nbytes=512)
+    assert (done.status, done.data) == (OK, bytes(512))
+
+
+def test_after_a_failed_metadata_write_the_daemon_does_not_end_as_if_all_were_well(
+    guest: tuple[Daemon, FrontEnd], image: Path
+) -> None:
+    daemon, front_end = guest
+    fail_a_metadata_write(daemon, front_end)
+    daemon.process.terminate()
+    _, said = daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 1
+    assert str(image) in said
