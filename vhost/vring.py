@@ -98,7 +98,7 @@ class Vrings:
     def reset(self) -> Steps:
         """Forget everything but the err fds, which the front-end does not send again, and where the rings stopped.
 
-        QEMU pauses a virtual machine by a status of 0, and only then asks for the bases it goes on from (seen with 7.2).
+        QEMU pauses a virtual machine by a status of 0, and only then asks for the bases (seen with 7.2).
         """
         for index, ring in enumerate(self._rings):
             if ring.has_kick:
