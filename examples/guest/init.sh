@@ -5,13 +5,13 @@
 export PATH=/sbin:/bin LD_LIBRARY_PATH=/lib
 job=/sys/firmware/qemu_fw_cfg/by_name/opt/guest/job/raw
 
-# report NAME FILE: hand a file to the host.
+# report NAME FILE: hand a file to the host. A trace of the job must not mix with the file.
 report() {
     echo "@@ file $1"
     cat "$2"
     echo
     echo "@@ end"
-}
+} 2> /dev/null
 
 if [ ! -e /proc/self ]; then
     mount -t proc proc /proc
