@@ -85,6 +85,13 @@ def set_up(
     return Bench(driver, breaker, file, below, image)
 
 
+def open_again(bench: Bench, *, writable: bool = False) -> Bench:
+    """The same files in the hands of a new image; the old one was not closed."""
+    driver = CrashDriver(fault=bench.breaker)
+    image = driver.run(Image.open(bench.file, options=OpenOptions(writable=writable)))
+    return Bench(driver, bench.breaker, bench.file, bench.base, image)
+
+
 def noise(nbytes: int, seed: int = 0) -> bytes:
     """Bytes unlike any others."""
     return random.Random(seed).randbytes(nbytes)
