@@ -1,0 +1,205 @@
+"""One suite for the three drivers of the engine: what an operation promises does not depend on who keeps it."""
+
+import errno
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcow2 import operation as op
+from qcow2.buffer import MemoryBuffer
+from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.task import Task
+from ring.worker import Worker
+from vhost.disk import RingDriver
+from virtio.native import NativeBlock
+
+CONTENT = bytes(range(1, 256)) * 64  # 16320 bytes: no multiple of a sector or a page
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A driver with one file that holds CONTENT."""
+
+    file: op.File
+    run: Run
+    content: Callable[[], bytes]
+
+
+@contextmanager
+def blocking(path: Path) -> Iterator[Rig]:
+    with HostFile.open(str(path), writable=True) as file:
+        yield Rig(file, BlockingDriver().run, path.read_bytes)
+
+
+@contextmanager
+def ring(path: Path) -> Iterator[Rig]:
+    with HostFile.open(str(path), writable=True) as file:
+        with Worker(NativeBlock(size=0), lambda request: None) as worker:
+            slot = worker.call(lambda: worker.add_file(file.fd))
+            driver = RingDriver(worker, {file: slot})
+            yield Rig(file, lambda coroutine: run_on_worker(worker, driver, coroutine), path.read_bytes)
+
+
+def run_on_worker(worker: Worker, driver: RingDriver, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    ended: Future[Task] = Future()
+    worker.call(lambda: driver.run(coroutine, ended.set_result))
+    task = ended.result(timeout=30)
+    if task.error is not None:
+        raise task.error
+    return task.result
+
+
+@contextmanager
+def crash(path: Path) -> Iterator[Rig]:
+    file = SimulatedFile.parse(str(path), CONTENT)
+    driver = CrashDriver(seed=1)
+    yield Rig(file, driver.run, file.content)
+
+
+@pytest.fixture(params=[blocking, ring, crash], ids=["blocking", "ring", "crash"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    with request.param(path) as it:
+        yield it
+
+
+async def do(operation: op.Operation) -> Any:
+    return await operation
+
+
+async def all_of(coroutines: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Run them side by side and wait for all, as the engine does: Spawn and Signal."""
+    results: list[Any] = [None] * len(coroutines)
+    signals = [op.Signal() for _ in coroutines]
+
+    async def one(index: int) -> None:
+        results[index] = await coroutines[index]
+        signals[index].set()
+
+    for index in range(len(coroutines)):
+        await op.Spawn(one(index))
+    for signal in signals:
+        await signal.wait()
+    return results
+
+
+RANGES = [(0, 1), (0, 512), (1, 511), (510, 5), (4095, 4098), (16000, 320), (16319, 1)]
+
+
+@pytest.mark.parametrize(("start", "nbytes"), RANGES)
+def test_read_returns_what_is_there(rig: Rig, start: int, nbytes: int) -> None:
+    assert rig.run(do(op.Read(rig.file, start, nbytes))) == CONTENT[start : start + nbytes]
+
+
+@pytest.mark.parametrize(("start", "nbytes"), [(16000, 1000), (16319, 2), (16320, 512), (1 << 30, 65536)])
+def test_what_lies_past_the_end_reads_as_zeros(rig: Rig, start: int, nbytes: int) -> None:
+    assert rig.run(do(op.Read(rig.file, start, nbytes))) == CONTENT[start:][:nbytes].ljust(nbytes, b"\0")
+
+
+def test_read_into_fills_a_slice_and_nothing_around_it(rig: Rig) -> None:
+    memory = bytearray(b"?" * 1000)
+    target = MemoryBuffer(memoryview(memory)).slice(100, 700)
+    rig.run(do(op.ReadInto(rig.file, 16000, target, data=True)))
+    assert memory == b"?" * 100 + CONTENT[16000:] + bytes(380) + b"?" * 200
+
+
+@pytest.mark.parametrize(("start", "nbytes"), [*RANGES, (16320, 100), (20000, 5000)])
+def test_write_changes_its_range_and_nothing_else(rig: Rig, start: int, nbytes: int) -> None:
+    data = b"\0" + b"n" * (nbytes - 1)
+    rig.run(do(op.Write(rig.file, start, data)))
+    before = CONTENT.ljust(start, b"\0")
+    assert rig.content() == before[:start] + data + before[start + nbytes :]
+
+
+def test_pieces_of_every_kind_are_written_one_after_the_other(rig: Rig) -> None:
+    pieces = [b"ab", bytearray(b"cd"), memoryview(b"efgh")[1:3], MemoryBuffer(memoryview(b"xijx")).slice(1, 2), b""]
+    rig.run(do(op.Write(rig.file, 3, *pieces)))
+    assert rig.content()[:13] == CONTENT[:3] + b"abcdfgij" + CONTENT[11:13]
+
+
+def test_more_pieces_than_one_system_call_takes(rig: Rig) -> None:
+    rig.run(do(op.Write(rig.file, 0, *(bytes([number % 251]) for number in range(3000)))))
+    assert rig.content()[:3000] == bytes(number % 251 for number in range(3000))
+
+
+@pytest.mark.parametrize(("start", "nbytes"), [(0, 16320), (5000, 1), (4096, 8192), (16000, 100000), (20000, 10)])
+def test_zero_clears_its_range_and_keeps_the_length(rig: Rig, start: int, nbytes: int) -> None:
+    rig.run(do(op.Zero(rig.file, start, nbytes)))
+    cleared = len(CONTENT[start : start + nbytes])
+    assert rig.content() == CONTENT[:start] + bytes(cleared) + CONTENT[start + cleared :]
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 10000, 16320, 70000])
+def test_resize_cuts_or_extends_with_zeros(rig: Rig, nbytes: int) -> None:
+    rig.run(do(op.Resize(rig.file, nbytes)))
+    assert rig.content() == CONTENT[:nbytes].ljust(nbytes, b"\0")
+    assert rig.run(do(op.Size(rig.file))) == nbytes
+
+
+def test_size_follows_a_write_past_the_end(rig: Rig) -> None:
+    assert rig.run(do(op.Size(rig.file))) == 16320
+    rig.run(do(op.Write(rig.file, 20000, b"x")))
+    assert rig.run(do(op.Size(rig.file))) == 20001
+
+
+def test_sync_and_grace_come_back(rig: Rig) -> None:
+    assert rig.run(all_of([do(op.Sync(rig.file)), do(op.Grace()), do(op.Sync(rig.file))])) == [None, None, None]
+
+
+def test_compute_gives_its_result(rig: Rig) -> None:
+    assert rig.run(do(op.Compute(lambda: sum(range(10))))) == 45
+
+
+def test_compute_gives_its_error(rig: Rig) -> None:
+    with pytest.raises(ZeroDivisionError):
+        rig.run(do(op.Compute(lambda: 1 // 0)))
+
+
+def test_impossible_offset_is_an_error_at_the_await(rig: Rig) -> None:
+    async def attempt() -> int:
+        try:
+            await op.Write(rig.file, (1 << 63) - 1, b"xy")
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    if isinstance(rig.file, SimulatedFile):
+        pytest.skip("a simulated file has no largest offset")
+    assert rig.run(attempt()) in (errno.EINVAL, errno.EFBIG, errno.EOVERFLOW)
+
+
+def test_many_at_once_all_come_back_with_their_own_result(rig: Rig) -> None:
+    reads = [do(op.Read(rig.file, start, 7)) for start in range(0, 16000, 8)]  # more than a worker has operations
+    assert rig.run(all_of(reads)) == [CONTENT[start : start + 7] for start in range(0, 16000, 8)]
+
+
+def test_many_writes_at_once_all_arrive(rig: Rig) -> None:
+    rig.run(all_of([do(op.Write(rig.file, start, b"w")) for start in range(0, 16000, 2)]))
+    assert rig.content()[:16000:2] == b"w" * 8000
+
+
+def test_signal_wakes_those_who_wait_in_the_order_they_came(rig: Rig) -> None:
+    signal = op.Signal()
+    order: list[int] = []
+
+    async def wait(number: int) -> None:
+        await signal.wait()
+        order.append(number)
+
+    async def main() -> None:
+        for number in range(5):
+            await op.Spawn(wait(number))
+        await op.Read(rig.file, 0, 1)
+        signal.set()
+        await op.Read(rig.file, 0, 1)
+
+    rig.run(main())
+    assert order == [0, 1, 2, 3, 4]
