@@ -131,6 +131,8 @@ static void give_back(struct driver_ring *ring, uint16_t head)
 {
     uint16_t last = head;
 
+    if (ring->lengths[head] == 0)
+        return; /* posted by driver_ring_add_head */
     for (uint32_t i = 1; i < ring->lengths[head]; i++)
         last = ring->descriptors[last].next;
     ring->descriptors[last].next = ring->free_head;

@@ -116,15 +116,15 @@ class DriverQueue:
         for fd in (self.kick_fd, self.call_fd, self.err_fd):
             os.close(fd)
 
-    def add(self, buffers: Sequence[Buffer], *, indirect: bool = False) -> int:
+    def add(self, buffers: Sequence[Buffer], *, table_address: int | None = None) -> int:
         """Post a chain, readable buffers first -> its head; the device sees it at the next `publish`.
 
+        With *table_address*, 16 bytes a buffer in guest memory, the chain is an indirect one.
         Raises: OSError ENOSPC if the ring is full.
         """
         native = ffi.new("struct driver_buffer[]", [tuple(buffer) for buffer in buffers])
-        address = self.memory.allocate(16 * len(buffers)) if indirect else 0
-        host = self.memory.host(address, 16 * len(buffers)) if indirect else NULL
-        return check(lib.driver_ring_add(self._ring, native, len(buffers), host, address), "virtqueue")
+        host = NULL if table_address is None else self.memory.host(table_address, 16 * len(buffers))
+        return check(lib.driver_ring_add(self._ring, native, len(buffers), host, table_address or 0), "virtqueue")
 
     def add_head(self, head: int) -> None:
         """Post *head* itself, whatever it leads to: for drivers that misbehave."""

@@ -1,0 +1,177 @@
+"""Guest memory: regions that are cut anywhere, refused, replaced while requests are in flight."""
+
+import os
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from ring.driver import Buffer, DriverMemory
+from ring.memory import MemoryRegion
+from ring.request import Request
+from tests.blockguest import IN, MIB, OK, OUT, Guest
+
+SEAM = 8 * MIB + 1234  # between two regions, page aligned neither in the file nor in the guest
+
+
+def two_regions(memory: DriverMemory) -> list[MemoryRegion]:
+    """The whole memory, as two regions that touch at SEAM."""
+    return [
+        MemoryRegion(os.dup(memory.fd), SEAM, SEAM, memory.nbytes - SEAM, SEAM),
+        MemoryRegion(os.dup(memory.fd), 0, 0, SEAM, 0),
+    ]
+
+
+def open_fds() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def count_mappings() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+PARTS = {"header": 16, "data": 512, "status": 1, "table": 48}
+
+
+@pytest.mark.parametrize("straddler", PARTS)
+def test_buffers_may_straddle_two_regions_at_any_byte(tmp_path: Path, straddler: str) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    with Guest(fd, regions=two_regions) as guest:
+        place = {name: guest.memory.allocate(nbytes) for name, nbytes in PARTS.items()}
+        for shift in range(PARTS[straddler] + 1):
+            place[straddler] = SEAM - shift
+            data = os.urandom(512)
+            guest.memory.store(place["header"], struct.pack("<IIQ", OUT, 0, 5))
+            guest.memory.store(place["data"], data)
+            guest.queue.add(
+                [Buffer(place["header"], 16), Buffer(place["data"], 512), Buffer(place["status"], 1, True)],
+                table_address=place["table"] if straddler == "table" else None,
+            )
+            guest.queue.kick()
+            assert guest.queue.wait()[0].nbytes == 1
+            assert guest.memory.load(place["status"], 1)[0] == OK
+            assert path.read_bytes()[2560:3072] == data, shift
+    os.close(fd)
+
+
+def test_read_scatters_over_two_regions(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(os.urandom(MIB))
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    with Guest(fd, regions=two_regions) as guest:
+        guest.memory.allocate(SEAM - 3000 - guest.memory.allocate(0))  # data begins shortly before SEAM
+        answer = guest.ask(IN, 0, room=8192)
+    os.close(fd)
+    assert answer == (OK, 8193, path.read_bytes()[:8192])
+
+
+REFUSED = {
+    "overlap in the guest": lambda fd: [MemoryRegion(fd(), 0, 0, 8192, 0), MemoryRegion(fd(), 8191, 1 << 40, 1, 0)],
+    "overlap in the front-end": lambda fd: [MemoryRegion(fd(), 0, 0, 8192, 0), MemoryRegion(fd(), 1 << 40, 8191, 1, 0)],
+    "guest address wraps": lambda fd: [MemoryRegion(fd(), (1 << 64) - 4096, 0, 8192, 0)],
+    "user address wraps": lambda fd: [MemoryRegion(fd(), 0, (1 << 64) - 4096, 8192, 0)],
+    "offset wraps": lambda fd: [MemoryRegion(fd(), 0, 0, 4096, (1 << 64) - 4096)],
+    "nothing": lambda fd: [MemoryRegion(fd(), 0, 0, 0, 0)],
+    "file is shorter": lambda fd: [MemoryRegion(fd(), 0, 0, 65537, 0)],
+    "offset in a file that is shorter": lambda fd: [MemoryRegion(fd(), 0, 0, 4096, 61441)],
+    "second is not mappable": lambda fd: [
+        MemoryRegion(fd(), 0, 0, 4096, 0),
+        MemoryRegion(os.eventfd(0), 4096, 4096, 4096, 0),
+        MemoryRegion(fd(), 8192, 8192, 4096, 0),
+    ],
+    "too many": lambda fd: [MemoryRegion(fd(), i * 8192, i * 8192, 4096, 0) for i in range(513)],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nonsensical_table_is_refused_and_the_old_one_stays(name: str) -> None:
+    memfd = os.memfd_create("region", os.MFD_CLOEXEC)
+    os.truncate(memfd, 65536)
+    with Guest() as guest:
+        guest.ask(IN, 0, room=512)
+        before, mappings = open_fds(), count_mappings()
+        regions = REFUSED[name](lambda: os.dup(memfd))
+        with pytest.raises(OSError, match="memory region at guest address 0x"):
+            guest.worker.call(lambda: guest.worker.set_memory(regions))
+        assert (open_fds(), count_mappings()) == (before, mappings)
+        assert guest.ask(IN, 0, room=512).status == OK
+    os.close(memfd)
+
+
+def test_five_hundred_and_twelve_regions_are_fine() -> None:
+    memfd = os.memfd_create("region", os.MFD_CLOEXEC)
+    os.truncate(memfd, 65536)
+    with Guest() as guest:
+        more = [MemoryRegion(os.dup(memfd), i << 32, i << 32, 4096, 0) for i in range(1, 512)]
+        guest.worker.call(lambda: guest.worker.set_memory([*guest.regions, *more]))
+        assert guest.ask(IN, 0, room=512).status == OK
+    os.close(memfd)
+
+
+def test_removing_a_region_waits_for_the_request_in_it() -> None:
+    held: list[Request] = []
+    arrived = threading.Event()
+    removed = threading.Event()
+    order: list[str] = []
+
+    def hold(request: Request) -> None:
+        held.append(request)
+        arrived.set()
+
+    with Guest(on_request=hold, regions=two_regions) as guest:
+        guest.post(IN, 0, room=512)
+        guest.queue.kick()
+        assert arrived.wait(10)
+
+        def remove() -> None:
+            def let_go() -> None:
+                order.append("finished")
+                held[0].finish(OK)
+
+            guest.worker.compute(lambda: None, lambda result, error: let_go())
+            guest.worker.set_memory(guest.regions[1:])
+            order.append("removed")
+            removed.set()
+
+        guest.worker.call(remove)
+        assert removed.wait(10)
+        assert guest.queue.wait()[0].nbytes == 513
+    assert order == ["finished", "removed"]
+
+
+def test_ring_outside_the_new_table_breaks_its_queue() -> None:
+    memfd = os.memfd_create("region", os.MFD_CLOEXEC)
+    os.truncate(memfd, 4096)
+    with Guest() as guest:
+        guest.worker.call(lambda: guest.worker.set_memory([MemoryRegion(memfd, 1 << 40, 1 << 40, 4096, 0)]))
+        assert guest.broken.wait(10)
+        assert guest.faults == ["the ring is not inside one memory region"]
+        assert guest.drain() == 0
+
+
+def test_new_memory_at_the_same_addresses_is_used() -> None:
+    with Guest() as guest, DriverMemory(guest.memory.nbytes) as other:
+        content = guest.memory.load(0, guest.memory.nbytes)
+        other.store(0, content)
+        guest.worker.call(lambda: guest.worker.set_memory([other.region()]))
+        posted = guest.post(IN, 0, room=512)
+        other.store(0, guest.memory.load(0, guest.memory.nbytes))
+        guest.queue.publish()
+        other.store(guest.queue.layout.driver_address, guest.memory.load(guest.queue.layout.driver_address, 4))
+        os.eventfd_write(guest.queue.kick_fd, 1)
+        assert guest.drain() == 1
+        assert other.load(posted.status_address, 1)[0] == OK
+
+
+def test_nothing_is_left_open_or_mapped_after_the_worker() -> None:
+    with Guest():
+        pass  # the first one loads what stays: thread stacks, arenas
+    before, mappings = open_fds(), count_mappings()
+    for _ in range(3):
+        with Guest(regions=two_regions) as guest:
+            guest.ask(IN, 0, room=512)
+    assert open_fds() == before
+    assert count_mappings() <= mappings + 2  # malloc may keep an arena
