@@ -84,15 +84,6 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     serve_line(worker, &file->served, result < 0 ? -EIO : 0);
 }
 
-int worker_grace(struct worker *worker)
-{
-    int number = operation_begin(worker);
-
-    if (number >= 0)
-        line_join(&worker->grace.waiting, &worker->operations[number].waiter);
-    return number;
-}
-
 void grace_advance(struct worker *worker)
 {
     struct grace *grace = &worker->grace;
@@ -107,4 +98,15 @@ void grace_advance(struct worker *worker)
         line_move(&grace->served, &grace->waiting);
         grace->epoch = !grace->epoch;
     }
+}
+
+int worker_grace(struct worker *worker)
+{
+    int number = operation_begin(worker);
+
+    if (number < 0)
+        return number;
+    line_join(&worker->grace.waiting, &worker->operations[number].waiter);
+    grace_advance(worker); /* closes the epoch now, so that what begins next is not waited for */
+    return number;
 }

@@ -1,5 +1,6 @@
 """A block device on a worker, and a driver in front of it, in one process: what the data plane's tests stand on."""
 
+import io
 import os
 import struct
 import threading
@@ -45,6 +46,15 @@ def cut(guest_address: int, nbytes: int, cuts: Iterable[int], is_writable: bool)
     return [
         Buffer(guest_address + start, end - start, is_writable) for start, end in zip(edges, edges[1:], strict=False)
     ]
+
+
+def open_pipe() -> tuple[io.FileIO, io.FileIO]:
+    """A file whose reads wait until the other end is fed or closed: (source, feed).
+
+    ``with source, Guest(source.fileno()), feed:`` ends also if the test fails with a read in flight.
+    """
+    reader, writer = os.pipe()
+    return io.FileIO(reader, "r"), io.FileIO(writer, "w")
 
 
 class Guest:

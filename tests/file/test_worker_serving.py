@@ -181,7 +181,10 @@ def test_read_only_disk_refuses_to_change() -> None:
     block = NativeBlock(size=MIB, read_only=True, max_discard_sectors=8, max_write_zeroes_sectors=8)
     segment = bytes(8) + (1).to_bytes(8, "little")
     with Guest(block=block) as guest:
-        answers = [guest.ask(OUT, 0, data=bytes(512)), *(guest.ask(t, 0, data=segment) for t in (DISCARD, WRITE_ZEROES))]
+        answers = [
+            guest.ask(OUT, 0, data=bytes(512)),
+            *(guest.ask(t, 0, data=segment) for t in (DISCARD, WRITE_ZEROES)),
+        ]
         assert [answer.status for answer in answers] == [IOERR] * 3
         assert guest.counters.python_requests == 0
 
