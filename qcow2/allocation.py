@@ -5,10 +5,12 @@ length, and reads as zeros, stable too. So whoever gets one may write plain data
 """
 
 import errno
+from contextlib import suppress
 
+from qcow2.error import CorruptImage
 from qcow2.geometry import Geometry
 from qcow2.mapping import Mapping
-from qcow2.operation import File, Resize, Signal, Zero
+from qcow2.operation import File, Resize, Signal, Spawn, Zero
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
 from qcow2.root import Root
@@ -16,7 +18,8 @@ from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
 FIRST_RUN_BYTES = 256 << 10
-MAX_RUN_BYTES = 4 << 20
+MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
+MAX_LAZY_RUN_BYTES = 16 << 20  # a lazy image has its refcounts rebuilt after a crash
 SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
 SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
 
@@ -49,23 +52,33 @@ class Allocator:
         self._run: list[range] = []  # reserved, not yet handed out
         self._under_way: Signal | None = None  # of the reservation in progress
         self._cursor = 0  # no cluster below it is free, as far as is known
+        self._left = 0  # clusters in the run
+        self._low = 0  # at so many the next reservation begins
         self._next_bytes = FIRST_RUN_BYTES
+        self._max_bytes = MAX_LAZY_RUN_BYTES if root.is_lazy else MAX_RUN_BYTES
 
     async def allocate(self, nclusters: int) -> range:
         """Take at least one and at most *nclusters* consecutive host clusters.
 
-        Raises: OSError; ENOSPC leaves everything as it was.
+        Raises: OSError; ENOSPC leaves everything as it was. CorruptImage.
         """
-        self._stability.require_trust()
         while not self._run:
             await self._refill(nclusters)
         self._stability.require_trust()
+        taken = self._take(nclusters)
+        if self._left <= self._low and self._under_way is None:
+            self._under_way = Signal()
+            await Spawn(self._reserve_ahead(self._under_way))
+        return taken
+
+    def _take(self, nclusters: int) -> range:
         extent = self._run[0]
-        taken, left = extent[:nclusters], extent[nclusters:]
-        if left:
-            self._run[0] = left
+        taken, rest = extent[:nclusters], extent[nclusters:]
+        if rest:
+            self._run[0] = rest
         else:
             del self._run[0]
+        self._left -= len(taken)
         return taken
 
     def reuse(self, cluster: int) -> None:
@@ -74,20 +87,29 @@ class Allocator:
 
     async def _refill(self, nclusters: int) -> None:
         """Reserve a run, or wait for the reservation in progress."""
+        self._stability.require_trust()
         if self._under_way is not None:
             await self._under_way.wait()
             return
         self._under_way = Signal()
+        await self._reserve_once(max(nclusters, self._run_length()), self._under_way)
+
+    async def _reserve_ahead(self, ended: Signal) -> None:
+        """Reserve the next run before the last cluster of this one is taken, so that nobody waits for its sync."""
+        with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
+            await self._reserve_once(self._run_length(), ended)
+
+    async def _reserve_once(self, wanted: int, ended: Signal) -> None:
         try:
-            await self._reserve(max(nclusters, self._run_length()))
+            await self._reserve(wanted)
         finally:
-            self._under_way.set()
             self._under_way = None
+            ended.set()
 
     def _run_length(self) -> int:
         """How many clusters to reserve: more each time, but little of a small disk."""
         nbytes = min(self._next_bytes, self._geometry.size // 8)
-        self._next_bytes = min(2 * self._next_bytes, MAX_RUN_BYTES)
+        self._next_bytes = min(2 * self._next_bytes, self._max_bytes)
         return max(1, self._geometry.clusters(nbytes))
 
     async def _reserve(self, wanted: int) -> None:
@@ -108,6 +130,8 @@ class Allocator:
                 raise
         await self._stability.sync()
         self._run += filter(None, counted)
+        self._left = sum(map(len, self._run))
+        self._low = self._left // 2
 
     async def _find(self, wanted: int) -> list[range]:
         """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
@@ -186,6 +210,8 @@ class Allocator:
 
         Nothing else is under way. Process-safe on return.
         """
+        while self._under_way is not None:
+            await self._under_way.wait()
         async with self._refcounts.mutex.hold():
             for extent in self._run:
                 await self._refcounts.add(extent, -1)

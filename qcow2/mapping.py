@@ -91,6 +91,10 @@ class Mapping:
             where = self._metadata[index] << self.geometry.cluster_bits
             raise CorruptImage(self._file.path, where, f"metadata at {where:#x} has refcount 0")
 
+    def known(self, guest_offset: int, nbytes: int) -> Run:
+        """What `resolve` would say, if memory can tell; else a run of kind MISS or BAD."""
+        return self.cache.describe(guest_offset, nbytes)
+
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that one L2 slice maps in one way.
 
@@ -113,12 +117,12 @@ class Mapping:
 
     def has_table(self, guest_offset: int) -> bool:
         """Whether an L2 table maps *guest_offset*."""
-        index = self.geometry.l1_index(guest_offset)
-        return index < len(self.l1) and bool(self.l1[index] & OFFSET_MASK)
+        return bool(self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK)
 
-    def table_is_shared(self, guest_offset: int) -> bool:
-        """Whether the L2 table of *guest_offset* belongs to a snapshot too."""
-        return not self.l1[self.geometry.l1_index(guest_offset)] & COPIED
+    def has_private_table(self, guest_offset: int) -> bool:
+        """Whether an L2 table that no snapshot shares maps *guest_offset*."""
+        entry = self.l1[self.geometry.l1_index(guest_offset)]
+        return bool(entry & COPIED and entry & OFFSET_MASK)
 
     def table_offset(self, guest_offset: int) -> int:
         """Host offset of the L2 table of *guest_offset*.

@@ -1,8 +1,5 @@
 """Locks on ranges of numbers, between coroutines of one scheduler: first come, first served."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from qcow2.operation import Signal
 
 
@@ -13,21 +10,35 @@ class RangeLocks:
     """
 
     def __init__(self) -> None:
-        self._ranges: list[tuple[int, int, Signal]] = []  # first, last, released; held or waited for, as they came
+        self._ranges: list[Hold] = []  # held or waited for, in the order they came
 
-    @asynccontextmanager
-    async def hold(self, first: int, last: int) -> AsyncIterator[None]:
-        """Hold the numbers from *first* to *last* inclusive."""
-        mine = (first, last, Signal())
-        before = [other for other in self._ranges if other[0] <= last and first <= other[1]]
-        self._ranges.append(mine)
-        try:
-            for _, _, released in before:
-                await released.wait()
-            yield
-        finally:
-            self._ranges.remove(mine)
-            mine[2].set()
+    def hold(self, first: int, last: int) -> "Hold":
+        """Ask for the numbers from *first* to *last* inclusive; `async with` waits for them and gives them back."""
+        return Hold(self._ranges, first, last)
+
+
+class Hold:
+    """A range that is held, or waited for, inside `async with`."""
+
+    __slots__ = ("_before", "_first", "_last", "_ranges", "_released", "was_immediate")
+
+    def __init__(self, ranges: "list[Hold]", first: int, last: int) -> None:
+        self._first: int = first
+        self._last: int = last
+        self._released = Signal()
+        self._before = [other for other in ranges if other._first <= last and first <= other._last]
+        self.was_immediate = not self._before  # nothing else ran between asking and holding
+        self._ranges = ranges
+        ranges.append(self)
+
+    async def __aenter__(self) -> "Hold":
+        for other in self._before:
+            await other._released.wait()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._ranges.remove(self)
+        self._released.set()
 
 
 class Mutex:
@@ -36,8 +47,6 @@ class Mutex:
     def __init__(self) -> None:
         self._locks = RangeLocks()
 
-    @asynccontextmanager
-    async def hold(self) -> AsyncIterator[None]:
-        """Be the one holder."""
-        async with self._locks.hold(0, 0):
-            yield
+    def hold(self) -> Hold:
+        """Ask to be the one holder; `async with` waits for it and gives it back."""
+        return self._locks.hold(0, 0)

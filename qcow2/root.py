@@ -16,6 +16,7 @@ class Root:
     def __init__(self, file: File, header: Header, stability: Stability, *, is_lazy: bool) -> None:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
+        self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
         self._file = file
         self._stability = stability
         self._mutex = Mutex()
@@ -25,10 +26,11 @@ class Root:
 
         Lazy: the dirty bit is stable then. Accurate: at once, since every cluster is counted before it is handed out.
         """
-        if self.is_lazy and not self.header.is_dirty:
+        if self._must_mark:
             async with self._mutex.hold():
-                if not self.header.is_dirty:
+                if self._must_mark:
                     self.header = await self._trusted(mark_dirty(self._file, self.header))
+                    self._must_mark = False
 
     async def mark_clean(self) -> None:
         """Clear the dirty bit, if it is set; everything else is written."""

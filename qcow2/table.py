@@ -39,15 +39,12 @@ class Tables:
 
         Raises: OSError; ENOSPC leaves everything as it was.
         """
-        while not self._is_private(guest_offset):
+        while not self._mapping.has_private_table(guest_offset):
             index = self._geometry.l1_index(guest_offset)
             if index in self._under_way:
                 await self._under_way[index].wait()
             else:
                 await self._make_private(index, guest_offset)
-
-    def _is_private(self, guest_offset: int) -> bool:
-        return self._mapping.has_table(guest_offset) and not self._mapping.table_is_shared(guest_offset)
 
     async def _make_private(self, index: int, guest_offset: int) -> None:
         signal = self._under_way[index] = Signal()

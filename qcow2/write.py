@@ -18,6 +18,12 @@ from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 from qcow2.table import Tables
 
+# Plain ints: these are compared for every request.
+MISS, BAD, UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA = (
+    int(kind) for kind in (Kind.MISS, Kind.BAD, Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA)
+)
+HOLDS_NOTHING = (UNALLOCATED, ZERO_PLAIN)
+
 
 class Writer:
     """Writes guest bytes of one image. `locks` are on guest clusters: who changes an entry holds its cluster's."""
@@ -52,37 +58,45 @@ class Writer:
 
         Raises: OSError; a data write that failed has changed no metadata.
         """
+        nbytes = len(source)
         done = 0
-        while done < len(source):
-            run = await self._mapping.resolve(guest_offset + done, len(source) - done)
-            if not is_writable_in_place(run):
-                break
+        while done < nbytes:
+            run = self._mapping.known(guest_offset + done, nbytes - done)
+            if run.kind != DATA or not run.copied:
+                await self._write_locked(run, guest_offset + done, source.slice(done, nbytes - done))
+                return
             # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
             await Write(self._file, run.host_offset, source.slice(done, run.nbytes), data=True)
             done += run.nbytes
-        if done < len(source):
-            await self._write_locked(guest_offset + done, source.slice(done, len(source) - done))
 
-    async def _write_locked(self, guest_offset: int, source: Buffer) -> None:
+    async def _write_locked(self, run: Run, guest_offset: int, source: Buffer) -> None:
+        """Write *source*; *run* is what memory tells about its front."""
+        nbytes = len(source)
         first = self._geometry.cluster_of(guest_offset)
-        last = self._geometry.cluster_of(guest_offset + len(source) - 1)
-        async with self.locks.hold(first, last):
+        last = self._geometry.cluster_of(guest_offset + nbytes - 1)
+        async with self.locks.hold(first, last) as hold:
             done = 0
-            while done < len(source):
-                run = await self._mapping.resolve(guest_offset + done, len(source) - done)
+            if run.kind not in (MISS, BAD) and hold.was_immediate:
+                done = await self._write_run(run, guest_offset, source.slice(0, run.nbytes))
+            while done < nbytes:
+                run = await self._mapping.resolve(guest_offset + done, nbytes - done)
                 done += await self._write_run(run, guest_offset + done, source.slice(done, run.nbytes))
 
     async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
-        if is_writable_in_place(run):
+        if run.kind == DATA and run.copied:
             await Write(self._file, run.host_offset, source, data=True)
             return len(source)
-        within = self._geometry.slice_end(guest_offset) - guest_offset
-        source = source.slice(0, min(len(source), within))  # one slice: links of one write
-        await self._tables.require_private(guest_offset)
-        if run.kind == Kind.ZERO_ALLOCATED and run.copied:
+        source = self._front(source, self._geometry.slice_end(guest_offset) - guest_offset)  # links of one write
+        if not self._mapping.has_private_table(guest_offset):
+            await self._tables.require_private(guest_offset)
+        if run.kind == ZERO_ALLOCATED and run.copied:
             return await self._write_kept(run, guest_offset, source)
         return await self._write_new(run, guest_offset, source)
+
+    @staticmethod
+    def _front(source: Buffer, nbytes: int) -> Buffer:
+        return source if len(source) <= nbytes else source.slice(0, nbytes)
 
     async def _write_kept(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write clusters that read as zeros but keep host clusters, in which anything may be.
@@ -105,7 +119,7 @@ class Writer:
         last = self._geometry.cluster_of(guest_offset + len(source) - 1)
         new = await self._allocator.allocate(last - first + 1)
         end = first + len(new) << self._geometry.cluster_bits
-        source = source.slice(0, min(len(source), end - guest_offset))
+        source = self._front(source, end - guest_offset)
         try:
             await self._fill(run, guest_offset, source, new)
             await self._root.allow_uncounted()
@@ -114,7 +128,8 @@ class Writer:
             await self._reaper.free(new)
             raise
         self._statistics.clusters_allocated += len(new)
-        await self._reaper.free(self.host_clusters(run, len(new)))
+        if run.kind not in HOLDS_NOTHING:
+            await self._reaper.free(self.host_clusters(run, len(new)))
         return len(source)
 
     async def _fill(self, run: Run, guest_offset: int, source: Buffer, new: range) -> None:
@@ -137,13 +152,9 @@ class Writer:
 
     async def _shows_zeros(self, run: Run, start: int, nbytes: int) -> bool:
         """Whether the guest saw zeros in all of the clusters from *start* on, of which *run* tells the kind."""
-        match run.kind:
-            case Kind.ZERO_PLAIN | Kind.ZERO_ALLOCATED:
-                return True
-            case Kind.UNALLOCATED:
-                return await self._reader.reads_as_zeros(start, nbytes)
-            case _:
-                return False
+        if run.kind == UNALLOCATED:
+            return await self._reader.reads_as_zeros(start, nbytes)
+        return run.kind in (ZERO_PLAIN, ZERO_ALLOCATED)
 
     async def _old_content(self, start: int, end: int) -> memoryview:
         content = memoryview(bytearray(end - start))
@@ -167,8 +178,3 @@ class Writer:
                 return Payload.of(run.entry, self._geometry).host_clusters(self._geometry)
             case _:
                 return ()
-
-
-def is_writable_in_place(run: Run) -> bool:
-    """Whether overwriting host bytes is all there is to do."""
-    return run.kind == Kind.DATA and bool(run.copied)
