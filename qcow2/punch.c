@@ -1,5 +1,4 @@
 /* The one host call of the blocking driver that Python's os module lacks. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>

@@ -1,6 +1,7 @@
 """The engine's operations on the worker: complete or failed, never short, and honest about what is in flight."""
 
 import errno
+import mmap
 import os
 import resource
 import socket
@@ -341,12 +342,17 @@ def test_request_in_unaligned_pieces_takes_the_buffered_one(
 
 
 def test_metadata_takes_the_buffered_descriptor(two_faced: tuple[Guest, bytes, bytes]) -> None:
-    guest, buffered, direct = two_faced
-    address = guest.memory.allocate(4096, align=4096)
-    target = memoryview(bytearray(3 * 4096))
-    assert address % 4096 == 0
-    wait_for(guest, lambda done: guest.worker.read(guest.slot, 0, [target], done))
-    assert bytes(target) == buffered[: 3 * 4096]
+    guest, buffered, _ = two_faced
+    with mmap.mmap(-1, 8192) as aligned, memoryview(aligned) as target:
+        wait_for(guest, lambda done: guest.worker.read(guest.slot, 0, [target], done))
+        assert bytes(target) == buffered[:8192]
+
+
+def test_guest_data_of_the_engine_takes_the_direct_descriptor(two_faced: tuple[Guest, bytes, bytes]) -> None:
+    guest, _, direct = two_faced
+    with mmap.mmap(-1, 8192) as aligned, memoryview(aligned) as target:
+        wait_for(guest, lambda done: guest.worker.read(guest.slot, 0, [target], done, data=True))
+        assert bytes(target) == direct[:8192]
 
 
 def test_o_direct_really_works(path: Path) -> None:

@@ -316,8 +316,8 @@ def test_error_in_python_ends_the_worker_loudly() -> None:
     def fail(request: Request) -> None:
         raise LookupError("a bug")
 
-    guest = Guest(on_request=fail)
-    with pytest.raises(LookupError, match="a bug"), guest:
+    with Guest(on_request=fail) as guest:
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        guest.worker.stop()
+        with pytest.raises(LookupError, match="a bug"):
+            guest.worker.stop()

@@ -1,0 +1,81 @@
+"""The records C and Python share, and those C takes from the kernel, have the layout that the specification prints.
+
+Read from the DWARF of the compiled extension.
+"""
+
+import struct
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+from elftools.elf.elffile import ELFFile
+
+import ring._native
+from ring.counter import FIELDS
+from ring.worker import EVENT
+
+
+class Record(NamedTuple):
+    """A struct as the compiler laid it out."""
+
+    nbytes: int
+    offsets: dict[str, int]
+
+
+@cache
+def records() -> dict[str, Record]:
+    """Every named struct of the data plane's extension."""
+    found: dict[str, Record] = {}
+    with open(ring._native.__file__, "rb") as file:
+        for unit in ELFFile(file).get_dwarf_info().iter_CUs():  # type: ignore[no-untyped-call]
+            for entry in unit.iter_DIEs():
+                if (
+                    entry.tag == "DW_TAG_structure_type"
+                    and {"DW_AT_name", "DW_AT_byte_size"} <= entry.attributes.keys()
+                ):
+                    found[entry.attributes["DW_AT_name"].value.decode()] = describe(entry)
+    return found
+
+
+def describe(entry: Any) -> Record:
+    members = [child for child in entry.iter_children() if child.tag == "DW_TAG_member"]
+    offsets = {
+        member.attributes["DW_AT_name"].value.decode(): member.attributes["DW_AT_data_member_location"].value
+        for member in members
+        if "DW_AT_name" in member.attributes
+    }
+    return Record(entry.attributes["DW_AT_byte_size"].value, offsets)
+
+
+SPECIFIED = {
+    # virtio 1.2, 2.7.5 to 2.7.8
+    "vring_desc": Record(16, {"addr": 0, "len": 8, "flags": 12, "next": 14}),
+    "vring_avail": Record(4, {"flags": 0, "idx": 2, "ring": 4}),
+    "vring_used_elem": Record(8, {"id": 0, "len": 4}),
+    "vring_used": Record(4, {"flags": 0, "idx": 2, "ring": 4}),
+    # virtio 1.2, 5.2.6
+    "virtio_blk_outhdr": Record(16, {"type": 0, "ioprio": 4, "sector": 8}),
+    "virtio_blk_discard_write_zeroes": Record(16, {"sector": 0, "num_sectors": 8, "flags": 12}),
+    # ring/extent.h, implemented by another extension
+    "extent": Record(24, {"kind": 0, "slot": 4, "host_offset": 8, "nbytes": 16}),
+    # ring/operations.py builds these
+    "piece": Record(24, {"source": 0, "start": 8, "nbytes": 16}),
+}
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_layout_is_the_specified_one(name: str) -> None:
+    assert records()[name] == SPECIFIED[name]
+
+
+def test_event_is_what_python_unpacks() -> None:
+    names = ("kind", "result", "id", "type", "flags", "offset", "nbytes")
+    offsets, at = {}, 0
+    for name, code in zip(names, EVENT.format.removeprefix("="), strict=True):
+        offsets[name] = at
+        at += struct.calcsize("=" + code)
+    assert records()["worker_event"] == Record(EVENT.size, offsets)
+
+
+def test_counters_are_the_fields_of_the_frozen_record() -> None:
+    assert records()["worker_counters"] == Record(8 * len(FIELDS), {name: 8 * i for i, name in enumerate(FIELDS)})
