@@ -104,3 +104,10 @@ class Load:
                 assert sector in (old[at : at + 512], (new or old)[at : at + 512]), (
                     f"block {block}: {sector[:16].hex()}"
                 )
+
+    def expected(self) -> bytes:
+        """The whole disk, once nothing is in flight."""
+        disk = bytearray(self.base.ljust(self.nblocks * self.block_size, b"\0"))
+        for block, content in self.held.items():
+            disk[block * self.block_size : (block + 1) * self.block_size] = content
+        return bytes(disk)

@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ADDRESS_SPACE = 1 << 30
@@ -44,34 +45,46 @@ def visit(action: str, paths: Sequence[Path]) -> list[Visit]:
 def _places(size: int) -> list[int]:
     """Where to look on a disk that may claim to be enormous."""
     spread = [size // 8 * eighth for eighth in range(8)]
-    near = list(range(0, min(size, 64 * PROBE), PROBE))
+    near = list(range(0, min(size, 20 * PROBE), PROBE))
     return sorted(
         {min(place // 512 * 512, max(size - PROBE, 0)) for place in [*near, *spread, size - PROBE] if place >= 0}
     )
+
+
+def _try_all(deeds: Iterable[Callable[[], object]]) -> None:
+    """Do each of *deeds*, whatever became of the ones before; then raise what went wrong first."""
+    import qcow2
+
+    refusal: Exception | None = None
+    for deed in deeds:
+        try:
+            deed()
+        except (OSError, qcow2.ImageError) as error:
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
 
 
 def read(path: str) -> None:
     import qcow2
 
     with qcow2.open(path) as disk:
-        for place in _places(disk.size):
-            disk.read(place, min(PROBE, disk.size - place))
+        _try_all(partial(disk.read, place, min(PROBE, disk.size - place)) for place in _places(disk.size))
 
 
 def write(path: str) -> None:
     import qcow2
 
     with qcow2.open(path, writable=True) as disk:
+        deeds: list[Callable[[], object]] = []
         for number, place in enumerate(_places(disk.size)):
             nbytes = min(PROBE, disk.size - place)
-            match number % 3:
-                case 0:
-                    disk.write(place + nbytes // 3, b"\xa5" * (nbytes // 3))
-                case 1:
-                    disk.write_zeroes(place, nbytes, unmap=True)
-                case 2:
-                    disk.discard(place, nbytes)
-        disk.flush()
+            deeds += [
+                [partial(disk.write, place + nbytes // 3, b"\xa5" * (nbytes // 3))],
+                [partial(disk.write_zeroes, place, nbytes, unmap=True), partial(disk.write, place, b"\x5a" * 512)],
+                [partial(disk.discard, place, nbytes), disk.flush, partial(disk.write, place, b"\x5a" * nbytes)],
+            ][number % 3]
+        _try_all(deeds)
 
 
 def _tool(*arguments: str) -> Callable[[str], None]:

@@ -103,14 +103,14 @@ def truncations() -> Iterator[tuple[str, Callable[[Built], None]]]:
 
 
 def splashes(count: int) -> Iterator[tuple[str, Callable[[Built], None]]]:
-    """Random bytes over random places of the metadata."""
+    """Random bytes over random places of the tables, now and then of the header."""
 
     def splash(built: Built, seed: int) -> None:
         rng = random.Random(seed)
-        tables = [0, 0, built.l1_offset, built.refcount_table_offset]
+        tables = [built.l1_offset, built.refcount_table_offset, *([0] if seed % 8 == 0 else [])]
         tables += [*built.l2_offsets.values(), *built.refcount_block_offsets.values()]
         for _ in range(rng.randrange(1, 12)):
-            built.poke(rng.choice(tables) + rng.randrange(256), rng.randbytes(rng.choice([1, 1, 2, 8])))
+            built.poke(rng.choice(tables) + rng.randrange(320), rng.randbytes(rng.choice([1, 1, 2, 8])))
 
     for seed in range(count):
         yield f"splash-{seed}", lambda built, s=seed: splash(built, s)
