@@ -14,9 +14,10 @@ from qcow2.operation import File, Resize, Signal, Spawn, Zero
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
 from qcow2.root import Root
-from qcow2.stability import Stability
+from qcow2.stability import NO_SPACE, Stability
 from qcow2.statistics import Statistics
 
+NO_ROOM = (*NO_SPACE, errno.EFBIG)
 FIRST_RUN_BYTES = 256 << 10
 MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
 MAX_LAZY_RUN_BYTES = 16 << 20  # a lazy image has its refcounts rebuilt after a crash
@@ -101,10 +102,20 @@ class Allocator:
 
     async def _reserve_once(self, wanted: int, ended: Signal) -> None:
         try:
-            await self._reserve(wanted)
+            await self._reserve_what_fits(wanted)
         finally:
             self._under_way = None
             ended.set()
+
+    async def _reserve_what_fits(self, wanted: int) -> None:
+        """Reserve *wanted* clusters, or fewer on a host that has hardly any room left."""
+        while True:
+            try:
+                return await self._reserve(wanted)
+            except OSError as error:
+                if wanted == 1 or error.errno not in NO_ROOM:
+                    raise
+            wanted = max(1, wanted // 4)
 
     def _run_length(self) -> int:
         """How many clusters to reserve: more each time, but little of a small disk."""
