@@ -143,8 +143,12 @@ class FrontEnd:
         self.queues = [Queue(self.bytes, index * ZONE) for index in range(queues)]
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(TIMEOUT)
-        self.socket.connect(str(socket_path))
-        self._negotiate(features)
+        try:
+            self.socket.connect(str(socket_path))
+            self._negotiate(features)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.socket.close()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from tests.builder import Recipe, build
+from tests.builder.record import LAZY_REFCOUNTS
 from tests.frontend import FrontEnd
 from tests.oracle import assert_clean, assert_same_disk, qemu_check, qemu_img, read_header, sha256
 from tests.program import Daemon, qcow2_tool, qcow2_tool_ok
@@ -27,9 +29,9 @@ for _index in range(20):
     EXPECTED_AFTER_DEATH[_start : _start + 4096] = b"\x5a" * 4096
 
 
-def lazy_image(directory: Path, options: str = "compat=1.1,lazy_refcounts=on") -> Path:
-    qcow2_tool_ok("create", "-q", "-f", "qcow2", "-o", options, directory / "a", str(SIZE))
-    return directory / "a"
+def lazy_image(directory: Path, *, version: int = 3, recorded: bool = True) -> Path:
+    recipe = Recipe(size=SIZE, version=version, compatible=LAZY_REFCOUNTS if recorded else 0)
+    return build(recipe, directory / "a").path
 
 
 @pytest.fixture(params=["library", "daemon"])
@@ -159,12 +161,12 @@ def test_the_bit_is_set_only_by_an_allocation(tmp_path: Path) -> None:
         assert read_header(path).is_dirty
 
 
-@pytest.mark.parametrize("recorded", ["on", "off"])
-def test_the_override_wins_over_the_image(tmp_path: Path, recorded: str) -> None:
-    path = lazy_image(tmp_path, f"compat=1.1,lazy_refcounts={recorded}")
-    with qcow2.open(str(path), writable=True, lazy_refcounts=recorded == "off") as disk:
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_override_wins_over_the_image(tmp_path: Path, recorded: bool) -> None:
+    path = lazy_image(tmp_path, recorded=recorded)
+    with qcow2.open(str(path), writable=True, lazy_refcounts=not recorded) as disk:
         disk.write(0, b"x" * 4096)
-        assert read_header(path).is_dirty == (recorded == "off")
+        assert read_header(path).is_dirty == (not recorded)
     assert not read_header(path).is_dirty
     assert_clean(path)
 
@@ -180,7 +182,7 @@ def test_the_daemon_overrides_too(tmp_path: Path) -> None:
 
 
 def test_version_2_cannot_be_lazy(tmp_path: Path) -> None:
-    path = lazy_image(tmp_path, "compat=0.10")
+    path = lazy_image(tmp_path, version=2)
     with pytest.raises(qcow2.UnsupportedImage, match="lazy"):
         qcow2.open(str(path), writable=True, lazy_refcounts=True)
 
