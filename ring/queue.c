@@ -53,6 +53,9 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
 {
     if (!queue->ring.fault)
         queue->ring.fault = fault;
+    if (queue->broken)
+        return;
+    queue->broken = true;
     signal_fd(queue->err_fd);
     worker_tell(worker, (struct worker_event){.kind = EVENT_BROKEN, .id = queue->index});
 }
@@ -285,6 +288,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     queue->ring = ring;
     queue->layout = layout;
     queue->started = true;
+    queue->broken = false;
     queue->armed = true; /* nobody asked the driver not to kick yet */
     activate(worker, queue);
     return 0;
@@ -369,4 +373,5 @@ void queue_close(struct worker *worker, struct queue *queue)
     replace_fd(&queue->call_fd, -1);
     replace_fd(&queue->err_fd, -1);
     free(queue->requests);
+    queue->requests = NULL;
 }

@@ -85,9 +85,12 @@ static void forget_delivered(struct worker *worker)
 {
     uint32_t left = worker->event_count - worker->delivered;
 
-    for (uint32_t i = 0; i < worker->delivered; i++)
+    for (uint32_t i = 0; i < worker->delivered; i++) {
         if (worker->events[i].kind == EVENT_DONE)
             operation_free(worker, worker->events[i].id);
+        else if (worker->events[i].kind == EVENT_CONTROL)
+            worker->control_told = false;
+    }
     memmove(worker->events, worker->events + worker->delivered, left * sizeof(*worker->events));
     worker->event_count = left;
     worker->delivered = 0;
@@ -103,6 +106,9 @@ static void control_signalled(struct worker *worker, bool more)
         count = 0; /* an earlier completion took it already */
     if (!more)
         poll_control(worker);
+    if (worker->control_told)
+        return;
+    worker->control_told = true;
     worker_tell(worker, (struct worker_event){.kind = EVENT_CONTROL});
 }
 
@@ -179,7 +185,7 @@ int worker_run(struct worker *worker)
     return worker->event_count;
 }
 
-void worker_destroy(struct worker *worker)
+void worker_close(struct worker *worker)
 {
     while (worker->submitted) {
         worker->event_count = worker->delivered = 0;
@@ -190,6 +196,12 @@ void worker_destroy(struct worker *worker)
     for (uint32_t i = 0; i < WORKER_QUEUES; i++)
         queue_close(worker, &worker->queues[i]);
     uring_deinit(&worker->uring);
+    worker->file_count = 0;
+    worker->free_operation = WORKER_OPERATIONS;
+}
+
+void worker_free(struct worker *worker)
+{
     free(worker->events);
     free(worker->long_pieces);
     free(worker);

@@ -133,6 +133,7 @@ struct queue {
     bool active; /* in worker->active: looked at in each round */
     bool dirty;  /* in worker->dirty: holds unpublished used elements */
     bool armed;  /* the driver was asked to kick */
+    bool broken; /* and Python was told */
 };
 
 struct file {
@@ -196,6 +197,7 @@ struct worker {
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
     bool progress;  /* something happened in this round */
+    bool control_told; /* an EVENT_CONTROL is not delivered yet */
     uint32_t requests_in_flight;
     uint32_t submitted; /* operations in the kernel */
 
@@ -227,8 +229,11 @@ struct worker {
 /* control_fd and counters are borrowed. NULL and *error = errno if the kernel refuses. */
 struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int *error);
 
-/* Waits for what the kernel still does on our memory, closes every fd it was given to own. */
-void worker_destroy(struct worker *worker);
+/* Waits for what the kernel still does on our memory, closes every fd it was
+ * given to own. From then on every request is stale and no slot is known; the
+ * memory stays for those who still hold the pointer, until worker_free. */
+void worker_close(struct worker *worker);
+void worker_free(struct worker *worker);
 
 /* Serve until there is an event. -> the number of events in worker_events, good until the next call. */
 int worker_run(struct worker *worker);

@@ -259,6 +259,7 @@ class Worker:
             self._close()
             self._started.set_exception(OSError(error[0], os.strerror(error[0]), "io_uring"))
             return
+        self._native = ffi.gc(self._native, lib.worker_free)  # requests may outlive the thread
         self._operations = Operations(self._native)
         events: Any = lib.worker_events(self._native)
         self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))
@@ -351,7 +352,7 @@ class Worker:
             self._open = False
         self._pool.shutdown()
         if self._native:
-            lib.worker_destroy(self._native)
+            lib.worker_close(self._native)
         for mapping in self._mappings.values():
             mapping.close()
         os.close(self._control)

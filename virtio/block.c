@@ -45,7 +45,7 @@ static void end(struct device *device, struct worker *worker, struct request *re
 {
     const struct block *block = block_of(device);
 
-    if (result == 0 && block->failed && request->type != VIRTIO_BLK_T_IN)
+    if (result == 0 && request->type != VIRTIO_BLK_T_IN && takes_no_writes(block, worker))
         result = -EIO;
     if (result != 0) {
         answer(worker, request, result > 0 ? result : VIRTIO_BLK_S_IOERR, 0);
@@ -130,7 +130,6 @@ static uint64_t sector_offset(uint64_t sector)
     uint64_t offset;
     return __builtin_mul_overflow(sector, (uint64_t)SECTOR, &offset) ? UINT64_MAX : offset;
 }
-
 
 static void transfer(struct block *block, struct worker *worker, struct request *request, uint64_t sector)
 {

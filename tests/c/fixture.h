@@ -74,7 +74,8 @@ static inline void fixture_init(struct fixture *fixture)
 
 static inline void fixture_deinit(struct fixture *fixture)
 {
-    worker_destroy(fixture->worker);
+    worker_close(fixture->worker);
+    worker_free(fixture->worker);
     guest_region_unmap(&fixture->region);
     close(fixture->memory_fd);
     close(fixture->disk_fd);

@@ -321,3 +321,18 @@ def test_error_in_python_ends_the_worker_loudly() -> None:
         guest.queue.kick()
         with pytest.raises(LookupError, match="a bug"):
             guest.worker.stop()
+
+
+def test_request_kept_past_the_end_of_the_worker_is_stale() -> None:
+    kept: list[Request] = []
+
+    def keep(request: Request) -> None:
+        kept.append(request)
+        request.finish(OK)
+
+    with Guest(on_request=keep) as guest:
+        guest.ask(IN, 0, room=512)
+    with pytest.raises(OSError, match="Stale"):
+        kept[0].finish(OK)
+    with pytest.raises(OSError, match="Stale"):
+        kept[0].data().load()
