@@ -16,6 +16,8 @@ from qcow2.refcount import Refcounts
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
+STEP = 2048  # references taken at a time: requests go on in between
+
 
 class Reaper:
     """One background task that releases whatever has gathered, batch by batch."""
@@ -66,11 +68,16 @@ class Reaper:
     async def _release(self, batch: list[int]) -> None:
         await self._stability.sync()
         await Grace()
+        batch.sort()
+        for start in range(0, len(batch), STEP):
+            await self._count_down(batch[start : start + STEP])
+
+    async def _count_down(self, clusters: list[int]) -> None:
         async with self._refcounts.mutex.hold():
-            counts = Counter(batch)
+            counts = Counter(clusters)
             unused = [cluster for cluster in counts if await self._refcounts.get(cluster) == counts[cluster]]
             await self._punch(unused)
-            await self._refcounts.add(batch, -1)
+            await self._refcounts.add(clusters, -1)
             for cluster in unused:
                 self.on_free(cluster)
             self._statistics.clusters_freed += len(unused)
