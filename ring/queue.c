@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "ring/worker.h"
@@ -294,12 +295,28 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     return 0;
 }
 
+/* Whether a poll of the fd ever waits: an eventfd has no file type; files, disks
+ * and directories are always ready and would keep us spinning. */
+static bool is_waitable(int fd)
+{
+    struct stat st;
+
+    return fstat(fd, &st) == 0 && ((st.st_mode & S_IFMT) == 0 || S_ISFIFO(st.st_mode) || S_ISSOCK(st.st_mode));
+}
+
+static int refuse_fd(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+    return -EINVAL;
+}
+
 int worker_set_kick(struct worker *worker, uint32_t index, int fd)
 {
     struct queue *queue = &worker->queues[index];
 
-    if (index >= WORKER_QUEUES)
-        return -EINVAL;
+    if (index >= WORKER_QUEUES || (fd >= 0 && !is_waitable(fd)))
+        return refuse_fd(fd);
     cancel_kick(worker, queue);
     replace_fd(&queue->kick_fd, fd);
     queue->has_kick = true;
@@ -312,7 +329,7 @@ int worker_set_kick(struct worker *worker, uint32_t index, int fd)
 int worker_set_call(struct worker *worker, uint32_t index, int fd)
 {
     if (index >= WORKER_QUEUES)
-        return -EINVAL;
+        return refuse_fd(fd);
     replace_fd(&worker->queues[index].call_fd, fd);
     signal_fd(fd);
     return 0;
@@ -321,7 +338,7 @@ int worker_set_call(struct worker *worker, uint32_t index, int fd)
 int worker_set_err(struct worker *worker, uint32_t index, int fd)
 {
     if (index >= WORKER_QUEUES)
-        return -EINVAL;
+        return refuse_fd(fd);
     replace_fd(&worker->queues[index].err_fd, fd);
     return 0;
 }

@@ -180,7 +180,10 @@ class Worker:
         self._queues.add(index)
 
     def set_kick(self, index: int, fd: int | None) -> None:
-        """Take over *fd* as the queue's kick; None means the driver does not kick and the ring is polled."""
+        """Take over *fd* as the queue's kick; None means the driver does not kick and the ring is polled.
+
+        Raises: OSError EINVAL if *fd*, closed then, is a file or disk, which never makes anybody wait.
+        """
         check(lib.worker_set_kick(self._native, index, -1 if fd is None else fd), f"kick of queue {index}")
 
     def set_call(self, index: int, fd: int | None) -> None:

@@ -182,6 +182,13 @@ def test_kick_that_cannot_be_polled_breaks_the_queue() -> None:
         assert guest.faults == ["the kick is not an eventfd, or is closed"]
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/tmp", __file__])
+def test_kick_that_is_always_ready_is_refused(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    with Guest() as guest, pytest.raises(OSError, match="kick of queue 0"):
+        guest.worker.call(lambda: guest.worker.set_kick(0, fd))
+
+
 def test_full_call_does_not_stop_the_worker() -> None:
     with Guest() as guest:
         blocking = os.eventfd(0xFFFFFFFE, os.EFD_CLOEXEC)
