@@ -1,0 +1,172 @@
+"""Refcounts rebuilt and COPIED flags put right, from nothing but what the image references.
+
+Restartable: whatever was written when it died, the next repair counts again and ends in the same place. A new refcount
+structure goes to free clusters and is stable before the header points at it; the dirty bit is cleared last.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+
+from qcow2 import layout
+from qcow2.census import Census, Progress
+from qcow2.check import Verdict, block_indexes, judge, miscopied, read_block
+from qcow2.error import UnsupportedImage
+from qcow2.header import Header, mark_clean, read_header
+from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE
+from qcow2.operation import File, Resize, Sync, Write
+from qcow2.report import Report
+from qcow2.tally import Role, set_refcount, stored_refcount
+
+
+class RepairMode(Enum):
+    """What to put right."""
+
+    LEAKS = "leaks"  # only refcounts that are too high
+    ALL = "all"
+
+
+async def repair(
+    file: File,
+    mode: RepairMode = RepairMode.ALL,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+) -> Report:
+    """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
+
+    The dirty and the corrupt bit are cleared, stable on return, if no corruption is left.
+    Data is not touched. Nothing is written if something cannot be checked.
+    Raises: OSError, UnsupportedImage, CorruptImage.
+    """
+    before = await judge(file, Report(say), progress)
+    if before.report.check_errors:
+        return before.report
+    if mode is RepairMode.LEAKS:
+        await _lower_refcounts(before)
+    else:
+        await _repair_all(before)
+    after = (await judge(file, Report(lambda line: None))).report
+    after.corruptions_fixed = max(0, before.report.corruptions - after.corruptions)
+    after.leaks_fixed = max(0, before.report.leaks - after.leaks)
+    if not after.corruptions and not after.check_errors:
+        await mark_clean(file, await read_header(file), repaired=True)
+    return after
+
+
+async def _repair_all(verdict: Verdict) -> None:
+    census = verdict.census
+    await _extend(census)
+    if census.must_rebuild:
+        await _rebuild(census)
+    else:
+        await _correct_blocks(verdict)
+    await _correct_copied(census)
+
+
+async def _extend(census: Census) -> None:
+    """Let the file reach as far as its references: a power loss may keep a link and lose the length of the file."""
+    end = census.tally.end(census.tally.nclusters)
+    if end > census.file_clusters:
+        await Resize(census.file, end << census.record.cluster_bits)
+        await Sync(census.file)
+
+
+async def _lower_refcounts(verdict: Verdict) -> None:
+    census = verdict.census
+    order = census.record.refcount_order
+    for index in verdict.wrong_blocks:
+        old = await read_block(census, index)
+        if old is None:
+            continue
+        new = bytearray(old)
+        first = index * census.per_block
+        for cluster in census.tally.differing(old, order, first, census.per_block):
+            counted = census.tally.count(cluster)
+            if stored_refcount(old, order, cluster - first) > counted:
+                set_refcount(new, order, cluster - first, counted)
+        await _write_difference(census.file, census.blocks[index], old, new)
+    await Sync(census.file)
+
+
+async def _correct_blocks(verdict: Verdict) -> None:
+    """Put the refcounts right where they are."""
+    census = verdict.census
+    for index in verdict.wrong_blocks:
+        old = await read_block(census, index)
+        assert old is not None  # else the structure would be rebuilt
+        new = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
+        await _write_difference(census.file, census.blocks[index], old, new)
+    await Sync(census.file)
+
+
+async def _write_difference(file: File, host_offset: int, old: bytes, new: bytes | bytearray) -> None:
+    """Write the sectors of *new* that differ from *old*, the neighbours together."""
+    sectors = [at for at in range(0, len(new), SECTOR_SIZE) if old[at : at + SECTOR_SIZE] != new[at : at + SECTOR_SIZE]]
+    if sectors:
+        start, stop = sectors[0], sectors[-1] + SECTOR_SIZE
+        await Write(file, host_offset + start, bytes(new[start:stop]))
+
+
+async def _correct_copied(census: Census) -> None:
+    async for found in miscopied(census, counted=True):
+        new = bytearray(found.data)
+        for index in found.indexes:
+            (entry,) = struct.unpack_from(">Q", new, index * ENTRY_SIZE)
+            struct.pack_into(">Q", new, index * ENTRY_SIZE, entry ^ COPIED)
+        await _write_difference(census.file, found.host_offset, found.data, new)
+    await Sync(census.file)
+
+
+async def _rebuild(census: Census) -> Header:
+    """Write a whole new refcount structure to free clusters, then let the header point at it."""
+    start, table_clusters, indexes = _place(census)
+    _forget_old_structure(census)
+    bits = census.record.cluster_bits
+    census.tally.add(start, table_clusters + len(indexes), Role.SINGLE)
+    table = [0] * (table_clusters * census.cluster_size // ENTRY_SIZE)
+    for where, index in enumerate(indexes, start + table_clusters):
+        table[index] = where << bits
+        block = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
+        await Write(census.file, where << bits, block)
+    await Write(census.file, start << bits, struct.pack(f">{len(table)}Q", *table))
+    await Sync(census.file)
+    packed = layout.HEADER_REFCOUNT_TABLE.pack(start << bits, table_clusters)
+    await Write(census.file, layout.HEADER_REFCOUNT_TABLE_OFFSET, packed)
+    await Sync(census.file)
+    record = replace(census.record, refcount_table_offset=start << bits, refcount_table_clusters=table_clusters)
+    return replace(census.header, record=record)
+
+
+def _place(census: Census) -> tuple[int, int, list[int]]:
+    """Where the new structure goes: first cluster, clusters of the table, indexes of the blocks behind it.
+
+    It counts itself, so its size depends on its place: grow until it fits.
+    """
+    per_block = census.per_block
+    referenced = {index for index in block_indexes(census) if census.tally.has_any(index * per_block, per_block)}
+    nclusters = 1 + len(referenced)
+    while True:
+        start = census.tally.find_free(nclusters)
+        own = range(start // per_block, (start + nclusters - 1) // per_block + 1)
+        indexes = sorted(referenced.union(own))
+        table_clusters = -(-(indexes[-1] + 1) * ENTRY_SIZE >> census.record.cluster_bits)
+        if table_clusters * census.cluster_size > layout.MAX_REFCOUNT_TABLE_BYTES:
+            nbytes = table_clusters * census.cluster_size
+            message = f"a refcount table of {nbytes} bytes is needed, limit {layout.MAX_REFCOUNT_TABLE_BYTES}"
+            raise UnsupportedImage(census.file.path, message)
+        if table_clusters + len(indexes) <= nclusters:
+            return start, table_clusters, indexes
+        nclusters = table_clusters + len(indexes)
+
+
+def _forget_old_structure(census: Census) -> None:
+    """Take the references of the old table and its blocks back: they are free once the header has changed."""
+    record = census.record
+    if record.refcount_table_offset and record.refcount_table_offset % census.cluster_size == 0:
+        first = census.cluster_of(record.refcount_table_offset)
+        if first + record.refcount_table_clusters <= census.tally.nclusters:
+            census.tally.add(first, record.refcount_table_clusters, Role(0), -1)
+    for offset in census.old_blocks:
+        census.tally.add(census.cluster_of(offset), 1, Role(0), -1)

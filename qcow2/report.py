@@ -1,0 +1,36 @@
+"""What a check has found, in numbers and in lines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Report:
+    """The numbers of a check; *say* gets one line for each finding."""
+
+    say: Callable[[str], None]
+    check_errors: int = 0
+    corruptions: int = 0
+    leaks: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+
+    def corruption(self, text: str) -> None:
+        """The image contradicts itself."""
+        self.corruptions += 1
+        self.say(f"ERROR {text}")
+
+    def leak(self, text: str) -> None:
+        """Space is lost, nothing else."""
+        self.leaks += 1
+        self.say(f"Leaked {text}")
+
+    def error(self, text: str) -> None:
+        """Something cannot be checked, so nothing can be repaired either."""
+        self.check_errors += 1
+        self.say(f"ERROR {text}")
