@@ -79,9 +79,9 @@ def serve_image(options: "Options") -> None:
         direct_fds = stack.enter_context(direct_descriptors(disk.files)) if options.cache.direct else {}
         backend = ImageBackend(disk, cache=options.cache, serial=options.serial, direct_fds=direct_fds)
         counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
-        disk.close()
-        if options.stats:
-            print(_stats(counters, disk.image.statistics), flush=True)
+        disk.close()  # while a second signal still cannot interrupt it
+    if options.stats:
+        print(_stats(counters, disk.image.statistics), flush=True)
 
 
 def _endpoint(options: "Options") -> "AbstractContextManager[Endpoint]":

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,12 +26,13 @@ from tests.frontend import (
     OK,
     OUT,
     SET_MEM_TABLE,
+    SET_VRING_ENABLE,
     UNSUPP,
     USER_ADDRESS,
     WRITE_ZEROES,
     FrontEnd,
 )
-from tests.program import Daemon
+from tests.program import TIMEOUT, Daemon
 
 SIZE = 4 << 20
 ALL = F_FLUSH | F_DISCARD | F_WRITE_ZEROES | F_CONFIG_WCE
@@ -157,6 +160,44 @@ def test_read_only_disk_refuses_to_change(image: Path) -> None:
     assert image.read_bytes() == before
 
 
+# A qcow2 image: the parts that a raw one does not have
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1G"], check=True, timeout=TIMEOUT)
+    return path
+
+
+def host_map(image: Path) -> list[dict[str, object]]:
+    done = subprocess.run(["qemu-img", "map", "--output=json", image], capture_output=True, check=True, timeout=TIMEOUT)
+    return list(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(("unmap", "keeps_its_place"), [(False, True), (True, False)])
+def test_unmap_lets_go_of_host_clusters(qcow2: Path, unmap: bool, keeps_its_place: bool) -> None:
+    with Daemon(qcow2) as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(0, PATTERN)
+            guest.write_zeroes(0, len(PATTERN), unmap=unmap)
+        daemon.stop()
+    first = host_map(qcow2)[0]
+    assert first["zero"]
+    assert ("offset" in first) == keeps_its_place
+
+
+def test_mapped_requests_never_enter_python(qcow2: Path) -> None:
+    with Daemon(qcow2, "--stats") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(0, PATTERN)
+            for number in range(50):
+                guest.read(4096 * (number % 16), 4096)
+                guest.write(4096 * (number % 16), bytes(4096))
+        counters = stop(daemon)
+    assert (counters["requests"], counters["python_requests"]) == (101, 1)
+
+
 # Cache modes: what a completed write waited for
 
 
@@ -238,6 +279,18 @@ def test_switched_wce_stays_for_the_next_front_end(daemon: Daemon) -> None:
         assert guest.read_config()[32] == 0
 
 
+@pytest.mark.parametrize(
+    ("cache", "direct"), [("writeback", 0), ("writethrough", 0), ("none", 1), ("directsync", 1), ("unsafe", 0)]
+)
+def test_cache_mode_decides_about_a_descriptor_past_the_page_cache(image: Path, cache: str, direct: int) -> None:
+    with raw(image, f"--cache={cache}") as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.read(0, 512)
+        process = Path("/proc", str(daemon.process.pid))
+        own = [fd.name for fd in (process / "fd").iterdir() if fd.resolve() == image]
+        flags = [int((process / "fdinfo" / fd).read_text().split()[3], 8) for fd in own]
+    assert len([flag for flag in flags if flag & os.O_DIRECT]) == direct
+
+
 @pytest.mark.parametrize("cache", ["none", "directsync"])
 def test_data_past_the_page_cache_is_the_same_data(image: Path, cache: str) -> None:
     with raw(image, f"--cache={cache}") as daemon, FrontEnd(daemon.socket_path) as guest:
@@ -258,28 +311,40 @@ def test_next_front_end_may_come_when_one_left(daemon: Daemon) -> None:
 
 
 def test_front_end_that_leaves_with_requests_in_flight_leaves_nothing_behind(daemon: Daemon) -> None:
-    with FrontEnd(daemon.socket_path) as guest:
-        guest.read(0, 512)
-    before = descriptors(daemon)
+    before = leftovers(daemon)
     with FrontEnd(daemon.socket_path) as guest:
         for number in range(60):
             guest.submit(OUT, number * 65536, PATTERN)
+    assert leftovers(daemon) == before == (before[0], 0)
+
+
+class HesitantFrontEnd(FrontEnd):
+    """Never enables its ring, in which a request waits from the start."""
+
+    def start_queue(self, base: int, index: int = 0) -> None:
+        self.submit(IN, 0, nbytes=512)
+        super().start_queue(base, index)
+
+    def tell(self, request: int, payload: bytes, *, fds: tuple[int, ...] = ()) -> None:
+        if request != SET_VRING_ENABLE:
+            super().tell(request, payload, fds=fds)
+
+
+def test_ring_that_is_not_enabled_is_left_alone_also_after_one_that_was(daemon: Daemon) -> None:
     with FrontEnd(daemon.socket_path) as guest:
         guest.read(0, 512)
-    wait_for_goodbye(daemon)
-    assert descriptors(daemon) == before
+    with HesitantFrontEnd(daemon.socket_path) as guest:
+        assert guest.stop_queue() == 0
 
 
-def descriptors(daemon: Daemon) -> int:
-    """How many the daemon has open while nobody is connected; answers once the last visitor is forgotten."""
-    wait_for_goodbye(daemon)
-    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
-
-
-def wait_for_goodbye(daemon: Daemon) -> None:
-    """A new front-end is answered only after the last one is gone; then it is the one that must go."""
-    with FrontEnd(daemon.socket_path) as guest:
-        guest.stop_queue()
+def leftovers(daemon: Daemon) -> tuple[int, int]:
+    """The daemon's descriptors, and its mappings of guest memory, beside one visitor that shared nothing yet."""
+    with socket.socket(socket.AF_UNIX) as visitor:
+        visitor.connect(str(daemon.socket_path))
+        visitor.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES, answered once the visitor before is forgotten
+        assert visitor.recv(20, socket.MSG_WAITALL)
+        process = Path("/proc", str(daemon.process.pid))
+        return len(os.listdir(process / "fd")), (process / "maps").read_text().count("memfd:guest")
 
 
 def test_drained_queue_goes_on_where_it_stopped(daemon: Daemon) -> None:
