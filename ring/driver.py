@@ -116,6 +116,11 @@ class DriverQueue:
         for fd in (self.kick_fd, self.call_fd, self.err_fd):
             os.close(fd)
 
+    @property
+    def native_address(self) -> int:
+        """Where C's `struct driver_ring` lies, for C that drives this queue in our place; borrowed."""
+        return int(ffi.cast("uintptr_t", self._ring))
+
     def add(self, buffers: Sequence[Buffer], *, table_address: int | None = None) -> int:
         """Post a chain, readable buffers first -> its head; the device sees it at the next `publish`.
 
