@@ -1,0 +1,153 @@
+"""The images that workloads start from, built byte by byte, and how a crashed one is opened again."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.check import check
+from qcow2.driver.crash import SimulatedFile
+from qcow2.header import read_header
+from qcow2.image import Image, OpenOptions
+from qcow2.raw import RawImage
+from qcow2.repair import repair
+from tests.builder import Recipe, build
+from tests.crash.explorer import Violation
+from tests.crash.history import SECTOR
+
+LAZY = 1  # compatible feature bit
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of image: how it is made, and whether a backing file lies under it."""
+
+    name: str
+    cluster_bits: int = 16
+    nclusters: int = 12
+    lazy: bool = False
+    version: int = 3
+    refcount_order: int = 4
+    backing: bool = False
+    fill: Callable[[Recipe], None] = field(default=lambda recipe: None)
+
+    @property
+    def cluster_sectors(self) -> int:
+        return (1 << self.cluster_bits) // SECTOR
+
+    @property
+    def nsectors(self) -> int:
+        """The virtual size; the last cluster is partial."""
+        return self.nclusters * self.cluster_sectors - (3 if self.cluster_bits > 12 else 0)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The bytes of an image before anything happened, and what its guest sees."""
+
+    image: SimulatedFile
+    backing: SimulatedFile | None
+    contents: bytes
+
+
+def content(seed: int, nbytes: int) -> bytes:
+    """Old data of a cluster: compressible, different everywhere."""
+    draw = random.Random(seed)
+    return b"".join(b"old%05d" % draw.randrange(100000) * 64 for _ in range(-(-nbytes // SECTOR)))[:nbytes]
+
+
+def some_data(recipe: Recipe) -> None:
+    """A few data clusters, not in order, a zero and a preallocated zero cluster with something hidden in it."""
+    for index in (1, 2, 5):
+        recipe.data(index, content(index, recipe.cluster_size))
+    if recipe.version >= 3:
+        recipe.zero(6)
+        recipe.preallocated_zero(7, content(99, recipe.cluster_size))
+
+
+def some_compressed(recipe: Recipe) -> None:
+    """Compressed clusters that share host clusters, beside data."""
+    for index in (0, 1, 2, 3):
+        recipe.compressed(index, content(index, recipe.cluster_size))
+    recipe.data(4, content(4, recipe.cluster_size))
+
+
+def a_snapshot(recipe: Recipe) -> None:
+    """Data that an internal snapshot shares, and data that it does not."""
+    some_data(recipe)
+    recipe.snapshot("kept")
+    recipe.data(3, content(33, recipe.cluster_size))
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("lazy", lazy=True),
+        Kind("accurate", fill=some_data),
+        Kind("backing", backing=True, lazy=True, fill=some_data),
+        Kind("v2", version=2, fill=some_data, cluster_bits=12, nclusters=24),
+        Kind("v2-backing", backing=True, version=2, fill=some_data, cluster_bits=12, nclusters=24),
+        Kind("compressed", fill=some_compressed, cluster_bits=12, nclusters=24),
+        Kind("compressed-lazy", lazy=True, fill=some_compressed, cluster_bits=12, nclusters=24),
+        Kind("snapshot", fill=a_snapshot, cluster_bits=12, nclusters=24),
+        Kind("snapshot-lazy", lazy=True, fill=a_snapshot, cluster_bits=12, nclusters=24),
+        Kind("small", cluster_bits=9, nclusters=150, fill=some_data),
+        Kind("small-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_data),
+        Kind("small-backing", cluster_bits=9, nclusters=150, backing=True),
+        Kind("width-1", refcount_order=0, cluster_bits=9, nclusters=100),
+        Kind("width-64", refcount_order=6, cluster_bits=9, nclusters=100, fill=some_data),
+    )
+}
+
+
+@cache
+def start(name: str) -> Start:
+    """The image of that kind; copy it before use."""
+    kind = KINDS[name]
+    nbytes = kind.nsectors * SECTOR
+    under = content(7, nbytes - 5 * SECTOR) if kind.backing else b""
+    recipe = Recipe(
+        size=nbytes,
+        version=kind.version,
+        cluster_bits=kind.cluster_bits,
+        refcount_order=kind.refcount_order,
+        compatible=LAZY if kind.lazy else 0,
+        backing="base.raw" if kind.backing else None,
+    )
+    kind.fill(recipe)
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "image"
+        build(recipe, path)
+        image = SimulatedFile.parse(f"{name}.qcow2", path.read_bytes())
+    backing = SimulatedFile.parse("base.raw", under) if kind.backing else None
+    return Start(image, backing, recipe.contents(under))
+
+
+async def open_image(file: SimulatedFile, backing: SimulatedFile | None) -> Image:
+    """Open for writing over the backing file, as the daemon does: repaired first if it is dirty."""
+    base = None
+    if backing is not None:
+        base = await RawImage.open(backing)
+    if (await read_header(file, trust_refcounts=False)).is_dirty:
+        report = await repair(file)
+        if report.corruptions or report.check_errors or report.leaks:
+            raise Violation(f"{report} after repair")
+    return await Image.open(file, backing=base, options=OpenOptions(writable=True))
+
+
+async def read_all(image: Image) -> bytes:
+    """The whole disk as the guest sees it."""
+    target = bytearray(image.size)
+    await image.read(0, MemoryBuffer(memoryview(target)))
+    return bytes(target)
+
+
+async def check_image(file: SimulatedFile) -> None:
+    """Raises Violation if our check finds a corruption; leaks are permitted."""
+    found: list[str] = []
+    report = await check(file, say=found.append)
+    if report.corruptions or report.check_errors:
+        raise Violation("; ".join(line for line in found if line.startswith("ERROR")))

@@ -1,0 +1,54 @@
+"""Running a workload on a simulated host, and opening what a death left of it."""
+
+from collections.abc import Callable, Sequence
+
+from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.error import ImageError
+from tests.crash.explorer import Run, Violation
+from tests.crash.history import History
+from tests.crash.images import check_image, open_image, read_all, start
+from tests.crash.workload import Guest, Step
+
+
+def perform(kind: str, steps: Sequence[Step], *, seed: int, writethrough: bool) -> Run:
+    """Run *steps* on an image of *kind*: the actions of a step side by side, completing in the seed's order."""
+    begun = start(kind)
+    file = begun.image.copy()
+    initial = file.copy()
+    driver = CrashDriver(seed)
+    image = driver.run(open_image(file, begun.backing))
+    guest = Guest(driver, image, History(begun.contents, writethrough=writethrough))
+    for step in steps:
+        for action in step:
+            driver.spawn(guest.act(action))
+        driver.finish()
+        if any(action.kind == "reopen" for action in step):
+            driver.run(guest.image.close())
+            guest.image = driver.run(open_image(file, begun.backing))
+    driver.run(guest.image.close())
+    name = f"{kind} seed={seed} {'writethrough' if writethrough else 'writeback'} {describe(steps)}"
+    return Run(name, initial, file, driver.journal, guest.history)
+
+
+def describe(steps: Sequence[Step]) -> str:
+    """The workload in one line."""
+    return " ; ".join(" & ".join(map(str, step)) for step in steps)
+
+
+def opener(kind: str) -> Callable[[SimulatedFile], bytes]:
+    """Opens states of an image of *kind* as the daemon would, and judges the metadata."""
+    begun = start(kind)
+
+    def open_state(file: SimulatedFile) -> bytes:
+        driver = CrashDriver()
+        try:
+            image = driver.run(open_image(file, begun.backing))
+            driver.run(check_image(file))
+            seen = driver.run(read_all(image))
+            driver.run(image.close())
+            driver.run(check_image(file))
+        except (ImageError, OSError, ValueError, LookupError, ArithmeticError) as error:
+            raise Violation(f"{type(error).__name__}: {error}") from error
+        return bytes(seen)
+
+    return open_state

@@ -1,0 +1,116 @@
+"""Workloads: what a guest asks of an image, run over the crash driver with every request and acknowledgement noted."""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.driver.crash import CrashDriver
+from qcow2.operation import Sync
+from tests.crash.history import SECTOR, Flush, History, pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One request of the guest: *kind* is write, zero, discard, flush or reopen; sectors are of 512 bytes."""
+
+    kind: str
+    sector: int = 0
+    nsectors: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.sector},{self.nsectors})" if self.nsectors else self.kind
+
+
+Step = Sequence[Action]  # actions under way at the same time
+
+
+class Guest:
+    """Sends actions to an image and keeps the history that judges it."""
+
+    def __init__(self, driver: CrashDriver, image: Any, history: History) -> None:
+        self.driver = driver
+        self.image = image
+        self.history = history
+        self.requests = 0
+        self.failures: list[OSError] = []
+
+    async def act(self, action: Action) -> None:
+        """Perform one action; an OSError ends it without acknowledgement."""
+        self.requests += 1
+        try:
+            await self._actions()[action.kind](action)
+        except OSError as error:
+            self.failures.append(error)
+
+    def _actions(self) -> dict[str, Callable[[Action], Awaitable[None]]]:
+        return {
+            "write": self._write,
+            "zero": self._zero,
+            "discard": self._discard,
+            "flush": self._flush,
+            "reopen": self._nothing,
+        }
+
+    async def _nothing(self, action: Action) -> None:
+        """Reopening is done by who runs the workload."""
+
+    def _note(self, what: Any) -> int:
+        self.driver.mark(what)
+        return len(self.driver.journal) - 1
+
+    async def _change(self, action: Action, contents: dict[int, bytes], change: Any, *, binding: bool = True) -> None:
+        versions = self.history.begin(contents, self._note(("begin", self.requests, action)), binding=binding)
+        await change
+        if self.history.writethrough:
+            await Sync(self.image.file)
+        acked = self._note(("acked", action))
+        for version in versions:
+            version.acked = acked
+
+    async def _write(self, action: Action) -> None:
+        sectors = range(action.sector, action.sector + action.nsectors)
+        contents = {sector: pattern(self.requests, sector) for sector in sectors}
+        source = MemoryBuffer(memoryview(bytearray(b"".join(contents.values()))))
+        await self._change(action, contents, self.image.write(action.sector * SECTOR, source))
+
+    async def _zero(self, action: Action) -> None:
+        contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
+        change = self.image.write_zeroes(action.sector * SECTOR, action.nsectors * SECTOR, unmap=True)
+        await self._change(action, contents, change)
+
+    async def _discard(self, action: Action) -> None:
+        contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
+        change = self.image.discard(action.sector * SECTOR, action.nsectors * SECTOR)
+        await self._change(action, contents, change, binding=False)
+
+    async def _flush(self, action: Action) -> None:
+        flush = Flush(self._note(("begin", self.requests, action)))
+        self.history.flushes.append(flush)
+        await self.image.flush()
+        flush.acked = self._note(("acked", action))
+
+
+def random_steps(
+    seed: int, nsectors: int, cluster_sectors: int, *, steps: int = 12, depth: int = 3
+) -> list[list[Action]]:
+    """A seeded sequence of steps of up to *depth* concurrent actions on a disk of *nsectors*."""
+    draw = random.Random(seed)
+    return [
+        [random_action(draw, nsectors, cluster_sectors) for _ in range(draw.randint(1, depth))] for _ in range(steps)
+    ]
+
+
+def random_action(draw: random.Random, nsectors: int, cluster_sectors: int) -> Action:
+    """One action; half of them whole clusters, the others anywhere."""
+    kind = draw.choices(["write", "zero", "discard", "flush"], [6, 1, 2, 2])[0]
+    if kind == "flush":
+        return Action("flush")
+    if draw.random() < 0.5:
+        count = draw.randint(1, 3) * cluster_sectors
+        first = draw.randrange(0, nsectors, cluster_sectors)
+    else:
+        count = draw.randint(1, max(2, cluster_sectors))
+        first = draw.randrange(nsectors)
+    return Action(kind, first, min(count, nsectors - first))
