@@ -154,21 +154,34 @@ static void prepare_transfer(struct io_uring_sqe *entry, struct operation *opera
         io_uring_prep_writev(entry, fd, iovecs, gather->count, host_offset);
 }
 
+/* Collect what the next submission moves: `single` if that is one piece, as it
+ * mostly is. -EAGAIN: there is no room for more of them now. */
+static int gather_submission(struct worker *worker, const struct operation *operation, struct iovec *single,
+                             struct gather *gather)
+{
+    struct gather count = {.limit = UIO_MAXIOV};
+    int result;
+
+    *gather = (struct gather){.iovecs = single, .limit = 1};
+    result = gather_pieces(worker, operation, gather);
+    if (result < 0 || gather->nbytes == operation->nbytes - operation->progress)
+        return result;
+    gather_pieces(worker, operation, &count);
+    *gather = (struct gather){.iovecs = uring_iovecs(&worker->uring, count.count), .limit = UIO_MAXIOV};
+    return gather->iovecs ? gather_pieces(worker, operation, gather) : -EAGAIN;
+}
+
 /* -> 0, -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
 static int submit_transfer(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
-    struct gather count = {.limit = UIO_MAXIOV}, gather = {.limit = UIO_MAXIOV};
     struct iovec single;
+    struct gather gather;
     struct io_uring_sqe *entry;
-    int result = gather_pieces(worker, operation, &count);
+    int result = gather_submission(worker, operation, &single, &gather);
 
     if (result < 0)
         return result;
-    gather.iovecs = count.count == 1 ? &single : uring_iovecs(&worker->uring, count.count);
-    if (!gather.iovecs)
-        return -EAGAIN;
-    gather_pieces(worker, operation, &gather);
     entry = uring_entry(&worker->uring);
     if (!entry)
         return -EAGAIN;
