@@ -1,8 +1,11 @@
 """The two programs as a user runs them: `qcow2` once, `vhost-user-qcow2` for as long as a test needs it."""
 
+import fcntl
+import itertools
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from types import TracebackType
 TOOL = Path(sys.executable).with_name("qcow2")
 DAEMON = Path(sys.executable).with_name("vhost-user-qcow2")
 TIMEOUT = 60
+SERIAL = itertools.count()
 
 
 def qcow2_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -31,7 +35,7 @@ class Daemon:
     def __init__(self, image: Path, *options: str) -> None:
         self.image = image
         self.options = options
-        self.socket_path = image.with_name(f"{image.name}.{os.getpid()}.sock")
+        self.socket_path = image.with_name(f"{image.name}.{next(SERIAL)}.sock")
 
     def __enter__(self) -> "Daemon":
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -55,11 +59,17 @@ class Daemon:
         if error is not None and said:
             error.add_note(f"the daemon said: {said}")
 
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+    def kill(self, *, at_once: bool = False) -> None:
+        """SIGKILL, and wait until it is gone; unless *at_once*, until its last transfers have ended, too.
+
+        The kernel ends those after the process, and keeps its locks on the image for as long.
+        """
         self.process.kill()
         self.process.wait(TIMEOUT)
         assert self.process.returncode == -signal.SIGKILL, self._said()
+        if not at_once:
+            with self.image.open("r+b") as file:
+                fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
         """A clean end: exit status 0."""
