@@ -4,14 +4,17 @@ import os
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from qcow2.census import Progress
 from qcow2.driver.file import HostFile, run
-from qcow2.error import ImageError, UnsupportedImage
-from qcow2.header import Header, read_header
+from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.image import Image, OpenOptions
+from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET
 from qcow2.lock import lock_image
 from qcow2.raw import RawImage
+from qcow2.repair import repair
 
-MAX_DEPTH = 200
+MAX_DEPTH = 100
 FORMATS = ("qcow2", "raw")
 
 
@@ -20,6 +23,7 @@ class Chain:
     """The files of an image and of everything under it; closes them as a context manager."""
 
     files: list[HostFile] = field(default_factory=list)  # top first
+    progress: Progress | None = None  # told how far the repair of a dirty image is
 
     def __enter__(self) -> "Chain":
         return self
@@ -44,8 +48,20 @@ class Chain:
         file = self._open_file(path, writable=options.writable)
         if image_format == "raw":
             return run(RawImage.open(file, writable=options.writable))
-        backing = self._open_backing(file, run(read_header(file)), options)
+        header = run(read_header(file, trust_refcounts=False))
+        backing = self._open_backing(file, header, options)
+        if options.writable and header.is_dirty:
+            self._repair(file, header)
         return run(Image.open(file, backing=backing, options=options))
+
+    def _repair(self, file: HostFile, header: Header) -> None:
+        """Make the refcounts of an image that was not closed cleanly right."""
+        require_uncorrupted(file, header)
+        report = run(repair(file, progress=self.progress))
+        wrong = report.check_errors + report.corruptions
+        if wrong:
+            message = f"not closed cleanly, and {wrong} errors cannot be repaired; see qcow2 check"
+            raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, message)
 
     def _open_file(self, path: str, *, writable: bool) -> HostFile:
         way = " -> ".join(self._way_to(path))

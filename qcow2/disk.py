@@ -1,6 +1,6 @@
 """The synchronous face: an image as ordinary Python uses it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
 
@@ -116,16 +116,18 @@ def open_disk(
     format: str = "qcow2",
     lazy_refcounts: bool | None = None,
     cache_size: int = DEFAULT_CACHE_SIZE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Disk:
     """Open the image at *path*, and the backing files it names.
 
     *format* is "qcow2" or "raw", and never guessed. *lazy_refcounts* overrides what the image says about writing
     refcounts only at close. *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
+    An image that was not closed cleanly is repaired before it is written; *progress(done, total)* sees that.
 
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """
     options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
-    chain = Chain()
+    chain = Chain(progress=progress)
     try:
         return Disk(chain.open(path, format, options), chain)
     except BaseException:
