@@ -1,0 +1,105 @@
+"""`python -m bench`: compare, print, store."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.case import EXTRAS, ROWS, Case, UnknownCase, select
+from bench.ceiling import measure_ceilings
+from bench.comparison import Arena, Comparison
+from bench.load import LoadFailure
+from bench.machine import command_line, describe
+from bench.option import Options, parse
+from bench.plot import NoPlots, draw
+from bench.report import Run, markdown, ratio_of, write_json
+from bench.server import ServerFailure
+from bench.sweep import SWEEPS
+
+
+def main() -> int:
+    """Run the benchmark; 0 if every case ran, whatever the figures."""
+    options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleaned up as on Ctrl-C
+    try:
+        cases = chosen(options.patterns)
+        if options.list_cases:
+            return list_cases(cases)
+        run = execute(cases, options)
+    except (UnknownCase, ServerFailure, LoadFailure, OSError, subprocess.CalledProcessError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    store(run, options.output)
+    return 0
+
+
+def chosen(patterns: list[str]) -> list[Case]:
+    """The cases meant by the words of the command line; a sweep's name means all its points."""
+    singles = (*ROWS, *EXTRAS)
+    points = tuple(case for sweep in SWEEPS for _, case in sweep.points)
+    if patterns == ["all"]:
+        return [*singles, *points]
+    names = {sweep.name: [case.name for _, case in sweep.points] for sweep in SWEEPS}
+    expanded = [name for pattern in patterns for name in names.get(pattern, [pattern])]
+    return select(expanded, (*singles, *points)) if patterns else list(singles)
+
+
+def list_cases(cases: list[Case]) -> int:
+    for case in cases:
+        print(f"{case.name:26} {case.title}")
+    return 0
+
+
+def execute(cases: list[Case], options: Options) -> Run:
+    """Measure *cases* in directories of their own, which are gone afterwards."""
+    with ExitStack() as stack:
+        options.directory.mkdir(parents=True, exist_ok=True)
+        disk = stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-"))
+        tmpfs = stack.enter_context(tempfile.TemporaryDirectory(dir=options.tmpfs, prefix="bench-"))
+        machine = describe(Path(disk))
+        say = stopwatch()
+        ceilings = {}
+        if options.ceiling and (wanted := {case.limit for case in cases if case.limit}):
+            say("the disk alone, IOPS")
+            ceilings = measure_ceilings(wanted, Path(disk).resolve(), seconds=options.seconds, say=say)
+        arena = Arena(Path(disk).resolve(), Path(tmpfs), pairs=options.pairs, seconds=options.seconds)
+        comparisons = []
+        for number, case in enumerate(cases, 1):
+            say(f"{number}/{len(cases)} {case.name}: {case.title}")
+            comparisons.append(arena.compare(case, say))
+            say(summary(comparisons[-1]))
+        return Run(machine, command_line(), options.pairs, options.seconds, ceilings, tuple(comparisons))
+
+
+def summary(comparison: Comparison) -> str:
+    ratio, target = ratio_of(comparison), comparison.case.target
+    aim = "" if target is None else f", at least {target:g} wanted"
+    return f"  {ratio} x QEMU{aim}: {ratio.verdict(target)}"
+
+
+def store(run: Run, directory: Path) -> None:
+    """Write results.json, table.md and the plots, and print the table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(run, directory / "results.json")
+    text = markdown(run)
+    (directory / "table.md").write_text(text)
+    print(text)
+    try:
+        draw(run.comparisons, SWEEPS, directory)
+    except NoPlots as missing:
+        print(f"bench: {missing}", file=sys.stderr)
+
+
+def stopwatch() -> Callable[[str], None]:
+    started = time.monotonic()
+    return lambda line: print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""What is measured: the rows of the speed we aim for, and the cases around them."""
+
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from bench.load import Job, Kind, Order
+from bench.recipe import Recipe
+from vhost.option import CacheMode
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+
+class Images(Enum):
+    """How long an image lives."""
+
+    SHARED = "one image, read by both servers"
+    PER_SERVER = "one image for each server"
+    PER_RUN = "a new image in every run"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison. *target* is the ratio to QEMU that is aimed for, *limit* the name of the disk's own figure."""
+
+    name: str
+    title: str
+    recipe: Recipe
+    job: Job
+    images: Images
+    cache: CacheMode = CacheMode.WRITEBACK
+    target: float | None = None
+    limit: str | None = None
+    on_tmpfs: bool = False
+
+    @property
+    def warms_up(self) -> bool:
+        """A job that visits everything once has nothing to repeat."""
+        return self.job.order is not Order.ONCE
+
+    @property
+    def writable(self) -> bool:
+        return self.images is not Images.SHARED
+
+
+LAZY, ACCURATE = "compat=1.1,lazy_refcounts=on", "compat=1.1,lazy_refcounts=off"
+
+# Much larger than what a run writes: a fast server must not find its own clusters again more often than a slow one.
+FRESH = Recipe(64 * GIB, LAZY, name="fresh, lazy refcounts, 64 GiB")
+FRESH_ACCURATE = Recipe(64 * GIB, ACCURATE, name="fresh, accurate refcounts, 64 GiB")
+FILLED = Recipe(GIB, is_filled=True, name="1 GiB, all written")
+OVERLAY = Recipe(4 * GIB, LAZY, base_nbytes=4 * GIB, name="overlay on 4 GiB, lazy refcounts")
+COMPRESSED = Recipe(512 * MIB, base_nbytes=512 * MIB, base_is_compressed=True, name="overlay on 512 MiB compressed")
+FALLOCATED = Recipe(8 * GIB, "compat=1.1,preallocation=falloc", name="8 GiB, preallocated")
+HUGE = Recipe(TIB, "compat=1.1,preallocation=metadata", name="1 TiB, 128 MiB of L2 tables")
+
+ROWS = (
+    Case(
+        "writethrough-fresh-32",
+        "writethrough, fresh lazy image, 4 KiB random writes, depth 32",
+        FRESH,
+        Job(FRESH.nbytes, depth=32),
+        Images.PER_RUN,
+        CacheMode.WRITETHROUGH,
+        target=10,
+        limit="group commit, fresh",
+    ),
+    Case(
+        "writethrough-fresh-1",
+        "writethrough, fresh lazy image, 4 KiB random writes, depth 1",
+        FRESH,
+        Job(FRESH.nbytes),
+        Images.PER_RUN,
+        CacheMode.WRITETHROUGH,
+        target=1.7,
+        limit="single commit, fresh",
+    ),
+    Case(
+        "writeback-fresh-32",
+        "writeback, fresh lazy image on tmpfs, 4 KiB random writes, depth 32",
+        FRESH,
+        Job(FRESH.nbytes, depth=32),
+        Images.PER_RUN,
+        target=5,
+        on_tmpfs=True,
+    ),
+    Case(
+        "read-32",
+        "warm 4 KiB random reads, depth 32",
+        FILLED,
+        Job(GIB, read_percent=100, depth=32),
+        Images.SHARED,
+        target=2,
+        limit="warm read, depth 32",
+    ),
+    Case(
+        "overwrite-32",
+        "warm 4 KiB random overwrites, depth 32",
+        FILLED,
+        Job(GIB, depth=32),
+        Images.PER_SERVER,
+        target=1.1,
+        limit="warm overwrite, depth 32",
+    ),
+    Case(
+        "read-1",
+        "warm 4 KiB random reads, depth 1",
+        FILLED,
+        Job(GIB, read_percent=100),
+        Images.SHARED,
+        target=1.2,
+        limit="warm read, depth 1",
+    ),
+    Case(
+        "overwrite-1",
+        "warm 4 KiB random overwrites, depth 1",
+        FILLED,
+        Job(GIB),
+        Images.PER_SERVER,
+        target=1.2,
+        limit="warm overwrite, depth 1",
+    ),
+    Case(
+        "overlay-write-1",
+        "overlay, writeback, a 4 KiB write to each cluster of the base, depth 1",
+        OVERLAY,
+        Job(OVERLAY.nbytes, order=Order.ONCE),
+        Images.PER_RUN,
+        target=1.5,
+    ),
+    Case(
+        "overlay-write-32",
+        "overlay, writeback, a 4 KiB write to each cluster of the base, depth 32",
+        OVERLAY,
+        Job(OVERLAY.nbytes, order=Order.ONCE, depth=32),
+        Images.PER_RUN,
+        target=1.5,
+    ),
+    Case(
+        "sequential-read",
+        "cache=none, sequential 128 KiB reads, depth 16",
+        FILLED,
+        Job(GIB, read_percent=100, block_size=128 * KIB, order=Order.SEQUENTIAL, depth=16),
+        Images.SHARED,
+        CacheMode.NONE,
+        target=1,
+        limit="direct sequential read",
+    ),
+    Case(
+        "sequential-write",
+        "cache=none, fresh lazy image, sequential 128 KiB writes, depth 16",
+        FRESH,
+        Job(FRESH.nbytes, block_size=128 * KIB, order=Order.SEQUENTIAL, depth=16),
+        Images.PER_RUN,
+        CacheMode.NONE,
+        target=1,
+        limit="direct sequential write",
+    ),
+)
+
+EXTRAS = (
+    Case(
+        "writethrough-accurate-32",
+        "writethrough, fresh accurate image, 4 KiB random writes, depth 32",
+        FRESH_ACCURATE,
+        Job(FRESH.nbytes, depth=32),
+        Images.PER_RUN,
+        CacheMode.WRITETHROUGH,
+        limit="group commit, fresh",
+    ),
+    Case(
+        "writethrough-accurate-1",
+        "writethrough, fresh accurate image, 4 KiB random writes, depth 1",
+        FRESH_ACCURATE,
+        Job(FRESH.nbytes),
+        Images.PER_RUN,
+        CacheMode.WRITETHROUGH,
+        limit="single commit, fresh",
+    ),
+    Case(
+        "writethrough-overwrite-32",
+        "writethrough, 4 KiB random overwrites, depth 32",
+        FILLED,
+        Job(GIB, depth=32),
+        Images.PER_SERVER,
+        CacheMode.WRITETHROUGH,
+        limit="group commit, written",
+    ),
+    Case(
+        "flush-8",
+        "writeback, fresh lazy image, 4 KiB random writes, a FLUSH every 8, depth 8",
+        FRESH,
+        Job(FRESH.nbytes, depth=8, flush_every=8),
+        Images.PER_RUN,
+    ),
+    Case(
+        "overlay-read-32",
+        "overlay, warm 4 KiB random reads of the base, depth 32",
+        OVERLAY,
+        Job(GIB, read_percent=100, depth=32),
+        Images.SHARED,
+        limit="warm read, depth 32",
+    ),
+    Case(
+        "compressed-cold",
+        "compressed base, a 4 KiB read of each cluster, depth 32",
+        COMPRESSED,
+        Job(COMPRESSED.nbytes, read_percent=100, order=Order.ONCE, depth=32),
+        Images.SHARED,
+    ),
+    Case(
+        "compressed-repeated",
+        "compressed base, 4 KiB random reads of the same 4 MiB, depth 32",
+        COMPRESSED,
+        Job(4 * MIB, read_percent=100, depth=32),
+        Images.SHARED,
+    ),
+    Case(
+        "queues-4-read",
+        "warm 4 KiB random reads, 4 queues of depth 8",
+        FILLED,
+        Job(GIB, read_percent=100, depth=8, queues=4),
+        Images.SHARED,
+        limit="warm read, depth 32",
+    ),
+    Case(
+        "queues-4-overwrite",
+        "warm 4 KiB random overwrites, 4 queues of depth 8",
+        FILLED,
+        Job(GIB, depth=8, queues=4),
+        Images.PER_SERVER,
+        limit="warm overwrite, depth 32",
+    ),
+    Case(
+        "mixed-32",
+        "warm 4 KiB random, 70 % reads, 30 % overwrites, depth 32",
+        FILLED,
+        Job(GIB, read_percent=70, depth=32),
+        Images.PER_SERVER,
+    ),
+    Case(
+        "direct-read-32",
+        "cache=none, 4 KiB random reads, depth 32",
+        FILLED,
+        Job(GIB, read_percent=100, depth=32),
+        Images.SHARED,
+        CacheMode.NONE,
+        limit="direct read, depth 32",
+    ),
+    Case(
+        "direct-overwrite-32",
+        "cache=none, 4 KiB random overwrites, depth 32",
+        FILLED,
+        Job(GIB, depth=32),
+        Images.PER_SERVER,
+        CacheMode.NONE,
+        limit="direct overwrite, depth 32",
+    ),
+    Case(
+        "huge-read-32",
+        "1 TiB image, 4 KiB random reads, L2 tables four times the cache, depth 32",
+        HUGE,
+        Job(TIB, read_percent=100, depth=32),
+        Images.SHARED,
+    ),
+    Case(
+        "discard-32",
+        "a discard of each cluster, depth 32",
+        FALLOCATED,
+        Job(FALLOCATED.nbytes, kind=Kind.DISCARD, block_size=64 * KIB, order=Order.ONCE, depth=32),
+        Images.PER_RUN,
+    ),
+)
+
+
+class UnknownCase(Exception):
+    """No case has such a name."""
+
+
+def select(patterns: list[str], cases: tuple[Case, ...]) -> list[Case]:
+    """The cases whose names match any of *patterns*, all without patterns, in their own order. Raises: UnknownCase."""
+    for pattern in patterns:
+        if not any(fnmatchcase(case.name, pattern) for case in cases):
+            raise UnknownCase(f"no case is called {pattern!r}; --list names them all")
+    return [case for case in cases if not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns)]

@@ -1,0 +1,95 @@
+"""One case on both servers, in turns: A B A B, so that what drifts drifts under both."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.case import Case, Images
+from bench.measurement import Command, Measurement, measure
+from bench.recipe import Kitchen
+from bench.server import Aio, Service, our_command, qemu_command
+
+WARM_UP = 0.5  # seconds, or as long as the run if that is shorter
+TRIAL = 1.0  # seconds for each way of QEMU to reach the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A server by name and how to start it on an image."""
+
+    name: str
+    command: Callable[[Service, int], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A case and its pairs of runs, as they happened. *trials* are QEMU's IOPS by aio, of which *aio* was best."""
+
+    case: Case
+    aio: Aio
+    trials: dict[str, float]
+    ours: tuple[Measurement, ...]
+    theirs: tuple[Measurement, ...]
+
+
+def our_daemon() -> Contestant:
+    return Contestant("ours", our_command)
+
+
+def qemu(aio: Aio) -> Contestant:
+    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio))
+
+
+class Arena:
+    """Where cases run: a directory on a disk and one on tmpfs."""
+
+    def __init__(self, disk: Path, tmpfs: Path, *, pairs: int, seconds: float) -> None:
+        self._kitchens = {False: Kitchen(disk), True: Kitchen(tmpfs)}
+        self._pairs = pairs
+        self._seconds = seconds
+
+    def compare(self, case: Case, say: Callable[[str], None]) -> Comparison:
+        """Run *case* on both servers. Raises: ServerFailure, LoadFailure, CalledProcessError."""
+        images: dict[str, Path] = {}
+        try:
+            aio, trials = self._choose_aio(case, images)
+            say(f"  qemu with aio={aio.value} ({', '.join(f'{name} {iops:,.0f}' for name, iops in trials.items())})")
+            ours, theirs = [], []
+            for _ in range(self._pairs):
+                ours.append(self._run(case, our_daemon(), images, self._seconds))
+                theirs.append(self._run(case, qemu(aio), images, self._seconds))
+                say(f"  {ours[-1].iops:12,.0f} {theirs[-1].iops:12,.0f}  {ours[-1].iops / theirs[-1].iops:6.2f} x")
+            return Comparison(case, aio, trials, tuple(ours), tuple(theirs))
+        finally:
+            for image in images.values():
+                image.unlink(missing_ok=True)
+
+    def _choose_aio(self, case: Case, images: dict[str, Path]) -> tuple[Aio, dict[str, float]]:
+        """Try each way of QEMU to reach the disk -> the fastest for this case, and the IOPS of all."""
+        ways = [Aio.IO_URING, Aio.THREADS, *([Aio.NATIVE] if case.cache.direct else [])]
+        if case.on_tmpfs and case.cache.direct:
+            ways.remove(Aio.NATIVE)
+        trials = {way: self._run(case, qemu(way), images, min(TRIAL, self._seconds)).iops for way in ways}
+        return max(ways, key=lambda way: trials[way]), {way.value: iops for way, iops in trials.items()}
+
+    def _run(self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float) -> Measurement:
+        image = self._image(case, contestant, images)
+        service = Service(image, case.cache, queues=case.job.queues, writable=case.writable)
+        command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731
+        os.sync()  # what was written before is no part of this run
+        try:
+            warm_up = min(WARM_UP, seconds) if case.warms_up else 0
+            return measure(command, case.job, warm_up=warm_up, seconds=seconds)
+        finally:
+            if case.images is Images.PER_RUN:
+                images.pop(contestant.name).unlink()
+
+    def _image(self, case: Case, contestant: Contestant, images: dict[str, Path]) -> Path:
+        """The image of this run; entered in *images* before it is made, so that half an image is removed, too."""
+        key = "shared" if case.images is Images.SHARED else contestant.name
+        if key not in images:
+            kitchen = self._kitchens[case.on_tmpfs]
+            images[key] = kitchen.path(key)
+            kitchen.make(case.recipe, key)
+        return images[key]

@@ -1,0 +1,52 @@
+"""The benchmark's command line, parsed once."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_PAIRS, DEFAULT_SECONDS = 5, 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One run. Empty *patterns*: every case that belongs to no sweep."""
+
+    patterns: list[str]
+    pairs: int
+    seconds: float
+    directory: Path
+    tmpfs: Path
+    output: Path
+    ceiling: bool
+    list_cases: bool
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Exits with a usage message if the command line is nonsense."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("patterns", metavar="CASE", nargs="*", help="names of cases or of sweeps, * allowed; all: sweeps as well")
+    add("--list", dest="list_cases", action="store_true", help="name every case and end")
+    add("--pairs", type=_count, default=DEFAULT_PAIRS, help="runs of each server, in turns (%(default)s)")
+    add("--seconds", type=_seconds, default=DEFAULT_SECONDS, help="measured in every run (%(default)s)")
+    add("--directory", type=Path, default=Path(".cache"), help="images go here, on the disk to measure (%(default)s)")
+    add("--tmpfs", type=Path, default=Path("/dev/shm"), help="and here for the cases on tmpfs (%(default)s)")
+    add("--output", type=Path, default=Path("bench/results"), help="results.json, table.md, plots (%(default)s)")
+    add("--no-ceiling", dest="ceiling", action="store_false", help="do not measure the disk alone")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.01 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 0.01 to 3600 seconds")
+    return seconds

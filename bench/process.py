@@ -1,0 +1,35 @@
+"""What /proc says of a process and of the whole machine."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of all threads of *pid* so far, those that have ended included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK
+
+
+def resident_kib(pid: int) -> int:
+    """Resident memory of *pid* without shared memory, which is the guest's and not its server's."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "kB" in rest}
+    return sizes["VmRSS"] - sizes["RssShmem"]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineTime:
+    """Processor time of the whole machine so far, in seconds."""
+
+    busy: float
+    stolen: float  # by the hypervisor, for other machines
+
+    @classmethod
+    def now(cls) -> "MachineTime":
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        )
+        return cls((user + nice + system + irq + softirq) * TICK, steal * TICK)

@@ -1,0 +1,171 @@
+"""A run in full: as JSON for machines, as a table for people."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.comparison import Comparison
+from bench.machine import Machine
+from bench.measurement import Measurement
+from bench.ratio import Ratio
+
+FORMAT = 1
+BUSY = 0.05  # share of the machine in other hands from which on a figure is doubtful
+QUOTED = ("iops", "p50", "p99", "p999", "cpu_per_100k", "syncs_per_1000", "metadata_per_1000")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything one invocation found."""
+
+    machine: Machine
+    command: str
+    pairs: int
+    seconds: float
+    ceilings: dict[str, float]
+    comparisons: tuple[Comparison, ...]
+
+
+def ratio_of(comparison: Comparison) -> Ratio:
+    return Ratio.of_pairs([run.iops for run in comparison.ours], [run.iops for run in comparison.theirs])
+
+
+def median_of(runs: Sequence[Measurement], field: str) -> float | None:
+    """The median of a figure over *runs*; None if the server does not say."""
+    values = [value for run in runs if (value := getattr(run, field)) is not None]
+    return statistics.median(values) if values else None
+
+
+def disturbance(comparison: Comparison) -> float:
+    """The largest share of the machine that others had during a run."""
+    return max(run.others_busy for run in (*comparison.ours, *comparison.theirs))
+
+
+def write_json(run: Run, path: Path) -> None:
+    path.write_text(json.dumps(as_json(run), indent=1) + "\n")
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": run.command,
+        "machine": asdict(run.machine),
+        "pairs": run.pairs,
+        "seconds": run.seconds,
+        "ceilings": run.ceilings,
+        "cases": [_case_as_json(comparison, run.ceilings) for comparison in run.comparisons],
+    }
+
+
+def _case_as_json(comparison: Comparison, ceilings: dict[str, float]) -> dict[str, Any]:
+    case, ratio = comparison.case, ratio_of(comparison)
+    job = asdict(case.job) | {"kind": case.job.kind.name.lower(), "order": case.job.order.name.lower()}
+    return {
+        "name": case.name,
+        "title": case.title,
+        "image": case.recipe.name,
+        "cache": case.cache.name.lower(),
+        "storage": "tmpfs" if case.on_tmpfs else "disk",
+        "job": job,
+        "target": case.target,
+        "ratio": asdict(ratio),
+        "verdict": ratio.verdict(case.target),
+        "limit": ceilings.get(case.limit) if case.limit else None,
+        "aio": comparison.aio.value,
+        "aio_trials": comparison.trials,
+        "ours": [asdict(run) for run in comparison.ours],
+        "qemu": [asdict(run) for run in comparison.theirs],
+    }
+
+
+def markdown(run: Run) -> str:
+    """The tables, with what must be known to read them."""
+    return "\n".join([*_preface(run), *_ratios(run), "", *_details(run), "", *_memory(run), *_ceilings(run), ""])
+
+
+def _preface(run: Run) -> Iterator[str]:
+    machine = run.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    yield "# vhost-user-qcow2 against qemu-storage-daemon"
+    yield ""
+    yield f"`{run.command}`, commit {machine.commit}: {run.pairs} interleaved pairs of {run.seconds:g} s each."
+    yield f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, Linux {machine.kernel},"
+    yield f"{machine.file_system}; {versions}; load average {machine.load_average} at the start."
+    yield "Ratios are medians over pairs, with the lowest and highest pair. Within noise: pairs disagree."
+    yield ""
+
+
+def _ratios(run: Run) -> Iterator[str]:
+    yield "| case | ours, IOPS | QEMU, IOPS | ratio | at least | verdict | the disk alone | others' load |"
+    yield "|---|--:|--:|--:|--:|---|--:|--:|"
+    for comparison in run.comparisons:
+        case, ratio, busy = comparison.case, ratio_of(comparison), disturbance(comparison)
+        ours, theirs = (median_of(runs, "iops") for runs in (comparison.ours, comparison.theirs))
+        cells = [
+            f"{case.name}: {case.title}",
+            _figure(ours),
+            f"{_figure(theirs)} ({comparison.aio.value})",
+            str(ratio),
+            "" if case.target is None else f"{case.target:g}",
+            ratio.verdict(case.target),
+            _figure(run.ceilings.get(case.limit)) if case.limit else "",
+            f"{busy:.0%}{' (!)' if busy > BUSY else ''}",
+        ]
+        yield _row(cells)
+
+
+def _details(run: Run) -> Iterator[str]:
+    yield (
+        "| case | server | IOPS | p50, us | p99, us | p99.9, us | CPU s per 100k "
+        "| fdatasyncs per 1,000 writes | metadata writes per 1,000 |"
+    )
+    yield "|---|---|" + "--:|" * len(QUOTED)
+    for comparison in run.comparisons:
+        for name, runs in (("ours", comparison.ours), ("QEMU", comparison.theirs)):
+            yield _row([comparison.case.name, name, *(_figure(median_of(runs, field)) for field in QUOTED)])
+
+
+def _memory(run: Run) -> Iterator[str]:
+    """Resident memory without the guest's: before the first request, and the most after a load."""
+    ours = [measurement for comparison in run.comparisons for measurement in comparison.ours]
+    theirs = [measurement for comparison in run.comparisons for measurement in comparison.theirs]
+    if not ours:
+        return
+    yield "| memory of the server, MiB | ours | QEMU | difference |"
+    yield "|---|--:|--:|--:|"
+    for label, field, reduce in _MEMORY:
+        mine, other = (reduce([getattr(m, field) for m in runs]) / 1024 for runs in (ours, theirs))
+        yield _row([label, f"{mine:.1f}", f"{other:.1f}", f"{mine - other:+.1f}"])
+    yield ""
+
+
+_MEMORY: tuple[tuple[str, str, Callable[[list[int]], float]], ...] = (
+    ("connected, at rest, median", "resident_at_rest_kib", statistics.median),
+    ("after a load, median", "resident_kib", statistics.median),
+    ("after a load, largest", "resident_kib", max),
+)
+
+
+def _ceilings(run: Run) -> Iterator[str]:
+    if not run.ceilings:
+        return
+    yield "| the disk alone (fio) | IOPS |"
+    yield "|---|--:|"
+    for name, iops in run.ceilings.items():
+        yield _row([name, _figure(iops)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _figure(value: float | None) -> str:
+    """Three figures that count; blank if nobody knows."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

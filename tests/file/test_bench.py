@@ -1,0 +1,129 @@
+"""The benchmark runs, counts right, and sees wrong data. No figure is judged here."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bench.frontend import FrontEnd
+from bench.latency import Histogram
+from bench.load import Job, Kind, Load, LoadFailure, Order, memory_nbytes
+from bench.ratio import Ratio
+from bench.server import Server, connect, listen
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+DAEMON = Path(sysconfig.get_path("scripts"), "vhost-user-qcow2")
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@contextmanager
+def loaded(image: Path, job: Job) -> Iterator[Load]:
+    """Put *job* on a daemon of ours that serves the raw *image*."""
+    listening, address = listen()
+    command = [str(DAEMON), f"--fd={listening.fileno()}", f"--blk-file={image}", "--format=raw"]
+    with Server(command, listening) as server:
+        with FrontEnd(connect(address), queues=job.queues, nbytes=memory_nbytes(job)) as front_end:
+            with Load(job, front_end) as load:
+                yield load
+                load.drain()
+        server.stop()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(MIB))
+    return path
+
+
+def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
+    where = ("--directory", tmp_path / "images", "--tmpfs", tmp_path, "--output", tmp_path / "out")
+    run = bench("writeback-fresh-32", "--pairs=1", "--seconds=0.1", "--no-ceiling", *where)
+    assert run.returncode == 0, run.stderr
+    (case,) = json.loads((tmp_path / "out/results.json").read_text())["cases"]
+    assert case["ours"][0]["requests"] > 0
+    assert case["qemu"][0]["requests"] > 0
+    assert case["ratio"]["low"] == case["ratio"]["median"]
+    assert "writeback-fresh-32" in (tmp_path / "out/table.md").read_text()
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    where = ("--directory", images, "--tmpfs", tmp_path, "--output", tmp_path / "out")
+    assert bench("writeback-fresh-32", "--pairs=1", "--seconds=0.1", "--no-ceiling", *where).returncode == 0
+    assert list(images.iterdir()) == []
+
+
+def test_unknown_case_is_one_line(tmp_path: Path) -> None:
+    run = bench("no-such-case", "--output", tmp_path)
+    assert (run.returncode, run.stderr) == (1, "bench: no case is called 'no-such-case'; --list names them all\n")
+
+
+def test_verified_load_reads_what_it_wrote(image: Path) -> None:
+    job = Job(MIB, read_percent=50, depth=8, queues=2, flush_every=16, verify=True)
+    with loaded(image, job) as load:
+        load.run(0.1)
+        outcome = load.outcome()
+    assert 0 < outcome.writes < outcome.requests
+    assert outcome.flushes > 0
+    assert outcome.latencies.total == outcome.requests
+
+
+def test_bytes_changed_behind_the_server_are_seen(image: Path) -> None:
+    with loaded(image, Job(MIB, read_percent=50, depth=8, verify=True)) as load:
+        load.run(0.1)
+        image.write_bytes(bytes(MIB))
+        load.run(0.1)
+        with pytest.raises(LoadFailure, match="reads returned wrong data"):
+            load.outcome()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_every_stride_is_visited_once(image: Path, kind: Kind) -> None:
+    with loaded(image, Job(MIB, kind=kind, depth=4, order=Order.ONCE, stride=16384)) as load:
+        assert not load.run(30)
+        assert load.outcome().writes == MIB // 16384
+    if kind is Kind.WRITE:
+        data = image.read_bytes()
+        assert all(any(data[at : at + 16384]) for at in range(0, MIB, 16384))
+
+
+def test_sequential_writes_cover_the_disk(image: Path) -> None:
+    with loaded(image, Job(MIB, order=Order.SEQUENTIAL, block_size=65536, depth=4)) as load:
+        load.run(0.05)
+    data = image.read_bytes()
+    assert all(any(data[at : at + 512]) for at in range(0, MIB, 512))
+
+
+def test_percentile_is_the_end_of_its_bucket() -> None:
+    counts = [0] * 128
+    counts[10], counts[32 + 8] = 98, 2  # ten nanoseconds; forty
+    histogram = Histogram(32, counts)
+    assert [histogram.percentile(p) for p in (50, 98, 99, 100)] == [10, 10, 40, 40]
+    assert histogram.buckets() == {10: 98, 40: 2}
+
+
+def test_octaves_widen_their_buckets() -> None:
+    counts = [0] * 128
+    counts[3 * 32] = 1  # the first bucket of the third octave: 128 to 131
+    assert Histogram(32, counts).percentile(50) == 131
+
+
+def test_pairs_that_disagree_are_noise() -> None:
+    ratio = Ratio.of_pairs([11, 9, 12], [10, 10, 10])
+    assert (ratio.verdict(None), ratio.verdict(1.05)) == ("within noise", "within noise (reached by the median)")
+
+
+def test_pairs_that_agree_are_not_noise() -> None:
+    ratio = Ratio.of_pairs([20, 30], [10, 10])
+    assert (ratio.verdict(None), ratio.verdict(2), ratio.verdict(4)) == ("ahead", "reached", "missed")
