@@ -1,7 +1,6 @@
 """What an image promises about its host file: metadata writes, syncs, and the end of trust after one fails."""
 
 import errno
-import os
 from collections.abc import Callable
 
 from qcow2.operation import File, Sync, Write
@@ -33,7 +32,7 @@ class Stability:
     def require_trust(self) -> None:
         """Raises: OSError(EIO) once a metadata write or a sync has failed."""
         if self.error is not None:
-            raise OSError(errno.EIO, f"no more writes after: {self.error.strerror or os.strerror(errno.EIO)}")
+            raise OSError(errno.EIO, f"no more writes after: {self.error.strerror}", self.file.path)
 
     async def write(self, host_offset: int, *pieces: bytes | bytearray | memoryview) -> None:
         """Write metadata; process-safe on return."""
