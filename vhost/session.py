@@ -160,8 +160,11 @@ class Session:
         yield effect.Reply(Request.GET_CONFIG, ConfigWindow(window.start, window.size, window.flags, data).pack())
 
     def set_config(self, window: ConfigWindow) -> Steps:
-        """Switch wce, all there is to write. Its driver may not be known to us yet: what is *offered* counts."""
-        if (window.start, window.flags) != (WCE_OFFSET, 0) or window.data not in (b"\0", b"\1"):
+        """Switch wce, all there is to write. Its driver may not be known to us yet: what is *offered* counts.
+
+        The flag says "live migration" (1) or nothing (0); cloud-hypervisor always sets it.
+        """
+        if window.start != WCE_OFFSET or window.flags > 1 or window.data not in (b"\0", b"\1"):
             raise PermissionError(
                 f"the driver may not write {window.size} bytes at {window.start} of its configuration"
             )

@@ -1,4 +1,8 @@
-"""The state machine of the rings: configured by the front-end, started, stopped, enabled."""
+"""The state machine of the rings: configured by the front-end, started, stopped, enabled.
+
+A ring that is given another size, place or base while it runs is stopped first: cloud-hypervisor, at a reset of the
+guest, only disables its rings before it configures them anew.
+"""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -36,16 +40,17 @@ class Vrings:
         return len(self._rings)
 
     def set_num(self, state: VringState) -> Steps:
-        ring = self._stopped_ring(state.index)
+        ring = self._ring(state.index)
         if not 0 < state.num <= self.max_size or state.num & (state.num - 1):
             raise ProtocolViolation(
                 f"ring {state.index} has a size of {state.num}, not a power of two up to {self.max_size}"
             )
+        if ring.is_running and state.num != ring.size:
+            yield from self._stop(state.index)
         ring.size = state.num
-        yield from ()
 
     def set_addr(self, address: VringAddress) -> Steps:
-        """Place a ring. A running one may be told again where it is (with another LOG flag), not moved."""
+        """Place a ring. A running one that is told again where it is, with another LOG flag, runs on."""
         ring = self._ring(address.index)
         if unknown_bits(address.flags, VringAddress.LOG):
             raise ProtocolViolation(f"ring {address.index} has unknown flags {address.flags:#x}")
@@ -55,16 +60,16 @@ class Vrings:
                 f"available at {address.available:#x}, used at {address.used:#x}"
             )
         if ring.is_running and not _same_place(ring.address, address):
-            raise ProtocolViolation(f"ring {address.index} moves while it runs")
+            yield from self._stop(address.index)
         ring.address = address
-        yield from ()
 
     def set_base(self, state: VringState) -> Steps:
-        ring = self._stopped_ring(state.index)
+        ring = self._ring(state.index)
         if state.num > 0xFFFF:
             raise ProtocolViolation(f"ring {state.index} has a base of {state.num:#x}, more than 16 bits")
+        if ring.is_running:
+            yield from self._stop(state.index)
         ring.base = state.num
-        yield from ()
 
     def get_base(self, state: VringState) -> Steps:
         """Drain, then silence: nothing of the ring is touched or signalled after the reply."""
@@ -111,12 +116,6 @@ class Vrings:
         if index >= len(self):
             raise ProtocolViolation(f"ring {index} of {len(self)}")
         return self._rings[index]
-
-    def _stopped_ring(self, index: int) -> Vring:
-        ring = self._ring(index)
-        if ring.is_running:
-            raise ProtocolViolation(f"ring {index} is changed while it runs")
-        return ring
 
     def _ring_of_fd(self, fd: U64) -> int:
         """The ring that a kick, call or err fd belongs to."""

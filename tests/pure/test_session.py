@@ -171,6 +171,11 @@ def test_switching_wce_off_flushes_before_the_acknowledgement(front_end: FrontEn
     ]
 
 
+def test_cloud_hypervisor_s_flag_does_not_matter(front_end: FrontEnd) -> None:
+    front_end.send(Request.SET_CONFIG, ConfigWindow(32, 1, 1, b"\0"))
+    assert not front_end.session.wce
+
+
 def test_switching_wce_on_does_not_flush(front_end: FrontEnd) -> None:
     front_end.send(Request.SET_CONFIG, ConfigWindow(32, 1, 0, b"\0"))
     done = front_end.send(Request.SET_CONFIG, ConfigWindow(32, 1, 0, b"\1"))
@@ -190,7 +195,7 @@ def test_failed_flush_refuses_the_switch_and_stays_in_writeback(front_end: Front
         ConfigWindow(0, 8, 0, bytes(8)),
         ConfigWindow(31, 1, 0, b"\0"),
         ConfigWindow(32, 2, 0, bytes(2)),
-        ConfigWindow(32, 1, 1, b"\0"),
+        ConfigWindow(32, 1, 2, b"\0"),
         ConfigWindow(32, 1, 0, b"\2"),
         ConfigWindow(32, 0, 0, b""),
     ],
@@ -310,15 +315,25 @@ def test_running_ring_may_be_told_its_address_again(front_end: FrontEnd) -> None
     ("request_number", "payload"),
     [
         (Request.SET_VRING_NUM, VringState(0, 256)),
-        (Request.SET_VRING_BASE, VringState(0, 1)),
+        (Request.SET_VRING_BASE, VringState(0, 0)),
         (Request.SET_VRING_ADDR, VringAddress(0, 0, 0x10, 0x20, 0x30, 0)),
     ],
 )
-def test_running_ring_is_not_changed(front_end: FrontEnd, request_number: int, payload: Any) -> None:
+def test_running_ring_is_stopped_before_it_changes(front_end: FrontEnd, request_number: int, payload: Any) -> None:
     front_end.configure()
     front_end.kick()
-    with pytest.raises(ProtocolViolation, match="while it runs"):
-        front_end.send(request_number, payload)
+    assert front_end.send(request_number, payload) == [effect.StopQueue(0)]
+
+
+def test_rings_configured_anew_without_a_stop_start_anew(front_end: FrontEnd) -> None:
+    front_end.configure(size=128)
+    front_end.kick()
+    front_end.send(Request.SET_VRING_ENABLE, VringState(0, 0))
+    front_end.base = 500
+    front_end.configure(size=128, base=0)
+    start = front_end.kick()[-1]
+    assert isinstance(start, effect.StartQueue)
+    assert start.base == 0
 
 
 @pytest.mark.parametrize(
