@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from qcow2.statistics import Statistics
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from vhost.option import Options
 
 PROGRAM = "vhost-user-qcow2"
+PROGRESS_SECONDS = 5
 CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
 
 
@@ -73,6 +75,7 @@ def serve_image(options: "Options") -> None:
                 format=options.format,
                 lazy_refcounts=options.lazy_refcounts,
                 cache_size=options.cache_size,
+                progress=_repair_progress(options.blk_file),
             )
         )
         stop_fd = stack.enter_context(stop_signals())
@@ -82,6 +85,26 @@ def serve_image(options: "Options") -> None:
         disk.close()  # while a second signal still cannot interrupt it
     if options.stats:
         print(_stats(counters, disk.image.statistics), flush=True)
+
+
+def _repair_progress(path: str) -> "Callable[[int, int], None]":
+    """Say that the image is being repaired, and every few seconds how far it is."""
+    import logging
+    import time
+
+    log = logging.getLogger("vhost")
+    told = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            log.warning("%s: was not closed cleanly, repairing it", path)
+            told = time.monotonic()
+        elif time.monotonic() - told > PROGRESS_SECONDS:
+            log.warning("%s: repairing, %d %%", path, 100 * done // max(total, 1))
+            told = time.monotonic()
+
+    return progress
 
 
 def _endpoint(options: "Options") -> "AbstractContextManager[Endpoint]":
