@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
 export PYTHON
 
-.PHONY: demo test check vm build-packages guest-packages
+.PHONY: demo test check vm asan bench compare build-packages guest-packages
 
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -23,6 +23,16 @@ check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/mypy
 	MYPYPATH=examples $(BIN)/mypy --strict examples/*.py
 	$(BIN)/pytest tests/pure tests/file
+
+asan: $(VENV)/installed
+	$(BIN)/python -m ring.build --asan
+
+# BENCH: cases and options, such as BENCH="read-32 --pairs 3"; all cases and sweeps without it.
+bench: guest-packages $(VENV)/installed-bench
+	$(BIN)/python -m bench $(or $(BENCH),all)
+
+compare: guest-packages $(VENV)/installed-bench
+	PYTHONPATH=examples $(BIN)/python -m bench.guest $(COMPARE)
 
 build-packages:
 	@.ci/need build
@@ -43,4 +53,9 @@ $(VENV)/installed: $(NATIVE) | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/installed
 	@echo "installing into $(VENV): ruff, mypy"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,dev]'
+	@touch $@
+
+$(VENV)/installed-bench: pyproject.toml | $(VENV)/installed
+	@echo "installing into $(VENV): matplotlib, setuptools"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,bench]'
 	@touch $@
