@@ -4,8 +4,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from bench.plot import NoPlots, draw
 from bench.report import Run, markdown, ratio_of, write_json
 from bench.server import ServerFailure
 from bench.sweep import SWEEPS
+from bench.watch import stopwatch
 
 
 def main() -> int:
@@ -94,11 +93,6 @@ def store(run: Run, directory: Path) -> None:
         draw(run.comparisons, SWEEPS, directory)
     except NoPlots as missing:
         print(f"bench: {missing}", file=sys.stderr)
-
-
-def stopwatch() -> Callable[[str], None]:
-    started = time.monotonic()
-    return lambda line: print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
 
 
 if __name__ == "__main__":

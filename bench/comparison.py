@@ -16,10 +16,11 @@ TRIAL = 1.0  # seconds for each way of QEMU to reach the disk
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A server by name and how to start it on an image."""
+    """A server by name, how to start it on an image, and whether it prints its counters when it is told to end."""
 
     name: str
     command: Callable[[Service, int], list[str]]
+    counts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,11 @@ class Comparison:
 
 
 def our_daemon() -> Contestant:
-    return Contestant("ours", our_command)
+    return Contestant("ours", our_command, counts=True)
 
 
 def qemu(aio: Aio) -> Contestant:
-    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio))
+    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio), counts=False)
 
 
 class Arena:
@@ -80,7 +81,7 @@ class Arena:
         os.sync()  # what was written before is no part of this run
         try:
             warm_up = min(WARM_UP, seconds) if case.warms_up else 0
-            return measure(command, case.job, warm_up=warm_up, seconds=seconds)
+            return measure(command, case.job, warm_up=warm_up, seconds=seconds, counts=contestant.counts)
         finally:
             if case.images is Images.PER_RUN:
                 images.pop(contestant.name).unlink()
