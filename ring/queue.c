@@ -15,7 +15,8 @@
 
 static bool is_served(const struct queue *queue)
 {
-    return queue->started && queue->enabled && queue->has_kick && !queue->draining && !queue->ring.fault;
+    return queue->started && !queue->absent && queue->enabled && queue->has_kick && !queue->draining &&
+           !queue->ring.fault;
 }
 
 static void activate(struct worker *worker, struct queue *queue)
@@ -289,7 +290,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     queue->ring = ring;
     queue->layout = layout;
     queue->started = true;
-    queue->broken = false;
+    queue->absent = queue->broken = false;
     queue->armed = true; /* nobody asked the driver not to kick yet */
     activate(worker, queue);
     return 0;
@@ -375,11 +376,14 @@ const char *worker_queue_fault(struct worker *worker, uint32_t index)
 
 void worker_set_memory(struct worker *worker, const struct guest_memory *memory)
 {
+    queues_publish(worker); /* while the rings are where they were */
     worker->memory = *memory;
     for (uint32_t i = 0; i < WORKER_QUEUES; i++) {
         struct queue *queue = &worker->queues[i];
-        if (queue->started && virtqueue_relocate(&queue->ring, &queue->layout, &worker->memory) < 0)
-            break_queue(worker, queue, NULL);
+        if (!queue->started)
+            continue;
+        queue->absent = virtqueue_relocate(&queue->ring, &queue->layout, &worker->memory) < 0;
+        activate(worker, queue);
     }
 }
 

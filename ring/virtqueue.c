@@ -36,15 +36,11 @@ int virtqueue_relocate(struct virtqueue *queue, const struct virtqueue_layout *l
     queue->descriptors = guest_memory_ring(memory, layout->descriptor_address, 16 * size);
     queue->driver = guest_memory_ring(memory, layout->driver_address, 4 + 2 * size + 2);
     queue->device = guest_memory_ring(memory, layout->device_address, 4 + 8 * size + 2);
-    if (!queue->descriptors || !queue->driver || !queue->device) {
-        queue->fault = "the ring is not inside one memory region";
+    if (!queue->descriptors || !queue->driver || !queue->device)
         return -EFAULT;
-    }
     /* A file offset may be odd, so aligned user addresses are not enough. */
-    if ((uintptr_t)queue->descriptors % 16 || (uintptr_t)queue->driver % 2 || (uintptr_t)queue->device % 4) {
-        queue->fault = "the ring is not aligned";
+    if ((uintptr_t)queue->descriptors % 16 || (uintptr_t)queue->driver % 2 || (uintptr_t)queue->device % 4)
         return -EINVAL;
-    }
     return 0;
 }
 

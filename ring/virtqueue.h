@@ -56,7 +56,8 @@ struct virtqueue_layout {
  * -EFAULT: an address outside guest memory. */
 int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
 
-/* Find the ring again after the memory table changed. -EFAULT: it is gone. */
+/* Find the ring again after the memory table changed; everything pushed is
+ * published. -EFAULT, -EINVAL: it is gone, and may only be relocated again. */
 int virtqueue_relocate(struct virtqueue *queue, const struct virtqueue_layout *layout,
                        const struct guest_memory *memory);
 

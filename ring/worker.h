@@ -127,6 +127,7 @@ struct queue {
     int err_fd;
     uint16_t index;
     bool started;
+    bool absent; /* the memory table does not hold the ring, for now */
     bool enabled;
     bool has_kick; /* a kick was set, be it "none" */
     bool draining;
@@ -239,7 +240,8 @@ void worker_free(struct worker *worker);
 int worker_run(struct worker *worker);
 struct worker_event *worker_events(struct worker *worker);
 
-/* Replace the table. Nothing in flight uses a region that is gone: pause first. */
+/* Replace the table. Nothing in flight uses a region that is gone: pause first.
+ * A ring that is gone is left alone until a later table holds it again. */
 void worker_set_memory(struct worker *worker, const struct guest_memory *memory);
 void worker_pause(struct worker *worker, int paused);
 uint32_t worker_requests_in_flight(struct worker *worker);

@@ -138,8 +138,8 @@ class Worker:
         """Replace the memory table; returns when nothing in flight uses a region that is not in it any more.
 
         Regions that were in the table before (the same objects) keep their mapping. It goes on serving what is in
-        flight while it waits, so it is for functions given to `call` only. A started queue whose ring is no longer
-        inside the table breaks.
+        flight while it waits, so it is for functions given to `call` only. A started queue whose ring is not inside
+        the table is left alone until it is again: QEMU moves a region by removing it first.
         Raises: OSError if a region cannot be mapped or overlaps another; the table is then as it was.
         """
         added = map_regions([region for region in regions if region not in self._mappings])

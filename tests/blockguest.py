@@ -1,6 +1,7 @@
 """A block device on a worker, and a driver in front of it, in one process: what the data plane's tests stand on."""
 
 import io
+import itertools
 import os
 import struct
 import threading
@@ -43,9 +44,7 @@ class Posted(NamedTuple):
 def cut(guest_address: int, nbytes: int, cuts: Iterable[int], is_writable: bool) -> list[Buffer]:
     """Describe a run of guest memory by buffers that end at *cuts* (offsets in the run)."""
     edges = sorted({0, nbytes, *(edge for edge in cuts if 0 < edge < nbytes)})
-    return [
-        Buffer(guest_address + start, end - start, is_writable) for start, end in zip(edges, edges[1:], strict=False)
-    ]
+    return [Buffer(guest_address + start, end - start, is_writable) for start, end in itertools.pairwise(edges)]
 
 
 def open_pipe() -> tuple[io.FileIO, io.FileIO]:

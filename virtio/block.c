@@ -118,6 +118,7 @@ static void begin_transfer(struct block *block, struct worker *worker, struct re
         request_punt(worker, request);
 }
 
+/* Whole logical blocks, thus whole sectors, of this disk. */
 static bool is_inside(const struct block *block, uint64_t offset, uint64_t nbytes)
 {
     return !(offset & (block->block_size - 1)) && !(nbytes & (block->block_size - 1)) && offset <= block->size &&
@@ -138,7 +139,7 @@ static void transfer(struct block *block, struct worker *worker, struct request 
     request->offset = sector_offset(sector);
     if (is_write && (block->read_only || takes_no_writes(block, worker)))
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    else if (request->nbytes % SECTOR || !is_inside(block, request->offset, request->nbytes))
+    else if (!is_inside(block, request->offset, request->nbytes))
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
     else if (request->nbytes == 0)
         answer(worker, request, VIRTIO_BLK_S_OK, 0);

@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,29 @@ def test_drain_waits_for_a_request_in_python() -> None:
     assert order == ["finished", "drained at 1"]
 
 
+def test_drain_waits_for_the_last_request() -> None:
+    held: list[Request] = []
+    full = threading.Event()
+    drained = threading.Event()
+
+    def hold(request: Request) -> None:
+        held.append(request)
+        if len(held) == 2:
+            full.set()
+
+    with Guest(on_request=hold) as guest:
+        guest.post(IN, 0, room=512)
+        guest.post(IN, 0, room=512)
+        guest.queue.kick()
+        assert full.wait(10)
+        guest.worker.call(lambda: guest.worker.drain_queue(0, lambda base: drained.set()))
+        guest.worker.call(lambda: held[0].finish(OK))
+        guest.worker.call(lambda: None)
+        assert not drained.is_set()
+        guest.worker.call(lambda: held[1].finish(OK))
+        assert drained.wait(10)
+
+
 def test_drain_waits_for_a_transfer_in_c() -> None:
     source, feed = open_pipe()
     with source, Guest(source.fileno()) as guest, feed:
@@ -229,7 +253,7 @@ def test_queue_goes_on_where_it_was_drained() -> None:
         base = guest.drain()
         posted = guest.post(IN, 0, room=512)
         guest.queue.publish()
-        layout = QueueLayout(**{**{f: getattr(guest.queue.layout, f) for f in QueueLayout.__slots__}, "base": base})
+        layout = replace(guest.queue.layout, base=base)
 
         def restart() -> None:
             guest.worker.start_queue(0, layout)

@@ -1,6 +1,7 @@
 """Requests served by C over a raw file, and the same ones left to Python."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,28 @@ def test_more_long_chains_than_the_worker_holds_at_once_are_served(disk: Path) -
         answers = guest.ask_all(posted)
     os.close(fd)
     assert {answer.data for answer in answers} == {disk.read_bytes()[:4096]}
+
+
+def test_long_chains_wait_until_the_worker_has_room() -> None:
+    held: list[Request] = []
+    full = threading.Event()
+
+    def hold(request: Request) -> None:
+        held.append(request)
+        if len(held) in (128, 200):
+            full.set()
+
+    with Guest(on_request=hold, queue_size=256) as guest:
+        posted = [guest.post(IN, 0, room=4096, cuts=range(0, 4096, 128), indirect=True) for _ in range(200)]
+        guest.queue.kick()
+        assert full.wait(10)
+        guest.worker.call(lambda: None)
+        assert len(held) == 128
+        full.clear()
+        guest.worker.call(lambda: [request.finish(OK) for request in held[:72]])
+        assert full.wait(10)
+        guest.worker.call(lambda: [request.finish(OK) for request in held[72:]])
+        assert len(guest.queue.wait(200)) == len(posted)
 
 
 def test_what_is_past_the_end_of_the_file_reads_as_zeros(tmp_path: Path) -> None:
@@ -210,6 +233,19 @@ def test_get_id_ends_with_nul_only_if_short(serial: str, expected: bytes) -> Non
         answer = guest.ask(GET_ID, room=20)
     rest = bytes([UNTOUCHED]) * (20 - len(expected))
     assert answer == (OK, len(expected) + 1, expected + rest)
+
+
+def test_get_id_never_gives_more_than_twenty_bytes() -> None:
+    with Guest(block=NativeBlock(size=MIB, serial="x" * 20)) as guest:
+        assert guest.ask(GET_ID, room=40) == (OK, 21, b"x" * 20 + bytes([UNTOUCHED]) * 20)
+
+
+@pytest.mark.parametrize(("nsectors", "status"), [(32768, OK), (32769, IOERR)])
+@pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
+def test_one_segment_has_a_limit(type: int, nsectors: int, status: int) -> None:
+    block = NativeBlock(size=64 * MIB, max_discard_sectors=32768, max_write_zeroes_sectors=32768)
+    with Guest(block=block) as guest:
+        assert guest.ask(type, 0, data=bytes(8) + nsectors.to_bytes(8, "little")).status == status
 
 
 def test_get_id_fills_a_short_buffer() -> None:

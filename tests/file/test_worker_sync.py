@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ring.request import Request
 from tests.blockguest import DISCARD, FLUSH, IN, IOERR, MIB, OK, OUT, WRITE_ZEROES, Guest
 
 SEGMENT = (8).to_bytes(8, "little") + (8).to_bytes(8, "little")
@@ -164,6 +165,24 @@ def test_failed_sync_fails_every_later_change_of_python(fd: int) -> None:
         assert wait_for_operation(guest, "zero", guest.slot, 0, 512) == -errno.EIO
         assert wait_for_operation(guest, "read", guest.slot, 0, [bytearray(4)]) == 0
     os.close(good)
+
+
+def test_write_in_flight_when_a_sync_fails_is_an_error(fd: int) -> None:
+    held: list[Request] = []
+    arrived = threading.Event()
+
+    def hold(request: Request) -> None:
+        held.append(request)
+        arrived.set()
+
+    with Guest(fd, mapped=False, on_request=hold) as guest:
+        break_syncs(fd)
+        written, flushed = guest.post(OUT, 0, data=bytes(512)), guest.post(FLUSH)
+        guest.queue.kick()
+        assert arrived.wait(10)
+        assert guest.answer(flushed, guest.queue.wait()[0]).status == IOERR
+        guest.worker.call(lambda: held[0].finish(OK))
+        assert guest.answer(written, guest.queue.wait()[0]).status == IOERR
 
 
 def test_writethrough_write_reports_its_failed_sync(fd: int) -> None:
