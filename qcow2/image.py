@@ -98,7 +98,7 @@ class Image:
         _validate_refcount_table(self.file, record, table, file_size)
         self._mapping.own_metadata(metadata_clusters(self.file, self.geometry, record, self._mapping.l1, table))
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
-        root = Root(self.file, header, self._stability, is_lazy=is_lazy)
+        root = Root(header, self._stability, is_lazy=is_lazy)
         return Changes(
             self.file,
             self.geometry,

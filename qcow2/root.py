@@ -1,11 +1,9 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
-from collections.abc import Awaitable
 from dataclasses import replace
 
 from qcow2 import layout
-from qcow2.header import Header, mark_clean, mark_dirty
-from qcow2.operation import File
+from qcow2.header import Header
 from qcow2.rangelock import Mutex
 from qcow2.stability import Stability
 
@@ -13,11 +11,10 @@ from qcow2.stability import Stability
 class Root:
     """The one place that changes cluster 0 while the image is open."""
 
-    def __init__(self, file: File, header: Header, stability: Stability, *, is_lazy: bool) -> None:
+    def __init__(self, header: Header, stability: Stability, *, is_lazy: bool) -> None:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
-        self._file = file
         self._stability = stability
         self._mutex = Mutex()
 
@@ -29,26 +26,32 @@ class Root:
         if self._must_mark:
             async with self._mutex.hold():
                 if self._must_mark:
-                    self.header = await self._trusted(mark_dirty(self._file, self.header))
+                    word = self.header.record.incompatible_features
+                    await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
                     self._must_mark = False
 
     async def mark_clean(self) -> None:
-        """Clear the dirty bit, if it is set; everything else is written."""
+        """Clear the dirty bit, if it is set, stable on return; everything else is stable already."""
         if self.header.is_dirty:
-            self.header = await self._trusted(mark_clean(self._file, self.header))
+            word = self.header.record.incompatible_features
+            await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 
-    async def _trusted(self, change: Awaitable[Header]) -> Header:
-        self._stability.require_trust()
-        try:
-            return await change
-        except OSError as error:
-            self._stability.fail(error)
-            raise
+    async def _write_incompatible(self, word: int) -> None:
+        """Eight bytes inside one sector: a power loss leaves the old or the new bits."""
+        await self._write(layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word), incompatible_features=word)
 
     async def set_refcount_table(self, host_offset: int, nclusters: int) -> None:
         """Let the header point at another refcount table, which is stable; stable on return."""
         packed = layout.HEADER_REFCOUNT_TABLE.pack(host_offset, nclusters)
-        await self._stability.write(layout.HEADER_REFCOUNT_TABLE_OFFSET, packed)
+        await self._write(
+            layout.HEADER_REFCOUNT_TABLE_OFFSET,
+            packed,
+            refcount_table_offset=host_offset,
+            refcount_table_clusters=nclusters,
+        )
+
+    async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
+        """Write *packed*, which says *fields*; stable on return."""
+        await self._stability.write(host_offset, packed)
         await self._stability.sync()
-        record = replace(self.header.record, refcount_table_offset=host_offset, refcount_table_clusters=nclusters)
-        self.header = replace(self.header, record=record)
+        self.header = replace(self.header, record=replace(self.header.record, **fields))

@@ -127,9 +127,16 @@ def test_no_space_to_grow_fails_the_request_and_loses_nothing() -> None:
     assert bench.reopened_content() == b"".join(bytes([cluster + 1]) * CLUSTER for cluster in range(64))
 
 
+@pytest.mark.parametrize("lazy", [False, True], ids=["accurate", "lazy"])
 @pytest.mark.parametrize("kind", [is_data, is_metadata])
-def test_no_space_for_a_write_fails_the_request_and_loses_nothing(kind: Callable[[op.Operation], bool]) -> None:
-    bench = bench_with_data(base=noise(64 * CLUSTER))
+def test_no_space_for_a_write_fails_the_request_and_loses_nothing(
+    kind: Callable[[op.Operation], bool], lazy: bool
+) -> None:
+    bench = set_up(64 * CLUSTER, cluster_bits=12, lazy=lazy, base=noise(64 * CLUSTER))
+    bench.breaker.fault = failing(errno.ENOSPC, kind)
+    assert refused(bench, 0) == errno.ENOSPC
+    bench.breaker.fault = None
+    bench.write(0, b"\1" * CLUSTER)
     bench.breaker.fault = failing(errno.ENOSPC, kind)
     assert refused(bench, 5 * CLUSTER) == errno.ENOSPC
     bench.breaker.fault = None
