@@ -1,0 +1,102 @@
+"""A driver under the unchanged engine whose operations land late, and in any order: at the moment they complete.
+
+Until then nothing of them shows. That is how a punch or a write overtaken by others hits who came after; a seed replays
+the order. It keeps what `qcow2.operation` promises and nothing more.
+"""
+
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.task import Scheduler, Task
+
+
+class MemoryFile:
+    """A host file in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self.path = "image"
+        self.writable = True
+        self.content = bytearray(content)
+
+    def read(self, host_offset: int, nbytes: int) -> bytes:
+        return bytes(self.content[host_offset : host_offset + nbytes]).ljust(nbytes, b"\0")
+
+    def write(self, host_offset: int, data: bytes) -> None:
+        self.resize(max(len(self.content), host_offset + len(data)))
+        self.content[host_offset : host_offset + len(data)] = data
+
+    def resize(self, nbytes: int) -> None:
+        del self.content[nbytes:]
+        self.content += bytes(nbytes - len(self.content))
+
+
+class Latecomer:
+    """Runs tasks; `step` lets one of the operations under way land, `now` counts the steps."""
+
+    def __init__(self, file: MemoryFile, seed: int) -> None:
+        self.file = file
+        self.now = 0
+        self._rng = random.Random(seed)
+        self._pending: list[tuple[int, Task, Operation]] = []  # start number
+        self._started = 0
+        self._scheduler = Scheduler(self._start)
+
+    def begin(self, coroutine: Coroutine[Any, Any, Any]) -> Task:
+        task = self._scheduler.spawn(coroutine, lambda task: None)
+        self._scheduler.run()
+        return task
+
+    def finish(self, task: Task) -> Any:
+        """Step until *task* is done; its result, or its error raised."""
+        while not task.done:
+            self.step()
+        if task.error is not None:
+            raise task.error
+        return task.result
+
+    def step(self) -> None:
+        """Complete one operation; a slow one may be overtaken by everything but a `Grace`."""
+        self.now += 1
+        eligible = [entry for entry in self._pending if not self._must_wait(entry)]
+        entry = self._rng.choice(eligible)
+        self._pending.remove(entry)
+        _, task, operation = entry
+        self._scheduler.resume(task, self._land(operation))
+        self._scheduler.run()
+
+    def _start(self, task: Task, operation: Operation) -> None:
+        self._started += 1
+        self._pending.append((self._started, task, operation))
+
+    def _must_wait(self, entry: tuple[int, Task, Operation]) -> bool:
+        number, _, operation = entry
+        transfers = (Read, ReadInto, Write, Zero)
+        return isinstance(operation, Grace) and any(
+            other < number and isinstance(at, transfers) for other, _, at in self._pending
+        )
+
+    def _land(self, operation: Operation) -> object:
+        match operation:
+            case Size():
+                return len(self.file.content)
+            case Read(host_offset=host_offset, nbytes=nbytes):
+                return self.file.read(host_offset, nbytes)
+            case ReadInto(host_offset=host_offset, target=target):
+                target.store(self.file.read(host_offset, len(target)))
+            case Write(host_offset=host_offset, pieces=pieces):
+                data = [bytes(p) if isinstance(p, bytes | bytearray | memoryview) else p.load() for p in pieces]
+                self.file.write(host_offset, b"".join(data))
+            case Zero(host_offset=host_offset, nbytes=nbytes):
+                inside = max(0, min(nbytes, len(self.file.content) - host_offset))
+                self.file.write(host_offset, bytes(inside))
+            case Resize(nbytes=nbytes):
+                self.file.resize(nbytes)
+            case Compute(function=function):
+                return function()
+            case Sync() | Grace():
+                pass
+            case _:
+                raise TypeError(f"{operation!r} is no operation of a driver")
+        return None
