@@ -62,7 +62,7 @@ def print_comparison(ours: Outcome, theirs: Outcome) -> None:
     print()
     for row in (Row("", "vhost-user-qcow2", "QEMU's own qcow2"), *_rows(ours, theirs)):
         line = f"{row.label:<{LABEL_WIDTH}}{row.ours:>{COLUMN_WIDTH}}{row.theirs:>{COLUMN_WIDTH}}   {row.remark}"
-        print(line.rstrip())
+        print(line.rstrip(), flush=True)
 
 
 def _rows(ours: Outcome, theirs: Outcome) -> Iterator[Row]:
