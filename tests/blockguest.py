@@ -188,6 +188,11 @@ class Guest:
         completions = {completion.head: completion for completion in self.queue.wait(len(posted))}
         return [self.answer(each, completions[each.head]) for each in posted]
 
+    def wait_for_requests(self, count: int) -> None:
+        """Return once the device has fetched *count* requests: draining would leave the rest in the ring."""
+        while self.counters.requests < count:
+            self.worker.call(lambda: None)
+
     def drain(self, index: int = 0) -> int:
         """Drain a queue and wait for its base."""
         drained: list[int] = []

@@ -196,6 +196,7 @@ def test_full_call_does_not_stop_the_worker() -> None:
         guest.worker.call(lambda: guest.worker.set_call(0, os.dup(blocking)))
         posted = guest.post(IN, room=512)
         guest.queue.kick()
+        guest.wait_for_requests(1)
         guest.drain()
         os.close(blocking)
         completion = guest.queue.poll()

@@ -145,18 +145,19 @@ def test_removing_a_region_waits_for_the_request_in_it() -> None:
 
 def test_removing_a_region_waits_for_a_transfer_in_c() -> None:
     source, feed = open_pipe()
-    removed = threading.Event()
+    begun, removed = threading.Event(), threading.Event()
 
     def remove() -> None:
+        begun.set()
         guest.worker.set_memory(guest.regions[1:])
         removed.set()
 
     with source, Guest(source.fileno(), regions=two_regions) as guest, feed:
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        while not guest.counters.reads:
-            guest.worker.call(lambda: None)
+        guest.wait_for_requests(1)
         guest.worker.post(remove)
+        assert begun.wait(10)
         assert not removed.is_set()
         feed.write(bytes(512))
         assert removed.wait(10)
@@ -216,7 +217,8 @@ def test_new_memory_at_the_same_addresses_is_used() -> None:
         guest.queue.publish()
         other.store(guest.queue.layout.driver_address, guest.memory.load(guest.queue.layout.driver_address, 4))
         os.eventfd_write(guest.queue.kick_fd, 1)
-        assert guest.drain() == 1
+        guest.wait_for_requests(1)
+        guest.drain()
         assert other.load(posted.status_address, 1)[0] == OK
 
 

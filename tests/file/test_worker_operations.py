@@ -275,8 +275,7 @@ def test_grace_waits_for_a_transfer_of_the_fast_path() -> None:
         came = threading.Event()
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        while not guest.counters.reads:
-            guest.worker.call(lambda: None)
+        guest.wait_for_requests(1)
         guest.worker.call(lambda: guest.worker.grace(lambda result: came.set()))
         guest.worker.call(lambda: None)
         assert not came.is_set()
