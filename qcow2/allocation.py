@@ -108,14 +108,20 @@ class Allocator:
             ended.set()
 
     async def _reserve_what_fits(self, wanted: int) -> None:
-        """Reserve *wanted* clusters, or fewer on a host that has hardly any room left."""
+        """Reserve *wanted* clusters; on a host with hardly any room left fewer, or what is free inside the file."""
+        fewer = wanted
         while True:
             try:
-                return await self._reserve(wanted)
+                await self._reserve(fewer)
+                return
             except OSError as error:
-                if wanted == 1 or error.errno not in NO_ROOM:
+                if error.errno not in NO_ROOM:
                     raise
-            wanted = max(1, wanted // 4)
+                if fewer == 1:
+                    if await self._reserve(wanted, may_grow=False):
+                        return
+                    raise
+            fewer = max(1, fewer // 4)
 
     def _run_length(self) -> int:
         """How many clusters to reserve: more each time, but little of a small disk."""
@@ -123,30 +129,40 @@ class Allocator:
         self._next_bytes = min(2 * self._next_bytes, self._max_bytes)
         return max(1, self._geometry.clusters(nbytes))
 
-    async def _reserve(self, wanted: int) -> None:
-        """Count a run of free clusters, make it part of the file and zeros, and all of this stable."""
+    async def _reserve(self, wanted: int, *, may_grow: bool = True) -> bool:
+        """Count a run of free clusters, make it part of the file and zeros, and all of this stable.
+
+        Whether there were any; without, nothing has changed.
+        """
         self._statistics.reservations += 1
-        cursor = self._cursor
+        found: list[range] = []
         counted: list[range] = []
         try:
             async with self._refcounts.mutex.hold():
-                found = await self._find(wanted)
+                found = await self._find(wanted, may_grow=may_grow)
                 for extent in found:
                     await self._prepare(extent)
                 for extent in found:  # all of them are inside the file now, and a larger refcount table past them
                     counted += [await self._count(extent)]
         except OSError:
-            self.reuse(cursor)
+            if found:
+                self.reuse(found[0].start)
             if not any(counted):
                 raise
+        if not found:
+            return False
         await self._stability.sync()
         self._run += filter(None, counted)
         self._left = sum(map(len, self._run))
         self._low = self._left // 2
+        return True
 
-    async def _find(self, wanted: int) -> list[range]:
+    async def _find(self, wanted: int, *, may_grow: bool) -> list[range]:
         """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
         end = self._geometry.clusters(self._file_size)
+        if not may_grow:
+            found, self._cursor = await self._search(self._cursor, end, wanted)
+            return found
         scanned = self._refcounts.per_block * (self._refcounts.block_of(self._cursor) + SCANNED_BLOCKS)
         found, self._cursor = await self._search(self._cursor, min(end, scanned), wanted)
         wanted -= sum(map(len, found))

@@ -7,7 +7,7 @@ import pytest
 
 from qcow2 import layout
 from qcow2 import operation as op
-from tests.engine import Bench, Fault, noise, set_up
+from tests.engine import Bench, Fault, noise, open_again, set_up
 
 pytestmark = pytest.mark.pure
 
@@ -125,6 +125,21 @@ def test_no_space_to_grow_fails_the_request_and_loses_nothing() -> None:
         bench.write(cluster * CLUSTER, bytes([cluster + 1]) * CLUSTER)
     bench.close()
     assert bench.reopened_content() == b"".join(bytes([cluster + 1]) * CLUSTER for cluster in range(64))
+
+
+def test_file_that_cannot_grow_is_filled_to_its_last_hole() -> None:
+    """A block device cannot grow at all; the holes are far apart, with many refcount blocks between them."""
+    bench = set_up(6000 * 512)
+    for cluster in range(5000):
+        bench.write(cluster * 512, b"\1" * 512)
+    bench.close()
+    bench = open_again(bench, writable=True)
+    bench.breaker.fault = failing(errno.ENOSPC, lambda operation: isinstance(operation, op.Resize))
+    bench.driver.run(bench.image.discard(4000 * 512, 400 * 512))
+    bench.driver.run(bench.image.discard(0, 512))
+    for cluster in range(5000, 5300):
+        bench.write(cluster * 512, b"\2" * 512)
+    assert bench.read(5000 * 512, 300 * 512) == b"\2" * 300 * 512
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["accurate", "lazy"])
