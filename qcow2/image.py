@@ -81,7 +81,7 @@ class Image:
         options = options or OpenOptions()
         header = await read_header(file)
         if options.writable:
-            header = await _prepare_to_write(file, header, options)
+            _require_writable(file, header, options)
         record = header.record
         l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         image = cls(file, header, l1, backing, options)
@@ -97,6 +97,7 @@ class Image:
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
         _validate_refcount_table(self.file, record, table, file_size)
         self._mapping.own_metadata(metadata_clusters(self.file, self.geometry, record, self._mapping.l1, table))
+        header = await clear_autoclear(self.file, header)  # the image is sound: this is the first write
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(header, self._stability, is_lazy=is_lazy)
         return Changes(
@@ -235,14 +236,13 @@ class Changes:
         await self.root.mark_clean()
 
 
-async def _prepare_to_write(file: File, header: Header, options: OpenOptions) -> Header:
-    """Refuse what may not be written to; what the first writable open changes in the header."""
+def _require_writable(file: File, header: Header, options: OpenOptions) -> None:
+    """Refuse what may not be written to."""
     require_uncorrupted(file, header)
     if header.is_dirty:
         raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, "not closed cleanly, repair it before writing")
     if options.lazy_refcounts and header.record.version < 3:
         raise UnsupportedImage(file.path, "lazy refcounts need version 3 (compat=1.1)")
-    return await clear_autoclear(file, header)
 
 
 def _validate_refcount_table(file: File, record: HeaderRecord, table: "array[int]", file_size: int) -> None:

@@ -173,5 +173,7 @@ class Mapping:
         index = self.geometry.l1_index(guest_offset)
         entry = host_offset | COPIED
         await self._stability.write(self.l1_offset + index * ENTRY_SIZE, bytes_of([entry]))
+        if old := self.l1[index] & OFFSET_MASK:  # it may become free: the COPIED flag can lag behind the refcount
+            self.disown_metadata([old >> self.geometry.cluster_bits])
         self.own_metadata([host_offset >> self.geometry.cluster_bits])
         self.l1[index] = entry

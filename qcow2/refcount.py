@@ -139,15 +139,18 @@ class Refcounts:
         return 0
 
     async def add(self, clusters: Iterable[int], delta: int) -> None:
-        """Change the counts of *clusters*, whose blocks exist, by *delta* for each time they are named.
+        """Change the counts of *clusters* by *delta* for each time they are named.
 
         Accurate: written on return, not yet stable. The caller holds `mutex`.
-        Raises: OSError; then nothing has changed in memory, though an increment may have in the file. OverflowError.
+        Raises: OSError; then nothing has changed in memory, though an increment may have in the file. OverflowError
+        for a count that no block can hold, or that has no block.
         """
         for index, named in groupby(sorted(clusters), self.block_of):
             await self._add_to_block(index, Counter(named), delta)
 
     async def _add_to_block(self, index: int, counts: "Counter[int]", delta: int) -> None:
+        if not self.has_block(index):
+            raise OverflowError(f"no refcount block counts cluster {min(counts)}, which is referenced")
         block = await self._block(index)
         old = bytes(block.data)
         for cluster, times in counts.items():

@@ -1,0 +1,82 @@
+"""Images that contradict themselves where no open looks: what is written to them ends in an error, never in worse."""
+
+import errno
+import struct
+
+import pytest
+
+from qcow2 import layout
+from qcow2.error import CorruptImage
+from tests.engine import Bench, open_again, set_up
+
+pytestmark = pytest.mark.pure
+
+CLUSTER = 512
+
+
+def closed_bench(nclusters: int, *, refcount_order: int = 4) -> Bench:
+    """A closed image with data in its first *nclusters* clusters."""
+    bench = set_up(1000 * CLUSTER, refcount_order=refcount_order)
+    for cluster in range(nclusters):
+        bench.write(cluster * CLUSTER, b"x" * CLUSTER)
+    bench.close()
+    return bench
+
+
+def header(bench: Bench) -> layout.HeaderRecord:
+    return layout.HeaderRecord.parse(bench.file.read(0, 112))
+
+
+def peek(bench: Bench, host_offset: int) -> int:
+    return int.from_bytes(bench.file.read(host_offset, 8), "big")
+
+
+def poke(bench: Bench, host_offset: int, entry: int) -> None:
+    bench.file.write(host_offset, struct.pack(">Q", entry))
+
+
+def test_freeing_a_cluster_that_no_refcount_block_counts_ends_all_writes() -> None:
+    bench = closed_bench(600)
+    poke(bench, header(bench).refcount_table_offset + layout.ENTRY_SIZE, 0)
+    before = bench.file.read(0, CLUSTER)
+    bench = open_again(bench, writable=True)
+    bench.driver.run(bench.image.discard(300 * CLUSTER, CLUSTER))
+    with pytest.raises(OSError) as caught:
+        bench.write(0, b"y" * CLUSTER)
+    assert caught.value.errno == errno.EIO
+    assert bench.file.read(0, CLUSTER) == before  # offset 0 of the table is no block, least of all the header
+
+
+def test_freeing_a_cluster_past_what_the_refcount_table_can_count_ends_all_writes() -> None:
+    bench = closed_bench(1, refcount_order=6)
+    countable = 64 * 64  # a table of one cluster, of blocks that count 64 clusters each
+    bench.file.resize((countable + 100) * CLUSTER)
+    l2_offset = peek(bench, header(bench).l1_table_offset) & layout.OFFSET_MASK
+    poke(bench, l2_offset, (countable + 50) * CLUSTER | layout.COPIED)
+    bench = open_again(bench, writable=True)
+    bench.driver.run(bench.image.discard(0, CLUSTER))
+    with pytest.raises(OSError):
+        bench.write(0, b"y" * CLUSTER)
+
+
+def test_table_without_its_copied_flag_is_replaced_and_its_cluster_used_again() -> None:
+    """A writer that died while it deleted a snapshot leaves counts of one and flags that say otherwise."""
+    bench = closed_bench(20)
+    where = header(bench).l1_table_offset
+    old = peek(bench, where) & layout.OFFSET_MASK
+    poke(bench, where, old)
+    bench = open_again(bench, writable=True)
+    for cluster in range(900):
+        bench.write(cluster * CLUSTER, b"y" * CLUSTER)
+    assert bench.content() == b"y" * 900 * CLUSTER + bytes(100 * CLUSTER)
+    assert bench.file.read(old, CLUSTER) == b"y" * CLUSTER
+
+
+def test_image_that_is_refused_for_writing_is_untouched() -> None:
+    bench = closed_bench(1)
+    poke(bench, layout.HEADER_AUTOCLEAR_OFFSET, 1 << 5)
+    poke(bench, header(bench).refcount_table_offset + layout.ENTRY_SIZE, 0x201)
+    before = dict(bench.file.sectors)
+    with pytest.raises(CorruptImage):
+        open_again(bench, writable=True)
+    assert bench.file.sectors == before
