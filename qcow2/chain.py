@@ -24,6 +24,7 @@ class Chain:
 
     files: list[HostFile] = field(default_factory=list)  # top first
     progress: Progress | None = None  # told how far the repair of a dirty image is
+    force_share: bool = False  # read without locks, though others may be writing
 
     def __enter__(self) -> "Chain":
         return self
@@ -68,7 +69,8 @@ class Chain:
         try:
             file = HostFile.open(path, writable=writable)
             self.files.append(file)
-            lock_image(file.fd, path, writable=writable)
+            if not self.force_share:
+                lock_image(file.fd, path, writable=writable)
         except OSError as error:
             error.filename = way
             raise

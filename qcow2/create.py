@@ -141,8 +141,13 @@ def _refcount_clusters(options: Options, counted: int) -> tuple[int, int]:
     return table, blocks
 
 
+def max_size(cluster_bits: int) -> int:
+    """The largest disk that an L1 table within its limit can map."""
+    return layout.MAX_L1_BYTES // layout.ENTRY_SIZE << 2 * cluster_bits - 3
+
+
 def _validate(options: Options) -> None:
-    limit = layout.MAX_L1_BYTES // layout.ENTRY_SIZE << 2 * options.cluster_bits - 3
+    limit = max_size(options.cluster_bits)
     if not 0 <= options.size <= limit:
         raise ValueError(f"size {options.size}, limit {limit} with clusters of {options.cluster_size} bytes")
     if options.backing_name is not None and options.preallocation is not Preallocation.OFF:

@@ -9,8 +9,6 @@ from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.layout import Compatible, CompressionType, ExtensionMagic, HeaderRecord, Incompatible
 from qcow2.operation import File, Read, Size, Sync, Write
 
-MAINTAINED_AUTOCLEAR = 0  # autoclear bits whose promise our writes keep
-
 
 @dataclass(frozen=True, slots=True)
 class Extension:
@@ -239,9 +237,12 @@ async def _write_incompatible(file: File, header: Header, word: int) -> Header:
     return replace(header, record=replace(header.record, incompatible_features=int(word)))
 
 
-async def clear_autoclear(file: File, header: Header) -> Header:
-    """Clear the autoclear bits whose promise our writes would break, stable on return; for the first writable open."""
-    word = header.record.autoclear_features & MAINTAINED_AUTOCLEAR
+async def clear_autoclear(file: File, header: Header, *, maintained: int = 0) -> Header:
+    """Clear the autoclear bits that are not *maintained*: those whose promise the coming writes may break.
+
+    For the first writable open; stable on return.
+    """
+    word = header.record.autoclear_features & int(maintained)
     if word == header.record.autoclear_features:
         return header
     await Write(file, layout.HEADER_AUTOCLEAR_OFFSET, layout.FEATURE_WORD.pack(word))

@@ -13,8 +13,8 @@ from qcow2 import layout
 from qcow2.census import Census, Progress
 from qcow2.check import Verdict, block_indexes, judge, miscopied, read_block
 from qcow2.error import UnsupportedImage
-from qcow2.header import Header, mark_clean, read_header
-from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE
+from qcow2.header import Header, clear_autoclear, mark_clean, read_header
+from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
 from qcow2.operation import File, Resize, Sync, Write
 from qcow2.report import Report
 from qcow2.tally import Role, set_refcount, stored_refcount
@@ -43,6 +43,8 @@ async def repair(
     before = await judge(file, Report(say), progress)
     if before.report.check_errors:
         return before.report
+    # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
+    await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
     if mode is RepairMode.LEAKS:
         await _lower_refcounts(before)
     else:

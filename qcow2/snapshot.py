@@ -35,22 +35,22 @@ async def read_snapshots(file: File, header: Header) -> SnapshotTable:
 
     Raises: CorruptImage if it leaves the file; UnsupportedImage beyond the limits.
     """
-    start = offset = header.record.snapshots_offset
+    start = end = header.record.snapshots_offset
     file_size = await Size(file)
     found = []
     for index in range(header.record.nb_snapshots):
-        snapshot, nbytes = await _read_snapshot(file, header, offset, index)
-        offset += nbytes
-        if offset > file_size:
+        snapshot, end = await _read_snapshot(file, header, end + -end % 8, index)
+        if end > file_size:
             raise CorruptImage(file.path, start, f"snapshot {index} ends past the end of the file at {file_size:#x}")
-        if offset - start > layout.MAX_SNAPSHOT_TABLE_BYTES:
+        if end - start > layout.MAX_SNAPSHOT_TABLE_BYTES:
             limit = layout.MAX_SNAPSHOT_TABLE_BYTES
             raise UnsupportedImage(file.path, f"snapshot table takes more than its limit of {limit} bytes")
         found.append(snapshot)
-    return SnapshotTable(tuple(found), offset - start)
+    return SnapshotTable(tuple(found), end - start)
 
 
 async def _read_snapshot(file: File, header: Header, offset: int, index: int) -> tuple[Snapshot, int]:
+    """One snapshot, and where it ends; QEMU does not pad the last one."""
     record = SnapshotRecord.parse(await Read(file, offset, SnapshotRecord.FORMAT.size))
     limit = layout.MAX_SNAPSHOT_EXTRA_BYTES
     if record.extra_data_size > limit:
@@ -68,5 +68,4 @@ async def _read_snapshot(file: File, header: Header, offset: int, index: int) ->
         disk_size if len(extra) >= 16 else header.record.size,
         icount if len(extra) >= 24 else None,
     )
-    nbytes += SnapshotRecord.FORMAT.size
-    return snapshot, nbytes + -nbytes % 8
+    return snapshot, offset + SnapshotRecord.FORMAT.size + nbytes

@@ -1,0 +1,139 @@
+"""`qcow2 check`: is the image consistent, and can it be made so."""
+
+import argparse
+import json
+import sys
+
+from qcow2.chain import FORMATS
+from qcow2.check import check
+from qcow2.driver.file import HostFile, run
+from qcow2.repair import RepairMode, repair
+from qcow2.report import Report
+from qcow2.tool_file import opened
+
+MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
+NO_CHECK = 63  # qemu-img's status for a format that has none
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 check`."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    parser.add_argument("--output", default="human", choices=["human", "json"])
+    parser.add_argument("-r", "--repair", choices=[mode.value for mode in RepairMode], help="put right what is wrong")
+    parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
+    parser.add_argument("filename")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Check the image; 0 it is sound, 1 the check failed, 2 it is corrupt, 3 it only wastes space.
+
+    Raises: OSError, ImageError, ValueError.
+    """
+    if arguments.format == "raw":
+        print(f"qcow2: {arguments.filename}: a raw image has nothing to check", file=sys.stderr)
+        return NO_CHECK
+    if arguments.repair and arguments.force_share:
+        raise ValueError(f"{arguments.filename}: cannot repair with --force-share")
+    writable = arguments.repair is not None
+    with opened(arguments.filename, writable=writable, force_share=arguments.force_share) as file:
+        report = _check(file, arguments)
+    if arguments.output == "json":
+        print(json.dumps(_facts(report, arguments.filename), indent=4))
+    elif not arguments.quiet:
+        print("\n".join(_lines(report)))
+    return _status(report)
+
+
+def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
+    said = Findings()
+    progress = _show_progress if not arguments.quiet and sys.stderr.isatty() else None
+    if arguments.repair is None:
+        report = run(check(file, say=said.say, progress=progress))
+    else:
+        report = run(repair(file, RepairMode(arguments.repair), say=said.say, progress=progress))
+    if progress is not None:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    said.end()
+    return report
+
+
+class Findings:
+    """Prints one line for each finding, up to a limit."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def say(self, line: str) -> None:
+        """Print *line*."""
+        self._count += 1
+        if self._count <= MAX_LINES:
+            print(line, file=sys.stderr)
+
+    def end(self) -> None:
+        """Tell how much was not printed."""
+        if self._count > MAX_LINES:
+            print(f"... and {self._count - MAX_LINES} more findings", file=sys.stderr)
+
+
+def _show_progress(done: int, total: int) -> None:
+    """A line that is written over by the next; tables are large, so there are not too many."""
+    if done == total or done * 1000 // total != (done - 1) * 1000 // total:
+        print(f"\r    ({100 * done / total:.2f}/100%)", end="", file=sys.stderr, flush=True)
+
+
+def _status(report: Report) -> int:
+    if report.check_errors:
+        return 1
+    if report.corruptions:
+        return 2
+    return 3 if report.leaks else 0
+
+
+def _facts(report: Report, path: str) -> dict[str, int | str]:
+    """As qemu-img's JSON: what is zero is left out."""
+    counts = {
+        "image-end-offset": report.image_end_offset,
+        "corruptions": report.corruptions,
+        "leaks": report.leaks,
+        "corruptions-fixed": report.corruptions_fixed,
+        "leaks-fixed": report.leaks_fixed,
+        "total-clusters": report.total_clusters,
+        "allocated-clusters": report.allocated_clusters,
+        "fragmented-clusters": report.fragmented_clusters,
+        "compressed-clusters": report.compressed_clusters,
+    }
+    facts: dict[str, int | str] = {"filename": path, "format": "qcow2", "check-errors": report.check_errors}
+    return facts | {key: count for key, count in counts.items() if count}
+
+
+def _lines(report: Report) -> list[str]:
+    lines = []
+    if report.corruptions_fixed or report.leaks_fixed:
+        lines += ["The following inconsistencies were found and repaired:", ""]
+        lines += [f"    {report.leaks_fixed} leaked clusters", f"    {report.corruptions_fixed} corruptions", ""]
+    if not (report.corruptions or report.leaks or report.check_errors):
+        lines.append("No errors were found on the image.")
+    if report.corruptions:
+        lines += ["", f"{report.corruptions} errors were found on the image."]
+        lines.append("Data may be corrupted, or further writes to the image may corrupt it.")
+    if report.leaks:
+        lines += ["", f"{report.leaks} leaked clusters were found on the image."]
+        lines.append("This means waste of disk space, but no harm to data.")
+    if report.check_errors:
+        lines += ["", f"{report.check_errors} internal errors have occurred during the check."]
+    return lines + _allocation_lines(report)
+
+
+def _allocation_lines(report: Report) -> list[str]:
+    lines = []
+    allocated = report.allocated_clusters
+    if report.total_clusters and allocated:
+        lines.append(
+            f"{allocated}/{report.total_clusters} = {100 * allocated / report.total_clusters:.2f}% allocated, "
+            f"{100 * report.fragmented_clusters / allocated:.2f}% fragmented, "
+            f"{100 * report.compressed_clusters / allocated:.2f}% compressed clusters"
+        )
+    if report.image_end_offset:
+        lines.append(f"Image end offset: {report.image_end_offset}")
+    return lines

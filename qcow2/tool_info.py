@@ -1,0 +1,199 @@
+"""`qcow2 info`: what an image is."""
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from qcow2.bitmap import Bitmap, bitmap_directory, read_bitmaps
+from qcow2.chain import FORMATS, MAX_DEPTH, backing_path
+from qcow2.driver.file import HostFile, run
+from qcow2.error import ImageError, UnsupportedImage
+from qcow2.header import Header, read_header
+from qcow2.layout import SECTOR_SIZE, BitmapFlags
+from qcow2.operation import File
+from qcow2.quantity import format_size
+from qcow2.snapshot import Snapshot, read_snapshots
+from qcow2.tool_file import opened
+
+NANOSECONDS = 1_000_000_000
+Facts = dict[str, Any]  # as qemu-img's JSON has them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 info`."""
+    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    parser.add_argument("--output", default="human", choices=["human", "json"])
+    parser.add_argument("--backing-chain", action="store_true", help="and of every image under it")
+    parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
+    parser.add_argument("filename")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Print what the image is.
+
+    Raises: OSError, ImageError.
+    """
+    chain = [_facts(arguments.filename, arguments.format, arguments.force_share)]
+    if arguments.backing_chain:
+        _follow(chain, arguments.force_share)
+    if arguments.output == "json":
+        print(json.dumps(chain if arguments.backing_chain else chain[0], indent=4))
+    else:
+        print("\n\n".join("\n".join(_lines(facts)) for facts in chain))
+    return 0
+
+
+def _follow(chain: list[Facts], force_share: bool) -> None:
+    while "backing-filename" in chain[-1]:
+        top = chain[-1]["filename"]
+        if "backing-filename-format" not in chain[-1]:
+            raise UnsupportedImage(top, f"the format of backing file {chain[-1]['backing-filename']!r} is not recorded")
+        path = backing_path(top, chain[-1]["backing-filename"])
+        if len(chain) >= MAX_DEPTH:
+            raise UnsupportedImage(top, f"more than {MAX_DEPTH} files in the backing chain")
+        if os.path.exists(path) and any(os.path.samefile(path, facts["filename"]) for facts in chain):
+            raise ImageError(top, f"the backing chain is a cycle: {path} is in it already")
+        chain.append(_facts(path, chain[-1]["backing-filename-format"], force_share))
+
+
+def _facts(path: str, image_format: str, force_share: bool) -> Facts:
+    if image_format not in FORMATS:
+        raise UnsupportedImage(path, f"format {image_format!r} is not supported, only {' and '.join(FORMATS)}")
+    with opened(path, force_share=force_share) as file:
+        facts: Facts = {"filename": path, "format": image_format, "dirty-flag": False}
+        facts["actual-size"] = os.fstat(file.fd).st_blocks * 512
+        if image_format == "raw":
+            facts["virtual-size"] = -(-file.size() // SECTOR_SIZE) * SECTOR_SIZE
+        else:
+            facts.update(run(_qcow2_facts(file)))
+    return facts
+
+
+async def _qcow2_facts(file: HostFile) -> Facts:
+    header = await read_header(file, trust_refcounts=False)
+    facts: Facts = {
+        "virtual-size": header.record.size // SECTOR_SIZE * SECTOR_SIZE,
+        "cluster-size": header.cluster_size,
+        "dirty-flag": header.is_dirty,
+        "format-specific": {"type": "qcow2", "data": await _specific_facts(file, header)},
+    }
+    facts.update(_backing_facts(file.path, header))
+    if snapshots := (await read_snapshots(file, header)).snapshots:
+        facts["snapshots"] = [_snapshot_facts(snapshot) for snapshot in snapshots]
+    return facts
+
+
+def _backing_facts(path: str, header: Header) -> Facts:
+    name = header.backing_name
+    if name is None:
+        return {}
+    has_protocol = ":" in name.split("/", 1)[0]
+    facts: Facts = {
+        "backing-filename": name,
+        "full-backing-filename": name if has_protocol else os.path.join(os.path.dirname(path), name),
+    }
+    if header.backing_format is not None:
+        facts["backing-filename-format"] = header.backing_format
+    return facts
+
+
+async def _specific_facts(file: File, header: Header) -> Facts:
+    compression = header.compression_type.name.lower()
+    if header.record.version < 3:
+        return {"compat": "0.10", "compression-type": compression, "refcount-bits": header.refcount_bits}
+    facts: Facts = {
+        "compat": "1.1",
+        "compression-type": compression,
+        "lazy-refcounts": header.has_lazy_refcounts,
+        "refcount-bits": header.refcount_bits,
+        "corrupt": header.is_corrupt,
+        "extended-l2": False,
+    }
+    directory = bitmap_directory(file, header)
+    if directory is not None and directory.nb_bitmaps:
+        facts["bitmaps"] = [_bitmap_facts(bitmap) for bitmap in await read_bitmaps(file, directory)]
+    return facts
+
+
+def _bitmap_facts(bitmap: Bitmap) -> Facts:
+    names = {BitmapFlags.IN_USE: "in-use", BitmapFlags.AUTO: "auto"}
+    flags = [name for flag, name in names.items() if bitmap.record.flags & flag]
+    granularity = 1 << min(bitmap.record.granularity_bits, 63)
+    return {"flags": flags, "name": bitmap.name, "granularity": granularity}
+
+
+def _snapshot_facts(snapshot: Snapshot) -> Facts:
+    seconds, nanoseconds = divmod(snapshot.record.vm_clock_nsec, NANOSECONDS)
+    facts: Facts = {
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_size,
+        "date-sec": snapshot.record.date_sec,
+        "date-nsec": snapshot.record.date_nsec,
+        "vm-clock-sec": seconds,
+        "vm-clock-nsec": nanoseconds,
+    }
+    if snapshot.icount is not None and snapshot.icount != (1 << 64) - 1:
+        facts["icount"] = snapshot.icount
+    return facts
+
+
+def _lines(facts: Facts) -> list[str]:
+    """The facts for people."""
+    size = facts["virtual-size"]
+    lines = [
+        f"image: {facts['filename']}",
+        f"file format: {facts['format']}",
+        f"virtual size: {format_size(size)} ({size} bytes)",
+        f"disk size: {format_size(facts['actual-size'])}",
+    ]
+    if facts["dirty-flag"]:
+        lines.append("cleanly shut down: no")
+    if "cluster-size" in facts:
+        lines.append(f"cluster_size: {facts['cluster-size']}")
+    lines += _backing_lines(facts)
+    if "snapshots" in facts:
+        lines += ["Snapshot list:", _row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")]
+        lines += [_snapshot_line(snapshot) for snapshot in facts["snapshots"]]
+    if "format-specific" in facts:
+        lines += ["Format specific information:", *_specific_lines(facts["format-specific"]["data"])]
+    return lines
+
+
+def _backing_lines(facts: Facts) -> list[str]:
+    if "backing-filename" not in facts:
+        return []
+    name, full = facts["backing-filename"], facts["full-backing-filename"]
+    lines = [f"backing file: {name}" + ("" if name == full else f" (actual path: {full})")]
+    if "backing-filename-format" in facts:
+        lines.append(f"backing file format: {facts['backing-filename-format']}")
+    return lines
+
+
+def _row(tag_id: str, tag: str, size: str, date: str, clock: str, icount: str) -> str:
+    return f"{tag_id:<10}{tag:<17}{size:>8}{date:>20}{clock:>13}{icount:>11}"
+
+
+def _snapshot_line(snapshot: Facts) -> str:
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["date-sec"]))
+    seconds, milliseconds = snapshot["vm-clock-sec"], snapshot["vm-clock-nsec"] // 1_000_000
+    clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{milliseconds:03d}"
+    icount = str(snapshot.get("icount", ""))
+    return _row(snapshot["id"], snapshot["name"], format_size(snapshot["vm-state-size"]), date, clock, icount)
+
+
+def _specific_lines(data: Facts) -> list[str]:
+    lines = []
+    for key, value in data.items():
+        name = key.replace("-", " ")
+        if isinstance(value, list):
+            lines.append(f"    {name}:")
+            for index, bitmap in enumerate(value):
+                lines += [f"        [{index}]:", "            flags:"]
+                lines += [f"                [{number}]: {flag}" for number, flag in enumerate(bitmap["flags"])]
+                lines += [f"            name: {bitmap['name']}", f"            granularity: {bitmap['granularity']}"]
+        else:
+            lines.append(f"    {name}: {str(value).lower() if isinstance(value, bool) else value}")
+    return lines
