@@ -1,15 +1,18 @@
 """A driver under the unchanged engine whose operations land late, and in any order: at the moment they complete.
 
-Until then nothing of them shows. That is how a punch or a write overtaken by others hits who came after; a seed replays
-the order. It keeps what `qcow2.operation` promises and nothing more.
+Until then nothing of them shows, and one in five is very slow. That is how a punch or a write that was overtaken hits
+who came after. It keeps what `qcow2.operation` promises and nothing more; a seed replays the order.
 """
 
 import random
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
 from qcow2.task import Scheduler, Task
+
+TRANSFERS = (Read, ReadInto, Write, Zero)
 
 
 class MemoryFile:
@@ -32,6 +35,16 @@ class MemoryFile:
         self.content += bytes(nbytes - len(self.content))
 
 
+@dataclass(frozen=True, eq=False)
+class Late:
+    """An operation under way: its number, when it lands, who waits for it."""
+
+    number: int
+    due: float
+    task: Task
+    operation: Operation
+
+
 class Latecomer:
     """Runs tasks; `step` lets one of the operations under way land, `now` counts the steps."""
 
@@ -39,7 +52,7 @@ class Latecomer:
         self.file = file
         self.now = 0
         self._rng = random.Random(seed)
-        self._pending: list[tuple[int, Task, Operation]] = []  # start number
+        self._pending: list[Late] = []
         self._started = 0
         self._scheduler = Scheduler(self._start)
 
@@ -57,24 +70,21 @@ class Latecomer:
         return task.result
 
     def step(self) -> None:
-        """Complete one operation; a slow one may be overtaken by everything but a `Grace`."""
+        """Complete the operation that is due; a `Grace` waits for the transfers that began before it."""
         self.now += 1
-        eligible = [entry for entry in self._pending if not self._must_wait(entry)]
-        entry = self._rng.choice(eligible)
-        self._pending.remove(entry)
-        _, task, operation = entry
-        self._scheduler.resume(task, self._land(operation))
+        late = min((late for late in self._pending if not self._must_wait(late)), key=lambda late: late.due)
+        self._pending.remove(late)
+        self._scheduler.resume(late.task, self._land(late.operation))
         self._scheduler.run()
 
     def _start(self, task: Task, operation: Operation) -> None:
         self._started += 1
-        self._pending.append((self._started, task, operation))
+        delay = self._rng.random() * (200 if self._rng.randrange(5) == 0 else 4)
+        self._pending.append(Late(self._started, self.now + delay, task, operation))
 
-    def _must_wait(self, entry: tuple[int, Task, Operation]) -> bool:
-        number, _, operation = entry
-        transfers = (Read, ReadInto, Write, Zero)
-        return isinstance(operation, Grace) and any(
-            other < number and isinstance(at, transfers) for other, _, at in self._pending
+    def _must_wait(self, late: Late) -> bool:
+        return isinstance(late.operation, Grace) and any(
+            other.number < late.number and isinstance(other.operation, TRANSFERS) for other in self._pending
         )
 
     def _land(self, operation: Operation) -> object:
