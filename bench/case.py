@@ -49,7 +49,7 @@ LAZY, ACCURATE = "compat=1.1,lazy_refcounts=on", "compat=1.1,lazy_refcounts=off"
 FRESH = Recipe(64 * GIB, LAZY, name="fresh, lazy refcounts, 64 GiB")
 FRESH_ACCURATE = Recipe(64 * GIB, ACCURATE, name="fresh, accurate refcounts, 64 GiB")
 FILLED = Recipe(GIB, is_filled=True, name="1 GiB, all written")
-OVERLAY = Recipe(4 * GIB, LAZY, base_nbytes=4 * GIB, name="overlay on 4 GiB, lazy refcounts")
+OVERLAY = Recipe(2 * GIB, LAZY, base_nbytes=2 * GIB, name="overlay on 2 GiB, lazy refcounts")
 COMPRESSED = Recipe(512 * MIB, base_nbytes=512 * MIB, base_is_compressed=True, name="overlay on 512 MiB compressed")
 FALLOCATED = Recipe(8 * GIB, "compat=1.1,preallocation=falloc", name="8 GiB, preallocated")
 HUGE = Recipe(TIB, "compat=1.1,preallocation=metadata", name="1 TiB, 128 MiB of L2 tables")

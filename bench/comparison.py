@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.case import Case, Images
+from bench.counting import TRACE, Ending, leave_qemu, read_trace, stop_ours
 from bench.measurement import Command, Measurement, measure
 from bench.recipe import Kitchen
 from bench.server import Aio, Service, our_command, qemu_command
@@ -16,30 +17,40 @@ TRIAL = 1.0  # seconds for each way of QEMU to reach the disk
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A server by name, how to start it on an image, and whether it prints its counters when it is told to end."""
+    """A server by name, how to start it on an image and how to end it."""
 
     name: str
     command: Callable[[Service, int], list[str]]
-    counts: bool
+    end: Ending
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A case and its pairs of runs, as they happened. *trials* are QEMU's IOPS by aio, of which *aio* was best."""
+    """A case and its pairs of runs, as they happened.
+
+    *trials* are QEMU's IOPS by aio, of which *aio* was best. *traced* is one run of QEMU beside the pairs, of which
+    only the counts of syncs and metadata writes mean anything; None if the case writes nothing.
+    """
 
     case: Case
     aio: Aio
     trials: dict[str, float]
     ours: tuple[Measurement, ...]
     theirs: tuple[Measurement, ...]
+    traced: Measurement | None
 
 
 def our_daemon() -> Contestant:
-    return Contestant("ours", our_command, counts=True)
+    return Contestant("ours", our_command, stop_ours)
 
 
 def qemu(aio: Aio) -> Contestant:
-    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio), counts=False)
+    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio), leave_qemu)
+
+
+def traced_qemu() -> Contestant:
+    """QEMU's daemon telling what it asks of the disk; its speed counts for nothing."""
+    return Contestant("qemu", lambda service, fd: [*qemu_command(service, fd, Aio.IO_URING), *TRACE], read_trace)
 
 
 class Arena:
@@ -61,7 +72,8 @@ class Arena:
                 ours.append(self._run(case, our_daemon(), images, self._seconds))
                 theirs.append(self._run(case, qemu(aio), images, self._seconds))
                 say(f"  {ours[-1].iops:12,.0f} {theirs[-1].iops:12,.0f}  {ours[-1].iops / theirs[-1].iops:6.2f} x")
-            return Comparison(case, aio, trials, tuple(ours), tuple(theirs))
+            traced = self._trace(case, images) if case.job.read_percent < 100 else None
+            return Comparison(case, aio, trials, tuple(ours), tuple(theirs), traced)
         finally:
             for image in images.values():
                 image.unlink(missing_ok=True)
@@ -74,14 +86,19 @@ class Arena:
         trials = {way: self._run(case, qemu(way), images, min(TRIAL, self._seconds)).iops for way in ways}
         return max(ways, key=lambda way: trials[way]), {way.value: iops for way, iops in trials.items()}
 
-    def _run(self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float) -> Measurement:
+    def _trace(self, case: Case, images: dict[str, Path]) -> Measurement:
+        return self._run(case, traced_qemu(), images, min(TRIAL, self._seconds), warm_up=False)
+
+    def _run(
+        self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float, *, warm_up: bool = True
+    ) -> Measurement:
         image = self._image(case, contestant, images)
         service = Service(image, case.cache, queues=case.job.queues, writable=case.writable)
         command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731
         os.sync()  # what was written before is no part of this run
         try:
-            warm_up = min(WARM_UP, seconds) if case.warms_up else 0
-            return measure(command, case.job, warm_up=warm_up, seconds=seconds, counts=contestant.counts)
+            warming = min(WARM_UP, seconds) if warm_up and case.warms_up else 0
+            return measure(command, case.job, warm_up=warming, seconds=seconds, end=contestant.end)
         finally:
             if case.images is Images.PER_RUN:
                 images.pop(contestant.name).unlink()

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
+from bench.counting import Counted, Ending
 from bench.frontend import FrontEnd
 from bench.load import Job, Load, Outcome, memory_nbytes
 from bench.process import MachineTime, cpu_seconds, resident_kib
@@ -37,11 +37,9 @@ class Measurement:
     others_busy: float  # share of the machine used by anything but the server and us, kernel threads included
 
 
-def measure(command: Command, job: Job, *, warm_up: float, seconds: float, counts: bool) -> Measurement:
-    """Start a server, load it for *warm_up* uncounted and *seconds* counted seconds, end it.
+def measure(command: Command, job: Job, *, warm_up: float, seconds: float, end: Ending) -> Measurement:
+    """Start a server, load it for *warm_up* uncounted and *seconds* counted seconds, *end* it.
 
-    One that *counts* is ended by SIGTERM and prints its counters. Others are killed: nothing is wanted of their image,
-    and qemu-storage-daemon 7.2 now and then hangs on SIGTERM once its client has gone (2 of about 40 runs).
     Raises: ServerFailure, LoadFailure.
     """
     listening, address = listen()
@@ -53,12 +51,13 @@ def measure(command: Command, job: Job, *, warm_up: float, seconds: float, count
                 run = _run(server, load, warm_up=warm_up, seconds=seconds)
         except OSError as error:
             raise ServerFailure(f"{server.command[0]}: {error}; it says: {server.complaints() or 'nothing'}") from error
-        return _measurement(server.command, run, server.stop() if counts else {})
+        return _measurement(server.command, run, end(server, run.acknowledged))
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
     outcome: Outcome
+    acknowledged: int  # writes until nothing was in flight any more, without those of the warm-up
     cpu: float  # seconds of the server
     resident_at_rest_kib: int
     resident_kib: int
@@ -80,12 +79,12 @@ def _run(server: Server, load: Load, *, warm_up: float, seconds: float) -> _Run:
     others = after.busy + after.stolen - machine.busy - machine.stolen - cpu - own
     loaded = resident_kib(server.pid)
     load.drain()
-    return _Run(outcome, cpu, at_rest, loaded, max(0.0, others / available))
+    acknowledged = load.outcome().writes
+    return _Run(outcome, acknowledged, cpu, at_rest, loaded, max(0.0, others / available))
 
 
-def _measurement(command: Sequence[str], run: _Run, counters: dict[str, Any]) -> Measurement:
+def _measurement(command: Sequence[str], run: _Run, counted: Counted | None) -> Measurement:
     outcome = run.outcome
-    acknowledged = sum(counters.get(kind, 0) for kind in ("writes", "discards", "write_zeroes"))
     return Measurement(
         command=" ".join(command),
         seconds=outcome.seconds,
@@ -97,8 +96,8 @@ def _measurement(command: Sequence[str], run: _Run, counters: dict[str, Any]) ->
         flushes=outcome.flushes,
         flush_p50=outcome.flush_latencies.percentile(50) / 1e3,
         cpu_per_100k=run.cpu / outcome.requests * 1e5,
-        syncs_per_1000=counters["syncs"] / acknowledged * 1e3 if acknowledged else None,
-        metadata_per_1000=counters["metadata_writes"] / acknowledged * 1e3 if acknowledged else None,
+        syncs_per_1000=counted.syncs_per_1000 if counted else None,
+        metadata_per_1000=counted.metadata_per_1000 if counted else None,
         resident_at_rest_kib=run.resident_at_rest_kib,
         resident_kib=run.resident_kib,
         kicks_per_1000=outcome.kicks / outcome.requests * 1e3,

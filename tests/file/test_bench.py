@@ -1,11 +1,12 @@
 """The benchmark runs, counts right, and sees wrong data. No figure is judged here."""
 
 import json
+import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ DAEMON = Path(sysconfig.get_path("scripts"), "vhost-user-qcow2")
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def processes_on(directory: Path) -> list[str]:
+    """The command lines that name *directory*."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if str(directory) in line]
 
 
 @contextmanager
@@ -62,6 +72,22 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     where = ("--directory", images, "--tmpfs", tmp_path, "--output", tmp_path / "out")
     assert bench("writeback-fresh-32", "--pairs=1", "--seconds=0.1", "--no-ceiling", *where).returncode == 0
     assert list(images.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    where = ("--directory", images, "--tmpfs", images, "--output", tmp_path / "out")
+    command = [sys.executable, "-m", "bench", "writeback-fresh-32", "--seconds=30", "--no-ceiling", *map(str, where)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert any("1/1" in line for line in run.stdout)  # from now on there are images, soon servers
+        run.send_signal(number)
+        run.communicate(timeout=60)
+    assert run.returncode == status
+    assert list(images.iterdir()) == []
+    assert processes_on(images) == []
 
 
 def test_unknown_case_is_one_line(tmp_path: Path) -> None:
