@@ -4,15 +4,9 @@
 #include <linux/falloc.h>
 #include <stddef.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 
-#include "ring/pieces.h"
+#include "ring/gather.h"
 #include "ring/worker.h"
-
-#define ZEROS_NBYTES 65536
-#define SUBMISSION_NBYTES (1u << 30) /* a result is an int */
-
-static const uint8_t zeros[ZEROS_NBYTES] __attribute__((aligned(4096)));
 
 int operation_begin(struct worker *worker)
 {
@@ -49,92 +43,6 @@ static void end(struct worker *worker, uint32_t number, int result)
     request_release(worker, request, result);
 }
 
-/* A cursor over the pieces of an operation, past what is done already. */
-struct gather {
-    struct iovec *iovecs; /* NULL: only count */
-    uint32_t count;
-    uint32_t limit;
-    uint64_t nbytes;
-};
-
-static bool add(struct gather *gather, void *address, uint64_t nbytes)
-{
-    uint64_t room = SUBMISSION_NBYTES - gather->nbytes;
-    uint64_t run = nbytes < room ? nbytes : room;
-
-    if (gather->count == gather->limit || run == 0)
-        return false;
-    if (gather->iovecs)
-        gather->iovecs[gather->count] = (struct iovec){address, run};
-    gather->count++;
-    gather->nbytes += run;
-    return run == nbytes;
-}
-
-static bool add_zeros(struct gather *gather, uint64_t nbytes)
-{
-    while (nbytes) {
-        uint64_t run = nbytes < ZEROS_NBYTES ? nbytes : ZEROS_NBYTES;
-        if (!add(gather, (void *)(uintptr_t)zeros, run))
-            return false;
-        nbytes -= run;
-    }
-    return true;
-}
-
-static bool add_guest(struct gather *gather, const struct request *request, uint64_t start, uint64_t nbytes)
-{
-    struct piece_walk walk = pieces_walk(request->data, start, nbytes);
-    struct iovec stretch;
-
-    while (pieces_next(&walk, &stretch))
-        if (!add(gather, stretch.iov_base, stretch.iov_len))
-            return false;
-    return true;
-}
-
-/* Collect what comes next. -ESTALE: a request was finished under its own transfer. */
-static int gather_pieces(struct worker *worker, const struct operation *operation, struct gather *gather)
-{
-    uint64_t skip = operation->progress;
-
-    for (uint32_t i = 0; i < operation->piece_count; i++) {
-        const struct piece *piece = &operation->pieces[i];
-        uint64_t nbytes = piece->nbytes - skip, start = piece->start + skip;
-        bool whole;
-
-        if (skip >= piece->nbytes) {
-            skip -= piece->nbytes;
-            continue;
-        }
-        skip = 0;
-        if (piece->source == PIECE_HOST) {
-            whole = add(gather, (void *)(uintptr_t)start, nbytes);
-        } else if (piece->source == PIECE_ZEROS) {
-            whole = add_zeros(gather, nbytes);
-        } else {
-            struct request *request = worker_request(worker, piece->source);
-            if (!request)
-                return -ESTALE;
-            whole = add_guest(gather, request, start, nbytes);
-        }
-        if (!whole)
-            break;
-    }
-    return 0;
-}
-
-static bool is_aligned(const struct file *file, uint64_t host_offset, const struct gather *gather)
-{
-    if ((host_offset | gather->nbytes) & (file->offset_align - 1))
-        return false;
-    for (uint32_t i = 0; i < gather->count; i++)
-        if (((uintptr_t)gather->iovecs[i].iov_base & (file->memory_align - 1)) ||
-            (gather->iovecs[i].iov_len & (file->offset_align - 1)))
-            return false;
-    return true;
-}
-
 static void prepare_transfer(struct io_uring_sqe *entry, struct operation *operation, const struct file *file,
                              const struct gather *gather)
 {
@@ -142,7 +50,7 @@ static void prepare_transfer(struct io_uring_sqe *entry, struct operation *opera
     const struct iovec *iovecs = gather->iovecs;
     int fd;
 
-    operation->direct = operation->data && file->direct_fd >= 0 && is_aligned(file, host_offset, gather);
+    operation->direct = operation->data && file->direct_fd >= 0 && gather_is_aligned(gather, file, host_offset);
     fd = operation->direct ? file->direct_fd : file->fd;
     if (operation->verb == VERB_READ && gather->count == 1)
         io_uring_prep_read(entry, fd, iovecs->iov_base, iovecs->iov_len, host_offset);
@@ -152,23 +60,6 @@ static void prepare_transfer(struct io_uring_sqe *entry, struct operation *opera
         io_uring_prep_write(entry, fd, iovecs->iov_base, iovecs->iov_len, host_offset);
     else
         io_uring_prep_writev(entry, fd, iovecs, gather->count, host_offset);
-}
-
-/* Collect what the next submission moves: `single` if that is one piece, as it
- * mostly is. -EAGAIN: there is no room for more of them now. */
-static int gather_submission(struct worker *worker, const struct operation *operation, struct iovec *single,
-                             struct gather *gather)
-{
-    struct gather count = {.limit = UIO_MAXIOV};
-    int result;
-
-    *gather = (struct gather){.iovecs = single, .limit = 1};
-    result = gather_pieces(worker, operation, gather);
-    if (result < 0 || gather->nbytes == operation->nbytes - operation->progress)
-        return result;
-    gather_pieces(worker, operation, &count);
-    *gather = (struct gather){.iovecs = uring_iovecs(&worker->uring, count.count), .limit = UIO_MAXIOV};
-    return gather->iovecs ? gather_pieces(worker, operation, gather) : -EAGAIN;
 }
 
 /* -> 0, -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
@@ -372,27 +263,6 @@ static void zero_completed(struct worker *worker, uint32_t number, int result)
     }
 }
 
-/* What is past the end of the file reads as zeros. */
-static void zero_rest(struct worker *worker, struct operation *operation)
-{
-    uint64_t skip = operation->progress;
-
-    for (uint32_t i = 0; i < operation->piece_count; i++) {
-        const struct piece *piece = &operation->pieces[i];
-        struct request *request;
-
-        if (skip >= piece->nbytes) {
-            skip -= piece->nbytes;
-            continue;
-        }
-        if (piece->source == PIECE_HOST)
-            memset((uint8_t *)(uintptr_t)piece->start + skip, 0, piece->nbytes - skip);
-        else if ((request = worker_request(worker, piece->source)))
-            pieces_clear(request->data, piece->start + skip, piece->nbytes - skip);
-        skip = 0;
-    }
-}
-
 static void transfer_completed(struct worker *worker, uint32_t number, int result)
 {
     struct operation *operation = &worker->operations[number];
@@ -403,7 +273,7 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
     } else if (result < 0) {
         end(worker, number, result);
     } else if (result == 0 && operation->verb == VERB_READ) {
-        zero_rest(worker, operation);
+        gather_zero_rest(worker, operation);
         end(worker, number, 0);
     } else if (result == 0) {
         end(worker, number, -EIO);

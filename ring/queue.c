@@ -4,7 +4,6 @@
 #include <poll.h>
 #include <stddef.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -62,68 +61,10 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
     worker_tell(worker, (struct worker_event){.kind = EVENT_BROKEN, .id = queue->index});
 }
 
-/* ---- requests ---- */
-
 bool worker_has_room(const struct worker *worker)
 {
     return worker->free_operations >= WORKER_TRANSFERS_MIN && worker->free_long &&
            worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
-}
-
-static void begin_request(struct worker *worker, struct queue *queue, const struct chain *chain)
-{
-    struct request *request = &queue->requests[chain->head];
-    uint32_t count = chain->readable_count + chain->writable_count;
-
-    request->waiter.request = request;
-    request->queue = queue;
-    request->head = chain->head;
-    request->state = REQUEST_BUSY;
-    request->generation++;
-    request->pieces = count <= INLINE_PIECES ? request->inline_pieces : worker->long_free[--worker->free_long];
-    memcpy(request->pieces, chain->pieces, count * sizeof(*chain->pieces));
-    request->readable_count = chain->readable_count;
-    request->writable_count = chain->writable_count;
-    request->readable_nbytes = chain->readable_nbytes;
-    request->writable_nbytes = chain->writable_nbytes;
-    request->data = NULL;
-    request->status = NULL;
-    request->type = request->flags = 0;
-    request->offset = request->nbytes = 0;
-    request->parts = 0;
-    request->error = 0;
-    request->synced = false;
-    queue->in_flight++;
-    worker->requests_in_flight++;
-    worker->counters->requests++;
-    worker->device->begin(worker->device, worker, request);
-}
-
-void request_complete(struct worker *worker, struct request *request, uint32_t nbytes)
-{
-    struct queue *queue = request->queue;
-
-    if (request->pieces != request->inline_pieces)
-        worker->long_free[worker->free_long++] = request->pieces;
-    request->state = REQUEST_FREE;
-    queue->in_flight--;
-    worker->requests_in_flight--;
-    virtqueue_push(&queue->ring, request->head, nbytes);
-    if (!queue->dirty) {
-        queue->dirty = true;
-        worker->dirty[worker->dirty_count++] = queue;
-    }
-}
-
-struct request *worker_request(struct worker *worker, uint64_t id)
-{
-    struct queue *queue = &worker->queues[id >> 16 & 0xff];
-    struct request *request;
-
-    if (!queue->requests || (id & 0xffff) >= queue->layout.size)
-        return NULL;
-    request = &queue->requests[id & 0xffff];
-    return request->state != REQUEST_FREE && request->generation == id >> 32 ? request : NULL;
 }
 
 /* ---- each round ---- */
@@ -148,7 +89,7 @@ static void fetch(struct worker *worker, struct queue *queue)
             virtqueue_disarm(&queue->ring);
             queue->armed = false;
         }
-        begin_request(worker, queue, &worker->chain);
+        request_begin(worker, queue, &worker->chain);
     }
 }
 

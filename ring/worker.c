@@ -4,10 +4,9 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#include "ring/pieces.h"
 
 #define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
 
@@ -248,85 +247,4 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
     line_init(&file->served);
     query_alignment(file);
     return worker->file_count++;
-}
-
-/* ---- requests ---- */
-
-void request_hold(struct request *request)
-{
-    request->parts++;
-}
-
-void request_release(struct worker *worker, struct request *request, int result)
-{
-    if (result < 0 && request->error == 0)
-        request->error = result;
-    if (--request->parts == 0)
-        worker->device->end(worker->device, worker, request, request->error);
-}
-
-void request_punt(struct worker *worker, struct request *request)
-{
-    request->state = REQUEST_IN_PYTHON;
-    worker->counters->python_requests++;
-    worker_tell(worker, (struct worker_event){
-                            .kind = EVENT_REQUEST,
-                            .id = request_id(request),
-                            .type = request->type,
-                            .flags = request->flags,
-                            .offset = request->offset,
-                            .nbytes = request->nbytes,
-                        });
-}
-
-/* -> 0 if [start, start + nbytes) of the request's data is Python's to touch. */
-static int find_data(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes, struct request **request)
-{
-    *request = worker_request(worker, id);
-    if (!*request || (*request)->state != REQUEST_IN_PYTHON)
-        return -ESTALE;
-    if (start > (*request)->nbytes || nbytes > (*request)->nbytes - start || !(*request)->data)
-        return -EINVAL;
-    return 0;
-}
-
-int worker_finish(struct worker *worker, uint64_t id, uint32_t status)
-{
-    struct request *request = worker_request(worker, id);
-
-    if (!request || request->state != REQUEST_IN_PYTHON)
-        return -ESTALE;
-    request->state = REQUEST_BUSY;
-    worker->device->end(worker->device, worker, request, status);
-    return 0;
-}
-
-int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, uint64_t nbytes)
-{
-    struct request *request;
-    int result = find_data(worker, id, start, nbytes, &request);
-
-    if (result == 0)
-        pieces_load(request->data, start, nbytes, to);
-    return result;
-}
-
-int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void *from, uint64_t nbytes)
-{
-    struct request *request;
-    int result = find_data(worker, id, start, nbytes, &request);
-
-    if (result == 0)
-        pieces_store(request->data, start, nbytes, from);
-    return result;
-}
-
-int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes)
-{
-    struct request *request;
-    int result = find_data(worker, id, start, nbytes, &request);
-
-    if (result == 0)
-        pieces_clear(request->data, start, nbytes);
-    return result;
 }

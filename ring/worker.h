@@ -98,7 +98,7 @@ struct request {
     uint32_t writable_count;
     uint32_t type;
     uint32_t flags;
-    uint32_t generation; /* tells a slice of an earlier life of this slot */
+    uint32_t generation; /* tells a slice of an earlier request in this slot */
     uint32_t parts;      /* transfers under way */
     int32_t error;       /* the first that failed */
     uint16_t head;
@@ -200,6 +200,7 @@ struct worker {
     bool progress;  /* something happened in this round */
     bool control_told; /* an EVENT_CONTROL is not delivered yet */
     uint32_t requests_in_flight;
+    uint32_t generation; /* of the request begun last */
     uint32_t submitted; /* operations in the kernel */
 
     uint32_t event_count;
@@ -344,6 +345,9 @@ static inline uint64_t request_id(const struct request *request)
 }
 /* NULL: not in flight (any more). */
 struct request *worker_request(struct worker *worker, uint64_t id);
+
+/* request.c */
+void request_begin(struct worker *worker, struct queue *queue, const struct chain *chain);
 
 /* queue.c */
 bool worker_has_room(const struct worker *worker);

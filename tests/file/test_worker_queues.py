@@ -320,3 +320,23 @@ def test_python_may_finish_requests_in_any_order() -> None:
         guest.worker.call(finish)
         heads = [completion.head for completion in guest.queue.wait(16)]
         assert heads == [each.head for each in reversed(posted)]
+
+
+def test_slice_kept_over_a_restart_of_its_queue_is_stale() -> None:
+    kept: list[Request] = []
+
+    def keep(request: Request) -> None:
+        kept.append(request)
+        if len(kept) == 2:
+            with pytest.raises(OSError, match="Stale"):
+                kept[0].data().store(bytes(512))
+        request.finish(OK)
+
+    with Guest(on_request=keep) as guest, DriverQueue(guest.memory, 128) as fresh:
+        guest.ask(IN, 0, room=512)
+        guest.drain()
+        guest.worker.call(lambda: guest.start_queue(0, fresh))
+        posted = guest.post(IN, 0, room=512, queue=fresh)
+        fresh.kick()
+        assert guest.answer(posted, fresh.wait()[0]).status == OK
+    assert len(kept) == 2

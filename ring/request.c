@@ -1,0 +1,142 @@
+/* Requests: one chain in flight each, in the device's hands or in Python's. */
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "ring/pieces.h"
+#include "ring/worker.h"
+
+void request_begin(struct worker *worker, struct queue *queue, const struct chain *chain)
+{
+    struct request *request = &queue->requests[chain->head];
+    uint32_t count = chain->readable_count + chain->writable_count;
+
+    request->waiter.request = request;
+    request->queue = queue;
+    request->head = chain->head;
+    request->state = REQUEST_BUSY;
+    request->generation = ++worker->generation;
+    request->pieces = count <= INLINE_PIECES ? request->inline_pieces : worker->long_free[--worker->free_long];
+    memcpy(request->pieces, chain->pieces, count * sizeof(*chain->pieces));
+    request->readable_count = chain->readable_count;
+    request->writable_count = chain->writable_count;
+    request->readable_nbytes = chain->readable_nbytes;
+    request->writable_nbytes = chain->writable_nbytes;
+    request->data = NULL;
+    request->status = NULL;
+    request->type = request->flags = 0;
+    request->offset = request->nbytes = 0;
+    request->parts = 0;
+    request->error = 0;
+    request->synced = false;
+    queue->in_flight++;
+    worker->requests_in_flight++;
+    worker->counters->requests++;
+    worker->device->begin(worker->device, worker, request);
+}
+
+void request_complete(struct worker *worker, struct request *request, uint32_t nbytes)
+{
+    struct queue *queue = request->queue;
+
+    if (request->pieces != request->inline_pieces)
+        worker->long_free[worker->free_long++] = request->pieces;
+    request->state = REQUEST_FREE;
+    queue->in_flight--;
+    worker->requests_in_flight--;
+    virtqueue_push(&queue->ring, request->head, nbytes);
+    if (!queue->dirty) {
+        queue->dirty = true;
+        worker->dirty[worker->dirty_count++] = queue;
+    }
+}
+
+struct request *worker_request(struct worker *worker, uint64_t id)
+{
+    struct queue *queue = &worker->queues[id >> 16 & 0xff];
+    struct request *request;
+
+    if (!queue->requests || (id & 0xffff) >= queue->layout.size)
+        return NULL;
+    request = &queue->requests[id & 0xffff];
+    return request->state != REQUEST_FREE && request->generation == id >> 32 ? request : NULL;
+}
+
+void request_hold(struct request *request)
+{
+    request->parts++;
+}
+
+void request_release(struct worker *worker, struct request *request, int result)
+{
+    if (result < 0 && request->error == 0)
+        request->error = result;
+    if (--request->parts == 0)
+        worker->device->end(worker->device, worker, request, request->error);
+}
+
+void request_punt(struct worker *worker, struct request *request)
+{
+    request->state = REQUEST_IN_PYTHON;
+    worker->counters->python_requests++;
+    worker_tell(worker, (struct worker_event){
+                            .kind = EVENT_REQUEST,
+                            .id = request_id(request),
+                            .type = request->type,
+                            .flags = request->flags,
+                            .offset = request->offset,
+                            .nbytes = request->nbytes,
+                        });
+}
+
+/* -> 0 if [start, start + nbytes) of the request's data is Python's to touch. */
+static int find_data(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes, struct request **request)
+{
+    *request = worker_request(worker, id);
+    if (!*request || (*request)->state != REQUEST_IN_PYTHON)
+        return -ESTALE;
+    if (start > (*request)->nbytes || nbytes > (*request)->nbytes - start || !(*request)->data)
+        return -EINVAL;
+    return 0;
+}
+
+int worker_finish(struct worker *worker, uint64_t id, uint32_t status)
+{
+    struct request *request = worker_request(worker, id);
+
+    if (!request || request->state != REQUEST_IN_PYTHON)
+        return -ESTALE;
+    request->state = REQUEST_BUSY;
+    worker->device->end(worker->device, worker, request, status);
+    return 0;
+}
+
+int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, uint64_t nbytes)
+{
+    struct request *request;
+    int result = find_data(worker, id, start, nbytes, &request);
+
+    if (result == 0)
+        pieces_load(request->data, start, nbytes, to);
+    return result;
+}
+
+int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void *from, uint64_t nbytes)
+{
+    struct request *request;
+    int result = find_data(worker, id, start, nbytes, &request);
+
+    if (result == 0)
+        pieces_store(request->data, start, nbytes, from);
+    return result;
+}
+
+int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes)
+{
+    struct request *request;
+    int result = find_data(worker, id, start, nbytes, &request);
+
+    if (result == 0)
+        pieces_clear(request->data, start, nbytes);
+    return result;
+}
