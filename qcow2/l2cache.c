@@ -190,19 +190,19 @@ void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entr
                n * sizeof(*entries));
 }
 
-static int is_metadata(const struct l2map *map, uint64_t host_cluster)
+static int holds_metadata(const struct l2map *map, uint64_t first_cluster, uint64_t last_cluster)
 {
     size_t low = 0, high = map->nmetadata;
 
     while (low < high) {
         size_t middle = low + (high - low) / 2;
 
-        if (map->metadata[middle] < host_cluster)
+        if (map->metadata[middle] < first_cluster)
             low = middle + 1;
         else
             high = middle;
     }
-    return low < map->nmetadata && map->metadata[low] == host_cluster;
+    return low < map->nmetadata && map->metadata[low] <= last_cluster;
 }
 
 static void describe_compressed(const struct l2map *map, uint64_t entry, struct l2_run *run)
@@ -215,8 +215,7 @@ static void describe_compressed(const struct l2map *map, uint64_t entry, struct 
     run->kind = L2_COMPRESSED;
     run->copied = 0;
     run->host_offset = offset;
-    if (offset >= map->file_end || is_metadata(map, offset >> map->cluster_bits) ||
-        is_metadata(map, last >> map->cluster_bits))
+    if (offset >= map->file_end || holds_metadata(map, offset >> map->cluster_bits, last >> map->cluster_bits))
         run->kind = L2_BAD;
 }
 
@@ -224,6 +223,7 @@ static void describe_compressed(const struct l2map *map, uint64_t entry, struct 
 static void describe_entry(const struct l2map *map, uint64_t entry, struct l2_run *run)
 {
     uint64_t offset = entry & OFFSET_MASK;
+    uint64_t cluster = offset >> map->cluster_bits;
 
     run->entry = entry;
     if (entry & FLAG_COMPRESSED) {
@@ -239,7 +239,7 @@ static void describe_entry(const struct l2map *map, uint64_t entry, struct l2_ru
     if ((entry & L2_RESERVED) || (map->version < 3 && (entry & FLAG_ZERO)))
         run->kind = L2_BAD;
     else if (offset && ((offset & ((UINT64_C(1) << map->cluster_bits) - 1)) || offset >= map->file_end ||
-                        is_metadata(map, offset >> map->cluster_bits)))
+                        holds_metadata(map, cluster, cluster)))
         run->kind = L2_BAD;
 }
 

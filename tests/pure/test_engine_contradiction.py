@@ -72,6 +72,18 @@ def test_table_without_its_copied_flag_is_replaced_and_its_cluster_used_again() 
     assert bench.file.read(old, CLUSTER) == b"y" * CLUSTER
 
 
+def test_compressed_cluster_with_a_table_in_its_middle_is_refused() -> None:
+    bench = set_up(1024 * 4096, cluster_bits=12)
+    for cluster in (0, 1, 600):  # the table of the last one comes to lie between data
+        bench.write(cluster * 4096, b"x")
+    bench.close()
+    first, second = (peek(bench, header(bench).l1_table_offset + at) & layout.OFFSET_MASK for at in (0, 8))
+    poke(bench, first, layout.L2_COMPRESSED | 15 << 58 | second - 512)  # 16 sectors, from the last before the table
+    bench = open_again(bench, writable=True)
+    with pytest.raises(CorruptImage):
+        bench.driver.run(bench.image.discard(0, 4096))
+
+
 def test_image_that_is_refused_for_writing_is_untouched() -> None:
     bench = closed_bench(1)
     poke(bench, layout.HEADER_AUTOCLEAR_OFFSET, 1 << 5)
