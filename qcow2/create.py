@@ -158,11 +158,13 @@ def _validate(options: Options) -> None:
 
 def _validate_version_2(options: Options) -> None:
     if options.lazy_refcounts:
-        raise ValueError("lazy_refcounts on needs compat 1.1")
+        raise ValueError("lazy_refcounts on is not possible with compat 0.10, needs 1.1")
     if options.refcount_order != layout.V2_REFCOUNT_ORDER:
         raise ValueError(f"refcount_bits {1 << options.refcount_order} needs compat 1.1, limit 16 in compat 0.10")
     if options.compression is not CompressionType.ZLIB:
-        raise ValueError(f"compression_type {options.compression.name.lower()} needs compat 1.1")
+        raise ValueError(
+            f"compression_type {options.compression.name.lower()} is not possible with compat 0.10, needs 1.1"
+        )
 
 
 async def create(file: File, options: Options) -> None:

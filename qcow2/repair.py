@@ -31,7 +31,7 @@ async def repair(
     file: File,
     mode: RepairMode = RepairMode.ALL,
     *,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
@@ -49,7 +49,7 @@ async def repair(
         await _lower_refcounts(before)
     else:
         await _repair_all(before)
-    after = (await judge(file, Report(lambda line: None))).report
+    after = (await judge(file, Report())).report
     after.corruptions_fixed = max(0, before.report.corruptions - after.corruptions)
     after.leaks_fixed = max(0, before.report.leaks - after.leaks)
     if not after.corruptions and not after.check_errors:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 @dataclass
 class Report:
-    """The numbers of a check; *say* gets one line for each finding."""
+    """The numbers of a check; *say*, if given, gets one line for each finding."""
 
-    say: Callable[[str], None]
+    say: Callable[[str], None] | None = None
     check_errors: int = 0
     corruptions: int = 0
     leaks: int = 0
@@ -23,14 +23,18 @@ class Report:
     def corruption(self, text: str) -> None:
         """The image contradicts itself."""
         self.corruptions += 1
-        self.say(f"ERROR {text}")
+        self._tell(f"ERROR {text}")
 
     def leak(self, text: str) -> None:
         """Space is lost, nothing else."""
         self.leaks += 1
-        self.say(f"Leaked {text}")
+        self._tell(f"Leaked {text}")
 
     def error(self, text: str) -> None:
         """Something cannot be checked, so nothing can be repaired either."""
         self.check_errors += 1
-        self.say(f"ERROR {text}")
+        self._tell(f"ERROR {text}")
+
+    def _tell(self, line: str) -> None:
+        if self.say is not None:
+            self.say(line)

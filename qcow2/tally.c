@@ -269,6 +269,20 @@ uint64_t tally_differ(struct tally *tally, const uint8_t *block, uint32_t order,
     return n;
 }
 
+void tally_sum(struct tally *tally, const uint8_t *block, uint32_t order, uint64_t first, uint64_t n, uint64_t end,
+               struct tally_sums *out)
+{
+    memset(out, 0, sizeof(*out));
+    for (uint64_t at = 0; (at = tally_differ(tally, block, order, first, at, n)) < n; at++) {
+        uint64_t stored = block ? refcount_get(block, order, at) : 0;
+        int is_low = stored < tally_count(tally, first + at);
+
+        out->differing++;
+        out->too_low += first + at < end && is_low;
+        out->too_high += first + at < end && !is_low;
+    }
+}
+
 void tally_pack(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n)
 {
     uint64_t limit = order == 6 ? UINT64_MAX : (UINT64_C(1) << (1u << order)) - 1;

@@ -60,6 +60,14 @@ int tally_l2(struct tally *tally, const struct tally_format *format, const uint8
  */
 uint64_t tally_differ(struct tally *tally, const uint8_t *block, uint32_t order, uint64_t first, uint64_t from,
                       uint64_t n);
+/* The same to the end at once: how many of the clusters below end are counted too low, and how many too high. */
+struct tally_sums {
+    uint64_t too_low;
+    uint64_t too_high;
+    uint64_t differing; /* past end too */
+};
+void tally_sum(struct tally *tally, const uint8_t *block, uint32_t order, uint64_t first, uint64_t n, uint64_t end,
+               struct tally_sums *out);
 /* Write our counts of n clusters from first into block, saturating at the width of an entry. */
 void tally_pack(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n);
 

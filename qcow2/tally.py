@@ -32,6 +32,15 @@ class TableCount:
     suspects: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """How many clusters a refcount block counts too low and too high, and how many wrong at all."""
+
+    too_low: int
+    too_high: int
+    differing: int
+
+
 class Tally:
     """Counts for *nclusters* host clusters of an image with the given format and length."""
 
@@ -107,6 +116,13 @@ class Tally:
         while index < nentries:
             yield first + index
             index = lib.tally_differ(self._tally, view, refcount_order, first, index + 1, nentries)
+
+    def sum_differences(self, block: bytes | None, refcount_order: int, first: int, n: int, end: int) -> Differences:
+        """Count what `differing` would yield; those from cluster *end* on are neither too low nor too high."""
+        view = ffi.NULL if block is None else ffi.from_buffer("uint8_t[]", block)
+        found = ffi.new("struct tally_sums *")
+        lib.tally_sum(self._tally, view, refcount_order, first, n, end, found)
+        return Differences(found.too_low, found.too_high, found.differing)
 
     def pack(self, refcount_order: int, first: int, nbytes: int) -> bytearray:
         """A refcount block of *nbytes* with our counts from cluster *first* on."""

@@ -42,6 +42,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         print(json.dumps(_facts(report, arguments.filename), indent=4))
     elif not arguments.quiet:
         print("\n".join(_lines(report)))
+    if report.check_errors:
+        print(
+            f"qcow2: {arguments.filename}: parts of the image cannot be checked, nothing is repaired", file=sys.stderr
+        )
     return _status(report)
 
 
