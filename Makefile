@@ -21,7 +21,7 @@ check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	MYPYPATH=examples $(BIN)/mypy --strict examples/*.py
+	MYPYPATH=examples $(BIN)/mypy --strict examples/*.py bench
 	$(BIN)/pytest tests/pure tests/file
 
 asan: $(VENV)/installed

@@ -5,6 +5,7 @@ Needs `examples` on the path, where the guest lives; `make compare` sees to it.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -167,8 +168,14 @@ def store(machine: Machine, series: Sequence[Series], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     records = [asdict(one) | {"ratio": asdict(one.ratio), "verdict": one.ratio.verdict(None)} for one in series]
     (directory / "guest.json").write_text(json.dumps({"machine": asdict(machine), "series": records}, indent=1) + "\n")
-    rows = ["| cache | fio in the guest | ratio to QEMU's qcow2 | verdict |", "|---|---|--:|---|"]
-    rows += [f"| {one.cache} | {one.task.title} | {one.ratio} | {one.ratio.verdict(None)} |" for one in series]
+    rows = [
+        "| cache | fio in the guest | ours, IOPS | QEMU's qcow2, IOPS | ratio | verdict |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for one in series:
+        ours, theirs = (f"{statistics.median(runs):,.0f}" for runs in (one.ours, one.theirs))
+        verdict = one.ratio.verdict(None)
+        rows.append(f"| {one.cache} | {one.task.title} | {ours} | {theirs} | {one.ratio} | {verdict} |")
     text = "\n".join(rows) + "\n"
     (directory / "guest.md").write_text(text)
     print(text)
