@@ -498,6 +498,18 @@ def test_base_can_be_asked_for_after_the_reset(front_end: FrontEnd, reset: tuple
     assert done[-1] == effect.Reply(Request.GET_VRING_BASE, VringState(0, 4321).pack())
 
 
+@pytest.mark.parametrize("reset", [(Request.RESET_DEVICE, b""), (Request.SET_STATUS, U64(0))])
+def test_base_is_known_after_a_reset(front_end: FrontEnd, reset: tuple[int, Any]) -> None:
+    """QEMU 7.2 pauses a machine by a status of 0, and asks for the bases only then."""
+    front_end.configure()
+    front_end.kick()
+    front_end.base = 1234
+    front_end.send(*reset)
+    front_end.base = 0  # of a queue that does not run
+    done = front_end.send(Request.GET_VRING_BASE, VringState(0, 0))
+    assert done[-1] == effect.Reply(Request.GET_VRING_BASE, VringState(0, 1234).pack())
+
+
 def test_reset_ring_must_be_configured_again(front_end: FrontEnd) -> None:
     front_end.configure()
     front_end.kick()
