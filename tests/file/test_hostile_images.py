@@ -6,6 +6,7 @@ The visitor lives in 1 GiB of address space and has ten seconds an image; see `t
 import random
 import struct
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -128,13 +129,15 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("action", READERS)
 def test_reading_ends_well(tmp_path: Path, action: str, damage: str) -> None:
-    no_visit_failed(visit(action, images(tmp_path, DAMAGES[damage]())))
+    every = 1 if action == "read" else 3
+    no_visit_failed(visit(action, images(tmp_path, islice(DAMAGES[damage](), 0, None, every))))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("action", WRITERS)
 def test_writing_ends_well(tmp_path: Path, action: str, damage: str) -> None:
-    no_visit_failed(visit(action, images(tmp_path, DAMAGES[damage]())))
+    """One image in four: a writer syncs many times."""
+    no_visit_failed(visit(action, images(tmp_path, islice(DAMAGES[damage](), 1, None, 4))))
 
 
 def test_an_extension_longer_than_the_cluster_is_refused(tmp_path: Path) -> None:
