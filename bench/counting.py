@@ -8,7 +8,7 @@ from bench.server import Server
 
 QEMU_AIO_WRITE, QEMU_AIO_FLUSH = 2, 8
 TRACE = ("--trace", "luring_co_submit")  # with aio=io_uring, everything QEMU asks of the disk
-SUBMISSION = re.compile(r"luring_co_submit .* type (\d+)")
+SUBMISSION = re.compile(r"luring_co_submit .*? type (\d+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
     (case,) = json.loads((tmp_path / "out/results.json").read_text())["cases"]
     assert case["ours"][0]["requests"] > 0
     assert case["qemu"][0]["requests"] > 0
+    assert case["qemu_traced"]["metadata_per_1000"] > 0
     assert case["ratio"]["low"] == case["ratio"]["median"]
     assert "writeback-fresh-32" in (tmp_path / "out/table.md").read_text()
 
