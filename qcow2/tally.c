@@ -307,8 +307,8 @@ uint32_t tally_copied(const struct tally *tally, const struct tally_format *form
 
         if (!offset || (offset & ((UINT64_C(1) << format->cluster_bits) - 1)) || (!is_l1 && (entry & COMPRESSED)))
             continue;
-        if (cluster >= tally->nclusters)
-            continue;
+        if (counted && cluster >= tally->nclusters)
+            continue; /* points nowhere: there is nothing to put right */
         is_one = counted ? tally_count(tally, cluster) == 1 : (tally_roles(tally, cluster) & TALLY_STORED_ONE) != 0;
         if (is_one != ((entry & COPIED) != 0))
             wrong[nwrong++] = i;

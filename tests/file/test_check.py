@@ -1,0 +1,115 @@
+"""`check` sees what qemu-img sees: the same numbers on sound images and on damaged ones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.builder import Built, Recipe, build
+from tests.oracle import assert_clean, qemu_check
+from tests.program import qcow2_tool
+
+COPIED = 1 << 63
+OFFSET = 0x00FF_FFFF_FFFF_FE00
+
+
+def recipe(version: int = 3, cluster_bits: int = 16, layout: str = "scattered", refcount_order: int = 4) -> Recipe:
+    """Something of every kind of cluster."""
+    made = Recipe(size=300 << cluster_bits, version=version, cluster_bits=cluster_bits, layout=layout)  # type: ignore[arg-type]
+    made.refcount_order = refcount_order
+    for index in range(0, 200, 3):
+        made.data(index, bytes([index + 1]) * 100)
+    if refcount_order:  # clusters that compressed data shares have more than one reference
+        for index in range(210, 240):
+            made.compressed(index, bytes([index]) * made.cluster_size)
+    if version == 3:
+        for index in range(1, 90, 9):
+            made.zero(index)
+            made.preallocated_zero(index + 1)
+    return made
+
+
+def ours(path: Path, *options: str) -> tuple[int, dict[str, object]]:
+    done = qcow2_tool("check", "--output=json", *options, path)
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("layout", ["packed", "reversed", "scattered"])
+@pytest.mark.parametrize("refcount_order", [0, 3, 4, 6])
+@pytest.mark.parametrize("cluster_bits", [9, 16, 21])
+def test_a_sound_image_gets_qemus_report(tmp_path: Path, cluster_bits: int, refcount_order: int, layout: str) -> None:
+    build(recipe(cluster_bits=cluster_bits, refcount_order=refcount_order, layout=layout), tmp_path / "a")
+    report = ours(tmp_path / "a")
+    assert report == qemu_check(tmp_path / "a")
+    assert report[0] == 0
+
+
+def test_version_2_snapshots_and_bitmaps_get_qemus_report(tmp_path: Path) -> None:
+    old = recipe(version=2)
+    snapshots = recipe()
+    snapshots.snapshot("one")
+    snapshots.data(0, b"newer")
+    snapshots.snapshot("two")
+    bitmaps = recipe()
+    bitmaps.bitmaps.append(("b0", 16))
+    for made in (old, snapshots, bitmaps):
+        build(made, tmp_path / "a")
+        report = ours(tmp_path / "a")
+        assert report == qemu_check(tmp_path / "a")
+        assert report[0] == 0
+
+
+DAMAGES: dict[str, Callable[[Built], None]] = {
+    "counted too low": lambda b: b.set_refcount(b.l2(0) & OFFSET, 0),
+    "counted too high": lambda b: b.set_refcount(b.l2(0) & OFFSET, 5),
+    "leaked": lambda b: b.set_l2(3, 0),
+    "copied flag missing": lambda b: b.set_l2(3, b.l2(3) & ~COPIED),
+    "reserved bit": lambda b: b.set_l2(3, b.l2(3) | 2),
+    "just past the end": lambda b: b.set_l2(3, COPIED | b.path.stat().st_size),
+    "two guests of one cluster": lambda b: b.set_l2(3, b.l2(0)),
+    "data over the L1 table": lambda b: b.set_l2(3, COPIED | b.l1_offset),
+    "no refcount block": lambda b: b.set_refcount_table(0, 0),
+    "refcount block past the end": lambda b: b.set_refcount_table(0, 1 << 40),
+    "refcount table past the end": lambda b: b.set_header(refcount_table_offset=1 << 44),
+    "L2 table past the end": lambda b: b.set_l1(0, COPIED | 1 << 44),
+    "far past the end": lambda b: b.set_l2(3, COPIED | 1 << 50),
+    "L1 that points at itself": lambda b: b.set_l1(0, COPIED | b.l1_offset),
+    "truncated": lambda b: b.truncate(b.path.stat().st_size - (3 << b.recipe.cluster_bits)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_image_gets_qemus_report(tmp_path: Path, kind: str) -> None:
+    DAMAGES[kind](build(recipe(), tmp_path / "a"))
+    report = ours(tmp_path / "a")
+    assert report == qemu_check(tmp_path / "a")
+    assert report[0] in (2, 3)
+
+
+def test_check_changes_nothing(tmp_path: Path) -> None:
+    built = build(recipe(), tmp_path / "a")
+    DAMAGES["counted too low"](built)
+    before = built.path.read_bytes()
+    ours(tmp_path / "a")
+    assert built.path.read_bytes() == before
+
+
+def test_an_overlap_that_refcounts_approve_is_corruption(tmp_path: Path) -> None:
+    """Where qemu-img says clean: a data cluster and the L1 table share a cluster, and its refcount is 2."""
+    built = build(recipe(), tmp_path / "a")
+    built.set_refcount(built.l2(3) & OFFSET, 0)
+    built.set_l2(3, built.l1_offset)
+    built.set_refcount(built.l1_offset, 2)
+    assert_clean(tmp_path / "a")
+    assert ours(tmp_path / "a")[0] == 2
+
+
+def test_a_loop_of_tables_ends(tmp_path: Path) -> None:
+    """Every L1 entry points at one L2 table, the largest there is: it is read once."""
+    made = Recipe(size=1 << 40, cluster_bits=16)
+    made.data(0, b"data")
+    built = build(made, tmp_path / "a")
+    for index in range(1 << 11):
+        built.set_l1(index, built.l2_offsets[0])
+    assert ours(tmp_path / "a")[0] == 2

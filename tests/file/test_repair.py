@@ -1,0 +1,111 @@
+"""`check -r`: what QEMU finds clean afterwards, and what is not touched."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.builder import Recipe, build
+from tests.builder.record import BITMAPS, CORRUPT, DIRTY
+from tests.file.test_check import DAMAGES, OFFSET, recipe
+from tests.oracle import assert_clean, assert_same_disk, qemu_check, read_header
+from tests.program import qcow2_tool, qcow2_tool_ok
+
+REPAIRABLE = [
+    "counted too low",
+    "counted too high",
+    "leaked",
+    "copied flag missing",
+    "just past the end",
+    "two guests of one cluster",
+    "no refcount block",
+    "refcount block past the end",
+    "refcount table past the end",
+    "truncated",
+]
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 16, 21])
+@pytest.mark.parametrize("kind", REPAIRABLE)
+def test_qemu_finds_a_repaired_image_clean(tmp_path: Path, kind: str, cluster_bits: int) -> None:
+    DAMAGES[kind](build(recipe(cluster_bits=cluster_bits), tmp_path / "a"))
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 0
+    assert_clean(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", sorted(set(DAMAGES) - set(REPAIRABLE)))
+def test_what_cannot_be_repaired_stays_corrupt(tmp_path: Path, kind: str) -> None:
+    made = recipe()
+    made.incompatible = DIRTY | CORRUPT
+    DAMAGES[kind](build(made, tmp_path / "a"))
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 2
+    assert read_header(tmp_path / "a").fields["incompatible_features"] == DIRTY | CORRUPT
+
+
+@pytest.mark.parametrize("refcount_order", [3, 4, 6])
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16])
+def test_a_disk_reads_the_same_after_its_refcounts_were_lost(
+    tmp_path: Path, cluster_bits: int, refcount_order: int
+) -> None:
+    made = recipe(cluster_bits=cluster_bits, refcount_order=refcount_order)
+    made.incompatible = DIRTY
+    made.snapshot("one")
+    made.data(0, b"newer")
+    built = build(made, tmp_path / "a")
+    for host_offset in built.refcount_block_offsets.values():
+        built.poke(host_offset, bytes(made.cluster_size))
+    qcow2_tool_ok("check", "-r", "all", tmp_path / "a")
+    assert_clean(tmp_path / "a")
+    assert_same_disk(tmp_path / "a", made.contents())
+    assert not read_header(tmp_path / "a").is_dirty
+
+
+def test_a_clean_image_is_not_changed(tmp_path: Path) -> None:
+    built = build(recipe(), tmp_path / "a")
+    before = built.path.read_bytes()
+    qcow2_tool_ok("check", "-r", "all", tmp_path / "a")
+    assert built.path.read_bytes() == before
+
+
+def test_repairing_leaks_frees_and_raises_nothing(tmp_path: Path) -> None:
+    built = build(recipe(), tmp_path / "a")
+    DAMAGES["leaked"](built)
+    built.set_refcount(built.l2(0) & OFFSET, 0)
+    done = qcow2_tool("check", "-r", "leaks", "--output=json", tmp_path / "a")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["leaks-fixed"] == 1
+    code, report = qemu_check(tmp_path / "a")
+    assert (code, report.get("leaks", 0), report["corruptions"]) == (2, 0, 2)
+
+
+def test_the_corrupt_bit_is_cleared_by_a_full_repair(tmp_path: Path) -> None:
+    made = recipe()
+    made.incompatible = CORRUPT
+    DAMAGES["counted too low"](build(made, tmp_path / "a"))
+    qcow2_tool_ok("check", "-r", "all", tmp_path / "a")
+    assert read_header(tmp_path / "a").fields["incompatible_features"] == 0
+
+
+def test_known_bitmaps_survive_and_unknown_promises_do_not(tmp_path: Path) -> None:
+    made = recipe()
+    made.autoclear = 1 << 40
+    made.bitmaps.append(("b0", 16))
+    DAMAGES["counted too low"](build(made, tmp_path / "a"))
+    qcow2_tool_ok("check", "-r", "all", tmp_path / "a")
+    assert read_header(tmp_path / "a").fields["autoclear_features"] == BITMAPS
+    assert_clean(tmp_path / "a")
+
+
+def test_a_snapshot_table_in_the_dark_forbids_repair(tmp_path: Path) -> None:
+    """References that cannot be counted must not be taken for none."""
+    made = Recipe(size=1 << 20)
+    made.data(0, b"data")
+    made.snapshot("one")
+    made.data(1, b"more")
+    built = build(made, tmp_path / "a")
+    snapshots = struct.unpack(">Q", built.peek(64, 8))[0]
+    built.poke(snapshots, struct.pack(">Q", 1 << 50))
+    before = built.path.read_bytes()
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 1
+    assert built.path.read_bytes() == before
