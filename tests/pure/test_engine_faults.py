@@ -1,0 +1,145 @@
+"""Law 7 by enumeration: every operation of a workload fails once, and what the guest was told stays true.
+
+A failing case is named by its kind, its seed and the number of the operation that failed: run the test again.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from qcow2 import operation as op
+from qcow2.driver.crash import CrashDriver, piece_bytes, simulated
+from tests.crash.explorer import Violation
+from tests.crash.history import SECTOR, History
+from tests.crash.images import KINDS, check_image, open_image, read_all, start
+from tests.crash.workload import Action, Guest, random_steps
+
+pytestmark = pytest.mark.pure
+
+NEVER = 1 << 60
+HARMLESS = (op.Size, op.Grace, op.Compute)  # cannot fail on a host
+
+
+@dataclass
+class Fault:
+    """Fails operation number *at* of those that began while it is armed; half of a write of data gets through."""
+
+    code: int
+    at: int
+    armed: bool = False
+    seen: int = 0
+    hit: op.Operation | None = None
+
+    def __call__(self, operation: op.Operation) -> OSError | None:
+        if not self.armed or isinstance(operation, HARMLESS):
+            return None
+        self.seen += 1
+        if self.seen != self.at or (self.code == errno.ENOSPC and not isinstance(operation, op.Write | op.Resize)):
+            return None
+        self.hit = operation
+        if isinstance(operation, op.Write) and operation.data:
+            content = b"".join(map(piece_bytes, operation.pieces))
+            simulated(operation.file).write(operation.host_offset, content[: len(content) // 1024 * SECTOR])
+        return OSError(self.code, "as told")
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        self.armed = True
+        try:
+            yield
+        finally:
+            self.armed = False
+
+
+class Life:
+    """An image of a kind, opened, worked on while something may fail, and judged."""
+
+    def __init__(self, kind: str, seed: int, fault: Fault) -> None:
+        self.begun = start(kind)
+        self.nsectors = KINDS[kind].nsectors
+        self.fault = fault
+        self.file = self.begun.image.copy()
+        self.driver = CrashDriver(seed, fault=fault)
+        image = self.driver.run(open_image(self.file, self.begun.backing))
+        self.guest = Guest(self.driver, image, History(self.begun.contents))
+
+    def work(self, kind: str, seed: int) -> None:
+        for step in random_steps(seed, self.nsectors, KINDS[kind].cluster_sectors, steps=5, depth=4):
+            for action in step:
+                self.act(action)
+            self.driver.finish()
+
+    def act(self, action: Action) -> None:
+        self.driver.spawn(self.guest.act(action))
+
+    def fails(self, action: Action) -> bool:
+        before = len(self.guest.failures)
+        self.act(action)
+        self.driver.finish()
+        return len(self.guest.failures) > before
+
+    def compare(self, content: bytes) -> None:
+        for sector in range(self.nsectors):
+            found = content[sector * SECTOR : (sector + 1) * SECTOR]
+            if found not in self.guest.history.allowed(sector, len(self.driver.journal), power=False):
+                raise Violation(f"sector {sector} holds {found[:16]!r}")
+
+    def judge_next_life(self) -> None:
+        """What another process makes of the file, as it is now."""
+        driver, file = CrashDriver(), self.file.copy()
+        image = driver.run(open_image(file, self.begun.backing))
+        driver.run(check_image(file))
+        self.compare(driver.run(read_all(image)))
+        driver.run(image.close())
+        driver.run(check_image(file))
+
+
+def live(kind: str, seed: int, fault: Fault) -> None:
+    """Work, with a fault; then the guest reads everything, writes on or is refused, and the image is closed."""
+    life = Life(kind, seed, fault)
+    with fault.during():
+        life.work(kind, seed)
+    life.compare(life.driver.run(read_all(life.guest.image)))
+    is_final = life.fails(Action("flush"))
+    if isinstance(fault.hit, op.Sync):
+        assert is_final
+    if fault.code == errno.ENOSPC:
+        assert not is_final
+    assert life.fails(Action("write", 0, life.nsectors)) == is_final
+    life.judge_next_life()
+    if is_final:
+        with pytest.raises(OSError):
+            life.driver.run(life.guest.image.close())
+    else:
+        life.driver.run(life.guest.image.close())
+    life.judge_next_life()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_operation_of_a_workload_may_fail(kind: str, code: int) -> None:
+    count = Fault(code, NEVER)
+    live(kind, 1, count)
+    for at in range(1, count.seen + 1, 3):
+        fault = Fault(code, at)
+        try:
+            live(kind, 1, fault)
+        except (Violation, AssertionError, OSError) as error:
+            raise AssertionError(f"operation {at}, {fault.hit}: {error}") from error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_operation_of_a_close_may_fail(kind: str) -> None:
+    count = Life(kind, 2, Fault(errno.EIO, NEVER))
+    count.work(kind, 2)
+    with count.fault.during():
+        count.driver.run(count.guest.image.close())
+    for at in range(1, count.fault.seen + 1):
+        life = Life(kind, 2, Fault(errno.EIO, at))
+        life.work(kind, 2)
+        with life.fault.during(), pytest.raises(OSError):
+            life.driver.run(life.guest.image.close())
+        life.judge_next_life()
