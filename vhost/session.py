@@ -116,8 +116,15 @@ class Session:
     def get_queue_num(self, _: None) -> Steps:
         yield _reply_u64(Request.GET_QUEUE_NUM, len(self.vrings))
 
+    def set_owner(self, _: None) -> Steps:
+        """Begin anew: QEMU keeps the connection when a device is unplugged, and the next one on it says all again."""
+        if self.regions:
+            yield from self.reset_device(None)
+            yield effect.SetMemory(())
+            self.regions = []
+
     def ignore(self, _: None) -> Steps:
-        """SET_OWNER: there is nothing to own. RESET_OWNER: deprecated, best ignored, says the specification."""
+        """RESET_OWNER: deprecated, best ignored, says the specification."""
         yield from ()
 
     def get_max_mem_slots(self, _: None) -> Steps:
@@ -259,7 +266,7 @@ def _stray_fds(_: MemorySlot) -> Collection[int]:
 RULES: dict[int, Rule] = {
     Request.GET_FEATURES: Rule(Session.get_features, _empty, replies=True),
     Request.SET_FEATURES: Rule(Session.set_features, U64.parse),
-    Request.SET_OWNER: Rule(Session.ignore, _empty),
+    Request.SET_OWNER: Rule(Session.set_owner, _empty),
     Request.RESET_OWNER: Rule(Session.ignore, _empty),
     Request.SET_MEM_TABLE: Rule(Session.set_mem_table, MemoryTable.parse, nfds=_table_fds),
     Request.SET_VRING_NUM: Rule(lambda session, state: session.vrings.set_num(state), VringState.parse),

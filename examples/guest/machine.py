@@ -158,6 +158,12 @@ class Guest:
         self._control.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
         return self._answer("return")
 
+    def unplug(self, device: str) -> None:
+        """Take out the device with this id; returns once the guest has let go of it and QEMU forgotten it."""
+        self.command("device_del", id=device)
+        while self._answer("data").get("device") != device:  # of DEVICE_DELETED; its parts are told without an id
+            pass
+
     def _answer(self, key: str) -> Any:
         """Return the value of the next message that has *key*, passing over events."""
         try:

@@ -510,6 +510,15 @@ def test_base_is_known_after_a_reset(front_end: FrontEnd, reset: tuple[int, Any]
     assert done[-1] == effect.Reply(Request.GET_VRING_BASE, VringState(0, 1234).pack())
 
 
+def test_new_owner_finds_no_memory_and_no_ring(front_end: FrontEnd) -> None:
+    # QEMU 7.2 keeps the connection of a device that is unplugged; the next device on it adds all memory again.
+    front_end.send(Request.SET_MEM_TABLE, MemoryTable((GUEST,)), nfds=1)
+    front_end.configure()
+    front_end.kick()
+    assert front_end.send(Request.SET_OWNER) == [effect.StopQueue(0), effect.SetMemory(())]
+    assert front_end.send(Request.ADD_MEM_REG, MemorySlot(GUEST), nfds=1) == [effect.AddMemory(GUEST)]
+
+
 def test_reset_ring_must_be_configured_again(front_end: FrontEnd) -> None:
     front_end.configure()
     front_end.kick()
