@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from bench.case import EXTRAS, ROWS, Case, UnknownCase, select
@@ -34,7 +35,11 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    store(run, options.output)
+    print(markdown(run))
+    try:
+        draw(run.comparisons, SWEEPS, options.output)
+    except NoPlots as missing:
+        print(f"bench: {missing}", file=sys.stderr)
     return 0
 
 
@@ -68,12 +73,14 @@ def execute(cases: list[Case], options: Options) -> Run:
             say("the disk alone, IOPS")
             ceilings = measure_ceilings(wanted, Path(disk).resolve(), seconds=options.seconds, say=say)
         arena = Arena(Path(disk).resolve(), Path(tmpfs), pairs=options.pairs, seconds=options.seconds)
-        comparisons = []
+        run = Run(machine, command_line(), options.pairs, options.seconds, ceilings, ())
         for number, case in enumerate(cases, 1):
             say(f"{number}/{len(cases)} {case.name}: {case.title}")
-            comparisons.append(arena.compare(case, say))
-            say(summary(comparisons[-1]))
-        return Run(machine, command_line(), options.pairs, options.seconds, ceilings, tuple(comparisons))
+            comparison = arena.compare(case, say)
+            run = replace(run, comparisons=(*run.comparisons, comparison))
+            write_tables(run, options.output)  # a run is long: what is known survives its end
+            say(summary(comparison))
+        return run
 
 
 def summary(comparison: Comparison) -> str:
@@ -82,17 +89,11 @@ def summary(comparison: Comparison) -> str:
     return f"  {ratio} x QEMU{aim}: {ratio.verdict(target)}"
 
 
-def store(run: Run, directory: Path) -> None:
-    """Write results.json, table.md and the plots, and print the table."""
+def write_tables(run: Run, directory: Path) -> None:
+    """Write results.json and table.md."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(run, directory / "results.json")
-    text = markdown(run)
-    (directory / "table.md").write_text(text)
-    print(text)
-    try:
-        draw(run.comparisons, SWEEPS, directory)
-    except NoPlots as missing:
-        print(f"bench: {missing}", file=sys.stderr)
+    (directory / "table.md").write_text(markdown(run))
 
 
 if __name__ == "__main__":

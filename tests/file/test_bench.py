@@ -152,5 +152,9 @@ def test_pairs_that_disagree_are_noise() -> None:
 
 
 def test_pairs_that_agree_are_not_noise() -> None:
-    ratio = Ratio.of_pairs([20, 30], [10, 10])
+    ratio = Ratio.of_pairs([20, 25, 30], [10, 10, 10])
     assert (ratio.verdict(None), ratio.verdict(2), ratio.verdict(4)) == ("ahead", "reached", "missed")
+
+
+def test_two_pairs_are_never_sure() -> None:
+    assert Ratio.of_pairs([20, 30], [10, 10]).verdict(None) == "ahead, too few pairs to be sure"
