@@ -69,7 +69,7 @@ def test_included_files_exist() -> None:
     assert {included for _, included in c_arrows() if not (ROOT / included).exists()} == set()
 
 
-@pytest.mark.parametrize("package", ["asyncio", "numpy"])
+@pytest.mark.parametrize("package", ["asyncio", "numpy", "bench"])
 def test_nobody_imports(package: str) -> None:
     assert {path for path, room in python_arrows() if room == package} == set()
 
