@@ -240,9 +240,7 @@ class Allocator:
         while self._under_way is not None:
             await self._under_way.wait()
         async with self._refcounts.mutex.hold():
-            for extent in self._run:
-                await self._refcounts.add(extent, -1)
-            self._run.clear()
+            await self._give_back()
             await self._refcounts.write_all()
             end = await self._refcounts.find_end(self._geometry.clusters(self._file_size))
         nbytes = max(self._opened_size, end << self._geometry.cluster_bits)
@@ -250,3 +248,17 @@ class Allocator:
             await Resize(self._file, nbytes)
             self._file_size = nbytes
             self._mapping.set_file_end(nbytes)
+
+    async def _give_back(self) -> None:
+        """Count what was reserved in vain down again.
+
+        Raises: OSError, also if the image referred to such a cluster, free as it was, and has let go of it meanwhile.
+        """
+        try:
+            for extent in self._run:
+                await self._refcounts.add(extent, -1)
+        except OverflowError as error:
+            contradiction = OSError(errno.EIO, str(error), self._file.path)
+            self._stability.fail(contradiction)
+            raise contradiction from error
+        self._run.clear()

@@ -245,7 +245,12 @@ class CrashDriver:
                 self.journal.append(Synced(simulated(operation.file), covered))
             case _:
                 pass
-        self._scheduler.resume(task, perform(operation))
+        try:
+            value = perform(operation)
+        except Exception as error:  # of a Compute: it belongs to the coroutine that awaits
+            self._scheduler.fail(task, error)
+        else:
+            self._scheduler.resume(task, value)
 
 
 def simulated(file: Any) -> SimulatedFile:

@@ -72,6 +72,29 @@ def test_table_without_its_copied_flag_is_replaced_and_its_cluster_used_again() 
     assert bench.file.read(old, CLUSTER) == b"y" * CLUSTER
 
 
+def test_letting_go_of_a_cluster_that_was_free_and_is_reserved_fails_the_close() -> None:
+    bench = closed_bench(1)
+    free = bench.file.size
+    bench.file.resize(free + 100 * CLUSTER)
+    l2_offset = peek(bench, header(bench).l1_table_offset) & layout.OFFSET_MASK
+    poke(bench, l2_offset, free + 10 * CLUSTER | layout.COPIED)
+    bench = open_again(bench, writable=True)
+    bench.write(5 * CLUSTER, b"y" * CLUSTER)
+    bench.driver.run(bench.image.discard(0, CLUSTER))
+    with pytest.raises(OSError):
+        bench.close()
+
+
+def test_compressed_data_that_is_none_fails_the_read() -> None:
+    bench = closed_bench(1)
+    l2_offset = peek(bench, header(bench).l1_table_offset) & layout.OFFSET_MASK
+    data = peek(bench, l2_offset) & layout.OFFSET_MASK
+    poke(bench, l2_offset, layout.L2_COMPRESSED | data)
+    bench = open_again(bench)
+    with pytest.raises(CorruptImage):
+        bench.read(0, CLUSTER)
+
+
 def test_compressed_cluster_with_a_table_in_its_middle_is_refused() -> None:
     bench = set_up(1024 * 4096, cluster_bits=12)
     for cluster in (0, 1, 600):  # the table of the last one comes to lie between data
