@@ -31,7 +31,7 @@ def describe(directory: Path) -> Machine:
         cores=os.cpu_count() or 1,
         memory_gib=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30), 1),
         kernel=platform.release(),
-        file_system=_say("stat", "-f", "-c", "%T", str(directory)),
+        file_system=_say("findmnt", "-n", "-o", "FSTYPE", "-T", str(directory)),
         versions={
             "python": platform.python_version(),
             "qemu": _say("qemu-storage-daemon", "--version"),
