@@ -66,6 +66,7 @@ def execute(cases: list[Case], options: Options) -> Run:
         options.directory.mkdir(parents=True, exist_ok=True)
         disk = stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-"))
         tmpfs = stack.enter_context(tempfile.TemporaryDirectory(dir=options.tmpfs, prefix="bench-"))
+        stack.callback(ignore_signals)  # first of all, or another one stops the removal of gigabytes half-way
         machine = describe(Path(disk))
         say = stopwatch()
         ceilings = {}
@@ -81,6 +82,11 @@ def execute(cases: list[Case], options: Options) -> Run:
             write_tables(run, options.output)  # a run is long: what is known survives its end
             say(summary(comparison))
         return run
+
+
+def ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def summary(comparison: Comparison) -> str:
