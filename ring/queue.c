@@ -64,7 +64,7 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
 bool worker_has_room(const struct worker *worker)
 {
     return worker->free_operations >= WORKER_TRANSFERS_MIN && worker->free_long &&
-           worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
+           worker->busy_nbytes < WORKER_BUSY_NBYTES && worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
 }
 
 /* ---- each round ---- */

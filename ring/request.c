@@ -31,6 +31,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->synced = false;
     queue->in_flight++;
     worker->requests_in_flight++;
+    worker->busy_nbytes += chain->readable_nbytes + chain->writable_nbytes;
     worker->counters->requests++;
     worker->device->begin(worker->device, worker, request);
 }
@@ -44,6 +45,7 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
     request->state = REQUEST_FREE;
     queue->in_flight--;
     worker->requests_in_flight--;
+    worker->returned_nbytes += request->readable_nbytes + request->writable_nbytes;
     virtqueue_push(&queue->ring, request->head, nbytes);
     if (!queue->dirty) {
         queue->dirty = true;

@@ -153,6 +153,8 @@ static void reap(struct worker *worker)
 static int round_once(struct worker *worker)
 {
     worker->progress = false;
+    worker->busy_nbytes -= worker->returned_nbytes;
+    worker->returned_nbytes = 0;
     reap(worker);
     operations_retry(worker);
     queues_fetch(worker);

@@ -18,6 +18,7 @@
 #define WORKER_OPERATIONS 1024
 #define WORKER_EVENTS 4096
 #define WORKER_TRANSFERS_MIN 16 /* operations a device may begin for one request; fetching waits for so many */
+#define WORKER_BUSY_NBYTES (1ull << 30) /* fetching waits while requests hold so much: drains end in time */
 #define INLINE_PIECES 18        /* of a request: the header, 64 KiB in pages, the status */
 #define LONG_PIECES 128         /* requests with more pieces than that, at once */
 
@@ -200,6 +201,8 @@ struct worker {
     bool progress;  /* something happened in this round */
     bool control_told; /* an EVENT_CONTROL is not delivered yet */
     uint32_t requests_in_flight;
+    uint64_t busy_nbytes;     /* of the requests in flight and of those that ended in this round */
+    uint64_t returned_nbytes; /* of the latter alone */
     uint32_t generation; /* of the request begun last */
     uint32_t submitted; /* operations in the kernel */
 

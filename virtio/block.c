@@ -8,6 +8,7 @@
 #include "ring/pieces.h"
 
 #define SECTOR 512u
+#define TRANSFER_NBYTES_MAX INT32_MAX /* as QEMU: one request must not hold up a drain for minutes */
 
 _Static_assert(sizeof(struct virtio_blk_outhdr) == 16, "5.2.6");
 _Static_assert(sizeof(struct virtio_blk_discard_write_zeroes) == 16, "5.2.6");
@@ -139,7 +140,7 @@ static void transfer(struct block *block, struct worker *worker, struct request 
     request->offset = sector_offset(sector);
     if (is_write && (block->read_only || takes_no_writes(block, worker)))
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    else if (!is_inside(block, request->offset, request->nbytes))
+    else if (request->nbytes > TRANSFER_NBYTES_MAX || !is_inside(block, request->offset, request->nbytes))
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
     else if (request->nbytes == 0)
         answer(worker, request, VIRTIO_BLK_S_OK, 0);

@@ -2,13 +2,14 @@
 
 import os
 import struct
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from ring.driver import Buffer, DriverQueue, wait_readable
 from ring.request import Request
-from tests.blockguest import IN, MIB, OK, Guest
+from tests.blockguest import IN, IOERR, MIB, OK, Guest
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # virtio 1.2, 2.7.5
 
@@ -171,6 +172,47 @@ def test_descriptors_of_no_bytes_are_passed_over() -> None:
         guest.queue.add([Buffer(header, 0), Buffer(header, 16), Buffer(status, 0, True), Buffer(status, 1, True)])
         guest.queue.kick()
         assert guest.queue.wait()[0].nbytes == 1
+
+
+def post_long_read(guest: Guest, count: int) -> int:
+    """A read into the same 4 MiB, *count* times over; the address of its status byte."""
+    header, status = guest.memory.allocate(16), guest.memory.allocate(1)
+    guest.memory.store(header, struct.pack("<IIQ", IN, 0, 0))
+    buffers = [Buffer(header, 16), *[Buffer(8 * MIB, 4 * MIB, True)] * count, Buffer(status, 1, True)]
+    guest.queue.add(buffers, table_address=guest.memory.allocate(16 * len(buffers)))
+    return status
+
+
+@pytest.mark.parametrize(("count", "status"), [(511, OK), (512, IOERR)])
+def test_one_request_moves_less_than_two_gib(count: int, status: int) -> None:
+    with Guest(size=1 << 42) as guest:
+        at = post_long_read(guest, count)
+        guest.queue.kick()
+        guest.queue.wait()
+        assert guest.memory.load(at, 1)[0] == status
+
+
+def test_requests_wait_while_those_in_flight_move_a_gib() -> None:
+    held: list[Request] = []
+    seen = threading.Semaphore(0)
+
+    def hold(request: Request) -> None:
+        held.append(request)
+        seen.release()
+
+    with Guest(size=1 << 42, on_request=hold) as guest:
+        for _ in range(8):
+            post_long_read(guest, 64)
+        guest.queue.kick()
+        for _ in range(4):
+            assert seen.acquire(timeout=10)
+        guest.worker.call(lambda: None)
+        assert len(held) == 4
+        guest.worker.call(lambda: [request.finish(OK) for request in held])
+        for _ in range(4):
+            assert seen.acquire(timeout=10)
+        guest.worker.call(lambda: [request.finish(OK) for request in held[4:]])
+        guest.queue.wait(8)
 
 
 def test_kick_that_cannot_be_polled_breaks_the_queue() -> None:
