@@ -57,7 +57,8 @@ def _complain(text: str) -> int:
 def serve_image(options: "Options") -> None:
     """Serve an image as *options* say until SIGTERM or SIGINT, and close it cleanly.
 
-    The socket comes first: one that cannot be used leaves the image untouched.
+    The socket comes first: one that cannot be used leaves the image untouched. A signal ends a repair too, which
+    the next open begins anew.
     Raises: EndpointError, OSError, qcow2.ImageError.
     """
     from contextlib import ExitStack
@@ -67,18 +68,20 @@ def serve_image(options: "Options") -> None:
     from vhost.disk import ImageBackend, direct_descriptors
 
     with ExitStack() as stack:
+        stop_fd = stack.enter_context(stop_signals())
         endpoint = stack.enter_context(_endpoint(options))
-        disk = stack.enter_context(
-            qcow2.open(
+        try:
+            disk = qcow2.open(
                 options.blk_file,
                 writable=not options.read_only,
                 format=options.format,
                 lazy_refcounts=options.lazy_refcounts,
                 cache_size=options.cache_size,
-                progress=_repair_progress(options.blk_file),
+                progress=_repair_progress(options.blk_file, stop_fd),
             )
-        )
-        stop_fd = stack.enter_context(stop_signals())
+        except Stopped:
+            return
+        stack.enter_context(disk)
         direct_fds = stack.enter_context(direct_descriptors(disk.files)) if options.cache.direct else {}
         backend = ImageBackend(disk, cache=options.cache, serial=options.serial, direct_fds=direct_fds)
         counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
@@ -87,9 +90,14 @@ def serve_image(options: "Options") -> None:
         print(_stats(counters, disk.image.statistics), flush=True)
 
 
-def _repair_progress(path: str) -> "Callable[[int, int], None]":
-    """Say that the image is being repaired, and every few seconds how far it is."""
+class Stopped(Exception):
+    """A signal came before the image was open."""
+
+
+def _repair_progress(path: str, stop_fd: int) -> "Callable[[int, int], None]":
+    """Say that the image is being repaired, and every few seconds how far it is; raise Stopped once a signal came."""
     import logging
+    import select
     import time
 
     log = logging.getLogger("vhost")
@@ -97,6 +105,8 @@ def _repair_progress(path: str) -> "Callable[[int, int], None]":
 
     def progress(done: int, total: int) -> None:
         nonlocal told
+        if select.select([stop_fd], [], [], 0)[0]:
+            raise Stopped
         if not told:
             log.warning("%s: was not closed cleanly, repairing it", path)
             told = time.monotonic()

@@ -1,5 +1,6 @@
 """How the daemon starts and why it refuses to: sockets, inherited descriptors, images, one line on stderr."""
 
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import qcow2
 from tests.listening import visit
-from tests.program import DAEMON, TIMEOUT
+from tests.program import DAEMON, TIMEOUT, qcow2_tool, qcow2_tool_ok
 
 SIZE = 1 << 20
 
@@ -178,3 +180,25 @@ def test_capabilities_are_printed_as_the_conventions_say() -> None:
     done = run("--print-capabilities", "--blk-file=missing")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == '{"type": "block", "features": ["blk-file", "read-only"]}\n'
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_repair_which_the_next_open_finishes(tmp_path: Path, number: signal.Signals) -> None:
+    image = tmp_path / "dirty.qcow2"
+    qcow2_tool_ok("create", "-o", "lazy_refcounts=on,preallocation=metadata", image, "64G")
+    with image.open("r+b") as file:  # the dirty bit
+        file.seek(72)
+        file.write((1).to_bytes(8, "big"))
+    command = [DAEMON, f"--blk-file={image}", f"--socket-path={tmp_path / 'socket'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "repairing" in process.stderr.readline()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, said) == (0, "")
+    with qcow2.open(str(image), writable=True) as disk:
+        assert disk.read(0, 512) == bytes(512)
+    assert qcow2_tool("check", image).returncode == 0
