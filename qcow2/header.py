@@ -210,31 +210,19 @@ async def rewrite_header(file: File, header: Header) -> Header:
     return replace(header, record=record)
 
 
-async def mark_dirty(file: File, header: Header) -> Header:
-    """Set the dirty bit, stable on return: from now on references need not be counted on disk."""
-    return await _write_incompatible(file, header, header.record.incompatible_features | Incompatible.DIRTY)
+async def mark_repaired(file: File, header: Header) -> Header:
+    """Clear the dirty and the corrupt bit once everything written before is stable; stable on return.
 
-
-async def mark_clean(file: File, header: Header, *, repaired: bool = False) -> Header:
-    """Clear the dirty bit once everything written before is stable; *repaired*: the corrupt bit too.
-
-    Stable on return.
+    Eight bytes inside one sector, never the whole header: a power loss leaves the old or the new bits.
     """
-    cleared = Incompatible.DIRTY | Incompatible.CORRUPT if repaired else Incompatible.DIRTY
+    await Sync(file)
     word = header.record.incompatible_features
-    await Sync(file)
-    return await _write_incompatible(file, header, word ^ (word & int(cleared)))  # `& ~cleared` would lose unknown bits
-
-
-async def _write_incompatible(file: File, header: Header, word: int) -> Header:
-    """Eight bytes inside one sector: never the whole header, so a power loss leaves the old or the new bits."""
-    if word == header.record.incompatible_features:
+    cleared = word ^ (word & int(Incompatible.DIRTY | Incompatible.CORRUPT))  # `& ~bits` would lose unknown ones
+    if cleared == word:
         return header
-    if header.record.version < 3:
-        raise ValueError(f"feature bits {word:#x} in a header of version 2")
-    await Write(file, layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word))
+    await Write(file, layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(cleared))
     await Sync(file)
-    return replace(header, record=replace(header.record, incompatible_features=int(word)))
+    return replace(header, record=replace(header.record, incompatible_features=cleared))
 
 
 async def clear_autoclear(file: File, header: Header, *, maintained: int = 0) -> Header:

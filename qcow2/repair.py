@@ -13,7 +13,7 @@ from qcow2 import layout
 from qcow2.census import Census, Progress
 from qcow2.check import Verdict, block_indexes, judge, miscopied, read_block
 from qcow2.error import UnsupportedImage
-from qcow2.header import Header, clear_autoclear, mark_clean, read_header
+from qcow2.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
 from qcow2.operation import File, Resize, Sync, Write
 from qcow2.report import Report
@@ -53,7 +53,7 @@ async def repair(
     after.corruptions_fixed = max(0, before.report.corruptions - after.corruptions)
     after.leaks_fixed = max(0, before.report.leaks - after.leaks)
     if not after.corruptions and not after.check_errors:
-        await mark_clean(file, await read_header(file), repaired=True)
+        await mark_repaired(file, await read_header(file))
     return after
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import qcow2
 from qcow2.driver.crash import CrashDriver, Issued, SimulatedFile
-from qcow2.header import clear_autoclear, load_header, mark_clean, mark_dirty, read_header, rewrite_header
+from qcow2.header import clear_autoclear, load_header, mark_repaired, read_header, rewrite_header
 from tests.builder.record import extension, feature_name_table
 
 CLUSTER = 512
@@ -115,27 +115,18 @@ def test_a_name_that_does_not_fit_is_refused_before_any_write() -> None:
     assert file.content() == before
 
 
-def test_the_dirty_bit_is_set_by_eight_bytes_and_a_sync() -> None:
-    file, driver = image(), CrashDriver()
-    header = driver.run(mark_dirty(file, driver.run(read_header(file))))
-    assert writes(driver) == [(72, 8)]
-    assert type(driver.journal[-1]).__name__ == "Synced"
-    assert header.is_dirty
-    assert run(read_header(file)) == header
-
-
 def test_the_dirty_bit_is_cleared_after_a_sync_of_its_own() -> None:
     file, driver = image(incompatible=1), CrashDriver()
-    driver.run(mark_clean(file, driver.run(read_header(file))))
+    driver.run(mark_repaired(file, driver.run(read_header(file))))
     assert [type(entry).__name__ for entry in driver.journal] == ["Synced", "Issued", "Completed", "Synced"]
     assert writes(driver) == [(72, 8)]
     assert not run(read_header(file)).is_dirty
 
 
-def test_the_corrupt_bit_goes_only_after_a_repair() -> None:
+def test_a_repair_clears_the_corrupt_bit_too() -> None:
     file = image(incompatible=3)
-    assert run(mark_clean(file, run(read_header(file)))).is_corrupt
-    assert not run(mark_clean(file, run(read_header(file)), repaired=True)).is_corrupt
+    assert not run(mark_repaired(file, run(read_header(file)))).is_corrupt
+    assert run(read_header(file)).record.incompatible_features == 0
 
 
 def test_autoclear_bits_are_cleared_by_eight_bytes() -> None:
@@ -143,12 +134,3 @@ def test_autoclear_bits_are_cleared_by_eight_bytes() -> None:
     driver.run(clear_autoclear(file, driver.run(read_header(file))))
     assert writes(driver) == [(88, 8)]
     assert run(read_header(file)).record.autoclear_features == 0
-
-
-def test_no_feature_bit_is_written_into_a_header_of_version_2() -> None:
-    file = image()
-    file.write(4, struct.pack(">I", 2))
-    file.write(72, bytes(CLUSTER - 72))
-    header = run(read_header(file))
-    with pytest.raises(ValueError, match="version 2"):
-        run(mark_dirty(file, header))
