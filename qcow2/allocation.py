@@ -86,6 +86,61 @@ class Allocator:
         """*cluster* has become free: look there again."""
         self._cursor = min(self._cursor, cluster)
 
+    async def allocate_area(self, nclusters: int) -> range:
+        """Take exactly *nclusters* consecutive host clusters, past everything in the file.
+
+        They are as any others that are handed out, except that this is stable after the next sync only.
+        Raises: OSError; ENOSPC leaks a part of the area at worst. CorruptImage.
+        """
+        while True:
+            async with self._refcounts.mutex.hold():
+                area = await self._find_area(nclusters)
+                missing = self._missing_blocks(area)
+                if not missing:
+                    await self._prepare(area)
+                    await self._refcounts.add(area, 1)
+                    break
+                if missing[-1] >= len(self._refcounts.table):
+                    await self._grow_table(missing[-1])
+                    continue
+            for index in missing:  # which may end in the way of the area: then look again
+                await self._place_block(index)
+        return area
+
+    async def _find_area(self, nclusters: int) -> range:
+        """That many consecutive free clusters past the end of the file."""
+        end = self._geometry.clusters(self._file_size)
+        start = stop = end  # [start, stop) is free
+        while stop - start < nclusters:
+            if start - end > SEARCHED_CLUSTERS:
+                raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
+            free = await self._refcounts.find_free(stop, start + nclusters)
+            if free.start > stop:
+                start = free.start
+            stop = free.stop
+        self._mapping.require_no_metadata(range(start, stop))
+        return range(start, stop)
+
+    def _missing_blocks(self, area: range) -> list[int]:
+        """The refcount blocks that *area* needs and that do not exist."""
+        indexes = range(self._refcounts.block_of(area.start), self._refcounts.block_of(area[-1]) + 1)
+        return [index for index in indexes if not self._refcounts.has_block(index)]
+
+    async def _place_block(self, index: int) -> None:
+        """Make refcount block *index* in a cluster of the run, so that all that it counts stays free."""
+        cluster = await self.allocate(1)
+        try:
+            await self._root.allow_uncounted()
+            async with self._refcounts.mutex.hold():
+                if not self._refcounts.has_block(index):
+                    await self._refcounts.link_block(index, cluster.start)
+                    self._mapping.own_metadata(cluster)
+                    return
+        except Exception:
+            await self._reaper.free(cluster)
+            raise
+        await self._reaper.free(cluster)  # the run that was reserved ahead has needed the block, too
+
     async def _refill(self, nclusters: int) -> None:
         """Reserve a run, or wait for the reservation in progress."""
         self._stability.require_trust()

@@ -7,9 +7,9 @@ from qcow2.layout import ENTRY_SIZE, SECTOR_SIZE, HeaderRecord
 SLICE_BYTES = 4096  # the unit in which L2 tables are read and cached, unless a cluster is smaller
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Geometry:
-    """The sizes that follow from a header."""
+    """The sizes that follow from a header. Only `size` ever changes, and only the growing of the disk changes it."""
 
     version: int
     cluster_bits: int

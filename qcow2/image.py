@@ -10,6 +10,7 @@ from qcow2.allocation import Allocator
 from qcow2.compressed import CompressedClusters
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.geometry import Geometry
+from qcow2.growth import Grower, grown_size
 from qcow2.header import Header, clear_autoclear, read_header, require_uncorrupted
 from qcow2.l2cache import ExtentMap, L2Cache, Run
 from qcow2.layout import (
@@ -51,7 +52,6 @@ class Image:
     ) -> None:
         self.file = file
         self.geometry = Geometry.of(header.record)
-        self.size = self.geometry.size
         self.backing = backing
         self.read_only = not options.writable
         self.statistics = Statistics()
@@ -110,13 +110,18 @@ class Image:
             self._stability,
             self.statistics,
             file_size=file_size,
-            has_backing=self.backing is not None,
+            backing_size=None if self.backing is None else self.backing.size,
         )
 
     @property
     def header(self) -> Header:
         """The header as it is on the disk."""
         return self._changes.root.header if self._changes else self._header
+
+    @property
+    def size(self) -> int:
+        """Length of the disk in bytes."""
+        return self.geometry.size
 
     @property
     def chain(self) -> "Sequence[Image | RawImage]":
@@ -185,6 +190,15 @@ class Image:
         if self._changes is not None:
             await self._stability.sync()
 
+    async def grow(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; what is new reads as zeros. Stable on return.
+
+        Nothing else is under way. A death at any moment leaves the old disk or the new one.
+        Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
+        """
+        changes = self._writable()
+        await changes.grower.grow(grown_size(self.file, self.header, nbytes))
+
     async def close(self) -> None:
         """Leave the image clean: refcounts written, everything stable, then the dirty bit cleared.
 
@@ -210,7 +224,7 @@ class Changes:
         statistics: Statistics,
         *,
         file_size: int,
-        has_backing: bool,
+        backing_size: int | None,
     ) -> None:
         table_offset = root.header.record.refcount_table_offset
         self.root = root
@@ -225,7 +239,11 @@ class Changes:
         self.writer = Writer(
             file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, stability, statistics
         )
+        has_backing = backing_size is not None
         self.zeroer = Zeroer(geometry, mapping, reader, self.writer, tables, self._reaper, has_backing=has_backing)
+        self.grower = Grower(
+            geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
+        )
 
     async def settle(self) -> None:
         """Bring the disk in the state of a clean close."""

@@ -2,6 +2,7 @@
 #include "qcow2/l2cache.h"
 
 #include <endian.h>
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -46,39 +47,59 @@ struct l2map {
 struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots)
 {
     struct l2map *map = calloc(1, sizeof(*map));
-    uint32_t nbuckets = 16;
 
     if (!map)
         return NULL;
-    while (nbuckets < nslots)
-        nbuckets *= 2;
     map->cluster_bits = cluster_bits;
     map->slice_bits = cluster_bits - 3 < MAX_SLICE_BITS ? cluster_bits - 3 : MAX_SLICE_BITS;
     map->version = version;
-    map->size = size;
     map->slot = SLOT_UNKNOWN;
-    map->nslots = nslots;
-    map->bucket_mask = nbuckets - 1;
-    map->entries = calloc((size_t)nslots << map->slice_bits, sizeof(*map->entries));
-    map->slice_of = calloc(nslots, sizeof(*map->slice_of));
-    map->next = calloc(nslots, sizeof(*map->next));
-    map->buckets = malloc(nbuckets * sizeof(*map->buckets));
-    map->referenced = calloc(nslots, sizeof(*map->referenced));
-    if (!map->entries || !map->slice_of || !map->next || !map->buckets || !map->referenced) {
-        l2map_destroy(map);
+    if (l2map_resize(map, size, nslots) < 0) {
+        free(map);
         return NULL;
     }
-    memset(map->buckets, 0xff, nbuckets * sizeof(*map->buckets));
     return map;
 }
 
-void l2map_destroy(struct l2map *map)
+static void free_slots(struct l2map *map)
 {
     free(map->entries);
     free(map->slice_of);
     free(map->next);
     free(map->buckets);
     free(map->referenced);
+}
+
+int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
+{
+    struct l2map resized = *map;
+    uint32_t nbuckets = 16;
+
+    while (nbuckets < nslots)
+        nbuckets *= 2;
+    resized.size = size;
+    resized.nslots = nslots;
+    resized.nused = 0;
+    resized.hand = 0;
+    resized.bucket_mask = nbuckets - 1;
+    resized.entries = calloc((size_t)nslots << map->slice_bits, sizeof(*map->entries));
+    resized.slice_of = calloc(nslots, sizeof(*map->slice_of));
+    resized.next = calloc(nslots, sizeof(*map->next));
+    resized.buckets = malloc(nbuckets * sizeof(*map->buckets));
+    resized.referenced = calloc(nslots, sizeof(*map->referenced));
+    if (!resized.entries || !resized.slice_of || !resized.next || !resized.buckets || !resized.referenced) {
+        free_slots(&resized);
+        return -ENOMEM;
+    }
+    memset(resized.buckets, 0xff, nbuckets * sizeof(*resized.buckets));
+    free_slots(map);
+    *map = resized;
+    return 0;
+}
+
+void l2map_destroy(struct l2map *map)
+{
+    free_slots(map);
     free(map);
 }
 

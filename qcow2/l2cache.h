@@ -38,6 +38,8 @@ struct l2map;
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
 struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots);
 void l2map_destroy(struct l2map *map);
+/* The disk has `size` guest bytes now; nslots slices, none of them in the cache any more. -ENOMEM changes nothing. */
+int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots);
 
 /* l1: entries in host byte order, borrowed until the next call. */
 void l2map_set_l1(struct l2map *map, const uint64_t *l1, uint64_t nentries);

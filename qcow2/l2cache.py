@@ -6,7 +6,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from qcow2.geometry import Geometry
-from qcow2.native import Pointer, ffi, lib
+from qcow2.native import Pointer, check, ffi, lib
 
 MIN_SLOTS = 64
 
@@ -45,8 +45,8 @@ class L2Cache:
 
     def __init__(self, geometry: Geometry, cache_size: int) -> None:
         self._geometry = geometry
-        slices = -(-geometry.size >> geometry.slice_bits)
-        nslots = max(MIN_SLOTS, min(cache_size // geometry.slice_bytes, slices))
+        self._cache_size = cache_size
+        nslots = self._slots()
         created = lib.l2map_create(geometry.cluster_bits, geometry.version, geometry.size, nslots)
         if created == ffi.NULL:
             raise MemoryError(f"no memory for an L2 cache of {nslots} slices")
@@ -60,6 +60,15 @@ class L2Cache:
     def extent_map(self) -> ExtentMap:
         """The addresses the worker takes."""
         return ExtentMap(lib.l2map_translate_address(), int(ffi.cast("uintptr_t", self._map)))
+
+    def _slots(self) -> int:
+        """How many slices to hold: no more than the disk has."""
+        slices = -(-self._geometry.size >> self._geometry.slice_bits)
+        return max(MIN_SLOTS, min(self._cache_size // self._geometry.slice_bytes, slices))
+
+    def resize(self) -> None:
+        """The disk's size has changed; the cache is empty after, the extent map keeps its addresses."""
+        check(lib.l2map_resize(self._map, self._geometry.size, self._slots()))
 
     def set_l1(self, l1: "array[int]") -> None:
         """Borrow *l1*, the entries in host order; call again before its length changes."""

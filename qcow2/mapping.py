@@ -62,6 +62,11 @@ class Mapping:
         cache.set_l1(l1)
         cache.set_metadata(self._metadata)
 
+    def move_l1(self, l1: "array[int]", l1_offset: int) -> None:
+        """The header points at another L1 table, *l1*, at *l1_offset*."""
+        self.cache.set_l1(l1)
+        self.l1, self.l1_offset = l1, l1_offset
+
     def set_file_end(self, nbytes: int) -> None:
         """The host file is *nbytes* long now."""
         self.file_end = self.geometry.round_up(nbytes)

@@ -193,6 +193,15 @@ class Refcounts:
         self._blocks[index] = block
         await self._evict()
 
+    async def link_block(self, index: int, cluster: int) -> None:
+        """Let *cluster*, stable zeros that another block counts, hold block *index*; the caller holds `mutex`.
+
+        The table entry is written, not yet stable: without it the same clusters count zero.
+        """
+        host_offset = cluster << self._geometry.cluster_bits
+        await self._stability.write(self.table_offset + index * ENTRY_SIZE, bytes_of([host_offset]))
+        self.table[index] = host_offset
+
     def plan_table(self, needed_index: int, start: int) -> "TablePlan":
         """A larger table that has entry *needed_index*, at clusters from *start* on, which no block counts yet.
 

@@ -50,6 +50,15 @@ class Root:
             refcount_table_clusters=nclusters,
         )
 
+    async def set_l1(self, host_offset: int, nentries: int) -> None:
+        """Let the header point at another L1 table, which is stable; stable on return."""
+        packed = layout.HEADER_L1.pack(nentries, host_offset)
+        await self._write(layout.HEADER_L1_OFFSET, packed, l1_size=nentries, l1_table_offset=host_offset)
+
+    async def set_size(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, which its L1 table maps; stable on return."""
+        await self._write(layout.HEADER_SIZE_OFFSET, layout.HEADER_SIZE.pack(nbytes), size=nbytes)
+
     async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
         """Write *packed*, which says *fields*; stable on return."""
         await self._stability.write(host_offset, packed)

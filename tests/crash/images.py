@@ -32,6 +32,7 @@ class Kind:
     version: int = 3
     refcount_order: int = 4
     backing: bool = False
+    beyond: int = -5  # sectors of the backing file past the end of the disk
     fill: Callable[[Recipe], None] = field(default=lambda recipe: None)
 
     @property
@@ -97,6 +98,7 @@ KINDS = {
         Kind("small", cluster_bits=9, nclusters=150, fill=some_data),
         Kind("small-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_data),
         Kind("small-backing", cluster_bits=9, nclusters=150, backing=True),
+        Kind("longer-backing", nclusters=20, cluster_bits=10, backing=True, beyond=200, fill=some_data),
         Kind("width-1", refcount_order=0, cluster_bits=9, nclusters=100),
         Kind("width-64", refcount_order=6, cluster_bits=9, nclusters=100, fill=some_data),
     )
@@ -108,7 +110,7 @@ def start(name: str) -> Start:
     """The image of that kind; copy it before use."""
     kind = KINDS[name]
     nbytes = kind.nsectors * SECTOR
-    under = content(7, nbytes - 5 * SECTOR) if kind.backing else b""
+    under = content(7, nbytes + kind.beyond * SECTOR) if kind.backing else b""
     recipe = Recipe(
         size=nbytes,
         version=kind.version,

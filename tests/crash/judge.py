@@ -1,9 +1,11 @@
 """Running a workload on a simulated host, and opening what a death left of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.error import ImageError
+from qcow2.image import Image
 from tests.crash.explorer import Run, Violation
 from tests.crash.history import History
 from tests.crash.images import check_image, open_image, read_all, start
@@ -35,8 +37,10 @@ def describe(steps: Sequence[Step]) -> str:
     return " ; ".join(" & ".join(map(str, step)) for step in steps)
 
 
-def opener(kind: str) -> Callable[[SimulatedFile], bytes]:
-    """Opens states of an image of *kind* as the daemon would, and judges the metadata."""
+def opener(
+    kind: str, look: Callable[[Image], Coroutine[Any, Any, bytes]] = read_all
+) -> Callable[[SimulatedFile], bytes]:
+    """Opens states of an image of *kind* as the daemon would, judges the metadata, and answers what *look* sees."""
     begun = start(kind)
 
     def open_state(file: SimulatedFile) -> bytes:
@@ -44,7 +48,7 @@ def opener(kind: str) -> Callable[[SimulatedFile], bytes]:
         try:
             image = driver.run(open_image(file, begun.backing))
             driver.run(check_image(file))
-            seen = driver.run(read_all(image))
+            seen = driver.run(look(image))
             driver.run(image.close())
             driver.run(check_image(file))
         except (ImageError, OSError, ValueError, LookupError, ArithmeticError) as error:
