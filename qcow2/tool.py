@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from qcow2 import tool_check, tool_create, tool_dump, tool_info, tool_map, tool_rebase
+from qcow2 import tool_check, tool_create, tool_dump, tool_info, tool_map, tool_rebase, tool_resize
 from qcow2.error import ImageError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "check": (tool_check, "check an image, and repair it"),
     "map": (tool_map, "say where the disk's bytes are"),
     "rebase": (tool_rebase, "give an image another backing file"),
+    "resize": (tool_resize, "make the disk of an image longer"),
     "dump-header": (tool_dump, "show the header with all its extensions"),
 }
 
