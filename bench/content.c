@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SECTOR 512
+#define STRIDE 32 /* bytes from one stamp to the next */
 
 struct stamp {
     uint64_t guest_offset;
@@ -49,10 +49,9 @@ void content_issue(struct content *content, uint64_t guest_offset, uint8_t *data
 {
     uint32_t generation = ++block_at(content, guest_offset)->issued;
 
-    for (uint32_t at = 0; at < content->block_size; at += SECTOR) {
+    for (uint32_t at = 0; at < content->block_size; at += STRIDE) {
         struct stamp stamp = stamp_of(content, guest_offset + at, generation);
-        for (uint32_t i = 0; i < SECTOR; i += 32)
-            memcpy(data + at + i, &stamp, sizeof(stamp));
+        memcpy(data + at, &stamp, sizeof(stamp));
     }
 }
 
@@ -68,28 +67,20 @@ uint32_t content_oldest(const struct content *content, uint64_t guest_offset)
     return block_at(content, guest_offset)->written;
 }
 
-static bool holds(const uint8_t *sector, const struct stamp *stamp)
-{
-    for (uint32_t i = 0; i < SECTOR; i += 32)
-        if (memcmp(sector + i, stamp, sizeof(*stamp)) != 0)
-            return false;
-    return true;
-}
-
 bool content_is_right(const struct content *content, uint64_t guest_offset, uint32_t oldest, const uint8_t *data)
 {
     uint32_t newest = block_at(content, guest_offset)->issued;
 
     if (oldest == 0)
         return true; /* what was there before may be anything */
-    for (uint32_t at = 0; at < content->block_size; at += SECTOR) {
+    for (uint32_t at = 0; at < content->block_size; at += STRIDE) {
         struct stamp found, stamp;
         memcpy(&found, data + at, sizeof(found));
+        /* Generations may alternate within a sector: a buffered read on ext4 takes no lock against a write in flight. */
         if (found.generation < oldest || found.generation > newest)
             return false;
-        /* Sectors may differ: a write in flight is not atomic. */
         stamp = stamp_of(content, guest_offset + at, found.generation);
-        if (!holds(data + at, &stamp))
+        if (memcmp(&found, &stamp, sizeof(stamp)) != 0)
             return false;
     }
     return true;

@@ -37,6 +37,7 @@ void content_acknowledge(struct content *content, uint64_t guest_offset);
 /* The generation a read that starts now must see at least. */
 uint32_t content_oldest(const struct content *content, uint64_t guest_offset);
 
-/* Does `data` hold one generation of this block, no older than `oldest`? Zero
- * or foreign bytes are right only where nothing was acknowledged before. */
+/* Does `data` hold this block, every part of it no older than `oldest`? Only a
+ * write in flight lets parts differ. Zero or foreign bytes are right only where
+ * nothing was acknowledged before. */
 bool content_is_right(const struct content *content, uint64_t guest_offset, uint32_t oldest, const uint8_t *data);
