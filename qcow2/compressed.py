@@ -7,12 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from qcow2.error import CorruptImage
 from qcow2.geometry import Geometry
 from qcow2.layout import SECTOR_SIZE, CompressedMasks, CompressionType
+from qcow2.native import ffi, lib
 from qcow2.operation import Compute, File, Read, Signal
 from qcow2.statistics import Statistics
+
+Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 
 CACHE_BYTES = 4 << 20
 ZSTD_WINDOW_LOG = 23  # what every decoder must accept; more would be memory in proportion to an unchecked field
@@ -39,11 +43,17 @@ class Payload:
         return range(geometry.cluster_of(self.host_offset), geometry.cluster_of(last) + 1)
 
 
-def inflate(data: bytes, cluster_size: int) -> bytes:
+def inflate(data: bytes, cluster_size: int) -> Content:
     """Decompress a raw deflate stream, up to *cluster_size* bytes; what follows it is ignored.
 
+    libdeflate takes only streams that end where the cluster does. zlib has the last word on all others, such as one
+    whose end marker was cut off, which QEMU reads.
     Raises: ValueError if it is none.
     """
+    cluster = bytearray(cluster_size)
+    stream, target = ffi.from_buffer("uint8_t[]", data), ffi.from_buffer("uint8_t[]", cluster)
+    if lib.inflate_cluster(stream, len(data), target, cluster_size) == 0:
+        return cluster
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, cluster_size)
     except zlib.error as error:
@@ -84,7 +94,7 @@ if sys.version_info >= (3, 14):
         return output
 
 
-UNPACK: dict[CompressionType, Callable[[bytes, int], bytes]] = {
+UNPACK: dict[CompressionType, Callable[[bytes, int], Content]] = {
     CompressionType.ZLIB: inflate,
     CompressionType.ZSTD: unpack_zstd,
 }
@@ -95,7 +105,7 @@ class _Unpacking:
 
     def __init__(self) -> None:
         self.ended = Signal()
-        self.content = b""
+        self.content: Content = b""
         self.error: BaseException | None = None
 
 
@@ -109,11 +119,11 @@ class CompressedClusters:
         self._geometry = geometry
         self._unpack = UNPACK[compression_type]
         self._statistics = statistics
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._kept: OrderedDict[int, Content] = OrderedDict()
         self._limit = max(1, CACHE_BYTES // geometry.cluster_size)
         self._under_way: dict[int, _Unpacking] = {}
 
-    async def read(self, entry: int) -> bytes:
+    async def read(self, entry: int) -> Content:
         """The whole cluster that a compressed L2 *entry*, just resolved, names.
 
         Never reads the file after having waited: the cluster may have been freed meanwhile.
@@ -130,7 +140,7 @@ class CompressedClusters:
             raise unpacking.error
         return unpacking.content
 
-    async def _read_first(self, entry: int) -> bytes:
+    async def _read_first(self, entry: int) -> Content:
         unpacking = self._under_way[entry] = _Unpacking()
         try:
             content = unpacking.content = await self._decompress(Payload.of(entry, self._geometry))
@@ -143,17 +153,17 @@ class CompressedClusters:
         self._keep(entry, content)
         return content
 
-    def _keep(self, entry: int, content: bytes) -> None:
+    def _keep(self, entry: int, content: Content) -> None:
         self._kept[entry] = content
         if len(self._kept) > self._limit:
             self._kept.popitem(last=False)
 
-    async def _decompress(self, payload: Payload) -> bytes:
+    async def _decompress(self, payload: Payload) -> Content:
         self._statistics.decompressions += 1
         data = await Read(self._file, payload.host_offset, payload.nbytes)
         cluster_size = self._geometry.cluster_size
         try:
-            content: bytes = await Compute(partial(self._unpack, data, cluster_size))
+            content: Content = await Compute(partial(self._unpack, data, cluster_size))
         except ValueError as error:
             raise CorruptImage(self._file.path, payload.host_offset, f"compressed cluster: {error}") from error
         if len(content) != cluster_size:

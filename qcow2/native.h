@@ -10,3 +10,7 @@
 
 /* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */
 int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);
+
+/* Decompress the raw deflate stream at the front of `stream`, ignoring what follows it. 0; -ENOMEM; -EINVAL if it is
+ * none, or does not end after exactly cluster_nbytes. `cluster` holds anything after an error. */
+int inflate_cluster(const uint8_t *stream, size_t stream_nbytes, uint8_t *cluster, size_t cluster_nbytes);

@@ -78,7 +78,19 @@ def run_sanitized(directory: Path) -> None:
     for program in sorted((ROOT / "tests" / "c").glob("*.c")):
         binary = str(directory / program.stem)
         print(f"{program.relative_to(ROOT)}", flush=True)
-        build = [compiler, *FLAGS, *SANITIZERS, "-I.", str(program), *objects, "-luring", "-pthread", "-o", binary]
+        build = [
+            compiler,
+            *FLAGS,
+            *SANITIZERS,
+            "-I.",
+            str(program),
+            *objects,
+            "-luring",
+            "-ldeflate",
+            "-pthread",
+            "-o",
+            binary,
+        ]
         subprocess.run(build, cwd=ROOT, check=True)
         subprocess.run([binary], check=True, timeout=300)
 

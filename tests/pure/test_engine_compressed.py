@@ -49,6 +49,12 @@ def test_a_stream_of_too_much_stops_at_a_cluster(unpack) -> None:  # type: ignor
     assert unpack(packed, CLUSTER) == bytes(CLUSTER)
 
 
+def test_deflate_without_its_end_marker_is_read() -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+    packed = packer.compress(TEXT) + packer.flush(zlib.Z_FULL_FLUSH)  # every byte, and no last block
+    assert inflate(packed, CLUSTER) == TEXT
+
+
 @pytest.mark.parametrize("unpack", [inflate, unpack_zstd])
 def test_a_stream_cut_short_is_no_cluster(unpack) -> None:  # type: ignore[no-untyped-def]
     packed = deflate(noise(CLUSTER)) if unpack is inflate else zstandard.compress(noise(CLUSTER))
