@@ -57,6 +57,8 @@ static void start(struct worker *worker, uint32_t slot)
     io_uring_sqe_set_data64(entry, tagged(TAG_SYNC, slot, 0));
     line_move(&file->served, &file->waiting);
     file->syncing = true;
+    if (worker->trace)
+        file->trace_id = trace_sync(worker->trace, slot);
     worker->submitted++;
     worker->counters->syncs++;
 }
@@ -75,6 +77,8 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     worker->submitted--;
     worker->progress = true;
     file->syncing = false;
+    if (worker->trace)
+        trace_done(worker->trace, file->trace_id, result);
     if (result < 0) {
         /* The kernel may have marked the lost pages clean, so a later sync that succeeds proves nothing. */
         file->error = -result;

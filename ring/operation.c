@@ -77,13 +77,16 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     if (!entry)
         return -EAGAIN;
     prepare_transfer(entry, operation, &worker->files[operation->slot], &gather);
+    if (worker->trace && operation->verb == VERB_WRITE)
+        operation->trace_id = trace_write(worker->trace, operation->slot, operation->host_offset + operation->progress,
+                                          gather.iovecs, gather.count);
     io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
     return 0;
 }
 
 static int submit_zero(struct worker *worker, uint32_t number)
 {
-    const struct operation *operation = &worker->operations[number];
+    struct operation *operation = &worker->operations[number];
     int how = operation->verb == VERB_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     struct io_uring_sqe *entry = uring_entry(&worker->uring);
 
@@ -91,6 +94,8 @@ static int submit_zero(struct worker *worker, uint32_t number)
         return -EAGAIN;
     io_uring_prep_fallocate(entry, worker->files[operation->slot].fd, how | FALLOC_FL_KEEP_SIZE,
                             operation->host_offset, operation->nbytes);
+    if (worker->trace)
+        operation->trace_id = trace_zero(worker->trace, operation->slot, operation->host_offset, operation->nbytes);
     io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
     return 0;
 }
@@ -288,6 +293,8 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
     const struct operation *operation = &worker->operations[number];
 
     worker->submitted--;
+    if (worker->trace && operation->trace_id)
+        trace_done(worker->trace, operation->trace_id, result);
     if (result == -EINTR || result == -EAGAIN)
         submit(worker, number);
     else if (operation->verb == VERB_READ || operation->verb == VERB_WRITE)

@@ -29,6 +29,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->parts = 0;
     request->error = 0;
     request->synced = false;
+    request->traced = false;
     queue->in_flight++;
     worker->requests_in_flight++;
     worker->busy_nbytes += chain->readable_nbytes + chain->writable_nbytes;
@@ -75,6 +76,34 @@ void request_release(struct worker *worker, struct request *request, int result)
         request->error = result;
     if (--request->parts == 0)
         worker->device->end(worker->device, worker, request, request->error);
+}
+
+void request_trace(struct worker *worker, struct request *request, uint32_t flags)
+{
+    struct trace_record record = {
+        .kind = TRACE_REQUEST,
+        .id = request_id(request),
+        .offset = request->offset,
+        .nbytes = request->nbytes,
+        .type = request->type,
+        .flags = flags,
+    };
+    uint32_t count = request->data ? request->readable_count - (request->data - request->pieces) : 0;
+
+    request->traced = true;
+    trace_add(worker->trace, record, request->data, count);
+}
+
+void request_trace_answer(struct worker *worker, const struct request *request, int status)
+{
+    struct trace_record record = {
+        .kind = TRACE_ANSWER,
+        .result = status,
+        .id = request_id(request),
+        .type = request->type,
+    };
+
+    trace_add(worker->trace, record, NULL, 0);
 }
 
 void request_punt(struct worker *worker, struct request *request)

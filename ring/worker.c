@@ -219,6 +219,11 @@ uint32_t worker_requests_in_flight(struct worker *worker)
     return worker->requests_in_flight;
 }
 
+void worker_set_trace(struct worker *worker, struct trace *trace)
+{
+    worker->trace = trace;
+}
+
 /* ---- files ---- */
 
 /* What O_DIRECT on this file wants; 4096 suits every disk that does not say. */

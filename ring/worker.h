@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "ring/memory.h"
+#include "ring/trace.h"
 #include "ring/uring.h"
 #include "ring/virtqueue.h"
 
@@ -105,6 +106,7 @@ struct request {
     uint16_t head;
     uint8_t state;
     uint8_t synced; /* for the device: it waited in a sync already */
+    uint8_t traced; /* its end is recorded, too */
     struct iovec inline_pieces[INLINE_PIECES];
 };
 
@@ -145,6 +147,7 @@ struct file {
     uint32_t offset_align;
     bool syncs;   /* false: a sync succeeds at once */
     bool syncing; /* an fdatasync is in flight, for `served` */
+    uint64_t trace_id; /* of that fdatasync */
     int error;    /* of a failed fdatasync, for good */
     struct line waiting;
     struct line served;
@@ -174,6 +177,7 @@ struct operation {
     uint64_t host_offset;
     uint64_t nbytes;
     uint64_t progress;
+    uint64_t trace_id; /* of what is in the kernel now */
     uint8_t verb;
     uint8_t epoch;
     bool data;   /* may go through direct_fd */
@@ -194,6 +198,7 @@ struct worker {
     struct uring uring;
     struct device *device;
     struct worker_counters *counters;
+    struct trace *trace; /* NULL: nobody wants one */
     struct guest_memory memory;
     int control_fd;
     bool paused;
@@ -261,6 +266,9 @@ const char *worker_queue_fault(struct worker *worker, uint32_t index);
 
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync);
 
+/* Record from now on what changes a file, what is synced, and the requests for it; NULL ends that. Borrowed. */
+void worker_set_trace(struct worker *worker, struct trace *trace);
+
 /* -> the operation's number, EVENT_DONE follows with its result; -EBUSY: none is free, later. */
 int worker_transfer(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset, uint64_t source,
                     uint64_t start, uint64_t nbytes);
@@ -287,6 +295,10 @@ void request_release(struct worker *worker, struct request *request, int result)
 
 /* Wait for an fdatasync of the file that starts after now; device->end comes after it. */
 void request_sync(struct worker *worker, struct request *request, uint32_t slot);
+
+/* Record that it was asked for, and that its answer, `status`, is about to be seen. */
+void request_trace(struct worker *worker, struct request *request, uint32_t flags);
+void request_trace_answer(struct worker *worker, const struct request *request, int status);
 
 /* Leave it to Python. */
 void request_punt(struct worker *worker, struct request *request);

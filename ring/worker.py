@@ -20,6 +20,7 @@ from ring.memory import Mapping, MemoryRegion, map_regions, native_table
 from ring.native import Pointer, check, ffi, lib
 from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
 from ring.request import Request
+from ring.trace import Trace
 from ring.virtqueue import QueueLayout
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ class Worker:
         self._mappings: dict[MemoryRegion, Mapping] = {}
         self._draining: dict[int, Callable[[int], None]] = {}
         self._queues: set[int] = set()
+        self._trace: Trace | None = None  # C writes to it
         self._on_sync_failed: dict[int, Callable[[int], None]] = {}
 
     def __enter__(self) -> "Worker":
@@ -227,6 +229,11 @@ class Worker:
         if on_sync_failed is not None:
             self._on_sync_failed[slot] = on_sync_failed
         return slot
+
+    def set_trace(self, trace: Trace) -> None:
+        """Record from now on what changes the files, what is synced and the requests for it; it outlives the worker."""
+        self._trace = trace
+        lib.worker_set_trace(self._native, trace.native)
 
     def read(self, slot: int, host_offset: int, pieces: Sequence[Piece], done: Done, *, data: bool = False) -> None:
         """Fill *pieces* one after the other, with zeros past the end of the file."""

@@ -1,14 +1,16 @@
 """The `vhost-user-qcow2` command line: open an image, put it under a device, serve it until a signal."""
 
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from qcow2.statistics import Statistics
     from ring.counter import Counters
+    from ring.trace import Trace
     from vhost.endpoint import Endpoint
     from vhost.option import Options
 
@@ -82,12 +84,27 @@ def serve_image(options: "Options") -> None:
         except Stopped:
             return
         stack.enter_context(disk)
+        trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
         direct_fds = stack.enter_context(direct_descriptors(disk.files)) if options.cache.direct else {}
-        backend = ImageBackend(disk, cache=options.cache, serial=options.serial, direct_fds=direct_fds)
+        backend = ImageBackend(disk, cache=options.cache, serial=options.serial, direct_fds=direct_fds, trace=trace)
         counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
         disk.close()  # while a second signal still cannot interrupt it
     if options.stats:
         print(_stats(counters, disk.image.statistics), flush=True)
+
+
+@contextmanager
+def _trace(path: str) -> "Iterator[Trace]":
+    """A trace in the new file *path*; says so if it ends before the daemon does."""
+    import logging
+    import os
+
+    from ring.trace import Trace
+
+    with Trace(path) as trace:
+        yield trace
+    if trace.error:
+        logging.getLogger("vhost").warning("%s: the trace ends early: %s", path, os.strerror(trace.error))
 
 
 class Stopped(Exception):

@@ -17,6 +17,7 @@ from qcow2.task import Scheduler, Task
 from ring.extent import ExtentMap
 from ring.operations import Piece
 from ring.request import GuestSlice, Request
+from ring.trace import Trace
 from ring.worker import Worker
 from vhost.option import CacheMode
 from virtio.block import UNMAP, RequestType, Status
@@ -31,9 +32,10 @@ log = logging.getLogger("vhost")
 class RingDriver:
     """Runs coroutines of the engine on a worker: each operation they await becomes one of the worker's."""
 
-    def __init__(self, worker: Worker, slots: dict[op.File, int]) -> None:
+    def __init__(self, worker: Worker, slots: dict[op.File, int], trace: Trace | None) -> None:
         self._worker = worker
         self._slots = slots
+        self._trace = trace
         self._scheduler = Scheduler(self._start)
 
     def run(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[Task], None]) -> None:
@@ -65,10 +67,25 @@ class RingDriver:
                 worker.grace(self._end(task, None))
             case op.Compute(function=function):
                 worker.compute(function, self._compute_end(task))
-            case op.Size() | op.Resize():  # of an inode that the host has in memory: not worth a thread
+            case op.Size():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
+            case op.Resize():  # the same
+                self._resize(operation)
+                self._scheduler.resume(task)
             case _:
                 raise TypeError(f"not an operation of the disk: {operation!r}")
+
+    def _resize(self, operation: op.Resize) -> None:
+        if self._trace is None:
+            perform(operation)
+            return
+        traced = self._trace.resize(self._slots[operation.file], operation.nbytes)
+        try:
+            perform(operation)
+        except OSError as error:
+            self._trace.done(traced, -(error.errno or errno.EIO))
+            raise
+        self._trace.done(traced, 0)
 
     def _end(
         self, task: Task, file: op.File | None, result_of: Callable[[], bytes | None] = lambda: None
@@ -106,7 +123,15 @@ def _piece(buffer: bytes | bytearray | memoryview | op.Buffer) -> Piece:
 class ImageBackend:
     """An open image as a `Backend`; while a worker has it, nobody else may touch it."""
 
-    def __init__(self, disk: Disk, *, cache: CacheMode, serial: str, direct_fds: dict[HostFile, int]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        cache: CacheMode,
+        serial: str,
+        direct_fds: dict[HostFile, int],
+        trace: Trace | None = None,
+    ) -> None:
         image = disk.image
         self.geometry = Geometry(
             size=image.size,
@@ -119,6 +144,7 @@ class ImageBackend:
         self._files = disk.files
         self._cache = cache
         self._direct_fds = direct_fds
+        self._trace = trace
         self._told: set[str] = set()
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
@@ -128,13 +154,23 @@ class ImageBackend:
         if not self._image.read_only:
             block.set_sync_slot(slots[self._image.file])
         block.set_extent_map(ExtentMap(*self._image.extent_map))
-        self._driver = RingDriver(worker, slots)
+        if self._trace is not None:
+            self._begin_trace(self._trace, worker, slots)
+        self._driver = RingDriver(worker, slots, self._trace)
         self._block = block
         self._image.on_failure = self._refuse_writes
 
     def _add_file(self, worker: Worker, file: HostFile) -> int:
         direct_fd = self._direct_fds.get(file, -1)
         return worker.add_file(file.fd, direct_fd=direct_fd, sync=self._cache.sync, on_sync_failed=self._sync_failed)
+
+    def _begin_trace(self, trace: Trace, worker: Worker, slots: dict[op.File, int]) -> None:
+        """Record what the files hold, made stable first: what a trace begins with survives every death in it."""
+        for file in self._files:
+            if file.writable:
+                os.fdatasync(file.fd)
+            trace.add_file(slots[file], file.fd, file.path, writable=file.writable)
+        worker.set_trace(trace)
 
     def detach(self) -> None:
         self._block.set_extent_map(None)

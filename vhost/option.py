@@ -55,6 +55,7 @@ class Options:
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE
     stats: bool = False
+    trace_io: str | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,6 +84,7 @@ def parse(arguments: list[str]) -> Options:
         lazy_refcounts={"on": True, "off": False, "image": None}[given.lazy_refcounts],
         cache_size=given.cache_size,
         stats=given.stats,
+        trace_io=given.trace_io,
     )
 
 
@@ -100,6 +102,7 @@ def _parser() -> Parser:
     add("--lazy-refcounts", choices=["on", "off", "image"], default="image", help="default: as the image says")
     add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
+    add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")
     return parser
 

@@ -24,12 +24,20 @@ static bool takes_no_writes(const struct block *block, const struct worker *work
     return block->failed || (worker_has_slot(worker, block->sync_slot) && worker_slot_failed(worker, block->sync_slot));
 }
 
+static void trace(const struct block *block, struct worker *worker, struct request *request)
+{
+    if (worker->trace)
+        request_trace(worker, request, block->writethrough ? TRACE_WRITETHROUGH : 0);
+}
+
 /* ---- the end of a request ---- */
 
 static void answer(struct worker *worker, struct request *request, uint8_t status, uint64_t data_nbytes)
 {
     uint64_t nbytes = data_nbytes + 1;
 
+    if (worker->trace && request->traced)
+        request_trace_answer(worker, request, status);
     if (status != VIRTIO_BLK_S_OK)
         worker->counters->failed_requests++;
     *request->status = status;
@@ -138,14 +146,17 @@ static void transfer(struct block *block, struct worker *worker, struct request 
     bool is_write = request->type == VIRTIO_BLK_T_OUT;
 
     request->offset = sector_offset(sector);
-    if (is_write && (block->read_only || takes_no_writes(block, worker)))
+    if (is_write && (block->read_only || takes_no_writes(block, worker))) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    else if (request->nbytes > TRANSFER_NBYTES_MAX || !is_inside(block, request->offset, request->nbytes))
+    } else if (request->nbytes > TRANSFER_NBYTES_MAX || !is_inside(block, request->offset, request->nbytes)) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    else if (request->nbytes == 0)
+    } else if (request->nbytes == 0) {
         answer(worker, request, VIRTIO_BLK_S_OK, 0);
-    else
+    } else {
+        if (is_write)
+            trace(block, worker, request);
         begin_transfer(block, worker, request);
+    }
 }
 
 /* ---- the other types ---- */
@@ -153,6 +164,7 @@ static void transfer(struct block *block, struct worker *worker, struct request 
 static void flush(struct block *block, struct worker *worker, struct request *request)
 {
     worker->counters->flushes++;
+    trace(block, worker, request);
     if (takes_no_writes(block, worker)) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
     } else if (worker_has_slot(worker, block->sync_slot)) {
@@ -211,6 +223,7 @@ static void clear_range(struct block *block, struct worker *worker, struct reque
     request->flags = segment.flags;
     request->offset = sector_offset(segment.sector);
     request->nbytes = (uint64_t)segment.num_sectors * SECTOR;
+    trace(block, worker, request);
     request_punt(worker, request);
 }
 

@@ -12,6 +12,7 @@ from elftools.elf.elffile import ELFFile
 
 import ring._native
 from ring.counter import FIELDS
+from ring.trace import RECORD, Flag, Kind
 from ring.worker import EVENT
 
 
@@ -35,6 +36,24 @@ def records() -> dict[str, Record]:
                 ):
                     found[entry.attributes["DW_AT_name"].value.decode()] = describe(entry)
     return found
+
+
+def enumerators(name: str) -> dict[str, int]:
+    """The constants of an enum of the data plane's extension."""
+    with open(ring._native.__file__, "rb") as file:
+        for unit in ELFFile(file).get_dwarf_info().iter_CUs():  # type: ignore[no-untyped-call]
+            for entry in unit.iter_DIEs():
+                if entry.tag == "DW_TAG_enumeration_type" and name_of(entry) == name:
+                    return {
+                        child.attributes["DW_AT_name"].value.decode(): child.attributes["DW_AT_const_value"].value
+                        for child in entry.iter_children()
+                    }
+    raise LookupError(name)
+
+
+def name_of(entry: Any) -> str | None:
+    name = entry.attributes.get("DW_AT_name")
+    return name and name.value.decode()
 
 
 def describe(entry: Any) -> Record:
@@ -68,13 +87,25 @@ def test_layout_is_the_specified_one(name: str) -> None:
     assert records()[name] == SPECIFIED[name]
 
 
-def test_event_is_what_python_unpacks() -> None:
-    names = ("kind", "result", "id", "type", "flags", "offset", "nbytes")
+PACKED = {
+    "worker_event": (EVENT, "kind result id type flags offset nbytes"),
+    "trace_record": (RECORD, "kind result id offset nbytes slot type flags content_nbytes"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_record_is_what_python_packs(name: str) -> None:
+    packed, names = PACKED[name]
     offsets, at = {}, 0
-    for name, code in zip(names, EVENT.format.removeprefix("="), strict=True):
-        offsets[name] = at
+    for field, code in zip(names.split(), packed.format.removeprefix("="), strict=True):
+        offsets[field] = at
         at += struct.calcsize("=" + code)
-    assert records()["worker_event"] == Record(EVENT.size, offsets)
+    assert records()[name] == Record(packed.size, offsets)
+
+
+def test_kinds_and_flags_of_a_trace_are_the_compilers() -> None:
+    assert enumerators("trace_kind") == {f"TRACE_{kind.name}": kind for kind in Kind}
+    assert enumerators("trace_flag") == {f"TRACE_{flag.name}": flag for flag in Flag}
 
 
 def test_counters_are_the_fields_of_the_frozen_record() -> None:

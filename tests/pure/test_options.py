@@ -29,6 +29,7 @@ def test_every_option_is_understood() -> None:
             "--lazy-refcounts=off",
             "--cache-size=1M",
             "--stats",
+            "--trace-io=a.trace",
         ]
     )
     assert options == Options(
@@ -41,6 +42,7 @@ def test_every_option_is_understood() -> None:
         lazy_refcounts=False,
         cache_size=1 << 20,
         stats=True,
+        trace_io="a.trace",
     )
 
 
