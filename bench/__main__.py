@@ -20,6 +20,8 @@ from bench.server import ServerFailure
 from bench.sweep import SWEEPS
 from bench.watch import stopwatch
 
+IDLE_SECONDS = 20.0
+
 
 def main() -> int:
     """Run the benchmark; 0 if every case ran, whatever the figures."""
@@ -74,13 +76,17 @@ def execute(cases: list[Case], options: Options) -> Run:
             say("the disk alone, IOPS")
             ceilings = measure_ceilings(wanted, Path(disk).resolve(), seconds=options.seconds, say=say)
         arena = Arena(Path(disk).resolve(), Path(tmpfs), pairs=options.pairs, seconds=options.seconds)
-        run = Run(machine, command_line(), options.pairs, options.seconds, ceilings, ())
+        run = Run(machine, command_line(), options.pairs, options.seconds, ceilings, (), {})
         for number, case in enumerate(cases, 1):
             say(f"{number}/{len(cases)} {case.name}: {case.title}")
             comparison = arena.compare(case, say)
             run = replace(run, comparisons=(*run.comparisons, comparison))
             write_tables(run, options.output)  # a run is long: what is known survives its end
             say(summary(comparison))
+        if options.patterns in ([], ["all"]):
+            say(f"idle for {IDLE_SECONDS:g} s each")
+            run = replace(run, idle=arena.watch_idle(IDLE_SECONDS))
+            write_tables(run, options.output)
         return run
 
 

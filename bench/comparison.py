@@ -3,14 +3,20 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from bench.case import Case, Images
+from bench.case import GIB, Case, Images
 from bench.counting import TRACE, Ending, leave_qemu, read_trace, stop_ours
+from bench.idle import idle_share
+from bench.load import Job
 from bench.measurement import Command, Measurement, measure
-from bench.recipe import Kitchen
+from bench.recipe import Kitchen, Recipe
 from bench.server import Aio, Service, our_command, qemu_command
+from vhost.option import CacheMode
 
+IDLE = Recipe(GIB, name="fresh, 1 GiB")
+IDLE_JOB = Job(IDLE.nbytes, read_percent=50, depth=8, queues=2)
 WARM_UP = 0.5  # seconds, or as long as the run if that is shorter
 TRIAL = 1.0  # seconds for each way of QEMU to reach the disk
 
@@ -77,6 +83,20 @@ class Arena:
         finally:
             for image in images.values():
                 image.unlink(missing_ok=True)
+
+    def watch_idle(self, seconds: float) -> dict[str, float]:
+        """The share of one core that each server takes while it is connected and idle."""
+        kitchen = self._kitchens[False]
+        image = kitchen.path("idle")
+        try:
+            kitchen.make(IDLE, "idle")
+            service = Service(image, CacheMode.WRITEBACK, queues=IDLE_JOB.queues)
+            return {
+                contestant.name: idle_share(partial(contestant.command, service), IDLE_JOB, seconds)
+                for contestant in (our_daemon(), qemu(Aio.IO_URING))
+            }
+        finally:
+            image.unlink(missing_ok=True)
 
     def _choose_aio(self, case: Case, images: dict[str, Path]) -> tuple[Aio, dict[str, float]]:
         """Try each way of QEMU to reach the disk -> the fastest for this case, and the IOPS of all."""

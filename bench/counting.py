@@ -18,6 +18,7 @@ class Counted:
     acknowledged: int  # writes, discards and write-zeroes
     syncs: int
     metadata_writes: int
+    batch: float | None = None  # requests that reached Python for each time that anything did
 
     @property
     def syncs_per_1000(self) -> float | None:
@@ -35,7 +36,8 @@ def stop_ours(server: Server, acknowledged: int) -> Counted:
     """Our daemon prints its counters when it is told to end; they include the warm-up."""
     counters = server.stop()
     acknowledged = sum(counters[kind] for kind in ("writes", "discards", "write_zeroes"))
-    return Counted(acknowledged, counters["syncs"], counters["metadata_writes"])
+    batch = counters["python_requests"] / counters["crossings"] if counters["crossings"] else None
+    return Counted(acknowledged, counters["syncs"], counters["metadata_writes"], batch)
 
 
 def leave_qemu(server: Server, acknowledged: int) -> None:

@@ -31,6 +31,7 @@ class Measurement:
     cpu_per_100k: float  # seconds of the server, all threads
     syncs_per_1000: float | None  # fdatasyncs for 1,000 acknowledged writes
     metadata_per_1000: float | None
+    batch: float | None  # requests of the slow path taken at a time
     resident_at_rest_kib: int  # connected, before the first request
     resident_kib: int  # after the load
     kicks_per_1000: float
@@ -98,6 +99,7 @@ def _measurement(command: Sequence[str], run: _Run, counted: Counted | None) -> 
         cpu_per_100k=run.cpu / outcome.requests * 1e5,
         syncs_per_1000=counted.syncs_per_1000 if counted else None,
         metadata_per_1000=counted.metadata_per_1000 if counted else None,
+        batch=counted.batch if counted else None,
         resident_at_rest_kib=run.resident_at_rest_kib,
         resident_kib=run.resident_kib,
         kicks_per_1000=outcome.kicks / outcome.requests * 1e3,

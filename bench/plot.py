@@ -33,7 +33,8 @@ def draw(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], directory: 
     for sweep in sweeps:
         points = [(x, found[case.name]) for x, case in sweep.points if case.name in found]
         if points:
-            files.append(_draw_sweep(sweep, points, directory / f"{sweep.name}.svg"))
+            paint = _draw_cost if sweep.shows_cost else _draw_sweep
+            files.append(paint(sweep, points, directory / f"{sweep.name}.svg"))
     return files
 
 
@@ -66,6 +67,20 @@ def _draw_sweep(sweep: Sweep, points: Sequence[tuple[float, Comparison]], path: 
     axes.set_ylabel("IOPS")
     axes.set_title(sweep.title)
     axes.legend()
+    return _save(figure, path)
+
+
+def _draw_cost(sweep: Sweep, points: Sequence[tuple[float, Comparison]], path: Path) -> Path:
+    figure, axes = _new_figure(height=4)
+    batches = [median_of(comparison.ours, "batch") or 0.0 for _, comparison in points]
+    costs = [10 * (median_of(comparison.ours, "cpu_per_100k") or 0.0) for _, comparison in points]
+    axes.plot(batches, costs, marker="o", color=SERVERS[0][1])
+    for (depth, _), batch, cost in zip(points, batches, costs, strict=True):
+        axes.annotate(f"depth {depth:g}", (batch, cost), xytext=(4, 4), textcoords="offset points")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(sweep.label)
+    axes.set_ylabel("processor time a request, us")
+    axes.set_title(sweep.title)
     return _save(figure, path)
 
 

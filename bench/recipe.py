@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 CHUNK = 1 << 20
@@ -14,7 +15,7 @@ COMPRESSIBLE = bytes(b"0123456789abcdef"[byte & 15] for byte in range(256))  # f
 class Recipe:
     """How to make one image.
 
-    The base, if any, is full of data: of *base_nbytes*, and compressed if *base_options* say so.
+    The base, if any, is full of data: of *base_nbytes*, compressed or not, under *chain* overlays, the image included.
     """
 
     nbytes: int
@@ -22,6 +23,7 @@ class Recipe:
     is_filled: bool = False  # with data, every cluster
     base_nbytes: int = 0
     base_is_compressed: bool = False
+    chain: int = 1
     name: str = field(kw_only=True)
 
 
@@ -43,15 +45,17 @@ class Kitchen:
             template = self._template(f"filled-{recipe.nbytes}", lambda path: self._fill(path, recipe.nbytes))
             run("cp", "--sparse=always", template, image)
         elif recipe.base_nbytes:
-            base = self._base(recipe)
-            run("qemu-img", "create", "-q", "-f", "qcow2", "-o", recipe.options, "-b", base, "-F", "qcow2", image)
+            overlay(self._base(recipe), recipe.options, image)
         else:
             run("qemu-img", "create", "-q", "-f", "qcow2", "-o", recipe.options, image, recipe.nbytes)
 
     def _base(self, recipe: Recipe) -> Path:
         nbytes, compressed = recipe.base_nbytes, recipe.base_is_compressed
         name = f"base-{nbytes}{'-compressed' if compressed else ''}"
-        return self._template(name, lambda path: self._fill(path, nbytes, compressed=compressed))
+        base = self._template(name, lambda path: self._fill(path, nbytes, compressed=compressed))
+        for depth in range(1, recipe.chain):
+            base = self._template(f"{name}-{depth}", partial(overlay, base, recipe.options))
+        return base
 
     def _template(self, name: str, make: Callable[[Path], None]) -> Path:
         if name not in self._templates:
@@ -72,6 +76,11 @@ class Kitchen:
         finally:
             raw.unlink(missing_ok=True)
         warm(path)
+
+
+def overlay(base: Path, options: str, image: Path) -> None:
+    """An empty *image* over *base*."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "-b", base, "-F", "qcow2", image)
 
 
 def warm(path: Path) -> None:

@@ -29,6 +29,7 @@ class Run:
     seconds: float
     ceilings: dict[str, float]
     comparisons: tuple[Comparison, ...]
+    idle: dict[str, float]  # by server: share of one core that it takes while nobody asks for anything
 
 
 def ratio_of(comparison: Comparison) -> Ratio:
@@ -59,6 +60,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "pairs": run.pairs,
         "seconds": run.seconds,
         "ceilings": run.ceilings,
+        "idle": run.idle,
         "cases": [_case_as_json(comparison, run.ceilings) for comparison in run.comparisons],
     }
 
@@ -87,7 +89,9 @@ def _case_as_json(comparison: Comparison, ceilings: dict[str, float]) -> dict[st
 
 def markdown(run: Run) -> str:
     """The tables, with what must be known to read them."""
-    return "\n".join([*_preface(run), *_ratios(run), "", *_details(run), "", *_memory(run), *_ceilings(run), ""])
+    return "\n".join(
+        [*_preface(run), *_ratios(run), "", *_details(run), "", *_memory(run), *_idle(run), *_ceilings(run), ""]
+    )
 
 
 def _preface(run: Run) -> Iterator[str]:
@@ -160,6 +164,16 @@ _MEMORY: tuple[tuple[str, str, Callable[[list[int]], float]], ...] = (
     ("after a load, median", "resident_kib", statistics.median),
     ("after a load, largest", "resident_kib", max),
 )
+
+
+def _idle(run: Run) -> Iterator[str]:
+    if not run.idle:
+        return
+    yield "| connected and idle | share of one core |"
+    yield "|---|--:|"
+    for name, share in run.idle.items():
+        yield _row([name, f"{share:.4%}"])
+    yield ""
 
 
 def _ceilings(run: Run) -> Iterator[str]:

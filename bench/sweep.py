@@ -1,10 +1,10 @@
-"""Series of cases along one axis: queue depth, queues, image size."""
+"""Series of cases along one axis: queue depth, queues, image size, length of the backing chain."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bench.case import FILLED, FRESH, GIB, TIB, Case, Images
-from bench.load import Job
+from bench.case import FILLED, FRESH, GIB, KIB, TIB, Case, Images
+from bench.load import Job, Kind, Order
 from bench.recipe import Recipe
 from vhost.option import CacheMode
 
@@ -13,14 +13,24 @@ QUEUES = (1, 2, 3, 4)
 SIZES = {"1G": GIB, "16G": 16 * GIB, "128G": 128 * GIB, "1T": TIB, "4T": 4 * TIB}
 
 
+CHAINS = (1, 2, 4, 8, 16)
+MAPPED = Recipe(
+    8 * GIB, "compat=1.1,lazy_refcounts=on,preallocation=metadata", name="8 GiB, all mapped, lazy refcounts"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Cases that differ in one number, which the plot shows on the axis *label*."""
+    """Cases that differ in one number, which the plot shows on the axis *label*.
+
+    One that *shows_cost* plots our processor time per request against the requests that reach Python at a time.
+    """
 
     name: str
     title: str
     label: str
     points: tuple[tuple[float, Case], ...]
+    shows_cost: bool = False
 
 
 def _along_depth(name: str, title: str, case: Case) -> Sweep:
@@ -56,6 +66,27 @@ def _along_size() -> Sweep:
     return Sweep("size", "4 KiB random reads of a mapped, sparse image, depth 32", "image size, GiB", tuple(points()))
 
 
+def _along_chain() -> Sweep:
+    def points() -> Iterator[tuple[float, Case]]:
+        for depth in CHAINS:
+            recipe = Recipe(GIB, base_nbytes=GIB, chain=depth, name=f"{depth} overlays on 1 GiB")
+            job = Job(GIB, read_percent=100, depth=32)
+            yield (
+                depth,
+                Case(f"chain-{depth}", f"4 KiB random reads through {depth} overlays", recipe, job, Images.SHARED),
+            )
+
+    return Sweep("chain", "warm 4 KiB random reads of the base, depth 32", "overlays above it", tuple(points()))
+
+
+def _slow_path() -> Sweep:
+    """Discards: an entry changed and a cluster given back for each, and not a byte moved."""
+    discard = Job(MAPPED.nbytes, kind=Kind.DISCARD, block_size=64 * KIB, order=Order.ONCE)
+    case = Case("", "", MAPPED, discard, Images.PER_RUN, on_tmpfs=True)
+    sweep = _along_depth("slow-path", "a discard of each cluster, on tmpfs", case)
+    return replace(sweep, label="requests taken at a time", shows_cost=True)
+
+
 SWEEPS = (
     _along_depth(
         "depth-read", "warm 4 KiB random reads", Case("", "", FILLED, Job(GIB, read_percent=100), Images.SHARED)
@@ -73,4 +104,6 @@ SWEEPS = (
     ),
     _along_queues(),
     _along_size(),
+    _along_chain(),
+    _slow_path(),
 )

@@ -156,6 +156,7 @@ def _stats(counters: "Counters", statistics: "Statistics") -> str:
             "discards": counters.discards,
             "write_zeroes": counters.write_zeroes,
             "python_requests": counters.python_requests,
+            "crossings": counters.crossings,
             "syncs": counters.syncs,
             "metadata_writes": statistics.metadata_writes,
             "clusters_allocated": statistics.clusters_allocated,
