@@ -7,7 +7,6 @@ from types import TracebackType
 from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver, HostFile
-from qcow2.error import UnsupportedImage
 from qcow2.extent import Extent, find_extent
 from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.raw import RawImage
@@ -72,8 +71,6 @@ class Disk:
         Raises: ValueError for less than now, or more than the format can map; UnsupportedImage; OSError.
         """
         self._require_inside(0, 0)
-        if isinstance(self.image, RawImage):
-            raise UnsupportedImage(self.image.file.path, "format raw cannot be resized, only qcow2")
         self._driver.run(self.image.grow(nbytes))
 
     def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:

@@ -135,3 +135,7 @@ class RawMap:
         """Say which of the worker's files this is, and whether writes may be answered."""
         self._map.slot = lib.SLOT_UNKNOWN if slot is None else slot
         self._map.writable = writable
+
+    def set_size(self, size: int) -> None:
+        """The file is *size* bytes long from now on; the extent map keeps its addresses."""
+        self._map.size = size

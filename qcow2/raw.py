@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from qcow2.l2cache import ExtentMap, Kind, RawMap, Run
 from qcow2.layout import SECTOR_SIZE
-from qcow2.operation import Buffer, File, ReadInto, Size, Sync, Write, Zero
+from qcow2.operation import Buffer, File, ReadInto, Resize, Size, Sync, Write, Zero
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
@@ -90,6 +90,22 @@ class RawImage:
         """Make every write that has completed stable."""
         if not self.read_only:
             await self._stability.sync()
+
+    async def grow(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; stable on return. A block device has grown already.
+
+        Nothing else is under way. Raises: ValueError for less than now; OSError, then the disk goes on as it was.
+        """
+        self._require_writable()
+        size = nbytes + -nbytes % SECTOR_SIZE
+        if size < self.size:
+            raise ValueError(
+                f"{self.file.path}: size {nbytes} is less than the disk has, {self.size}; it can only grow"
+            )
+        await Resize(self.file, size)
+        await self._stability.sync()
+        self.size = size
+        self._map.set_size(size)
 
     async def close(self) -> None:
         """Make everything stable; raises what a failed sync raised."""

@@ -209,6 +209,20 @@ class Worker:
         check(lib.worker_drain_queue(self._native, index), f"queue {index}")
         self._draining[index] = done
 
+    def run_alone(self, begin: Callable[[Callable[[T], None]], None]) -> T:
+        """Call *begin(done)* once no request and no operation is under way -> what *done* is given, whenever it is.
+
+        Requests wait meanwhile, those of all queues. For functions given to `call` only.
+        """
+        results: list[T] = []
+        self._settle()
+        begin(results.append)
+        while not results:
+            self._turn()
+        self._settle()
+        lib.worker_pause(self._native, 0)
+        return results[0]
+
     # worker thread: files and the engine's operations
 
     def add_file(
@@ -349,6 +363,12 @@ class Worker:
         while lib.worker_requests_in_flight(self._native):
             self._turn()
         lib.worker_pause(self._native, 0)
+
+    def _settle(self) -> None:
+        """Serve, without fetching anything new, until no request and no operation is under way."""
+        lib.worker_pause(self._native, 1)
+        while lib.worker_requests_in_flight(self._native) or self._operations.in_flight or self._computing:
+            self._turn()
 
     def _drain(self) -> None:
         for index in self._queues - self._draining.keys():

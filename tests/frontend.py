@@ -28,8 +28,9 @@ GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, SET_VRING_ENABLE = 15, 16, 18
-GET_CONFIG, SET_CONFIG = 24, 25
-MQ, REPLY_ACK, CONFIG = 1 << 0, 1 << 3, 1 << 9
+SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG = 21, 24, 25
+CONFIG_CHANGE_MSG = 2  # on the back-end channel
+MQ, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 
 WRITABLE, NEXT = 2, 1
@@ -213,7 +214,7 @@ class FrontEnd:
         multiple = F_MQ if len(self.queues) > 1 else 0
         self.features = self.offered & (features | multiple | VERSION_1 | PROTOCOL_FEATURES)
         self.ask(GET_PROTOCOL_FEATURES)
-        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", MQ | REPLY_ACK | CONFIG))
+        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", MQ | REPLY_ACK | BACKEND_REQ | CONFIG))
         self.tell(SET_OWNER, b"")
         self.tell(SET_FEATURES, struct.pack("<Q", self.features))
         region = struct.pack("<IIQQQQ", 1, 0, GUEST_ADDRESS, len(self.memory), USER_ADDRESS, 0)
@@ -243,6 +244,14 @@ class FrontEnd:
     def set_writeback(self, enabled: bool) -> None:
         """The WCE byte of the configuration space; returns once acknowledged."""
         self.tell(SET_CONFIG, struct.pack("<III", 32, 1, 0) + bytes([enabled]))
+
+    def open_backend_channel(self) -> socket.socket:
+        """Give the daemon one end of a socket pair for its own requests; the other end is the caller's to close."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.tell(SET_BACKEND_REQ_FD, b"", fds=(theirs.fileno(),))
+        ours.settimeout(TIMEOUT)
+        return ours
 
     @property
     def size(self) -> int:

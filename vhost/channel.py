@@ -66,14 +66,18 @@ class Channel:
         return message, fds
 
     def reply(self, request: int, payload: bytes) -> None:
-        """Send a reply; a peer that lets its replies pile up until the socket is full is not one we can serve."""
-        reply = Header(request, REPLY_FLAGS, len(payload)).pack() + payload
+        """Send a reply."""
+        self.send(request, REPLY_FLAGS, payload)
+
+    def send(self, request: int, flags: int, payload: bytes) -> None:
+        """Send a message; a peer that lets them pile up until the socket is full is not one we can serve."""
+        message = Header(request, flags, len(payload)).pack() + payload
         try:
-            sent = self._socket.send(reply, socket.MSG_NOSIGNAL)
+            sent = self._socket.send(message, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
-        if sent != len(reply):
-            raise ProtocolViolation("the front-end does not read its replies")
+        if sent != len(message):
+            raise ProtocolViolation("the front-end does not read what it is sent")
 
     def _header(self) -> Header:
         return Header.parse(bytes(self._bytes[: Header.LAYOUT.size]))

@@ -8,27 +8,24 @@ from typing import assert_never
 
 from ring.memory import MemoryRegion
 from ring.virtqueue import QueueLayout
-from ring.worker import Worker
 from vhost import effect
+from vhost.backchannel import BackendChannel
 from vhost.channel import Channel, Fds
+from vhost.device import Device
 from vhost.message import Region
 from vhost.session import Session
 from vhost.vring import Steps
-from virtio.block import Backend
-from virtio.native import NativeBlock
 
 
 class Connection:
     """A context manager: leaving it drains the rings, forgets the guest's memory and closes the socket."""
 
-    def __init__(
-        self, channel: Channel, session: Session, worker: Worker, backend: Backend, block: NativeBlock
-    ) -> None:
+    def __init__(self, channel: Channel, session: Session, device: Device) -> None:
         self._channel = channel
         self._session = session
-        self._worker = worker
-        self._backend = backend
-        self._block = block
+        self._device = device
+        self._worker = device.worker
+        self._backchannel: BackendChannel | None = None
         self._regions: dict[Region, MemoryRegion] = {}
 
     def __enter__(self) -> "Connection":
@@ -38,6 +35,7 @@ class Connection:
         for drained in self._worker.call(self._drain_all):
             drained.result()
         self._worker.call(self._forget)
+        self._close_backchannel()
         self._channel.close()  # last: who sees the end of the stream knows that we are silent
 
     def serve(self, stop_fd: int) -> None:
@@ -45,11 +43,40 @@ class Connection:
 
         Raises: Hangup, ProtocolViolation, or OSError if something failed that the front-end asked no word about.
         """
+        while True:
+            ready = self._wait(stop_fd)
+            if stop_fd in ready:
+                return
+            if self._backchannel is not None and self._backchannel.fileno() in ready:
+                self._receive_acks(self._backchannel)
+            if self._device.changed_fd in ready:
+                self._learn_offer()
+            if self._channel.fileno() in ready:
+                self._answer()
+
+    def _wait(self, stop_fd: int) -> set[int]:
+        """The fds, of all that one may wait for, that are readable."""
         ready = select.poll()
-        ready.register(self._channel, select.POLLIN)
-        ready.register(stop_fd, select.POLLIN)
-        while all(fd != stop_fd for fd, _ in ready.poll()):
-            self._answer()
+        for fd in (stop_fd, self._channel.fileno(), self._device.changed_fd):
+            ready.register(fd, select.POLLIN)
+        if self._backchannel is not None:
+            ready.register(self._backchannel, select.POLLIN)
+        return {fd for fd, _ in ready.poll()}
+
+    def _learn_offer(self) -> None:
+        os.eventfd_read(self._device.changed_fd)
+        self._session.offer = self._device.offer
+        self._run(self._session.tell_config_change(), Fds())
+
+    def _receive_acks(self, backchannel: BackendChannel) -> None:
+        if not backchannel.receive_acks():
+            self._session.lose_backend_channel()
+            self._close_backchannel()
+
+    def _close_backchannel(self) -> None:
+        if self._backchannel is not None:
+            self._backchannel.close()
+            self._backchannel = None
 
     def _answer(self) -> None:
         received = self._channel.receive()
@@ -80,9 +107,13 @@ class Connection:
             case effect.Reply(request, payload):
                 self._channel.reply(request, payload)
             case effect.SetWriteCache(writeback):
-                self._worker.call(lambda: self._block.set_writethrough(not writeback))
+                self._worker.call(lambda: self._device.block.set_writethrough(not writeback))
             case effect.Flush():
                 self._flush()
+            case effect.SetBackendChannel(acks):
+                self._set_backchannel(BackendChannel(fds.take(), acks=acks))
+            case effect.TellConfigChange():
+                self._tell_config_change()
             case effect.SetMemory(regions):
                 self._set_memory({region: _mappable(region, fds) for region in regions})
             case effect.AddMemory(region):
@@ -109,6 +140,18 @@ class Connection:
         fd = fds.take() if has_fd else None
         self._worker.call(lambda: take(index, fd))
 
+    def _set_backchannel(self, backchannel: BackendChannel) -> None:
+        self._close_backchannel()
+        self._backchannel = backchannel
+
+    def _tell_config_change(self) -> None:
+        try:
+            if self._backchannel is not None:
+                self._backchannel.tell_config_change()
+        except OSError:  # the front-end has just closed it: it does not want to know
+            self._session.lose_backend_channel()
+            self._close_backchannel()
+
     def _set_memory(self, regions: dict[Region, MemoryRegion]) -> None:
         self._worker.call(lambda: self._worker.set_memory(list(regions.values())))
         self._regions = regions
@@ -119,7 +162,7 @@ class Connection:
 
     def _flush(self) -> None:
         outcome: Future[int] = Future()
-        self._worker.call(lambda: self._backend.flush(outcome.set_result))
+        self._worker.call(lambda: self._device.backend.flush(outcome.set_result))
         result = outcome.result()
         if result < 0:
             raise OSError(-result, os.strerror(-result))

@@ -4,26 +4,19 @@ import contextlib
 import logging
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Iterator
 
 from ring.counter import Counters
-from ring.memory import REGIONS_MAX
-from ring.virtqueue import SIZE_MAX
-from ring.worker import Worker
 from vhost.channel import Channel, Hangup
 from vhost.connection import Connection
+from vhost.device import Device
 from vhost.endpoint import Endpoint
 from vhost.message import ProtocolViolation
-from vhost.session import Offer, Session
+from vhost.session import Session
 from virtio.block import Backend
-from virtio.config import MAX_RANGE_SECTORS, WCE_OFFSET, block_config
-from virtio.feature import offered_features
-from virtio.native import NativeBlock
+from virtio.config import WCE_OFFSET
 
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
-SOFTWARE_ERROR = 70  # EX_SOFTWARE
 
 log = logging.getLogger("vhost")
 
@@ -47,43 +40,17 @@ def stop_signals() -> Iterator[int]:
 
 def run(backend: Backend, endpoint: Endpoint, stop_fd: int, *, num_queues: int, writeback: bool) -> Counters:
     """Serve *backend* to whoever comes to *endpoint* until *stop_fd* is readable; then drain and detach it."""
-    block = _native_block(backend)
-    offer = _offer(backend, num_queues=num_queues, writeback=writeback)
-    with Worker(block, backend.start, on_queue_broken=_tell_of_broken_queue, on_death=_die) as worker:
-        worker.call(lambda: backend.attach(worker, block))
-        try:
-            _receive_visitors(endpoint, stop_fd, offer, worker, backend, block)
-        finally:
-            worker.call(backend.detach)
-    return worker.counters
+    with Device(backend, num_queues=num_queues, writeback=writeback) as device:
+        receive_visitors(endpoint, stop_fd, device)
+    return device.worker.counters
 
 
-def _native_block(backend: Backend) -> NativeBlock:
-    geometry = backend.geometry
-    limit = 0 if geometry.read_only else MAX_RANGE_SECTORS
-    return NativeBlock(
-        size=geometry.size,
-        block_size=geometry.block_size,
-        read_only=geometry.read_only,
-        serial=geometry.serial,
-        max_discard_sectors=limit,
-        max_write_zeroes_sectors=limit,
-    )
-
-
-def _offer(backend: Backend, *, num_queues: int, writeback: bool) -> Offer:
-    config = block_config(backend.geometry, num_queues=num_queues, wce=writeback)
-    features = offered_features(read_only=backend.geometry.read_only)
-    return Offer(features, num_queues, SIZE_MAX, REGIONS_MAX, config.pack())
-
-
-def _receive_visitors(
-    endpoint: Endpoint, stop_fd: int, offer: Offer, worker: Worker, backend: Backend, block: NativeBlock
-) -> None:
-    wce = bool(offer.config[WCE_OFFSET])
+def receive_visitors(endpoint: Endpoint, stop_fd: int, device: Device) -> None:
+    """Let one front-end after the other use *device*, until *stop_fd* is readable."""
+    wce = bool(device.offer.config[WCE_OFFSET])
     for visitor in endpoint.visitors(stop_fd):
-        session = Session(offer, wce=wce)
-        with Connection(Channel(visitor), session, worker, backend, block) as connection:
+        session = Session(device.offer, wce=wce)
+        with Connection(Channel(visitor), session, device) as connection:
             _serve(connection, stop_fd)
         wce = session.wce
 
@@ -98,14 +65,3 @@ def _serve(connection: Connection, stop_fd: int) -> None:
         log.warning("connection closed: %s", violation)
     except OSError as error:
         log.warning("connection closed: %s", error)
-
-
-def _tell_of_broken_queue(index: int, fault: str) -> None:
-    log.warning("queue %d stopped: %s", index, fault)
-
-
-def _die(error: BaseException) -> None:
-    """The worker thread raised: a bug of ours. The process ends loudly, the image as a crash would leave it."""
-    traceback.print_exception(error)
-    sys.stderr.flush()
-    os._exit(SOFTWARE_ERROR)

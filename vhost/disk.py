@@ -132,20 +132,24 @@ class ImageBackend:
         direct_fds: dict[HostFile, int],
         trace: Trace | None = None,
     ) -> None:
-        image = disk.image
-        self.geometry = Geometry(
-            size=image.size,
-            physical_block_size=PAGE,
-            optimal_io_size=_cluster_size(image),
-            read_only=image.read_only,
-            serial=serial,
-        )
-        self._image = image
+        self._image = disk.image
+        self._serial = serial
         self._files = disk.files
         self._cache = cache
         self._direct_fds = direct_fds
         self._trace = trace
         self._told: set[str] = set()
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the driver learns about the disk."""
+        return Geometry(
+            size=self._image.size,
+            physical_block_size=PAGE,
+            optimal_io_size=_cluster_size(self._image),
+            read_only=self._image.read_only,
+            serial=self._serial,
+        )
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
         slots: dict[op.File, int] = {file: self._add_file(worker, file) for file in self._files}
@@ -182,6 +186,9 @@ class ImageBackend:
 
     def flush(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
+
+    def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
+        self._driver.run(self._image.grow(nbytes), lambda task: done(_refusal(task)))
 
     async def _serve(self, request: Request) -> int:
         match request.type:
@@ -221,6 +228,17 @@ class ImageBackend:
         if text not in self._told and len(self._told) < 100:
             self._told.add(text)
             log.error("%s", text)
+
+
+def _refusal(task: Task) -> str:
+    """Why the image did not grow, on one line; empty if it did."""
+    if task.error is None:
+        return ""
+    if isinstance(task.error, OSError | ImageError):
+        return _describe(task.error)
+    if isinstance(task.error, ValueError):
+        return str(task.error)
+    raise task.error
 
 
 def _describe(error: OSError | ImageError) -> str:

@@ -26,6 +26,18 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class SetBackendChannel:
+    """Take the message's fd as the channel of our own requests; *acks*: the front-end acknowledges them if asked."""
+
+    acks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TellConfigChange:
+    """Say on that channel that the configuration space has changed; wait for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class SetMemory:
     """These regions, mapped from the message's fds in their order, are all guest memory; running rings move along."""
 
@@ -102,6 +114,8 @@ Effect = (
     Reply
     | SetWriteCache
     | Flush
+    | SetBackendChannel
+    | TellConfigChange
     | SetMemory
     | AddMemory
     | RemoveMemory

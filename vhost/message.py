@@ -37,17 +37,37 @@ class Request(IntEnum):
     SET_PROTOCOL_FEATURES = 16
     GET_QUEUE_NUM = 17
     SET_VRING_ENABLE = 18
+    SEND_RARP = 19
+    NET_SET_MTU = 20
     SET_BACKEND_REQ_FD = 21
+    IOTLB_MSG = 22
+    SET_VRING_ENDIAN = 23
     GET_CONFIG = 24
     SET_CONFIG = 25
+    CREATE_CRYPTO_SESSION = 26
+    CLOSE_CRYPTO_SESSION = 27
+    POSTCOPY_ADVISE = 28
+    POSTCOPY_LISTEN = 29
+    POSTCOPY_END = 30
     GET_INFLIGHT_FD = 31
     SET_INFLIGHT_FD = 32
+    GPU_SET_SOCKET = 33
     RESET_DEVICE = 34
+    VRING_KICK = 35
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
     REM_MEM_REG = 38
     SET_STATUS = 39
     GET_STATUS = 40
+    GET_SHARED_OBJECT = 41
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
+
+
+class BackendRequest(IntEnum):
+    """Requests of ours, on the channel that goes the other way. Spec: vhost-user "Back-end message types"."""
+
+    CONFIG_CHANGE_MSG = 2
 
 
 class HeaderFlag(IntFlag):

@@ -34,6 +34,7 @@ from virtio.feature import BlockFeature, RingFeature, caches_writes, unknown_bit
 PROTOCOL_FEATURES = int(
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
@@ -46,7 +47,7 @@ ACK, NACK = U64(0).pack(), U64(1).pack()
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the device offers to whichever front-end comes; fixed for the daemon's life."""
+    """What the device offers to whichever front-end comes; only the configuration space ever changes."""
 
     features: int
     num_queues: int
@@ -66,6 +67,8 @@ class Session:
         self.status = 0
         self.regions: list[Region] = []
         self.vrings = Vrings(offer.num_queues, offer.max_queue_size)
+        self._has_backend_channel = False
+        self._told_config = b""  # what the front-end has read, or was told to read
 
     def receive(self, message: Message) -> Steps:
         """Answer *message*: its effects, then the acknowledgement it asked for."""
@@ -79,16 +82,27 @@ class Session:
             answer = NACK
         if self._acknowledges(message) and not rule.replies:
             yield effect.Reply(message.request, answer)
+        yield from self.tell_config_change()
+
+    def tell_config_change(self) -> Steps:
+        """Tell the front-end of a configuration space that it has not read, if it can be told.
+
+        Only while rings run: QEMU drops the word before. It reads the space from within its handler of the channel,
+        so nothing may be awaited here.
+        """
+        if self._has_backend_channel and self.vrings.are_running and self._told_config != self.offer.config:
+            self._told_config = self.offer.config
+            yield effect.TellConfigChange()
 
     def _parse(self, message: Message) -> "tuple[Rule, Any]":
         if message.flags & HeaderFlag.VERSION != VERSION or unknown_bits(message.flags, HEADER_FLAGS):
             raise ProtocolViolation(f"flags {message.flags:#x} are not those of a version {VERSION} request")
         rule = RULES.get(message.request)
         if rule is None or unknown_bits(rule.needs, self.protocol_features):
-            raise ProtocolViolation(f"request {message.request} is unknown or was not negotiated")
+            raise ProtocolViolation(f"{_name(message.request)} is unknown or was not negotiated")
         payload = rule.parse(message.payload)
         if message.nfds not in rule.nfds(payload):
-            raise ProtocolViolation(f"{Request(message.request).name} came with {message.nfds} file descriptors")
+            raise ProtocolViolation(f"{_name(message.request)} came with {message.nfds} file descriptors")
         return rule, payload
 
     def _acknowledges(self, message: Message) -> bool:
@@ -127,6 +141,14 @@ class Session:
         """RESET_OWNER: deprecated, best ignored, says the specification."""
         yield from ()
 
+    def set_backend_channel(self, _: None) -> Steps:
+        yield effect.SetBackendChannel(bool(self.protocol_features & ProtocolFeature.REPLY_ACK))
+        self._has_backend_channel = True
+
+    def lose_backend_channel(self) -> None:
+        """The front-end has closed it; nothing can be told from now on."""
+        self._has_backend_channel = False
+
     def get_max_mem_slots(self, _: None) -> Steps:
         yield _reply_u64(Request.GET_MAX_MEM_SLOTS, self.offer.max_regions)
 
@@ -164,6 +186,7 @@ class Session:
     def get_config(self, window: ConfigWindow) -> Steps:
         space = self.offer.config[:WCE_OFFSET] + bytes([self.wce]) + self.offer.config[WCE_OFFSET + 1 :]
         data = read_window(space, window.start, window.size)
+        self._told_config = self.offer.config
         yield effect.Reply(Request.GET_CONFIG, ConfigWindow(window.start, window.size, window.flags, data).pack())
 
     def set_config(self, window: ConfigWindow) -> Steps:
@@ -207,6 +230,12 @@ class Session:
         yield _reply_u64(Request.GET_STATUS, self.status)
 
 
+def _name(request: int) -> str:
+    """How the specification calls *request*, if it does."""
+    known = request in Request._value2member_map_
+    return f"request {Request(request).name}" if known else f"request {request}"
+
+
 def _reply_u64(request: Request, value: int) -> effect.Reply:
     return effect.Reply(request, U64(value).pack())
 
@@ -247,16 +276,16 @@ def _empty(payload: bytes) -> None:
         raise ProtocolViolation(f"a request without payload came with {len(payload)} bytes")
 
 
+def _one_fd(_: object) -> Collection[int]:
+    return (1,)
+
+
 def _ring_fds(fd: U64) -> Collection[int]:
     return (0,) if fd.value & U64.NO_FD else (1,)
 
 
 def _table_fds(table: MemoryTable) -> Collection[int]:
     return (len(table.regions),)
-
-
-def _slot_fds(_: MemorySlot) -> Collection[int]:
-    return (1,)
 
 
 def _stray_fds(_: MemorySlot) -> Collection[int]:
@@ -280,6 +309,9 @@ RULES: dict[int, Rule] = {
     Request.SET_PROTOCOL_FEATURES: Rule(Session.set_protocol_features, U64.parse),
     Request.GET_QUEUE_NUM: Rule(Session.get_queue_num, _empty, needs=ProtocolFeature.MQ, replies=True),
     Request.SET_VRING_ENABLE: Rule(lambda session, state: session.vrings.set_enable(state), VringState.parse),
+    Request.SET_BACKEND_REQ_FD: Rule(
+        Session.set_backend_channel, _empty, needs=ProtocolFeature.BACKEND_REQ, nfds=_one_fd
+    ),
     Request.GET_CONFIG: Rule(Session.get_config, ConfigWindow.parse, needs=ProtocolFeature.CONFIG, replies=True),
     Request.SET_CONFIG: Rule(Session.set_config, ConfigWindow.parse, needs=ProtocolFeature.CONFIG),
     Request.RESET_DEVICE: Rule(Session.reset_device, _empty, needs=ProtocolFeature.RESET_DEVICE),
@@ -287,7 +319,7 @@ RULES: dict[int, Rule] = {
         Session.get_max_mem_slots, _empty, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True
     ),
     Request.ADD_MEM_REG: Rule(
-        Session.add_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_slot_fds
+        Session.add_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_one_fd
     ),
     Request.REM_MEM_REG: Rule(
         Session.rem_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_stray_fds

@@ -39,6 +39,11 @@ class Vrings:
     def __len__(self) -> int:
         return len(self._rings)
 
+    @property
+    def are_running(self) -> bool:
+        """Whether at least one ring is."""
+        return any(ring.is_running for ring in self._rings)
+
     def set_num(self, state: VringState) -> Steps:
         ring = self._ring(state.index)
         if not 0 < state.num <= self.max_size or state.num & (state.num - 1):

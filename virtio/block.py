@@ -87,6 +87,9 @@ class Backend(Protocol):
     def flush(self, done: Callable[[int], None]) -> None:
         """*done(0)* once every completed write is stable, or *done(-errno)*."""
 
+    def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
+        """Let the disk be *nbytes* long, while no request is under way; *done("")*, or *done* of what is wrong."""
+
     def detach(self) -> None:
         """After the last request; files may be closed from now on."""
 
@@ -117,6 +120,9 @@ class DeviceBackend:
 
     def flush(self, done: Callable[[int], None]) -> None:
         done(0 if _status_of(self._device.flush) == Status.OK else -EIO)
+
+    def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
+        done("a device of this kind cannot be resized")
 
     def _serve(self, request: Request) -> None:
         match request.type:

@@ -55,6 +55,10 @@ class NativeBlock:
         """From now on a write, write-zeroes or discard joins the group commit before its status is written."""
         self._block.writethrough = writethrough
 
+    def set_size(self, size: int) -> None:
+        """Let the disk be *size* bytes long: requests past the old end are served from now on."""
+        self._block.size = size
+
     def refuse_writes(self) -> None:
         """Answer every change and FLUSH with IOERR from now on, also those in flight."""
         self._block.failed = True

@@ -198,8 +198,11 @@ def test_a_read_only_disk_does_not_grow(tmp_path: Path) -> None:
         disk.resize(2 << 20)
 
 
-def test_a_raw_disk_does_not_grow(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(bytes(SMALL))
+def test_raw_disk_grows_and_does_not_shrink(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\1" * SMALL)
     with qcow2.open(str(tmp_path / "a"), format="raw", writable=True) as disk:
-        with pytest.raises(qcow2.UnsupportedImage, match="raw"):
-            disk.resize(2 << 20)
+        disk.resize(2 << 20)
+        with pytest.raises(ValueError, match="can only grow"):
+            disk.resize(SMALL)
+        assert disk.read((2 << 20) - 512, 512) == bytes(512)
+    assert (tmp_path / "a").read_bytes() == (b"\1" * SMALL).ljust(2 << 20, b"\0")

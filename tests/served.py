@@ -1,0 +1,43 @@
+"""An image served by a device of this very process, for what no command line can ask: `device.resize` and the like."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import qcow2
+from vhost.daemon import receive_visitors
+from vhost.device import Device
+from vhost.disk import ImageBackend
+from vhost.endpoint import listen
+from vhost.option import CacheMode
+
+
+@dataclass(frozen=True)
+class Served:
+    """The device, and where front-ends find it."""
+
+    device: Device
+    socket_path: Path
+
+
+@contextmanager
+def serve(image: Path, *, format: str = "qcow2", writable: bool = True) -> Iterator[Served]:
+    """Serve *image*, front-end after front-end; leaving ends that as SIGTERM ends the daemon."""
+    socket_path = image.with_name(f"{image.name}.sock")
+    stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        with qcow2.open(str(image), writable=writable, format=format) as disk:
+            backend = ImageBackend(disk, cache=CacheMode.WRITEBACK, serial="", direct_fds={})
+            with Device(backend, num_queues=4, writeback=True) as device, listen(str(socket_path)) as endpoint:
+                control = threading.Thread(target=receive_visitors, args=(endpoint, stop_fd, device))
+                control.start()
+                try:
+                    yield Served(device, socket_path)
+                finally:
+                    os.eventfd_write(stop_fd, 1)
+                    control.join()
+    finally:
+        os.close(stop_fd)

@@ -1,0 +1,118 @@
+"""The device of one daemon: its worker, what it offers, and its size, which may grow while a guest uses it."""
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+
+from ring.memory import REGIONS_MAX
+from ring.virtqueue import SIZE_MAX
+from ring.worker import Worker
+from vhost.session import Offer
+from virtio.block import Backend
+from virtio.config import MAX_RANGE_SECTORS, block_config
+from virtio.feature import offered_features
+from virtio.native import NativeBlock
+
+SOFTWARE_ERROR = 70  # EX_SOFTWARE
+
+log = logging.getLogger("vhost")
+
+
+class ResizeRefused(Exception):
+    """The disk keeps its size; one line says why."""
+
+
+class Device:
+    """A backend on a worker of its own; a context manager: leaving it drains the worker and detaches the backend.
+
+    `resize` is for any thread; the rest is the control thread's.
+    """
+
+    def __init__(self, backend: Backend, *, num_queues: int, writeback: bool) -> None:
+        self.backend = backend
+        self.block = _native_block(backend)
+        self.worker = Worker(self.block, backend.start, on_queue_broken=_tell_of_broken_queue, on_death=_die)
+        self.changed_fd = -1  # readable after `offer` has changed
+        self._num_queues = num_queues
+        self._writeback = writeback
+        self._lock = threading.Lock()  # guards what is done to the backend as a whole
+        self._offer = self._current_offer()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Device":
+        with ExitStack() as stack:
+            self.changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, self.changed_fd)
+            stack.enter_context(self.worker)
+            self.worker.call(lambda: self.backend.attach(self.worker, self.block))
+            stack.callback(self.worker.call, self.backend.detach)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def offer(self) -> Offer:
+        """What a front-end is offered now."""
+        return self._offer
+
+    def resize(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector, and tell the front-end; stable on return.
+
+        Requests wait until it is done, and none is lost. The guest sees the new size once its driver reads it.
+        Raises: ResizeRefused.
+        """
+        with self._lock:
+            refusal = self.worker.call(lambda: self._grow(nbytes))
+            if refusal:
+                raise ResizeRefused(refusal)
+            self._offer = self._current_offer()
+            os.eventfd_write(self.changed_fd, 1)
+
+    def _grow(self, nbytes: int) -> str:
+        """On the worker: the backend's refusal, or nothing."""
+
+        def begin(done: Callable[[str], None]) -> None:
+            self.backend.grow(nbytes, done)
+
+        refusal = self.worker.run_alone(begin)
+        self.block.set_size(self.backend.geometry.size)
+        return refusal
+
+    def _current_offer(self) -> Offer:
+        geometry = self.backend.geometry
+        config = block_config(geometry, num_queues=self._num_queues, wce=self._writeback)
+        features = offered_features(read_only=geometry.read_only)
+        return Offer(features, self._num_queues, SIZE_MAX, REGIONS_MAX, config.pack())
+
+
+def _native_block(backend: Backend) -> NativeBlock:
+    geometry = backend.geometry
+    limit = 0 if geometry.read_only else MAX_RANGE_SECTORS
+    return NativeBlock(
+        size=geometry.size,
+        block_size=geometry.block_size,
+        read_only=geometry.read_only,
+        serial=geometry.serial,
+        max_discard_sectors=limit,
+        max_write_zeroes_sectors=limit,
+    )
+
+
+def _tell_of_broken_queue(index: int, fault: str) -> None:
+    log.warning("queue %d stopped: %s", index, fault)
+
+
+def _die(error: BaseException) -> None:
+    """The worker thread raised: a bug of ours. The process ends loudly, the image as a crash would leave it."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(SOFTWARE_ERROR)
