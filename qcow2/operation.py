@@ -22,6 +22,13 @@ class File(Protocol):
     def writable(self) -> bool: ...
 
 
+class Memory(Protocol):
+    """Bytes that outlive the process and not the host, opaque to the engine: the place of the link log."""
+
+    @property
+    def path(self) -> str: ...
+
+
 class Buffer(Protocol):
     """A run of bytes that the engine moves but need not look at: guest memory, or a memoryview."""
 
@@ -133,6 +140,20 @@ class Sync(Operation):
 
     def __init__(self, file: File) -> None:
         self.file = file
+
+
+class Store(Operation):
+    """Put *data* at *offset* of *memory*: process-safe on return, gone after a power loss.
+
+    A death in the middle may keep a part of it.
+    """
+
+    __slots__ = ("data", "memory", "offset")
+
+    def __init__(self, memory: Memory, offset: int, data: bytes) -> None:
+        self.memory = memory
+        self.offset = offset
+        self.data = data
 
 
 class Grace(Operation):

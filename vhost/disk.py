@@ -67,7 +67,7 @@ class RingDriver:
                 worker.grace(self._end(task, None))
             case op.Compute(function=function):
                 worker.compute(function, self._compute_end(task))
-            case op.Size():  # of an inode that the host has in memory: not worth a thread
+            case op.Size() | op.Store():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
             case op.Resize():  # the same
                 self._resize(operation)

@@ -2,8 +2,8 @@
 
 Operations in flight complete one at a time in an order drawn from a seed. What was issued and completed is appended
 to a journal; `points` replays it and tells, at each moment, which effects were stable and which were pending.
-Two deaths: *kill* keeps every issued effect, *power* keeps the stable ones and any subset of the pending ones, torn at
-sectors of 512 bytes.
+Two deaths: *kill* keeps every issued effect and the shared memory, *power* keeps the stable effects and any subset of
+the pending ones, torn at sectors of 512 bytes, and no shared memory.
 """
 
 import random
@@ -11,23 +11,43 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Store, Sync, Write, Zero
 from qcow2.task import Scheduler, Task
 
 SECTOR = 512
 ZEROS = bytes(SECTOR)
 
 
-class SimulatedFile:
-    """A sparse host file in memory: sectors that differ from zeros, and a length; satisfies `qcow2.operation.File`."""
+class SimulatedMemory:
+    """Shared memory of a simulated host: a kill leaves it, a power loss does not; grows as it is stored to."""
 
-    __slots__ = ("path", "sectors", "size", "writable")
+    __slots__ = ("content", "path")
+
+    def __init__(self, content: bytes | bytearray = b"") -> None:
+        self.path = "memory"
+        self.content = bytearray(content)
+
+    def store(self, offset: int, data: bytes) -> None:
+        """Put *data* there."""
+        if offset > len(self.content):
+            self.content.extend(bytes(offset - len(self.content)))
+        self.content[offset : offset + len(data)] = data
+
+
+class SimulatedFile:
+    """A sparse host file in memory: sectors that differ from zeros, and a length; satisfies `qcow2.operation.File`.
+
+    Its `memory` is the shared memory that belongs to it; a copy of the file has none of it.
+    """
+
+    __slots__ = ("memory", "path", "sectors", "size", "writable")
 
     def __init__(self, path: str, sectors: dict[int, bytes], size: int, *, writable: bool = True) -> None:
         self.path = path
         self.sectors = sectors
         self.size = size
         self.writable = writable
+        self.memory = SimulatedMemory()
 
     @classmethod
     def parse(cls, path: str, content: bytes) -> "SimulatedFile":
@@ -148,13 +168,22 @@ class Synced:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Journal: *data* was put into shared memory, at once and in this order."""
+
+    memory: SimulatedMemory
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """Journal: something the workload wants to find again, such as a guest's request or its acknowledgement."""
 
     what: Any
 
 
-Entry = Issued | Completed | Synced | Mark
+Entry = Issued | Completed | Synced | Stored | Mark
 
 
 class Deadlock(Exception):
@@ -214,6 +243,12 @@ class CrashDriver:
         if fault is not None:
             self._scheduler.fail(task, fault)
             return
+        if isinstance(operation, Store):  # a store of the processor: never in flight
+            memory = simulated_memory(operation.memory)
+            self.journal.append(Stored(memory, operation.offset, operation.data))
+            memory.store(operation.offset, operation.data)
+            self._scheduler.resume(task)
+            return
         covered: frozenset[int] = frozenset()
         if isinstance(operation, Sync):
             covered = frozenset(n for n, file in self._pending.items() if file is operation.file)
@@ -259,6 +294,12 @@ def simulated(file: Any) -> SimulatedFile:
     return file
 
 
+def simulated_memory(memory: Any) -> SimulatedMemory:
+    """*memory*, which this driver was given, as what it is."""
+    assert isinstance(memory, SimulatedMemory)
+    return memory
+
+
 def piece_bytes(piece: Any) -> bytes:
     """The bytes of one piece of a Write."""
     return bytes(piece) if isinstance(piece, bytes | bytearray | memoryview) else bytes(piece.load())
@@ -301,13 +342,17 @@ class Point:
     position: int  # entries of the journal that had happened
     stable: SimulatedFile
     pending: list[tuple[int, Effect]]
+    memory: SimulatedMemory
+    stores: int  # how many there were
 
     def after_kill(self) -> SimulatedFile:
-        """The file as the next process finds it: every issued effect, in order."""
-        return self.keep(effect for _, effect in self.pending)
+        """The file as the next process finds it: every issued effect, in order, and its shared memory."""
+        file = self.keep(effect for _, effect in self.pending)
+        file.memory.store(0, bytes(self.memory.content))
+        return file
 
     def keep(self, effects: Iterable[Effect]) -> SimulatedFile:
-        """The file with only *effects* of the pending ones on the disk."""
+        """The file after a power loss that left only *effects* of the pending ones on the disk."""
         file = self.stable.copy()
         for effect in effects:
             effect.apply(file)
@@ -320,6 +365,8 @@ def points(journal: list[Entry], initial: SimulatedFile, file: SimulatedFile) ->
     The yielded Point is reused: take what you need before the next one.
     """
     stable = initial.copy()
+    memory = SimulatedMemory(initial.memory.content)
+    stores = 0
     pending: dict[int, Effect] = {}
     for position, entry in enumerate(journal):
         match entry:
@@ -328,8 +375,11 @@ def points(journal: list[Entry], initial: SimulatedFile, file: SimulatedFile) ->
             case Synced(synced, numbers) if synced is file:
                 for number in sorted(numbers & pending.keys()):
                     pending.pop(number).apply(stable)
+            case Stored(stored, offset, data) if stored is file.memory:
+                memory.store(offset, data)
+                stores += 1
             case Mark():
                 pass
             case _:
                 continue
-        yield Point(position + 1, stable, list(pending.items()))
+        yield Point(position + 1, stable, list(pending.items()), memory, stores)

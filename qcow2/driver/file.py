@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
+from qcow2.driver.memory import SharedMemory
 from qcow2.native import check, lib
 from qcow2.task import Scheduler, Task
 
@@ -118,6 +119,8 @@ def perform(operation: op.Operation) -> Any:
             return os.fdatasync(_host(operation.file).fd)
         case op.Size():
             return _host(operation.file).size()
+        case op.Store():
+            return _shared(operation.memory).store(operation.offset, operation.data)
         case op.Grace():
             return None
         case op.Compute():
@@ -129,6 +132,12 @@ def _host(file: op.File) -> HostFile:
     if not isinstance(file, HostFile):
         raise TypeError(f"not a file of this driver: {file!r}")
     return file
+
+
+def _shared(memory: op.Memory) -> SharedMemory:
+    if not isinstance(memory, SharedMemory):
+        raise TypeError(f"not memory of this driver: {memory!r}")
+    return memory
 
 
 def _bytes_of(piece: bytes | bytearray | memoryview | op.Buffer) -> memoryview:

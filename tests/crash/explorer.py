@@ -49,7 +49,7 @@ class Explorer:
     samples: int = 6  # random subsets a point, where not all are visited
     states: int = 0
     opened: int = 0
-    _contents: dict[tuple[int, frozenset[tuple[int, int]]], bytes] = field(default_factory=dict)
+    _contents: dict[tuple[int, int, frozenset[tuple[int, int]]], bytes] = field(default_factory=dict)
     _epoch: int = 0
 
     def explore(self, *, stride: int = 1) -> int:
@@ -76,12 +76,13 @@ class Explorer:
 
     def _judge(self, point: Point, kept: list[Part], *, power: bool) -> None:
         self.states += 1
-        key = (self._epoch, frozenset(name for name, _ in kept))
+        memory = 0 if power else point.stores  # of the shared memory a power loss leaves nothing
+        key = (self._epoch, memory, frozenset(name for name, _ in kept))
         content = self._contents.get(key)
         where = f"{self.run.name} point={point.position} power={power} kept={[name for name, _ in kept]}"
         if content is None:
             try:
-                content = self.opener(point.keep(effect for _, effect in kept))
+                content = self.opener(point.keep(effect for _, effect in kept) if power else point.after_kill())
             except Violation as violation:
                 raise Violation(f"{where}: {violation}") from violation
             self.opened += 1

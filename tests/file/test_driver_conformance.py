@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.driver.memory import SharedMemory
 from qcow2.task import Task
 from ring.worker import Worker
 from vhost.disk import RingDriver
@@ -30,21 +32,33 @@ class Rig:
     file: op.File
     run: Run
     content: Callable[[], bytes]
+    memory: op.Memory
+    remembered: Callable[[], bytes]
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[SharedMemory]:
+    memory = SharedMemory(f"{path}.memory", 4096)
+    try:
+        yield memory
+    finally:
+        memory.remove()
 
 
 @contextmanager
 def blocking(path: Path) -> Iterator[Rig]:
-    with HostFile.open(str(path), writable=True) as file:
-        yield Rig(file, BlockingDriver().run, path.read_bytes)
+    with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
+        yield Rig(file, BlockingDriver().run, path.read_bytes, memory, memory.load)
 
 
 @contextmanager
 def ring(path: Path) -> Iterator[Rig]:
-    with HostFile.open(str(path), writable=True) as file:
+    with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
         with Worker(NativeBlock(size=0), lambda request: None) as worker:
             slot = worker.call(lambda: worker.add_file(file.fd))
-            driver = RingDriver(worker, {file: slot})
-            yield Rig(file, lambda coroutine: run_on_worker(worker, driver, coroutine), path.read_bytes)
+            driver = RingDriver(worker, {file: slot}, None)
+            run = partial(run_on_worker, worker, driver)
+            yield Rig(file, run, path.read_bytes, memory, memory.load)
 
 
 def run_on_worker(worker: Worker, driver: RingDriver, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -60,7 +74,7 @@ def run_on_worker(worker: Worker, driver: RingDriver, coroutine: Coroutine[Any, 
 def crash(path: Path) -> Iterator[Rig]:
     file = SimulatedFile.parse(str(path), CONTENT)
     driver = CrashDriver(seed=1)
-    yield Rig(file, driver.run, file.content)
+    yield Rig(file, driver.run, file.content, file.memory, lambda: bytes(file.memory.content))
 
 
 @pytest.fixture(params=[blocking, ring, crash], ids=["blocking", "ring", "crash"])
@@ -148,6 +162,14 @@ def test_size_follows_a_write_past_the_end(rig: Rig) -> None:
     assert rig.run(do(op.Size(rig.file))) == 16320
     rig.run(do(op.Write(rig.file, 20000, b"x")))
     assert rig.run(do(op.Size(rig.file))) == 20001
+
+
+def test_what_is_stored_is_remembered_in_order(rig: Rig) -> None:
+    rig.run(do(op.Store(rig.memory, 100, b"second")))
+    rig.run(do(op.Store(rig.memory, 0, b"first")))
+    rig.run(do(op.Store(rig.memory, 103, b"!")))
+    assert rig.remembered().rstrip(b"\0") == b"first" + bytes(95) + b"sec!nd"
+    assert rig.content() == CONTENT
 
 
 def test_sync_and_grace_come_back(rig: Rig) -> None:
