@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
 export PYTHON
 
-.PHONY: demo test check vm asan bench compare build-packages guest-packages
+.PHONY: demo test check vm asan kill bench compare build-packages guest-packages
 
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -26,6 +26,10 @@ check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 
 asan: $(VENV)/installed
 	$(BIN)/python -m ring.build --asan
+
+# KILL: options, such as KILL="--kills 1000 --seed 5 --kind overlay".
+kill: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.kill $(KILL)
 
 # BENCH: cases and options, such as BENCH="read-32 --pairs 3"; all cases and sweeps without it.
 bench: guest-packages $(VENV)/installed-bench

@@ -1,0 +1,84 @@
+"""The images that daemons are killed on, built byte by byte."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.builder import Recipe, build
+from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
+
+NBYTES = 24 << 20  # of the disk
+BASE_CLUSTER_BITS = 16
+
+
+@dataclass(frozen=True)
+class Start:
+    """An image on the host, and what its guest sees."""
+
+    path: Path
+    contents: bytes
+    lazy: bool
+    cluster_bits: int
+
+
+def old_data(draw: random.Random, nbytes: int) -> bytes:
+    """Compressible, and different in every sector."""
+    return b"".join(b"old %12d" % draw.randrange(10**12) * 32 for _ in range(nbytes // 512))
+
+
+def recipe_of(cluster_bits: int, *, lazy: bool) -> Recipe:
+    return Recipe(size=NBYTES, cluster_bits=cluster_bits, compatible=LAZY_REFCOUNTS if lazy else 0)
+
+
+def some_clusters(recipe: Recipe, draw: random.Random, *, compressed: bool) -> None:
+    """Old content in three of four stretches of 256 KiB; half of the last third stays unallocated."""
+    nbytes = recipe.cluster_size
+    for index in range(NBYTES // nbytes):
+        if (index * nbytes >> 18) % 4 == 3:
+            continue
+        (recipe.compressed if compressed else recipe.data)(index, old_data(draw, nbytes))
+
+
+def plain(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits: int) -> Start:
+    """Empty, but for a little old data."""
+    recipe = recipe_of(cluster_bits, lazy=lazy)
+    for index in range(0, 64, 3):
+        recipe.data(index, old_data(draw, recipe.cluster_size))
+    return Start(build(recipe, directory / "a").path, recipe.contents(), lazy, cluster_bits)
+
+
+def overlay(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits: int, compressed: bool) -> Start:
+    """Empty over a base image full of old data, which may be compressed."""
+    base = recipe_of(BASE_CLUSTER_BITS, lazy=False)
+    some_clusters(base, draw, compressed=compressed)
+    build(base, directory / "base")
+    recipe = recipe_of(cluster_bits, lazy=lazy)
+    recipe.backing = "base"
+    recipe.extensions = [(BACKING_FORMAT, b"qcow2")]
+    contents = base.contents()
+    return Start(build(recipe, directory / "a").path, recipe.contents(contents), lazy, cluster_bits)
+
+
+def compressed(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits: int) -> Start:
+    """An image that is compressed itself."""
+    recipe = recipe_of(cluster_bits, lazy=lazy)
+    some_clusters(recipe, draw, compressed=True)
+    return Start(build(recipe, directory / "a").path, recipe.contents(), lazy, cluster_bits)
+
+
+KINDS = ("lazy", "accurate", "overlay", "overlay-lazy", "compressed-base", "compressed")
+
+
+def make(kind: str, directory: Path, draw: random.Random) -> Start:
+    """A new image of *kind*, of clusters of 4 or 64 KiB."""
+    bits = draw.choice((12, 16))
+    match kind:
+        case "lazy" | "accurate":
+            return plain(directory, draw, lazy=kind == "lazy", cluster_bits=bits)
+        case "overlay" | "overlay-lazy":
+            return overlay(directory, draw, lazy=kind == "overlay-lazy", cluster_bits=bits, compressed=False)
+        case "compressed-base":
+            return overlay(directory, draw, lazy=draw.random() < 0.5, cluster_bits=bits, compressed=True)
+        case "compressed":
+            return compressed(directory, draw, lazy=draw.random() < 0.5, cluster_bits=bits)
+    raise ValueError(kind)

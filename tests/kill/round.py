@@ -1,0 +1,153 @@
+"""A round: one image, daemons on it that are killed one after the other, the judgement after each and at the end."""
+
+import fcntl
+import os
+import random
+import select
+import signal
+import struct
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tests.frontend import FrontEnd
+from tests.kill.images import Start, make
+from tests.kill.ledger import Ledger
+from tests.kill.load import Load
+from tests.oracle import assert_same_bytes, qemu_check, qemu_read
+from tests.program import TIMEOUT, Daemon, qcow2_tool
+
+LEAK_MAX = 12 << 20  # bytes of one death: a run in use, one reserved ahead, what was about to be freed
+READ_NBYTES = 256 << 10
+
+
+class Corrupt(AssertionError):
+    """A check found what no death may leave."""
+
+
+@dataclass
+class Tally:
+    """What was done and found."""
+
+    kills: int = 0
+    at_start: int = 0  # of them, while the image was opened or repaired
+    at_stop: int = 0  # of them, while it was being closed
+    acknowledged: int = 0  # requests
+    in_flight: int = 0  # requests, at the kills
+    leaked: int = 0  # clusters, the most in one image
+    lost: int = 0  # rounds that failed
+    corrupt: int = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return Tally(**{**sums, "leaked": max(self.leaked, other.leaked)})
+
+
+class Round:
+    """Kills *kills* daemons on one image; everything is drawn from *seed*."""
+
+    def __init__(self, directory: Path, kind: str, cache: str, *, seed: int, kills: int) -> None:
+        self.tally = Tally()
+        self._draw = random.Random(f"{seed} {kind} {cache}")
+        self._start: Start = make(kind, directory, self._draw)
+        self._ledger = Ledger(self._start.contents)
+        self._options = [f"--cache={cache}", "--num-queues=4"]
+        self._kills = kills
+
+    def run(self) -> None:
+        """Raises: Lost, Corrupt, AssertionError."""
+        while self.tally.kills < self._kills:
+            self._die_at_work()
+            while self._draw.random() < 0.25:
+                self._die_at_start()
+            self._recover()
+
+    def _daemon(self) -> Daemon:
+        return Daemon(self._start.path, *self._options)
+
+    def _die_at_work(self) -> None:
+        """Serve a load until the daemon is killed in the middle of it."""
+        with self._daemon() as daemon, FrontEnd(daemon.socket_path, queues=self._draw.randint(1, 4)) as guest:
+            load = Load(
+                guest,
+                self._ledger,
+                self._draw,
+                cluster_sectors=1 << self._start.cluster_bits - 9,
+                depth=self._draw.choice((1, 4, 24, 48)),
+            )
+            load.run(self._draw.choice((1, self._draw.randrange(100), self._draw.randrange(1000))))
+            load.fill()
+            for _ in range(self._draw.choice((0, 0, 1, 5, 50))):
+                load.reap()
+            self._kill(daemon)
+            load.reap()  # what it put into the used rings it acknowledged
+            self.tally.acknowledged += load.acknowledged
+            self.tally.in_flight += load.in_flight
+        if not self._start.lazy:
+            self._judge_image()
+
+    def _die_at_start(self) -> None:
+        """Kill a daemon that opens, perhaps repairs, the image that another one left."""
+        with self._daemon() as daemon:
+            assert not ends_within(daemon, self._draw.uniform(0, 0.5)), "the daemon ended before it was killed"
+            self._kill(daemon)
+            self.tally.at_start += 1
+
+    def _recover(self) -> None:
+        """Open what is left as a user would, read all of it, close it, and let QEMU read it."""
+        closed = False
+        while not closed:
+            with self._daemon() as daemon:
+                with FrontEnd(daemon.socket_path) as guest:
+                    self._ledger.settle(read_all(guest, len(self._ledger.contents)))
+                closed = self._close(daemon)
+        self._judge_image()
+        assert_same_bytes(qemu_read(self._start.path), self._ledger.contents)
+
+    def _close(self, daemon: Daemon) -> bool:
+        """Ask it to end; now and then kill it while it does. Whether it was faster."""
+        daemon.process.send_signal(signal.SIGTERM)
+        if self._draw.random() < 0.25:
+            ends_within(daemon, self._draw.uniform(0, 0.05))
+            daemon.process.kill()
+        status = daemon.process.wait(TIMEOUT)
+        assert status in (0, -signal.SIGKILL), f"exit {status}"
+        self.tally.kills += status != 0
+        self.tally.at_stop += status != 0
+        return status == 0
+
+    def _kill(self, daemon: Daemon) -> None:
+        daemon.kill(at_once=self._draw.random() < 0.5)
+        self.tally.kills += 1
+
+    def _judge_image(self) -> None:
+        """No corruption, says QEMU, and so do we; leaks are permitted where a death leaves them."""
+        wait_for_the_kernel(self._start.path)
+        code, report = qemu_check(self._start.path)
+        leaks = int(report.get("leaks", 0))
+        limit = 0 if self._start.lazy else self.tally.kills * LEAK_MAX >> self._start.cluster_bits
+        if code not in (0, 3) or leaks > limit:
+            raise Corrupt(f"qemu-img check: exit {code}, {report}")
+        ours = qcow2_tool("check", self._start.path)
+        if ours.returncode != code:
+            raise Corrupt(f"qcow2 check: exit {ours.returncode} where qemu-img says {code}: {ours.stdout}{ours.stderr}")
+        self.tally.leaked = max(self.tally.leaked, leaks)
+
+
+def ends_within(daemon: Daemon, seconds: float) -> bool:
+    """Whether the process ends by itself in that time."""
+    ended = os.pidfd_open(daemon.process.pid)
+    try:
+        return bool(select.select([ended], [], [], seconds)[0])
+    finally:
+        os.close(ended)
+
+
+def wait_for_the_kernel(path: Path) -> None:
+    """A dead process's last transfers end after it, and its locks with them."""
+    with path.open("r+b") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+
+
+def read_all(guest: FrontEnd, nbytes: int) -> bytes:
+    """The whole disk, through the rings."""
+    return b"".join(guest.read(start, min(READ_NBYTES, nbytes - start)) for start in range(0, nbytes, READ_NBYTES))
