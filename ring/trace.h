@@ -23,6 +23,7 @@ enum trace_kind {
     TRACE_WRITE,     /* operation id may reach the file from now on; its content */
     TRACE_ZERO,      /* the same, of zeros that do not change the file's length */
     TRACE_RESIZE,    /* the same, of the file's length: nbytes */
+    TRACE_STORE,     /* content was put at offset of the shared memory that belongs to the writable file */
     TRACE_SYNC,      /* fdatasync id begins: it covers what was DONE before */
     TRACE_DONE,      /* operation id came to an end: result is what the kernel said */
     TRACE_FULL,      /* last, where the file was not allowed to grow further */

@@ -31,9 +31,10 @@ class Kind(IntEnum):
     WRITE = 6
     ZERO = 7
     RESIZE = 8
-    SYNC = 9
-    DONE = 10
-    FULL = 11
+    STORE = 9
+    SYNC = 10
+    DONE = 11
+    FULL = 12
 
 
 class Flag(IntFlag):
@@ -104,26 +105,32 @@ class Trace:
         """
         nbytes = os.lseek(fd, 0, os.SEEK_END)
         flags = Flag.WRITABLE if writable else Flag(0)
-        self._add(Record(Kind.FILE, nbytes=nbytes, slot=slot, flags=flags, content=os.fsencode(path)))
+        check(self._add(Record(Kind.FILE, nbytes=nbytes, slot=slot, flags=flags, content=os.fsencode(path))), self.path)
         if writable:
             for start, end in _data_runs(fd, nbytes):
                 for offset in range(start, end, RUN_MAX):
                     content = os.pread(fd, min(RUN_MAX, end - offset), offset)
-                    self._add(Record(Kind.CONTENT, offset=offset, nbytes=len(content), slot=slot, content=content))
+                    record = Record(Kind.CONTENT, offset=offset, nbytes=len(content), slot=slot, content=content)
+                    check(self._add(record), self.path)
 
     def resize(self, slot: int, nbytes: int) -> int:
         """Tell that the file in *slot* is about to become *nbytes* long; the operation's id, for `done`."""
         return lib.trace_resize(self._native, slot, nbytes)
 
+    def store(self, offset: int, content: bytes) -> None:
+        """Tell that *content* was put into the shared memory that outlives this process."""
+        self._add(Record(Kind.STORE, offset=offset, nbytes=len(content), content=content))
+
     def done(self, operation: int, result: int) -> None:
         """Tell how an operation ended: 0 or -errno."""
         lib.trace_done(self._native, operation, result)
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record) -> int:
+        """0, or -errno of what ended the trace, now or before."""
         packed = ffi.new("struct trace_record *")
         ffi.buffer(packed)[:] = RECORD.pack(*record[:-1], len(record.content))
         content = ffi.from_buffer(record.content)
-        check(lib.trace_add_bytes(self._native, packed, content, len(record.content)), self.path)
+        return lib.trace_add_bytes(self._native, packed, content, len(record.content))
 
 
 def _data_runs(fd: int, nbytes: int) -> Iterator[tuple[int, int]]:

@@ -67,8 +67,13 @@ class RingDriver:
                 worker.grace(self._end(task, None))
             case op.Compute(function=function):
                 worker.compute(function, self._compute_end(task))
-            case op.Size() | op.Store():  # of an inode that the host has in memory: not worth a thread
+            case op.Size():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
+            case op.Store():  # the same
+                perform(operation)
+                if self._trace is not None:
+                    self._trace.store(operation.offset, operation.data)
+                self._scheduler.resume(task)
             case op.Resize():  # the same
                 self._resize(operation)
                 self._scheduler.resume(task)
