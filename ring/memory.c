@@ -137,6 +137,20 @@ int guest_memory_translate(struct guest_memory *memory, uint64_t guest_address, 
     return count;
 }
 
+bool guest_memory_locate(const struct guest_memory *memory, const void *host, uint64_t *guest_address)
+{
+    for (uint32_t i = 0; i < memory->count; i++) {
+        const struct guest_region *region = &memory->regions[i];
+        uint64_t skip = (uintptr_t)host - (uintptr_t)region->host;
+
+        if (skip < region->nbytes) {
+            *guest_address = region->guest_address + skip;
+            return true;
+        }
+    }
+    return false;
+}
+
 void *guest_memory_ring(const struct guest_memory *memory, uint64_t user_address, uint64_t nbytes)
 {
     for (uint32_t i = 0; i < memory->count; i++) {

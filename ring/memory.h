@@ -1,6 +1,7 @@
 /* Guest memory: the regions a front-end shares, and what lies where in them. */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -35,6 +36,9 @@ int guest_memory_add(struct guest_memory *memory, const struct guest_region *reg
  * -> their number; -EFAULT: a byte is in no region; -E2BIG: more pieces. */
 int guest_memory_translate(struct guest_memory *memory, uint64_t guest_address, uint64_t nbytes,
                            struct iovec *pieces, int limit);
+
+/* The guest address of a byte of ours that lies in a region. -> false if it lies in none. */
+bool guest_memory_locate(const struct guest_memory *memory, const void *host, uint64_t *guest_address);
 
 /* Our address of a part of a ring, which lies in one region; NULL if it does not. */
 void *guest_memory_ring(const struct guest_memory *memory, uint64_t user_address, uint64_t nbytes);

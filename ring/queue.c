@@ -61,6 +61,20 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
     worker_tell(worker, (struct worker_event){.kind = EVENT_BROKEN, .id = queue->index});
 }
 
+/* Something was written to the device area; which of its few pages does not matter. */
+static void log_device_area(struct worker *worker, const struct queue *queue)
+{
+    if (worker->log.bits && queue->logs)
+        dirty_log_mark(&worker->log, queue->log_address, virtqueue_device_nbytes(&queue->ring));
+}
+
+static void call_log(struct worker *worker)
+{
+    if (worker->log.is_dirty)
+        signal_fd(worker->log.call_fd);
+    worker->log.is_dirty = false;
+}
+
 bool worker_has_room(const struct worker *worker)
 {
     return worker->free_operations >= WORKER_TRANSFERS_MIN && worker->free_long &&
@@ -87,6 +101,7 @@ static void fetch(struct worker *worker, struct queue *queue)
         }
         if (queue->armed) {
             virtqueue_disarm(&queue->ring);
+            log_device_area(worker, queue);
             queue->armed = false;
         }
         request_begin(worker, queue, &worker->chain);
@@ -101,8 +116,11 @@ void queues_fetch(struct worker *worker)
 
 static void publish(struct worker *worker, struct queue *queue)
 {
+    bool calls = virtqueue_publish(&queue->ring);
+
+    log_device_area(worker, queue);
     worker->counters->batches++;
-    if (virtqueue_publish(&queue->ring) && queue->call_fd >= 0) {
+    if (calls && queue->call_fd >= 0) {
         signal_fd(queue->call_fd);
         worker->counters->calls++;
     }
@@ -143,6 +161,7 @@ void queues_publish(struct worker *worker)
         if (queue->draining && !queue->in_flight)
             finish_drain(worker, queue);
     }
+    call_log(worker);
     if (worker->idle_owed && !worker->requests_in_flight) {
         worker->idle_owed = false;
         worker_tell(worker, (struct worker_event){.kind = EVENT_IDLE});
@@ -155,8 +174,12 @@ bool queues_arm(struct worker *worker)
 
     for (uint32_t i = 0; i < worker->active_count;) {
         struct queue *queue = worker->active[i];
-        bool available = is_served(queue) && virtqueue_arm(&queue->ring);
+        bool available = false;
 
+        if (is_served(queue)) {
+            available = virtqueue_arm(&queue->ring);
+            log_device_area(worker, queue);
+        }
         queue->armed = true;
         more |= available;
         if (is_served(queue) && (available || queue->in_flight || queue->kick_fd < 0))
@@ -164,6 +187,7 @@ bool queues_arm(struct worker *worker)
         else
             deactivate(worker, i);
     }
+    call_log(worker);
     return more && worker_has_room(worker);
 }
 
@@ -326,6 +350,33 @@ void worker_set_memory(struct worker *worker, const struct guest_memory *memory)
         queue->absent = virtqueue_relocate(&queue->ring, &queue->layout, &worker->memory) < 0;
         activate(worker, queue);
     }
+}
+
+/* ---- the dirty log ---- */
+
+void worker_set_log(struct worker *worker, const struct guest_region *log)
+{
+    worker->log.bits = log ? log->host : NULL;
+    worker->log.nbytes = log ? log->nbytes : 0;
+}
+
+void worker_set_log_call(struct worker *worker, int fd)
+{
+    replace_fd(&worker->log.call_fd, fd);
+}
+
+void worker_log_buffers(struct worker *worker, int enabled)
+{
+    worker->log.buffers = enabled;
+}
+
+int worker_log_queue(struct worker *worker, uint32_t index, int enabled, uint64_t guest_address)
+{
+    if (index >= WORKER_QUEUES)
+        return -EINVAL;
+    worker->queues[index].logs = enabled;
+    worker->queues[index].log_address = guest_address;
+    return 0;
 }
 
 void queue_close(struct worker *worker, struct queue *queue)

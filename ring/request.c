@@ -37,10 +37,24 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     worker->device->begin(worker->device, worker, request);
 }
 
+/* Log all that may have been written: a transfer that failed may have filled a part of its buffers. */
+static void log_buffers(struct worker *worker, const struct request *request)
+{
+    const struct iovec *piece = request->pieces + request->readable_count;
+
+    for (uint32_t i = 0; i < request->writable_count; i++, piece++) {
+        uint64_t guest_address;
+        if (guest_memory_locate(&worker->memory, piece->iov_base, &guest_address))
+            dirty_log_mark(&worker->log, guest_address, piece->iov_len);
+    }
+}
+
 void request_complete(struct worker *worker, struct request *request, uint32_t nbytes)
 {
     struct queue *queue = request->queue;
 
+    if (worker->log.bits && worker->log.buffers)
+        log_buffers(worker, request);
     if (request->pieces != request->inline_pieces)
         worker->long_free[worker->free_long++] = request->pieces;
     request->state = REQUEST_FREE;

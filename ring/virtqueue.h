@@ -77,6 +77,12 @@ int virtqueue_arm(struct virtqueue *queue);
 /* Ask not to be kicked. */
 void virtqueue_disarm(struct virtqueue *queue);
 
+/* How many bytes the device area has, all that we write of a ring. */
+static inline uint64_t virtqueue_device_nbytes(const struct virtqueue *queue)
+{
+    return 4 + 8 * (uint64_t)queue->size + 2;
+}
+
 /* The index to go on from after the queue is drained. */
 static inline uint16_t virtqueue_base(const struct virtqueue *queue)
 {

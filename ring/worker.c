@@ -57,6 +57,7 @@ struct worker *worker_create(struct device *device, int control_fd, struct worke
     worker->device = device;
     worker->counters = counters;
     worker->control_fd = control_fd;
+    worker->log.call_fd = -1;
     worker->events = events;
     worker->long_pieces = long_pieces;
     init_lists(worker);
@@ -196,6 +197,7 @@ void worker_close(struct worker *worker)
     }
     for (uint32_t i = 0; i < WORKER_QUEUES; i++)
         queue_close(worker, &worker->queues[i]);
+    worker_set_log_call(worker, -1);
     uring_deinit(&worker->uring);
     worker->file_count = 0;
     worker->free_operation = WORKER_OPERATIONS;

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "ring/log.h"
 #include "ring/memory.h"
 #include "ring/trace.h"
 #include "ring/uring.h"
@@ -138,6 +139,8 @@ struct queue {
     bool dirty;  /* in worker->dirty: holds unpublished used elements */
     bool armed;  /* the driver was asked to kick */
     bool broken; /* and Python was told */
+    bool logs;   /* what is written to its device area is logged, */
+    uint64_t log_address; /* as if the area lay at this guest address */
 };
 
 struct file {
@@ -200,6 +203,7 @@ struct worker {
     struct worker_counters *counters;
     struct trace *trace; /* NULL: nobody wants one */
     struct guest_memory memory;
+    struct dirty_log log;
     int control_fd;
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
@@ -263,6 +267,13 @@ int worker_set_err(struct worker *worker, uint32_t index, int fd);
 int worker_set_enabled(struct worker *worker, uint32_t index, int enabled);
 int worker_drain_queue(struct worker *worker, uint32_t index);
 const char *worker_queue_fault(struct worker *worker, uint32_t index);
+
+/* The dirty log. `log` is borrowed until the next call, which ends all writes to it; NULL: none. */
+void worker_set_log(struct worker *worker, const struct guest_region *log);
+void worker_set_log_call(struct worker *worker, int fd);
+void worker_log_buffers(struct worker *worker, int enabled);
+/* Also for a queue that is not started yet; it stays so until the next call. */
+int worker_log_queue(struct worker *worker, uint32_t index, int enabled, uint64_t guest_address);
 
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync);
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ring.counter import Counters, snapshot
 from ring.memory import Mapping, MemoryRegion, map_regions, native_table
-from ring.native import Pointer, check, ffi, lib
+from ring.native import NULL, Pointer, check, ffi, lib
 from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
 from ring.request import Request
 from ring.trace import Trace
@@ -73,6 +73,7 @@ class Worker:
         self._control = -1
         self._counters: Pointer = ffi.new("struct worker_counters *")
         self._mappings: dict[MemoryRegion, Mapping] = {}
+        self._log: Mapping | None = None
         self._draining: dict[int, Callable[[int], None]] = {}
         self._queues: set[int] = set()
         self._trace: Trace | None = None  # C writes to it
@@ -199,6 +200,30 @@ class Worker:
     def set_enabled(self, index: int, enabled: bool) -> None:
         """Let the queue be served, or leave its ring untouched until it is; what is in flight goes on."""
         check(lib.worker_set_enabled(self._native, index, enabled), f"queue {index}")
+
+    def set_log(self, log: MemoryRegion | None) -> None:
+        """Set bits in *log*, one for 4096 bytes of guest memory, from now on; no more in the log before it.
+
+        Raises: OSError if it cannot be mapped or its file is too short; the log before it then stays.
+        """
+        mapping = None if log is None else Mapping(log)
+        lib.worker_set_log(self._native, NULL if mapping is None else mapping.native)
+        if self._log is not None:
+            self._log.close()
+        self._log = mapping
+
+    def set_log_call(self, fd: int | None) -> None:
+        """Take over *fd*, signalled after bits were set in the log."""
+        lib.worker_set_log_call(self._native, -1 if fd is None else fd)
+
+    def log_buffers(self, enabled: bool) -> None:
+        """Whether what requests write to their buffers is logged, those in flight included."""
+        lib.worker_log_buffers(self._native, enabled)
+
+    def log_queue(self, index: int, guest_address: int | None) -> None:
+        """Whether what is written to the queue's device area is logged, and as what; running or not."""
+        enabled = guest_address is not None
+        check(lib.worker_log_queue(self._native, index, enabled, guest_address or 0), f"log of queue {index}")
 
     def drain_queue(self, index: int, done: Callable[[int], None]) -> None:
         """Stop fetching, finish what is in flight, drop kick and call, then *done(base)*: the next available index.
@@ -383,7 +408,7 @@ class Worker:
         self._pool.shutdown()
         if self._native:
             lib.worker_close(self._native)
-        for mapping in self._mappings.values():
+        for mapping in [*self._mappings.values(), *([self._log] if self._log else [])]:
             mapping.close()
         os.close(self._control)
         while self._calls:

@@ -18,6 +18,7 @@ IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 VERSION_1 = 1 << 32
 PROTOCOL_FEATURES = 1 << 30
+F_LOG_ALL = 1 << 26
 F_FLUSH = 1 << 9
 F_CONFIG_WCE = 1 << 11
 F_MQ = 1 << 12
@@ -25,12 +26,13 @@ F_DISCARD = 1 << 13
 F_WRITE_ZEROES = 1 << 14
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
+SET_LOG_BASE, SET_LOG_FD = 6, 7
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, SET_VRING_ENABLE = 15, 16, 18
 SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG = 21, 24, 25
 CONFIG_CHANGE_MSG = 2  # on the back-end channel
-MQ, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
+MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 1, 1 << 3, 1 << 5, 1 << 9
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 
 WRITABLE, NEXT = 2, 1
@@ -214,7 +216,7 @@ class FrontEnd:
         multiple = F_MQ if len(self.queues) > 1 else 0
         self.features = self.offered & (features | multiple | VERSION_1 | PROTOCOL_FEATURES)
         self.ask(GET_PROTOCOL_FEATURES)
-        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", MQ | REPLY_ACK | BACKEND_REQ | CONFIG))
+        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", MQ | LOG_SHMFD | REPLY_ACK | BACKEND_REQ | CONFIG))
         self.tell(SET_OWNER, b"")
         self.tell(SET_FEATURES, struct.pack("<Q", self.features))
         region = struct.pack("<IIQQQQ", 1, 0, GUEST_ADDRESS, len(self.memory), USER_ADDRESS, 0)
@@ -226,8 +228,7 @@ class FrontEnd:
         queue = self.queues[index]
         self.tell(SET_VRING_NUM, struct.pack("<II", index, QUEUE_SIZE))
         self.tell(SET_VRING_BASE, struct.pack("<II", index, base))
-        rings = (queue.descriptors, queue.device_ring, queue.driver_ring)
-        self.tell(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, 0, *(USER_ADDRESS + ring for ring in rings), 0))
+        self.place_queue(index)
         self.tell(SET_VRING_KICK, struct.pack("<Q", index), fds=(queue.kick,))
         self.tell(SET_VRING_CALL, struct.pack("<Q", index), fds=(queue.call,))
         self.tell(SET_VRING_ENABLE, struct.pack("<II", index, 1))
@@ -244,6 +245,24 @@ class FrontEnd:
     def set_writeback(self, enabled: bool) -> None:
         """The WCE byte of the configuration space; returns once acknowledged."""
         self.tell(SET_CONFIG, struct.pack("<III", 32, 1, 0) + bytes([enabled]))
+
+    def set_log(self, fd: int, nbytes: int) -> None:
+        """Let dirty pages be logged in *fd* from now on, if they are at all."""
+        self._send(SET_LOG_BASE, struct.pack("<QQ", nbytes, 0), fds=(fd,))
+        self._receive(SET_LOG_BASE)
+
+    def log(self, enabled: bool) -> None:
+        """Switch logging of buffers and of the used ring of queue 0 on or off, while it runs."""
+        self.tell(SET_FEATURES, struct.pack("<Q", self.features | (F_LOG_ALL if enabled else 0)))
+        self.place_queue(logged=enabled)
+
+    def place_queue(self, index: int = 0, *, logged: bool = False) -> None:
+        """Say where the ring lies; its used ring is logged as what it is."""
+        queue = self.queues[index]
+        rings = (queue.descriptors, queue.device_ring, queue.driver_ring)
+        log = GUEST_ADDRESS + queue.device_ring
+        places = (*(USER_ADDRESS + ring for ring in rings), log)
+        self.tell(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
 
     def open_backend_channel(self) -> socket.socket:
         """Give the daemon one end of a socket pair for its own requests; the other end is the caller's to close."""

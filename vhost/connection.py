@@ -120,6 +120,15 @@ class Connection:
                 self._set_memory({**self._regions, region: _mappable(region, fds)})
             case effect.RemoveMemory(region):
                 self._set_memory({other: mapped for other, mapped in self._regions.items() if other != region})
+            case effect.SetLog(log):
+                self._set_log(None if log is None else MemoryRegion(fds.take(), 0, 0, log.size, log.mmap_offset))
+            case effect.SetLogCall(has_fd):
+                fd = fds.take() if has_fd else None
+                self._worker.call(lambda: self._worker.set_log_call(fd))
+            case effect.LogBuffers(enabled):
+                self._worker.call(lambda: self._worker.log_buffers(enabled))
+            case effect.LogQueue(index, guest_address):
+                self._worker.call(lambda: self._worker.log_queue(index, guest_address))
             case effect.StartQueue():
                 self._start_queue(wanted)
             case effect.StopQueue(index):
@@ -156,6 +165,9 @@ class Connection:
         self._worker.call(lambda: self._worker.set_memory(list(regions.values())))
         self._regions = regions
 
+    def _set_log(self, log: MemoryRegion | None) -> None:
+        self._worker.call(lambda: self._worker.set_log(log))
+
     def _start_queue(self, ring: effect.StartQueue) -> None:
         layout = QueueLayout(ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx)
         self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
@@ -180,6 +192,10 @@ class Connection:
         for index in range(self._session.offer.num_queues):
             self._worker.set_enabled(index, False)
             self._worker.set_err(index, None)
+            self._worker.log_queue(index, None)
+        self._worker.set_log(None)
+        self._worker.set_log_call(None)
+        self._worker.log_buffers(False)
         self._worker.set_memory([])
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vhost.message import Region
+from vhost.message import Log, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,35 @@ class RemoveMemory:
     """Unmap one region."""
 
     region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class SetLog:
+    """Log dirty pages in this bitmap, mapped from the message's fd, or nowhere; never again in the one before."""
+
+    log: Log | None
+
+
+@dataclass(frozen=True, slots=True)
+class SetLogCall:
+    """Take the message's fd (or none) as the one that tells of new bits in the log."""
+
+    has_fd: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LogBuffers:
+    """Whether what requests write to guest memory is logged, those in flight included."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LogQueue:
+    """Whether writes to the used ring are logged, as if it lay at *guest_address*; a running ring runs on."""
+
+    index: int
+    guest_address: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +148,10 @@ Effect = (
     | SetMemory
     | AddMemory
     | RemoveMemory
+    | SetLog
+    | SetLogCall
+    | LogBuffers
+    | LogQueue
     | StartQueue
     | StopQueue
     | EnableQueue

@@ -168,6 +168,15 @@ class Region(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Log(Record):
+    """Where the bitmap of dirty pages lies in its fd."""
+
+    LAYOUT = struct.Struct("=QQ")
+    size: int
+    mmap_offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigWindow:
     """A piece of the configuration space."""
 

@@ -16,6 +16,7 @@ from vhost.message import (
     VERSION,
     ConfigWindow,
     HeaderFlag,
+    Log,
     MemorySlot,
     MemoryTable,
     Message,
@@ -33,6 +34,7 @@ from virtio.feature import BlockFeature, RingFeature, caches_writes, unknown_bit
 
 PROTOCOL_FEATURES = int(
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
@@ -41,6 +43,8 @@ PROTOCOL_FEATURES = int(
     | ProtocolFeature.STATUS
 )
 HEADER_FLAGS = int(HeaderFlag.VERSION | HeaderFlag.NEED_REPLY)
+VHOST_FEATURES = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
+LOG_PAGE = 4096
 ADDRESS_LIMIT = 1 << 64
 ACK, NACK = U64(0).pack(), U64(1).pack()
 
@@ -109,11 +113,13 @@ class Session:
         return bool(message.flags & HeaderFlag.NEED_REPLY and self.protocol_features & ProtocolFeature.REPLY_ACK)
 
     def get_features(self, _: None) -> Steps:
-        yield _reply_u64(Request.GET_FEATURES, self.offer.features | VhostFeature.PROTOCOL_FEATURES)
+        yield _reply_u64(Request.GET_FEATURES, self.offer.features | VHOST_FEATURES)
 
     def set_features(self, features: U64) -> Steps:
-        _refuse_unknown("virtio features", features.value, self.offer.features | VhostFeature.PROTOCOL_FEATURES)
-        self.features = features.value
+        _refuse_unknown("virtio features", features.value, self.offer.features | VHOST_FEATURES)
+        before, self.features = self.features, features.value
+        if (before ^ self.features) & VhostFeature.LOG_ALL:  # also while rings run, which run on
+            yield effect.LogBuffers(bool(self.features & VhostFeature.LOG_ALL))
         self.vrings.event_idx = bool(self.features & RingFeature.EVENT_IDX)
         yield effect.SetWriteCache(self.is_writeback)
         if not self.features & VhostFeature.PROTOCOL_FEATURES:
@@ -135,6 +141,8 @@ class Session:
         if self.regions:
             yield from self.reset_device(None)
             yield effect.SetMemory(())
+            yield effect.SetLog(None)
+            yield effect.SetLogCall(has_fd=False)
             self.regions = []
 
     def ignore(self, _: None) -> Steps:
@@ -148,6 +156,20 @@ class Session:
     def lose_backend_channel(self) -> None:
         """The front-end has closed it; nothing can be told from now on."""
         self._has_backend_channel = False
+
+    def set_log_base(self, log: Log) -> Steps:
+        """Log in a new bitmap; the reply says that nothing is written to the old one any more.
+
+        It covers all memory: QEMU lets it grow before memory does, and shrink after.
+        """
+        end = max((region.guest_address + region.size for region in self.regions), default=0)
+        if log.size * 8 * LOG_PAGE < end:
+            raise ProtocolViolation(f"a log of {log.size} bytes does not reach the end of memory at {end:#x}")
+        yield effect.SetLog(log)
+        yield _reply_u64(Request.SET_LOG_BASE, 0)
+
+    def set_log_fd(self, _: None) -> Steps:
+        yield effect.SetLogCall(has_fd=True)
 
     def get_max_mem_slots(self, _: None) -> Steps:
         yield _reply_u64(Request.GET_MAX_MEM_SLOTS, self.offer.max_regions)
@@ -298,6 +320,10 @@ RULES: dict[int, Rule] = {
     Request.SET_OWNER: Rule(Session.set_owner, _empty),
     Request.RESET_OWNER: Rule(Session.ignore, _empty),
     Request.SET_MEM_TABLE: Rule(Session.set_mem_table, MemoryTable.parse, nfds=_table_fds),
+    Request.SET_LOG_BASE: Rule(
+        Session.set_log_base, Log.parse, needs=ProtocolFeature.LOG_SHMFD, replies=True, nfds=_one_fd
+    ),
+    Request.SET_LOG_FD: Rule(Session.set_log_fd, _empty, nfds=_one_fd),
     Request.SET_VRING_NUM: Rule(lambda session, state: session.vrings.set_num(state), VringState.parse),
     Request.SET_VRING_ADDR: Rule(lambda session, address: session.vrings.set_addr(address), VringAddress.parse),
     Request.SET_VRING_BASE: Rule(lambda session, state: session.vrings.set_base(state), VringState.parse),

@@ -25,6 +25,7 @@ class Vring:
     address: VringAddress | None = None
     has_kick: bool = False  # an fd, or the word that there is none
     enabled: bool = False
+    log_address: int | None = None  # of the used ring, while writes to it are logged
     is_running: bool = False
 
 
@@ -67,6 +68,7 @@ class Vrings:
         if ring.is_running and not _same_place(ring.address, address):
             yield from self._stop(address.index)
         ring.address = address
+        yield from self._log(address.index, address.log if address.flags & VringAddress.LOG else None)
 
     def set_base(self, state: VringState) -> Steps:
         ring = self._ring(state.index)
@@ -115,6 +117,7 @@ class Vrings:
                 yield from self._stop(index)
             if ring.enabled:
                 yield from self._enable(index, False)
+            yield from self._log(index, None)
             self._rings[index] = Vring(base=ring.base)
 
     def _ring(self, index: int) -> Vring:
@@ -133,6 +136,11 @@ class Vrings:
     def _enable(self, index: int, enabled: bool) -> Steps:
         self._rings[index].enabled = enabled
         yield effect.EnableQueue(index, enabled)
+
+    def _log(self, index: int, guest_address: int | None) -> Steps:
+        if self._rings[index].log_address != guest_address:
+            self._rings[index].log_address = guest_address
+            yield effect.LogQueue(index, guest_address)
 
     def _start_when_complete(self, index: int) -> Steps:
         """Start a ring that has all it needs, not waiting for a kick: an earlier life of ours may have consumed it."""

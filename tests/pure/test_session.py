@@ -11,6 +11,7 @@ from vhost.effect import Effect
 from vhost.message import (
     U64,
     ConfigWindow,
+    Log,
     MemorySlot,
     MemoryTable,
     Message,
@@ -27,6 +28,7 @@ from virtio.feature import BlockFeature, RingFeature, offered_features
 
 FEATURES = offered_features(read_only=False)
 BIT30 = 1 << 30
+LOG_ALL = 1 << 26
 NEED_REPLY = 0x9
 GUEST = Region(guest_address=0, size=1 << 20, user_address=0x7F0000000000, mmap_offset=0)
 HIGH = Region(guest_address=1 << 32, size=1 << 20, user_address=0x7F0000100000, mmap_offset=1 << 20)
@@ -99,13 +101,13 @@ def kinds(effects: list[Effect]) -> list[type]:
 # Negotiation
 
 
-def test_features_are_the_offer_and_bit_30() -> None:
-    assert make().u64(Request.GET_FEATURES) == FEATURES | BIT30
+def test_features_are_the_offer_and_those_of_vhost_user() -> None:
+    assert make().u64(Request.GET_FEATURES) == FEATURES | BIT30 | LOG_ALL
 
 
 def test_only_what_works_is_offered_as_protocol_features() -> None:
     offered = make().u64(Request.GET_PROTOCOL_FEATURES)
-    assert {bit for bit in range(64) if offered >> bit & 1} == {0, 3, 5, 9, 13, 15, 16}
+    assert {bit for bit in range(64) if offered >> bit & 1} == {0, 1, 3, 5, 9, 13, 15, 16}
 
 
 def test_queue_number_is_the_maximum(front_end: FrontEnd) -> None:
@@ -308,7 +310,7 @@ def test_running_ring_may_be_told_its_address_again(front_end: FrontEnd) -> None
     front_end.configure()
     front_end.kick()
     log = VringAddress(0, 1, ADDRESS.descriptor, ADDRESS.used, ADDRESS.available, 0x1000)
-    assert front_end.send(Request.SET_VRING_ADDR, log) == []
+    assert front_end.send(Request.SET_VRING_ADDR, log) == [effect.LogQueue(0, 0x1000)]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,8 @@ def test_new_owner_finds_no_memory_and_no_ring(front_end: FrontEnd) -> None:
     front_end.send(Request.SET_MEM_TABLE, MemoryTable((GUEST,)), nfds=1)
     front_end.configure()
     front_end.kick()
-    assert front_end.send(Request.SET_OWNER) == [effect.StopQueue(0), effect.SetMemory(())]
+    done = front_end.send(Request.SET_OWNER)
+    assert done == [effect.StopQueue(0), effect.SetMemory(()), effect.SetLog(None), effect.SetLogCall(has_fd=False)]
     assert front_end.send(Request.ADD_MEM_REG, MemorySlot(GUEST), nfds=1) == [effect.AddMemory(GUEST)]
 
 
@@ -543,6 +546,54 @@ def test_natural_reply_is_the_only_one(front_end: FrontEnd) -> None:
 
 def test_acknowledgement_repeats_the_request(front_end: FrontEnd) -> None:
     assert front_end.send(Request.SET_OWNER, flags=NEED_REPLY) == [effect.Reply(Request.SET_OWNER, U64(0).pack())]
+
+
+# The dirty log
+
+
+def test_log_base_is_answered_whether_or_not_the_front_end_asks_for_it(front_end: FrontEnd) -> None:
+    for flags in (1, NEED_REPLY):
+        done = front_end.send(Request.SET_LOG_BASE, Log(4096, 8192), flags=flags, nfds=1)
+        assert done == [effect.SetLog(Log(4096, 8192)), effect.Reply(Request.SET_LOG_BASE, U64(0).pack())]
+
+
+def test_log_that_cannot_be_mapped_ends_the_connection(front_end: FrontEnd) -> None:
+    front_end.fail = effect.SetLog
+    with pytest.raises(OSError, match="made to fail"):
+        front_end.send(Request.SET_LOG_BASE, Log(4096, 0), flags=NEED_REPLY, nfds=1)
+
+
+def test_log_shorter_than_memory_ends_the_connection(front_end: FrontEnd) -> None:
+    front_end.send(Request.SET_MEM_TABLE, MemoryTable((GUEST, HIGH)), nfds=2)
+    enough = (HIGH.guest_address + HIGH.size) // (8 * 4096)
+    front_end.send(Request.SET_LOG_BASE, Log(enough, 0), nfds=1)
+    with pytest.raises(ProtocolViolation, match="does not reach the end of memory at 0x100100000"):
+        front_end.send(Request.SET_LOG_BASE, Log(enough - 1, 0), nfds=1)
+
+
+def test_log_all_is_switched_on_a_running_ring_which_runs_on(front_end: FrontEnd) -> None:
+    front_end.configure()
+    front_end.kick()
+    for features, enabled in ((FEATURES | BIT30 | LOG_ALL, True), (FEATURES | BIT30, False)):
+        done = front_end.send(Request.SET_FEATURES, U64(features), flags=NEED_REPLY)
+        assert done[0] == effect.LogBuffers(enabled)
+        assert kinds(done) == [effect.LogBuffers, effect.SetWriteCache, effect.Reply]
+
+
+def test_used_ring_is_logged_on_a_running_ring_which_runs_on(front_end: FrontEnd) -> None:
+    front_end.configure()
+    front_end.kick()
+    logged = replace(ADDRESS, flags=VringAddress.LOG, log=0x3000)
+    assert front_end.send(Request.SET_VRING_ADDR, logged) == [effect.LogQueue(0, 0x3000)]
+    assert front_end.send(Request.SET_VRING_ADDR, logged) == []
+    assert front_end.send(Request.SET_VRING_ADDR, ADDRESS) == [effect.LogQueue(0, None)]
+    assert front_end.session.vrings.are_running
+
+
+def test_new_owner_has_no_log(front_end: FrontEnd) -> None:
+    front_end.send(Request.SET_MEM_TABLE, MemoryTable((GUEST,)), nfds=1)
+    front_end.send(Request.SET_LOG_BASE, Log(1 << 20, 0), nfds=1)
+    assert effect.SetLog(None) in front_end.send(Request.SET_OWNER)
 
 
 # The back-end channel
@@ -632,6 +683,8 @@ SHAPES: list[tuple[int, Any, int]] = [
     (Request.GET_QUEUE_NUM, b"", 0),
     (Request.SET_VRING_ENABLE, VringState(0, 1), 0),
     (Request.SET_BACKEND_REQ_FD, b"", 1),
+    (Request.SET_LOG_BASE, Log(4096, 0), 1),
+    (Request.SET_LOG_FD, b"", 1),
     (Request.GET_CONFIG, ConfigWindow(0, 57, 0, bytes(57)), 0),
     (Request.SET_CONFIG, ConfigWindow(32, 1, 0, b"\1"), 0),
     (Request.RESET_DEVICE, b"", 0),
