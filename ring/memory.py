@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ring.native import Pointer, check, ffi, lib
 
@@ -47,6 +48,13 @@ class Mapping:
             )
         finally:
             os.close(region.fd)
+
+    @property
+    def address(self) -> Pointer:
+        """Where the region's first byte is in this process; borrowed."""
+        native: Any = self.native
+        host: Pointer = native.host
+        return host
 
     def close(self) -> None:
         """Unmap; nothing may use the region's bytes any more."""

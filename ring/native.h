@@ -3,6 +3,7 @@
 
 #include "ring/driver.h"
 #include "ring/identity.h"
+#include "ring/inflight.h"
 #include "ring/memory.h"
 #include "ring/worker.h"
 #include "virtio/block.h"

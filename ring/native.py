@@ -13,6 +13,10 @@ class Library(Protocol):
 
     WORKER_OPERATIONS: int
     WORKER_EVENTS: int
+    RING_EVENT_IDX: int
+
+    # inflight.h
+    def inflight_nbytes(self, entries: int, /) -> int: ...
 
     # memory.h
     def guest_region_map(
@@ -37,8 +41,11 @@ class Library(Protocol):
         driver_address: int,
         device_address: int,
         base: int,
-        event_idx: int,
+        ring_flags: int,
         /,
+    ) -> int: ...
+    def worker_set_inflight(
+        self, worker: Pointer, region: Pointer, nbytes: int, num_queues: int, queue_size: int, /
     ) -> int: ...
     def worker_set_kick(self, worker: Pointer, index: int, fd: int, /) -> int: ...
     def worker_set_call(self, worker: Pointer, index: int, fd: int, /) -> int: ...

@@ -12,10 +12,17 @@
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
 #define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
 
+/* A queue that is drained still owes what an earlier daemon had fetched, enabled or not. */
+static bool is_owing(const struct queue *queue)
+{
+    return queue->draining && queue->started && !queue->absent && virtqueue_has_pending(&queue->ring);
+}
+
 static bool is_served(const struct queue *queue)
 {
-    return queue->started && !queue->absent && queue->enabled && queue->has_kick && !queue->draining &&
-           !queue->ring.fault;
+    if (queue->draining)
+        return is_owing(queue);
+    return queue->started && !queue->absent && queue->enabled && queue->has_kick && !queue->ring.fault;
 }
 
 static void activate(struct worker *worker, struct queue *queue)
@@ -139,7 +146,7 @@ static void cancel_kick(struct worker *worker, struct queue *queue)
 
 static void finish_drain(struct worker *worker, struct queue *queue)
 {
-    uint16_t base = queue->started ? virtqueue_base(&queue->ring) : 0;
+    uint32_t base = queue->started ? virtqueue_base(&queue->ring) : 0;
 
     cancel_kick(worker, queue);
     replace_fd(&queue->kick_fd, -1);
@@ -158,7 +165,7 @@ void queues_publish(struct worker *worker)
         queue->dirty = false;
         publish(worker, queue);
         worker->progress = true;
-        if (queue->draining && !queue->in_flight)
+        if (queue->draining && !queue->in_flight && !is_owing(queue))
             finish_drain(worker, queue);
     }
     call_log(worker);
@@ -234,29 +241,63 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
 
 /* ---- what Python says ---- */
 
+int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues, uint32_t queue_size)
+{
+    if (region && (num_queues == 0 || num_queues > WORKER_QUEUES || queue_size > VIRTQUEUE_SIZE_MAX))
+        return -EINVAL;
+    if (region && nbytes < num_queues * inflight_nbytes(queue_size))
+        return -EINVAL;
+    for (uint32_t i = 0; i < WORKER_QUEUES; i++)
+        if (worker->queues[i].started)
+            return -EBUSY;
+    worker->inflight = region;
+    worker->inflight_queues = num_queues;
+    worker->inflight_entries = queue_size;
+    return 0;
+}
+
+/* -> 0 if the layout has its part of the in-flight region, or there is none. */
+static int find_inflight(const struct worker *worker, uint32_t index, struct virtqueue_layout *layout)
+{
+    if (!worker->inflight)
+        return 0;
+    if (index >= worker->inflight_queues)
+        return -EINVAL;
+    layout->inflight = worker->inflight + index * inflight_nbytes(worker->inflight_entries);
+    layout->inflight_entries = worker->inflight_entries;
+    return 0;
+}
+
 int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
-                       uint64_t driver_address, uint64_t device_address, uint32_t base, int event_idx)
+                       uint64_t driver_address, uint64_t device_address, uint32_t base, uint32_t ring_flags)
 {
     struct queue *queue = &worker->queues[index];
-    struct virtqueue_layout layout = {size, descriptor_address, driver_address, device_address, base, event_idx};
-    struct virtqueue ring;
+    struct virtqueue_layout layout = {
+        .size = size,
+        .descriptor_address = descriptor_address,
+        .driver_address = driver_address,
+        .device_address = device_address,
+        .base = base,
+        .event_idx = ring_flags & RING_EVENT_IDX,
+    };
     int result;
 
-    if (index >= WORKER_QUEUES || base > UINT16_MAX)
+    if (index >= WORKER_QUEUES || find_inflight(worker, index, &layout) < 0)
         return -EINVAL;
     if (queue->started || queue->draining)
         return -EBUSY;
-    result = virtqueue_init(&ring, &layout, &worker->memory);
+    result = virtqueue_init(&queue->ring, &layout, &worker->memory);
     if (result < 0)
         return result;
     queue->requests = calloc(size, sizeof(*queue->requests));
     if (!queue->requests)
         return -ENOMEM;
-    queue->ring = ring;
     queue->layout = layout;
     queue->started = true;
     queue->absent = queue->broken = false;
     queue->armed = true; /* nobody asked the driver not to kick yet */
+    if (queue->ring.fault)
+        break_queue(worker, queue, NULL);
     activate(worker, queue);
     return 0;
 }
@@ -327,7 +368,9 @@ int worker_drain_queue(struct worker *worker, uint32_t index)
     if (queue->draining)
         return -EALREADY;
     queue->draining = true;
-    if (!queue->in_flight && !queue->dirty)
+    if (is_owing(queue))
+        activate(worker, queue);
+    else if (!queue->in_flight && !queue->dirty)
         finish_drain(worker, queue);
     return 0;
 }

@@ -28,6 +28,12 @@ static inline void shared_store_release16(uint16_t *shared, uint16_t value)
     __atomic_store_n(shared, value, __ATOMIC_RELEASE);
 }
 
+/* A byte, with the same promise. */
+static inline void shared_store_release8(uint8_t *shared, uint8_t value)
+{
+    __atomic_store_n(shared, value, __ATOMIC_RELEASE);
+}
+
 static inline void shared_store16(uint16_t *shared, uint16_t value)
 {
     __atomic_store_n(shared, value, __ATOMIC_RELAXED);

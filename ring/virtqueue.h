@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "ring/inflight.h"
 #include "ring/memory.h"
 
 #define VIRTQUEUE_SIZE_MAX 1024
@@ -31,6 +32,7 @@ struct virtqueue {
     uint16_t next_used;      /* filled so far, free-running */
     uint16_t published_used; /* shown to the driver so far */
     const char *fault;       /* NULL while the ring makes sense */
+    struct inflight inflight;
 };
 
 /* One chain, as host pieces: readable ones first. */
@@ -48,12 +50,15 @@ struct virtqueue_layout {
     uint64_t descriptor_address; /* user addresses */
     uint64_t driver_address;
     uint64_t device_address;
-    uint16_t base;
+    uint32_t base;
     bool event_idx;
+    void *inflight; /* this queue's part of the in-flight region, with so many entries; NULL: not tracked */
+    uint32_t inflight_entries;
 };
 
-/* -EINVAL: a size that is no power of two up to the limit, a misaligned address.
- * -EFAULT: an address outside guest memory. */
+/* -EINVAL: a size that is no power of two up to the limit, a misaligned address,
+ * an in-flight region that is too small. -EFAULT: an address outside guest memory.
+ * A region that contradicts itself or the ring leaves a queue that is broken. */
 int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
 
 /* Find the ring again after the memory table changed; everything pushed is
@@ -61,7 +66,8 @@ int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layou
 int virtqueue_relocate(struct virtqueue *queue, const struct virtqueue_layout *layout,
                        const struct guest_memory *memory);
 
-/* -> 1 and a chain, 0 if the driver posted nothing more, -EPROTO if the ring is broken. */
+/* -> 1 and a chain, 0 if the driver posted nothing more, -EPROTO if the ring is broken.
+ * What an earlier daemon left in flight comes first, in the order it was fetched. */
 int virtqueue_pop(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain);
 
 /* Fill a used element; the driver sees it at the next publication. At most one
@@ -83,8 +89,14 @@ static inline uint64_t virtqueue_device_nbytes(const struct virtqueue *queue)
     return 4 + 8 * (uint64_t)queue->size + 2;
 }
 
+/* What an earlier daemon left in flight is not all fetched yet. */
+static inline bool virtqueue_has_pending(const struct virtqueue *queue)
+{
+    return !queue->fault && inflight_has_pending(&queue->inflight);
+}
+
 /* The index to go on from after the queue is drained. */
-static inline uint16_t virtqueue_base(const struct virtqueue *queue)
+static inline uint32_t virtqueue_base(const struct virtqueue *queue)
 {
     return queue->next_available;
 }

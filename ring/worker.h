@@ -204,6 +204,9 @@ struct worker {
     struct trace *trace; /* NULL: nobody wants one */
     struct guest_memory memory;
     struct dirty_log log;
+    uint8_t *inflight; /* the in-flight region, NULL: none */
+    uint32_t inflight_queues;
+    uint32_t inflight_entries; /* of each queue */
     int control_fd;
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
@@ -259,8 +262,15 @@ void worker_set_memory(struct worker *worker, const struct guest_memory *memory)
 void worker_pause(struct worker *worker, int paused);
 uint32_t worker_requests_in_flight(struct worker *worker);
 
+/* Track what is in flight in this memory, or, NULL, no more. It is borrowed for as
+ * long as a queue is started. -EBUSY: one is; -EINVAL: too small for what it says. */
+int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues, uint32_t queue_size);
+
+enum ring_flag { RING_EVENT_IDX = 1 };
+
+/* -EINVAL also: the in-flight region has no room for this queue. */
 int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
-                       uint64_t driver_address, uint64_t device_address, uint32_t base, int event_idx);
+                       uint64_t driver_address, uint64_t device_address, uint32_t base, uint32_t ring_flags);
 int worker_set_kick(struct worker *worker, uint32_t index, int fd);
 int worker_set_call(struct worker *worker, uint32_t index, int fd);
 int worker_set_err(struct worker *worker, uint32_t index, int fd);

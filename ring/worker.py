@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from ring.counter import Counters, snapshot
+from ring.inflight import InflightRegion
 from ring.memory import Mapping, MemoryRegion, map_regions, native_table
 from ring.native import NULL, Pointer, check, ffi, lib
 from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
@@ -74,6 +75,7 @@ class Worker:
         self._counters: Pointer = ffi.new("struct worker_counters *")
         self._mappings: dict[MemoryRegion, Mapping] = {}
         self._log: Mapping | None = None
+        self._inflight: Mapping | None = None
         self._draining: dict[int, Callable[[int], None]] = {}
         self._queues: set[int] = set()
         self._trace: Trace | None = None  # C writes to it
@@ -161,6 +163,25 @@ class Worker:
         for mapping in removed:
             mapping.close()
 
+    def set_inflight(self, region: InflightRegion | None) -> None:
+        """Track what queues that start from now on have in flight in *region*, or not at all.
+
+        What a region says was left in flight is served first. One that contradicts itself breaks its queue.
+        Raises: OSError if it cannot be mapped or is too small for what it says, EBUSY while a queue is started.
+        """
+        mapping = None if region is None else Mapping(region.memory())
+        try:
+            address: Any = NULL if mapping is None else mapping.address
+            counts = (0, 0, 0) if region is None else (region.nbytes, region.num_queues, region.queue_size)
+            check(lib.worker_set_inflight(self._native, address, *counts), "in-flight region")
+        except OSError:
+            if mapping is not None:
+                mapping.close()
+            raise
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight = mapping
+
     def start_queue(self, index: int, layout: QueueLayout) -> None:
         """Give a stopped queue its ring. It is served once it is also enabled and its kick is set.
 
@@ -176,7 +197,7 @@ class Worker:
                 layout.driver_address,
                 layout.device_address,
                 layout.base,
-                layout.event_idx,
+                lib.RING_EVENT_IDX * layout.event_idx,
             ),
             f"queue {index}: {layout}",
         )
@@ -336,7 +357,7 @@ class Worker:
                 self._run_computed()
             elif kind == DRAINED:
                 self._queues.discard(number)
-                self._draining.pop(number)(result)
+                self._draining.pop(number)(result & 0xFFFFFFFF)
             elif kind == BROKEN:
                 self._report_fault(number)
             elif kind == SYNC_FAILED:
@@ -410,6 +431,8 @@ class Worker:
             lib.worker_close(self._native)
         for mapping in [*self._mappings.values(), *([self._log] if self._log else [])]:
             mapping.close()
+        if self._inflight is not None:
+            self._inflight.close()
         os.close(self._control)
         while self._calls:
             _, future = self._calls.popleft()

@@ -31,8 +31,10 @@ SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, SET_VRING_ENABLE = 15, 16, 18
 SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG = 21, 24, 25
+GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
 CONFIG_CHANGE_MSG = 2  # on the back-end channel
-MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 0, 1 << 1, 1 << 3, 1 << 5, 1 << 9
+MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ = 1 << 0, 1 << 1, 1 << 3, 1 << 5
+CONFIG, INFLIGHT_SHMFD = 1 << 9, 1 << 12
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 
 WRITABLE, NEXT = 2, 1
@@ -62,6 +64,8 @@ class Completion:
 class Queue:
     """One virtqueue in its zone of the guest's memory, and the requests in flight on it."""
 
+    feature = 0  # what its format needs
+
     def __init__(self, memory: memoryview, start: int) -> None:
         self.bytes = memory
         self.start = start
@@ -72,6 +76,14 @@ class Queue:
         self.reads: dict[int, int] = {}  # slot: bytes wanted
         self.available = self.used = 0
         self.kick, self.call = os.eventfd(0), os.eventfd(0)
+
+    def begin_at(self, index: int) -> None:
+        """Be a ring that has been in use before, for *index* requests."""
+        self.available = self.used = self.available_index[0] = self.used_index[0] = index
+
+    def base(self) -> int:
+        """Where QEMU says that a ring begins or, after a death, goes on."""
+        return self.used_index[0]
 
     def close(self) -> None:
         os.close(self.kick)
@@ -137,24 +149,46 @@ class FrontEnd:
     """Connect to *socket_path*, negotiate, start the queues; requests go to queue 0 unless `queues` is used."""
 
     def __init__(
-        self, socket_path: Path, *, features: int = F_FLUSH | F_DISCARD | F_WRITE_ZEROES, queues: int = 1
+        self,
+        socket_path: Path,
+        *,
+        features: int = F_FLUSH | F_DISCARD | F_WRITE_ZEROES,
+        queues: int = 1,
+        inflight: bool = False,
+        queue_type: type[Queue] = Queue,
+        connect: bool = True,
     ) -> None:
+        """With *inflight*, what is in flight is tracked, so that `connect` to another daemon goes on with it."""
+        self.wanted_features = features
+        self.inflight = inflight
+        self.inflight_fd = -1
+        self.inflight_payload = b""
         self.memory_fd = os.memfd_create("guest")
         os.ftruncate(self.memory_fd, queues * ZONE)
         self.memory = mmap.mmap(self.memory_fd, queues * ZONE)
         self.bytes = memoryview(self.memory)
-        self.queues = [Queue(self.bytes, index * ZONE) for index in range(queues)]
+        self.queues = [queue_type(self.bytes, index * ZONE) for index in range(queues)]
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(TIMEOUT)
+        if not connect:
+            return
         try:
-            self.socket.connect(str(socket_path))
-            self._negotiate(features)
+            self.connect(socket_path)
         except BaseException:
             self.close()
             raise
 
+    def connect(self, socket_path: Path) -> None:
+        """Connect, for the first time or again; the guest notices nothing."""
+        self.socket.close()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(TIMEOUT)
+        self.socket.connect(str(socket_path))
+        self._negotiate(self.wanted_features)
+
     def close(self) -> None:
         self.socket.close()
+        if self.inflight_fd >= 0:
+            os.close(self.inflight_fd)
         for queue in self.queues:
             queue.close()
         self.bytes.release()
@@ -214,15 +248,28 @@ class FrontEnd:
     def _negotiate(self, features: int) -> None:
         self.offered = self.ask(GET_FEATURES)
         multiple = F_MQ if len(self.queues) > 1 else 0
-        self.features = self.offered & (features | multiple | VERSION_1 | PROTOCOL_FEATURES)
+        features |= multiple | VERSION_1 | PROTOCOL_FEATURES | self.queues[0].feature
+        self.features = self.offered & features
         self.ask(GET_PROTOCOL_FEATURES)
-        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", MQ | LOG_SHMFD | REPLY_ACK | BACKEND_REQ | CONFIG))
+        tracking = INFLIGHT_SHMFD if self.inflight else 0
+        protocol = MQ | LOG_SHMFD | REPLY_ACK | BACKEND_REQ | CONFIG | tracking
+        self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", protocol))
         self.tell(SET_OWNER, b"")
         self.tell(SET_FEATURES, struct.pack("<Q", self.features))
+        if self.inflight:
+            self._share_inflight()
         region = struct.pack("<IIQQQQ", 1, 0, GUEST_ADDRESS, len(self.memory), USER_ADDRESS, 0)
         self.tell(SET_MEM_TABLE, region, fds=(self.memory_fd,))
-        for index in range(len(self.queues)):
-            self.start_queue(base=0, index=index)
+        for index, queue in enumerate(self.queues):
+            self.start_queue(base=queue.base(), index=index)
+
+    def _share_inflight(self) -> None:
+        if self.inflight_fd < 0:
+            self._send(GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, len(self.queues), QUEUE_SIZE))
+            header, (self.inflight_fd,), _, _ = socket.recv_fds(self.socket, 12, 1)
+            assert struct.unpack("<III", header) == (GET_INFLIGHT_FD, VERSION | REPLY, 24)
+            self.inflight_payload = self._exactly(24)
+        self.tell(SET_INFLIGHT_FD, self.inflight_payload, fds=(self.inflight_fd,))
 
     def start_queue(self, base: int, index: int = 0) -> None:
         queue = self.queues[index]

@@ -3,6 +3,7 @@
 import array
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vhost.message import MAX_FDS, MAX_PAYLOAD, REPLY_FLAGS, Header, Message, ProtocolViolation
@@ -65,15 +66,15 @@ class Channel:
         self._bytes.clear()
         return message, fds
 
-    def reply(self, request: int, payload: bytes) -> None:
-        """Send a reply."""
-        self.send(request, REPLY_FLAGS, payload)
+    def reply(self, request: int, payload: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a reply, and with it *fds*, which stay the caller's."""
+        self.send(request, REPLY_FLAGS, payload, fds)
 
-    def send(self, request: int, flags: int, payload: bytes) -> None:
+    def send(self, request: int, flags: int, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message; a peer that lets them pile up until the socket is full is not one we can serve."""
         message = Header(request, flags, len(payload)).pack() + payload
         try:
-            sent = self._socket.send(message, socket.MSG_NOSIGNAL)
+            sent = socket.send_fds(self._socket, [message], fds, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
         if sent != len(message):

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import assert_never
 
+from ring.inflight import InflightRegion
 from ring.memory import MemoryRegion
 from ring.virtqueue import QueueLayout
-from vhost import effect
+from vhost import effect, inflight
 from vhost.backchannel import BackendChannel
 from vhost.channel import Channel, Fds
 from vhost.device import Device
-from vhost.message import Region
+from vhost.message import Inflight, Region, Request
 from vhost.session import Session
 from vhost.vring import Steps
 
@@ -27,6 +28,7 @@ class Connection:
         self._worker = device.worker
         self._backchannel: BackendChannel | None = None
         self._regions: dict[Region, MemoryRegion] = {}
+        self._note: inflight.WriteCacheNote | None = None
 
     def __enter__(self) -> "Connection":
         return self
@@ -36,6 +38,7 @@ class Connection:
             drained.result()
         self._worker.call(self._forget)
         self._close_backchannel()
+        self._take_note(None)
         self._channel.close()  # last: who sees the end of the stream knows that we are silent
 
     def serve(self, stop_fd: int) -> None:
@@ -129,6 +132,16 @@ class Connection:
                 self._worker.call(lambda: self._worker.log_buffers(enabled))
             case effect.LogQueue(index, guest_address):
                 self._worker.call(lambda: self._worker.log_queue(index, guest_address))
+            case effect.ShareInflight():
+                self._share_inflight(wanted)
+            case effect.TrackInflight(region):
+                return self._track_inflight(region, fds)
+            case effect.ForgetInflight():
+                self._worker.call(lambda: self._worker.set_inflight(None))
+                self._take_note(None)
+            case effect.NoteWriteCache(wce):
+                if self._note is not None:
+                    self._note.write(wce)
             case effect.StartQueue():
                 self._start_queue(wanted)
             case effect.StopQueue(index):
@@ -168,6 +181,30 @@ class Connection:
     def _set_log(self, log: MemoryRegion | None) -> None:
         self._worker.call(lambda: self._worker.set_log(log))
 
+    def _share_inflight(self, wanted: effect.ShareInflight) -> None:
+        fd, nbytes = inflight.create(wanted.num_queues, wanted.queue_size, wce=wanted.wce)
+        try:
+            answer = Inflight(nbytes, 0, wanted.num_queues, wanted.queue_size)
+            self._channel.reply(Request.GET_INFLIGHT_FD, answer.pack(), [fd])
+        finally:
+            os.close(fd)
+
+    def _track_inflight(self, told: Inflight, fds: Fds) -> bool | None:
+        region = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size)
+        note = inflight.WriteCacheNote(region)
+        try:
+            self._worker.call(lambda: self._worker.set_inflight(region))
+        except OSError:
+            note.close()
+            raise
+        self._take_note(note)
+        return note.wce
+
+    def _take_note(self, note: inflight.WriteCacheNote | None) -> None:
+        if self._note is not None:
+            self._note.close()
+        self._note = note
+
     def _start_queue(self, ring: effect.StartQueue) -> None:
         layout = QueueLayout(ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx)
         self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
@@ -197,6 +234,7 @@ class Connection:
         self._worker.set_log_call(None)
         self._worker.log_buffers(False)
         self._worker.set_memory([])
+        self._worker.set_inflight(None)
 
 
 def _mappable(region: Region, fds: Fds) -> MemoryRegion:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vhost.message import Log, Region
+from vhost.message import Inflight, Log, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,34 @@ class LogQueue:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareInflight:
+    """Make an in-flight region, give it to the front-end as the answer to GET_INFLIGHT_FD, and keep nothing of it."""
+
+    num_queues: int
+    queue_size: int
+    wce: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrackInflight:
+    """Note what rings have in flight in the region of the message's fd -> the wce noted there; None: nothing is."""
+
+    inflight: Inflight
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetInflight:
+    """Let go of the in-flight region; no ring runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoteWriteCache:
+    """Note *wce* in the in-flight region, if it is one of ours."""
+
+    wce: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StartQueue:
     """Serve the ring from available index *base*. Addresses are the front-end's own."""
 
@@ -152,6 +180,10 @@ Effect = (
     | SetLogCall
     | LogBuffers
     | LogQueue
+    | ShareInflight
+    | TrackInflight
+    | ForgetInflight
+    | NoteWriteCache
     | StartQueue
     | StopQueue
     | EnableQueue

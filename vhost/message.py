@@ -177,6 +177,17 @@ class Log(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Inflight(Record):
+    """An in-flight region: what the front-end maps of its fd, and for how many rings of which size."""
+
+    LAYOUT = struct.Struct("=QQHH4x")
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConfigWindow:
     """A piece of the configuration space."""
 

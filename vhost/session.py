@@ -16,6 +16,7 @@ from vhost.message import (
     VERSION,
     ConfigWindow,
     HeaderFlag,
+    Inflight,
     Log,
     MemorySlot,
     MemoryTable,
@@ -38,6 +39,7 @@ PROTOCOL_FEATURES = int(
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
@@ -73,6 +75,8 @@ class Session:
         self.vrings = Vrings(offer.num_queues, offer.max_queue_size)
         self._has_backend_channel = False
         self._told_config = b""  # what the front-end has read, or was told to read
+        self._tracks_inflight = False
+        self._noted_wce = wce  # what the in-flight region says, if there is one
 
     def receive(self, message: Message) -> Steps:
         """Answer *message*: its effects, then the acknowledgement it asked for."""
@@ -86,6 +90,7 @@ class Session:
             answer = NACK
         if self._acknowledges(message) and not rule.replies:
             yield effect.Reply(message.request, answer)
+        yield from self._note_wce()
         yield from self.tell_config_change()
 
     def tell_config_change(self) -> Steps:
@@ -138,7 +143,7 @@ class Session:
 
     def set_owner(self, _: None) -> Steps:
         """Begin anew: QEMU keeps the connection when a device is unplugged, and the next one on it says all again."""
-        if self.regions:
+        if self.regions or self._tracks_inflight:
             yield from self.reset_device(None)
             yield effect.SetMemory(())
             yield effect.SetLog(None)
@@ -226,6 +231,7 @@ class Session:
         yield effect.SetWriteCache(self.is_writeback)
         if before and not self.wce:
             yield from self._flush_or_restore_wce()
+            yield from self._note_wce()
 
     def _flush_or_restore_wce(self) -> Steps:
         """Make stable what was completed before the switch; flushed after it, so that no write slips in between."""
@@ -236,10 +242,37 @@ class Session:
             yield effect.SetWriteCache(self.is_writeback)
             raise
 
+    def _note_wce(self) -> Steps:
+        """Let the next daemon know; the front-end never says it again.
+
+        Before the answer if the cache is switched off, after it if it is switched on: a death in between may leave a
+        note that is stricter than what the front-end believes, never one that is laxer.
+        """
+        if self._tracks_inflight and self._noted_wce != self.wce:
+            yield effect.NoteWriteCache(self.wce)
+            self._noted_wce = self.wce
+
+    def get_inflight_fd(self, wanted: Inflight) -> Steps:
+        _check_inflight(wanted, self.offer)
+        yield effect.ShareInflight(wanted.num_queues, wanted.queue_size, self.wce)
+
+    def set_inflight_fd(self, inflight: Inflight) -> Steps:
+        """Take a region over, perhaps from a daemon that was killed, and with it the wce that its guest chose."""
+        _check_inflight(inflight, self.offer)
+        yield from self.vrings.stop_all()
+        noted = yield effect.TrackInflight(inflight)
+        self._tracks_inflight = True
+        if noted is not None and self.offer.features & BlockFeature.CONFIG_WCE:
+            self.wce = self._noted_wce = noted
+            yield effect.SetWriteCache(self.is_writeback)
+
     def reset_device(self, _: None) -> Steps:
         """Forget the rings and the status; memory and wce stay, the front-end does not send them again."""
         self.status = 0
         yield from self.vrings.reset()
+        if self._tracks_inflight:  # QEMU frees its region, too, and asks for a new one
+            yield effect.ForgetInflight()
+            self._tracks_inflight = False
 
     def set_status(self, status: U64) -> Steps:
         if status.value > 0xFF:
@@ -265,6 +298,14 @@ def _reply_u64(request: Request, value: int) -> effect.Reply:
 def _refuse_unknown(noun: str, features: int, offered: int) -> None:
     if unknown := unknown_bits(features, offered):
         raise ProtocolViolation(f"{noun} {unknown:#x} were not offered")
+
+
+def _check_inflight(inflight: Inflight, offer: Offer) -> None:
+    if not (0 < inflight.num_queues <= offer.num_queues and 0 < inflight.queue_size <= offer.max_queue_size):
+        raise ProtocolViolation(
+            f"an in-flight region for {inflight.num_queues} rings of {inflight.queue_size} entries, "
+            f"more than {offer.num_queues} of {offer.max_queue_size}"
+        )
 
 
 def _place(region: Region) -> tuple[int, int, int]:
@@ -340,6 +381,12 @@ RULES: dict[int, Rule] = {
     ),
     Request.GET_CONFIG: Rule(Session.get_config, ConfigWindow.parse, needs=ProtocolFeature.CONFIG, replies=True),
     Request.SET_CONFIG: Rule(Session.set_config, ConfigWindow.parse, needs=ProtocolFeature.CONFIG),
+    Request.GET_INFLIGHT_FD: Rule(
+        Session.get_inflight_fd, Inflight.parse, needs=ProtocolFeature.INFLIGHT_SHMFD, replies=True
+    ),
+    Request.SET_INFLIGHT_FD: Rule(
+        Session.set_inflight_fd, Inflight.parse, needs=ProtocolFeature.INFLIGHT_SHMFD, nfds=_one_fd
+    ),
     Request.RESET_DEVICE: Rule(Session.reset_device, _empty, needs=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: Rule(
         Session.get_max_mem_slots, _empty, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True

@@ -107,6 +107,12 @@ class Vrings:
         for index in range(len(self)):
             yield from self._enable(index, True)
 
+    def stop_all(self) -> Steps:
+        """Stop the rings that run."""
+        for index, ring in enumerate(self._rings):
+            if ring.is_running:
+                yield from self._stop(index)
+
     def reset(self) -> Steps:
         """Forget everything but the err fds, which the front-end does not send again, and where the rings stopped.
 

@@ -72,6 +72,11 @@ SPECIFIED = {
     "vring_avail": Record(4, {"flags": 0, "idx": 2, "ring": 4}),
     "vring_used_elem": Record(8, {"id": 0, "len": 4}),
     "vring_used": Record(4, {"flags": 0, "idx": 2, "ring": 4}),
+    # vhost-user "Inflight I/O tracking"
+    "inflight_split_entry": Record(16, {"inflight": 0, "padding": 1, "next": 6, "counter": 8}),
+    "inflight_split": Record(
+        16, {"features": 0, "version": 8, "desc_num": 10, "last_batch_head": 12, "used_idx": 14, "desc": 16}
+    ),
     # virtio 1.2, 5.2.6
     "virtio_blk_outhdr": Record(16, {"type": 0, "ioprio": 4, "sector": 8}),
     "virtio_blk_discard_write_zeroes": Record(16, {"sector": 0, "num_sectors": 8, "flags": 12}),

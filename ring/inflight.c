@@ -1,0 +1,107 @@
+#include "ring/inflight.h"
+
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define VERSION 1
+#define ALIGNMENT 64u
+
+uint64_t inflight_nbytes(uint32_t entries)
+{
+    uint64_t nbytes = sizeof(struct inflight_split_entry) * (uint64_t)entries + sizeof(uint16_t);
+
+    nbytes = (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return nbytes < sizeof(struct inflight_split) + sizeof(struct inflight_split_entry) * (uint64_t)entries
+               ? nbytes + ALIGNMENT
+               : nbytes;
+}
+
+/* A request that was in flight, to be put in order. */
+struct survivor {
+    uint64_t counter;
+    uint16_t head;
+};
+
+static int compare(const void *a, const void *b)
+{
+    const struct survivor *left = a, *right = b;
+
+    return (left->counter > right->counter) - (left->counter < right->counter);
+}
+
+/* Make the survivors pending in the order of their counters; later ones count on from there. */
+static void resubmit(struct inflight *inflight, struct survivor *survivors, uint16_t count)
+{
+    qsort(survivors, count, sizeof(*survivors), compare);
+    for (uint16_t i = 0; i < count; i++)
+        inflight->pending[i] = survivors[i].head;
+    inflight->pending_count = count;
+    inflight->counter = count ? survivors[count - 1].counter + 1 : 0;
+}
+
+/* ---- split ---- */
+
+static void split_begin(struct inflight_split *region, uint32_t entries, uint16_t used_index)
+{
+    memset(region, 0, sizeof(*region) + entries * sizeof(*region->desc));
+    region->desc_num = entries;
+    region->used_idx = used_index; /* the ring may come from another life: a migration, a pause */
+    shared_store_release16(&region->version, VERSION);
+}
+
+/* The last batch was published and perhaps not cleared: clear it now. */
+static const char *split_finish_batch(struct inflight_split *region, const struct inflight_split *seen, uint16_t size,
+                                      uint16_t used_index)
+{
+    uint16_t count = used_index - seen->used_idx;
+    uint16_t head = seen->last_batch_head;
+
+    if (count > size)
+        return "the in-flight region is of another ring: the used indices are too far apart";
+    for (; count; count--) {
+        if (head >= size)
+            return "a batch in the in-flight region leads past the end of the ring";
+        shared_store_release8(&region->desc[head].inflight, 0);
+        head = shared_load16(&region->desc[head].next);
+    }
+    shared_store_release16(&region->used_idx, used_index);
+    return NULL;
+}
+
+static void split_collect(struct inflight *inflight, uint16_t size)
+{
+    struct survivor survivors[INFLIGHT_ENTRIES_MAX];
+    uint16_t count = 0;
+
+    for (uint16_t head = 0; head < size; head++) {
+        struct inflight_split_entry entry;
+        shared_copy(&entry, &inflight->split->desc[head], sizeof(entry));
+        inflight->busy[head] = entry.inflight;
+        if (entry.inflight)
+            survivors[count++] = (struct survivor){entry.counter, head};
+    }
+    resubmit(inflight, survivors, count);
+}
+
+const char *inflight_split_open(struct inflight *inflight, void *region, uint32_t entries, uint16_t size,
+                                uint16_t used_index)
+{
+    struct inflight_split seen;
+    const char *fault;
+
+    inflight->split = region;
+    shared_copy(&seen, region, sizeof(seen));
+    if (seen.version == 0) {
+        split_begin(region, entries, used_index);
+        return NULL;
+    }
+    if (seen.version != VERSION || seen.features)
+        return "the in-flight region has a version or features that are unknown";
+    inflight->is_continued = true;
+    inflight->last_batch_head = seen.last_batch_head;
+    fault = split_finish_batch(region, &seen, size, used_index);
+    if (!fault)
+        split_collect(inflight, size);
+    return fault;
+}

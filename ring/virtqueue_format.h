@@ -1,0 +1,12 @@
+/* The formats of a ring, between virtqueue.c and the file of each; virtqueue.h says what they do. */
+#pragma once
+
+#include "ring/virtqueue.h"
+
+int split_relocate(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
+int split_begin(struct virtqueue *queue, const struct virtqueue_layout *layout);
+int split_pop(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain);
+void split_push(struct virtqueue *queue, uint16_t head, uint32_t nbytes);
+int split_publish(struct virtqueue *queue);
+int split_arm(struct virtqueue *queue);
+void split_disarm(struct virtqueue *queue);

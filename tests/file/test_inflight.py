@@ -1,0 +1,209 @@
+"""In-flight regions as a killed daemon may leave them, after every single store, and as no daemon would."""
+
+import itertools
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ring.driver import wait_readable
+from tests.builder import Recipe, build
+from tests.frontend import GET_ID, OK, QUEUE_SIZE, BackendGone, FrontEnd
+from tests.inflightmodel import SplitModel
+from tests.program import Daemon
+
+WORK = [4, [1], 2, [5, 0, 2], 1, [4, 6]]  # the third request stays in flight throughout
+REQUESTS = 9  # two of them nobody fetches
+MODELS = [SplitModel]
+SET_VRING_ERR = 14
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon that takes over from all the dead ones, and outlives every lie."""
+    path = build(Recipe(size=1 << 20), tmp_path_factory.mktemp("inflight") / "a").path
+    with Daemon(path) as running:
+        yield running
+        running.stop()
+
+
+class Guest(FrontEnd):
+    """A front-end that was there before the daemon, with an err fd on its queue."""
+
+    def __init__(self, model: type[SplitModel], base: int = 0) -> None:
+        super().__init__(Path(), connect=False)
+        self.err = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.queues[0].begin_at(base)
+        self.model = model(self)
+
+    def start_queue(self, base: int, index: int = 0) -> None:
+        self.tell(SET_VRING_ERR, struct.pack("<Q", index), fds=(self.err,))
+        super().start_queue(base, index)
+
+    def close(self) -> None:
+        super().close()
+        os.close(self.err)
+
+    def post(self, count: int) -> list[int]:
+        """Post requests that are answered at once, so that their order shows in the used ring."""
+        return [self.submit(GET_ID, nbytes=20) for _ in range(count)]
+
+    def collect(self, count: int) -> list[int]:
+        """The slots of *count* completions."""
+        slots: list[int] = []
+        while len(slots) < count:
+            for done in self.wait():
+                assert done.status in (OK, 0xFF)  # 0xFF: the model completed it, and it writes no status
+                slots.append(done.slot)
+        return slots
+
+
+def points(model: type[SplitModel]) -> int:
+    with Guest(model) as guest:
+        guest.post(REQUESTS)
+        return sum(1 for _ in guest.model.life(WORK)) + 1
+
+
+def test_death_after_every_store_completes_each_request_once_and_in_order(daemon: Daemon) -> None:
+    for model, base in itertools.product(MODELS, (0, 3)):
+        count = points(model)
+        assert count > 40
+        for point in range(count):
+            with Guest(model, base) as guest:
+                slots = guest.post(REQUESTS)
+                for _ in itertools.islice(guest.model.life(WORK), point):
+                    pass
+                done_before = [completion.slot for completion in guest.reap()]
+                guest.connect(daemon.socket_path)
+                done_after = guest.collect(REQUESTS - len(done_before))
+                assert done_after == [slot for slot in slots if slot not in done_before], (model, base, point)
+
+
+def test_index_wraps_between_two_lives(daemon: Daemon) -> None:
+    with Guest(SplitModel, 0xFFFE) as guest:
+        slots = guest.post(REQUESTS)
+        *_, _last = guest.model.life([4, [1, 3, 0]])
+        guest.connect(daemon.socket_path)
+        done = guest.collect(REQUESTS)
+        assert done[3:] == [slot for slot in slots if slot not in done[:3]]
+
+
+def test_second_death_goes_on_where_the_first_did(daemon: Daemon, tmp_path: Path) -> None:
+    """The next daemon keeps the region as well as the dead one did: its own death is like any other."""
+    with Guest(SplitModel) as guest:
+        slots = guest.post(REQUESTS)
+        *_, _last = guest.model.life([5])
+        guest.connect(daemon.socket_path)
+        assert guest.collect(REQUESTS) == slots
+        region = guest.model.region
+        assert not any(region.get(guest.model.entry(head), "B") for head in range(QUEUE_SIZE))
+        assert region.get(SplitModel.USED_IDX, "H") == REQUESTS
+        more = guest.post(5)
+        assert guest.collect(5) == more
+        counters = [region.get(guest.model.entry(3 * slot) + SplitModel.COUNTER, "Q") for slot in more]
+        assert counters == sorted(counters)
+        assert counters[0] >= REQUESTS
+
+
+def test_fresh_region_begins_at_the_ring_and_not_at_zero(daemon: Daemon) -> None:
+    """A guest that was paused, or came from elsewhere, has used indices that no batch of this region explains."""
+    with Guest(SplitModel, 7) as guest:
+        guest.model.region.put(SplitModel.VERSION, "HHHH", 0, 0, 0, 0)
+        guest.connect(daemon.socket_path)
+        guest.collect(len(guest.post(2)))
+        assert guest.model.region.get(SplitModel.USED_IDX, "H") == 9
+        assert guest.model.region.get(SplitModel.VERSION, "H") == 1
+        assert guest.model.region.get(SplitModel.DESC_NUM, "H") == QUEUE_SIZE
+
+
+def test_drain_finishes_what_was_left_in_flight(daemon: Daemon) -> None:
+    with Guest(SplitModel) as guest:
+        guest.post(REQUESTS)
+        *_, _last = guest.model.life([5])
+        guest.connect(daemon.socket_path)
+        assert guest.stop_queue() == REQUESTS
+        assert len(guest.reap()) == REQUESTS
+
+
+LIES: dict[str, Callable[[SplitModel], None]] = {
+    "version": lambda model: model.region.put(SplitModel.VERSION, "H", 2),
+    "features": lambda model: model.region.put(0, "Q", 1),
+    "used index": lambda model: model.region.put(SplitModel.USED_IDX, "H", 0x8000),
+    "batch": lambda model: model.region.put(SplitModel.LAST_BATCH_HEAD, "HH", QUEUE_SIZE, 0xFFFF),
+    "next": lambda model: (
+        model.region.put(SplitModel.LAST_BATCH_HEAD, "HH", 0, 0xFFFE),
+        model.region.put(model.entry(0) + SplitModel.NEXT, "H", 0xFFFF),
+    )[0],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_region_that_lies_breaks_its_queue(daemon: Daemon, lie: str) -> None:
+    with Guest(SplitModel) as guest:
+        guest.post(2)
+        LIES[lie](guest.model)
+        guest.connect(daemon.socket_path)
+        wait_readable(guest.err, 10)
+        assert not guest.reap()
+
+
+def test_nonsense_that_does_no_harm_is_served(daemon: Daemon) -> None:
+    """A list of the last batch that goes round in circles, flags that are neither 0 nor 1, equal counters."""
+    with Guest(SplitModel) as guest:
+        guest.post(3)
+        model = guest.model
+        model.region.put(model.LAST_BATCH_HEAD, "HH", 0, 0xFFF0)
+        for head in range(QUEUE_SIZE):
+            model.region.put(model.entry(head), "B5xHQ", 0xFF if head % 3 == 0 else 0, head, 1 << 63)
+        guest.connect(daemon.socket_path)
+        guest.collect(3)
+
+
+Change = Callable[[FrontEnd], None]
+
+
+def told(nbytes: int, offset: int, queues: int, size: int) -> Change:
+    def change(guest: FrontEnd) -> None:
+        guest.inflight_payload = struct.pack("<QQHH4x", nbytes, offset, queues, size)
+
+    return change
+
+
+REFUSED: dict[str, Change] = {
+    "too small": told(16 * QUEUE_SIZE, 0, 1, QUEUE_SIZE),
+    "past the end of the file": told(16 * QUEUE_SIZE + 64, 4096, 1, QUEUE_SIZE),
+    "no bytes": told(0, 0, 1, QUEUE_SIZE),
+    "no queues": told(16 * QUEUE_SIZE + 64, 0, 0, QUEUE_SIZE),
+    "more queues": told(16 * QUEUE_SIZE + 64, 0, 129, QUEUE_SIZE),
+    "no entries": told(16 * QUEUE_SIZE + 64, 0, 1, 0),
+    "smaller than the ring": told(16 * QUEUE_SIZE + 64, 0, 1, QUEUE_SIZE // 2),
+    "offset that wraps": told(16 * QUEUE_SIZE + 64, (1 << 64) - 4096, 1, QUEUE_SIZE),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_region_that_cannot_be_is_refused(daemon: Daemon, name: str) -> None:
+    with Guest(SplitModel) as guest:
+        guest.post(1)
+        REFUSED[name](guest)
+        with pytest.raises((AssertionError, BackendGone)):  # a refusal, or the end of the connection
+            guest.connect(daemon.socket_path)
+        assert not guest.reap()
+
+
+def test_region_that_cannot_be_mapped_is_refused(daemon: Daemon) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Guest(SplitModel) as guest:
+        os.dup2(theirs.fileno(), guest.inflight_fd)
+        with pytest.raises(AssertionError):
+            guest.connect(daemon.socket_path)
+
+
+def test_daemon_serves_on_after_all_that(daemon: Daemon) -> None:
+    with Guest(SplitModel) as guest:
+        guest.connect(daemon.socket_path)
+        slots = guest.post(2)
+        assert guest.collect(2) == slots
