@@ -42,17 +42,20 @@ def opener(
 ) -> Callable[[SimulatedFile], bytes]:
     """Opens states of an image of *kind* as the daemon would, judges the metadata, and answers what *look* sees."""
     begun = start(kind)
+    return lambda file: open_state(file, begun.backing, look)
 
-    def open_state(file: SimulatedFile) -> bytes:
-        driver = CrashDriver()
-        try:
-            image = driver.run(open_image(file, begun.backing))
-            driver.run(check_image(file))
-            seen = driver.run(look(image))
-            driver.run(image.close())
-            driver.run(check_image(file))
-        except (ImageError, OSError, ValueError, LookupError, ArithmeticError) as error:
-            raise Violation(f"{type(error).__name__}: {error}") from error
-        return bytes(seen)
 
-    return open_state
+def open_state(
+    file: SimulatedFile, backing: SimulatedFile | None, look: Callable[[Image], Coroutine[Any, Any, bytes]]
+) -> bytes:
+    """Open what a death left as the daemon would, judge the metadata, and answer what *look* sees."""
+    driver = CrashDriver()
+    try:
+        image = driver.run(open_image(file, backing))
+        driver.run(check_image(file))
+        seen = driver.run(look(image))
+        driver.run(image.close())
+        driver.run(check_image(file))
+    except (ImageError, OSError, ValueError, LookupError, ArithmeticError) as error:
+        raise Violation(f"{type(error).__name__}: {error}") from error
+    return bytes(seen)
