@@ -7,6 +7,7 @@ from types import TracebackType
 from qcow2.census import Progress
 from qcow2.driver.file import HostFile, run
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.geometry import Geometry
 from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.image import Image, OpenOptions
 from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET
@@ -16,6 +17,26 @@ from qcow2.repair import repair
 
 MAX_DEPTH = 100
 FORMATS = ("qcow2", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What can be told of an image without opening it."""
+
+    size: int  # of the disk, in bytes
+    cluster_size: int  # 0 for a raw image
+
+
+def outline(path: str, image_format: str) -> Outline:
+    """Look at an image that another process may be writing: one read of its header, no lock.
+
+    Raises: OSError, UnsupportedImage, CorruptImage.
+    """
+    with HostFile.open(path) as file:
+        if image_format == "raw":
+            return Outline(run(RawImage.open(file)).size, 0)
+        geometry = Geometry.of(run(read_header(file, trust_refcounts=False)).record)
+        return Outline(geometry.size, geometry.cluster_size)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Counters of one image since it was opened."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(slots=True)
@@ -16,3 +16,6 @@ class Statistics:
     l2_tables: int = 0  # tables created or copied
     reservations: int = 0
     decompressions: int = 0
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))

@@ -247,13 +247,24 @@ static void query_alignment(struct file *file)
 
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
 {
-    struct file *file = &worker->files[worker->file_count];
+    uint32_t slot = 0;
+    struct file *file;
 
-    if (worker->file_count == WORKER_FILES)
+    while (worker_has_slot(worker, slot))
+        slot++;
+    if (slot == WORKER_FILES)
         return -EMFILE;
+    file = &worker->files[slot];
     *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync};
     line_init(&file->waiting);
     line_init(&file->served);
     query_alignment(file);
-    return worker->file_count++;
+    if (slot == worker->file_count)
+        worker->file_count++;
+    return slot;
+}
+
+void worker_remove_file(struct worker *worker, uint32_t slot)
+{
+    worker->files[slot].fd = -1;
 }

@@ -286,6 +286,8 @@ void worker_log_buffers(struct worker *worker, int enabled);
 int worker_log_queue(struct worker *worker, uint32_t index, int enabled, uint64_t guest_address);
 
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync);
+/* Nothing is under way on it; its number may be given to another file. */
+void worker_remove_file(struct worker *worker, uint32_t slot);
 
 /* Record from now on what changes a file, what is synced, and the requests for it; NULL ends that. Borrowed. */
 void worker_set_trace(struct worker *worker, struct trace *trace);
@@ -329,7 +331,7 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
 
 static inline bool worker_has_slot(const struct worker *worker, uint32_t slot)
 {
-    return slot < worker->file_count;
+    return slot < worker->file_count && worker->files[slot].fd >= 0;
 }
 
 /* An fdatasync of the file failed: it takes no more writes. */

@@ -255,6 +255,11 @@ class Worker:
         check(lib.worker_drain_queue(self._native, index), f"queue {index}")
         self._draining[index] = done
 
+    def settle(self) -> None:
+        """Return once no request and no operation is under way. For functions given to `call` only."""
+        self._settle()
+        lib.worker_pause(self._native, 0)
+
     def run_alone(self, begin: Callable[[Callable[[T], None]], None]) -> T:
         """Call *begin(done)* once no request and no operation is under way -> what *done* is given, whenever it is.
 
@@ -265,8 +270,7 @@ class Worker:
         begin(results.append)
         while not results:
             self._turn()
-        self._settle()
-        lib.worker_pause(self._native, 0)
+        self.settle()
         return results[0]
 
     # worker thread: files and the engine's operations
@@ -289,6 +293,11 @@ class Worker:
         if on_sync_failed is not None:
             self._on_sync_failed[slot] = on_sync_failed
         return slot
+
+    def remove_file(self, slot: int) -> None:
+        """Forget the file in *slot*, on which nothing is under way; its fds may be closed, the number used again."""
+        lib.worker_remove_file(self._native, slot)
+        self._on_sync_failed.pop(slot, None)
 
     def set_trace(self, trace: Trace) -> None:
         """Record from now on what changes the files, what is synced and the requests for it; it outlives the worker."""

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import qcow2
 from vhost.daemon import receive_visitors
 from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.endpoint import listen
-from vhost.option import CacheMode
+from vhost.held import HeldImage
+from vhost.option import Options
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ def serve(image: Path, *, format: str = "qcow2", writable: bool = True) -> Itera
     socket_path = image.with_name(f"{image.name}.sock")
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
-        with qcow2.open(str(image), writable=writable, format=format) as disk:
-            backend = ImageBackend(disk, cache=CacheMode.WRITEBACK, serial="", direct_fds={})
+        options = Options(blk_file=str(image), format=format, read_only=not writable)
+        with HeldImage(options) as held:
+            held.take()
+            backend = ImageBackend(held, cache=options.cache)
             with Device(backend, num_queues=4, writeback=True) as device, listen(str(socket_path)) as endpoint:
                 control = threading.Thread(target=receive_visitors, args=(endpoint, stop_fd, device))
                 control.start()

@@ -37,13 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(options: "Options") -> int:
     import logging
 
-    from qcow2 import ImageError
     from vhost.endpoint import EndpointError
+    from virtio.block import Unavailable
 
     logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
     try:
         serve_image(options)
-    except (EndpointError, ImageError) as error:
+    except (EndpointError, Unavailable) as error:
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -61,36 +61,31 @@ def serve_image(options: "Options") -> None:
 
     The socket comes first: one that cannot be used leaves the image untouched. A signal ends a repair too, which
     the next open begins anew.
-    Raises: EndpointError, OSError, qcow2.ImageError.
+    Raises: EndpointError, Unavailable, OSError.
     """
     from contextlib import ExitStack
 
-    import qcow2
     from vhost.daemon import run, stop_signals
-    from vhost.disk import ImageBackend, direct_descriptors
+    from vhost.disk import ImageBackend
+    from vhost.held import HeldImage
 
     with ExitStack() as stack:
         stop_fd = stack.enter_context(stop_signals())
         endpoint = stack.enter_context(_endpoint(options))
+        held = stack.enter_context(HeldImage(options, lambda: _repair_progress(options.blk_file, stop_fd)))
         try:
-            disk = qcow2.open(
-                options.blk_file,
-                writable=not options.read_only,
-                format=options.format,
-                lazy_refcounts=options.lazy_refcounts,
-                cache_size=options.cache_size,
-                progress=_repair_progress(options.blk_file, stop_fd),
-            )
+            if options.incoming:
+                held.look()
+            else:
+                held.take()
+            trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
+            backend = ImageBackend(held, cache=options.cache, trace=trace)
+            counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
         except Stopped:
             return
-        stack.enter_context(disk)
-        trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
-        direct_fds = stack.enter_context(direct_descriptors(disk.files)) if options.cache.direct else {}
-        backend = ImageBackend(disk, cache=options.cache, serial=options.serial, direct_fds=direct_fds, trace=trace)
-        counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
-        disk.close()  # while a second signal still cannot interrupt it
+        held.end()  # while a second signal still cannot interrupt it
     if options.stats:
-        print(_stats(counters, disk.image.statistics), flush=True)
+        print(_stats(counters, held.statistics), flush=True)
 
 
 @contextmanager

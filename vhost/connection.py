@@ -37,6 +37,7 @@ class Connection:
         for drained in self._worker.call(self._drain_all):
             drained.result()
         self._worker.call(self._forget)
+        self._device.let_go()
         self._close_backchannel()
         self._take_note(None)
         self._channel.close()  # last: who sees the end of the stream knows that we are silent
@@ -44,8 +45,10 @@ class Connection:
     def serve(self, stop_fd: int) -> None:
         """Answer messages until *stop_fd* is readable.
 
-        Raises: Hangup, ProtocolViolation, or OSError if something failed that the front-end asked no word about.
+        Raises: Hangup, ProtocolViolation, Unavailable; OSError if something failed that was to be done without a word.
         """
+        self._device.look()
+        self._session.offer = self._device.offer
         while True:
             ready = self._wait(stop_fd)
             if stop_fd in ready:
@@ -142,6 +145,11 @@ class Connection:
             case effect.NoteWriteCache(wce):
                 if self._note is not None:
                     self._note.write(wce)
+            case effect.TakeBackend():
+                self._device.take()
+                self._session.offer = self._device.offer
+            case effect.LetGoOfBackend():
+                self._device.let_go()
             case effect.StartQueue():
                 self._start_queue(wanted)
             case effect.StopQueue(index):
@@ -210,6 +218,9 @@ class Connection:
         self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
 
     def _flush(self) -> None:
+        """Nothing is to flush of what was let go: it was made stable then."""
+        if not self._device.is_attached:
+            return
         outcome: Future[int] = Future()
         self._worker.call(lambda: self._device.backend.flush(outcome.set_result))
         result = outcome.result()

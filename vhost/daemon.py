@@ -13,7 +13,7 @@ from vhost.device import Device
 from vhost.endpoint import Endpoint
 from vhost.message import ProtocolViolation
 from vhost.session import Session
-from virtio.block import Backend
+from virtio.block import Backend, Unavailable
 from virtio.config import WCE_OFFSET
 
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
@@ -63,5 +63,5 @@ def _serve(connection: Connection, stop_fd: int) -> None:
         log.info("the front-end left")
     except ProtocolViolation as violation:
         log.warning("connection closed: %s", violation)
-    except OSError as error:
+    except (OSError, Unavailable) as error:
         log.warning("connection closed: %s", error)

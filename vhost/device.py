@@ -13,7 +13,7 @@ from ring.memory import REGIONS_MAX
 from ring.virtqueue import SIZE_MAX
 from ring.worker import Worker
 from vhost.session import Offer
-from virtio.block import Backend
+from virtio.block import Backend, Unavailable
 from virtio.config import MAX_RANGE_SECTORS, block_config
 from virtio.feature import offered_features
 from virtio.native import NativeBlock
@@ -30,6 +30,9 @@ class ResizeRefused(Exception):
 class Device:
     """A backend on a worker of its own; a context manager: leaving it drains the worker and detaches the backend.
 
+    What is under the backend is held while a ring runs, and from the start, if it is then, until rings have stopped
+    for the first time: another process may have it in between.
+
     `resize` is for any thread; the rest is the control thread's.
     """
 
@@ -40,6 +43,8 @@ class Device:
         self.changed_fd = -1  # readable after `offer` has changed
         self._num_queues = num_queues
         self._writeback = writeback
+        self.is_attached = False
+        self._was_taken = False
         self._lock = threading.Lock()  # guards what is done to the backend as a whole
         self._offer = self._current_offer()
         self._stack = ExitStack()
@@ -49,8 +54,9 @@ class Device:
             self.changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self.changed_fd)
             stack.enter_context(self.worker)
-            self.worker.call(lambda: self.backend.attach(self.worker, self.block))
-            stack.callback(self.worker.call, self.backend.detach)
+            stack.callback(self._detach)
+            if self.backend.lease is None or self.backend.lease.is_held:
+                self._attach()
             self._stack = stack.pop_all()
         return self
 
@@ -64,6 +70,55 @@ class Device:
         """What a front-end is offered now."""
         return self._offer
 
+    def look(self) -> None:
+        """Bring the offer up to date for a front-end that is about to come.
+
+        Raises: Unavailable.
+        """
+        with self._lock:
+            if not self.is_attached and self.backend.lease is not None:
+                self.backend.lease.look()
+                self._offer = self._current_offer()
+
+    def take(self) -> None:
+        """Take hold of what is under the backend: a ring is about to run.
+
+        Raises: Unavailable.
+        """
+        with self._lock:
+            self._was_taken = True
+            self._attach()
+
+    def let_go(self) -> None:
+        """Leave it to others, if it was ever taken: no ring runs."""
+        with self._lock:
+            if self._was_taken:
+                self._let_go()
+
+    def _attach(self) -> None:
+        if self.is_attached:
+            return
+        if self.backend.lease is not None:
+            self.backend.lease.take()
+        self.worker.call(lambda: self.backend.attach(self.worker, self.block))
+        self.is_attached = True
+        self._offer = self._current_offer()
+        self.block.set_size(self.backend.geometry.size)  # no request is there that could ask for it
+
+    def _let_go(self) -> None:
+        if self.backend.lease is not None:
+            self._detach()
+            self.backend.lease.let_go()
+
+    def _detach(self) -> None:
+        if self.is_attached:
+            self.worker.call(self._settle_and_detach)
+            self.is_attached = False
+
+    def _settle_and_detach(self) -> None:
+        self.worker.settle()
+        self.backend.detach()
+
     def resize(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector, and tell the front-end; stable on return.
 
@@ -71,10 +126,17 @@ class Device:
         Raises: ResizeRefused.
         """
         with self._lock:
+            was_attached = self.is_attached
+            try:
+                self._attach()
+            except Unavailable as unavailable:
+                raise ResizeRefused(str(unavailable)) from unavailable
             refusal = self.worker.call(lambda: self._grow(nbytes))
+            self._offer = self._current_offer()
+            if not was_attached:
+                self._let_go()
             if refusal:
                 raise ResizeRefused(refusal)
-            self._offer = self._current_offer()
             os.eventfd_write(self.changed_fd, 1)
 
     def _grow(self, nbytes: int) -> str:

@@ -3,28 +3,24 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from qcow2 import Disk, ImageError
+from qcow2 import ImageError
 from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, perform
-from qcow2.image import Image
-from qcow2.raw import RawImage
 from qcow2.task import Scheduler, Task
 from ring.extent import ExtentMap
 from ring.operations import Piece
 from ring.request import GuestSlice, Request
 from ring.trace import Trace
 from ring.worker import Worker
+from vhost.held import HeldImage, describe
 from vhost.option import CacheMode
 from virtio.block import UNMAP, RequestType, Status
 from virtio.config import Geometry
 from virtio.native import NativeBlock
-
-PAGE = 4096
 
 log = logging.getLogger("vhost")
 
@@ -126,38 +122,27 @@ def _piece(buffer: bytes | bytearray | memoryview | op.Buffer) -> Piece:
 
 
 class ImageBackend:
-    """An open image as a `Backend`; while a worker has it, nobody else may touch it."""
+    """An image as a `Backend`; while a worker has it, nobody else may touch it."""
 
-    def __init__(
-        self,
-        disk: Disk,
-        *,
-        cache: CacheMode,
-        serial: str,
-        direct_fds: dict[HostFile, int],
-        trace: Trace | None = None,
-    ) -> None:
-        self._image = disk.image
-        self._serial = serial
-        self._files = disk.files
+    def __init__(self, held: HeldImage, *, cache: CacheMode, trace: Trace | None = None) -> None:
+        """With *trace* the image, which is held, is never let go: a trace tells of one holding."""
+        self.lease = None if trace is not None else held
+        self._held = held
         self._cache = cache
-        self._direct_fds = direct_fds
         self._trace = trace
+        self._slots: dict[op.File, int] = {}
         self._told: set[str] = set()
 
     @property
     def geometry(self) -> Geometry:
         """What the driver learns about the disk."""
-        return Geometry(
-            size=self._image.size,
-            physical_block_size=PAGE,
-            optimal_io_size=_cluster_size(self._image),
-            read_only=self._image.read_only,
-            serial=self._serial,
-        )
+        return self._held.geometry
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
-        slots: dict[op.File, int] = {file: self._add_file(worker, file) for file in self._files}
+        assert self._held.disk is not None
+        self._image = self._held.disk.image
+        self._files = self._held.disk.files
+        slots = self._slots = {file: self._add_file(worker, file) for file in self._files}
         for file, slot in slots.items():
             self._image.set_slot(file, slot)
         if not self._image.read_only:
@@ -166,11 +151,12 @@ class ImageBackend:
         if self._trace is not None:
             self._begin_trace(self._trace, worker, slots)
         self._driver = RingDriver(worker, slots, self._trace)
+        self._worker = worker
         self._block = block
         self._image.on_failure = self._refuse_writes
 
     def _add_file(self, worker: Worker, file: HostFile) -> int:
-        direct_fd = self._direct_fds.get(file, -1)
+        direct_fd = self._held.direct_fds.get(file, -1)
         return worker.add_file(file.fd, direct_fd=direct_fd, sync=self._cache.sync, on_sync_failed=self._sync_failed)
 
     def _begin_trace(self, trace: Trace, worker: Worker, slots: dict[op.File, int]) -> None:
@@ -183,8 +169,10 @@ class ImageBackend:
 
     def detach(self) -> None:
         self._block.set_extent_map(None)
+        self._block.set_sync_slot(None)
         for file in self._files:
             self._image.set_slot(file, None)
+            self._worker.remove_file(self._slots.pop(file))
 
     def start(self, request: Request) -> None:
         self._driver.run(self._serve(request), lambda task: request.finish(self._status(task)))
@@ -218,7 +206,7 @@ class ImageBackend:
             return Status.OK if task.result is None else task.result
         if not isinstance(task.error, OSError | ImageError):
             raise task.error
-        self._tell(_describe(task.error))
+        self._tell(describe(task.error))
         return Status.IOERR
 
     def _sync_failed(self, number: int) -> None:
@@ -240,43 +228,7 @@ def _refusal(task: Task) -> str:
     if task.error is None:
         return ""
     if isinstance(task.error, OSError | ImageError):
-        return _describe(task.error)
+        return describe(task.error)
     if isinstance(task.error, ValueError):
         return str(task.error)
     raise task.error
-
-
-def _describe(error: OSError | ImageError) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _cluster_size(image: Image | RawImage) -> int:
-    """What a guest had best write at a time; 0 says nothing."""
-    if isinstance(image, RawImage) or image.geometry.cluster_size < PAGE:
-        return 0
-    return image.geometry.cluster_size
-
-
-@contextmanager
-def direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
-    """A second descriptor of each file that bypasses the page cache.
-
-    Raises: OSError naming the file whose file system cannot do that.
-    """
-    with ExitStack() as opened:
-        descriptors = {}
-        for file in files:
-            descriptors[file] = _open_direct(file)
-            opened.callback(os.close, descriptors[file])
-        yield descriptors
-
-
-def _open_direct(file: HostFile) -> int:
-    access = os.O_RDWR if file.writable else os.O_RDONLY
-    try:
-        return os.open(f"/proc/self/fd/{file.fd}", access | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        message = f"cannot be opened with O_DIRECT, as this --cache mode needs: {error.strerror}"
-        raise OSError(error.errno, message, file.path) from None

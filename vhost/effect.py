@@ -116,6 +116,16 @@ class NoteWriteCache:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeBackend:
+    """Take hold of what is under the device: the first ring is about to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class LetGoOfBackend:
+    """Leave it to others, all of it stable: the last ring has stopped."""
+
+
+@dataclass(frozen=True, slots=True)
 class StartQueue:
     """Serve the ring from available index *base*. Addresses are the front-end's own."""
 
@@ -184,6 +194,8 @@ Effect = (
     | TrackInflight
     | ForgetInflight
     | NoteWriteCache
+    | TakeBackend
+    | LetGoOfBackend
     | StartQueue
     | StopQueue
     | EnableQueue

@@ -56,6 +56,7 @@ class Options:
     cache_size: int = DEFAULT_CACHE_SIZE
     stats: bool = False
     trace_io: str | None = None
+    incoming: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +73,8 @@ def parse(arguments: list[str]) -> Options:
         raise UsageError("give one of --socket-path=PATH and --fd=N")
     if given.format == "raw" and given.lazy_refcounts != "image":
         raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a raw image has no refcounts")
+    if given.incoming and given.trace_io:
+        raise UsageError("--incoming and --trace-io: a trace begins with the image")
     return Options(
         blk_file=given.blk_file,
         socket_path=given.socket_path,
@@ -85,6 +88,7 @@ def parse(arguments: list[str]) -> Options:
         cache_size=given.cache_size,
         stats=given.stats,
         trace_io=given.trace_io,
+        incoming=given.incoming,
     )
 
 
@@ -101,6 +105,7 @@ def _parser() -> Parser:
     add("--serial", metavar="TEXT", type=_serial, default="", help=f"what the guest sees, up to {SERIAL_MAX} bytes")
     add("--lazy-refcounts", choices=["on", "off", "image"], default="image", help="default: as the image says")
     add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
+    add("--incoming", action="store_true", help="a guest will migrate here: take the image when its rings start")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")

@@ -158,6 +158,8 @@ class Vrings:
         ring = self._rings[index]
         at = ring.address
         assert at is not None  # the callers saw the ring complete
+        if not self.are_running:
+            yield effect.TakeBackend()
         yield effect.StartQueue(
             index, ring.size, at.descriptor, at.available, at.used, base=ring.base, event_idx=self.event_idx
         )
@@ -167,9 +169,12 @@ class Vrings:
         """Stop a ring, which also drops its kick and call fds."""
         ring = self._rings[index]
         base = yield effect.StopQueue(index)
+        ring.has_kick = False
         if ring.is_running:
             ring.base = base
-        ring.is_running = ring.has_kick = False
+            ring.is_running = False
+            if not self.are_running:
+                yield effect.LetGoOfBackend()
 
 
 def _same_place(old: VringAddress | None, new: VringAddress) -> bool:

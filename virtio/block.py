@@ -72,8 +72,34 @@ class BlockDevice:
         self.write(offset, bytes(nbytes))
 
 
+class Unavailable(Exception):
+    """What stands under a device cannot be had now; one line says why."""
+
+
+class Lease(Protocol):
+    """Of what stands under a device and is let go while no ring runs. All methods are the control thread's."""
+
+    @property
+    def is_held(self) -> bool: ...
+
+    def take(self) -> None:
+        """Take hold of it, unless it is held. Raises: Unavailable."""
+
+    def look(self) -> None:
+        """Bring the geometry up to date without taking hold. Raises: Unavailable."""
+
+    def let_go(self) -> None:
+        """Leave it, clean and stable, to others; what cannot be left so stays held."""
+
+
 class Backend(Protocol):
-    """What stands under a device. All methods are called on the worker thread."""
+    """What stands under a device. All methods are called on the worker thread.
+
+    Between `attach` and `detach` a `lease` is held; a backend without one is there as long as its device.
+    """
+
+    @property
+    def lease(self) -> Lease | None: ...
 
     @property
     def geometry(self) -> Geometry: ...
@@ -91,7 +117,7 @@ class Backend(Protocol):
         """Let the disk be *nbytes* long, while no request is under way; *done("")*, or *done* of what is wrong."""
 
     def detach(self) -> None:
-        """After the last request; files may be closed from now on."""
+        """After the last request and operation; files may be closed from now on, and it may be attached again."""
 
 
 class DeviceBackend:
@@ -106,6 +132,7 @@ class DeviceBackend:
             read_only=device.read_only,
             serial=device.serial,
         )
+        self.lease = None
         self._device = device
         self._block: NativeBlock | None = None
 

@@ -251,6 +251,7 @@ def test_ring_starts_with_its_kick_where_its_base_says(front_end: FrontEnd) -> N
     front_end.configure(2, size=256, base=7)
     assert front_end.kick(2) == [
         effect.SetKick(2, has_fd=True),
+        effect.TakeBackend(),
         effect.StartQueue(2, 256, ADDRESS.descriptor, ADDRESS.available, ADDRESS.used, base=7, event_idx=True),
     ]
 
@@ -259,7 +260,7 @@ def test_ring_kicked_too_early_starts_when_it_is_complete_and_enabled(front_end:
     assert kinds(front_end.kick()) == [effect.SetKick]
     front_end.configure()
     done = front_end.send(Request.SET_VRING_ENABLE, VringState(0, 1))
-    assert kinds(done) == [effect.EnableQueue, effect.StartQueue]
+    assert kinds(done) == [effect.EnableQueue, effect.TakeBackend, effect.StartQueue]
 
 
 def test_call_and_err_come_before_any_features() -> None:
@@ -292,6 +293,7 @@ def test_get_vring_base_drains_then_replies(front_end: FrontEnd) -> None:
     front_end.base = 4321
     assert front_end.send(Request.GET_VRING_BASE, VringState(1, 0)) == [
         effect.StopQueue(1),
+        effect.LetGoOfBackend(),
         effect.Reply(Request.GET_VRING_BASE, VringState(1, 4321).pack()),
     ]
 
@@ -330,7 +332,7 @@ def test_running_ring_may_be_told_its_address_again(front_end: FrontEnd) -> None
 def test_running_ring_is_stopped_before_it_changes(front_end: FrontEnd, request_number: int, payload: Any) -> None:
     front_end.configure()
     front_end.kick()
-    assert front_end.send(request_number, payload) == [effect.StopQueue(0)]
+    assert front_end.send(request_number, payload) == [effect.StopQueue(0), effect.LetGoOfBackend()]
 
 
 def test_rings_configured_anew_without_a_stop_start_anew(front_end: FrontEnd) -> None:
@@ -489,7 +491,8 @@ def test_reset_stops_and_disables_rings_and_keeps_memory(front_end: FrontEnd, re
     front_end.configure()
     front_end.kick()
     front_end.send(Request.SET_VRING_ENABLE, VringState(0, 1))
-    assert front_end.send(*reset) == [effect.StopQueue(0), effect.EnableQueue(0, enabled=False)]
+    done = front_end.send(*reset)
+    assert done == [effect.StopQueue(0), effect.LetGoOfBackend(), effect.EnableQueue(0, enabled=False)]
     assert front_end.session.regions == [GUEST]
     assert front_end.session.status == 0
 
@@ -524,7 +527,8 @@ def test_new_owner_finds_no_memory_and_no_ring(front_end: FrontEnd) -> None:
     front_end.configure()
     front_end.kick()
     done = front_end.send(Request.SET_OWNER)
-    assert done == [effect.StopQueue(0), effect.SetMemory(()), effect.SetLog(None), effect.SetLogCall(has_fd=False)]
+    assert done[:3] == [effect.StopQueue(0), effect.LetGoOfBackend(), effect.SetMemory(())]
+    assert done[3:] == [effect.SetLog(None), effect.SetLogCall(has_fd=False)]
     assert front_end.send(Request.ADD_MEM_REG, MemorySlot(GUEST), nfds=1) == [effect.AddMemory(GUEST)]
 
 
@@ -552,6 +556,27 @@ def test_natural_reply_is_the_only_one(front_end: FrontEnd) -> None:
 
 def test_acknowledgement_repeats_the_request(front_end: FrontEnd) -> None:
     assert front_end.send(Request.SET_OWNER, flags=NEED_REPLY) == [effect.Reply(Request.SET_OWNER, U64(0).pack())]
+
+
+# What is under the device
+
+
+def test_backend_is_held_from_the_first_ring_that_starts_to_the_last_that_stops(front_end: FrontEnd) -> None:
+    held = []
+    for index in (0, 1):
+        front_end.configure(index)
+        held.append(kinds(front_end.kick(index)).count(effect.TakeBackend))
+    for index in (1, 0, 0):
+        done = front_end.send(Request.GET_VRING_BASE, VringState(index, 0))
+        held.append(-kinds(done).count(effect.LetGoOfBackend))
+    assert held == [1, 0, 0, -1, 0]
+
+
+def test_backend_is_let_go_before_the_front_end_knows_that_its_last_ring_stopped(front_end: FrontEnd) -> None:
+    front_end.configure()
+    front_end.kick()
+    done = front_end.send(Request.GET_VRING_BASE, VringState(0, 0))
+    assert kinds(done) == [effect.StopQueue, effect.LetGoOfBackend, effect.Reply]
 
 
 # The dirty log

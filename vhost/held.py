@@ -1,0 +1,174 @@
+"""The image that a daemon serves: held, that is open and locked, or let go for another process to hold."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import qcow2
+from qcow2 import Disk, ImageError
+from qcow2.chain import Outline, outline
+from qcow2.driver.file import HostFile, run
+from qcow2.image import Image
+from qcow2.statistics import Statistics
+from vhost.option import Options
+from virtio.block import Unavailable
+from virtio.config import Geometry
+
+PAGE = 4096
+Progress = Callable[[int, int], None]
+
+log = logging.getLogger("vhost")
+
+
+class HeldImage:
+    """The image *options* name, a `Lease` and a context manager that ends the holding cleanly.
+
+    Nothing is cached over a time in which it was let go: another process may have changed the image.
+    """
+
+    def __init__(self, options: Options, progress: Callable[[], Progress | None] = lambda: None) -> None:
+        """*progress()* makes what a repair of a dirty image is told to."""
+        self.disk: Disk | None = None
+        self.direct_fds: dict[HostFile, int] = {}
+        self._options = options
+        self._progress = progress
+        self._outline = Outline(0, 0)  # while it is not held
+        self._past = Statistics()  # of earlier holdings
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "HeldImage":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.end()
+
+    @property
+    def is_held(self) -> bool:
+        return self.disk is not None
+
+    @property
+    def geometry(self) -> Geometry:
+        """What a driver learns about the disk; as it was when last looked at, if the image is not held."""
+        known = self._outline if self.disk is None else _outline_of(self.disk)
+        return Geometry(
+            size=known.size,
+            physical_block_size=PAGE,
+            optimal_io_size=known.cluster_size if known.cluster_size >= PAGE else 0,
+            read_only=self._options.read_only,
+            serial=self._options.serial,
+        )
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all holdings together."""
+        return self._past if self.disk is None else self._past + self.disk.image.statistics
+
+    def take(self) -> None:
+        """Open and lock the image; nothing happens if it is held.
+
+        Raises: Unavailable, naming the file.
+        """
+        if self.disk is not None:
+            return
+        try:
+            self.disk = self._open()
+        except (OSError, ImageError) as error:
+            raise Unavailable(describe(error)) from error
+
+    def _open(self) -> Disk:
+        options = self._options
+        disk = qcow2.open(
+            options.blk_file,
+            writable=not options.read_only,
+            format=options.format,
+            lazy_refcounts=options.lazy_refcounts,
+            cache_size=options.cache_size,
+            progress=self._progress(),
+        )
+        try:
+            if options.cache.direct:
+                self.direct_fds = self._stack.enter_context(_direct_descriptors(disk.files))
+        except OSError:
+            disk.close()
+            raise
+        return disk
+
+    def look(self) -> None:
+        """Read the size of an image that is not held, without a lock: another process may be writing it.
+
+        Raises: Unavailable, naming the file.
+        """
+        try:
+            self._outline = outline(self._options.blk_file, self._options.format)
+        except (OSError, ImageError) as error:
+            raise Unavailable(describe(error)) from error
+
+    def let_go(self) -> None:
+        """Close the image cleanly, and with it give the lock back; nothing happens if it is not held.
+
+        One that cannot be closed cleanly is kept, and locked: reads go on from it, and nobody else may take it for
+        sound.
+        """
+        if self.disk is None:
+            return
+        try:
+            run(self.disk.image.close())
+        except OSError as error:
+            log.error("%s: cannot be closed cleanly, and is kept: %s", self._options.blk_file, error.strerror)
+        else:
+            self._forget(self.disk)
+
+    def end(self) -> None:
+        """Close the image for good.
+
+        Raises: OSError if that is not clean.
+        """
+        if self.disk is None:
+            return
+        try:
+            run(self.disk.image.close())
+        finally:
+            self._forget(self.disk)
+
+    def _forget(self, disk: Disk) -> None:
+        self._past += disk.image.statistics
+        self._outline = _outline_of(disk)
+        self.disk = None
+        self.direct_fds = {}
+        self._stack.close()
+        disk.chain.close()
+
+
+def _outline_of(disk: Disk) -> Outline:
+    return Outline(disk.size, disk.image.geometry.cluster_size if isinstance(disk.image, Image) else 0)
+
+
+def describe(error: OSError | ImageError) -> str:
+    """What is wrong with the image or the host, on one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@contextmanager
+def _direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
+    """A second descriptor of each file that bypasses the page cache.
+
+    Raises: OSError naming the file whose file system cannot do that.
+    """
+    with ExitStack() as opened:
+        descriptors = {}
+        for file in files:
+            descriptors[file] = _open_direct(file)
+            opened.callback(os.close, descriptors[file])
+        yield descriptors
+
+
+def _open_direct(file: HostFile) -> int:
+    access = os.O_RDWR if file.writable else os.O_RDONLY
+    try:
+        return os.open(f"/proc/self/fd/{file.fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"cannot be opened with O_DIRECT, as this --cache mode needs: {error.strerror}"
+        raise OSError(error.errno, message, file.path) from None
