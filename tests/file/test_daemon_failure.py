@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import qcow2
 from tests.frontend import DISCARD, FLUSH, IN, IOERR, OK, OUT, WRITE_ZEROES, FrontEnd
 from tests.program import TIMEOUT, Daemon
 
@@ -77,3 +78,16 @@ def test_after_a_failed_metadata_write_the_daemon_does_not_end_as_if_all_were_we
     _, said = daemon.process.communicate(timeout=TIMEOUT)
     assert daemon.process.returncode == 1
     assert str(image) in said
+
+
+def test_after_a_failed_metadata_write_a_pause_changes_nothing(guest: tuple[Daemon, FrontEnd], image: Path) -> None:
+    daemon, front_end = guest
+    fail_a_metadata_write(*guest)
+    front_end.start_queue(base=front_end.stop_queue())
+    assert front_end.do(OUT, 0, b"b" * 512).status == IOERR
+    assert front_end.read(0, 512) == b"a" * 512
+    front_end.stop_queue()
+    with pytest.raises(OSError, match="lock"):
+        qcow2.open(str(image), writable=True)  # nobody takes it for sound
+    daemon.process.terminate()
+    assert daemon.process.wait(TIMEOUT) == 1
