@@ -45,7 +45,7 @@ def test_running_rings_stop_before_the_region_changes(front_end: FrontEnd) -> No
     front_end.configure(1)
     front_end.kick(1)
     done = front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1)
-    assert done == [effect.StopQueue(1), effect.TrackInflight(REGION)]
+    assert done == [effect.StopQueue(1), effect.LetGoOfBackend(), effect.TrackInflight(REGION)]
 
 
 @pytest.mark.parametrize("noted", [False, True])
