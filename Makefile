@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
 export PYTHON
 
-.PHONY: demo test check vm asan kill bench compare build-packages guest-packages
+.PHONY: demo test check vm migrate asan kill bench compare build-packages guest-packages
 
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -16,6 +16,10 @@ test: guest-packages $(VENV)/installed
 
 vm: guest-packages $(VENV)/installed
 	$(BIN)/pytest tests/vm
+
+# A guest that writes and verifies, ten times to the other host and back.
+migrate: guest-packages $(VENV)/installed
+	MIGRATIONS=10 $(BIN)/pytest tests/vm/test_migration.py
 
 check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/ruff format --check

@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Guest:
         self._transcript = Transcript()
         self._seconds_to_job = 0.0
         self._partial = b""
+        self._events: deque[dict[str, Any]] = deque()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -161,21 +163,34 @@ class Guest:
     def unplug(self, device: str) -> None:
         """Take out the device with this id; returns once the guest has let go of it and QEMU forgotten it."""
         self.command("device_del", id=device)
-        while self._answer("data").get("device") != device:  # of DEVICE_DELETED; its parts are told without an id
+        while self.wait_for_event("DEVICE_DELETED").get("device") != device:  # its parts are told without an id
             pass
 
+    def wait_for_event(self, *names: str) -> dict[str, Any]:
+        """Return the data of the next event that has one of *names*, passing over others."""
+        while True:
+            event = self._events.popleft() if self._events else self._message()
+            if event.get("event") in names:
+                return dict(event.get("data", {}))
+
     def _answer(self, key: str) -> Any:
-        """Return the value of the next message that has *key*, passing over events."""
+        """Return the value of the next message that has *key*; events before it are kept."""
+        while key not in (message := self._message()):
+            if "event" in message:
+                self._events.append(message)
+        return message[key]
+
+    def _message(self) -> dict[str, Any]:
+        """The next thing that QEMU says on its control socket."""
         try:
             self._control.flush()
-            for line in self._control:
-                message = json.loads(line)
+            if line := self._control.readline():
+                message: dict[str, Any] = json.loads(line)
                 if "error" in message:
                     raise self._failure(f"QEMU refused: {message['error']['desc']}")
-                if key in message:
-                    return message[key]
+                return message
         except TimeoutError:
-            raise self._failure(f"QEMU gave no answer within {CONTROL_TIMEOUT:.0f} s") from None
+            raise self._failure(f"QEMU said nothing for {CONTROL_TIMEOUT:.0f} s") from None
         except ConnectionError:
             pass
         raise self._failure("QEMU ended")

@@ -228,3 +228,21 @@ def test_nothing_is_left_open_or_mapped_after_the_worker() -> None:
         with Guest(regions=two_regions) as guest:
             guest.ask(IN, 0, room=512)
     assert (open_fds(), count_mappings()) == (before, mappings)
+
+
+def test_hugetlbfs_is_mapped_in_whole_pages_of_its_own() -> None:
+    huge = 2 * MIB
+    before = count_mappings()
+    with os.fdopen(os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB), "rb") as file:
+        os.truncate(file.fileno(), 8 * huge)  # nothing is touched, so no huge page need be free
+        with Guest() as guest:
+            parts = [(0, huge), (huge + 4096, huge), (4 * huge - 4096, 8192), (7 * huge + 4096, huge - 4096)]
+            regions = [MemoryRegion(os.dup(file.fileno()), (1 << 40) + at, (1 << 40) + at, n, at) for at, n in parts]
+            guest.worker.call(lambda: guest.worker.set_memory([*guest.regions, *regions]))
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps if "memfd:huge" in line]
+            assert sorted(end - start for start, end in spans) == [huge, huge, 2 * huge, 2 * huge]
+            guest.worker.call(lambda: guest.worker.set_memory(guest.regions))
+            assert count_mappings() == before + 2  # the driver's and the worker's of the guest's own memory
+            assert guest.ask(IN, 0, room=512).status == OK
+    assert count_mappings() == before
