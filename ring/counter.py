@@ -26,6 +26,8 @@ class Counters:
     syncs: int  # fdatasyncs started
     sync_waiters: int  # requests and operations they served
     batches: int  # publications of the used ring
+    immediate: int  # transfers done on the worker's own thread, without io_uring
+    stalls: int  # of them, those that made it wait too long
 
 
 FIELDS = tuple(field.name for field in fields(Counters))

@@ -4,6 +4,7 @@
 #include <linux/falloc.h>
 #include <stddef.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 
 #include "ring/gather.h"
 #include "ring/worker.h"
@@ -43,15 +44,13 @@ static void end(struct worker *worker, uint32_t number, int result)
     request_release(worker, request, result);
 }
 
-static void prepare_transfer(struct io_uring_sqe *entry, struct operation *operation, const struct file *file,
+static void prepare_transfer(struct io_uring_sqe *entry, const struct operation *operation, const struct file *file,
                              const struct gather *gather)
 {
     uint64_t host_offset = operation->host_offset + operation->progress;
     const struct iovec *iovecs = gather->iovecs;
-    int fd;
+    int fd = operation->direct ? file->direct_fd : file->fd;
 
-    operation->direct = operation->data && file->direct_fd >= 0 && gather_is_aligned(gather, file, host_offset);
-    fd = operation->direct ? file->direct_fd : file->fd;
     if (operation->verb == VERB_READ && gather->count == 1)
         io_uring_prep_read(entry, fd, iovecs->iov_base, iovecs->iov_len, host_offset);
     else if (operation->verb == VERB_READ)
@@ -62,10 +61,46 @@ static void prepare_transfer(struct io_uring_sqe *entry, struct operation *opera
         io_uring_prep_writev(entry, fd, iovecs, gather->count, host_offset);
 }
 
-/* -> 0, -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
+static void trace_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)
+{
+    if (worker->trace && operation->verb == VERB_WRITE)
+        operation->trace_id = trace_write(worker->trace, operation->slot, operation->host_offset + operation->progress,
+                                          gather->iovecs, gather->count);
+}
+
+/* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: io_uring is to do it. */
+static int transfer_at_once(struct worker *worker, struct operation *operation, const struct gather *gather)
+{
+    struct file *file = &worker->files[operation->slot];
+    uint64_t host_offset = operation->host_offset + operation->progress, now = pace_now();
+    ssize_t result;
+
+    operation->direct = operation->data && file->direct_fd >= 0 && gather_is_aligned(gather, file, host_offset);
+    if (!file->immediate || operation->direct || gather->nbytes > PACE_NBYTES || !pace_allows(&file->pace, now))
+        return -EAGAIN;
+    trace_transfer(worker, operation, gather);
+    if (operation->verb == VERB_READ)
+        result = preadv2(file->fd, gather->iovecs, gather->count, host_offset, RWF_NOWAIT);
+    else
+        result = pwritev2(file->fd, gather->iovecs, gather->count, host_offset, 0);
+    if (result < 0)
+        result = errno == EINTR || errno == EOPNOTSUPP ? -EAGAIN : -errno;
+    if (worker->trace && operation->trace_id)
+        trace_done(worker->trace, operation->trace_id, result);
+    worker->counters->immediate += result >= 0;
+    worker->counters->stalls += pace_note(&file->pace, now, pace_now());
+    return result;
+}
+
+static void transfer_completed(struct worker *worker, uint32_t number, int result);
+
+enum { SUBMITTED = 0, MOVED = 1 };
+
+/* -> SUBMITTED; MOVED: it has completed; -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
 static int submit_transfer(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
+    const struct file *file = &worker->files[operation->slot];
     struct iovec single;
     struct gather gather;
     struct io_uring_sqe *entry;
@@ -73,15 +108,18 @@ static int submit_transfer(struct worker *worker, uint32_t number)
 
     if (result < 0)
         return result;
+    result = transfer_at_once(worker, operation, &gather);
+    if (result != -EAGAIN) {
+        transfer_completed(worker, number, result);
+        return MOVED;
+    }
     entry = uring_entry(&worker->uring);
     if (!entry)
         return -EAGAIN;
-    prepare_transfer(entry, operation, &worker->files[operation->slot], &gather);
-    if (worker->trace && operation->verb == VERB_WRITE)
-        operation->trace_id = trace_write(worker->trace, operation->slot, operation->host_offset + operation->progress,
-                                          gather.iovecs, gather.count);
+    prepare_transfer(entry, operation, file, &gather);
+    trace_transfer(worker, operation, &gather);
     io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
-    return 0;
+    return SUBMITTED;
 }
 
 static int submit_zero(struct worker *worker, uint32_t number)
@@ -116,7 +154,9 @@ static void submit(struct worker *worker, uint32_t number)
         return;
     }
     result = is_transfer ? submit_transfer(worker, number) : submit_zero(worker, number);
-    if (result == 0) {
+    if (result == MOVED)
+        return;
+    if (result == SUBMITTED) {
         worker->submitted++;
     } else if (result == -EAGAIN) {
         operation->next = worker->stalled;
@@ -220,6 +260,31 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
     worker->operations[number].data = flags & TRANSFER_DATA;
     begin(worker, number, flags & TRANSFER_WRITE ? VERB_WRITE : VERB_READ, slot, host_offset, nbytes);
     return number;
+}
+
+int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
+                         const struct piece *pieces, uint32_t count)
+{
+    struct operation operation = {.verb = VERB_WRITE, .slot = slot, .host_offset = host_offset, .pieces = pieces};
+    struct iovec single;
+    struct gather gather;
+    int result = worker_has_slot(worker, slot) ? 0 : -EBADF;
+
+    for (uint32_t i = 0; i < count && result == 0; operation.nbytes += pieces[i++].nbytes)
+        result = check_piece(worker, &pieces[i]);
+    if (result < 0)
+        return result;
+    if (worker->files[slot].error)
+        return -EIO;
+    if (!worker->at_once || operation.nbytes > PACE_NBYTES)
+        return -EAGAIN;
+    worker->at_once--;
+    operation.piece_count = count;
+    operation.data = flags & TRANSFER_DATA;
+    result = gather_submission(worker, &operation, &single, &gather);
+    if (result == 0)
+        result = transfer_at_once(worker, &operation, &gather);
+    return result == (int)operation.nbytes ? 0 : result < 0 ? result : -EAGAIN; /* short: the other way finds out why */
 }
 
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)

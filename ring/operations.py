@@ -1,5 +1,6 @@
 """Operations of Python on the worker's io_uring: begun here, finished by an event, queued when C's pool is full."""
 
+import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ Done = Callable[[int], None]  # called on the worker thread with 0 or -errno
 
 READ, WRITE, DATA = 0, 1, 2  # enum transfer_flag
 HOST_MEMORY = (1 << 64) - 1  # PIECE_HOST: the piece is an address of this process
-BUSY = -16  # -EBUSY: no operation is free
+AGAIN, BUSY = -errno.EAGAIN, -errno.EBUSY  # not at once; no operation is free
 
 
 class Operations:
@@ -33,13 +34,18 @@ class Operations:
                 lambda: lib.worker_transfer(self._worker, flags, slot, host_offset, source, start, nbytes), done, pin
             )
             return
-        described = [_describe(piece, writable=not flags & WRITE) for piece in pieces]
-        array = ffi.new("struct piece[]", [(source, start, nbytes) for source, start, nbytes, _ in described])
+        array, pins = _describe_all(pieces, writable=not flags & WRITE)
         self._begin(
-            lambda: lib.worker_transfer_pieces(self._worker, flags, slot, host_offset, array, len(described)),
+            lambda: lib.worker_transfer_pieces(self._worker, flags, slot, host_offset, array, len(pieces)),
             done,
-            (array, described),
+            (array, pins),
         )
+
+    def write_at_once(self, flags: int, slot: int, host_offset: int, pieces: Sequence[Piece]) -> bool:
+        """Write *pieces* before this returns; False: not now, nothing may have happened or a part of it."""
+        array, _pins = _describe_all(pieces, writable=False)
+        result = lib.worker_write_at_once(self._worker, flags, slot, host_offset, array, len(pieces))
+        return result != AGAIN and check(result) == 0
 
     def zero(self, slot: int, host_offset: int, nbytes: int, done: Done) -> None:
         """Make a range read as zeros."""
@@ -63,7 +69,9 @@ class Operations:
         done(result)
 
     def begin_waiting(self) -> None:
-        """Begin what had to wait, as far as C's pool allows."""
+        """Every event was seen: begin what had to wait, as far as C's pool allows."""
+        if self._waiting:
+            lib.worker_forget_delivered(self._worker)  # or nothing is left that would end and make room
         while self._waiting:
             begin, done, pin = self._waiting[0]
             if not self._try(begin, done, pin):
@@ -93,3 +101,9 @@ def _describe(piece: Piece, *, writable: bool) -> tuple[int, int, int, Any]:
         return piece.request_id, piece.start, piece.nbytes, None
     pin = ffi.from_buffer(piece, require_writable=writable)
     return HOST_MEMORY, int(ffi.cast("uintptr_t", pin)), len(pin), pin
+
+
+def _describe_all(pieces: Sequence[Piece], *, writable: bool) -> tuple[Any, list[Any]]:
+    """A `struct piece[]`, and what keeps the bytes where it says."""
+    described = [_describe(piece, writable=writable) for piece in pieces]
+    return ffi.new("struct piece[]", [piece[:3] for piece in described]), [piece[3] for piece in described]

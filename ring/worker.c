@@ -80,8 +80,7 @@ struct worker_event *worker_events(struct worker *worker)
     return worker->events;
 }
 
-/* Python has seen these: their operations may be used again. */
-static void forget_delivered(struct worker *worker)
+void worker_forget_delivered(struct worker *worker)
 {
     uint32_t left = worker->event_count - worker->delivered;
 
@@ -167,7 +166,8 @@ static int round_once(struct worker *worker)
 
 int worker_run(struct worker *worker)
 {
-    forget_delivered(worker);
+    worker_forget_delivered(worker);
+    worker->at_once = WORKER_AT_ONCE;
     for (;;) {
         int result = round_once(worker);
 
@@ -228,6 +228,12 @@ void worker_set_trace(struct worker *worker, struct trace *trace)
 
 /* ---- files ---- */
 
+static bool is_immediate(int fd)
+{
+    struct stat st;
+    return fstat(fd, &st) == 0 && (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode));
+}
+
 /* What O_DIRECT on this file wants; 4096 suits every disk that does not say. */
 static void query_alignment(struct file *file)
 {
@@ -255,7 +261,7 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
     if (slot == WORKER_FILES)
         return -EMFILE;
     file = &worker->files[slot];
-    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync};
+    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .immediate = is_immediate(fd)};
     line_init(&file->waiting);
     line_init(&file->served);
     query_alignment(file);

@@ -11,6 +11,7 @@
 
 #include "ring/log.h"
 #include "ring/memory.h"
+#include "ring/pace.h"
 #include "ring/trace.h"
 #include "ring/uring.h"
 #include "ring/virtqueue.h"
@@ -21,6 +22,7 @@
 #define WORKER_EVENTS 4096
 #define WORKER_TRANSFERS_MIN 16 /* operations a device may begin for one request; fetching waits for so many */
 #define WORKER_BUSY_NBYTES (1ull << 30) /* fetching waits while requests hold so much: drains end in time */
+#define WORKER_AT_ONCE 256 /* see worker.at_once */
 #define INLINE_PIECES 18        /* of a request: the header, 64 KiB in pages, the status */
 #define LONG_PIECES 128         /* requests with more pieces than that, at once */
 
@@ -69,6 +71,8 @@ struct worker_counters {
     uint64_t syncs;
     uint64_t sync_waiters;
     uint64_t batches;
+    uint64_t immediate; /* transfers done without io_uring */
+    uint64_t stalls;    /* of them, those that made the worker wait too long */
 };
 
 /* Somebody in a line: a request, or an operation of Python's if request is NULL. */
@@ -146,9 +150,11 @@ struct queue {
 struct file {
     int fd;
     int direct_fd;         /* -1: none */
+    struct pace pace;
     uint32_t memory_align; /* what O_DIRECT wants, powers of two */
     uint32_t offset_align;
     bool syncs;   /* false: a sync succeeds at once */
+    bool immediate; /* a file or disk: no transfer waits for somebody else to come */
     bool syncing; /* an fdatasync is in flight, for `served` */
     uint64_t trace_id; /* of that fdatasync */
     int error;    /* of a failed fdatasync, for good */
@@ -217,6 +223,7 @@ struct worker {
     uint64_t returned_nbytes; /* of the latter alone */
     uint32_t generation; /* of the request begun last */
     uint32_t submitted; /* operations in the kernel */
+    uint32_t at_once;   /* writes that Python may still do on this thread before it lets C go on */
 
     uint32_t event_count;
     uint32_t delivered; /* of them, seen by Python */
@@ -255,6 +262,8 @@ void worker_free(struct worker *worker);
 /* Serve until there is an event. -> the number of events in worker_events, good until the next call. */
 int worker_run(struct worker *worker);
 struct worker_event *worker_events(struct worker *worker);
+/* Python has seen the events of the last run: their operations may be used again. The next run does it, too. */
+void worker_forget_delivered(struct worker *worker);
 
 /* Replace the table. Nothing in flight uses a region that is gone: pause first.
  * A ring that is gone is left alone until a later table holds it again. */
@@ -297,6 +306,9 @@ int worker_transfer(struct worker *worker, uint32_t flags, uint32_t slot, uint64
                     uint64_t start, uint64_t nbytes);
 int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
                            const struct piece *pieces, uint32_t count);
+/* Write on this thread. -> 0: it is complete; -EAGAIN: not now, begin a transfer; or how it failed. */
+int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
+                         const struct piece *pieces, uint32_t count);
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes);
 int worker_sync(struct worker *worker, uint32_t slot);
 int worker_grace(struct worker *worker);

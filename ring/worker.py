@@ -312,6 +312,13 @@ class Worker:
         """Write *pieces* one after the other; their bytes must not change until *done*."""
         self._operations.transfer(WRITE | DATA * data, slot, host_offset, pieces, done)
 
+    def write_at_once(self, slot: int, host_offset: int, pieces: Sequence[Piece], *, data: bool = False) -> bool:
+        """Write *pieces* before this returns, if they are few bytes and the host does not make writers wait lately.
+
+        False: use `write`, for all of it. Raises: OSError, how the write failed.
+        """
+        return self._operations.write_at_once(WRITE | DATA * data, slot, host_offset, pieces)
+
     def zero(self, slot: int, host_offset: int, nbytes: int, done: Done) -> None:
         """Make the range read as zeros without changing the file's length; give its space back where possible."""
         self._operations.zero(slot, host_offset, nbytes, done)

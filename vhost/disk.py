@@ -54,7 +54,7 @@ class RingDriver:
             case op.ReadInto(file=file, host_offset=host_offset, target=buffer, data=data):
                 worker.read(self._slots[file], host_offset, [_piece(buffer)], self._end(task, file), data=data)
             case op.Write(file=file, host_offset=host_offset, pieces=pieces, data=data):
-                worker.write(self._slots[file], host_offset, [*map(_piece, pieces)], self._end(task, file), data=data)
+                self._write(task, file, host_offset, [*map(_piece, pieces)], data=data)
             case op.Zero(file=file, host_offset=host_offset, nbytes=nbytes):
                 worker.zero(self._slots[file], host_offset, nbytes, self._end(task, file))
             case op.Sync(file=file):
@@ -87,6 +87,18 @@ class RingDriver:
             self._trace.done(traced, -(error.errno or errno.EIO))
             raise
         self._trace.done(traced, 0)
+
+    def _write(self, task: Task, file: op.File, host_offset: int, pieces: list[Piece], *, data: bool) -> None:
+        """At once if that does not hold up other requests: most writes cost less than coming back for their end."""
+        slot = self._slots[file]
+        try:
+            is_written = self._worker.write_at_once(slot, host_offset, pieces, data=data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, file.path) from None
+        if is_written:
+            self._scheduler.resume(task)
+        else:
+            self._worker.write(slot, host_offset, pieces, self._end(task, file), data=data)
 
     def _end(
         self, task: Task, file: op.File | None, result_of: Callable[[], bytes | None] = lambda: None
