@@ -10,8 +10,9 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -257,20 +258,21 @@ class Worker:
 
     def settle(self) -> None:
         """Return once no request and no operation is under way. For functions given to `call` only."""
-        self._settle()
-        lib.worker_pause(self._native, 0)
+        with self._settled():
+            pass
 
     def run_alone(self, begin: Callable[[Callable[[T], None]], None]) -> T:
         """Call *begin(done)* once no request and no operation is under way -> what *done* is given, whenever it is.
 
-        Requests wait meanwhile, those of all queues. For functions given to `call` only.
+        Requests wait meanwhile, those of all queues, and until what was begun beside has ended. For functions given to
+        `call` only.
         """
         results: list[T] = []
-        self._settle()
-        begin(results.append)
-        while not results:
-            self._turn()
-        self.settle()
+        with self._settled():
+            begin(results.append)
+            while not results:
+                self._turn()
+            self._finish_all()
         return results[0]
 
     # worker thread: files and the engine's operations
@@ -426,9 +428,17 @@ class Worker:
             self._turn()
         lib.worker_pause(self._native, 0)
 
-    def _settle(self) -> None:
-        """Serve, without fetching anything new, until no request and no operation is under way."""
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Fetch nothing new; what is in flight has ended at the beginning."""
         lib.worker_pause(self._native, 1)
+        try:
+            self._finish_all()
+            yield
+        finally:
+            lib.worker_pause(self._native, 0)
+
+    def _finish_all(self) -> None:
         while lib.worker_requests_in_flight(self._native) or self._operations.in_flight or self._computing:
             self._turn()
 

@@ -32,9 +32,10 @@ SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, SET_VRING_ENABLE = 15, 16, 18
 SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG = 21, 24, 25
 GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
+ADD_MEM_REG, REM_MEM_REG = 37, 38
 CONFIG_CHANGE_MSG = 2  # on the back-end channel
 MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ = 1 << 0, 1 << 1, 1 << 3, 1 << 5
-CONFIG, INFLIGHT_SHMFD = 1 << 9, 1 << 12
+CONFIG, INFLIGHT_SHMFD, MEM_SLOTS = 1 << 9, 1 << 12, 1 << 15
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 
 WRITABLE, NEXT = 2, 1
@@ -100,8 +101,10 @@ class Queue:
     def _data_at(self, slot: int) -> int:
         return self.start + DATA_START + slot * DATA_BYTES
 
-    def submit(self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0) -> int:
-        """Queue a request and kick; *nbytes* is for reads. Returns its slot."""
+    def submit(
+        self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0, place: int | None = None
+    ) -> int:
+        """Queue a request and kick; *nbytes* is for reads, to *place* in memory, if the caller sees to it. Its slot."""
         slot = self.free.pop()
         at = self._header_at(slot)
         self.bytes[at : at + 16] = struct.pack("<IIQ", kind, 0, guest_offset // 512)
@@ -111,8 +114,9 @@ class Queue:
             self.bytes[self._data_at(slot) : self._data_at(slot) + len(data)] = data
             chain.append((self._data_at(slot), len(data), 0))
         elif nbytes:
-            self.reads[slot] = nbytes
-            chain.append((self._data_at(slot), nbytes, WRITABLE))
+            if place is None:
+                self.reads[slot] = nbytes
+            chain.append((self._data_at(slot) if place is None else place, nbytes, WRITABLE))
         chain.append((self._status_at(slot), 1, WRITABLE))
         self._publish(slot, chain)
         return slot
@@ -252,7 +256,7 @@ class FrontEnd:
         self.features = self.offered & features
         self.ask(GET_PROTOCOL_FEATURES)
         tracking = INFLIGHT_SHMFD if self.inflight else 0
-        protocol = MQ | LOG_SHMFD | REPLY_ACK | BACKEND_REQ | CONFIG | tracking
+        protocol = MQ | LOG_SHMFD | REPLY_ACK | BACKEND_REQ | CONFIG | MEM_SLOTS | tracking
         self._send(SET_PROTOCOL_FEATURES, struct.pack("<Q", protocol))
         self.tell(SET_OWNER, b"")
         self.tell(SET_FEATURES, struct.pack("<Q", self.features))

@@ -1,0 +1,124 @@
+"""Memory that is added and taken away through the socket while requests are in flight."""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.frontend import (
+    ADD_MEM_REG,
+    GUEST_ADDRESS,
+    IN,
+    OK,
+    REM_MEM_REG,
+    SET_MEM_TABLE,
+    USER_ADDRESS,
+    ZONE,
+    FrontEnd,
+)
+from tests.served import Served, serve
+
+SLOT = 1 << 20
+READ = 64 << 10
+
+
+class Dimm:
+    """A piece of memory behind all the guest has; a context manager."""
+
+    def __init__(self, number: int) -> None:
+        self.start = ZONE + number * SLOT  # from where the guest's memory begins
+        self.fd = os.memfd_create("dimm", os.MFD_CLOEXEC)
+        os.truncate(self.fd, SLOT)
+        self.bytes = mmap.mmap(self.fd, SLOT)
+
+    def __enter__(self) -> "Dimm":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.bytes.close()
+        os.close(self.fd)
+
+    @property
+    def region(self) -> bytes:
+        return struct.pack("<QQQQ", GUEST_ADDRESS + self.start, SLOT, USER_ADDRESS + self.start, 0)
+
+
+def read_all(guest: FrontEnd, dimm: Dimm) -> None:
+    """Ask for the whole disk, to be put into *dimm*."""
+    for start in range(0, SLOT, READ):
+        guest.queues[0].submit(IN, start, nbytes=READ, place=dimm.start + start)
+
+
+def wait_for_fetched(served: Served, count: int) -> None:
+    while served.device.worker.counters.requests < count:
+        served.device.worker.call(lambda: None)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(SLOT))
+    return path
+
+
+@pytest.fixture
+def served(disk: Path) -> Iterator[Served]:
+    with serve(disk, format="raw") as it:
+        yield it
+
+
+def dimms_mapped() -> int:
+    """By us and by the device, which lives in this process."""
+    return Path("/proc/self/maps").read_text().count("memfd:dimm")
+
+
+def test_memory_is_written_to_the_last_byte_when_its_removal_is_acknowledged(served: Served, disk: Path) -> None:
+    content = disk.read_bytes()
+    with FrontEnd(served.socket_path) as guest:
+        for turn in range(40):
+            with Dimm(turn % 3) as dimm:
+                guest.tell(ADD_MEM_REG, bytes(8) + dimm.region, fds=(dimm.fd,))
+                read_all(guest, dimm)
+                wait_for_fetched(served, (turn + 1) * SLOT // READ)
+                guest.tell(REM_MEM_REG, bytes(8) + dimm.region)
+                assert dimm.bytes[:] == content
+                assert [done.status for done in guest.reap()] == [OK] * (SLOT // READ)
+                assert dimms_mapped() == 1
+
+
+def test_other_memory_comes_and_goes_beside_requests_in_flight(served: Served, disk: Path) -> None:
+    content = disk.read_bytes()
+    with FrontEnd(served.socket_path) as guest, Dimm(0) as used, Dimm(1) as other:
+        guest.tell(ADD_MEM_REG, bytes(8) + used.region, fds=(used.fd,))
+        answered = 0
+        for _turn in range(40):
+            read_all(guest, used)
+            guest.tell(ADD_MEM_REG, bytes(8) + other.region, fds=(other.fd,))
+            guest.tell(REM_MEM_REG, bytes(8) + other.region)
+            while answered < SLOT // READ:
+                done = guest.wait()
+                assert {completion.status for completion in done} == {OK}
+                answered += len(done)
+            answered = 0
+            assert used.bytes[:] == content
+            used.bytes[:] = bytes(SLOT)
+
+
+def test_whole_table_is_replaced_beside_requests_in_flight(served: Served, disk: Path) -> None:
+    content = disk.read_bytes()
+    with FrontEnd(served.socket_path) as guest, Dimm(0) as dimm:
+        own = struct.pack("<QQQQ", GUEST_ADDRESS, len(guest.memory), USER_ADDRESS, 0)
+        table = struct.pack("<II", 2, 0) + own + dimm.region
+        guest.tell(SET_MEM_TABLE, table, fds=(guest.memory_fd, dimm.fd))
+        answered = 0
+        for _turn in range(20):
+            read_all(guest, dimm)
+            guest.tell(SET_MEM_TABLE, table, fds=(guest.memory_fd, dimm.fd))  # rings and buffers move along
+            while answered < SLOT // READ:
+                answered += len(guest.wait())
+            answered = 0
+            assert dimm.bytes[:] == content
+            dimm.bytes[:] = bytes(SLOT)
