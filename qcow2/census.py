@@ -199,6 +199,9 @@ async def _count_refcount_structure(census: Census) -> None:
             census.report.corruption("there is no refcount table")
         census.must_rebuild = True
         return
+    if offset + nbytes > census.file_size > offset + nbytes - census.cluster_size:
+        census.report.corruption(f"refcount table at {offset:#x} is cut off by the end of the file")
+        census.must_rebuild = True
     entries = array("Q")
     async for entry in census.entries(offset, nbytes // ENTRY_SIZE):
         entries.append(_count_block(census, len(entries), entry) if entry else 0)

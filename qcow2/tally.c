@@ -164,7 +164,7 @@ uint64_t tally_overlap(const struct tally *tally, uint64_t from)
     for (; (from = tally_next(tally, from, TALLY_SINGLE | TALLY_L2)) < tally->nclusters; from++) {
         uint32_t roles = tally_roles(tally, from);
 
-        if (roles & TALLY_DIFFERS)
+        if (roles & TALLY_TOO_LOW)
             continue;
         if ((roles & TALLY_SINGLE) ? tally_count(tally, from) > 1 : (roles & TALLY_DATA) != 0)
             return from;
@@ -260,8 +260,8 @@ uint64_t tally_differ(struct tally *tally, const uint8_t *block, uint32_t order,
         if (page)
             page->roles[at] = (uint8_t)((page->roles[at] & ~TALLY_STORED_ONE) | (stored == 1 ? TALLY_STORED_ONE : 0));
         if (stored != (page ? page->count[at] : 0)) {
-            if (page)
-                page->roles[at] |= TALLY_DIFFERS;
+            if (page && stored < page->count[at])
+                page->roles[at] |= TALLY_TOO_LOW;
             return from;
         }
         from++;

@@ -10,7 +10,7 @@ enum tally_role {
     TALLY_L2 = 2,
     TALLY_DATA = 4,
     TALLY_STORED_ONE = 64, /* the image counts exactly one reference */
-    TALLY_DIFFERS = 128    /* the image counts another number than we do */
+    TALLY_TOO_LOW = 128    /* the image counts fewer than we do, which is a finding of its own */
 };
 
 /* The image a table belongs to, as far as its entries can be judged by it. */

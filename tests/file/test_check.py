@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import qcow2
 from tests.builder import Built, Recipe, build
 from tests.oracle import assert_clean, qemu_check
 from tests.program import qcow2_tool
@@ -113,3 +114,28 @@ def test_a_loop_of_tables_ends(tmp_path: Path) -> None:
     for index in range(1 << 11):
         built.set_l1(index, built.l2_offsets[0])
     assert ours(tmp_path / "a")[0] == 2
+
+
+def test_a_table_that_data_shares_is_corrupt_however_high_it_is_counted(tmp_path: Path) -> None:
+    """The count alone would be a leak, and the next write to the data would go through the table."""
+    built = build(recipe(), tmp_path / "a")
+    built.set_l2(3, built.l1_offset)
+    built.set_refcount(built.l1_offset, 9)
+    done = qcow2_tool("check", tmp_path / "a")
+    assert done.returncode == 2
+    assert f"tables overlap at {built.l1_offset:#x}" in done.stderr
+
+
+def test_a_refcount_table_cut_off_in_its_last_cluster_is_repaired(tmp_path: Path) -> None:
+    """It does not open; what is lost of it reads as zeros, so nothing else would tell."""
+    made = recipe(layout="packed")
+    built = build(made, tmp_path / "a")
+    assert built.path.stat().st_size == built.refcount_table_offset + made.cluster_size
+    built.truncate(built.refcount_table_offset + 512)
+    done = qcow2_tool("check", tmp_path / "a")
+    assert done.returncode == 2
+    assert f"refcount table at {built.refcount_table_offset:#x} is cut off" in done.stderr
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 0
+    assert_clean(tmp_path / "a")
+    with qcow2.open(str(tmp_path / "a"), writable=True) as disk:
+        assert disk.read(0, 100) == b"\1" * 100
