@@ -138,6 +138,8 @@ async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, 
             report.corruption(f"{what} entry {index} has reserved bits set: {entry:#018x}")
         if entry & layout.OFFSET_MASK:
             table_offset = entry & layout.OFFSET_MASK
+            if Role.ACTIVE in role and census.tally.has(census.cluster_of(table_offset), Role.ACTIVE):
+                report.corruption(f"{what} entry {index} shares its L2 table at {table_offset:#x} with an earlier one")
             census.add(f"L2 table of {what} entry {index}", table_offset, census.cluster_size, role, weight)
 
 

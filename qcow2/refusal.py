@@ -18,7 +18,10 @@ KNOWN_INCOMPATIBLE = int(
 
 def validate_identity(file: File, record: HeaderRecord, file_size: int) -> None:
     """Refuse what cannot be taken apart: another format, version, cluster size or header length."""
-    if record.magic != layout.MAGIC or file_size < layout.V2_HEADER_LENGTH:
+    if file_size < layout.V2_HEADER_LENGTH:
+        message = f"not a qcow2 image: {file_size} bytes long, a header has {layout.V2_HEADER_LENGTH}"
+        raise UnsupportedImage(file.path, message)
+    if record.magic != layout.MAGIC:
         raise UnsupportedImage(file.path, f"not a qcow2 image: magic {record.magic:#010x}, not {layout.MAGIC:#010x}")
     if record.version not in (2, 3):
         raise UnsupportedImage(file.path, f"qcow2 version {record.version}, supported are 2 and 3")

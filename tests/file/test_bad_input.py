@@ -61,7 +61,7 @@ def with_header(**fields: int) -> Callable[[Path], None]:
 
 BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "not a qcow2 image"),
-    "short": (lambda path: path.write_bytes(b"QFI\xfb" + bytes(20)), "not a qcow2 image"),
+    "short": (lambda path: path.write_bytes(b"QFI\xfb" + bytes(20)), "not a qcow2 image: 24 bytes long"),
     "not qcow2": (lambda path: path.write_bytes(b"\x7fELF" + bytes(100_000)), "not a qcow2 image"),
     "truncated": (truncated, "end of the file"),
     "unknown feature": (unknown_feature, "time travel"),

@@ -139,3 +139,15 @@ def test_a_refcount_table_cut_off_in_its_last_cluster_is_repaired(tmp_path: Path
     assert_clean(tmp_path / "a")
     with qcow2.open(str(tmp_path / "a"), writable=True) as disk:
         assert disk.read(0, 100) == b"\1" * 100
+
+
+def test_an_l2_table_that_the_disk_uses_twice_is_corrupt(tmp_path: Path) -> None:
+    """Every count may be right; such an image does not open for writing, and check says why."""
+    made = Recipe(size=1 << 20, cluster_bits=9)
+    made.data(0, b"data")
+    built = build(made, tmp_path / "a")
+    built.set_l1(1, built.l2_offsets[0])
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 2
+    done = qcow2_tool("check", tmp_path / "a")
+    assert done.returncode == 2
+    assert f"L1 table entry 1 shares its L2 table at {built.l2_offsets[0]:#x}" in done.stderr
