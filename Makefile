@@ -35,6 +35,11 @@ asan: $(VENV)/installed
 kill: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.kill $(KILL)
 
+# FUZZ: targets and options, such as FUZZ="ring --minutes 60"; ten minutes each without it.
+.PHONY: fuzz fuzz-packages
+fuzz: fuzz-packages $(VENV)/installed-fuzz
+	CLANG=clang $(BIN)/python -m tests.fuzz $(FUZZ)
+
 # BENCH: cases and options, such as BENCH="read-32 --pairs 3"; all cases and sweeps without it.
 bench: guest-packages $(VENV)/installed-bench
 	$(BIN)/python -m bench $(or $(BENCH),all)
@@ -47,6 +52,9 @@ build-packages:
 
 guest-packages: build-packages
 	@.ci/need guest
+
+fuzz-packages: build-packages
+	@.ci/need fuzz
 
 $(BIN)/python: | build-packages
 	@echo "creating $(VENV) with $(PYTHON)"
@@ -66,4 +74,9 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/installed
 $(VENV)/installed-bench: pyproject.toml | $(VENV)/installed
 	@echo "installing into $(VENV): matplotlib, setuptools"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,bench]'
+	@touch $@
+
+$(VENV)/installed-fuzz: pyproject.toml | $(VENV)/installed
+	@echo "installing into $(VENV): atheris"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,fuzz]'
 	@touch $@
