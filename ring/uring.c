@@ -4,7 +4,7 @@
 #include <limits.h>
 #include <stdlib.h>
 
-int uring_init(struct uring *uring)
+static int open_ring(struct io_uring *ring)
 {
     /* One thread submits and reaps, so completions need no interrupt: they run when we ask (Linux 6.1). */
     struct io_uring_params params = {
@@ -12,13 +12,23 @@ int uring_init(struct uring *uring)
                  IORING_SETUP_TASKRUN_FLAG,
         .cq_entries = URING_COMPLETIONS,
     };
-    int result;
+
+    return io_uring_queue_init_params(URING_ENTRIES, ring, &params);
+}
+
+int uring_init(struct uring *uring, bool use_threads)
+{
+    int result = 0;
 
     uring->arena_used = 0;
+    uring->threads = NULL;
     uring->arena = calloc(URING_ARENA, sizeof(*uring->arena));
     if (!uring->arena)
         return -ENOMEM;
-    result = io_uring_queue_init_params(URING_ENTRIES, &uring->ring, &params);
+    if (use_threads)
+        uring->threads = threads_create(&result);
+    else
+        result = open_ring(&uring->ring);
     if (result < 0) {
         free(uring->arena);
         uring->arena = NULL;
@@ -28,11 +38,19 @@ int uring_init(struct uring *uring)
 
 void uring_deinit(struct uring *uring)
 {
-    io_uring_queue_exit(&uring->ring);
+    if (uring->threads)
+        threads_destroy(uring->threads);
+    else
+        io_uring_queue_exit(&uring->ring);
     free(uring->arena);
 }
 
-int uring_submit(struct uring *uring)
+static uint32_t pending(const struct uring *uring)
+{
+    return uring->threads ? threads_pending(uring->threads) : io_uring_sq_ready(&uring->ring);
+}
+
+static int submit_to_ring(struct uring *uring)
 {
     while (io_uring_sq_ready(&uring->ring)) {
         int result = io_uring_submit(&uring->ring);
@@ -41,17 +59,34 @@ int uring_submit(struct uring *uring)
         if (result <= 0)
             return 0; /* the kernel wants completions reaped first; what is left goes with the next call */
     }
-    /* IORING_FEAT_SUBMIT_STABLE: a submitted entry has been copied, iovecs included. */
-    uring->arena_used = 0;
     return 0;
+}
+
+int uring_submit(struct uring *uring)
+{
+    int result = 0;
+
+    if (uring->threads)
+        threads_submit(uring->threads);
+    else
+        result = submit_to_ring(uring);
+    /* IORING_FEAT_SUBMIT_STABLE: a submitted entry has been copied, iovecs included. */
+    if (!pending(uring))
+        uring->arena_used = 0;
+    return result;
+}
+
+static struct io_uring_sqe *free_entry(struct uring *uring)
+{
+    return uring->threads ? threads_entry(uring->threads) : io_uring_get_sqe(&uring->ring);
 }
 
 struct io_uring_sqe *uring_entry(struct uring *uring)
 {
-    struct io_uring_sqe *entry = io_uring_get_sqe(&uring->ring);
+    struct io_uring_sqe *entry = free_entry(uring);
 
     if (!entry && uring_submit(uring) == 0)
-        entry = io_uring_get_sqe(&uring->ring);
+        entry = free_entry(uring);
     return entry;
 }
 
@@ -68,12 +103,35 @@ struct iovec *uring_iovecs(struct uring *uring, uint32_t count)
     return iovecs;
 }
 
+static uint32_t reap_ring(struct io_uring *ring, struct uring_completion *completions, uint32_t count)
+{
+    struct io_uring_cqe *entry;
+    uint32_t filled = 0;
+
+    while (filled < count && io_uring_peek_cqe(ring, &entry) == 0) {
+        completions[filled++] = (struct uring_completion){entry->user_data, entry->res, entry->flags & IORING_CQE_F_MORE};
+        io_uring_cqe_seen(ring, entry);
+    }
+    return filled;
+}
+
+uint32_t uring_reap(struct uring *uring, struct uring_completion *completions, uint32_t count)
+{
+    if (uring->threads)
+        return threads_reap(uring->threads, completions, count);
+    return reap_ring(&uring->ring, completions, count);
+}
+
 int uring_wait(struct uring *uring, uint32_t milliseconds)
 {
     struct __kernel_timespec timeout = {.tv_nsec = milliseconds * 1000000ll};
     struct io_uring_cqe *completion;
     int result;
 
+    if (uring->threads) {
+        result = uring_submit(uring);
+        return result < 0 ? result : threads_wait(uring->threads, milliseconds);
+    }
     if (milliseconds)
         result = io_uring_submit_and_wait_timeout(&uring->ring, &completion, 1, &timeout, NULL);
     else

@@ -40,12 +40,13 @@ static void init_lists(struct worker *worker)
     line_init(&worker->grace.served);
 }
 
-struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int *error)
+struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int use_threads,
+                             int *error)
 {
     struct worker *worker = calloc(1, sizeof(*worker));
     struct worker_event *events = calloc(WORKER_EVENTS, sizeof(*events));
     struct iovec *long_pieces = calloc((size_t)LONG_PIECES * CHAIN_PIECES_MAX, sizeof(*long_pieces));
-    int result = worker && events && long_pieces ? uring_init(&worker->uring) : -ENOMEM;
+    int result = worker && events && long_pieces ? uring_init(&worker->uring, use_threads) : -ENOMEM;
 
     if (result < 0) {
         free(worker);
@@ -111,24 +112,23 @@ static void control_signalled(struct worker *worker, bool more)
     worker_tell(worker, (struct worker_event){.kind = EVENT_CONTROL});
 }
 
-static void dispatch(struct worker *worker, const struct io_uring_cqe *completion)
+static void dispatch(struct worker *worker, const struct uring_completion *completion)
 {
     uint64_t data = completion->user_data;
     uint32_t number = data >> 8 & 0xffffff, generation = data >> 32;
-    bool more = completion->flags & IORING_CQE_F_MORE;
 
     switch ((enum tag)(data & 0xff)) {
     case TAG_OPERATION:
-        operation_completed(worker, number, completion->res);
+        operation_completed(worker, number, completion->result);
         break;
     case TAG_SYNC:
-        commit_completed(worker, number, completion->res);
+        commit_completed(worker, number, completion->result);
         break;
     case TAG_KICK:
-        queue_kicked(worker, number, generation, completion->res, more);
+        queue_kicked(worker, number, generation, completion->result, completion->more);
         break;
     case TAG_CONTROL:
-        control_signalled(worker, more);
+        control_signalled(worker, completion->more);
         break;
     case TAG_NOTHING:
         break;
@@ -137,17 +137,15 @@ static void dispatch(struct worker *worker, const struct io_uring_cqe *completio
 
 static void reap(struct worker *worker)
 {
-    struct io_uring_cqe *completions[64];
-    unsigned count;
+    struct uring_completion completions[64];
+    uint32_t count;
 
-    while ((count = io_uring_peek_batch_cqe(&worker->uring.ring, completions, 64))) {
-        worker->progress = true;
-        for (unsigned i = 0; i < count; i++) {
-            struct io_uring_cqe completion = *completions[i];
-            dispatch(worker, &completion);
-        }
-        io_uring_cq_advance(&worker->uring.ring, count);
-    }
+    do {
+        count = uring_reap(&worker->uring, completions, 64);
+        for (uint32_t i = 0; i < count; i++)
+            dispatch(worker, &completions[i]);
+        worker->progress |= count > 0;
+    } while (count == 64); /* whoever kicks without end gets no more than their turn */
 }
 
 static int round_once(struct worker *worker)

@@ -250,8 +250,10 @@ struct worker {
 
 /* ---- for Python; queues are numbered 0 .. WORKER_QUEUES - 1, results are >= 0 or -errno ---- */
 
-/* control_fd and counters are borrowed. NULL and *error = errno if the kernel refuses. */
-struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int *error);
+/* control_fd and counters are borrowed. NULL and *error = errno if the kernel refuses the io_uring, or the threads
+ * that stand in for it. */
+struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int use_threads,
+                             int *error);
 
 /* Waits for what the kernel still does on our memory, closes every fd it was
  * given to own. From then on every request is stale and no slot is known; the

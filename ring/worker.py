@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from ring.aio import FORBIDDEN, Aio
 from ring.counter import Counters, snapshot
 from ring.inflight import InflightRegion
 from ring.memory import Mapping, MemoryRegion, map_regions, native_table
@@ -47,6 +48,7 @@ class Worker:
         device: NativeDevice,
         on_request: Callable[[Request], None],
         *,
+        aio: Aio = Aio.AUTO,
         pool_threads: int = 2,
         on_queue_broken: Callable[[int, str], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
@@ -56,8 +58,11 @@ class Worker:
         *on_request(request)* begins a request, on the worker thread. *on_queue_broken(index, fault)* tells, on the
         worker thread, of a queue that was stopped because its ring is nonsense; its err fd has been signalled.
         *on_death(error)* is called on the dying worker thread if anything raised there: a bug of ours, and the
-        process cannot go on serving. `stop` raises that error too.
+        process cannot go on serving. `stop` raises that error too. Once started, `aio` says what is used and
+        `io_uring_refusal` why it is threads if *aio* left that open.
         """
+        self.aio = aio
+        self.io_uring_refusal: OSError | None = None
         self._device = device
         self._on_request = on_request
         self._on_queue_broken = on_queue_broken
@@ -83,7 +88,7 @@ class Worker:
         self._on_sync_failed: dict[int, Callable[[int], None]] = {}
 
     def __enter__(self) -> "Worker":
-        """Start the thread. Raises: OSError if the kernel refuses an io_uring."""
+        """Start the thread. Raises: OSError if the kernel refuses what `aio` asks for."""
         self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open = True
         self._thread.start()
@@ -341,11 +346,12 @@ class Worker:
     # the thread
 
     def _main(self) -> None:
-        error = ffi.new("int *")
-        self._native: Pointer = lib.worker_create(self._device.native, self._control, self._counters, error)
-        if not self._native:
+        try:
+            self._native: Pointer = self._create()
+        except OSError as error:
+            self._native = NULL
             self._close()
-            self._started.set_exception(OSError(error[0], os.strerror(error[0]), "io_uring"))
+            self._started.set_exception(error)
             return
         self._native = ffi.gc(self._native, lib.worker_free)  # requests may outlive the thread
         self._operations = Operations(self._native)
@@ -363,9 +369,29 @@ class Worker:
         finally:
             self._close()
 
+    def _create(self) -> Pointer:
+        if self.aio is Aio.AUTO:
+            try:
+                return self._create_with(Aio.IO_URING)
+            except OSError as refusal:
+                if refusal.errno not in FORBIDDEN:
+                    raise
+                self.io_uring_refusal = refusal
+                return self._create_with(Aio.THREADS)
+        return self._create_with(self.aio)
+
+    def _create_with(self, aio: Aio) -> Pointer:
+        error = ffi.new("int *")
+        use_threads = aio is Aio.THREADS
+        native = lib.worker_create(self._device.native, self._control, self._counters, use_threads, error)
+        if not native:
+            raise OSError(error[0], os.strerror(error[0]), aio.value)
+        self.aio = aio
+        return native
+
     def _turn(self) -> None:
         """Serve in C until there is something for Python, and dispatch it."""
-        count = check(lib.worker_run(self._native), "io_uring")
+        count = check(lib.worker_run(self._native), self.aio.value)
         for kind, result, number, type_, flags, offset, nbytes in EVENT.iter_unpack(self._events[: count * EVENT.size]):
             if kind == REQUEST:
                 self._on_request(Request(self._native, number, type_, flags, offset, nbytes))

@@ -80,7 +80,14 @@ def serve_image(options: "Options") -> None:
                 held.take()
             trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
             backend = ImageBackend(held, cache=options.cache, trace=trace)
-            counters = run(backend, endpoint, stop_fd, num_queues=options.num_queues, writeback=options.cache.writeback)
+            counters = run(
+                backend,
+                endpoint,
+                stop_fd,
+                num_queues=options.num_queues,
+                writeback=options.cache.writeback,
+                aio=options.aio,
+            )
         except Stopped:
             return
         held.end()  # while a second signal still cannot interrupt it

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+from ring.aio import Aio
 from ring.counter import Counters
 from vhost.channel import Channel, Hangup
 from vhost.connection import Connection
@@ -38,9 +39,11 @@ def stop_signals() -> Iterator[int]:
         os.close(stop_fd)
 
 
-def run(backend: Backend, endpoint: Endpoint, stop_fd: int, *, num_queues: int, writeback: bool) -> Counters:
+def run(
+    backend: Backend, endpoint: Endpoint, stop_fd: int, *, num_queues: int, writeback: bool, aio: Aio = Aio.AUTO
+) -> Counters:
     """Serve *backend* to whoever comes to *endpoint* until *stop_fd* is readable; then drain and detach it."""
-    with Device(backend, num_queues=num_queues, writeback=writeback) as device:
+    with Device(backend, num_queues=num_queues, writeback=writeback, aio=aio) as device:
         receive_visitors(endpoint, stop_fd, device)
     return device.worker.counters
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 
+from ring.aio import Aio
 from ring.memory import REGIONS_MAX
 from ring.virtqueue import SIZE_MAX
 from ring.worker import Worker
@@ -36,10 +37,10 @@ class Device:
     `resize` is for any thread; the rest is the control thread's.
     """
 
-    def __init__(self, backend: Backend, *, num_queues: int, writeback: bool) -> None:
+    def __init__(self, backend: Backend, *, num_queues: int, writeback: bool, aio: Aio = Aio.AUTO) -> None:
         self.backend = backend
         self.block = _native_block(backend)
-        self.worker = Worker(self.block, backend.start, on_queue_broken=_tell_of_broken_queue, on_death=_die)
+        self.worker = Worker(self.block, backend.start, aio=aio, on_queue_broken=_tell_of_broken_queue, on_death=_die)
         self.changed_fd = -1  # readable after `offer` has changed
         self._num_queues = num_queues
         self._writeback = writeback
@@ -54,6 +55,8 @@ class Device:
             self.changed_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self.changed_fd)
             stack.enter_context(self.worker)
+            if self.worker.io_uring_refusal is not None:
+                log.warning("io_uring is not to be had: %s; using threads", self.worker.io_uring_refusal.strerror)
             stack.callback(self._detach)
             if self.backend.lease is None or self.backend.lease.is_held:
                 self._attach()

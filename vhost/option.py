@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
 
+from ring.aio import Aio
+
 PROGRAM = "vhost-user-qcow2"
 QUEUES_MAX = 256  # a ring index has 8 bits on the wire
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
@@ -57,6 +59,7 @@ class Options:
     stats: bool = False
     trace_io: str | None = None
     incoming: bool = False
+    aio: Aio = Aio.AUTO
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,6 +92,7 @@ def parse(arguments: list[str]) -> Options:
         stats=given.stats,
         trace_io=given.trace_io,
         incoming=given.incoming,
+        aio=Aio(given.aio),
     )
 
 
@@ -106,6 +110,7 @@ def _parser() -> Parser:
     add("--lazy-refcounts", choices=["on", "off", "image"], default="image", help="default: as the image says")
     add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
     add("--incoming", action="store_true", help="a guest will migrate here: take the image when its rings start")
+    add("--aio", choices=[aio.value for aio in Aio], default="auto", help="default: threads only without io_uring")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")

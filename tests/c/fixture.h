@@ -49,7 +49,7 @@ static inline int new_memfd(const char *name, uint64_t nbytes)
 
 /* A worker with one memory region at guest and user address 0, and a file. The
  * ring is at 0; it is not started. */
-static inline void fixture_init(struct fixture *fixture)
+static inline void fixture_init(struct fixture *fixture, bool use_threads)
 {
     static struct guest_memory memory;
     int error = 0;
@@ -62,7 +62,8 @@ static inline void fixture_init(struct fixture *fixture)
     block_init(&fixture->block);
     fixture->block.size = DISK_NBYTES;
     fixture->block.max_discard_sectors = fixture->block.max_write_zeroes_sectors = 32768;
-    fixture->worker = worker_create(&fixture->block.device, fixture->control_fd, &fixture->counters, &error);
+    fixture->worker = worker_create(&fixture->block.device, fixture->control_fd, &fixture->counters, use_threads,
+                                    &error);
     CHECK(fixture->worker);
     CHECK(guest_region_map(&fixture->region, fixture->memory_fd, 0, 0, MEMORY_NBYTES, 0) == 0);
     CHECK(guest_memory_add(&memory, &fixture->region) == 0);

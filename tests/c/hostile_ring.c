@@ -69,11 +69,11 @@ static void frame_some(struct fixture *fixture)
     }
 }
 
-int main(void)
+static void endure(bool use_threads)
 {
     struct fixture fixture;
 
-    fixture_init(&fixture);
+    fixture_init(&fixture, use_threads);
     for (int i = 0; i < ROUNDS; i++) {
         memset(fixture.region.host, 0, driver_ring_nbytes(QUEUE_SIZE));
         fixture_start(&fixture, i & 1);
@@ -89,5 +89,11 @@ int main(void)
     CHECK(fixture.counters.failed_requests < fixture.counters.requests);
     fixture_deinit(&fixture);
     printf("%llu requests\n", (unsigned long long)fixture.counters.requests);
+}
+
+int main(void)
+{
+    endure(false);
+    endure(true);
     return 0;
 }

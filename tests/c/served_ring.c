@@ -46,13 +46,13 @@ static void ask(struct fixture *fixture, struct driver_ring *ring, const struct 
     CHECK(nbytes == (type == VIRTIO_BLK_T_IN ? DATA_NBYTES + 1 : 1));
 }
 
-static void serve(const struct habit *habit)
+static void serve(const struct habit *habit, bool use_threads)
 {
     struct fixture fixture;
     struct driver_ring ring;
     uint8_t *data;
 
-    fixture_init(&fixture);
+    fixture_init(&fixture, use_threads);
     fixture_start(&fixture, habit->event_idx);
     driver_ring_init(&ring, fixture.region.host, QUEUE_SIZE, habit->event_idx, 0);
     data = fixture.region.host + DATA_ADDRESS + 4096;
@@ -74,7 +74,9 @@ int main(void)
         {true, true, 7},      {false, true, 1000}, {true, false, 100},
     };
 
-    for (size_t i = 0; i < sizeof(habits) / sizeof(*habits); i++)
-        serve(&habits[i]);
+    for (size_t i = 0; i < sizeof(habits) / sizeof(*habits); i++) {
+        serve(&habits[i], false);
+        serve(&habits[i], true);
+    }
     return 0;
 }

@@ -16,6 +16,7 @@ struct duel {
     int kick_fd;
     int call_fd;
     bool event_idx;
+    bool use_threads;
 };
 
 static void *run_device(void *argument)
@@ -23,7 +24,7 @@ static void *run_device(void *argument)
     struct duel *duel = argument;
     struct fixture *fixture = &duel->fixture;
 
-    fixture_init(fixture); /* on this thread, which the io_uring belongs to from here on */
+    fixture_init(fixture, duel->use_threads); /* on this thread, which the io_uring belongs to from here on */
     CHECK(worker_start_queue(fixture->worker, 0, QUEUE_SIZE, 0, driver_ring_driver_offset(QUEUE_SIZE),
                              driver_ring_device_offset(QUEUE_SIZE), 0, duel->event_idx) == 0);
     CHECK(worker_set_call(fixture->worker, 0, dup(duel->call_fd)) == 0);
@@ -91,9 +92,9 @@ static void drive(struct duel *duel, uint32_t depth)
     }
 }
 
-static void fight(bool event_idx, uint32_t depth)
+static void fight(bool event_idx, bool use_threads, uint32_t depth)
 {
-    struct duel duel = {.event_idx = event_idx};
+    struct duel duel = {.event_idx = event_idx, .use_threads = use_threads};
     pthread_t device;
 
     duel.kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -113,8 +114,10 @@ static void fight(bool event_idx, uint32_t depth)
 int main(void)
 {
     for (uint32_t depth = 1; depth <= 4; depth++) {
-        fight(false, depth);
-        fight(true, depth);
+        fight(false, false, depth);
+        fight(true, false, depth);
+        fight(false, true, depth);
+        fight(true, true, depth);
     }
     return 0;
 }

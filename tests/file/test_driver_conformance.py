@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.task import Task
+from ring.aio import Aio
 from ring.worker import Worker
 from vhost.disk import RingDriver
 from virtio.native import NativeBlock
@@ -52,13 +53,17 @@ def blocking(path: Path) -> Iterator[Rig]:
 
 
 @contextmanager
-def ring(path: Path) -> Iterator[Rig]:
+def ring(path: Path, aio: Aio = Aio.AUTO) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
-        with Worker(NativeBlock(size=0), lambda request: None) as worker:
+        with Worker(NativeBlock(size=0), lambda request: None, aio=aio) as worker:
             slot = worker.call(lambda: worker.add_file(file.fd))
             driver = RingDriver(worker, {file: slot}, None)
             run = partial(run_on_worker, worker, driver)
             yield Rig(file, run, path.read_bytes, memory, memory.load)
+
+
+def threads(path: Path) -> AbstractContextManager[Rig]:
+    return ring(path, Aio.THREADS)
 
 
 def run_on_worker(worker: Worker, driver: RingDriver, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -77,7 +82,7 @@ def crash(path: Path) -> Iterator[Rig]:
     yield Rig(file, driver.run, file.content, file.memory, lambda: bytes(file.memory.content))
 
 
-@pytest.fixture(params=[blocking, ring, crash], ids=["blocking", "ring", "crash"])
+@pytest.fixture(params=[blocking, ring, threads, crash], ids=["blocking", "ring", "threads", "crash"])
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     path = tmp_path / "file"
     path.write_bytes(CONTENT)

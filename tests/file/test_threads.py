@@ -1,0 +1,101 @@
+"""Where io_uring is forbidden the daemon works through threads, says so once, and keeps every promise."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.frontend import FrontEnd
+from tests.oracle import assert_clean
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTICE = "vhost-user-qcow2: io_uring is not to be had: {}; using threads\n"
+WORDS = {"EPERM": "Operation not permitted", "ENOSYS": "Function not implemented"}
+WORKER_TESTS = ["operations", "sync", "queues", "memory", "hostile", "serving"]
+
+
+def forbidding(refusal: str) -> list[str]:
+    """A command that runs another where io_uring fails with *refusal*."""
+    return [sys.executable, "-m", "tests.noring", refusal]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2_tool_ok("create", "-o", "compat=1.1,lazy_refcounts=on", path, "64M")
+    return path
+
+
+def rings_of(pid: int) -> int:
+    """How many io_urings a process holds."""
+    fds = Path(f"/proc/{pid}/fd")
+    return sum(os.readlink(fds / fd) == "anon_inode:[io_uring]" for fd in os.listdir(fds))
+
+
+def use(daemon: Daemon) -> None:
+    with FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(1 << 20, b"x" * 200_000 + bytes(4800))
+        front_end.flush()
+        front_end.write(1 << 20, b"y" * 512)
+        assert front_end.read(1 << 20, 1024) == b"y" * 512 + b"x" * 512
+
+
+@pytest.mark.parametrize("refusal", WORDS)
+def test_forbidden_io_uring_is_told_once_and_threads_serve(image: Path, refusal: str) -> None:
+    with Daemon(image, under=forbidding(refusal)) as daemon:
+        use(daemon)
+        use(daemon)
+        assert rings_of(daemon.process.pid) == 0
+        daemon.process.send_signal(signal.SIGTERM)
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+        assert (daemon.process.returncode, said) == (0, NOTICE.format(WORDS[refusal]))
+    assert_clean(image)
+
+
+def test_threads_that_were_asked_for_are_not_worth_a_word(image: Path) -> None:
+    with Daemon(image, "--aio=threads") as daemon:
+        use(daemon)
+        assert rings_of(daemon.process.pid) == 0
+        daemon.process.send_signal(signal.SIGTERM)
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+        assert (daemon.process.returncode, said) == (0, "")
+
+
+def test_io_uring_that_was_asked_for_is_not_replaced(image: Path, tmp_path: Path) -> None:
+    command = [*forbidding("EPERM"), DAEMON, f"--blk-file={image}", f"--socket-path={tmp_path / 's'}", "--aio=io_uring"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert "Operation not permitted" in done.stderr
+    assert "io_uring" in done.stderr
+
+
+def test_threads_are_bounded(image: Path) -> None:
+    with Daemon(image, "--aio=threads") as daemon:
+        use(daemon)
+        before = len(os.listdir(f"/proc/{daemon.process.pid}/task"))
+        for _ in range(20):
+            use(daemon)
+        assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) <= before + 16
+        daemon.stop()
+
+
+@pytest.mark.parametrize("name", WORKER_TESTS)
+def test_worker_keeps_its_promises_without_io_uring(name: str) -> None:
+    command = [
+        *forbidding("EPERM"),
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        f"tests/file/test_worker_{name}.py",
+    ]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=240
+    )
+    assert done.returncode == 0, done.stdout
