@@ -6,6 +6,7 @@ from types import TracebackType
 
 from qcow2.census import Progress
 from qcow2.driver.file import HostFile, run
+from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 from qcow2.geometry import Geometry
 from qcow2.header import Header, read_header, require_uncorrupted
@@ -13,6 +14,7 @@ from qcow2.image import Image, OpenOptions
 from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET
 from qcow2.lock import lock_image
 from qcow2.raw import RawImage
+from qcow2.recovery import link_memory, new_log, recover
 from qcow2.repair import repair
 
 MAX_DEPTH = 100
@@ -46,6 +48,8 @@ class Chain:
     files: list[HostFile] = field(default_factory=list)  # top first
     progress: Progress | None = None  # told how far the repair of a dirty image is
     force_share: bool = False  # read without locks, though others may be writing
+    log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
+    memory: SharedMemory | None = None  # which that log is in
 
     def __enter__(self) -> "Chain":
         return self
@@ -56,7 +60,9 @@ class Chain:
         self.close()
 
     def close(self) -> None:
-        """Close the files, and with them give the locks back."""
+        """Close the files, and with them give the locks back; a link log stays for the next process."""
+        if self.memory is not None:
+            self.memory.close()
         for file in self.files:
             file.close()
 
@@ -70,11 +76,17 @@ class Chain:
         file = self._open_file(path, writable=options.writable)
         if image_format == "raw":
             return run(RawImage.open(file, writable=options.writable))
+        if options.writable:
+            recover(file, self.log_directory)
         header = run(read_header(file, trust_refcounts=False))
         backing = self._open_backing(file, header, options)
         if options.writable and header.is_dirty:
             self._repair(file, header)
-        return run(Image.open(file, backing=backing, options=options))
+        log = None
+        if options.writable:
+            self.memory = link_memory(file, self.log_directory)
+            log = new_log(file, self.memory)
+        return run(Image.open(file, backing=backing, options=options, log=log))
 
     def _repair(self, file: HostFile, header: Header) -> None:
         """Make the refcounts of an image that was not closed cleanly right."""

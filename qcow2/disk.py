@@ -7,6 +7,7 @@ from types import TracebackType
 from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.extent import Extent, find_extent
 from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.raw import RawImage
@@ -89,6 +90,15 @@ class Disk:
         if pending is not None:
             yield pending
 
+    def clean(self) -> None:
+        """Leave the image clean on the disk, and no link log; its files stay open, and it is read from then on only.
+
+        Raises: OSError if a write or sync failed, now or before.
+        """
+        self._driver.run(self.image.close())
+        if self.chain.memory is not None and self.chain.memory.is_made:
+            self.chain.memory.remove()
+
     def close(self) -> None:
         """Leave the image clean and close its files; a second time does nothing.
 
@@ -97,7 +107,7 @@ class Disk:
         if self.files[0].fd < 0:
             return
         try:
-            self._driver.run(self.image.close())
+            self.clean()
         finally:
             self.chain.close()
 
@@ -124,18 +134,20 @@ def open_disk(
     format: str = "qcow2",
     lazy_refcounts: bool | None = None,
     cache_size: int = DEFAULT_CACHE_SIZE,
+    log_directory: str = DEFAULT_DIRECTORY,
     progress: Callable[[int, int], None] | None = None,
 ) -> Disk:
     """Open the image at *path*, and the backing files it names.
 
     *format* is "qcow2" or "raw", and never guessed. *lazy_refcounts* overrides what the image says about writing
     refcounts only at close. *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
+    What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`.
     An image that was not closed cleanly is repaired before it is written; *progress(done, total)* sees that.
 
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """
     options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
-    chain = Chain(progress=progress)
+    chain = Chain(progress=progress, log_directory=log_directory)
     try:
         return Disk(chain.open(path, format, options), chain)
     except BaseException:

@@ -19,6 +19,8 @@ from qcow2.layout import (
     OFFSET_MASK,
     HeaderRecord,
 )
+from qcow2.linklog import LinkLog
+from qcow2.links import LinkPolicy, Links
 from qcow2.mapping import Mapping, entries_of
 from qcow2.operation import Buffer, File, Read, Size
 from qcow2.raw import RawImage
@@ -71,11 +73,16 @@ class Image:
 
     @classmethod
     async def open(
-        cls, file: File, *, backing: "Image | RawImage | None" = None, options: OpenOptions | None = None
+        cls,
+        file: File,
+        *,
+        backing: "Image | RawImage | None" = None,
+        options: OpenOptions | None = None,
+        log: LinkLog | None = None,
     ) -> "Image":
         """Open the image in *file*, already locked, over *backing*, already open.
 
-        For writing it must not be dirty: repair it first.
+        For writing it must not be dirty: repair it first. Links may wait in *log*, if it is given, until `flush`.
         Raises: UnsupportedImage, CorruptImage.
         """
         options = options or OpenOptions()
@@ -88,10 +95,12 @@ class Image:
         file_size = await Size(file)
         image._mapping.set_file_end(file_size)
         if options.writable:
-            image._changes = await image._open_changes(header, file_size, options)
+            image._changes = await image._open_changes(header, file_size, options, log)
         return image
 
-    async def _open_changes(self, header: Header, file_size: int, options: OpenOptions) -> "Changes":
+    async def _open_changes(
+        self, header: Header, file_size: int, options: OpenOptions, log: LinkLog | None
+    ) -> "Changes":
         record = header.record
         nbytes = record.refcount_table_clusters << record.cluster_bits
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
@@ -109,6 +118,7 @@ class Image:
             table,
             self._stability,
             self.statistics,
+            log if record.version >= 3 else None,  # version 2 has no place for the tag
             file_size=file_size,
             backing_size=None if self.backing is None else self.backing.size,
         )
@@ -140,6 +150,11 @@ class Image:
             self._cache.set_file(slot, writable=not self.read_only and self._stability.error is None)
         elif self.backing is not None:
             self.backing.set_slot(file, slot)
+
+    def set_link_policy(self, policy: LinkPolicy) -> None:
+        """Say when links may wait, and who is told about it; at first they may always."""
+        if self._changes is not None:
+            self._changes.links.policy = policy
 
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*; reads go on, close leaves the dirty bit."""
@@ -188,7 +203,12 @@ class Image:
     async def flush(self) -> None:
         """Make every write that has completed stable."""
         if self._changes is not None:
-            await self._stability.sync()
+            await self._changes.links.flush()
+
+    async def settle(self) -> None:
+        """Let the file alone hold all that has completed: no link waits after."""
+        if self._changes is not None:
+            await self._changes.links.commit()
 
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is new reads as zeros. Stable on return.
@@ -197,6 +217,7 @@ class Image:
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
         changes = self._writable()
+        await changes.links.commit()
         await changes.grower.grow(grown_size(self.file, self.header, nbytes))
 
     async def close(self) -> None:
@@ -222,6 +243,7 @@ class Changes:
         refcount_table: "array[int]",
         stability: Stability,
         statistics: Statistics,
+        log: LinkLog | None,
         *,
         file_size: int,
         backing_size: int | None,
@@ -235,18 +257,22 @@ class Changes:
             file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size
         )
         self._reaper.on_free = self._allocator.reuse
+        self.links = Links(geometry, mapping, root, self._reaper, stability, log)
         tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
         self.writer = Writer(
-            file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, stability, statistics
+            file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics
         )
         has_backing = backing_size is not None
-        self.zeroer = Zeroer(geometry, mapping, reader, self.writer, tables, self._reaper, has_backing=has_backing)
+        self.zeroer = Zeroer(
+            geometry, mapping, reader, self.writer, tables, self.links, self._reaper, has_backing=has_backing
+        )
         self.grower = Grower(
             geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
         )
 
     async def settle(self) -> None:
         """Bring the disk in the state of a clean close."""
+        await self.links.close()
         await self._reaper.drain()
         self._stability.require_trust()
         await self._allocator.settle()

@@ -48,6 +48,11 @@ class Autoclear(IntFlag):
     RAW_EXTERNAL_DATA = 1 << 1
 
 
+# Ours, in autoclear bits that have no meaning: the tag of the link log that belongs to the image as it is, 0 for none.
+# Who writes to the image and does not know it must clear it, and so tells that the log is void.
+LOG_TAG_SHIFT = 32
+
+
 class CryptMethod(IntEnum):
     """Header bytes 32-35."""
 

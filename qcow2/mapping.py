@@ -1,6 +1,7 @@
 """From guest bytes to what the image has for them: the L1 table, the L2 slices, and the changes of their entries.
 
-A change is written to the file before it is made in memory, so what is in memory is never ahead of the page cache.
+A change is written to the file before it is made in memory, so what is in memory is never ahead of the page cache;
+except for entries that are held: they are in the link log (`qcow2.links`) and not yet in the file.
 """
 
 from array import array
@@ -59,6 +60,7 @@ class Mapping:
         self._metadata: array[int] = array("Q")
         self._loading: dict[int, Signal] = {}
         self._outdated: set[int] = set()  # slices changed in the file while being loaded
+        self._held: dict[int, dict[int, int]] = {}  # slice -> guest cluster -> entry that is not in the file yet
         cache.set_l1(l1)
         cache.set_metadata(self._metadata)
 
@@ -157,6 +159,8 @@ class Mapping:
             data = await Read(self._file, table + in_table, slice_bytes)
             if number not in self._outdated:
                 self.cache.load(number, data)
+                for cluster, entry in self._held.get(number, {}).items():
+                    self.cache.update(cluster << self.geometry.cluster_bits, [entry])
         finally:
             self._outdated.discard(number)
             del self._loading[number]
@@ -169,9 +173,38 @@ class Mapping:
         """
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
         await self._stability.write(where, bytes_of(entries))
-        if self.geometry.slice_of(guest_offset) in self._loading:
-            self._outdated.add(self.geometry.slice_of(guest_offset))
+        number = self.geometry.slice_of(guest_offset)
+        if number in self._loading:
+            self._outdated.add(number)
         self.cache.update(guest_offset, entries)
+
+    def hold(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """Let the entries be *entries* in memory, as `link` would; in the file once `link` says the same."""
+        first = self.geometry.cluster_of(guest_offset)
+        held = self._held.setdefault(self.geometry.slice_of(guest_offset), {})
+        held.update(enumerate(entries, first))
+        self.cache.update(guest_offset, entries)
+
+    def release(self, guest_offset: int, nclusters: int) -> None:
+        """The entries that were held, *nclusters* of one slice, are in the file and need no log."""
+        number = self.geometry.slice_of(guest_offset)
+        held = self._held[number]
+        first = self.geometry.cluster_of(guest_offset)
+        for cluster in range(first, first + nclusters):
+            del held[cluster]
+        if not held:
+            del self._held[number]
+
+    @property
+    def holds(self) -> bool:
+        """Whether an entry is held."""
+        return bool(self._held)
+
+    def is_held(self, guest_offset: int, nclusters: int) -> bool:
+        """Whether one of the entries from *guest_offset* on, all of one slice, is held."""
+        held = self._held.get(self.geometry.slice_of(guest_offset))
+        first = self.geometry.cluster_of(guest_offset)
+        return held is not None and any(cluster in held for cluster in range(first, first + nclusters))
 
     async def set_table(self, guest_offset: int, host_offset: int) -> None:
         """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""

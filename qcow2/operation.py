@@ -143,17 +143,16 @@ class Sync(Operation):
 
 
 class Store(Operation):
-    """Put *data* at *offset* of *memory*: process-safe on return, gone after a power loss.
+    """Put each part, (offset, bytes), into *memory*: process-safe on return, gone after a power loss.
 
-    A death in the middle may keep a part of it.
+    Before anything else happens: stores are never reordered. A death in the middle may keep a part of it.
     """
 
-    __slots__ = ("data", "memory", "offset")
+    __slots__ = ("memory", "parts")
 
-    def __init__(self, memory: Memory, offset: int, data: bytes) -> None:
+    def __init__(self, memory: Memory, *parts: tuple[int, bytes]) -> None:
         self.memory = memory
-        self.offset = offset
-        self.data = data
+        self.parts = parts
 
 
 class Grace(Operation):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from qcow2.l2cache import ExtentMap, Kind, RawMap, Run
 from qcow2.layout import SECTOR_SIZE
+from qcow2.links import LinkPolicy
 from qcow2.operation import Buffer, File, ReadInto, Resize, Size, Sync, Write, Zero
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
@@ -45,6 +46,9 @@ class RawImage:
         if file is self.file:
             self._slot = slot
             self._map.set_file(slot, writable=not self.read_only and self._stability.error is None)
+
+    def set_link_policy(self, policy: LinkPolicy) -> None:
+        """There are no links."""
 
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*."""
@@ -106,6 +110,9 @@ class RawImage:
         await self._stability.sync()
         self.size = size
         self._map.set_size(size)
+
+    async def settle(self) -> None:
+        """The file holds all that has completed."""
 
     async def close(self) -> None:
         """Make everything stable; raises what a failed sync raised."""

@@ -7,6 +7,8 @@ import sys
 from qcow2.chain import FORMATS
 from qcow2.check import check
 from qcow2.driver.file import HostFile, run
+from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.recovery import recover
 from qcow2.repair import RepairMode, repair
 from qcow2.report import Report
 from qcow2.tool_file import opened
@@ -37,6 +39,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.filename}: cannot repair with --force-share")
     writable = arguments.repair is not None
     with opened(arguments.filename, writable=writable, force_share=arguments.force_share) as file:
+        if writable:
+            recover(file, DEFAULT_DIRECTORY)
         report = _check(file, arguments)
     if arguments.output == "json":
         print(json.dumps(_facts(report, arguments.filename), indent=4))

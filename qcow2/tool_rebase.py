@@ -3,9 +3,11 @@
 import argparse
 
 from qcow2.driver.file import run
+from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
 from qcow2.layout import Autoclear
 from qcow2.operation import File
+from qcow2.recovery import recover
 from qcow2.tool_create import validate_backing
 from qcow2.tool_file import opened
 
@@ -35,6 +37,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     else:
         validate_backing(name, backing_format)
     with opened(arguments.filename, writable=True) as file:
+        recover(file, DEFAULT_DIRECTORY)
         run(_rebase(file, name, backing_format))
     return 0
 

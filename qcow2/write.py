@@ -8,13 +8,13 @@ from qcow2.compressed import Payload
 from qcow2.geometry import Geometry
 from qcow2.l2cache import Kind, Run
 from qcow2.layout import COPIED
+from qcow2.links import Links
 from qcow2.mapping import Mapping
 from qcow2.operation import Buffer, File, Write
 from qcow2.rangelock import RangeLocks
 from qcow2.reading import Reader
 from qcow2.reaper import Reaper
 from qcow2.root import Root
-from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 from qcow2.table import Tables
 
@@ -38,7 +38,7 @@ class Writer:
         allocator: Allocator,
         reaper: Reaper,
         root: Root,
-        stability: Stability,
+        links: Links,
         statistics: Statistics,
     ) -> None:
         self.locks = RangeLocks()
@@ -50,7 +50,7 @@ class Writer:
         self._allocator = allocator
         self._reaper = reaper
         self._root = root
-        self._stability = stability
+        self._links = links
         self._statistics = statistics
 
     async def write(self, guest_offset: int, source: Buffer) -> None:
@@ -109,8 +109,7 @@ class Writer:
         tail = (last + 1 << bits) - guest_offset - len(source)
         host_offset = run.host_offset - head
         await Write(self._file, host_offset, bytes(head), source, bytes(tail), data=True)
-        await self._stability.sync()
-        await self._link(first, last - first + 1, host_offset)
+        await self._link_over(run, first, last - first + 1, host_offset)
         return len(source)
 
     async def _write_new(self, run: Run, guest_offset: int, source: Buffer) -> int:
@@ -120,35 +119,37 @@ class Writer:
         new = await self._allocator.allocate(last - first + 1)
         end = first + len(new) << self._geometry.cluster_bits
         source = self._front(source, end - guest_offset)
+        host_offset = new.start << self._geometry.cluster_bits
         try:
-            await self._fill(run, guest_offset, source, new)
+            covers_something = await self._fill(run, guest_offset, source, new)
             await self._root.allow_uncounted()
-            await self._link(first, len(new), new.start << self._geometry.cluster_bits)
+            if covers_something:
+                await self._link_over(run, first, len(new), host_offset)
+            else:
+                await self._link(run, first, len(new), host_offset)
         except Exception:
             await self._reaper.free(new)
             raise
         self._statistics.clusters_allocated += len(new)
-        if run.kind not in HOLDS_NOTHING:
-            await self._reaper.free(self.host_clusters(run, len(new)))
         return len(source)
 
-    async def _fill(self, run: Run, guest_offset: int, source: Buffer, new: range) -> None:
+    async def _fill(self, run: Run, guest_offset: int, source: Buffer, new: range) -> bool:
         """Write *source*, and what the rest of its first and last cluster held, to the clusters *new*.
 
-        They read as zeros already. Where the guest saw something else before, it must not see zeros after a power
-        loss: then everything is stable on return (law 3).
+        They read as zeros already. Whether the guest saw something else before: it must not see zeros after a power
+        loss, so everything must be stable then before it is linked (law 3).
         """
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
         host_offset = new.start << self._geometry.cluster_bits
         if await self._shows_zeros(run, start, end - start):
             await Write(self._file, host_offset + guest_offset - start, source, data=True)
-            return
+            return False
         self._statistics.copies += len(new)
         head = await self._old_content(start, guest_offset)
         tail = await self._old_content(guest_offset + len(source), end)
         await Write(self._file, host_offset, head, source, tail, data=True)
-        await self._stability.sync()
+        return True
 
     async def _shows_zeros(self, run: Run, start: int, nbytes: int) -> bool:
         """Whether the guest saw zeros in all of the clusters from *start* on, of which *run* tells the kind."""
@@ -162,11 +163,24 @@ class Writer:
             await self._reader.read(start, MemoryBuffer(content))
         return content
 
-    async def _link(self, first: int, nclusters: int, host_offset: int) -> None:
-        """Let *nclusters* guest clusters from number *first* on be the data at *host_offset*, theirs alone."""
+    async def _link(self, run: Run, first: int, nclusters: int, host_offset: int) -> None:
+        """Let *nclusters* guest clusters from number *first* on, the front of *run*, be the data at *host_offset*."""
+        await self._mapping.link(first << self._geometry.cluster_bits, self._entries(nclusters, host_offset))
+        if run.kind not in HOLDS_NOTHING:
+            await self._reaper.free(self.host_clusters(run, nclusters))
+
+    async def _link_over(self, run: Run, first: int, nclusters: int, host_offset: int) -> None:
+        """The same, once the data is stable: without it the guest would miss what *run* shows."""
+        freed = () if run.kind == ZERO_ALLOCATED and run.copied else self.host_clusters(run, nclusters)
+        step = 1 << self._geometry.cluster_bits if run.kind in (DATA, ZERO_ALLOCATED) else 0
+        old_entries = [run.entry + ahead * step for ahead in range(nclusters)]
+        entries = self._entries(nclusters, host_offset)
+        await self._links.link(first << self._geometry.cluster_bits, old_entries, entries, freed)
+
+    def _entries(self, nclusters: int, host_offset: int) -> list[int]:
+        """L2 entries of clusters that are theirs alone."""
         bits = self._geometry.cluster_bits
-        entries = [host_offset + (ahead << bits) | COPIED for ahead in range(nclusters)]
-        await self._mapping.link(first << bits, entries)
+        return [host_offset + (ahead << bits) | COPIED for ahead in range(nclusters)]
 
     def host_clusters(self, run: Run, nclusters: int) -> Sequence[int]:
         """The host clusters that the first *nclusters* guest clusters of *run* refer to."""

@@ -4,6 +4,7 @@ from qcow2.buffer import MemoryBuffer
 from qcow2.geometry import Geometry
 from qcow2.l2cache import Kind, Run
 from qcow2.layout import COPIED, L2_ZERO
+from qcow2.links import Links
 from qcow2.mapping import Mapping
 from qcow2.reading import Reader
 from qcow2.reaper import Reaper
@@ -21,6 +22,7 @@ class Zeroer:
         reader: Reader,
         writer: Writer,
         tables: Tables,
+        links: Links,
         reaper: Reaper,
         *,
         has_backing: bool,
@@ -30,6 +32,7 @@ class Zeroer:
         self._reader = reader
         self._writer = writer
         self._tables = tables
+        self._links = links
         self._reaper = reaper
         # Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows.
         self._can_say_zero = geometry.version >= 3 or not has_backing
@@ -100,6 +103,8 @@ class Zeroer:
         """Let the clusters of *run*, within a slice and locked, read as zeros; those not kept are freed."""
         await self._tables.require_private(guest_offset)
         nclusters = self._geometry.clusters(run.nbytes)
+        if self._links.is_waiting(guest_offset, nclusters):
+            await self._links.commit()
         if keep and run.kind == Kind.DATA and run.copied:
             bits = self._geometry.cluster_bits
             entries = [run.host_offset + (ahead << bits) | COPIED | L2_ZERO for ahead in range(nclusters)]

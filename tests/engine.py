@@ -8,9 +8,11 @@ from qcow2.buffer import MemoryBuffer
 from qcow2.create import Options, create
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.image import Image, OpenOptions
+from qcow2.linklog import LinkLog
 from qcow2.operation import Operation
 from qcow2.raw import RawImage
 
+IDENTITY, TAG = b"engine".ljust(32), 0xBEEF  # of the link log
 Fault = Callable[[Operation], OSError | None]
 
 
@@ -69,8 +71,9 @@ def set_up(
     lazy: bool = False,
     base: bytes | None = None,
     cache_size: int = 1 << 20,
+    log_capacity: int = 0,
 ) -> Bench:
-    """A new image, over a raw *base* if there is one, open for writing."""
+    """A new image, over a raw *base* if there is one, open for writing; with a link log if that has a capacity."""
     breaker = Breaker()
     driver = CrashDriver(seed, fault=breaker)
     file = SimulatedFile("disk", {}, 0)
@@ -81,7 +84,9 @@ def set_up(
     if below is not None:
         below.writable = False
         backing = driver.run(RawImage.open(below))
-    image = driver.run(Image.open(file, backing=backing, options=OpenOptions(writable=True, cache_size=cache_size)))
+    log = LinkLog(file.memory, IDENTITY, TAG, log_capacity) if log_capacity else None
+    opened = OpenOptions(writable=True, cache_size=cache_size)
+    image = driver.run(Image.open(file, backing=backing, options=opened, log=log))
     return Bench(driver, breaker, file, below, image)
 
 

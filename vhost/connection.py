@@ -113,7 +113,7 @@ class Connection:
             case effect.Reply(request, payload):
                 self._channel.reply(request, payload)
             case effect.SetWriteCache(writeback):
-                self._worker.call(lambda: self._device.block.set_writethrough(not writeback))
+                self._worker.call(lambda: self._set_write_cache(writeback)).result()
             case effect.Flush():
                 self._flush()
             case effect.SetBackendChannel(acks):
@@ -227,11 +227,28 @@ class Connection:
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
+    def _set_write_cache(self, writeback: bool) -> "Future[None]":
+        """Switch; in writethrough a sync has to do, so the future is when nothing waits for a flush any more."""
+        self._device.block.set_writethrough(not writeback)
+        switched: Future[None] = Future()
+        if writeback:
+            switched.set_result(None)
+        else:
+            self._device.backend.settle(lambda result: switched.set_result(None))
+        return switched
+
     def _drain(self, index: int) -> "Future[int]":
-        """Begin to drain a queue; the future is its base."""
-        base: Future[int] = Future()
-        self._worker.drain_queue(index, base.set_result)
-        return base
+        """Begin to drain a queue; the future is its base, once the files hold what it wrote: they may be copied then.
+
+        A backend that cannot settle has said so, and takes no more writes.
+        """
+        stopped: Future[int] = Future()
+
+        def settle(base: int) -> None:
+            self._device.backend.settle(lambda result: stopped.set_result(base))
+
+        self._worker.drain_queue(index, settle)
+        return stopped
 
     def _drain_all(self) -> "list[Future[int]]":
         return [self._drain(index) for index in range(self._session.offer.num_queues)]

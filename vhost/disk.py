@@ -10,6 +10,7 @@ from qcow2 import ImageError
 from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, perform
+from qcow2.links import LinkPolicy
 from qcow2.task import Scheduler, Task
 from ring.extent import ExtentMap
 from ring.operations import Piece
@@ -68,7 +69,8 @@ class RingDriver:
             case op.Store():  # the same
                 perform(operation)
                 if self._trace is not None:
-                    self._trace.store(operation.offset, operation.data)
+                    for offset, stored in operation.parts:
+                        self._trace.store(offset, stored)
                 self._scheduler.resume(task)
             case op.Resize():  # the same
                 self._resize(operation)
@@ -166,6 +168,13 @@ class ImageBackend:
         self._worker = worker
         self._block = block
         self._image.on_failure = self._refuse_writes
+        self._image.set_link_policy(
+            LinkPolicy(
+                may_wait=lambda: self._cache.sync and not block.writethrough,
+                on_waiting=block.set_flush_punts,
+                on_log_lost=self._tell_of_lost_log,
+            )
+        )
 
     def _add_file(self, worker: Worker, file: HostFile) -> int:
         direct_fd = self._held.direct_fds.get(file, -1)
@@ -191,6 +200,9 @@ class ImageBackend:
 
     def flush(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
+
+    def settle(self, done: Callable[[int], None]) -> None:
+        self._driver.run(self._image.settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
         self._driver.run(self._image.grow(nbytes), lambda task: done(_refusal(task)))
@@ -228,6 +240,9 @@ class ImageBackend:
         """A metadata write or a sync failed: no success of the data plane may hide it."""
         self._tell(f"{self._image.file.path}: a sync or a write of metadata failed, no more writes")
         self._block.refuse_writes()
+
+    def _tell_of_lost_log(self, error: OSError) -> None:
+        self._tell(f"no link log, so the first write to each cluster of an overlay waits for the disk: {error}")
 
     def _tell(self, text: str) -> None:
         if text not in self._told and len(self._told) < 100:

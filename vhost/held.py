@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import qcow2
 from qcow2 import Disk, ImageError
 from qcow2.chain import Outline, outline
-from qcow2.driver.file import HostFile, run
+from qcow2.driver.file import HostFile
 from qcow2.image import Image
 from qcow2.statistics import Statistics
 from vhost.option import Options
@@ -84,6 +84,7 @@ class HeldImage:
             format=options.format,
             lazy_refcounts=options.lazy_refcounts,
             cache_size=options.cache_size,
+            log_directory=options.link_log,
             progress=self._progress(),
         )
         try:
@@ -113,7 +114,7 @@ class HeldImage:
         if self.disk is None:
             return
         try:
-            run(self.disk.image.close())
+            self.disk.clean()
         except OSError as error:
             log.error("%s: cannot be closed cleanly, and is kept: %s", self._options.blk_file, error.strerror)
         else:
@@ -127,7 +128,7 @@ class HeldImage:
         if self.disk is None:
             return
         try:
-            run(self.disk.image.close())
+            self.disk.clean()
         finally:
             self._forget(self.disk)
 

@@ -13,6 +13,7 @@ DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
 SERIAL_MAX = 20  # bytes of the answer to GET_ID
 CACHE_SIZE_MIN, CACHE_SIZE_MAX = 1 << 20, 1 << 40
 DEFAULT_CACHE_SIZE = 32 << 20
+DEFAULT_LINK_LOG = "/dev/shm"
 SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -56,6 +57,7 @@ class Options:
     serial: str = ""
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE
+    link_log: str = DEFAULT_LINK_LOG
     stats: bool = False
     trace_io: str | None = None
     incoming: bool = False
@@ -89,6 +91,7 @@ def parse(arguments: list[str]) -> Options:
         serial=given.serial,
         lazy_refcounts={"on": True, "off": False, "image": None}[given.lazy_refcounts],
         cache_size=given.cache_size,
+        link_log=given.link_log,
         stats=given.stats,
         trace_io=given.trace_io,
         incoming=given.incoming,
@@ -111,6 +114,13 @@ def _parser() -> Parser:
     add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
     add("--incoming", action="store_true", help="a guest will migrate here: take the image when its rings start")
     add("--aio", choices=[aio.value for aio in Aio], default="auto", help="default: threads only without io_uring")
+    add(
+        "--link-log",
+        metavar="DIR",
+        type=_non_empty,
+        default=DEFAULT_LINK_LOG,
+        help=f"memory that outlives the daemon (default: {DEFAULT_LINK_LOG})",
+    )
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")

@@ -167,7 +167,7 @@ static void flush(struct block *block, struct worker *worker, struct request *re
     trace(block, worker, request);
     if (takes_no_writes(block, worker)) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    } else if (worker_has_slot(worker, block->sync_slot)) {
+    } else if (worker_has_slot(worker, block->sync_slot) && !block->flush_punts) {
         request->synced = true;
         request_sync(worker, request, block->sync_slot);
     } else {

@@ -24,6 +24,7 @@ struct block {
     uint32_t sync_slot;                /* the file that FLUSH syncs; BLOCK_NO_SLOT: Python flushes */
     bool read_only;
     bool writethrough;
+    bool flush_punts;                 /* an fdatasync alone would not make all that completed stable: ask Python */
     bool failed;                      /* every change and FLUSH is answered with IOERR */
     char serial[BLOCK_SERIAL_NBYTES]; /* NUL only if shorter */
     extent_translate translate;       /* NULL: every read and write goes to Python */

@@ -113,6 +113,9 @@ class Backend(Protocol):
     def flush(self, done: Callable[[int], None]) -> None:
         """*done(0)* once every completed write is stable, or *done(-errno)*."""
 
+    def settle(self, done: Callable[[int], None]) -> None:
+        """*done(0)* once the files alone hold all that has completed, or *done(-errno)*; nothing need be stable."""
+
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
         """Let the disk be *nbytes* long, while no request is under way; *done("")*, or *done* of what is wrong."""
 
@@ -147,6 +150,9 @@ class DeviceBackend:
 
     def flush(self, done: Callable[[int], None]) -> None:
         done(0 if _status_of(self._device.flush) == Status.OK else -EIO)
+
+    def settle(self, done: Callable[[int], None]) -> None:
+        done(0)
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
         done("a device of this kind cannot be resized")

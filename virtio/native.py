@@ -59,6 +59,10 @@ class NativeBlock:
         """Let the disk be *size* bytes long: requests past the old end are served from now on."""
         self._block.size = size
 
+    def set_flush_punts(self, punts: bool) -> None:
+        """Leave FLUSH to Python as long as a sync alone would not make everything that has completed stable."""
+        self._block.flush_punts = punts
+
     def refuse_writes(self) -> None:
         """Answer every change and FLUSH with IOERR from now on, also those in flight."""
         self._block.failed = True

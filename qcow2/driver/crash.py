@@ -60,6 +60,12 @@ class SimulatedFile:
         """A file of its own with the same bytes."""
         return SimulatedFile(self.path, dict(self.sectors), self.size, writable=self.writable)
 
+    def after_kill(self) -> "SimulatedFile":
+        """A copy as the next process finds it, with the shared memory."""
+        file = self.copy()
+        file.memory.store(0, bytes(self.memory.content))
+        return file
+
     def read(self, host_offset: int, nbytes: int) -> bytes:
         """The bytes there; zeros past the end."""
         first, start = divmod(host_offset, SECTOR)
@@ -245,8 +251,9 @@ class CrashDriver:
             return
         if isinstance(operation, Store):  # a store of the processor: never in flight
             memory = simulated_memory(operation.memory)
-            self.journal.append(Stored(memory, operation.offset, operation.data))
-            memory.store(operation.offset, operation.data)
+            for offset, data in operation.parts:
+                self.journal.append(Stored(memory, offset, data))
+                memory.store(offset, data)
             self._scheduler.resume(task)
             return
         covered: frozenset[int] = frozenset()

@@ -120,7 +120,7 @@ def perform(operation: op.Operation) -> Any:
         case op.Size():
             return _host(operation.file).size()
         case op.Store():
-            return _shared(operation.memory).store(operation.offset, operation.data)
+            return _store(_shared(operation.memory), operation.parts)
         case op.Grace():
             return None
         case op.Compute():
@@ -132,6 +132,11 @@ def _host(file: op.File) -> HostFile:
     if not isinstance(file, HostFile):
         raise TypeError(f"not a file of this driver: {file!r}")
     return file
+
+
+def _store(memory: SharedMemory, parts: Sequence[tuple[int, bytes]]) -> None:
+    for offset, data in parts:
+        memory.store(offset, data)
 
 
 def _shared(memory: op.Memory) -> SharedMemory:

@@ -59,6 +59,11 @@ class SharedMemory:
             raise
         return fd
 
+    @property
+    def is_made(self) -> bool:
+        """Whether this process has stored something."""
+        return self._fd >= 0
+
     def remove(self) -> None:
         """Forget all of it, also what an earlier process left. Raises: OSError if that cannot be."""
         if self._fd >= 0:

@@ -12,13 +12,18 @@ from qcow2.check import check
 from qcow2.driver.crash import SimulatedFile
 from qcow2.header import read_header
 from qcow2.image import Image, OpenOptions
+from qcow2.linklog import LinkLog
+from qcow2.links import LinkPolicy
+from qcow2.operation import Store
 from qcow2.raw import RawImage
 from qcow2.repair import repair
+from qcow2.replay import replay
 from tests.builder import Recipe, build
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
 
 LAZY = 1  # compatible feature bit
+IDENTITY, TAG, LOG_CAPACITY = b"crash".ljust(32), 0xC0FFEE, 8  # of the link log
 
 
 @dataclass(frozen=True)
@@ -128,16 +133,34 @@ def start(name: str) -> Start:
     return Start(image, backing, recipe.contents(under))
 
 
-async def open_image(file: SimulatedFile, backing: SimulatedFile | None) -> Image:
-    """Open for writing over the backing file, as the daemon does: repaired first if it is dirty."""
+async def open_image(file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False) -> Image:
+    """Open for writing over the backing file, as the daemon does: the link log replayed, then repaired if it is dirty.
+
+    What the guest writes next has a log of its own, short enough to become full.
+    """
     base = None
     if backing is not None:
         base = await RawImage.open(backing)
+    await _replay_log(file)
     if (await read_header(file, trust_refcounts=False)).is_dirty:
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
             raise Violation(f"{report} after repair")
-    return await Image.open(file, backing=base, options=OpenOptions(writable=True))
+    log = LinkLog(file.memory, IDENTITY, TAG, LOG_CAPACITY)
+    image = await Image.open(file, backing=base, options=OpenOptions(writable=True), log=log)
+    image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
+    return image
+
+
+async def _replay_log(file: SimulatedFile) -> None:
+    """Bring what the shared memory holds into the file, and clear the memory."""
+    content = bytes(file.memory.content)
+    if not any(content):
+        return
+    outcome = await replay(file, content, IDENTITY)
+    if outcome.is_void or outcome.dropped:
+        raise Violation(f"link log after a kill: {outcome}")
+    await Store(file.memory, (0, bytes(len(content))))
 
 
 async def read_all(image: Image) -> bytes:

@@ -18,7 +18,7 @@ def perform(kind: str, steps: Sequence[Step], *, seed: int, writethrough: bool) 
     file = begun.image.copy()
     initial = file.copy()
     driver = CrashDriver(seed)
-    image = driver.run(open_image(file, begun.backing))
+    image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
     guest = Guest(driver, image, History(begun.contents, writethrough=writethrough))
     for step in steps:
         for action in step:
@@ -26,7 +26,7 @@ def perform(kind: str, steps: Sequence[Step], *, seed: int, writethrough: bool) 
         driver.finish()
         if any(action.kind == "reopen" for action in step):
             driver.run(guest.image.close())
-            guest.image = driver.run(open_image(file, begun.backing))
+            guest.image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
     driver.run(guest.image.close())
     name = f"{kind} seed={seed} {'writethrough' if writethrough else 'writeback'} {describe(steps)}"
     return Run(name, initial, file, driver.journal, guest.history)

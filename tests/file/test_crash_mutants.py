@@ -10,8 +10,12 @@ import pytest
 
 from qcow2.allocation import Allocator
 from qcow2.image import Image
+from qcow2.linklog import LinkLog
+from qcow2.links import Links
+from qcow2.operation import Store
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
+from qcow2.replay import Outcome
 from qcow2.root import Root
 from qcow2.stability import Stability
 from qcow2.write import Writer
@@ -58,20 +62,56 @@ def flush_does_nothing(patch: Patch) -> None:
 
 def copy_is_linked_before_it_is_stable(patch: Patch) -> None:
     """Law 3."""
-    without_syncs(patch, Writer)
+    without_syncs(patch, Links)
 
 
 def link_comes_before_the_data(patch: Patch) -> None:
     """Law 3, and 1: what is acknowledged was linked, what is linked was not written."""
-    fill: Callable[..., Awaitable[None]] = Writer._fill
+    fill: Callable[..., Awaitable[bool]] = Writer._fill
 
-    async def linked_first(self: Writer, run: Any, guest_offset: int, source: Any, new: range) -> None:
-        first = self._geometry.cluster_of(guest_offset)
+    async def linked_first(self: Writer, run: Any, guest_offset: int, source: Any, new: range) -> bool:
+        start, bits = self._geometry.round_down(guest_offset), self._geometry.cluster_bits
         await self._root.allow_uncounted()
-        await self._link(first, len(new), new.start << self._geometry.cluster_bits)
-        await fill(self, run, guest_offset, source, new)
+        await self._mapping.link(start, self._entries(len(new), new.start << bits))
+        return await fill(self, run, guest_offset, source, new)
 
     patch.setattr(Writer, "_fill", linked_first)
+
+
+def waiting_link_is_not_logged(patch: Patch) -> None:
+    """Law 1: a link that only our memory has."""
+    append = LinkLog.append
+
+    def forgetful(self: LinkLog, links: Any) -> Store:
+        append(self, links)
+        return Store(self._memory)
+
+    patch.setattr(LinkLog, "append", forgetful)
+
+
+def log_is_not_replayed(patch: Patch) -> None:
+    """Law 1."""
+
+    async def ignore(*arguments: Any) -> Outcome:
+        return Outcome(is_void=False)
+
+    patch.setattr("tests.crash.images.replay", ignore)
+
+
+def log_forgets_before_the_links_are_written(patch: Patch) -> None:
+    """Law 1."""
+    write: Callable[..., Awaitable[None]] = Links._write
+
+    async def forgetting_first(self: Links, batch: Any, mark: int) -> None:
+        await self._forget(mark)
+        await write(self, batch, mark)
+
+    patch.setattr(Links, "_write", forgetting_first)
+
+
+def changed_though_its_link_waits(patch: Patch) -> None:
+    """Law 1: a commit brings back what a discard or zeros have replaced."""
+    patch.setattr(Links, "is_waiting", lambda self, guest_offset, nclusters: False)
 
 
 def refcounts_are_not_written(patch: Patch) -> None:
@@ -107,6 +147,10 @@ MUTANTS = {
     flush_does_nothing: ["snapshot", "width-64"],
     copy_is_linked_before_it_is_stable: ["small-backing"],
     link_comes_before_the_data: ["small-backing"],
+    waiting_link_is_not_logged: ["small-backing"],
+    log_is_not_replayed: ["small-backing"],
+    log_forgets_before_the_links_are_written: ["small-backing"],
+    changed_though_its_link_waits: ["small-backing"],
     refcounts_are_not_written: ["width-64", "small"],
     dirty_bit_is_not_set: ["small-lazy", "compressed-lazy"],
     freed_before_the_link_is_gone: ["width-64", "compressed"],
@@ -116,9 +160,10 @@ MUTANTS = {
 
 
 def workloads(kind: Kind) -> Iterator[list[list[Action]]]:
-    """Random ones, and one that fills the disk: refcount blocks and L2 tables are made under it."""
+    """Random ones, zeros over what was just written, and one that fills the disk, making refcount blocks and tables."""
     for seed in range(4):
         yield random_steps(seed, kind.nsectors, kind.cluster_sectors)
+    yield [[Action("write", 3, 2)], [Action("zero", 3, 2)], [Action("flush")]]
     yield [[Action("write", sector, min(16, kind.nsectors - sector))] for sector in range(0, kind.nsectors, 16)]
 
 

@@ -56,7 +56,8 @@ def perform(kind: str, sizes: list[int], seed: int, *, writethrough: bool, steps
     initial = file.copy()
     driver = CrashDriver(seed)
     history = History(begun.contents.ljust(watched * SECTOR, b"\0") + size_sector(old), writethrough=writethrough)
-    guest = GrowingGuest(driver, driver.run(open_image(file, begun.backing)), history, watched)
+    image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
+    guest = GrowingGuest(driver, image, history, watched)
     guest.work(seed, steps)
     for smaller, larger in pairwise([old, *sizes]):
         driver.run(guest.grow(larger))

@@ -170,9 +170,8 @@ def test_size_follows_a_write_past_the_end(rig: Rig) -> None:
 
 
 def test_what_is_stored_is_remembered_in_order(rig: Rig) -> None:
-    rig.run(do(op.Store(rig.memory, 100, b"second")))
-    rig.run(do(op.Store(rig.memory, 0, b"first")))
-    rig.run(do(op.Store(rig.memory, 103, b"!")))
+    rig.run(do(op.Store(rig.memory, (100, b"second"), (0, b"first"))))
+    rig.run(do(op.Store(rig.memory, (103, b"!"))))
     assert rig.remembered().rstrip(b"\0") == b"first" + bytes(95) + b"sec!nd"
     assert rig.content() == CONTENT
 

@@ -89,7 +89,7 @@ class Life:
 
     def judge_next_life(self) -> None:
         """What another process makes of the file, as it is now."""
-        driver, file = CrashDriver(), self.file.copy()
+        driver, file = CrashDriver(), self.file.after_kill()
         image = driver.run(open_image(file, self.begun.backing))
         driver.run(check_image(file))
         self.compare(driver.run(read_all(image)))

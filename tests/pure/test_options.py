@@ -28,6 +28,7 @@ def test_every_option_is_understood() -> None:
             "--serial=twenty bytes exactly",
             "--lazy-refcounts=off",
             "--cache-size=1M",
+            "--link-log=/run/logs",
             "--stats",
             "--trace-io=a.trace",
         ]
@@ -41,6 +42,7 @@ def test_every_option_is_understood() -> None:
         serial="twenty bytes exactly",
         lazy_refcounts=False,
         cache_size=1 << 20,
+        link_log="/run/logs",
         stats=True,
         trace_io="a.trace",
     )

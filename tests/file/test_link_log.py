@@ -1,0 +1,289 @@
+"""The link log of a real daemon: what it keeps, when it counts, and that nothing found in its place does any harm."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.builder import Recipe, build
+from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
+from tests.frontend import F_CONFIG_WCE, F_FLUSH, FrontEnd
+from tests.oracle import assert_clean, assert_not_corrupt, assert_same_bytes, qemu_img, qemu_io, qemu_read, read_header
+from tests.program import Daemon, qcow2_tool, qcow2_tool_ok
+
+CLUSTER = 1 << 16
+NCLUSTERS = 40
+NEW = b"new!" * 1024
+WRITES = range(1, NCLUSTERS, 2)
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    """Where the daemon keeps its log."""
+    directory = tmp_path / "logs"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> bytes:
+    content = b"".join(bytes([1 + index]) * CLUSTER for index in range(NCLUSTERS))
+    (tmp_path / "base").write_bytes(content)
+    return content
+
+
+@pytest.fixture(params=[True, False], ids=["lazy", "accurate"])
+def image(tmp_path: Path, base: bytes, request: pytest.FixtureRequest) -> Path:
+    """An empty overlay."""
+    recipe = Recipe(size=len(base), backing="base", extensions=[(BACKING_FORMAT, b"raw")])
+    recipe.compatible = LAZY_REFCOUNTS if request.param else 0
+    return build(recipe, tmp_path / "image").path
+
+
+def written(base: bytes) -> bytes:
+    """The disk after `write_some`."""
+    disk = bytearray(base)
+    for index in WRITES:
+        start = index * CLUSTER + 512
+        disk[start : start + len(NEW)] = NEW
+    return bytes(disk)
+
+
+def write_some(guest: FrontEnd) -> None:
+    for index in WRITES:
+        guest.write(index * CLUSTER + 512, NEW)
+
+
+def daemon(image: Path, logs: Path, *options: str) -> Daemon:
+    return Daemon(image, f"--link-log={logs}", *options)
+
+
+def die(image: Path, logs: Path) -> Path:
+    """Let a daemon be killed with writes that nobody flushed; its log."""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        serving.kill()
+    (log,) = logs.iterdir()
+    return log
+
+
+def contents(image: Path, logs: Path) -> bytes:
+    """Open the image as the next process would, and read all of it."""
+    with qcow2.open(str(image), writable=True, log_directory=str(logs)) as disk:
+        return disk.read(0, disk.size)
+
+
+def test_unflushed_writes_outlive_the_daemon(image: Path, logs: Path, base: bytes) -> None:
+    die(image, logs)
+    assert_same_bytes(contents(image, logs), written(base))
+    assert not list(logs.iterdir())
+    assert_same_bytes(qemu_read(image), written(base))
+    assert_not_corrupt(image)
+
+
+def test_the_next_daemon_goes_on_with_them(image: Path, logs: Path, base: bytes) -> None:
+    die(image, logs)
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        seen = b"".join(guest.read(start, CLUSTER) for start in range(0, len(base), CLUSTER))
+        serving.stop()
+    assert_same_bytes(seen, written(base))
+    assert_same_bytes(qemu_read(image), written(base))
+
+
+def test_a_clean_stop_leaves_no_log(image: Path, logs: Path, base: bytes) -> None:
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        assert list(logs.iterdir())
+        serving.stop()
+    assert not list(logs.iterdir())
+    assert read_header(image).fields["autoclear_features"] == 0
+    assert_clean(image)
+    assert_same_bytes(qemu_read(image), written(base))
+
+
+def flush(guest: FrontEnd) -> None:
+    guest.flush()
+
+
+def stop_the_ring(guest: FrontEnd) -> None:
+    guest.stop_queue()
+
+
+def switch_to_writethrough(guest: FrontEnd) -> None:
+    guest.set_writeback(False)
+
+
+def copy_of(image: Path) -> Path:
+    """A copy of the file alone, beside the same base, while a daemon has it open."""
+    return shutil.copy(image, image.with_name("copy"))
+
+
+def test_before_a_flush_the_file_knows_nothing_of_the_writes(image: Path, logs: Path, base: bytes) -> None:
+    """Else nothing below proves anything."""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        assert_same_bytes(qemu_read(copy_of(image)), base)
+
+
+@pytest.mark.parametrize("quiesce", [flush, stop_the_ring, switch_to_writethrough], ids=lambda act: act.__name__)
+def test_a_quiet_daemons_file_is_whole(
+    image: Path, logs: Path, base: bytes, quiesce: Callable[[FrontEnd], None]
+) -> None:
+    """Incident "quiesce without metadata": who pauses the guest may copy the file."""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path, features=F_FLUSH | F_CONFIG_WCE) as guest:
+        write_some(guest)
+        quiesce(guest)
+        assert_same_bytes(qemu_read(copy_of(image)), written(base))
+
+
+def test_a_file_whose_front_end_left_is_whole(image: Path, logs: Path, base: bytes) -> None:
+    with daemon(image, logs) as serving:
+        with FrontEnd(serving.socket_path) as guest:
+            write_some(guest)
+        with FrontEnd(serving.socket_path):  # served once the first is done with
+            assert_same_bytes(qemu_read(copy_of(image)), written(base))
+
+
+def test_in_writethrough_no_link_waits(image: Path, logs: Path, base: bytes) -> None:
+    with daemon(image, logs, "--cache=writethrough") as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        assert_same_bytes(qemu_read(copy_of(image)), written(base))
+        assert not list(logs.iterdir())
+
+
+def test_a_write_in_place_is_flushed_with_the_link_it_needs(image: Path, logs: Path, base: bytes) -> None:
+    """The data plane serves it alone; the FLUSH it must not."""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        guest.write(5 * CLUSTER, b"a" * 4096)
+        guest.write(5 * CLUSTER, b"b" * 4096)
+        guest.flush()
+        assert qemu_read(copy_of(image))[5 * CLUSTER :][:4096] == b"b" * 4096
+        guest.write(5 * CLUSTER, b"c" * 4096)
+        guest.flush()
+
+
+def test_reading_tools_leave_the_log_valid(image: Path, logs: Path, base: bytes) -> None:
+    die(image, logs)
+    qemu_img("info", image)
+    qemu_img("check", image, check=False)
+    qcow2_tool("check", image)
+    qcow2_tool_ok("info", image)
+    assert_same_bytes(qemu_read(image), base)
+    assert_same_bytes(contents(image, logs), written(base))
+
+
+def test_another_program_that_writes_voids_the_log(
+    image: Path, logs: Path, base: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have used the very clusters. QEMU clears the tag when it opens an image for writing."""
+    die(image, logs)
+    qemu_io(image, f"write -P 170 {7 * CLUSTER} {CLUSTER}")
+    assert read_header(image).fields["autoclear_features"] == 0
+    expected = base[: 7 * CLUSTER] + b"\xaa" * CLUSTER + base[8 * CLUSTER :]
+    assert_same_bytes(contents(image, logs), expected)
+    assert "never flushed are lost" in caplog.text
+    assert not list(logs.iterdir())
+    assert_not_corrupt(image)
+
+
+@pytest.mark.parametrize("command", [["check", "-r", "all"], ["resize"], ["rebase", "-u", "-b", "base", "-F", "raw"]])
+def test_tools_that_write_bring_the_links_in_first(
+    image: Path, base: bytes, command: list[str], tmp_path: Path
+) -> None:
+    with Daemon(image) as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        serving.kill()
+    size = [str(len(base))] if command == ["resize"] else []
+    qcow2_tool_ok(*command, image, *size)
+    assert_same_bytes(qemu_read(image), written(base))
+    qcow2_tool_ok("check", "-r", "all", image)  # rebase does not repair a lazy image
+    assert_same_bytes(qemu_read(image), written(base))
+
+
+def garbage(log: Path) -> None:
+    log.write_bytes(os.urandom(100_000))
+
+
+def empty(log: Path) -> None:
+    log.write_bytes(b"")
+
+
+def cut(log: Path) -> None:
+    os.truncate(log, 64 + 48 * 5 + 17)
+
+
+def a_link_to_a_file(log: Path) -> None:
+    log.rename(log.with_name("victim"))
+    log.symlink_to("victim")
+
+
+def a_file_of_two_names(log: Path) -> None:
+    os.link(log, log.with_name("victim"))
+
+
+def a_file_that_others_write(log: Path) -> None:
+    log.chmod(0o666)
+
+
+def a_directory(log: Path) -> None:
+    log.rename(log.with_name("victim"))
+    log.mkdir()
+
+
+def a_pipe(log: Path) -> None:
+    log.unlink()
+    os.mkfifo(log, 0o600)
+
+
+SPOILERS = [
+    garbage,
+    empty,
+    cut,
+    a_link_to_a_file,
+    a_file_of_two_names,
+    a_file_that_others_write,
+    a_directory,
+    a_pipe,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS, ids=lambda spoil: spoil.__name__)
+def test_whatever_lies_in_the_place_of_a_log_does_no_harm(
+    image: Path, logs: Path, base: bytes, spoil: Callable[[Path], None]
+) -> None:
+    log = die(image, logs)
+    spoil(log)
+    victim = log.with_name("victim")
+    before = victim.read_bytes() if victim.exists() else b""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        seen = guest.read(0, 2 * CLUSTER)
+        write_some(guest)
+        guest.flush()
+        serving.kill()
+    assert seen in (base[: 2 * CLUSTER], written(base)[: 2 * CLUSTER])
+    assert_same_bytes(contents(image, logs), written(base))
+    assert_not_corrupt(image)
+    assert (victim.read_bytes() if victim.exists() else b"") == before
+
+
+def test_a_directory_that_does_not_exist_costs_speed_and_nothing_else(image: Path, logs: Path, base: bytes) -> None:
+    with daemon(image, logs / "nowhere") as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        serving.kill()
+        assert serving.process.stderr is not None
+        assert "no link log" in serving.process.stderr.read()
+    assert_same_bytes(contents(image, logs), written(base))
+
+
+def test_a_python_program_that_is_killed_loses_nothing(image: Path, logs: Path, base: bytes) -> None:
+    child = os.fork()
+    if not child:
+        disk = qcow2.open(str(image), writable=True, log_directory=str(logs))
+        for index in WRITES:
+            disk.write(index * CLUSTER + 512, NEW)
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert_same_bytes(contents(image, logs), written(base))

@@ -1,0 +1,235 @@
+"""Links that wait for their data: made in memory and in the log, committed together, never overtaken."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.linklog import read_log
+from qcow2.links import LinkPolicy
+from qcow2.operation import Operation, Store, Sync, Write
+from tests.engine import IDENTITY, Bench, noise, set_up
+
+CLUSTER = 512
+BASE = noise(200 * CLUSTER, 7)
+
+
+def overlay(**options: Any) -> Bench:
+    """An empty overlay that writes without a sync for as long as nothing else needs one: its first run is reserved."""
+    bench = set_up(len(BASE), base=BASE, log_capacity=64, lazy=True, **options)
+    bench.write(199 * CLUSTER, noise(CLUSTER, 1))
+    bench.driver.run(bench.image.flush())
+    return bench
+
+
+def operations(bench: Bench, kind: type[Operation]) -> list[Operation]:
+    """Collects those of *kind* from now on."""
+    seen: list[Operation] = []
+
+    def note(operation: Operation) -> None:
+        if isinstance(operation, kind):
+            seen.append(operation)
+
+    bench.breaker.fault = note
+    return seen
+
+
+def links(bench: Bench) -> int:
+    """How many wait, by the log."""
+    found = read_log(bytes(bench.file.memory.content), IDENTITY)
+    assert found is not None
+    return len(found.links)
+
+
+def in_the_file(bench: Bench, guest_offset: int, nbytes: int) -> bytes:
+    """What somebody reads who knows nothing but the files."""
+    return bench.reopened_content()[guest_offset : guest_offset + nbytes]
+
+
+def together(bench: Bench, *coroutines: Any) -> list[Any]:
+    tasks = [bench.driver.spawn(coroutine, lambda task: None) for coroutine in coroutines]
+    bench.driver.finish()
+    return [task.error for task in tasks]
+
+
+def test_a_write_over_the_backing_file_needs_no_sync() -> None:
+    bench = overlay()
+    syncs = operations(bench, Sync)
+    bench.write(5 * CLUSTER + 100, b"new")
+    assert syncs == []
+    assert links(bench) == 1
+    assert bench.read(5 * CLUSTER, CLUSTER) == BASE[5 * CLUSTER :][:100] + b"new" + BASE[5 * CLUSTER + 103 :][:409]
+    assert in_the_file(bench, 5 * CLUSTER, CLUSTER) == BASE[5 * CLUSTER :][:CLUSTER]
+
+
+def test_a_flush_of_many_waits_for_two_syncs() -> None:
+    bench = overlay()
+    for cluster in range(0, 60, 2):
+        bench.write(cluster * CLUSTER, noise(CLUSTER, cluster))
+    syncs = operations(bench, Sync)
+    bench.driver.run(bench.image.flush())
+    assert len(syncs) == 2
+    assert links(bench) == 0
+    assert bench.reopened_content() == bench.content()
+
+
+def test_links_that_meet_are_written_together() -> None:
+    bench = overlay()
+    for cluster in (7, 6, 9, 8):
+        bench.write(cluster * CLUSTER, noise(CLUSTER, cluster))
+    writes = operations(bench, Write)
+    bench.driver.run(bench.image.flush())
+    assert len(writes) == 1
+
+
+def test_a_stream_of_flushes_shares_syncs() -> None:
+    bench = overlay()
+
+    async def guest(number: int) -> None:
+        for turn in range(5):
+            cluster = number * 5 + turn
+            await bench.image.write(cluster * CLUSTER, MemoryBuffer(memoryview(noise(CLUSTER, cluster))))
+            await bench.image.flush()
+
+    syncs = operations(bench, Sync)
+    assert together(bench, *map(guest, range(8))) == [None] * 8
+    assert len(syncs) < 40
+    assert bench.reopened_content() == bench.content()
+
+
+def test_a_slice_that_is_read_again_shows_what_waits() -> None:
+    size = 70 * 64 * CLUSTER  # more slices than the smallest cache holds
+    bench = set_up(size, base=noise(size, 3), log_capacity=64, lazy=True, cache_size=0)
+    bench.write(0, b"new")
+    for table in range(1, 70):
+        bench.write(table * 64 * CLUSTER, b"other")
+        bench.driver.run(bench.image.settle()) if table == 60 else None
+    bench.write(CLUSTER, b"more")
+    for table in range(1, 70):
+        bench.read(table * 64 * CLUSTER, 1)
+    assert bench.read(CLUSTER, 4) == b"more"
+    assert bench.read(0, 3) == b"new"
+
+
+def test_in_writethrough_nothing_waits() -> None:
+    bench = overlay()
+    bench.image.set_link_policy(LinkPolicy(may_wait=lambda: False))
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    assert links(bench) == 0
+    assert in_the_file(bench, 5 * CLUSTER, CLUSTER) == noise(CLUSTER, 5)
+
+
+def test_the_owner_is_told_whether_links_wait() -> None:
+    bench, told = overlay(), list[bool]()
+    bench.image.set_link_policy(LinkPolicy(on_waiting=told.append))
+    bench.write(5 * CLUSTER, b"one")
+    bench.write(6 * CLUSTER, b"two")
+    assert told == [True]
+    bench.driver.run(bench.image.settle())
+    assert told == [True, False]
+    bench.driver.run(bench.image.flush())
+    assert told == [True, False]
+
+
+def test_settling_leaves_everything_in_the_file() -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.driver.run(bench.image.settle())
+    assert links(bench) == 0
+    assert bench.reopened_content() == bench.content()
+
+
+@pytest.mark.parametrize("unmap", [True, False])
+def test_zeros_over_a_cluster_whose_link_waits_stay(unmap: bool) -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.driver.run(bench.image.write_zeroes(5 * CLUSTER, CLUSTER, unmap=unmap))
+    bench.driver.run(bench.image.flush())
+    assert bench.read(5 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+    assert bench.reopened_content() == bench.content()
+
+
+def test_a_discard_of_a_cluster_whose_link_waits_stays() -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.driver.run(bench.image.discard(5 * CLUSTER, CLUSTER))
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content()[5 * CLUSTER :][:CLUSTER] == bytes(CLUSTER)
+
+
+def test_a_full_log_is_committed_on_the_way() -> None:
+    bench = set_up(len(BASE), base=BASE, log_capacity=8, lazy=True)
+    for cluster in range(150):
+        bench.write(cluster * CLUSTER, noise(CLUSTER, cluster))
+        assert links(bench) <= 7
+    expected = bench.content()
+    bench.close()
+    assert bench.reopened_content() == expected
+    assert bench.image.header.log_tag == 0
+
+
+def test_a_write_of_more_links_than_the_log_holds_does_not_wait() -> None:
+    bench = set_up(len(BASE), base=BASE, log_capacity=4, lazy=True)
+    bench.write(0, noise(100 * CLUSTER, 3))
+    assert links(bench) <= 3
+    bench.driver.run(bench.image.flush())
+    assert in_the_file(bench, 0, 100 * CLUSTER) == noise(100 * CLUSTER, 3)
+
+
+def test_the_header_names_the_log_while_it_counts() -> None:
+    bench = set_up(len(BASE), base=BASE, log_capacity=8)
+    assert bench.image.header.log_tag == 0
+    bench.write(0, b"new")
+    assert bench.image.header.log_tag == 0xBEEF
+    assert bench.file.read(88, 8) == (0xBEEF << 32).to_bytes(8, "big")
+    bench.close()
+    assert bench.file.read(88, 8) == bytes(8)
+
+
+def test_without_memory_for_a_log_each_link_waits_for_a_sync() -> None:
+    bench, lost = set_up(len(BASE), base=BASE, log_capacity=8), list[OSError]()
+    bench.image.set_link_policy(LinkPolicy(on_log_lost=lost.append))
+    bench.breaker.fault = lambda operation: OSError(errno.EACCES, "no") if isinstance(operation, Store) else None
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.write(9 * CLUSTER, noise(CLUSTER, 9))
+    assert [error.errno for error in lost] == [errno.EACCES]
+    assert bench.reopened_content() == bench.content()
+    assert bench.image.header.log_tag == 0
+
+
+def test_a_log_that_fails_later_ends_all_writes() -> None:
+    bench = overlay()
+    bench.breaker.fault = lambda operation: OSError(errno.EIO, "no") if isinstance(operation, Store) else None
+    with pytest.raises(OSError):
+        bench.write(5 * CLUSTER, b"new")
+    bench.breaker.fault = None
+    with pytest.raises(OSError):
+        bench.write(6 * CLUSTER, b"new")
+
+
+def test_a_flush_without_space_fails_and_loses_nothing() -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.write(9 * CLUSTER, noise(CLUSTER, 9))
+    bench.breaker.fault = lambda operation: OSError(errno.ENOSPC, "full") if isinstance(operation, Write) else None
+    with pytest.raises(OSError, match="full"):
+        bench.driver.run(bench.image.flush())
+    bench.breaker.fault = None
+    assert links(bench) == 2
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content() == bench.content()
+
+
+def test_after_a_failed_sync_no_link_is_written() -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.breaker.fault = lambda operation: OSError(errno.EIO, "lost") if isinstance(operation, Sync) else None
+    for flush in (bench.image.flush, bench.image.settle, bench.image.flush):
+        with pytest.raises(OSError):
+            bench.driver.run(flush())
+        bench.breaker.fault = None
+    assert bench.read(5 * CLUSTER, CLUSTER) == noise(CLUSTER, 5)
+    assert in_the_file(bench, 5 * CLUSTER, CLUSTER) == BASE[5 * CLUSTER :][:CLUSTER]
+    with pytest.raises(OSError):
+        bench.close()
