@@ -26,15 +26,18 @@
 #define MEMORY_NBYTES (1u << 20)
 #define DISK_NBYTES (1u << 20)
 #define QUEUE_SIZE 64u
+#define TRACE_NBYTES (1u << 18) /* some programs fill it, some do not */
 
 struct fixture {
     struct block block;
     struct worker_counters counters;
     struct worker *worker;
+    struct trace *trace;
     struct guest_region region;
     struct identity_map map;
     int memory_fd;
     int disk_fd;
+    int trace_fd;
     int control_fd;
 };
 
@@ -65,6 +68,10 @@ static inline void fixture_init(struct fixture *fixture, bool use_threads)
     fixture->worker = worker_create(&fixture->block.device, fixture->control_fd, &fixture->counters, use_threads,
                                     &error);
     CHECK(fixture->worker);
+    fixture->trace_fd = new_memfd("trace", 0);
+    fixture->trace = trace_create(fixture->trace_fd, TRACE_NBYTES);
+    CHECK(fixture->trace);
+    worker_set_trace(fixture->worker, fixture->trace);
     CHECK(guest_region_map(&fixture->region, fixture->memory_fd, 0, 0, MEMORY_NBYTES, 0) == 0);
     CHECK(guest_memory_add(&memory, &fixture->region) == 0);
     worker_set_memory(fixture->worker, &memory);
@@ -77,9 +84,12 @@ static inline void fixture_deinit(struct fixture *fixture)
 {
     worker_close(fixture->worker);
     worker_free(fixture->worker);
+    trace_close(fixture->trace);
+    CHECK(lseek(fixture->trace_fd, 0, SEEK_END) <= TRACE_NBYTES);
     guest_region_unmap(&fixture->region);
     close(fixture->memory_fd);
     close(fixture->disk_fd);
+    close(fixture->trace_fd);
     close(fixture->control_fd);
 }
 
