@@ -84,3 +84,8 @@ $(VENV)/installed-fuzz: pyproject.toml | $(VENV)/installed
 	@echo "installing into $(VENV): atheris"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,fuzz]'
 	@touch $@
+
+# SURVEY: options, such as SURVEY="--points 1000 --seed 5".
+.PHONY: survey
+survey: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.vm $(SURVEY)

@@ -24,11 +24,16 @@ class Recorded:
     journal: list[Entry]
     history: History
     backing: SimulatedFile | None
-    touched: set[int]  # sectors of the guest's that a request was for
+    touched: set[int]  # sectors of the guest's that a request wanted to differ from what they were
 
     @property
     def nsectors(self) -> int:
         return len(self.history.initial) // SECTOR
+
+    @property
+    def requests(self) -> int:
+        """How many changes and flushes the guest asked for."""
+        return sum(isinstance(entry, Mark) and entry.what[0] == "REQUEST" for entry in self.journal)
 
 
 def adapt(records: Iterable[Record], contents: bytes, backing: SimulatedFile | None = None) -> Recorded:
@@ -41,9 +46,13 @@ def adapt(records: Iterable[Record], contents: bytes, backing: SimulatedFile | N
         reading.take(record)
     if reading.file is None or reading.initial is None:
         raise TraceError("the trace tells of no writable file")
-    return Recorded(
-        reading.initial, reading.file, reading.journal, reading.history, backing, set(reading.history.versions)
-    )
+    history = reading.history
+    touched = {
+        sector
+        for sector, versions in history.versions.items()
+        if any(version.content != versions[0].content for version in versions)
+    }
+    return Recorded(reading.initial, reading.file, reading.journal, history, backing, touched)
 
 
 @dataclass
