@@ -18,6 +18,7 @@ from tests.program import TIMEOUT, Daemon, qcow2_tool
 
 LEAK_MAX = 12 << 20  # bytes of one death: a run in use, one reserved ahead, what was about to be freed
 READ_NBYTES = 256 << 10
+AIO = ("auto", "auto", "threads")
 
 
 class Corrupt(AssertionError):
@@ -50,7 +51,7 @@ class Round:
         self._draw = random.Random(f"{seed} {kind} {cache}")
         self._start: Start = make(kind, directory, self._draw)
         self._ledger = Ledger(self._start.contents)
-        self._options = [f"--cache={cache}", "--num-queues=4"]
+        self._options = [f"--cache={cache}", "--num-queues=4", f"--aio={self._draw.choice(AIO)}"]
         self._kills = kills
 
     def run(self) -> None:
