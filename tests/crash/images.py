@@ -133,7 +133,9 @@ def start(name: str) -> Start:
     return Start(image, backing, recipe.contents(under))
 
 
-async def open_image(file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False) -> Image:
+async def open_image(
+    file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False, identity: bytes = IDENTITY
+) -> Image:
     """Open for writing over the backing file, as the daemon does: the link log replayed, then repaired if it is dirty.
 
     What the guest writes next has a log of its own, short enough to become full.
@@ -141,23 +143,23 @@ async def open_image(file: SimulatedFile, backing: SimulatedFile | None, *, writ
     base = None
     if backing is not None:
         base = await RawImage.open(backing)
-    await _replay_log(file)
+    await _replay_log(file, identity)
     if (await read_header(file, trust_refcounts=False)).is_dirty:
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
             raise Violation(f"{report} after repair")
-    log = LinkLog(file.memory, IDENTITY, TAG, LOG_CAPACITY)
+    log = LinkLog(file.memory, identity, TAG, LOG_CAPACITY)
     image = await Image.open(file, backing=base, options=OpenOptions(writable=True), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image
 
 
-async def _replay_log(file: SimulatedFile) -> None:
+async def _replay_log(file: SimulatedFile, identity: bytes) -> None:
     """Bring what the shared memory holds into the file, and clear the memory."""
     content = bytes(file.memory.content)
     if not any(content):
         return
-    outcome = await replay(file, content, IDENTITY)
+    outcome = await replay(file, content, identity)
     if outcome.is_void or outcome.dropped:
         raise Violation(f"link log after a kill: {outcome}")
     await Store(file.memory, (0, bytes(len(content))))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qcow2.driver.crash import Completed, Effect, Entry, Issued, Mark, SimulatedFile, Stored, Synced
+from qcow2.linklog import HEADER
 from ring.trace import Flag, Kind, Record, TraceError
 from tests.crash.history import SECTOR, Flush, History, Version
 
@@ -24,6 +25,7 @@ class Recorded:
     journal: list[Entry]
     history: History
     backing: SimulatedFile | None
+    identity: bytes  # of the image in its link log
     touched: set[int]  # sectors of the guest's that a request wanted to differ from what they were
 
     @property
@@ -52,7 +54,7 @@ def adapt(records: Iterable[Record], contents: bytes, backing: SimulatedFile | N
         for sector, versions in history.versions.items()
         if any(version.content != versions[0].content for version in versions)
     }
-    return Recorded(reading.initial, reading.file, reading.journal, history, backing, touched)
+    return Recorded(reading.initial, reading.file, reading.journal, history, backing, reading.identity, touched)
 
 
 @dataclass
@@ -67,9 +69,11 @@ class Reading:
     unsynced: set[int] = field(default_factory=set)  # operations complete, and not stable yet
     syncs: dict[int, frozenset[int]] = field(default_factory=dict)  # under way: what they cover
     begun: dict[int, list[Version] | Flush] = field(default_factory=dict)  # requests
+    identity: bytes = b""
 
     def __post_init__(self) -> None:
         self.results = {record.id: record.result for record in self.records if record.kind == Kind.DONE}
+        self.lengths = {record.id: record.nbytes for record in self.records if record.kind == Kind.WRITE}
         modes = {record.flags & Flag.WRITETHROUGH for record in self.records if record.kind == Kind.REQUEST}
         if len(modes) > 1:
             raise TraceError("the cache mode was changed within the trace")
@@ -87,8 +91,7 @@ class Reading:
             case Kind.WRITE | Kind.ZERO | Kind.RESIZE:
                 self._issue(record)
             case Kind.STORE:
-                assert self.file is not None
-                self.journal.append(Stored(self.file.memory, record.offset, record.content))
+                self._store(record)
             case Kind.SYNC:
                 self.syncs[record.id] = frozenset(self.unsynced)
             case Kind.DONE:
@@ -135,6 +138,13 @@ class Reading:
         kind = record.kind.name.lower()
         self.journal.append(Issued(record.id, Effect(kind, self.file, record.offset, record.content, record.nbytes)))
 
+    def _store(self, record: Record) -> None:
+        """The link log; it begins with its header."""
+        assert self.file is not None
+        if record.offset == 0:
+            self.identity = HEADER.unpack_from(record.content)[-1]
+        self.journal.append(Stored(self.file.memory, record.offset, record.content))
+
     def _complete(self, record: Record) -> None:
         if record.result in TRIED_AGAIN:
             return
@@ -148,5 +158,7 @@ class Reading:
             return
         if record.result < 0:
             raise TraceError(f"operation {record.id} failed: {errno.errorcode[-record.result]}")
+        if record.result != self.lengths.get(record.id, 0):
+            raise TraceError(f"write {record.id} was cut short at {record.result} bytes")
         self.unsynced.add(record.id)
         self.journal.append(Completed(record.id))

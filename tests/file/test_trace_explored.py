@@ -140,6 +140,11 @@ def a_link_is_left_out(records: Records) -> Records:
     return without(records, {links(records)[EARLY][0].id})
 
 
+def the_link_log_is_not_written(records: Records) -> Records:
+    assert any(record.kind == Kind.STORE for record in records)
+    return [record for record in records if record.kind != Kind.STORE]
+
+
 def data_is_done_after_the_answer(records: Records) -> Records:
     """All data writes stay in flight to the end."""
     late = {data.id for _, data in links(records)}
@@ -171,6 +176,7 @@ MUTANTS: list[tuple[Callable[[Records], Records], str, str]] = [
     (flushes_are_answered_at_once, "lazy", "writeback"),
     (a_link_comes_before_its_data, "overlay", "writeback"),
     (a_link_is_left_out, "accurate", "writeback"),
+    (the_link_log_is_not_written, "overlay", "writeback"),
     (data_is_done_after_the_answer, "lazy", "writeback"),
     (the_dirty_bit_is_not_set, "lazy", "writeback"),
     (clusters_are_not_counted, "accurate", "writeback"),
