@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "ring/shared.h"
+#include "ring/worker.h"
 
 uint64_t driver_ring_driver_offset(uint32_t size)
 {
@@ -32,16 +33,20 @@ static uint16_t *avail_event(const struct driver_ring *ring)
     return (uint16_t *)(void *)&ring->device->ring[ring->size];
 }
 
-void driver_ring_init(struct driver_ring *ring, void *host, uint32_t size, int event_idx, uint32_t base)
+void driver_ring_init(struct driver_ring *ring, void *host, uint32_t size, uint32_t ring_flags, uint32_t base)
 {
     uint8_t *start = host;
 
+    if (ring_flags & RING_PACKED) {
+        driver_packed_init(ring, start, size, ring_flags & RING_EVENT_IDX, base);
+        return;
+    }
     *ring = (struct driver_ring){
         .descriptors = (struct vring_desc *)(void *)start,
         .driver = (struct vring_avail *)(void *)(start + driver_ring_driver_offset(size)),
         .device = (struct vring_used *)(void *)(start + driver_ring_device_offset(size)),
         .size = size,
-        .event_idx = event_idx,
+        .event_idx = ring_flags & RING_EVENT_IDX,
         .next_available = base,
         .published_available = base,
         .next_used = base,
@@ -90,6 +95,8 @@ int driver_ring_add(struct driver_ring *ring, const struct driver_buffer *buffer
     uint32_t length = indirect_host ? 1 : count;
     uint16_t head = ring->free_head;
 
+    if (ring->packed)
+        return driver_packed_add(ring, buffers, count, indirect_host, indirect_guest_address);
     if (length > ring->free_count)
         return -ENOSPC;
     for (uint32_t i = 0; i < length; i++)
@@ -110,13 +117,18 @@ int driver_ring_add(struct driver_ring *ring, const struct driver_buffer *buffer
 
 void driver_ring_add_head(struct driver_ring *ring, uint32_t head)
 {
-    post(ring, head);
+    if (ring->packed)
+        driver_packed_add_id(ring, head);
+    else
+        post(ring, head);
 }
 
 int driver_ring_publish(struct driver_ring *ring)
 {
     uint16_t before = ring->published_available;
 
+    if (ring->packed)
+        return driver_packed_publish(ring);
     if (before == ring->next_available)
         return 0;
     shared_store_release16(&ring->driver->idx, ring->next_available);
@@ -145,6 +157,8 @@ int driver_ring_poll(struct driver_ring *ring, uint32_t *nbytes)
 {
     struct vring_used_elem element;
 
+    if (ring->packed)
+        return driver_packed_poll(ring, nbytes);
     if (shared_load_acquire16(&ring->device->idx) == ring->next_used)
         return -EAGAIN;
     shared_copy(&element, &ring->device->ring[ring->next_used & (ring->size - 1)], sizeof(element));
@@ -158,6 +172,8 @@ int driver_ring_poll(struct driver_ring *ring, uint32_t *nbytes)
 
 int driver_ring_arm(struct driver_ring *ring)
 {
+    if (ring->packed)
+        return driver_packed_arm(ring);
     if (ring->event_idx)
         shared_store16(used_event(ring), ring->next_used);
     else

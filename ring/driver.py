@@ -24,7 +24,7 @@ class Buffer(NamedTuple):
 class Completion(NamedTuple):
     """A chain that came back."""
 
-    head: int
+    head: int  # of a packed ring: the buffer id
     nbytes: int  # written by the device, as it says
 
 
@@ -83,9 +83,20 @@ class DriverMemory:
 
 
 class DriverQueue:
-    """A split virtqueue and its three eventfds, a context manager."""
+    """A virtqueue and its three eventfds, a context manager."""
 
-    def __init__(self, memory: DriverMemory, size: int, *, event_idx: bool = False, base: int = 0) -> None:
+    def __init__(
+        self,
+        memory: DriverMemory,
+        size: int,
+        *,
+        event_idx: bool = False,
+        packed: bool = False,
+        base: int | None = None,
+    ) -> None:
+        """*base* is where the ring begins, as SET_VRING_BASE says it; None: as a new ring does."""
+        if base is None:
+            base = 0x80008000 if packed else 0
         self.memory = memory
         self.address = memory.allocate(lib.driver_ring_nbytes(size), align=64)
         self.layout = QueueLayout(
@@ -95,10 +106,12 @@ class DriverQueue:
             device_address=self.address + lib.driver_ring_device_offset(size),
             base=base,
             event_idx=event_idx,
+            packed=packed,
         )
         self._ring: Pointer = ffi.new("struct driver_ring *")
         self._nbytes: Any = ffi.new("uint32_t *")
-        lib.driver_ring_init(self._ring, memory.host(self.address, lib.driver_ring_nbytes(size)), size, event_idx, base)
+        flags = lib.RING_EVENT_IDX * event_idx | lib.RING_PACKED * packed
+        lib.driver_ring_init(self._ring, memory.host(self.address, lib.driver_ring_nbytes(size)), size, flags, base)
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -122,7 +135,7 @@ class DriverQueue:
         return int(ffi.cast("uintptr_t", self._ring))
 
     def add(self, buffers: Sequence[Buffer], *, table_address: int | None = None) -> int:
-        """Post a chain, readable buffers first -> its head; the device sees it at the next `publish`.
+        """Post a chain, readable buffers first -> its head or buffer id; the device sees it at the next `publish`.
 
         With *table_address*, 16 bytes a buffer in guest memory, the chain is an indirect one.
         Raises: OSError ENOSPC if the ring is full.

@@ -4,24 +4,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 1
 #define ALIGNMENT 64u
 
-uint64_t inflight_nbytes(uint32_t entries)
+uint64_t inflight_nbytes(uint32_t entries, int packed)
 {
-    uint64_t nbytes = sizeof(struct inflight_split_entry) * (uint64_t)entries + sizeof(uint16_t);
+    uint64_t nbytes = packed ? sizeof(struct inflight_packed) + sizeof(struct inflight_packed_entry) * (uint64_t)entries
+                             : sizeof(struct inflight_split) + sizeof(struct inflight_split_entry) * (uint64_t)entries;
 
-    nbytes = (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    return nbytes < sizeof(struct inflight_split) + sizeof(struct inflight_split_entry) * (uint64_t)entries
-               ? nbytes + ALIGNMENT
-               : nbytes;
+    return (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
-
-/* A request that was in flight, to be put in order. */
-struct survivor {
-    uint64_t counter;
-    uint16_t head;
-};
 
 static int compare(const void *a, const void *b)
 {
@@ -30,8 +21,7 @@ static int compare(const void *a, const void *b)
     return (left->counter > right->counter) - (left->counter < right->counter);
 }
 
-/* Make the survivors pending in the order of their counters; later ones count on from there. */
-static void resubmit(struct inflight *inflight, struct survivor *survivors, uint16_t count)
+void inflight_resubmit(struct inflight *inflight, struct survivor *survivors, uint16_t count)
 {
     qsort(survivors, count, sizeof(*survivors), compare);
     for (uint16_t i = 0; i < count; i++)
@@ -47,7 +37,7 @@ static void split_begin(struct inflight_split *region, uint32_t entries, uint16_
     memset(region, 0, sizeof(*region) + entries * sizeof(*region->desc));
     region->desc_num = entries;
     region->used_idx = used_index; /* the ring may come from another life: a migration, a pause */
-    shared_store_release16(&region->version, VERSION);
+    shared_store_release16(&region->version, INFLIGHT_VERSION);
 }
 
 /* The last batch was published and perhaps not cleared: clear it now. */
@@ -81,7 +71,7 @@ static void split_collect(struct inflight *inflight, uint16_t size)
         if (entry.inflight)
             survivors[count++] = (struct survivor){entry.counter, head};
     }
-    resubmit(inflight, survivors, count);
+    inflight_resubmit(inflight, survivors, count);
 }
 
 const char *inflight_split_open(struct inflight *inflight, void *region, uint32_t entries, uint16_t size,
@@ -96,7 +86,7 @@ const char *inflight_split_open(struct inflight *inflight, void *region, uint32_
         split_begin(region, entries, used_index);
         return NULL;
     }
-    if (seen.version != VERSION || seen.features)
+    if (seen.version != INFLIGHT_VERSION || seen.features)
         return "the in-flight region has a version or features that are unknown";
     inflight->is_continued = true;
     inflight->last_batch_head = seen.last_batch_head;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "ring/shared.h"
@@ -32,30 +33,128 @@ struct inflight_split {
 };
 _Static_assert(sizeof(struct inflight_split) == 16, "QueueRegionSplit");
 
+struct inflight_packed_entry {
+    uint8_t inflight;
+    uint8_t padding;
+    uint16_t next;
+    uint16_t last;
+    uint16_t num;
+    uint64_t counter;
+    uint16_t id;
+    uint16_t flags;
+    uint32_t len;
+    uint64_t addr;
+};
+_Static_assert(sizeof(struct inflight_packed_entry) == 32, "DescStatePacked");
+
+/* used_idx to old_used_wrap_counter: one word, so that they change together. The
+ * specification stores them one by one, and a death between two of those stores
+ * would leave a position with the wrap counter of another lap. */
+union inflight_packed_used {
+    struct {
+        uint16_t used_idx;
+        uint16_t old_used_idx;
+        uint8_t used_wrap_counter;
+        uint8_t old_used_wrap_counter;
+    };
+    uint64_t word;
+};
+_Static_assert(sizeof(union inflight_packed_used) == 8, "QueueRegionPacked");
+_Static_assert(offsetof(union inflight_packed_used, old_used_idx) == 2, "QueueRegionPacked");
+_Static_assert(offsetof(union inflight_packed_used, used_wrap_counter) == 4, "QueueRegionPacked");
+_Static_assert(offsetof(union inflight_packed_used, old_used_wrap_counter) == 5, "QueueRegionPacked");
+
+struct inflight_packed {
+    uint64_t features;
+    uint16_t version;
+    uint16_t desc_num;
+    uint16_t free_head;
+    uint16_t old_free_head;
+    union inflight_packed_used used;
+    uint8_t padding[5];
+    struct inflight_packed_entry desc[] __attribute__((aligned(8)));
+};
+_Static_assert(sizeof(struct inflight_packed) == 32, "QueueRegionPacked");
+
+/* A place in a packed ring, and the lap it belongs to. */
+struct ring_position {
+    uint16_t index;
+    bool wrap;
+};
+
 /* The tracking of one queue: its part of the region, and what we never read back from it. */
 struct inflight {
-    struct inflight_split *split; /* NULL: not tracked */
+    struct inflight_split *split; /* both NULL: not tracked */
+    struct inflight_packed *packed;
     bool is_continued;            /* an earlier daemon used the region */
     uint64_t counter;             /* of the request fetched next */
     uint16_t pending_next;        /* of `pending`, resubmitted so far */
     uint16_t pending_count;
+    uint16_t pending[INFLIGHT_ENTRIES_MAX]; /* heads or buffer ids fetched by an earlier daemon, in its order */
+    /* split */
     uint16_t last_batch_head;
     uint16_t batch_count;
-    uint16_t batch[INFLIGHT_ENTRIES_MAX];   /* pushed and not published yet */
-    uint16_t pending[INFLIGHT_ENTRIES_MAX]; /* fetched by an earlier daemon, in its order */
-    bool busy[INFLIGHT_ENTRIES_MAX];        /* fetched, now or by an earlier daemon, and not published */
+    uint16_t batch[INFLIGHT_ENTRIES_MAX]; /* pushed and not published yet */
+    bool busy[INFLIGHT_ENTRIES_MAX];      /* fetched, now or by an earlier daemon, and not published */
+    /* packed */
+    struct ring_position used; /* published so far */
+    uint16_t free_head;
+    uint16_t old_free_head;
+    uint16_t next[INFLIGHT_ENTRIES_MAX];  /* of each entry */
+    uint16_t last[INFLIGHT_ENTRIES_MAX];  /* entry of a chain, by its first one */
+    uint16_t first[INFLIGHT_ENTRIES_MAX]; /* entry of a chain, by its buffer id */
 };
 
 /* Bytes of one queue's part. The specification gives the records, not how the
- * parts follow each other; this is libvhost-user's way, so that a region may
- * change hands between it and us. */
-uint64_t inflight_nbytes(uint32_t entries);
+ * parts follow each other; libvhost-user and DPDK align them like this, so that a
+ * region may change hands between them and us. */
+uint64_t inflight_nbytes(uint32_t entries, int packed);
 
 /* Begin, or go on where the last daemon was killed: what it had fetched and not
  * completed becomes `pending`. used_index: of the used ring.
  * -> NULL, or what is wrong with the region. */
 const char *inflight_split_open(struct inflight *inflight, void *region, uint32_t entries, uint16_t size,
                                 uint16_t used_index);
+
+struct vring_packed_desc;
+
+/* What a packed ring continues with. */
+struct inflight_packed_state {
+    struct ring_position used;
+    uint16_t lengths[INFLIGHT_ENTRIES_MAX]; /* descriptors in flight, by buffer id */
+    uint16_t outstanding;                   /* all of them */
+};
+
+/* The same for a packed ring, whose descriptors tell whether the last batch was
+ * published. state->used is the front-end's word for a region that nobody used yet. */
+const char *inflight_packed_open(struct inflight *inflight, void *region, uint32_t entries,
+                                 struct vring_packed_desc *cells, uint16_t size, struct inflight_packed_state *state);
+
+/* Note one descriptor of the chain that is being fetched; the last one commits the chain. */
+void inflight_packed_fetched(struct inflight *inflight, const struct vring_packed_desc *descriptor, bool is_first,
+                             bool is_last);
+
+/* The chain that is being fetched is nonsense: forget what was noted of it. */
+void inflight_packed_drop(struct inflight *inflight);
+
+/* Copy a descriptor of a pending chain: its first one if *entry is UINT16_MAX, then the next. */
+void inflight_packed_load(const struct inflight *inflight, uint16_t id, uint16_t *entry,
+                          struct vring_packed_desc *descriptor);
+
+/* Around the publication of a batch that ends before `used`. */
+void inflight_packed_publishing(struct inflight *inflight, const uint16_t *ids, uint16_t count,
+                                struct ring_position used);
+void inflight_packed_published(struct inflight *inflight, const uint16_t *ids, uint16_t count,
+                               struct ring_position used);
+
+/* Put the survivors of an earlier daemon in order; later requests count on from there. */
+struct survivor {
+    uint64_t counter;
+    uint16_t head;
+};
+void inflight_resubmit(struct inflight *inflight, struct survivor *survivors, uint16_t count);
+
+#define INFLIGHT_VERSION 1
 
 static inline bool inflight_has_pending(const struct inflight *inflight)
 {

@@ -15,11 +15,16 @@ class InflightRegion:
     nbytes: int
     num_queues: int
     queue_size: int  # entries of each queue's part, at least the size of its ring
+    packed: bool = False
+
+    def said(self) -> tuple[int, int, int]:
+        """What `worker_set_inflight` is told of it."""
+        return self.nbytes, self.num_queues, self.queue_size
 
     def memory(self) -> MemoryRegion:
         return MemoryRegion(self.fd, 0, 0, self.nbytes, self.mmap_offset)
 
 
-def inflight_nbytes(num_queues: int, queue_size: int) -> int:
+def inflight_nbytes(num_queues: int, queue_size: int, *, packed: bool) -> int:
     """How many bytes a region for *num_queues* rings of at most *queue_size* entries has."""
-    return num_queues * lib.inflight_nbytes(queue_size)
+    return num_queues * lib.inflight_nbytes(queue_size, packed)

@@ -71,8 +71,14 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
 /* Something was written to the device area; which of its few pages does not matter. */
 static void log_device_area(struct worker *worker, const struct queue *queue)
 {
-    if (worker->log.bits && queue->logs)
-        dirty_log_mark(&worker->log, queue->log_address, virtqueue_device_nbytes(&queue->ring));
+    uint64_t guest_address;
+
+    if (!worker->log.bits || !queue->logs)
+        return;
+    dirty_log_mark(&worker->log, queue->log_address, virtqueue_device_nbytes(&queue->ring));
+    /* The used elements of a packed ring lie among the descriptors, of which the front-end gives no address. */
+    if (queue->ring.packed && guest_memory_locate(&worker->memory, queue->ring.cells, &guest_address))
+        dirty_log_mark(&worker->log, guest_address, 16 * (uint64_t)queue->ring.size);
 }
 
 static void call_log(struct worker *worker)
@@ -86,6 +92,33 @@ bool worker_has_room(const struct worker *worker)
 {
     return worker->free_operations >= WORKER_TRANSFERS_MIN && worker->free_long &&
            worker->busy_nbytes < WORKER_BUSY_NBYTES && worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
+}
+
+static void cancel_kick(struct worker *worker, struct queue *queue)
+{
+    struct io_uring_sqe *entry = queue->kick_fd >= 0 ? uring_entry(&worker->uring) : NULL;
+
+    if (entry) {
+        io_uring_prep_poll_remove(entry, tagged(TAG_KICK, queue->index, queue->kick_generation));
+        io_uring_sqe_set_data64(entry, TAG_NOTHING);
+    }
+    queue->kick_generation++;
+}
+
+/* End the drain of a queue that is drained and has nothing left to do. */
+static void finish_drain(struct worker *worker, struct queue *queue)
+{
+    uint32_t base = queue->started ? virtqueue_base(&queue->ring) : 0;
+
+    if (!queue->draining || queue->in_flight || queue->dirty || is_owing(queue))
+        return;
+    cancel_kick(worker, queue);
+    replace_fd(&queue->kick_fd, -1);
+    replace_fd(&queue->call_fd, -1);
+    free(queue->requests);
+    queue->requests = NULL;
+    queue->has_kick = queue->started = queue->draining = false;
+    worker_tell(worker, (struct worker_event){.kind = EVENT_DRAINED, .id = queue->index, .result = base});
 }
 
 /* ---- each round ---- */
@@ -104,6 +137,7 @@ static void fetch(struct worker *worker, struct queue *queue)
         }
         if (result < 0) {
             break_queue(worker, queue, NULL);
+            finish_drain(worker, queue);
             return;
         }
         if (queue->armed) {
@@ -133,30 +167,6 @@ static void publish(struct worker *worker, struct queue *queue)
     }
 }
 
-static void cancel_kick(struct worker *worker, struct queue *queue)
-{
-    struct io_uring_sqe *entry = queue->kick_fd >= 0 ? uring_entry(&worker->uring) : NULL;
-
-    if (entry) {
-        io_uring_prep_poll_remove(entry, tagged(TAG_KICK, queue->index, queue->kick_generation));
-        io_uring_sqe_set_data64(entry, TAG_NOTHING);
-    }
-    queue->kick_generation++;
-}
-
-static void finish_drain(struct worker *worker, struct queue *queue)
-{
-    uint32_t base = queue->started ? virtqueue_base(&queue->ring) : 0;
-
-    cancel_kick(worker, queue);
-    replace_fd(&queue->kick_fd, -1);
-    replace_fd(&queue->call_fd, -1);
-    free(queue->requests);
-    queue->requests = NULL;
-    queue->has_kick = queue->started = queue->draining = false;
-    worker_tell(worker, (struct worker_event){.kind = EVENT_DRAINED, .id = queue->index, .result = base});
-}
-
 void queues_publish(struct worker *worker)
 {
     while (worker->dirty_count) {
@@ -165,8 +175,7 @@ void queues_publish(struct worker *worker)
         queue->dirty = false;
         publish(worker, queue);
         worker->progress = true;
-        if (queue->draining && !queue->in_flight && !is_owing(queue))
-            finish_drain(worker, queue);
+        finish_drain(worker, queue);
     }
     call_log(worker);
     if (worker->idle_owed && !worker->requests_in_flight) {
@@ -243,9 +252,11 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
 
 int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues, uint32_t queue_size)
 {
+    if ((uintptr_t)region % 8)
+        return -EINVAL;
     if (region && (num_queues == 0 || num_queues > WORKER_QUEUES || queue_size > VIRTQUEUE_SIZE_MAX))
         return -EINVAL;
-    if (region && nbytes < num_queues * inflight_nbytes(queue_size))
+    if (region && nbytes < num_queues * inflight_nbytes(queue_size, false))
         return -EINVAL;
     for (uint32_t i = 0; i < WORKER_QUEUES; i++)
         if (worker->queues[i].started)
@@ -253,17 +264,20 @@ int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, ui
     worker->inflight = region;
     worker->inflight_queues = num_queues;
     worker->inflight_entries = queue_size;
+    worker->inflight_nbytes = nbytes;
     return 0;
 }
 
 /* -> 0 if the layout has its part of the in-flight region, or there is none. */
 static int find_inflight(const struct worker *worker, uint32_t index, struct virtqueue_layout *layout)
 {
+    uint64_t nbytes = inflight_nbytes(worker->inflight_entries, layout->packed);
+
     if (!worker->inflight)
         return 0;
-    if (index >= worker->inflight_queues)
+    if (index >= worker->inflight_queues || (index + 1) * nbytes > worker->inflight_nbytes)
         return -EINVAL;
-    layout->inflight = worker->inflight + index * inflight_nbytes(worker->inflight_entries);
+    layout->inflight = worker->inflight + index * nbytes;
     layout->inflight_entries = worker->inflight_entries;
     return 0;
 }
@@ -279,6 +293,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
         .device_address = device_address,
         .base = base,
         .event_idx = ring_flags & RING_EVENT_IDX,
+        .packed = ring_flags & RING_PACKED,
     };
     int result;
 
@@ -368,10 +383,8 @@ int worker_drain_queue(struct worker *worker, uint32_t index)
     if (queue->draining)
         return -EALREADY;
     queue->draining = true;
-    if (is_owing(queue))
-        activate(worker, queue);
-    else if (!queue->in_flight && !queue->dirty)
-        finish_drain(worker, queue);
+    activate(worker, queue); /* if it owes something */
+    finish_drain(worker, queue);
     return 0;
 }
 

@@ -28,6 +28,16 @@ static inline void shared_store_release16(uint16_t *shared, uint16_t value)
     __atomic_store_n(shared, value, __ATOMIC_RELEASE);
 }
 
+static inline void shared_store_release64(uint64_t *shared, uint64_t value)
+{
+    __atomic_store_n(shared, value, __ATOMIC_RELEASE);
+}
+
+static inline uint8_t shared_load8(const uint8_t *shared)
+{
+    return __atomic_load_n(shared, __ATOMIC_RELAXED);
+}
+
 /* A byte, with the same promise. */
 static inline void shared_store_release8(uint8_t *shared, uint8_t value)
 {

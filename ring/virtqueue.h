@@ -20,24 +20,42 @@
 struct vring_desc;
 struct vring_avail;
 struct vring_used;
+struct vring_packed_desc;
+struct vring_packed_desc_event;
 
 struct virtqueue {
+    uint16_t size;
+    bool packed;
+    bool event_idx;
+    const char *fault; /* NULL while the ring makes sense */
+
+    /* split */
     const struct vring_desc *descriptors;
     struct vring_avail *driver;
     struct vring_used *device;
-    uint16_t size;
-    bool event_idx;
     uint16_t next_available; /* fetched so far, free-running */
     uint16_t seen_available; /* the driver's index when last looked at */
     uint16_t next_used;      /* filled so far, free-running */
     uint16_t published_used; /* shown to the driver so far */
-    const char *fault;       /* NULL while the ring makes sense */
+
+    /* packed */
+    struct vring_packed_desc *cells;
+    const struct vring_packed_desc_event *driver_event;
+    struct vring_packed_desc_event *device_event;
+    struct ring_position available; /* of what is fetched next */
+    struct ring_position used;      /* of what is published next */
+    uint16_t outstanding;           /* descriptors fetched and not published */
+    uint16_t batch_count;
+    uint16_t batch[VIRTQUEUE_SIZE_MAX]; /* buffer ids pushed and not published */
+    uint32_t batch_nbytes[VIRTQUEUE_SIZE_MAX];
+    uint16_t lengths[VIRTQUEUE_SIZE_MAX]; /* descriptors of the chain with each buffer id; 0: it is the driver's */
+
     struct inflight inflight;
 };
 
 /* One chain, as host pieces: readable ones first. */
 struct chain {
-    uint16_t head;
+    uint16_t head; /* of a packed ring: its buffer id */
     uint32_t readable_count;
     uint32_t writable_count;
     uint64_t readable_nbytes;
@@ -50,13 +68,14 @@ struct virtqueue_layout {
     uint64_t descriptor_address; /* user addresses */
     uint64_t driver_address;
     uint64_t device_address;
-    uint32_t base;
+    uint32_t base; /* what SET_VRING_BASE says: an index, or two positions of a packed ring */
     bool event_idx;
+    bool packed;
     void *inflight; /* this queue's part of the in-flight region, with so many entries; NULL: not tracked */
     uint32_t inflight_entries;
 };
 
-/* -EINVAL: a size that is no power of two up to the limit, a misaligned address,
+/* -EINVAL: a size over the limit or, of a split ring, no power of two, a misaligned address,
  * an in-flight region that is too small. -EFAULT: an address outside guest memory.
  * A region that contradicts itself or the ring leaves a queue that is broken. */
 int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
@@ -86,7 +105,7 @@ void virtqueue_disarm(struct virtqueue *queue);
 /* How many bytes the device area has, all that we write of a ring. */
 static inline uint64_t virtqueue_device_nbytes(const struct virtqueue *queue)
 {
-    return 4 + 8 * (uint64_t)queue->size + 2;
+    return queue->packed ? 4 : 4 + 8 * (uint64_t)queue->size + 2;
 }
 
 /* What an earlier daemon left in flight is not all fetched yet. */
@@ -95,8 +114,5 @@ static inline bool virtqueue_has_pending(const struct virtqueue *queue)
     return !queue->fault && inflight_has_pending(&queue->inflight);
 }
 
-/* The index to go on from after the queue is drained. */
-static inline uint32_t virtqueue_base(const struct virtqueue *queue)
-{
-    return queue->next_available;
-}
+/* What GET_VRING_BASE says after the queue is drained. */
+uint32_t virtqueue_base(const struct virtqueue *queue);

@@ -8,11 +8,12 @@ SIZE_MAX = 1024
 
 @dataclass(frozen=True, slots=True)
 class QueueLayout:
-    """Where a split virtqueue lies, in the front-end's user addresses, and where the device goes on reading."""
+    """Where a virtqueue lies, in the front-end's user addresses, and where the device goes on reading."""
 
-    size: int  # entries, a power of two up to SIZE_MAX
+    size: int  # entries up to SIZE_MAX; of a split ring, a power of two
     descriptor_address: int
-    driver_address: int  # the available ring
-    device_address: int  # the used ring
-    base: int  # the available index to fetch next
+    driver_address: int  # the available ring; packed: the driver's event suppression
+    device_address: int  # the used ring; packed: ours
+    base: int  # the available index to fetch next; packed: two positions, as SET_VRING_BASE has them
     event_idx: bool = False  # VIRTIO_F_EVENT_IDX was negotiated
+    packed: bool = False  # VIRTIO_F_RING_PACKED was

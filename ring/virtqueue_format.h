@@ -10,3 +10,11 @@ void split_push(struct virtqueue *queue, uint16_t head, uint32_t nbytes);
 int split_publish(struct virtqueue *queue);
 int split_arm(struct virtqueue *queue);
 void split_disarm(struct virtqueue *queue);
+
+int packed_relocate(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
+int packed_begin(struct virtqueue *queue, const struct virtqueue_layout *layout);
+int packed_pop(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain);
+void packed_push(struct virtqueue *queue, uint16_t id, uint32_t nbytes);
+int packed_publish(struct virtqueue *queue);
+int packed_arm(struct virtqueue *queue);
+void packed_disarm(struct virtqueue *queue);

@@ -213,6 +213,7 @@ struct worker {
     uint8_t *inflight; /* the in-flight region, NULL: none */
     uint32_t inflight_queues;
     uint32_t inflight_entries; /* of each queue */
+    uint64_t inflight_nbytes;
     int control_fd;
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
@@ -274,10 +275,10 @@ void worker_pause(struct worker *worker, int paused);
 uint32_t worker_requests_in_flight(struct worker *worker);
 
 /* Track what is in flight in this memory, or, NULL, no more. It is borrowed for as
- * long as a queue is started. -EBUSY: one is; -EINVAL: too small for what it says. */
+ * long as a queue is started. -EBUSY: one is; -EINVAL: too small for what it says, misaligned. */
 int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues, uint32_t queue_size);
 
-enum ring_flag { RING_EVENT_IDX = 1 };
+enum ring_flag { RING_EVENT_IDX = 1, RING_PACKED = 2 };
 
 /* -EINVAL also: the in-flight region has no room for this queue. */
 int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,

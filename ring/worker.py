@@ -178,8 +178,8 @@ class Worker:
         mapping = None if region is None else Mapping(region.memory())
         try:
             address: Any = NULL if mapping is None else mapping.address
-            counts = (0, 0, 0) if region is None else (region.nbytes, region.num_queues, region.queue_size)
-            check(lib.worker_set_inflight(self._native, address, *counts), "in-flight region")
+            said = (0, 0, 0) if region is None else region.said()
+            check(lib.worker_set_inflight(self._native, address, *said), "in-flight region")
         except OSError:
             if mapping is not None:
                 mapping.close()
@@ -203,7 +203,7 @@ class Worker:
                 layout.driver_address,
                 layout.device_address,
                 layout.base,
-                lib.RING_EVENT_IDX * layout.event_idx,
+                lib.RING_EVENT_IDX * layout.event_idx | lib.RING_PACKED * layout.packed,
             ),
             f"queue {index}: {layout}",
         )

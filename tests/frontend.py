@@ -134,9 +134,12 @@ class Queue:
         self.available_index[0] = self.available
         os.eventfd_write(self.kick, 1)
 
+    def has_used(self) -> bool:
+        return self.used != self.used_index[0]
+
     def reap(self) -> Iterator[Completion]:
         """What is in the used ring by now, oldest first; works on the memory of a dead daemon, too."""
-        while self.used != self.used_index[0]:
+        while self.has_used():
             entry = self.device_ring + 4 + 8 * (self.used % QUEUE_SIZE)
             head = struct.unpack("<II", self.bytes[entry : entry + 8])[0]
             self.used = (self.used + 1) & 0xFFFF
@@ -351,7 +354,7 @@ class FrontEnd:
         assert ready, "no completion and no hang-up"
         for call in set(calls) & set(ready):
             os.eventfd_read(call)
-        if ready == [self.socket.fileno()] and all(queue.used == queue.used_index[0] for queue in self.queues):
+        if ready == [self.socket.fileno()] and not any(queue.has_used() for queue in self.queues):
             raise BackendGone
 
     def do(self, kind: int, guest_offset: int = 0, data: bytes = b"", *, nbytes: int = 0) -> Completion:

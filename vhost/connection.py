@@ -137,8 +137,8 @@ class Connection:
                 self._worker.call(lambda: self._worker.log_queue(index, guest_address))
             case effect.ShareInflight():
                 self._share_inflight(wanted)
-            case effect.TrackInflight(region):
-                return self._track_inflight(region, fds)
+            case effect.TrackInflight(told, packed):
+                return self._track_inflight(told, fds, packed=packed)
             case effect.ForgetInflight():
                 self._worker.call(lambda: self._worker.set_inflight(None))
                 self._take_note(None)
@@ -190,15 +190,15 @@ class Connection:
         self._worker.call(lambda: self._worker.set_log(log))
 
     def _share_inflight(self, wanted: effect.ShareInflight) -> None:
-        fd, nbytes = inflight.create(wanted.num_queues, wanted.queue_size, wce=wanted.wce)
+        fd, nbytes = inflight.create(wanted.num_queues, wanted.queue_size, packed=wanted.packed, wce=wanted.wce)
         try:
             answer = Inflight(nbytes, 0, wanted.num_queues, wanted.queue_size)
             self._channel.reply(Request.GET_INFLIGHT_FD, answer.pack(), [fd])
         finally:
             os.close(fd)
 
-    def _track_inflight(self, told: Inflight, fds: Fds) -> bool | None:
-        region = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size)
+    def _track_inflight(self, told: Inflight, fds: Fds, *, packed: bool) -> bool | None:
+        region = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size, packed)
         note = inflight.WriteCacheNote(region)
         try:
             self._worker.call(lambda: self._worker.set_inflight(region))
@@ -214,7 +214,9 @@ class Connection:
         self._note = note
 
     def _start_queue(self, ring: effect.StartQueue) -> None:
-        layout = QueueLayout(ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx)
+        layout = QueueLayout(
+            ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx, ring.packed
+        )
         self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
 
     def _flush(self) -> None:

@@ -93,6 +93,7 @@ class ShareInflight:
 
     num_queues: int
     queue_size: int
+    packed: bool
     wce: bool
 
 
@@ -101,6 +102,7 @@ class TrackInflight:
     """Note what rings have in flight in the region of the message's fd -> the wce noted there; None: nothing is."""
 
     inflight: Inflight
+    packed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ class LetGoOfBackend:
 
 @dataclass(frozen=True, slots=True)
 class StartQueue:
-    """Serve the ring from available index *base*. Addresses are the front-end's own."""
+    """Serve the ring from *base*, as SET_VRING_BASE says it. Addresses are the front-end's own."""
 
     index: int
     size: int
@@ -136,6 +138,7 @@ class StartQueue:
     used: int
     base: int
     event_idx: bool
+    packed: bool
 
 
 @dataclass(frozen=True, slots=True)

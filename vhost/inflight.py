@@ -17,9 +17,9 @@ NOTE = struct.Struct("=8sB55x")  # MAGIC, wce; a cache line
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # nobody can take it away under us
 
 
-def create(num_queues: int, queue_size: int, *, wce: bool) -> tuple[int, int]:
+def create(num_queues: int, queue_size: int, *, packed: bool, wce: bool) -> tuple[int, int]:
     """Make a region that nobody used yet -> its fd, which is the caller's, and its size."""
-    nbytes = inflight_nbytes(num_queues, queue_size)
+    nbytes = inflight_nbytes(num_queues, queue_size, packed=packed)
     fd = os.memfd_create("in-flight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
@@ -35,7 +35,7 @@ class WriteCacheNote:
 
     def __init__(self, region: InflightRegion) -> None:
         """Look for the note of *region*, whose fd is only borrowed."""
-        nbytes = inflight_nbytes(region.num_queues, region.queue_size)
+        nbytes = inflight_nbytes(region.num_queues, region.queue_size, packed=region.packed)
         self._at = region.mmap_offset + nbytes
         self._fd = os.dup(region.fd)
         self.wce = self._read() if region.nbytes - nbytes >= NOTE.size else None  # None: there is none

@@ -126,6 +126,7 @@ class Session:
         if (before ^ self.features) & VhostFeature.LOG_ALL:  # also while rings run, which run on
             yield effect.LogBuffers(bool(self.features & VhostFeature.LOG_ALL))
         self.vrings.event_idx = bool(self.features & RingFeature.EVENT_IDX)
+        self.vrings.packed = bool(self.features & RingFeature.RING_PACKED)
         yield effect.SetWriteCache(self.is_writeback)
         if not self.features & VhostFeature.PROTOCOL_FEATURES:
             yield from self.vrings.enable_all()  # such a front-end never sends SET_VRING_ENABLE
@@ -254,13 +255,13 @@ class Session:
 
     def get_inflight_fd(self, wanted: Inflight) -> Steps:
         _check_inflight(wanted, self.offer)
-        yield effect.ShareInflight(wanted.num_queues, wanted.queue_size, self.wce)
+        yield effect.ShareInflight(wanted.num_queues, wanted.queue_size, self.vrings.packed, self.wce)
 
     def set_inflight_fd(self, inflight: Inflight) -> Steps:
         """Take a region over, perhaps from a daemon that was killed, and with it the wce that its guest chose."""
         _check_inflight(inflight, self.offer)
         yield from self.vrings.stop_all()
-        noted = yield effect.TrackInflight(inflight)
+        noted = yield effect.TrackInflight(inflight, self.vrings.packed)
         self._tracks_inflight = True
         if noted is not None and self.offer.features & BlockFeature.CONFIG_WCE:
             self.wce = self._noted_wce = noted

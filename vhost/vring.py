@@ -21,7 +21,7 @@ class Vring:
     """What the front-end has said about one ring, and whether it runs."""
 
     size: int = 0
-    base: int = 0
+    base: int | None = None  # None: where a ring begins
     address: VringAddress | None = None
     has_kick: bool = False  # an fd, or the word that there is none
     enabled: bool = False
@@ -34,7 +34,8 @@ class Vrings:
 
     def __init__(self, count: int, max_size: int) -> None:
         self.max_size = max_size
-        self.event_idx = False  # of rings that start from now on
+        self.event_idx = False  # of rings that start from now on, as is
+        self.packed = False
         self._rings = [Vring() for _ in range(count)]
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class Vrings:
 
     def set_num(self, state: VringState) -> Steps:
         ring = self._ring(state.index)
-        if not 0 < state.num <= self.max_size or state.num & (state.num - 1):
+        if not 0 < state.num <= self.max_size or (state.num & (state.num - 1) and not self.packed):
             raise ProtocolViolation(
                 f"ring {state.index} has a size of {state.num}, not a power of two up to {self.max_size}"
             )
@@ -72,7 +73,7 @@ class Vrings:
 
     def set_base(self, state: VringState) -> Steps:
         ring = self._ring(state.index)
-        if state.num > 0xFFFF:
+        if state.num > 0xFFFF and not self.packed:
             raise ProtocolViolation(f"ring {state.index} has a base of {state.num:#x}, more than 16 bits")
         if ring.is_running:
             yield from self._stop(state.index)
@@ -82,7 +83,7 @@ class Vrings:
         """Drain, then silence: nothing of the ring is touched or signalled after the reply."""
         self._ring(state.index)
         yield from self._stop(state.index)
-        yield effect.Reply(Request.GET_VRING_BASE, VringState(state.index, self._rings[state.index].base).pack())
+        yield effect.Reply(Request.GET_VRING_BASE, VringState(state.index, self._base(state.index)).pack())
 
     def set_kick(self, fd: U64) -> Steps:
         index = self._ring_of_fd(fd)
@@ -161,9 +162,23 @@ class Vrings:
         if not self.are_running:
             yield effect.TakeBackend()
         yield effect.StartQueue(
-            index, ring.size, at.descriptor, at.available, at.used, base=ring.base, event_idx=self.event_idx
+            index,
+            ring.size,
+            at.descriptor,
+            at.available,
+            at.used,
+            base=self._base(index),
+            event_idx=self.event_idx,
+            packed=self.packed,
         )
         ring.is_running = True
+
+    def _base(self, index: int) -> int:
+        """Where a ring goes on; a packed one begins with both of its positions in a lap whose wrap counter is 1."""
+        base = self._rings[index].base
+        if base is None:
+            return 0x80008000 if self.packed else 0
+        return base
 
     def _stop(self, index: int) -> Steps:
         """Stop a ring, which also drops its kick and call fds."""

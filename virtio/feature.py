@@ -25,6 +25,7 @@ class RingFeature(IntFlag):
     INDIRECT_DESC = 1 << 28  # VIRTIO_F_INDIRECT_DESC
     EVENT_IDX = 1 << 29  # VIRTIO_F_EVENT_IDX
     VERSION_1 = 1 << 32  # VIRTIO_F_VERSION_1
+    RING_PACKED = 1 << 34  # VIRTIO_F_RING_PACKED
 
 
 def unknown_bits(features: int, offered: int) -> int:
@@ -35,7 +36,7 @@ def unknown_bits(features: int, offered: int) -> int:
     return int(features) ^ (int(features) & int(offered))
 
 
-RING_FEATURES = int(RingFeature.VERSION_1 | RingFeature.INDIRECT_DESC | RingFeature.EVENT_IDX)
+RING_FEATURES = int(RingFeature.VERSION_1 | RingFeature.INDIRECT_DESC | RingFeature.EVENT_IDX | RingFeature.RING_PACKED)
 BLOCK_FEATURES = int(
     BlockFeature.SEG_MAX | BlockFeature.BLK_SIZE | BlockFeature.TOPOLOGY | BlockFeature.FLUSH | BlockFeature.MQ
 )

@@ -11,13 +11,16 @@ import pytest
 
 from ring.driver import wait_readable
 from tests.builder import Recipe, build
-from tests.frontend import GET_ID, OK, QUEUE_SIZE, BackendGone, FrontEnd
+from tests.frontend import GET_ID, OK, QUEUE_SIZE, SET_VRING_ENABLE, BackendGone, FrontEnd, Queue
 from tests.inflightmodel import SplitModel
+from tests.packedqueue import PackedModel, PackedQueue
 from tests.program import Daemon
 
 WORK = [4, [1], 2, [5, 0, 2], 1, [4, 6]]  # the third request stays in flight throughout
 REQUESTS = 9  # two of them nobody fetches
-MODELS = [SplitModel]
+Model = SplitModel | PackedModel
+FORMATS: dict[type[Model], type[Queue]] = {SplitModel: Queue, PackedModel: PackedQueue}
+BASES = {SplitModel: (0, 3), PackedModel: (0, 3, QUEUE_SIZE - 4)}
 SET_VRING_ERR = 14
 
 
@@ -33,8 +36,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 class Guest(FrontEnd):
     """A front-end that was there before the daemon, with an err fd on its queue."""
 
-    def __init__(self, model: type[SplitModel], base: int = 0) -> None:
-        super().__init__(Path(), connect=False)
+    def __init__(self, model: type[Model], base: int = 0) -> None:
+        super().__init__(Path(), connect=False, queue_type=FORMATS[model])
         self.err = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.queues[0].begin_at(base)
         self.model = model(self)
@@ -61,16 +64,17 @@ class Guest(FrontEnd):
         return slots
 
 
-def points(model: type[SplitModel]) -> int:
+def points(model: type[Model]) -> int:
     with Guest(model) as guest:
         guest.post(REQUESTS)
         return sum(1 for _ in guest.model.life(WORK)) + 1
 
 
-def test_death_after_every_store_completes_each_request_once_and_in_order(daemon: Daemon) -> None:
-    for model, base in itertools.product(MODELS, (0, 3)):
-        count = points(model)
-        assert count > 40
+@pytest.mark.parametrize("model", FORMATS)
+def test_death_after_every_store_completes_each_request_once_and_in_order(daemon: Daemon, model: type[Model]) -> None:
+    count = points(model)
+    assert count > 40
+    for base in BASES[model]:
         for point in range(count):
             with Guest(model, base) as guest:
                 slots = guest.post(REQUESTS)
@@ -79,7 +83,7 @@ def test_death_after_every_store_completes_each_request_once_and_in_order(daemon
                 done_before = [completion.slot for completion in guest.reap()]
                 guest.connect(daemon.socket_path)
                 done_after = guest.collect(REQUESTS - len(done_before))
-                assert done_after == [slot for slot in slots if slot not in done_before], (model, base, point)
+                assert done_after == [slot for slot in slots if slot not in done_before], (base, point)
 
 
 def test_index_wraps_between_two_lives(daemon: Daemon) -> None:
@@ -128,6 +132,37 @@ def test_drain_finishes_what_was_left_in_flight(daemon: Daemon) -> None:
         assert len(guest.reap()) == REQUESTS
 
 
+class DisabledGuest(Guest):
+    """It never enables its ring."""
+
+    def tell(self, request: int, payload: bytes, *, fds: tuple[int, ...] = ()) -> None:
+        if request != SET_VRING_ENABLE:
+            super().tell(request, payload, fds=fds)
+
+
+@pytest.mark.parametrize("model", FORMATS)
+def test_drain_of_a_disabled_ring_finishes_what_was_left_and_fetches_nothing(
+    daemon: Daemon, model: type[Model]
+) -> None:
+    with DisabledGuest(model) as guest:
+        guest.post(REQUESTS)
+        *_, _last = guest.model.life([5])
+        guest.connect(daemon.socket_path)
+        assert not guest.reap()
+        guest.stop_queue()
+        assert len(guest.reap()) == 5
+
+
+def test_drain_ends_also_if_what_was_left_is_nonsense(daemon: Daemon) -> None:
+    with DisabledGuest(PackedModel) as guest:
+        guest.post(3)
+        *_, _last = guest.model.life([2])
+        guest.model.region.put(guest.model.entry(0) + PackedModel.ADDR, "Q", 1 << 62)
+        guest.connect(daemon.socket_path)
+        guest.stop_queue()
+        assert not guest.reap()
+
+
 LIES: dict[str, Callable[[SplitModel], None]] = {
     "version": lambda model: model.region.put(SplitModel.VERSION, "H", 2),
     "features": lambda model: model.region.put(0, "Q", 1),
@@ -145,6 +180,44 @@ def test_region_that_lies_breaks_its_queue(daemon: Daemon, lie: str) -> None:
     with Guest(SplitModel) as guest:
         guest.post(2)
         LIES[lie](guest.model)
+        guest.connect(daemon.socket_path)
+        wait_readable(guest.err, 10)
+        assert not guest.reap()
+
+
+def entry_lie(index: int, field: int, form: str, value: int) -> Callable[[PackedModel], None]:
+    return lambda model: model.region.put(model.entry(index) + field, form, value)
+
+
+PACKED_LIES: dict[str, Callable[[PackedModel], None]] = {
+    "version": lambda model: model.region.put(PackedModel.VERSION, "H", 2),
+    "features": lambda model: model.region.put(0, "Q", 1),
+    "used index": lambda model: model.region.put(PackedModel.USED_IDX, "H", QUEUE_SIZE),
+    "old used index": lambda model: model.region.put(PackedModel.OLD_USED_IDX, "H", 0xFFFF),
+    "wrap counter": lambda model: model.region.put(PackedModel.USED_WRAP, "B", 2),
+    "more than a lap": lambda model: model.region.put(PackedModel.OLD_USED_IDX, "H", 1),
+    "free list in circles": entry_lie(QUEUE_SIZE - 1, PackedModel.NEXT, "H", QUEUE_SIZE - 1),
+    "free list cut short": entry_lie(QUEUE_SIZE - 2, PackedModel.NEXT, "H", 0xFFFF),
+    "free head in a chain": lambda model: model.region.put(PackedModel.OLD_FREE_HEAD, "H", 1),
+    "chain of nothing": entry_lie(0, PackedModel.NUM, "H", 0),
+    "chain longer than the ring": entry_lie(0, PackedModel.NUM, "H", 0xFFFF),
+    "chain that ends elsewhere": entry_lie(0, PackedModel.LAST, "H", 0),
+    "chain out of the region": entry_lie(0, PackedModel.NEXT, "H", QUEUE_SIZE),
+    "chain in circles": entry_lie(1, PackedModel.NEXT, "H", 0),
+    "id past the ring": entry_lie(2, PackedModel.ID, "H", QUEUE_SIZE),
+    "id twice": lambda model: model.region.put(
+        model.entry(5) + PackedModel.ID, "H", model.region.get(model.entry(2) + PackedModel.ID, "H")
+    ),
+    "buffer outside memory": entry_lie(0, PackedModel.ADDR, "Q", 1 << 62),
+}
+
+
+@pytest.mark.parametrize("lie", PACKED_LIES)
+def test_packed_region_that_lies_breaks_its_queue(daemon: Daemon, lie: str) -> None:
+    with Guest(PackedModel) as guest:
+        guest.post(3)
+        *_, _last = guest.model.life([2])
+        PACKED_LIES[lie](guest.model)
         guest.connect(daemon.socket_path)
         wait_readable(guest.err, 10)
         assert not guest.reap()

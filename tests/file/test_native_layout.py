@@ -72,10 +72,41 @@ SPECIFIED = {
     "vring_avail": Record(4, {"flags": 0, "idx": 2, "ring": 4}),
     "vring_used_elem": Record(8, {"id": 0, "len": 4}),
     "vring_used": Record(4, {"flags": 0, "idx": 2, "ring": 4}),
+    # virtio 1.2, 2.8.13 and 2.8.14
+    "vring_packed_desc": Record(16, {"addr": 0, "len": 8, "id": 12, "flags": 14}),
+    "vring_packed_desc_event": Record(4, {"off_wrap": 0, "flags": 2}),
     # vhost-user "Inflight I/O tracking"
     "inflight_split_entry": Record(16, {"inflight": 0, "padding": 1, "next": 6, "counter": 8}),
     "inflight_split": Record(
         16, {"features": 0, "version": 8, "desc_num": 10, "last_batch_head": 12, "used_idx": 14, "desc": 16}
+    ),
+    "inflight_packed_entry": Record(
+        32,
+        {
+            "inflight": 0,
+            "padding": 1,
+            "next": 2,
+            "last": 4,
+            "num": 6,
+            "counter": 8,
+            "id": 16,
+            "flags": 18,
+            "len": 20,
+            "addr": 24,
+        },
+    ),
+    "inflight_packed": Record(
+        32,
+        {
+            "features": 0,
+            "version": 8,
+            "desc_num": 10,
+            "free_head": 12,
+            "old_free_head": 14,
+            "used": 16,  # inflight_packed_used, whose offsets are asserted in C
+            "padding": 24,
+            "desc": 32,
+        },
     ),
     # virtio 1.2, 5.2.6
     "virtio_blk_outhdr": Record(16, {"type": 0, "ioprio": 4, "sector": 8}),

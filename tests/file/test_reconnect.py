@@ -7,9 +7,10 @@ import pytest
 import qcow2
 from tests.builder import Recipe, build
 from tests.builder.record import LAZY_REFCOUNTS
-from tests.frontend import F_CONFIG_WCE, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, FrontEnd
+from tests.frontend import F_CONFIG_WCE, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, FrontEnd, Queue
 from tests.load import Load
 from tests.oracle import assert_clean
+from tests.packedqueue import PackedQueue
 from tests.program import Daemon
 
 SIZE = 16 << 20
@@ -25,10 +26,12 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("queues", [1, 4])
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
-def test_load_goes_on_over_the_death_of_the_daemon(image: Path, cache: str, queues: int) -> None:
+@pytest.mark.parametrize("queue_type", [Queue, PackedQueue])
+def test_load_goes_on_over_the_death_of_the_daemon(
+    image: Path, queue_type: type[Queue], cache: str, queues: int
+) -> None:
     """A completion too many or too few, or one that lies, would show: `Load` knows each request by name."""
-    daemon = Daemon(image, f"--cache={cache}")
-    with FrontEnd(image, queues=queues, inflight=True, connect=False) as guest:
+    with FrontEnd(image, queues=queues, inflight=True, queue_type=queue_type, connect=False) as guest:
         load = Load(guest, NBLOCKS, seed=queues, zeroes=True, depth=64 // queues)
         for _ in range(LIVES):
             with Daemon(image, f"--cache={cache}") as daemon:
@@ -46,8 +49,9 @@ def test_load_goes_on_over_the_death_of_the_daemon(image: Path, cache: str, queu
     assert_clean(image)
 
 
-def test_clean_restart_leaves_nothing_in_flight(image: Path) -> None:
-    with FrontEnd(image, inflight=True, connect=False) as guest:
+@pytest.mark.parametrize("queue_type", [Queue, PackedQueue])
+def test_clean_restart_leaves_nothing_in_flight(image: Path, queue_type: type[Queue]) -> None:
+    with FrontEnd(image, inflight=True, queue_type=queue_type, connect=False) as guest:
         load = Load(guest, NBLOCKS)
         for _ in range(3):
             with Daemon(image) as daemon:

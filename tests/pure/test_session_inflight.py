@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.pure.test_session import BIT30, FEATURES, NEED_REPLY, FrontEnd, make
+from tests.pure.test_session import BIT30, FEATURES, NEED_REPLY, SPLIT, FrontEnd, make
 from vhost import effect
 from vhost.message import U64, ConfigWindow, Inflight, ProtocolViolation, Request
 from vhost.session import PROTOCOL_FEATURES
@@ -14,22 +14,22 @@ WRITEBACK = ConfigWindow(32, 1, 0, b"\1")
 
 @pytest.fixture
 def front_end() -> FrontEnd:
-    """A front-end that negotiated everything and gave a region without a note, of another back-end."""
+    """A front-end that negotiated all but packed rings and gave a region without a note, of another back-end."""
     it = make()
     it.send(Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL_FEATURES))
-    it.send(Request.SET_FEATURES, U64(FEATURES | BIT30))
-    assert it.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION)]
+    it.send(Request.SET_FEATURES, U64(SPLIT | BIT30))
+    assert it.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION, packed=False)]
     return it
 
 
 def test_region_is_made_as_the_front_end_wants_it(front_end: FrontEnd) -> None:
     wanted = Inflight(0, 0, 4, 1024)
-    assert front_end.send(Request.GET_INFLIGHT_FD, wanted) == [effect.ShareInflight(4, 1024, wce=True)]
+    assert front_end.send(Request.GET_INFLIGHT_FD, wanted) == [effect.ShareInflight(4, 1024, packed=False, wce=True)]
 
 
 def test_new_region_carries_the_wce_of_now(front_end: FrontEnd) -> None:
     front_end.send(Request.SET_CONFIG, WRITETHROUGH)
-    assert front_end.send(Request.GET_INFLIGHT_FD, REGION) == [effect.ShareInflight(4, 128, wce=False)]
+    assert front_end.send(Request.GET_INFLIGHT_FD, REGION) == [effect.ShareInflight(4, 128, packed=False, wce=False)]
 
 
 @pytest.mark.parametrize(("queues", "size"), [(0, 128), (5, 128), (4, 0), (4, 1025)])
@@ -45,14 +45,14 @@ def test_running_rings_stop_before_the_region_changes(front_end: FrontEnd) -> No
     front_end.configure(1)
     front_end.kick(1)
     done = front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1)
-    assert done == [effect.StopQueue(1), effect.LetGoOfBackend(), effect.TrackInflight(REGION)]
+    assert done == [effect.StopQueue(1), effect.LetGoOfBackend(), effect.TrackInflight(REGION, packed=False)]
 
 
 @pytest.mark.parametrize("noted", [False, True])
 def test_noted_wce_is_taken_over_and_shown(front_end: FrontEnd, noted: bool) -> None:
     front_end.noted = noted
     done = front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1)
-    assert done == [effect.TrackInflight(REGION), effect.SetWriteCache(writeback=noted)]
+    assert done == [effect.TrackInflight(REGION, packed=False), effect.SetWriteCache(writeback=noted)]
     assert front_end.session.wce == noted
 
 
@@ -89,3 +89,9 @@ def test_reset_forgets_the_region(front_end: FrontEnd, request_number: Request) 
 
 def test_status_of_zero_keeps_the_region(front_end: FrontEnd) -> None:
     assert effect.ForgetInflight() not in front_end.send(Request.SET_STATUS, U64(0))
+
+
+def test_region_is_for_rings_of_the_negotiated_format(front_end: FrontEnd) -> None:
+    front_end.send(Request.SET_FEATURES, U64(FEATURES | BIT30))
+    assert front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION, packed=True)]
+    assert front_end.send(Request.GET_INFLIGHT_FD, REGION) == [effect.ShareInflight(4, 128, packed=True, wce=True)]
