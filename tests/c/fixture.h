@@ -93,11 +93,19 @@ static inline void fixture_deinit(struct fixture *fixture)
     close(fixture->control_fd);
 }
 
-/* Start queue 0 on the ring at guest address 0, polled rather than kicked. */
-static inline void fixture_start(struct fixture *fixture, bool event_idx)
+/* Where a new ring begins. */
+static inline uint32_t fixture_base(uint32_t ring_flags)
 {
+    return ring_flags & RING_PACKED ? 0x80008000 : 0;
+}
+
+/* Start queue 0 on the ring at guest address 0, polled rather than kicked. */
+static inline void fixture_start(struct fixture *fixture, uint32_t ring_flags)
+{
+    uint32_t base = fixture_base(ring_flags);
+
     CHECK(worker_start_queue(fixture->worker, 0, QUEUE_SIZE, 0, driver_ring_driver_offset(QUEUE_SIZE),
-                             driver_ring_device_offset(QUEUE_SIZE), 0, event_idx) == 0);
+                             driver_ring_device_offset(QUEUE_SIZE), base, ring_flags) == 0);
     CHECK(worker_set_kick(fixture->worker, 0, -1) == 0);
     CHECK(worker_set_enabled(fixture->worker, 0, true) == 0);
 }

@@ -8,7 +8,7 @@
 #define DATA_ADDRESS 131072u
 
 struct habit {
-    bool event_idx;
+    uint32_t ring_flags;
     bool indirect;
     uint32_t piece_nbytes;
 };
@@ -53,8 +53,8 @@ static void serve(const struct habit *habit, bool use_threads)
     uint8_t *data;
 
     fixture_init(&fixture, use_threads);
-    fixture_start(&fixture, habit->event_idx);
-    driver_ring_init(&ring, fixture.region.host, QUEUE_SIZE, habit->event_idx, 0);
+    fixture_start(&fixture, habit->ring_flags);
+    driver_ring_init(&ring, fixture.region.host, QUEUE_SIZE, habit->ring_flags, fixture_base(habit->ring_flags));
     data = fixture.region.host + DATA_ADDRESS + 4096;
     for (uint32_t i = 0; i < 100; i++) {
         memset(data, i + 1, DATA_NBYTES);
@@ -69,9 +69,12 @@ static void serve(const struct habit *habit, bool use_threads)
 
 int main(void)
 {
+    enum { NONE = 0, BOTH = RING_PACKED | RING_EVENT_IDX };
     static const struct habit habits[] = {
-        {false, false, 4096}, {true, false, 4096}, {false, true, 512},
-        {true, true, 7},      {false, true, 1000}, {true, false, 100},
+        {NONE, false, 4096},        {RING_EVENT_IDX, false, 4096}, {NONE, true, 512},
+        {RING_EVENT_IDX, true, 7},  {NONE, true, 1000},            {RING_EVENT_IDX, false, 100},
+        {RING_PACKED, false, 4096}, {BOTH, false, 4096},           {RING_PACKED, true, 512},
+        {BOTH, true, 7},            {RING_PACKED, true, 1000},     {BOTH, false, 100},
     };
 
     for (size_t i = 0; i < sizeof(habits) / sizeof(*habits); i++) {

@@ -15,7 +15,7 @@ struct duel {
     pthread_barrier_t started;
     int kick_fd;
     int call_fd;
-    bool event_idx;
+    uint32_t ring_flags;
     bool use_threads;
 };
 
@@ -26,7 +26,8 @@ static void *run_device(void *argument)
 
     fixture_init(fixture, duel->use_threads); /* on this thread, which the io_uring belongs to from here on */
     CHECK(worker_start_queue(fixture->worker, 0, QUEUE_SIZE, 0, driver_ring_driver_offset(QUEUE_SIZE),
-                             driver_ring_device_offset(QUEUE_SIZE), 0, duel->event_idx) == 0);
+                             driver_ring_device_offset(QUEUE_SIZE), fixture_base(duel->ring_flags),
+                             duel->ring_flags) == 0);
     CHECK(worker_set_call(fixture->worker, 0, dup(duel->call_fd)) == 0);
     CHECK(worker_set_kick(fixture->worker, 0, dup(duel->kick_fd)) == 0);
     CHECK(worker_set_enabled(fixture->worker, 0, true) == 0);
@@ -77,7 +78,8 @@ static void drive(struct duel *duel, uint32_t depth)
     struct driver_ring ring;
     uint32_t nbytes, in_flight = 0;
 
-    driver_ring_init(&ring, duel->fixture.region.host, QUEUE_SIZE, duel->event_idx, 0);
+    driver_ring_init(&ring, duel->fixture.region.host, QUEUE_SIZE, duel->ring_flags,
+                     fixture_base(duel->ring_flags));
     for (uint32_t done = 0; done < REQUESTS;) {
         for (; in_flight < depth; in_flight++)
             post(duel, &ring, in_flight);
@@ -92,9 +94,9 @@ static void drive(struct duel *duel, uint32_t depth)
     }
 }
 
-static void fight(bool event_idx, bool use_threads, uint32_t depth)
+static void fight(uint32_t ring_flags, bool use_threads, uint32_t depth)
 {
-    struct duel duel = {.event_idx = event_idx, .use_threads = use_threads};
+    struct duel duel = {.ring_flags = ring_flags, .use_threads = use_threads};
     pthread_t device;
 
     duel.kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -113,11 +115,13 @@ static void fight(bool event_idx, bool use_threads, uint32_t depth)
 
 int main(void)
 {
+    static const uint32_t all_flags[] = {0, RING_EVENT_IDX, RING_PACKED, RING_PACKED | RING_EVENT_IDX};
+
     for (uint32_t depth = 1; depth <= 4; depth++) {
-        fight(false, false, depth);
-        fight(true, false, depth);
-        fight(false, true, depth);
-        fight(true, true, depth);
+        for (size_t i = 0; i < sizeof(all_flags) / sizeof(*all_flags); i++) {
+            fight(all_flags[i], false, depth);
+            fight(all_flags[i], true, depth);
+        }
     }
     return 0;
 }
