@@ -21,6 +21,11 @@ vm: guest-packages $(VENV)/installed
 migrate: guest-packages $(VENV)/installed
 	MIGRATIONS=10 $(BIN)/pytest tests/vm/test_migration.py
 
+# A guest that writes and verifies outlives 50 daemons, for each cache mode, ring format and number of queues; an hour.
+.PHONY: reconnect
+reconnect: guest-packages $(VENV)/installed
+	KILLS=50 $(BIN)/pytest -s tests/vm/test_reconnect.py
+
 check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check

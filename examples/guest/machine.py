@@ -38,11 +38,19 @@ class Result:
     seconds: float
 
 
-def vhost_user_disk(socket_path: Path, *, queues: int | None = None) -> list[str]:
-    """QEMU's arguments for a disk served by the vhost-user back-end that listens at *socket_path*."""
+def vhost_user_disk(
+    socket_path: Path, *, queues: int | None = None, packed: bool = False, reconnect: int | None = None
+) -> list[str]:
+    """QEMU's arguments for a disk served by the vhost-user back-end that listens at *socket_path*.
+
+    With *reconnect*, QEMU looks for the next back-end there every so many seconds when one has died.
+    """
     name = "disk-" + re.sub(r"[^A-Za-z0-9]", "-", os.fspath(socket_path))
     device = f"vhost-user-blk-pci,chardev={name}" + ("" if queues is None else f",num-queues={queues}")
-    return ["-chardev", f"socket,id={name},path={_escaped(socket_path)}", "-device", device]
+    chardev = f"socket,id={name},path={_escaped(socket_path)}"
+    if reconnect is not None:
+        chardev += f",reconnect={reconnect}"
+    return ["-chardev", chardev, "-device", device + (",packed=on" if packed else "")]
 
 
 def builtin_disk(image: Path, *, cache: str, trace: Path) -> list[str]:

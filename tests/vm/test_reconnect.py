@@ -1,0 +1,94 @@
+"""A guest that writes and verifies outlives its daemons: SIGKILL, a new one on the path, and QEMU connects to it.
+
+`make reconnect` kills 50 daemons for each way to serve a disk; three for two of them are a part of `make test`.
+"""
+
+import itertools
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from guest import Backend, Guest, vhost_user_disk
+
+from tests.vm.conftest import Boot, Serve
+from tests.vm.tool import run
+
+KILLS = int(os.environ.get("KILLS", "3"))
+CACHES, FORMATS, QUEUES = ("writeback", "writethrough"), ("split", "packed"), (1, 4)
+ALL = list(itertools.product(CACHES, FORMATS, QUEUES))
+SOME = [("writeback", "packed", 4), ("writethrough", "split", 1)]
+PATIENCE = 240  # seconds, for whatever the guest does next on a machine that is busy
+AT_WORK = re.compile(r"[=,][1-9][0-9.k]* IOPS")
+FLAG = "/sys/bus/pci/devices/0000:00:1e.0"  # a device whose removal tells the job to end
+
+
+def job(queues: int) -> str:
+    """Write and verify until the flag is gone, a process a queue."""
+    return f"""
+        test -e {FLAG}
+        test $(ls /sys/block/vda/mq | wc -l) = {queues}
+        mkfs.ext4 -q /dev/vda
+        mount /dev/vda /mnt
+        round=0
+        while test -e {FLAG}; do
+            fio --name=job --directory=/mnt --ioengine=libaio --direct=1 --rw=randrw --rwmixread=30 --bsrange=512-64k \\
+                --blockalign=512 --size=8M --numjobs={queues} --iodepth=16 --fsync=64 \\
+                --verify=crc32c --verify_fatal=1 --eta=always --eta-newline=1 --randseed=$round --output=/tmp/log
+            round=$((round + 1))
+            echo "verified $round"
+        done
+        umount /mnt
+        e2fsck -fn /dev/vda
+        ! dmesg | grep -iE "vda.*error|error.*vda|hung"
+    """
+
+
+def wait_until_connected(guest: Guest) -> None:
+    """Return once QEMU has found the daemon and greeted it: it tries once a second, and answers us afterwards.
+
+    A daemon that dies in the midst of the greeting is never replaced: QEMU 7.2 does not try again.
+    """
+    while any(
+        device["filename"].startswith("disconnected:")
+        for device in guest.command("query-chardev")
+        if "disk" in device["label"]
+    ):
+        guest.wait_for("", PATIENCE)
+
+
+def wait_until_at_work(guest: Guest) -> None:
+    """Return once fio says that it moves something, in a line that was not there yet: they come once a second."""
+    line, waited = "", 0.0
+    while waited < 0.1 or not AT_WORK.search(line):
+        before = time.monotonic()
+        line = guest.wait_for("Jobs:", PATIENCE)
+        waited = time.monotonic() - before
+
+
+@pytest.mark.parametrize(("cache", "ring", "queues"), ALL if "KILLS" in os.environ else SOME)
+def test_guest_outlives_its_daemons(
+    boot: Boot, serve: Serve, lazy_image: Path, cache: str, ring: str, queues: int
+) -> None:
+    def daemon() -> Backend:
+        return serve(lazy_image, f"--cache={cache}")
+
+    with daemon() as first:
+        disk = vhost_user_disk(first.socket_path, queues=queues, packed=ring == "packed", reconnect=1)
+        guest = boot(job(queues), [*disk, "-device", "virtio-rng-pci,id=flag,addr=1e.0"], cpus=queues)
+        with guest:
+            wait_until_at_work(guest)
+            first.process.kill()
+            for _ in range(KILLS - 1):
+                with daemon():
+                    wait_until_connected(guest)
+                    wait_until_at_work(guest)
+            with daemon() as last:
+                guest.unplug("flag")
+                result = guest.finish(PATIENCE)
+                last.stop()
+    rounds = sum("verified" in line for line in result.console if not line.startswith("+"))
+    assert rounds
+    run("qemu-img", "check", lazy_image)
+    print(f"{cache}, {ring}, {queues} queues: {KILLS} daemons killed, {rounds} rounds of fio verified, 0 errors")
