@@ -155,6 +155,8 @@ class Queue:
 class FrontEnd:
     """Connect to *socket_path*, negotiate, start the queues; requests go to queue 0 unless `queues` is used."""
 
+    generation = VERSION_1  # 0: a legacy driver
+
     def __init__(
         self,
         socket_path: Path,
@@ -255,7 +257,7 @@ class FrontEnd:
     def _negotiate(self, features: int) -> None:
         self.offered = self.ask(GET_FEATURES)
         multiple = F_MQ if len(self.queues) > 1 else 0
-        features |= multiple | VERSION_1 | PROTOCOL_FEATURES | self.queues[0].feature
+        features |= multiple | self.generation | PROTOCOL_FEATURES | self.queues[0].feature
         self.features = self.offered & features
         self.ask(GET_PROTOCOL_FEATURES)
         tracking = INFLIGHT_SHMFD if self.inflight else 0
