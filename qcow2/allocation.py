@@ -20,7 +20,7 @@ from qcow2.statistics import Statistics
 NO_ROOM = (*NO_SPACE, errno.EFBIG)
 FIRST_RUN_BYTES = 256 << 10
 MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
-MAX_LAZY_RUN_BYTES = 16 << 20  # a lazy image has its refcounts rebuilt after a crash
+MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
 SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
 SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
 

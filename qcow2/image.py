@@ -24,7 +24,7 @@ from qcow2.links import LinkPolicy, Links
 from qcow2.mapping import Mapping, entries_of
 from qcow2.operation import Buffer, File, Read, Size
 from qcow2.raw import RawImage
-from qcow2.reading import Reader
+from qcow2.reading import Place, Reader, Seen
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
 from qcow2.root import Root
@@ -177,6 +177,10 @@ class Image:
     async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
         """Whether the mappings of the chain show, without a look at data, that the range reads as zeros."""
         return await self._reader.reads_as_zeros(guest_offset, nbytes)
+
+    async def find(self, guest_offset: int, nbytes: int) -> Place | Seen:
+        """Where in the files of the chain the range is, if it is in one piece."""
+        return await self._reader.find(guest_offset, nbytes)
 
     async def read(self, guest_offset: int, target: Buffer) -> None:
         """Fill *target*, which lies inside the disk.

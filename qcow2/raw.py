@@ -71,6 +71,10 @@ class RawImage:
         """Whether the range is known to read as zeros: past the end."""
         return guest_offset >= self.size
 
+    async def find(self, guest_offset: int, nbytes: int) -> tuple[File, int]:
+        """Where the range is: where it says."""
+        return self.file, guest_offset
+
     async def read(self, guest_offset: int, target: Buffer) -> None:
         """Fill *target*; zeros past the end."""
         await ReadInto(self.file, guest_offset, target, data=True)

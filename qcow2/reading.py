@@ -1,5 +1,6 @@
 """The read path: each run of the mapping from where it is."""
 
+from enum import Enum
 from typing import TYPE_CHECKING, assert_never
 
 from qcow2.compressed import CompressedClusters
@@ -10,6 +11,19 @@ from qcow2.operation import Buffer, File, ReadInto
 if TYPE_CHECKING:
     from qcow2.image import Image
     from qcow2.raw import RawImage
+
+
+UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA = (
+    int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA)
+)
+Place = tuple[File, int]  # of data in one piece: the file of the chain, the offset in it
+
+
+class Seen(Enum):
+    """What a range is that has no place."""
+
+    ZEROS = "the mapping shows that it reads as zeros"
+    PIECES = "not in one piece, or compressed"
 
 
 class Reader:
@@ -59,6 +73,28 @@ class Reader:
             await self._backing.read(guest_offset, target.slice(0, inside))
         if inside < len(target):
             target.slice(inside, len(target) - inside).zero()
+
+    async def find(self, guest_offset: int, nbytes: int) -> Place | Seen:
+        """Where in the files of the chain the range is.
+
+        No await between the mapping and the return: who starts a transfer at once is covered by Grace (law 5).
+        """
+        run = await self._mapping.resolve(guest_offset, nbytes)
+        if run.nbytes < nbytes:
+            return Seen.PIECES
+        if run.kind == UNALLOCATED:
+            return await self._find_backing(guest_offset, nbytes)
+        if run.kind == DATA:
+            return self._file, run.host_offset
+        return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
+
+    async def _find_backing(self, guest_offset: int, nbytes: int) -> Place | Seen:
+        """The same of what shows through where this image has nothing."""
+        if self._backing is None or guest_offset >= self._backing.size:
+            return Seen.ZEROS
+        if guest_offset + nbytes > self._backing.size:
+            return Seen.PIECES
+        return await self._backing.find(guest_offset, nbytes)
 
     async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
         """Whether the mapping alone, through the whole chain, shows that the range reads as zeros."""

@@ -10,9 +10,9 @@ from qcow2.l2cache import Kind, Run
 from qcow2.layout import COPIED
 from qcow2.links import Links
 from qcow2.mapping import Mapping
-from qcow2.operation import Buffer, File, Write
+from qcow2.operation import Buffer, File, ReadInto, Write
 from qcow2.rangelock import RangeLocks
-from qcow2.reading import Reader
+from qcow2.reading import Place, Reader, Seen
 from qcow2.reaper import Reaper
 from qcow2.root import Root
 from qcow2.statistics import Statistics
@@ -142,20 +142,32 @@ class Writer:
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
         host_offset = new.start << self._geometry.cluster_bits
-        if await self._shows_zeros(run, start, end - start):
+        place = await self._place_of_old(run, start, end)
+        if place is Seen.ZEROS:
             await Write(self._file, host_offset + guest_offset - start, source, data=True)
             return False
         self._statistics.copies += len(new)
-        head = await self._old_content(start, guest_offset)
-        tail = await self._old_content(guest_offset + len(source), end)
+        stop = guest_offset + len(source)
+        if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
+            old = memoryview(bytearray(end - start))  # one read; what is written over costs less than another one
+            await ReadInto(*place, MemoryBuffer(old), data=True)
+            head, tail = old[: guest_offset - start], old[stop - start :]
+        else:
+            head = await self._old_content(start, guest_offset)
+            tail = await self._old_content(stop, end)
         await Write(self._file, host_offset, head, source, tail, data=True)
         return True
 
-    async def _shows_zeros(self, run: Run, start: int, nbytes: int) -> bool:
-        """Whether the guest saw zeros in all of the clusters from *start* on, of which *run* tells the kind."""
+    async def _place_of_old(self, run: Run, start: int, end: int) -> Place | Seen:
+        """Where the guest sees the clusters from *start* on, of which *run* tells the kind."""
         if run.kind == UNALLOCATED:
-            return await self._reader.reads_as_zeros(start, nbytes)
-        return run.kind in (ZERO_PLAIN, ZERO_ALLOCATED)
+            place = await self._reader.find(start, end - start)
+            if place is Seen.PIECES and await self._reader.reads_as_zeros(start, end - start):
+                return Seen.ZEROS
+            return place
+        if run.kind == DATA:
+            return self._file, self._geometry.round_down(run.host_offset)
+        return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
 
     async def _old_content(self, start: int, end: int) -> memoryview:
         content = memoryview(bytearray(end - start))
