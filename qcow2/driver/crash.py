@@ -1,9 +1,11 @@
 """The crash driver: a simulated host under the unchanged engine; it remembers what a death may leave behind.
 
-Operations in flight complete one at a time in an order drawn from a seed. What was issued and completed is appended
-to a journal; `points` replays it and tells, at each moment, which effects were stable and which were pending.
-Two deaths: *kill* keeps every issued effect and the shared memory, *power* keeps the stable effects and any subset of
-the pending ones, torn at sectors of 512 bytes, and no shared memory.
+Operations in flight complete one at a time in an order drawn from a seed; each takes effect, or looks at the file, when
+it is issued or when it completes, as the seed says: whatever overtakes it meanwhile is seen to do so. What was issued
+and completed is appended to a journal; `points` replays it and tells, at each moment, which effects were stable and
+which were pending. Two deaths: *kill* keeps every completed effect, may keep those in flight, and keeps the shared
+memory; *power* keeps the stable effects and any subset of the pending ones, torn at sectors of 512 bytes, and no shared
+memory.
 """
 
 import random
@@ -163,6 +165,7 @@ class Completed:
     """Journal: the operation *number* was reported done."""
 
     number: int
+    is_late: bool = False  # it took effect only now, over what those issued after it had done
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,19 @@ class Deadlock(Exception):
     """Nothing is in flight, and the task has not ended."""
 
 
+@dataclass(slots=True)
+class InFlight:
+    """An operation under way."""
+
+    number: int
+    task: Task
+    operation: Operation
+    covered: frozenset[int]  # what a Sync makes stable, or what a Grace waits for
+    effect: Effect | None
+    is_late: bool  # it takes effect when it completes, not when it was issued
+    value: Any = None  # of a read that has looked already
+
+
 class CrashDriver:
     """Runs coroutines against `SimulatedFile`s, completing their operations in an order drawn from *seed*.
 
@@ -210,7 +226,7 @@ class CrashDriver:
         self.operations = 0
         self._limit = limit
         self._fault = fault
-        self._in_flight: list[tuple[int, Task, Operation, frozenset[int]]] = []
+        self._in_flight: list[InFlight] = []
         self._pending: dict[int, SimulatedFile] = {}  # complete and not yet synced
         self._scheduler = Scheduler(self._start)
 
@@ -256,43 +272,57 @@ class CrashDriver:
                 memory.store(offset, data)
             self._scheduler.resume(task)
             return
-        covered: frozenset[int] = frozenset()
-        if isinstance(operation, Sync):
-            covered = frozenset(n for n, file in self._pending.items() if file is operation.file)
-        elif isinstance(operation, Grace):
-            covered = frozenset(
-                n for n, _, other, _ in self._in_flight if not isinstance(other, Grace | Sync | Compute)
-            )
+        begun = InFlight(number, task, operation, self._covered(operation), effect, self.random.random() < 0.5)
         if effect is not None:
             assert effect.file.writable, f"write to read-only {effect.file.path}"
             self.journal.append(Issued(number, effect))
-            effect.apply(effect.file)
-        self._in_flight.append((number, task, operation, covered))
+            if not begun.is_late:
+                effect.apply(effect.file)
+        elif not begun.is_late and isinstance(operation, Read | ReadInto):
+            begun.value = look(operation)
+        self._in_flight.append(begun)
+
+    def _covered(self, operation: Operation) -> frozenset[int]:
+        if isinstance(operation, Sync):
+            return frozenset(n for n, file in self._pending.items() if file is operation.file)
+        if isinstance(operation, Grace):
+            waiting = (Grace, Sync, Compute)
+            return frozenset(other.number for other in self._in_flight if not isinstance(other.operation, waiting))
+        return frozenset()
 
     def _complete_one(self) -> None:
-        numbers = {number for number, _, _, _ in self._in_flight}
-        able = [
-            index
-            for index, (_, _, operation, covered) in enumerate(self._in_flight)
-            if not (isinstance(operation, Grace) and covered & numbers)
-        ]
-        number, task, operation, covered = self._in_flight.pop(self.random.choice(able))
-        match operation:
+        done = self._in_flight.pop(self._choose())
+        match done.operation:
             case Write() | Zero() | Resize():
-                self._pending[number] = simulated(operation.file)
-                self.journal.append(Completed(number))
+                assert done.effect is not None
+                if done.is_late:
+                    done.effect.apply(done.effect.file)
+                self._pending[done.number] = done.effect.file
+                self.journal.append(Completed(done.number, done.is_late))
             case Sync():
-                for n in covered:
+                for n in done.covered:
                     self._pending.pop(n, None)
-                self.journal.append(Synced(simulated(operation.file), covered))
+                self.journal.append(Synced(simulated(done.operation.file), done.covered))
             case _:
                 pass
         try:
-            value = perform(operation)
+            value = perform(done)
         except Exception as error:  # of a Compute: it belongs to the coroutine that awaits
-            self._scheduler.fail(task, error)
+            self._scheduler.fail(done.task, error)
         else:
-            self._scheduler.resume(task, value)
+            self._scheduler.resume(done.task, value)
+
+    def _choose(self) -> int:
+        """Which of the operations in flight completes now; a Grace waits for those it covers."""
+        if len(self._in_flight) == 1:
+            return 0
+        numbers = {one.number for one in self._in_flight}
+        able = [
+            index
+            for index, one in enumerate(self._in_flight)
+            if not (isinstance(one.operation, Grace) and one.covered & numbers)
+        ]
+        return self.random.choice(able)
 
 
 def simulated(file: Any) -> SimulatedFile:
@@ -326,25 +356,31 @@ def effect_of(operation: Operation) -> Effect | None:
             return None
 
 
-def perform(operation: Operation) -> Any:
-    """The result of an operation that completes now; changes were applied when it was issued."""
-    match operation:
+def look(operation: Read | ReadInto) -> bytes:
+    """What a read finds now."""
+    nbytes = operation.nbytes if isinstance(operation, Read) else len(operation.target)
+    return simulated(operation.file).read(operation.host_offset, nbytes)
+
+
+def perform(done: InFlight) -> Any:
+    """The result of an operation that completes now."""
+    match done.operation:
         case Size():
-            return simulated(operation.file).size
+            return simulated(done.operation.file).size
         case Read():
-            return simulated(operation.file).read(operation.host_offset, operation.nbytes)
+            return look(done.operation) if done.is_late else done.value
         case ReadInto():
-            operation.target.store(simulated(operation.file).read(operation.host_offset, len(operation.target)))
+            done.operation.target.store(look(done.operation) if done.is_late else done.value)
             return None
         case Compute():
-            return operation.function()
+            return done.operation.function()
         case _:
             return None
 
 
 @dataclass(slots=True)
 class Point:
-    """A moment at which death may strike: what is stable, and what is pending in the order it was issued."""
+    """A moment at which death may strike: what is stable, and what is pending in the order it took effect."""
 
     position: int  # entries of the journal that had happened
     stable: SimulatedFile
@@ -380,11 +416,14 @@ def points(journal: list[Entry], initial: SimulatedFile, file: SimulatedFile) ->
             case Issued(number, effect) if effect.file is file:
                 pending[number] = effect
             case Synced(synced, numbers) if synced is file:
-                for number in sorted(numbers & pending.keys()):
+                for number in [number for number in pending if number in numbers]:
                     pending.pop(number).apply(stable)
             case Stored(stored, offset, data) if stored is file.memory:
                 memory.store(offset, data)
                 stores += 1
+            case Completed(number, is_late=True) if number in pending:
+                pending[number] = pending.pop(number)
+                continue
             case Mark():
                 pass
             case _:
