@@ -8,12 +8,15 @@ from typing import Any
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.crash import CrashDriver
 from qcow2.operation import Sync
-from tests.crash.history import SECTOR, Flush, History, pattern
+from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One request of the guest: *kind* is write, zero, discard, flush or reopen; sectors are of 512 bytes."""
+    """One request of the guest: *kind* is write, zero, discard, flush, grow or reopen; sectors are of 512 bytes.
+
+    The first sector of a grow is the length of the disk after it.
+    """
 
     kind: str
     sector: int = 0
@@ -50,6 +53,7 @@ class Guest:
             "zero": self._zero,
             "discard": self._discard,
             "flush": self._flush,
+            "grow": self._grow,
             "reopen": self._nothing,
         }
 
@@ -90,6 +94,14 @@ class Guest:
         self.history.flushes.append(flush)
         await self.image.flush()
         flush.acked = self._note(("acked", action))
+
+    async def _grow(self, action: Action) -> None:
+        """The size is judged as one more sector, stable as soon as growth is acknowledged."""
+        nbytes = action.sector * SECTOR
+        (version,) = self.history.begin({SIZE: size_sector(nbytes)}, self._note(("begin", self.requests, action)))
+        version.is_stable = True
+        await self.image.grow(nbytes)
+        version.acked = self._note(("acked", action))
 
 
 def random_steps(

@@ -16,8 +16,8 @@ from tests.crash.explorer import Explorer, Run, Violation
 from tests.crash.history import SECTOR, History
 from tests.crash.images import KINDS, open_image, start
 from tests.crash.judge import opener
+from tests.crash.mutant import without_syncs
 from tests.crash.workload import Guest, random_steps
-from tests.file.test_crash_mutants import without_syncs
 
 KINDS_OF_1K = [name for name, kind in KINDS.items() if kind.cluster_bits <= 10]
 WATCHED = 800  # sectors

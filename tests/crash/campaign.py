@@ -1,0 +1,145 @@
+"""Workloads by name, run and walked; what a line that a failure printed means.
+
+A workload is a sequence of actions (`allocate+discard+reopen`) or `random-REQUESTSxDEPTH`. A state is
+`SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcow2.driver.crash import CrashDriver
+from tests.crash.explorer import Run, Violation
+from tests.crash.history import SIZE, History, size_sector
+from tests.crash.images import open_image
+from tests.crash.sequence import SORTS, Sort, beginning, fullness, sequences, steps_of
+from tests.crash.walk import Judge, Scene, Walk, recovery
+from tests.crash.workload import Action, Guest, random_action
+
+CACHES = ("writeback", "writethrough")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is done to which image."""
+
+    sort: Sort
+    cache: str
+    seed: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.sort.name}/{self.cache}/{self.seed}/{self.what}"
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        return () if self.what.startswith("random-") else tuple(self.what.split("+"))
+
+    @property
+    def full(self) -> str:
+        return fullness(self.sequence)
+
+
+def run_workload(workload: Workload) -> tuple[Run, int]:
+    """The run, closed at its end; and the length of its journal when the last action began."""
+    begun = beginning(workload.sort, workload.full)
+    file = begun.image.copy()
+    initial = file.copy()
+    driver = CrashDriver(workload.seed)
+    writethrough = workload.cache == "writethrough"
+    beyond = {**begun.beyond, SIZE: size_sector(workload.sort.nsectors * 512)}
+    history = History(begun.contents, writethrough=writethrough, beyond=beyond)
+    image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
+    guest = Guest(driver, image, history)
+    last = 0
+    if workload.sequence:
+        for step in steps_of(workload.sort, workload.sequence):
+            last = len(driver.journal)
+            for action in step:
+                driver.spawn(guest.act(action))
+            driver.finish()
+            if step[0].kind == "reopen":
+                driver.run(guest.image.close())
+                guest.image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
+    else:
+        run_at_random(workload, driver, guest)
+    driver.run(guest.image.close())
+    if guest.failures:
+        raise guest.failures[0]
+    return Run(str(workload), initial, file, driver.journal, history), last
+
+
+def run_at_random(workload: Workload, driver: CrashDriver, guest: Guest) -> None:
+    """Several streams of requests at once, none waits for another."""
+    requests, depth = map(int, workload.what.removeprefix("random-").split("x"))
+    draw = random.Random(workload.seed)
+    nsectors = min(workload.sort.nsectors, 24 * workload.sort.cluster_sectors)
+
+    async def stream(actions: list[Action]) -> None:
+        for action in actions:
+            await guest.act(action)
+
+    actions = [random_action(draw, nsectors, workload.sort.cluster_sectors) for _ in range(requests)]
+    for index in range(depth):
+        driver.spawn(stream(actions[index::depth]))
+    driver.finish()
+
+
+def explore(workload: Workload, scene: Scene, *, only_last: bool = False) -> None:
+    """Visit every state of *workload*; *only_last*, what came before its last action has been visited already.
+
+    Raises: Violation.
+    """
+    try:
+        run, last = run_workload(workload)
+        scene.count.workloads += 1
+        Walk(run, scene, workload.seed).visit(last if only_last else 0)
+    except Violation:
+        raise
+    except Exception as error:  # an engine that cannot even run it
+        raise Violation(f"{workload}/: {type(error).__name__}: {error}") from error
+
+
+def sequences_of(sort: Sort, cache: str, seed: int, length: int) -> Iterator[Workload]:
+    """Every sequence of *length* that makes sense on the sort."""
+    for sequence in sequences(sort, length):
+        yield Workload(sort, cache, seed, "+".join(sequence))
+
+
+def scene_of(workload: Workload, directory: Path | None) -> Scene:
+    """Where the states of *workload*, and of others from the same image, are opened."""
+    return Scene(beginning(workload.sort, workload.full).backing, directory)
+
+
+def parse(line: str) -> tuple[Workload, list[tuple[int, str, list[str]]]]:
+    """A line that a failure printed: the workload, and the deaths one after the other."""
+    sort, cache, seed, what, *deaths = line.split(":")[0].strip().split("/")
+    workload = Workload(SORTS[sort], cache, int(seed), what)
+    parsed = []
+    for death in filter(None, deaths):
+        if death == "recovery":
+            continue
+        position, how, kept = death.split(",")
+        parsed.append((int(position), how, [one for one in kept.split("-") if one]))
+    return workload, parsed
+
+
+def replay(line: str) -> None:
+    """Visit the one state that *line* names. Raises: Violation."""
+    workload, deaths = parse(line)
+    scene = scene_of(workload, None)
+    if not deaths:
+        explore(workload, scene)
+        return
+    run, _ = run_workload(workload)
+    (position, how, kept), *more = deaths
+    power = how == "power"
+    if not more:
+        Walk(run, scene, workload.seed).replay(position, kept, power=power)
+        return
+    initial = Walk(run, scene, workload.seed).disk_at(position, kept, power=power)
+    again = recovery(initial, scene.backing, run.history)
+    walk = Walk(again, scene, workload.seed, judge=Judge(run.history, run.journal), at=(position, power))
+    (position, how, kept) = more[0]
+    walk.replay(position, kept, power=how == "power")

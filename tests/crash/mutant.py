@@ -1,0 +1,226 @@
+"""The engine with one law broken, on purpose: the judges must object to each.
+
+The only code that patches the engine: a mutant is the point of it.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from qcow2.allocation import Allocator
+from qcow2.image import Image
+from qcow2.linklog import LinkLog
+from qcow2.links import Links
+from qcow2.mapping import Mapping
+from qcow2.operation import Spawn, Store
+from qcow2.reaper import Reaper
+from qcow2.refcount import Refcounts
+from qcow2.replay import Outcome
+from qcow2.root import Root
+from qcow2.stability import Stability
+from qcow2.write import Writer
+
+Patch = pytest.MonkeyPatch
+Mutant = Callable[[Patch], None]
+
+
+class Syncless:
+    """A Stability that claims to sync."""
+
+    def __init__(self, stability: Stability) -> None:
+        self._stability = stability
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stability, name)
+
+    async def sync(self) -> None:
+        """Nothing."""
+
+
+def without_syncs(patch: Patch, owner: type) -> None:
+    """Let every sync that *owner* asks for do nothing."""
+    begin = owner.__init__
+
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        self._stability = Syncless(self._stability)
+
+    patch.setattr(owner, "__init__", init)
+
+
+async def nothing(*arguments: Any, **named: Any) -> None:
+    """Claim success."""
+
+
+def flush_does_nothing(patch: Patch) -> None:
+    """Law 2."""
+    patch.setattr(Image, "flush", nothing)
+
+
+def copy_is_linked_before_it_is_stable(patch: Patch) -> None:
+    """Law 3."""
+    without_syncs(patch, Links)
+
+
+def link_comes_before_the_data(patch: Patch) -> None:
+    """Law 3, and 1: what is acknowledged was linked, what is linked was not written."""
+    fill: Callable[..., Awaitable[bool]] = Writer._fill
+
+    async def linked_first(self: Writer, run: Any, guest_offset: int, source: Any, new: range) -> bool:
+        start, bits = self._geometry.round_down(guest_offset), self._geometry.cluster_bits
+        await self._root.allow_uncounted()
+        await self._mapping.link(start, self._entries(len(new), new.start << bits))
+        return await fill(self, run, guest_offset, source, new)
+
+    patch.setattr(Writer, "_fill", linked_first)
+
+
+def waiting_link_is_not_logged(patch: Patch) -> None:
+    """Law 1: a link that only our memory has."""
+    append = LinkLog.append
+
+    def forgetful(self: LinkLog, links: Any) -> Store:
+        append(self, links)
+        return Store(self._memory)
+
+    patch.setattr(LinkLog, "append", forgetful)
+
+
+def log_is_not_replayed(patch: Patch) -> None:
+    """Law 1."""
+
+    async def ignore(*arguments: Any) -> Outcome:
+        return Outcome(is_void=False)
+
+    patch.setattr("tests.crash.images.replay", ignore)
+
+
+def log_forgets_before_the_links_are_written(patch: Patch) -> None:
+    """Law 1."""
+    write: Callable[..., Awaitable[None]] = Links._write
+
+    async def forgetting_first(self: Links, batch: Any, mark: int) -> None:
+        await self._forget(mark)
+        await write(self, batch, mark)
+
+    patch.setattr(Links, "_write", forgetting_first)
+
+
+def changed_though_its_link_waits(patch: Patch) -> None:
+    """Law 1: a commit brings back what a discard or zeros have replaced."""
+    patch.setattr(Links, "is_waiting", lambda self, guest_offset, nclusters: False)
+
+
+def refcounts_are_not_written(patch: Patch) -> None:
+    """Law 4, accurate."""
+
+    async def keep(self: Refcounts, index: int, block: Any, old: bytes) -> None:
+        block.is_changed = True
+
+    patch.setattr(Refcounts, "_write_changed", keep)
+
+
+def dirty_bit_is_not_set(patch: Patch) -> None:
+    """Law 4, lazy."""
+    patch.setattr(Root, "allow_uncounted", nothing)
+
+
+def freed_before_the_link_is_gone(patch: Patch) -> None:
+    """Law 5."""
+    without_syncs(patch, Reaper)
+
+
+def reserved_without_a_sync(patch: Patch) -> None:
+    """Laws 3 and 4: what is handed out is neither counted nor zeros yet."""
+    without_syncs(patch, Allocator)
+
+
+def block_is_written_after_its_pointer(patch: Patch) -> None:
+    """Law 6."""
+    without_syncs(patch, Refcounts)
+
+
+def dirty_bit_is_set_late(patch: Patch) -> None:
+    """Law 4, lazy: the bit is written, and stable only after the links that need it may be."""
+    write: Callable[..., Awaitable[None]] = Root._write
+
+    async def later(self: Root, host_offset: int, packed: bytes, **fields: int) -> None:
+        if "incompatible_features" not in fields or self.header.is_dirty:
+            await write(self, host_offset, packed, **fields)
+            return
+        stability, self._stability = self._stability, Syncless(self._stability)  # type: ignore[assignment]
+        try:
+            await write(self, host_offset, packed, **fields)
+        finally:
+            self._stability = stability
+
+    patch.setattr(Root, "_write", later)
+
+
+def punch_comes_after_the_count(patch: Patch) -> None:
+    """Law 5: a stale punch, which hits whoever was handed the cluster meanwhile."""
+    punch: Callable[..., Awaitable[None]] = Reaper._punch
+
+    async def later(self: Reaper, clusters: list[int]) -> None:
+        await Spawn(punch(self, clusters))
+
+    patch.setattr(Reaper, "_punch", later)
+
+
+def freed_under_transfers(patch: Patch) -> None:
+    """Law 5: no Grace; a write that began when the link stood hits whoever is handed the cluster."""
+
+    async def ungraceful(self: Reaper, batch: list[int]) -> None:
+        await self._stability.sync()
+        await self._count_down(sorted(batch))
+
+    patch.setattr(Reaper, "_release", ungraceful)
+
+
+def slice_load_ignores_links(patch: Patch) -> None:
+    """Law 3: a slice that was read before an entry changed is believed after."""
+    load: Callable[..., Awaitable[None]] = Mapping._load
+
+    async def stale(self: Mapping, guest_offset: int) -> None:
+        self._outdated = Forgetful()
+        await load(self, guest_offset)
+
+    patch.setattr(Mapping, "_load", stale)
+
+
+class Forgetful(set[int]):
+    """A set that nothing is ever in."""
+
+    def __contains__(self, one: object) -> bool:
+        return False
+
+
+def repair_marks_clean_first(patch: Patch) -> None:
+    """Law 8: the dirty bit goes before the refcounts are right."""
+    from qcow2 import repair as module
+
+    repair_all: Callable[..., Awaitable[None]] = module._repair_all
+
+    async def clean_first(verdict: Any) -> None:
+        await module.mark_repaired(verdict.census.file, verdict.census.header)
+        await repair_all(verdict)
+
+    patch.setattr(module, "_repair_all", clean_first)
+
+
+FOUND_BY: dict[Mutant, str] = {
+    flush_does_nothing: "512/writeback/1/overwrite+flush",
+    copy_is_linked_before_it_is_stable: "backing/writethrough/1/copy",
+    link_comes_before_the_data: "backing/writethrough/1/copy",
+    waiting_link_is_not_logged: "backing/writeback/1/copy",
+    log_is_not_replayed: "backing/writeback/1/copy",
+    log_forgets_before_the_links_are_written: "backing/writeback/1/copy",
+    changed_though_its_link_waits: "backing/writeback/1/copy+discard",
+    refcounts_are_not_written: "512/writeback/1/allocate",
+    dirty_bit_is_not_set: "512-lazy/writeback/1/allocate",
+    dirty_bit_is_set_late: "512-lazy/writeback/1/allocate",
+    reserved_without_a_sync: "512/writeback/1/allocate",
+    block_is_written_after_its_pointer: "width-64/writeback/1/block",
+    repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
+}
