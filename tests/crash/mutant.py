@@ -220,6 +220,7 @@ FOUND_BY: dict[Mutant, str] = {
     refcounts_are_not_written: "512/writeback/1/allocate",
     dirty_bit_is_not_set: "512-lazy/writeback/1/allocate",
     dirty_bit_is_set_late: "512-lazy/writeback/1/allocate",
+    freed_before_the_link_is_gone: "compressed/writethrough/1/decompress+decompress+decompress",
     reserved_without_a_sync: "512/writeback/1/allocate",
     block_is_written_after_its_pointer: "width-64/writeback/1/block",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
