@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
 export PYTHON
 
-.PHONY: demo test check vm migrate asan crash kill threads bench compare build-packages guest-packages
+.PHONY: demo test check vm migrate asan kill threads bench compare build-packages guest-packages
 
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -40,10 +40,6 @@ asan: $(VENV)/installed
 threads: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.noring EPERM $(BIN)/pytest tests/file --ignore=tests/file/test_bench.py
 
-# CRASH: options, such as CRASH="--seed 5" for all sequences of up to three actions; a million states without it.
-crash: guest-packages $(VENV)/installed
-	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 1000000)
-
 # KILL: options, such as KILL="--kills 1000 --seed 5 --kind overlay".
 kill: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.kill $(KILL)
@@ -52,6 +48,11 @@ kill: guest-packages $(VENV)/installed
 .PHONY: fuzz fuzz-packages
 fuzz: fuzz-packages $(VENV)/installed-fuzz
 	CLANG=clang $(BIN)/python -m tests.fuzz $(FUZZ)
+
+# CRASH: options, such as CRASH="--seed 5" for all sequences of up to three actions; a million states without it.
+.PHONY: crash
+crash: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 1000000)
 
 # BENCH: cases and options, such as BENCH="read-32 --pairs 3"; all cases and sweeps without it.
 bench: guest-packages $(VENV)/installed-bench
