@@ -68,10 +68,18 @@ class Guest:
         versions = self.history.begin(contents, self._note(("begin", self.requests, action)), binding=binding)
         await change
         if self.history.writethrough:
-            await Sync(self.image.file)
+            await self._sync()
         acked = self._note(("acked", action))
         for version in versions:
             version.acked = acked
+
+    async def _sync(self) -> None:
+        """The group commit of the data plane, and what it tells the image of a failure."""
+        try:
+            await Sync(self.image.file)
+        except OSError as error:
+            self.image.fail(error)
+            raise
 
     async def _write(self, action: Action) -> None:
         sectors = range(action.sector, action.sector + action.nsectors)
