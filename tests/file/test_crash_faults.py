@@ -6,15 +6,15 @@ next; after a failed sync no later one reports success; without a final failure 
 
 import errno
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 
 from qcow2 import operation as op
-from qcow2.driver.crash import CrashDriver, SimulatedFile, piece_bytes, simulated
+from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.image import Image
 from tests.crash.campaign import CACHES
 from tests.crash.explorer import Violation
+from tests.crash.fault import NEVER, Fault
 from tests.crash.history import SECTOR, SIZE, History, size_sector
 from tests.crash.images import open_image
 from tests.crash.opening import look, open_state
@@ -22,40 +22,7 @@ from tests.crash.sequence import SORTS, Beginning, Sort, beginning, fullness, se
 from tests.crash.walk import Judge
 from tests.crash.workload import Action, Guest
 
-HARMLESS = (op.Size, op.Grace, op.Compute, op.Store)  # cannot fail on a host
-NEEDS_SPACE = (op.Write, op.Resize)
-NEVER = 1 << 60
 outcomes: Counter[str] = Counter()
-
-
-@dataclass
-class Fault:
-    """Fails operation number *at* of those that begin while it is armed, and if *for_good* those of its kind after.
-
-    Of a write of data half gets through: a short transfer that could not be carried on.
-    """
-
-    code: int
-    at: int
-    for_good: bool
-    armed: bool = False
-    seen: int = 0
-    hit: op.Operation | None = None
-
-    def __call__(self, operation: op.Operation) -> OSError | None:
-        if not self.armed or isinstance(operation, HARMLESS):
-            return None
-        self.seen += 1
-        if self.code == errno.ENOSPC and not isinstance(operation, NEEDS_SPACE):
-            return None
-        again = self.for_good and self.hit is not None and type(self.hit) is type(operation)
-        if self.seen != self.at and not again:
-            return None
-        self.hit = operation
-        if isinstance(operation, op.Write) and operation.data:
-            content = b"".join(map(piece_bytes, operation.pieces))
-            simulated(operation.file).write(operation.host_offset, content[: len(content) // 1024 * SECTOR])
-        return OSError(self.code, "as told")
 
 
 class Life:

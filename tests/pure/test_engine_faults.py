@@ -4,54 +4,18 @@ A failing case is named by its kind, its seed and the number of the operation th
 """
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 
 from qcow2 import operation as op
-from qcow2.driver.crash import CrashDriver, piece_bytes, simulated
+from qcow2.driver.crash import CrashDriver
 from tests.crash.explorer import Violation
+from tests.crash.fault import NEVER, Fault
 from tests.crash.history import SECTOR, History
 from tests.crash.images import KINDS, check_image, open_image, read_all, start
 from tests.crash.workload import Action, Guest, random_steps
 
 pytestmark = pytest.mark.pure
-
-NEVER = 1 << 60
-HARMLESS = (op.Size, op.Grace, op.Compute)  # cannot fail on a host
-
-
-@dataclass
-class Fault:
-    """Fails operation number *at* of those that began while it is armed; half of a write of data gets through."""
-
-    code: int
-    at: int
-    armed: bool = False
-    seen: int = 0
-    hit: op.Operation | None = None
-
-    def __call__(self, operation: op.Operation) -> OSError | None:
-        if not self.armed or isinstance(operation, HARMLESS):
-            return None
-        self.seen += 1
-        if self.seen != self.at or (self.code == errno.ENOSPC and not isinstance(operation, op.Write | op.Resize)):
-            return None
-        self.hit = operation
-        if isinstance(operation, op.Write) and operation.data:
-            content = b"".join(map(piece_bytes, operation.pieces))
-            simulated(operation.file).write(operation.host_offset, content[: len(content) // 1024 * SECTOR])
-        return OSError(self.code, "as told")
-
-    @contextmanager
-    def during(self) -> Iterator[None]:
-        self.armed = True
-        try:
-            yield
-        finally:
-            self.armed = False
 
 
 class Life:

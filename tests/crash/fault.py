@@ -1,0 +1,53 @@
+"""An operation that fails: which one, how, and for how long."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from qcow2 import operation as op
+from qcow2.driver.crash import piece_bytes, simulated
+from tests.crash.history import SECTOR
+
+HARMLESS = (op.Size, op.Grace, op.Compute, op.Store)  # cannot fail on a host
+NEEDS_SPACE = (op.Write, op.Resize)
+NEVER = 1 << 60
+
+
+@dataclass
+class Fault:
+    """Fails operation number *at* of those that begin while it is armed, and if *for_good* those of its kind after.
+
+    Of a write of data half gets through: a short transfer that could not be carried on.
+    """
+
+    code: int
+    at: int
+    for_good: bool = False
+    armed: bool = False
+    seen: int = 0
+    hit: op.Operation | None = None
+
+    def __call__(self, operation: op.Operation) -> OSError | None:
+        if not self.armed or isinstance(operation, HARMLESS):
+            return None
+        self.seen += 1
+        if self.code == errno.ENOSPC and not isinstance(operation, NEEDS_SPACE):
+            return None
+        again = self.for_good and self.hit is not None and type(self.hit) is type(operation)
+        if self.seen != self.at and not again:
+            return None
+        self.hit = operation
+        if isinstance(operation, op.Write) and operation.data:
+            content = b"".join(map(piece_bytes, operation.pieces))
+            simulated(operation.file).write(operation.host_offset, content[: len(content) // 1024 * SECTOR])
+        return OSError(self.code, "as told")
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """Armed inside `with`."""
+        self.armed = True
+        try:
+            yield
+        finally:
+            self.armed = False
