@@ -1,5 +1,6 @@
 """The daemon as a process: requests and their effect on the file, cache modes by their syncs, visitors in turn."""
 
+import contextlib
 import json
 import os
 import signal
@@ -439,3 +440,24 @@ def test_killed_daemon_leaves_the_image_unlocked(image: Path) -> None:
         daemon.kill()
     with raw(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         assert guest.read(0, 65536) == PATTERN
+
+
+def test_stopped_ring_is_not_touched_and_its_driver_not_called(daemon: Daemon) -> None:
+    with FrontEnd(daemon.socket_path, queues=2) as guest:
+        for slot in range(32):
+            guest.submit(IN, slot << 16, nbytes=65536)
+        base = guest.stop_queue()
+        done = guest.reap()
+        assert len(done) == base  # what was fetched is answered, the rest is where it was
+        os.set_blocking(guest.queues[0].call, False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(guest.queues[0].call)
+        guest.submit(IN, 0, nbytes=512)
+        before = bytes(guest.bytes)
+        guest.queues[1].submit(OUT, 0, bytes(512))  # the other ring goes on, the daemon has looked around
+        while not list(guest.queues[1].reap()):
+            guest.wait_for_call()
+        zone = len(before) // 2
+        assert bytes(guest.bytes[:zone]) == before[:zone]
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(guest.queues[0].call)
