@@ -1,6 +1,6 @@
 """A guest that writes and verifies moves between two QEMUs, each with a daemon of its own, on one image.
 
-`make migrate` moves it ten times; a shorter journey is a part of `make test`.
+`make migrate` moves it ten times, in each of the ways below; a shorter journey is a part of `make test`.
 """
 
 import os
@@ -37,10 +37,13 @@ JOB = f"""
 class Hosts:
     """Two daemons on one image, and the QEMU that has the guest now; a context manager."""
 
-    def __init__(self, boot: Boot, image: Path, *options: str) -> None:
+    def __init__(self, boot: Boot, image: Path, options: list[str], properties: str, cpus: int) -> None:
+        """*options* are the daemons', *properties* the disk's."""
         self._boot = boot
         self._image = image
         self._options = options
+        self._properties = properties
+        self._cpus = cpus
         self._stack = ExitStack()
         self._moves = 0
 
@@ -62,9 +65,10 @@ class Hosts:
         return Backend([*command, *options], path)
 
     def _start(self, stack: ExitStack, daemon: Backend, *arguments: str) -> Guest:
-        disk = vhost_user_disk(daemon.socket_path)
+        *chardev, device = vhost_user_disk(daemon.socket_path)
+        disk = [*chardev, f"{device},{self._properties}"]
         flag = ["-device", "virtio-rng-pci,id=flag,addr=0x1e"]
-        guest = stack.enter_context(self._boot(JOB, [*disk, *flag, *arguments]))
+        guest = stack.enter_context(self._boot(JOB, [*disk, *flag, *arguments], cpus=self._cpus))
         capabilities = [
             {"capability": "events", "state": True},
             {"capability": "pause-before-switchover", "state": True},
@@ -108,9 +112,15 @@ def wait_for_migration(guest: Guest, status: str) -> None:
         assert now != "failed", "the migration failed"
 
 
-@pytest.fixture
-def hosts(boot: Boot, lazy_image: Path) -> Iterator[Hosts]:
-    with Hosts(boot, lazy_image) as running:
+WAYS = {
+    "writeback": ([], "num-queues=1", 1),
+    "writethrough, four queues": (["--cache=writethrough", "--lazy-refcounts=off"], "num-queues=4", 4),
+}
+
+
+@pytest.fixture(params=WAYS if MIGRATIONS > 2 else ["writeback"])
+def hosts(request: pytest.FixtureRequest, boot: Boot, lazy_image: Path) -> Iterator[Hosts]:
+    with Hosts(boot, lazy_image, *WAYS[request.param]) as running:
         running.guest.wait_for("verified 1", 120)
         yield running
         # Whatever was done to it, the guest goes on: it verifies its last round, too.
