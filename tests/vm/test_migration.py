@@ -18,17 +18,23 @@ from tests.vm.tool import run
 MIGRATIONS = int(os.environ.get("MIGRATIONS", "2"))
 PATIENCE = 240  # seconds for one migration under load, on a machine that emulates three processors on two
 FLAG = "/sys/bus/pci/devices/0000:00:1e.0"  # a device whose removal tells the job to end
+FIO = "fio --directory=/mnt --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --output=/tmp/log"
+# The reader's buffers are written by nobody but the device: a page that it did not log is an old one after the move.
 JOB = f"""
     test -e {FLAG}
     mkfs.ext4 -q /dev/vda
     mount /dev/vda /mnt
+    {FIO} --name=read --rw=write --bs=64k --size=16M --do_verify=0
+    while test -e {FLAG}; do
+        {FIO}.read --name=read --rw=randread --bs=64k --size=16M --iodepth=32 --time_based --runtime=4
+    done &
     round=0
     while test -e {FLAG}; do
-        fio --name=job --directory=/mnt --ioengine=libaio --direct=1 --rw=randwrite --bsrange=512-64k \\
-            --blockalign=512 --size=8M --iodepth=16 --verify=crc32c --verify_fatal=1 --fsync=64 --output=/tmp/log
+        {FIO} --name=write --rw=randwrite --bsrange=512-64k --blockalign=512 --size=4M --iodepth=16 --fsync=64
         round=$((round + 1))
         echo "verified $round"
     done
+    wait $!
     umount /mnt
     e2fsck -fn /dev/vda
 """
@@ -106,6 +112,14 @@ class Hosts:
             self.guest.command("migrate_cancel")
             wait_for_migration(self.guest, "cancelled")
 
+    def finish(self) -> None:
+        """Let the guest end its job, in which it verifies what it has written last, and both daemons after it."""
+        self.guest.unplug("flag")
+        self.guest.finish(PATIENCE)
+        for daemon in self.daemons:
+            daemon.stop()
+        run("qemu-img", "check", self._image)
+
 
 def wait_for_migration(guest: Guest, status: str) -> None:
     while (now := guest.wait_for_event("MIGRATION")["status"]) != status:
@@ -121,22 +135,18 @@ WAYS = {
 @pytest.fixture(params=WAYS if MIGRATIONS > 2 else ["writeback"])
 def hosts(request: pytest.FixtureRequest, boot: Boot, lazy_image: Path) -> Iterator[Hosts]:
     with Hosts(boot, lazy_image, *WAYS[request.param]) as running:
-        running.guest.wait_for("verified 1", 120)
+        running.guest.wait_for("verified 1", PATIENCE)
         yield running
-        # Whatever was done to it, the guest goes on: it verifies its last round, too.
-        running.guest.unplug("flag")
-        running.guest.finish(120)
-        for daemon in running.daemons:
-            daemon.stop()
-    run("qemu-img", "check", lazy_image)
 
 
 def test_guest_moves_back_and_forth_and_what_it_wrote_verifies(hosts: Hosts) -> None:
     for _move in range(MIGRATIONS):
         hosts.move()
         hosts.guest.wait_for("verified", PATIENCE)
+    hosts.finish()
 
 
 def test_guest_stays_when_its_migration_is_cancelled(hosts: Hosts) -> None:
     hosts.cancel("active")
     hosts.cancel("pre-switchover")  # its rings have stopped, its daemon has let go of the image
+    hosts.finish()
