@@ -236,18 +236,15 @@ class Connection:
         if writeback:
             switched.set_result(None)
         else:
-            self._device.backend.settle(lambda result: switched.set_result(None))
+            self._device.settle(lambda: switched.set_result(None))
         return switched
 
     def _drain(self, index: int) -> "Future[int]":
-        """Begin to drain a queue; the future is its base, once the files hold what it wrote: they may be copied then.
-
-        A backend that cannot settle has said so, and takes no more writes.
-        """
+        """Begin to drain a queue; the future is its base, once files that may be copied then hold what it wrote."""
         stopped: Future[int] = Future()
 
         def settle(base: int) -> None:
-            self._device.backend.settle(lambda result: stopped.set_result(base))
+            self._device.settle(lambda: stopped.set_result(base))
 
         self._worker.drain_queue(index, settle)
         return stopped

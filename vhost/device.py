@@ -98,6 +98,16 @@ class Device:
             if self._was_taken:
                 self._let_go()
 
+    def settle(self, done: Callable[[], None]) -> None:
+        """On the worker: *done()* once files alone hold all that has completed, as they do while nothing is attached.
+
+        A backend that cannot settle has said so, and takes no more writes.
+        """
+        if self.is_attached:
+            self.backend.settle(lambda _result: done())
+        else:
+            done()
+
     def _attach(self) -> None:
         if self.is_attached:
             return

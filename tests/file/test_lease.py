@@ -99,9 +99,9 @@ def test_destination_knows_the_size_while_the_source_has_the_image(pair: tuple[D
 class WaitingFrontEnd(FrontEnd):
     """Has said all but where its rings are, as a QEMU that waits for a migration."""
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, *, features: int = F_FLUSH) -> None:
         self.waits = True
-        super().__init__(socket_path)
+        super().__init__(socket_path, features=features)
         self.waits = False
 
     def start_queue(self, base: int, index: int = 0) -> None:
@@ -132,6 +132,15 @@ def test_image_that_another_has_ends_the_connection_and_the_next_may_have_it(pai
     (line,) = destination.process.stderr.read().splitlines()
     assert line.startswith("vhost-user-qcow2: connection closed: ")
     assert "is another process using the image?" in line
+
+
+def test_front_end_that_cannot_flush_may_wait_for_the_image(pair: tuple[Daemon, Daemon]) -> None:
+    source, destination = pair
+    with FrontEnd(source.socket_path) as guest:
+        with WaitingFrontEnd(destination.socket_path, features=0) as waiting:  # writethrough, of nothing yet
+            guest.stop_queue()
+            waiting.start_queue(base=0)
+            waiting.write(0, b"\1" * 512)
 
 
 def test_daemon_without_incoming_needs_the_image_at_its_start(image: Path) -> None:
