@@ -129,6 +129,7 @@ def wait_for_migration(guest: Guest, status: str) -> None:
 WAYS = {
     "writeback": ([], "num-queues=1", 1),
     "writethrough, four queues": (["--cache=writethrough", "--lazy-refcounts=off"], "num-queues=4", 4),
+    "packed rings": (["--cache=none"], "num-queues=2,packed=on", 2),
 }
 
 
