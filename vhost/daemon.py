@@ -11,7 +11,7 @@ from ring.counter import Counters
 from vhost.channel import Channel, Hangup
 from vhost.connection import Connection
 from vhost.device import Device
-from vhost.endpoint import Endpoint
+from vhost.endpoint import Endpoint, is_stopping
 from vhost.message import ProtocolViolation
 from vhost.session import Session
 from virtio.block import Backend, Unavailable
@@ -55,6 +55,10 @@ def receive_visitors(endpoint: Endpoint, stop_fd: int, device: Device) -> None:
         session = Session(device.offer, wce=wce)
         with Connection(Channel(visitor), session, device) as connection:
             _serve(connection, stop_fd)
+            if is_stopping(stop_fd):
+                # Before this front-end sees us go: QEMU 7.2 comes back within a second, and if whom it finds then ends
+                # while they greet each other, it never tries again. A refusal it takes well.
+                endpoint.refuse()
         wce = session.wce
 
 

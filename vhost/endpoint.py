@@ -35,6 +35,17 @@ class Endpoint:
             except (BlockingIOError, ConnectionAbortedError):
                 continue  # it left before we came
             yield visitor
+            if self.unix_socket.fileno() < 0:
+                return
+
+    def refuse(self) -> None:
+        """Take no more visitors: who comes now is refused at once."""
+        if self.is_listening:
+            self.unix_socket.close()
+
+
+def is_stopping(stop_fd: int) -> bool:
+    return bool(select.select([stop_fd], [], [], 0)[0])
 
 
 def _is_readable(fd: int, stop_fd: int) -> bool:
