@@ -1,5 +1,6 @@
 """How qcow2 writers elsewhere lost data, each replayed against ours; the title of a test names the class of the bug."""
 
+import errno
 import random
 import shutil
 import subprocess
@@ -11,8 +12,13 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.buffer import MemoryBuffer
+from qcow2.driver.crash import CrashDriver, SimulatedFile, points
+from qcow2.operation import Zero
+from tests import engine
 from tests.builder import Built, Recipe, build
 from tests.builder.record import BACKING_FORMAT, COPIED, LAZY_REFCOUNTS
+from tests.crash.images import open_image
 from tests.frontend import FLUSH, OK, FrontEnd
 from tests.load import Load
 from tests.oracle import (
@@ -340,3 +346,51 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2048
+
+
+# Dropped I/O result (e737d61a): a punch that failed is reported as done, and what should be gone shows
+
+
+def test_a_failed_punch_uncovers_nothing() -> None:
+    bench = engine.set_up(64 * 512, seed=3)
+    bench.write(0, b"\xaa" * (32 * 512))
+    bench.breaker.fault = lambda operation: OSError(errno.EIO, "no punch") if isinstance(operation, Zero) else None
+    bench.driver.run(bench.image.write_zeroes(512, 20 * 512, unmap=True))
+    bench.driver.run(bench.image.discard(25 * 512, 7 * 512))
+    bench.breaker.fault = None
+    expected = b"\xaa" * 512 + bytes(20 * 512) + b"\xaa" * (4 * 512) + bytes(7 * 512)
+    for cluster in range(32, 64):  # parts of clusters, so that what is under the rest shows
+        bench.write(cluster * 512, b"\xbb" * 100)
+        expected += (b"\xbb" * 100).ljust(512, b"\0")
+    assert_same_bytes(bench.content(), expected)
+    bench.close()
+    assert_same_bytes(bench.reopened_content(), expected)
+
+
+# Flush in name only (rublk): metadata is written after the last sync
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["accurate", "lazy"])
+def test_nothing_is_pending_once_a_flush_is_done(lazy: bool) -> None:
+    bench = engine.set_up(64 * 512, lazy=lazy)
+    initial = SimulatedFile("disk", {}, 0)
+    for start in range(0, 64 * 512, 8 * 512):
+        bench.write(start, b"\xcc" * 1000)
+        bench.driver.run(bench.image.flush())
+    *_, last = points(bench.driver.journal, initial, bench.file)
+    assert [effect for _, effect in last.pending if effect.kind == "write"] == []
+
+
+# Metadata only in the process: SIGKILL of the backend while the guest lives
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["accurate", "lazy"])
+def test_an_acknowledged_write_needs_no_process(lazy: bool) -> None:
+    bench = engine.set_up(64 * 512, lazy=lazy, base=b"\x11" * (64 * 512))
+    bench.write(512, b"\xdd" * 700)
+    alone = CrashDriver()
+    file = bench.file.after_kill()
+    image = alone.run(open_image(file, bench.base))
+    target = bytearray(64 * 512)
+    alone.run(image.read(0, MemoryBuffer(memoryview(target))))
+    assert_same_bytes(target, b"\x11" * 512 + b"\xdd" * 700 + b"\x11" * (61 * 512 + 324))
