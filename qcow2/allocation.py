@@ -5,6 +5,7 @@ length, and reads as zeros, stable too. So whoever gets one may write plain data
 """
 
 import errno
+import os
 from contextlib import suppress
 
 from qcow2.error import CorruptImage
@@ -16,6 +17,7 @@ from qcow2.refcount import Refcounts
 from qcow2.root import Root
 from qcow2.stability import NO_SPACE, Stability
 from qcow2.statistics import Statistics
+from qcow2.stock import Stock
 
 NO_ROOM = (*NO_SPACE, errno.EFBIG)
 FIRST_RUN_BYTES = 256 << 10
@@ -50,10 +52,10 @@ class Allocator:
         self._statistics = statistics
         self._file_size = file_size
         self._opened_size = file_size  # what was in the file before us is not cut off
-        self._run: list[range] = []  # reserved, not yet handed out
+        self._stock = Stock()  # reserved, not yet handed out
+        mapping.cache.set_stock(self._stock.native)
         self._under_way: Signal | None = None  # of the reservation in progress
         self._cursor = 0  # no cluster below it is free, as far as is known
-        self._left = 0  # clusters in the run
         self._low = 0  # at so many the next reservation begins
         self._next_bytes = FIRST_RUN_BYTES
         self._max_bytes = MAX_LAZY_RUN_BYTES if root.is_lazy else MAX_RUN_BYTES
@@ -63,24 +65,38 @@ class Allocator:
 
         Raises: OSError; ENOSPC leaves everything as it was. CorruptImage.
         """
-        while not self._run:
+        await self.collect()
+        while not self._stock:
             await self._refill(nclusters)
         self._stability.require_trust()
-        taken = self._take(nclusters)
-        if self._left <= self._low and self._under_way is None:
-            self._under_way = Signal()
-            await Spawn(self._reserve_ahead(self._under_way))
+        taken = self._stock.take(nclusters)
+        if len(self._stock) <= self._low and self._under_way is None:
+            await Spawn(self._reserve_ahead(self._begin()))
         return taken
 
-    def _take(self, nclusters: int) -> range:
-        extent = self._run[0]
-        taken, rest = extent[:nclusters], extent[nclusters:]
-        if rest:
-            self._run[0] = rest
-        else:
-            del self._run[0]
-        self._left -= len(taken)
-        return taken
+    def _begin(self) -> Signal:
+        """A reservation begins: until it has ended the extent map may take all that is left."""
+        self._stock.keep(0)
+        self._under_way = Signal()
+        return self._under_way
+
+    def allow_links(self) -> None:
+        """What must be stable before a cluster of the stock may be linked is: the extent map may link them, too."""
+        self._stock.open()
+
+    async def collect(self) -> None:
+        """See to what the extent map has done meanwhile."""
+        linked = self._stock.take_linked()
+        self._statistics.clusters_allocated += linked
+        self._statistics.metadata_writes += linked
+        if spoiled := self._stock.take_spoiled():
+            await self._reaper.free(spoiled)
+
+    def require_links(self) -> None:
+        """Raises: OSError(EIO) if an L2 entry of the extent map's could not be written: no more writes then."""
+        if number := self._stock.error:
+            self._stability.fail(OSError(number, os.strerror(number), self._file.path))
+        self._stability.require_trust()
 
     def reuse(self, cluster: int) -> None:
         """*cluster* has become free: look there again."""
@@ -147,8 +163,7 @@ class Allocator:
         if self._under_way is not None:
             await self._under_way.wait()
             return
-        self._under_way = Signal()
-        await self._reserve_once(max(nclusters, self._run_length()), self._under_way)
+        await self._reserve_once(max(nclusters, self._run_length()), self._begin())
 
     async def _reserve_ahead(self, ended: Signal) -> None:
         """Reserve the next run before the last cluster of this one is taken, so that nobody waits for its sync."""
@@ -160,6 +175,7 @@ class Allocator:
             await self._reserve_what_fits(wanted)
         finally:
             self._under_way = None
+            self._stock.keep(self._low)
             ended.set()
 
     async def _reserve_what_fits(self, wanted: int) -> None:
@@ -207,9 +223,8 @@ class Allocator:
         if not found:
             return False
         await self._stability.sync()
-        self._run += filter(None, counted)
-        self._left = sum(map(len, self._run))
-        self._low = self._left // 2
+        self._stock.add(filter(None, counted))
+        self._low = len(self._stock) // 2
         return True
 
     async def _find(self, wanted: int, *, may_grow: bool) -> list[range]:
@@ -310,10 +325,9 @@ class Allocator:
         Raises: OSError, also if the image referred to such a cluster, free as it was, and has let go of it meanwhile.
         """
         try:
-            for extent in self._run:
+            for extent in self._stock.take_all():
                 await self._refcounts.add(extent, -1)
         except OverflowError as error:
             contradiction = OSError(errno.EIO, str(error), self._file.path)
             self._stability.fail(contradiction)
             raise contradiction from error
-        self._run.clear()

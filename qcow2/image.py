@@ -167,7 +167,7 @@ class Image:
     def _writable(self) -> "Changes":
         if self._changes is None:
             raise OSError(errno.EROFS, "opened read-only", self.file.path)
-        self._stability.require_trust()
+        self._changes.require_trust()
         return self._changes
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
@@ -274,11 +274,16 @@ class Changes:
             geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
         )
 
+    def require_trust(self) -> None:
+        """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""
+        self._allocator.require_links()
+
     async def settle(self) -> None:
         """Bring the disk in the state of a clean close."""
         await self.links.close()
+        await self._allocator.collect()
         await self._reaper.drain()
-        self._stability.require_trust()
+        self.require_trust()
         await self._allocator.settle()
         await self._stability.sync()
         await self.root.mark_clean()

@@ -1,48 +1,10 @@
 /* See l2cache.h. Slots are found through chained hash buckets and given up by the CLOCK rule. */
-#include "qcow2/l2cache.h"
+#include "qcow2/l2map.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
-#define FLAG_COPIED (UINT64_C(1) << 63)
-#define FLAG_COMPRESSED (UINT64_C(1) << 62)
-#define FLAG_ZERO UINT64_C(1)
-#define L2_RESERVED UINT64_C(0x3f000000000001fe)
-#define MAX_SLICE_BITS 9 /* 512 entries, 4 KiB */
-#define NONE UINT32_MAX
-
-struct l2map {
-    uint32_t cluster_bits;
-    uint32_t slice_bits; /* log2 of the entries in a slice */
-    uint32_t version;
-    uint64_t size;
-
-    const uint64_t *l1;
-    uint64_t l1_nentries;
-    const uint64_t *metadata;
-    size_t nmetadata;
-    uint64_t file_end;
-
-    uint32_t slot;
-    int writable;
-    int has_backing;
-    extent_translate backing_translate;
-    void *backing_context;
-    uint64_t backing_size;
-
-    uint32_t nslots;
-    uint32_t nused;
-    uint32_t hand;
-    uint32_t bucket_mask;
-    uint64_t *entries;   /* nslots slices, host byte order */
-    uint64_t *slice_of;  /* slot -> slice number */
-    uint32_t *next;      /* slot -> next slot of the same bucket */
-    uint32_t *buckets;   /* bucket -> first slot */
-    uint8_t *referenced; /* slot -> used since the hand last passed */
-};
 
 struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots)
 {
@@ -139,7 +101,7 @@ static uint32_t *bucket_of(struct l2map *map, uint64_t slice)
     return &map->buckets[(slice * UINT64_C(0x9e3779b97f4a7c15) >> 32) & map->bucket_mask];
 }
 
-static uint32_t find(struct l2map *map, uint64_t slice)
+uint32_t l2map_find(struct l2map *map, uint64_t slice)
 {
     uint32_t slot = *bucket_of(map, slice);
 
@@ -175,15 +137,10 @@ static uint32_t take_slot(struct l2map *map)
     return slot;
 }
 
-static uint64_t *slice_entries(struct l2map *map, uint32_t slot)
-{
-    return map->entries + ((size_t)slot << map->slice_bits);
-}
-
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data)
 {
     size_t nentries = (size_t)1 << map->slice_bits;
-    uint32_t slot = find(map, slice);
+    uint32_t slot = l2map_find(map, slice);
     uint64_t *entries;
 
     if (slot == NONE) {
@@ -204,7 +161,7 @@ void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data)
 void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entries, size_t n)
 {
     uint64_t cluster = guest_offset >> map->cluster_bits;
-    uint32_t slot = find(map, cluster >> map->slice_bits);
+    uint32_t slot = l2map_find(map, cluster >> map->slice_bits);
 
     if (slot != NONE)
         memcpy(slice_entries(map, slot) + (cluster & ((UINT64_C(1) << map->slice_bits) - 1)), entries,
@@ -316,7 +273,7 @@ void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, s
     memset(out, 0, sizeof(*out));
     nbytes = least(nbytes, covered - in_cluster);
     out->nbytes = nbytes;
-    slot = find(map, cluster >> map->slice_bits);
+    slot = l2map_find(map, cluster >> map->slice_bits);
     if (slot == NONE)
         return;
     entries = slice_entries(map, slot) + index;
@@ -335,7 +292,7 @@ void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, s
 }
 
 /* What shows through an unallocated run: the backing image's answer, clipped; zeros past its end or without one. */
-static void translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct extent *out)
+void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct extent *out)
 {
     memset(out, 0, sizeof(*out));
     out->nbytes = nbytes;
@@ -361,14 +318,19 @@ static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nby
         out->host_offset = run.host_offset;
     } else if (!is_write && (run.kind == L2_ZERO_PLAIN || run.kind == L2_ZERO_ALLOCATED)) {
         out->kind = EXTENT_ZERO;
+    } else if (is_write && (run.kind == L2_UNALLOCATED || run.kind == L2_ZERO_PLAIN)) {
+        uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
+
+        out->kind = map->stock && map->writable ? EXTENT_FRESH : EXTENT_PUNT;
+        out->nbytes = least(run.nbytes, (UINT64_C(1) << map->cluster_bits) - in_cluster);
     } else if (!is_write && run.kind == L2_UNALLOCATED) {
-        translate_backing(map, guest_offset, run.nbytes, out);
+        l2map_translate_backing(map, guest_offset, run.nbytes, out);
     }
 }
 
 static int extends(const struct extent *extent, const struct extent *after)
 {
-    if (after->kind != extent->kind || extent->kind == EXTENT_PUNT)
+    if (after->kind != extent->kind || extent->kind == EXTENT_PUNT || extent->kind == EXTENT_FRESH)
         return 0;
     return extent->kind == EXTENT_ZERO ||
            (after->slot == extent->slot && after->host_offset == extent->host_offset + extent->nbytes);

@@ -34,6 +34,7 @@ struct l2_run {
 #define SLOT_UNKNOWN UINT32_MAX
 
 struct l2map;
+struct stock;
 
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
 struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots);
@@ -52,6 +53,12 @@ void l2map_set_file(struct l2map *map, uint32_t slot, int writable);
 /* What shows where nothing is allocated; has_backing with translate NULL: only Python can tell. */
 void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size);
 
+/* Let the map's places come from the stock, which is borrowed; NULL: it has none. */
+void l2map_set_stock(struct l2map *map, struct stock *stock);
+/* Python holds, or waits for, the guest clusters from first to last: their entries are its to change. */
+void l2map_lock(struct l2map *map, uint64_t first, uint64_t last);
+void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last);
+
 /* Put a slice in the cache: `data` as in the file. Evicts another one if need be. */
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);
 /* n entries from guest_offset on are now `entries`; ignored if the slice is not in the cache. They lie in one slice. */
@@ -61,6 +68,8 @@ void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, s
 /* extent_translate over a struct l2map. */
 void l2map_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
 uintptr_t l2map_translate_address(void);
+/* struct extent_places over a struct l2map, in fresh.c. */
+uintptr_t l2map_places_address(void);
 
 /* A file that is its own mapping: extent_translate over it. */
 struct rawmap {

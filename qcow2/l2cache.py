@@ -34,10 +34,11 @@ class Run(NamedTuple):
 
 
 class ExtentMap(NamedTuple):
-    """The two halves of an `extent_translate`; valid as long as the image is open."""
+    """An `extent_translate`, its context, and its `struct extent_places` if any; valid while the image is open."""
 
     translate_address: int
     context_address: int
+    places_address: int = 0
 
 
 class L2Cache:
@@ -55,11 +56,13 @@ class L2Cache:
         self._l1: Any = None
         self._metadata: Any = None
         self._backing: object = None
+        self._stock: Any = None
 
     @property
     def extent_map(self) -> ExtentMap:
         """The addresses the worker takes."""
-        return ExtentMap(lib.l2map_translate_address(), int(ffi.cast("uintptr_t", self._map)))
+        context = int(ffi.cast("uintptr_t", self._map))
+        return ExtentMap(lib.l2map_translate_address(), context, lib.l2map_places_address())
 
     def _slots(self) -> int:
         """How many slices to hold: no more than the disk has."""
@@ -96,9 +99,22 @@ class L2Cache:
     def set_backing(self, extent_map: ExtentMap | None, size: int, owner: object) -> None:
         """Let unallocated clusters show what *extent_map*, kept alive by *owner*, says; None: only Python can tell."""
         self._backing = owner
-        translate, context = extent_map or (0, 0)
+        translate, context = extent_map[:2] if extent_map else (0, 0)
         pointers = ffi.cast("extent_translate", translate), ffi.cast("void *", context)
         lib.l2map_set_backing(self._map, True, *pointers, size)
+
+    def set_stock(self, stock: Any) -> None:
+        """Let writes that find nothing take clusters from *stock*, a `struct stock`, which is borrowed."""
+        self._stock = stock
+        lib.l2map_set_stock(self._map, stock)
+
+    def lock(self, first: int, last: int) -> None:
+        """Somebody holds, or waits for, these guest clusters: the extent map leaves their entries alone."""
+        lib.l2map_lock(self._map, first, last)
+
+    def unlock(self, first: int, last: int) -> None:
+        """Take one `lock` of exactly this range back."""
+        lib.l2map_unlock(self._map, first, last)
 
     def load(self, slice_number: int, data: bytes) -> None:
         """Put a slice, as it is in the file, into the cache."""

@@ -17,6 +17,7 @@ from qcow2.operation import File, Read, Signal
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
+KNOWN_SLICES = 16  # of a new table: all of it with clusters of 64 KiB
 MISS, BAD = int(Kind.MISS), int(Kind.BAD)
 
 
@@ -205,6 +206,16 @@ class Mapping:
         held = self._held.get(self.geometry.slice_of(guest_offset))
         first = self.geometry.cluster_of(guest_offset)
         return held is not None and any(cluster in held for cluster in range(first, first + nclusters))
+
+    def know_empty(self, guest_offset: int) -> None:
+        """The L2 table of *guest_offset* is new: its slices, a few at most, need not be read to be known."""
+        geometry = self.geometry
+        in_table = geometry.cluster_size // geometry.slice_bytes
+        number = geometry.slice_of(guest_offset)
+        first = number // in_table * in_table if in_table <= KNOWN_SLICES else number
+        end = min(first + in_table, first + KNOWN_SLICES, geometry.slice_of(geometry.size - 1) + 1)
+        for empty in range(first, end):
+            self.cache.load(empty, bytes(geometry.slice_bytes))
 
     async def set_table(self, guest_offset: int, host_offset: int) -> None:
         """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""

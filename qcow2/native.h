@@ -6,6 +6,7 @@
 
 #include "qcow2/l2cache.h"
 #include "qcow2/refcount.h"
+#include "qcow2/stock.h"
 #include "qcow2/tally.h"
 
 /* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */

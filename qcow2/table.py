@@ -71,4 +71,6 @@ class Tables:
             await self._stability.sync()  # entries that are lost would uncover the backing file or zeros (law 3)
         await self._root.allow_uncounted()
         await self._mapping.set_table(guest_offset, host_offset)
+        if not old:
+            self._mapping.know_empty(guest_offset)
         await self._reaper.free(old)

@@ -41,7 +41,7 @@ class Writer:
         links: Links,
         statistics: Statistics,
     ) -> None:
-        self.locks = RangeLocks()
+        self.locks = RangeLocks(mapping.cache)
         self._file = file
         self._geometry = geometry
         self._mapping = mapping
@@ -123,6 +123,7 @@ class Writer:
         try:
             covers_something = await self._fill(run, guest_offset, source, new)
             await self._root.allow_uncounted()
+            self._allocator.allow_links()
             if covers_something:
                 await self._link_over(run, first, len(new), host_offset)
             else:

@@ -13,6 +13,7 @@ enum extent_kind {
     EXTENT_PUNT = 0, /* only Python can tell, or the range needs an allocation, a copy, an error */
     EXTENT_DATA = 1, /* the bytes at host_offset of the file in `slot` */
     EXTENT_ZERO = 2, /* reads as zeros; never given for a write */
+    EXTENT_FRESH = 3, /* for a write: nothing is here, and the map may have a place for it; see below */
 };
 
 struct extent {
@@ -27,5 +28,30 @@ struct extent {
  * host bytes in place is all there is to do. */
 typedef void (*extent_translate)(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
                                  struct extent *out);
+
+/* A place that the map has set aside for bytes which have none. */
+struct extent_place {
+    uint32_t slot;
+    uint32_t entry_nbytes;
+    uint64_t host_offset;  /* the bytes are written here; around them are zeros */
+    uint64_t entry_offset; /* then, here, the entry that makes them the guest's */
+    uint8_t entry[8];
+    uint64_t guest_offset;
+};
+
+enum extent_outcome {
+    EXTENT_UNTOUCHED, /* nothing was written to the place */
+    EXTENT_SPOILED,   /* something may have been; the entry was not */
+    EXTENT_LINKED,    /* all was written */
+};
+
+/* What a map offers besides for EXTENT_FRESH; a map without it has none. `take`
+ * sets a place aside: -> 0, or -EAGAIN, only Python can. `settle` says what came
+ * of it; nothing else is asked of the map in between. error: of the entry's
+ * write, else 0. -> 0, or < 0: the image takes no more writes. */
+struct extent_places {
+    int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out);
+    int (*settle)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);
+};
 
 _Static_assert(sizeof(struct extent) == 24, "struct extent is shared between extensions");

@@ -6,10 +6,11 @@ from ring.native import Pointer, ffi, lib
 
 
 class ExtentMap(NamedTuple):
-    """The two halves of `extent_translate`: valid as long as its owner lives."""
+    """An `extent_translate`, its context, its `struct extent_places` if any: valid as long as their owner lives."""
 
     translate_address: int
     context_address: int
+    places_address: int = 0
 
 
 class IdentityMap:

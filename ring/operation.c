@@ -68,27 +68,31 @@ static void trace_transfer(struct worker *worker, struct operation *operation, c
                                           gather->iovecs, gather->count);
 }
 
-/* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: io_uring is to do it. */
-static int transfer_at_once(struct worker *worker, struct operation *operation, const struct gather *gather)
+static bool is_at_once(const struct file *file, uint64_t nbytes, uint64_t now)
+{
+    return file->immediate && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
+}
+
+/* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */
+static int transfer_now(struct worker *worker, struct operation *operation, const struct gather *gather)
 {
     struct file *file = &worker->files[operation->slot];
-    uint64_t host_offset = operation->host_offset + operation->progress, now = pace_now();
+    uint64_t host_offset = operation->host_offset + operation->progress, began = pace_now();
     ssize_t result;
 
-    operation->direct = operation->data && file->direct_fd >= 0 && gather_is_aligned(gather, file, host_offset);
-    if (!file->immediate || operation->direct || gather->nbytes > PACE_NBYTES || !pace_allows(&file->pace, now))
-        return -EAGAIN;
     trace_transfer(worker, operation, gather);
-    if (operation->verb == VERB_READ)
-        result = preadv2(file->fd, gather->iovecs, gather->count, host_offset, RWF_NOWAIT);
-    else
-        result = pwritev2(file->fd, gather->iovecs, gather->count, host_offset, 0);
+    do {
+        if (operation->verb == VERB_READ)
+            result = preadv2(file->fd, gather->iovecs, gather->count, host_offset, RWF_NOWAIT);
+        else
+            result = pwritev2(file->fd, gather->iovecs, gather->count, host_offset, 0);
+    } while (result < 0 && errno == EINTR);
     if (result < 0)
-        result = errno == EINTR || errno == EOPNOTSUPP ? -EAGAIN : -errno;
+        result = errno == EOPNOTSUPP ? -EAGAIN : -errno;
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     worker->counters->immediate += result >= 0;
-    worker->counters->stalls += pace_note(&file->pace, now, pace_now());
+    worker->counters->stalls += pace_note(&file->pace, began, pace_now());
     return result;
 }
 
@@ -108,7 +112,11 @@ static int submit_transfer(struct worker *worker, uint32_t number)
 
     if (result < 0)
         return result;
-    result = transfer_at_once(worker, operation, &gather);
+    operation->direct = operation->data && file->direct_fd >= 0 &&
+                        gather_is_aligned(&gather, file, operation->host_offset + operation->progress);
+    result = -EAGAIN;
+    if (!operation->direct && is_at_once(file, gather.nbytes, pace_now()))
+        result = transfer_now(worker, operation, &gather);
     if (result != -EAGAIN) {
         transfer_completed(worker, number, result);
         return MOVED;
@@ -262,29 +270,87 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
     return number;
 }
 
+/* Write all of it on this thread, whatever the pace. -> 0, or how it failed, perhaps in the middle. */
+static int write_now(struct worker *worker, struct operation *operation)
+{
+    while (operation->progress < operation->nbytes) {
+        struct iovec single;
+        struct gather gather;
+        int result = gather_submission(worker, operation, &single, &gather);
+
+        if (result < 0)
+            return result == -EAGAIN ? -ENOMEM : result;
+        result = transfer_now(worker, operation, &gather);
+        if (result == 0 || result == -EAGAIN)
+            return -EIO;
+        if (result < 0)
+            return result;
+        operation->progress += result;
+    }
+    return 0;
+}
+
+/* -> 0; -EAGAIN: not now, nothing was written; or how it failed. */
+static int write_at_once(struct worker *worker, struct operation *operation)
+{
+    const struct file *file = &worker->files[operation->slot];
+    bool may_be_direct = operation->data && file->direct_fd >= 0;
+
+    if (file->error)
+        return -EIO;
+    if (may_be_direct || !is_at_once(file, operation->nbytes, pace_now()))
+        return -EAGAIN;
+    return write_now(worker, operation);
+}
+
 int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
                          const struct piece *pieces, uint32_t count)
 {
     struct operation operation = {.verb = VERB_WRITE, .slot = slot, .host_offset = host_offset, .pieces = pieces};
-    struct iovec single;
-    struct gather gather;
     int result = worker_has_slot(worker, slot) ? 0 : -EBADF;
 
     for (uint32_t i = 0; i < count && result == 0; operation.nbytes += pieces[i++].nbytes)
         result = check_piece(worker, &pieces[i]);
     if (result < 0)
         return result;
-    if (worker->files[slot].error)
-        return -EIO;
-    if (!worker->at_once || operation.nbytes > PACE_NBYTES)
+    if (!worker->at_once)
         return -EAGAIN;
     worker->at_once--;
     operation.piece_count = count;
     operation.data = flags & TRANSFER_DATA;
-    result = gather_submission(worker, &operation, &single, &gather);
-    if (result == 0)
-        result = transfer_at_once(worker, &operation, &gather);
-    return result == (int)operation.nbytes ? 0 : result < 0 ? result : -EAGAIN; /* short: the other way finds out why */
+    return write_at_once(worker, &operation);
+}
+
+int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
+                          uint64_t start, uint64_t nbytes)
+{
+    struct piece piece = {request_id(request), start, nbytes};
+    struct operation operation = {
+        .verb = VERB_WRITE,
+        .slot = slot,
+        .host_offset = host_offset,
+        .nbytes = nbytes,
+        .pieces = &piece,
+        .piece_count = 1,
+        .data = true,
+    };
+
+    return worker_has_slot(worker, slot) ? write_at_once(worker, &operation) : -EAGAIN;
+}
+
+int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes)
+{
+    struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes};
+    struct operation operation = {
+        .verb = VERB_WRITE,
+        .slot = slot,
+        .host_offset = host_offset,
+        .nbytes = nbytes,
+        .pieces = &piece,
+        .piece_count = 1,
+    };
+
+    return worker->files[slot].error ? -EIO : write_now(worker, &operation);
 }
 
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)

@@ -331,6 +331,14 @@ void request_transfer(struct worker *worker, struct request *request, bool is_wr
                       uint64_t host_offset, uint64_t start, uint64_t nbytes);
 void request_release(struct worker *worker, struct request *request, int result);
 
+/* Write nbytes of the request's data from `start` on this thread. -> 0, -EAGAIN: not now, nothing was written, or
+ * how it failed, perhaps in the middle. */
+int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
+                          uint64_t start, uint64_t nbytes);
+
+/* Write metadata on this thread, however long that takes. -> 0 or how it failed. */
+int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
+
 /* Wait for an fdatasync of the file that starts after now; device->end comes after it. */
 void request_sync(struct worker *worker, struct request *request, uint32_t slot);
 

@@ -159,6 +159,8 @@ def _stats(counters: "Counters", statistics: "Statistics") -> str:
             "write_zeroes": counters.write_zeroes,
             "python_requests": counters.python_requests,
             "crossings": counters.crossings,
+            "immediate": counters.immediate,
+            "stalls": counters.stalls,
             "syncs": counters.syncs,
             "metadata_writes": statistics.metadata_writes,
             "clusters_allocated": statistics.clusters_allocated,

@@ -88,7 +88,8 @@ static int resolve(const struct block *block, const struct worker *worker, const
         block->translate(block->context, request->offset + done, left, is_write, extent);
         if (extent->nbytes == 0 || extent->nbytes > left)
             return 0;
-        if (extent->kind != EXTENT_DATA && (extent->kind != EXTENT_ZERO || is_write))
+        if (extent->kind == EXTENT_FRESH ? !block->places || !is_write
+                                         : extent->kind != EXTENT_DATA && (extent->kind != EXTENT_ZERO || is_write))
             return 0;
         if (extent->kind == EXTENT_DATA && !worker_has_slot(worker, extent->slot))
             return 0;
@@ -107,6 +108,8 @@ static void serve(struct worker *worker, struct request *request, const struct e
 
     request_hold(request);
     for (int i = 0; i < count; start += extents[i++].nbytes) {
+        if (extents[i].kind == EXTENT_FRESH)
+            continue; /* done */
         if (extents[i].kind == EXTENT_ZERO)
             pieces_clear(request->data, start, extents[i].nbytes);
         else
@@ -116,12 +119,46 @@ static void serve(struct worker *worker, struct request *request, const struct e
     request_release(worker, request, 0);
 }
 
+/* Write nbytes from `start` of the request where nothing is yet: the bytes, then the entry that leads to them. One
+ * sequence on this thread, so nothing is ever half done when somebody else looks. -> false: only Python can. */
+static bool write_fresh(struct block *block, struct worker *worker, struct request *request, uint64_t start,
+                        uint64_t nbytes)
+{
+    const struct extent_places *places = block->places;
+    struct extent_place place;
+    int result = places->take(block->context, request->offset + start, nbytes, &place);
+
+    if (result < 0)
+        return false;
+    result = request_write_at_once(worker, request, place.slot, place.host_offset, start, nbytes);
+    if (result < 0) {
+        places->settle(block->context, &place, result == -EAGAIN ? EXTENT_UNTOUCHED : EXTENT_SPOILED, 0);
+        return false;
+    }
+    result = worker_write_entry(worker, place.slot, place.entry_offset, place.entry, place.entry_nbytes);
+    if (places->settle(block->context, &place, result < 0 ? EXTENT_SPOILED : EXTENT_LINKED, result) < 0)
+        block->failed = true;
+    return result == 0;
+}
+
+/* -> false: a part that has no place yet is left to Python, which then writes all of the request. */
+static bool write_all_fresh(struct block *block, struct worker *worker, struct request *request,
+                            const struct extent *extents, int count)
+{
+    uint64_t start = 0;
+
+    for (int i = 0; i < count; start += extents[i++].nbytes)
+        if (extents[i].kind == EXTENT_FRESH && !write_fresh(block, worker, request, start, extents[i].nbytes))
+            return false;
+    return true;
+}
+
 static void begin_transfer(struct block *block, struct worker *worker, struct request *request)
 {
     struct extent extents[WORKER_TRANSFERS_MIN];
     int count = block->translate ? resolve(block, worker, request, extents) : 0;
 
-    if (count)
+    if (count && write_all_fresh(block, worker, request, extents, count))
         serve(worker, request, extents, count);
     else
         request_punt(worker, request);
@@ -318,8 +355,10 @@ void block_init(struct block *block)
     };
 }
 
-void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address)
+void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address,
+                          uintptr_t places_address)
 {
     block->translate = (extent_translate)translate_address;
     block->context = (void *)context_address;
+    block->places = (const struct extent_places *)places_address;
 }

@@ -29,7 +29,9 @@ struct block {
     char serial[BLOCK_SERIAL_NBYTES]; /* NUL only if shorter */
     extent_translate translate;       /* NULL: every read and write goes to Python */
     void *context;
+    const struct extent_places *places; /* NULL: what has no place yet goes to Python */
 };
 
 void block_init(struct block *block);
-void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address);
+void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address,
+                          uintptr_t places_address);

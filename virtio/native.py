@@ -73,5 +73,4 @@ class NativeBlock:
 
     def set_extent_map(self, extent_map: ExtentMap | None) -> None:
         """Serve reads and writes over *extent_map*, whose owner must outlive its use; None leaves them to Python."""
-        translate, context = extent_map or (0, 0)
-        lib.block_set_extent_map(self._block, translate, context)
+        lib.block_set_extent_map(self._block, *(extent_map or (0, 0, 0)))

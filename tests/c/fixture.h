@@ -77,7 +77,7 @@ static inline void fixture_init(struct fixture *fixture, bool use_threads)
     worker_set_memory(fixture->worker, &memory);
     fixture->map = (struct identity_map){.nbytes = DISK_NBYTES, .writable = true};
     fixture->map.slot = fixture->block.sync_slot = worker_add_file(fixture->worker, fixture->disk_fd, -1, true);
-    block_set_extent_map(&fixture->block, identity_map_translate_address(), (uintptr_t)&fixture->map);
+    block_set_extent_map(&fixture->block, identity_map_translate_address(), (uintptr_t)&fixture->map, 0);
 }
 
 static inline void fixture_deinit(struct fixture *fixture)

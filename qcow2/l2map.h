@@ -1,0 +1,56 @@
+/* The inside of a struct l2map, between the files that work on one. */
+#pragma once
+
+#include "qcow2/l2cache.h"
+#include "qcow2/stock.h"
+
+#define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
+#define FLAG_COPIED (UINT64_C(1) << 63)
+#define FLAG_COMPRESSED (UINT64_C(1) << 62)
+#define FLAG_ZERO UINT64_C(1)
+#define L2_RESERVED UINT64_C(0x3f000000000001fe)
+#define MAX_SLICE_BITS 9 /* 512 entries, 4 KiB */
+#define NONE UINT32_MAX
+
+struct l2map {
+    uint32_t cluster_bits;
+    uint32_t slice_bits; /* log2 of the entries in a slice */
+    uint32_t version;
+    uint64_t size;
+
+    const uint64_t *l1;
+    uint64_t l1_nentries;
+    const uint64_t *metadata;
+    size_t nmetadata;
+    uint64_t file_end;
+
+    uint32_t slot;
+    int writable;
+    int has_backing;
+    extent_translate backing_translate;
+    void *backing_context;
+    uint64_t backing_size;
+
+    struct stock *stock; /* NULL: only Python allocates */
+    struct range_locks locks;
+
+    uint32_t nslots;
+    uint32_t nused;
+    uint32_t hand;
+    uint32_t bucket_mask;
+    uint64_t *entries;   /* nslots slices, host byte order */
+    uint64_t *slice_of;  /* slot -> slice number */
+    uint32_t *next;      /* slot -> next slot of the same bucket */
+    uint32_t *buckets;   /* bucket -> first slot */
+    uint8_t *referenced; /* slot -> used since the hand last passed */
+};
+
+static inline uint64_t *slice_entries(struct l2map *map, uint32_t slot)
+{
+    return map->entries + ((size_t)slot << map->slice_bits);
+}
+
+/* -> where the slice is, or NONE. */
+uint32_t l2map_find(struct l2map *map, uint64_t slice);
+/* What shows through where nothing is allocated. */
+void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct extent *out);

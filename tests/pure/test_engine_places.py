@@ -1,0 +1,236 @@
+"""Places for new data: what the extent map hands to the data plane is what the allocator would have handed out."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from qcow2.check import check
+from qcow2.native import ffi, lib
+from qcow2.operation import Operation, Sync, Write
+from tests.engine import Bench, noise, open_again, set_up
+
+pytestmark = pytest.mark.pure
+
+CLUSTER = 4096
+SIZE = 1024 * CLUSTER  # two L2 tables
+TOP = 3
+UNTOUCHED, SPOILED, LINKED = 0, 1, 2
+AGAIN = -errno.EAGAIN
+
+
+class Plane:
+    """A data plane of a few lines: takes places and settles them through the addresses the worker gets."""
+
+    def __init__(self, bench: Bench) -> None:
+        bench.image.set_slot(bench.file, TOP)
+        _, context, places = bench.image.extent_map
+        self._file = bench.file
+        self._context = ffi.cast("void *", context)
+        self._places = ffi.cast("struct extent_places *", places)
+
+    def take(self, guest_offset: int, nbytes: int = CLUSTER) -> Any:
+        """A place, or None: only Python can."""
+        place = ffi.new("struct extent_place *")
+        result = self._places.take(self._context, guest_offset, nbytes, place)
+        assert result in (0, AGAIN)
+        return place if result == 0 else None
+
+    def settle(self, place: Any, outcome: int, error: int = 0) -> int:
+        return int(self._places.settle(self._context, place, outcome, error))
+
+    def write(self, guest_offset: int, data: bytes) -> bool:
+        """What `virtio/block.c` does; False: it punts."""
+        place = self.take(guest_offset, len(data))
+        if place is None:
+            return False
+        assert place.slot == TOP
+        self._file.write(place.host_offset, data)
+        self._file.write(place.entry_offset, bytes(ffi.buffer(place.entry)))
+        assert self.settle(place, LINKED) == 0
+        return True
+
+
+def started(**options: Any) -> tuple[Bench, Plane]:
+    """An image whose first cluster the engine has written: a table is there, and clusters are in stock."""
+    bench = set_up(SIZE, cluster_bits=12, **options)
+    plane = Plane(bench)
+    bench.write(0, noise(CLUSTER))
+    return bench, plane
+
+
+def faults(bench: Bench) -> tuple[int, int]:
+    """What `check` says of the file: (corruptions, leaks)."""
+    report = bench.driver.run(check(bench.file))
+    return report.corruptions, report.leaks
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_a_plane_links_is_the_disk(lazy: bool) -> None:
+    bench, plane = started(lazy=lazy)
+    expected = bytearray(SIZE)
+    expected[:CLUSTER] = noise(CLUSTER)
+    served = 0
+    for number in range(1, 200):
+        where, data = number * 7 % 500 * CLUSTER + 100, noise(1000, seed=number)
+        if plane.write(where, data):
+            served += 1
+        else:
+            bench.write(where, data)
+        expected[where : where + 1000] = data
+    assert served > 150
+    assert bench.content() == expected
+    bench.close()
+    assert bench.reopened_content() == expected
+    assert faults(bench) == (0, 0)
+    assert bench.image.statistics.clusters_allocated == 200
+
+
+def test_nothing_is_taken_before_links_are_allowed() -> None:
+    bench = set_up(SIZE, cluster_bits=12, lazy=True)
+    plane = Plane(bench)
+    assert plane.take(0) is None, "no table, and no dirty bit"
+    bench.write(0, noise(CLUSTER))
+    assert plane.take(CLUSTER) is not None
+    assert plane.take(SIZE // 2) is None, "another table, which is not there"
+
+
+def test_a_second_write_finds_the_first_ones_cluster() -> None:
+    bench, plane = started()
+    assert plane.write(CLUSTER, noise(512))
+    assert plane.take(CLUSTER + 512, 512) is None
+    assert bench.read(CLUSTER, 512) == noise(512)
+
+
+def test_a_place_lies_within_one_cluster() -> None:
+    _, plane = started()
+    assert plane.take(CLUSTER + 1, CLUSTER) is None
+    assert plane.take(CLUSTER + 1, CLUSTER - 1) is not None
+
+
+def test_a_plane_keeps_off_clusters_that_the_engine_has_locked() -> None:
+    bench, plane = started()
+    seen: list[tuple[bool, bool]] = []
+
+    def look(operation: Operation) -> None:
+        if isinstance(operation, Write) and operation.data:
+            locked, free = plane.take(5 * CLUSTER), plane.take(9 * CLUSTER)
+            seen.append((locked is not None, free is not None))
+            plane.settle(free, UNTOUCHED)
+
+    bench.breaker.fault = look
+    bench.write(4 * CLUSTER, noise(3 * CLUSTER))
+    bench.breaker.fault = None
+    assert seen == [(False, True)]
+    assert plane.take(8 * CLUSTER) is not None
+
+
+def test_a_plane_keeps_off_everything_while_more_is_locked_than_it_can_see() -> None:
+    bench, plane = started()
+    l2map = ffi.cast("struct l2map *", bench.image.extent_map.context_address)
+    locked = range(100, 165)  # one more than it notes
+    for cluster in locked:
+        lib.l2map_lock(l2map, cluster, cluster)
+    assert plane.take(CLUSTER) is None
+    lib.l2map_unlock(l2map, locked[-1], locked[-1])
+    place = plane.take(CLUSTER)
+    assert place is not None
+    plane.settle(place, UNTOUCHED)
+    assert plane.take(locked[-2] * CLUSTER) is None
+    for cluster in locked[:-1]:
+        lib.l2map_unlock(l2map, cluster, cluster)
+    assert plane.take(locked[-2] * CLUSTER) is not None
+
+
+def test_a_stock_that_runs_low_sends_one_write_to_the_engine_and_an_empty_one_all() -> None:
+    _, plane = started()
+    answers = [plane.take(cluster * CLUSTER) is not None for cluster in range(1, 500)]
+    assert answers.index(False) > 0
+    last = len(answers) - answers[::-1].index(True)
+    assert answers[:last].count(False) == 1
+    assert not any(answers[last:])
+
+
+def test_the_engine_fills_the_stock_again() -> None:
+    bench, plane = started()
+    while plane.take(CLUSTER):
+        pass
+    while plane.take(CLUSTER):
+        pass
+    bench.write(2 * CLUSTER, noise(CLUSTER))
+    assert plane.take(CLUSTER) is not None
+
+
+def test_an_untouched_place_is_the_next_one() -> None:
+    _, plane = started()
+    place = plane.take(CLUSTER)
+    plane.settle(place, UNTOUCHED)
+    again = plane.take(2 * CLUSTER)
+    assert again.host_offset == place.host_offset
+
+
+def test_a_spoiled_place_is_reaped() -> None:
+    bench, plane = started()
+    place = plane.take(CLUSTER)
+    bench.file.write(place.host_offset, noise(100))
+    assert plane.settle(place, SPOILED) == 0
+    bench.write(2 * CLUSTER, noise(CLUSTER))
+    assert bench.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
+    bench.close()
+    assert faults(bench) == (0, 0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_an_entry_without_space_loses_nothing(number: int) -> None:
+    bench, plane = started()
+    assert plane.settle(plane.take(CLUSTER), SPOILED, -number) == 0
+    bench.write(CLUSTER, noise(CLUSTER))
+    bench.close()
+    assert bench.reopened_content()[CLUSTER : 2 * CLUSTER] == noise(CLUSTER)
+    assert faults(bench) == (0, 0)
+
+
+def test_an_entry_that_could_not_be_written_ends_all_writes() -> None:
+    bench, plane = started()
+    assert plane.settle(plane.take(CLUSTER), SPOILED, -errno.EIO) == -errno.EIO
+    assert plane.take(2 * CLUSTER) is None
+    with pytest.raises(OSError, match="no more writes"):
+        bench.write(0, noise(CLUSTER, seed=1))
+    assert bench.read(0, CLUSTER) == noise(CLUSTER)
+    with pytest.raises(OSError, match="no more writes"):
+        bench.close()
+
+
+def test_a_failed_image_has_no_places() -> None:
+    bench, plane = started()
+    bench.image.fail(OSError(errno.EIO, "as told"))
+    assert plane.take(CLUSTER) is None
+
+
+def test_what_a_backing_file_fills_is_the_engines() -> None:
+    _, plane = started(base=noise(9 * CLUSTER + 1))
+    assert plane.take(9 * CLUSTER) is None
+    assert plane.take(10 * CLUSTER) is not None
+
+
+def test_a_table_that_a_snapshot_may_share_is_the_engines() -> None:
+    bench, _ = started()
+    bench.close()
+    l1 = bench.image.header.record.l1_table_offset
+    entry = int.from_bytes(bench.file.read(l1, 8), "big")
+    bench.file.write(l1, (entry & ~(1 << 63)).to_bytes(8, "big"))
+    bench = open_again(bench, writable=True)
+    plane = Plane(bench)
+    bench.write(SIZE // 2, noise(CLUSTER))
+    bench.read(0, CLUSTER)
+    assert plane.take(SIZE // 2 + CLUSTER) is not None
+    assert plane.take(CLUSTER) is None
+
+
+def test_stable_before_it_is_handed_out() -> None:
+    """Nothing has to be synced between what the plane writes: a stock begins with a sync of its own."""
+    bench, plane = started()
+    syncs: list[Operation] = []
+    bench.breaker.fault = lambda operation: syncs.append(operation) if isinstance(operation, Sync) else None
+    assert plane.write(CLUSTER, noise(CLUSTER))
+    assert syncs == []
