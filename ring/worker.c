@@ -162,6 +162,26 @@ static int round_once(struct worker *worker)
     return uring_submit(&worker->uring);
 }
 
+/* Whether to go on looking: only the driver could be the next to move, and it lately did so soon. */
+static bool looks_on(struct worker *worker)
+{
+    if (worker->submitted || worker->requests_in_flight || !worker->active_count || !poll_again(&worker->poll))
+        return false;
+    worker->counters->polls++;
+    poll_relax();
+    return true;
+}
+
+static int sleep_for_work(struct worker *worker)
+{
+    int result;
+
+    poll_sleeps(&worker->poll);
+    result = uring_wait(&worker->uring, queues_poll(worker) ? POLL_MILLISECONDS : 0);
+    poll_woke(&worker->poll);
+    return result;
+}
+
 int worker_run(struct worker *worker)
 {
     worker_forget_delivered(worker);
@@ -173,9 +193,13 @@ int worker_run(struct worker *worker)
             return result;
         if (worker->event_count)
             break;
-        if (worker->progress || queues_arm(worker))
+        if (worker->progress) {
+            poll_found(&worker->poll);
             continue;
-        result = uring_wait(&worker->uring, queues_poll(worker) ? POLL_MILLISECONDS : 0);
+        }
+        if (looks_on(worker) || queues_arm(worker))
+            continue;
+        result = sleep_for_work(worker);
         if (result < 0)
             return result;
     }
@@ -206,6 +230,11 @@ void worker_free(struct worker *worker)
     free(worker->events);
     free(worker->long_pieces);
     free(worker);
+}
+
+void worker_set_poll(struct worker *worker, uint32_t microseconds)
+{
+    worker->poll = (struct poll){.limit = microseconds * UINT64_C(1000)};
 }
 
 void worker_pause(struct worker *worker, int paused)

@@ -12,6 +12,7 @@
 #include "ring/log.h"
 #include "ring/memory.h"
 #include "ring/pace.h"
+#include "ring/poll.h"
 #include "ring/trace.h"
 #include "ring/uring.h"
 #include "ring/virtqueue.h"
@@ -73,6 +74,7 @@ struct worker_counters {
     uint64_t batches;
     uint64_t immediate; /* transfers done without io_uring */
     uint64_t stalls;    /* of them, those that made the worker wait too long */
+    uint64_t polls;     /* rounds that looked for work instead of sleeping */
 };
 
 /* Somebody in a line: a request, or an operation of Python's if request is NULL. */
@@ -207,6 +209,7 @@ struct worker {
     struct uring uring;
     struct device *device;
     struct worker_counters *counters;
+    struct poll poll;
     struct trace *trace; /* NULL: nobody wants one */
     struct guest_memory memory;
     struct dirty_log log;
@@ -271,6 +274,8 @@ void worker_forget_delivered(struct worker *worker);
 /* Replace the table. Nothing in flight uses a region that is gone: pause first.
  * A ring that is gone is left alone until a later table holds it again. */
 void worker_set_memory(struct worker *worker, const struct guest_memory *memory);
+/* Look at the rings for so long, at most, before sleeping; 0 at first. */
+void worker_set_poll(struct worker *worker, uint32_t microseconds);
 void worker_pause(struct worker *worker, int paused);
 uint32_t worker_requests_in_flight(struct worker *worker);
 

@@ -49,6 +49,7 @@ class Worker:
         on_request: Callable[[Request], None],
         *,
         aio: Aio = Aio.AUTO,
+        poll_us: int = 0,
         pool_threads: int = 2,
         on_queue_broken: Callable[[int, str], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
@@ -58,10 +59,12 @@ class Worker:
         *on_request(request)* begins a request, on the worker thread. *on_queue_broken(index, fault)* tells, on the
         worker thread, of a queue that was stopped because its ring is nonsense; its err fd has been signalled.
         *on_death(error)* is called on the dying worker thread if anything raised there: a bug of ours, and the
-        process cannot go on serving. `stop` raises that error too. Once started, `aio` says what is used and
+        process cannot go on serving. The rings are looked at for up to *poll_us* before the thread sleeps, as long as
+        that pays off. `stop` raises that error too. Once started, `aio` says what is used and
         `io_uring_refusal` why it is threads if *aio* left that open.
         """
         self.aio = aio
+        self._poll_us = poll_us
         self.io_uring_refusal: OSError | None = None
         self._device = device
         self._on_request = on_request
@@ -354,6 +357,7 @@ class Worker:
             self._started.set_exception(error)
             return
         self._native = ffi.gc(self._native, lib.worker_free)  # requests may outlive the thread
+        lib.worker_set_poll(self._native, self._poll_us)
         self._operations = Operations(self._native)
         events: Any = lib.worker_events(self._native)
         self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))

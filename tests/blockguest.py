@@ -75,6 +75,7 @@ class Guest:
         direct_fd: int = -1,
         mapped: bool = True,
         sync: bool = True,
+        poll_us: int = 0,
         regions: Callable[[DriverMemory], list[MemoryRegion]] = lambda memory: [memory.region()],
     ) -> None:
         self.block = block or NativeBlock(
@@ -87,6 +88,7 @@ class Guest:
         self._direct_fd = direct_fd
         self._mapped = mapped
         self._sync = sync
+        self._poll_us = poll_us
         self._regions = regions
         self._size = size
         self._stack = ExitStack()
@@ -99,7 +101,9 @@ class Guest:
         with ExitStack() as stack:
             self.memory = stack.enter_context(DriverMemory(16 * MIB))
             self.queue = stack.enter_context(DriverQueue(self.memory, queue_size, event_idx=event_idx, base=base))
-            self.worker = stack.enter_context(Worker(self.block, self._on_request, on_queue_broken=self._note_fault))
+            self.worker = stack.enter_context(
+                Worker(self.block, self._on_request, poll_us=self._poll_us, on_queue_broken=self._note_fault)
+            )
             self.worker.call(self._set_up)
             self._stack = stack.pop_all()
         return self

@@ -87,6 +87,7 @@ def serve_image(options: "Options") -> None:
                 num_queues=options.num_queues,
                 writeback=options.cache.writeback,
                 aio=options.aio,
+                poll_us=options.poll_us,
             )
         except Stopped:
             return

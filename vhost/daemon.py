@@ -40,10 +40,17 @@ def stop_signals() -> Iterator[int]:
 
 
 def run(
-    backend: Backend, endpoint: Endpoint, stop_fd: int, *, num_queues: int, writeback: bool, aio: Aio = Aio.AUTO
+    backend: Backend,
+    endpoint: Endpoint,
+    stop_fd: int,
+    *,
+    num_queues: int,
+    writeback: bool,
+    aio: Aio = Aio.AUTO,
+    poll_us: int = 0,
 ) -> Counters:
     """Serve *backend* to whoever comes to *endpoint* until *stop_fd* is readable; then drain and detach it."""
-    with Device(backend, num_queues=num_queues, writeback=writeback, aio=aio) as device:
+    with Device(backend, num_queues=num_queues, writeback=writeback, aio=aio, poll_us=poll_us) as device:
         receive_visitors(endpoint, stop_fd, device)
     return device.worker.counters
 

@@ -37,10 +37,19 @@ class Device:
     `resize` is for any thread; the rest is the control thread's.
     """
 
-    def __init__(self, backend: Backend, *, num_queues: int, writeback: bool, aio: Aio = Aio.AUTO) -> None:
+    def __init__(
+        self, backend: Backend, *, num_queues: int, writeback: bool, aio: Aio = Aio.AUTO, poll_us: int = 0
+    ) -> None:
         self.backend = backend
         self.block = _native_block(backend)
-        self.worker = Worker(self.block, backend.start, aio=aio, on_queue_broken=_tell_of_broken_queue, on_death=_die)
+        self.worker = Worker(
+            self.block,
+            backend.start,
+            aio=aio,
+            poll_us=poll_us,
+            on_queue_broken=_tell_of_broken_queue,
+            on_death=_die,
+        )
         self.changed_fd = -1  # readable after `offer` has changed
         self._num_queues = num_queues
         self._writeback = writeback

@@ -9,6 +9,8 @@ from ring.aio import Aio
 
 PROGRAM = "vhost-user-qcow2"
 QUEUES_MAX = 256  # a ring index has 8 bits on the wire
+DEFAULT_POLL_US = 32  # about what a wake-up costs
+POLL_US_MAX = 1000
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
 SERIAL_MAX = 20  # bytes of the answer to GET_ID
 CACHE_SIZE_MIN, CACHE_SIZE_MAX = 1 << 20, 1 << 40
@@ -62,6 +64,7 @@ class Options:
     trace_io: str | None = None
     incoming: bool = False
     aio: Aio = Aio.AUTO
+    poll_us: int = DEFAULT_POLL_US
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +99,7 @@ def parse(arguments: list[str]) -> Options:
         trace_io=given.trace_io,
         incoming=given.incoming,
         aio=Aio(given.aio),
+        poll_us=given.poll_us,
     )
 
 
@@ -113,6 +117,7 @@ def _parser() -> Parser:
     add("--lazy-refcounts", choices=["on", "off", "image"], default="image", help="default: as the image says")
     add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
     add("--incoming", action="store_true", help="a guest will migrate here: take the image when its rings start")
+    add("--poll-us", metavar="N", type=_poll_us, default=DEFAULT_POLL_US, help=f"default: {DEFAULT_POLL_US}; 0: never")
     add("--aio", choices=[aio.value for aio in Aio], default="auto", help="default: threads only without io_uring")
     add(
         "--link-log",
@@ -144,6 +149,12 @@ def _fd(text: str) -> int:
     if number >= 1 << 31:
         raise argparse.ArgumentTypeError(f"{number} is not a file descriptor")
     return number
+
+
+def _poll_us(text: str) -> int:
+    if not text.isdecimal() or int(text) > POLL_US_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of microseconds from 0 to {POLL_US_MAX}")
+    return int(text)
 
 
 def _num_queues(text: str) -> int:
