@@ -35,6 +35,7 @@ check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 
 asan: $(VENV)/installed
 	$(BIN)/python -m ring.build --asan
+	$(BIN)/python -m ring.build --tsan
 
 # The file tests, kills included, where a seccomp filter forbids io_uring; what measures io_uring itself is left out.
 threads: guest-packages $(VENV)/installed

@@ -1,7 +1,8 @@
 """Build the cffi extensions: one C wrapper generated from each room's `native.cdef`, compiled with its sources.
 
-``python -m ring.build --asan`` compiles the same sources, without Python, into each program of `tests/c` with the
-address and undefined behaviour sanitizers, and runs it.
+``python -m ring.build --asan`` compiles the same sources, without Python, into each program of `tests/c`, and into the
+replay of the ring fuzzer's corpus, with the address and undefined behaviour sanitizers, and runs them; ``--tsan`` the
+programs of `tests/c` with the thread sanitizer.
 """
 
 import os
@@ -28,12 +29,11 @@ FLAGS = [
     "-Wno-unused-parameter",
     "-fno-strict-aliasing",
 ]
-SANITIZERS = [
-    "-Werror",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
-]
+SANITIZERS = {
+    "--asan": ["-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "--tsan": ["-Werror", "-fsanitize=thread", "-fno-omit-frame-pointer", "-Wno-tsan"],  # it warns of fences
+}
+FUZZ = ROOT / "tests" / "fuzz"
 
 
 def emit_wrapper(module: str, target: Path) -> None:
@@ -65,47 +65,43 @@ def native_sources() -> list[str]:
     return [source for ext in project["tool"]["setuptools"]["ext-modules"] for source in ext["sources"]]
 
 
-def run_sanitized(directory: Path) -> None:
-    """Compile every program of `tests/c` with the sanitizers into *directory* and run it.
+def run_sanitized(directory: Path, option: str) -> None:
+    """Compile what *option* names with its sanitizers into *directory* and run it.
 
-    Raises: CalledProcessError if one does not compile or does not succeed.
+    Raises: CalledProcessError if a program does not compile or does not succeed.
     """
-    compiler = os.environ.get("CC", "gcc")
+    compile_command = [os.environ.get("CC", "gcc"), *FLAGS, *SANITIZERS[option], f"-I{ROOT}"]
     objects: list[str] = []
     for source in native_sources():
         objects.append(str(directory / f"{source.replace('/', '_')}.o"))
-        subprocess.run([compiler, *FLAGS, *SANITIZERS, "-I.", "-c", source, "-o", objects[-1]], cwd=ROOT, check=True)
+        subprocess.run([*compile_command, "-c", source, "-o", objects[-1]], cwd=ROOT, check=True)
     for program in sorted((ROOT / "tests" / "c").glob("*.c")):
-        binary = str(directory / program.stem)
-        print(f"{program.relative_to(ROOT)}", flush=True)
-        build = [
-            compiler,
-            *FLAGS,
-            *SANITIZERS,
-            "-I.",
-            str(program),
-            *objects,
-            "-luring",
-            "-ldeflate",
-            "-pthread",
-            "-o",
-            binary,
-        ]
-        subprocess.run(build, cwd=ROOT, check=True)
-        subprocess.run([binary], check=True, timeout=300)
+        _run_program([*compile_command, str(program), *objects], directory / program.stem)
+    if option == "--asan":
+        replay = [str(FUZZ / "replay.c"), str(FUZZ / "ring.c")]
+        _run_program([*compile_command, *replay, *objects], directory / "replay", str(FUZZ / "corpus" / "ring.hex"))
+
+
+def _run_program(compile_command: list[str], binary: Path, *arguments: str) -> None:
+    print(binary.name, flush=True)
+    libraries = ["-luring", "-ldeflate", "-pthread"]
+    subprocess.run([*compile_command, *libraries, "-o", str(binary)], cwd=ROOT, check=True)
+    suppressions = f"suppressions={ROOT / 'tests' / 'c' / 'tsan.supp'}"
+    environment = {**os.environ, "TSAN_OPTIONS": f"{suppressions}:halt_on_error=1"}
+    subprocess.run([str(binary), *arguments], check=True, timeout=300, env=environment)
 
 
 def main(arguments: list[str]) -> int:
     """Run the sanitized programs; the exit status of the process."""
-    if arguments != ["--asan"]:
-        print("usage: python -m ring.build --asan", file=sys.stderr)
+    if len(arguments) != 1 or arguments[0] not in SANITIZERS:
+        print(f"usage: python -m ring.build {'|'.join(SANITIZERS)}", file=sys.stderr)
         return 2
     if shutil.which(os.environ.get("CC", "gcc")) is None:
         print("no C compiler found: install gcc", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory(prefix="asan-") as directory:
+    with tempfile.TemporaryDirectory(prefix="sanitized-") as directory:
         try:
-            run_sanitized(Path(directory))
+            run_sanitized(Path(directory), arguments[0])
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(error, file=sys.stderr)
             return 1

@@ -36,7 +36,7 @@ struct setup {
 _Static_assert(sizeof(struct setup) == 16, "one record");
 
 enum setup_flag { EVENT_IDX = 1, WRITETHROUGH = 2, READ_ONLY = 4, NO_SYNC_SLOT = 8, NO_MAP = 16, KICKED = 32, FAULTY = 64, BIG_BLOCKS = 128 };
-enum sharing { TRACKING = 1, STALE = 2, LOGGING = 4, LOG_BUFFERS = 8, LOG_RINGS = 16 };
+enum sharing { TRACKING = 1, STALE = 2, LOGGING = 4, LOG_BUFFERS = 8, LOG_RINGS = 16, THREADS = 32 };
 
 struct action {
     uint8_t verb;
@@ -395,7 +395,7 @@ static void set_descriptor(uint32_t index, const struct action *action)
         .addr = address_of(action),
         .len = action->length & 0x80000000 ? action->length : action->length & 0x3fff,
         .flags = action->length >> 16 & 0x100 ? action->length >> 16 : action->length >> 16 & 7,
-        .next = action->length >> 26 ? action->length >> 26 : action->index + 1,
+        .next = action->length >> 26 ? action->length >> 26 : action->index + 1u,
     };
 
     if (action->verb & 128)
@@ -536,7 +536,8 @@ static void create_worker(void)
 {
     int error = 0;
 
-    world.worker = worker_create(&world.block.device, world.control_fd, &world.counters, &error);
+    world.worker = worker_create(&world.block.device, world.control_fd, &world.counters,
+                                 world.setup.sharing & THREADS, &error);
     CHECK(world.worker);
     CHECK(worker_add_file(world.worker, world.disk_fd, -1, true) == 0);
     CHECK(worker_add_file(world.worker, world.setup.flags & FAULTY ? world.null_fd : world.disk_fd, -1, true) == 1);
@@ -653,7 +654,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
     if (!world.arena)
         create_world();
     memcpy(&setup, data, sizeof(setup));
-    if (setup.flags & FAULTY && world.worker)
+    if (world.worker && (setup.flags & FAULTY || (setup.sharing ^ world.setup.sharing) & THREADS))
         close_worker();
     open_world(&setup);
     for (size_t i = 1; i < count; i++) {
