@@ -25,6 +25,13 @@
 #define CANARY 0xc5
 #define LIMIT (1u << 18) /* host offsets stay below it */
 
+/* The in-flight region says which format its rings have, where there is more than one. */
+#if __has_include("ring/virtqueue_packed.c")
+#define SPLIT , 0
+#else
+#define SPLIT
+#endif
+
 struct setup {
     uint8_t size_bits;
     uint8_t flags;
@@ -573,11 +580,11 @@ static void share(const struct setup *setup)
     struct guest_region *inflight = &world.regions[INFLIGHT], *log = &world.regions[LOG];
     bool tracks = setup->sharing & TRACKING, logs = setup->sharing & LOGGING;
 
-    CHECK(inflight->nbytes == QUEUES * inflight_nbytes(TRACKED));
+    CHECK(inflight->nbytes == QUEUES * inflight_nbytes(TRACKED SPLIT));
     memset(inflight->host, 0, inflight->nbytes);
     memset(log->host, 0, log->nbytes);
     for (uint32_t i = 0; setup->sharing & STALE && i < QUEUES; i++) {
-        struct inflight_split *past = (void *)(inflight->host + i * inflight_nbytes(TRACKED));
+        struct inflight_split *past = (void *)(inflight->host + i * inflight_nbytes(TRACKED SPLIT));
         uint32_t head = setup->rest[i] % TRACKED;
 
         past->version = 1;
@@ -587,7 +594,7 @@ static void share(const struct setup *setup)
         past->desc[head] = (struct inflight_split_entry){.inflight = 1, .next = setup->rest[6], .counter = 7};
     }
     CHECK(worker_set_inflight(world.worker, tracks ? inflight->host : NULL, tracks ? inflight->nbytes : 0,
-                              tracks ? QUEUES : 0, tracks ? TRACKED : 0) == 0);
+                              tracks ? QUEUES : 0, tracks ? TRACKED : 0 SPLIT) == 0);
     worker_set_log(world.worker, logs ? log : NULL);
     worker_log_buffers(world.worker, setup->sharing & LOG_BUFFERS);
     for (uint32_t i = 0; i < QUEUES; i++)
@@ -622,7 +629,7 @@ static void close_world(void)
     for (uint32_t i = 0; i < QUEUES; i++)
         drain(i);
     CHECK(world.counters.failed_requests <= world.counters.requests);
-    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0) == 0);
+    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0 SPLIT) == 0);
     worker_set_log(world.worker, NULL);
     if (world.setup.flags & FAULTY)
         close_worker();
