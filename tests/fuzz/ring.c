@@ -18,6 +18,7 @@
 #define INFLIGHT 3
 #define LOG 4
 #define SPANS 5
+#define INFLIGHT_NBYTES (FORMATS == 2 ? 2176u : 1088u) /* of one queue with TRACKED entries, the larger format */
 #define TRACKED 64u /* entries of each queue in the in-flight region */
 #define QUEUES 2
 #define HELD_MAX 256u
@@ -25,12 +26,15 @@
 #define CANARY 0xc5
 #define LIMIT (1u << 18) /* host offsets stay below it */
 
-/* The in-flight region says which format its rings have, where there is more than one. */
+/* Where packed rings exist, inputs choose the format, and the in-flight region is told. */
 #if __has_include("ring/virtqueue_packed.c")
-#define SPLIT , 0
+#define FORMATS 2
+#define FORMAT , world.is_packed
 #else
-#define SPLIT
+#define FORMATS 1
+#define FORMAT
 #endif
+#define PACKED_RING 2u /* of enum ring_flag */
 
 struct setup {
     uint8_t size_bits;
@@ -43,7 +47,7 @@ struct setup {
 _Static_assert(sizeof(struct setup) == 16, "one record");
 
 enum setup_flag { EVENT_IDX = 1, WRITETHROUGH = 2, READ_ONLY = 4, NO_SYNC_SLOT = 8, NO_MAP = 16, KICKED = 32, FAULTY = 64, BIG_BLOCKS = 128 };
-enum sharing { TRACKING = 1, STALE = 2, LOGGING = 4, LOG_BUFFERS = 8, LOG_RINGS = 16, THREADS = 32 };
+enum sharing { TRACKING = 1, STALE = 2, LOGGING = 4, LOG_BUFFERS = 8, LOG_RINGS = 16, THREADS = 32, PACKED = 64 };
 
 struct action {
     uint8_t verb;
@@ -69,6 +73,9 @@ struct world {
     uint32_t sizes[QUEUES]; /* 0: not started */
     struct vring_avail *available[QUEUES];
     struct vring_desc *table[QUEUES];
+    bool is_packed; /* all rings of this input */
+    bool wrap[QUEUES]; /* packed: what the driver makes available now, and where it goes */
+    uint32_t next[QUEUES];
     uint64_t held[HELD_MAX]; /* requests that are Python's */
     uint32_t held_count;
     uint32_t operations; /* begun and not done */
@@ -93,7 +100,7 @@ static const struct {
     {0, 0x7f0000000000, 10 * PAGE, 1, 0},                  /* rings lie here */
     {10 * PAGE, 0x600000000000, 2 * PAGE + 24, 13, 8}, /* touches the first in the guest, not here */
     {0x8000000000000000, 0x100000, PAGE + 3, 18, 0},
-    {0, 0, QUEUES * 1088, 22, 0}, /* in flight: checked against inflight_nbytes */
+    {0, 0, QUEUES * INFLIGHT_NBYTES, 22, 0}, /* in flight: checked against inflight_nbytes */
     {0, 0, 3, 25, 0},             /* the log: too short for most of the memory */
 };
 
@@ -329,18 +336,23 @@ static void start(uint32_t index, const struct action *action)
     uint32_t size = action->length >> 16 ? action->length >> 16 : 1u << (action->length & 7);
     const struct guest_region *region = &world.regions[action->value >> 62 == 3];
     uint64_t table = region->user_address + (action->value & 0xffff) % (region->nbytes + 1);
-    uint64_t driver = table + driver_ring_driver_offset(size), device = table + driver_ring_device_offset(size);
+    uint64_t driver = table + (world.is_packed ? 16 * (uint64_t)size : driver_ring_driver_offset(size));
+    uint64_t device = world.is_packed ? driver + 4 : table + driver_ring_device_offset(size);
+    uint32_t ring_flags = (world.setup.flags & EVENT_IDX) | (world.is_packed ? PACKED_RING : 0);
+    uint32_t base = world.is_packed && !action->index ? 0x80008000 : action->index;
 
     if (action->value >> 16 & 0xffff)
         driver = region->user_address + (action->value >> 16 & 0xffff);
     if (action->value >> 32 & 0xffff)
         device = region->user_address + (action->value >> 32 & 0xffff);
-    if (world.sizes[index] || worker_start_queue(world.worker, index, size, table, driver, device, action->index,
-                                                 world.setup.flags & EVENT_IDX) < 0)
+    if (world.sizes[index] || worker_start_queue(world.worker, index, size, table, driver, device, base,
+                                                 ring_flags) < 0)
         return;
     world.sizes[index] = size;
     world.table[index] = ring_host(table);
     world.available[index] = ring_host(driver);
+    world.next[index] = base & 0x7fff;
+    world.wrap[index] = base & 0x8000;
     CHECK(worker_set_kick(world.worker, index, world.setup.flags & KICKED ? dup(world.kick_fds[index]) : -1) == 0);
     CHECK(worker_set_enabled(world.worker, index, true) == 0);
 }
@@ -351,10 +363,28 @@ static void post(uint32_t index, uint16_t head)
 {
     struct vring_avail *available = world.available[index];
 
-    if (!world.sizes[index])
+    if (!world.sizes[index] || world.is_packed)
         return;
     available->ring[available->idx & (world.sizes[index] - 1)] = head;
     available->idx++;
+}
+
+/* The same where descriptors are made available themselves, one after the other. */
+static void post_packed(uint32_t index, uint16_t id, const struct vring_desc *chain, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t at = world.next[index] % world.sizes[index];
+        uint16_t available = world.wrap[index] ? 1u << VRING_PACKED_DESC_F_AVAIL : 1u << VRING_PACKED_DESC_F_USED;
+
+        world.table[index][at] = chain[i]; /* id is where a split descriptor has its flags, flags where it has next */
+        world.table[index][at].flags = id;
+        world.table[index][at].next = chain[i].flags | available;
+        world.next[index] = at + 1;
+        if (world.next[index] == world.sizes[index]) {
+            world.next[index] = 0;
+            world.wrap[index] = !world.wrap[index];
+        }
+    }
 }
 
 /* A request as a driver posts it, but for its numbers: header, segments, status; in the ring's table or an indirect one. */
@@ -383,9 +413,21 @@ static void post_request(uint32_t index, const struct action *action)
     }
     chain[count - 1] = (struct vring_desc){data_address, 1, VRING_DESC_F_WRITE, 0};
     if (is_indirect) {
+        if (world.is_packed)
+            for (uint32_t i = 0; i < count; i++)
+                chain[i].next = chain[i].flags;
         put(9 * PAGE, chain, count * sizeof(*chain));
+        if (world.is_packed) {
+            struct vring_desc indirect = {9 * PAGE, count * 16, VRING_DESC_F_INDIRECT, 0};
+            post_packed(index, action->index, &indirect, 1);
+            return;
+        }
         world.table[index][action->index % size] = (struct vring_desc){9 * PAGE, count * 16, VRING_DESC_F_INDIRECT, 0};
         post(index, action->index % size);
+        return;
+    }
+    if (world.is_packed) {
+        post_packed(index, action->index, chain, count);
         return;
     }
     for (uint32_t i = 0; i < count; i++) {
@@ -525,7 +567,7 @@ static void act(uint32_t number, const struct action *action)
         break;
     case 14:
         worker_set_enabled(world.worker, index, action->length & 1);
-        if (world.available[index] && action->length & 2)
+        if (world.available[index] && action->length & 2 && !world.is_packed)
             world.available[index]->idx = action->index;
         eventfd_write(world.kick_fds[index], 1);
         break;
@@ -580,11 +622,11 @@ static void share(const struct setup *setup)
     struct guest_region *inflight = &world.regions[INFLIGHT], *log = &world.regions[LOG];
     bool tracks = setup->sharing & TRACKING, logs = setup->sharing & LOGGING;
 
-    CHECK(inflight->nbytes == QUEUES * inflight_nbytes(TRACKED SPLIT));
+    CHECK(inflight->nbytes >= QUEUES * inflight_nbytes(TRACKED FORMAT));
     memset(inflight->host, 0, inflight->nbytes);
     memset(log->host, 0, log->nbytes);
     for (uint32_t i = 0; setup->sharing & STALE && i < QUEUES; i++) {
-        struct inflight_split *past = (void *)(inflight->host + i * inflight_nbytes(TRACKED SPLIT));
+        struct inflight_split *past = (void *)(inflight->host + i * inflight_nbytes(TRACKED FORMAT));
         uint32_t head = setup->rest[i] % TRACKED;
 
         past->version = 1;
@@ -594,7 +636,7 @@ static void share(const struct setup *setup)
         past->desc[head] = (struct inflight_split_entry){.inflight = 1, .next = setup->rest[6], .counter = 7};
     }
     CHECK(worker_set_inflight(world.worker, tracks ? inflight->host : NULL, tracks ? inflight->nbytes : 0,
-                              tracks ? QUEUES : 0, tracks ? TRACKED : 0 SPLIT) == 0);
+                              tracks ? QUEUES : 0, tracks ? TRACKED : 0 FORMAT) == 0);
     worker_set_log(world.worker, logs ? log : NULL);
     worker_log_buffers(world.worker, setup->sharing & LOG_BUFFERS);
     for (uint32_t i = 0; i < QUEUES; i++)
@@ -605,6 +647,7 @@ static void share(const struct setup *setup)
 static void open_world(const struct setup *setup)
 {
     world.setup = *setup;
+    world.is_packed = FORMATS == 2 && setup->sharing & PACKED;
     memset(&world.counters, 0, sizeof(world.counters));
     CHECK(ftruncate(world.disk_fd, 0) == 0 && ftruncate(world.disk_fd, LIMIT) == 0);
     for (int i = 0; i < REGIONS; i++)
@@ -629,7 +672,7 @@ static void close_world(void)
     for (uint32_t i = 0; i < QUEUES; i++)
         drain(i);
     CHECK(world.counters.failed_requests <= world.counters.requests);
-    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0 SPLIT) == 0);
+    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0 FORMAT) == 0);
     worker_set_log(world.worker, NULL);
     if (world.setup.flags & FAULTY)
         close_worker();
