@@ -18,23 +18,13 @@
 #define INFLIGHT 3
 #define LOG 4
 #define SPANS 5
-#define INFLIGHT_NBYTES (FORMATS == 2 ? 2176u : 1088u) /* of one queue with TRACKED entries, the larger format */
+#define INFLIGHT_NBYTES 2112u /* of one queue with TRACKED entries of a packed ring */
 #define TRACKED 64u /* entries of each queue in the in-flight region */
 #define QUEUES 2
 #define HELD_MAX 256u
 #define ACTIONS_MAX 400
 #define CANARY 0xc5
 #define LIMIT (1u << 18) /* host offsets stay below it */
-
-/* Where packed rings exist, inputs choose the format, and the in-flight region is told. */
-#if __has_include("ring/virtqueue_packed.c")
-#define FORMATS 2
-#define FORMAT , world.is_packed
-#else
-#define FORMATS 1
-#define FORMAT
-#endif
-#define PACKED_RING 2u /* of enum ring_flag */
 
 struct setup {
     uint8_t size_bits;
@@ -100,7 +90,7 @@ static const struct {
     {0, 0x7f0000000000, 10 * PAGE, 1, 0},                  /* rings lie here */
     {10 * PAGE, 0x600000000000, 2 * PAGE + 24, 13, 8}, /* touches the first in the guest, not here */
     {0x8000000000000000, 0x100000, PAGE + 3, 18, 0},
-    {0, 0, QUEUES * INFLIGHT_NBYTES, 22, 0}, /* in flight: checked against inflight_nbytes */
+    {0, 0, QUEUES * INFLIGHT_NBYTES, 22, 0}, /* in flight */
     {0, 0, 3, 25, 0},             /* the log: too short for most of the memory */
 };
 
@@ -338,7 +328,7 @@ static void start(uint32_t index, const struct action *action)
     uint64_t table = region->user_address + (action->value & 0xffff) % (region->nbytes + 1);
     uint64_t driver = table + (world.is_packed ? 16 * (uint64_t)size : driver_ring_driver_offset(size));
     uint64_t device = world.is_packed ? driver + 4 : table + driver_ring_device_offset(size);
-    uint32_t ring_flags = (world.setup.flags & EVENT_IDX) | (world.is_packed ? PACKED_RING : 0);
+    uint32_t ring_flags = (world.setup.flags & EVENT_IDX) | (world.is_packed ? RING_PACKED : 0);
     uint32_t base = world.is_packed && !action->index ? 0x80008000 : action->index;
 
     if (action->value >> 16 & 0xffff)
@@ -622,11 +612,11 @@ static void share(const struct setup *setup)
     struct guest_region *inflight = &world.regions[INFLIGHT], *log = &world.regions[LOG];
     bool tracks = setup->sharing & TRACKING, logs = setup->sharing & LOGGING;
 
-    CHECK(inflight->nbytes >= QUEUES * inflight_nbytes(TRACKED FORMAT));
+    CHECK(inflight->nbytes == QUEUES * inflight_nbytes(TRACKED, true));
     memset(inflight->host, 0, inflight->nbytes);
     memset(log->host, 0, log->nbytes);
     for (uint32_t i = 0; setup->sharing & STALE && i < QUEUES; i++) {
-        struct inflight_split *past = (void *)(inflight->host + i * inflight_nbytes(TRACKED FORMAT));
+        struct inflight_split *past = (void *)(inflight->host + i * inflight_nbytes(TRACKED, world.is_packed));
         uint32_t head = setup->rest[i] % TRACKED;
 
         past->version = 1;
@@ -635,8 +625,8 @@ static void share(const struct setup *setup)
         past->used_idx = setup->rest[4 + i] & 1;
         past->desc[head] = (struct inflight_split_entry){.inflight = 1, .next = setup->rest[6], .counter = 7};
     }
-    CHECK(worker_set_inflight(world.worker, tracks ? inflight->host : NULL, tracks ? inflight->nbytes : 0,
-                              tracks ? QUEUES : 0, tracks ? TRACKED : 0 FORMAT) == 0);
+    CHECK(worker_set_inflight(world.worker, tracks ? inflight->host : NULL, tracks ? QUEUES * inflight_nbytes(TRACKED, world.is_packed) : 0,
+                              tracks ? QUEUES : 0, tracks ? TRACKED : 0) == 0);
     worker_set_log(world.worker, logs ? log : NULL);
     worker_log_buffers(world.worker, setup->sharing & LOG_BUFFERS);
     for (uint32_t i = 0; i < QUEUES; i++)
@@ -647,7 +637,7 @@ static void share(const struct setup *setup)
 static void open_world(const struct setup *setup)
 {
     world.setup = *setup;
-    world.is_packed = FORMATS == 2 && setup->sharing & PACKED;
+    world.is_packed = setup->sharing & PACKED;
     memset(&world.counters, 0, sizeof(world.counters));
     CHECK(ftruncate(world.disk_fd, 0) == 0 && ftruncate(world.disk_fd, LIMIT) == 0);
     for (int i = 0; i < REGIONS; i++)
@@ -672,7 +662,7 @@ static void close_world(void)
     for (uint32_t i = 0; i < QUEUES; i++)
         drain(i);
     CHECK(world.counters.failed_requests <= world.counters.requests);
-    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0 FORMAT) == 0);
+    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0) == 0);
     worker_set_log(world.worker, NULL);
     if (world.setup.flags & FAULTY)
         close_worker();
