@@ -23,6 +23,7 @@ static void join(struct worker *worker, uint32_t slot, struct waiter *waiter)
     struct file *file = &worker->files[slot];
 
     worker->counters->sync_waiters++;
+    waiter->since = worker->now;
     if (file->error)
         serve(worker, waiter, -EIO);
     else if (!file->syncs)
@@ -85,6 +86,8 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
         worker_tell(worker, (struct worker_event){.kind = EVENT_SYNC_FAILED, .result = result, .id = slot});
         serve_line(worker, &file->waiting, -EIO);
     }
+    for (const struct waiter *waiter = file->served.first; waiter; waiter = waiter->next)
+        histogram_add(&worker->statistics.sync, worker->now - waiter->since);
     serve_line(worker, &file->served, result < 0 ? -EIO : 0);
 }
 

@@ -29,6 +29,13 @@ void operation_free(struct worker *worker, uint32_t number)
     worker->free_operations++;
 }
 
+static void note_latency(struct worker *worker, const struct operation *operation)
+{
+    struct worker_statistics *statistics = &worker->statistics;
+
+    histogram_add(operation->data ? &statistics->data : &statistics->metadata, worker->now - operation->waiter.since);
+}
+
 static void end(struct worker *worker, uint32_t number, int result)
 {
     struct operation *operation = &worker->operations[number];
@@ -36,6 +43,7 @@ static void end(struct worker *worker, uint32_t number, int result)
 
     worker->grace.in_flight[operation->epoch]--;
     worker->progress = true;
+    note_latency(worker, operation);
     if (!request) {
         worker_tell(worker, (struct worker_event){.kind = EVENT_DONE, .result = result, .id = number});
         return;
@@ -92,7 +100,7 @@ static int transfer_now(struct worker *worker, struct operation *operation, cons
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     worker->counters->immediate += result >= 0;
-    worker->counters->stalls += pace_note(&file->pace, began, pace_now());
+    worker->counters->stalls += pace_note(&file->pace, began, worker->now = pace_now());
     return result;
 }
 
@@ -196,6 +204,9 @@ static void begin(struct worker *worker, uint32_t number, enum verb verb, uint32
     operation->host_offset = host_offset;
     operation->nbytes = nbytes;
     operation->epoch = worker->grace.epoch;
+    if (!operation->request)
+        worker->now = pace_now(); /* Python took its time */
+    operation->waiter.since = worker->now;
     worker->grace.in_flight[operation->epoch]++;
     submit(worker, number);
 }
@@ -273,6 +284,7 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
 /* Write all of it on this thread, whatever the pace. -> 0, or how it failed, perhaps in the middle. */
 static int write_now(struct worker *worker, struct operation *operation)
 {
+    operation->waiter.since = worker->now;
     while (operation->progress < operation->nbytes) {
         struct iovec single;
         struct gather gather;
@@ -287,6 +299,7 @@ static int write_now(struct worker *worker, struct operation *operation)
             return result;
         operation->progress += result;
     }
+    note_latency(worker, operation);
     return 0;
 }
 
@@ -298,7 +311,7 @@ static int write_at_once(struct worker *worker, struct operation *operation)
 
     if (file->error)
         return -EIO;
-    if (may_be_direct || !is_at_once(file, operation->nbytes, pace_now()))
+    if (may_be_direct || !is_at_once(file, operation->nbytes, worker->now = pace_now()))
         return -EAGAIN;
     return write_now(worker, operation);
 }

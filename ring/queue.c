@@ -128,9 +128,15 @@ static void fetch(struct worker *worker, struct queue *queue)
     for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && worker_has_room(worker); count++) {
         int result = virtqueue_pop(&queue->ring, &worker->memory, &worker->chain);
 
-        if (result == 0)
+        if (result == 0) {
+            queue->kicked_at = 0;
             return;
+        }
         worker->progress = true;
+        if (queue->kicked_at) {
+            histogram_add(&worker->statistics.queues[queue->index].wait, worker->now - queue->kicked_at);
+            queue->kicked_at = 0;
+        }
         if (result > 0 && queue->requests[worker->chain.head].state != REQUEST_FREE) {
             queue->ring.fault = "a head is posted again while it is in flight";
             result = -EPROTO;
@@ -151,6 +157,8 @@ static void fetch(struct worker *worker, struct queue *queue)
 
 void queues_fetch(struct worker *worker)
 {
+    if (worker->active_count)
+        worker->now = pace_now();
     for (uint32_t i = 0; i < worker->active_count; i++)
         fetch(worker, worker->active[i]);
 }
@@ -240,6 +248,8 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
         break_queue(worker, queue, "the kick is not an eventfd, or is closed");
         return;
     }
+    if (!queue->kicked_at)
+        queue->kicked_at = worker->now;
     /* Taken, so that the front-end does not find an old kick when it takes the fd back. */
     if (read(queue->kick_fd, &count, sizeof(count)) > 0)
         worker->counters->kicks++;

@@ -15,6 +15,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->queue = queue;
     request->head = chain->head;
     request->state = REQUEST_BUSY;
+    request->begun_at = worker->now;
     request->generation = ++worker->generation;
     request->pieces = count <= INLINE_PIECES ? request->inline_pieces : worker->long_free[--worker->free_long];
     memcpy(request->pieces, chain->pieces, count * sizeof(*chain->pieces));
@@ -59,6 +60,9 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
         worker->long_free[worker->free_long++] = request->pieces;
     request->state = REQUEST_FREE;
     queue->in_flight--;
+    worker->statistics.queues[queue->index].requests++;
+    histogram_add(&worker->statistics.queues[queue->index].service,
+                  worker->now - request->begun_at);
     worker->requests_in_flight--;
     worker->returned_nbytes += request->readable_nbytes + request->writable_nbytes;
     virtqueue_push(&queue->ring, request->head, nbytes);
@@ -152,6 +156,7 @@ int worker_finish(struct worker *worker, uint64_t id, uint32_t status)
     if (!request || request->state != REQUEST_IN_PYTHON)
         return -ESTALE;
     request->state = REQUEST_BUSY;
+    worker->now = pace_now();
     worker->device->end(worker->device, worker, request, status);
     return 0;
 }

@@ -142,6 +142,8 @@ static void reap(struct worker *worker)
 
     do {
         count = uring_reap(&worker->uring, completions, 64);
+        if (count)
+            worker->now = pace_now();
         for (uint32_t i = 0; i < count; i++)
             dispatch(worker, &completions[i]);
         worker->progress |= count > 0;
@@ -241,6 +243,11 @@ void worker_pause(struct worker *worker, int paused)
 {
     worker->paused = paused;
     worker->idle_owed = paused && worker->requests_in_flight;
+}
+
+const struct worker_statistics *worker_statistics(struct worker *worker)
+{
+    return &worker->statistics;
 }
 
 uint32_t worker_requests_in_flight(struct worker *worker)

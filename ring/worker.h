@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "ring/log.h"
+#include "ring/histogram.h"
 #include "ring/memory.h"
 #include "ring/pace.h"
 #include "ring/poll.h"
@@ -77,10 +78,25 @@ struct worker_counters {
     uint64_t polls;     /* rounds that looked for work instead of sleeping */
 };
 
+/* Read by other threads, too. What takes how long, as of worker->now, a clock that is read a few times a round. */
+struct queue_statistics {
+    uint64_t requests;        /* that were answered */
+    struct histogram wait;    /* from a kick until the first chain behind it is taken */
+    struct histogram service; /* from there until it is answered */
+};
+
+struct worker_statistics {
+    struct histogram data;     /* transfers of guest data */
+    struct histogram metadata; /* other transfers, and zeroing */
+    struct histogram sync;     /* from joining the line until it is served */
+    struct queue_statistics queues[WORKER_QUEUES];
+};
+
 /* Somebody in a line: a request, or an operation of Python's if request is NULL. */
 struct waiter {
     struct waiter *next;
     struct request *request;
+    uint64_t since; /* when it joined; of an operation that transfers, when it began */
     uint32_t operation;
 };
 
@@ -101,6 +117,7 @@ struct request {
     uint8_t *status; /* where the status byte goes */
     uint64_t readable_nbytes;
     uint64_t writable_nbytes;
+    uint64_t begun_at;
     uint64_t offset;
     uint64_t nbytes;
     uint32_t readable_count;
@@ -130,6 +147,7 @@ struct queue {
     struct virtqueue ring;
     struct virtqueue_layout layout;
     struct request *requests; /* [size] */
+    uint64_t kicked_at; /* and nothing was taken since; 0: not so */
     uint32_t in_flight;
     uint32_t kick_generation;
     int kick_fd;
@@ -210,6 +228,8 @@ struct worker {
     struct device *device;
     struct worker_counters *counters;
     struct poll poll;
+    struct worker_statistics statistics;
+    uint64_t now; /* ns, not long ago */
     struct trace *trace; /* NULL: nobody wants one */
     struct guest_memory memory;
     struct dirty_log log;
@@ -278,6 +298,7 @@ void worker_set_memory(struct worker *worker, const struct guest_memory *memory)
 void worker_set_poll(struct worker *worker, uint32_t microseconds);
 void worker_pause(struct worker *worker, int paused);
 uint32_t worker_requests_in_flight(struct worker *worker);
+const struct worker_statistics *worker_statistics(struct worker *worker); /* good until worker_free */
 
 /* Track what is in flight in this memory, or, NULL, no more. It is borrowed for as
  * long as a queue is started. -EBUSY: one is; -EINVAL: too small for what it says, misaligned. */

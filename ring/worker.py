@@ -23,6 +23,8 @@ from ring.memory import Mapping, MemoryRegion, map_regions, native_table
 from ring.native import NULL, Pointer, check, ffi, lib
 from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
 from ring.request import Request
+from ring.statistics import Statistics
+from ring.statistics import snapshot as statistics_snapshot
 from ring.trace import Trace
 from ring.virtqueue import QueueLayout
 
@@ -145,6 +147,12 @@ class Worker:
     def counters(self) -> Counters:
         """What was counted so far; also after `stop`."""
         return snapshot(self._counters)
+
+    @property
+    def statistics(self) -> Statistics:
+        """How long things took so far; also after `stop`."""
+        native: Any = lib.worker_statistics(self._native)
+        return statistics_snapshot(native)
 
     # worker thread: memory and queues
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qcow2.statistics import Statistics
     from ring.counter import Counters
     from ring.trace import Trace
+    from vhost.device import Device
     from vhost.endpoint import Endpoint
     from vhost.option import Options
 
@@ -25,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "--print-capabilities" in arguments:
         print(CAPABILITIES)
         return 0
+    if arguments[:1] == ["ctl"]:
+        from vhost.ctl import main as control
+
+        return control(arguments[1:])
     from vhost.option import UsageError, parse
 
     try:
@@ -72,6 +77,7 @@ def serve_image(options: "Options") -> None:
     with ExitStack() as stack:
         stop_fd = stack.enter_context(stop_signals())
         endpoint = stack.enter_context(_endpoint(options))
+        control = stack.enter_context(_control(options, stop_fd))
         held = stack.enter_context(HeldImage(options, lambda: _repair_progress(options.blk_file, stop_fd)))
         try:
             if options.incoming:
@@ -88,12 +94,30 @@ def serve_image(options: "Options") -> None:
                 writeback=options.cache.writeback,
                 aio=options.aio,
                 poll_us=options.poll_us,
+                control=control,
             )
         except Stopped:
             return
         held.end()  # while a second signal still cannot interrupt it
     if options.stats:
         print(_stats(counters, held.statistics), flush=True)
+
+
+@contextmanager
+def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device], AbstractContextManager[object]]]":
+    """What makes a control socket of a device, if there is to be one; the path is taken here and now."""
+    from contextlib import nullcontext
+
+    if options.control is None:
+        yield lambda device: nullcontext()
+        return
+    from vhost.commands import Commands
+    from vhost.control import Control
+    from vhost.endpoint import listen
+
+    image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}
+    with listen(options.control, private=True) as endpoint:
+        yield lambda device: Control(endpoint.unix_socket, Commands(device, stop_fd, lambda: image))
 
 
 @contextmanager

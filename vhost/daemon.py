@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from ring.aio import Aio
 from ring.counter import Counters
@@ -48,9 +49,16 @@ def run(
     writeback: bool,
     aio: Aio = Aio.AUTO,
     poll_us: int = 0,
+    control: Callable[[Device], AbstractContextManager[object]] = lambda device: nullcontext(),
 ) -> Counters:
-    """Serve *backend* to whoever comes to *endpoint* until *stop_fd* is readable; then drain and detach it."""
-    with Device(backend, num_queues=num_queues, writeback=writeback, aio=aio, poll_us=poll_us) as device:
+    """Serve *backend* to whoever comes to *endpoint* until *stop_fd* is readable; then drain and detach it.
+
+    What *control* makes of the device is entered while it is served.
+    """
+    with (
+        Device(backend, num_queues=num_queues, writeback=writeback, aio=aio, poll_us=poll_us) as device,
+        control(device),
+    ):
         receive_visitors(endpoint, stop_fd, device)
     return device.worker.counters
 
@@ -61,7 +69,9 @@ def receive_visitors(endpoint: Endpoint, stop_fd: int, device: Device) -> None:
     for visitor in endpoint.visitors(stop_fd):
         session = Session(device.offer, wce=wce)
         with Connection(Channel(visitor), session, device) as connection:
+            device.session = session
             _serve(connection, stop_fd)
+            device.session = None
             if is_stopping(stop_fd):
                 # Before this front-end sees us go: QEMU 7.2 comes back within a second, and if whom it finds then ends
                 # while they greet each other, it never tries again. A refusal it takes well.

@@ -13,7 +13,7 @@ from ring.aio import Aio
 from ring.memory import REGIONS_MAX
 from ring.virtqueue import SIZE_MAX
 from ring.worker import Worker
-from vhost.session import Offer
+from vhost.session import Offer, Session
 from virtio.block import Backend, Unavailable
 from virtio.config import MAX_RANGE_SECTORS, block_config
 from virtio.feature import offered_features
@@ -54,6 +54,7 @@ class Device:
         self._num_queues = num_queues
         self._writeback = writeback
         self.is_attached = False
+        self.session: Session | None = None  # of the front-end that is here
         self._was_taken = False
         self._lock = threading.Lock()  # guards what is done to the backend as a whole
         self._offer = self._current_offer()
@@ -160,6 +161,24 @@ class Device:
             if refusal:
                 raise ResizeRefused(refusal)
             os.eventfd_write(self.changed_fd, 1)
+
+    def flush(self, done: Callable[[int], None]) -> None:
+        """*done(0 | -errno)*, on the worker, once every write completed before now is stable; one that nobody holds is.
+
+        For any thread.
+        """
+        with self._lock:
+            if self.is_attached:
+                self.worker.call(lambda: self.backend.flush(done))
+            else:
+                done(0)
+
+    def force_writethrough(self, forced: bool) -> None:
+        """Make every write stable before it is acknowledged, whatever the guest chose, or leave it to the guest.
+
+        For any thread.
+        """
+        self.worker.call(lambda: self.block.force_writethrough(forced))
 
     def _grow(self, nbytes: int) -> str:
         """On the worker: the backend's refusal, or nothing."""

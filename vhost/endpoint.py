@@ -57,16 +57,22 @@ def _is_readable(fd: int, stop_fd: int) -> bool:
 
 
 @contextlib.contextmanager
-def listen(path: str) -> Iterator[Endpoint]:
+def listen(path: str, *, private: bool = False) -> Iterator[Endpoint]:
     """Listen on *path*, in place of a socket nobody listens on any more; the path is removed at the end.
 
+    If it is *private*, only our own user may connect.
     Raises: EndpointError if the path is too long, in use, or not a socket.
     """
     check_path(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _remove_stale(path)
         try:
-            listener.bind(path)
+            before = os.umask(0o177) if private else None
+            try:
+                listener.bind(path)
+            finally:
+                if before is not None:
+                    os.umask(before)
         except OSError as error:
             raise EndpointError(f"cannot create socket {path}: {error.strerror}") from None
         identity = _identity(path)

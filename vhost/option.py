@@ -65,6 +65,7 @@ class Options:
     incoming: bool = False
     aio: Aio = Aio.AUTO
     poll_us: int = DEFAULT_POLL_US
+    control: str | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +101,7 @@ def parse(arguments: list[str]) -> Options:
         incoming=given.incoming,
         aio=Aio(given.aio),
         poll_us=given.poll_us,
+        control=given.control,
     )
 
 
@@ -118,6 +120,7 @@ def _parser() -> Parser:
     add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
     add("--incoming", action="store_true", help="a guest will migrate here: take the image when its rings start")
     add("--poll-us", metavar="N", type=_poll_us, default=DEFAULT_POLL_US, help=f"default: {DEFAULT_POLL_US}; 0: never")
+    add("--control", metavar="PATH", type=_non_empty, help="listen for commands on this Unix socket; see ctl")
     add("--aio", choices=[aio.value for aio in Aio], default="auto", help="default: threads only without io_uring")
     add(
         "--link-log",

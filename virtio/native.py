@@ -39,6 +39,7 @@ class NativeBlock:
         self._block.max_discard_sectors = max_discard_sectors
         self._block.max_write_zeroes_sectors = max_write_zeroes_sectors
         self.set_sync_slot(None)
+        self._wanted = self.is_forced = False  # writethrough: by the guest, by whoever controls the daemon
 
     @property
     def native(self) -> Pointer:
@@ -53,7 +54,13 @@ class NativeBlock:
 
     def set_writethrough(self, writethrough: bool) -> None:
         """From now on a write, write-zeroes or discard joins the group commit before its status is written."""
-        self._block.writethrough = writethrough
+        self._wanted = writethrough
+        self._block.writethrough = self._wanted or self.is_forced
+
+    def force_writethrough(self, forced: bool) -> None:
+        """Do so whatever `set_writethrough` says, or no more."""
+        self.is_forced = forced
+        self._block.writethrough = self._wanted or self.is_forced
 
     def set_size(self, size: int) -> None:
         """Let the disk be *size* bytes long: requests past the old end are served from now on."""

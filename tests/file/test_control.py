@@ -1,0 +1,240 @@
+"""The control socket of a running daemon: what it answers, and what its clients cannot do to it."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frontend import F_CONFIG_WCE, F_FLUSH, FrontEnd
+from tests.oracle import assert_clean
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2_tool_ok("create", path, "64M")
+    return path
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Path:
+    return tmp_path / "control"
+
+
+@pytest.fixture
+def daemon(image: Path, control: Path) -> Iterator[Daemon]:
+    with Daemon(image, f"--control={control}") as daemon:
+        with FrontEnd(daemon.socket_path):  # once it answers, the control socket is there
+            pass
+        yield daemon
+
+
+def ctl(control: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [DAEMON, "ctl", f"--control={control}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def ask(control: Path, *arguments: str) -> Any:
+    done = ctl(control, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout or "null")
+
+
+def connect(control: Path) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.connect(str(control))
+    client.settimeout(TIMEOUT)
+    return client
+
+
+def test_greeting_says_version_and_commands(daemon: Daemon, control: Path) -> None:
+    with connect(control) as client, client.makefile("rb") as lines:
+        assert json.loads(lines.readline()) == {
+            "vhost-user-qcow2": {
+                "version": 1,
+                "commands": ["status", "stats", "metrics", "resize", "flush", "set-cache", "quit"],
+            }
+        }
+
+
+def test_only_our_user_may_connect(daemon: Daemon, control: Path) -> None:
+    assert stat.S_IMODE(control.stat().st_mode) == 0o600
+
+
+def test_status_names_image_and_front_end(daemon: Daemon, control: Path, image: Path) -> None:
+    before = ask(control, "status")
+    assert (before["image"], before["size"], before["cache"]) == (str(image), 64 * MIB, "writeback")
+    assert (before["connected"], before["features"], before["running"]) == (False, None, False)
+    with FrontEnd(daemon.socket_path) as front_end:
+        during = ask(control, "status")
+        assert (during["connected"], during["running"]) == (True, True)
+        assert int(during["features"], 16) == front_end.features
+
+
+def test_statistics_add_up_to_what_was_asked(daemon: Daemon, control: Path) -> None:
+    with FrontEnd(daemon.socket_path, queues=2) as front_end:
+        for i in range(40):
+            front_end.write(i * MIB, bytes([i + 1]) * 4096)
+            front_end.read(i * MIB, 8192)
+        front_end.flush()
+        stats = ask(control, "stats")
+    counters, stages, queue = stats["counters"], stats["stages"], stats["queues"]["0"]
+    assert (counters["reads"], counters["writes"], counters["flushes"]) == (40, 40, 1)
+    assert (counters["read_bytes"], counters["written_bytes"]) == (40 * 8192, 40 * 4096)
+    assert list(stats["queues"]) == ["0"]
+    assert queue["requests"] == queue["service"]["count"] == 81
+    assert 1 <= queue["wait"]["count"] <= 81
+    assert stages["data"]["count"] >= 80
+    assert stages["metadata"]["count"] >= 40  # each write allocated: its mapping was written
+    assert stages["sync"]["count"] >= 1
+    for stage in (*stages.values(), queue["wait"], queue["service"]):
+        assert sum(stage["buckets"].values()) == stage["count"]
+        assert stage["nanoseconds"] < 60e9 * stage["count"]
+
+
+def test_metrics_are_open_metrics_text(daemon: Daemon, control: Path) -> None:
+    with FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(0, bytes(512))
+        text = ctl(control, "metrics").stdout
+    assert text.endswith("\n# EOF\n")
+    assert "vhost_user_qcow2_writes_total 1\n" in text
+    assert 'vhost_user_qcow2_queue_service_seconds_bucket{queue="0",le="+Inf"} 1\n' in text
+    for line in text.splitlines()[:-1]:
+        assert line.startswith(("# TYPE vhost_user_qcow2_", "vhost_user_qcow2_"))
+        assert line.startswith("#") or float(line.rsplit(" ", 1)[1]) >= 0
+
+
+def test_resize_reaches_the_front_end(daemon: Daemon, control: Path, image: Path) -> None:
+    with FrontEnd(daemon.socket_path) as front_end:
+        assert ask(control, "resize", "80M") == {"size": 80 * MIB}
+        assert front_end.size == 80 * MIB
+        front_end.write(80 * MIB - 512, b"z" * 512)
+    refused = ctl(control, "resize", "1M")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    daemon.stop()
+    assert_clean(image)
+
+
+def test_writethrough_can_be_forced_and_left_to_the_guest_again(daemon: Daemon, control: Path) -> None:
+    def syncs_of_a_write(front_end: FrontEnd) -> int:
+        before = ask(control, "stats")["counters"]["syncs"]
+        front_end.write(0, b"w" * 512)
+        return int(ask(control, "stats")["counters"]["syncs"]) - before
+
+    with FrontEnd(daemon.socket_path, features=F_FLUSH | F_CONFIG_WCE) as front_end:
+        front_end.write(0, b"w" * 512)
+        assert syncs_of_a_write(front_end) == 0
+        ask(control, "set-cache", "writethrough")
+        assert ask(control, "status")["cache"] == "writethrough"
+        front_end.set_writeback(True)
+        assert syncs_of_a_write(front_end) == 1
+        ask(control, "set-cache", "writeback")
+        assert syncs_of_a_write(front_end) == 0
+        front_end.set_writeback(False)
+        ask(control, "set-cache", "writeback")  # the guest was told that writes are stable: they stay so
+        assert syncs_of_a_write(front_end) == 1
+
+
+def test_forcing_writethrough_flushes_first(daemon: Daemon, control: Path) -> None:
+    with FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(0, b"w" * 512)
+        before = ask(control, "stats")["counters"]["syncs"]
+        ask(control, "set-cache", "writethrough")
+        assert ask(control, "stats")["counters"]["syncs"] == before + 1
+        ask(control, "flush")
+        assert ask(control, "stats")["counters"]["syncs"] == before + 2
+
+
+def test_quit_is_a_clean_end(daemon: Daemon, control: Path, image: Path) -> None:
+    ask(control, "quit")
+    assert daemon.process.wait(TIMEOUT) == 0
+    assert not control.exists()
+    assert_clean(image)
+
+
+GARBAGE = [
+    b"\xff\xfe garbage\n",
+    b"{}\n",
+    b"[1]\n",
+    b'{"command": 5}\n',
+    b'{"command": "status", "more": 1}\n',
+    b'{"command": "resize"}\n',
+    b'{"command": "resize", "size": -1}\n',
+    b'{"command": "resize", "size": true}\n',
+    b'{"command": "resize", "size": 1e400}\n',
+    b'{"command": "set-cache", "mode": ["writeback"]}\n',
+    b"[" * 60000 + b"\n",
+    b"9" * 60000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("line", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_answered_with_an_error_and_the_client_goes_on(daemon: Daemon, control: Path, line: bytes) -> None:
+    with connect(control) as client, client.makefile("rwb") as lines:
+        lines.readline()
+        lines.write(line + b'{"command": "status", "id": [7]}\n')
+        lines.flush()
+        assert list(json.loads(lines.readline())) == ["error"]
+        assert json.loads(lines.readline())["id"] == [7]
+
+
+def test_endless_line_ends_its_connection_only(daemon: Daemon, control: Path) -> None:
+    with connect(control) as client:
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012 - until it happens
+            while True:
+                client.sendall(b"x" * 65536)
+    assert ask(control, "status")["size"] == 64 * MIB
+
+
+def test_client_that_reads_nothing_keeps_nobody_waiting(daemon: Daemon, control: Path) -> None:
+    with connect(control) as greedy:
+        greedy.setblocking(False)
+        with pytest.raises(BlockingIOError):  # noqa: PT012 - until it happens
+            while True:
+                greedy.send(b'{"command": "stats"}\n' * 100)
+        assert ask(control, "status")["size"] == 64 * MIB
+        with FrontEnd(daemon.socket_path) as front_end:
+            front_end.write(0, bytes(512))
+            daemon.stop()
+
+
+def test_clients_that_leave_in_the_middle_leave_nothing_behind(daemon: Daemon, control: Path) -> None:
+    fds = f"/proc/{daemon.process.pid}/fd"
+    ask(control, "status")
+    before = len(os.listdir(fds))
+    for i in range(50):
+        with connect(control) as client:
+            client.send(b'{"command": "status"}\n'[: i % 23])
+    clients = [connect(control) for _ in range(20)]  # more than are served at once
+    for client in clients:
+        client.close()
+    while ctl(control, "status").returncode:  # refused while the twenty are being dropped
+        pass
+    while len(os.listdir(fds)) > before:
+        ask(control, "status")
+
+
+def test_stale_control_socket_is_replaced_and_a_live_one_is_not(daemon: Daemon, control: Path, image: Path) -> None:
+    daemon.process.send_signal(signal.SIGKILL)
+    daemon.process.wait(TIMEOUT)
+    assert control.exists()
+    with Daemon(image, f"--control={control}") as second:
+        with FrontEnd(second.socket_path):
+            pass
+        assert ask(control, "status")["image"] == str(image)
+        command = [DAEMON, f"--blk-file={image}", f"--socket-path={control}.own", f"--control={control}"]
+        third = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        assert third.returncode == 1
+        assert "in use" in third.stderr
+        second.stop()

@@ -1,0 +1,136 @@
+"""What the control socket may ask of a running daemon; documented in docs/control.md.
+
+Everything here runs on the control socket's own thread. It reaches the data plane as the control thread does, through
+`Worker.call`, and never waits for the control thread: a vhost-user message in progress cannot hold it up, nor it one.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+from ring.statistics import Histogram
+from vhost.device import Device, ResizeRefused
+from vhost.metrics import open_metrics
+from virtio.block import Unavailable
+
+VERSION = 1
+SECTOR = 512
+SIZE_LIMIT = 1 << 63
+
+
+class CommandError(Exception):
+    """The command cannot be done; one line says why."""
+
+
+class Commands:
+    """The commands of one daemon: *describe()* is what it says of its image, *stop_fd* ends it."""
+
+    def __init__(self, device: Device, stop_fd: int, describe: Callable[[], dict[str, Any]]) -> None:
+        self._device = device
+        self._stop_fd = stop_fd
+        self._describe = describe
+
+    def run(self, request: dict[str, Any]) -> Any:
+        """Do what *request* asks for and return the result. Raises: CommandError."""
+        name, arguments = request.get("command"), {key: request[key] for key in request if key not in ("command", "id")}
+        command = COMMANDS.get(name) if isinstance(name, str) else None
+        if command is None:
+            raise CommandError(f"unknown command {name!r}, known are {', '.join(COMMANDS)}")
+        wanted = ARGUMENTS.get(str(name), ())
+        if set(arguments) != set(wanted):
+            raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}")
+        try:
+            return command(self, **arguments)
+        except RuntimeError:
+            raise CommandError("the daemon is ending") from None
+
+    def status(self) -> dict[str, Any]:
+        """What is served, how, and to whom."""
+        device = self._device
+        session = device.session
+        return {
+            **self._describe(),
+            "size": device.backend.geometry.size,
+            "aio": device.worker.aio.value,
+            "cache": "writethrough" if device.block.writethrough else "writeback",
+            "forced-writethrough": device.block.is_forced,
+            "image-held": device.is_attached,
+            "connected": session is not None,
+            "features": session and f"{session.features:#x}",
+            "protocol-features": session and f"{session.protocol_features:#x}",
+            "running": session is not None and session.vrings.are_running,
+            "num-queues": device.offer.num_queues,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Every counter, and the latencies."""
+        statistics = self._device.worker.statistics
+        return {
+            "counters": asdict(self._device.worker.counters),
+            "stages": {name: _as_json(getattr(statistics, name)) for name in ("data", "metadata", "sync")},
+            "queues": {
+                str(index): {
+                    "requests": queue.requests,
+                    "wait": _as_json(queue.wait),
+                    "service": _as_json(queue.service),
+                }
+                for index, queue in statistics.queues.items()
+            },
+        }
+
+    def metrics(self) -> str:
+        """The same as OpenMetrics text."""
+        return open_metrics(self._device.worker.counters, self._device.worker.statistics)
+
+    def resize(self, size: object) -> dict[str, Any]:
+        """Let the disk grow to *size* bytes."""
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < SIZE_LIMIT:
+            raise CommandError(f"{size!r} is not a size in bytes")
+        try:
+            self._device.resize(size)
+        except ResizeRefused as refusal:
+            raise CommandError(str(refusal)) from refusal
+        return {"size": self._device.backend.geometry.size}
+
+    def flush(self) -> None:
+        """Make every write completed before now stable."""
+        outcome: Future[int] = Future()
+        try:
+            self._device.flush(outcome.set_result)
+        except Unavailable as unavailable:
+            raise CommandError(str(unavailable)) from unavailable
+        result = outcome.result()
+        if result < 0:
+            raise CommandError(os.strerror(-result))
+
+    def set_cache(self, mode: object) -> None:
+        """`writethrough` makes every write stable whatever the guest chose; `writeback` leaves it to the guest."""
+        if mode not in ("writeback", "writethrough"):
+            raise CommandError(f"{mode!r} is neither writeback nor writethrough")
+        self._device.force_writethrough(mode == "writethrough")
+        if mode == "writethrough":
+            self.flush()
+
+    def quit(self) -> None:
+        """End as SIGTERM does."""
+        os.eventfd_write(self._stop_fd, 1)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "status": Commands.status,
+    "stats": Commands.stats,
+    "metrics": Commands.metrics,
+    "resize": Commands.resize,
+    "flush": Commands.flush,
+    "set-cache": Commands.set_cache,
+    "quit": Commands.quit,
+}
+ARGUMENTS = {"resize": ("size",), "set-cache": ("mode",)}
+
+
+def _as_json(histogram: Histogram) -> dict[str, Any]:
+    """Only what is not zero, keyed by the upper bound in ns."""
+    buckets = {str(1 << i): count for i, count in enumerate(histogram.buckets) if count}
+    return {"count": histogram.count, "nanoseconds": histogram.nanoseconds, "buckets": buckets}

@@ -1,0 +1,146 @@
+"""The control socket: lines of JSON in, lines of JSON out, on a thread of its own.
+
+A client is bounded in everything: one line of at most 64 KiB, one answer at a time, which it reads before it is read
+again; sixteen clients. One that breaks a rule is told so and dropped; nobody else notices.
+"""
+
+import contextlib
+import json
+import os
+import select
+import socket
+import threading
+from types import TracebackType
+from typing import Any
+
+from vhost.commands import COMMANDS, VERSION, CommandError, Commands
+
+LINE_MAX = 64 << 10
+CLIENTS_MAX = 16
+GREETING = {"vhost-user-qcow2": {"version": VERSION, "commands": list(COMMANDS)}}
+
+
+class Client:
+    """One connection: what it sent and we have not answered, what we answered and it has not read."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self.received = bytearray()
+        self.unsent = bytearray(_line(GREETING))
+        self.is_leaving = False  # once it has read what is unsent
+
+    def send(self) -> None:
+        """Send what it takes now. Raises: OSError if it is gone."""
+        with contextlib.suppress(BlockingIOError):
+            del self.unsent[: self.socket.send(self.unsent)]
+
+    def receive(self) -> None:
+        """Take what is there. Raises: OSError if it is gone."""
+        with contextlib.suppress(BlockingIOError):
+            data = self.socket.recv(LINE_MAX)
+            if not data:
+                raise ConnectionResetError
+            self.received += data
+
+    def next_line(self) -> bytes | None:
+        """The next complete line, if there is one."""
+        line, newline, rest = self.received.partition(b"\n")
+        if not newline:
+            return None
+        self.received = rest
+        return bytes(line)
+
+
+class Control:
+    """A context manager: serves *commands* to the clients of *listener* while it is entered."""
+
+    def __init__(self, listener: socket.socket, commands: Commands) -> None:
+        listener.setblocking(False)
+        listener.listen(CLIENTS_MAX)
+        self._listener = listener
+        self._commands = commands
+        self._clients: dict[int, Client] = {}
+        self._thread = threading.Thread(target=self._main, name="control", daemon=True)
+        self._stop_fd = -1
+
+    def __enter__(self) -> "Control":
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join()
+        os.close(self._stop_fd)
+
+    def _main(self) -> None:
+        while True:
+            ready = self._wait()
+            if self._stop_fd in ready:
+                break
+            for fd in ready & self._clients.keys():
+                self._serve(self._clients[fd])
+            if self._listener.fileno() in ready:
+                self._accept()
+        for client in self._clients.values():
+            client.socket.close()
+
+    def _wait(self) -> set[int]:
+        poll = select.poll()
+        poll.register(self._stop_fd, select.POLLIN)
+        poll.register(self._listener, select.POLLIN)
+        for fd, client in self._clients.items():
+            poll.register(fd, select.POLLOUT if client.unsent else select.POLLIN)
+        return {fd for fd, _ in poll.poll()}
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it left before we came, or there are no descriptors: who connects is not told
+            return
+        if len(self._clients) == CLIENTS_MAX:
+            connection.close()
+            return
+        self._clients[connection.fileno()] = Client(connection)
+
+    def _serve(self, client: Client) -> None:
+        try:
+            if client.unsent:
+                client.send()
+            else:
+                client.receive()
+            while not client.unsent and not client.is_leaving and (line := client.next_line()) is not None:
+                self._answer(client, line)
+            if len(client.received) > LINE_MAX and not client.unsent:
+                client.is_leaving = True
+                client.unsent += _line({"error": f"a line is longer than {LINE_MAX} bytes"})
+                client.send()
+            if client.is_leaving and not client.unsent:
+                raise ConnectionResetError
+        except OSError:
+            del self._clients[client.socket.fileno()]
+            client.socket.close()
+
+    def _answer(self, client: Client, line: bytes) -> None:
+        client.unsent += _line(self._reply(line))
+        client.send()
+
+    def _reply(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            return {"error": "not a line of JSON"}
+        if not isinstance(request, dict):
+            return {"error": "not a JSON object"}
+        tag = {"id": request["id"]} if "id" in request else {}
+        try:
+            return {**tag, "result": self._commands.run(request)}
+        except CommandError as error:
+            return {**tag, "error": str(error)}
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"

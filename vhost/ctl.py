@@ -1,0 +1,73 @@
+"""`vhost-user-qcow2 ctl`: ask a running daemon through its control socket."""
+
+import argparse
+import json
+import socket
+import sys
+from typing import Any
+
+from vhost.option import PROGRAM, Parser, UsageError
+
+KIBI = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def parser() -> Parser:
+    """The command line of `ctl`."""
+    parser = Parser(
+        prog=f"{PROGRAM} ctl", allow_abbrev=False, description="Ask a running daemon through its control socket."
+    )
+    parser.add_argument("--control", metavar="PATH", required=True, help="the daemon's --control socket")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("status", help="what is served, how, and to whom")
+    commands.add_parser("stats", help="counters and latencies as JSON")
+    commands.add_parser("metrics", help="counters and latencies as OpenMetrics text")
+    resize = commands.add_parser("resize", help="let the disk grow while it is used")
+    resize.add_argument("size", metavar="SIZE", type=_size, help="the new size in bytes, or with a suffix as in 20G")
+    commands.add_parser("flush", help="make every completed write stable")
+    cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
+    cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")
+    commands.add_parser("quit", help="end the daemon as SIGTERM does")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; the exit status."""
+    try:
+        request = vars(parser().parse_args(arguments))
+        answer = ask(request.pop("control"), request)
+    except (UsageError, OSError, ValueError) as error:
+        return _complain(str(error))
+    if "error" in answer:
+        return _complain(answer["error"])
+    result = answer["result"]
+    if result is not None:
+        print(
+            result if isinstance(result, str) else json.dumps(result, indent=2),
+            end="" if request["command"] == "metrics" else "\n",
+        )
+    return 0
+
+
+def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Send one request to the daemon at *path* and return its answer. Raises: OSError, ValueError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(path)
+        with connection.makefile("rwb") as lines:
+            json.loads(lines.readline())  # the greeting
+            lines.write(json.dumps(request).encode() + b"\n")
+            lines.flush()
+            answer: dict[str, Any] = json.loads(lines.readline())
+            return answer
+
+
+def _complain(text: str) -> int:
+    print(f"{PROGRAM}: ctl: {' '.join(text.split())}", file=sys.stderr)
+    return 1
+
+
+def _size(text: str) -> int:
+    shift = KIBI.get(text[-1:].lower(), 0)
+    digits = text[:-1] if shift else text
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20G")
+    return int(digits) << shift
