@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
 export PYTHON
 
-.PHONY: demo test check vm migrate asan kill threads bench compare build-packages guest-packages
+.PHONY: demo test check vm migrate asan kill threads bench compare install build-packages guest-packages
 
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
@@ -61,6 +61,12 @@ bench: guest-packages $(VENV)/installed-bench
 
 compare: guest-packages $(VENV)/installed-bench
 	PYTHONPATH=examples $(BIN)/python -m bench.guest $(COMPARE)
+
+# As root, or into DESTDIR for a package: programs, man pages, completion, systemd units, QEMU's discovery file.
+PREFIX ?= /usr/local
+install: $(VENV)/installed
+	$(PYTHON) -m pip install --no-deps --ignore-installed --prefix=$(PREFIX) $(if $(DESTDIR),--root=$(DESTDIR)) .
+	$(BIN)/python share/generate.py $(DESTDIR)$(PREFIX) --bindir=$(PREFIX)/bin
 
 build-packages:
 	@.ci/need build

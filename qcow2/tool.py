@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; the exit status."""
     try:
-        given = _parser().parse_args(arguments)
+        given = build_parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = COMMANDS[given.command][0].run_command
         status = command(given)
         sys.stdout.flush()
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(str(error))
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The command line, for the program and its manual."""
     parser = Parser(prog="qcow2", allow_abbrev=False, description="Create, inspect and repair qcow2 images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (room, caption) in COMMANDS.items():

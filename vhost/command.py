@@ -31,12 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
 
         return control(arguments[1:])
     from vhost.option import UsageError, parse
+    from vhost.systemd import activated_fd
 
     try:
-        options = parse(arguments)
-    except UsageError as error:
+        if arguments[:1] == ["libvirt-xml"]:
+            return _print_xml(parse(arguments[1:]))
+        options = parse(arguments, activated_fd=activated_fd())
+    except (UsageError, ValueError) as error:
         return _complain(str(error))
     return _serve(options)
+
+
+def _print_xml(options: "Options") -> int:
+    from vhost.libvirt import domain_xml
+
+    if options.socket_path is None:
+        return _complain("libvirt-xml: give --socket-path=PATH")
+    print(domain_xml(options), end="")
+    return 0
 
 
 def _serve(options: "Options") -> int:
@@ -73,6 +85,7 @@ def serve_image(options: "Options") -> None:
     from vhost.daemon import run, stop_signals
     from vhost.disk import ImageBackend
     from vhost.held import HeldImage
+    from vhost.systemd import notify
 
     with ExitStack() as stack:
         stop_fd = stack.enter_context(stop_signals())
@@ -86,6 +99,7 @@ def serve_image(options: "Options") -> None:
                 held.take()
             trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
             backend = ImageBackend(held, cache=options.cache, trace=trace)
+            notify("READY=1")
             counters = run(
                 backend,
                 endpoint,
@@ -96,6 +110,7 @@ def serve_image(options: "Options") -> None:
                 poll_us=options.poll_us,
                 control=control,
             )
+            notify("STOPPING=1")
         except Stopped:
             return
         held.end()  # while a second signal still cannot interrupt it

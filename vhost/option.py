@@ -75,9 +75,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse(arguments: list[str]) -> Options:
-    """Raises: UsageError naming the option, the value and the limit."""
+def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
+    """The options; *activated_fd* is the socket of a command line that names none.
+
+    Raises: UsageError naming the option, the value and the limit.
+    """
     given = _parser().parse_args(arguments)
+    if given.socket_path is None and given.fd is None:
+        given.fd = activated_fd
     if (given.socket_path is None) == (given.fd is None):
         raise UsageError("give one of --socket-path=PATH and --fd=N")
     if given.format == "raw" and given.lazy_refcounts != "image":
@@ -103,6 +108,19 @@ def parse(arguments: list[str]) -> Options:
         poll_us=given.poll_us,
         control=given.control,
     )
+
+
+def whole_parser() -> Parser:
+    """Options and subcommands together, for manual and completion."""
+    from vhost.ctl import parser as ctl_parser  # which imports us
+
+    parser = _parser()
+    commands = parser.add_subparsers(metavar="COMMAND")
+    ctl = ctl_parser()
+    commands.add_parser("ctl", parents=[ctl], add_help=False, help=ctl.description, description=ctl.description)
+    xml = "print what a libvirt domain says of the disk that these options serve"
+    commands.add_parser("libvirt-xml", parents=[_parser()], add_help=False, help=xml, description=xml)
+    return parser
 
 
 def _parser() -> Parser:
