@@ -41,6 +41,22 @@ def outline(path: str, image_format: str) -> Outline:
         return Outline(geometry.size, geometry.cluster_size)
 
 
+def chain_paths(path: str, image_format: str) -> list[str]:
+    """The image and what is under it, top first, as their headers say now; no locks are taken.
+
+    Raises: OSError, UnsupportedImage, CorruptImage.
+    """
+    paths = [path]
+    while image_format == "qcow2" and len(paths) <= MAX_DEPTH:
+        with HostFile.open(path) as file:
+            header = run(read_header(file, trust_refcounts=False))
+        if header.backing_name is None or header.backing_format is None:
+            break
+        path, image_format = backing_path(path, header.backing_name), header.backing_format
+        paths.append(path)
+    return paths
+
+
 @dataclass
 class Chain:
     """The files of an image and of everything under it; closes them as a context manager."""

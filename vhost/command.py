@@ -98,6 +98,8 @@ def serve_image(options: "Options") -> None:
             else:
                 held.take()
             trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
+            if options.sandbox:
+                _confine(options)
             backend = ImageBackend(held, cache=options.cache, trace=trace)
             notify("READY=1")
             counters = run(
@@ -147,6 +149,18 @@ def _trace(path: str) -> "Iterator[Trace]":
         yield trace
     if trace.error:
         logging.getLogger("vhost").warning("%s: the trace ends early: %s", path, os.strerror(trace.error))
+
+
+def _confine(options: "Options") -> None:
+    from qcow2.chain import chain_paths
+    from vhost.sandbox import confine
+
+    confine(
+        images=chain_paths(options.blk_file, options.format),
+        writable=not options.read_only,
+        log_directory=options.link_log,
+        sockets=[path for path in (options.socket_path, options.control) if path is not None],
+    )
 
 
 class Stopped(Exception):

@@ -66,6 +66,7 @@ class Options:
     aio: Aio = Aio.AUTO
     poll_us: int = DEFAULT_POLL_US
     control: str | None = None
+    sandbox: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +108,7 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         aio=Aio(given.aio),
         poll_us=given.poll_us,
         control=given.control,
+        sandbox=given.sandbox,
     )
 
 
@@ -147,6 +149,7 @@ def _parser() -> Parser:
         default=DEFAULT_LINK_LOG,
         help=f"memory that outlives the daemon (default: {DEFAULT_LINK_LOG})",
     )
+    add("--sandbox", action="store_true", help="give up every right that serving this image does not need")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")
