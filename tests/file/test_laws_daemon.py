@@ -376,9 +376,9 @@ def test_two_daemons_share_a_base_but_not_an_overlay(tmp_path: Path) -> None:
     with Daemon(path) as one, Daemon(other) as two:
         with FrontEnd(one.socket_path, features=features) as first, FrontEnd(two.socket_path) as second:
             assert first.read(65536, BLOCK) == second.read(65536, BLOCK) == base[65536 : 65536 + BLOCK]
-        with Daemon(path) as three:
-            three.process.wait(60)
-            assert three.process.returncode == 1
+            with Daemon(path) as three:
+                three.process.wait(60)
+                assert three.process.returncode == 1
 
 
 def test_the_dirty_bit_stays_for_the_next_front_end(tmp_path: Path) -> None:
