@@ -1,5 +1,6 @@
 """Where io_uring is forbidden the daemon works through threads, says so once, and keeps every promise."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,8 +33,11 @@ def image(tmp_path: Path) -> Path:
 
 def rings_of(pid: int) -> int:
     """How many io_urings a process holds."""
-    fds = Path(f"/proc/{pid}/fd")
-    return sum(os.readlink(fds / fd) == "anon_inode:[io_uring]" for fd in os.listdir(fds))
+    rings = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            rings += os.readlink(fd) == "anon_inode:[io_uring]"
+    return rings
 
 
 def use(daemon: Daemon) -> None:
