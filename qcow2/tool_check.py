@@ -4,12 +4,9 @@ import argparse
 import json
 import sys
 
-from qcow2.chain import FORMATS
 from qcow2.check import check
 from qcow2.driver.file import HostFile, run
-from qcow2.driver.memory import DEFAULT_DIRECTORY
-from qcow2.recovery import recover
-from qcow2.repair import RepairMode, repair
+from qcow2.format import FORMATS
 from qcow2.report import Report
 from qcow2.tool_file import opened
 
@@ -22,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
     parser.add_argument("--output", default="human", choices=["human", "json"])
-    parser.add_argument("-r", "--repair", choices=[mode.value for mode in RepairMode], help="put right what is wrong")
+    parser.add_argument("-r", "--repair", choices=["leaks", "all"], help="put right what is wrong")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
     parser.add_argument("filename")
 
@@ -40,6 +37,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     writable = arguments.repair is not None
     with opened(arguments.filename, writable=writable, force_share=arguments.force_share) as file:
         if writable:
+            from qcow2.driver.memory import DEFAULT_DIRECTORY
+            from qcow2.recovery import recover
+
             recover(file, DEFAULT_DIRECTORY)
         report = _check(file, arguments)
     if arguments.output == "json":
@@ -59,6 +59,8 @@ def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
     if arguments.repair is None:
         report = run(check(file, say=said.say, progress=progress))
     else:
+        from qcow2.repair import RepairMode, repair
+
         report = run(repair(file, RepairMode(arguments.repair), say=said.say, progress=progress))
     if progress is not None:
         print("\r\033[K", end="", file=sys.stderr, flush=True)

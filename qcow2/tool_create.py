@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import TypeVar
 
-from qcow2.chain import FORMATS, backing_path
+from qcow2.chain import backing_path
 from qcow2.create import Options, Preallocation, max_size, plan, write_header, write_tables
 from qcow2.driver.file import run
+from qcow2.format import FORMATS
 from qcow2.header import read_header
 from qcow2.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
 from qcow2.quantity import parse_size

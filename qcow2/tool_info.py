@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from qcow2.bitmap import Bitmap, bitmap_directory, read_bitmaps
-from qcow2.chain import FORMATS, MAX_DEPTH, backing_path
+from qcow2.chain import MAX_DEPTH, backing_path
 from qcow2.driver.file import HostFile, run
 from qcow2.error import ImageError, UnsupportedImage
+from qcow2.format import FORMATS
 from qcow2.header import Header, read_header
 from qcow2.layout import SECTOR_SIZE, BitmapFlags
 from qcow2.operation import File

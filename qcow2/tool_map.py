@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qcow2.chain import FORMATS, Chain
+from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.format import FORMATS
 from qcow2.image import Image, OpenOptions
 from qcow2.l2cache import Kind
 from qcow2.quantity import parse_size

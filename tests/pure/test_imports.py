@@ -87,3 +87,9 @@ def test_printing_capabilities_loads_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_check_does_without_the_engine() -> None:
+    program = "import sys, qcow2.tool_check; sys.exit('loaded the engine' if 'qcow2.image' in sys.modules else 0)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert run.returncode == 0, run.stderr
