@@ -4,6 +4,8 @@ import hashlib
 import json
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,21 @@ def qemu_io(path: Path, *commands: str, options: tuple[str, ...] = ()) -> str:
     if done.returncode or "error" in done.stdout.lower() or "failed" in done.stdout.lower():
         raise AssertionError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+@contextmanager
+def held_by_qemu(path: Path, *, read_only: bool = False) -> Iterator[None]:
+    """qemu-io has the image open until the end of the block."""
+    command = ["qemu-io", "-f", "qcow2", *(["-r"] if read_only else []), str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        process.stdout.readline()  # it answers, so it has opened the image
+        yield
+        process.stdin.close()
+        process.stdout.read()
 
 
 def qemu_check(path: Path, *options: str) -> tuple[int, dict[str, Any]]:

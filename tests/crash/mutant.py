@@ -10,6 +10,7 @@ import pytest
 
 from qcow2.allocation import Allocator
 from qcow2.image import Image
+from qcow2.layout import OFFSET_MASK
 from qcow2.linklog import LinkLog
 from qcow2.links import Links
 from qcow2.mapping import Mapping
@@ -209,6 +210,95 @@ def repair_marks_clean_first(patch: Patch) -> None:
     patch.setattr(module, "_repair_all", clean_first)
 
 
+def failed_sync_is_forgotten(patch: Patch) -> None:
+    """Law 7: it fails who asked for it, and the next one reports success."""
+    patch.setattr(Stability, "fail", lambda self, error: None)
+
+
+def failed_sync_is_tried_again(patch: Patch) -> None:
+    """Law 7: the second time the host has nothing left to write, and says so."""
+    sync: Callable[..., Awaitable[None]] = Stability.sync
+
+    async def insistent(self: Stability) -> None:
+        try:
+            await sync(self)
+        except OSError:
+            self.error = None
+            await sync(self)
+
+    patch.setattr(Stability, "sync", insistent)
+
+
+def failed_metadata_write_is_swallowed(patch: Patch) -> None:
+    """Law 7: memory has what the file has not."""
+    write: Callable[..., Awaitable[None]] = Stability.write
+
+    async def quiet(self: Stability, host_offset: int, *pieces: Any) -> None:
+        try:
+            await write(self, host_offset, *pieces)
+        except OSError:
+            self.error = None
+
+    patch.setattr(Stability, "write", quiet)
+
+
+def failed_data_is_linked(patch: Patch) -> None:
+    """Law 7: a failed data write does not fail its request, and changes metadata."""
+    fill: Callable[..., Awaitable[bool]] = Writer._fill
+
+    async def quiet(self: Writer, *arguments: Any) -> bool:
+        try:
+            return await fill(self, *arguments)
+        except OSError:
+            return True
+
+    patch.setattr(Writer, "_fill", quiet)
+
+
+def lack_of_space_ends_all_writes(patch: Patch) -> None:
+    """Law 7: a full host is no reason to distrust it."""
+    patch.setattr("qcow2.stability.NO_SPACE", ())
+
+
+def tables_are_wherever_the_header_says(patch: Patch) -> None:
+    """Law 9: no limit, no alignment, no end of the file."""
+    patch.setattr("qcow2.refusal.validate_tables", lambda *arguments, **named: None)
+
+
+def l1_entry_is_believed(patch: Patch) -> None:
+    """Law 9: an L2 table may begin anywhere."""
+
+    def believing(self: Mapping, guest_offset: int) -> int:
+        return self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK
+
+    patch.setattr(Mapping, "table_offset", believing)
+
+
+def guest_data_may_lie_in_tables(patch: Patch) -> None:
+    """Law 9: the guest writes the refcounts, or maps itself any cluster."""
+    patch.setattr(Mapping, "own_metadata", lambda self, clusters: None)
+
+
+def check_believes_l2_entries(patch: Patch) -> None:
+    """Law 9: what cannot be data is called sound, and refused when it is read."""
+    patch.setattr("qcow2.census._judge_l2_entry", lambda census, where, entry: None)
+
+
+def image_is_not_locked(patch: Patch) -> None:
+    """Law 10."""
+    patch.setattr("qcow2.chain.lock_image", lambda fd, path, *, writable: None)
+
+
+def readers_forbid_nothing(patch: Patch) -> None:
+    """Law 10: a backing file, or an image served read-only, is written under us."""
+    patch.setattr("qcow2.lock.FORBIDDEN", ())
+
+
+def locks_of_others_are_not_looked_for(patch: Patch) -> None:
+    """Law 10: ours are taken, and exclude only who comes later and looks."""
+    patch.setattr("qcow2.lock._is_held", lambda fd, byte: False)
+
+
 FOUND_BY: dict[Mutant, str] = {
     flush_does_nothing: "512/writeback/1/overwrite+flush",
     copy_is_linked_before_it_is_stable: "backing/writethrough/1/copy",
@@ -224,4 +314,16 @@ FOUND_BY: dict[Mutant, str] = {
     reserved_without_a_sync: "512/writeback/1/allocate",
     block_is_written_after_its_pointer: "width-64/writeback/1/block",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
+    failed_sync_is_forgotten: "faults 512/writeback/allocate+flush",
+    failed_sync_is_tried_again: "faults 512/writeback/allocate+flush",
+    failed_metadata_write_is_swallowed: "faults 512/writeback/allocate",
+    failed_data_is_linked: "faults 512/writeback/allocate",
+    lack_of_space_ends_all_writes: "faults 512/writeback/allocate",
+    tables_are_wherever_the_header_says: "hostile l1-too-long",
+    l1_entry_is_believed: "hostile l2-unaligned",
+    guest_data_may_lie_in_tables: "hostile data-in-the-l1-table",
+    check_believes_l2_entries: "hostile l2-entry-reserved-bit",
+    image_is_not_locked: "alone qemu-beside-our-writer",
+    readers_forbid_nothing: "alone qemu-beside-our-reader",
+    locks_of_others_are_not_looked_for: "alone we-beside-a-reading-qemu",
 }

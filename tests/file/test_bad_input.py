@@ -5,7 +5,6 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from tests.builder.record import (
     LAZY_REFCOUNTS,
     feature_name_table,
 )
-from tests.oracle import sha256
+from tests.oracle import held_by_qemu, sha256
 from tests.program import DAEMON, TIMEOUT, qcow2_tool
 
 
@@ -193,21 +192,6 @@ def test_a_missing_backing_file_is_reported_with_its_whole_chain(tmp_path: Path)
 
 
 # -- locks
-
-
-@contextmanager
-def held_by_qemu(path: Path, *, read_only: bool = False) -> Iterator[None]:
-    """qemu-io has the image open until the end of the block."""
-    command = ["qemu-io", "-f", "qcow2", *(["-r"] if read_only else []), str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        process.stdout.readline()  # it answers, so it has opened the image
-        yield
-        process.stdin.close()
-        process.stdout.read()
 
 
 def test_an_image_that_qemu_writes_is_refused_by_the_library(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from tests.file.test_bad_input import held_by_qemu
-from tests.oracle import assert_clean, assert_same_disk, qemu_img, qemu_io, qemu_read, read_header, sha256
+from tests.oracle import assert_clean, assert_same_disk, held_by_qemu, qemu_img, qemu_io, qemu_read, read_header, sha256
 from tests.program import qcow2_tool, qcow2_tool_ok
 
 SMALL = 1000 << 10  # neither a whole cluster of 64 KiB nor, with clusters of 512 bytes, a whole L2 table

@@ -8,8 +8,7 @@ import pytest
 
 from qcow2.quantity import format_size, parse_size
 from tests.builder import Recipe, build
-from tests.file.test_bad_input import held_by_qemu
-from tests.oracle import qemu_img, qemu_io, sha256
+from tests.oracle import held_by_qemu, qemu_img, qemu_io, sha256
 from tests.program import qcow2_tool, qcow2_tool_ok
 
 

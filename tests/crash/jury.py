@@ -1,0 +1,48 @@
+"""Every judge of the engine by one line that names it and what it looks at.
+
+- `SORT/CACHE/SEED/WORKLOAD`: the crash explorer visits every state of a workload;
+- `faults SORT/CACHE/WORKLOAD`: each of its operations fails, `tests/crash/life.py`;
+- `hostile CASE`: an image that lies, `tests/crash/hostile.py`;
+- `alone CASE`: two processes meet on an image, `tests/crash/alone.py`.
+"""
+
+from tests.crash.alone import meet
+from tests.crash.campaign import explore, parse, scene_of
+from tests.crash.explorer import Violation
+from tests.crash.hostile import face
+from tests.crash.life import live_with_every_fault
+from tests.crash.sequence import SORTS
+
+
+def sit(line: str) -> int:
+    """Let the judge that *line* names look at the engine; how many states, lives or meetings it saw.
+
+    Raises: Violation if a law is broken.
+    """
+    judge, _, what = line.rpartition(" ")
+    try:
+        match judge:
+            case "faults":
+                return _face_faults(what)
+            case "hostile":
+                return face(what)
+            case "alone":
+                return meet(what)
+            case _:
+                return _explore(line)
+    except Violation:
+        raise
+    except Exception as error:  # a broken engine may also fall over
+        raise Violation(f"{line}: {type(error).__name__}: {error}") from error
+
+
+def _face_faults(what: str) -> int:
+    sort, cache, sequence = what.split("/")
+    return live_with_every_fault(SORTS[sort], cache, tuple(sequence.split("+"))).total()
+
+
+def _explore(line: str) -> int:
+    workload, _ = parse(line)
+    scene = scene_of(workload, None)
+    explore(workload, scene)
+    return scene.count.states
