@@ -75,7 +75,7 @@ def test_read_only_device_offers_neither_discard_nor_write_zeroes_nor_wce() -> N
 
 def test_writable_device_offers_what_the_issue_lists() -> None:
     bits = {bit for bit in range(64) if offered_features(read_only=False) >> bit & 1}
-    assert bits == {2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 32}
+    assert bits == {2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 32, 34}
 
 
 FLUSH, WCE = BlockFeature.FLUSH, BlockFeature.CONFIG_WCE
