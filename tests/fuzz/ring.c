@@ -603,7 +603,7 @@ static void init_block(const struct setup *setup)
     if (!(setup->flags & NO_SYNC_SLOT))
         world.block.sync_slot = setup->map >> 1 & 1;
     if (!(setup->flags & NO_MAP))
-        block_set_extent_map(&world.block, (uintptr_t)fragmented, (uintptr_t)&world.setup.map);
+        block_set_extent_map(&world.block, (uintptr_t)fragmented, (uintptr_t)&world.setup.map, 0);
 }
 
 /* The memory that a front-end shares besides the guest's: what is in flight, with or without a past, and the log. */
