@@ -1,7 +1,8 @@
 """Allocation: host clusters handed out from a reserved run; growing the file and the refcounts under it.
 
 Every cluster handed out is counted (accurate: stable on the disk; lazy: in memory), lies inside the file's stable
-length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync.
+length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync. Who
+syncs before the link anyway takes clusters of which all this is true after that sync only, and does not wait for one.
 """
 
 import errno
@@ -54,7 +55,9 @@ class Allocator:
         self._opened_size = file_size  # what was in the file before us is not cut off
         self._stock = Stock()  # reserved, not yet handed out
         mapping.cache.set_stock(self._stock.native)
+        self._unsynced: list[range] = []  # reserved, but stable after the next sync only
         self._under_way: Signal | None = None  # of the reservation in progress
+        self._gathering: Signal | None = None  # of the one for `allocate_unsynced`
         self._cursor = 0  # no cluster below it is free, as far as is known
         self._low = 0  # at so many the next reservation begins
         self._next_bytes = FIRST_RUN_BYTES
@@ -73,6 +76,35 @@ class Allocator:
         if len(self._stock) <= self._low and self._under_way is None:
             await Spawn(self._reserve_ahead(self._begin()))
         return taken
+
+    async def allocate_unsynced(self, nclusters: int) -> range:
+        """Take clusters as from `allocate` that keep its promises after the next sync only.
+
+        For who syncs before the link: the sync of a reservation would wait for all that was copied before.
+        """
+        while not self._unsynced:
+            if self._gathering is not None:
+                await self._gathering.wait()
+            else:
+                await self._gather(nclusters)
+        self._stability.require_trust()
+        extent = self._unsynced.pop()
+        if extent[nclusters:]:
+            self._unsynced.append(extent[nclusters:])
+        return extent[:nclusters]
+
+    async def _gather(self, nclusters: int) -> None:
+        self._stability.require_trust()
+        ended = self._gathering = Signal()
+        try:
+            self._unsynced = (await self._reserve_what_fits(max(nclusters, self._run_length())))[::-1]
+        except OSError as error:
+            if error.errno not in NO_ROOM or not self._stock:
+                raise
+            self._unsynced = [self._stock.take(nclusters)]
+        finally:
+            self._gathering = None
+            ended.set()
 
     def _begin(self) -> Signal:
         """A reservation begins: until it has ended the extent map may take all that is left."""
@@ -171,27 +203,36 @@ class Allocator:
             await self._reserve_once(self._run_length(), ended)
 
     async def _reserve_once(self, wanted: int, ended: Signal) -> None:
+        """Reserve, make it stable and put it into the stock; without room, what was meant for copies."""
         try:
-            await self._reserve_what_fits(wanted)
+            try:
+                extents = await self._reserve_what_fits(wanted)
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self._unsynced:
+                    raise
+                extents, self._unsynced = self._unsynced, []
+            await self._stability.sync()
+            self._stock.add(extents)
+            self._low = len(self._stock) // 2
         finally:
             self._under_way = None
             self._stock.keep(self._low)
             ended.set()
 
-    async def _reserve_what_fits(self, wanted: int) -> None:
+    async def _reserve_what_fits(self, wanted: int) -> list[range]:
         """Reserve *wanted* clusters; on a host with hardly any room left fewer, or what is free inside the file."""
         fewer = wanted
         while True:
             try:
-                await self._reserve(fewer)
-                return
+                return await self._reserve(fewer) or []
             except OSError as error:
                 if error.errno not in NO_ROOM:
                     raise
                 if fewer == 1:
-                    if await self._reserve(wanted, may_grow=False):
-                        return
-                    raise
+                    extents = await self._reserve(wanted, may_grow=False)
+                    if extents is None:
+                        raise
+                    return extents
             fewer = max(1, fewer // 4)
 
     def _run_length(self) -> int:
@@ -200,10 +241,10 @@ class Allocator:
         self._next_bytes = min(2 * self._next_bytes, self._max_bytes)
         return max(1, self._geometry.clusters(nbytes))
 
-    async def _reserve(self, wanted: int, *, may_grow: bool = True) -> bool:
-        """Count a run of free clusters, make it part of the file and zeros, and all of this stable.
+    async def _reserve(self, wanted: int, *, may_grow: bool = True) -> list[range] | None:
+        """Count free clusters, make them part of the file and zeros; all of this is stable after the next sync.
 
-        Whether there were any; without, nothing has changed.
+        None if there are none: nothing has changed. A refcount block may have taken the only one.
         """
         self._statistics.reservations += 1
         found: list[range] = []
@@ -220,12 +261,7 @@ class Allocator:
                 self.reuse(found[0].start)
             if not any(counted):
                 raise
-        if not found:
-            return False
-        await self._stability.sync()
-        self._stock.add(filter(None, counted))
-        self._low = len(self._stock) // 2
-        return True
+        return [extent for extent in counted if extent] if found else None
 
     async def _find(self, wanted: int, *, may_grow: bool) -> list[range]:
         """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
@@ -325,7 +361,7 @@ class Allocator:
         Raises: OSError, also if the image referred to such a cluster, free as it was, and has let go of it meanwhile.
         """
         try:
-            for extent in self._stock.take_all():
+            for extent in [*self._stock.take_all(), *self._unsynced]:
                 await self._refcounts.add(extent, -1)
         except OverflowError as error:
             contradiction = OSError(errno.EIO, str(error), self._file.path)

@@ -114,14 +114,19 @@ class Writer:
 
     async def _write_new(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write to newly allocated clusters, as many as come in one piece, and link them; the old ones are freed."""
-        first = self._geometry.cluster_of(guest_offset)
-        last = self._geometry.cluster_of(guest_offset + len(source) - 1)
-        new = await self._allocator.allocate(last - first + 1)
-        end = first + len(new) << self._geometry.cluster_bits
-        source = self._front(source, end - guest_offset)
-        host_offset = new.start << self._geometry.cluster_bits
+        bits = self._geometry.cluster_bits
+        first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
+        place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
+        covers_something = place is not Seen.ZEROS
+        allocate = self._allocator.allocate_unsynced if covers_something else self._allocator.allocate
+        new = await allocate(last - first + 1)
+        source = self._front(source, (first + len(new) << bits) - guest_offset)
+        host_offset = new.start << bits
         try:
-            covers_something = await self._fill(run, guest_offset, source, new)
+            if place is Seen.ZEROS:  # and so does the cluster
+                await Write(self._file, host_offset + guest_offset - (first << bits), source, data=True)
+            else:
+                await self._copy(place, guest_offset, source, new)
             await self._root.allow_uncounted()
             self._allocator.allow_links()
             if covers_something:
@@ -134,19 +139,13 @@ class Writer:
         self._statistics.clusters_allocated += len(new)
         return len(source)
 
-    async def _fill(self, run: Run, guest_offset: int, source: Buffer, new: range) -> bool:
-        """Write *source*, and what the rest of its first and last cluster held, to the clusters *new*.
+    async def _copy(self, place: Place | Seen, guest_offset: int, source: Buffer, new: range) -> None:
+        """Write *source*, and what the guest saw in the rest of its first and last cluster, to the clusters *new*.
 
-        They read as zeros already. Whether the guest saw something else before: it must not see zeros after a power
-        loss, so everything must be stable then before it is linked (law 3).
+        It must not see zeros after a power loss, so everything must be stable then before it is linked (law 3).
         """
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
-        host_offset = new.start << self._geometry.cluster_bits
-        place = await self._place_of_old(run, start, end)
-        if place is Seen.ZEROS:
-            await Write(self._file, host_offset + guest_offset - start, source, data=True)
-            return False
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
@@ -156,8 +155,7 @@ class Writer:
         else:
             head = await self._old_content(start, guest_offset)
             tail = await self._old_content(stop, end)
-        await Write(self._file, host_offset, head, source, tail, data=True)
-        return True
+        await Write(self._file, new.start << self._geometry.cluster_bits, head, source, tail, data=True)
 
     async def _place_of_old(self, run: Run, start: int, end: int) -> Place | Seen:
         """Where the guest sees the clusters from *start* on, of which *run* tells the kind."""
