@@ -123,10 +123,7 @@ class Writer:
         source = self._front(source, (first + len(new) << bits) - guest_offset)
         host_offset = new.start << bits
         try:
-            if place is Seen.ZEROS:  # and so does the cluster
-                await Write(self._file, host_offset + guest_offset - (first << bits), source, data=True)
-            else:
-                await self._copy(place, guest_offset, source, new)
+            await self._fill(place, guest_offset, source, new)
             await self._root.allow_uncounted()
             self._allocator.allow_links()
             if covers_something:
@@ -139,13 +136,18 @@ class Writer:
         self._statistics.clusters_allocated += len(new)
         return len(source)
 
-    async def _copy(self, place: Place | Seen, guest_offset: int, source: Buffer, new: range) -> None:
+    async def _fill(self, place: Place | Seen, guest_offset: int, source: Buffer, new: range) -> None:
         """Write *source*, and what the guest saw in the rest of its first and last cluster, to the clusters *new*.
 
-        It must not see zeros after a power loss, so everything must be stable then before it is linked (law 3).
+        If it saw anything but zeros, which they hold already, it must not see zeros after a power loss: everything must
+        be stable then before it is linked (law 3).
         """
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
+        host_offset = new.start << self._geometry.cluster_bits
+        if place is Seen.ZEROS:
+            await Write(self._file, host_offset + guest_offset - start, source, data=True)
+            return
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
@@ -155,7 +157,7 @@ class Writer:
         else:
             head = await self._old_content(start, guest_offset)
             tail = await self._old_content(stop, end)
-        await Write(self._file, new.start << self._geometry.cluster_bits, head, source, tail, data=True)
+        await Write(self._file, host_offset, head, source, tail, data=True)
 
     async def _place_of_old(self, run: Run, start: int, end: int) -> Place | Seen:
         """Where the guest sees the clusters from *start* on, of which *run* tells the kind."""

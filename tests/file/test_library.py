@@ -140,5 +140,5 @@ def test_a_small_cache_serves_a_large_disk(tmp_path: Path) -> None:
         for number, place in enumerate(places):
             disk.write(place, number.to_bytes(4, "big"))
         assert [int.from_bytes(disk.read(place, 4), "big") for place in places] == list(range(1000))
-        assert disk.image.statistics.l2_loads > 1000
+        assert disk.image.statistics.l2_loads >= 1000  # none of the tables, each read again, has stayed
     assert_clean(image)
