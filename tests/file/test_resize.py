@@ -1,5 +1,6 @@
 """A disk that grows: the L1 table with it, zeros where it is new; qemu-img is the judge."""
 
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,12 @@ def created(path: Path, size: int, **options: object) -> Path:
     given = ",".join(f"{name}={value}" for name, value in options.items())
     qemu_img("create", "-q", "-f", "qcow2", *(["-o", given] if given else []), path, str(size))
     return path
+
+
+def mapped(path: Path) -> list[dict[str, object]]:
+    """What QEMU's map says, but for which host clusters hold it."""
+    rows = json.loads(qemu_img("map", "--output=json", path).stdout)
+    return [{name: value for name, value in row.items() if name != "offset"} for row in rows]
 
 
 def copied(path: Path) -> Path:
@@ -100,7 +107,7 @@ def test_zeros_over_a_longer_backing_file_are_what_qemu_leaves_there(tmp_path: P
     other = copied(path)
     qcow2_tool_ok("resize", "-q", path, "3M")
     qemu_img("resize", "-q", other, "3M")
-    assert qemu_img("map", "--output=json", path).stdout == qemu_img("map", "--output=json", other).stdout
+    assert mapped(path) == mapped(other)
 
 
 def test_what_tables_map_past_the_old_end_never_shows(tmp_path: Path) -> None:

@@ -187,9 +187,10 @@ MUTANTS: list[tuple[Callable[[Records], Records], str, str]] = [
 def test_a_trace_that_was_changed_is_found_out(
     mutant: Callable[[Records], Records], kind: str, cache_mode: str
 ) -> None:
-    one = traced(kind, cache_mode)
-    with pytest.raises(Violation):
-        survey(one.run(mutant(one.records)), 1000)
+    with pytest.raises(Violation):  # noqa: PT012
+        for count in range(50, 60):  # a break shows only if the requests of a trace happen to meet: not in every one
+            one = traced(kind, cache_mode, count=count)
+            survey(one.run(mutant(one.records)), 1000)
 
 
 def test_a_trace_of_a_failed_operation_is_refused() -> None:
