@@ -45,6 +45,7 @@ class Endpoint:
 
 
 def is_stopping(stop_fd: int) -> bool:
+    """Whether a signal has asked us to end."""
     return bool(select.select([stop_fd], [], [], 0)[0])
 
 

@@ -169,6 +169,16 @@ def test_a_full_log_is_committed_on_the_way() -> None:
     assert bench.image.header.log_tag == 0
 
 
+def test_copies_do_not_wait_for_the_sync_of_a_reservation() -> None:
+    bench = overlay()
+    syncs = operations(bench, Sync)
+    before = bench.image.statistics.reservations
+    for cluster in range(30):  # less than half of what the log holds
+        bench.write(cluster * CLUSTER + 100, b"new")
+    assert syncs == []
+    assert bench.image.statistics.reservations > before
+
+
 def test_a_write_of_more_links_than_the_log_holds_does_not_wait() -> None:
     bench = set_up(len(BASE), base=BASE, log_capacity=4, lazy=True)
     bench.write(0, noise(100 * CLUSTER, 3))
