@@ -99,7 +99,7 @@ class Worker:
         self._thread.start()
         try:
             self._started.result()
-        except OSError:
+        except BaseException:
             self._thread.join()
             raise
         return self
@@ -357,18 +357,17 @@ class Worker:
     # the thread
 
     def _main(self) -> None:
+        self._native: Pointer = NULL
         try:
-            self._native: Pointer = self._create()
-        except OSError as error:
-            self._native = NULL
+            self._native = ffi.gc(self._create(), lib.worker_free)  # requests may outlive the thread
+            lib.worker_set_poll(self._native, self._poll_us)
+            self._operations = Operations(self._native)
+            events: Any = lib.worker_events(self._native)
+            self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))
+        except BaseException as error:  # raised where the thread was started
             self._close()
             self._started.set_exception(error)
             return
-        self._native = ffi.gc(self._native, lib.worker_free)  # requests may outlive the thread
-        lib.worker_set_poll(self._native, self._poll_us)
-        self._operations = Operations(self._native)
-        events: Any = lib.worker_events(self._native)
-        self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))
         self._started.set_result(None)
         try:
             while not self._stopping:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from ring.driver import DriverQueue
+from ring.native import Pointer
 from ring.request import Request
 from ring.virtqueue import QueueLayout
+from ring.worker import Worker
 from tests.blockguest import FLUSH, IN, IOERR, MIB, OK, Guest, open_pipe
 
 
@@ -340,3 +342,18 @@ def test_slice_kept_over_a_restart_of_its_queue_is_stale() -> None:
         fresh.kick()
         assert guest.answer(posted, fresh.wait()[0]).status == OK
     assert len(kept) == 2
+
+
+class Stillborn:
+    """A device whose half in C cannot be had."""
+
+    @property
+    def native(self) -> Pointer:
+        raise LookupError("no native half")
+
+
+def test_what_keeps_a_worker_from_starting_is_raised_where_it_is_started() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(LookupError, match="no native half"), Worker(Stillborn(), lambda request: None):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
