@@ -5,6 +5,7 @@ again; sixteen clients. One that breaks a rule is told so and dropped; nobody el
 """
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -14,9 +15,12 @@ from types import TracebackType
 from typing import Any
 
 from vhost.commands import COMMANDS, VERSION, CommandError, Commands
+from vhost.device import die
 
 LINE_MAX = 64 << 10
 CLIENTS_MAX = 16
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+RETRY_SECONDS = 0.1
 GREETING = {"vhost-user-qcow2": {"version": VERSION, "commands": list(COMMANDS)}}
 
 
@@ -77,6 +81,12 @@ class Control:
         os.close(self._stop_fd)
 
     def _main(self) -> None:
+        try:
+            self._serve_clients()
+        except BaseException as error:
+            die(error)
+
+    def _serve_clients(self) -> None:
         while True:
             ready = self._wait()
             if self._stop_fd in ready:
@@ -99,8 +109,10 @@ class Control:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it left before we came, or there are no descriptors: who connects is not told
-            return
+        except OSError as error:
+            if error.errno in NO_DESCRIPTORS:  # who connects goes on waiting, and we must not spin meanwhile
+                select.select([self._stop_fd], [], [], RETRY_SECONDS)
+            return  # else it left before we came
         if len(self._clients) == CLIENTS_MAX:
             connection.close()
             return

@@ -48,7 +48,7 @@ class Device:
             aio=aio,
             poll_us=poll_us,
             on_queue_broken=_tell_of_broken_queue,
-            on_death=_die,
+            on_death=die,
         )
         self.changed_fd = -1  # readable after `offer` has changed
         self._num_queues = num_queues
@@ -214,8 +214,8 @@ def _tell_of_broken_queue(index: int, fault: str) -> None:
     log.warning("queue %d stopped: %s", index, fault)
 
 
-def _die(error: BaseException) -> None:
-    """The worker thread raised: a bug of ours. The process ends loudly, the image as a crash would leave it."""
+def die(error: BaseException) -> None:
+    """A thread of ours raised *error*: a bug. The process ends loudly, the image as a crash would leave it."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(SOFTWARE_ERROR)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,42 @@ def test_stale_control_socket_is_replaced_and_a_live_one_is_not(daemon: Daemon, 
         assert third.returncode == 1
         assert "in use" in third.stderr
         second.stop()
+
+
+def test_client_without_a_descriptor_for_it_is_served_once_there_is_one(daemon: Daemon, control: Path) -> None:
+    pid = daemon.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    limit = next(number for number in range(soft) if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
+    with connect(control) as client, client.makefile("rb") as lines:
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        client.settimeout(TIMEOUT)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert b"version" in lines.readline()
+
+
+BROKEN = """
+import socket, sys
+from vhost.control import Control
+
+class Broken:
+    def run(self, request):
+        raise LookupError("a bug of ours")
+
+listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+with Control(listener, Broken()):
+    client.connect(sys.argv[1])
+    client.send(b"{}\\n")
+    client.recv(1 << 16), client.recv(1 << 16)
+"""
+
+
+def test_a_bug_of_ours_ends_the_process(control: Path) -> None:
+    command = [sys.executable, "-c", BROKEN, control]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == os.EX_SOFTWARE
+    assert "LookupError: a bug of ours" in done.stderr
