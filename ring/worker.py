@@ -25,6 +25,7 @@ from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
 from ring.request import Request
 from ring.statistics import Statistics
 from ring.statistics import snapshot as statistics_snapshot
+from ring.thread import start_deaf
 from ring.trace import Trace
 from ring.virtqueue import QueueLayout
 
@@ -96,7 +97,7 @@ class Worker:
         """Start the thread. Raises: OSError if the kernel refuses what `aio` asks for."""
         self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open = True
-        self._thread.start()
+        start_deaf(self._thread)
         try:
             self._started.result()
         except BaseException:

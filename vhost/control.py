@@ -14,6 +14,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
+from ring.thread import start_deaf
 from vhost.commands import COMMANDS, VERSION, CommandError, Commands
 from vhost.device import die
 
@@ -70,7 +71,7 @@ class Control:
 
     def __enter__(self) -> "Control":
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread.start()
+        start_deaf(self._thread)
         return self
 
     def __exit__(

@@ -77,6 +77,24 @@ def test_io_uring_that_was_asked_for_is_not_replaced(image: Path, tmp_path: Path
     assert "io_uring" in done.stderr
 
 
+def blocked_signals(task: Path) -> int:
+    """Bit n - 1 is signal n."""
+    (line,) = (line for line in (task / "status").read_text().splitlines() if line.startswith("SigBlk:"))
+    return int(line.split()[1], 16)
+
+
+def test_signals_are_for_the_main_thread_alone(image: Path, tmp_path: Path) -> None:
+    """The kernel may give SIGTERM to any thread that does not block it, and then the main thread sleeps on."""
+    with Daemon(image, "--aio=threads", f"--control={tmp_path / 'control'}") as daemon:
+        use(daemon)
+        tasks = {int(task.name): task for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()}
+        main = tasks.pop(daemon.process.pid)
+        ending = 1 << signal.SIGTERM - 1 | 1 << signal.SIGINT - 1
+        assert blocked_signals(main) & ending == 0
+        assert len(tasks) >= 3  # worker, control socket, I/O
+        assert {blocked_signals(task) & ending for task in tasks.values()} == {ending}
+
+
 def test_threads_are_bounded(image: Path) -> None:
     with Daemon(image, "--aio=threads") as daemon:
         use(daemon)

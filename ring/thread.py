@@ -1,0 +1,19 @@
+"""Threads beside the main one."""
+
+import signal
+import threading
+
+FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}  # of the thread that has them
+
+
+def start_deaf(thread: threading.Thread) -> None:
+    """Start *thread*, and those that it will start, with all signals blocked.
+
+    Python acts on a signal on the main thread, and the system call that this one sleeps in ends only if the kernel
+    gives the signal to it. Any thread that does not block signals may be given them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
