@@ -39,13 +39,28 @@ static void deactivate(struct worker *worker, uint32_t position)
     worker->active[position] = worker->active[--worker->active_count];
 }
 
-static void signal_fd(int fd)
+/* Fds from the front-end do not block: replace_fd saw to that. But the flag is of the open file, which the front-end
+ * shares, so it may take that back; then whoever waits for us ends the sleep with worker_nudge. */
+static void signal_fd(struct worker *worker, int fd)
 {
     uint64_t one = 1;
 
-    /* A full or closed fd is the front-end's loss. */
-    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
+    if (fd < 0)
         return;
+    worker_meets_peer(worker, true);
+    (void)!write(fd, &one, sizeof(one)); /* a full or closed fd is the front-end's loss */
+    worker_meets_peer(worker, false);
+}
+
+static bool take_signal(struct worker *worker, int fd)
+{
+    uint64_t count;
+    bool taken;
+
+    worker_meets_peer(worker, true);
+    taken = read(fd, &count, sizeof(count)) > 0;
+    worker_meets_peer(worker, false);
+    return taken;
 }
 
 static void replace_fd(int *fd, int by)
@@ -54,7 +69,7 @@ static void replace_fd(int *fd, int by)
         close(*fd);
     *fd = by;
     if (by >= 0)
-        fcntl(by, F_SETFL, fcntl(by, F_GETFL) | O_NONBLOCK); /* the peer must not be able to block us */
+        fcntl(by, F_SETFL, fcntl(by, F_GETFL) | O_NONBLOCK);
 }
 
 static void break_queue(struct worker *worker, struct queue *queue, const char *fault)
@@ -64,7 +79,7 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
     if (queue->broken)
         return;
     queue->broken = true;
-    signal_fd(queue->err_fd);
+    signal_fd(worker, queue->err_fd);
     worker_tell(worker, (struct worker_event){.kind = EVENT_BROKEN, .id = queue->index});
 }
 
@@ -84,7 +99,7 @@ static void log_device_area(struct worker *worker, const struct queue *queue)
 static void call_log(struct worker *worker)
 {
     if (worker->log.is_dirty)
-        signal_fd(worker->log.call_fd);
+        signal_fd(worker, worker->log.call_fd);
     worker->log.is_dirty = false;
 }
 
@@ -170,7 +185,7 @@ static void publish(struct worker *worker, struct queue *queue)
     log_device_area(worker, queue);
     worker->counters->batches++;
     if (calls && queue->call_fd >= 0) {
-        signal_fd(queue->call_fd);
+        signal_fd(worker, queue->call_fd);
         worker->counters->calls++;
     }
 }
@@ -240,7 +255,6 @@ static void poll_kick(struct worker *worker, struct queue *queue)
 void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, int result, bool more)
 {
     struct queue *queue = &worker->queues[index];
-    uint64_t count;
 
     if (generation != queue->kick_generation)
         return; /* of a kick that was replaced */
@@ -251,7 +265,7 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
     if (!queue->kicked_at)
         queue->kicked_at = worker->now;
     /* Taken, so that the front-end does not find an old kick when it takes the fd back. */
-    if (read(queue->kick_fd, &count, sizeof(count)) > 0)
+    if (take_signal(worker, queue->kick_fd))
         worker->counters->kicks++;
     if (!more)
         poll_kick(worker, queue);
@@ -363,7 +377,7 @@ int worker_set_call(struct worker *worker, uint32_t index, int fd)
     if (index >= WORKER_QUEUES)
         return refuse_fd(fd);
     replace_fd(&worker->queues[index].call_fd, fd);
-    signal_fd(fd);
+    signal_fd(worker, fd);
     return 0;
 }
 

@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -40,6 +42,24 @@ static void init_lists(struct worker *worker)
     line_init(&worker->grace.served);
 }
 
+static void ignore(int number)
+{
+    (void)number;
+}
+
+/* Let SIGURG, which nobody acts on by default, end a system call that this thread sleeps in. */
+static void expect_nudges(void)
+{
+    struct sigaction before, action = {.sa_handler = ignore};
+    sigset_t nudge;
+
+    if (sigaction(SIGURG, NULL, &before) == 0 && (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN))
+        sigaction(SIGURG, &action, NULL);
+    sigemptyset(&nudge);
+    sigaddset(&nudge, SIGURG);
+    pthread_sigmask(SIG_UNBLOCK, &nudge, NULL);
+}
+
 struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int use_threads,
                              int *error)
 {
@@ -58,10 +78,12 @@ struct worker *worker_create(struct device *device, int control_fd, struct worke
     worker->device = device;
     worker->counters = counters;
     worker->control_fd = control_fd;
+    worker->thread_id = gettid();
     worker->log.call_fd = -1;
     worker->events = events;
     worker->long_pieces = long_pieces;
     init_lists(worker);
+    expect_nudges();
     poll_control(worker);
     return worker;
 }
@@ -232,6 +254,12 @@ void worker_free(struct worker *worker)
     free(worker->events);
     free(worker->long_pieces);
     free(worker);
+}
+
+void worker_nudge(struct worker *worker)
+{
+    if (worker && __atomic_load_n(&worker->at_peer, __ATOMIC_RELAXED))
+        tgkill(getpid(), worker->thread_id, SIGURG);
 }
 
 void worker_set_poll(struct worker *worker, uint32_t microseconds)

@@ -238,6 +238,8 @@ struct worker {
     uint32_t inflight_entries; /* of each queue */
     uint64_t inflight_nbytes;
     int control_fd;
+    int thread_id;
+    bool at_peer; /* in a system call on an fd that the front-end has, too; other threads look at it */
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
     bool progress;  /* something happened in this round */
@@ -274,8 +276,8 @@ struct worker {
 
 /* ---- for Python; queues are numbered 0 .. WORKER_QUEUES - 1, results are >= 0 or -errno ---- */
 
-/* control_fd and counters are borrowed. NULL and *error = errno if the kernel refuses the io_uring, or the threads
- * that stand in for it. */
+/* On the thread that is to run it. control_fd and counters are borrowed. NULL and *error = errno if the kernel refuses
+ * the io_uring, or the threads that stand in for it. */
 struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int use_threads,
                              int *error);
 
@@ -284,6 +286,10 @@ struct worker *worker_create(struct device *device, int control_fd, struct worke
  * memory stays for those who still hold the pointer, until worker_free. */
 void worker_close(struct worker *worker);
 void worker_free(struct worker *worker);
+
+/* From any thread, also for NULL: if the worker sleeps on an fd of the front-end's, wake it; it goes on as if the fd were broken.
+ * Whoever waits for the worker does so again and again: it may be about to sleep, or about to sleep on the next one. */
+void worker_nudge(struct worker *worker);
 
 /* Serve until there is an event. -> the number of events in worker_events, good until the next call. */
 int worker_run(struct worker *worker);
@@ -425,6 +431,11 @@ static inline void line_move(struct line *to, struct line *from)
 }
 
 void worker_tell(struct worker *worker, struct worker_event event);
+
+static inline void worker_meets_peer(struct worker *worker, bool now)
+{
+    __atomic_store_n(&worker->at_peer, now, __ATOMIC_RELAXED);
+}
 
 static inline uint64_t request_id(const struct request *request)
 {

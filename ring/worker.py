@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -30,6 +31,8 @@ from ring.trace import Trace
 from ring.virtqueue import QueueLayout
 
 T = TypeVar("T")
+
+NUDGE_SECONDS = 0.1  # between the nudges of one who waits for the worker thread
 
 EVENT = struct.Struct("=IiQIIQQ")  # struct worker_event: kind, result, id, type, flags, offset, nbytes
 REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE = 1, 2, 3, 4, 5, 6, 7  # enum worker_event_kind
@@ -84,6 +87,7 @@ class Worker:
         self._stopping = False
         self._death: BaseException | None = None
         self._control = -1
+        self._native: Pointer = NULL
         self._counters: Pointer = ffi.new("struct worker_counters *")
         self._mappings: dict[MemoryRegion, Mapping] = {}
         self._log: Mapping | None = None
@@ -121,6 +125,16 @@ class Worker:
             raise RuntimeError("call() waits for the worker thread and cannot be used on it")
         future: Future[T] = Future()
         self._post(function, future)
+        return self.wait(future)
+
+    def wait(self, future: "Future[T]") -> T:
+        """The result of *future*, which is set on the worker thread; raises what it holds.
+
+        A front-end can make that thread sleep on a kick or call fd that the two of them share. It is called away from
+        there as long as somebody waits for it, so that nobody else suffers.
+        """
+        while wait_for_any([future], NUDGE_SECONDS).not_done:
+            lib.worker_nudge(self._native)
         return future.result()
 
     def post(self, function: Callable[[], None]) -> None:
@@ -139,7 +153,9 @@ class Worker:
             if self._open:
                 self._calls.append((self._drain, None))
                 os.eventfd_write(self._control, 1)
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(NUDGE_SECONDS)
+            lib.worker_nudge(self._native)
         death, self._death = self._death, None
         if death is not None:
             raise death
@@ -358,7 +374,6 @@ class Worker:
     # the thread
 
     def _main(self) -> None:
-        self._native: Pointer = NULL
         try:
             self._native = ffi.gc(self._create(), lib.worker_free)  # requests may outlive the thread
             lib.worker_set_poll(self._native, self._poll_us)

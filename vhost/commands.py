@@ -101,7 +101,7 @@ class Commands:
             self._device.flush(outcome.set_result)
         except Unavailable as unavailable:
             raise CommandError(str(unavailable)) from unavailable
-        result = outcome.result()
+        result = self._device.worker.wait(outcome)
         if result < 0:
             raise CommandError(os.strerror(-result))
 

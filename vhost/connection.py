@@ -35,7 +35,7 @@ class Connection:
 
     def __exit__(self, *exc_info: object) -> None:
         for drained in self._worker.call(self._drain_all):
-            drained.result()
+            self._worker.wait(drained)
         self._worker.call(self._forget)
         self._device.let_go()
         self._close_backchannel()
@@ -113,7 +113,7 @@ class Connection:
             case effect.Reply(request, payload):
                 self._channel.reply(request, payload)
             case effect.SetWriteCache(writeback):
-                self._worker.call(lambda: self._set_write_cache(writeback)).result()
+                self._worker.wait(self._worker.call(lambda: self._set_write_cache(writeback)))
             case effect.Flush():
                 self._flush()
             case effect.SetBackendChannel(acks):
@@ -153,7 +153,7 @@ class Connection:
             case effect.StartQueue():
                 self._start_queue(wanted)
             case effect.StopQueue(index):
-                return self._worker.call(lambda: self._drain(index)).result()
+                return self._worker.wait(self._worker.call(lambda: self._drain(index)))
             case effect.EnableQueue(index, enabled):
                 self._worker.call(lambda: self._worker.set_enabled(index, enabled))
             case effect.SetKick(index, has_fd):
@@ -225,7 +225,7 @@ class Connection:
             return
         outcome: Future[int] = Future()
         self._worker.call(lambda: self._device.backend.flush(outcome.set_result))
-        result = outcome.result()
+        result = self._worker.wait(outcome)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
