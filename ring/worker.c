@@ -160,16 +160,17 @@ static void dispatch(struct worker *worker, const struct uring_completion *compl
 static void reap(struct worker *worker)
 {
     struct uring_completion completions[64];
-    uint32_t count;
+    uint32_t count, total = 0;
 
     do {
         count = uring_reap(&worker->uring, completions, 64);
+        total += count;
         if (count)
             worker->now = pace_now();
         for (uint32_t i = 0; i < count; i++)
             dispatch(worker, &completions[i]);
         worker->progress |= count > 0;
-    } while (count == 64); /* whoever kicks without end gets no more than their turn */
+    } while (count == 64 && total < URING_COMPLETIONS); /* who kicks many queues without end gets a turn, no more */
 }
 
 static int round_once(struct worker *worker)

@@ -2,16 +2,34 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.frontend import IN, OK, FrontEnd
+from tests.frontend import GET_FEATURES, IN, OK, FrontEnd
 from tests.program import Daemon
 
 AIO = pytest.mark.parametrize("aio", [(), ("--aio=threads",)], ids=["auto", "threads"])
 FULL = (1 << 64) - 2  # what an eventfd counts to before a write to it waits
+KICKS = 2_000_000
+ROUNDS = 200
+NOISE_KIB = 1024  # of memory, an allocator's
+FLOOD = f"""
+import os, sys
+kicks = [int(fd) for fd in sys.argv[1:]]
+for _ in range({KICKS} // len(kicks)):
+    for kick in kicks:
+        os.eventfd_write(kick, 1)
+print("done", flush=True)
+while True:
+    for kick in kicks:
+        os.eventfd_write(kick, 1)
+"""
 
 
 @pytest.fixture
@@ -25,12 +43,56 @@ def serve(image: Path, aio: Sequence[str]) -> Daemon:
     return Daemon(image, "--format=raw", *aio)
 
 
+@contextmanager
+def flood(kicks: Sequence[int]) -> Iterator[Callable[[], bool]]:
+    """Kick without end from another process -> whether it has kicked KICKS times by now."""
+    command = [sys.executable, "-c", FLOOD, *map(str, kicks)]
+    with subprocess.Popen(command, pass_fds=kicks, stdout=subprocess.PIPE) as flooder:
+        assert flooder.stdout is not None
+        try:
+            yield lambda: bool(select.select([flooder.stdout], [], [], 0)[0])
+            assert flooder.poll() is None
+        finally:
+            flooder.kill()
+
+
+def anonymous_kib(daemon: Daemon) -> int:
+    """The daemon's own memory."""
+    for line in Path(f"/proc/{daemon.process.pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1])
+    raise AssertionError("no RssAnon")
+
+
 def read_from(guest: FrontEnd, index: int) -> None:
     """Read the beginning of the disk through one queue."""
     guest.queues[index].submit(IN, 0, nbytes=512)
     while not (done := list(guest.queues[index].reap())):
         guest.wait_for_call()
     assert [(one.status, one.data[:6]) for one in done] == [(OK, b"intact")]
+
+
+@AIO
+@pytest.mark.parametrize("flooded", [1, 96])
+def test_flood_of_kicks_delays_nobody_for_long_and_leaves_nothing(
+    image: Path, aio: Sequence[str], flooded: int
+) -> None:
+    with serve(image, aio) as daemon, FrontEnd(daemon.socket_path, queues=flooded + 1) as guest:
+        read_from(guest, flooded)
+        before = anonymous_kib(daemon)
+        rounds = 0
+        with flood([queue.kick for queue in guest.queues[:flooded]]) as is_over:
+            while rounds < ROUNDS or not is_over():
+                read_from(guest, flooded)
+                guest.ask(GET_FEATURES)
+                rounds += 1
+            assert guest.stop_queue(flooded) == rounds + 1
+            assert anonymous_kib(daemon) - before < NOISE_KIB
+        print(f"{rounds} rounds, {anonymous_kib(daemon) - before} KiB more")
+        for index in range(flooded):
+            read_from(guest, index)
+        guest.socket.close()
+        daemon.stop()
 
 
 def fill(call: int) -> None:
