@@ -393,6 +393,8 @@ int worker_set_enabled(struct worker *worker, uint32_t index, int enabled)
 {
     if (index >= WORKER_QUEUES)
         return -EINVAL;
+    if (!enabled)
+        queues_publish(worker); /* what has completed, before we say that we are quiet */
     worker->queues[index].enabled = enabled;
     activate(worker, &worker->queues[index]);
     return 0;

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_any
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -253,8 +253,12 @@ class Worker:
         check(lib.worker_set_err(self._native, index, -1 if fd is None else fd), f"err of queue {index}")
 
     def set_enabled(self, index: int, enabled: bool) -> None:
-        """Let the queue be served, or leave its ring untouched until it is; what is in flight goes on."""
-        check(lib.worker_set_enabled(self._native, index, enabled), f"queue {index}")
+        """Let the queue be served, or leave its ring untouched until it is: on return nothing of it is in flight.
+
+        It goes on serving what is in flight while it waits, so it is for functions given to `call` only.
+        """
+        with nullcontext() if enabled else self._settled():
+            check(lib.worker_set_enabled(self._native, index, enabled), f"queue {index}")
 
     def set_log(self, log: MemoryRegion | None) -> None:
         """Set bits in *log*, one for 4096 bytes of guest memory, from now on; no more in the log before it.

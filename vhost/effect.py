@@ -150,7 +150,7 @@ class StopQueue:
 
 @dataclass(frozen=True, slots=True)
 class EnableQueue:
-    """Whether a started ring may be served."""
+    """Whether a started ring may be served; one that may not has nothing in flight when this returns."""
 
     index: int
     enabled: bool

@@ -1,5 +1,14 @@
 """The state machine of the rings: configured by the front-end, started, stopped, enabled.
 
+A started ring that is disabled keeps its place, its fds and what the driver has posted, and is left alone: nothing of
+it is in flight once SET_VRING_ENABLE(0) is answered, and it goes on when it is enabled. The specification wants it
+processed "without causing any side effects": a network device drops what is sent; a disk may not drop a request, and
+any answer to one is a side effect. Nobody asks for the wait, but cloud-hypervisor pauses a machine by disabling alone,
+and may save its memory then. QEMU 7.2 disables a ring before it stops it, where the wait would come anyway.
+
+A ring starts with SET_VRING_KICK. Specifications before 2026 said "with the first kick"; an earlier life of ours may
+have consumed that.
+
 A ring that is given another size, place or base while it runs is stopped first: cloud-hypervisor, at a reset of the
 guest, only disables its rings before it configures them anew.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import DriverQueue
+from ring.driver import Completion, DriverQueue
 from ring.native import Pointer
 from ring.request import Request
 from ring.virtqueue import QueueLayout
@@ -103,6 +103,21 @@ def test_disabled_queue_is_left_alone_until_it_is_enabled() -> None:
         assert guest.queue.poll() is None
         guest.worker.call(lambda: guest.worker.set_enabled(0, True))
         assert guest.answer(posted, guest.queue.wait()[0]).status == OK
+
+
+def test_disabled_queue_has_nothing_in_flight() -> None:
+    source, feed = open_pipe()
+    with source, Guest(source.fileno()) as guest, feed:
+        guest.post(IN, 0, room=512)
+        guest.queue.kick()
+        guest.wait_for_requests(1)
+
+        def disable() -> Completion | None:
+            feed.write(bytes(512))  # nobody but this thread sees that the read ends now
+            guest.worker.set_enabled(0, False)
+            return guest.queue.poll()
+
+        assert guest.worker.call(disable) is not None
 
 
 def test_ring_without_a_kick_is_polled() -> None:

@@ -42,7 +42,7 @@ def job(queues: int) -> str:
         done
         umount /mnt
         e2fsck -fn /dev/vda
-        ! dmesg | grep -iE "vda.*error|error.*vda|hung"
+        ! dmesg | grep -iE "vda.*error|error.*vda|blocked for more than"
     """
 
 
