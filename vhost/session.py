@@ -270,7 +270,7 @@ class Session:
     def reset_device(self, _: None) -> Steps:
         """Forget the rings and the status; memory and wce stay, the front-end does not send them again."""
         self.status = 0
-        yield from self.vrings.reset()
+        yield from self.vrings.reset(keep_bases=False)
         if self._tracks_inflight:  # QEMU frees its region, too, and asks for a new one
             yield effect.ForgetInflight()
             self._tracks_inflight = False
@@ -279,7 +279,7 @@ class Session:
         if status.value > 0xFF:
             raise ProtocolViolation(f"a device status of {status.value:#x}, more than 8 bits")
         if status.value == 0:  # also sent whenever the virtual machine pauses
-            yield from self.vrings.reset()
+            yield from self.vrings.reset(keep_bases=True)
         self.status = status.value
 
     def get_status(self, _: None) -> Steps:

@@ -123,8 +123,8 @@ class Vrings:
             if ring.is_running:
                 yield from self._stop(index)
 
-    def reset(self) -> Steps:
-        """Forget everything but the err fds, which the front-end does not send again, and where the rings stopped.
+    def reset(self, *, keep_bases: bool) -> Steps:
+        """Forget everything but the err fds, which the front-end does not send again, and perhaps where rings stopped.
 
         QEMU pauses a virtual machine by a status of 0, and only then asks for the bases (seen with 7.2).
         """
@@ -134,7 +134,7 @@ class Vrings:
             if ring.enabled:
                 yield from self._enable(index, False)
             yield from self._log(index, None)
-            self._rings[index] = Vring(base=ring.base)
+            self._rings[index] = Vring(base=ring.base if keep_bases else None)
 
     def _ring(self, index: int) -> Vring:
         if index >= len(self):
