@@ -337,6 +337,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     queue->armed = true; /* nobody asked the driver not to kick yet */
     if (queue->ring.fault)
         break_queue(worker, queue, NULL);
+    signal_fd(worker, queue->call_fd);
     activate(worker, queue);
     return 0;
 }
@@ -377,7 +378,8 @@ int worker_set_call(struct worker *worker, uint32_t index, int fd)
     if (index >= WORKER_QUEUES)
         return refuse_fd(fd);
     replace_fd(&worker->queues[index].call_fd, fd);
-    signal_fd(worker, fd);
+    if (worker->queues[index].started)
+        signal_fd(worker, fd);
     return 0;
 }
 

@@ -245,7 +245,11 @@ class Worker:
         check(lib.worker_set_kick(self._native, index, -1 if fd is None else fd), f"kick of queue {index}")
 
     def set_call(self, index: int, fd: int | None) -> None:
-        """Take over *fd* as the queue's call, and signal it once: a completion may have raced with the change."""
+        """Take over *fd* as the queue's call.
+
+        Signalled once, now or when the queue starts: a completion may have raced with the change, or with the death of
+        an earlier daemon. Not while the queue is stopped: a driver may not be there.
+        """
         check(lib.worker_set_call(self._native, index, -1 if fd is None else fd), f"call of queue {index}")
 
     def set_err(self, index: int, fd: int | None) -> None:

@@ -27,7 +27,10 @@ from tests.frontend import (
     OK,
     OUT,
     SET_MEM_TABLE,
+    SET_VRING_BASE,
+    SET_VRING_CALL,
     SET_VRING_ENABLE,
+    SET_VRING_KICK,
     UNSUPP,
     USER_ADDRESS,
     WRITE_ZEROES,
@@ -357,6 +360,27 @@ def test_drained_queue_goes_on_where_it_stopped(daemon: Daemon) -> None:
         assert base == guest.available
         guest.start_queue(base)
         assert guest.read(0, 65536) == PATTERN
+
+
+def calls(guest: FrontEnd) -> int:
+    """How often the driver of queue 0 was called since it looked last."""
+    os.set_blocking(guest.queues[0].call, False)
+    with contextlib.suppress(BlockingIOError):
+        return os.eventfd_read(guest.queues[0].call)
+    return 0
+
+
+def test_call_is_signalled_once_when_a_ring_starts_and_never_while_it_is_stopped(daemon: Daemon) -> None:
+    with FrontEnd(daemon.socket_path) as guest:
+        base = guest.stop_queue()
+        calls(guest)
+        guest.tell(SET_VRING_CALL, struct.pack("<Q", 0), fds=(guest.queues[0].call,))
+        assert calls(guest) == 0
+        guest.tell(SET_VRING_BASE, struct.pack("<II", 0, base))
+        guest.tell(SET_VRING_KICK, struct.pack("<Q", 0), fds=(guest.kick,))
+        assert calls(guest) == 1  # a daemon before this one may have died before it could
+        guest.tell(SET_VRING_CALL, struct.pack("<Q", 0), fds=(guest.queues[0].call,))
+        assert calls(guest) == 1
 
 
 def test_request_posted_while_the_queue_was_stopped_is_found_without_a_kick(daemon: Daemon) -> None:
