@@ -55,6 +55,11 @@ fuzz: fuzz-packages $(VENV)/installed-fuzz
 crash: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 1000000)
 
+# FAULTS: options, such as FAULTS="--faults 50000 --seed 5"; without it every operation of all sequences of two actions.
+.PHONY: faults
+faults: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.crash faults $(FAULTS)
+
 # BENCH: cases and options, such as BENCH="read-32 --pairs 3"; all cases and sweeps without it.
 bench: guest-packages $(VENV)/installed-bench
 	$(BIN)/python -m bench $(or $(BENCH),all)

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcow2 import operation as op
 from qcow2.driver.crash import piece_bytes, simulated
@@ -25,23 +25,27 @@ class Fault:
     at: int
     for_good: bool = False
     armed: bool = False
-    seen: int = 0
+    seen: list[type[op.Operation]] = field(default_factory=list)  # what could have failed
     hit: op.Operation | None = None
 
     def __call__(self, operation: op.Operation) -> OSError | None:
         if not self.armed or isinstance(operation, HARMLESS):
             return None
-        self.seen += 1
+        self.seen.append(type(operation))
         if self.code == errno.ENOSPC and not isinstance(operation, NEEDS_SPACE):
             return None
         again = self.for_good and self.hit is not None and type(self.hit) is type(operation)
-        if self.seen != self.at and not again:
+        if len(self.seen) != self.at and not again:
             return None
         self.hit = operation
         if isinstance(operation, op.Write) and operation.data:
             content = b"".join(map(piece_bytes, operation.pieces))
             simulated(operation.file).write(operation.host_offset, content[: len(content) // 1024 * SECTOR])
         return OSError(self.code, "as told")
+
+    def __str__(self) -> str:
+        hit = type(self.hit).__name__ if self.hit else "nothing"
+        return f"{errno.errorcode[self.code]}{' for good' if self.for_good else ''} at operation {self.at} ({hit})"
 
     @contextmanager
     def during(self) -> Iterator[None]:

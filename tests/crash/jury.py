@@ -10,7 +10,7 @@ from tests.crash.alone import meet
 from tests.crash.campaign import explore, parse, scene_of
 from tests.crash.explorer import Violation
 from tests.crash.hostile import face
-from tests.crash.life import live_with_every_fault
+from tests.crash.life import Host
 from tests.crash.sequence import SORTS
 
 
@@ -38,7 +38,9 @@ def sit(line: str) -> int:
 
 def _face_faults(what: str) -> int:
     sort, cache, sequence = what.split("/")
-    return live_with_every_fault(SORTS[sort], cache, tuple(sequence.split("+"))).total()
+    host = Host(SORTS[sort], cache)
+    host.live_with_every_fault(tuple(sequence.split("+")))
+    return host.outcomes.total()
 
 
 def _explore(line: str) -> int:

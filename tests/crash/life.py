@@ -6,26 +6,29 @@ next; after a failed sync no later one reports success; without a final failure 
 
 import errno
 from collections import Counter
+from dataclasses import dataclass, field
 
 from qcow2 import operation as op
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.image import Image
 from tests.crash.explorer import Violation
-from tests.crash.fault import NEVER, Fault
+from tests.crash.fault import NEEDS_SPACE, NEVER, Fault
 from tests.crash.history import SECTOR, SIZE, History, size_sector
 from tests.crash.images import open_image
-from tests.crash.opening import look, open_state
+from tests.crash.opening import look
 from tests.crash.sequence import Beginning, Sort, beginning, fullness, steps_of
-from tests.crash.walk import Judge
+from tests.crash.variant import whole
+from tests.crash.walk import Judge, Scene
 from tests.crash.workload import Action, Guest
 
 
 class Life:
-    """An image on which something fails, and its guest."""
+    """An image on which something fails, and its guest; what becomes of it is opened in *scene*."""
 
-    def __init__(self, sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault) -> None:
+    def __init__(self, sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault, scene: Scene) -> None:
         self.begun: Beginning = beginning(sort, fullness(sequence))
         self.fault = fault
+        self.scene = scene
         self.file: SimulatedFile = self.begun.image.copy()
         self.driver = CrashDriver(1, fault=fault)
         self.writethrough = cache == "writethrough"
@@ -64,17 +67,18 @@ class Life:
     def require(self) -> None:
         """This life shows what was acknowledged, if it still can read; and so does the next."""
         judge = Judge(self.guest.history, self.driver.journal)
-        now = len(self.driver.journal)
-        judge.judge(open_state(self.file.after_kill(), self.begun.backing).seen, now, power=False)
+        identity = hash((whole(self.file).identity(), bytes(self.file.memory.content)))
+        opened, _ = self.scene.open(identity, self.file.after_kill)
+        judge.judge(opened.seen, len(self.driver.journal), power=False)
 
     def require_reading(self) -> None:
         seen = self.driver.run(look(self.guest.image))
         Judge(self.guest.history, self.driver.journal).judge(seen, len(self.driver.journal), power=False)
 
 
-def live(sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault) -> str:
+def live(sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault, scene: Scene) -> str:
     """Work under *fault*, and everything that must hold after; what became of the image."""
-    life = Life(sort, cache, sequence, fault)
+    life = Life(sort, cache, sequence, fault, scene)
     if not life.work():
         life.require()
         return "a close failed"
@@ -82,14 +86,18 @@ def live(sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault) -> str
     fault.armed &= not isinstance(fault.hit, op.Read | op.ReadInto)
     life.require_reading()
     life.require()
-    is_final = life.fails(Action("flush"))
+    failed = life.fails(Action("flush"))
     fault.armed = False  # the host is well again
-    if is_final:
-        assert life.fails(Action("flush")), "a later sync reports success"
-    if isinstance(fault.hit, op.Sync):
-        assert is_final, "a failed sync was hidden"
+    is_final = life.fails(Action("flush"))
     if fault.code == errno.ENOSPC:
         assert not is_final, "a lack of space was final"
+        assert fault.for_good or not failed, (
+            "there is room, and a flush failed"
+        )  # without any, links that wait do wait on
+    else:
+        assert failed == is_final, "a later sync reports success" if failed else "a flush hides that writes have ended"
+    if isinstance(fault.hit, op.Sync):
+        assert is_final, "a failed sync was hidden"
     assert life.fails(Action("write", 0, 1)) == is_final, "a write and a flush disagree on whether writes have ended"
     if not is_final and not fault.for_good:
         assert failures <= 1, f"{failures} requests failed by one fault"
@@ -107,22 +115,34 @@ def live(sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault) -> str
     return "requests failed" if failures else "nobody was hurt"
 
 
-def live_with_every_fault(sort: Sort, cache: str, sequence: tuple[str, ...]) -> Counter[str]:
-    """A life for each operation of *sequence* and each way in which it may fail; what became of them.
+@dataclass
+class Host:
+    """Where the lives of one sort and cache mode are led: what they leave is opened once, *outcomes* counts them."""
 
-    Raises: Violation, naming the fault.
-    """
-    outcomes: Counter[str] = Counter()
-    count = Fault(errno.EIO, NEVER, for_good=False)
-    live(sort, cache, sequence, count)
-    for at in range(1, count.seen + 1):
-        for code, for_good in ((errno.EIO, False), (errno.EIO, True), (errno.ENOSPC, False), (errno.ENOSPC, True)):
-            fault = Fault(code, at, for_good)
-            try:
-                outcome = live(sort, cache, sequence, fault)
-            except (AssertionError, OSError) as error:
-                where = f"{sort.name}/{cache}/{'+'.join(sequence)} operation {at} {errno.errorcode[code]}"
-                raise Violation(f"{where} {for_good=} {type(fault.hit).__name__}: {error}") from error
-            if fault.hit is not None:
-                outcomes[outcome] += 1
-    return outcomes
+    sort: Sort
+    cache: str
+    outcomes: Counter[str] = field(default_factory=Counter)
+    _scenes: dict[str, Scene] = field(default_factory=dict)  # by how full the image is
+
+    def live_with_every_fault(self, sequence: tuple[str, ...], *, first: int = 1, stride: int = 1) -> None:
+        """A life for every *stride*-th operation of *sequence* and each way in which it may fail.
+
+        Raises: Violation, naming the fault.
+        """
+        backing = beginning(self.sort, fullness(sequence)).backing
+        scene = self._scenes.setdefault(fullness(sequence), Scene(backing))
+        count = Fault(errno.EIO, NEVER)
+        live(self.sort, self.cache, sequence, count, scene)
+        for at in range(first, len(count.seen) + 1, stride):
+            for code in (errno.EIO, errno.ENOSPC) if count.seen[at - 1] in NEEDS_SPACE else (errno.EIO,):
+                for for_good in (False, True):
+                    self._live(sequence, Fault(code, at, for_good), scene)
+
+    def _live(self, sequence: tuple[str, ...], fault: Fault, scene: Scene) -> None:
+        try:
+            outcome = live(self.sort, self.cache, sequence, fault, scene)
+            assert fault.hit is not None, "another run issues other operations"
+        except (AssertionError, OSError) as error:
+            what = f"{self.sort.name}/{self.cache}/{'+'.join(sequence)} {fault}"
+            raise Violation(f"{what}: {type(error).__name__}: {error}") from error
+        self.outcomes[outcome] += 1

@@ -87,7 +87,7 @@ def live(kind: str, seed: int, fault: Fault) -> None:
 def test_each_operation_of_a_workload_may_fail(kind: str, code: int) -> None:
     count = Fault(code, NEVER)
     live(kind, 1, count)
-    for at in range(1, count.seen + 1, 3):
+    for at in range(1, len(count.seen) + 1, 3):
         fault = Fault(code, at)
         try:
             live(kind, 1, fault)
@@ -101,7 +101,7 @@ def test_each_operation_of_a_close_may_fail(kind: str) -> None:
     count.work(kind, 2)
     with count.fault.during():
         count.driver.run(count.guest.image.close())
-    for at in range(1, count.fault.seen + 1):
+    for at in range(1, len(count.fault.seen) + 1):
         life = Life(kind, 2, Fault(errno.EIO, at))
         life.work(kind, 2)
         with life.fault.during(), pytest.raises(OSError):
