@@ -1,11 +1,11 @@
 """The crash driver: a simulated host under the unchanged engine; it remembers what a death may leave behind.
 
 Operations in flight complete one at a time in an order drawn from a seed; each takes effect, or looks at the file, when
-it is issued or when it completes, as the seed says: whatever overtakes it meanwhile is seen to do so. What was issued
-and completed is appended to a journal; `points` replays it and tells, at each moment, which effects were stable and
-which were pending. Two deaths: *kill* keeps every completed effect, may keep those in flight, and keeps the shared
-memory; *power* keeps the stable effects and any subset of the pending ones, torn at sectors of 512 bytes, and no shared
-memory.
+it is issued or when it completes, as the seed says: whatever overtakes it meanwhile is seen to do so. Some transfers
+are slow, and many requests begin and end before they complete. What was issued and completed is appended to a journal;
+`points` replays it and tells, at each moment, which effects were stable and which were pending. Two deaths: *kill*
+keeps every completed effect, may keep those in flight, and keeps the shared memory; *power* keeps the stable effects
+and any subset of the pending ones, torn at sectors of 512 bytes, and no shared memory.
 """
 
 import random
@@ -18,6 +18,9 @@ from qcow2.task import Scheduler, Task
 
 SECTOR = 512
 ZEROS = bytes(SECTOR)
+SLOW = 1 / 32  # of the transfers; without them a freed cluster never finds a new owner before the old one's write lands
+PATIENCE = 400  # completions that overtake a slow one, on average
+TRANSFERS = (Read, ReadInto, Write, Zero)
 
 
 class SimulatedMemory:
@@ -209,6 +212,7 @@ class InFlight:
     covered: frozenset[int]  # what a Sync makes stable, or what a Grace waits for
     effect: Effect | None
     is_late: bool  # it takes effect when it completes, not when it was issued
+    is_slow: bool
     value: Any = None  # of a read that has looked already
 
 
@@ -272,7 +276,9 @@ class CrashDriver:
                 memory.store(offset, data)
             self._scheduler.resume(task)
             return
-        begun = InFlight(number, task, operation, self._covered(operation), effect, self.random.random() < 0.5)
+        is_late = self.random.random() < 0.5
+        is_slow = isinstance(operation, TRANSFERS) and self.random.random() < SLOW
+        begun = InFlight(number, task, operation, self._covered(operation), effect, is_late, is_slow)
         if effect is not None:
             assert effect.file.writable, f"write to read-only {effect.file.path}"
             self.journal.append(Issued(number, effect))
@@ -313,7 +319,7 @@ class CrashDriver:
             self._scheduler.resume(done.task, value)
 
     def _choose(self) -> int:
-        """Which of the operations in flight completes now; a Grace waits for those it covers."""
+        """Which of the operations in flight completes now; a Grace waits for those it covers, a slow one for others."""
         if len(self._in_flight) == 1:
             return 0
         numbers = {one.number for one in self._in_flight}
@@ -322,7 +328,8 @@ class CrashDriver:
             for index, one in enumerate(self._in_flight)
             if not (isinstance(one.operation, Grace) and one.covered & numbers)
         ]
-        return self.random.choice(able)
+        quick = [index for index in able if not self._in_flight[index].is_slow]
+        return self.random.choice(quick if quick and self.random.random() >= 1 / PATIENCE else able)
 
 
 def simulated(file: Any) -> SimulatedFile:

@@ -1,6 +1,7 @@
 """Workloads by name, run and walked; what a line that a failure printed means.
 
-A workload is a sequence of actions (`allocate+discard+reopen`) or `random-REQUESTSxDEPTH`. A state is
+A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
+`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
 """
 
@@ -13,11 +14,15 @@ from qcow2.driver.crash import CrashDriver
 from tests.crash.explorer import Run, Violation
 from tests.crash.history import SIZE, History, size_sector
 from tests.crash.images import open_image
-from tests.crash.sequence import SORTS, Sort, beginning, fullness, sequences, steps_of
+from tests.crash.opening import look
+from tests.crash.sequence import MANY_TABLES, SORTS, Sort, beginning, fullness, sequences, steps_of
 from tests.crash.walk import Judge, Scene, Walk, recovery
 from tests.crash.workload import Action, Guest, random_action
 
 CACHES = ("writeback", "writethrough")
+NAMED = {**SORTS, MANY_TABLES.name: MANY_TABLES}
+WRITERS_A_READER = 4
+MOST_READ = 64  # sectors; what takes longer may show more
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Workload:
 
     @property
     def sequence(self) -> tuple[str, ...]:
-        return () if self.what.startswith("random-") else tuple(self.what.split("+"))
+        return () if self.what.startswith(("random-", "read-")) else tuple(self.what.split("+"))
 
     @property
     def full(self) -> str:
@@ -42,7 +47,10 @@ class Workload:
 
 
 def run_workload(workload: Workload) -> tuple[Run, int]:
-    """The run, closed at its end; and the length of its journal when the last action began."""
+    """The run, read at its end and closed; and the length of its journal when the last action began.
+
+    Raises: Violation if what it reads while it lives is wrong.
+    """
     begun = beginning(workload.sort, workload.full)
     file = begun.image.copy()
     initial = file.copy()
@@ -64,6 +72,8 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
                 guest.image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
     else:
         run_at_random(workload, driver, guest)
+    now = len(driver.journal)
+    Judge(history, driver.journal).judge(driver.run(look(guest.image)), now, power=False)
     driver.run(guest.image.close())
     if guest.failures:
         raise guest.failures[0]
@@ -72,17 +82,29 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
 
 def run_at_random(workload: Workload, driver: CrashDriver, guest: Guest) -> None:
     """Several streams of requests at once, none waits for another."""
-    requests, depth = map(int, workload.what.removeprefix("random-").split("x"))
+    kind, _, numbers = workload.what.partition("-")
+    requests, depth = map(int, numbers.split("x"))
     draw = random.Random(workload.seed)
-    nsectors = min(workload.sort.nsectors, 24 * workload.sort.cluster_sectors)
+    sort = workload.sort
+    nsectors = sort.nsectors if sort.tables > 1 else min(sort.nsectors, 24 * sort.cluster_sectors)
+    writing = depth
 
     async def stream(actions: list[Action]) -> None:
+        nonlocal writing
         for action in actions:
             await guest.act(action)
+        writing -= 1
 
-    actions = [random_action(draw, nsectors, workload.sort.cluster_sectors) for _ in range(requests)]
+    async def read() -> None:
+        while writing:
+            first = draw.randrange(sort.nsectors)
+            await guest.act(Action("read", first, min(draw.randint(1, MOST_READ), sort.nsectors - first)))
+
+    actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
     for index in range(depth):
         driver.spawn(stream(actions[index::depth]))
+    for _ in range(depth // WRITERS_A_READER if kind == "read" else 0):
+        driver.spawn(read())
     driver.finish()
 
 
@@ -115,7 +137,7 @@ def scene_of(workload: Workload, directory: Path | None) -> Scene:
 def parse(line: str) -> tuple[Workload, list[tuple[int, str, list[str]]]]:
     """A line that a failure printed: the workload, and the deaths one after the other."""
     sort, cache, seed, what, *deaths = line.split(":")[0].strip().split("/")
-    workload = Workload(SORTS[sort], cache, int(seed), what)
+    workload = Workload(NAMED[sort], cache, int(seed), what)
     parsed = []
     for death in filter(None, deaths):
         if death == "recovery":

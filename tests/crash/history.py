@@ -78,6 +78,14 @@ class History:
         seen = [version for version in known if version.begun < position]
         return {seen[index].content for index in self._survivors(seen, position, power=power)}
 
+    def shown(self, sector: int, begun: int, ended: int) -> set[bytes]:
+        """The contents that a read of *sector* between these two positions, without a death, may have found."""
+        known = self.versions.get(sector)
+        if known is None:
+            return {self.before(sector)}
+        seen = [version for version in known if version.begun < ended]
+        return {seen[index].content for index in self._survivors(seen, begun, power=False)}
+
     def allowed_everywhere(self, position: int, *, power: bool) -> dict[int, set[bytes]]:
         """`allowed` of every sector that a request was for; sectors of the same requests are decided together."""
         alike: dict[tuple[int, ...], list[int]] = {}

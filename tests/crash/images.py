@@ -138,7 +138,7 @@ async def open_image(
 ) -> Image:
     """Open for writing over the backing file, as the daemon does: the link log replayed, then repaired if it is dirty.
 
-    What the guest writes next has a log of its own, short enough to become full.
+    What the guest writes next has a log of its own, short enough to become full; the cache is as small as can be.
     """
     base = None
     if backing is not None:
@@ -149,7 +149,7 @@ async def open_image(
         if report.corruptions or report.check_errors or report.leaks:
             raise Violation(f"{report} after repair")
     log = LinkLog(file.memory, identity, TAG, LOG_CAPACITY)
-    image = await Image.open(file, backing=base, options=OpenOptions(writable=True), log=log)
+    image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image
 

@@ -1,13 +1,14 @@
 """Every judge of the engine by one line that names it and what it looks at.
 
 - `SORT/CACHE/SEED/WORKLOAD`: the crash explorer visits every state of a workload;
+- `live SORT/CACHE/SEED/WORKLOAD`: nobody dies, and what reads find is compared;
 - `faults SORT/CACHE/WORKLOAD`: each of its operations fails, `tests/crash/life.py`;
 - `hostile CASE`: an image that lies, `tests/crash/hostile.py`;
 - `alone CASE`: two processes meet on an image, `tests/crash/alone.py`.
 """
 
 from tests.crash.alone import meet
-from tests.crash.campaign import explore, parse, scene_of
+from tests.crash.campaign import explore, parse, run_workload, scene_of
 from tests.crash.explorer import Violation
 from tests.crash.hostile import face
 from tests.crash.life import Host
@@ -15,13 +16,15 @@ from tests.crash.sequence import SORTS
 
 
 def sit(line: str) -> int:
-    """Let the judge that *line* names look at the engine; how many states, lives or meetings it saw.
+    """Let the judge that *line* names look at the engine; how many states, operations, lives or meetings it saw.
 
     Raises: Violation if a law is broken.
     """
     judge, _, what = line.rpartition(" ")
     try:
         match judge:
+            case "live":
+                return _watch(what)
             case "faults":
                 return _face_faults(what)
             case "hostile":
@@ -34,6 +37,11 @@ def sit(line: str) -> int:
         raise
     except Exception as error:  # a broken engine may also fall over
         raise Violation(f"{line}: {type(error).__name__}: {error}") from error
+
+
+def _watch(what: str) -> int:
+    run, _ = run_workload(parse(what)[0])
+    return len(run.journal)
 
 
 def _face_faults(what: str) -> int:

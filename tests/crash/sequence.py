@@ -50,6 +50,7 @@ class Sort:
     backing: bool = False
     compressed: bool = False
     snapshot: bool = False
+    tables: int = 1  # L2 tables before the one of the last ten clusters
 
     @property
     def cluster_sectors(self) -> int:
@@ -67,7 +68,7 @@ class Sort:
     @property
     def nsectors(self) -> int:
         """The disk; its last cluster is partial where a cluster has sectors."""
-        return (self.per_table + 10) * self.cluster_sectors - (1 if self.cluster_bits > 9 else 0)
+        return (self.tables * self.per_table + 10) * self.cluster_sectors - (1 if self.cluster_bits > 9 else 0)
 
     @property
     def room(self) -> int:
@@ -108,6 +109,7 @@ SORTS = {
         Sort("64k-backing-lazy", cluster_bits=16, backing=True, lazy=True),
     )
 }
+MANY_TABLES = Sort("many-tables", cluster_bits=9, tables=90)  # more than the smallest cache holds
 
 ACTIONS = (
     "allocate",
@@ -227,6 +229,8 @@ def fill(sort: Sort, recipe: Recipe) -> None:
     if sort.version >= 3:
         recipe.zero(2)
         recipe.preallocated_zero(3, content(99, size))
+    for table in range(1, sort.tables):
+        recipe.zero(table * sort.per_table)
     if sort.compressed:
         for index in (4, 5, 6):
             recipe.compressed(index, content(index, size))

@@ -8,12 +8,13 @@ from typing import Any
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.crash import CrashDriver
 from qcow2.operation import Sync
+from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One request of the guest: *kind* is write, zero, discard, flush, grow or reopen; sectors are of 512 bytes.
+    """One request of the guest: *kind* is write, zero, discard, flush, read, grow or reopen; sectors are of 512 bytes.
 
     The first sector of a grow is the length of the disk after it.
     """
@@ -53,6 +54,7 @@ class Guest:
             "zero": self._zero,
             "discard": self._discard,
             "flush": self._flush,
+            "read": self._read,
             "grow": self._grow,
             "reopen": self._nothing,
         }
@@ -102,6 +104,22 @@ class Guest:
         self.history.flushes.append(flush)
         await self.image.flush()
         flush.acked = self._note(("acked", action))
+
+    async def _read(self, action: Action) -> None:
+        """Judged at once: each sector shows what some moment of the read allows."""
+        begun = self._note(("begin", self.requests, action))
+        target = bytearray(action.nsectors * SECTOR)
+        await self.image.read(action.sector * SECTOR, MemoryBuffer(memoryview(target)))
+        ended = self._note(("acked", action))
+        for index in range(action.nsectors):
+            found = bytes(target[index * SECTOR : (index + 1) * SECTOR])
+            self.require_shown(action.sector + index, found, begun, ended)
+
+    def require_shown(self, sector: int, found: bytes, begun: int, ended: int) -> None:
+        """Raises: Violation if a read between these positions must not have *found* that."""
+        shown = self.history.shown(sector, begun, ended)
+        if found not in shown:
+            raise Violation(f"a read finds {name(found)} in sector {sector}, allowed are {sorted(map(name, shown))}")
 
     async def _grow(self, action: Action) -> None:
         """The size is judged as one more sector, stable as soon as growth is acknowledged."""
