@@ -19,6 +19,7 @@ from qcow2.raw import RawImage
 from qcow2.repair import repair
 from qcow2.replay import replay
 from tests.builder import Recipe, build
+from tests.builder.record import MAGIC
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
 
@@ -140,9 +141,7 @@ async def open_image(
 
     What the guest writes next has a log of its own, short enough to become full; the cache is as small as can be.
     """
-    base = None
-    if backing is not None:
-        base = await RawImage.open(backing)
+    base = None if backing is None else await _open_backing(backing)
     await _replay_log(file, identity)
     if (await read_header(file, trust_refcounts=False)).is_dirty:
         report = await repair(file)
@@ -152,6 +151,10 @@ async def open_image(
     image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image
+
+
+async def _open_backing(file: SimulatedFile) -> Image | RawImage:
+    return await (Image.open(file) if file.read(0, 4) == MAGIC.to_bytes(4, "big") else RawImage.open(file))
 
 
 async def _replay_log(file: SimulatedFile, identity: bytes) -> None:

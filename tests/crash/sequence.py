@@ -33,6 +33,7 @@ from tests.crash.history import SECTOR
 from tests.crash.images import LAZY, content
 from tests.crash.workload import Action, Step
 
+BACKING = "base"
 SHOWN = 14  # guest clusters that may hold something at first
 FILL_AT = 14  # the first of those that *block* and *table-growth* write
 SCANNED_BLOCKS = 4  # the allocator looks for holes in so many blocks before it goes to the end of the file
@@ -48,6 +49,7 @@ class Sort:
     version: int = 3
     refcount_order: int = 4
     backing: bool = False
+    compressed_backing: bool = False  # the backing file is an image of compressed clusters, not raw
     compressed: bool = False
     snapshot: bool = False
     tables: int = 1  # L2 tables before the one of the last ten clusters
@@ -97,6 +99,8 @@ SORTS = {
         Sort("v2-backing", version=2, backing=True),
         Sort("backing", backing=True),
         Sort("backing-lazy", backing=True, lazy=True),
+        Sort("compressed-base", backing=True, compressed_backing=True),
+        Sort("compressed-base-lazy", backing=True, compressed_backing=True, lazy=True),
         Sort("compressed", compressed=True),
         Sort("compressed-lazy", compressed=True, lazy=True),
         Sort("snapshot", snapshot=True),
@@ -197,7 +201,7 @@ def beginning(sort: Sort, full: str) -> Beginning:
         cluster_bits=sort.cluster_bits,
         refcount_order=sort.refcount_order,
         compatible=LAZY if sort.lazy else 0,
-        backing="base.raw" if sort.backing else None,
+        backing=BACKING if sort.backing else None,
     )
     fill(sort, recipe)
     under = content(7, 8 * cluster_size - SECTOR) if sort.backing else b""
@@ -217,8 +221,18 @@ def beginning(sort: Sort, full: str) -> Beginning:
         first = (sort.per_table + 2 + ahead) * sort.cluster_sectors
         for index in range(sort.cluster_sectors):
             beyond[first + index] = data[index * SECTOR : (index + 1) * SECTOR]
-    backing = SimulatedFile.parse("base.raw", under) if sort.backing else None
-    return Beginning(image, backing, shown.contents(under), beyond)
+    return Beginning(image, backing_of(sort, under), shown.contents(under), beyond)
+
+
+def backing_of(sort: Sort, under: bytes) -> SimulatedFile | None:
+    """A file that shows *under*; compressed, its clusters are larger than those of the image over it."""
+    if not sort.compressed_backing:
+        return SimulatedFile.parse(BACKING, under) if sort.backing else None
+    recipe = Recipe(size=len(under), cluster_bits=sort.cluster_bits + 1)
+    for index in range(-(-len(under) // recipe.cluster_size)):
+        recipe.compressed(index, under[index * recipe.cluster_size : (index + 1) * recipe.cluster_size])
+    with TemporaryDirectory() as directory:
+        return SimulatedFile.parse(BACKING, build(recipe, Path(directory) / "base").path.read_bytes())
 
 
 def fill(sort: Sort, recipe: Recipe) -> None:
