@@ -55,3 +55,14 @@ def test_discard_is_a_hint_that_supersedes_nothing() -> None:
     for version in history.begin({0: bytes(512)}, 5, binding=False):
         version.acked = 6
     assert history.allowed(0, 10, power=False) == {b"\7" * 512, bytes(512)}
+
+
+def test_a_read_shows_what_was_there_when_it_began_or_has_come_since() -> None:
+    history = History(b"\7" * 512)
+    one = write(history, 1, 10, 20)
+    two = write(history, 2, 40, 50)
+    assert history.shown(0, 5, 8) == {b"\7" * 512}
+    assert history.shown(0, 15, 30) == {b"\7" * 512, one}
+    assert history.shown(0, 30, 35) == {one}
+    assert history.shown(0, 30, 60) == {one, two}
+    assert history.shown(0, 60, 70) == {two}
