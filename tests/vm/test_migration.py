@@ -133,7 +133,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS if MIGRATIONS > 2 else ["writeback"])
+@pytest.fixture(params=WAYS if MIGRATIONS > 2 else ["writeback", "packed rings"])
 def hosts(request: pytest.FixtureRequest, boot: Boot, lazy_image: Path) -> Iterator[Hosts]:
     with Hosts(boot, lazy_image, *WAYS[request.param]) as running:
         running.guest.wait_for("verified 1", PATIENCE)
