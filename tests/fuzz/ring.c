@@ -577,6 +577,8 @@ static void create_worker(void)
 
     world.worker = worker_create(&world.block.device, world.control_fd, &world.counters,
                                  world.setup.sharing & THREADS, &error);
+    if (!world.worker) /* io_uring is forbidden where we are */
+        world.worker = worker_create(&world.block.device, world.control_fd, &world.counters, true, &error);
     CHECK(world.worker);
     CHECK(worker_add_file(world.worker, world.disk_fd, -1, true) == 0);
     CHECK(worker_add_file(world.worker, world.setup.flags & FAULTY ? world.null_fd : world.disk_fd, -1, true) == 1);
