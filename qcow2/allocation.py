@@ -54,8 +54,8 @@ class Allocator:
         self._file_size = file_size
         self._opened_size = file_size  # what was in the file before us is not cut off
         self._stock = Stock()  # reserved, not yet handed out
-        mapping.cache.set_stock(self._stock.native)
-        self._unsynced: list[range] = []  # reserved, but stable after the next sync only
+        self._unsynced = Stock()  # reserved, but stable after the next sync only
+        mapping.cache.set_stock(self._stock.native, self._unsynced.native)
         self._under_way: Signal | None = None  # of the reservation in progress
         self._gathering: Signal | None = None  # of the one for `allocate_unsynced`
         self._cursor = 0  # no cluster below it is free, as far as is known
@@ -82,26 +82,24 @@ class Allocator:
 
         For who syncs before the link: the sync of a reservation would wait for all that was copied before.
         """
+        await self.collect()
         while not self._unsynced:
             if self._gathering is not None:
                 await self._gathering.wait()
             else:
                 await self._gather(nclusters)
         self._stability.require_trust()
-        extent = self._unsynced.pop()
-        if extent[nclusters:]:
-            self._unsynced.append(extent[nclusters:])
-        return extent[:nclusters]
+        return self._unsynced.take(nclusters)
 
     async def _gather(self, nclusters: int) -> None:
         self._stability.require_trust()
         ended = self._gathering = Signal()
         try:
-            self._unsynced = (await self._reserve_what_fits(max(nclusters, self._run_length())))[::-1]
+            self._unsynced.add(await self._reserve_what_fits(max(nclusters, self._run_length())))
         except OSError as error:
             if error.errno not in NO_ROOM or not self._stock:
                 raise
-            self._unsynced = [self._stock.take(nclusters)]
+            self._unsynced.add([self._stock.take(nclusters)])
         finally:
             self._gathering = None
             ended.set()
@@ -115,13 +113,15 @@ class Allocator:
     def allow_links(self) -> None:
         """What must be stable before a cluster of the stock may be linked is: the extent map may link them, too."""
         self._stock.open()
+        self._unsynced.open()
 
     async def collect(self) -> None:
         """See to what the extent map has done meanwhile."""
-        linked = self._stock.take_linked()
-        self._statistics.clusters_allocated += linked
+        linked, copied = self._stock.take_linked(), self._unsynced.take_linked()
+        self._statistics.clusters_allocated += linked + copied
         self._statistics.metadata_writes += linked
-        if spoiled := self._stock.take_spoiled():
+        self._statistics.copies += copied
+        if spoiled := [*self._stock.take_spoiled(), *self._unsynced.take_spoiled()]:
             await self._reaper.free(spoiled)
 
     def require_links(self) -> None:
@@ -210,7 +210,7 @@ class Allocator:
             except OSError as error:
                 if error.errno not in NO_ROOM or not self._unsynced:
                     raise
-                extents, self._unsynced = self._unsynced, []
+                extents = self._unsynced.take_all()
             await self._stability.sync()
             self._stock.add(extents)
             self._low = len(self._stock) // 2
@@ -361,7 +361,7 @@ class Allocator:
         Raises: OSError, also if the image referred to such a cluster, free as it was, and has let go of it meanwhile.
         """
         try:
-            for extent in [*self._stock.take_all(), *self._unsynced]:
+            for extent in [*self._stock.take_all(), *self._unsynced.take_all()]:
                 await self._refcounts.add(extent, -1)
         except OverflowError as error:
             contradiction = OSError(errno.EIO, str(error), self._file.path)

@@ -1,9 +1,12 @@
-/* Places for writes that find nothing: a cluster of the stock, and the L2 entry that will name it.
+/* Places for writes that find nothing in the image: a cluster, and what will name it.
  *
  * This decides nothing. Python filled the stock with clusters that plain data may
- * be written to and linked without any barrier, and only such writes are served:
- * the old content is zeros, the table is the image's alone, nobody holds the
- * cluster. Everything else is Python's.
+ * be written to and linked without any barrier, for writes whose cluster shows
+ * zeros: their L2 entry is their name. Where the backing file shows through, the
+ * entry must not be in the file before the data is stable: a record in the link
+ * log is the name, and the cluster need not be stable either. Only that is served,
+ * in a table that is the image's alone, where nobody holds the cluster. Everything
+ * else is Python's.
  */
 #include <endian.h>
 #include <errno.h>
@@ -11,9 +14,15 @@
 
 #include "qcow2/l2map.h"
 
-void l2map_set_stock(struct l2map *map, struct stock *stock)
+void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced)
 {
     map->stock = stock;
+    map->unsynced = unsynced;
+}
+
+void l2map_set_log(struct l2map *map, struct link_log *log)
+{
+    map->log = log;
 }
 
 void l2map_lock(struct l2map *map, uint64_t first, uint64_t last)
@@ -52,27 +61,32 @@ static int is_locked(const struct l2map *map, uint64_t cluster)
     return 0;
 }
 
-/* Whether the guest sees zeros in the whole cluster. */
-static int shows_zeros(struct l2map *map, uint64_t cluster)
+/* What the backing file, of which the whole cluster shows, has for it: one run of zeros, one of data, or else punt. */
+static struct extent describe_old(struct l2map *map, uint64_t cluster, uint64_t *entry)
 {
     uint64_t start = cluster << map->cluster_bits, nbytes = UINT64_C(1) << map->cluster_bits;
+    struct extent first, under;
     struct l2_run run;
-    struct extent under;
 
     if (nbytes > map->size - start)
         nbytes = map->size - start;
     l2map_describe(map, start, nbytes, &run);
+    *entry = run.entry;
     if (run.kind == L2_ZERO_PLAIN)
-        return 1;
+        return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
     if (run.kind != L2_UNALLOCATED)
-        return 0;
-    for (uint64_t done = 0; done < nbytes; done += under.nbytes) {
-        memset(&under, 0, sizeof(under));
+        return (struct extent){.kind = EXTENT_PUNT};
+    l2map_translate_backing(map, start, nbytes, &first);
+    if (first.kind == EXTENT_DATA && first.nbytes == nbytes)
+        return first;
+    under = first;
+    for (uint64_t done = 0; under.kind == EXTENT_ZERO && under.nbytes;) {
+        done += under.nbytes;
+        if (done == nbytes)
+            return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
         l2map_translate_backing(map, start + done, nbytes - done, &under);
-        if (under.kind != EXTENT_ZERO || !under.nbytes)
-            return 0;
     }
-    return 1;
+    return (struct extent){.kind = EXTENT_PUNT};
 }
 
 /* -> host offset of the private L2 table of the cluster; 0: there is none, or its L1 entry cannot be true. */
@@ -98,40 +112,93 @@ static int is_wanted_by_python(struct stock *stock)
     return stock->left != 0;
 }
 
-static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)
+/* Whether the map may look for a place for these bytes at all. */
+static int is_simple(struct l2map *map, uint64_t cluster, uint64_t in_cluster, uint64_t nbytes)
+{
+    return map->stock && map->stock->is_open && map->writable && map->slot != SLOT_UNKNOWN &&
+           in_cluster + nbytes <= UINT64_C(1) << map->cluster_bits && !is_locked(map, cluster) &&
+           l2map_find(map, cluster >> map->slice_bits) != NONE;
+}
+
+static int take_cluster(struct stock *stock, uint64_t *host_cluster)
+{
+    return stock->nspoiled < STOCK_SPOILED && !is_wanted_by_python(stock) && stock_take(stock, 1, host_cluster);
+}
+
+/* The L2 entry itself, in the file. */
+static void name_in_table(struct extent_place *place, uint64_t entry_offset)
+{
+    uint64_t entry = htobe64(place->entry);
+
+    place->name_offset = entry_offset;
+    place->name_nbytes = sizeof(entry);
+    memcpy(place->name, &entry, sizeof(entry));
+}
+
+/* A record of it, in the link log. The old content need not be read if all of it is written over. */
+static void name_in_log(struct l2map *map, struct extent_place *place, const struct extent *old, uint64_t old_entry,
+                        uint64_t nbytes)
+{
+    if (nbytes < old->nbytes) {
+        place->old_slot = old->slot;
+        place->old_offset = old->host_offset;
+        place->old_nbytes = old->nbytes;
+        place->ahead = place->guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
+    }
+    place->memory = map->log->memory;
+    place->name_offset = link_log_record(map->log, place->guest_offset >> map->cluster_bits, old_entry, place->entry,
+                                         place->name);
+    place->name_nbytes = LINK_RECORD_NBYTES;
+}
+
+static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int may_wait, struct extent_place *out)
 {
     struct l2map *map = context;
-    struct stock *stock = map->stock;
     uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
-    uint64_t table = private_table(map, cluster), host_cluster, entry;
+    uint64_t table = private_table(map, cluster), host_cluster, old_entry;
+    struct extent old;
+    int copies;
 
-    if (!stock || !stock->is_open || stock->nspoiled == STOCK_SPOILED || !table ||
-        !map->writable || map->slot == SLOT_UNKNOWN || in_cluster + nbytes > UINT64_C(1) << map->cluster_bits ||
-        is_locked(map, cluster) || l2map_find(map, cluster >> map->slice_bits) == NONE || !shows_zeros(map, cluster) ||
-        is_wanted_by_python(stock) || !stock_take(stock, 1, &host_cluster))
+    if (!table || !is_simple(map, cluster, in_cluster, nbytes))
+        return -EAGAIN;
+    old = describe_old(map, cluster, &old_entry);
+    copies = old.kind == EXTENT_DATA;
+    if (copies ? !may_wait || !map->log || !link_log_has_room(map->log) : old.kind != EXTENT_ZERO)
+        return -EAGAIN;
+    if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))
         return -EAGAIN;
     *out = (struct extent_place){
         .slot = map->slot,
-        .entry_nbytes = sizeof(out->entry),
         .host_offset = (host_cluster << map->cluster_bits) + in_cluster,
-        .entry_offset = table + (cluster & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1)) * sizeof(entry),
         .guest_offset = guest_offset,
+        .entry = host_cluster << map->cluster_bits | FLAG_COPIED,
     };
-    entry = htobe64(host_cluster << map->cluster_bits | FLAG_COPIED);
-    memcpy(out->entry, &entry, sizeof(entry));
+    if (copies)
+        name_in_log(map, out, &old, old_entry, nbytes);
+    else
+        name_in_table(out, table + (cluster & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1)) * sizeof(uint64_t));
     return 0;
+}
+
+static void link_waits(struct l2map *map, const struct extent_place *place)
+{
+    struct link_log *log = map->log;
+
+    log->links[log->nlinks++] = (struct waiting_link){place->guest_offset >> map->cluster_bits, place->entry};
+    log->next++;
 }
 
 static int settle(void *context, const struct extent_place *place, enum extent_outcome outcome, int error)
 {
     struct l2map *map = context;
-    struct stock *stock = map->stock;
+    struct stock *stock = place->memory ? map->unsynced : map->stock;
     uint64_t host_cluster = place->host_offset >> map->cluster_bits;
-    uint64_t entry = host_cluster << map->cluster_bits | FLAG_COPIED;
 
-    if (outcome == EXTENT_LINKED) {
+    if (outcome == EXTENT_NAMED) {
         stock->linked++;
-        l2map_update(map, place->guest_offset, &entry, 1);
+        if (place->memory)
+            link_waits(map, place);
+        l2map_update(map, place->guest_offset, &place->entry, 1);
         return 0;
     }
     if (outcome == EXTENT_UNTOUCHED) {

@@ -35,6 +35,7 @@ struct l2_run {
 
 struct l2map;
 struct stock;
+struct link_log;
 
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
 struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots);
@@ -54,7 +55,9 @@ void l2map_set_file(struct l2map *map, uint32_t slot, int writable);
 void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size);
 
 /* Let the map's places come from the stock, which is borrowed; NULL: it has none. */
-void l2map_set_stock(struct l2map *map, struct stock *stock);
+void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced);
+/* Links over what the backing file shows may wait in this log; borrowed. */
+void l2map_set_log(struct l2map *map, struct link_log *log);
 /* Python holds, or waits for, the guest clusters from first to last: their entries are its to change. */
 void l2map_lock(struct l2map *map, uint64_t first, uint64_t last);
 void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last);

@@ -57,6 +57,7 @@ class L2Cache:
         self._metadata: Any = None
         self._backing: object = None
         self._stock: Any = None
+        self._log: Any = None
 
     @property
     def extent_map(self) -> ExtentMap:
@@ -103,10 +104,15 @@ class L2Cache:
         pointers = ffi.cast("extent_translate", translate), ffi.cast("void *", context)
         lib.l2map_set_backing(self._map, True, *pointers, size)
 
-    def set_stock(self, stock: Any) -> None:
-        """Let writes that find nothing take clusters from *stock*, a `struct stock`, which is borrowed."""
-        self._stock = stock
-        lib.l2map_set_stock(self._map, stock)
+    def set_stock(self, stock: Any, unsynced: Any) -> None:
+        """Let writes that find nothing take clusters from *stock*, and from *unsynced* for waiting links; borrowed."""
+        self._stock = stock, unsynced
+        lib.l2map_set_stock(self._map, stock, unsynced)
+
+    def set_log(self, log: Any) -> None:
+        """Let links of the extent map's wait in *log*, a `struct link_log`, which is borrowed."""
+        self._log = log
+        lib.l2map_set_log(self._map, log)
 
     def lock(self, first: int, last: int) -> None:
         """Somebody holds, or waits for, these guest clusters: the extent map leaves their entries alone."""

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "qcow2/l2cache.h"
+#include "qcow2/linklog.h"
 #include "qcow2/stock.h"
 
 #define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
@@ -31,7 +32,9 @@ struct l2map {
     void *backing_context;
     uint64_t backing_size;
 
-    struct stock *stock; /* NULL: only Python allocates */
+    struct stock *stock;    /* NULL: only Python allocates */
+    struct stock *unsynced; /* clusters for links that wait in the log */
+    struct link_log *log;   /* NULL: none may */
     struct range_locks locks;
 
     uint32_t nslots;

@@ -8,8 +8,9 @@ of the log is therefore to append a record, too: one that links nothing.
 import struct
 import zlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from qcow2.native import ffi, lib
 from qcow2.operation import Memory, Store
 
 MAGIC = b"qcow2LNK"
@@ -19,8 +20,9 @@ HEADER = struct.Struct(f"<8sIII{IDENTITY_BYTES}s")  # magic, version, tag, capac
 CHECKSUM = struct.Struct("<I")
 RECORD = struct.Struct("<QQQQQ")  # guest cluster, old entry, new entry, sequence number, first live one; checksum
 RECORDS_OFFSET = 64
-RECORD_BYTES = 48
-CAPACITY = 32768  # records
+RECORD_BYTES = lib.LINK_RECORD_NBYTES
+WAITING = struct.Struct("=QQ")  # a struct waiting_link
+CAPACITY = 65536  # records
 MIN_CAPACITY = 4
 LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES
 NOTHING = (1 << 64) - 1  # in place of a guest cluster: a record that links nothing
@@ -43,15 +45,32 @@ class LinkLog:
     def __init__(self, memory: Memory, identity: bytes, tag: int, capacity: int = CAPACITY) -> None:
         self.tag = tag
         self.capacity = capacity
+        self.native: Any = ffi.new("struct link_log *", {"capacity": capacity, "first": 1, "next": 1})
         self._memory = memory
         self._identity = identity
-        self._first = 1
-        self.next = 1  # the sequence number of the next record
+
+    @property
+    def next(self) -> int:
+        """The sequence number of the next record."""
+        return int(self.native.next)
 
     @property
     def room(self) -> int:
         """How many links it takes now; one record is kept for forgetting."""
-        return self.capacity - 1 - (self.next - self._first)
+        return self.capacity - 1 - int(self.native.next - self.native.first)
+
+    def open(self) -> None:
+        """From now on the extent map may append links, too, if it can reach the memory."""
+        self.native.memory = ffi.cast("uint8_t *", self._memory.address)
+
+    def close(self) -> None:
+        """The extent map appends no more."""
+        self.native.memory = ffi.NULL
+
+    def take_waiting(self) -> list[tuple[int, int]]:
+        """What the extent map has appended since it was asked last: guest clusters and their new entries."""
+        count, self.native.nlinks = int(self.native.nlinks), 0
+        return list(WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size)))) if count else []
 
     async def begin(self) -> None:
         """Make the memory a log, before the first link. Raises: OSError if there is none to be had."""
@@ -68,15 +87,15 @@ class LinkLog:
 
     def forget(self, before: int) -> Store:
         """Let the log begin with sequence number *before*, once awaited: the links in front are in the file."""
-        self._first = before
+        self.native.first = before
         return Store(self._memory, self._record(NOTHING, 0, 0))
 
     def _record(self, cluster: int, old_entry: int, new_entry: int) -> tuple[int, bytes]:
         """The next record, and where it goes."""
-        record = RECORD.pack(cluster, old_entry, new_entry, self.next, self._first)
-        offset = RECORDS_OFFSET + self.next % self.capacity * RECORD_BYTES
-        self.next += 1
-        return offset, (record + CHECKSUM.pack(zlib.crc32(record))).ljust(RECORD_BYTES, b"\0")
+        record = ffi.new("uint8_t[]", RECORD_BYTES)
+        offset = lib.link_log_record(self.native, cluster, old_entry, new_entry, record)
+        self.native.next += 1
+        return offset, bytes(ffi.buffer(record))
 
 
 class FoundLog(NamedTuple):

@@ -20,7 +20,7 @@ from qcow2.reaper import Reaper
 from qcow2.root import Root
 from qcow2.stability import Stability
 
-MAX_WAITING_BYTES = 1 << 30  # of data under links that wait: a flush, a replay or a pause may have to write them all
+MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay or a pause may have to write them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,9 @@ class Links:
         self._beginning = Mutex()
         self._next = Batch()
         self._is_running = False
+        if log is not None:
+            mapping.cache.set_log(log.native)
+            mapping.before_load = self._gather
         self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES >> geometry.cluster_bits)
 
     async def link(
@@ -118,12 +121,25 @@ class Links:
                 return
             await self._root.set_log_tag(log.tag)
             self._has_begun = True
+            log.open()
+
+    def _gather(self) -> None:
+        """Take over the links that the extent map has let wait meanwhile; they are in the log and in memory."""
+        links = [] if self._log is None else self._log.take_waiting()
+        if links and not self._mapping.holds:
+            self.policy.on_waiting(True)
+        for cluster, entry in links:
+            guest_offset = cluster << self._geometry.cluster_bits
+            self._next.links.append((guest_offset, [entry]))
+            self._mapping.remember(guest_offset, [entry])
+        self._next.nclusters += len(links)
 
     async def _let_wait(
         self, guest_offset: int, old_entries: Iterable[int], entries: Sequence[int], freed: Sequence[int]
     ) -> None:
         """No await before the log has numbered the links: a commit that takes them must forget all of their records."""
         assert self._log is not None
+        self._gather()
         first = self._geometry.cluster_of(guest_offset)
         stored = self._log.append(map(Link, range(first, first + len(entries)), old_entries, entries))
         batch = self._next
@@ -144,10 +160,12 @@ class Links:
 
     def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
         """Whether the link of one of the clusters, all of one slice, waits."""
+        self._gather()
         return self._mapping.is_held(guest_offset, nclusters)
 
     async def commit(self) -> None:
         """Return once every link that waits now is in the file, its data stable. Raises: OSError."""
+        self._gather()
         if self._mapping.holds:
             batch = self._next
             batch.is_wanted = True
@@ -158,6 +176,7 @@ class Links:
 
     async def flush(self) -> None:
         """Make every write that has completed stable, its link with it. Raises: OSError."""
+        self._gather()
         if not self._mapping.holds:
             await self._stability.sync()
             return
@@ -170,6 +189,8 @@ class Links:
 
     async def close(self) -> None:
         """Commit, and let no log belong to the image; process-safe on return. Nothing else is under way."""
+        if self._log is not None:
+            self._log.close()
         await self.commit()
         if self._has_begun:
             await self._root.set_log_tag(0)
@@ -186,6 +207,7 @@ class Links:
         last = Batch()
         while self._next.is_wanted or last.is_flushed:
             batch = Batch()
+            self._gather()  # what is in the log before the mark is in this batch
             if self._next.is_wanted:
                 batch, self._next = self._next, batch
             last = await self._commit(batch, last)
@@ -219,6 +241,7 @@ class Links:
         await self._forget(mark)
         for guest_offset, linked in batch.links:
             self._mapping.release(guest_offset, len(linked))
+        self._gather()
         if not self._mapping.holds:
             self.policy.on_waiting(False)
         await self._reaper.free(batch.freed)

@@ -6,7 +6,7 @@ except for entries that are held: they are in the link log (`qcow2.links`) and n
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from sys import byteorder
 
 from qcow2.error import CorruptImage
@@ -62,6 +62,7 @@ class Mapping:
         self._loading: dict[int, Signal] = {}
         self._outdated: set[int] = set()  # slices changed in the file while being loaded
         self._held: dict[int, dict[int, int]] = {}  # slice -> guest cluster -> entry that is not in the file yet
+        self.before_load: Callable[[], None] = lambda: None  # `remember` what the extent map has linked meanwhile
         cache.set_l1(l1)
         cache.set_metadata(self._metadata)
 
@@ -159,6 +160,7 @@ class Mapping:
             self._statistics.l2_loads += 1
             data = await Read(self._file, table + in_table, slice_bytes)
             if number not in self._outdated:
+                self.before_load()
                 self.cache.load(number, data)
                 for cluster, entry in self._held.get(number, {}).items():
                     self.cache.update(cluster << self.geometry.cluster_bits, [entry])
@@ -181,10 +183,13 @@ class Mapping:
 
     def hold(self, guest_offset: int, entries: Sequence[int]) -> None:
         """Let the entries be *entries* in memory, as `link` would; in the file once `link` says the same."""
-        first = self.geometry.cluster_of(guest_offset)
-        held = self._held.setdefault(self.geometry.slice_of(guest_offset), {})
-        held.update(enumerate(entries, first))
+        self.remember(guest_offset, entries)
         self.cache.update(guest_offset, entries)
+
+    def remember(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """The entries are held, and *entries* in memory already."""
+        held = self._held.setdefault(self.geometry.slice_of(guest_offset), {})
+        held.update(enumerate(entries, self.geometry.cluster_of(guest_offset)))
 
     def release(self, guest_offset: int, nclusters: int) -> None:
         """The entries that were held, *nclusters* of one slice, are in the file and need no log."""

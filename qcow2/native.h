@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "qcow2/l2cache.h"
+#include "qcow2/linklog.h"
 #include "qcow2/refcount.h"
 #include "qcow2/stock.h"
 #include "qcow2/tally.h"

@@ -28,6 +28,10 @@ class Memory(Protocol):
     @property
     def path(self) -> str: ...
 
+    @property
+    def address(self) -> int:
+        """Where the data plane may store to it once the engine has; 0 if it may not."""
+
 
 class Buffer(Protocol):
     """A run of bytes that the engine moves but need not look at: guest memory, or a memoryview."""

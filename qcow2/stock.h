@@ -1,7 +1,7 @@
 /* Host clusters that are ready to be handed out, to Python and to the extent map.
  *
  * What may be in here is Python's business (`allocation`): counted, inside the
- * file, zeros, all of it stable. One thread.
+ * file, zeros, all of it stable; or stable after the next SYNC. One thread.
  */
 #pragma once
 
@@ -18,7 +18,7 @@ struct stock_run {
 struct stock {
     uint64_t left;      /* clusters in the runs */
     uint64_t low;       /* with so many left the map leaves one write to Python, and forgets this */
-    uint64_t linked;    /* entries that the map wrote */
+    uint64_t linked;    /* that the map handed out for good */
     uint32_t is_open;   /* clusters may be linked: what must be stable before is */
     int32_t error;      /* errno of an entry whose write failed */
     uint32_t front;     /* the run to take from; the others follow */

@@ -29,28 +29,37 @@ struct extent {
 typedef void (*extent_translate)(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
                                  struct extent *out);
 
+#define EXTENT_NAME_NBYTES 48
+
 /* A place that the map has set aside for bytes which have none. */
 struct extent_place {
     uint32_t slot;
-    uint32_t entry_nbytes;
-    uint64_t host_offset;  /* the bytes are written here; around them are zeros */
-    uint64_t entry_offset; /* then, here, the entry that makes them the guest's */
-    uint8_t entry[8];
+    uint32_t old_slot;
+    uint64_t host_offset; /* the bytes are written here, */
+    uint64_t old_nbytes;  /* in the midst of so many from old_offset of old_slot on; 0: around them are zeros */
+    uint64_t old_offset;
+    uint64_t ahead;       /* of old_nbytes, those that come before */
+    uint8_t *memory;      /* NULL: the file; or memory that outlives the process, a SYNC then is no FLUSH */
+    uint64_t name_offset; /* then, in there, this makes the place the guest's */
+    uint32_t name_nbytes;
+    uint8_t name[EXTENT_NAME_NBYTES];
     uint64_t guest_offset;
+    uint64_t entry; /* for the map */
 };
 
 enum extent_outcome {
     EXTENT_UNTOUCHED, /* nothing was written to the place */
-    EXTENT_SPOILED,   /* something may have been; the entry was not */
-    EXTENT_LINKED,    /* all was written */
+    EXTENT_SPOILED,   /* something may have been; it has no name */
+    EXTENT_NAMED,     /* all was written */
 };
 
 /* What a map offers besides for EXTENT_FRESH; a map without it has none. `take`
- * sets a place aside: -> 0, or -EAGAIN, only Python can. `settle` says what came
- * of it; nothing else is asked of the map in between. error: of the entry's
+ * sets a place aside: -> 0, or -EAGAIN, only Python can. may_wait: the bytes may
+ * be unstable when the guest is told that they are written. `settle` says what came
+ * of it; nothing else is asked of the map in between. error: of the name's
  * write, else 0. -> 0, or < 0: the image takes no more writes. */
 struct extent_places {
-    int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out);
+    int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, int may_wait, struct extent_place *out);
     int (*settle)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);
 };
 

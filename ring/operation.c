@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 
+#include "ring/at_once.h"
 #include "ring/gather.h"
 #include "ring/worker.h"
 
@@ -29,7 +30,7 @@ void operation_free(struct worker *worker, uint32_t number)
     worker->free_operations++;
 }
 
-static void note_latency(struct worker *worker, const struct operation *operation)
+void operation_note_latency(struct worker *worker, const struct operation *operation)
 {
     struct worker_statistics *statistics = &worker->statistics;
 
@@ -43,7 +44,7 @@ static void end(struct worker *worker, uint32_t number, int result)
 
     worker->grace.in_flight[operation->epoch]--;
     worker->progress = true;
-    note_latency(worker, operation);
+    operation_note_latency(worker, operation);
     if (!request) {
         worker_tell(worker, (struct worker_event){.kind = EVENT_DONE, .result = result, .id = number});
         return;
@@ -69,39 +70,11 @@ static void prepare_transfer(struct io_uring_sqe *entry, const struct operation 
         io_uring_prep_writev(entry, fd, iovecs, gather->count, host_offset);
 }
 
-static void trace_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)
+void operation_trace_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)
 {
     if (worker->trace && operation->verb == VERB_WRITE)
         operation->trace_id = trace_write(worker->trace, operation->slot, operation->host_offset + operation->progress,
                                           gather->iovecs, gather->count);
-}
-
-static bool is_at_once(const struct file *file, uint64_t nbytes, uint64_t now)
-{
-    return file->immediate && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
-}
-
-/* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */
-static int transfer_now(struct worker *worker, struct operation *operation, const struct gather *gather)
-{
-    struct file *file = &worker->files[operation->slot];
-    uint64_t host_offset = operation->host_offset + operation->progress, began = pace_now();
-    ssize_t result;
-
-    trace_transfer(worker, operation, gather);
-    do {
-        if (operation->verb == VERB_READ)
-            result = preadv2(file->fd, gather->iovecs, gather->count, host_offset, RWF_NOWAIT);
-        else
-            result = pwritev2(file->fd, gather->iovecs, gather->count, host_offset, 0);
-    } while (result < 0 && errno == EINTR);
-    if (result < 0)
-        result = errno == EOPNOTSUPP ? -EAGAIN : -errno;
-    if (worker->trace && operation->trace_id)
-        trace_done(worker->trace, operation->trace_id, result);
-    worker->counters->immediate += result >= 0;
-    worker->counters->stalls += pace_note(&file->pace, began, worker->now = pace_now());
-    return result;
 }
 
 static void transfer_completed(struct worker *worker, uint32_t number, int result);
@@ -123,8 +96,8 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     operation->direct = operation->data && file->direct_fd >= 0 &&
                         gather_is_aligned(&gather, file, operation->host_offset + operation->progress);
     result = -EAGAIN;
-    if (!operation->direct && is_at_once(file, gather.nbytes, pace_now()))
-        result = transfer_now(worker, operation, &gather);
+    if (!operation->direct && at_once_allows(file, gather.nbytes, pace_now()))
+        result = at_once_transfer(worker, operation, &gather);
     if (result != -EAGAIN) {
         transfer_completed(worker, number, result);
         return MOVED;
@@ -133,7 +106,7 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     if (!entry)
         return -EAGAIN;
     prepare_transfer(entry, operation, file, &gather);
-    trace_transfer(worker, operation, &gather);
+    operation_trace_transfer(worker, operation, &gather);
     io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
     return SUBMITTED;
 }
@@ -235,7 +208,7 @@ void request_transfer(struct worker *worker, struct request *request, bool is_wr
 }
 
 /* -> 0 if the piece is inside what it names. */
-static int check_piece(struct worker *worker, const struct piece *piece)
+int operation_check_piece(struct worker *worker, const struct piece *piece)
 {
     const struct request *request;
 
@@ -253,7 +226,7 @@ int worker_transfer(struct worker *worker, uint32_t flags, uint32_t slot, uint64
                     uint64_t start, uint64_t nbytes)
 {
     struct piece piece = {source, start, nbytes};
-    int number = worker_has_slot(worker, slot) ? check_piece(worker, &piece) : -EBADF;
+    int number = worker_has_slot(worker, slot) ? operation_check_piece(worker, &piece) : -EBADF;
 
     if (number == 0)
         number = operation_begin(worker);
@@ -269,7 +242,7 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
     int number = worker_has_slot(worker, slot) ? 0 : -EBADF;
 
     for (uint32_t i = 0; i < count && number == 0; nbytes += pieces[i++].nbytes)
-        number = check_piece(worker, &pieces[i]);
+        number = operation_check_piece(worker, &pieces[i]);
     if (number == 0)
         number = operation_begin(worker);
     if (number < 0)
@@ -279,91 +252,6 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
     worker->operations[number].data = flags & TRANSFER_DATA;
     begin(worker, number, flags & TRANSFER_WRITE ? VERB_WRITE : VERB_READ, slot, host_offset, nbytes);
     return number;
-}
-
-/* Write all of it on this thread, whatever the pace. -> 0, or how it failed, perhaps in the middle. */
-static int write_now(struct worker *worker, struct operation *operation)
-{
-    operation->waiter.since = worker->now;
-    while (operation->progress < operation->nbytes) {
-        struct iovec single;
-        struct gather gather;
-        int result = gather_submission(worker, operation, &single, &gather);
-
-        if (result < 0)
-            return result == -EAGAIN ? -ENOMEM : result;
-        result = transfer_now(worker, operation, &gather);
-        if (result == 0 || result == -EAGAIN)
-            return -EIO;
-        if (result < 0)
-            return result;
-        operation->progress += result;
-    }
-    note_latency(worker, operation);
-    return 0;
-}
-
-/* -> 0; -EAGAIN: not now, nothing was written; or how it failed. */
-static int write_at_once(struct worker *worker, struct operation *operation)
-{
-    const struct file *file = &worker->files[operation->slot];
-    bool may_be_direct = operation->data && file->direct_fd >= 0;
-
-    if (file->error)
-        return -EIO;
-    if (may_be_direct || !is_at_once(file, operation->nbytes, worker->now = pace_now()))
-        return -EAGAIN;
-    return write_now(worker, operation);
-}
-
-int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
-                         const struct piece *pieces, uint32_t count)
-{
-    struct operation operation = {.verb = VERB_WRITE, .slot = slot, .host_offset = host_offset, .pieces = pieces};
-    int result = worker_has_slot(worker, slot) ? 0 : -EBADF;
-
-    for (uint32_t i = 0; i < count && result == 0; operation.nbytes += pieces[i++].nbytes)
-        result = check_piece(worker, &pieces[i]);
-    if (result < 0)
-        return result;
-    if (!worker->at_once)
-        return -EAGAIN;
-    worker->at_once--;
-    operation.piece_count = count;
-    operation.data = flags & TRANSFER_DATA;
-    return write_at_once(worker, &operation);
-}
-
-int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
-                          uint64_t start, uint64_t nbytes)
-{
-    struct piece piece = {request_id(request), start, nbytes};
-    struct operation operation = {
-        .verb = VERB_WRITE,
-        .slot = slot,
-        .host_offset = host_offset,
-        .nbytes = nbytes,
-        .pieces = &piece,
-        .piece_count = 1,
-        .data = true,
-    };
-
-    return worker_has_slot(worker, slot) ? write_at_once(worker, &operation) : -EAGAIN;
-}
-
-int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes)
-{
-    struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes};
-    struct operation operation = {
-        .verb = VERB_WRITE,
-        .slot = slot,
-        .host_offset = host_offset,
-        .nbytes = nbytes,
-        .pieces = &piece,
-        .piece_count = 1,
-    };
-
-    return worker->files[slot].error ? -EIO : write_now(worker, &operation);
 }
 
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)

@@ -171,6 +171,7 @@ struct file {
     int fd;
     int direct_fd;         /* -1: none */
     struct pace pace;
+    struct pace sync_pace;
     uint32_t memory_align; /* what O_DIRECT wants, powers of two */
     uint32_t offset_align;
     bool syncs;   /* false: a sync succeeds at once */
@@ -272,6 +273,7 @@ struct worker {
     struct queue queues[WORKER_QUEUES];
     struct operation operations[WORKER_OPERATIONS];
     struct chain chain; /* the one being popped */
+    uint8_t old[PACE_NBYTES] __attribute__((aligned(4096))); /* what a copy in progress keeps */
 };
 
 /* ---- for Python; queues are numbered 0 .. WORKER_QUEUES - 1, results are >= 0 or -errno ---- */
@@ -368,8 +370,26 @@ void request_release(struct worker *worker, struct request *request, int result)
 int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
                           uint64_t start, uint64_t nbytes);
 
+/* A whole stretch of a file, of which a part of a request's data replaces what is elsewhere. */
+struct request_copy {
+    uint32_t slot;
+    uint32_t old_slot;
+    uint64_t host_offset;
+    uint64_t old_offset;
+    uint64_t nbytes; /* of the stretch */
+    uint64_t ahead;  /* of them, before the request's */
+};
+
+/* Read the old bytes, write them with nbytes of the request's data from `start` in their midst, on this thread.
+ * -> 0, -EAGAIN: not now, nothing was written, or how it failed, perhaps in the middle. */
+int request_copy_at_once(struct worker *worker, struct request *request, const struct request_copy *copy,
+                         uint64_t start, uint64_t nbytes);
+
 /* Write metadata on this thread, however long that takes. -> 0 or how it failed. */
 int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
+
+/* Put bytes into memory that outlives the process, and record that. */
+void worker_store_memory(struct worker *worker, uint8_t *memory, uint64_t offset, const void *bytes, uint32_t nbytes);
 
 /* Wait for an fdatasync of the file that starts after now; device->end comes after it. */
 void request_sync(struct worker *worker, struct request *request, uint32_t slot);

@@ -119,24 +119,50 @@ static void serve(struct worker *worker, struct request *request, const struct e
     request_release(worker, request, 0);
 }
 
-/* Write nbytes from `start` of the request where nothing is yet: the bytes, then the entry that leads to them. One
+static int fill_place(struct worker *worker, struct request *request, const struct extent_place *place, uint64_t start,
+                      uint64_t nbytes)
+{
+    struct request_copy copy = {
+        .slot = place->slot,
+        .old_slot = place->old_slot,
+        .host_offset = place->host_offset - place->ahead,
+        .old_offset = place->old_offset,
+        .nbytes = place->old_nbytes,
+        .ahead = place->ahead,
+    };
+
+    if (place->old_nbytes)
+        return request_copy_at_once(worker, request, &copy, start, nbytes);
+    return request_write_at_once(worker, request, place->slot, place->host_offset, start, nbytes);
+}
+
+static int name_place(struct block *block, struct worker *worker, const struct extent_place *place)
+{
+    if (!place->memory)
+        return worker_write_entry(worker, place->slot, place->name_offset, place->name, place->name_nbytes);
+    worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);
+    block->flush_punts = true;
+    return 0;
+}
+
+/* Write nbytes from `start` of the request where nothing is yet: the bytes, then what makes them the guest's. One
  * sequence on this thread, so nothing is ever half done when somebody else looks. -> false: only Python can. */
 static bool write_fresh(struct block *block, struct worker *worker, struct request *request, uint64_t start,
                         uint64_t nbytes)
 {
     const struct extent_places *places = block->places;
     struct extent_place place;
-    int result = places->take(block->context, request->offset + start, nbytes, &place);
+    int result = places->take(block->context, request->offset + start, nbytes, !block->writethrough, &place);
 
     if (result < 0)
         return false;
-    result = request_write_at_once(worker, request, place.slot, place.host_offset, start, nbytes);
+    result = fill_place(worker, request, &place, start, nbytes);
     if (result < 0) {
         places->settle(block->context, &place, result == -EAGAIN ? EXTENT_UNTOUCHED : EXTENT_SPOILED, 0);
         return false;
     }
-    result = worker_write_entry(worker, place.slot, place.entry_offset, place.entry, place.entry_nbytes);
-    if (places->settle(block->context, &place, result < 0 ? EXTENT_SPOILED : EXTENT_LINKED, result) < 0)
+    result = name_place(block, worker, &place);
+    if (places->settle(block->context, &place, result < 0 ? EXTENT_SPOILED : EXTENT_NAMED, result) < 0)
         block->failed = true;
     return result == 0;
 }

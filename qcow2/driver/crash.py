@@ -26,10 +26,11 @@ TRANSFERS = (Read, ReadInto, Write, Zero)
 class SimulatedMemory:
     """Shared memory of a simulated host: a kill leaves it, a power loss does not; grows as it is stored to."""
 
-    __slots__ = ("content", "path")
+    __slots__ = ("address", "content", "path")
 
     def __init__(self, content: bytes | bytearray = b"") -> None:
         self.path = "memory"
+        self.address = 0  # no data plane stores to it
         self.content = bytearray(content)
 
     def store(self, offset: int, data: bytes) -> None:

@@ -5,8 +5,11 @@ So whatever is found there is input: it must be a plain file of our own that nob
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
+
+from qcow2.native import ffi
 
 DEFAULT_DIRECTORY = "/dev/shm"
 
@@ -17,7 +20,7 @@ class SharedMemory:
     def __init__(self, path: str, nbytes: int) -> None:
         self.path = path
         self.nbytes = nbytes
-        self._fd = -1
+        self._map: mmap.mmap | None = None
 
     def load(self) -> bytes:
         """What an earlier process left there; empty if it left nothing.
@@ -42,38 +45,45 @@ class SharedMemory:
 
     def store(self, offset: int, data: bytes) -> None:
         """Put *data*, which lies inside, there. Raises: OSError; what is there already is left alone."""
-        if self._fd < 0:
-            self._fd = self._create()
-        os.pwrite(self._fd, data, offset)
+        if self._map is None:
+            self._map = self._create()
+        self._map[offset : offset + len(data)] = data
 
-    def _create(self) -> int:
+    @property
+    def address(self) -> int:
+        """Where it lies in memory; 0 before the first `store`, and after `remove` and `close`."""
+        if self._map is None:
+            return 0
+        with ffi.from_buffer(self._map) as view:
+            return int(ffi.cast("uintptr_t", view))
+
+    def _create(self) -> mmap.mmap:
         """All of it is allocated at once, so that no later store can lack space."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.path, flags, 0o600)
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
+            return mmap.mmap(fd, self.nbytes)
         except OSError as error:
-            os.close(fd)
             os.unlink(self.path)
             error.filename = self.path
             raise
-        return fd
+        finally:
+            os.close(fd)
 
     @property
     def is_made(self) -> bool:
         """Whether this process has stored something."""
-        return self._fd >= 0
+        return self._map is not None
 
     def remove(self) -> None:
         """Forget all of it, also what an earlier process left. Raises: OSError if that cannot be."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
     def close(self) -> None:
         """Leave it to the next process; a second time does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._map is not None:
+            self._map.close()
+            self._map = None

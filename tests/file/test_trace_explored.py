@@ -73,7 +73,7 @@ def survey(run: Recorded, npoints: int, seed: int = 0) -> int:
 @pytest.mark.parametrize("cache_mode", ["writeback", "writethrough"])
 @pytest.mark.parametrize("kind", ["lazy", "accurate", "overlay", "overlay-lazy"])
 def test_no_death_of_the_real_daemon_breaks_a_law(kind: str, cache_mode: str) -> None:
-    assert survey(traced(kind, cache_mode).run(), 30) > 100
+    assert survey(traced(kind, cache_mode).run(), 30) > 50
 
 
 # The judge can fail

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.pure
 CLUSTER = 4096
 SIZE = 1024 * CLUSTER  # two L2 tables
 TOP = 3
-UNTOUCHED, SPOILED, LINKED = 0, 1, 2
+BASE = 4
+UNTOUCHED, SPOILED, NAMED = 0, 1, 2
 AGAIN = -errno.EAGAIN
 
 
@@ -24,15 +25,19 @@ class Plane:
 
     def __init__(self, bench: Bench) -> None:
         bench.image.set_slot(bench.file, TOP)
+        if bench.base is not None:
+            bench.image.set_slot(bench.base, BASE)
+            bench.file.memory.address = 1  # of no use to the engine, which only hands it on
         _, context, places = bench.image.extent_map
         self._file = bench.file
+        self._base = bench.base
         self._context = ffi.cast("void *", context)
         self._places = ffi.cast("struct extent_places *", places)
 
-    def take(self, guest_offset: int, nbytes: int = CLUSTER) -> Any:
+    def take(self, guest_offset: int, nbytes: int = CLUSTER, *, may_wait: bool = True) -> Any:
         """A place, or None: only Python can."""
         place = ffi.new("struct extent_place *")
-        result = self._places.take(self._context, guest_offset, nbytes, place)
+        result = self._places.take(self._context, guest_offset, nbytes, may_wait, place)
         assert result in (0, AGAIN)
         return place if result == 0 else None
 
@@ -45,10 +50,20 @@ class Plane:
         if place is None:
             return False
         assert place.slot == TOP
-        self._file.write(place.host_offset, data)
-        self._file.write(place.entry_offset, bytes(ffi.buffer(place.entry)))
-        assert self.settle(place, LINKED) == 0
+        self._file.write(place.host_offset - place.ahead, self._filled(place, data))
+        name = bytes(ffi.buffer(place.name)[: place.name_nbytes])
+        (self._file.memory.store if place.memory else self._file.write)(place.name_offset, name)
+        assert self.settle(place, NAMED) == 0
         return True
+
+    def _filled(self, place: Any, data: bytes) -> bytes:
+        """*data* in the midst of what was there."""
+        if not place.old_nbytes:
+            return data
+        assert self._base is not None
+        assert place.old_slot == BASE
+        old = self._base.read(place.old_offset, place.old_nbytes)
+        return old[: place.ahead] + data + old[place.ahead + len(data) :]
 
 
 def started(**options: Any) -> tuple[Bench, Plane]:
@@ -207,10 +222,91 @@ def test_a_failed_image_has_no_places() -> None:
     assert plane.take(CLUSTER) is None
 
 
-def test_what_a_backing_file_fills_is_the_engines() -> None:
-    _, plane = started(base=noise(9 * CLUSTER + 1))
-    assert plane.take(9 * CLUSTER) is None
+def overlaid(base: bytes | None = None) -> tuple[Bench, Plane]:
+    """An image over a full base, with a link log that the engine has begun."""
+    return started(lazy=True, base=noise(SIZE, seed=9) if base is None else base, log_capacity=64)
+
+
+def test_without_a_log_what_a_backing_file_fills_is_the_engines() -> None:
+    _, plane = started(base=noise(9 * CLUSTER))
+    assert plane.take(8 * CLUSTER) is None
     assert plane.take(10 * CLUSTER) is not None
+
+
+def test_a_cluster_that_the_backing_file_fills_half_is_the_engines() -> None:
+    _, plane = overlaid(base=noise(9 * CLUSTER + 512))
+    assert plane.take(8 * CLUSTER) is not None
+    assert plane.take(9 * CLUSTER) is None
+
+
+def test_what_must_be_stable_at_once_is_the_engines() -> None:
+    _, plane = overlaid()
+    assert plane.take(CLUSTER, may_wait=False) is None
+    assert plane.take(CLUSTER) is not None
+
+
+def test_a_plane_copies_what_its_bytes_do_not_cover() -> None:
+    bench, plane = overlaid()
+    expected = bytearray(noise(SIZE, seed=9))
+    expected[:CLUSTER] = noise(CLUSTER)
+    served = 0
+    for number in range(1, 200):
+        nbytes = CLUSTER if number % 5 == 0 else 1000
+        where = number * 7 % 500 * CLUSTER + (0 if nbytes == CLUSTER else 100)
+        data = noise(nbytes, seed=number)
+        if plane.write(where, data):
+            served += 1
+        else:
+            bench.write(where, data)
+        if number % 50 == 0:
+            bench.driver.run(bench.image.flush())
+        expected[where : where + nbytes] = data
+    assert served > 150
+    assert bench.content() == expected
+    bench.close()
+    assert bench.reopened_content() == expected
+    assert faults(bench) == (0, 0)
+    assert bench.image.statistics.copies == 200
+
+
+def test_a_link_of_a_plane_waits_for_a_flush() -> None:
+    bench, plane = overlaid()
+    assert plane.write(CLUSTER, noise(CLUSTER, seed=1))
+    assert bench.file.memory.content, "in the log"
+    assert bench.reopened_content()[CLUSTER : 2 * CLUSTER] != noise(CLUSTER, seed=1), "and not in the file"
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content()[CLUSTER : 2 * CLUSTER] == noise(CLUSTER, seed=1)
+
+
+def test_a_full_log_is_the_engines_to_empty() -> None:
+    bench, plane = overlaid()
+    served = [plane.write(cluster * CLUSTER, noise(CLUSTER, seed=cluster)) for cluster in range(1, 100)]
+    first_refused = served.index(False)
+    assert not any(served[first_refused:])
+    bench.driver.run(bench.image.settle())
+    bench.write(first_refused * CLUSTER, noise(CLUSTER))
+    assert plane.write(200 * CLUSTER, noise(CLUSTER))
+
+
+def test_a_slice_that_is_loaded_again_shows_what_waits_in_the_log() -> None:
+    """The L2 cache, at its smallest, gives the slice up before the engine has heard of the link."""
+    nslices = 80
+    size = nslices * 512 * CLUSTER
+    bench = set_up(size, cluster_bits=12, lazy=True, base=noise(2 * CLUSTER, seed=9), log_capacity=64, cache_size=0)
+    plane = Plane(bench)
+    bench.write(0, noise(512))
+    assert plane.write(CLUSTER, noise(512, seed=1))
+    for number in range(1, nslices):
+        bench.write(number * 512 * CLUSTER, noise(512, seed=2))
+    assert bench.read(CLUSTER, 512) == noise(512, seed=1)
+
+
+def test_nothing_waits_in_a_log_that_is_closed() -> None:
+    bench, plane = overlaid()
+    assert plane.write(CLUSTER, noise(CLUSTER, seed=1))
+    bench.close()
+    assert plane.take(2 * CLUSTER) is None
+    assert bench.reopened_content()[CLUSTER : 2 * CLUSTER] == noise(CLUSTER, seed=1)
 
 
 def test_a_table_that_a_snapshot_may_share_is_the_engines() -> None:

@@ -1,0 +1,28 @@
+/* The front of the link log (`qcow2/linklog.py`): its records, and the links that the extent map has let wait. One thread. */
+#pragma once
+
+#include <stdint.h>
+
+#define LINK_RECORD_NBYTES 48
+#define WAITING_LINKS 1024
+
+struct waiting_link {
+    uint64_t cluster; /* of the guest */
+    uint64_t entry;
+};
+
+struct link_log {
+    uint8_t *memory;   /* where the log lies; NULL: only Python appends to it */
+    uint64_t capacity; /* records */
+    uint64_t first;    /* the sequence number of the first live one */
+    uint64_t next;     /* and of the next */
+    uint32_t nlinks;   /* that Python does not know of */
+    struct waiting_link links[WAITING_LINKS];
+};
+
+/* Make the record that is to be appended next. -> its offset in the log. */
+uint64_t link_log_record(const struct link_log *log, uint64_t cluster, uint64_t old_entry, uint64_t entry,
+                         uint8_t *record);
+
+/* Whether the map may append one: room is kept for a record of Python's that forgets. */
+int link_log_has_room(const struct link_log *log);

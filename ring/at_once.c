@@ -1,0 +1,202 @@
+#include "ring/at_once.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#include "ring/pieces.h"
+
+#define COPY_PIECES 34 /* 64 KiB in pages, one of them split in two, and what is around */
+
+bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now)
+{
+    return file->immediate && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
+}
+
+/* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */
+int at_once_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)
+{
+    struct file *file = &worker->files[operation->slot];
+    uint64_t host_offset = operation->host_offset + operation->progress, began = pace_now();
+    ssize_t result;
+
+    operation_trace_transfer(worker, operation, gather);
+    do {
+        if (operation->verb == VERB_READ)
+            result = preadv2(file->fd, gather->iovecs, gather->count, host_offset, RWF_NOWAIT);
+        else
+            result = pwritev2(file->fd, gather->iovecs, gather->count, host_offset, 0);
+    } while (result < 0 && errno == EINTR);
+    if (result < 0)
+        result = errno == EOPNOTSUPP ? -EAGAIN : -errno;
+    if (worker->trace && operation->trace_id)
+        trace_done(worker->trace, operation->trace_id, result);
+    worker->counters->immediate += result >= 0;
+    worker->counters->stalls += pace_note(&file->pace, began, worker->now = pace_now());
+    return result;
+}
+
+/* Write all of it on this thread, whatever the pace. -> 0, or how it failed, perhaps in the middle. */
+static int write_now(struct worker *worker, struct operation *operation)
+{
+    operation->waiter.since = worker->now;
+    while (operation->progress < operation->nbytes) {
+        struct iovec single;
+        struct gather gather;
+        int result = gather_submission(worker, operation, &single, &gather);
+
+        if (result < 0)
+            return result == -EAGAIN ? -ENOMEM : result;
+        result = at_once_transfer(worker, operation, &gather);
+        if (result == 0 || result == -EAGAIN)
+            return -EIO;
+        if (result < 0)
+            return result;
+        operation->progress += result;
+    }
+    operation_note_latency(worker, operation);
+    return 0;
+}
+
+/* -> 0; -EAGAIN: not now, nothing was written; or how it failed. */
+static int write_at_once(struct worker *worker, struct operation *operation)
+{
+    const struct file *file = &worker->files[operation->slot];
+    bool may_be_direct = operation->data && file->direct_fd >= 0;
+
+    if (file->error)
+        return -EIO;
+    if (may_be_direct || !at_once_allows(file, operation->nbytes, worker->now = pace_now()))
+        return -EAGAIN;
+    return write_now(worker, operation);
+}
+
+int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
+                         const struct piece *pieces, uint32_t count)
+{
+    struct operation operation = {.verb = VERB_WRITE, .slot = slot, .host_offset = host_offset, .pieces = pieces};
+    int result = worker_has_slot(worker, slot) ? 0 : -EBADF;
+
+    for (uint32_t i = 0; i < count && result == 0; operation.nbytes += pieces[i++].nbytes)
+        result = operation_check_piece(worker, &pieces[i]);
+    if (result < 0)
+        return result;
+    if (!worker->at_once)
+        return -EAGAIN;
+    worker->at_once--;
+    operation.piece_count = count;
+    operation.data = flags & TRANSFER_DATA;
+    return write_at_once(worker, &operation);
+}
+
+int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
+                          uint64_t start, uint64_t nbytes)
+{
+    struct piece piece = {request_id(request), start, nbytes};
+    struct operation operation = {
+        .verb = VERB_WRITE,
+        .slot = slot,
+        .host_offset = host_offset,
+        .nbytes = nbytes,
+        .pieces = &piece,
+        .piece_count = 1,
+        .data = true,
+    };
+
+    return worker_has_slot(worker, slot) ? write_at_once(worker, &operation) : -EAGAIN;
+}
+
+int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes)
+{
+    struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes};
+    struct operation operation = {
+        .verb = VERB_WRITE,
+        .slot = slot,
+        .host_offset = host_offset,
+        .nbytes = nbytes,
+        .pieces = &piece,
+        .piece_count = 1,
+    };
+
+    return worker->files[slot].error ? -EIO : write_now(worker, &operation);
+}
+
+/* Read nbytes into the worker's buffer. -> 0; -EAGAIN: not all of it is in the page cache, or it cannot be read. */
+static int read_old(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)
+{
+    struct operation operation = {.verb = VERB_READ, .slot = slot, .host_offset = host_offset, .nbytes = nbytes};
+
+    operation.data = true;
+    operation.waiter.since = worker->now;
+    while (operation.progress < nbytes) {
+        struct iovec rest = {worker->old + operation.progress, nbytes - operation.progress};
+        struct gather gather = {.iovecs = &rest, .count = 1, .nbytes = rest.iov_len};
+        int result = at_once_transfer(worker, &operation, &gather);
+
+        if (result < 0)
+            return -EAGAIN;
+        if (result == 0) {
+            memset(rest.iov_base, 0, rest.iov_len); /* past the end of the file */
+            break;
+        }
+        operation.progress += result;
+    }
+    operation_note_latency(worker, &operation);
+    return 0;
+}
+
+/* What is around the request's bytes in the worker's buffer, and they. -> false: they are in too many pieces. */
+static bool gather_copy(struct worker *worker, const struct request *request, const struct request_copy *copy,
+                        uint64_t start, uint64_t nbytes, struct gather *gather)
+{
+    struct piece_walk walk = pieces_walk(request->data, start, nbytes);
+    uint64_t behind = copy->ahead + nbytes;
+
+    if (copy->ahead)
+        gather->iovecs[gather->count++] = (struct iovec){worker->old, copy->ahead};
+    while (pieces_next(&walk, &gather->iovecs[gather->count]))
+        if (++gather->count == gather->limit - 1)
+            return false;
+    if (behind < copy->nbytes)
+        gather->iovecs[gather->count++] = (struct iovec){worker->old + behind, copy->nbytes - behind};
+    gather->nbytes = copy->nbytes;
+    return true;
+}
+
+int request_copy_at_once(struct worker *worker, struct request *request, const struct request_copy *copy,
+                         uint64_t start, uint64_t nbytes)
+{
+    const struct file *file = &worker->files[copy->slot];
+    struct iovec iovecs[COPY_PIECES];
+    struct gather gather = {.iovecs = iovecs, .limit = COPY_PIECES};
+    struct operation operation = {.verb = VERB_WRITE, .slot = copy->slot, .nbytes = copy->nbytes, .data = true};
+    int result;
+
+    operation.host_offset = copy->host_offset;
+    if (!worker_has_slot(worker, copy->slot) || !worker_has_slot(worker, copy->old_slot) || file->direct_fd >= 0 ||
+        copy->nbytes > sizeof(worker->old) || !gather_copy(worker, request, copy, start, nbytes, &gather))
+        return -EAGAIN;
+    if (file->error)
+        return -EIO;
+    worker->now = pace_now();
+    if (!at_once_allows(file, copy->nbytes, worker->now) ||
+        !at_once_allows(&worker->files[copy->old_slot], copy->nbytes, worker->now) ||
+        read_old(worker, copy->old_slot, copy->old_offset, copy->nbytes) < 0)
+        return -EAGAIN;
+    operation.waiter.since = worker->now;
+    result = at_once_transfer(worker, &operation, &gather);
+    operation_note_latency(worker, &operation);
+    if (result < 0)
+        return result == -EAGAIN ? -EIO : result;
+    return (uint64_t)result == copy->nbytes ? 0 : -EIO;
+}
+
+void worker_store_memory(struct worker *worker, uint8_t *memory, uint64_t offset, const void *bytes, uint32_t nbytes)
+{
+    struct iovec content = {(void *)(uintptr_t)bytes, nbytes};
+
+    memcpy(memory + offset, bytes, nbytes);
+    if (worker->trace)
+        trace_add(worker->trace, (struct trace_record){.kind = TRACE_STORE, .offset = offset, .nbytes = nbytes},
+                  &content, 1);
+}
