@@ -13,7 +13,7 @@
 #include <time.h>
 
 #define PACE_NBYTES (64u << 10) /* what is larger gains from another core more than it loses by the wake-up */
-#define PACE_STALL_NS 500000u
+#define PACE_STALL_NS 2000000u
 #define PACE_REST_MIN_NS 1000000u
 #define PACE_REST_MAX_NS 256000000u
 #define PACE_TRUST 1000u /* quick transfers in a row that make the next stall a first one again */
