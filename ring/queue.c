@@ -10,6 +10,7 @@
 #include "ring/worker.h"
 
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
+#define FETCH_PUBLISH 16      /* chains after which the driver hears of those that are done, to work beside us */
 #define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
 
 /* A queue that is drained still owes what an earlier daemon had fetched, enabled or not. */
@@ -138,6 +139,35 @@ static void finish_drain(struct worker *worker, struct queue *queue)
 
 /* ---- each round ---- */
 
+static void publish(struct worker *worker, struct queue *queue)
+{
+    bool calls = virtqueue_publish(&queue->ring);
+
+    log_device_area(worker, queue);
+    worker->counters->batches++;
+    if (calls && queue->call_fd >= 0) {
+        signal_fd(worker, queue->call_fd);
+        worker->counters->calls++;
+    }
+}
+
+void queues_publish(struct worker *worker)
+{
+    while (worker->dirty_count) {
+        struct queue *queue = worker->dirty[--worker->dirty_count];
+
+        queue->dirty = false;
+        publish(worker, queue);
+        worker->progress = true;
+        finish_drain(worker, queue);
+    }
+    call_log(worker);
+    if (worker->idle_owed && !worker->requests_in_flight) {
+        worker->idle_owed = false;
+        worker_tell(worker, (struct worker_event){.kind = EVENT_IDLE});
+    }
+}
+
 static void fetch(struct worker *worker, struct queue *queue)
 {
     for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && worker_has_room(worker); count++) {
@@ -167,6 +197,8 @@ static void fetch(struct worker *worker, struct queue *queue)
             queue->armed = false;
         }
         request_begin(worker, queue, &worker->chain);
+        if (count % FETCH_PUBLISH == FETCH_PUBLISH - 1)
+            queues_publish(worker);
     }
 }
 
@@ -176,35 +208,6 @@ void queues_fetch(struct worker *worker)
         worker->now = pace_now();
     for (uint32_t i = 0; i < worker->active_count; i++)
         fetch(worker, worker->active[i]);
-}
-
-static void publish(struct worker *worker, struct queue *queue)
-{
-    bool calls = virtqueue_publish(&queue->ring);
-
-    log_device_area(worker, queue);
-    worker->counters->batches++;
-    if (calls && queue->call_fd >= 0) {
-        signal_fd(worker, queue->call_fd);
-        worker->counters->calls++;
-    }
-}
-
-void queues_publish(struct worker *worker)
-{
-    while (worker->dirty_count) {
-        struct queue *queue = worker->dirty[--worker->dirty_count];
-
-        queue->dirty = false;
-        publish(worker, queue);
-        worker->progress = true;
-        finish_drain(worker, queue);
-    }
-    call_log(worker);
-    if (worker->idle_owed && !worker->requests_in_flight) {
-        worker->idle_owed = false;
-        worker_tell(worker, (struct worker_event){.kind = EVENT_IDLE});
-    }
 }
 
 bool queues_arm(struct worker *worker)

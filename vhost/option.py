@@ -9,7 +9,7 @@ from ring.aio import Aio
 
 PROGRAM = "vhost-user-qcow2"
 QUEUES_MAX = 256  # a ring index has 8 bits on the wire
-DEFAULT_POLL_US = 32  # about what a wake-up costs
+DEFAULT_POLL_US = 200  # a few wake-ups: a driver that sleeps, wakes and asks again finds us awake
 POLL_US_MAX = 1000
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
 SERIAL_MAX = 20  # bytes of the answer to GET_ID
