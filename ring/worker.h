@@ -273,7 +273,7 @@ struct worker {
     struct queue queues[WORKER_QUEUES];
     struct operation operations[WORKER_OPERATIONS];
     struct chain chain; /* the one being popped */
-    uint8_t old[PACE_NBYTES] __attribute__((aligned(4096))); /* what a copy in progress keeps */
+    uint8_t old[PACE_NBYTES]; /* what a copy in progress keeps */
 };
 
 /* ---- for Python; queues are numbered 0 .. WORKER_QUEUES - 1, results are >= 0 or -errno ---- */

@@ -260,6 +260,20 @@ class CrashDriver:
             self._complete_one()
             self._scheduler.run()
 
+    def store(self, memory: SimulatedMemory, offset: int, data: bytes) -> None:
+        """Put *data* into *memory*, as a `Store` or a data plane does."""
+        self.journal.append(Stored(memory, offset, data))
+        memory.store(offset, data)
+
+    def write_at_once(self, file: SimulatedFile, host_offset: int, data: bytes) -> None:
+        """What a data plane does on its own: a write that nothing else comes between."""
+        self.operations += 1
+        effect = Effect("write", file, host_offset, data, len(data))
+        self.journal.append(Issued(self.operations, effect))
+        effect.apply(file)
+        self._pending[self.operations] = file
+        self.journal.append(Completed(self.operations))
+
     def _start(self, task: Task, operation: Operation) -> None:
         self.operations += 1
         if self.operations > self._limit:
@@ -271,10 +285,8 @@ class CrashDriver:
             self._scheduler.fail(task, fault)
             return
         if isinstance(operation, Store):  # a store of the processor: never in flight
-            memory = simulated_memory(operation.memory)
             for offset, data in operation.parts:
-                self.journal.append(Stored(memory, offset, data))
-                memory.store(offset, data)
+                self.store(simulated_memory(operation.memory), offset, data)
             self._scheduler.resume(task)
             return
         is_late = self.random.random() < 0.5

@@ -1,7 +1,8 @@
 """Workloads by name, run and walked; what a line that a failure printed means.
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
-`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`. A state is
+`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`, or while a data plane serves the writes
+that need no decision, `plane-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
 """
 
@@ -15,12 +16,13 @@ from tests.crash.explorer import Run, Violation
 from tests.crash.history import SIZE, History, size_sector
 from tests.crash.images import open_image
 from tests.crash.opening import look
-from tests.crash.sequence import MANY_TABLES, SORTS, Sort, beginning, fullness, sequences, steps_of
+from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning, fullness, sequences, steps_of
 from tests.crash.walk import Judge, Scene, Walk, recovery
-from tests.crash.workload import Action, Guest, random_action
+from tests.crash.workload import Action, Guest, random_action, simple_actions
+from tests.plane import Plane
 
 CACHES = ("writeback", "writethrough")
-NAMED = {**SORTS, MANY_TABLES.name: MANY_TABLES}
+NAMED = {**SORTS, **OVERLAYS, MANY_TABLES.name: MANY_TABLES}
 WRITERS_A_READER = 4
 MOST_READ = 64  # sectors; what takes longer may show more
 
@@ -39,7 +41,7 @@ class Workload:
 
     @property
     def sequence(self) -> tuple[str, ...]:
-        return () if self.what.startswith(("random-", "read-")) else tuple(self.what.split("+"))
+        return () if self.what.startswith(("random-", "read-", "plane-")) else tuple(self.what.split("+"))
 
     @property
     def full(self) -> str:
@@ -59,7 +61,8 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
     beyond = {**begun.beyond, SIZE: size_sector(workload.sort.nsectors * 512)}
     history = History(begun.contents, writethrough=writethrough, beyond=beyond)
     image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
-    guest = Guest(driver, image, history)
+    plane = Plane(driver, image, file, begun.backing) if workload.what.startswith("plane-") else None
+    guest = Guest(driver, image, history, plane)
     last = 0
     if workload.sequence:
         for step in steps_of(workload.sort, workload.sequence):
@@ -100,7 +103,10 @@ def run_at_random(workload: Workload, driver: CrashDriver, guest: Guest) -> None
             first = draw.randrange(sort.nsectors)
             await guest.act(Action("read", first, min(draw.randint(1, MOST_READ), sort.nsectors - first)))
 
-    actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
+    if kind == "plane":
+        actions = simple_actions(draw, sort.nsectors, sort.cluster_sectors, requests)
+    else:
+        actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
     for index in range(depth):
         driver.spawn(stream(actions[index::depth]))
     for _ in range(depth // WRITERS_A_READER if kind == "read" else 0):

@@ -49,6 +49,7 @@ class Sort:
     version: int = 3
     refcount_order: int = 4
     backing: bool = False
+    backing_clusters: int = 8  # of this image's size; the last lacks a sector
     compressed_backing: bool = False  # the backing file is an image of compressed clusters, not raw
     compressed: bool = False
     snapshot: bool = False
@@ -113,6 +114,13 @@ SORTS = {
         Sort("64k-backing-lazy", cluster_bits=16, backing=True, lazy=True),
     )
 }
+OVERLAYS = {
+    sort.name: sort
+    for sort in (
+        Sort("overlay", backing=True, backing_clusters=100),
+        Sort("overlay-lazy", backing=True, backing_clusters=100, lazy=True),
+    )
+}  # for copies by a data plane
 MANY_TABLES = Sort("many-tables", cluster_bits=9, tables=90)  # more than the smallest cache holds
 
 ACTIONS = (
@@ -204,7 +212,7 @@ def beginning(sort: Sort, full: str) -> Beginning:
         backing=BACKING if sort.backing else None,
     )
     fill(sort, recipe)
-    under = content(7, 8 * cluster_size - SECTOR) if sort.backing else b""
+    under = content(7, sort.backing_clusters * cluster_size - SECTOR) if sort.backing else b""
     hosts = full_hosts(sort, full)
     for ahead, host in enumerate(hosts):
         recipe.data(sort.per_table + 2 + ahead, content(50 + ahead, cluster_size), at=host)
@@ -213,8 +221,9 @@ def beginning(sort: Sort, full: str) -> Beginning:
         image = read_sparse(built.path)
     if hosts:
         fill_blocks(sort, image, built, hosts[-1])
-    shown = Recipe(size=SHOWN * cluster_size, version=sort.version, cluster_bits=sort.cluster_bits, view=recipe.view)
-    shown.view = {index: cluster for index, cluster in recipe.view.items() if index < SHOWN}
+    nshown = max(SHOWN, sort.backing_clusters)
+    shown = Recipe(size=nshown * cluster_size, version=sort.version, cluster_bits=sort.cluster_bits, view=recipe.view)
+    shown.view = {index: cluster for index, cluster in recipe.view.items() if index < nshown}
     beyond = {}
     for ahead, _ in enumerate(hosts):
         data = content(50 + ahead, cluster_size)

@@ -10,6 +10,7 @@ from qcow2.driver.crash import CrashDriver
 from qcow2.operation import Sync
 from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
+from tests.plane import Plane
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,10 @@ Step = Sequence[Action]  # actions under way at the same time
 class Guest:
     """Sends actions to an image and keeps the history that judges it."""
 
-    def __init__(self, driver: CrashDriver, image: Any, history: History) -> None:
+    def __init__(self, driver: CrashDriver, image: Any, history: History, plane: Plane | None = None) -> None:
+        """With *plane* a write is the engine's only if that does not serve it."""
         self.driver = driver
+        self.plane = plane
         self.image = image
         self.history = history
         self.requests = 0
@@ -86,8 +89,12 @@ class Guest:
     async def _write(self, action: Action) -> None:
         sectors = range(action.sector, action.sector + action.nsectors)
         contents = {sector: pattern(self.requests, sector) for sector in sectors}
-        source = MemoryBuffer(memoryview(bytearray(b"".join(contents.values()))))
-        await self._change(action, contents, self.image.write(action.sector * SECTOR, source))
+        await self._change(action, contents, self._put(action.sector * SECTOR, b"".join(contents.values())))
+
+    async def _put(self, guest_offset: int, data: bytes) -> None:
+        may_wait = not self.history.writethrough
+        if self.plane is None or not self.plane.write(guest_offset, data, may_wait=may_wait):
+            await self.image.write(guest_offset, MemoryBuffer(memoryview(bytearray(data))))
 
     async def _zero(self, action: Action) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
@@ -152,3 +159,20 @@ def random_action(draw: random.Random, nsectors: int, cluster_sectors: int) -> A
         count = draw.randint(1, max(2, cluster_sectors))
         first = draw.randrange(nsectors)
     return Action(kind, first, min(count, nsectors - first))
+
+
+def simple_actions(draw: random.Random, nsectors: int, cluster_sectors: int, count: int) -> list[Action]:
+    """Most are writes within a cluster, which a data plane may serve; often the one after is to the same cluster."""
+    actions: list[Action] = []
+    cluster = 0
+    while len(actions) < count:
+        if draw.random() < 0.15:
+            actions.append(Action("flush"))
+        elif draw.random() < 0.1:
+            actions.append(random_action(draw, nsectors, cluster_sectors))
+        else:
+            cluster = cluster if draw.random() < 0.3 else draw.randrange(nsectors // cluster_sectors)
+            start = draw.randrange(cluster_sectors)
+            nwritten = draw.randint(1, cluster_sectors - start)
+            actions.append(Action("write", cluster * cluster_sectors + start, nwritten))
+    return actions

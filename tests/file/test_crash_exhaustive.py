@@ -13,7 +13,7 @@ import pytest
 
 from tests.crash.campaign import CACHES, Workload, explore, parse, replay, run_workload, scene_of, sequences_of
 from tests.crash.explorer import Violation
-from tests.crash.sequence import ACTIONS, SORTS, Sort, beginning
+from tests.crash.sequence import ACTIONS, OVERLAYS, SORTS, Sort, beginning
 from tests.crash.walk import Count, Walk
 
 SEED = 1
@@ -46,6 +46,15 @@ def test_every_death_leaves_what_the_laws_allow(sort: Sort, cache: str, tmp_path
 @pytest.mark.parametrize("name", ["512", "512-lazy", "backing-lazy"])
 def test_every_death_under_many_requests_in_flight(name: str, tmp_path: Path) -> None:
     workload = Workload(SORTS[name], "writeback", SEED, "random-20x8")
+    scene = scene_of(workload, tmp_path)
+    explore(workload, scene)
+    visited.add(scene.count)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("sort", [SORTS["512-lazy"], *OVERLAYS.values()], ids=lambda sort: sort.name)
+def test_every_death_while_a_data_plane_serves_what_needs_no_decision(sort: Sort, cache: str, tmp_path: Path) -> None:
+    workload = Workload(sort, cache, SEED, "plane-40x8")
     scene = scene_of(workload, tmp_path)
     explore(workload, scene)
     visited.add(scene.count)

@@ -9,67 +9,28 @@ from qcow2.check import check
 from qcow2.native import ffi, lib
 from qcow2.operation import Operation, Sync, Write
 from tests.engine import Bench, noise, open_again, set_up
+from tests.plane import SPOILED, UNTOUCHED, Plane
 
 pytestmark = pytest.mark.pure
 
 CLUSTER = 4096
 SIZE = 1024 * CLUSTER  # two L2 tables
-TOP = 3
-BASE = 4
-UNTOUCHED, SPOILED, NAMED = 0, 1, 2
-AGAIN = -errno.EAGAIN
 
 
-class Plane:
-    """A data plane of a few lines: takes places and settles them through the addresses the worker gets."""
+class BenchPlane(Plane):
+    """The plane of a bench."""
 
     def __init__(self, bench: Bench) -> None:
-        bench.image.set_slot(bench.file, TOP)
-        if bench.base is not None:
-            bench.image.set_slot(bench.base, BASE)
-            bench.file.memory.address = 1  # of no use to the engine, which only hands it on
-        _, context, places = bench.image.extent_map
-        self._file = bench.file
-        self._base = bench.base
-        self._context = ffi.cast("void *", context)
-        self._places = ffi.cast("struct extent_places *", places)
+        super().__init__(bench.driver, bench.image, bench.file, bench.base)
 
     def take(self, guest_offset: int, nbytes: int = CLUSTER, *, may_wait: bool = True) -> Any:
-        """A place, or None: only Python can."""
-        place = ffi.new("struct extent_place *")
-        result = self._places.take(self._context, guest_offset, nbytes, may_wait, place)
-        assert result in (0, AGAIN)
-        return place if result == 0 else None
-
-    def settle(self, place: Any, outcome: int, error: int = 0) -> int:
-        return int(self._places.settle(self._context, place, outcome, error))
-
-    def write(self, guest_offset: int, data: bytes) -> bool:
-        """What `virtio/block.c` does; False: it punts."""
-        place = self.take(guest_offset, len(data))
-        if place is None:
-            return False
-        assert place.slot == TOP
-        self._file.write(place.host_offset - place.ahead, self._filled(place, data))
-        name = bytes(ffi.buffer(place.name)[: place.name_nbytes])
-        (self._file.memory.store if place.memory else self._file.write)(place.name_offset, name)
-        assert self.settle(place, NAMED) == 0
-        return True
-
-    def _filled(self, place: Any, data: bytes) -> bytes:
-        """*data* in the midst of what was there."""
-        if not place.old_nbytes:
-            return data
-        assert self._base is not None
-        assert place.old_slot == BASE
-        old = self._base.read(place.old_offset, place.old_nbytes)
-        return old[: place.ahead] + data + old[place.ahead + len(data) :]
+        return super().take(guest_offset, nbytes, may_wait=may_wait)
 
 
-def started(**options: Any) -> tuple[Bench, Plane]:
+def started(**options: Any) -> tuple[Bench, BenchPlane]:
     """An image whose first cluster the engine has written: a table is there, and clusters are in stock."""
     bench = set_up(SIZE, cluster_bits=12, **options)
-    plane = Plane(bench)
+    plane = BenchPlane(bench)
     bench.write(0, noise(CLUSTER))
     return bench, plane
 
@@ -103,7 +64,7 @@ def test_what_a_plane_links_is_the_disk(lazy: bool) -> None:
 
 def test_nothing_is_taken_before_links_are_allowed() -> None:
     bench = set_up(SIZE, cluster_bits=12, lazy=True)
-    plane = Plane(bench)
+    plane = BenchPlane(bench)
     assert plane.take(0) is None, "no table, and no dirty bit"
     bench.write(0, noise(CLUSTER))
     assert plane.take(CLUSTER) is not None
@@ -222,7 +183,7 @@ def test_a_failed_image_has_no_places() -> None:
     assert plane.take(CLUSTER) is None
 
 
-def overlaid(base: bytes | None = None) -> tuple[Bench, Plane]:
+def overlaid(base: bytes | None = None) -> tuple[Bench, BenchPlane]:
     """An image over a full base, with a link log that the engine has begun."""
     return started(lazy=True, base=noise(SIZE, seed=9) if base is None else base, log_capacity=64)
 
@@ -293,7 +254,7 @@ def test_a_slice_that_is_loaded_again_shows_what_waits_in_the_log() -> None:
     nslices = 80
     size = nslices * 512 * CLUSTER
     bench = set_up(size, cluster_bits=12, lazy=True, base=noise(2 * CLUSTER, seed=9), log_capacity=64, cache_size=0)
-    plane = Plane(bench)
+    plane = BenchPlane(bench)
     bench.write(0, noise(512))
     assert plane.write(CLUSTER, noise(512, seed=1))
     for number in range(1, nslices):
@@ -316,7 +277,7 @@ def test_a_table_that_a_snapshot_may_share_is_the_engines() -> None:
     entry = int.from_bytes(bench.file.read(l1, 8), "big")
     bench.file.write(l1, (entry & ~(1 << 63)).to_bytes(8, "big"))
     bench = open_again(bench, writable=True)
-    plane = Plane(bench)
+    plane = BenchPlane(bench)
     bench.write(SIZE // 2, noise(CLUSTER))
     bench.read(0, CLUSTER)
     assert plane.take(SIZE // 2 + CLUSTER) is not None

@@ -1,0 +1,62 @@
+"""A data plane of a few lines over the crash driver: what `virtio/block.c` does with a place, noted in the journal."""
+
+import errno
+from typing import Any
+
+from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.image import Image
+from qcow2.native import ffi
+
+TOP, BASE = 3, 4
+UNTOUCHED, SPOILED, NAMED = 0, 1, 2
+AGAIN = -errno.EAGAIN
+
+
+class Plane:
+    """Takes places of *image* and settles them through the addresses the worker gets."""
+
+    def __init__(self, driver: CrashDriver, image: Image, file: SimulatedFile, base: SimulatedFile | None) -> None:
+        image.set_slot(file, TOP)
+        if base is not None:
+            image.set_slot(base, BASE)
+            file.memory.address = 1  # of no use to the engine, which only hands it on
+        _, context, places = image.extent_map
+        self._driver = driver
+        self._file = file
+        self._base = base
+        self._context = ffi.cast("void *", context)
+        self._places = ffi.cast("struct extent_places *", places)
+
+    def take(self, guest_offset: int, nbytes: int, *, may_wait: bool = True) -> Any:
+        """A place, or None: only Python can."""
+        place = ffi.new("struct extent_place *")
+        result = self._places.take(self._context, guest_offset, nbytes, may_wait, place)
+        assert result in (0, AGAIN)
+        return place if result == 0 else None
+
+    def settle(self, place: Any, outcome: int, error: int = 0) -> int:
+        return int(self._places.settle(self._context, place, outcome, error))
+
+    def write(self, guest_offset: int, data: bytes, *, may_wait: bool = True) -> bool:
+        """All of it at once, nothing else in between; False: it punts."""
+        place = self.take(guest_offset, len(data), may_wait=may_wait)
+        if place is None:
+            return False
+        assert place.slot == TOP
+        self._driver.write_at_once(self._file, place.host_offset - place.ahead, self._filled(place, data))
+        name = bytes(ffi.buffer(place.name)[: place.name_nbytes])
+        if place.memory:
+            self._driver.store(self._file.memory, place.name_offset, name)
+        else:
+            self._driver.write_at_once(self._file, place.name_offset, name)
+        assert self.settle(place, NAMED) == 0
+        return True
+
+    def _filled(self, place: Any, data: bytes) -> bytes:
+        """*data* in the midst of what was there."""
+        if not place.old_nbytes:
+            return data
+        assert self._base is not None
+        assert place.old_slot == BASE
+        old = self._base.read(place.old_offset, place.old_nbytes)
+        return old[: place.ahead] + data + old[place.ahead + len(data) :]
