@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from tests.crash.campaign import CACHES, Workload, explore, replay, scene_of, sequences_of
 from tests.crash.explorer import Violation
 from tests.crash.life import Host
-from tests.crash.sequence import SORTS, Sort, fullness, sequences
+from tests.crash.sequence import OVERLAYS, SORTS, Sort, fullness, sequences
 from tests.crash.walk import Count, Scene
 
 BATCH = 40  # workloads of one image that a process takes at a time
@@ -78,6 +78,9 @@ def batches(longest: int, seed: int) -> Iterator[Batch]:
                 yield Batch((Workload(sort, cache, seed, RANDOM),), only_last=False)
                 yield Batch((Workload(sort, cache, seed, PLANE),), only_last=False)
             yield Batch((Workload(sort, "writeback", seed, LONG_RANDOM),), only_last=False)
+    for sort in OVERLAYS.values():
+        for cache in CACHES:
+            yield Batch((Workload(sort, cache, seed, PLANE),), only_last=False)
     for length in range(2, longest + 1):
         sequences = list(batches_of(length, seed))
         random.Random(seed).shuffle(sequences)

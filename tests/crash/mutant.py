@@ -11,6 +11,7 @@ import pytest
 
 from qcow2.allocation import Allocator
 from qcow2.image import Image
+from qcow2.l2cache import L2Cache
 from qcow2.layout import OFFSET_MASK
 from qcow2.linklog import LinkLog
 from qcow2.links import Links
@@ -298,6 +299,23 @@ def locks_of_others_are_not_looked_for(patch: Patch) -> None:
     patch.setattr("qcow2.lock._is_held", lambda fd, byte: False)
 
 
+def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:
+    """Law 2."""
+    patch.setattr(Links, "_gather", lambda self: None)
+
+
+def data_plane_takes_unsynced_clusters(patch: Patch) -> None:
+    """Law 3: for data that is linked at once."""
+    set_stock = L2Cache.set_stock
+    patch.setattr(L2Cache, "set_stock", lambda self, stock, unsynced: set_stock(self, unsynced, unsynced))
+
+
+def data_plane_sees_no_locks(patch: Patch) -> None:
+    """Law 3: it changes an entry that the engine is about to change."""
+    patch.setattr(L2Cache, "lock", lambda self, first, last: None)
+    patch.setattr(L2Cache, "unlock", lambda self, first, last: None)
+
+
 FOUND_BY: dict[Mutant, str] = {
     flush_does_nothing: "512/writeback/1/overwrite+flush",
     copy_is_linked_before_it_is_stable: "backing/writethrough/1/copy",
@@ -315,6 +333,9 @@ FOUND_BY: dict[Mutant, str] = {
     freed_before_the_link_is_gone: "compressed/writethrough/1/decompress+decompress+decompress",
     reserved_without_a_sync: "512/writeback/1/allocate",
     block_is_written_after_its_pointer: "width-64/writeback/1/block",
+    links_of_the_data_plane_are_not_taken_over: "overlay/writeback/1/plane-40x8",
+    data_plane_takes_unsynced_clusters: "overlay/writeback/1/plane-40x8",
+    data_plane_sees_no_locks: "overlay/writeback/3/plane-40x8",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
     failed_sync_is_forgotten: "faults 512/writeback/allocate+flush",
     failed_sync_is_tried_again: "faults 512/writeback/allocate+flush",
