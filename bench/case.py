@@ -32,6 +32,7 @@ class Case:
     target: float | None = None
     limit: str | None = None
     on_tmpfs: bool = False
+    options: tuple[str, ...] = ()  # of our daemon
 
     @property
     def warms_up(self) -> bool:
@@ -127,6 +128,7 @@ ROWS = (
         Job(OVERLAY.nbytes, order=Order.ONCE),
         Images.PER_RUN,
         target=1.5,
+        limit="64 KiB write, fresh",
     ),
     Case(
         "overlay-write-32",
@@ -135,6 +137,7 @@ ROWS = (
         Job(OVERLAY.nbytes, order=Order.ONCE, depth=32),
         Images.PER_RUN,
         target=1.5,
+        limit="64 KiB write, fresh",
     ),
     Case(
         "sequential-read",
@@ -158,7 +161,25 @@ ROWS = (
     ),
 )
 
+ASLEEP = ("--poll-us=0",)
+
 EXTRAS = (
+    Case(
+        "read-1-asleep",
+        "read-1, but our daemon never looks at its rings before it sleeps",
+        FILLED,
+        Job(GIB, read_percent=100),
+        Images.SHARED,
+        options=ASLEEP,
+    ),
+    Case(
+        "overwrite-1-asleep",
+        "overwrite-1, but our daemon never looks at its rings before it sleeps",
+        FILLED,
+        Job(GIB),
+        Images.PER_SERVER,
+        options=ASLEEP,
+    ),
     Case(
         "writethrough-accurate-32",
         "writethrough, fresh accurate image, 4 KiB random writes, depth 32",

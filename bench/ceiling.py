@@ -33,6 +33,7 @@ CEILINGS = (
     Ceiling("direct overwrite, depth 32", "filled", (*RANDOM_WRITE, *_uring(32), "--direct=1")),
     Ceiling("direct sequential read", "filled", ("--rw=read", "--bs=128k", *_uring(16), "--direct=1")),
     Ceiling("direct sequential write", "fresh", ("--rw=write", "--bs=128k", *_uring(16), "--direct=1")),
+    Ceiling("64 KiB write, fresh", "fresh", ("--rw=write", "--bs=64k", "--ioengine=psync")),
     Ceiling("single commit, fresh", "fresh", (*RANDOM_WRITE, *LONE)),
     Ceiling("single commit, written", "filled", (*RANDOM_WRITE, *LONE)),
     Ceiling("group commit, fresh", "fresh", (*RANDOM_WRITE, *GROUP)),

@@ -113,7 +113,7 @@ class Arena:
         self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float, *, warm_up: bool = True
     ) -> Measurement:
         image = self._image(case, contestant, images)
-        service = Service(image, case.cache, queues=case.job.queues, writable=case.writable)
+        service = Service(image, case.cache, case.job.queues, case.writable, case.options)
         command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731
         os.sync()  # what was written before is no part of this run
         try:

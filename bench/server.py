@@ -40,6 +40,7 @@ class Service:
     cache: CacheMode
     queues: int = 1
     writable: bool = True
+    options: tuple[str, ...] = ()  # of ours
 
 
 def our_command(service: Service, fd: int) -> list[str]:
@@ -53,6 +54,7 @@ def our_command(service: Service, fd: int) -> list[str]:
         f"--num-queues={service.queues}",
         "--stats",
         *([] if service.writable else ["--read-only"]),
+        *service.options,
     ]
 
 
