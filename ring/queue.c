@@ -10,7 +10,7 @@
 #include "ring/worker.h"
 
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
-#define FETCH_PUBLISH 16      /* chains after which the driver hears of those that are done, to work beside us */
+#define FETCH_PUBLISH 16      /* after the first chain and every so many the driver hears what is done, to work beside us */
 #define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
 
 /* A queue that is drained still owes what an earlier daemon had fetched, enabled or not. */
@@ -197,7 +197,7 @@ static void fetch(struct worker *worker, struct queue *queue)
             queue->armed = false;
         }
         request_begin(worker, queue, &worker->chain);
-        if (count % FETCH_PUBLISH == FETCH_PUBLISH - 1)
+        if (count % FETCH_PUBLISH == 0)
             queues_publish(worker);
     }
 }
