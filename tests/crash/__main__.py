@@ -72,15 +72,15 @@ def work(batch: Batch) -> Result:
 def batches(longest: int, seed: int) -> Iterator[Batch]:
     """Single actions, random workloads, then longer and longer sequences, in an order drawn from *seed*."""
     yield from batches_of(1, seed)
+    for sort in OVERLAYS.values():
+        for cache in CACHES:
+            yield Batch((Workload(sort, cache, seed, PLANE),), only_last=False)
     for sort in SORTS.values():
         if sort.cluster_bits < 16:  # with larger clusters a state costs ten times as much
             for cache in CACHES:
                 yield Batch((Workload(sort, cache, seed, RANDOM),), only_last=False)
                 yield Batch((Workload(sort, cache, seed, PLANE),), only_last=False)
             yield Batch((Workload(sort, "writeback", seed, LONG_RANDOM),), only_last=False)
-    for sort in OVERLAYS.values():
-        for cache in CACHES:
-            yield Batch((Workload(sort, cache, seed, PLANE),), only_last=False)
     for length in range(2, longest + 1):
         sequences = list(batches_of(length, seed))
         random.Random(seed).shuffle(sequences)
