@@ -78,7 +78,9 @@ static void sync_at_once(struct worker *worker, uint32_t slot)
     int result;
 
     starts(worker, slot);
-    result = fdatasync(file->fd) < 0 ? -errno : 0;
+    do
+        result = fdatasync(file->fd) < 0 ? -errno : 0;
+    while (result == -EINTR); /* worker_nudge may come late, and some file systems let it end a sync */
     worker->counters->stalls += pace_note(&file->sync_pace, began, worker->now = pace_now());
     commit_completed(worker, slot, result);
 }
