@@ -68,7 +68,7 @@ void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);
 void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entries, size_t n);
 /* Describe the longest run at guest_offset, at most nbytes, that lies in one slice and is of one kind. */
 void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out);
-/* extent_translate over a struct l2map. */
+/* extent_translate over a struct l2map, in translate.c. */
 void l2map_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
 uintptr_t l2map_translate_address(void);
 /* struct extent_places over a struct l2map, in fresh.c. */

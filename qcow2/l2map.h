@@ -53,6 +53,11 @@ static inline uint64_t *slice_entries(struct l2map *map, uint32_t slot)
     return map->entries + ((size_t)slot << map->slice_bits);
 }
 
+static inline uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
 /* -> where the slice is, or NONE. */
 uint32_t l2map_find(struct l2map *map, uint64_t slice);
 /* What shows through where nothing is allocated. */
