@@ -51,12 +51,12 @@ void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last)
     locks->uncharted--;
 }
 
-static int is_locked(const struct l2map *map, uint64_t cluster)
+int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last)
 {
     if (map->locks.uncharted)
         return 1;
     for (uint32_t i = 0; i < map->locks.count; i++)
-        if (map->locks.first[i] <= cluster && cluster <= map->locks.last[i])
+        if (map->locks.first[i] <= last && first <= map->locks.last[i])
             return 1;
     return 0;
 }
@@ -76,7 +76,7 @@ static struct extent describe_old(struct l2map *map, uint64_t cluster, uint64_t 
         return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
     if (run.kind != L2_UNALLOCATED)
         return (struct extent){.kind = EXTENT_PUNT};
-    l2map_translate_backing(map, start, nbytes, &first);
+    l2map_translate_backing(map, start, nbytes, NULL, &first);
     if (first.kind == EXTENT_DATA && first.nbytes == nbytes)
         return first;
     under = first;
@@ -84,23 +84,17 @@ static struct extent describe_old(struct l2map *map, uint64_t cluster, uint64_t 
         done += under.nbytes;
         if (done == nbytes)
             return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
-        l2map_translate_backing(map, start + done, nbytes - done, &under);
+        l2map_translate_backing(map, start + done, nbytes - done, NULL, &under);
     }
     return (struct extent){.kind = EXTENT_PUNT};
 }
 
-/* -> host offset of the private L2 table of the cluster; 0: there is none, or its L1 entry cannot be true. */
+/* The same as l2map_table, for a table that no snapshot shares. */
 static uint64_t private_table(const struct l2map *map, uint64_t cluster)
 {
-    uint64_t l1_index = cluster >> (map->cluster_bits - 3), entry, offset;
+    uint64_t table = l2map_table(map, cluster);
 
-    if (l1_index >= map->l1_nentries)
-        return 0;
-    entry = map->l1[l1_index];
-    offset = entry & OFFSET_MASK;
-    if (!(entry & FLAG_COPIED) || entry & ~(OFFSET_MASK | FLAG_COPIED))
-        return 0;
-    return offset & ((UINT64_C(1) << map->cluster_bits) - 1) || offset >= map->file_end ? 0 : offset;
+    return table && map->l1[cluster >> (map->cluster_bits - 3)] & FLAG_COPIED ? table : 0;
 }
 
 /* Once when the stock runs low one write is Python's, so that it comes by and sees to more. */
@@ -116,7 +110,7 @@ static int is_wanted_by_python(struct stock *stock)
 static int is_simple(struct l2map *map, uint64_t cluster, uint64_t in_cluster, uint64_t nbytes)
 {
     return map->stock && map->stock->is_open && map->writable && map->slot != SLOT_UNKNOWN &&
-           in_cluster + nbytes <= UINT64_C(1) << map->cluster_bits && !is_locked(map, cluster) &&
+           in_cluster + nbytes <= UINT64_C(1) << map->cluster_bits && !l2map_is_locked(map, cluster, cluster) &&
            l2map_find(map, cluster >> map->slice_bits) != NONE;
 }
 

@@ -56,16 +56,16 @@ class Image:
         self.geometry = Geometry.of(header.record)
         self.backing = backing
         self.read_only = not options.writable
-        self.statistics = Statistics()
+        self._statistics = Statistics()
         self._header = header
         self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
         self._slot: int | None = None
-        self._stability = Stability(file, self.statistics, self._refuse_writes)
+        self._stability = Stability(file, self._statistics, self._refuse_writes)
         self._cache = L2Cache(self.geometry, options.cache_size)
         self._mapping = Mapping(
-            file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self.statistics
+            file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self._statistics
         )
-        compressed = CompressedClusters(file, self.geometry, header.compression_type, self.statistics)
+        compressed = CompressedClusters(file, self.geometry, header.compression_type, self._statistics)
         self._reader = Reader(file, self._mapping, compressed, backing)
         self._changes: Changes | None = None  # only while writable
         if backing is not None:
@@ -117,11 +117,16 @@ class Image:
             root,
             table,
             self._stability,
-            self.statistics,
+            self._statistics,
             log if record.version >= 3 else None,  # version 2 has no place for the tag
             file_size=file_size,
             backing_size=None if self.backing is None else self.backing.size,
         )
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the engine has counted, and the slices that the extent map has loaded."""
+        return self._statistics + Statistics(l2_loads=self._cache.loads)
 
     @property
     def header(self) -> Header:

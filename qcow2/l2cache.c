@@ -239,6 +239,19 @@ static int continues(const struct l2map *map, const struct l2_run *run, const st
     }
 }
 
+uint64_t l2map_table(const struct l2map *map, uint64_t cluster)
+{
+    uint64_t l1_index = cluster >> (map->cluster_bits - 3), entry, offset;
+
+    if (l1_index >= map->l1_nentries)
+        return 0;
+    entry = map->l1[l1_index];
+    offset = entry & OFFSET_MASK;
+    if (entry & ~(OFFSET_MASK | FLAG_COPIED))
+        return 0;
+    return offset & ((UINT64_C(1) << map->cluster_bits) - 1) || offset >= map->file_end ? 0 : offset;
+}
+
 /* Without an L2 table everything up to the table's end is unallocated. Returns 0 if there is a table. */
 static int describe_missing_table(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out)
 {

@@ -2,8 +2,8 @@
  * slices held in a bounded cache, and the extent map that answers from them.
  *
  * Nothing here is ever dirty: an entry changes here after it changed in the
- * file. Nothing here does I/O: what is not in memory is a miss (or a punt). One
- * thread.
+ * file. Nothing here does I/O: what is not in memory is a miss, or a punt if
+ * the worker cannot read it at once. One thread.
  */
 #pragma once
 
@@ -62,6 +62,13 @@ void l2map_set_log(struct l2map *map, struct link_log *log);
 void l2map_lock(struct l2map *map, uint64_t first, uint64_t last);
 void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last);
 
+/* Only Python may load the slice, until it takes back the claim, one of perhaps several: a link in it waits that the
+ * file does not have, or what the file had is on its way to l2map_load. */
+void l2map_claim(struct l2map *map, uint64_t slice);
+void l2map_unclaim(struct l2map *map, uint64_t slice);
+/* How many slices translate has loaded. */
+uint64_t l2map_loads(const struct l2map *map);
+
 /* Put a slice in the cache: `data` as in the file. Evicts another one if need be. */
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);
 /* n entries from guest_offset on are now `entries`; ignored if the slice is not in the cache. They lie in one slice. */
@@ -69,7 +76,8 @@ void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entr
 /* Describe the longest run at guest_offset, at most nbytes, that lies in one slice and is of one kind. */
 void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out);
 /* extent_translate over a struct l2map, in translate.c. */
-void l2map_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
+void l2map_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,
+                     struct extent *out);
 uintptr_t l2map_translate_address(void);
 /* struct extent_places over a struct l2map, in fresh.c. */
 uintptr_t l2map_places_address(void);
@@ -80,5 +88,6 @@ struct rawmap {
     uint32_t slot;
     int writable;
 };
-void rawmap_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
+void rawmap_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,
+                      struct extent *out);
 uintptr_t rawmap_translate_address(void);

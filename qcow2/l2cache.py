@@ -122,6 +122,19 @@ class L2Cache:
         """Take one `lock` of exactly this range back."""
         lib.l2map_unlock(self._map, first, last)
 
+    def claim(self, slice_number: int) -> None:
+        """Let the extent map not load the slice itself: the file says, or said when it was read, what is not true."""
+        lib.l2map_claim(self._map, slice_number)
+
+    def unclaim(self, slice_number: int) -> None:
+        """Take one `claim` back."""
+        lib.l2map_unclaim(self._map, slice_number)
+
+    @property
+    def loads(self) -> int:
+        """How many slices the extent map has loaded itself."""
+        return lib.l2map_loads(self._map)
+
     def load(self, slice_number: int, data: bytes) -> None:
         """Put a slice, as it is in the file, into the cache."""
         lib.l2map_load(self._map, slice_number, ffi.from_buffer("uint8_t[]", data))

@@ -11,6 +11,7 @@
 #define FLAG_ZERO UINT64_C(1)
 #define L2_RESERVED UINT64_C(0x3f000000000001fe)
 #define MAX_SLICE_BITS 9 /* 512 entries, 4 KiB */
+#define CLAIMS 4096 /* a power of two */
 #define NONE UINT32_MAX
 
 struct l2map {
@@ -36,6 +37,8 @@ struct l2map {
     struct stock *unsynced; /* clusters for links that wait in the log */
     struct link_log *log;   /* NULL: none may */
     struct range_locks locks;
+    uint64_t loads;          /* slices that translate has loaded */
+    uint32_t claims[CLAIMS]; /* of Python's on slices, by their last bits: one too many only costs time */
 
     uint32_t nslots;
     uint32_t nused;
@@ -60,5 +63,10 @@ static inline uint64_t least(uint64_t a, uint64_t b)
 
 /* -> where the slice is, or NONE. */
 uint32_t l2map_find(struct l2map *map, uint64_t slice);
+/* -> whether somebody has locked one of the guest clusters from first to last. */
+int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last);
+/* -> host offset of the L2 table of the guest cluster; 0: there is none, or its L1 entry cannot be true. */
+uint64_t l2map_table(const struct l2map *map, uint64_t cluster);
 /* What shows through where nothing is allocated. */
-void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct extent *out);
+void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes,
+                             struct extent_reader *reader, struct extent *out);

@@ -156,6 +156,7 @@ class Mapping:
         in_table = self.geometry.entry_offset(guest_offset) // slice_bytes * slice_bytes
         table = self.table_offset(guest_offset)
         signal = self._loading[number] = Signal()
+        self.cache.claim(number)  # what the extent map would load and link meanwhile would be undone
         try:
             self._statistics.l2_loads += 1
             data = await Read(self._file, table + in_table, slice_bytes)
@@ -167,6 +168,7 @@ class Mapping:
         finally:
             self._outdated.discard(number)
             del self._loading[number]
+            self.cache.unclaim(number)
             signal.set()
 
     async def link(self, guest_offset: int, entries: Sequence[int]) -> None:
@@ -188,8 +190,11 @@ class Mapping:
 
     def remember(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The entries are held, and *entries* in memory already."""
-        held = self._held.setdefault(self.geometry.slice_of(guest_offset), {})
-        held.update(enumerate(entries, self.geometry.cluster_of(guest_offset)))
+        number = self.geometry.slice_of(guest_offset)
+        if number not in self._held:
+            self._held[number] = {}
+            self.cache.claim(number)
+        self._held[number].update(enumerate(entries, self.geometry.cluster_of(guest_offset)))
 
     def release(self, guest_offset: int, nclusters: int) -> None:
         """The entries that were held, *nclusters* of one slice, are in the file and need no log."""
@@ -200,6 +205,7 @@ class Mapping:
             del held[cluster]
         if not held:
             del self._held[number]
+            self.cache.unclaim(number)
 
     @property
     def holds(self) -> bool:

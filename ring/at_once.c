@@ -121,28 +121,55 @@ int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offse
     return worker->files[slot].error ? -EIO : write_now(worker, &operation);
 }
 
-/* Read nbytes into the worker's buffer. -> 0; -EAGAIN: not all of it is in the page cache, or it cannot be read. */
-static int read_old(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)
+/* Read as far as the file goes. -> bytes; -EAGAIN: not all of it is in the page cache, or it cannot be read. */
+static int64_t read_now(struct worker *worker, struct operation *operation, uint8_t *to)
 {
-    struct operation operation = {.verb = VERB_READ, .slot = slot, .host_offset = host_offset, .nbytes = nbytes};
-
-    operation.data = true;
-    operation.waiter.since = worker->now;
-    while (operation.progress < nbytes) {
-        struct iovec rest = {worker->old + operation.progress, nbytes - operation.progress};
+    operation->waiter.since = worker->now;
+    while (operation->progress < operation->nbytes) {
+        struct iovec rest = {to + operation->progress, operation->nbytes - operation->progress};
         struct gather gather = {.iovecs = &rest, .count = 1, .nbytes = rest.iov_len};
-        int result = at_once_transfer(worker, &operation, &gather);
+        int result = at_once_transfer(worker, operation, &gather);
 
         if (result < 0)
             return -EAGAIN;
-        if (result == 0) {
-            memset(rest.iov_base, 0, rest.iov_len); /* past the end of the file */
+        if (result == 0)
             break;
-        }
-        operation.progress += result;
+        operation->progress += result;
     }
-    operation_note_latency(worker, &operation);
+    operation_note_latency(worker, operation);
+    return operation->progress;
+}
+
+/* Read nbytes into the worker's buffer; past the end of the file are zeros. -> 0, or -EAGAIN. */
+static int read_old(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)
+{
+    struct operation operation = {.verb = VERB_READ, .slot = slot, .host_offset = host_offset, .nbytes = nbytes};
+    int64_t result;
+
+    operation.data = true;
+    result = read_now(worker, &operation, worker->old);
+    if (result < 0)
+        return result;
+    memset(worker->old + result, 0, nbytes - result);
     return 0;
+}
+
+static int read_table(struct extent_reader *reader, uint32_t slot, uint64_t host_offset, void *to, uint32_t nbytes)
+{
+    struct table_reader *self = (struct table_reader *)reader;
+    struct worker *worker = self->worker;
+    struct operation operation = {.verb = VERB_READ, .slot = slot, .host_offset = host_offset, .nbytes = nbytes};
+
+    if (!self->left || !worker_has_slot(worker, slot) ||
+        !at_once_allows(&worker->files[slot], nbytes, worker->now = pace_now()))
+        return -EAGAIN;
+    self->left--;
+    return read_now(worker, &operation, to) == nbytes ? 0 : -EAGAIN;
+}
+
+struct table_reader worker_table_reader(struct worker *worker)
+{
+    return (struct table_reader){.reader.read = read_table, .worker = worker, .left = WORKER_TABLES};
 }
 
 /* What is around the request's bytes in the worker's buffer, and they. -> false: they are in too many pieces. */

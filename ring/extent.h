@@ -23,11 +23,18 @@ struct extent {
     uint64_t nbytes;      /* > 0 and <= what was asked, from guest_offset on */
 };
 
+/* Lets a map bring its own tables into memory while it translates. `read` fills nbytes from the worker's file `slot`
+ * without waiting. -> 0: all of them; < 0: not now, so that only Python can tell. How often it does so for one request
+ * is bounded, whatever the tables say. */
+struct extent_reader {
+    int (*read)(struct extent_reader *reader, uint32_t slot, uint64_t host_offset, void *to, uint32_t nbytes);
+};
+
 /* Describe the longest run at guest_offset, at most nbytes, that one host
  * operation can serve. For a write EXTENT_DATA promises that overwriting those
- * host bytes in place is all there is to do. */
+ * host bytes in place is all there is to do. reader: NULL, or good during the call. */
 typedef void (*extent_translate)(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
-                                 struct extent *out);
+                                 struct extent_reader *reader, struct extent *out);
 
 #define EXTENT_NAME_NBYTES 48
 

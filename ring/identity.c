@@ -1,6 +1,7 @@
 #include "ring/identity.h"
 
-void identity_map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out)
+void identity_map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
+                            struct extent_reader *reader, struct extent *out)
 {
     const struct identity_map *map = context;
     uint64_t left = guest_offset < map->nbytes ? map->nbytes - guest_offset : 0;

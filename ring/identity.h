@@ -12,7 +12,8 @@ struct identity_map {
     bool writable;
 };
 
-void identity_map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out);
+void identity_map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
+                            struct extent_reader *reader, struct extent *out);
 
 /* The function, as Python hands it on. */
 uintptr_t identity_map_translate_address(void);

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "ring/extent.h"
 #include "ring/log.h"
 #include "ring/histogram.h"
 #include "ring/memory.h"
@@ -23,6 +24,7 @@
 #define WORKER_OPERATIONS 1024
 #define WORKER_EVENTS 4096
 #define WORKER_TRANSFERS_MIN 16 /* operations a device may begin for one request; fetching waits for so many */
+#define WORKER_TABLES 16 /* reads on this thread that an extent map may ask for to translate one request */
 #define WORKER_BUSY_NBYTES (1ull << 30) /* fetching waits while requests hold so much: drains end in time */
 #define WORKER_AT_ONCE 256 /* see worker.at_once */
 #define INLINE_PIECES 18        /* of a request: the header, 64 KiB in pages, the status */
@@ -384,6 +386,15 @@ struct request_copy {
  * -> 0, -EAGAIN: not now, nothing was written, or how it failed, perhaps in the middle. */
 int request_copy_at_once(struct worker *worker, struct request *request, const struct request_copy *copy,
                          uint64_t start, uint64_t nbytes);
+
+/* What a device lends its extent map for one request: reads on this thread of what is in the page cache. */
+struct table_reader {
+    struct extent_reader reader; /* first: the map knows only this */
+    struct worker *worker;
+    uint32_t left;
+};
+
+struct table_reader worker_table_reader(struct worker *worker);
 
 /* Write metadata on this thread, however long that takes. -> 0 or how it failed. */
 int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);

@@ -1,6 +1,7 @@
 """A data plane of a few lines over the crash driver: what `virtio/block.c` does with a place, noted in the journal."""
 
 import errno
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcow2.driver.crash import CrashDriver, SimulatedFile
@@ -8,8 +9,28 @@ from qcow2.image import Image
 from qcow2.native import ffi
 
 TOP, BASE = 3, 4
+PUNT, DATA, ZERO, FRESH = 0, 1, 2, 3
 UNTOUCHED, SPOILED, NAMED = 0, 1, 2
 AGAIN = -errno.EAGAIN
+
+
+class TableReader:
+    """A `struct extent_reader` over simulated files, by slot: what the files hold now, unless *is_cold()*."""
+
+    def __init__(self, files: Mapping[int, SimulatedFile], is_cold: Callable[[], bool] = lambda: False) -> None:
+        self.asked: list[tuple[int, int, int]] = []  # slot, host offset, nbytes of each read
+        self._files = files
+        self._is_cold = is_cold
+        self._read = ffi.callback("int(struct extent_reader *, uint32_t, uint64_t, void *, uint32_t)", self._fill)
+        self.native = ffi.new("struct extent_reader *", {"read": self._read})
+
+    def _fill(self, native: Any, slot: int, host_offset: int, to: Any, nbytes: int) -> int:
+        file = self._files[slot]
+        self.asked.append((slot, host_offset, nbytes))
+        if host_offset + nbytes > file.size or self._is_cold():
+            return AGAIN
+        ffi.memmove(to, file.read(host_offset, nbytes), nbytes)
+        return 0
 
 
 class Plane:

@@ -75,9 +75,10 @@ static void end(struct device *device, struct worker *worker, struct request *re
 /* ---- reads and writes ---- */
 
 /* Find every extent of the request, without starting anything. -> their number, 0: only Python can serve it. */
-static int resolve(const struct block *block, const struct worker *worker, const struct request *request,
+static int resolve(const struct block *block, struct worker *worker, const struct request *request,
                    struct extent *extents)
 {
+    struct table_reader tables = worker_table_reader(worker);
     bool is_write = request->type == VIRTIO_BLK_T_OUT;
     uint64_t done = 0;
 
@@ -85,7 +86,7 @@ static int resolve(const struct block *block, const struct worker *worker, const
         struct extent *extent = &extents[count];
         uint64_t left = request->nbytes - done;
 
-        block->translate(block->context, request->offset + done, left, is_write, extent);
+        block->translate(block->context, request->offset + done, left, is_write, &tables.reader, extent);
         if (extent->nbytes == 0 || extent->nbytes > left)
             return 0;
         if (extent->kind == EXTENT_FRESH ? !block->places || !is_write

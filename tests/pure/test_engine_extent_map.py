@@ -10,6 +10,7 @@ from qcow2.driver.crash import SimulatedFile
 from qcow2.error import CorruptImage
 from qcow2.native import ffi, lib
 from tests.engine import Bench, noise, open_again, set_up
+from tests.plane import TableReader
 
 pytestmark = pytest.mark.pure
 
@@ -25,11 +26,14 @@ class Answer(NamedTuple):
     nbytes: int
 
 
-def ask(bench: Bench, guest_offset: int, nbytes: int, *, is_write: bool = False) -> Answer:
-    """Call the map as the worker does: through its two addresses."""
+def ask(
+    bench: Bench, guest_offset: int, nbytes: int, *, is_write: bool = False, tables: TableReader | None = None
+) -> Answer:
+    """Call the map as the worker does: through its two addresses, lending it *tables*."""
     address, context, _ = bench.image.extent_map
     out = ffi.new("struct extent *")
-    ffi.cast("extent_translate", address)(ffi.cast("void *", context), guest_offset, nbytes, is_write, out)
+    reader = ffi.NULL if tables is None else tables.native
+    ffi.cast("extent_translate", address)(ffi.cast("void *", context), guest_offset, nbytes, is_write, reader, out)
     return Answer(out.kind, out.slot, out.host_offset, out.nbytes)
 
 
@@ -53,11 +57,11 @@ def patchwork(*, base: bytes | None = None, seed: int = 0) -> Bench:
     return bench
 
 
-def read_through(bench: Bench, guest_offset: int, nbytes: int) -> bytes:
+def read_through(bench: Bench, guest_offset: int, nbytes: int, tables: TableReader | None = None) -> bytes:
     """What a data plane reads that follows the answers."""
     content = b""
     while len(content) < nbytes:
-        answer = ask(bench, guest_offset + len(content), nbytes - len(content))
+        answer = ask(bench, guest_offset + len(content), nbytes - len(content), tables=tables)
         assert 0 < answer.nbytes <= nbytes - len(content)
         files: dict[int, SimulatedFile | None] = {TOP: bench.file, BASE: bench.base}
         match answer.kind:
@@ -164,9 +168,9 @@ def test_an_entry_that_cannot_be_true_is_punted(entry: int, why: str) -> None:
 def test_the_raw_map_is_the_identity() -> None:
     out = ffi.new("struct extent *")
     rawmap = ffi.new("struct rawmap *", {"size": 1000, "slot": 2, "writable": 0})
-    lib.rawmap_translate(rawmap, 100, 900, 0, out)
+    lib.rawmap_translate(rawmap, 100, 900, 0, ffi.NULL, out)
     assert (out.kind, out.slot, out.host_offset, out.nbytes) == (DATA, 2, 100, 900)
-    lib.rawmap_translate(rawmap, 100, 900, 1, out)
+    lib.rawmap_translate(rawmap, 100, 900, 1, ffi.NULL, out)
     assert out.kind == PUNT
-    lib.rawmap_translate(rawmap, 100, 901, 0, out)
+    lib.rawmap_translate(rawmap, 100, 901, 0, ffi.NULL, out)
     assert out.kind == PUNT
