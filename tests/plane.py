@@ -1,6 +1,7 @@
-"""A data plane of a few lines over the crash driver: what `virtio/block.c` does with a place, noted in the journal."""
+"""A data plane of a few lines over the crash driver: what `virtio/block.c` does with a map, noted in the journal."""
 
 import errno
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from qcow2.image import Image
 from qcow2.native import ffi
 
 TOP, BASE = 3, 4
+COLD = 1 / 4  # of the tables
 PUNT, DATA, ZERO, FRESH = 0, 1, 2, 3
 UNTOUCHED, SPOILED, NAMED = 0, 1, 2
 AGAIN = -errno.EAGAIN
@@ -34,19 +36,45 @@ class TableReader:
 
 
 class Plane:
-    """Takes places of *image* and settles them through the addresses the worker gets."""
+    """Asks *image* where things are and takes places of it, through the addresses the worker gets.
+
+    Some of the tables that it wants to read are not in the page cache.
+    """
 
     def __init__(self, driver: CrashDriver, image: Image, file: SimulatedFile, base: SimulatedFile | None) -> None:
         image.set_slot(file, TOP)
         if base is not None:
             image.set_slot(base, BASE)
             file.memory.address = 1  # of no use to the engine, which only hands it on
-        _, context, places = image.extent_map
+        translate, context, places = image.extent_map
+        draw = random.Random(0)
         self._driver = driver
         self._file = file
         self._base = base
+        self._files = {TOP: file} if base is None else {TOP: file, BASE: base}
+        self.tables = TableReader(self._files, lambda: draw.random() < COLD)
+        self._translate = ffi.cast("extent_translate", translate)
         self._context = ffi.cast("void *", context)
         self._places = ffi.cast("struct extent_places *", places)
+
+    def translate(self, guest_offset: int, nbytes: int, *, is_write: bool) -> Any:
+        """The extent at *guest_offset*, tables read on the way."""
+        extent = ffi.new("struct extent *")
+        self._translate(self._context, guest_offset, nbytes, is_write, self.tables.native, extent)
+        assert 0 < extent.nbytes <= nbytes
+        return extent
+
+    def read(self, guest_offset: int, nbytes: int) -> bytes | None:
+        """The guest's bytes; None: it punts."""
+        content = b""
+        while len(content) < nbytes:
+            extent = self.translate(guest_offset + len(content), nbytes - len(content), is_write=False)
+            if extent.kind == PUNT:
+                return None
+            assert extent.kind in (DATA, ZERO)
+            file = self._files[extent.slot] if extent.kind == DATA else None
+            content += file.read(extent.host_offset, extent.nbytes) if file else bytes(extent.nbytes)
+        return content
 
     def take(self, guest_offset: int, nbytes: int, *, may_wait: bool = True) -> Any:
         """A place, or None: only Python can."""
@@ -60,6 +88,16 @@ class Plane:
 
     def write(self, guest_offset: int, data: bytes, *, may_wait: bool = True) -> bool:
         """All of it at once, nothing else in between; False: it punts."""
+        extent = self.translate(guest_offset, len(data), is_write=True)
+        if extent.nbytes < len(data) or extent.kind not in (DATA, FRESH):
+            return False
+        if extent.kind == FRESH:
+            return self._write_fresh(guest_offset, data, may_wait=may_wait)
+        assert extent.slot == TOP
+        self._driver.write_at_once(self._file, extent.host_offset, data)
+        return True
+
+    def _write_fresh(self, guest_offset: int, data: bytes, *, may_wait: bool) -> bool:
         place = self.take(guest_offset, len(data), may_wait=may_wait)
         if place is None:
             return False

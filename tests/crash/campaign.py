@@ -2,7 +2,7 @@
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
 `random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`, or while a data plane serves the writes
-that need no decision, `plane-REQUESTSxDEPTH`. A state is
+that need no decision, `plane-REQUESTSxDEPTH`, or most requests are reads, `scan-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
 """
 
@@ -18,13 +18,14 @@ from tests.crash.images import open_image
 from tests.crash.opening import look
 from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning, fullness, sequences, steps_of
 from tests.crash.walk import Judge, Scene, Walk, recovery
-from tests.crash.workload import Action, Guest, random_action, simple_actions
+from tests.crash.workload import MOST_READ, Action, Guest, random_action, simple_actions
 from tests.plane import Plane
 
 CACHES = ("writeback", "writethrough")
-NAMED = {**SORTS, **OVERLAYS, MANY_TABLES.name: MANY_TABLES}
+NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
+KINDS = ("random-", "read-", "plane-", "scan-")
+READS = {"plane": 0.15, "scan": 0.95}  # of the requests that a data plane serves
 WRITERS_A_READER = 4
-MOST_READ = 64  # sectors; what takes longer may show more
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Workload:
 
     @property
     def sequence(self) -> tuple[str, ...]:
-        return () if self.what.startswith(("random-", "read-", "plane-")) else tuple(self.what.split("+"))
+        return () if self.what.startswith(KINDS) else tuple(self.what.split("+"))
 
     @property
     def full(self) -> str:
@@ -61,7 +62,7 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
     beyond = {**begun.beyond, SIZE: size_sector(workload.sort.nsectors * 512)}
     history = History(begun.contents, writethrough=writethrough, beyond=beyond)
     image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
-    plane = Plane(driver, image, file, begun.backing) if workload.what.startswith("plane-") else None
+    plane = Plane(driver, image, file, begun.backing) if workload.what.startswith(("plane-", "scan-")) else None
     guest = Guest(driver, image, history, plane)
     last = 0
     if workload.sequence:
@@ -103,8 +104,8 @@ def run_at_random(workload: Workload, driver: CrashDriver, guest: Guest) -> None
             first = draw.randrange(sort.nsectors)
             await guest.act(Action("read", first, min(draw.randint(1, MOST_READ), sort.nsectors - first)))
 
-    if kind == "plane":
-        actions = simple_actions(draw, sort.nsectors, sort.cluster_sectors, requests)
+    if kind in READS:
+        actions = simple_actions(draw, sort.nsectors, sort.cluster_sectors, requests, reads=READS[kind])
     else:
         actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
     for index in range(depth):

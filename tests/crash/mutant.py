@@ -3,7 +3,7 @@
 The only code that patches the engine: a mutant is the point of it.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -316,6 +316,33 @@ def data_plane_sees_no_locks(patch: Patch) -> None:
     patch.setattr(L2Cache, "unlock", lambda self, first, last: None)
 
 
+def data_plane_loads_slices_of_waiting_links(patch: Patch) -> None:
+    """Law 3: the file does not know of them yet."""
+    remember, release = Mapping.remember, Mapping.release
+
+    def remember_alone(self: Mapping, guest_offset: int, entries: Sequence[int]) -> None:
+        number = self.geometry.slice_of(guest_offset)
+        is_known = number in self._held
+        remember(self, guest_offset, entries)
+        if not is_known:
+            self.cache.unclaim(number)
+
+    def release_alone(self: Mapping, guest_offset: int, nclusters: int) -> None:
+        number = self.geometry.slice_of(guest_offset)
+        release(self, guest_offset, nclusters)
+        if number not in self._held:
+            self.cache.claim(number)
+
+    patch.setattr(Mapping, "remember", remember_alone)
+    patch.setattr(Mapping, "release", release_alone)
+
+
+def data_plane_loads_while_the_engine_does(patch: Patch) -> None:
+    """Law 3: what the engine has read a while ago undoes what was linked since. No link waits where that is found."""
+    patch.setattr(L2Cache, "claim", lambda self, slice_number: None)
+    patch.setattr(L2Cache, "unclaim", lambda self, slice_number: None)
+
+
 FOUND_BY: dict[Mutant, str] = {
     flush_does_nothing: "512/writeback/1/overwrite+flush",
     copy_is_linked_before_it_is_stable: "backing/writethrough/1/copy",
@@ -334,8 +361,10 @@ FOUND_BY: dict[Mutant, str] = {
     reserved_without_a_sync: "512/writeback/1/allocate",
     block_is_written_after_its_pointer: "width-64/writeback/1/block",
     links_of_the_data_plane_are_not_taken_over: "overlay/writeback/1/plane-40x8",
-    data_plane_takes_unsynced_clusters: "overlay/writeback/1/plane-40x8",
+    data_plane_takes_unsynced_clusters: "overlay/writeback/3/plane-40x8",
     data_plane_sees_no_locks: "overlay/writeback/3/plane-40x8",
+    data_plane_loads_slices_of_waiting_links: "live many-tables-overlay/writeback/1/scan-6000x8",
+    data_plane_loads_while_the_engine_does: "live many-tables/writeback/1/scan-6000x64",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
     failed_sync_is_forgotten: "faults 512/writeback/allocate+flush",
     failed_sync_is_tried_again: "faults 512/writeback/allocate+flush",

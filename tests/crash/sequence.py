@@ -121,7 +121,13 @@ OVERLAYS = {
         Sort("overlay-lazy", backing=True, backing_clusters=100, lazy=True),
     )
 }  # for copies by a data plane
-MANY_TABLES = Sort("many-tables", cluster_bits=9, tables=90)  # more than the smallest cache holds
+MANY_TABLES = {
+    sort.name: sort
+    for sort in (
+        Sort("many-tables", cluster_bits=9, tables=90),
+        Sort("many-tables-overlay", cluster_bits=9, tables=90, backing=True, backing_clusters=90 * 64),
+    )
+}  # more than the smallest cache holds
 
 ACTIONS = (
     "allocate",

@@ -28,6 +28,7 @@ class Action:
         return f"{self.kind}({self.sector},{self.nsectors})" if self.nsectors else self.kind
 
 
+MOST_READ = 64  # sectors; what takes longer may show more
 Step = Sequence[Action]  # actions under way at the same time
 
 
@@ -115,12 +116,19 @@ class Guest:
     async def _read(self, action: Action) -> None:
         """Judged at once: each sector shows what some moment of the read allows."""
         begun = self._note(("begin", self.requests, action))
-        target = bytearray(action.nsectors * SECTOR)
-        await self.image.read(action.sector * SECTOR, MemoryBuffer(memoryview(target)))
+        target = await self._get(action.sector * SECTOR, action.nsectors * SECTOR)
         ended = self._note(("acked", action))
         for index in range(action.nsectors):
-            found = bytes(target[index * SECTOR : (index + 1) * SECTOR])
+            found = target[index * SECTOR : (index + 1) * SECTOR]
             self.require_shown(action.sector + index, found, begun, ended)
+
+    async def _get(self, guest_offset: int, nbytes: int) -> bytes:
+        found = None if self.plane is None else self.plane.read(guest_offset, nbytes)
+        if found is not None:
+            return found
+        target = bytearray(nbytes)
+        await self.image.read(guest_offset, MemoryBuffer(memoryview(target)))
+        return bytes(target)
 
     def require_shown(self, sector: int, found: bytes, begun: int, ended: int) -> None:
         """Raises: Violation if a read between these positions must not have *found* that."""
@@ -161,12 +169,17 @@ def random_action(draw: random.Random, nsectors: int, cluster_sectors: int) -> A
     return Action(kind, first, min(count, nsectors - first))
 
 
-def simple_actions(draw: random.Random, nsectors: int, cluster_sectors: int, count: int) -> list[Action]:
-    """Most are writes within a cluster, which a data plane may serve; often the one after is to the same cluster."""
+def simple_actions(
+    draw: random.Random, nsectors: int, cluster_sectors: int, count: int, *, reads: float
+) -> list[Action]:
+    """Reads, and writes mostly within a cluster, which a data plane may serve; often the next is to the same one."""
     actions: list[Action] = []
     cluster = 0
     while len(actions) < count:
-        if draw.random() < 0.15:
+        if draw.random() < reads:
+            first = draw.randrange(nsectors)
+            actions.append(Action("read", first, min(draw.randint(1, MOST_READ), nsectors - first)))
+        elif draw.random() < 0.15:
             actions.append(Action("flush"))
         elif draw.random() < 0.1:
             actions.append(random_action(draw, nsectors, cluster_sectors))
