@@ -17,7 +17,7 @@ bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now)
 int at_once_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)
 {
     struct file *file = &worker->files[operation->slot];
-    uint64_t host_offset = operation->host_offset + operation->progress, began = pace_now();
+    uint64_t host_offset = operation->host_offset + operation->progress, began = worker->now;
     ssize_t result;
 
     operation_trace_transfer(worker, operation, gather);
