@@ -302,7 +302,7 @@ class Allocator:
     async def _extend(self, nbytes: int) -> None:
         """Let the file be *nbytes* long, if it is shorter."""
         if nbytes > self._file_size:
-            await Resize(self._file, nbytes)
+            await Resize(self._file, nbytes, reserve=True)
             self._file_size = nbytes
             self._mapping.set_file_end(nbytes)
 

@@ -125,13 +125,18 @@ class Zero(Operation):
 
 
 class Resize(Operation):
-    """Set the length of the file; new bytes read as zeros. Stable after the next Sync."""
+    """Set the length of the file; new bytes read as zeros. Stable after the next Sync.
 
-    __slots__ = ("file", "nbytes")
+    With *reserve* the host sets space aside for the new bytes if it can do so without writing them. Raises: OSError;
+    the length is as it was.
+    """
 
-    def __init__(self, file: File, nbytes: int) -> None:
+    __slots__ = ("file", "nbytes", "reserve")
+
+    def __init__(self, file: File, nbytes: int, *, reserve: bool = False) -> None:
         self.file = file
         self.nbytes = nbytes
+        self.reserve = reserve
 
 
 class Sync(Operation):

@@ -114,7 +114,7 @@ def perform(operation: op.Operation) -> Any:
         case op.Zero():
             return _zero(_host(operation.file), operation.host_offset, operation.nbytes)
         case op.Resize():
-            return _resize(_host(operation.file), operation.nbytes)
+            return _resize(_host(operation.file), operation.nbytes, reserve=operation.reserve)
         case op.Sync():
             return os.fdatasync(_host(operation.file).fd)
         case op.Size():
@@ -214,8 +214,21 @@ def _write_zeros(file: HostFile, host_offset: int, nbytes: int) -> None:
         _write(file, host_offset + start, [memoryview(ZEROS)[: nbytes - start]])
 
 
-def _resize(file: HostFile, nbytes: int) -> None:
+def _resize(file: HostFile, nbytes: int, *, reserve: bool) -> None:
     if not file.is_device:
+        if reserve:
+            _reserve(file, nbytes)
         os.ftruncate(file.fd, nbytes)
     elif nbytes > file.size():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.path)
+
+
+def _reserve(file: HostFile, nbytes: int) -> None:
+    """Have the host set space aside for what a file of *nbytes* has more than now; its length stays."""
+    size = file.size()
+    if nbytes <= size:
+        return
+    result = lib.reserve_space(file.fd, size, nbytes - size)
+    if result in (-errno.ENOSPC, -errno.EDQUOT):
+        os.ftruncate(file.fd, size)  # gives back what there was
+        check(result)

@@ -1,6 +1,8 @@
 """One suite for the three drivers of the engine: what an operation promises does not depend on who keeps it."""
 
 import errno
+import os
+import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -156,11 +158,24 @@ def test_zero_clears_its_range_and_keeps_the_length(rig: Rig, start: int, nbytes
     assert rig.content() == CONTENT[:start] + bytes(cleared) + CONTENT[start + cleared :]
 
 
+@pytest.mark.parametrize("reserve", [False, True], ids=["", "reserve"])
 @pytest.mark.parametrize("nbytes", [0, 1, 10000, 16320, 70000])
-def test_resize_cuts_or_extends_with_zeros(rig: Rig, nbytes: int) -> None:
-    rig.run(do(op.Resize(rig.file, nbytes)))
+def test_resize_cuts_or_extends_with_zeros(rig: Rig, nbytes: int, reserve: bool) -> None:
+    rig.run(do(op.Resize(rig.file, nbytes, reserve=reserve)))
     assert rig.content() == CONTENT[:nbytes].ljust(nbytes, b"\0")
     assert rig.run(do(op.Size(rig.file))) == nbytes
+
+
+def test_resize_sets_space_aside_if_the_host_can(rig: Rig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.touch()
+    can = subprocess.run(["fallocate", "--zero-range", "--keep-size", "--length", "1", other], capture_output=True)
+    if can.returncode or not isinstance(rig.file, HostFile):
+        pytest.skip("no such host")
+    rig.run(do(op.Resize(rig.file, 2 << 20, reserve=True)))
+    assert os.fstat(rig.file.fd).st_blocks * 512 >= 2 << 20
+    rig.run(do(op.Resize(rig.file, 4 << 20)))
+    assert os.fstat(rig.file.fd).st_blocks * 512 < 3 << 20
 
 
 def test_size_follows_a_write_past_the_end(rig: Rig) -> None:

@@ -1,5 +1,6 @@
 """The laws, through the socket: what a guest was told is done outlives a SIGKILL, syncs happen, failures are honest."""
 
+import errno
 import json
 import os
 import random
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.driver.file import HostFile, run
+from qcow2.operation import Resize
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
 from tests.frontend import (
@@ -299,16 +302,40 @@ def test_a_failed_data_write_changes_no_mapping(tmp_path: Path, memory_file: tup
         assert guest.do(IN, 0, nbytes=BLOCK).status == OK
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MiB."""
+def options_of_ext4(tmp_path: Path) -> list[str]:
+    device = tmp_path / "device"
+    with device.open("wb") as file:
+        file.truncate(6 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", device], check=True)
+    return ["-o", "loop", str(device)]
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MiB; of the two only ext4 can set space aside."""
     directory = tmp_path / "small"
     directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", directory], capture_output=True)
+    options = ["-o", "size=6m", "none"] if request.param == "tmpfs" else options_of_ext4(tmp_path)
+    mounted = subprocess.run(["mount", "-t", request.param, *options, directory], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system takes root")
     yield directory
     subprocess.run(["umount", "-l", directory], check=True)
+
+
+@pytest.mark.parametrize("small_disk", ["ext4"], indirect=True)
+def test_space_that_is_not_enough_is_not_kept(small_disk: Path) -> None:
+    async def reserve(file: HostFile, nbytes: int) -> None:
+        await Resize(file, nbytes, reserve=True)
+
+    with HostFile.open(str(small_disk / "file"), create=True) as file:
+        run(reserve(file, 2 << 20))
+        blocks = os.fstat(file.fd).st_blocks
+        assert blocks * 512 >= 2 << 20
+        with pytest.raises(OSError) as refusal:
+            run(reserve(file, 20 << 20))
+        assert refusal.value.errno == errno.ENOSPC
+        assert (file.size(), os.fstat(file.fd).st_blocks) == (2 << 20, blocks)
 
 
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "accurate"])
