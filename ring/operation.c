@@ -96,6 +96,7 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     operation->direct = operation->data && file->direct_fd >= 0 &&
                         gather_is_aligned(&gather, file, operation->host_offset + operation->progress);
     result = -EAGAIN;
+    worker->now = pace_now(); /* what came before, zeros for a long read, say, is not this file's delay */
     if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now))
         result = at_once_transfer(worker, operation, &gather);
     if (result != -EAGAIN) {
@@ -159,8 +160,6 @@ void operations_retry(struct worker *worker)
 {
     uint32_t number = worker->stalled;
 
-    if (number != WORKER_OPERATIONS)
-        worker->now = pace_now();
     worker->stalled = WORKER_OPERATIONS;
     while (number != WORKER_OPERATIONS) {
         uint32_t next = worker->operations[number].next;

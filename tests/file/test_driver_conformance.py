@@ -167,11 +167,13 @@ def test_resize_cuts_or_extends_with_zeros(rig: Rig, nbytes: int, reserve: bool)
 
 
 def test_resize_sets_space_aside_if_the_host_can(rig: Rig, tmp_path: Path) -> None:
+    if not isinstance(rig.file, HostFile):
+        pytest.skip("a simulated file takes no space")
     other = tmp_path / "other"
     other.touch()
     can = subprocess.run(["fallocate", "--zero-range", "--keep-size", "--length", "1", other], capture_output=True)
-    if can.returncode or not isinstance(rig.file, HostFile):
-        pytest.skip("no such host")
+    if can.returncode:
+        pytest.skip("this file system cannot")
     rig.run(do(op.Resize(rig.file, 2 << 20, reserve=True)))
     assert os.fstat(rig.file.fd).st_blocks * 512 >= 2 << 20
     rig.run(do(op.Resize(rig.file, 4 << 20)))
