@@ -10,6 +10,7 @@
 #include "ring/worker.h"
 
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
+#define FETCH_SUBMIT 4        /* after the first chain and every so many the disk has something to do beside us */
 #define FETCH_PUBLISH 16      /* after the first chain and every so many the driver hears what is done, to work beside us */
 #define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
 
@@ -197,6 +198,8 @@ static void fetch(struct worker *worker, struct queue *queue)
             queue->armed = false;
         }
         request_begin(worker, queue, &worker->chain);
+        if (count % FETCH_SUBMIT == 0)
+            uring_submit(&worker->uring); /* what it cannot take now is submitted at the end of the round */
         if (count % FETCH_PUBLISH == 0)
             queues_publish(worker);
     }
