@@ -6,7 +6,6 @@ that no late punch can hit whoever gets it next.
 """
 
 import errno
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from qcow2.error import CorruptImage
@@ -25,7 +24,7 @@ class Reaper:
     def __init__(
         self, file: File, geometry: Geometry, refcounts: Refcounts, stability: Stability, statistics: Statistics
     ) -> None:
-        self.on_free: Callable[[int], None] = lambda cluster: None  # told each cluster that may be allocated again
+        self.on_free: Callable[[int], None] = lambda cluster: None  # told the lowest that is free again
         self._file = file
         self._geometry = geometry
         self._refcounts = refcounts
@@ -74,12 +73,11 @@ class Reaper:
 
     async def _count_down(self, clusters: list[int]) -> None:
         async with self._refcounts.mutex.hold():
-            counts = Counter(clusters)
-            unused = [cluster for cluster in counts if await self._refcounts.get(cluster) == counts[cluster]]
+            unused = await self._refcounts.last_references(clusters)
             await self._punch(unused)
             await self._refcounts.add(clusters, -1)
-            for cluster in unused:
-                self.on_free(cluster)
+            if unused:
+                self.on_free(unused[0])
             self._statistics.clusters_freed += len(unused)
 
     async def _punch(self, clusters: list[int]) -> None:

@@ -46,3 +46,31 @@ uint64_t refcount_used(const uint8_t *block, uint32_t order, uint64_t end)
         end--;
     return end;
 }
+
+uint64_t refcount_add(uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, int delta)
+{
+    uint64_t limit = UINT64_MAX >> (64 - (UINT32_C(1) << order));
+    uint64_t done;
+
+    for (done = 0; done < count; done++) {
+        uint64_t value = refcount_get(block, order, entries[done]);
+
+        if (value == (delta < 0 ? 0 : limit))
+            break;
+        refcount_set(block, order, entries[done], delta < 0 ? value - 1 : value + 1);
+    }
+    return done;
+}
+
+uint64_t refcount_last(const uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, uint64_t *last)
+{
+    uint64_t found = 0;
+
+    for (uint64_t i = 0, times; i < count; i += times) {
+        for (times = 1; i + times < count && entries[i + times] == entries[i];)
+            times++;
+        if (refcount_get(block, order, entries[i]) == times)
+            last[found++] = entries[i];
+    }
+    return found;
+}

@@ -6,9 +6,9 @@ All changes are made under `mutex`, so blocks are written one at a time and in o
 
 import errno
 from array import array
-from collections import Counter, OrderedDict
+from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 
 from qcow2.geometry import Geometry
 from qcow2.layout import (
@@ -106,13 +106,6 @@ class Refcounts:
             await self._stability.write(self.block_offset(index), block.data)
             block.is_changed = False
 
-    async def get(self, cluster: int) -> int:
-        """How often *cluster* is referenced; the caller holds `mutex`."""
-        index = self.block_of(cluster)
-        if not self.has_block(index):
-            return 0
-        return lib.refcount_get((await self._block(index)).view, self._order, cluster % self.per_block)
-
     async def find_free(self, first: int, end: int) -> range:
         """The first run of clusters in [first, end) that count zero, as far as one block tells; empty if it has none.
 
@@ -138,43 +131,65 @@ class Refcounts:
             end = base
         return 0
 
+    async def last_references(self, clusters: Iterable[int]) -> list[int]:
+        """The *clusters*, ascending, that are named as often as they are referenced; the caller holds `mutex`."""
+        found: list[int] = []
+        for index, entries in self._by_block(clusters):
+            if self.has_block(index):
+                block = await self._block(index)
+                view, last = ffi.from_buffer("uint64_t[]", entries), ffi.new("uint64_t[]", len(entries))
+                n = lib.refcount_last(block.view, self._order, view, len(entries), last)
+                found += [index * self.per_block + entry for entry in ffi.unpack(last, n)]
+        return found
+
     async def add(self, clusters: Iterable[int], delta: int) -> None:
-        """Change the counts of *clusters* by *delta* for each time they are named.
+        """Change the counts of *clusters* by *delta*, 1 or -1, for each time they are named.
 
         Accurate: written on return, not yet stable. The caller holds `mutex`.
         Raises: OSError; then nothing has changed in memory, though an increment may have in the file. OverflowError
         for a count that no block can hold, or that has no block.
         """
-        for index, named in groupby(sorted(clusters), self.block_of):
-            await self._add_to_block(index, Counter(named), delta)
+        for index, entries in self._by_block(clusters):
+            await self._add_to_block(index, entries, delta)
 
-    async def _add_to_block(self, index: int, counts: "Counter[int]", delta: int) -> None:
+    def _by_block(self, clusters: Iterable[int]) -> Iterator[tuple[int, "array[int]"]]:
+        """Blocks in ascending order, each with its entries for *clusters*, ascending and as often as they are named."""
+        numbers = sorted(clusters)
+        start = 0
+        while start < len(numbers):
+            index = self.block_of(numbers[start])
+            base = index * self.per_block
+            stop = bisect_left(numbers, base + self.per_block, start)
+            yield index, array("Q", [number - base for number in numbers[start:stop]])
+            start = stop
+
+    async def _add_to_block(self, index: int, entries: "array[int]", delta: int) -> None:
+        """Change one block; *entries* are ascending."""
         if not self.has_block(index):
-            raise OverflowError(f"no refcount block counts cluster {min(counts)}, which is referenced")
+            cluster = index * self.per_block + entries[0]
+            raise OverflowError(f"no refcount block counts cluster {cluster}, which is referenced")
         block = await self._block(index)
-        old = bytes(block.data)
-        for cluster, times in counts.items():
-            within = cluster % self.per_block
-            value = lib.refcount_get(block.view, self._order, within) + delta * times
-            if not 0 <= value <= self.max_value:
-                block.data[:] = old
-                raise OverflowError(f"refcount {value} of cluster {cluster}, limit {self.max_value}")
-            lib.refcount_set(block.view, self._order, within, value)
+        start, stop = ((entry << self._order) // 8 // 512 * 512 for entry in (entries[0], entries[-1]))
+        sectors = slice(start, stop + 512)
+        old = bytes(block.data[sectors])
+        view = ffi.from_buffer("uint64_t[]", entries)
+        done = lib.refcount_add(block.view, self._order, view, len(entries), delta)
+        if done < len(entries):
+            value = lib.refcount_get(block.view, self._order, entries[done]) + delta
+            block.data[sectors] = old
+            cluster = index * self.per_block + entries[done]
+            raise OverflowError(f"refcount {value} of cluster {cluster}, limit {self.max_value}")
         if self._is_lazy:
             block.is_changed = True
         else:
-            await self._write_changed(index, block, old)
+            await self._write_sectors(index, block, sectors, old)
 
-    async def _write_changed(self, index: int, block: Block, old: bytes) -> None:
-        """Write the sectors of *block* that differ from *old*, or take the change back."""
-        sectors = [at for at in range(0, len(old), 512) if block.data[at : at + 512] != old[at : at + 512]]
-        if not sectors:
-            return
-        start, stop = sectors[0], sectors[-1] + 512
+    async def _write_sectors(self, index: int, block: Block, sectors: slice, old: bytes) -> None:
+        """Write changed *sectors* of *block*, or make them *old* again."""
         try:
-            await self._stability.write(self.block_offset(index) + start, bytes(block.data[start:stop]))
+            await self._stability.write(self.block_offset(index) + sectors.start, bytes(block.data[sectors]))
         except OSError:
-            block.data[:] = old
+            block.data[sectors] = old
             block.is_changed = True  # a part of it may have reached the file
             raise
 

@@ -118,10 +118,10 @@ def changed_though_its_link_waits(patch: Patch) -> None:
 def refcounts_are_not_written(patch: Patch) -> None:
     """Law 4, accurate."""
 
-    async def keep(self: Refcounts, index: int, block: Any, old: bytes) -> None:
+    async def keep(self: Refcounts, index: int, block: Any, sectors: slice, old: bytes) -> None:
         block.is_changed = True
 
-    patch.setattr(Refcounts, "_write_changed", keep)
+    patch.setattr(Refcounts, "_write_sectors", keep)
 
 
 def dirty_bit_is_not_set(patch: Patch) -> None:
