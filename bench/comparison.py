@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from bench.case import GIB, Case, Images
@@ -66,6 +67,7 @@ class Arena:
         self._kitchens = {False: Kitchen(disk), True: Kitchen(tmpfs)}
         self._pairs = pairs
         self._seconds = seconds
+        self._seeds = count(1)
 
     def compare(self, case: Case, say: Callable[[str], None]) -> Comparison:
         """Run *case* on both servers. Raises: ServerFailure, LoadFailure, CalledProcessError."""
@@ -115,10 +117,11 @@ class Arena:
         image = self._image(case, contestant, images)
         service = Service(image, case.cache, case.job.queues, case.writable, case.options)
         command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731
+        job = replace(case.job, seed=next(self._seeds))  # or a run would find the pages warm that the last one touched
         os.sync()  # what was written before is no part of this run
         try:
             warming = min(WARM_UP, seconds) if warm_up and case.warms_up else 0
-            return measure(command, case.job, warm_up=warming, seconds=seconds, end=contestant.end)
+            return measure(command, job, warm_up=warming, seconds=seconds, end=contestant.end)
         finally:
             if case.images is Images.PER_RUN:
                 images.pop(contestant.name).unlink()
