@@ -31,6 +31,8 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
         result = errno == EOPNOTSUPP ? -EAGAIN : -errno;
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
+    if (result > 0 && operation->verb == VERB_WRITE)
+        file->dirty += result;
     worker->counters->immediate += result >= 0;
     worker->counters->stalls += pace_note(&file->pace, began, worker->now = pace_now());
     return result;

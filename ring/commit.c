@@ -1,9 +1,12 @@
 /* Group commit and grace: lines of waiters that one fdatasync, or one epoch, serves together. */
 #include <errno.h>
+#include <fcntl.h>
 #include <stddef.h>
 #include <unistd.h>
 
 #include "ring/worker.h"
+
+#define AHEAD_NBYTES (1u << 20) /* with no more than so much dirty, starting to write it holds nobody up */
 
 static void serve(struct worker *worker, struct waiter *waiter, int result)
 {
@@ -25,12 +28,12 @@ static void join(struct worker *worker, uint32_t slot, struct waiter *waiter)
 
     worker->counters->sync_waiters++;
     waiter->since = worker->now;
-    if (file->error)
-        serve(worker, waiter, -EIO);
-    else if (!file->syncs)
-        serve(worker, waiter, 0);
-    else
-        line_join(&file->waiting, waiter);
+    if (file->error || !file->syncs) {
+        serve(worker, waiter, file->error ? -EIO : 0);
+        return;
+    }
+    line_join(&file->waiting, waiter);
+    file->joined = true;
 }
 
 void request_sync(struct worker *worker, struct request *request, uint32_t slot)
@@ -54,20 +57,23 @@ static void starts(struct worker *worker, uint32_t slot)
 
     line_move(&file->served, &file->waiting);
     file->syncing = true;
+    file->joined = false;
+    file->syncing_dirty = file->dirty;
+    file->dirty = 0;
     if (worker->trace)
         file->trace_id = trace_sync(worker->trace, slot);
     worker->submitted++;
     worker->counters->syncs++;
 }
 
-/* Whether the sync, if it is as quick as they lately were, holds nobody up: one request waits, and nothing else is
- * under way. */
+/* Whether the sync, if it is as quick as they lately were, holds nobody up: one request waits, nothing else is under
+ * way, and the driver has heard of all that is done. */
 static bool is_lone(struct worker *worker, const struct file *file)
 {
     const struct waiter *waiter = file->waiting.first;
 
-    return worker->requests_in_flight == 1 && !worker->submitted && waiter->request && !waiter->next &&
-           pace_allows(&file->sync_pace, worker->now = pace_now());
+    return worker->requests_in_flight == 1 && !worker->submitted && !worker->dirty_count && waiter->request &&
+           !waiter->next && pace_allows(&file->sync_pace, worker->now = pace_now());
 }
 
 /* On this thread, which saves the lone writer two wake-ups. */
@@ -102,11 +108,46 @@ static void start(struct worker *worker, uint32_t slot)
     starts(worker, slot);
 }
 
+/* The kernel may have marked the lost pages clean, so a later sync that succeeds proves nothing. */
+static void fail(struct worker *worker, uint32_t slot, int result)
+{
+    struct file *file = &worker->files[slot];
+
+    file->error = -result;
+    worker_tell(worker, (struct worker_event){.kind = EVENT_SYNC_FAILED, .result = result, .id = slot});
+    serve_line(worker, &file->waiting, -EIO);
+}
+
+/* Send what is dirty to the disk. This makes nothing stable, but the sync that does finds less to do. */
+static void write_ahead(struct worker *worker, uint32_t slot)
+{
+    struct file *file = &worker->files[slot];
+    uint64_t began = worker->now = pace_now();
+    int result;
+
+    file->joined = false;
+    if (file->dirty + file->syncing_dirty > AHEAD_NBYTES || !pace_allows(&file->sync_pace, began))
+        return;
+    result = sync_file_range(file->fd, 0, 0, SYNC_FILE_RANGE_WRITE) < 0 ? -errno : 0;
+    worker->counters->stalls += pace_note(&file->sync_pace, began, worker->now = pace_now());
+    if (result == -EIO || result == -ENOSPC || result == -EDQUOT || result == -EROFS)
+        fail(worker, slot, result);
+}
+
+/* For whoever has to wait for the disk anyway: let it begin while more writes come in. */
+void commits_write_ahead(struct worker *worker)
+{
+    for (uint32_t slot = 0; slot < worker->file_count; slot++)
+        if (worker->files[slot].joined)
+            write_ahead(worker, slot);
+}
+
 void commits_start(struct worker *worker)
 {
     for (uint32_t slot = 0; slot < worker->file_count; slot++)
         if (worker->files[slot].waiting.first && !worker->files[slot].syncing)
             start(worker, slot);
+    commits_write_ahead(worker); /* of those that wait behind another sync */
 }
 
 void commit_completed(struct worker *worker, uint32_t slot, int result)
@@ -116,17 +157,14 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     worker->submitted--;
     worker->progress = true;
     file->syncing = false;
+    file->syncing_dirty = 0;
     if (worker->trace)
         trace_done(worker->trace, file->trace_id, result);
-    if (result < 0) {
-        /* The kernel may have marked the lost pages clean, so a later sync that succeeds proves nothing. */
-        file->error = -result;
-        worker_tell(worker, (struct worker_event){.kind = EVENT_SYNC_FAILED, .result = result, .id = slot});
-        serve_line(worker, &file->waiting, -EIO);
-    }
+    if (result < 0 && !file->error)
+        fail(worker, slot, result);
     for (const struct waiter *waiter = file->served.first; waiter; waiter = waiter->next)
         histogram_add(&worker->statistics.sync, worker->now - waiter->since);
-    serve_line(worker, &file->served, result < 0 ? -EIO : 0);
+    serve_line(worker, &file->served, file->error ? -EIO : 0);
 }
 
 void grace_advance(struct worker *worker)

@@ -85,7 +85,7 @@ enum { SUBMITTED = 0, MOVED = 1 };
 static int submit_transfer(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
-    const struct file *file = &worker->files[operation->slot];
+    struct file *file = &worker->files[operation->slot];
     struct iovec single;
     struct gather gather;
     struct io_uring_sqe *entry;
@@ -107,6 +107,8 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     if (!entry)
         return -EAGAIN;
     prepare_transfer(entry, operation, file, &gather);
+    if (operation->verb == VERB_WRITE && !operation->direct)
+        file->dirty += gather.nbytes;
     operation_trace_transfer(worker, operation, &gather);
     io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
     return SUBMITTED;

@@ -10,8 +10,8 @@
 #include "ring/worker.h"
 
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
-#define FETCH_SUBMIT 4        /* after the first chain and every so many the disk has something to do beside us */
-#define FETCH_PUBLISH 16      /* after the first chain and every so many the driver hears what is done, to work beside us */
+#define FETCH_SUBMIT 4        /* every so many chains the disk has something to do beside us */
+#define FETCH_PUBLISH 16      /* every so many the driver hears what is done, to work beside us, and a sync may start */
 #define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
 
 /* A queue that is drained still owes what an earlier daemon had fetched, enabled or not. */
@@ -169,6 +169,19 @@ void queues_publish(struct worker *worker)
     }
 }
 
+/* Let the disk and the driver work beside us, `count` chains after the first of a batch. */
+static void share_work(struct worker *worker, uint32_t count)
+{
+    if (count % FETCH_SUBMIT == 0)
+        uring_submit(&worker->uring); /* what it cannot take now is submitted at the end of the round */
+    if (count % FETCH_SUBMIT == FETCH_SUBMIT - 1)
+        commits_write_ahead(worker);
+    if (count % FETCH_PUBLISH == 0)
+        queues_publish(worker);
+    if (count % FETCH_PUBLISH == FETCH_PUBLISH - 1)
+        commits_start(worker);
+}
+
 static void fetch(struct worker *worker, struct queue *queue)
 {
     for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && worker_has_room(worker); count++) {
@@ -198,10 +211,7 @@ static void fetch(struct worker *worker, struct queue *queue)
             queue->armed = false;
         }
         request_begin(worker, queue, &worker->chain);
-        if (count % FETCH_SUBMIT == 0)
-            uring_submit(&worker->uring); /* what it cannot take now is submitted at the end of the round */
-        if (count % FETCH_PUBLISH == 0)
-            queues_publish(worker);
+        share_work(worker, count);
     }
 }
 

@@ -325,6 +325,7 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
         return -EMFILE;
     file = &worker->files[slot];
     *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .immediate = is_immediate(fd)};
+    file->dirty = UINT32_MAX; /* who knows what others have written */
     line_init(&file->waiting);
     line_init(&file->served);
     query_alignment(file);

@@ -179,6 +179,9 @@ struct file {
     bool syncs;   /* false: a sync succeeds at once */
     bool immediate; /* a file or disk: no transfer waits for somebody else to come */
     bool syncing; /* an fdatasync is in flight, for `served` */
+    bool joined;  /* somebody waits for pages that nobody has sent to the disk */
+    uint64_t dirty;         /* bytes in the page cache that no fdatasync was started for, at most */
+    uint64_t syncing_dirty; /* and that the one in flight is for */
     uint64_t trace_id; /* of that fdatasync */
     int error;    /* of a failed fdatasync, for good */
     struct line waiting;
@@ -495,6 +498,7 @@ void operations_retry(struct worker *worker);
 
 /* commit.c */
 void commits_start(struct worker *worker);
+void commits_write_ahead(struct worker *worker);
 void commit_completed(struct worker *worker, uint32_t slot, int result);
 void grace_advance(struct worker *worker);
 

@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import random
+import struct
 import subprocess
 from collections.abc import Iterator
-from fcntl import F_ADD_SEALS, F_SEAL_WRITE, fcntl
+from fcntl import F_ADD_SEALS, F_SEAL_WRITE, fcntl, ioctl
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import qcow2
 from qcow2.driver.file import HostFile, run
 from qcow2.operation import Resize
+from tests.blockguest import MIB, Guest
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
 from tests.frontend import (
@@ -37,6 +39,7 @@ from tests.program import Daemon
 SIZE = 32 << 20
 BLOCK = 4096
 NBLOCKS = SIZE // BLOCK
+FS_IOC_SHUTDOWN, SHUTDOWN_WITHOUT_LOG = 0x8004587D, 2  # from then on every write to the disk fails
 MAX_LEAK = 12 << 20  # bytes: the run in use, the one reserved ahead, what was about to be freed
 
 
@@ -323,6 +326,21 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         pytest.skip(f"this machine does not mount a {request.param}")
     yield directory
     subprocess.run(["umount", "-l", directory], check=True)
+
+
+@pytest.mark.parametrize("small_disk", ["ext4"], indirect=True)
+def test_what_cannot_be_written_ahead_of_a_sync_is_a_failed_sync(small_disk: Path) -> None:
+    with (small_disk / "disk").open("w+b", buffering=0) as file:
+        file.truncate(MIB)
+        with Guest(file.fileno()) as guest:
+            assert guest.ask_all([guest.post(OUT, data=bytes(512)), guest.post(FLUSH)])[1].status == OK
+            assert guest.ask(OUT, data=b"x" * 512).status == OK
+            ioctl(file, FS_IOC_SHUTDOWN, struct.pack("I", SHUTDOWN_WITHOUT_LOG))
+            answers = guest.ask_all([guest.post(FLUSH) for _ in range(8)])
+            assert [answer.status for answer in answers] == [IOERR] * 8
+            assert guest.counters.syncs == 1
+            guest.worker.stop()
+            assert guest.sync_errors == [errno.EIO]
 
 
 @pytest.mark.parametrize("small_disk", ["ext4"], indirect=True)
