@@ -114,6 +114,7 @@ static void fail(struct worker *worker, uint32_t slot, int result)
     struct file *file = &worker->files[slot];
 
     file->error = -result;
+    file->joined = false;
     worker_tell(worker, (struct worker_event){.kind = EVENT_SYNC_FAILED, .result = result, .id = slot});
     serve_line(worker, &file->waiting, -EIO);
 }

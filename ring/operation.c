@@ -328,6 +328,8 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
     const struct operation *operation = &worker->operations[number];
 
     worker->submitted--;
+    if (operation->verb == VERB_WRITE && !operation->direct && result > 0)
+        worker->files[operation->slot].dirty += result; /* again: an fdatasync may have started meanwhile */
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     if (result == -EINTR || result == -EAGAIN)
