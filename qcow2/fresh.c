@@ -89,14 +89,6 @@ static struct extent describe_old(struct l2map *map, uint64_t cluster, uint64_t 
     return (struct extent){.kind = EXTENT_PUNT};
 }
 
-/* The same as l2map_table, for a table that no snapshot shares. */
-static uint64_t private_table(const struct l2map *map, uint64_t cluster)
-{
-    uint64_t table = l2map_table(map, cluster);
-
-    return table && map->l1[cluster >> (map->cluster_bits - 3)] & FLAG_COPIED ? table : 0;
-}
-
 /* Once when the stock runs low one write is Python's, so that it comes by and sees to more. */
 static int is_wanted_by_python(struct stock *stock)
 {
@@ -149,7 +141,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int may_w
 {
     struct l2map *map = context;
     uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
-    uint64_t table = private_table(map, cluster), host_cluster, old_entry;
+    uint64_t table = l2map_private_table(map, cluster), host_cluster, old_entry;
     struct extent old;
     int copies;
 
@@ -208,7 +200,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
     return error;
 }
 
-static const struct extent_places places = {take, settle};
+static const struct extent_places places = {take, settle, l2map_clear};
 
 uintptr_t l2map_places_address(void)
 {

@@ -266,6 +266,7 @@ class Changes:
             file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size
         )
         self._reaper.on_free = self._allocator.reuse
+        mapping.cache.set_freed(self._reaper.freed)
         self.links = Links(geometry, mapping, root, self._reaper, stability, log)
         tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
         self.writer = Writer(

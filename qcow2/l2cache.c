@@ -1,5 +1,5 @@
-/* See l2cache.h; what answers the worker is in translate.c and fresh.c. Slots are found through chained hash buckets and
- * given up by the CLOCK rule. */
+/* See l2cache.h; what answers the worker is in translate.c, fresh.c and clear.c. Slots are found through chained hash
+ * buckets and given up by the CLOCK rule. */
 #include "qcow2/l2map.h"
 
 #include <endian.h>
@@ -250,6 +250,13 @@ uint64_t l2map_table(const struct l2map *map, uint64_t cluster)
     if (entry & ~(OFFSET_MASK | FLAG_COPIED))
         return 0;
     return offset & ((UINT64_C(1) << map->cluster_bits) - 1) || offset >= map->file_end ? 0 : offset;
+}
+
+uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster)
+{
+    uint64_t table = l2map_table(map, cluster);
+
+    return table && map->l1[cluster >> (map->cluster_bits - 3)] & FLAG_COPIED ? table : 0;
 }
 
 /* Without an L2 table everything up to the table's end is unallocated. Returns 0 if there is a table. */

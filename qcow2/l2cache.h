@@ -35,6 +35,7 @@ struct l2_run {
 
 struct l2map;
 struct stock;
+struct freed;
 struct link_log;
 
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
@@ -56,6 +57,8 @@ void l2map_set_backing(struct l2map *map, int has_backing, extent_translate tran
 
 /* Let the map's places come from the stock, which is borrowed; NULL: it has none. */
 void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced);
+/* Let the map clear entries and leave their host clusters there; borrowed. */
+void l2map_set_freed(struct l2map *map, struct freed *freed);
 /* Links over what the backing file shows may wait in this log; borrowed. */
 void l2map_set_log(struct l2map *map, struct link_log *log);
 /* Python holds, or waits for, the guest clusters from first to last: their entries are its to change. */
@@ -79,7 +82,7 @@ void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, s
 void l2map_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,
                      struct extent *out);
 uintptr_t l2map_translate_address(void);
-/* struct extent_places over a struct l2map, in fresh.c. */
+/* struct extent_places over a struct l2map, in fresh.c and clear.c. */
 uintptr_t l2map_places_address(void);
 
 /* A file that is its own mapping: extent_translate over it. */

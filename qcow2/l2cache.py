@@ -57,6 +57,7 @@ class L2Cache:
         self._metadata: Any = None
         self._backing: object = None
         self._stock: Any = None
+        self._freed: Any = None
         self._log: Any = None
 
     @property
@@ -108,6 +109,11 @@ class L2Cache:
         """Let writes that find nothing take clusters from *stock*, and from *unsynced* for waiting links; borrowed."""
         self._stock = stock, unsynced
         lib.l2map_set_stock(self._map, stock, unsynced)
+
+    def set_freed(self, freed: Any) -> None:
+        """Let the extent map clear entries, and leave their host clusters in *freed*, which is borrowed."""
+        self._freed = freed
+        lib.l2map_set_freed(self._map, freed)
 
     def set_log(self, log: Any) -> None:
         """Let links of the extent map's wait in *log*, a `struct link_log`, which is borrowed."""

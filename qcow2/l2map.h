@@ -1,6 +1,7 @@
 /* The inside of a struct l2map, between the files that work on one. */
 #pragma once
 
+#include "qcow2/freed.h"
 #include "qcow2/l2cache.h"
 #include "qcow2/linklog.h"
 #include "qcow2/stock.h"
@@ -36,6 +37,7 @@ struct l2map {
     struct stock *stock;    /* NULL: only Python allocates */
     struct stock *unsynced; /* clusters for links that wait in the log */
     struct link_log *log;   /* NULL: none may */
+    struct freed *freed;    /* NULL: only Python clears entries */
     struct range_locks locks;
     uint64_t loads;          /* slices that translate has loaded */
     uint32_t claims[CLAIMS]; /* of Python's on slices, by their last bits: one too many only costs time */
@@ -67,6 +69,12 @@ uint32_t l2map_find(struct l2map *map, uint64_t slice);
 int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last);
 /* -> host offset of the L2 table of the guest cluster; 0: there is none, or its L1 entry cannot be true. */
 uint64_t l2map_table(const struct l2map *map, uint64_t cluster);
+/* The same for a table that no snapshot shares. */
+uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster);
+/* Whether the slice's entries, or some, are Python's: in the file is not what is in memory, or it is being read. */
+int l2map_is_claimed(const struct l2map *map, uint64_t slice);
+/* `clear` of struct extent_places, in clear.c. */
+int l2map_clear(void *map, uint64_t guest_offset, uint64_t nbytes, int is_hint, struct extent_writer *writer);
 /* What shows through where nothing is allocated. */
 void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes,
                              struct extent_reader *reader, struct extent *out);

@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "qcow2/freed.h"
 #include "qcow2/l2cache.h"
 #include "qcow2/linklog.h"
 #include "qcow2/refcount.h"

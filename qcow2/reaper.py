@@ -7,15 +7,18 @@ that no late punch can hit whoever gets it next.
 
 import errno
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from qcow2.error import CorruptImage
 from qcow2.geometry import Geometry
+from qcow2.native import ffi
 from qcow2.operation import File, Grace, Signal, Spawn, Zero
 from qcow2.refcount import Refcounts
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
 STEP = 2048  # references taken at a time: requests go on in between
+MAX_WAITING = 1 << 18  # clusters: with more the extent map frees no others, so that they do not fill our memory
 
 
 class Reaper:
@@ -30,6 +33,7 @@ class Reaper:
         self._refcounts = refcounts
         self._stability = stability
         self._statistics = statistics
+        self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
         self._waiting: list[int] = []
         self._under_way: Signal | None = None
 
@@ -39,9 +43,20 @@ class Reaper:
         Returns at once.
         """
         self._waiting.extend(clusters)
-        if self._waiting and self._under_way is None:
+        if self._gather() and self._under_way is None:
             self._under_way = Signal()
             await Spawn(self._run(self._under_way))
+        if len(self._waiting) > MAX_WAITING:
+            self.freed.is_open = False
+
+    def _gather(self) -> bool:
+        """Take over what the extent map has freed meanwhile; whether anything waits."""
+        freed = self.freed
+        if freed.count:
+            self._waiting.extend(ffi.unpack(freed.clusters, freed.count))
+            self._statistics.metadata_writes += freed.writes
+            freed.count = freed.writes = 0
+        return bool(self._waiting)
 
     async def drain(self) -> None:
         """Wait until nothing waits to be freed."""
@@ -49,9 +64,11 @@ class Reaper:
             await self._under_way.wait()
 
     async def _run(self, ended: Signal) -> None:
-        while self._waiting and self._stability.error is None:
+        while self._gather() and self._stability.error is None:
             batch, self._waiting = self._waiting, []
+            self.freed.is_open = True
             await self._try_to_release(batch)
+        self.freed.is_open = False
         self._under_way = None
         ended.set()
 

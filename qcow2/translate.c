@@ -42,13 +42,17 @@ static int has_new_link(const struct l2map *map, uint64_t slice)
     return 0;
 }
 
+int l2map_is_claimed(const struct l2map *map, uint64_t slice)
+{
+    return map->claims[slice & (CLAIMS - 1)] || has_new_link(map, slice);
+}
+
 /* Whether the file says what there is to say about the slice, and nobody is writing that: who does has locked it. */
 static int may_load(const struct l2map *map, uint64_t slice)
 {
     uint64_t first = slice << map->slice_bits, last = first + (UINT64_C(1) << map->slice_bits) - 1;
 
-    return map->slot != SLOT_UNKNOWN && !map->claims[slice & (CLAIMS - 1)] && !has_new_link(map, slice) &&
-           !l2map_is_locked(map, first, last);
+    return map->slot != SLOT_UNKNOWN && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last);
 }
 
 /* Bring the slice, which is not in the cache, there if that needs neither Python nor the disk. -> whether it is. */

@@ -174,6 +174,22 @@ struct table_reader worker_table_reader(struct worker *worker)
     return (struct table_reader){.reader.read = read_table, .worker = worker, .left = WORKER_TABLES};
 }
 
+static int write_table(struct extent_writer *writer, uint32_t slot, uint64_t host_offset, const void *bytes,
+                       uint32_t nbytes)
+{
+    struct worker *worker = ((struct table_writer *)writer)->worker;
+
+    if (!worker_has_slot(worker, slot) ||
+        !at_once_allows(&worker->files[slot], nbytes, worker->now = pace_now()))
+        return -EAGAIN;
+    return worker_write_entry(worker, slot, host_offset, bytes, nbytes);
+}
+
+struct table_writer worker_table_writer(struct worker *worker)
+{
+    return (struct table_writer){.writer.write = write_table, .worker = worker};
+}
+
 /* What is around the request's bytes in the worker's buffer, and they. -> false: they are in too many pieces. */
 static bool gather_copy(struct worker *worker, const struct request *request, const struct request_copy *copy,
                         uint64_t start, uint64_t nbytes, struct gather *gather)

@@ -399,6 +399,14 @@ struct table_reader {
 
 struct table_reader worker_table_reader(struct worker *worker);
 
+/* The same for what it changes: writes on this thread, if the file is quick enough. */
+struct table_writer {
+    struct extent_writer writer; /* first: the map knows only this */
+    struct worker *worker;
+};
+
+struct table_writer worker_table_writer(struct worker *worker);
+
 /* Write metadata on this thread, however long that takes. -> 0 or how it failed. */
 int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
 

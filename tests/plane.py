@@ -14,6 +14,7 @@ COLD = 1 / 4  # of the tables
 PUNT, DATA, ZERO, FRESH = 0, 1, 2, 3
 UNTOUCHED, SPOILED, NAMED = 0, 1, 2
 AGAIN = -errno.EAGAIN
+WRITE = "int(*)(struct extent_writer *, uint32_t, uint64_t, void const *, uint32_t)"
 
 
 class TableReader:
@@ -35,6 +36,23 @@ class TableReader:
         return 0
 
 
+class TableWriter:
+    """A `struct extent_writer` over the file in slot TOP; `error`, if not 0, is what comes of the next writes."""
+
+    def __init__(self, driver: CrashDriver, file: SimulatedFile) -> None:
+        self.error = 0
+        self._driver = driver
+        self._file = file
+        self._write = ffi.callback("int(struct extent_writer *, uint32_t, uint64_t, void *, uint32_t)", self._put)
+        self.native = ffi.new("struct extent_writer *", {"write": ffi.cast(ffi.typeof(WRITE), self._write)})
+
+    def _put(self, native: Any, slot: int, host_offset: int, data: Any, nbytes: int) -> int:
+        assert slot == TOP
+        if not self.error:
+            self._driver.write_at_once(self._file, host_offset, bytes(ffi.buffer(data, nbytes)))
+        return self.error
+
+
 class Plane:
     """Asks *image* where things are and takes places of it, through the addresses the worker gets.
 
@@ -53,6 +71,7 @@ class Plane:
         self._base = base
         self._files = {TOP: file} if base is None else {TOP: file, BASE: base}
         self.tables = TableReader(self._files, lambda: draw.random() < COLD)
+        self.writer = TableWriter(driver, file)
         self._translate = ffi.cast("extent_translate", translate)
         self._context = ffi.cast("void *", context)
         self._places = ffi.cast("struct extent_places *", places)
@@ -85,6 +104,12 @@ class Plane:
 
     def settle(self, place: Any, outcome: int, error: int = 0) -> int:
         return int(self._places.settle(self._context, place, outcome, error))
+
+    def clear(self, guest_offset: int, nbytes: int, *, is_hint: bool = True) -> bool:
+        """A discard, or zeros that give the space back; False: it punts."""
+        result = self._places.clear(self._context, guest_offset, nbytes, is_hint, self.writer.native)
+        assert result in (0, AGAIN, self.writer.error)
+        return bool(result == 0)
 
     def write(self, guest_offset: int, data: bytes, *, may_wait: bool = True) -> bool:
         """All of it at once, nothing else in between; False: it punts."""

@@ -2,7 +2,8 @@
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
 `random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`, or while a data plane serves the writes
-that need no decision, `plane-REQUESTSxDEPTH`, or most requests are reads, `scan-REQUESTSxDEPTH`. A state is
+that need no decision, `plane-REQUESTSxDEPTH`, or most requests are reads, `scan-REQUESTSxDEPTH`, or many are discards,
+`clear-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
 """
 
@@ -23,8 +24,12 @@ from tests.plane import Plane
 
 CACHES = ("writeback", "writethrough")
 NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
-KINDS = ("random-", "read-", "plane-", "scan-")
-READS = {"plane": 0.15, "scan": 0.95}  # of the requests that a data plane serves
+KINDS = ("random-", "read-", "plane-", "scan-", "clear-")
+SERVED = {  # by a data plane, where it can: the shares of reads, and of discards in the rest
+    "plane": {"reads": 0.15, "discards": 0.0},
+    "scan": {"reads": 0.95, "discards": 0.0},
+    "clear": {"reads": 0.15, "discards": 0.4},
+}
 WRITERS_A_READER = 4
 
 
@@ -62,7 +67,7 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
     beyond = {**begun.beyond, SIZE: size_sector(workload.sort.nsectors * 512)}
     history = History(begun.contents, writethrough=writethrough, beyond=beyond)
     image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
-    plane = Plane(driver, image, file, begun.backing) if workload.what.startswith(("plane-", "scan-")) else None
+    plane = Plane(driver, image, file, begun.backing) if workload.what.partition("-")[0] in SERVED else None
     guest = Guest(driver, image, history, plane)
     last = 0
     if workload.sequence:
@@ -104,8 +109,8 @@ def run_at_random(workload: Workload, driver: CrashDriver, guest: Guest) -> None
             first = draw.randrange(sort.nsectors)
             await guest.act(Action("read", first, min(draw.randint(1, MOST_READ), sort.nsectors - first)))
 
-    if kind in READS:
-        actions = simple_actions(draw, sort.nsectors, sort.cluster_sectors, requests, reads=READS[kind])
+    if kind in SERVED:
+        actions = simple_actions(draw, sort.nsectors, sort.cluster_sectors, requests, **SERVED[kind])
     else:
         actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
     for index in range(depth):

@@ -16,7 +16,7 @@ from qcow2.layout import OFFSET_MASK
 from qcow2.linklog import LinkLog
 from qcow2.links import Links
 from qcow2.mapping import Mapping
-from qcow2.operation import Spawn, Store
+from qcow2.operation import Grace, Spawn, Store
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
 from qcow2.replay import Outcome
@@ -316,6 +316,26 @@ def data_plane_sees_no_locks(patch: Patch) -> None:
     patch.setattr(L2Cache, "unlock", lambda self, first, last: None)
 
 
+def data_plane_clears_entries_that_wait(patch: Patch) -> None:
+    """Law 3: the link that waits for its commit comes after the discard, and leads to a cluster that is free."""
+    patch.setattr(L2Cache, "claim", lambda self, slice_number: None)
+    patch.setattr(L2Cache, "unclaim", lambda self, slice_number: None)
+
+
+def data_plane_frees_without_a_sync(patch: Patch) -> None:
+    """Laws 4 and 5: what it frees while a batch is being synced joins that batch."""
+
+    async def release(self: Reaper, batch: list[int]) -> None:
+        await self._stability.sync()
+        await Grace()
+        self._gather()
+        batch += self._waiting
+        self._waiting = []
+        await self._count_down(sorted(batch))
+
+    patch.setattr(Reaper, "_release", release)
+
+
 def data_plane_loads_slices_of_waiting_links(patch: Patch) -> None:
     """Law 3: the file does not know of them yet."""
     remember, release = Mapping.remember, Mapping.release
@@ -363,6 +383,8 @@ FOUND_BY: dict[Mutant, str] = {
     links_of_the_data_plane_are_not_taken_over: "overlay/writeback/1/plane-40x8",
     data_plane_takes_unsynced_clusters: "overlay/writeback/3/plane-40x8",
     data_plane_sees_no_locks: "overlay/writeback/3/plane-40x8",
+    data_plane_clears_entries_that_wait: "overlay/writeback/1/clear-40x8",
+    data_plane_frees_without_a_sync: "512/writeback/1/clear-40x8",
     data_plane_loads_slices_of_waiting_links: "live many-tables-overlay/writeback/1/scan-6000x8",
     data_plane_loads_while_the_engine_does: "live many-tables/writeback/1/scan-6000x64",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",

@@ -36,7 +36,7 @@ class Guest:
     """Sends actions to an image and keeps the history that judges it."""
 
     def __init__(self, driver: CrashDriver, image: Any, history: History, plane: Plane | None = None) -> None:
-        """With *plane* a write is the engine's only if that does not serve it."""
+        """With *plane* what changes data is the engine's only if that does not serve it."""
         self.driver = driver
         self.plane = plane
         self.image = image
@@ -99,13 +99,21 @@ class Guest:
 
     async def _zero(self, action: Action) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
-        change = self.image.write_zeroes(action.sector * SECTOR, action.nsectors * SECTOR, unmap=True)
+        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, is_hint=False)
         await self._change(action, contents, change)
 
     async def _discard(self, action: Action) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
-        change = self.image.discard(action.sector * SECTOR, action.nsectors * SECTOR)
+        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, is_hint=True)
         await self._change(action, contents, change, binding=False)
+
+    async def _clear(self, guest_offset: int, nbytes: int, *, is_hint: bool) -> None:
+        if self.plane is not None and self.plane.clear(guest_offset, nbytes, is_hint=is_hint):
+            return
+        if is_hint:
+            await self.image.discard(guest_offset, nbytes)
+        else:
+            await self.image.write_zeroes(guest_offset, nbytes, unmap=True)
 
     async def _flush(self, action: Action) -> None:
         flush = Flush(self._note(("begin", self.requests, action)))
@@ -170,9 +178,10 @@ def random_action(draw: random.Random, nsectors: int, cluster_sectors: int) -> A
 
 
 def simple_actions(
-    draw: random.Random, nsectors: int, cluster_sectors: int, count: int, *, reads: float
+    draw: random.Random, nsectors: int, cluster_sectors: int, count: int, *, reads: float, discards: float
 ) -> list[Action]:
-    """Reads, and writes mostly within a cluster, which a data plane may serve; often the next is to the same one."""
+    """Reads, writes mostly within a cluster and discards of one, which a data plane may serve; often the next is to the
+    same cluster."""
     actions: list[Action] = []
     cluster = 0
     while len(actions) < count:
@@ -185,6 +194,9 @@ def simple_actions(
             actions.append(random_action(draw, nsectors, cluster_sectors))
         else:
             cluster = cluster if draw.random() < 0.3 else draw.randrange(nsectors // cluster_sectors)
+            if discards and draw.random() < discards:
+                actions.append(Action("discard", cluster * cluster_sectors, cluster_sectors))
+                continue
             start = draw.randrange(cluster_sectors)
             nwritten = draw.randint(1, cluster_sectors - start)
             actions.append(Action("write", cluster * cluster_sectors + start, nwritten))

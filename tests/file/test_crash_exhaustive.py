@@ -51,10 +51,13 @@ def test_every_death_under_many_requests_in_flight(name: str, tmp_path: Path) ->
     visited.add(scene.count)
 
 
+@pytest.mark.parametrize("what", ["plane-40x8", "clear-40x8"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("sort", [SORTS["512-lazy"], *OVERLAYS.values()], ids=lambda sort: sort.name)
-def test_every_death_while_a_data_plane_serves_what_needs_no_decision(sort: Sort, cache: str, tmp_path: Path) -> None:
-    workload = Workload(sort, cache, SEED, "plane-40x8")
+def test_every_death_while_a_data_plane_serves_what_needs_no_decision(
+    sort: Sort, cache: str, what: str, tmp_path: Path
+) -> None:
+    workload = Workload(sort, cache, SEED, what)
     scene = scene_of(workload, tmp_path)
     explore(workload, scene)
     visited.add(scene.count)

@@ -295,6 +295,29 @@ def test_a_file_that_fails_writes_is_told_to_the_guest(tmp_path: Path, memory_fi
         assert guest.do(IN, 0, nbytes=BLOCK).data == b"x" * BLOCK
 
 
+def test_of_many_discards_none_is_well_after_a_failed_one(tmp_path: Path, memory_file: tuple[Path, int]) -> None:
+    """The data plane serves most of them."""
+    path, fd = memory_file
+    with MemoryDaemon(path, tmp_path) as daemon, FrontEnd(daemon.socket_path) as guest:
+        for cluster in range(160):
+            guest.write(cluster * 65536, b"x" * 65536)
+        ended: list[int] = []
+        for cluster in range(150):
+            guest.submit(DISCARD, 0, segment(cluster * 65536, 65536))
+            if cluster == 80:
+                fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE)
+            while cluster - len(ended) >= 31:
+                ended += [completion.status for completion in guest.wait()]
+        while len(ended) < 150:
+            ended += [completion.status for completion in guest.wait()]
+        first = ended.index(IOERR)
+        assert 40 <= first <= 82
+        assert set(ended[:first]) == {OK}
+        assert set(ended[82:]) == {IOERR}
+        assert guest.do(OUT, 0, b"y" * BLOCK).status == IOERR
+        assert guest.do(IN, 155 * 65536, nbytes=BLOCK).data == b"x" * BLOCK
+
+
 def test_a_failed_data_write_changes_no_mapping(tmp_path: Path, memory_file: tuple[Path, int]) -> None:
     path, fd = memory_file
     with MemoryDaemon(path, tmp_path) as daemon, FrontEnd(daemon.socket_path) as guest:

@@ -1,13 +1,14 @@
-"""Places for new data: what the extent map hands to the data plane is what the allocator would have handed out."""
+"""Places for new data, and discards: what the extent map does for the data plane is what the engine would have done."""
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from qcow2.check import check
 from qcow2.native import ffi, lib
-from qcow2.operation import Operation, Sync, Write
+from qcow2.operation import Grace, Operation, Sync, Write
 from tests.engine import Bench, noise, open_again, set_up
 from tests.plane import SPOILED, UNTOUCHED, Plane
 
@@ -282,6 +283,9 @@ def test_a_table_that_a_snapshot_may_share_is_the_engines() -> None:
     bench.read(0, CLUSTER)
     assert plane.take(SIZE // 2 + CLUSTER) is not None
     assert plane.take(CLUSTER) is None
+    answers: list[bool] = []
+    cleared_beside_the_reaper(bench, lambda: answers.append(plane.clear(0, CLUSTER)), where=SIZE // 2)
+    assert answers == [False]
 
 
 def test_stable_before_it_is_handed_out() -> None:
@@ -291,3 +295,198 @@ def test_stable_before_it_is_handed_out() -> None:
     bench.breaker.fault = lambda operation: syncs.append(operation) if isinstance(operation, Sync) else None
     assert plane.write(CLUSTER, noise(CLUSTER))
     assert syncs == []
+
+
+# ---- discards
+
+
+def cleared_beside_the_reaper(bench: Bench, act: Callable[[], None], *, where: int = 0) -> None:
+    """Have the engine discard the cluster *where*, and *act* once while the reaper is at work."""
+    left = [act]
+
+    def look(operation: Operation) -> None:
+        if isinstance(operation, Grace) and left:
+            left.pop()()
+
+    bench.breaker.fault = look
+    bench.driver.run(bench.image.discard(where, CLUSTER))
+    bench.breaker.fault = None
+    assert not left
+
+
+def filled(nclusters: int = 16, **options: Any) -> tuple[Bench, BenchPlane]:
+    bench, plane = started(**options)
+    bench.write(0, noise(nclusters * CLUSTER))
+    return bench, plane
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_a_plane_clears_reads_as_zeros_and_is_free(lazy: bool) -> None:
+    bench, plane = filled(lazy=lazy)
+    answers: list[bool] = []
+
+    def act() -> None:
+        answers.append(plane.clear(3 * CLUSTER, 2 * CLUSTER))
+        answers.append(plane.clear(7 * CLUSTER, CLUSTER, is_hint=False))
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [True, True]
+    expected = bytearray(SIZE)
+    expected[: 16 * CLUSTER] = noise(16 * CLUSTER)
+    for cluster in (0, 3, 4, 7):
+        expected[cluster * CLUSTER : (cluster + 1) * CLUSTER] = bytes(CLUSTER)
+    assert bench.content() == expected
+    assert bench.image.statistics.clusters_freed == 4
+    bench.close()
+    assert bench.reopened_content() == expected
+    assert faults(bench) == (0, 0)
+
+
+def test_a_plane_clears_nothing_while_the_reaper_rests() -> None:
+    bench, plane = filled()
+    assert not plane.clear(3 * CLUSTER, CLUSTER)
+    cleared_beside_the_reaper(bench, lambda: None)
+    assert not plane.clear(3 * CLUSTER, CLUSTER)
+    assert bench.read(3 * CLUSTER, CLUSTER) == noise(16 * CLUSTER)[3 * CLUSTER : 4 * CLUSTER]
+
+
+def test_clusters_that_are_not_covered_stay() -> None:
+    bench, plane = filled()
+    answers: list[bool] = []
+
+    def act() -> None:
+        answers.append(plane.clear(3 * CLUSTER + 512, CLUSTER - 512))
+        answers.append(plane.clear(4 * CLUSTER + 512, 2 * CLUSTER))
+        answers.append(plane.clear(8 * CLUSTER, CLUSTER + 512, is_hint=False))
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [True, True, False]
+    expected = bytearray(noise(16 * CLUSTER))
+    for cluster in (0, 5):
+        expected[cluster * CLUSTER : (cluster + 1) * CLUSTER] = bytes(CLUSTER)
+    assert bench.read(0, 16 * CLUSTER) == expected
+
+
+def test_the_last_cluster_of_a_disk_may_be_partial() -> None:
+    size = 16 * CLUSTER + 512
+    bench = set_up(size, cluster_bits=12)
+    plane = BenchPlane(bench)
+    bench.write(0, noise(size))
+    answers: list[bool] = []
+    cleared_beside_the_reaper(bench, lambda: answers.append(plane.clear(16 * CLUSTER, 512, is_hint=False)))
+    assert answers == [True]
+    assert bench.read(15 * CLUSTER, CLUSTER + 512) == noise(size)[15 * CLUSTER : 16 * CLUSTER] + bytes(512)
+
+
+def test_zeros_need_no_change() -> None:
+    bench, plane = filled()
+    before = bench.image.statistics.metadata_writes
+    answers: list[bool] = []
+    cleared_beside_the_reaper(bench, lambda: answers.append(plane.clear(20 * CLUSTER, 100 * CLUSTER)))
+    assert answers == [True]
+    assert bench.image.statistics.metadata_writes == before + 2, "what the engine discarded: its entry, its count"
+
+
+def test_an_engine_that_holds_a_cluster_clears_it_itself() -> None:
+    bench, plane = filled()
+    answers: list[bool] = []
+
+    def look(operation: Operation) -> None:
+        if isinstance(operation, Write) and not answers:
+            answers.extend([plane.clear(5 * CLUSTER, CLUSTER), plane.clear(9 * CLUSTER, CLUSTER)])
+
+    def act() -> None:
+        bench.breaker.fault = look
+        bench.driver.spawn(bench.image.discard(4 * CLUSTER, 3 * CLUSTER), lambda task: None)
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [False, True]
+
+
+def test_two_tables_are_the_engines() -> None:
+    bench, plane = filled()
+    bench.write(511 * CLUSTER, noise(2 * CLUSTER))
+    answers: list[bool] = []
+
+    def act() -> None:
+        answers.append(plane.clear(511 * CLUSTER, 2 * CLUSTER))
+        answers.append(plane.clear(511 * CLUSTER, CLUSTER))
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [False, True]
+
+
+def test_what_a_backing_file_shows_is_the_engines_to_hide() -> None:
+    bench, plane = filled(base=noise(SIZE, seed=9))
+    answers: list[bool] = []
+
+    def act() -> None:
+        answers.append(plane.clear(100 * CLUSTER, CLUSTER))
+        answers.append(plane.clear(5 * CLUSTER, CLUSTER))
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [False, True]
+    assert bench.read(5 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+
+
+def test_a_table_with_a_link_that_waits_is_the_engines_to_change() -> None:
+    bench, plane = overlaid()
+    bench.driver.run(bench.image.flush())
+    bench.write(4 * CLUSTER, noise(CLUSTER))
+    bench.driver.run(bench.image.flush())
+    answers: list[bool] = []
+
+    def act() -> None:
+        answers.append(plane.clear(4 * CLUSTER, CLUSTER))
+        assert plane.write(6 * CLUSTER, noise(CLUSTER))
+        answers.append(plane.clear(6 * CLUSTER, CLUSTER))
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [True, False]
+    assert bench.read(6 * CLUSTER, CLUSTER) == noise(CLUSTER)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOSPC, errno.EDQUOT])
+def test_entries_that_could_not_be_cleared_are_as_they_were(number: int) -> None:
+    bench, plane = filled()
+    answers: list[bool] = []
+
+    def act() -> None:
+        plane.writer.error = -number
+        answers.append(plane.clear(3 * CLUSTER, CLUSTER))
+        plane.writer.error = 0
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [False]
+    assert bench.read(3 * CLUSTER, CLUSTER) == noise(16 * CLUSTER)[3 * CLUSTER : 4 * CLUSTER]
+    bench.close()
+    assert bench.image.statistics.clusters_freed == 1
+    assert faults(bench) == (0, 0)
+
+
+def test_entries_of_which_nobody_knows_whether_they_are_cleared_end_all_writes() -> None:
+    bench, plane = filled()
+
+    def act() -> None:
+        plane.writer.error = -errno.EIO
+        assert not plane.clear(3 * CLUSTER, CLUSTER)
+
+    cleared_beside_the_reaper(bench, act)
+    with pytest.raises(OSError, match="no more writes"):
+        bench.write(0, noise(CLUSTER))
+
+
+def test_more_than_the_engine_has_asked_for_is_its_own_to_clear() -> None:
+    bench = set_up(8 * SIZE, cluster_bits=12)
+    plane = BenchPlane(bench)
+    bench.write(0, noise(3000 * CLUSTER))
+    answers: list[bool] = []
+
+    def act() -> None:
+        answers.extend(plane.clear(cluster * CLUSTER, CLUSTER) for cluster in range(1, 3000))
+
+    cleared_beside_the_reaper(bench, act)
+    assert answers.index(False) == 2048
+    assert not any(answers[2048:])
+    assert bench.image.statistics.clusters_freed == 2049
+    assert not any(bench.read(0, 2049 * CLUSTER))
