@@ -4,15 +4,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.counting import Counted, Ending
 from bench.frontend import FrontEnd
-from bench.load import Job, Load, Outcome, memory_nbytes
+from bench.load import Job, Kind, Load, Outcome, memory_nbytes
 from bench.process import MachineTime, cpu_seconds, resident_kib
 from bench.server import Server, ServerFailure, connect, listen
 
 Command = Callable[[int], Sequence[str]]  # of a server, given the number of its listening socket
+IDLE_SECONDS = 0.05  # without a tick of processor time, after which a server has nothing left to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def measure(command: Command, job: Job, *, warm_up: float, seconds: float, end: 
         try:
             front_end = FrontEnd(connect(address), queues=job.queues, nbytes=memory_nbytes(job))
             with front_end, Load(job, front_end) as load:
-                run = _run(server, load, warm_up=warm_up, seconds=seconds)
+                run = _run(server, load, warm_up=warm_up, seconds=seconds, to_the_end=job.kind is Kind.DISCARD)
         except OSError as error:
             raise ServerFailure(f"{server.command[0]}: {error}; it says: {server.complaints() or 'nothing'}") from error
         return _measurement(server.command, run, end(server, run.acknowledged))
@@ -65,7 +66,8 @@ class _Run:
     others_busy: float
 
 
-def _run(server: Server, load: Load, *, warm_up: float, seconds: float) -> _Run:
+def _run(server: Server, load: Load, *, warm_up: float, seconds: float, to_the_end: bool) -> _Run:
+    """With *to_the_end* the work that a server puts off counts as well: clusters that it gives back later."""
     at_rest = resident_kib(server.pid)
     if warm_up:
         load.run(warm_up)
@@ -74,6 +76,8 @@ def _run(server: Server, load: Load, *, warm_up: float, seconds: float) -> _Run:
     load.run(seconds)
     while not (outcome := load.outcome()).requests:
         load.run(seconds)  # a slow disk and a short run
+    if to_the_end:
+        outcome = replace(outcome, seconds=outcome.seconds + _until_idle(server))
     cpu, own = cpu_seconds(server.pid) - cpu, time.process_time() - own
     after = MachineTime.now()
     available = (time.monotonic() - clock) * (os.cpu_count() or 1)
@@ -82,6 +86,16 @@ def _run(server: Server, load: Load, *, warm_up: float, seconds: float) -> _Run:
     load.drain()
     acknowledged = load.outcome().writes
     return _Run(outcome, acknowledged, cpu, at_rest, loaded, max(0.0, others / available))
+
+
+def _until_idle(server: Server) -> float:
+    """Wait until the server does nothing any more -> the seconds it took."""
+    start = time.monotonic()
+    cpu = cpu_seconds(server.pid)
+    while True:
+        time.sleep(IDLE_SECONDS)
+        if cpu == (cpu := cpu_seconds(server.pid)):
+            return time.monotonic() - start - IDLE_SECONDS
 
 
 def _measurement(command: Sequence[str], run: _Run, counted: Counted | None) -> Measurement:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bench.case import FILLED, FRESH, GIB, KIB, TIB, Case, Images
+from bench.case import FILLED, FRESH, GIB, KIB, LAZY, TIB, Case, Images
 from bench.load import Job, Kind, Order
 from bench.recipe import Recipe
 from vhost.option import CacheMode
@@ -17,6 +17,7 @@ CHAINS = (1, 2, 4, 8, 16)
 MAPPED = Recipe(
     8 * GIB, "compat=1.1,lazy_refcounts=on,preallocation=metadata", name="8 GiB, all mapped, lazy refcounts"
 )
+SMALL_OVERLAY = Recipe(GIB, LAZY, base_nbytes=GIB, name="overlay on 1 GiB, lazy refcounts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,17 @@ def _along_chain() -> Sweep:
     return Sweep("chain", "warm 4 KiB random reads of the base, depth 32", "overlays above it", tuple(points()))
 
 
+def _each_cluster(name: str, title: str, kind: Kind) -> Sweep:
+    job = Job(MAPPED.nbytes, kind=kind, block_size=64 * KIB, order=Order.ONCE)
+    return _along_depth(name, title, Case("", "", MAPPED, job, Images.PER_RUN, on_tmpfs=True))
+
+
 def _slow_path() -> Sweep:
-    """Discards: an entry changed and a cluster given back for each, and not a byte moved."""
-    discard = Job(MAPPED.nbytes, kind=Kind.DISCARD, block_size=64 * KIB, order=Order.ONCE)
-    case = Case("", "", MAPPED, discard, Images.PER_RUN, on_tmpfs=True)
-    sweep = _along_depth("slow-path", "a discard of each cluster, on tmpfs", case)
-    return replace(sweep, label="requests taken at a time", shows_cost=True)
+    """Copies that must be stable before their links: each is a decision in Python, and a sync costs nothing."""
+    job = Job(SMALL_OVERLAY.nbytes, order=Order.ONCE)
+    case = Case("", "", SMALL_OVERLAY, job, Images.PER_RUN, CacheMode.WRITETHROUGH, on_tmpfs=True)
+    title = "writethrough, a 4 KiB write to each cluster of an overlay, on tmpfs"
+    return replace(_along_depth("slow-path", title, case), label="requests taken at a time", shows_cost=True)
 
 
 SWEEPS = (
@@ -105,5 +111,7 @@ SWEEPS = (
     _along_queues(),
     _along_size(),
     _along_chain(),
+    _each_cluster("depth-discard", "a discard of each cluster, on tmpfs", Kind.DISCARD),
+    _each_cluster("depth-zeroes", "write-zeroes of each cluster, which keep it, on tmpfs", Kind.WRITE_ZEROES),
     _slow_path(),
 )

@@ -1,9 +1,8 @@
-/* Discards: entries of whole clusters that become zeros, and host clusters that go to the reaper.
+/* Discards and zeros: entries of whole clusters that come to say zeros, and host clusters that go to the reaper.
  *
  * Only what is one change of one table is done here: the slice is in memory and the
- * file says the same, nobody holds the clusters, and what they show is told by their
- * entries alone. Everything else is Python's, as is the first discard while the
- * reaper rests: it wakes it.
+ * file says the same, nobody holds the clusters. Everything else is Python's, as is
+ * what frees a cluster while the reaper rests: it wakes it.
  */
 #include <endian.h>
 #include <errno.h>
@@ -11,9 +10,22 @@
 
 #include "qcow2/l2map.h"
 
+/* What becomes of the entries of a range. */
+struct clearing {
+    uint32_t nfreed; /* clusters, noted behind those that are freed */
+    uint32_t nentries;
+    int changes;
+    uint64_t entries[1 << MAX_SLICE_BITS];
+};
+
 void l2map_set_freed(struct l2map *map, struct freed *freed)
 {
     map->freed = freed;
+}
+
+uint64_t l2map_clears(const struct l2map *map)
+{
+    return map->clears;
 }
 
 /* Narrow the range to the clusters that it covers; the disk's last one may be partial. */
@@ -26,81 +38,102 @@ static void narrow(const struct l2map *map, uint64_t *start, uint64_t *end)
         *end &= ~in_cluster;
 }
 
+/* Whether an entry can say zeros: version 2 has no flag for it, and no entry lets the backing file show. */
+static int can_say_zeros(const struct l2map *map, enum extent_clearing how)
+{
+    return map->version >= 3 || (!map->has_backing && how != EXTENT_KEEP);
+}
+
 /* Whether the entries from cluster first to last, all in one slice, are what the file says and nobody's. */
 static int is_simple(struct l2map *map, uint64_t first, uint64_t last)
 {
     uint64_t slice = first >> map->slice_bits;
 
-    return map->freed && map->freed->is_open && map->writable && map->slot != SLOT_UNKNOWN &&
-           (map->version >= 3 || !map->has_backing) && last >> map->slice_bits == slice &&
+    return map->freed && map->writable && map->slot != SLOT_UNKNOWN && last >> map->slice_bits == slice &&
            l2map_find(map, slice) != NONE && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last);
 }
 
-/* Add the host clusters of the range to those that are freed, but for `count`. -> how many; -EAGAIN: only Python can tell. */
-static int gather(struct l2map *map, uint64_t start, uint64_t end)
+static int free_cluster(struct freed *freed, struct clearing *clearing, uint64_t host_cluster)
 {
-    struct freed *freed = map->freed;
-    struct l2_run run;
-    int gathered = 0;
-
-    for (; start < end; start += run.nbytes) {
-        l2map_describe(map, start, end - start, &run);
-        if (run.kind == L2_ZERO_PLAIN || (run.kind == L2_UNALLOCATED && !map->has_backing))
-            continue;
-        if (run.kind != L2_DATA && run.kind != L2_ZERO_ALLOCATED)
-            return -EAGAIN;
-        for (uint64_t ahead = 0; ahead < run.nbytes; ahead += UINT64_C(1) << map->cluster_bits) {
-            if (freed->count + gathered == FREED_CLUSTERS)
-                return -EAGAIN;
-            freed->clusters[freed->count + gathered++] = (run.host_offset + ahead) >> map->cluster_bits;
-        }
-    }
-    return gathered;
-}
-
-/* Let the entries from cluster first to last say zeros, in the file and then here. */
-static int write_zero_entries(struct l2map *map, uint64_t table, uint64_t first, uint64_t last,
-                              struct extent_writer *writer)
-{
-    uint64_t entries[1 << MAX_SLICE_BITS], count = last - first + 1;
-    uint64_t zero = map->version >= 3 ? FLAG_ZERO : 0;
-    uint64_t in_table = first & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1);
-    int result;
-
-    for (uint64_t i = 0; i < count; i++)
-        entries[i] = htobe64(zero);
-    result = writer->write(writer, map->slot, table + in_table * sizeof(*entries), entries, count * sizeof(*entries));
-    if (result < 0)
-        return result;
-    for (uint64_t i = 0; i < count; i++)
-        entries[i] = zero;
-    l2map_update(map, first << map->cluster_bits, entries, count);
+    if (!freed->is_open || freed->count + clearing->nfreed == FREED_CLUSTERS)
+        return -EAGAIN;
+    freed->clusters[freed->count + clearing->nfreed++] = host_cluster;
     return 0;
 }
 
-int l2map_clear(void *context, uint64_t guest_offset, uint64_t nbytes, int is_hint, struct extent_writer *writer)
+/* Add the entry that lets the cluster of `run` read as zeros. -> 0, or -EAGAIN. */
+static int add_entry(struct l2map *map, const struct l2_run *run, enum extent_clearing how, struct clearing *clearing)
+{
+    uint64_t entry = run->entry, zeros = map->version >= 3 ? FLAG_ZERO : 0;
+
+    if (run->kind == L2_UNALLOCATED && map->has_backing) {
+        entry = zeros;
+    } else if (run->kind == L2_DATA || run->kind == L2_ZERO_ALLOCATED) {
+        if (how == EXTENT_KEEP && !run->copied)
+            return -EAGAIN;
+        if (how != EXTENT_KEEP && free_cluster(map->freed, clearing, run->host_offset >> map->cluster_bits) < 0)
+            return -EAGAIN;
+        entry = how == EXTENT_KEEP ? entry | FLAG_ZERO : zeros;
+    } else if (run->kind != L2_ZERO_PLAIN && run->kind != L2_UNALLOCATED) {
+        return -EAGAIN;
+    }
+    clearing->changes |= entry != run->entry;
+    clearing->entries[clearing->nentries++] = entry;
+    return 0;
+}
+
+static int gather(struct l2map *map, uint64_t start, uint64_t end, enum extent_clearing how, struct clearing *clearing)
+{
+    struct l2_run run;
+
+    clearing->nfreed = clearing->nentries = clearing->changes = 0;
+    for (; start < end; start += run.nbytes) {
+        l2map_describe(map, start, least(end - start, UINT64_C(1) << map->cluster_bits), &run);
+        if (add_entry(map, &run, how, clearing) < 0)
+            return -EAGAIN;
+    }
+    return 0;
+}
+
+/* Let the entries from `cluster` on be those, in the file and then here. */
+static int write_entries(struct l2map *map, uint64_t cluster, const struct clearing *clearing,
+                         struct extent_writer *writer)
+{
+    uint64_t in_file[1 << MAX_SLICE_BITS], in_table = cluster & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1);
+    uint64_t host_offset = l2map_table(map, cluster) + in_table * sizeof(*in_file);
+    int result;
+
+    for (uint32_t i = 0; i < clearing->nentries; i++)
+        in_file[i] = htobe64(clearing->entries[i]);
+    result = writer->write(writer, map->slot, host_offset, in_file, clearing->nentries * sizeof(*in_file));
+    if (result == 0)
+        l2map_update(map, cluster << map->cluster_bits, clearing->entries, clearing->nentries);
+    return result;
+}
+
+int l2map_clear(void *context, uint64_t guest_offset, uint64_t nbytes, enum extent_clearing how,
+                struct extent_writer *writer)
 {
     struct l2map *map = context;
-    uint64_t start = guest_offset, end = guest_offset + nbytes, first, last, table;
-    int gathered, result;
+    uint64_t start = guest_offset, end = guest_offset + nbytes, first;
+    struct clearing clearing;
+    int result;
 
     narrow(map, &start, &end);
-    if (!is_hint && (start != guest_offset || end != guest_offset + nbytes))
+    if (!can_say_zeros(map, how) || (how != EXTENT_DISCARD && (start != guest_offset || end != guest_offset + nbytes)))
         return -EAGAIN;
     if (start >= end)
         return 0;
     first = start >> map->cluster_bits;
-    last = (end - 1) >> map->cluster_bits;
-    table = l2map_private_table(map, first);
-    if (!table || !is_simple(map, first, last))
+    if (!l2map_private_table(map, first) || !is_simple(map, first, (end - 1) >> map->cluster_bits) ||
+        gather(map, start, end, how, &clearing) < 0)
         return -EAGAIN;
-    gathered = gather(map, start, end);
-    if (gathered <= 0)
-        return gathered;
-    result = write_zero_entries(map, table, first, last, writer);
+    if (!clearing.changes)
+        return 0;
+    result = write_entries(map, first, &clearing, writer);
     if (result == 0) {
-        map->freed->count += gathered;
-        map->freed->writes++;
+        map->freed->count += clearing.nfreed;
+        map->clears++;
         return 0;
     }
     if (result == -EAGAIN || result == -ENOSPC || result == -EDQUOT)

@@ -7,7 +7,6 @@
 
 struct freed {
     uint32_t is_open; /* the reaper will come for them */
-    uint32_t writes;  /* of entries, for that */
     uint32_t count;
     uint64_t clusters[FREED_CLUSTERS];
 };

@@ -125,8 +125,8 @@ class Image:
 
     @property
     def statistics(self) -> Statistics:
-        """What the engine has counted, and the slices that the extent map has loaded."""
-        return self._statistics + Statistics(l2_loads=self._cache.loads)
+        """What the engine has counted, and the slices that the extent map has loaded, the entries it has cleared."""
+        return self._statistics + Statistics(l2_loads=self._cache.loads, metadata_writes=self._cache.clears)
 
     @property
     def header(self) -> Header:

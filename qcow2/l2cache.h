@@ -57,7 +57,7 @@ void l2map_set_backing(struct l2map *map, int has_backing, extent_translate tran
 
 /* Let the map's places come from the stock, which is borrowed; NULL: it has none. */
 void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced);
-/* Let the map clear entries and leave their host clusters there; borrowed. */
+/* Let the map leave the host clusters of entries that it clears there; borrowed. */
 void l2map_set_freed(struct l2map *map, struct freed *freed);
 /* Links over what the backing file shows may wait in this log; borrowed. */
 void l2map_set_log(struct l2map *map, struct link_log *log);
@@ -71,6 +71,8 @@ void l2map_claim(struct l2map *map, uint64_t slice);
 void l2map_unclaim(struct l2map *map, uint64_t slice);
 /* How many slices translate has loaded. */
 uint64_t l2map_loads(const struct l2map *map);
+/* How often clear has written entries. */
+uint64_t l2map_clears(const struct l2map *map);
 
 /* Put a slice in the cache: `data` as in the file. Evicts another one if need be. */
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);

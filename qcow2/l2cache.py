@@ -111,7 +111,7 @@ class L2Cache:
         lib.l2map_set_stock(self._map, stock, unsynced)
 
     def set_freed(self, freed: Any) -> None:
-        """Let the extent map clear entries, and leave their host clusters in *freed*, which is borrowed."""
+        """Let the extent map leave the host clusters of entries that it clears in *freed*, which is borrowed."""
         self._freed = freed
         lib.l2map_set_freed(self._map, freed)
 
@@ -140,6 +140,11 @@ class L2Cache:
     def loads(self) -> int:
         """How many slices the extent map has loaded itself."""
         return lib.l2map_loads(self._map)
+
+    @property
+    def clears(self) -> int:
+        """How often the extent map has let entries say zeros."""
+        return lib.l2map_clears(self._map)
 
     def load(self, slice_number: int, data: bytes) -> None:
         """Put a slice, as it is in the file, into the cache."""

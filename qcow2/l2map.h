@@ -37,9 +37,10 @@ struct l2map {
     struct stock *stock;    /* NULL: only Python allocates */
     struct stock *unsynced; /* clusters for links that wait in the log */
     struct link_log *log;   /* NULL: none may */
-    struct freed *freed;    /* NULL: only Python clears entries */
+    struct freed *freed;    /* NULL: only Python frees clusters */
     struct range_locks locks;
     uint64_t loads;          /* slices that translate has loaded */
+    uint64_t clears;         /* writes of entries */
     uint32_t claims[CLAIMS]; /* of Python's on slices, by their last bits: one too many only costs time */
 
     uint32_t nslots;
@@ -74,7 +75,8 @@ uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster);
 /* Whether the slice's entries, or some, are Python's: in the file is not what is in memory, or it is being read. */
 int l2map_is_claimed(const struct l2map *map, uint64_t slice);
 /* `clear` of struct extent_places, in clear.c. */
-int l2map_clear(void *map, uint64_t guest_offset, uint64_t nbytes, int is_hint, struct extent_writer *writer);
+int l2map_clear(void *map, uint64_t guest_offset, uint64_t nbytes, enum extent_clearing how,
+                struct extent_writer *writer);
 /* What shows through where nothing is allocated. */
 void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes,
                              struct extent_reader *reader, struct extent *out);

@@ -54,8 +54,7 @@ class Reaper:
         freed = self.freed
         if freed.count:
             self._waiting.extend(ffi.unpack(freed.clusters, freed.count))
-            self._statistics.metadata_writes += freed.writes
-            freed.count = freed.writes = 0
+            freed.count = 0
         return bool(self._waiting)
 
     async def drain(self) -> None:

@@ -66,19 +66,25 @@ struct extent_writer {
     int (*write)(struct extent_writer *writer, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
 };
 
-/* What a map offers besides for EXTENT_FRESH, and for a discard; a map without it has none. `take`
+enum extent_clearing {
+    EXTENT_DISCARD, /* a hint: give the space back, where that is more than changing a table the bytes may stay */
+    EXTENT_UNMAP,   /* zeros, and give the space back */
+    EXTENT_KEEP,    /* zeros, and keep the space */
+};
+
+/* What a map offers besides for EXTENT_FRESH, and for discards and zeros; a map without it has none. `take`
  * sets a place aside: -> 0, or -EAGAIN, only Python can. may_wait: the bytes may
  * be unstable when the guest is told that they are written. `settle` says what came
  * of it; nothing else is asked of the map in between. error: of the name's
  * write, else 0. -> 0, or < 0: the image takes no more writes.
  *
- * `clear` lets the range read as zeros and its space go. is_hint: where that is more than changing a table, at its
- * ends, it may stay as it is. -> 0; -EAGAIN: nothing has changed, only Python can; else the image takes no more
- * writes. */
+ * `clear` lets the range read as zeros. -> 0; -EAGAIN: nothing has changed, only Python can; else the image takes no
+ * more writes. */
 struct extent_places {
     int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, int may_wait, struct extent_place *out);
     int (*settle)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);
-    int (*clear)(void *context, uint64_t guest_offset, uint64_t nbytes, int is_hint, struct extent_writer *writer);
+    int (*clear)(void *context, uint64_t guest_offset, uint64_t nbytes, enum extent_clearing how,
+                 struct extent_writer *writer);
 };
 
 _Static_assert(sizeof(struct extent) == 24, "struct extent is shared between extensions");

@@ -13,6 +13,7 @@ TOP, BASE = 3, 4
 COLD = 1 / 4  # of the tables
 PUNT, DATA, ZERO, FRESH = 0, 1, 2, 3
 UNTOUCHED, SPOILED, NAMED = 0, 1, 2
+DISCARD, UNMAP, KEEP = 0, 1, 2
 AGAIN = -errno.EAGAIN
 WRITE = "int(*)(struct extent_writer *, uint32_t, uint64_t, void const *, uint32_t)"
 
@@ -105,9 +106,9 @@ class Plane:
     def settle(self, place: Any, outcome: int, error: int = 0) -> int:
         return int(self._places.settle(self._context, place, outcome, error))
 
-    def clear(self, guest_offset: int, nbytes: int, *, is_hint: bool = True) -> bool:
-        """A discard, or zeros that give the space back; False: it punts."""
-        result = self._places.clear(self._context, guest_offset, nbytes, is_hint, self.writer.native)
+    def clear(self, guest_offset: int, nbytes: int, how: int = DISCARD) -> bool:
+        """A discard, or zeros that give the space back or keep it; False: it punts."""
+        result = self._places.clear(self._context, guest_offset, nbytes, how, self.writer.native)
         assert result in (0, AGAIN, self.writer.error)
         return bool(result == 0)
 

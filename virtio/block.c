@@ -270,12 +270,14 @@ static uint8_t check_segment(const struct block *block, const struct request *re
 static bool clear_at_once(struct block *block, struct worker *worker, const struct request *request)
 {
     struct table_writer tables = worker_table_writer(worker);
-    bool is_hint = request->type == VIRTIO_BLK_T_DISCARD;
+    enum extent_clearing how = EXTENT_DISCARD;
     int result;
 
-    if (!block->places || !block->places->clear || (!is_hint && !(request->flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)))
+    if (!block->places)
         return false;
-    result = block->places->clear(block->context, request->offset, request->nbytes, is_hint, &tables.writer);
+    if (request->type == VIRTIO_BLK_T_WRITE_ZEROES)
+        how = request->flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP ? EXTENT_UNMAP : EXTENT_KEEP;
+    result = block->places->clear(block->context, request->offset, request->nbytes, how, &tables.writer);
     if (result < 0 && result != -EAGAIN)
         block->failed = true;
     return result == 0;

@@ -1,9 +1,9 @@
 """Workloads by name, run and walked; what a line that a failure printed means.
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
-`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`, or while a data plane serves the writes
-that need no decision, `plane-REQUESTSxDEPTH`, or most requests are reads, `scan-REQUESTSxDEPTH`, or many are discards,
-`clear-REQUESTSxDEPTH`. A state is
+`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`, or while a data plane serves what
+needs no decision, `plane-REQUESTSxDEPTH`; most requests are reads in `scan-REQUESTSxDEPTH`, and many are discards and
+zeros in `clear-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
 """
 
@@ -25,7 +25,7 @@ from tests.plane import Plane
 CACHES = ("writeback", "writethrough")
 NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
 KINDS = ("random-", "read-", "plane-", "scan-", "clear-")
-SERVED = {  # by a data plane, where it can: the shares of reads, and of discards in the rest
+SERVED = {  # by a data plane, where it can: the shares of reads, and of discards and zeros in the rest
     "plane": {"reads": 0.15, "discards": 0.0},
     "scan": {"reads": 0.95, "discards": 0.0},
     "clear": {"reads": 0.15, "discards": 0.4},

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qcow2.buffer import MemoryBuffer
@@ -10,12 +11,14 @@ from qcow2.driver.crash import CrashDriver
 from qcow2.operation import Sync
 from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
-from tests.plane import Plane
+from tests.plane import DISCARD, KEEP, UNMAP, Plane
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One request of the guest: *kind* is write, zero, discard, flush, read, grow or reopen; sectors are of 512 bytes.
+    """One request of the guest: *kind* is write, zero, keep, discard, flush, read, grow or reopen.
+
+    Sectors are of 512 bytes. Zeros give the space back, or keep it.
 
     The first sector of a grow is the length of the disk after it.
     """
@@ -55,7 +58,8 @@ class Guest:
     def _actions(self) -> dict[str, Callable[[Action], Awaitable[None]]]:
         return {
             "write": self._write,
-            "zero": self._zero,
+            "zero": partial(self._zero, how=UNMAP),
+            "keep": partial(self._zero, how=KEEP),
             "discard": self._discard,
             "flush": self._flush,
             "read": self._read,
@@ -97,23 +101,23 @@ class Guest:
         if self.plane is None or not self.plane.write(guest_offset, data, may_wait=may_wait):
             await self.image.write(guest_offset, MemoryBuffer(memoryview(bytearray(data))))
 
-    async def _zero(self, action: Action) -> None:
+    async def _zero(self, action: Action, *, how: int) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
-        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, is_hint=False)
+        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, how)
         await self._change(action, contents, change)
 
     async def _discard(self, action: Action) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
-        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, is_hint=True)
+        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, DISCARD)
         await self._change(action, contents, change, binding=False)
 
-    async def _clear(self, guest_offset: int, nbytes: int, *, is_hint: bool) -> None:
-        if self.plane is not None and self.plane.clear(guest_offset, nbytes, is_hint=is_hint):
+    async def _clear(self, guest_offset: int, nbytes: int, how: int) -> None:
+        if self.plane is not None and self.plane.clear(guest_offset, nbytes, how):
             return
-        if is_hint:
+        if how == DISCARD:
             await self.image.discard(guest_offset, nbytes)
         else:
-            await self.image.write_zeroes(guest_offset, nbytes, unmap=True)
+            await self.image.write_zeroes(guest_offset, nbytes, unmap=how == UNMAP)
 
     async def _flush(self, action: Action) -> None:
         flush = Flush(self._note(("begin", self.requests, action)))
@@ -180,8 +184,10 @@ def random_action(draw: random.Random, nsectors: int, cluster_sectors: int) -> A
 def simple_actions(
     draw: random.Random, nsectors: int, cluster_sectors: int, count: int, *, reads: float, discards: float
 ) -> list[Action]:
-    """Reads, writes mostly within a cluster and discards of one, which a data plane may serve; often the next is to the
-    same cluster."""
+    """Reads, writes mostly within a cluster, discards and zeros of one, which a data plane may serve.
+
+    Often the next is to the same cluster.
+    """
     actions: list[Action] = []
     cluster = 0
     while len(actions) < count:
@@ -195,7 +201,8 @@ def simple_actions(
         else:
             cluster = cluster if draw.random() < 0.3 else draw.randrange(nsectors // cluster_sectors)
             if discards and draw.random() < discards:
-                actions.append(Action("discard", cluster * cluster_sectors, cluster_sectors))
+                kind = draw.choices(["discard", "zero", "keep"], [2, 1, 1])[0]
+                actions.append(Action(kind, cluster * cluster_sectors, cluster_sectors))
                 continue
             start = draw.randrange(cluster_sectors)
             nwritten = draw.randint(1, cluster_sectors - start)

@@ -10,7 +10,7 @@ from qcow2.check import check
 from qcow2.native import ffi, lib
 from qcow2.operation import Grace, Operation, Sync, Write
 from tests.engine import Bench, noise, open_again, set_up
-from tests.plane import SPOILED, UNTOUCHED, Plane
+from tests.plane import KEEP, SPOILED, UNMAP, UNTOUCHED, Plane
 
 pytestmark = pytest.mark.pure
 
@@ -327,7 +327,7 @@ def test_what_a_plane_clears_reads_as_zeros_and_is_free(lazy: bool) -> None:
 
     def act() -> None:
         answers.append(plane.clear(3 * CLUSTER, 2 * CLUSTER))
-        answers.append(plane.clear(7 * CLUSTER, CLUSTER, is_hint=False))
+        answers.append(plane.clear(7 * CLUSTER, CLUSTER, UNMAP))
 
     cleared_beside_the_reaper(bench, act)
     assert answers == [True, True]
@@ -357,7 +357,7 @@ def test_clusters_that_are_not_covered_stay() -> None:
     def act() -> None:
         answers.append(plane.clear(3 * CLUSTER + 512, CLUSTER - 512))
         answers.append(plane.clear(4 * CLUSTER + 512, 2 * CLUSTER))
-        answers.append(plane.clear(8 * CLUSTER, CLUSTER + 512, is_hint=False))
+        answers.append(plane.clear(8 * CLUSTER, CLUSTER + 512, UNMAP))
 
     cleared_beside_the_reaper(bench, act)
     assert answers == [True, True, False]
@@ -373,7 +373,7 @@ def test_the_last_cluster_of_a_disk_may_be_partial() -> None:
     plane = BenchPlane(bench)
     bench.write(0, noise(size))
     answers: list[bool] = []
-    cleared_beside_the_reaper(bench, lambda: answers.append(plane.clear(16 * CLUSTER, 512, is_hint=False)))
+    cleared_beside_the_reaper(bench, lambda: answers.append(plane.clear(16 * CLUSTER, 512, UNMAP)))
     assert answers == [True]
     assert bench.read(15 * CLUSTER, CLUSTER + 512) == noise(size)[15 * CLUSTER : 16 * CLUSTER] + bytes(512)
 
@@ -416,17 +416,54 @@ def test_two_tables_are_the_engines() -> None:
     assert answers == [False, True]
 
 
-def test_what_a_backing_file_shows_is_the_engines_to_hide() -> None:
+def test_what_a_backing_file_shows_is_hidden() -> None:
+    """That takes no cluster away, so the reaper may rest."""
     bench, plane = filled(base=noise(SIZE, seed=9))
+    assert plane.clear(100 * CLUSTER, 2 * CLUSTER)
+    assert plane.clear(110 * CLUSTER, CLUSTER, KEEP)
+    expected = bytearray(noise(SIZE, seed=9))
+    expected[: 16 * CLUSTER] = noise(16 * CLUSTER)
+    for cluster in (100, 101, 110):
+        expected[cluster * CLUSTER : (cluster + 1) * CLUSTER] = bytes(CLUSTER)
+    assert bench.content() == expected
+    bench.close()
+    assert bench.reopened_content() == expected
+    assert faults(bench) == (0, 0)
+
+
+def test_zeros_that_keep_the_space_need_no_reaper() -> None:
+    bench, plane = filled()
+    before = bench.image.statistics
+    assert plane.clear(3 * CLUSTER, 2 * CLUSTER, KEEP)
+    assert plane.clear(20 * CLUSTER, 100 * CLUSTER, KEEP), "nothing is there"
+    assert bench.image.statistics.metadata_writes == before.metadata_writes + 1
+    expected = bytearray(noise(16 * CLUSTER))
+    expected[3 * CLUSTER : 5 * CLUSTER] = bytes(2 * CLUSTER)
+    assert bench.read(0, 16 * CLUSTER) == expected
+    assert plane.take(3 * CLUSTER, 512) is None, "in what was kept may be anything"
+    bench.write(3 * CLUSTER, noise(512, seed=2))
+    expected[3 * CLUSTER : 3 * CLUSTER + 512] = noise(512, seed=2)
+    assert bench.read(0, 16 * CLUSTER) == expected
+    assert bench.image.statistics.clusters_allocated == before.clusters_allocated
+    bench.close()
+    assert bench.reopened_content()[: 16 * CLUSTER] == expected
+    assert faults(bench) == (0, 0)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_version_2_cannot_say_is_the_engines(kept: bool) -> None:
+    bench = set_up(SIZE, cluster_bits=12, version=2, base=None if kept else noise(SIZE, seed=9))
+    plane = BenchPlane(bench)
+    bench.write(0, noise(16 * CLUSTER))
     answers: list[bool] = []
+    how = KEEP if kept else UNMAP
 
     def act() -> None:
-        answers.append(plane.clear(100 * CLUSTER, CLUSTER))
-        answers.append(plane.clear(5 * CLUSTER, CLUSTER))
+        answers.append(plane.clear(3 * CLUSTER, CLUSTER, how))
+        answers.append(plane.clear(3 * CLUSTER, CLUSTER, UNMAP))
 
-    cleared_beside_the_reaper(bench, act)
-    assert answers == [False, True]
-    assert bench.read(5 * CLUSTER, CLUSTER) == bytes(CLUSTER)
+    cleared_beside_the_reaper(bench, act) if kept else act()
+    assert answers == [False, kept]
 
 
 def test_a_table_with_a_link_that_waits_is_the_engines_to_change() -> None:
