@@ -208,6 +208,22 @@ EXTRAS = (
         limit="group commit, written",
     ),
     Case(
+        "overlay-writethrough-32",
+        "overlay, writethrough, a 4 KiB write to each cluster of the base, depth 32",
+        OVERLAY,
+        Job(OVERLAY.nbytes, order=Order.ONCE, depth=32),
+        Images.PER_RUN,
+        CacheMode.WRITETHROUGH,
+    ),
+    Case(
+        "overlay-writethrough-1",
+        "overlay, writethrough, a 4 KiB write to each cluster of the base, depth 1",
+        OVERLAY,
+        Job(OVERLAY.nbytes, order=Order.ONCE),
+        Images.PER_RUN,
+        CacheMode.WRITETHROUGH,
+    ),
+    Case(
         "flush-8",
         "writeback, fresh lazy image, 4 KiB random writes, a FLUSH every 8, depth 8",
         FRESH,

@@ -137,7 +137,7 @@ static void name_in_log(struct l2map *map, struct extent_place *place, const str
     place->name_nbytes = LINK_RECORD_NBYTES;
 }
 
-static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int may_wait, struct extent_place *out)
+static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)
 {
     struct l2map *map = context;
     uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
@@ -149,7 +149,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int may_w
         return -EAGAIN;
     old = describe_old(map, cluster, &old_entry);
     copies = old.kind == EXTENT_DATA;
-    if (copies ? !may_wait || !map->log || !link_log_has_room(map->log) : old.kind != EXTENT_ZERO)
+    if (copies ? !map->log || !link_log_has_room(map->log) : old.kind != EXTENT_ZERO)
         return -EAGAIN;
     if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))
         return -EAGAIN;

@@ -27,7 +27,8 @@ MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay 
 class LinkPolicy:
     """What an image's owner decides about waiting links, and wants to know."""
 
-    may_wait: Callable[[], bool] = lambda: True  # not in writethrough, where a write is stable before it ends
+    has_log: bool = True  # not if nobody cares for barriers
+    may_wait: Callable[[], bool] = lambda: True  # the engine's own; in writethrough that would only be more work
     on_waiting: Callable[[bool], None] = lambda is_waiting: None  # whether links wait, so that a sync is no flush
     on_log_lost: Callable[[OSError], None] = lambda error: None  # there can be no log, so none will wait
 
@@ -99,9 +100,11 @@ class Links:
 
     async def _can_wait(self, nclusters: int) -> bool:
         """Whether the log takes that many links, now."""
-        while self._log is not None and nclusters < self._log.capacity - 1 and self.policy.may_wait():
+        while self._log is not None and self.policy.has_log and nclusters < self._log.capacity - 1:
             if not self._has_begun:
                 await self._begin(self._log)
+            elif not self.policy.may_wait():
+                return False
             elif self._log.room < nclusters:
                 await self.commit()
             else:

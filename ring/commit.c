@@ -66,14 +66,14 @@ static void starts(struct worker *worker, uint32_t slot)
     worker->counters->syncs++;
 }
 
-/* Whether the sync, if it is as quick as they lately were, holds nobody up: one request waits, nothing else is under
- * way, and the driver has heard of all that is done. */
+/* Whether the sync, if it is as quick as they lately were, holds nobody up: one request waits, be it through Python,
+ * nothing else is under way, and the driver has heard of all that is done. */
 static bool is_lone(struct worker *worker, const struct file *file)
 {
     const struct waiter *waiter = file->waiting.first;
 
-    return worker->requests_in_flight == 1 && !worker->submitted && !worker->dirty_count && waiter->request &&
-           !waiter->next && pace_allows(&file->sync_pace, worker->now = pace_now());
+    return worker->requests_in_flight == 1 && !worker->submitted && !worker->dirty_count && !waiter->next &&
+           pace_allows(&file->sync_pace, worker->now = pace_now());
 }
 
 /* On this thread, which saves the lone writer two wake-ups. */

@@ -30,6 +30,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->parts = 0;
     request->error = 0;
     request->synced = false;
+    line_init(&request->followers);
     request->traced = false;
     queue->in_flight++;
     worker->requests_in_flight++;
@@ -124,14 +125,14 @@ void request_trace_answer(struct worker *worker, const struct request *request, 
     trace_add(worker->trace, record, NULL, 0);
 }
 
-void request_punt(struct worker *worker, struct request *request)
+void request_punt(struct worker *worker, struct request *request, uint32_t type)
 {
     request->state = REQUEST_IN_PYTHON;
     worker->counters->python_requests++;
     worker_tell(worker, (struct worker_event){
                             .kind = EVENT_REQUEST,
                             .id = request_id(request),
-                            .type = request->type,
+                            .type = type,
                             .flags = request->flags,
                             .offset = request->offset,
                             .nbytes = request->nbytes,

@@ -113,6 +113,7 @@ enum request_state { REQUEST_FREE = 0, REQUEST_BUSY, REQUEST_IN_PYTHON };
  * (type, flags, offset, nbytes) and `data`, the pieces that carry nbytes. */
 struct request {
     struct waiter waiter;
+    struct line followers; /* for the device: whom the end of this one serves, too */
     struct queue *queue;
     struct iovec *pieces; /* readable, then writable; inline_pieces or one of the worker's long arrays */
     struct iovec *data;
@@ -420,8 +421,8 @@ void request_sync(struct worker *worker, struct request *request, uint32_t slot)
 void request_trace(struct worker *worker, struct request *request, uint32_t flags);
 void request_trace_answer(struct worker *worker, const struct request *request, int status);
 
-/* Leave it to Python. */
-void request_punt(struct worker *worker, struct request *request);
+/* Leave it to Python, as a request of its own type or another. */
+void request_punt(struct worker *worker, struct request *request, uint32_t type);
 
 /* Give the chain back: `nbytes` were written to it. The request is gone. */
 void request_complete(struct worker *worker, struct request *request, uint32_t nbytes);

@@ -96,10 +96,10 @@ class Plane:
             content += file.read(extent.host_offset, extent.nbytes) if file else bytes(extent.nbytes)
         return content
 
-    def take(self, guest_offset: int, nbytes: int, *, may_wait: bool = True) -> Any:
+    def take(self, guest_offset: int, nbytes: int) -> Any:
         """A place, or None: only Python can."""
         place = ffi.new("struct extent_place *")
-        result = self._places.take(self._context, guest_offset, nbytes, may_wait, place)
+        result = self._places.take(self._context, guest_offset, nbytes, place)
         assert result in (0, AGAIN)
         return place if result == 0 else None
 
@@ -112,19 +112,19 @@ class Plane:
         assert result in (0, AGAIN, self.writer.error)
         return bool(result == 0)
 
-    def write(self, guest_offset: int, data: bytes, *, may_wait: bool = True) -> bool:
+    def write(self, guest_offset: int, data: bytes) -> bool:
         """All of it at once, nothing else in between; False: it punts."""
         extent = self.translate(guest_offset, len(data), is_write=True)
         if extent.nbytes < len(data) or extent.kind not in (DATA, FRESH):
             return False
         if extent.kind == FRESH:
-            return self._write_fresh(guest_offset, data, may_wait=may_wait)
+            return self._write_fresh(guest_offset, data)
         assert extent.slot == TOP
         self._driver.write_at_once(self._file, extent.host_offset, data)
         return True
 
-    def _write_fresh(self, guest_offset: int, data: bytes, *, may_wait: bool) -> bool:
-        place = self.take(guest_offset, len(data), may_wait=may_wait)
+    def _write_fresh(self, guest_offset: int, data: bytes) -> bool:
+        place = self.take(guest_offset, len(data))
         if place is None:
             return False
         assert place.slot == TOP

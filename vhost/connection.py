@@ -230,7 +230,7 @@ class Connection:
             raise OSError(-result, os.strerror(-result))
 
     def _set_write_cache(self, writeback: bool) -> "Future[None]":
-        """Switch; in writethrough a sync has to do, so the future is when nothing waits for a flush any more."""
+        """Switch; to writethrough once nothing that was written before waits for a flush any more."""
         self._device.block.set_writethrough(not writeback)
         switched: Future[None] = Future()
         if writeback:

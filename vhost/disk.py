@@ -168,10 +168,10 @@ class ImageBackend:
         self._worker = worker
         self._block = block
         self._image.on_failure = self._refuse_writes
-        syncs = self._cache.sync  # if not, a barrier costs nothing
         self._image.set_link_policy(
             LinkPolicy(
-                may_wait=lambda: syncs and not block.writethrough,
+                has_log=self._cache.sync,  # if not, a barrier costs nothing
+                may_wait=lambda: not block.writethrough,
                 on_waiting=block.set_flush_punts,
                 on_log_lost=self._tell_of_lost_log,
             )

@@ -44,6 +44,21 @@ static void answer(struct worker *worker, struct request *request, uint8_t statu
     request_complete(worker, request, nbytes < UINT32_MAX ? (uint32_t)nbytes : UINT32_MAX);
 }
 
+/* Wait until all that completed is stable. Whoever comes to that in the same round shares what Python does. */
+static void commit(struct block *block, struct worker *worker, struct request *request)
+{
+    request->synced = true;
+    if (worker_has_slot(worker, block->sync_slot) && !block->flush_punts) {
+        request_sync(worker, request, block->sync_slot);
+    } else if (block->flushing && block->flushing_since == worker->counters->crossings) {
+        line_join(&block->flushing->followers, &request->waiter);
+    } else {
+        block->flushing = request;
+        block->flushing_since = worker->counters->crossings;
+        request_punt(worker, request, VIRTIO_BLK_T_FLUSH);
+    }
+}
+
 static bool modifies(const struct request *request)
 {
     return request->type == VIRTIO_BLK_T_OUT || request->type == VIRTIO_BLK_T_DISCARD ||
@@ -52,8 +67,12 @@ static bool modifies(const struct request *request)
 
 static void end(struct device *device, struct worker *worker, struct request *request, int result)
 {
-    const struct block *block = block_of(device);
+    struct block *block = block_of(device);
 
+    for (struct waiter *waiter; (waiter = line_leave(&request->followers));)
+        end(device, worker, waiter->request, result);
+    if (request == block->flushing)
+        block->flushing = NULL;
     if (result == 0 && request->type != VIRTIO_BLK_T_IN && takes_no_writes(block, worker))
         result = -EIO;
     if (result != 0) {
@@ -61,8 +80,7 @@ static void end(struct device *device, struct worker *worker, struct request *re
         return;
     }
     if (block->writethrough && modifies(request) && !request->synced && worker_has_slot(worker, block->sync_slot)) {
-        request->synced = true;
-        request_sync(worker, request, block->sync_slot);
+        commit(block, worker, request);
         return;
     }
     if (request->type == VIRTIO_BLK_T_IN)
@@ -153,7 +171,7 @@ static bool write_fresh(struct block *block, struct worker *worker, struct reque
 {
     const struct extent_places *places = block->places;
     struct extent_place place;
-    int result = places->take(block->context, request->offset + start, nbytes, !block->writethrough, &place);
+    int result = places->take(block->context, request->offset + start, nbytes, &place);
 
     if (result < 0)
         return false;
@@ -188,7 +206,7 @@ static void begin_transfer(struct block *block, struct worker *worker, struct re
     if (count && write_all_fresh(block, worker, request, extents, count))
         serve(worker, request, extents, count);
     else
-        request_punt(worker, request);
+        request_punt(worker, request, request->type);
 }
 
 /* Whole logical blocks, thus whole sectors, of this disk. */
@@ -231,11 +249,8 @@ static void flush(struct block *block, struct worker *worker, struct request *re
     trace(block, worker, request);
     if (takes_no_writes(block, worker)) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    } else if (worker_has_slot(worker, block->sync_slot) && !block->flush_punts) {
-        request->synced = true;
-        request_sync(worker, request, block->sync_slot);
     } else {
-        request_punt(worker, request);
+        commit(block, worker, request);
     }
 }
 
@@ -308,7 +323,7 @@ static void clear_range(struct block *block, struct worker *worker, struct reque
     if (clear_at_once(block, worker, request))
         end(&block->device, worker, request, 0);
     else
-        request_punt(worker, request);
+        request_punt(worker, request, request->type);
 }
 
 /* ---- parsing ---- */

@@ -30,6 +30,8 @@ struct block {
     extent_translate translate;       /* NULL: every read and write goes to Python */
     void *context;
     const struct extent_places *places; /* NULL: what has no place yet goes to Python */
+    struct request *flushing;           /* that Python is told to flush for, */
+    uint64_t flushing_since;            /* in this round, of the worker's `crossings`: others may follow */
 };
 
 void block_init(struct block *block);

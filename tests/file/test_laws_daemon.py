@@ -125,14 +125,52 @@ def test_the_next_daemon_serves_what_the_killed_one_acknowledged(tmp_path: Path)
 # Law 2: flushed means stable; a completion in writethrough waited for a sync of its own
 
 
+@pytest.mark.parametrize("overlay", [False, True], ids=["plain", "overlay"])
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "accurate"])
-def test_each_lone_write_in_writethrough_has_its_sync(tmp_path: Path, lazy: bool) -> None:
-    path, _ = make_image(tmp_path, lazy=lazy)
+def test_each_lone_write_in_writethrough_has_its_sync(tmp_path: Path, lazy: bool, overlay: bool) -> None:
+    """Over what a backing file shows there are two: before the link and after it."""
+    path, _ = make_image(tmp_path, lazy=lazy, overlay=overlay)
     with Daemon(path, "--cache=writethrough", "--stats") as daemon:
         with FrontEnd(daemon.socket_path) as guest:
-            for index in range(50):
+            for index in range(1, 150, 3):
                 guest.write(index * 65536, b"x" * BLOCK)
-        assert counters(daemon)["syncs"] >= 50
+        assert counters(daemon)["syncs"] >= (100 if overlay else 50)
+
+
+def test_writes_over_a_backing_file_in_writethrough_share_what_python_does(tmp_path: Path) -> None:
+    path, base = make_image(tmp_path, lazy=True, overlay=True)
+    require_nowait(path)
+    expected = bytearray(base)
+    clusters = [cluster for cluster in range(SIZE >> 16) if cluster % 3]
+    with Daemon(path, "--cache=writethrough", "--stats") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(clusters[0] * 65536, b"x" * BLOCK)  # begins the log
+            ended: list[int] = []
+            for submitted, cluster in enumerate(clusters):
+                guest.submit(OUT, cluster * 65536, b"x" * BLOCK)
+                expected[cluster * 65536 : cluster * 65536 + BLOCK] = b"x" * BLOCK
+                while submitted - len(ended) >= 31:
+                    ended += [completion.status for completion in guest.wait()]
+            while len(ended) < len(clusters):
+                ended += [completion.status for completion in guest.wait()]
+            assert ended == [OK] * len(clusters)
+        told = counters(daemon)
+    assert told["python_requests"] < len(clusters) * 2 // 3
+    assert told["syncs"] < len(clusters)
+    assert_clean(path)
+    with qcow2.open(str(path)) as disk:
+        assert disk.read(0, SIZE) == expected
+
+
+def require_nowait(path: Path) -> None:
+    """Skip where the host does not read without waiting: there Python copies."""
+    with path.open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(512)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            pytest.skip("this file system does not read without waiting")
 
 
 def test_without_the_flush_feature_each_lone_write_has_its_sync(tmp_path: Path) -> None:

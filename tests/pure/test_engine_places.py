@@ -24,8 +24,8 @@ class BenchPlane(Plane):
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench.driver, bench.image, bench.file, bench.base)
 
-    def take(self, guest_offset: int, nbytes: int = CLUSTER, *, may_wait: bool = True) -> Any:
-        return super().take(guest_offset, nbytes, may_wait=may_wait)
+    def take(self, guest_offset: int, nbytes: int = CLUSTER) -> Any:
+        return super().take(guest_offset, nbytes)
 
 
 def started(**options: Any) -> tuple[Bench, BenchPlane]:
@@ -199,12 +199,6 @@ def test_a_cluster_that_the_backing_file_fills_half_is_the_engines() -> None:
     _, plane = overlaid(base=noise(9 * CLUSTER + 512))
     assert plane.take(8 * CLUSTER) is not None
     assert plane.take(9 * CLUSTER) is None
-
-
-def test_what_must_be_stable_at_once_is_the_engines() -> None:
-    _, plane = overlaid()
-    assert plane.take(CLUSTER, may_wait=False) is None
-    assert plane.take(CLUSTER) is not None
 
 
 def test_a_plane_copies_what_its_bytes_do_not_cover() -> None:
