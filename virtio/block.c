@@ -48,7 +48,7 @@ static void answer(struct worker *worker, struct request *request, uint8_t statu
 static void commit(struct block *block, struct worker *worker, struct request *request)
 {
     request->synced = true;
-    if (worker_has_slot(worker, block->sync_slot) && !block->flush_punts) {
+    if (!block->flush_punts) {
         request_sync(worker, request, block->sync_slot);
     } else if (block->flushing && block->flushing_since == worker->counters->crossings) {
         line_join(&block->flushing->followers, &request->waiter);
@@ -249,8 +249,10 @@ static void flush(struct block *block, struct worker *worker, struct request *re
     trace(block, worker, request);
     if (takes_no_writes(block, worker)) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
-    } else {
+    } else if (worker_has_slot(worker, block->sync_slot)) {
         commit(block, worker, request);
+    } else {
+        request_punt(worker, request, request->type);
     }
 }
 

@@ -147,11 +147,10 @@ def test_a_file_whose_front_end_left_is_whole(image: Path, logs: Path, base: byt
             assert_same_bytes(qemu_read(copy_of(image)), written(base))
 
 
-def test_in_writethrough_no_link_waits(image: Path, logs: Path, base: bytes) -> None:
+def test_in_writethrough_nothing_acknowledged_waits(image: Path, logs: Path, base: bytes) -> None:
     with daemon(image, logs, "--cache=writethrough") as serving, FrontEnd(serving.socket_path) as guest:
         write_some(guest)
         assert_same_bytes(qemu_read(copy_of(image)), written(base))
-        assert not list(logs.iterdir())
 
 
 def test_a_write_in_place_is_flushed_with_the_link_it_needs(image: Path, logs: Path, base: bytes) -> None:
