@@ -29,10 +29,11 @@ class Counted:
         return self.metadata_writes / self.acknowledged * 1e3 if self.acknowledged else None
 
 
-Ending = Callable[[Server, int], Counted | None]  # ends a server that acknowledged so many writes since its load began
+# Ends a server that acknowledged so many changes since its load began, of which so many were writes of data.
+Ending = Callable[[Server, int, int], Counted | None]
 
 
-def stop_ours(server: Server, acknowledged: int) -> Counted:
+def stop_ours(server: Server, acknowledged: int, written: int) -> Counted:
     """Our daemon prints its counters when it is told to end; they include the warm-up."""
     counters = server.stop()
     acknowledged = sum(counters[kind] for kind in ("writes", "discards", "write_zeroes"))
@@ -40,14 +41,14 @@ def stop_ours(server: Server, acknowledged: int) -> Counted:
     return Counted(acknowledged, counters["syncs"], counters["metadata_writes"], batch)
 
 
-def leave_qemu(server: Server, acknowledged: int) -> None:
+def leave_qemu(server: Server, acknowledged: int, written: int) -> None:
     """Let it be killed: nothing is wanted of its image.
 
     On SIGTERM qemu-storage-daemon 7.2 now and then hangs once its client has gone (2 of about 40 runs).
     """
 
 
-def read_trace(server: Server, acknowledged: int) -> Counted:
-    """Count what a traced qemu-storage-daemon submitted for *acknowledged* writes, each one write of data."""
+def read_trace(server: Server, acknowledged: int, written: int) -> Counted:
+    """Count what a traced qemu-storage-daemon submitted for *acknowledged* changes, *written* of them data."""
     kinds = [int(kind) for kind in SUBMISSION.findall(server.complaints())]
-    return Counted(acknowledged, kinds.count(QEMU_AIO_FLUSH), kinds.count(QEMU_AIO_WRITE) - acknowledged)
+    return Counted(acknowledged, kinds.count(QEMU_AIO_FLUSH), kinds.count(QEMU_AIO_WRITE) - written)

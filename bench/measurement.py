@@ -53,7 +53,8 @@ def measure(command: Command, job: Job, *, warm_up: float, seconds: float, end: 
                 run = _run(server, load, warm_up=warm_up, seconds=seconds, to_the_end=job.kind is Kind.DISCARD)
         except OSError as error:
             raise ServerFailure(f"{server.command[0]}: {error}; it says: {server.complaints() or 'nothing'}") from error
-        return _measurement(server.command, run, end(server, run.acknowledged))
+        written = run.acknowledged if job.kind is Kind.WRITE else 0
+        return _measurement(server.command, run, end(server, run.acknowledged, written))
 
 
 @dataclass(frozen=True, slots=True)
