@@ -444,20 +444,23 @@ def test_zeros_that_keep_the_space_need_no_reaper() -> None:
     assert faults(bench) == (0, 0)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_what_version_2_cannot_say_is_the_engines(kept: bool) -> None:
-    bench = set_up(SIZE, cluster_bits=12, version=2, base=None if kept else noise(SIZE, seed=9))
-    plane = BenchPlane(bench)
-    bench.write(0, noise(16 * CLUSTER))
+def test_zeros_that_keep_the_space_are_the_engines_in_version_2() -> None:
+    bench, plane = filled(version=2)
     answers: list[bool] = []
-    how = KEEP if kept else UNMAP
 
     def act() -> None:
-        answers.append(plane.clear(3 * CLUSTER, CLUSTER, how))
+        answers.append(plane.clear(3 * CLUSTER, CLUSTER, KEEP))
         answers.append(plane.clear(3 * CLUSTER, CLUSTER, UNMAP))
 
-    cleared_beside_the_reaper(bench, act) if kept else act()
-    assert answers == [False, kept]
+    cleared_beside_the_reaper(bench, act)
+    assert answers == [False, True]
+
+
+def test_no_entry_of_version_2_hides_what_a_backing_file_shows() -> None:
+    bench, plane = filled(version=2, base=noise(SIZE, seed=9))
+    assert not plane.clear(100 * CLUSTER, CLUSTER)
+    assert not plane.clear(100 * CLUSTER, CLUSTER, UNMAP)
+    assert bench.read(100 * CLUSTER, CLUSTER) == noise(SIZE, seed=9)[100 * CLUSTER : 101 * CLUSTER]
 
 
 def test_a_table_with_a_link_that_waits_is_the_engines_to_change() -> None:
