@@ -19,6 +19,13 @@ class Task:
         self.result: Any = None
         self.error: BaseException | None = None
 
+    def take_error(self) -> BaseException | None:
+        """The error, forgotten here. Its traceback leads to frames that know the task: together they would be a cycle,
+        which keeps the data of a failed request until the garbage collector comes.
+        """
+        error, self.error = self.error, None
+        return error
+
 
 class Scheduler:
     """Steps tasks that are ready and hands each operation they await to *start*.
@@ -49,8 +56,7 @@ class Scheduler:
         """Step until no task is ready."""
         ready = self._ready
         while ready:
-            task, value, error = ready.popleft()
-            self._step(task, value, error)
+            self._step(*ready.popleft())  # in no variable of this frame: a traceback would keep it
 
     def _step(self, task: Task, value: Any, error: BaseException | None) -> None:
         try:
@@ -58,6 +64,7 @@ class Scheduler:
         except StopIteration as stop:
             self._end(task, stop.value, None)
         except BaseException as failure:  # the outcome of the task, delivered to its owner by _end
+            error = None  # may be this failure, whose traceback has this frame
             self._end(task, None, failure)
         else:
             self._begin(task, operation)

@@ -96,11 +96,16 @@ class Operations:
 
 
 def _describe(piece: Piece, *, writable: bool) -> tuple[int, int, int, Any]:
-    """Say where *piece* is, for `struct piece`, and what keeps it there."""
+    """Say where *piece* is, for `struct piece`, and what keeps it there.
+
+    That is a memoryview of ours, not cffi's hold on one: the traceback of a failed operation can make a cycle with it,
+    and the garbage collector of CPython 3.11 crashes on a memoryview that something in the cycle holds.
+    """
     if isinstance(piece, GuestSlice):
         return piece.request_id, piece.start, piece.nbytes, None
-    pin = ffi.from_buffer(piece, require_writable=writable)
-    return HOST_MEMORY, int(ffi.cast("uintptr_t", pin)), len(pin), pin
+    pin = memoryview(piece)
+    with ffi.from_buffer(piece, require_writable=writable) as content:
+        return HOST_MEMORY, int(ffi.cast("uintptr_t", content)), len(content), pin
 
 
 def _describe_all(pieces: Sequence[Piece], *, writable: bool) -> tuple[Any, list[Any]]:

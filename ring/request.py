@@ -34,10 +34,10 @@ class GuestSlice:
 
     def store(self, data: bytes | bytearray | memoryview) -> None:
         """Copy *data*, exactly as long as the slice, in."""
-        source = ffi.from_buffer(data)
-        if len(source) != self.nbytes:
-            raise ValueError(f"{len(source)} bytes stored into a buffer of {self.nbytes}")
-        check(lib.worker_store(self.worker, self.request_id, self.start, source, self.nbytes))
+        with ffi.from_buffer(data) as source:  # not held past this: see `ring.operations`
+            if len(source) != self.nbytes:
+                raise ValueError(f"{len(source)} bytes stored into a buffer of {self.nbytes}")
+            check(lib.worker_store(self.worker, self.request_id, self.start, source, self.nbytes))
 
     def zero(self) -> None:
         """Fill with zeros."""

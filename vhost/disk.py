@@ -227,11 +227,12 @@ class ImageBackend:
 
     def _status(self, task: Task) -> int:
         """How a request ended. What is wrong with the image or the host is logged once; our own bugs are raised."""
-        if task.error is None:
+        error = task.take_error()
+        if error is None:
             return Status.OK if task.result is None else task.result
-        if not isinstance(task.error, OSError | ImageError):
-            raise task.error
-        self._tell(describe(task.error))
+        if not isinstance(error, OSError | ImageError):
+            raise error
+        self._tell(describe(error))
         return Status.IOERR
 
     def _sync_failed(self, number: int) -> None:
@@ -253,10 +254,11 @@ class ImageBackend:
 
 def _refusal(task: Task) -> str:
     """Why the image did not grow, on one line; empty if it did."""
-    if task.error is None:
+    error = task.take_error()
+    if error is None:
         return ""
-    if isinstance(task.error, OSError | ImageError):
-        return describe(task.error)
-    if isinstance(task.error, ValueError):
-        return str(task.error)
-    raise task.error
+    if isinstance(error, OSError | ImageError):
+        return describe(error)
+    if isinstance(error, ValueError):
+        return str(error)
+    raise error

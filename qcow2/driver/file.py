@@ -83,8 +83,12 @@ class BlockingDriver:
         if not ended:
             coroutine.close()
             raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
-        if ended[0].error is not None:
-            raise ended[0].error
+        error = ended[0].take_error()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # whose traceback has this frame
         result: T = ended[0].result
         return result
 

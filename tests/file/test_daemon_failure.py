@@ -9,7 +9,8 @@ import pytest
 
 import qcow2
 from tests.frontend import DISCARD, FLUSH, IN, IOERR, OK, OUT, WRITE_ZEROES, FrontEnd
-from tests.program import TIMEOUT, Daemon
+from tests.oracle import assert_clean
+from tests.program import TIMEOUT, Daemon, qcow2_tool_ok
 
 CLUSTER = 65536
 SEGMENT = bytes(8) + (CLUSTER // 512).to_bytes(4, "little") + bytes(4)
@@ -91,3 +92,21 @@ def test_after_a_failed_metadata_write_a_pause_changes_nothing(guest: tuple[Daem
         qcow2.open(str(image), writable=True)  # nobody takes it for sound
     daemon.process.terminate()
     assert daemon.process.wait(TIMEOUT) == 1
+
+
+@pytest.mark.parametrize("aio", ["auto", "threads"])
+def test_failing_copies_do_not_end_the_daemon(tmp_path: Path, aio: str) -> None:
+    """So many that the garbage collector comes by: it must find nothing that it cannot take apart."""
+    base, overlay = tmp_path / "base.raw", tmp_path / "overlay.qcow2"
+    base.write_bytes(b"b" * (1 << 22))
+    qcow2_tool_ok("create", "-b", base, "-F", "raw", overlay, "4M")
+    with Daemon(overlay, f"--aio={aio}") as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * 512)
+        limit(daemon, 8 * CLUSTER)  # the tables are below
+        outcomes = [guest.do(OUT, CLUSTER + 512 * (n * 79 % 7000), b"c" * 1024).status for n in range(400)]
+        assert outcomes.count(IOERR) > 300
+        limit(daemon, resource.RLIM_INFINITY)
+        assert guest.read(0, 1024) == b"a" * 512 + b"b" * 512
+        guest.write(1 << 21, b"d" * 512)
+        daemon.stop()
+    assert_clean(overlay)
