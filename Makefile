@@ -39,7 +39,7 @@ asan: $(VENV)/installed
 
 # The file tests, kills included, where a seccomp filter forbids io_uring; what measures io_uring itself is left out.
 threads: guest-packages $(VENV)/installed
-	$(BIN)/python -m tests.noring EPERM $(BIN)/pytest tests/file --ignore=tests/file/test_bench.py
+	$(BIN)/python -m tests.refused EPERM io_uring $(BIN)/pytest tests/file --ignore=tests/file/test_bench.py
 
 # KILL: options, such as KILL="--kills 1000 --seed 5 --kind overlay".
 kill: guest-packages $(VENV)/installed

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from qcow2.error import ImageError
+from qcow2.stdio import occupy
 
 COMMANDS = {
     "create": ("tool_create", "make a new image"),
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
+        occupy()
         given = build_parser(words[:1]).parse_args(words)
         status: int = _room(given.command).run_command(given)
         sys.stdout.flush()

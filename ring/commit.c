@@ -76,6 +76,16 @@ static bool is_lone(struct worker *worker, const struct file *file)
            pace_allows(&file->sync_pace, worker->now = pace_now());
 }
 
+static int sync_here(const struct file *file)
+{
+    int result;
+
+    do
+        result = fdatasync(file->fd) < 0 ? -errno : 0;
+    while (result == -EINTR); /* worker_nudge may come late, and some file systems let it end a sync */
+    return result;
+}
+
 /* On this thread, which saves the lone writer two wake-ups. */
 static void sync_at_once(struct worker *worker, uint32_t slot)
 {
@@ -84,9 +94,7 @@ static void sync_at_once(struct worker *worker, uint32_t slot)
     int result;
 
     starts(worker, slot);
-    do
-        result = fdatasync(file->fd) < 0 ? -errno : 0;
-    while (result == -EINTR); /* worker_nudge may come late, and some file systems let it end a sync */
+    result = sync_here(file);
     worker->counters->stalls += pace_note(&file->sync_pace, began, worker->now = pace_now());
     commit_completed(worker, slot, result);
 }
@@ -155,6 +163,8 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
 {
     struct file *file = &worker->files[slot];
 
+    if (result == -ECANCELED)
+        result = sync_here(file); /* the kernel could make no thread for it: nothing was tried, so nothing has failed */
     worker->submitted--;
     worker->progress = true;
     file->syncing = false;

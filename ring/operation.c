@@ -114,20 +114,50 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     return SUBMITTED;
 }
 
-static int submit_zero(struct worker *worker, uint32_t number)
+static void prepare_zero(struct worker *worker, struct operation *operation, struct io_uring_sqe *entry)
 {
-    struct operation *operation = &worker->operations[number];
     int how = operation->verb == VERB_PUNCH ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
-    struct io_uring_sqe *entry = uring_entry(&worker->uring);
 
-    if (!entry)
-        return -EAGAIN;
     io_uring_prep_fallocate(entry, worker->files[operation->slot].fd, how | FALLOC_FL_KEEP_SIZE,
                             operation->host_offset, operation->nbytes);
     if (worker->trace)
         operation->trace_id = trace_zero(worker->trace, operation->slot, operation->host_offset, operation->nbytes);
+}
+
+static int submit_zero(struct worker *worker, uint32_t number)
+{
+    struct io_uring_sqe *entry = uring_entry(&worker->uring);
+
+    if (!entry)
+        return -EAGAIN;
+    prepare_zero(worker, &worker->operations[number], entry);
     io_uring_sqe_set_data64(entry, tagged(TAG_OPERATION, number, 0));
     return 0;
+}
+
+/* The kernel could make no thread for it (a limit of processes) and cancelled it untried: this thread does it, late
+ * rather than not at all. -> the completion's result */
+static int perform_here(struct worker *worker, uint32_t number)
+{
+    struct operation *operation = &worker->operations[number];
+    struct io_uring_sqe entry = {0};
+    struct iovec single;
+    struct gather gather;
+    int result;
+
+    if (operation->verb != VERB_READ && operation->verb != VERB_WRITE) {
+        prepare_zero(worker, operation, &entry);
+    } else {
+        result = gather_submission(worker, operation, &single, &gather);
+        if (result < 0)
+            return result;
+        prepare_transfer(&entry, operation, &worker->files[operation->slot], &gather);
+        operation_trace_transfer(worker, operation, &gather);
+    }
+    result = threads_perform(&entry);
+    if (worker->trace && operation->trace_id)
+        trace_done(worker->trace, operation->trace_id, result);
+    return result;
 }
 
 /* Hand it to the kernel, for the first time or to go on. */
@@ -332,6 +362,8 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
         worker->files[operation->slot].dirty += result; /* again: an fdatasync may have started meanwhile */
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
+    if (result == -ECANCELED)
+        result = perform_here(worker, number);
     if (result == -EINTR || result == -EAGAIN)
         submit(worker, number);
     else if (operation->verb == VERB_READ || operation->verb == VERB_WRITE)

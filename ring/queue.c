@@ -274,6 +274,10 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
 
     if (generation != queue->kick_generation)
         return; /* of a kick that was replaced */
+    if (result == -EMFILE || result == -ENFILE || result == -ENOMEM || result == -ENOSPC) {
+        break_queue(worker, queue, "nothing is left to watch the kick with: descriptors, memory or epoll watches");
+        return;
+    }
     if (result < 0 || result & (POLLERR | POLLHUP | POLLNVAL)) {
         break_queue(worker, queue, "the kick is not an eventfd, or is closed");
         return;

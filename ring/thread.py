@@ -1,5 +1,6 @@
 """Threads beside the main one."""
 
+import errno
 import signal
 import threading
 
@@ -11,9 +12,12 @@ def start_deaf(thread: threading.Thread) -> None:
 
     Python acts on a signal on the main thread, and the system call that this one sleeps in ends only if the kernel
     gives the signal to it. Any thread that does not block signals may be given them.
+    Raises: OSError if there is no thread to be had.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - FAULTS)
     try:
         thread.start()
+    except RuntimeError as error:  # as Python calls EAGAIN of a limit, and ENOMEM
+        raise OSError(errno.EAGAIN, f"{error}: a limit on threads, processes or memory") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -97,19 +97,18 @@ static bool is_vectored(uint8_t opcode)
     return opcode == IORING_OP_READV || opcode == IORING_OP_WRITEV;
 }
 
-static ssize_t transfer(const struct job *job, off_t offset)
+static ssize_t transfer(const struct io_uring_sqe *entry, const struct iovec *iovecs, off_t offset)
 {
-    const struct io_uring_sqe *entry = &job->entry;
     int count = is_vectored(entry->opcode) ? (int)entry->len : 1;
 
     if (entry->opcode == IORING_OP_READ || entry->opcode == IORING_OP_READV)
-        return preadv2(entry->fd, job->iovecs, count, offset, entry->rw_flags);
-    return pwritev2(entry->fd, job->iovecs, count, offset, entry->rw_flags);
+        return preadv2(entry->fd, iovecs, count, offset, entry->rw_flags);
+    return pwritev2(entry->fd, iovecs, count, offset, entry->rw_flags);
 }
 
-static int perform(const struct job *job)
+/* -> what a ring's completion would say */
+static int perform(const struct io_uring_sqe *entry, const struct iovec *iovecs)
 {
-    const struct io_uring_sqe *entry = &job->entry;
     ssize_t result;
 
     switch (entry->opcode) {
@@ -117,9 +116,9 @@ static int perform(const struct job *job)
     case IORING_OP_READV:
     case IORING_OP_WRITE:
     case IORING_OP_WRITEV:
-        result = transfer(job, entry->off);
+        result = transfer(entry, iovecs, entry->off);
         if (result < 0 && errno == ESPIPE)
-            result = transfer(job, -1); /* as a ring does: a stream has no offsets */
+            result = transfer(entry, iovecs, -1); /* as a ring does: a stream has no offsets */
         break;
     case IORING_OP_FSYNC:
         result = entry->fsync_flags & IORING_FSYNC_DATASYNC ? fdatasync(entry->fd) : fsync(entry->fd);
@@ -131,6 +130,14 @@ static int perform(const struct job *job)
         return -EINVAL;
     }
     return result < 0 ? -errno : (int)result;
+}
+
+int threads_perform(const struct io_uring_sqe *entry)
+{
+    void *address = (void *)(uintptr_t)entry->addr;
+    struct iovec single = {address, entry->len};
+
+    return perform(entry, is_vectored(entry->opcode) ? address : &single);
 }
 
 static void wake_owner(struct threads *threads)
@@ -157,7 +164,7 @@ static void *run(void *argument)
             break;
         threads->queued--;
         pthread_mutex_unlock(&threads->lock);
-        job->result = perform(job);
+        job->result = perform(&job->entry, job->iovecs);
         pthread_mutex_lock(&threads->lock);
         jobs_append(&threads->done, job);
         if (threads->sleeping)

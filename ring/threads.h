@@ -13,6 +13,9 @@ struct io_uring_sqe;
 struct uring_completion;
 struct threads;
 
+/* Carry an entry out on this very thread. -> its completion's result */
+int threads_perform(const struct io_uring_sqe *entry);
+
 /* NULL and *error = -errno if there is no memory, no epoll, or no thread. */
 struct threads *threads_create(int *error);
 

@@ -16,6 +16,36 @@ static int open_ring(struct io_uring *ring)
     return io_uring_queue_init_params(URING_ENTRIES, ring, &params);
 }
 
+/* Whether the ring is of use: a seccomp filter may allow io_uring_setup and forbid io_uring_enter. -> 0 or -errno */
+static int try_ring(struct io_uring *ring)
+{
+    struct io_uring_cqe *completion;
+    int result;
+
+    io_uring_prep_nop(io_uring_get_sqe(ring));
+    do
+        result = io_uring_submit_and_wait(ring, 1);
+    while (result == -EINTR);
+    if (result >= 0)
+        result = io_uring_peek_cqe(ring, &completion);
+    if (result < 0)
+        return result;
+    io_uring_cqe_seen(ring, completion);
+    return 0;
+}
+
+static int open_tried_ring(struct io_uring *ring)
+{
+    int result = open_ring(ring);
+
+    if (result < 0)
+        return result;
+    result = try_ring(ring);
+    if (result < 0)
+        io_uring_queue_exit(ring);
+    return result;
+}
+
 int uring_init(struct uring *uring, bool use_threads)
 {
     int result = 0;
@@ -28,7 +58,7 @@ int uring_init(struct uring *uring, bool use_threads)
     if (use_threads)
         uring->threads = threads_create(&result);
     else
-        result = open_ring(&uring->ring);
+        result = open_tried_ring(&uring->ring);
     if (result < 0) {
         free(uring->arena);
         uring->arena = NULL;

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from ring.aio import FORBIDDEN, Aio
+from ring.aio import Aio
 from ring.counter import Counters, snapshot
 from ring.inflight import InflightRegion
 from ring.memory import Mapping, MemoryRegion, map_regions, native_table
@@ -101,7 +101,11 @@ class Worker:
         """Start the thread. Raises: OSError if the kernel refuses what `aio` asks for."""
         self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open = True
-        start_deaf(self._thread)
+        try:
+            start_deaf(self._thread)
+        except OSError:
+            self._close()
+            raise
         try:
             self._started.result()
         except BaseException:
@@ -377,7 +381,11 @@ class Worker:
     def compute(self, function: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
         """Run *function* on a pool thread, then *done(result, error)* on the worker thread."""
         self._computing += 1
-        self._pool.submit(function).add_done_callback(lambda future: self._deliver(future, done))
+        try:
+            future = self._pool.submit(function)
+        except RuntimeError:  # no thread to be had: here, then; a thread that comes later may do it once more
+            future = _computed(function)
+        future.add_done_callback(lambda future: self._deliver(future, done))
 
     # the thread
 
@@ -409,8 +417,6 @@ class Worker:
             try:
                 return self._create_with(Aio.IO_URING)
             except OSError as refusal:
-                if refusal.errno not in FORBIDDEN:
-                    raise
                 self.io_uring_refusal = refusal
                 return self._create_with(Aio.THREADS)
         return self._create_with(self.aio)
@@ -525,3 +531,12 @@ class Worker:
             _, future = self._calls.popleft()
             if future is not None:
                 future.set_exception(RuntimeError("the worker has ended"))
+
+
+def _computed(function: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = Future()
+    try:
+        future.set_result(function())
+    except Exception as error:  # as a pool does
+        future.set_exception(error)
+    return future

@@ -31,7 +31,7 @@ def qcow2_tool_ok(*arguments: str | Path) -> str:
 
 
 def complaints(said: str) -> str:
-    """What a daemon said, but for the one line that io_uring is forbidden where we are: see `tests.noring`."""
+    """What a daemon said, but for the one line that io_uring is forbidden where we are: see `tests.refused`."""
     return "".join(line for line in said.splitlines(keepends=True) if "using threads" not in line)
 
 

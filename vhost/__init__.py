@@ -7,13 +7,14 @@ if TYPE_CHECKING:
 
 
 def serve(device: "BlockDevice | Backend", *, socket_path: str, num_queues: int = 128, writeback: bool = True) -> None:
-    """Serve *device* on *socket_path* until SIGTERM or SIGINT; one front-end at a time, the next when it leaves.
+    """Serve *device* on *socket_path* until SIGTERM or the like; one front-end at a time, the next when it leaves.
 
     For the main thread. *writeback* says whether completed writes may be volatile until the guest flushes.
     Raises: EndpointError if the socket cannot be used, ValueError if the device describes itself impossibly.
     """
-    from vhost.daemon import run, stop_signals  # here, so that importing the package stays cheap
+    from vhost.daemon import run  # here, so that importing the package stays cheap
     from vhost.endpoint import listen
+    from vhost.signals import stop_signals
     from virtio.block import BlockDevice, DeviceBackend
 
     backend = DeviceBackend(device) if isinstance(device, BlockDevice) else device

@@ -1,7 +1,9 @@
 """A Unix socket that carries bytes and file descriptors: whole messages out of whatever pieces arrive."""
 
 import array
+import errno
 import os
+import resource
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,6 +102,9 @@ class Channel:
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.numbers += array.array("i", payload[: len(payload) // FD_SIZE * FD_SIZE])
+        if flags & socket.MSG_CTRUNC and len(self._fds) < MAX_FDS:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise OSError(errno.EMFILE, f"no room for the descriptors of a message: the limit is {limit}")
         if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
             raise ProtocolViolation(f"a message came with more than {MAX_FDS} file descriptors")
         if not data:

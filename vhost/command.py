@@ -54,16 +54,22 @@ def _print_xml(options: "Options") -> int:
 def _serve(options: "Options") -> int:
     import logging
 
+    from qcow2.stdio import occupy
     from vhost.endpoint import EndpointError
+    from vhost.limits import raise_descriptor_limit
     from virtio.block import Unavailable
 
-    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
     try:
+        occupy()
+        logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
+        raise_descriptor_limit()
         serve_image(options)
     except (EndpointError, Unavailable) as error:
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError:
+        return _complain("out of memory")
     return 0
 
 
@@ -82,13 +88,15 @@ def serve_image(options: "Options") -> None:
     """
     from contextlib import ExitStack
 
-    from vhost.daemon import run, stop_signals
+    from vhost.daemon import run
     from vhost.disk import ImageBackend
     from vhost.held import HeldImage
-    from vhost.systemd import notify
+    from vhost.signals import stop_signals
+    from vhost.systemd import ServiceManager
 
     with ExitStack() as stack:
         stop_fd = stack.enter_context(stop_signals())
+        manager = stack.enter_context(ServiceManager())
         endpoint = stack.enter_context(_endpoint(options))
         control = stack.enter_context(_control(options, stop_fd))
         held = stack.enter_context(HeldImage(options, lambda: _repair_progress(options.blk_file, stop_fd)))
@@ -101,7 +109,7 @@ def serve_image(options: "Options") -> None:
             if options.sandbox:
                 _confine(options)
             backend = ImageBackend(held, cache=options.cache, trace=trace)
-            notify("READY=1")
+            manager.tell("READY=1")
             counters = run(
                 backend,
                 endpoint,
@@ -112,7 +120,7 @@ def serve_image(options: "Options") -> None:
                 poll_us=options.poll_us,
                 control=control,
             )
-            notify("STOPPING=1")
+            manager.tell("STOPPING=1")
         except Stopped:
             return
         held.end()  # while a second signal still cannot interrupt it
@@ -170,15 +178,16 @@ class Stopped(Exception):
 def _repair_progress(path: str, stop_fd: int) -> "Callable[[int, int], None]":
     """Say that the image is being repaired, and every few seconds how far it is; raise Stopped once a signal came."""
     import logging
-    import select
     import time
+
+    from vhost.endpoint import is_stopping
 
     log = logging.getLogger("vhost")
     told = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal told
-        if select.select([stop_fd], [], [], 0)[0]:
+        if is_stopping(stop_fd):
             raise Stopped
         if not told:
             log.warning("%s: was not closed cleanly, repairing it", path)

@@ -5,7 +5,6 @@ again; sixteen clients. One that breaks a rule is told so and dropped; nobody el
 """
 
 import contextlib
-import errno
 import json
 import os
 import select
@@ -17,11 +16,10 @@ from typing import Any
 from ring.thread import start_deaf
 from vhost.commands import COMMANDS, VERSION, CommandError, Commands
 from vhost.device import die
+from vhost.endpoint import Door
 
 LINE_MAX = 64 << 10
 CLIENTS_MAX = 16
-NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
-RETRY_SECONDS = 0.1
 GREETING = {"vhost-user-qcow2": {"version": VERSION, "commands": list(COMMANDS)}}
 
 
@@ -61,7 +59,6 @@ class Control:
     """A context manager: serves *commands* to the clients of *listener* while it is entered."""
 
     def __init__(self, listener: socket.socket, commands: Commands) -> None:
-        listener.setblocking(False)
         listener.listen(CLIENTS_MAX)
         self._listener = listener
         self._commands = commands
@@ -71,6 +68,7 @@ class Control:
 
     def __enter__(self) -> "Control":
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._door = Door(self._listener, self._stop_fd)
         start_deaf(self._thread)
         return self
 
@@ -108,12 +106,9 @@ class Control:
         return {fd for fd, _ in poll.poll()}
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            if error.errno in NO_DESCRIPTORS:  # who connects goes on waiting, and we must not spin meanwhile
-                select.select([self._stop_fd], [], [], RETRY_SECONDS)
-            return  # else it left before we came
+        connection = self._door.open()
+        if connection is None:
+            return
         if len(self._clients) == CLIENTS_MAX:
             connection.close()
             return
@@ -151,8 +146,10 @@ class Control:
         tag = {"id": request["id"]} if "id" in request else {}
         try:
             return {**tag, "result": self._commands.run(request)}
-        except CommandError as error:
+        except (CommandError, OSError) as error:
             return {**tag, "error": str(error)}
+        except MemoryError:
+            return {**tag, "error": "out of memory"}
 
 
 def _line(value: dict[str, Any]) -> bytes:

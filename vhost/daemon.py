@@ -1,10 +1,7 @@
 """The daemon: one device, one path, one front-end at a time; restartable, stopped by a signal."""
 
-import contextlib
 import logging
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from ring.aio import Aio
@@ -21,23 +18,6 @@ from virtio.config import WCE_OFFSET
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
 
 log = logging.getLogger("vhost")
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[int]:
-    """An eventfd that becomes readable at SIGTERM or SIGINT. Main thread only."""
-    stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def ask_to_stop(_number: int, _frame: object) -> None:
-        os.eventfd_write(stop_fd, 1)
-
-    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop_fd
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-        os.close(stop_fd)
 
 
 def run(
@@ -89,3 +69,5 @@ def _serve(connection: Connection, stop_fd: int) -> None:
         log.warning("connection closed: %s", violation)
     except (OSError, Unavailable) as error:
         log.warning("connection closed: %s", error)
+    except MemoryError:
+        log.warning("connection closed: out of memory")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import socket
@@ -12,8 +13,41 @@ from dataclasses import dataclass
 PATH_MAX = 107  # sun_path without its final NUL
 
 
+RETRY_MILLISECONDS = 100
+
+log = logging.getLogger("vhost")
+
+
 class EndpointError(Exception):
     """The socket cannot be used; one line says why."""
+
+
+class Door:
+    """Where visitors are let in: a listening socket of which somebody waits for being readable."""
+
+    def __init__(self, listener: socket.socket, stop_fd: int) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._stop_fd = stop_fd
+        self._is_shut = False
+
+    def open(self) -> socket.socket | None:
+        """Let a visitor in; None if it has left, or if we lack a descriptor, memory or a right for it.
+
+        Then who knocks goes on waiting. We say so, once, and wait a little, or our caller would spin.
+        """
+        try:
+            visitor, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            if not self._is_shut:
+                log.warning("nobody can be let in for now: %s", error.strerror)
+            self._is_shut = True
+            is_stopping(self._stop_fd, RETRY_MILLISECONDS)
+            return None
+        self._is_shut = False
+        return visitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +62,11 @@ class Endpoint:
         if not self.is_listening:
             yield self.unix_socket
             return
-        self.unix_socket.setblocking(False)
+        door = Door(self.unix_socket, stop_fd)
         while _is_readable(self.unix_socket.fileno(), stop_fd):
-            try:
-                visitor, _ = self.unix_socket.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                continue  # it left before we came
+            visitor = door.open()
+            if visitor is None:
+                continue
             yield visitor
             if self.unix_socket.fileno() < 0:
                 return
@@ -44,9 +77,11 @@ class Endpoint:
             self.unix_socket.close()
 
 
-def is_stopping(stop_fd: int) -> bool:
-    """Whether a signal has asked us to end."""
-    return bool(select.select([stop_fd], [], [], 0)[0])
+def is_stopping(stop_fd: int, milliseconds: int = 0) -> bool:
+    """Whether a signal has asked us to end, or does so within *milliseconds*."""
+    ready = select.poll()
+    ready.register(stop_fd, select.POLLIN)
+    return bool(ready.poll(milliseconds))
 
 
 def _is_readable(fd: int, stop_fd: int) -> bool:

@@ -1,9 +1,13 @@
 """Socket activation and notification of systemd, as sd_listen_fds(3) and sd_notify(3) describe them."""
 
+import logging
 import os
 import socket
+from collections.abc import Callable
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+log = logging.getLogger("vhost")
 
 
 def activated_fd() -> int | None:
@@ -21,11 +25,35 @@ def activated_fd() -> int | None:
     return FIRST_FD
 
 
-def notify(state: str) -> None:
-    """Tell the service manager, if there is one that wants to know. Raises: OSError if it does not listen."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address is None:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.connect("\0" + address[1:] if address.startswith("@") else address)
-        sender.send(state.encode())
+class ServiceManager:
+    """Whoever started us and wants to know how we are, if somebody does; a context manager.
+
+    The socket is connected before a sandbox could forbid that. A manager that cannot be told is no reason to end: we
+    say so.
+    """
+
+    def __enter__(self) -> "ServiceManager":
+        self._socket: socket.socket | None = None
+        address = os.environ.get("NOTIFY_SOCKET")
+        if address is not None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._try(lambda told: told.connect("\0" + address[1:] if address.startswith("@") else address))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    def tell(self, state: str) -> None:
+        """Tell it *state*, if it listens."""
+        self._try(lambda told: told.send(state.encode()))
+
+    def _try(self, what: Callable[[socket.socket], object]) -> None:
+        if self._socket is None:
+            return
+        try:
+            what(self._socket)
+        except OSError as error:
+            log.warning("the service manager is not told: NOTIFY_SOCKET: %s", error.strerror)
+            self._socket.close()
+            self._socket = None

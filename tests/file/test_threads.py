@@ -15,13 +15,18 @@ from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICE = "vhost-user-qcow2: io_uring is not to be had: {}; using threads\n"
-WORDS = {"EPERM": "Operation not permitted", "ENOSYS": "Function not implemented"}
+WORDS = {
+    "EPERM": "Operation not permitted",
+    "ENOSYS": "Function not implemented",
+    "ENOMEM": "Cannot allocate memory",  # a limit of locked memory
+    "EMFILE": "Too many open files",
+}
 WORKER_TESTS = ["operations", "sync", "queues", "memory", "hostile", "serving"]
 
 
-def forbidding(refusal: str) -> list[str]:
-    """A command that runs another where io_uring fails with *refusal*."""
-    return [sys.executable, "-m", "tests.noring", refusal]
+def forbidding(refusal: str, calls: str = "io_uring") -> list[str]:
+    """A command that runs another where *calls* of io_uring fail with *refusal*."""
+    return [sys.executable, "-m", "tests.refused", refusal, calls]
 
 
 @pytest.fixture
@@ -58,6 +63,15 @@ def test_forbidden_io_uring_is_told_once_and_threads_serve(image: Path, refusal:
         _, said = daemon.process.communicate(timeout=TIMEOUT)
         assert (daemon.process.returncode, said) == (0, NOTICE.format(WORDS[refusal]))
     assert_clean(image)
+
+
+def test_ring_that_may_be_made_and_not_entered_is_none(image: Path) -> None:
+    with Daemon(image, under=forbidding("EPERM", "io_uring_enter")) as daemon:
+        use(daemon)
+        assert rings_of(daemon.process.pid) == 0
+        daemon.process.send_signal(signal.SIGTERM)
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+        assert (daemon.process.returncode, said) == (0, NOTICE.format(WORDS["EPERM"]))
 
 
 def test_threads_that_were_asked_for_are_not_worth_a_word(image: Path) -> None:

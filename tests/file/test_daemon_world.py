@@ -1,0 +1,197 @@
+"""The daemon in the world as it is: signals, limits, what its parent left closed, a host that is short of things."""
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.frontend import FLUSH, OK, OUT, SET_VRING_CALL, BackendGone, FrontEnd
+from tests.listening import visit
+from tests.oracle import assert_clean
+from tests.program import DAEMON, TIMEOUT, TOOL, Daemon, qcow2_tool_ok
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPING = ["SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGPWR", "SIGXCPU"]
+FATAL = ["SIGKILL", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"]  # of one that is broken
+PAUSING = ["SIGSTOP", "SIGTSTP"]  # somebody wants just that
+STRAY = [*sorted({number.name for number in signal.Signals} - {*STOPPING, *FATAL, *PAUSING}), "34", "64"]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2_tool_ok("create", "-o", "compat=1.1,lazy_refcounts=on", path, "64M")
+    return path
+
+
+@contextlib.contextmanager
+def started(image: Path, *options: str, prepare: Callable[[], None] | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """A daemon on the socket `socket` beside *image*, of which *prepare* makes the surroundings."""
+    command = [str(DAEMON), f"--blk-file={image}", f"--socket-path={image.with_name('socket')}", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=prepare) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_signal_that_ends_a_process_ends_it_cleanly(image: Path, name: str) -> None:
+    with Daemon(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"x" * 4096)
+        daemon.stop(signal.Signals[name])
+    assert_clean(image)
+    assert "cleanly shut down: no" not in subprocess.check_output(["qemu-img", "info", image], text=True)
+
+
+def test_stray_signals_change_nothing(image: Path) -> None:
+    with Daemon(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"x" * 4096)
+        for name in STRAY:
+            daemon.process.send_signal(signal.Signals[name] if name.startswith("SIG") else int(name))
+            assert guest.do(OUT, 4096, b"y" * 512).status == OK, name
+            assert daemon.process.poll() is None, name
+        daemon.stop()
+
+
+def test_nohup_is_heeded(image: Path) -> None:
+    with Daemon(image, under=["nohup"]) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"x" * 4096)
+        daemon.process.send_signal(signal.SIGHUP)
+        guest.write(0, b"y" * 4096)
+        daemon.stop()
+
+
+def test_signals_that_its_parent_blocked_end_it_all_the_same(image: Path) -> None:
+    blocking = f"signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); os.execv({str(DAEMON)!r}, sys.argv[1:])"
+    under = [sys.executable, "-c", f"import os, signal, sys; {blocking}"]
+    with Daemon(image, under=under) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"x" * 4096)
+        daemon.stop()
+
+
+# Standard input, output and error
+
+
+def close_stdio() -> None:
+    for fd in range(3):
+        os.close(fd)
+
+
+def test_closed_stdio_is_no_place_for_an_image(image: Path) -> None:
+    command = [DAEMON, f"--blk-file={image}", f"--socket-path={image.with_name('socket')}", "--stats"]
+    process = subprocess.Popen(command, preexec_fn=close_stdio)
+    with visit(process, image.with_name("socket")) as guest:
+        guest.write(0, b"x" * 512)
+        assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+    process.terminate()
+    assert process.wait(TIMEOUT) == 0
+    assert_clean(image)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["check", "-r", "all"], ["resize"]])
+def test_tool_with_closed_stdio_does_not_write_into_the_image(image: Path, arguments: list[str]) -> None:
+    more = ["+1M"] if arguments == ["resize"] else []
+    subprocess.run([TOOL, *arguments, image, *more], preexec_fn=close_stdio, check=True, timeout=TIMEOUT)
+    assert_clean(image)
+
+
+# Descriptors
+
+
+def test_soft_limit_of_descriptors_is_raised(image: Path) -> None:
+    with Daemon(image, under=["prlimit", "--nofile=64:4096"]) as daemon, FrontEnd(daemon.socket_path):
+        assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0] == 4096
+
+
+@pytest.mark.parametrize("option", ["--socket-path", "--control"])
+def test_no_descriptor_for_a_visitor_is_told_and_waited_for(image: Path, tmp_path: Path, option: str) -> None:
+    control = tmp_path / "control"
+    with started(image, f"--control={control}") as process:
+        with visit(process, tmp_path / "socket"):
+            pass
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (4, before[1]))
+        path = control if option == "--control" else tmp_path / "socket"
+        with socket.socket(socket.AF_UNIX) as visitor:
+            visitor.settimeout(TIMEOUT)
+            visitor.connect(str(path))
+            assert process.stderr is not None
+            assert process.stderr.readline() == "vhost-user-qcow2: nobody can be let in for now: Too many open files\n"
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+            if option == "--control":
+                assert visitor.recv(1)
+        with FrontEnd(tmp_path / "socket") as guest:
+            guest.write(0, b"x" * 512)
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+
+
+def test_no_descriptor_for_what_a_message_brings_is_named(image: Path, tmp_path: Path) -> None:
+    with started(image) as process:
+        with visit(process, tmp_path / "socket") as guest:
+            guest.write(0, b"x" * 512)
+            before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (4, before[1]))
+            with contextlib.suppress(BackendGone):
+                guest.tell(SET_VRING_CALL, struct.pack("<Q", 0), fds=(0,))
+            assert process.stderr is not None
+            assert "descriptors" in process.stderr.readline()
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        with FrontEnd(tmp_path / "socket") as guest:
+            guest.write(0, b"x" * 512)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("options", [(), ("--aio=threads",)])
+def test_no_thread_at_the_start_is_one_line(image: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    refusing = [sys.executable, "-m", "tests.refused", "EAGAIN", "threads"]
+    command = [*refusing, DAEMON, f"--blk-file={image}", f"--socket-path={tmp_path / 'socket'}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "thread" in done.stderr
+    assert not (tmp_path / "socket").exists()
+    assert_clean(image)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become the user who may have no more processes")
+def test_work_that_io_uring_cannot_get_a_thread_for_is_done_all_the_same(image: Path, tmp_path: Path) -> None:
+    """The kernel cancels it (ECANCELED); a sync of it has not failed, and no write is refused from then on."""
+    user = 54321
+    os.chmod(image, 0o666)
+    for path in (tmp_path, *tmp_path.parents):
+        with contextlib.suppress(PermissionError):
+            os.chmod(path, path.stat().st_mode | 0o011)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (2, 2))  # the main thread and the worker
+        os.setgid(user)
+        os.setuid(user)
+
+    os.chmod(tmp_path, 0o777)
+    with started(image, "--aio=io_uring", prepare=limit) as process:
+        with visit(process, tmp_path / "socket") as guest:
+            for number in range(3):
+                for i in range(8):
+                    guest.submit(OUT, (number * 8 + i) << 18, bytes([i + 1]) * 262144)
+                guest.submit(FLUSH)
+                statuses: list[int] = []
+                while len(statuses) < 9:
+                    statuses += [done.status for done in guest.wait()]
+                assert statuses == [OK] * 9
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+    assert_clean(image)

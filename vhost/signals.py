@@ -1,0 +1,41 @@
+"""What a daemon does at each signal: those that ask it to end end it cleanly, a stray one changes nothing."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+# A service manager, a terminal that closes, Ctrl-C, Ctrl-\, a container that shuts down, a limit of CPU time.
+STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPWR, signal.SIGXCPU)
+
+# Each ends or stops a process by default. Python ignores SIGPIPE and SIGXFSZ: the system call fails instead.
+STRAY = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGSTKFLT),
+    *(signal.SIGTTIN, signal.SIGTTOU),  # a message to the terminal of another job: no disk may stop for it
+    *(signal.SIGPIPE, signal.SIGXFSZ),
+    *(number for number in signal.valid_signals() if number >= signal.SIGRTMIN),
+)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[int]:
+    """An eventfd that becomes readable at a signal that asks us to end. Main thread only.
+
+    SIGHUP is left ignored if it is: nohup(1) says so.
+    """
+    stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def ask_to_stop(_number: int, _frame: object) -> None:
+        os.eventfd_write(stop_fd, 1)
+
+    wanted = [number for number in STOP if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    before = {number: signal.signal(number, ask_to_stop) for number in wanted}
+    before |= {number: signal.signal(number, signal.SIG_IGN) for number in STRAY}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # whatever our parent thought
+    try:
+        yield stop_fd
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+        os.close(stop_fd)
