@@ -1,5 +1,8 @@
 """What can be wrong with an image, by whose fault; a failure of the host stays an OSError."""
 
+import errno
+import os
+
 
 class ImageError(Exception):
     """Something is wrong with the image at *path*; the text is one line that starts with it."""
@@ -19,3 +22,8 @@ class CorruptImage(ImageError):
     def __init__(self, path: str, host_offset: int, message: str) -> None:
         super().__init__(path, message)
         self.host_offset = host_offset
+
+
+def no_memory() -> OSError:
+    """What an operation that finds no memory fails with: a failure of the host like any other."""
+    return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))

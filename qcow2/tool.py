@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (UsageError, ImageError, ValueError) as error:
         return _complain(str(error))
+    except MemoryError:
+        return _complain("out of memory")
 
 
 def _room(command: str) -> Any:

@@ -10,6 +10,7 @@ from qcow2 import ImageError
 from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, perform
+from qcow2.error import no_memory
 from qcow2.links import LinkPolicy
 from qcow2.task import Scheduler, Task
 from ring.extent import ExtentMap
@@ -45,6 +46,8 @@ class RingDriver:
             self._begin(task, operation)
         except OSError as error:
             self._scheduler.fail(task, error)
+        except MemoryError:
+            self._scheduler.fail(task, no_memory())
 
     def _begin(self, task: Task, operation: op.Operation) -> None:
         worker = self._worker
@@ -119,7 +122,7 @@ class RingDriver:
     def _compute_end(self, task: Task) -> Callable[[Any, BaseException | None], None]:
         def end(result: Any, error: BaseException | None) -> None:
             if error is not None:
-                self._scheduler.fail(task, error)
+                self._scheduler.fail(task, no_memory() if isinstance(error, MemoryError) else error)
             else:
                 self._scheduler.resume(task, result)
             self._scheduler.run()
@@ -197,7 +200,8 @@ class ImageBackend:
             self._worker.remove_file(self._slots.pop(file))
 
     def start(self, request: Request) -> None:
-        self._driver.run(self._serve(request), lambda task: request.finish(self._status(task)))
+        changes = request.type != RequestType.IN
+        self._driver.run(self._serve(request), lambda task: request.finish(self._status(task, changes=changes)))
 
     def flush(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
@@ -225,11 +229,19 @@ class ImageBackend:
                 return Status.UNSUPP
         return Status.OK
 
-    def _status(self, task: Task) -> int:
-        """How a request ended. What is wrong with the image or the host is logged once; our own bugs are raised."""
+    def _status(self, task: Task, *, changes: bool = True) -> int:
+        """How a request ended, which perhaps *changes* the image.
+
+        What is wrong with the image or the host is logged once; our own bugs are raised. Where memory ran out between
+        two operations nobody knows how far the engine came: the image takes no more writes.
+        """
         error = task.take_error()
         if error is None:
             return Status.OK if task.result is None else task.result
+        if isinstance(error, MemoryError):
+            error = no_memory()
+            if changes:
+                self._image.fail(error)
         if not isinstance(error, OSError | ImageError):
             raise error
         self._tell(describe(error))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
 from qcow2.driver.memory import SharedMemory
+from qcow2.error import no_memory
 from qcow2.native import check, lib
 from qcow2.task import Scheduler, Task
 
@@ -95,6 +96,8 @@ class BlockingDriver:
     def _start(self, task: Task, operation: op.Operation) -> None:
         try:
             value = perform(operation)
+        except MemoryError:
+            self._scheduler.fail(task, no_memory())
         except BaseException as error:  # whatever it is, it belongs to the coroutine that awaits
             self._scheduler.fail(task, error)
         else:

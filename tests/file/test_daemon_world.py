@@ -195,3 +195,20 @@ def test_work_that_io_uring_cannot_get_a_thread_for_is_done_all_the_same(image: 
         process.terminate()
         assert process.wait(TIMEOUT) == 0
     assert_clean(image)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("command", [[TOOL, "check"], [TOOL, "map"], [DAEMON, "--fd=0", "--blk-file"]])
+def test_no_memory_is_one_line(tmp_path: Path, command: list[str | Path]) -> None:
+    path = tmp_path / "wide.qcow2"
+    qcow2_tool_ok("create", "-o", "cluster_size=2M", path, f"{1 << 60}")  # an L1 table of 16 MiB
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        line = ["prlimit", f"--as={56 << 20}", *command, path]
+        done = subprocess.run(line, stdin=listener, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "memory" in done.stderr
+    assert_clean(path)
