@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from ring.memory import MemoryRegion
 from ring.native import lib
 
+MAX_ENTRIES: int = lib.INFLIGHT_ENTRIES_MAX
+
 
 @dataclass(frozen=True, slots=True)
 class InflightRegion:

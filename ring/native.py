@@ -15,6 +15,7 @@ class Library(Protocol):
     WORKER_EVENTS: int
     RING_EVENT_IDX: int
     RING_PACKED: int
+    INFLIGHT_ENTRIES_MAX: int
 
     # inflight.h
     def inflight_nbytes(self, entries: int, packed: int, /) -> int: ...

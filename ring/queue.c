@@ -321,6 +321,8 @@ static int find_inflight(const struct worker *worker, uint32_t index, struct vir
         return 0;
     if (index >= worker->inflight_queues || (index + 1) * nbytes > worker->inflight_nbytes)
         return -EINVAL;
+    if (layout->size > worker->inflight_entries)
+        return 0; /* another back-end made it for what QEMU asked, which is not what its driver uses: not tracked */
     layout->inflight = worker->inflight + index * nbytes;
     layout->inflight_entries = worker->inflight_entries;
     return 0;

@@ -164,12 +164,14 @@ class FrontEnd:
         features: int = F_FLUSH | F_DISCARD | F_WRITE_ZEROES,
         queues: int = 1,
         inflight: bool = False,
+        inflight_entries: int = QUEUE_SIZE,
         queue_type: type[Queue] = Queue,
         connect: bool = True,
     ) -> None:
         """With *inflight*, what is in flight is tracked, so that `connect` to another daemon goes on with it."""
         self.wanted_features = features
         self.inflight = inflight
+        self.inflight_entries = inflight_entries  # that are asked for
         self.inflight_fd = -1
         self.inflight_payload = b""
         self.memory_fd = os.memfd_create("guest")
@@ -274,7 +276,7 @@ class FrontEnd:
 
     def _share_inflight(self) -> None:
         if self.inflight_fd < 0:
-            self._send(GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, len(self.queues), QUEUE_SIZE))
+            self._send(GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, len(self.queues), self.inflight_entries))
             header, (self.inflight_fd,), _, _ = socket.recv_fds(self.socket, 12, 1)
             assert struct.unpack("<III", header) == (GET_INFLIGHT_FD, VERSION | REPLY, 24)
             self.inflight_payload = self._exactly(24)

@@ -28,7 +28,7 @@ class Connection:
         self._worker = device.worker
         self._backchannel: BackendChannel | None = None
         self._regions: dict[Region, MemoryRegion] = {}
-        self._note: inflight.WriteCacheNote | None = None
+        self._note: inflight.Note | None = None
 
     def __enter__(self) -> "Connection":
         return self
@@ -190,7 +190,8 @@ class Connection:
         self._worker.call(lambda: self._worker.set_log(log))
 
     def _share_inflight(self, wanted: effect.ShareInflight) -> None:
-        fd, nbytes = inflight.create(wanted.num_queues, wanted.queue_size, packed=wanted.packed, wce=wanted.wce)
+        entries = self._session.offer.max_queue_size  # whatever was asked: see `inflight`
+        fd, nbytes = inflight.create(wanted.num_queues, entries, packed=wanted.packed, wce=wanted.wce)
         try:
             answer = Inflight(nbytes, 0, wanted.num_queues, wanted.queue_size)
             self._channel.reply(Request.GET_INFLIGHT_FD, answer.pack(), [fd])
@@ -199,16 +200,16 @@ class Connection:
 
     def _track_inflight(self, told: Inflight, fds: Fds, *, packed: bool) -> bool | None:
         region = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size, packed)
-        note = inflight.WriteCacheNote(region)
+        note = inflight.Note(region)
         try:
-            self._worker.call(lambda: self._worker.set_inflight(region))
+            self._worker.call(lambda: self._worker.set_inflight(note.region))
         except OSError:
             note.close()
             raise
         self._take_note(note)
         return note.wce
 
-    def _take_note(self, note: inflight.WriteCacheNote | None) -> None:
+    def _take_note(self, note: inflight.Note | None) -> None:
         if self._note is not None:
             self._note.close()
         self._note = note

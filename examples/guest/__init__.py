@@ -2,7 +2,7 @@
 
 from guest.backend import Backend
 from guest.kernel import Kernel, debian_kernel
-from guest.machine import Guest, GuestFailure, Result, builtin_disk, vhost_user_disk
+from guest.machine import Guest, GuestFailure, Result, builtin_disk, reconnect_option, vhost_user_disk
 from guest.program import Failure, find_program, installed_program
 from guest.system import initramfs, root_tree
 from guest.tree import Tree, write_directory
@@ -20,6 +20,7 @@ __all__ = [
     "find_program",
     "initramfs",
     "installed_program",
+    "reconnect_option",
     "root_tree",
     "vhost_user_disk",
     "write_directory",

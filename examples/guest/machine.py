@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,8 +50,27 @@ def vhost_user_disk(
     device = f"vhost-user-blk-pci,chardev={name}" + ("" if queues is None else f",num-queues={queues}")
     chardev = f"socket,id={name},path={_escaped(socket_path)}"
     if reconnect is not None:
-        chardev += f",reconnect={reconnect}"
+        chardev += "," + reconnect_option(reconnect)
     return ["-chardev", chardev, "-device", device + (",packed=on" if packed else "")]
+
+
+@cache
+def qemu_version() -> tuple[int, int]:
+    """Major and minor of the QEMU that boots our guests."""
+    said = subprocess.run([_qemu(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", said)
+    if found is None:
+        raise Failure(f"{_qemu()} --version says {said.strip()!r}")
+    return int(found[1]), int(found[2])
+
+
+def reconnect_option(seconds: int) -> str:
+    """How a socket chardev is told to connect again: QEMU 9.2 counts milliseconds, 11.1 knows nothing else."""
+    return f"reconnect-ms={1000 * seconds}" if qemu_version() >= (9, 2) else f"reconnect={seconds}"
+
+
+def _qemu() -> str:
+    return str(find_program("qemu-system-x86_64", "qemu-system-x86"))
 
 
 def builtin_disk(image: Path, *, cache: str, trace: Path) -> list[str]:
@@ -89,7 +109,7 @@ class Guest:
         self._job = job
         self._arguments = [
             *(
-                str(find_program("qemu-system-x86_64", "qemu-system-x86")),
+                _qemu(),
                 "-nodefaults",
                 "-no-user-config",
                 "-display",

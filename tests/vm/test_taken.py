@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from guest import Guest
+from guest import Guest, reconnect_option
 
 import qcow2
 from tests.vm.conftest import Boot, Serve
@@ -25,7 +25,7 @@ def test_guest_waits_until_the_image_is_free_again(boot: Boot, serve: Serve, laz
         e2fsck -fn /dev/vda
     """
     with serve(lazy_image) as daemon:
-        socket = f"socket,id=disk,path={daemon.socket_path},reconnect=1"
+        socket = f"socket,id=disk,path={daemon.socket_path},{reconnect_option(1)}"
         with boot(job, ["-chardev", socket, "-device", "vhost-user-blk-pci,chardev=disk"]) as guest:
             guest.wait_for("IOPS", 60)
             guest.command("stop")
