@@ -3,13 +3,42 @@
 #include <errno.h>
 #include <limits.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* All that we ask of a ring. It takes nothing else: no seccomp filter sees what a ring is told to do. */
+static const uint8_t OPCODES[] = {
+    IORING_OP_NOP,   IORING_OP_READ,      IORING_OP_READV,    IORING_OP_WRITE,       IORING_OP_WRITEV,
+    IORING_OP_FSYNC, IORING_OP_FALLOCATE, IORING_OP_POLL_ADD, IORING_OP_POLL_REMOVE,
+};
+
+/* liburing 2.3 declares io_uring_register_restrictions and io_uring_enable_rings, and does not export them. */
+static int register_in(struct io_uring *ring, unsigned int what, const void *argument, unsigned int count)
+{
+    return syscall(SYS_io_uring_register, ring->ring_fd, what, argument, count) < 0 ? -errno : 0;
+}
+
+static int restrict_ring(struct io_uring *ring)
+{
+    struct io_uring_restriction restrictions[sizeof(OPCODES) + 1] = {
+        {.opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED, .sqe_flags = UINT8_MAX},
+    };
+    int result;
+
+    for (size_t i = 0; i < sizeof(OPCODES); i++) {
+        restrictions[i + 1].opcode = IORING_RESTRICTION_SQE_OP;
+        restrictions[i + 1].sqe_op = OPCODES[i];
+    }
+    result = register_in(ring, IORING_REGISTER_RESTRICTIONS, restrictions, sizeof(OPCODES) + 1);
+    return result < 0 ? result : register_in(ring, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+}
 
 static int open_ring(struct io_uring *ring)
 {
     /* One thread submits and reaps, so completions need no interrupt: they run when we ask (Linux 6.1). */
     struct io_uring_params params = {
         .flags = IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-                 IORING_SETUP_TASKRUN_FLAG,
+                 IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_R_DISABLED,
         .cq_entries = URING_COMPLETIONS,
     };
 
@@ -40,7 +69,9 @@ static int open_tried_ring(struct io_uring *ring)
 
     if (result < 0)
         return result;
-    result = try_ring(ring);
+    result = restrict_ring(ring);
+    if (result >= 0)
+        result = try_ring(ring);
     if (result < 0)
         io_uring_queue_exit(ring);
     return result;

@@ -99,6 +99,7 @@ def serve_image(options: "Options") -> None:
         manager = stack.enter_context(ServiceManager())
         endpoint = stack.enter_context(_endpoint(options))
         control = stack.enter_context(_control(options, stop_fd))
+        options = stack.enter_context(_with_private_logs(options))
         held = stack.enter_context(HeldImage(options, lambda: _repair_progress(options.blk_file, stop_fd)))
         try:
             if options.incoming:
@@ -118,7 +119,7 @@ def serve_image(options: "Options") -> None:
                 writeback=options.cache.writeback,
                 aio=options.aio,
                 poll_us=options.poll_us,
-                control=control,
+                control=_sealed(control) if options.sandbox else control,
             )
             manager.tell("STOPPING=1")
         except Stopped:
@@ -169,6 +170,33 @@ def _confine(options: "Options") -> None:
         log_directory=options.link_log,
         sockets=[path for path in (options.socket_path, options.control) if path is not None],
     )
+
+
+@contextmanager
+def _with_private_logs(options: "Options") -> "Iterator[Options]":
+    """A sandboxed daemon reaches no link log but its own."""
+    from dataclasses import replace
+
+    from qcow2.recovery import private_directory
+
+    if not options.sandbox or options.read_only:
+        yield options
+        return
+    with private_directory(options.link_log) as path:
+        yield replace(options, link_log=path)
+
+
+def _sealed(
+    control: "Callable[[Device], AbstractContextManager[object]]",
+) -> "Callable[[Device], AbstractContextManager[object]]":
+    """Seal the sandbox once the device has its worker, then go on with *control*."""
+    from vhost.sandbox import seal
+
+    def begin(device: "Device") -> "AbstractContextManager[object]":
+        seal()
+        return control(device)
+
+    return begin
 
 
 class Stopped(Exception):
