@@ -37,7 +37,7 @@ struct slot {
 struct queue {
     struct load_queue given;
     struct slot *free;
-    struct slot *by_head[VIRTQUEUE_SIZE_MAX];
+    struct slot *by_head[DRIVER_SIZE_MAX];
 };
 
 struct load {

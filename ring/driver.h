@@ -9,6 +9,8 @@
 
 #include "ring/virtqueue.h"
 
+#define DRIVER_SIZE_MAX 1024
+
 struct driver_buffer {
     uint64_t guest_address;
     uint32_t nbytes;
@@ -37,12 +39,12 @@ struct driver_ring {
     uint16_t held_flags;
     uint32_t unpublished; /* descriptors */
     uint16_t free_id;     /* list through next_id */
-    uint16_t next_id[VIRTQUEUE_SIZE_MAX];
-    struct driver_buffer posted[VIRTQUEUE_SIZE_MAX]; /* the first buffer, or the indirect table, of each id */
-    bool posted_indirect[VIRTQUEUE_SIZE_MAX];
+    uint16_t next_id[DRIVER_SIZE_MAX];
+    struct driver_buffer posted[DRIVER_SIZE_MAX]; /* the first buffer, or the indirect table, of each id */
+    bool posted_indirect[DRIVER_SIZE_MAX];
     /* both */
     uint32_t free_count;
-    uint16_t lengths[VIRTQUEUE_SIZE_MAX]; /* descriptors of the chain with each head or id */
+    uint16_t lengths[DRIVER_SIZE_MAX]; /* descriptors of the chain with each head or id */
 };
 
 /* Bytes of ring memory for `size` entries, and where its parts are in it; alignment

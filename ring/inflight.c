@@ -14,6 +14,45 @@ uint64_t inflight_nbytes(uint32_t entries, int packed)
     return (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
+uint64_t inflight_part(uint64_t nbytes, uint32_t num_queues)
+{
+    return nbytes / num_queues / ALIGNMENT * ALIGNMENT;
+}
+
+uint32_t inflight_entries(uint64_t part, int packed)
+{
+    uint64_t head = packed ? sizeof(struct inflight_packed) : sizeof(struct inflight_split);
+    uint64_t each = packed ? sizeof(struct inflight_packed_entry) : sizeof(struct inflight_split_entry);
+    uint64_t entries = part < head ? 0 : (part - head) / each;
+
+    return entries < INFLIGHT_ENTRIES_MAX ? entries : INFLIGHT_ENTRIES_MAX;
+}
+
+bool inflight_init(struct inflight *inflight, uint32_t size, uint32_t entries, bool packed)
+{
+    inflight->pending = calloc(size, sizeof(*inflight->pending));
+    if (packed) {
+        inflight->next = calloc(entries, sizeof(*inflight->next));
+        inflight->last = calloc(entries, sizeof(*inflight->last));
+        inflight->first = calloc(size, sizeof(*inflight->first));
+        return inflight->pending && inflight->next && inflight->last && inflight->first;
+    }
+    inflight->batch = calloc(size, sizeof(*inflight->batch));
+    inflight->busy = calloc(size, sizeof(*inflight->busy));
+    return inflight->pending && inflight->batch && inflight->busy;
+}
+
+void inflight_deinit(struct inflight *inflight)
+{
+    free(inflight->pending);
+    free(inflight->batch);
+    free(inflight->busy);
+    free(inflight->next);
+    free(inflight->last);
+    free(inflight->first);
+    memset(inflight, 0, sizeof(*inflight));
+}
+
 static int compare(const void *a, const void *b)
 {
     const struct survivor *left = a, *right = b;
@@ -32,10 +71,11 @@ void inflight_resubmit(struct inflight *inflight, struct survivor *survivors, ui
 
 /* ---- split ---- */
 
-static void split_begin(struct inflight_split *region, uint32_t entries, uint16_t used_index)
+/* Only what a ring of this size uses: the rest of a large region stays untouched, and takes no memory. */
+static void split_begin(struct inflight_split *region, uint16_t size, uint16_t used_index)
 {
-    memset(region, 0, sizeof(*region) + entries * sizeof(*region->desc));
-    region->desc_num = entries;
+    memset(region, 0, sizeof(*region) + size * sizeof(*region->desc));
+    region->desc_num = size;
     region->used_idx = used_index; /* the ring may come from another life: a migration, a pause */
     shared_store_release16(&region->version, INFLIGHT_VERSION);
 }
@@ -59,10 +99,13 @@ static const char *split_finish_batch(struct inflight_split *region, const struc
     return NULL;
 }
 
-static void split_collect(struct inflight *inflight, uint16_t size)
+static const char *split_collect(struct inflight *inflight, uint16_t size)
 {
-    struct survivor survivors[INFLIGHT_ENTRIES_MAX];
+    struct survivor *survivors = calloc(size, sizeof(*survivors));
     uint16_t count = 0;
+
+    if (!survivors)
+        return "no memory to read the in-flight region";
 
     for (uint16_t head = 0; head < size; head++) {
         struct inflight_split_entry entry;
@@ -72,10 +115,11 @@ static void split_collect(struct inflight *inflight, uint16_t size)
             survivors[count++] = (struct survivor){entry.counter, head};
     }
     inflight_resubmit(inflight, survivors, count);
+    free(survivors);
+    return NULL;
 }
 
-const char *inflight_split_open(struct inflight *inflight, void *region, uint32_t entries, uint16_t size,
-                                uint16_t used_index)
+const char *inflight_split_open(struct inflight *inflight, void *region, uint16_t size, uint16_t used_index)
 {
     struct inflight_split seen;
     const char *fault;
@@ -83,7 +127,7 @@ const char *inflight_split_open(struct inflight *inflight, void *region, uint32_
     inflight->split = region;
     shared_copy(&seen, region, sizeof(seen));
     if (seen.version == 0) {
-        split_begin(region, entries, used_index);
+        split_begin(region, size, used_index);
         return NULL;
     }
     if (seen.version != INFLIGHT_VERSION || seen.features)
@@ -91,7 +135,5 @@ const char *inflight_split_open(struct inflight *inflight, void *region, uint32_
     inflight->is_continued = true;
     inflight->last_batch_head = seen.last_batch_head;
     fault = split_finish_batch(region, &seen, size, used_index);
-    if (!fault)
-        split_collect(inflight, size);
-    return fault;
+    return fault ? fault : split_collect(inflight, size);
 }

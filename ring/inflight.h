@@ -12,8 +12,9 @@
 #include <stdint.h>
 
 #include "ring/shared.h"
+#include "ring/slots.h"
 
-#define INFLIGHT_ENTRIES_MAX 1024 /* VIRTQUEUE_SIZE_MAX */
+#define INFLIGHT_ENTRIES_MAX 32768 /* VIRTQUEUE_SIZE_MAX */
 
 struct inflight_split_entry {
     uint8_t inflight;
@@ -90,39 +91,48 @@ struct inflight {
     uint64_t counter;             /* of the request fetched next */
     uint16_t pending_next;        /* of `pending`, resubmitted so far */
     uint16_t pending_count;
-    uint16_t pending[INFLIGHT_ENTRIES_MAX]; /* heads or buffer ids fetched by an earlier daemon, in its order */
+    uint16_t *pending;            /* heads or slots of what an earlier daemon had fetched, in its order */
     /* split */
     uint16_t last_batch_head;
     uint16_t batch_count;
-    uint16_t batch[INFLIGHT_ENTRIES_MAX]; /* pushed and not published yet */
-    bool busy[INFLIGHT_ENTRIES_MAX];      /* fetched, now or by an earlier daemon, and not published */
+    uint16_t *batch; /* pushed and not published yet */
+    bool *busy;      /* fetched, now or by an earlier daemon, and not published */
     /* packed */
     struct ring_position used; /* published so far */
     uint16_t free_head;
     uint16_t old_free_head;
-    uint16_t next[INFLIGHT_ENTRIES_MAX];  /* of each entry */
-    uint16_t last[INFLIGHT_ENTRIES_MAX];  /* entry of a chain, by its first one */
-    uint16_t first[INFLIGHT_ENTRIES_MAX]; /* entry of a chain, by its buffer id */
+    uint16_t *next;  /* of each entry */
+    uint16_t *last;  /* entry of a chain, by its first one */
+    uint16_t *first; /* entry of a chain, by its slot */
 };
 
 /* Bytes of one queue's part. The specification gives the records, not how the
- * parts follow each other; libvhost-user and DPDK align them like this, so that a
- * region may change hands between them and us. */
+ * parts follow each other; libvhost-user and DPDK align them like this. */
 uint64_t inflight_nbytes(uint32_t entries, int packed);
+
+/* Bytes of each part of a region: all of it, shared evenly. */
+uint64_t inflight_part(uint64_t nbytes, uint32_t num_queues);
+
+/* How many entries a part has room for, at most INFLIGHT_ENTRIES_MAX. A front-end says how many it wants before it
+ * knows its rings: QEMU 10.0 asks for 128 and has rings of up to 1024. So the size of the region counts. */
+uint32_t inflight_entries(uint64_t part, int packed);
+
+/* Memory to track a ring of `size` in a part of `entries`. -> false: there is none. */
+bool inflight_init(struct inflight *inflight, uint32_t size, uint32_t entries, bool packed);
+void inflight_deinit(struct inflight *inflight);
 
 /* Begin, or go on where the last daemon was killed: what it had fetched and not
  * completed becomes `pending`. used_index: of the used ring.
  * -> NULL, or what is wrong with the region. */
-const char *inflight_split_open(struct inflight *inflight, void *region, uint32_t entries, uint16_t size,
-                                uint16_t used_index);
+const char *inflight_split_open(struct inflight *inflight, void *region, uint16_t size, uint16_t used_index);
 
 struct vring_packed_desc;
 
 /* What a packed ring continues with. */
 struct inflight_packed_state {
     struct ring_position used;
-    uint16_t lengths[INFLIGHT_ENTRIES_MAX]; /* descriptors in flight, by buffer id */
-    uint16_t outstanding;                   /* all of them */
+    struct slots *slots;  /* chains in flight are put there */
+    uint16_t outstanding; /* descriptors of all of them */
 };
 
 /* The same for a packed ring, whose descriptors tell whether the last batch was
@@ -130,21 +140,21 @@ struct inflight_packed_state {
 const char *inflight_packed_open(struct inflight *inflight, void *region, uint32_t entries,
                                  struct vring_packed_desc *cells, uint16_t size, struct inflight_packed_state *state);
 
-/* Note one descriptor of the chain that is being fetched; the last one commits the chain. */
+/* Note one descriptor of the chain that is being fetched; the last one, which has a slot, commits the chain. */
 void inflight_packed_fetched(struct inflight *inflight, const struct vring_packed_desc *descriptor, bool is_first,
-                             bool is_last);
+                             int slot);
 
 /* The chain that is being fetched is nonsense: forget what was noted of it. */
 void inflight_packed_drop(struct inflight *inflight);
 
 /* Copy a descriptor of a pending chain: its first one if *entry is UINT16_MAX, then the next. */
-void inflight_packed_load(const struct inflight *inflight, uint16_t id, uint16_t *entry,
+void inflight_packed_load(const struct inflight *inflight, uint16_t slot, uint16_t *entry,
                           struct vring_packed_desc *descriptor);
 
 /* Around the publication of a batch that ends before `used`. */
-void inflight_packed_publishing(struct inflight *inflight, const uint16_t *ids, uint16_t count,
+void inflight_packed_publishing(struct inflight *inflight, const uint16_t *slots, uint16_t count,
                                 struct ring_position used);
-void inflight_packed_published(struct inflight *inflight, const uint16_t *ids, uint16_t count,
+void inflight_packed_published(struct inflight *inflight, const uint16_t *slots, uint16_t count,
                                struct ring_position used);
 
 /* Put the survivors of an earlier daemon in order; later requests count on from there. */

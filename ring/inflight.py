@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from ring.memory import MemoryRegion
 from ring.native import lib
 
-MAX_ENTRIES: int = lib.INFLIGHT_ENTRIES_MAX
-
 
 @dataclass(frozen=True, slots=True)
 class InflightRegion:
@@ -15,13 +13,7 @@ class InflightRegion:
     fd: int
     mmap_offset: int
     nbytes: int
-    num_queues: int
-    queue_size: int  # entries of each queue's part, at least the size of its ring
-    packed: bool = False
-
-    def said(self) -> tuple[int, int, int]:
-        """What `worker_set_inflight` is told of it."""
-        return self.nbytes, self.num_queues, self.queue_size
+    num_queues: int  # share it evenly; whether a part has room for its ring follows from its size alone
 
     def memory(self) -> MemoryRegion:
         return MemoryRegion(self.fd, 0, 0, self.nbytes, self.mmap_offset)

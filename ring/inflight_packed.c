@@ -1,6 +1,7 @@
 /* In-flight tracking of packed rings: each descriptor is copied into the region, because the driver may reuse its slot. */
 #include <linux/virtio_ring.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "ring/inflight.h"
@@ -20,7 +21,7 @@ static void store_used(struct inflight_packed *region, struct ring_position used
 /* ---- while serving ---- */
 
 void inflight_packed_fetched(struct inflight *inflight, const struct vring_packed_desc *descriptor, bool is_first,
-                             bool is_last)
+                             int slot)
 {
     struct inflight_packed *region = inflight->packed;
     uint16_t head = inflight->old_free_head, entry = inflight->free_head;
@@ -35,9 +36,9 @@ void inflight_packed_fetched(struct inflight *inflight, const struct vring_packe
         first->counter = inflight->counter++;
         shared_store_release8(&first->inflight, 1);
     }
-    if (is_last) {
+    if (slot >= 0) {
         first->last = inflight->last[head] = entry;
-        inflight->first[descriptor->id] = head;
+        inflight->first[slot] = head;
     }
     first->num++;
     next->addr = descriptor->addr;
@@ -46,7 +47,7 @@ void inflight_packed_fetched(struct inflight *inflight, const struct vring_packe
     next->id = descriptor->id;
     inflight->free_head = inflight->next[entry];
     shared_store_release16(&region->free_head, inflight->free_head);
-    if (is_last) {
+    if (slot >= 0) {
         inflight->old_free_head = inflight->free_head;
         shared_store_release16(&region->old_free_head, inflight->old_free_head);
     }
@@ -63,7 +64,7 @@ void inflight_packed_drop(struct inflight *inflight)
     shared_store_release8(&region->desc[inflight->free_head].inflight, 0);
 }
 
-void inflight_packed_publishing(struct inflight *inflight, const uint16_t *ids, uint16_t count,
+void inflight_packed_publishing(struct inflight *inflight, const uint16_t *slots, uint16_t count,
                                 struct ring_position used)
 {
     struct inflight_packed *region = inflight->packed;
@@ -71,7 +72,7 @@ void inflight_packed_publishing(struct inflight *inflight, const uint16_t *ids, 
     if (!region)
         return;
     for (uint16_t i = 0; i < count; i++) {
-        uint16_t head = inflight->first[ids[i]], last = inflight->last[head];
+        uint16_t head = inflight->first[slots[i]], last = inflight->last[head];
         inflight->next[last] = inflight->free_head;
         region->desc[last].next = inflight->free_head;
         inflight->free_head = head;
@@ -80,7 +81,7 @@ void inflight_packed_publishing(struct inflight *inflight, const uint16_t *ids, 
     store_used(region, used, inflight->used);
 }
 
-void inflight_packed_published(struct inflight *inflight, const uint16_t *ids, uint16_t count,
+void inflight_packed_published(struct inflight *inflight, const uint16_t *slots, uint16_t count,
                                struct ring_position used)
 {
     struct inflight_packed *region = inflight->packed;
@@ -88,21 +89,21 @@ void inflight_packed_published(struct inflight *inflight, const uint16_t *ids, u
     if (!region)
         return;
     for (uint16_t i = 0; i < count; i++)
-        shared_store_release8(&region->desc[inflight->first[ids[i]]].inflight, 0);
+        shared_store_release8(&region->desc[inflight->first[slots[i]]].inflight, 0);
     inflight->old_free_head = inflight->free_head;
     shared_store_release16(&region->old_free_head, inflight->old_free_head);
     store_used(region, used, used);
     inflight->used = used;
 }
 
-void inflight_packed_load(const struct inflight *inflight, uint16_t id, uint16_t *entry,
+void inflight_packed_load(const struct inflight *inflight, uint16_t slot, uint16_t *entry,
                           struct vring_packed_desc *descriptor)
 {
     struct inflight_packed_entry copy;
 
-    *entry = *entry == UINT16_MAX ? inflight->first[id] : inflight->next[*entry];
+    *entry = *entry == UINT16_MAX ? inflight->first[slot] : inflight->next[*entry];
     shared_copy(&copy, &inflight->packed->desc[*entry], sizeof(copy));
-    *descriptor = (struct vring_packed_desc){copy.addr, copy.len, id, copy.flags};
+    *descriptor = (struct vring_packed_desc){copy.addr, copy.len, copy.id, copy.flags};
 }
 
 /* ---- recovery ---- */
@@ -189,7 +190,7 @@ static bool walk_chain(struct inflight *inflight, uint32_t entries, uint16_t siz
                        struct inflight_packed_state *state, struct survivor *survivor)
 {
     struct inflight_packed_entry head, copy;
-    uint16_t entry = first;
+    uint16_t entry = first, slot;
 
     shared_copy(&head, &inflight->packed->desc[first], sizeof(head));
     copy = head;
@@ -203,21 +204,19 @@ static bool walk_chain(struct inflight *inflight, uint32_t entries, uint16_t siz
         shared_copy(&copy, &inflight->packed->desc[entry], sizeof(copy));
         inflight->next[entry] = copy.next;
     }
-    if (entry != head.last || copy.id >= size || state->lengths[copy.id])
+    if (entry != head.last || slots_hold(state->slots, copy.id))
         return false;
-    state->lengths[copy.id] = head.num;
+    slot = slots_take(state->slots, copy.id, head.num);
     state->outstanding += head.num;
-    inflight->first[copy.id] = first;
+    inflight->first[slot] = first;
     inflight->last[first] = entry;
-    *survivor = (struct survivor){head.counter, copy.id};
+    *survivor = (struct survivor){head.counter, slot};
     return true;
 }
 
-static const char *collect(struct inflight *inflight, uint32_t entries, uint16_t size,
-                           struct inflight_packed_state *state)
+static const char *collect_into(struct inflight *inflight, uint32_t entries, uint16_t size,
+                                struct inflight_packed_state *state, bool *taken, struct survivor *survivors)
 {
-    struct survivor survivors[INFLIGHT_ENTRIES_MAX];
-    bool taken[INFLIGHT_ENTRIES_MAX] = {false};
     int free_count = walk_free(inflight, entries, taken);
     uint16_t count = 0;
 
@@ -236,6 +235,20 @@ static const char *collect(struct inflight *inflight, uint32_t entries, uint16_t
     return NULL;
 }
 
+static const char *collect(struct inflight *inflight, uint32_t entries, uint16_t size,
+                           struct inflight_packed_state *state)
+{
+    struct survivor *survivors = calloc(size, sizeof(*survivors));
+    bool *taken = calloc(entries, sizeof(*taken));
+    const char *fault = "no memory to read the in-flight region";
+
+    if (survivors && taken)
+        fault = collect_into(inflight, entries, size, state, taken, survivors);
+    free(survivors);
+    free(taken);
+    return fault;
+}
+
 const char *inflight_packed_open(struct inflight *inflight, void *region, uint32_t entries,
                                  struct vring_packed_desc *cells, uint16_t size, struct inflight_packed_state *state)
 {
@@ -252,9 +265,12 @@ const char *inflight_packed_open(struct inflight *inflight, void *region, uint32
     if (seen.version != INFLIGHT_VERSION || seen.features)
         return "the in-flight region has a version or features that are unknown";
     inflight->is_continued = true;
+    /* Who made the region laid its list over so many: another part of the room was never written. */
+    if (seen.desc_num < size || seen.desc_num > entries)
+        return "the in-flight region is of another ring: it has another number of entries";
     fault = settle_batch(inflight, &seen, cells, size);
     if (!fault)
-        fault = collect(inflight, entries, size, state);
+        fault = collect(inflight, seen.desc_num, size, state);
     state->used = inflight->used;
     return fault;
 }

@@ -41,14 +41,23 @@ static void deactivate(struct worker *worker, uint32_t position)
     worker->active[position] = worker->active[--worker->active_count];
 }
 
-/* Fds from the front-end do not block: replace_fd saw to that. But the flag is of the open file, which the front-end
- * shares, so it may take that back; then whoever waits for us ends the sleep with worker_nudge. */
+/* The flag is of the open file, which the front-end shares and may have taken back: look before each use. One that
+ * takes it back between the look and the use has us sleep until somebody who waits for us calls worker_nudge. */
+static void make_nonblocking(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    if (flags >= 0 && !(flags & O_NONBLOCK))
+        fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+}
+
 static void signal_fd(struct worker *worker, int fd)
 {
     uint64_t one = 1;
 
     if (fd < 0)
         return;
+    make_nonblocking(fd);
     worker_meets_peer(worker, true);
     (void)!write(fd, &one, sizeof(one)); /* a full or closed fd is the front-end's loss */
     worker_meets_peer(worker, false);
@@ -59,6 +68,7 @@ static bool take_signal(struct worker *worker, int fd)
     uint64_t count;
     bool taken;
 
+    make_nonblocking(fd);
     worker_meets_peer(worker, true);
     taken = read(fd, &count, sizeof(count)) > 0;
     worker_meets_peer(worker, false);
@@ -70,8 +80,6 @@ static void replace_fd(int *fd, int by)
     if (*fd >= 0)
         close(*fd);
     *fd = by;
-    if (by >= 0)
-        fcntl(by, F_SETFL, fcntl(by, F_GETFL) | O_NONBLOCK);
 }
 
 static void break_queue(struct worker *worker, struct queue *queue, const char *fault)
@@ -134,6 +142,7 @@ static void finish_drain(struct worker *worker, struct queue *queue)
     replace_fd(&queue->call_fd, -1);
     free(queue->requests);
     queue->requests = NULL;
+    virtqueue_deinit(&queue->ring);
     queue->has_kick = queue->started = queue->draining = false;
     worker_tell(worker, (struct worker_event){.kind = EVENT_DRAINED, .id = queue->index, .result = base});
 }
@@ -294,38 +303,34 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
 
 /* ---- what Python says ---- */
 
-int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues, uint32_t queue_size)
+int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues)
 {
-    if ((uintptr_t)region % 8)
-        return -EINVAL;
-    if (region && (num_queues == 0 || num_queues > WORKER_QUEUES || queue_size > VIRTQUEUE_SIZE_MAX))
-        return -EINVAL;
-    if (region && nbytes < num_queues * inflight_nbytes(queue_size, false))
+    if ((uintptr_t)region % 8 || (region && num_queues == 0))
         return -EINVAL;
     for (uint32_t i = 0; i < WORKER_QUEUES; i++)
         if (worker->queues[i].started)
             return -EBUSY;
     worker->inflight = region;
     worker->inflight_queues = num_queues;
-    worker->inflight_entries = queue_size;
     worker->inflight_nbytes = nbytes;
     return 0;
 }
 
-/* -> 0 if the layout has its part of the in-flight region, or there is none. */
-static int find_inflight(const struct worker *worker, uint32_t index, struct virtqueue_layout *layout)
+/* Give the layout its part of the in-flight region. -> false: there is one, without room for this ring. */
+static bool find_inflight(const struct worker *worker, uint32_t index, struct virtqueue_layout *layout)
 {
-    uint64_t nbytes = inflight_nbytes(worker->inflight_entries, layout->packed);
+    uint64_t part;
+    uint32_t entries;
 
     if (!worker->inflight)
-        return 0;
-    if (index >= worker->inflight_queues || (index + 1) * nbytes > worker->inflight_nbytes)
-        return -EINVAL;
-    if (layout->size > worker->inflight_entries)
-        return 0; /* another back-end made it for what QEMU asked, which is not what its driver uses: not tracked */
-    layout->inflight = worker->inflight + index * nbytes;
-    layout->inflight_entries = worker->inflight_entries;
-    return 0;
+        return true;
+    part = inflight_part(worker->inflight_nbytes, worker->inflight_queues);
+    entries = inflight_entries(part, layout->packed);
+    if (index >= worker->inflight_queues || entries < layout->size)
+        return false;
+    layout->inflight = worker->inflight + index * part;
+    layout->inflight_entries = entries;
+    return true;
 }
 
 int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
@@ -341,18 +346,24 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
         .event_idx = ring_flags & RING_EVENT_IDX,
         .packed = ring_flags & RING_PACKED,
     };
+    bool has_room;
     int result;
 
-    if (index >= WORKER_QUEUES || find_inflight(worker, index, &layout) < 0)
+    if (index >= WORKER_QUEUES)
         return -EINVAL;
     if (queue->started || queue->draining)
         return -EBUSY;
+    has_room = find_inflight(worker, index, &layout);
     result = virtqueue_init(&queue->ring, &layout, &worker->memory);
-    if (result < 0)
+    if (result < 0) {
+        signal_fd(worker, queue->err_fd);
         return result;
+    }
     queue->requests = calloc(size, sizeof(*queue->requests));
-    if (!queue->requests)
+    if (!queue->requests) {
+        virtqueue_deinit(&queue->ring);
         return -ENOMEM;
+    }
     queue->layout = layout;
     queue->started = true;
     queue->absent = queue->broken = false;
@@ -361,7 +372,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
         break_queue(worker, queue, NULL);
     signal_fd(worker, queue->call_fd);
     activate(worker, queue);
-    return 0;
+    return has_room;
 }
 
 /* Whether a poll of the fd ever waits: an eventfd has no file type; files, disks
@@ -493,4 +504,5 @@ void queue_close(struct worker *worker, struct queue *queue)
     replace_fd(&queue->err_fd, -1);
     free(queue->requests);
     queue->requests = NULL;
+    virtqueue_deinit(&queue->ring);
 }

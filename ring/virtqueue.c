@@ -1,6 +1,7 @@
 #include "ring/virtqueue.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "ring/packed.h"
@@ -10,6 +11,38 @@ int virtqueue_relocate(struct virtqueue *queue, const struct virtqueue_layout *l
                        const struct guest_memory *memory)
 {
     return layout->packed ? packed_relocate(queue, layout, memory) : split_relocate(queue, layout, memory);
+}
+
+static bool allocate(struct virtqueue *queue, const struct virtqueue_layout *layout)
+{
+    if (layout->inflight && !inflight_init(&queue->inflight, queue->size, layout->inflight_entries, queue->packed))
+        return false;
+    if (!queue->packed)
+        return true;
+    queue->batch = calloc(queue->size, sizeof(*queue->batch));
+    queue->batch_nbytes = calloc(queue->size, sizeof(*queue->batch_nbytes));
+    return slots_init(&queue->slots, queue->size) && queue->batch && queue->batch_nbytes;
+}
+
+void virtqueue_deinit(struct virtqueue *queue)
+{
+    free(queue->batch);
+    free(queue->batch_nbytes);
+    queue->batch = NULL;
+    queue->batch_nbytes = NULL;
+    slots_deinit(&queue->slots);
+    inflight_deinit(&queue->inflight);
+}
+
+static int begin(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory)
+{
+    int result = virtqueue_relocate(queue, layout, memory);
+
+    if (result < 0)
+        return result;
+    if (!allocate(queue, layout))
+        return -ENOMEM;
+    return queue->packed ? packed_begin(queue, layout) : split_begin(queue, layout);
 }
 
 int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory)
@@ -26,10 +59,10 @@ int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layou
     queue->size = layout->size;
     queue->packed = layout->packed;
     queue->event_idx = layout->event_idx;
-    result = virtqueue_relocate(queue, layout, memory);
+    result = begin(queue, layout, memory);
     if (result < 0)
-        return result;
-    return queue->packed ? packed_begin(queue, layout) : split_begin(queue, layout);
+        virtqueue_deinit(queue);
+    return result;
 }
 
 int virtqueue_pop(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain)

@@ -13,7 +13,7 @@
 #include "ring/inflight.h"
 #include "ring/memory.h"
 
-#define VIRTQUEUE_SIZE_MAX 1024
+#define VIRTQUEUE_SIZE_MAX 32768 /* of the specification */
 #define CHAIN_DESCRIPTORS_MAX 1024 /* Linux posts indirect chains longer than the ring: no tighter bound holds */
 #define CHAIN_PIECES_MAX 2048      /* a descriptor may straddle regions */
 
@@ -46,16 +46,16 @@ struct virtqueue {
     struct ring_position used;      /* of what is published next */
     uint16_t outstanding;           /* descriptors fetched and not published */
     uint16_t batch_count;
-    uint16_t batch[VIRTQUEUE_SIZE_MAX]; /* buffer ids pushed and not published */
-    uint32_t batch_nbytes[VIRTQUEUE_SIZE_MAX];
-    uint16_t lengths[VIRTQUEUE_SIZE_MAX]; /* descriptors of the chain with each buffer id; 0: it is the driver's */
+    uint16_t *batch;       /* slots pushed and not published */
+    uint32_t *batch_nbytes;
+    struct slots slots;
 
     struct inflight inflight;
 };
 
 /* One chain, as host pieces: readable ones first. */
 struct chain {
-    uint16_t head; /* of a packed ring: its buffer id */
+    uint16_t head; /* of a packed ring: its slot */
     uint32_t readable_count;
     uint32_t writable_count;
     uint64_t readable_nbytes;
@@ -76,9 +76,13 @@ struct virtqueue_layout {
 };
 
 /* -EINVAL: a size over the limit or, of a split ring, no power of two, a misaligned address,
- * an in-flight region that is too small. -EFAULT: an address outside guest memory.
- * A region that contradicts itself or the ring leaves a queue that is broken. */
+ * an in-flight region that is too small. -EFAULT: an address outside guest memory. -ENOMEM.
+ * A region that contradicts itself or the ring leaves a queue that is broken. After an error there is nothing to
+ * deinit. */
 int virtqueue_init(struct virtqueue *queue, const struct virtqueue_layout *layout, const struct guest_memory *memory);
+
+/* Give its memory back; nothing is to be popped or pushed any more. */
+void virtqueue_deinit(struct virtqueue *queue);
 
 /* Find the ring again after the memory table changed; everything pushed is
  * published. -EFAULT, -EINVAL: it is gone, and may only be relocated again. */

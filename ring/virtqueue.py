@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 QUEUES_MAX = 256  # a vring index is 8 bits on the vhost-user wire
-SIZE_MAX = 1024
+SIZE_MAX = 32768
 
 
 @dataclass(frozen=True, slots=True)

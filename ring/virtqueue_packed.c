@@ -23,7 +23,7 @@ int packed_relocate(struct virtqueue *queue, const struct virtqueue_layout *layo
 
 static int open_inflight(struct virtqueue *queue, const struct virtqueue_layout *layout)
 {
-    struct inflight_packed_state state = {.used = queue->used};
+    struct inflight_packed_state state = {.used = queue->used, .slots = &queue->slots};
 
     queue->fault = inflight_packed_open(&queue->inflight, layout->inflight, layout->inflight_entries, queue->cells,
                                         queue->size, &state);
@@ -34,7 +34,6 @@ static int open_inflight(struct virtqueue *queue, const struct virtqueue_layout 
     queue->used = state.used;
     queue->available = position_after(state.used, state.outstanding, queue->size);
     queue->outstanding = state.outstanding;
-    memcpy(queue->lengths, state.lengths, sizeof(state.lengths));
     return 0;
 }
 
@@ -84,9 +83,7 @@ static int append(struct virtqueue *queue, struct guest_memory *memory, const st
 
 static int check_id(struct virtqueue *queue, uint16_t id)
 {
-    if (id >= queue->size)
-        return broken(queue, "a buffer id is past the size of the queue");
-    if (queue->lengths[id])
+    if (slots_hold(&queue->slots, id))
         return broken(queue, "a buffer id is posted again while it is in flight");
     return 0;
 }
@@ -109,8 +106,9 @@ static int walk_chain(struct virtqueue *queue, struct guest_memory *memory, stru
             result = check_id(queue, descriptor.id);
         if (result < 0)
             return result;
-        inflight_packed_fetched(&queue->inflight, &descriptor, count == 1, is_last);
-        chain->head = descriptor.id;
+        if (is_last)
+            chain->head = slots_take(&queue->slots, descriptor.id, count);
+        inflight_packed_fetched(&queue->inflight, &descriptor, count == 1, is_last ? chain->head : -1);
         if (is_last)
             return count;
     }
@@ -120,12 +118,12 @@ static int walk_chain(struct virtqueue *queue, struct guest_memory *memory, stru
 /* One that an earlier daemon had fetched: its slots in the ring may be others' by now. */
 static int pop_pending(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain)
 {
-    uint16_t id = queue->inflight.pending[queue->inflight.pending_next], entry = UINT16_MAX;
+    uint16_t slot = queue->inflight.pending[queue->inflight.pending_next], entry = UINT16_MAX;
 
-    chain->head = id;
-    for (uint16_t i = 0; i < queue->lengths[id]; i++) {
+    chain->head = slot;
+    for (uint16_t i = 0; i < queue->slots.lengths[slot]; i++) {
         struct vring_packed_desc descriptor;
-        inflight_packed_load(&queue->inflight, id, &entry, &descriptor);
+        inflight_packed_load(&queue->inflight, slot, &entry, &descriptor);
         if (append(queue, memory, &descriptor, i == 0, chain) < 0)
             return -EPROTO;
     }
@@ -153,7 +151,6 @@ int packed_pop(struct virtqueue *queue, struct guest_memory *memory, struct chai
         inflight_packed_drop(&queue->inflight);
         return count;
     }
-    queue->lengths[chain->head] = count;
     queue->outstanding += count;
     queue->available = position_after(queue->available, count, queue->size);
     return 1;
@@ -161,10 +158,10 @@ int packed_pop(struct virtqueue *queue, struct guest_memory *memory, struct chai
 
 /* ---- giving back ---- */
 
-void packed_push(struct virtqueue *queue, uint16_t id, uint32_t nbytes)
+void packed_push(struct virtqueue *queue, uint16_t slot, uint32_t nbytes)
 {
     queue->batch_nbytes[queue->batch_count] = nbytes;
-    queue->batch[queue->batch_count++] = id;
+    queue->batch[queue->batch_count++] = slot;
 }
 
 /* Write one used element. Its flags are what the driver waits for. */
@@ -173,7 +170,7 @@ static void write_used(struct virtqueue *queue, struct ring_position at, uint16_
     struct vring_packed_desc *cell = &queue->cells[at.index];
     uint16_t flags = packed_mark(at.wrap, at.wrap) | (queue->batch_nbytes[i] ? VRING_DESC_F_WRITE : 0);
 
-    cell->id = queue->batch[i];
+    cell->id = queue->slots.ids[queue->batch[i]];
     cell->len = queue->batch_nbytes[i];
     shared_store_release16(&cell->flags, flags);
 }
@@ -186,7 +183,7 @@ static void write_batch(struct virtqueue *queue)
     for (uint16_t i = 0; i < queue->batch_count; i++) {
         if (i)
             write_used(queue, at, i);
-        at = position_after(at, queue->lengths[queue->batch[i]], queue->size);
+        at = position_after(at, queue->slots.lengths[queue->batch[i]], queue->size);
     }
     write_used(queue, queue->used, 0);
 }
@@ -209,14 +206,14 @@ int packed_publish(struct virtqueue *queue)
     if (!queue->batch_count)
         return 0;
     for (uint16_t i = 0; i < queue->batch_count; i++)
-        count += queue->lengths[queue->batch[i]];
+        count += queue->slots.lengths[queue->batch[i]];
     end = position_after(queue->used, count, queue->size);
     inflight_packed_publishing(&queue->inflight, queue->batch, queue->batch_count, end);
     write_batch(queue);
     queue->used = end;
     inflight_packed_published(&queue->inflight, queue->batch, queue->batch_count, end);
     for (uint16_t i = 0; i < queue->batch_count; i++)
-        queue->lengths[queue->batch[i]] = 0;
+        slots_give_back(&queue->slots, queue->batch[i]);
     queue->batch_count = 0;
     queue->outstanding -= count;
     shared_fence();

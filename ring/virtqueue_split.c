@@ -44,8 +44,7 @@ int split_begin(struct virtqueue *queue, const struct virtqueue_layout *layout)
     queue->next_used = queue->published_used = shared_load16(&queue->device->idx);
     if (!layout->inflight)
         return 0;
-    queue->fault =
-        inflight_split_open(inflight, layout->inflight, layout->inflight_entries, queue->size, queue->next_used);
+    queue->fault = inflight_split_open(inflight, layout->inflight, queue->size, queue->next_used);
     /* The front-end's base is no more than a used index if a daemon died; what
      * was fetched is what was completed and what is in flight. */
     if (!queue->fault && inflight->is_continued)

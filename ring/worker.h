@@ -242,7 +242,6 @@ struct worker {
     struct dirty_log log;
     uint8_t *inflight; /* the in-flight region, NULL: none */
     uint32_t inflight_queues;
-    uint32_t inflight_entries; /* of each queue */
     uint64_t inflight_nbytes;
     int control_fd;
     int thread_id;
@@ -315,12 +314,13 @@ uint32_t worker_requests_in_flight(struct worker *worker);
 const struct worker_statistics *worker_statistics(struct worker *worker); /* good until worker_free */
 
 /* Track what is in flight in this memory, or, NULL, no more. It is borrowed for as
- * long as a queue is started. -EBUSY: one is; -EINVAL: too small for what it says, misaligned. */
-int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues, uint32_t queue_size);
+ * long as a queue is started. -EBUSY: one is; -EINVAL: it has no queues, or is misaligned. */
+int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, uint32_t num_queues);
 
 enum ring_flag { RING_EVENT_IDX = 1, RING_PACKED = 2 };
 
-/* -EINVAL also: the in-flight region has no room for this queue. */
+/* -> 0: it is not tracked, the in-flight region has no room for it; else 1. A ring that is none (-EINVAL, -EFAULT) is
+ * told of through the err fd, too. */
 int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
                        uint64_t driver_address, uint64_t device_address, uint32_t base, uint32_t ring_flags);
 int worker_set_kick(struct worker *worker, uint32_t index, int fd);

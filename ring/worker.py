@@ -204,14 +204,15 @@ class Worker:
     def set_inflight(self, region: InflightRegion | None) -> None:
         """Track what queues that start from now on have in flight in *region*, or not at all.
 
-        What a region says was left in flight is served first. One that contradicts itself breaks its queue.
-        Raises: OSError if it cannot be mapped or is too small for what it says, EBUSY while a queue is started.
+        What a region says was left in flight is served first. One that contradicts itself breaks its queue; a queue
+        for which it has no room is served without.
+        Raises: OSError if it cannot be mapped or has no queues, EBUSY while a queue is started.
         """
         mapping = None if region is None else Mapping(region.memory())
         try:
             address: Any = NULL if mapping is None else mapping.address
-            said = (0, 0, 0) if region is None else region.said()
-            check(lib.worker_set_inflight(self._native, address, *said), "in-flight region")
+            nbytes, num_queues = (0, 0) if region is None else (region.nbytes, region.num_queues)
+            check(lib.worker_set_inflight(self._native, address, nbytes, num_queues), "in-flight region")
         except OSError:
             if mapping is not None:
                 mapping.close()
@@ -220,13 +221,14 @@ class Worker:
             self._inflight.close()
         self._inflight = mapping
 
-    def start_queue(self, index: int, layout: QueueLayout) -> None:
+    def start_queue(self, index: int, layout: QueueLayout) -> bool:
         """Give a stopped queue its ring. It is served once it is also enabled and its kick is set.
 
-        It is then looked at once, kicked or not.
-        Raises: OSError EINVAL for a size, an alignment or an address outside guest memory, EBUSY if it is started.
+        It is then looked at once, kicked or not. False: the in-flight region has no room for it; it is served without.
+        Raises: OSError EINVAL for a size, an alignment or a base, EFAULT for an address outside guest memory, both
+        after its err fd was signalled; EBUSY if it is started.
         """
-        check(
+        tracked = check(
             lib.worker_start_queue(
                 self._native,
                 index,
@@ -240,6 +242,7 @@ class Worker:
             f"queue {index}: {layout}",
         )
         self._queues.add(index)
+        return bool(tracked)
 
     def set_kick(self, index: int, fd: int | None) -> None:
         """Take over *fd* as the queue's kick; None means the driver does not kick and the ring is polled.

@@ -156,6 +156,7 @@ class FrontEnd:
     """Connect to *socket_path*, negotiate, start the queues; requests go to queue 0 unless `queues` is used."""
 
     generation = VERSION_1  # 0: a legacy driver
+    insists = False  # on features that are not offered
 
     def __init__(
         self,
@@ -260,7 +261,7 @@ class FrontEnd:
         self.offered = self.ask(GET_FEATURES)
         multiple = F_MQ if len(self.queues) > 1 else 0
         features |= multiple | self.generation | PROTOCOL_FEATURES | self.queues[0].feature
-        self.features = self.offered & features
+        self.features = features if self.insists else self.offered & features
         self.ask(GET_PROTOCOL_FEATURES)
         tracking = INFLIGHT_SHMFD if self.inflight else 0
         protocol = MQ | LOG_SHMFD | REPLY_ACK | BACKEND_REQ | CONFIG | MEM_SLOTS | tracking
@@ -322,11 +323,16 @@ class FrontEnd:
         places = (*(USER_ADDRESS + ring for ring in rings), log)
         self.tell(SET_VRING_ADDR, struct.pack("<IIQQQQ", index, int(logged), *places))
 
-    def open_backend_channel(self) -> socket.socket:
-        """Give the daemon one end of a socket pair for its own requests; the other end is the caller's to close."""
+    def open_backend_channel(self, *, blocking: bool = False) -> socket.socket:
+        """Give the daemon one end of a socket pair for its own requests; the other end is the caller's to close.
+
+        If it is *blocking*, calls on it sleep that do not say otherwise.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             self.tell(SET_BACKEND_REQ_FD, b"", fds=(theirs.fileno(),))
+            if blocking:
+                os.set_blocking(theirs.fileno(), True)
         ours.settimeout(TIMEOUT)
         return ours
 

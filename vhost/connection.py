@@ -1,9 +1,11 @@
 """One front-end's visit: a session's effects performed on a worker, until the front-end leaves or must go."""
 
+import logging
 import os
 import select
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import assert_never
 
 from ring.inflight import InflightRegion
@@ -17,6 +19,8 @@ from vhost.message import Inflight, Region, Request
 from vhost.session import Session
 from vhost.vring import Steps
 
+log = logging.getLogger("vhost")
+
 
 class Connection:
     """A context manager: leaving it drains the rings, forgets the guest's memory and closes the socket."""
@@ -28,7 +32,7 @@ class Connection:
         self._worker = device.worker
         self._backchannel: BackendChannel | None = None
         self._regions: dict[Region, MemoryRegion] = {}
-        self._note: inflight.Note | None = None
+        self._note: inflight.WriteCacheNote | None = None
 
     def __enter__(self) -> "Connection":
         return self
@@ -137,8 +141,8 @@ class Connection:
                 self._worker.call(lambda: self._worker.log_queue(index, guest_address))
             case effect.ShareInflight():
                 self._share_inflight(wanted)
-            case effect.TrackInflight(told, packed):
-                return self._track_inflight(told, fds, packed=packed)
+            case effect.TrackInflight(told):
+                return self._track_inflight(told, fds)
             case effect.ForgetInflight():
                 self._worker.call(lambda: self._worker.set_inflight(None))
                 self._take_note(None)
@@ -190,26 +194,26 @@ class Connection:
         self._worker.call(lambda: self._worker.set_log(log))
 
     def _share_inflight(self, wanted: effect.ShareInflight) -> None:
-        entries = self._session.offer.max_queue_size  # whatever was asked: see `inflight`
-        fd, nbytes = inflight.create(wanted.num_queues, entries, packed=wanted.packed, wce=wanted.wce)
+        fd, nbytes = inflight.create(wanted.num_queues, wanted.queue_size, packed=wanted.packed, wce=wanted.wce)
         try:
             answer = Inflight(nbytes, 0, wanted.num_queues, wanted.queue_size)
             self._channel.reply(Request.GET_INFLIGHT_FD, answer.pack(), [fd])
         finally:
             os.close(fd)
 
-    def _track_inflight(self, told: Inflight, fds: Fds, *, packed: bool) -> bool | None:
-        region = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues, told.queue_size, packed)
-        note = inflight.Note(region)
+    def _track_inflight(self, told: Inflight, fds: Fds) -> bool | None:
+        whole = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues)
+        note = inflight.WriteCacheNote(whole)
         try:
-            self._worker.call(lambda: self._worker.set_inflight(note.region))
+            region = replace(whole, nbytes=whole.nbytes - note.nbytes)
+            self._worker.call(lambda: self._worker.set_inflight(region))
         except OSError:
             note.close()
             raise
         self._take_note(note)
         return note.wce
 
-    def _take_note(self, note: inflight.Note | None) -> None:
+    def _take_note(self, note: inflight.WriteCacheNote | None) -> None:
         if self._note is not None:
             self._note.close()
         self._note = note
@@ -218,7 +222,12 @@ class Connection:
         layout = QueueLayout(
             ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx, ring.packed
         )
-        self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
+        if not self._worker.call(lambda: self._worker.start_queue(ring.index, layout)):
+            log.warning(
+                "queue %d has %d entries, more than the in-flight region has room for: served without",
+                ring.index,
+                ring.size,
+            )
 
     def _flush(self) -> None:
         """Nothing is to flush of what was let go: it was made stable then."""

@@ -102,7 +102,6 @@ class TrackInflight:
     """Note what rings have in flight in the region of the message's fd -> the wce noted there; None: nothing is."""
 
     inflight: Inflight
-    packed: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from enum import IntEnum, IntFlag
 from typing import ClassVar, Self
 
 VERSION = 1
-MAX_FDS = 8
+MAX_FDS = 32  # of a memory table: QEMU sends 8 regions at most, rust-vmm (cloud-hypervisor, crosvm) 32
 MAX_CONFIG_SIZE = 256
-MAX_PAYLOAD = 12 + MAX_CONFIG_SIZE  # SET_CONFIG, or a table of 8 regions, whichever is larger
+MAX_PAYLOAD = 8 + MAX_FDS * 32  # a table of so many regions; SET_CONFIG is smaller
 REPLY_FLAGS = 0x5  # version 1 and "this is a reply"; QEMU refuses any other value
 
 

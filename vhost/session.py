@@ -2,13 +2,15 @@
 
 Requests are answered one at a time and in order. Each answer is a generator that yields what must be done and is
 sent the result; an `OSError` thrown in means it could not be done, and becomes a non-zero acknowledgement if the
-front-end asked for one. Anything the specification forbids raises `ProtocolViolation`.
+front-end asked for one, else the end of the visit. A `Refusal` ends nothing: what is refused does no harm, and may be
+the guest's doing. Anything the specification forbids raises `ProtocolViolation`.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from ring.virtqueue import QUEUES_MAX
 from vhost import effect
 from vhost.message import (
     MAX_FDS,
@@ -46,9 +48,14 @@ PROTOCOL_FEATURES = int(
 )
 HEADER_FLAGS = int(HeaderFlag.VERSION | HeaderFlag.NEED_REPLY)
 VHOST_FEATURES = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
+DEVICE_FEATURES = (1 << 24) - 1  # bits that only say which requests and fields a driver uses
 LOG_PAGE = 4096
 ADDRESS_LIMIT = 1 << 64
 ACK, NACK = U64(0).pack(), U64(1).pack()
+
+
+class Refusal(Exception):
+    """What was asked for is not done, and all goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,8 @@ class Session:
         answer = ACK
         try:
             yield from rule.answer(self, payload)
+        except Refusal:
+            answer = NACK
         except OSError:
             if rule.replies or not self._acknowledges(message):
                 raise
@@ -121,7 +130,11 @@ class Session:
         yield _reply_u64(Request.GET_FEATURES, self.offer.features | VHOST_FEATURES)
 
     def set_features(self, features: U64) -> Steps:
-        _refuse_unknown("virtio features", features.value, self.offer.features | VHOST_FEATURES)
+        """Take what the driver chose, perhaps from another offer: a guest keeps its features over our deaths.
+
+        What that one does not offer, as a read-only one does not, fails as a request.
+        """
+        _refuse_unknown("virtio features", features.value, self.offer.features | VHOST_FEATURES | DEVICE_FEATURES)
         before, self.features = self.features, features.value
         if (before ^ self.features) & VhostFeature.LOG_ALL:  # also while rings run, which run on
             yield effect.LogBuffers(bool(self.features & VhostFeature.LOG_ALL))
@@ -220,14 +233,13 @@ class Session:
     def set_config(self, window: ConfigWindow) -> Steps:
         """Switch wce, all there is to write. Its driver may not be known to us yet: what is *offered* counts.
 
-        The flag says "live migration" (1) or nothing (0); cloud-hypervisor always sets it.
+        The flag says "live migration" (1) or nothing (0); cloud-hypervisor always sets it. It and crosvm hand on
+        whatever the guest writes, which is then ignored.
         """
         if window.start != WCE_OFFSET or window.flags > 1 or window.data not in (b"\0", b"\1"):
-            raise PermissionError(
-                f"the driver may not write {window.size} bytes at {window.start} of its configuration"
-            )
+            raise Refusal(f"the driver may not write {window.size} bytes at {window.start} of its configuration")
         if not self.offer.features & BlockFeature.CONFIG_WCE:
-            raise PermissionError("the write cache of this device cannot be switched")
+            raise Refusal("the write cache of this device cannot be switched")
         before, self.wce = self.wce, window.data == b"\1"
         yield effect.SetWriteCache(self.is_writeback)
         if before and not self.wce:
@@ -254,14 +266,14 @@ class Session:
             self._noted_wce = self.wce
 
     def get_inflight_fd(self, wanted: Inflight) -> Steps:
-        _check_inflight(wanted, self.offer)
+        _check_inflight(wanted)
         yield effect.ShareInflight(wanted.num_queues, wanted.queue_size, self.vrings.packed, self.wce)
 
     def set_inflight_fd(self, inflight: Inflight) -> Steps:
         """Take a region over, perhaps from a daemon that was killed, and with it the wce that its guest chose."""
-        _check_inflight(inflight, self.offer)
+        _check_inflight(inflight)
         yield from self.vrings.stop_all()
-        noted = yield effect.TrackInflight(inflight, self.vrings.packed)
+        noted = yield effect.TrackInflight(inflight)
         self._tracks_inflight = True
         if noted is not None and self.offer.features & BlockFeature.CONFIG_WCE:
             self.wce = self._noted_wce = noted
@@ -301,12 +313,14 @@ def _refuse_unknown(noun: str, features: int, offered: int) -> None:
         raise ProtocolViolation(f"{noun} {unknown:#x} were not offered")
 
 
-def _check_inflight(inflight: Inflight, offer: Offer) -> None:
-    if not (0 < inflight.num_queues <= offer.num_queues and 0 < inflight.queue_size <= offer.max_queue_size):
-        raise ProtocolViolation(
-            f"an in-flight region for {inflight.num_queues} rings of {inflight.queue_size} entries, "
-            f"more than {offer.num_queues} of {offer.max_queue_size}"
-        )
+def _check_inflight(inflight: Inflight) -> None:
+    """Refuse a region that is for no ring, or for more than there can be.
+
+    How many entries a front-end wants is no promise about its rings: the size of the region counts, and a ring for
+    which it has no room is served without.
+    """
+    if not 0 < inflight.num_queues <= QUEUES_MAX:
+        raise ProtocolViolation(f"an in-flight region for {inflight.num_queues} rings, not for 1 to {QUEUES_MAX}")
 
 
 def _place(region: Region) -> tuple[int, int, int]:

@@ -115,7 +115,7 @@ static void torment(bool packed)
         else
             scramble_split((void *)region);
         scramble_ring(&fixture, packed);
-        CHECK(worker_set_inflight(fixture.worker, region, nbytes, 1, QUEUE_SIZE) == 0);
+        CHECK(worker_set_inflight(fixture.worker, region, nbytes, 1) == 0);
         fixture_start(&fixture, (packed ? RING_PACKED : 0) | (i & 1 ? RING_EVENT_IDX : 0));
         if (i & 2) { /* the peer goes on scribbling after recovery */
             if (packed)
@@ -132,7 +132,7 @@ static void torment(bool packed)
     CHECK(broken > ROUNDS / 100 && broken < ROUNDS);
     printf("%s: %llu requests, %u broken rings\n", packed ? "packed" : "split",
            (unsigned long long)fixture.counters.requests, broken);
-    CHECK(worker_set_inflight(fixture.worker, NULL, 0, 0, 0) == 0);
+    CHECK(worker_set_inflight(fixture.worker, NULL, 0, 0) == 0);
     fixture_deinit(&fixture);
 }
 

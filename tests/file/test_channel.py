@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from vhost.channel import Channel, Fds, Hangup
-from vhost.message import U64, Header, Message, ProtocolViolation, Request
+from vhost.message import MAX_FDS, U64, Header, Message, ProtocolViolation, Request
 
 SET_OWNER = Header(Request.SET_OWNER, 1, 0).pack()
 SET_FEATURES = Header(Request.SET_FEATURES, 1, 8).pack() + U64(0x140000000).pack()
@@ -102,26 +102,26 @@ def test_received_fds_do_not_leak_into_children(pair: tuple[Channel, socket.sock
     assert not inheritable
 
 
-def test_eight_fds_are_the_limit(pair: tuple[Channel, socket.socket]) -> None:
+def test_fds_for_every_region_of_a_table_are_the_limit(pair: tuple[Channel, socket.socket]) -> None:
     channel, peer = pair
-    send(peer, SET_OWNER, nfds=8)
+    send(peer, SET_OWNER, nfds=MAX_FDS)
     _, fds = receive(channel)
-    assert len(fds) == 8
+    assert len(fds) == MAX_FDS
     fds.close()
 
 
-def test_nine_fds_end_the_connection(pair: tuple[Channel, socket.socket]) -> None:
+def test_more_fds_than_a_table_has_regions_end_the_connection(pair: tuple[Channel, socket.socket]) -> None:
     channel, peer = pair
-    send(peer, SET_OWNER, nfds=9)
-    with pytest.raises(ProtocolViolation, match="more than 8"):
+    send(peer, SET_OWNER, nfds=MAX_FDS + 1)
+    with pytest.raises(ProtocolViolation, match="more than 32"):
         channel.receive()
 
 
-def test_nine_fds_in_two_pieces_end_the_connection(pair: tuple[Channel, socket.socket]) -> None:
+def test_more_fds_in_two_pieces_end_the_connection(pair: tuple[Channel, socket.socket]) -> None:
     channel, peer = pair
-    send(peer, SET_OWNER[:6], nfds=5)
-    send(peer, SET_OWNER[6:], nfds=4)
-    with pytest.raises(ProtocolViolation, match="more than 8"):
+    send(peer, SET_OWNER[:6], nfds=MAX_FDS)
+    send(peer, SET_OWNER[6:], nfds=1)
+    with pytest.raises(ProtocolViolation, match="more than 32"):
         channel.receive()
 
 

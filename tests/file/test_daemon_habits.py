@@ -1,5 +1,9 @@
 """Front-ends and drivers of other habits than QEMU's and Linux's: legacy ones, those that do not kick or listen."""
 
+import fcntl
+import os
+import select
+import signal
 import struct
 import time
 from pathlib import Path
@@ -7,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.builder import Recipe, build
-from tests.frontend import GET_ID, OK, SET_VRING_CALL, SET_VRING_KICK, FrontEnd, Queue
+from tests.frontend import (
+    F_FLUSH,
+    F_WRITE_ZEROES,
+    GET_ID,
+    IN,
+    OK,
+    SET_CONFIG,
+    SET_VRING_CALL,
+    SET_VRING_KICK,
+    FrontEnd,
+    Queue,
+)
 from tests.packedqueue import PackedQueue
 from tests.program import Daemon
 
@@ -42,3 +57,48 @@ def test_driver_that_neither_kicks_nor_wants_calls_is_served(image: Path, queue_
             while not (done := guest.reap()):
                 assert time.monotonic() < deadline
             assert [one.status for one in done] == [OK]
+
+
+@pytest.mark.parametrize("window", [(0, 8, 0), (32, 1, 2), (57, 3, 1), (200, 56, 0)])
+def test_write_to_a_read_only_field_does_not_cost_the_connection(image: Path, window: tuple[int, int, int]) -> None:
+    """A front-end hands on what its guest writes, and may not ask whether that was done."""
+    with Daemon(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        before = guest.read_config()
+        guest._send(SET_CONFIG, struct.pack("<III", *window) + b"\xff" * window[1])
+        assert guest.read_config() == before
+        guest.write(0, b"1" * 512)
+
+
+def test_guest_keeps_its_disk_when_the_next_daemon_offers_less(image: Path) -> None:
+    with Daemon(image) as first, FrontEnd(first.socket_path, features=F_FLUSH | F_WRITE_ZEROES) as guest:
+        guest.insists = True
+        first.kill()
+        with Daemon(image, "--read-only") as second:
+            guest.connect(second.socket_path)
+            assert guest.read(0, 512) == bytes(512)
+            assert guest.do(13, 0, struct.pack("<QII", 0, 1, 0)).status != OK
+
+
+def test_back_end_channel_that_was_made_to_block_holds_nobody_up(image: Path) -> None:
+    with Daemon(image) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, guest.open_backend_channel(blocking=True) as channel:
+            channel.send(b"\2\0\0\0")  # a part of a header
+            guest.write(0, b"1" * 512)
+            guest.read_config()
+        with FrontEnd(daemon.socket_path) as other:
+            assert other.read(0, 512) == b"1" * 512
+        daemon.stop()
+
+
+def test_call_that_was_made_to_block_and_is_full_stalls_no_ring(image: Path) -> None:
+    """Nobody waits for the daemon meanwhile, which could wake it."""
+    with Daemon(image) as daemon, FrontEnd(daemon.socket_path, queues=2) as guest:
+        full = guest.queues[1].call
+        guest.queues[1].submit(IN, 0, nbytes=512)
+        select.select([full], [], [])
+        os.eventfd_read(full)
+        os.eventfd_write(full, (1 << 64) - 2)
+        fcntl.fcntl(full, fcntl.F_SETFL, fcntl.fcntl(full, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+        guest.queues[1].submit(IN, 0, nbytes=512)
+        guest.write(0, b"1" * 512)
+        daemon.stop(signal.SIGTERM)

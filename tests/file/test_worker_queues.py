@@ -1,6 +1,7 @@
 """Queues: started, kicked or not, notified or not, disabled, drained, several at once."""
 
 import os
+import struct
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -147,7 +148,7 @@ def test_new_kick_and_call_are_used() -> None:
 BAD_LAYOUTS = {
     "size 0": {"size": 0},
     "size 3": {"size": 3},
-    "size 2048": {"size": 2048},
+    "size 65536": {"size": 65536},
     "unaligned descriptors": {"descriptor_address": 8},
     "unaligned driver area": {"driver_address": 1},
     "unaligned device area": {"device_address": 2},
@@ -162,6 +163,28 @@ def test_nonsensical_layout_is_refused(name: str) -> None:
     layout = QueueLayout(**{**fields, **BAD_LAYOUTS[name]})
     with Guest() as guest, pytest.raises(OSError, match="queue 1: QueueLayout"):
         guest.worker.call(lambda: guest.worker.start_queue(1, layout))
+
+
+@pytest.mark.parametrize("size", [2048, 32768])
+def test_ring_is_as_large_as_the_specification_lets_it_be(size: int) -> None:
+    head, header, driver_area, device_area = size - 1, 15 * MIB, MIB, 2 * MIB
+    layout = QueueLayout(size, 4 * MIB, driver_area, device_area, base=head)
+    with Guest() as guest:
+        guest.memory.store(header, struct.pack("<IIQ", IN, 0, 0))
+        guest.memory.store(4 * MIB + 16 * head, struct.pack("<QIHH", header, 16, 1, 0))
+        guest.memory.store(4 * MIB, struct.pack("<QIHH", header + 16, 513, 2, 0))
+        guest.memory.store(driver_area + 4 + 2 * head, struct.pack("<H", head))
+        guest.memory.store(driver_area + 2, struct.pack("<H", size))
+
+        def start() -> None:
+            guest.worker.start_queue(1, layout)
+            guest.worker.set_kick(1, None)
+            guest.worker.set_enabled(1, True)
+
+        guest.worker.call(start)
+        guest.wait_for_requests(1)
+        assert guest.drain(1) == size
+        assert guest.memory.load(device_area + 2, 2 + 8) == struct.pack("<HII", 1, head, 513)
 
 
 def test_started_queue_is_not_started_again() -> None:

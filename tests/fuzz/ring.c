@@ -628,7 +628,7 @@ static void share(const struct setup *setup)
         past->desc[head] = (struct inflight_split_entry){.inflight = 1, .next = setup->rest[6], .counter = 7};
     }
     CHECK(worker_set_inflight(world.worker, tracks ? inflight->host : NULL, tracks ? QUEUES * inflight_nbytes(TRACKED, world.is_packed) : 0,
-                              tracks ? QUEUES : 0, tracks ? TRACKED : 0) == 0);
+                              tracks ? QUEUES : 0) == 0);
     worker_set_log(world.worker, logs ? log : NULL);
     worker_log_buffers(world.worker, setup->sharing & LOG_BUFFERS);
     for (uint32_t i = 0; i < QUEUES; i++)
@@ -664,7 +664,7 @@ static void close_world(void)
     for (uint32_t i = 0; i < QUEUES; i++)
         drain(i);
     CHECK(world.counters.failed_requests <= world.counters.requests);
-    CHECK(worker_set_inflight(world.worker, NULL, 0, 0, 0) == 0);
+    CHECK(worker_set_inflight(world.worker, NULL, 0, 0) == 0);
     worker_set_log(world.worker, NULL);
     if (world.setup.flags & FAULTY)
         close_worker();

@@ -18,7 +18,7 @@ def front_end() -> FrontEnd:
     it = make()
     it.send(Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL_FEATURES))
     it.send(Request.SET_FEATURES, U64(SPLIT | BIT30))
-    assert it.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION, packed=False)]
+    assert it.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION)]
     return it
 
 
@@ -32,7 +32,7 @@ def test_new_region_carries_the_wce_of_now(front_end: FrontEnd) -> None:
     assert front_end.send(Request.GET_INFLIGHT_FD, REGION) == [effect.ShareInflight(4, 128, packed=False, wce=False)]
 
 
-@pytest.mark.parametrize(("queues", "size"), [(0, 128), (5, 128), (4, 0), (4, 1025)])
+@pytest.mark.parametrize(("queues", "size"), [(0, 128), (257, 128), (65535, 1)])
 @pytest.mark.parametrize("request_number", [Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD])
 def test_impossible_region_ends_the_connection(
     front_end: FrontEnd, request_number: Request, queues: int, size: int
@@ -45,14 +45,14 @@ def test_running_rings_stop_before_the_region_changes(front_end: FrontEnd) -> No
     front_end.configure(1)
     front_end.kick(1)
     done = front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1)
-    assert done == [effect.StopQueue(1), effect.LetGoOfBackend(), effect.TrackInflight(REGION, packed=False)]
+    assert done == [effect.StopQueue(1), effect.LetGoOfBackend(), effect.TrackInflight(REGION)]
 
 
 @pytest.mark.parametrize("noted", [False, True])
 def test_noted_wce_is_taken_over_and_shown(front_end: FrontEnd, noted: bool) -> None:
     front_end.noted = noted
     done = front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1)
-    assert done == [effect.TrackInflight(REGION, packed=False), effect.SetWriteCache(writeback=noted)]
+    assert done == [effect.TrackInflight(REGION), effect.SetWriteCache(writeback=noted)]
     assert front_end.session.wce == noted
 
 
@@ -91,7 +91,18 @@ def test_status_of_zero_keeps_the_region(front_end: FrontEnd) -> None:
     assert effect.ForgetInflight() not in front_end.send(Request.SET_STATUS, U64(0))
 
 
+@pytest.mark.parametrize(("queues", "size"), [(5, 128), (4, 0), (4, 65535), (256, 1)])
+def test_what_a_front_end_wants_to_track_is_no_promise_about_its_rings(
+    front_end: FrontEnd, queues: int, size: int
+) -> None:
+    wanted = Inflight(8192, 0, queues, size)
+    assert front_end.send(Request.GET_INFLIGHT_FD, wanted) == [
+        effect.ShareInflight(queues, size, packed=False, wce=True)
+    ]
+    assert front_end.send(Request.SET_INFLIGHT_FD, wanted, nfds=1) == [effect.TrackInflight(wanted)]
+
+
 def test_region_is_for_rings_of_the_negotiated_format(front_end: FrontEnd) -> None:
     front_end.send(Request.SET_FEATURES, U64(FEATURES | BIT30))
-    assert front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION, packed=True)]
+    assert front_end.send(Request.SET_INFLIGHT_FD, REGION, nfds=1) == [effect.TrackInflight(REGION)]
     assert front_end.send(Request.GET_INFLIGHT_FD, REGION) == [effect.ShareInflight(4, 128, packed=True, wce=True)]
