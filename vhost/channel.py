@@ -37,13 +37,16 @@ class Fds:
 
 
 class Channel:
-    """One connected socket; reads never block, so that its owner can wait for other things as well."""
+    """One connected socket; neither reads nor writes block, so that its owner can wait for other things as well.
+
+    Each call says so: a flag of the socket would be the peer's to change where it has the same open file.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._bytes = bytearray()
         self._fds = Fds()
-        connection.setblocking(False)
+        connection.settimeout(None)  # else Python would wait by itself
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -75,8 +78,9 @@ class Channel:
     def send(self, request: int, flags: int, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message; a peer that lets them pile up until the socket is full is not one we can serve."""
         message = Header(request, flags, len(payload)).pack() + payload
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            sent = socket.send_fds(self._socket, [message], fds, socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg([message], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         if sent != len(message):
@@ -98,7 +102,9 @@ class Channel:
 
     def _read(self, nbytes: int) -> None:
         """Read at most *nbytes*, never past the message, so that fds stay with the message they came with."""
-        data, ancillary, flags, _ = self._socket.recvmsg(nbytes, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = self._socket.recvmsg(
+            nbytes, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        )
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.numbers += array.array("i", payload[: len(payload) // FD_SIZE * FD_SIZE])
