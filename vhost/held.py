@@ -1,5 +1,6 @@
 """The image that a daemon serves: held, that is open and locked, or let go for another process to hold."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -169,7 +170,19 @@ def _direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
 def _open_direct(file: HostFile) -> int:
     access = os.O_RDWR if file.writable else os.O_RDONLY
     try:
-        return os.open(f"/proc/self/fd/{file.fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+        return _reopen(file, access | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         message = f"cannot be opened with O_DIRECT, as this --cache mode needs: {error.strerror}"
         raise OSError(error.errno, message, file.path) from None
+
+
+def _reopen(file: HostFile, flags: int) -> int:
+    """Open once more what *file* is, whatever its name leads to now; without a /proc, what it still names."""
+    try:
+        return os.open(f"/proc/self/fd/{file.fd}", flags)
+    except FileNotFoundError:
+        fd = os.open(file.path, flags)
+    if not os.path.samestat(os.fstat(fd), os.fstat(file.fd)):
+        os.close(fd)
+        raise OSError(errno.ESTALE, "another file has this name by now", file.path)
+    return fd
