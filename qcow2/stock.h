@@ -36,12 +36,16 @@ uint64_t stock_take(struct stock *stock, uint64_t limit, uint64_t *first);
 /* The cluster that was taken last, untouched: the next to be taken again. */
 void stock_put_back(struct stock *stock, uint64_t cluster);
 
-/* Guest clusters that somebody has locked. Ranges beyond these are only counted. */
-#define RANGE_LOCKS 64
+/* Guest clusters that somebody has locked or waits for, counted: each cluster of a narrow range, each block, the
+ * clusters of a slice, that a range touches. Numbers that fall into one bucket are taken for each other, which leaves a request to Python. */
+#define LOCK_NARROW 32 /* clusters, or blocks: wider ranges are counted as what is larger */
+#define LOCK_CLUSTERS 8192
+#define LOCK_BLOCKS 1024
 
 struct range_locks {
     uint32_t count;
-    uint32_t uncharted;
-    uint64_t first[RANGE_LOCKS];
-    uint64_t last[RANGE_LOCKS];
+    uint32_t wide;
+    uint32_t clusters[LOCK_CLUSTERS]; /* of narrow ranges */
+    uint32_t touched[LOCK_BLOCKS];    /* by any but wide ranges */
+    uint32_t covered[LOCK_BLOCKS];    /* by ranges that are neither narrow nor wide */
 };

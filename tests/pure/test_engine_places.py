@@ -102,21 +102,22 @@ def test_a_plane_keeps_off_clusters_that_the_engine_has_locked() -> None:
     assert plane.take(8 * CLUSTER) is not None
 
 
-def test_a_plane_keeps_off_everything_while_more_is_locked_than_it_can_see() -> None:
+def test_a_plane_keeps_off_locked_clusters_alone_however_many_there_are() -> None:
     bench, plane = started()
     l2map = ffi.cast("struct l2map *", bench.image.extent_map.context_address)
-    locked = range(100, 165)  # one more than it notes
-    for cluster in locked:
-        lib.l2map_lock(l2map, cluster, cluster)
-    assert plane.take(CLUSTER) is None
-    lib.l2map_unlock(l2map, locked[-1], locked[-1])
+    locked = [(number * 40, number * 40) for number in range(500)]  # of clusters far apart
+    locked += [(200, 231), (1024, 1056), (1 << 20, 1 << 40)]  # narrow, a block at least, everything
+    for first, last in locked:
+        lib.l2map_lock(l2map, first, last)
+    assert plane.take(CLUSTER) is None, "everything may be locked"
+    lib.l2map_unlock(l2map, *locked.pop())
     place = plane.take(CLUSTER)
     assert place is not None
     plane.settle(place, UNTOUCHED)
-    assert plane.take(locked[-2] * CLUSTER) is None
-    for cluster in locked[:-1]:
-        lib.l2map_unlock(l2map, cluster, cluster)
-    assert plane.take(locked[-2] * CLUSTER) is not None
+    assert [plane.take(cluster * CLUSTER) for cluster in (40, 80, 215, 231, 1024, 1056, 1057)] == [None] * 7
+    for first, last in locked:
+        lib.l2map_unlock(l2map, first, last)
+    assert plane.take(40 * CLUSTER) is not None
 
 
 def test_a_stock_that_runs_low_sends_one_write_to_the_engine_and_an_empty_one_all() -> None:
