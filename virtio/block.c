@@ -8,6 +8,7 @@
 #include "ring/pieces.h"
 
 #define SECTOR 512u
+#define FLUSH_OUT 5u /* a FLUSH of legacy drivers, virtio 0.9.5 */
 #define TRANSFER_NBYTES_MAX INT32_MAX /* as QEMU: one request must not hold up a drain for minutes */
 
 _Static_assert(sizeof(struct virtio_blk_outhdr) == 16, "5.2.6");
@@ -259,12 +260,8 @@ static void flush(struct block *block, struct worker *worker, struct request *re
 static void get_id(const struct block *block, struct worker *worker, struct request *request)
 {
     uint64_t room = request->writable_nbytes - 1;
-    uint64_t nbytes = strnlen(block->serial, BLOCK_SERIAL_NBYTES);
+    uint64_t nbytes = room < BLOCK_SERIAL_NBYTES ? room : BLOCK_SERIAL_NBYTES;
 
-    if (nbytes < BLOCK_SERIAL_NBYTES)
-        nbytes++; /* the NUL */
-    if (nbytes > room)
-        nbytes = room;
     pieces_store(request->pieces + request->readable_count, 0, nbytes, block->serial);
     answer(worker, request, VIRTIO_BLK_S_OK, nbytes);
 }
@@ -367,6 +364,10 @@ static void dispatch(struct block *block, struct worker *worker, struct request 
         skip_header(request);
         request->nbytes = request->readable_nbytes - sizeof(struct virtio_blk_outhdr);
         transfer(block, worker, request, sector);
+        break;
+    case FLUSH_OUT:
+        request->type = VIRTIO_BLK_T_FLUSH;
+        flush(block, worker, request);
         break;
     case VIRTIO_BLK_T_FLUSH:
         flush(block, worker, request);

@@ -26,7 +26,7 @@ struct block {
     bool writethrough;
     bool flush_punts;                 /* an fdatasync alone would not make all that completed stable: ask Python */
     bool failed;                      /* every change and FLUSH is answered with IOERR */
-    char serial[BLOCK_SERIAL_NBYTES]; /* NUL only if shorter */
+    char serial[BLOCK_SERIAL_NBYTES]; /* the rest is NUL */
     extent_translate translate;       /* NULL: every read and write goes to Python */
     void *context;
     const struct extent_places *places; /* NULL: what has no place yet goes to Python */

@@ -1,6 +1,7 @@
 """Front-ends and drivers of other habits than QEMU's and Linux's: legacy ones, those that do not kick or listen."""
 
 import fcntl
+import json
 import os
 import select
 import signal
@@ -27,6 +28,7 @@ from tests.packedqueue import PackedQueue
 from tests.program import Daemon
 
 NO_FD = 0x100
+FLUSH_OUT = 5  # virtio 0.9.5
 
 
 class LegacyFrontEnd(FrontEnd):
@@ -44,6 +46,16 @@ def test_legacy_driver_is_served(image: Path) -> None:
         guest.write(4096, b"legacy" * 512)
         guest.flush()
         assert guest.read(4096, 3072) == b"legacy" * 512
+
+
+@pytest.mark.parametrize("barrier", [0, 1 << 31])
+def test_flush_of_a_legacy_driver_is_one(image: Path, barrier: int) -> None:
+    with Daemon(image, "--stats") as daemon, LegacyFrontEnd(daemon.socket_path) as guest:
+        assert guest.do(FLUSH_OUT | barrier).status == OK
+        guest.socket.close()
+        daemon.stop()
+        assert daemon.process.stdout is not None
+        assert json.loads(daemon.process.stdout.read())["flushes"] == 1
 
 
 @pytest.mark.parametrize("queue_type", [Queue, PackedQueue])
