@@ -10,6 +10,8 @@ from qcow2.operation import Buffer, File, ReadInto, Resize, Size, Sync, Write, Z
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
+FILE_SIZE_MAX = (1 << 63) - 1  # off_t
+
 
 class RawImage:
     """A file whose guest offsets are host offsets; the same face as `qcow2.image.Image`."""
@@ -110,6 +112,8 @@ class RawImage:
             raise ValueError(
                 f"{self.file.path}: size {nbytes} is less than the disk has, {self.size}; it can only grow"
             )
+        if size > FILE_SIZE_MAX:
+            raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have, {FILE_SIZE_MAX}")
         await Resize(self.file, size)
         await self._stability.sync()
         self.size = size

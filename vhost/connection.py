@@ -230,11 +230,8 @@ class Connection:
             )
 
     def _flush(self) -> None:
-        """Nothing is to flush of what was let go: it was made stable then."""
-        if not self._device.is_attached:
-            return
         outcome: Future[int] = Future()
-        self._worker.call(lambda: self._device.backend.flush(outcome.set_result))
+        self._device.flush(outcome.set_result)
         result = self._worker.wait(outcome)
         if result < 0:
             raise OSError(-result, os.strerror(-result))

@@ -123,8 +123,7 @@ class Device:
             return
         if self.backend.lease is not None:
             self.backend.lease.take()
-        self.worker.call(lambda: self.backend.attach(self.worker, self.block))
-        self.is_attached = True
+        self.worker.call(self._attach_backend)
         self._offer = self._current_offer()
         self.block.set_size(self.backend.geometry.size)  # no request is there that could ask for it
 
@@ -133,13 +132,18 @@ class Device:
             self._detach()
             self.backend.lease.let_go()
 
+    def _attach_backend(self) -> None:
+        """On the worker, which alone changes `is_attached`: what it runs next may rely on it."""
+        self.backend.attach(self.worker, self.block)
+        self.is_attached = True
+
     def _detach(self) -> None:
         if self.is_attached:
             self.worker.call(self._settle_and_detach)
-            self.is_attached = False
 
     def _settle_and_detach(self) -> None:
         self.worker.settle()
+        self.is_attached = False
         self.backend.detach()
 
     def resize(self, nbytes: int) -> None:
@@ -167,11 +171,14 @@ class Device:
 
         For any thread.
         """
-        with self._lock:
+
+        def begin() -> None:
             if self.is_attached:
-                self.worker.call(lambda: self.backend.flush(done))
-            else:
+                self.backend.flush(done)
+            else:  # it was made stable when it was let go
                 done(0)
+
+        self.worker.call(begin)
 
     def force_writethrough(self, forced: bool) -> None:
         """Make every write stable before it is acknowledged, whatever the guest chose, or leave it to the guest.

@@ -279,3 +279,13 @@ def test_a_bug_of_ours_ends_the_process(control: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == os.EX_SOFTWARE
     assert "LookupError: a bug of ours" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["9223372036854775807", "9223372036854775296", "18446744073709551616", "-1", "1e400"])
+def test_number_that_is_no_size_is_refused(daemon: Daemon, control: Path, size: str) -> None:
+    with connect(control) as client, client.makefile("rwb") as lines:
+        lines.readline()
+        lines.write(b'{"command": "resize", "size": ' + size.encode() + b"}\n")
+        lines.flush()
+        assert "error" in json.loads(lines.readline())
+    assert ask(control, "status")["size"] == 64 * MIB

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import CONFIG_CHANGE_MSG, IN, IOERR, NEED_REPLY, OK, OUT, REPLY, VERSION, FrontEnd
+from tests.frontend import (
+    CONFIG_CHANGE_MSG,
+    F_CONFIG_WCE,
+    F_FLUSH,
+    IN,
+    IOERR,
+    NEED_REPLY,
+    OK,
+    OUT,
+    REPLY,
+    VERSION,
+    FrontEnd,
+)
 from tests.program import qcow2_tool_ok
 from tests.served import Served, serve
 from vhost.device import ResizeRefused
@@ -156,3 +168,27 @@ def test_raw_disk_grows_too(tmp_path: Path) -> None:
         guest.flush()
         assert path.stat().st_size == 2 * OLD
         assert path.read_bytes()[-512:] == b"\xa5" * 512
+
+
+def test_disk_that_is_paused_may_be_resized_while_its_cache_is_switched(image: Path) -> None:
+    """Nobody holds the image then, but for the moments in which it grows."""
+    with serve(image) as served, FrontEnd(served.socket_path, features=F_FLUSH | F_CONFIG_WCE) as guest:
+        guest.stop_queue()
+        grower = threading.Thread(target=lambda: [served.device.resize(OLD + (n << 20)) for n in range(40)])
+        grower.start()
+        while grower.is_alive():
+            guest.set_writeback(False)
+            guest.set_writeback(True)
+        grower.join()
+        assert guest.size == OLD + (39 << 20)
+
+
+@pytest.mark.parametrize("size", [(1 << 63) - 1, (1 << 63) - 512, (1 << 62)])
+def test_size_that_no_file_has_is_refused(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(4096))
+    with serve(path, format="raw") as served, FrontEnd(served.socket_path) as guest:
+        with pytest.raises(ResizeRefused):
+            served.device.resize(size)
+        assert guest.size == 4096
+        guest.write(0, b"1" * 512)
