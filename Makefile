@@ -60,6 +60,11 @@ crash: guest-packages $(VENV)/installed
 faults: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.crash faults $(FAULTS)
 
+# REALFAULTS: options, such as REALFAULTS="--stride 1 --kind overlay"; without it every tenth system call.
+.PHONY: realfaults
+realfaults: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.realfault $(REALFAULTS)
+
 # BENCH: cases and options, such as BENCH="read-32 --pairs 3"; all cases and sweeps without it.
 bench: guest-packages $(VENV)/installed-bench
 	$(BIN)/python -m bench $(or $(BENCH),all)

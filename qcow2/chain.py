@@ -1,6 +1,7 @@
 """Opening a chain: the image, the backing file it names, and so on to the base, each locked."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -77,10 +78,11 @@ class Chain:
 
     def close(self) -> None:
         """Close the files, and with them give the locks back; a link log stays for the next process."""
-        if self.memory is not None:
-            self.memory.close()
-        for file in self.files:
-            file.close()
+        with ExitStack() as stack:  # one that cannot be closed keeps none of the others open
+            if self.memory is not None:
+                stack.callback(self.memory.close)
+            for file in reversed(self.files):
+                stack.callback(file.close)
 
     def open(self, path: str, image_format: str, options: OpenOptions) -> Image | RawImage:
         """Open the image at *path* and what is under it.

@@ -116,8 +116,7 @@ def listen(path: str, *, private: bool = False) -> Iterator[Endpoint]:
         try:
             yield Endpoint(listener, is_listening=True)
         finally:
-            if _identity(path) == identity:  # else someone else's by now
-                os.unlink(path)
+            _remove_own(path, identity)
 
 
 def check_path(path: str) -> None:
@@ -125,6 +124,15 @@ def check_path(path: str) -> None:
     length = len(os.fsencode(path))
     if not 0 < length <= PATH_MAX:
         raise EndpointError(f"socket path {path!r} has {length} bytes, a Unix socket takes 1 to {PATH_MAX}")
+
+
+def _remove_own(path: str, identity: tuple[int, int] | None) -> None:
+    """Remove the socket at *path*, unless it is someone else's by now; nobody is hurt by one that stays."""
+    try:
+        if _identity(path) == identity:
+            os.unlink(path)
+    except OSError as error:
+        log.warning("the socket %s stays: %s", path, error.strerror)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

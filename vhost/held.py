@@ -130,6 +130,9 @@ class HeldImage:
             return
         try:
             self.disk.clean()
+        except OSError as error:
+            error.filename = error.filename or self._options.blk_file
+            raise
         finally:
             self._forget(self.disk)
 
@@ -139,7 +142,10 @@ class HeldImage:
         self.disk = None
         self.direct_fds = {}
         self._stack.close()
-        disk.chain.close()
+        try:
+            disk.chain.close()
+        except OSError as error:  # what matters was synced
+            log.warning("%s: closing it: %s", self._options.blk_file, error.strerror)
 
 
 def _outline_of(disk: Disk) -> Outline:

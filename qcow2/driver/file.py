@@ -58,10 +58,13 @@ class HostFile:
         return os.lseek(self.fd, 0, os.SEEK_END)
 
     def close(self) -> None:
-        """Close the descriptor; a second time does nothing."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Close the descriptor; a second time does nothing.
+
+        Raises: OSError, as a network's file system may: what was not synced may be lost. It is closed all the same.
+        """
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> "HostFile":
         return self

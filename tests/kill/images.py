@@ -26,42 +26,44 @@ def old_data(draw: random.Random, nbytes: int) -> bytes:
     return b"".join(b"old %12d" % draw.randrange(10**12) * 32 for _ in range(nbytes // 512))
 
 
-def recipe_of(cluster_bits: int, *, lazy: bool) -> Recipe:
-    return Recipe(size=NBYTES, cluster_bits=cluster_bits, compatible=LAZY_REFCOUNTS if lazy else 0)
+def recipe_of(cluster_bits: int, nbytes: int, *, lazy: bool) -> Recipe:
+    return Recipe(size=nbytes, cluster_bits=cluster_bits, compatible=LAZY_REFCOUNTS if lazy else 0)
 
 
 def some_clusters(recipe: Recipe, draw: random.Random, *, compressed: bool) -> None:
     """Old content in three of four stretches of 256 KiB; half of the last third stays unallocated."""
     nbytes = recipe.cluster_size
-    for index in range(NBYTES // nbytes):
+    for index in range(recipe.size // nbytes):
         if (index * nbytes >> 18) % 4 == 3:
             continue
         (recipe.compressed if compressed else recipe.data)(index, old_data(draw, nbytes))
 
 
-def plain(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits: int) -> Start:
+def plain(directory: Path, draw: random.Random, nbytes: int, *, lazy: bool, cluster_bits: int) -> Start:
     """Empty, but for a little old data."""
-    recipe = recipe_of(cluster_bits, lazy=lazy)
-    for index in range(0, 64, 3):
+    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy)
+    for index in range(0, min(64, nbytes // recipe.cluster_size), 3):
         recipe.data(index, old_data(draw, recipe.cluster_size))
     return Start(build(recipe, directory / "a").path, recipe.contents(), lazy, cluster_bits)
 
 
-def overlay(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits: int, compressed: bool) -> Start:
+def overlay(
+    directory: Path, draw: random.Random, nbytes: int, *, lazy: bool, cluster_bits: int, compressed: bool
+) -> Start:
     """Empty over a base image full of old data, which may be compressed."""
-    base = recipe_of(BASE_CLUSTER_BITS, lazy=False)
+    base = recipe_of(BASE_CLUSTER_BITS, nbytes, lazy=False)
     some_clusters(base, draw, compressed=compressed)
     build(base, directory / "base")
-    recipe = recipe_of(cluster_bits, lazy=lazy)
+    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy)
     recipe.backing = "base"
     recipe.extensions = [(BACKING_FORMAT, b"qcow2")]
     contents = base.contents()
     return Start(build(recipe, directory / "a").path, recipe.contents(contents), lazy, cluster_bits)
 
 
-def compressed(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits: int) -> Start:
+def compressed(directory: Path, draw: random.Random, nbytes: int, *, lazy: bool, cluster_bits: int) -> Start:
     """An image that is compressed itself."""
-    recipe = recipe_of(cluster_bits, lazy=lazy)
+    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy)
     some_clusters(recipe, draw, compressed=True)
     return Start(build(recipe, directory / "a").path, recipe.contents(), lazy, cluster_bits)
 
@@ -69,16 +71,16 @@ def compressed(directory: Path, draw: random.Random, *, lazy: bool, cluster_bits
 KINDS = ("lazy", "accurate", "overlay", "overlay-lazy", "compressed-base", "compressed")
 
 
-def make(kind: str, directory: Path, draw: random.Random) -> Start:
-    """A new image of *kind*, of clusters of 4 or 64 KiB."""
+def make(kind: str, directory: Path, draw: random.Random, nbytes: int = NBYTES) -> Start:
+    """A new image of *kind*, a disk of *nbytes*, of clusters of 4 or 64 KiB."""
     bits = draw.choice((12, 16))
     match kind:
         case "lazy" | "accurate":
-            return plain(directory, draw, lazy=kind == "lazy", cluster_bits=bits)
+            return plain(directory, draw, nbytes, lazy=kind == "lazy", cluster_bits=bits)
         case "overlay" | "overlay-lazy":
-            return overlay(directory, draw, lazy=kind == "overlay-lazy", cluster_bits=bits, compressed=False)
+            return overlay(directory, draw, nbytes, lazy=kind == "overlay-lazy", cluster_bits=bits, compressed=False)
         case "compressed-base":
-            return overlay(directory, draw, lazy=draw.random() < 0.5, cluster_bits=bits, compressed=True)
+            return overlay(directory, draw, nbytes, lazy=draw.random() < 0.5, cluster_bits=bits, compressed=True)
         case "compressed":
-            return compressed(directory, draw, lazy=draw.random() < 0.5, cluster_bits=bits)
+            return compressed(directory, draw, nbytes, lazy=draw.random() < 0.5, cluster_bits=bits)
     raise ValueError(kind)

@@ -74,13 +74,17 @@ class Ledger:
 
         Raises: Lost.
         """
+        self.judge(found)
+        self.contents[:] = found
+        self.possible.clear()
+
+    def judge(self, found: bytes) -> None:
+        """*found* is what the disk holds now: it must be allowed. Raises: Lost."""
         assert len(found) == len(self.contents)
         for start in range(0, len(found), CHUNK):
             if found[start : start + CHUNK] != self.contents[start : start + CHUNK]:
                 for sector in range(start // SECTOR, min(start + CHUNK, len(found)) // SECTOR):
                     self._judge(sector, found[sector * SECTOR : (sector + 1) * SECTOR])
-        self.contents[:] = found
-        self.possible.clear()
 
     def _judge(self, sector: int, found: bytes) -> None:
         acknowledged = bytes(self.contents[sector * SECTOR : (sector + 1) * SECTOR])

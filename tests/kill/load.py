@@ -32,10 +32,20 @@ class Load:
     """Keeps *depth* requests in flight on each queue, and the ledger."""
 
     def __init__(
-        self, guest: FrontEnd, ledger: Ledger, draw: random.Random, *, cluster_sectors: int, depth: int
+        self,
+        guest: FrontEnd,
+        ledger: Ledger,
+        draw: random.Random,
+        *,
+        cluster_sectors: int,
+        depth: int,
+        may_fail: bool = False,
     ) -> None:
+        """If they *may_fail*, failed requests are counted; what they were to write may be there."""
         self.guest = guest
-        self.acknowledged = 0
+        self.acknowledged = 0  # or failed
+        self.failed = 0
+        self._may_fail = may_fail
         self._ledger = ledger
         self._draw = draw
         self._cluster_sectors = cluster_sectors
@@ -73,8 +83,10 @@ class Load:
         for queue, in_flight in zip(self.guest.queues, self._in_flight, strict=True):
             for done in queue.reap():
                 sent = in_flight.pop(done.slot)
-                assert done.status == OK, f"{sent.kind} at sector {sent.first}: status {done.status}"
-                if sent.kind in (OUT, WRITE_ZEROES):  # a discard is a hint: what was there may still be
+                assert done.status == OK or self._may_fail, f"{sent.kind} at sector {sent.first}: status {done.status}"
+                if done.status != OK:
+                    self.failed += 1
+                elif sent.kind in (OUT, WRITE_ZEROES):  # a discard is a hint: what was there may still be
                     self._ledger.acknowledge(sent.first, sent.content)
                 count += 1
         self.acknowledged += count
