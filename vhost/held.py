@@ -141,9 +141,10 @@ class HeldImage:
         self._outline = _outline_of(disk)
         self.disk = None
         self.direct_fds = {}
-        self._stack.close()
         try:
-            disk.chain.close()
+            with ExitStack() as closing:
+                closing.callback(disk.chain.close)  # last: with it go the locks
+                closing.callback(self._stack.close)
         except OSError as error:  # what matters was synced
             log.warning("%s: closing it: %s", self._options.blk_file, error.strerror)
 
