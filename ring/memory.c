@@ -8,6 +8,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "ring/loss.h"
+
 static bool wraps(uint64_t start, uint64_t nbytes)
 {
     uint64_t end;
@@ -40,7 +42,7 @@ int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address
         return -EINVAL;
     if (fstat(fd, &st) < 0)
         return -errno;
-    /* A mapping past end of file would end us with SIGBUS at the first touch. */
+    /* What is past the end of the file was never there: see `loss.h` for what goes away later. */
     if (S_ISREG(st.st_mode) && end > (uint64_t)st.st_size)
         return -ENXIO;
     page = page_size(&st);
@@ -50,6 +52,10 @@ int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address
     if (mapping == MAP_FAILED)
         return -errno;
     madvise(mapping, length, MADV_DONTDUMP);
+    if (loss_expect(mapping, length, page) < 0) {
+        munmap(mapping, length);
+        return -ENOMEM;
+    }
     *region = (struct guest_region){
         .guest_address = guest_address,
         .user_address = user_address,
@@ -63,8 +69,10 @@ int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address
 
 void guest_region_unmap(struct guest_region *region)
 {
-    if (region->mapping)
+    if (region->mapping) {
+        loss_forget(region->mapping); /* first: its place may be another's at once */
         munmap(region->mapping, region->mapping_nbytes);
+    }
     memset(region, 0, sizeof(*region));
 }
 

@@ -93,6 +93,18 @@ static void break_queue(struct worker *worker, struct queue *queue, const char *
     worker_tell(worker, (struct worker_event){.kind = EVENT_BROKEN, .id = queue->index});
 }
 
+/* After shared memory was touched for this queue. What was read may be zeros that were never there. */
+bool queue_has_lost(struct worker *worker, struct queue *queue)
+{
+    uint32_t losses = loss_count();
+
+    if (losses == worker->losses)
+        return false;
+    worker->losses = losses;
+    break_queue(worker, queue, "shared memory is gone: its file was truncated, or a page has a hardware error");
+    return true;
+}
+
 /* Something was written to the device area; which of its few pages does not matter. */
 static void log_device_area(struct worker *worker, const struct queue *queue)
 {
@@ -154,6 +166,7 @@ static void publish(struct worker *worker, struct queue *queue)
     bool calls = virtqueue_publish(&queue->ring);
 
     log_device_area(worker, queue);
+    queue_has_lost(worker, queue);
     worker->counters->batches++;
     if (calls && queue->call_fd >= 0) {
         signal_fd(worker, queue->call_fd);
@@ -196,6 +209,8 @@ static void fetch(struct worker *worker, struct queue *queue)
     for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && worker_has_room(worker); count++) {
         int result = virtqueue_pop(&queue->ring, &worker->memory, &worker->chain);
 
+        if (queue_has_lost(worker, queue))
+            result = -EPROTO;
         if (result == 0) {
             queue->kicked_at = 0;
             return;
@@ -243,6 +258,7 @@ bool queues_arm(struct worker *worker)
         if (is_served(queue)) {
             available = virtqueue_arm(&queue->ring);
             log_device_area(worker, queue);
+            queue_has_lost(worker, queue);
         }
         queue->armed = true;
         more |= available;
@@ -370,6 +386,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     queue->armed = true; /* nobody asked the driver not to kick yet */
     if (queue->ring.fault)
         break_queue(worker, queue, NULL);
+    queue_has_lost(worker, queue);
     signal_fd(worker, queue->call_fd);
     activate(worker, queue);
     return has_room;

@@ -37,6 +37,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     worker->busy_nbytes += chain->readable_nbytes + chain->writable_nbytes;
     worker->counters->requests++;
     worker->device->begin(worker->device, worker, request);
+    queue_has_lost(worker, queue);
 }
 
 /* Log all that may have been written: a transfer that failed may have filled a part of its buffers. */
@@ -67,6 +68,7 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
     worker->requests_in_flight--;
     worker->returned_nbytes += request->readable_nbytes + request->writable_nbytes;
     virtqueue_push(&queue->ring, request->head, nbytes);
+    queue_has_lost(worker, queue);
     if (!queue->dirty) {
         queue->dirty = true;
         worker->dirty[worker->dirty_count++] = queue;
@@ -167,9 +169,10 @@ int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, ui
     struct request *request;
     int result = find_data(worker, id, start, nbytes, &request);
 
-    if (result == 0)
-        pieces_load(request->data, start, nbytes, to);
-    return result;
+    if (result < 0)
+        return result;
+    pieces_load(request->data, start, nbytes, to);
+    return queue_has_lost(worker, request->queue) ? -EFAULT : 0;
 }
 
 int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void *from, uint64_t nbytes)
@@ -177,9 +180,10 @@ int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void 
     struct request *request;
     int result = find_data(worker, id, start, nbytes, &request);
 
-    if (result == 0)
-        pieces_store(request->data, start, nbytes, from);
-    return result;
+    if (result < 0)
+        return result;
+    pieces_store(request->data, start, nbytes, from);
+    return queue_has_lost(worker, request->queue) ? -EFAULT : 0;
 }
 
 int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nbytes)
@@ -187,7 +191,8 @@ int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nb
     struct request *request;
     int result = find_data(worker, id, start, nbytes, &request);
 
-    if (result == 0)
-        pieces_clear(request->data, start, nbytes);
-    return result;
+    if (result < 0)
+        return result;
+    pieces_clear(request->data, start, nbytes);
+    return queue_has_lost(worker, request->queue) ? -EFAULT : 0;
 }

@@ -79,6 +79,7 @@ struct worker *worker_create(struct device *device, int control_fd, struct worke
     worker->counters = counters;
     worker->control_fd = control_fd;
     worker->thread_id = gettid();
+    worker->losses = loss_count();
     worker->log.call_fd = -1;
     worker->events = events;
     worker->long_pieces = long_pieces;

@@ -11,6 +11,7 @@
 
 #include "ring/extent.h"
 #include "ring/log.h"
+#include "ring/loss.h"
 #include "ring/histogram.h"
 #include "ring/memory.h"
 #include "ring/pace.h"
@@ -245,6 +246,7 @@ struct worker {
     uint64_t inflight_nbytes;
     int control_fd;
     int thread_id;
+    uint32_t losses; /* of shared memory, that broke a queue already */
     bool at_peer; /* in a system call on an fd that the front-end has, too; other threads look at it */
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
@@ -491,6 +493,7 @@ struct request *worker_request(struct worker *worker, uint64_t id);
 void request_begin(struct worker *worker, struct queue *queue, const struct chain *chain);
 
 /* queue.c */
+bool queue_has_lost(struct worker *worker, struct queue *queue); /* -> whether it broke because its memory is gone */
 bool worker_has_room(const struct worker *worker);
 void queues_fetch(struct worker *worker);
 void queues_publish(struct worker *worker);

@@ -31,6 +31,15 @@ static void trace(const struct block *block, struct worker *worker, struct reque
         request_trace(worker, request, block->writethrough ? TRACE_WRITETHROUGH : 0);
 }
 
+/* Copy a record out of the request. -> false: its memory is gone. */
+static bool load(const struct request *request, uint64_t start, void *record, uint64_t nbytes)
+{
+    uint32_t losses = loss_count();
+
+    pieces_load(request->pieces, start, nbytes, record);
+    return losses == loss_count();
+}
+
 /* ---- the end of a request ---- */
 
 static void answer(struct worker *worker, struct request *request, uint8_t status, uint64_t data_nbytes)
@@ -306,8 +315,9 @@ static void clear_range(struct block *block, struct worker *worker, struct reque
     if (max_sectors && payload < sizeof(segment)) {
         status = VIRTIO_BLK_S_IOERR;
     } else if (max_sectors && payload == sizeof(segment)) {
-        pieces_load(request->pieces, sizeof(struct virtio_blk_outhdr), sizeof(segment), &segment);
-        status = check_segment(block, request, &segment, max_sectors);
+        status = load(request, sizeof(struct virtio_blk_outhdr), &segment, sizeof(segment))
+                     ? check_segment(block, request, &segment, max_sectors)
+                     : VIRTIO_BLK_S_IOERR;
     }
     if (status == VIRTIO_BLK_S_OK && takes_no_writes(block, worker))
         status = VIRTIO_BLK_S_IOERR;
@@ -401,12 +411,11 @@ static void begin(struct device *device, struct worker *worker, struct request *
         return;
     }
     take_status(request);
-    if (request->readable_nbytes < sizeof(header)) {
+    if (request->readable_nbytes < sizeof(header) || !load(request, 0, &header, sizeof(header))) {
         worker->counters->other_requests++;
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
         return;
     }
-    pieces_load(request->pieces, 0, sizeof(header), &header);
     request->type = header.type & ~VIRTIO_BLK_T_BARRIER;
     dispatch(block_of(device), worker, request, header.sector);
 }

@@ -1,0 +1,21 @@
+/* Shared memory that is gone when it is touched: its file was truncated, a page has a hardware error, or the pool of
+ * huge pages ran dry. The kernel says so with SIGBUS.
+ *
+ * The handler maps zeros over the page, counts, and lets the thread go on. What
+ * was read is zeros then, and what was written nobody will see: whoever touches
+ * shared memory compares the count before it believes what it has read.
+ */
+#pragma once
+
+#include <stdint.h>
+
+/* Expect losses in a mapping, of pages of so many bytes, until `loss_forget`. -> 0; -ENOMEM: too many mappings. */
+int loss_expect(void *mapping, uint64_t nbytes, uint64_t page);
+void loss_forget(void *mapping);
+
+extern uint32_t loss_counter;
+
+static inline uint32_t loss_count(void)
+{
+    return __atomic_load_n(&loss_counter, __ATOMIC_RELAXED);
+}
