@@ -73,8 +73,19 @@ def _found_logs(file: HostFile, directory: str) -> Iterator[SharedMemory]:
     """Where a log of the image in *file* may be: in *directory*, or in a private one beneath it or beside it."""
     parent, name = os.path.split(os.path.abspath(directory))
     root = parent if name.startswith(PRIVATE) else directory
-    for place in (root, *_private_directories(root)):
-        yield link_memory(file, place)
+    yield link_memory(file, root)
+    for place in _private_directories(root):
+        if _is_of_a_keeper(place, file):
+            yield link_memory(file, place)
+
+
+def _is_of_a_keeper(path: str, file: HostFile) -> bool:
+    """Whether *path* is a directory of somebody who may keep a log of the image in *file*: anybody can make one."""
+    try:
+        status = os.lstat(path)
+    except OSError:  # gone since
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in (0, os.geteuid(), os.fstat(file.fd).st_uid)
 
 
 def link_memory(file: HostFile, directory: str) -> SharedMemory:

@@ -67,7 +67,7 @@ def _serve(options: "Options") -> int:
     except (EndpointError, Unavailable) as error:
         return _complain(str(error))
     except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except MemoryError:
         return _complain("out of memory")
     return 0

@@ -222,3 +222,17 @@ def test_image_of_another_user_is_served_by_root_all_the_same(image: Path) -> No
     assert daemon.process.returncode == 0
     assert "CAP_DAC_OVERRIDE is kept" in said
     assert said.count("\n") <= 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory of another user")
+def test_directory_of_somebody_else_is_no_place_of_a_log(image: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    (logs / "qcow2-links.planted").mkdir(parents=True)
+    os.chown(logs / "qcow2-links.planted", 54321, 54321)
+    with Daemon(image, f"--link-log={logs}") as daemon, FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(0, b"1" * 512)
+        daemon.kill()
+    (log,) = (path for path in logs.iterdir() if path.is_file())
+    log.rename(logs / "qcow2-links.planted" / log.name)
+    with qcow2.open(str(image), writable=True, log_directory=str(logs)) as disk:
+        assert disk.read(0, 512) == b"b" * 512
