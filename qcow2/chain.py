@@ -15,8 +15,9 @@ from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.image import Image, OpenOptions
 from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET
 from qcow2.lock import lock_image
+from qcow2.logplace import new_log
 from qcow2.raw import RawImage
-from qcow2.recovery import link_memory, new_log, recover
+from qcow2.recovery import recover, warn_of_waiting
 from qcow2.repair import repair
 
 MAX_DEPTH = 100
@@ -66,6 +67,7 @@ class Chain:
     progress: Progress | None = None  # told how far the repair of a dirty image is
     force_share: bool = False  # read without locks, though others may be writing
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
+    discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in
 
     def __enter__(self) -> "Chain":
@@ -95,15 +97,16 @@ class Chain:
         if image_format == "raw":
             return run(RawImage.open(file, writable=options.writable))
         if options.writable:
-            recover(file, self.log_directory)
+            recover(file, self.log_directory, discard=self.discard_log)
         header = run(read_header(file, trust_refcounts=False))
         backing = self._open_backing(file, header, options)
         if options.writable and header.is_dirty:
             self._repair(file, header)
         log = None
         if options.writable:
-            self.memory = link_memory(file, self.log_directory)
-            log = new_log(file, self.memory)
+            log, self.memory = new_log(file, self.log_directory)
+        elif not self.force_share:
+            warn_of_waiting(file, header.log_mark)
         return run(Image.open(file, backing=backing, options=options, log=log))
 
     def _repair(self, file: HostFile, header: Header) -> None:

@@ -135,19 +135,21 @@ def open_disk(
     lazy_refcounts: bool | None = None,
     cache_size: int = DEFAULT_CACHE_SIZE,
     log_directory: str = DEFAULT_DIRECTORY,
+    discard_log: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Disk:
     """Open the image at *path*, and the backing files it names.
 
     *format* is "qcow2" or "raw", and never guessed. *lazy_refcounts* overrides what the image says about writing
     refcounts only at close. *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
-    What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`.
+    What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
+    that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
     An image that was not closed cleanly is repaired before it is written; *progress(done, total)* sees that.
 
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """
     options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
-    chain = Chain(progress=progress, log_directory=log_directory)
+    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log)
     try:
         return Disk(chain.open(path, format, options), chain)
     except BaseException:

@@ -161,6 +161,8 @@ static void name_in_log(struct l2map *map, struct extent_place *place, const str
     place->name_offset = link_log_record(map->log, place->guest_offset >> map->cluster_bits, old_entry, place->entry,
                                          place->name);
     place->name_nbytes = LINK_RECORD_NBYTES;
+    place->mark_offset = LINK_MARK_OFFSET;
+    link_log_mark(map->log, map->log->next, place->mark);
 }
 
 static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)

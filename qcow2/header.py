@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from qcow2 import layout, refusal
 from qcow2.error import CorruptImage, UnsupportedImage
-from qcow2.layout import LOG_TAG_SHIFT, Compatible, CompressionType, ExtensionMagic, HeaderRecord, Incompatible
+from qcow2.layout import LOG_MARK_SHIFT, Compatible, CompressionType, ExtensionMagic, HeaderRecord, Incompatible
 from qcow2.operation import File, Read, Size, Sync, Write
 
 
@@ -48,9 +48,9 @@ class Header:
         return bool(self.record.incompatible_features & Incompatible.CORRUPT)
 
     @property
-    def log_tag(self) -> int:
-        """Which link log belongs to the image; 0 for none."""
-        return self.record.autoclear_features >> LOG_TAG_SHIFT
+    def log_mark(self) -> int:
+        """Which link log the image as it is continues with, up to which record; 0 for none."""
+        return self.record.autoclear_features >> LOG_MARK_SHIFT
 
     @property
     def has_lazy_refcounts(self) -> bool:

@@ -267,7 +267,7 @@ class Changes:
         )
         self._reaper.on_free = self._allocator.reuse
         mapping.cache.set_freed(self._reaper.freed)
-        self.links = Links(geometry, mapping, root, self._reaper, stability, log)
+        self.links = Links(geometry, mapping, self._reaper, stability, log)
         tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
         self.writer = Writer(
             file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics

@@ -48,9 +48,9 @@ class Autoclear(IntFlag):
     RAW_EXTERNAL_DATA = 1 << 1
 
 
-# Ours, in autoclear bits that have no meaning: the tag of the link log that belongs to the image as it is, 0 for none.
+# Ours, in autoclear bits that have no meaning: the mark of the link log whose links wait, 0 if none does (`linklog`).
 # Who writes to the image and does not know it must clear it, and so tells that the log is void.
-LOG_TAG_SHIFT = 32
+LOG_MARK_SHIFT = 8
 
 
 class CryptMethod(IntEnum):

@@ -5,8 +5,6 @@
 #include <stddef.h>
 #include <string.h>
 
-#define RECORDS_OFFSET 64
-
 struct record {
     uint64_t cluster;
     uint64_t old_entry;
@@ -26,7 +24,15 @@ uint64_t link_log_record(const struct link_log *log, uint64_t cluster, uint64_t 
 
     made.checksum = htole32(libdeflate_crc32(0, &made, offsetof(struct record, checksum)));
     memcpy(record, &made, sizeof(made));
-    return RECORDS_OFFSET + log->next % log->capacity * LINK_RECORD_NBYTES;
+    return LINK_RECORDS_OFFSET + log->next % log->capacity * LINK_RECORD_NBYTES;
+}
+
+void link_log_mark(const struct link_log *log, uint64_t sequence, uint8_t mark[LINK_MARK_NBYTES])
+{
+    uint64_t value = log->mark | (sequence % ((UINT64_C(1) << LINK_STAMP_BITS) - 1) + 1);
+
+    for (int i = LINK_MARK_NBYTES; i--; value >>= 8)
+        mark[i] = value;
 }
 
 int link_log_has_room(const struct link_log *log)

@@ -4,6 +4,10 @@
 #include <stdint.h>
 
 #define LINK_RECORD_NBYTES 48
+#define LINK_RECORDS_OFFSET 4096 /* of the first record in the log */
+#define LINK_MARK_OFFSET 88      /* in the image: the upper 56 bits of the autoclear features, big-endian, */
+#define LINK_MARK_NBYTES 7       /* beside the 8 that the format may give a meaning */
+#define LINK_STAMP_BITS 20
 #define WAITING_LINKS 1024
 
 struct waiting_link {
@@ -16,6 +20,7 @@ struct link_log {
     uint64_t capacity; /* records */
     uint64_t first;    /* the sequence number of the first live one */
     uint64_t next;     /* and of the next */
+    uint64_t mark;     /* what the image's header says of this log, without the stamp */
     uint32_t nlinks;   /* that Python does not know of */
     struct waiting_link links[WAITING_LINKS];
 };
@@ -23,6 +28,9 @@ struct link_log {
 /* Make the record that is to be appended next. -> its offset in the log. */
 uint64_t link_log_record(const struct link_log *log, uint64_t cluster, uint64_t old_entry, uint64_t entry,
                          uint8_t *record);
+
+/* What the header says once the records up to `sequence` count. The stamp is never 0, which says that none does. */
+void link_log_mark(const struct link_log *log, uint64_t sequence, uint8_t mark[LINK_MARK_NBYTES]);
 
 /* Whether the map may append one: room is kept for a record of Python's that forgets. */
 int link_log_has_room(const struct link_log *log);

@@ -1,31 +1,43 @@
 """The link log: L2 entries that wait for their data to be stable, in memory that outlives the process.
 
 A ring of records. Each carries a sequence number and a checksum, so that a record torn by a death is none, and the
-first sequence number that was still live, so that the newest record tells where the log begins. To forget the front
-of the log is therefore to append a record, too: one that links nothing.
+first sequence number that was still live, so that each record tells which links waited when it was the newest. To
+forget the front of the log is therefore to append a record, too: one that links nothing.
+
+The image says which record is the newest that counts: its *mark*, in the header, names the log by a random tag, and the
+record by its number (the stamp). A record counts once the mark names it, and the mark is written after the record,
+before anything else happens. So the mark of an image that is restored or copied back, from whatever moment, names the
+links that waited at that moment, or a record that is gone: never a later one. No link waits: no mark.
 """
 
 import struct
 import zlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from qcow2.boot import UNITS, Boot
 from qcow2.native import ffi, lib
-from qcow2.operation import Memory, Store
+from qcow2.operation import File, Memory, Store
+from qcow2.operation import Mark as HeaderMark
 
 MAGIC = b"qcow2LNK"
-VERSION = 1
-IDENTITY_BYTES = 32
-HEADER = struct.Struct(f"<8sIII{IDENTITY_BYTES}s")  # magic, version, tag, capacity, identity; then the checksum
-CHECKSUM = struct.Struct("<I")
+VERSION = 2
+HEADER = struct.Struct("<8sIIIIQ16sQQ")  # magic, version, tag, capacity, bytes of the path; boot; device, inode; path
+CHECKSUM = struct.Struct("<I")  # of the header and the path, behind them
 RECORD = struct.Struct("<QQQQQ")  # guest cluster, old entry, new entry, sequence number, first live one; checksum
-RECORDS_OFFSET = 64
-RECORD_BYTES = lib.LINK_RECORD_NBYTES
+RECORDS_OFFSET: int = lib.LINK_RECORDS_OFFSET
+RECORD_BYTES: int = lib.LINK_RECORD_NBYTES
+MAX_PATH = RECORDS_OFFSET - HEADER.size - CHECKSUM.size
 WAITING = struct.Struct("=QQ")  # a struct waiting_link
 CAPACITY = 65536  # records
 MIN_CAPACITY = 4
 LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES
 NOTHING = (1 << 64) - 1  # in place of a guest cluster: a record that links nothing
+STAMP_BITS: int = lib.LINK_STAMP_BITS
+BOOT_SHIFT, TAG_SHIFT, TAG_BITS = STAMP_BITS, STAMP_BITS + 12, 24
+assert UNITS == 1 << 12
+NO_MARK = bytes(lib.LINK_MARK_NBYTES)
+MARK_OFFSET: int = lib.LINK_MARK_OFFSET  # in the image's header
 
 
 class Link(NamedTuple):
@@ -36,18 +48,44 @@ class Link(NamedTuple):
     new_entry: int
 
 
+class Mark(NamedTuple):
+    """What an image says of its log."""
+
+    tag: int
+    boot_unit: int  # of the boot of the host in which the log was made
+    stamp: int  # of the newest record that counts
+
+    @classmethod
+    def parse(cls, word: int) -> Self:
+        """Take the 56 bits of a header apart."""
+        return cls(word >> TAG_SHIFT, word >> BOOT_SHIFT & (UNITS - 1), word & ((1 << STAMP_BITS) - 1))
+
+
+class Origin(NamedTuple):
+    """Where a log comes from. It counts for whichever image has its mark; this is for who lists and removes logs."""
+
+    boot: Boot
+    device: int
+    inode: int
+    path: bytes  # of the image
+
+
 class LinkLog:
-    """Writes one log, from the first record on, to *memory*, which is empty.
+    """Writes one log, from the first record on, to *memory*, which is empty, and its mark to the header of *file*."""
 
-    *identity* says whose it is; *tag*, not 0, is also in the image's header as long as the log counts.
-    """
-
-    def __init__(self, memory: Memory, identity: bytes, tag: int, capacity: int = CAPACITY) -> None:
+    def __init__(self, memory: Memory, file: File, origin: Origin, tag: int, capacity: int = CAPACITY) -> None:
         self.tag = tag
         self.capacity = capacity
-        self.native: Any = ffi.new("struct link_log *", {"capacity": capacity, "first": 1, "next": 1})
+        mark = tag << TAG_SHIFT | origin.boot.unit << BOOT_SHIFT
+        self.native: Any = ffi.new("struct link_log *", {"capacity": capacity, "first": 1, "next": 1, "mark": mark})
         self._memory = memory
-        self._identity = identity
+        self._file = file
+        self._origin = origin
+
+    @property
+    def path(self) -> str:
+        """What it is called in messages."""
+        return self._memory.path
 
     @property
     def next(self) -> int:
@@ -58,6 +96,11 @@ class LinkLog:
     def room(self) -> int:
         """How many links it takes now; one record is kept for forgetting."""
         return self.capacity - 1 - int(self.native.next - self.native.first)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody has removed it, so that the next process would find nothing."""
+        return self._memory.is_lost
 
     def open(self) -> None:
         """From now on the extent map may append links, too, if it can reach the memory."""
@@ -74,21 +117,37 @@ class LinkLog:
 
     async def begin(self) -> None:
         """Make the memory a log, before the first link. Raises: OSError if there is none to be had."""
-        header = HEADER.pack(MAGIC, VERSION, self.tag, self.capacity, self._identity)
-        whole = header + CHECKSUM.pack(zlib.crc32(header))
+        boot, device, inode, path = self._origin
+        path = path[:MAX_PATH]
+        header = HEADER.pack(MAGIC, VERSION, self.tag, self.capacity, len(path), boot.began, boot.id, device, inode)
+        whole = header + path
+        whole += CHECKSUM.pack(zlib.crc32(whole))
         await Store(self._memory, (0, whole.ljust(RECORDS_OFFSET, b"\0")))
 
     def append(self, links: Iterable[Link]) -> Store:
         """Remember *links*, for which there is room, as soon as what is returned is awaited."""
-        parts = []
-        for cluster, old_entry, new_entry in links:
-            parts.append(self._record(cluster, old_entry, new_entry))
-        return Store(self._memory, *parts)
+        before = self.native.next
+        parts = [self._record(*link) for link in links]
+        return self._store(parts, before, self._mark())
 
     def forget(self, before: int) -> Store:
         """Let the log begin with sequence number *before*, once awaited: the links in front are in the file."""
+        first, end = self.native.first, self.native.next
         self.native.first = before
-        return Store(self._memory, self._record(NOTHING, 0, 0))
+        parts = [self._record(NOTHING, 0, 0)]
+        stored = self._store(parts, end, NO_MARK if before == end else self._mark())
+
+        def undo() -> None:
+            self.native.first, self.native.next = first, end
+
+        stored.undo = undo
+        return stored
+
+    def _store(self, parts: list[tuple[int, bytes]], before: int, mark: bytes) -> Store:
+        def undo() -> None:
+            self.native.next = before
+
+        return Store(self._memory, *parts, mark=HeaderMark(self._file, MARK_OFFSET, mark), undo=undo)
 
     def _record(self, cluster: int, old_entry: int, new_entry: int) -> tuple[int, bytes]:
         """The next record, and where it goes."""
@@ -97,33 +156,53 @@ class LinkLog:
         self.native.next += 1
         return offset, bytes(ffi.buffer(record))
 
+    def _mark(self) -> bytes:
+        """What the header says once all records so far count."""
+        mark = ffi.new("uint8_t[]", lib.LINK_MARK_NBYTES)
+        lib.link_log_mark(self.native, self.native.next - 1, mark)
+        return bytes(ffi.buffer(mark))
+
 
 class FoundLog(NamedTuple):
-    """What an earlier process left."""
+    """What a process left."""
 
     tag: int
-    links: list[Link]
+    origin: Origin
+    records: dict[int, tuple[int, ...]]  # by sequence number
+
+    def newest(self) -> int:
+        """The number of the newest record, whether it counts or not; 0 if there is none."""
+        return max(self.records, default=0)
+
+    def links_at(self, stamp: int) -> list[Link] | None:
+        """The links that waited, oldest first, when the image had *stamp*; None if the log does not say so any more."""
+        modulus = (1 << STAMP_BITS) - 1
+        last = [number for number in self.records if number % modulus + 1 == stamp]
+        if len(last) != 1:
+            return None
+        first = self.records[last[0]][4]
+        if not 1 <= first <= last[0] or any(number not in self.records for number in range(first, last[0])):
+            return None
+        live = (self.records[number] for number in range(first, last[0] + 1))
+        return [Link(*record[:3]) for record in live if record[0] != NOTHING]
+
+    def waiting(self) -> int:
+        """How many links waited at the newest record."""
+        return len(self.links_at(self.newest() % ((1 << STAMP_BITS) - 1) + 1) or ()) if self.records else 0
 
 
-def read_log(content: bytes, identity: bytes) -> FoundLog | None:
-    """The live links in *content*, oldest first; None if it is no log of *identity*, or contradicts itself."""
+def read_log(content: bytes) -> FoundLog | None:
+    """The log in *content*; None if it is none, or contradicts itself."""
     if not RECORDS_OFFSET <= len(content) <= LOG_BYTES:
         return None
-    magic, version, tag, capacity, owner = HEADER.unpack_from(content)
-    (checksum,) = CHECKSUM.unpack_from(content, HEADER.size)
-    if (magic, version, owner) != (MAGIC, VERSION, identity) or checksum != zlib.crc32(content[: HEADER.size]):
+    magic, version, tag, capacity, nbytes, began, boot_id, device, inode = HEADER.unpack_from(content)
+    if (magic, version) != (MAGIC, VERSION) or nbytes > MAX_PATH or not MIN_CAPACITY <= capacity <= CAPACITY:
         return None
-    if not MIN_CAPACITY <= capacity <= CAPACITY:
+    end = HEADER.size + nbytes
+    if CHECKSUM.unpack_from(content, end)[0] != zlib.crc32(content[:end]):
         return None
-    records = _valid_records(content, capacity)
-    if not records:
-        return FoundLog(tag, [])
-    last = max(records)
-    first = records[last][4]
-    if not 1 <= first <= last or last - first >= capacity:
-        return None
-    live = (records[sequence] for sequence in range(first, last + 1) if sequence in records)  # one may have failed
-    return FoundLog(tag, [Link(*record[:3]) for record in live if record[0] != NOTHING])
+    origin = Origin(Boot(began, boot_id), device, inode, content[HEADER.size : end])
+    return FoundLog(tag, origin, _valid_records(content, capacity))
 
 
 def _valid_records(content: bytes, capacity: int) -> dict[int, tuple[int, ...]]:

@@ -8,6 +8,7 @@ A cluster whose link waits is data, referred to once, and overwritten in place. 
 other way commits first, so no cluster waits twice.
 """
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,7 @@ from qcow2.mapping import Mapping
 from qcow2.operation import Signal, Spawn
 from qcow2.rangelock import Mutex
 from qcow2.reaper import Reaper
-from qcow2.root import Root
-from qcow2.stability import Stability
+from qcow2.stability import NO_SPACE, Stability
 
 MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay or a pause may have to write them all
 
@@ -62,7 +62,6 @@ class Links:
         self,
         geometry: Geometry,
         mapping: Mapping,
-        root: Root,
         reaper: Reaper,
         stability: Stability,
         log: LinkLog | None,
@@ -70,7 +69,6 @@ class Links:
         self.policy = LinkPolicy()
         self._geometry = geometry
         self._mapping = mapping
-        self._root = root
         self._reaper = reaper
         self._stability = stability
         self._log = log  # None: no link may wait
@@ -103,6 +101,8 @@ class Links:
         while self._log is not None and self.policy.has_log and nclusters < self._log.capacity - 1:
             if not self._has_begun:
                 await self._begin(self._log)
+            elif self._log.is_lost:
+                await self._give_up(self._log)
             elif not self.policy.may_wait():
                 return False
             elif self._log.room < nclusters:
@@ -122,9 +122,16 @@ class Links:
                 self._log = None
                 self.policy.on_log_lost(error)
                 return
-            await self._root.set_log_tag(log.tag)
             self._has_begun = True
             log.open()
+
+    async def _give_up(self, log: LinkLog) -> None:
+        """Somebody has removed the log (a cleaner, the end of its user's session): no link waits from now on."""
+        log.close()
+        await self.commit()
+        if self._log is not None:
+            self._log = None
+            self.policy.on_log_lost(OSError(errno.ENOENT, "it was removed", log.path))
 
     def _gather(self) -> None:
         """Take over the links that the extent map has let wait meanwhile; they are in the log and in memory."""
@@ -155,11 +162,17 @@ class Links:
         try:
             await stored
         except OSError as error:
-            self._stability.fail(error)
-            raise
+            await self._do_without_log(error)
         if batch.nclusters > self._limit:
             batch.is_wanted = True
             await self._run()
+
+    async def _do_without_log(self, error: OSError) -> None:
+        """A record does not count: the host has no space for the mark, which a commit may not need, or it is broken."""
+        if error.errno not in NO_SPACE:
+            self._stability.fail(error)
+            raise error
+        await self.commit()
 
     def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
         """Whether the link of one of the clusters, all of one slice, waits."""
@@ -191,13 +204,11 @@ class Links:
             raise batch.error
 
     async def close(self) -> None:
-        """Commit, and let no log belong to the image; process-safe on return. Nothing else is under way."""
+        """Commit, so that no log belongs to the image; process-safe on return. Nothing else is under way."""
         if self._log is not None:
             self._log.close()
         await self.commit()
-        if self._has_begun:
-            await self._root.set_log_tag(0)
-            self._has_begun = False
+        self._has_begun = False
 
     async def _run(self) -> None:
         """See to it that the batch that gathers is committed. Returns at once."""
@@ -279,5 +290,6 @@ class Links:
         try:
             await self._log.forget(mark)
         except OSError as error:
-            self._stability.fail(error)  # what it would bring back may be wrong by then
+            if error.errno not in NO_SPACE:
+                self._stability.fail(error)  # what it would bring back may be wrong by then
             raise

@@ -6,7 +6,7 @@ Each operation says what it guarantees when the await returns, not which system 
 """
 
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from typing import Any, NewType, Protocol
+from typing import Any, NamedTuple, NewType, Protocol
 
 GuestOffset = NewType("GuestOffset", int)  # bytes from the start of the virtual disk
 HostOffset = NewType("HostOffset", int)  # bytes from the start of a file of the chain
@@ -31,6 +31,10 @@ class Memory(Protocol):
     @property
     def address(self) -> int:
         """Where the data plane may store to it once the engine has; 0 if it may not."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the next process could not find it: somebody has removed it."""
 
 
 class Buffer(Protocol):
@@ -151,17 +155,35 @@ class Sync(Operation):
         self.file = file
 
 
+class Mark(NamedTuple):
+    """Bytes of a file, within one sector."""
+
+    file: File
+    host_offset: int
+    data: bytes
+
+
 class Store(Operation):
     """Put each part, (offset, bytes), into *memory*: process-safe on return, gone after a power loss.
 
-    Before anything else happens: stores are never reordered. A death in the middle may keep a part of it.
+    Then *mark*, if there is one, into its file: process-safe, stable after the next Sync. All of that before anything
+    else happens: stores are never reordered. A death in the middle may keep a part of it. A failure calls *undo*, also
+    before anything else happens.
     """
 
-    __slots__ = ("memory", "parts")
+    __slots__ = ("mark", "memory", "parts", "undo")
 
-    def __init__(self, memory: Memory, *parts: tuple[int, bytes]) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        *parts: tuple[int, bytes],
+        mark: Mark | None = None,
+        undo: Callable[[], None] = lambda: None,
+    ) -> None:
         self.memory = memory
         self.parts = parts
+        self.mark = mark
+        self.undo = undo
 
 
 class Grace(Operation):

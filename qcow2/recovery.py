@@ -1,146 +1,142 @@
-"""Where a host keeps the link log of an image, and what is done with one that a killed process left there."""
+"""What is done with the link log that a killed process left, before anything else is written to its image."""
 
-import contextlib
-import fcntl
-import glob
 import logging
 import os
+import pwd
 import stat
-import tempfile
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
 
+from qcow2.boot import this_boot
 from qcow2.driver.file import HostFile, run
-from qcow2.driver.memory import SharedMemory
-from qcow2.linklog import LOG_BYTES, LinkLog
-from qcow2.replay import replay
-
-PRIVATE = "qcow2-links."  # how the name of a directory of a sandboxed process begins
+from qcow2.driver.memory import SharedMemory, is_in_use
+from qcow2.error import ImageError
+from qcow2.header import read_header
+from qcow2.linklog import FoundLog, Link, Mark, read_log
+from qcow2.logplace import all_logs, find_log, origin_of, remove_log
+from qcow2.replay import clear_mark, replay
 
 log = logging.getLogger("qcow2")
 
 
-@contextlib.contextmanager
-def private_directory(directory: str) -> Iterator[str]:
-    """A directory in *directory* for the logs of this process alone, whom a sandbox will keep from the rest.
-
-    Whoever looks for a log in *directory* looks there, too. It goes at the end, unless it holds a log; so do those that
-    killed processes left empty. One that cannot be made is named all the same: no log can be there.
-    """
-    for left in _private_directories(directory):
-        _remove_unless_used(left)
-    try:
-        path = tempfile.mkdtemp(prefix=PRIVATE, dir=directory)
-        os.chmod(path, 0o711)  # others may ask for the log of their image, and learn that there is none
-        fd = _lock(path)
-    except OSError:
-        yield os.path.join(directory, f"{PRIVATE}none")
-        return
-    try:
-        yield path
-    finally:
-        os.close(fd)
-        _remove_unless_used(path)
+class LogNotFound(ImageError):
+    """Acknowledged writes are in a link log that cannot be had; the image is not written to without a word for that."""
 
 
-def _private_directories(directory: str) -> list[str]:
-    return glob.glob(os.path.join(glob.escape(directory), f"{PRIVATE}*"))
+class _Unusable(Exception):
+    """Why the log does not do."""
 
 
-def _lock(path: str) -> int:
-    """A descriptor of the directory *path* that says that it is in use. Raises: OSError if it is."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _remove_unless_used(path: str) -> None:
-    """Remove the directory *path* if it is empty and nobody uses it."""
-    with contextlib.suppress(OSError):
-        fd = _lock(path)
-        try:
-            os.rmdir(path)
-        finally:
-            os.close(fd)
-
-
-def _found_logs(file: HostFile, directory: str) -> Iterator[SharedMemory]:
-    """Where a log of the image in *file* may be: in *directory*, or in a private one beneath it or beside it."""
-    parent, name = os.path.split(os.path.abspath(directory))
-    root = parent if name.startswith(PRIVATE) else directory
-    yield link_memory(file, root)
-    for place in _private_directories(root):
-        if _is_of_a_keeper(place, file):
-            yield link_memory(file, place)
-
-
-def _is_of_a_keeper(path: str, file: HostFile) -> bool:
-    """Whether *path* is a directory of somebody who may keep a log of the image in *file*: anybody can make one."""
-    try:
-        status = os.lstat(path)
-    except OSError:  # gone since
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid in (0, os.geteuid(), os.fstat(file.fd).st_uid)
-
-
-def link_memory(file: HostFile, directory: str) -> SharedMemory:
-    """The shared memory of the image in *file*: one for each inode, whatever its names are."""
-    device, inode = _numbers(file)
-    return SharedMemory(os.path.join(directory, f"qcow2-links-{device:x}-{inode:x}"), LOG_BYTES)
-
-
-def identity(file: HostFile) -> bytes:
-    """What a log says of its image: on which boot of the host it was which inode."""
-    boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    device, inode = _numbers(file)
-    return boot.bytes + device.to_bytes(8, "little") + inode.to_bytes(8, "little")
-
-
-def _numbers(file: HostFile) -> tuple[int, int]:
-    status = os.fstat(file.fd)
-    return (status.st_rdev, 0) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
-
-
-def new_log(file: HostFile, memory: SharedMemory) -> LinkLog | None:
-    """A log for *file* in *memory*, made when the first link waits. None, and a word, where no boot id is to be had."""
-    try:
-        name = identity(file)
-    except OSError as error:
-        log.warning("%s: no link log: %s: %s", file.path, error.filename, error.strerror)
-        return None
-    tag = 0
-    while not tag:
-        tag = int.from_bytes(os.urandom(4), "little")
-    return LinkLog(memory, name, tag)
-
-
-def recover(file: HostFile, directory: str) -> None:
+def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
     """Bring the links that a killed process left waiting into the image in *file*, locked for writing.
 
-    Says what could not be kept. Raises: OSError if they cannot be written, the log stays then; ImageError.
+    With *discard* the image goes on without a log that is missing, cannot be read or is of another state. So it does,
+    with a line, if the host was started anew since: that is a power loss, as far as memory goes.
+    Raises: LogNotFound; OSError if links cannot be written, the log stays then; ImageError.
     """
-    for memory in _found_logs(file, directory):
-        _recover(file, memory)
-
-
-def _recover(file: HostFile, memory: SharedMemory) -> None:
+    header = run(read_header(file, trust_refcounts=False))
+    if not header.log_mark:
+        _look_for_leftovers(file, directory)
+        return
+    mark = Mark.parse(header.log_mark)
+    memory = find_log(mark.tag, directory)
     try:
-        content = memory.load()
-    except OSError as error:
-        log.warning("%s: its link log is not read: %s: %s", file.path, memory.path, error.strerror)
+        found, links = _waiting(file, mark, memory)
+    except _Unusable as problem:
+        _go_on_without(file, mark, directory, str(problem), discard=discard)
+        run(clear_mark(file))
         return
-    if not content:
-        return
-    outcome = run(replay(file, content, identity(file)))
-    if outcome.is_void:
-        log.warning("%s: another program has written to it: writes that were never flushed are lost", file.path)
+    outcome = run(replay(file, header, links))
     if outcome.dropped:
         log.warning("%s: %d clusters that were never flushed are lost", file.path, outcome.dropped)
-    memory.remove()
-    if os.path.basename(os.path.dirname(memory.path)).startswith(PRIVATE):
-        _remove_unless_used(os.path.dirname(memory.path))
+    if memory is not None and _is_of(file, found):
+        remove_log(memory)
+
+
+def warn_of_waiting(file: HostFile, word: int) -> None:
+    """Say that a reader of the image in *file*, whose header's mark is *word*, does not see all that was written."""
+    if word:
+        log.warning("%s: writes that wait in its link log are not shown: open it for writing once", file.path)
+
+
+def _waiting(file: HostFile, mark: Mark, memory: SharedMemory | None) -> tuple[FoundLog, list[Link]]:
+    """The log of the image, and what waited in it. Raises: _Unusable."""
+    if memory is None:
+        raise _Unusable("is not there")
+    try:
+        content = memory.load(lambda user: may_write(os.fstat(file.fd), user))
+    except OSError as error:
+        raise _Unusable(f"cannot be read: {error.strerror}") from error
+    found = read_log(content)
+    if found is None or found.tag != mark.tag:
+        raise _Unusable("is no link log")
+    if not found.origin.boot.is_same(this_boot()):
+        raise _Unusable("is of another boot of this host")
+    links = found.links_at(mark.stamp)
+    if links is None:
+        raise _Unusable("goes on from another state of this image, which was restored or copied")
+    return found, links
+
+
+def _go_on_without(file: HostFile, mark: Mark, directory: str, problem: str, *, discard: bool) -> None:
+    name = f"link log {mark.tag:06x} in {directory}"
+    if this_boot().is_other_unit(mark.boot_unit):
+        log.warning("%s: the host was started anew: writes that were never flushed before are lost", file.path)
+    elif discard:
+        log.warning("%s: %s %s: writes that were never flushed are lost", file.path, name, problem)
+    else:
+        raise LogNotFound(
+            file.path,
+            f"{name} {problem}: acknowledged writes that were never flushed are in it; say where it is "
+            "(--link-log=DIR) or that they may be lost (--discard-link-log)",
+        )
+
+
+def _look_for_leftovers(file: HostFile, directory: str) -> None:
+    """The image names no log: done with, unless somebody who does not know of logs has written to it since a death.
+
+    It may also be another image that got the numbers and the name of a dead one, so what has links in it stays.
+    """
+    for memory in all_logs(directory):
+        found = _load_own(file, memory)
+        if found is None:
+            continue
+        if not found.waiting():
+            remove_log(memory)  # its process died when it had done everything but that
+        elif found.origin.boot.is_same(this_boot()):
+            log.warning(
+                "%s: link log %s has writes of a file of this name, never flushed: "
+                "lost, if another program wrote to it since; see qcow2 link-logs",
+                file.path,
+                memory.path,
+            )
+
+
+def _load_own(file: HostFile, memory: SharedMemory) -> FoundLog | None:
+    """The log in *memory*, if a dead process of this user left it for the file with these numbers and this name."""
+    try:
+        if is_in_use(memory.path):
+            return None
+        found = read_log(memory.load(lambda user: user == os.geteuid()))
+    except OSError:
+        return None
+    return found if found is not None and _is_of(file, found) and found.origin.path == origin_of(file).path else None
+
+
+def _is_of(file: HostFile, found: FoundLog) -> bool:
+    """Whether the log was made for this very file, and not for the one that it is a copy of."""
+    here = origin_of(file)
+    return (found.origin.device, found.origin.inode) == (here.device, here.inode)
+
+
+def may_write(status: os.stat_result, user: int) -> bool:
+    """Whether *user* may write the image of *status*, and so may say in a log what it holds; we may, and root."""
+    if user in (0, os.geteuid(), status.st_uid) or status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and status.st_gid in _groups_of(user)
+
+
+def _groups_of(user: int) -> list[int]:
+    try:
+        known = pwd.getpwuid(user)
+    except KeyError:
+        return []
+    return os.getgrouplist(known.pw_name, known.pw_gid)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qcow2.geometry import Geometry
-from qcow2.header import Header, read_header
+from qcow2.header import Header
 from qcow2.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, L2_RESERVED, L2_ZERO, OFFSET_MASK
-from qcow2.linklog import Link, read_log
+from qcow2.linklog import MARK_OFFSET, NO_MARK, Link
 from qcow2.mapping import bytes_of, entries_of
 from qcow2.operation import File, Read, Size, Sync, Write
 
@@ -19,24 +19,19 @@ from qcow2.operation import File, Read, Size, Sync, Write
 class Outcome(NamedTuple):
     """What became of a log."""
 
-    is_void: bool  # it is not the log of the image as it is
     replayed: int = 0
     dropped: int = 0  # links that contradict the image
 
 
-async def replay(file: File, content: bytes, identity: bytes) -> Outcome:
-    """Bring the links of the log in *content* into the image in *file*, locked for writing; stable on return.
+async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
+    """Bring *links*, which waited, into the image in *file*, locked for writing; then none does. Stable on return.
 
     The log may be removed then, and only then. Refcounts are not looked at: a host cluster that a link leaves stays
     counted, a leak.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
-    header = await read_header(file, trust_refcounts=False)
-    log = read_log(content, identity)
-    if log is None or not log.tag or log.tag != header.log_tag:
-        return Outcome(is_void=log is None or bool(log.links))
     target = await Target.of(file, header)
-    links, dropped = target.accept(log.links)
+    links, dropped = target.accept(links)
     wanted: list[Link] = []
     for first, group in by_slice(target.geometry, links):
         entries = entries_of(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
@@ -47,7 +42,14 @@ async def replay(file: File, content: bytes, identity: bytes) -> Outcome:
             elif entry != link.new_entry:
                 dropped += 1
     await _write(file, target, wanted)
-    return Outcome(is_void=False, replayed=len(wanted), dropped=dropped)
+    await clear_mark(file)
+    return Outcome(replayed=len(wanted), dropped=dropped)
+
+
+async def clear_mark(file: File) -> None:
+    """Let the image in *file* say that no link of it waits; stable on return."""
+    await Write(file, MARK_OFFSET, NO_MARK)
+    await Sync(file)
 
 
 async def _write(file: File, target: "Target", links: list[Link]) -> None:

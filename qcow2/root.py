@@ -36,13 +36,6 @@ class Root:
             word = self.header.record.incompatible_features
             await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 
-    async def set_log_tag(self, tag: int) -> None:
-        """Say which link log belongs to the image, 0 for none; process-safe on return, as the log itself is."""
-        word = self.header.record.autoclear_features
-        word = word % (1 << layout.LOG_TAG_SHIFT) | tag << layout.LOG_TAG_SHIFT
-        await self._stability.write(layout.HEADER_AUTOCLEAR_OFFSET, layout.FEATURE_WORD.pack(word))
-        self.header = replace(self.header, record=replace(self.header.record, autoclear_features=word))
-
     async def _write_incompatible(self, word: int) -> None:
         """Eight bytes inside one sector: a power loss leaves the old or the new bits."""
         await self._write(layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word), incompatible_features=word)

@@ -17,6 +17,7 @@ COMMANDS = {
     "map": ("tool_map", "say where the disk's bytes are"),
     "rebase": ("tool_rebase", "give an image another backing file"),
     "resize": ("tool_resize", "make the disk of an image longer"),
+    "link-logs": ("tool_logs", "list what killed daemons left in memory"),
     "dump-header": ("tool_dump", "show the header with all its extensions"),
 }
 

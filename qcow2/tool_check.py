@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager
 
 from qcow2.check import check
 from qcow2.driver.file import HostFile, run
 from qcow2.format import FORMATS
 from qcow2.report import Report
-from qcow2.tool_file import opened
+from qcow2.tool_file import add_log_options, opened, recovered
 
 MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
 NO_CHECK = 63  # qemu-img's status for a format that has none
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("-r", "--repair", choices=["leaks", "all"], help="put right what is wrong")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
+    add_log_options(parser)
     parser.add_argument("filename")
 
 
@@ -34,13 +36,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return NO_CHECK
     if arguments.repair and arguments.force_share:
         raise ValueError(f"{arguments.filename}: cannot repair with --force-share")
-    writable = arguments.repair is not None
-    with opened(arguments.filename, writable=writable, force_share=arguments.force_share) as file:
-        if writable:
-            from qcow2.driver.memory import DEFAULT_DIRECTORY
-            from qcow2.recovery import recover
-
-            recover(file, DEFAULT_DIRECTORY)
+    with _opened(arguments) as file:
         report = _check(file, arguments)
     if arguments.output == "json":
         print(json.dumps(_facts(report, arguments.filename), indent=4))
@@ -51,6 +47,12 @@ def run_command(arguments: argparse.Namespace) -> int:
             f"qcow2: {arguments.filename}: parts of the image cannot be checked, nothing is repaired", file=sys.stderr
         )
     return _status(report)
+
+
+def _opened(arguments: argparse.Namespace) -> AbstractContextManager[HostFile]:
+    if arguments.repair is None:
+        return opened(arguments.filename, force_share=arguments.force_share)
+    return recovered(arguments.filename, arguments)
 
 
 def _check(file: HostFile, arguments: argparse.Namespace) -> Report:

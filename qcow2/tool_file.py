@@ -1,11 +1,38 @@
 """Opening image files for the tool: locked, unless the user says that sharing is fine."""
 
+import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qcow2.driver.file import HostFile
+from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.lock import lock_image
+from qcow2.recovery import recover
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what a command that writes to an image needs to know of its link log."""
+    parser.add_argument(
+        "--link-log",
+        metavar="DIR",
+        default=DEFAULT_DIRECTORY,
+        help=f"where a killed daemon left the log of what was not flushed (default: {DEFAULT_DIRECTORY})",
+    )
+    parser.add_argument(
+        "--discard-link-log", action="store_true", help="lose what is in a log that is missing or does not count"
+    )
+
+
+@contextmanager
+def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
+    """The image file at *path*, locked for writing, with what a killed daemon left in its link log brought in.
+
+    Raises: OSError, ImageError.
+    """
+    with opened(path, writable=True) as file:
+        recover(file, arguments.link_log, discard=arguments.discard_link_log)
+        yield file
 
 
 @contextmanager

@@ -3,13 +3,11 @@
 import argparse
 
 from qcow2.driver.file import run
-from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
 from qcow2.layout import Autoclear
 from qcow2.operation import File
-from qcow2.recovery import recover
 from qcow2.tool_create import validate_backing
-from qcow2.tool_file import opened
+from qcow2.tool_file import add_log_options, recovered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", "--unsafe", action="store_true", help="change the header only, which is all there is yet")
     parser.add_argument("-b", "--backing", metavar="FILE", required=True, help='the new backing file, "" for none')
     parser.add_argument("-F", "--backing-format", metavar="FMT", help="its format")
+    add_log_options(parser)
     parser.add_argument("filename")
 
 
@@ -36,8 +35,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"backing file {name!r} needs its format, which is never guessed: -F qcow2|raw")
     else:
         validate_backing(name, backing_format)
-    with opened(arguments.filename, writable=True) as file:
-        recover(file, DEFAULT_DIRECTORY)
+    with recovered(arguments.filename, arguments) as file:
         run(_rebase(file, name, backing_format))
     return 0
 

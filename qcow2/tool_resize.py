@@ -8,7 +8,7 @@ from qcow2.geometry import Geometry
 from qcow2.growth import grown_size
 from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.quantity import parse_size
-from qcow2.tool_file import opened
+from qcow2.tool_file import add_log_options, opened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     parser.add_argument("-f", "--format", default="qcow2", choices=["qcow2"], help="of the image")
     parser.add_argument("--shrink", action="store_true", help="not supported: a disk can only grow")
+    add_log_options(parser)
     parser.add_argument("filename")
     parser.add_argument(
         "size", metavar="[+]SIZE", help="of the disk, or with + how much longer: bytes, or k, M, G, ..."
@@ -34,7 +35,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         header = run(read_header(file, trust_refcounts=False))
         require_uncorrupted(file, header)
         size = grown_size(file, header, _wanted(arguments.size, header))
-    with open_disk(path, writable=True) as disk:
+    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
+    with open_disk(path, writable=True, **log) as disk:
         disk.resize(size)
     if not arguments.quiet:
         print("Image resized.")

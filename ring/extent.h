@@ -37,6 +37,7 @@ typedef void (*extent_translate)(void *context, uint64_t guest_offset, uint64_t 
                                  struct extent_reader *reader, struct extent *out);
 
 #define EXTENT_NAME_NBYTES 48
+#define EXTENT_MARK_NBYTES 7
 
 /* A place that the map has set aside for bytes which have none. */
 struct extent_place {
@@ -50,6 +51,8 @@ struct extent_place {
     uint64_t name_offset; /* then, in there, this makes the place the guest's */
     uint32_t name_nbytes;
     uint8_t name[EXTENT_NAME_NBYTES];
+    uint8_t mark[EXTENT_MARK_NBYTES]; /* a name in memory counts once these bytes are at mark_offset of the file */
+    uint64_t mark_offset;
     uint64_t guest_offset;
     uint64_t entry; /* for the map */
 };

@@ -47,6 +47,10 @@ class Operations:
         result = lib.worker_write_at_once(self._worker, flags, slot, host_offset, array, len(pieces))
         return result != AGAIN and check(result) == 0
 
+    def write_now(self, slot: int, host_offset: int, data: bytes) -> None:
+        """Write *data*, a few bytes, before this returns."""
+        check(lib.worker_write_entry(self._worker, slot, host_offset, data, len(data)))
+
     def zero(self, slot: int, host_offset: int, nbytes: int, done: Done) -> None:
         """Make a range read as zeros."""
         self._begin(lambda: lib.worker_zero(self._worker, slot, host_offset, nbytes), done, None)

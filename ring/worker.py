@@ -369,6 +369,10 @@ class Worker:
         """
         return self._operations.write_at_once(WRITE | DATA * data, slot, host_offset, pieces)
 
+    def write_now(self, slot: int, host_offset: int, data: bytes) -> None:
+        """Write *data*, a few bytes, before this returns, whatever the host does to writers. Raises: OSError."""
+        self._operations.write_now(slot, host_offset, data)
+
     def zero(self, slot: int, host_offset: int, nbytes: int, done: Done) -> None:
         """Make the range read as zeros without changing the file's length; give its space back where possible."""
         self._operations.zero(slot, host_offset, nbytes, done)

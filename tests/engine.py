@@ -4,15 +4,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qcow2.boot import Boot
 from qcow2.buffer import MemoryBuffer
 from qcow2.create import Options, create
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.image import Image, OpenOptions
-from qcow2.linklog import LinkLog
+from qcow2.layout import LOG_MARK_SHIFT
+from qcow2.linklog import Link, LinkLog, Mark, Origin, read_log
 from qcow2.operation import Operation
 from qcow2.raw import RawImage
 
-IDENTITY, TAG = b"engine".ljust(32), 0xBEEF  # of the link log
+ORIGIN, TAG = Origin(Boot(0, bytes(16)), 0, 0, b"disk"), 0xBEEF  # of the link log
 Fault = Callable[[Operation], OSError | None]
 
 
@@ -87,7 +89,7 @@ def set_up(
     if below is not None:
         below.writable = False
         backing = driver.run(RawImage.open(below))
-    log = LinkLog(file.memory, IDENTITY, TAG, log_capacity) if log_capacity else None
+    log = LinkLog(file.memory, file, ORIGIN, TAG, log_capacity) if log_capacity else None
     opened = OpenOptions(writable=True, cache_size=cache_size)
     image = driver.run(Image.open(file, backing=backing, options=opened, log=log))
     return Bench(driver, breaker, file, below, image)
@@ -98,6 +100,15 @@ def open_again(bench: Bench, *, writable: bool = False) -> Bench:
     driver = CrashDriver(fault=bench.breaker)
     image = driver.run(Image.open(bench.file, options=OpenOptions(writable=writable)))
     return Bench(driver, bench.breaker, bench.file, bench.base, image)
+
+
+def waiting(file: SimulatedFile) -> list[Link] | None:
+    """The links that wait, by the mark in the header of *file* and the log in its memory; None: it has no such log."""
+    word = int.from_bytes(file.read(88, 8), "big") >> LOG_MARK_SHIFT
+    if not word:
+        return []
+    mark, found = Mark.parse(word), read_log(bytes(file.memory.content))
+    return None if found is None or found.tag != mark.tag else found.links_at(mark.stamp)
 
 
 def noise(nbytes: int, seed: int = 0) -> bytes:

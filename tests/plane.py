@@ -132,6 +132,7 @@ class Plane:
         name = bytes(ffi.buffer(place.name)[: place.name_nbytes])
         if place.memory:
             self._driver.store(self._file.memory, place.name_offset, name)
+            self._driver.write_at_once(self._file, place.mark_offset, bytes(ffi.buffer(place.mark)))
         else:
             self._driver.write_at_once(self._file, place.name_offset, name)
         assert self.settle(place, NAMED) == 0

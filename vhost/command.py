@@ -177,7 +177,7 @@ def _with_private_logs(options: "Options") -> "Iterator[Options]":
     """A sandboxed daemon reaches no link log but its own."""
     from dataclasses import replace
 
-    from qcow2.recovery import private_directory
+    from qcow2.logplace import private_directory
 
     if not options.sandbox or options.read_only:
         yield options

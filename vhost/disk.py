@@ -9,7 +9,7 @@ from typing import Any
 from qcow2 import ImageError
 from qcow2 import operation as op
 from qcow2.buffer import MemoryBuffer
-from qcow2.driver.file import HostFile, perform
+from qcow2.driver.file import HostFile, perform, store
 from qcow2.error import no_memory
 from qcow2.links import LinkPolicy
 from qcow2.task import Scheduler, Task
@@ -69,17 +69,20 @@ class RingDriver:
                 worker.compute(function, self._compute_end(task))
             case op.Size():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
-            case op.Store():  # the same
-                perform(operation)
-                if self._trace is not None:
-                    for offset, stored in operation.parts:
-                        self._trace.store(offset, stored)
+            case op.Store():
+                self._store(operation)
                 self._scheduler.resume(task)
             case op.Resize():  # the same
                 self._resize(operation)
                 self._scheduler.resume(task)
             case _:
                 raise TypeError(f"not an operation of the disk: {operation!r}")
+
+    def _store(self, operation: op.Store) -> None:
+        store(operation, self._write_mark, self._trace.store if self._trace is not None else lambda offset, data: None)
+
+    def _write_mark(self, mark: op.Mark) -> None:
+        self._worker.write_now(self._slots[mark.file], mark.host_offset, mark.data)
 
     def _resize(self, operation: op.Resize) -> None:
         if self._trace is None:

@@ -86,6 +86,7 @@ class HeldImage:
             lazy_refcounts=options.lazy_refcounts,
             cache_size=options.cache_size,
             log_directory=options.link_log,
+            discard_log=options.discard_link_log,
             progress=self._progress(),
         )
         try:

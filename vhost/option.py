@@ -60,6 +60,7 @@ class Options:
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE
     link_log: str = DEFAULT_LINK_LOG
+    discard_link_log: bool = False
     stats: bool = False
     trace_io: str | None = None
     incoming: bool = False
@@ -102,6 +103,7 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         lazy_refcounts={"on": True, "off": False, "image": None}[given.lazy_refcounts],
         cache_size=given.cache_size,
         link_log=given.link_log,
+        discard_link_log=given.discard_link_log,
         stats=given.stats,
         trace_io=given.trace_io,
         incoming=given.incoming,
@@ -149,6 +151,7 @@ def _parser() -> Parser:
         default=DEFAULT_LINK_LOG,
         help=f"memory that outlives the daemon (default: {DEFAULT_LINK_LOG})",
     )
+    add("--discard-link-log", action="store_true", help="lose the writes in a log that is missing or does not count")
     add("--sandbox", action="store_true", help="give up every right that serving this image does not need")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")

@@ -167,11 +167,15 @@ static int fill_place(struct worker *worker, struct request *request, const stru
 
 static int name_place(struct block *block, struct worker *worker, const struct extent_place *place)
 {
+    int result;
+
     if (!place->memory)
         return worker_write_entry(worker, place->slot, place->name_offset, place->name, place->name_nbytes);
     worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);
-    block->flush_punts = true;
-    return 0;
+    result = worker_write_entry(worker, place->slot, place->mark_offset, place->mark, sizeof(place->mark));
+    if (result == 0)
+        block->flush_punts = true;
+    return result;
 }
 
 /* Write nbytes from `start` of the request where nothing is yet: the bytes, then what makes them the guest's. One

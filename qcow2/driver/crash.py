@@ -26,11 +26,12 @@ TRANSFERS = (Read, ReadInto, Write, Zero)
 class SimulatedMemory:
     """Shared memory of a simulated host: a kill leaves it, a power loss does not; grows as it is stored to."""
 
-    __slots__ = ("address", "content", "path")
+    __slots__ = ("address", "content", "is_lost", "path")
 
     def __init__(self, content: bytes | bytearray = b"") -> None:
         self.path = "memory"
         self.address = 0  # no data plane stores to it
+        self.is_lost = False
         self.content = bytearray(content)
 
     def store(self, offset: int, data: bytes) -> None:
@@ -282,11 +283,15 @@ class CrashDriver:
         effect = effect_of(operation)
         fault = self._fault(operation) if self._fault else None
         if fault is not None:
+            if isinstance(operation, Store):
+                operation.undo()
             self._scheduler.fail(task, fault)
             return
-        if isinstance(operation, Store):  # a store of the processor: never in flight
+        if isinstance(operation, Store):  # a store of the processor, and a write on its thread: never in flight
             for offset, data in operation.parts:
                 self.store(simulated_memory(operation.memory), offset, data)
+            if operation.mark is not None:
+                self.write_at_once(simulated(operation.mark.file), operation.mark.host_offset, operation.mark.data)
             self._scheduler.resume(task)
             return
         is_late = self.random.random() < 0.5

@@ -6,7 +6,7 @@ Used where nothing else is going on: create, check, convert, and the library's s
 import errno
 import os
 import stat
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from qcow2 import operation as op
@@ -130,7 +130,7 @@ def perform(operation: op.Operation) -> Any:
         case op.Size():
             return _host(operation.file).size()
         case op.Store():
-            return _store(_shared(operation.memory), operation.parts)
+            return store(operation, _write_mark, lambda offset, data: None)
         case op.Grace():
             return None
         case op.Compute():
@@ -144,9 +144,22 @@ def _host(file: op.File) -> HostFile:
     return file
 
 
-def _store(memory: SharedMemory, parts: Sequence[tuple[int, bytes]]) -> None:
-    for offset, data in parts:
-        memory.store(offset, data)
+def store(operation: op.Store, write_mark: Callable[[op.Mark], None], on_stored: Callable[[int, bytes], None]) -> None:
+    """Do what *operation* promises; *write_mark* has written when it returns, *on_stored* is told of each part."""
+    memory = _shared(operation.memory)
+    try:
+        for offset, data in operation.parts:
+            memory.store(offset, data)
+            on_stored(offset, data)
+        if operation.mark is not None:
+            write_mark(operation.mark)
+    except OSError:
+        operation.undo()
+        raise
+
+
+def _write_mark(mark: op.Mark) -> None:
+    _write(_host(mark.file), mark.host_offset, [memoryview(mark.data)])
 
 
 def _shared(memory: op.Memory) -> SharedMemory:

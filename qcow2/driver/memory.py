@@ -5,9 +5,11 @@ So whatever is found there is input: it must be a plain file of our own that nob
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Callable
 
 from qcow2.native import ffi
 
@@ -15,33 +17,31 @@ DEFAULT_DIRECTORY = "/dev/shm"
 
 
 class SharedMemory:
-    """The file at *path*, of *nbytes*, made when it is first stored to. Its user holds a lock that keeps others off."""
+    """The file at *path*, of *nbytes*, made when it is first stored to, and locked as long as its maker lives."""
 
     def __init__(self, path: str, nbytes: int) -> None:
         self.path = path
         self.nbytes = nbytes
         self._map: mmap.mmap | None = None
+        self._fd = -1
 
-    def load(self) -> bytes:
-        """What an earlier process left there; empty if it left nothing.
+    def load(self, is_trusted: Callable[[int], bool]) -> bytes:
+        """What an earlier process left there; *is_trusted* says of which users, by number, we take anything.
 
-        Raises: OSError, EPERM if what is there is not what we could have left.
+        Raises: OSError; EPERM if what is there is not what such a user's process could have left.
         """
+        fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return b""
-        try:
-            self._refuse_foreign(os.fstat(fd))
+            self._refuse_foreign(os.fstat(fd), is_trusted)
             return os.pread(fd, self.nbytes, 0)
         finally:
             os.close(fd)
 
-    def _refuse_foreign(self, status: os.stat_result) -> None:
-        mode = status.st_mode
-        is_private = status.st_uid == os.geteuid() and status.st_nlink == 1 and not stat.S_IMODE(mode) & 0o077
-        if not (stat.S_ISREG(mode) and is_private):
-            raise OSError(errno.EPERM, "not a private file of this user", self.path)
+    def _refuse_foreign(self, status: os.stat_result, is_trusted: Callable[[int], bool]) -> None:
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or stat.S_IMODE(status.st_mode) & 0o077:
+            raise OSError(errno.EPERM, "not a private file", self.path)
+        if not is_trusted(status.st_uid):
+            raise OSError(errno.EPERM, f"it is of user {status.st_uid}, who may not write the image", self.path)
 
     def store(self, offset: int, data: bytes) -> None:
         """Put *data*, which lies inside, there. Raises: OSError; what is there already is left alone."""
@@ -62,19 +62,26 @@ class SharedMemory:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.path, flags, 0o600)
         try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(fd, 0, self.nbytes)
-            return mmap.mmap(fd, self.nbytes)
+            mapped = mmap.mmap(fd, self.nbytes)
         except OSError as error:
+            os.close(fd)
             os.unlink(self.path)
             error.filename = self.path
             raise
-        finally:
-            os.close(fd)
+        self._fd = fd
+        return mapped
 
     @property
     def is_made(self) -> bool:
         """Whether this process has stored something."""
         return self._map is not None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the next process could not find it: somebody has removed the file."""
+        return self._fd >= 0 and os.fstat(self._fd).st_nlink == 0
 
     def remove(self) -> None:
         """Forget all of it, also what an earlier process left. Raises: OSError if that cannot be."""
@@ -87,3 +94,17 @@ class SharedMemory:
         if self._map is not None:
             self._map.close()
             self._map = None
+            os.close(self._fd)
+            self._fd = -1
+
+
+def is_in_use(path: str) -> bool:
+    """Whether the process that made the file at *path* lives. Raises: OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

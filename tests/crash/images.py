@@ -17,14 +17,15 @@ from qcow2.links import LinkPolicy
 from qcow2.operation import Store
 from qcow2.raw import RawImage
 from qcow2.repair import repair
-from qcow2.replay import replay
+from qcow2.replay import clear_mark, replay
 from tests.builder import Recipe, build
 from tests.builder.record import MAGIC
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
+from tests.engine import ORIGIN, waiting
 
 LAZY = 1  # compatible feature bit
-IDENTITY, TAG, LOG_CAPACITY = b"crash".ljust(32), 0xC0FFEE, 8  # of the link log
+TAG, LOG_CAPACITY = 0xC0FFEE, 8  # of the link log
 
 
 @dataclass(frozen=True)
@@ -134,20 +135,18 @@ def start(name: str) -> Start:
     return Start(image, backing, recipe.contents(under))
 
 
-async def open_image(
-    file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False, identity: bytes = IDENTITY
-) -> Image:
+async def open_image(file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False) -> Image:
     """Open for writing over the backing file, as the daemon does: the link log replayed, then repaired if it is dirty.
 
     What the guest writes next has a log of its own, short enough to become full; the cache is as small as can be.
     """
     base = None if backing is None else await _open_backing(backing)
-    await _replay_log(file, identity)
+    await _replay_log(file)
     if (await read_header(file, trust_refcounts=False)).is_dirty:
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
             raise Violation(f"{report} after repair")
-    log = LinkLog(file.memory, identity, TAG, LOG_CAPACITY)
+    log = LinkLog(file.memory, file, ORIGIN, TAG, LOG_CAPACITY)
     image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image
@@ -157,14 +156,19 @@ async def _open_backing(file: SimulatedFile) -> Image | RawImage:
     return await (Image.open(file) if file.read(0, 4) == MAGIC.to_bytes(4, "big") else RawImage.open(file))
 
 
-async def _replay_log(file: SimulatedFile, identity: bytes) -> None:
-    """Bring what the shared memory holds into the file, and clear the memory."""
+async def _replay_log(file: SimulatedFile) -> None:
+    """Bring what the shared memory holds into the file, and clear the memory; after a power loss there is nothing."""
     content = bytes(file.memory.content)
-    if not any(content):
-        return
-    outcome = await replay(file, content, identity)
-    if outcome.is_void or outcome.dropped:
-        raise Violation(f"link log after a kill: {outcome}")
+    header = await read_header(file, trust_refcounts=False)
+    if header.log_mark and not any(content):
+        await clear_mark(file)
+    elif header.log_mark:
+        links = waiting(file)
+        if links is None:
+            raise Violation("the link log does not know the state of the image")
+        outcome = await replay(file, header, links)
+        if outcome.dropped:
+            raise Violation(f"link log after a kill: {outcome}")
     await Store(file.memory, (0, bytes(len(content))))
 
 

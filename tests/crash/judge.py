@@ -8,7 +8,7 @@ from qcow2.error import ImageError
 from qcow2.image import Image
 from tests.crash.explorer import Run, Violation
 from tests.crash.history import History
-from tests.crash.images import IDENTITY, check_image, open_image, read_all, start
+from tests.crash.images import check_image, open_image, read_all, start
 from tests.crash.workload import Guest, Step
 
 
@@ -49,15 +49,11 @@ def open_state(
     file: SimulatedFile,
     backing: SimulatedFile | None,
     look: Callable[[Image], Coroutine[Any, Any, bytes]],
-    identity: bytes = IDENTITY,
 ) -> bytes:
-    """Open what a death left as the daemon would, judge the metadata, and answer what *look* sees.
-
-    *identity* is that of the image in its link log.
-    """
+    """Open what a death left as the daemon would, judge the metadata, and answer what *look* sees."""
     driver = CrashDriver()
     try:
-        image = driver.run(open_image(file, backing, identity=identity))
+        image = driver.run(open_image(file, backing))
         driver.run(check_image(file))
         seen = driver.run(look(image))
         driver.run(image.close())

@@ -58,6 +58,8 @@ class DirectDriver:
             case Store():
                 for offset, data in operation.parts:
                     simulated_memory(operation.memory).store(offset, data)
+                if operation.mark is not None:
+                    simulated(operation.mark.file).write(operation.mark.host_offset, operation.mark.data)
                 return None
             case Compute():
                 return operation.function()

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qcow2.driver.crash import Completed, Effect, Entry, Issued, Mark, SimulatedFile, Stored, Synced
-from qcow2.linklog import HEADER
 from ring.trace import Flag, Kind, Record, TraceError
 from tests.crash.history import SECTOR, Flush, History, Version
 
@@ -25,7 +24,6 @@ class Recorded:
     journal: list[Entry]
     history: History
     backing: SimulatedFile | None
-    identity: bytes  # of the image in its link log
     touched: set[int]  # sectors of the guest's that a request wanted to differ from what they were
 
     @property
@@ -54,7 +52,7 @@ def adapt(records: Iterable[Record], contents: bytes, backing: SimulatedFile | N
         for sector, versions in history.versions.items()
         if any(version.content != versions[0].content for version in versions)
     }
-    return Recorded(reading.initial, reading.file, reading.journal, history, backing, reading.identity, touched)
+    return Recorded(reading.initial, reading.file, reading.journal, history, backing, touched)
 
 
 @dataclass
@@ -69,7 +67,6 @@ class Reading:
     unsynced: set[int] = field(default_factory=set)  # operations complete, and not stable yet
     syncs: dict[int, frozenset[int]] = field(default_factory=dict)  # under way: what they cover
     begun: dict[int, list[Version] | Flush] = field(default_factory=dict)  # requests
-    identity: bytes = b""
 
     def __post_init__(self) -> None:
         self.results = {record.id: record.result for record in self.records if record.kind == Kind.DONE}
@@ -141,8 +138,6 @@ class Reading:
     def _store(self, record: Record) -> None:
         """The link log; it begins with its header."""
         assert self.file is not None
-        if record.offset == 0:
-            self.identity = HEADER.unpack_from(record.content)[-1]
         self.journal.append(Stored(self.file.memory, record.offset, record.content))
 
     def _complete(self, record: Record) -> None:

@@ -111,7 +111,7 @@ class Survey:
         if not power:
             file.memory.store(0, bytes(point.memory.content))
         try:
-            self._compare(open_state(file, self.run.backing, self._look, self.run.identity), allowed)
+            self._compare(open_state(file, self.run.backing, self._look), allowed)
         except Violation as violation:
             raise Violation(f"{where}: {violation}") from violation
 

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from qcow2.buffer import MemoryBuffer
-from qcow2.linklog import read_log
 from qcow2.links import LinkPolicy
 from qcow2.operation import Operation, Store, Sync, Write
-from tests.engine import IDENTITY, Bench, noise, set_up
+from tests.engine import TAG, Bench, noise, set_up, waiting
 
 CLUSTER = 512
 BASE = noise(200 * CLUSTER, 7)
@@ -37,9 +36,9 @@ def operations(bench: Bench, kind: type[Operation]) -> list[Operation]:
 
 def links(bench: Bench) -> int:
     """How many wait, by the log."""
-    found = read_log(bytes(bench.file.memory.content), IDENTITY)
+    found = waiting(bench.file)
     assert found is not None
-    return len(found.links)
+    return len(found)
 
 
 def in_the_file(bench: Bench, guest_offset: int, nbytes: int) -> bytes:
@@ -166,7 +165,7 @@ def test_a_full_log_is_committed_on_the_way() -> None:
     expected = bench.content()
     bench.close()
     assert bench.reopened_content() == expected
-    assert bench.image.header.log_tag == 0
+    assert bench.file.read(88, 8) == bytes(8)
 
 
 def test_copies_do_not_wait_for_the_sync_of_a_reservation() -> None:
@@ -182,18 +181,23 @@ def test_copies_do_not_wait_for_the_sync_of_a_reservation() -> None:
 def test_a_write_of_more_links_than_the_log_holds_does_not_wait() -> None:
     bench = set_up(len(BASE), base=BASE, log_capacity=4, lazy=True)
     bench.write(0, noise(100 * CLUSTER, 3))
-    found = read_log(bytes(bench.file.memory.content), IDENTITY)
-    assert found is None or len(found.links) <= 3
+    assert links(bench) <= 3
     bench.driver.run(bench.image.flush())
     assert in_the_file(bench, 0, 100 * CLUSTER) == noise(100 * CLUSTER, 3)
 
 
 def test_the_header_names_the_log_while_it_counts() -> None:
     bench = set_up(len(BASE), base=BASE, log_capacity=8)
-    assert bench.image.header.log_tag == 0
+    assert bench.file.read(88, 8) == bytes(8)
     bench.write(0, b"new")
-    assert bench.image.header.log_tag == 0xBEEF
-    assert bench.file.read(88, 8) == (0xBEEF << 32).to_bytes(8, "big")
+    word = int.from_bytes(bench.file.read(88, 8), "big")
+    assert (word >> 40, word >> 8 & 0xFFFFF, word & 0xFF) == (TAG, 2, 0)
+    bench.write(1 << 10, b"new")
+    assert int.from_bytes(bench.file.read(88, 8), "big") - word == 1 << 8
+    bench.driver.run(bench.image.flush())
+    assert bench.file.read(88, 8) == bytes(8)
+    bench.write(1 << 11, b"new")
+    assert bench.file.read(88, 8) != bytes(8)
     bench.close()
     assert bench.file.read(88, 8) == bytes(8)
 
@@ -206,7 +210,33 @@ def test_without_memory_for_a_log_each_link_waits_for_a_sync() -> None:
     bench.write(9 * CLUSTER, noise(CLUSTER, 9))
     assert [error.errno for error in lost] == [errno.EACCES]
     assert bench.reopened_content() == bench.content()
-    assert bench.image.header.log_tag == 0
+    assert bench.file.read(88, 8) == bytes(8)
+
+
+def test_a_log_that_somebody_removes_is_given_up() -> None:
+    """What waits in it is committed, and nothing waits any more."""
+    bench, lost = set_up(len(BASE), base=BASE, log_capacity=8), list[OSError]()
+    bench.image.set_link_policy(LinkPolicy(on_log_lost=lost.append))
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    assert bench.reopened_content() != bench.content()
+    bench.file.memory.is_lost = True
+    for cluster in (9, 10):
+        bench.write(cluster * CLUSTER, noise(CLUSTER, cluster))
+        assert bench.reopened_content() == bench.content()
+    assert [error.errno for error in lost] == [errno.ENOENT]
+
+
+def test_no_space_for_the_mark_is_a_commit_and_no_failure() -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    bench.breaker.fault = lambda operation: OSError(errno.ENOSPC, "full") if isinstance(operation, Store) else None
+    with pytest.raises(OSError):
+        bench.write(9 * CLUSTER, noise(CLUSTER, 9))
+    assert links(bench) == 1
+    bench.breaker.fault = lambda operation: None
+    bench.write(11 * CLUSTER, noise(CLUSTER, 11))
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content() == bench.content()
 
 
 def test_a_log_that_fails_later_ends_all_writes() -> None:

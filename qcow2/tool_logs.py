@@ -1,0 +1,81 @@
+"""`qcow2 link-logs`: which link logs lie on this host, what waits in them, and away with those that nobody needs."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+
+from qcow2.driver.file import HostFile, run
+from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory, is_in_use
+from qcow2.error import ImageError
+from qcow2.header import read_header
+from qcow2.linklog import Mark, read_log
+from qcow2.logplace import NAME, all_logs, remove_log
+
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """One log, as it is said."""
+
+    tag: str
+    path: str
+    image: str  # what it was made for; it may have been moved since
+    waiting: int  # links, each of a cluster that was written and never flushed
+    state: str  # "in use", "needed": the image names it, "stale": the image is there and does not, "unknown"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 link-logs`."""
+    parser.add_argument("--link-log", metavar="DIR", default=DEFAULT_DIRECTORY, help=f"default: {DEFAULT_DIRECTORY}")
+    parser.add_argument("--output", default="human", choices=["human", "json"])
+    parser.add_argument("--remove", metavar="TAG", action="append", default=[], help="remove this log for good")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """List the logs, or remove some.
+
+    Raises: ValueError for a tag that is not there or is in use, OSError.
+    """
+    logs = {os.path.basename(memory.path).removeprefix(NAME): memory for memory in all_logs(arguments.link_log)}
+    for tag in arguments.remove:
+        _remove(tag, logs, arguments.link_log)
+    if arguments.remove:
+        return 0
+    facts = [facts for tag, memory in logs.items() if (facts := _facts_of(tag, memory)) is not None]
+    if arguments.output == "json":
+        print(json.dumps([asdict(each) for each in facts], indent=4))
+    for each in facts if arguments.output == "human" else ():
+        print(f"{each.tag}  {each.state:8}  {each.waiting:6} waiting  {each.image}")
+    return 0
+
+
+def _remove(tag: str, logs: dict[str, SharedMemory], directory: str) -> None:
+    if tag not in logs:
+        raise ValueError(f"no link log {tag} in {directory}")
+    if is_in_use(logs[tag].path):
+        raise ValueError(f"link log {tag} is in use")
+    remove_log(logs[tag])
+
+
+def _facts_of(tag: str, memory: SharedMemory) -> LogFacts | None:
+    try:
+        found = read_log(memory.load(lambda user: True))
+        if found is None:
+            return LogFacts(tag, memory.path, "", 0, "no log")
+        image = os.fsdecode(found.origin.path)
+        state = "in use" if is_in_use(memory.path) else _state_of(image, found.tag)
+        return LogFacts(tag, memory.path, image, found.waiting(), state)
+    except OSError as error:
+        print(f"qcow2: {memory.path}: {error.strerror}", file=sys.stderr)
+        return None
+
+
+def _state_of(image: str, tag: int) -> str:
+    """What the image at the place where the log was made says now."""
+    try:
+        with HostFile.open(image) as file:
+            word = run(read_header(file, trust_refcounts=False)).log_mark
+    except (OSError, ImageError):
+        return "unknown"
+    return "needed" if word and Mark.parse(word).tag == tag else "stale"
