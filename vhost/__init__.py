@@ -18,5 +18,5 @@ def serve(device: "BlockDevice | Backend", *, socket_path: str, num_queues: int 
     from virtio.block import BlockDevice, DeviceBackend
 
     backend = DeviceBackend(device) if isinstance(device, BlockDevice) else device
-    with stop_signals() as stop_fd, listen(socket_path) as endpoint:
+    with stop_signals() as stop_fd, listen(socket_path, at_once=False) as endpoint:
         run(backend, endpoint, stop_fd, num_queues=num_queues, writeback=writeback)

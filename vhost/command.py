@@ -82,8 +82,8 @@ def _complain(text: str) -> int:
 def serve_image(options: "Options") -> None:
     """Serve an image as *options* say until SIGTERM or SIGINT, and close it cleanly.
 
-    The socket comes first: one that cannot be used leaves the image untouched. A signal ends a repair too, which
-    the next open begins anew.
+    The socket's path comes first: one that cannot be used leaves the image untouched. It listens last. A signal ends a
+    repair too, which the next open begins anew.
     Raises: EndpointError, Unavailable, OSError.
     """
     from contextlib import ExitStack
@@ -110,7 +110,6 @@ def serve_image(options: "Options") -> None:
             if options.sandbox:
                 _confine(options)
             backend = ImageBackend(held, cache=options.cache, trace=trace)
-            manager.tell("READY=1")
             counters = run(
                 backend,
                 endpoint,
@@ -120,6 +119,7 @@ def serve_image(options: "Options") -> None:
                 aio=options.aio,
                 poll_us=options.poll_us,
                 control=_sealed(control) if options.sandbox else control,
+                on_ready=lambda: manager.tell("READY=1"),
             )
             manager.tell("STOPPING=1")
         except Stopped:
@@ -142,7 +142,7 @@ def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device], A
     from vhost.endpoint import listen
 
     image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}
-    with listen(options.control, private=True) as endpoint:
+    with listen(options.control, private=True, at_once=False) as endpoint:
         yield lambda device: Control(endpoint.unix_socket, Commands(device, stop_fd, lambda: image))
 
 
@@ -231,7 +231,7 @@ def _endpoint(options: "Options") -> "AbstractContextManager[Endpoint]":
     from vhost.endpoint import inherit, listen
 
     if options.socket_path is not None:
-        return listen(options.socket_path)
+        return listen(options.socket_path, at_once=False)
     assert options.fd is not None  # by `parse`: one of the two
     return inherit(options.fd)
 

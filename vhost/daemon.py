@@ -30,15 +30,20 @@ def run(
     aio: Aio = Aio.AUTO,
     poll_us: int = 0,
     control: Callable[[Device], AbstractContextManager[object]] = lambda device: nullcontext(),
+    on_ready: Callable[[], None] = lambda: None,
 ) -> Counters:
     """Serve *backend* to whoever comes to *endpoint* until *stop_fd* is readable; then drain and detach it.
 
-    What *control* makes of the device is entered while it is served.
+    What *control* makes of the device is entered while it is served. *on_ready* is told when front-ends may come:
+    nothing can fail any more that would cut one off while we greet each other.
+    Raises: EndpointError.
     """
     with (
         Device(backend, num_queues=num_queues, writeback=writeback, aio=aio, poll_us=poll_us) as device,
         control(device),
     ):
+        endpoint.begin()
+        on_ready()
         receive_visitors(endpoint, stop_fd, device)
     return device.worker.counters
 

@@ -52,10 +52,23 @@ class Door:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A socket that is listening, or already connected to the one front-end it will ever have."""
+    """A socket that front-ends may come to, or already connected to the one it will ever have."""
 
     unix_socket: socket.socket
     is_listening: bool
+    path: str | None = None  # of a socket of our own, which does not listen yet
+    identity: tuple[int, int] | None = None  # of that path
+
+    def begin(self) -> None:
+        """Let front-ends come; until now they were refused, which they take better than an end in the greeting.
+
+        Raises: EndpointError if the path is another's by now: to others a socket that does not listen is left over.
+        """
+        if self.path is None:
+            return
+        if _identity(self.path) != self.identity:
+            raise EndpointError(f"socket {self.path} is gone, or another process has put its own there")
+        self.unix_socket.listen(1)
 
     def visitors(self, stop_fd: int) -> Iterator[socket.socket]:
         """Yield one front-end's socket after the other, each the caller's to close, until *stop_fd* is readable."""
@@ -93,10 +106,10 @@ def _is_readable(fd: int, stop_fd: int) -> bool:
 
 
 @contextlib.contextmanager
-def listen(path: str, *, private: bool = False) -> Iterator[Endpoint]:
+def listen(path: str, *, private: bool = False, at_once: bool = True) -> Iterator[Endpoint]:
     """Listen on *path*, in place of a socket nobody listens on any more; the path is removed at the end.
 
-    If it is *private*, only our own user may connect.
+    If it is *private*, only our own user may connect. If not *at_once*, only the path is taken, until `begin`.
     Raises: EndpointError if the path is too long, in use, or not a socket.
     """
     check_path(path)
@@ -112,9 +125,11 @@ def listen(path: str, *, private: bool = False) -> Iterator[Endpoint]:
         except OSError as error:
             raise EndpointError(f"cannot create socket {path}: {error.strerror}") from None
         identity = _identity(path)
-        listener.listen(1)
+        endpoint = Endpoint(listener, is_listening=True, path=path, identity=identity)
         try:
-            yield Endpoint(listener, is_listening=True)
+            if at_once:
+                endpoint.begin()
+            yield endpoint
         finally:
             _remove_own(path, identity)
 

@@ -1,5 +1,6 @@
 """How the daemon starts and why it refuses to: sockets, inherited descriptors, images, one line on stderr."""
 
+import errno
 import signal
 import socket
 import subprocess
@@ -202,3 +203,35 @@ def test_a_signal_ends_a_repair_which_the_next_open_finishes(tmp_path: Path, num
     with qcow2.open(str(image), writable=True) as disk:
         assert disk.read(0, 512) == bytes(512)
     assert qcow2_tool("check", image).returncode == 0
+
+
+# When front-ends may come
+
+
+def test_nobody_is_let_in_before_the_image_is_held(image: Path, tmp_path: Path) -> None:
+    """A front-end that is refused comes back; QEMU 7.2 does not, once it was cut off in the greeting."""
+    path = tmp_path / "early.sock"
+    with qcow2.open(str(image), format="raw", writable=True):
+        process = start(f"--blk-file={image}", f"--socket-path={path}")
+        outcomes = set()
+        while process.poll() is None:
+            with socket.socket(socket.AF_UNIX) as early:
+                outcomes.add(early.connect_ex(str(path)))
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert "lock" in said
+    assert outcomes <= {errno.ENOENT, errno.ECONNREFUSED}
+
+
+def test_path_that_another_took_meanwhile_is_left_to_it(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "taken.sock"
+    with qcow2.open(str(image), format="raw", writable=True) as disk:
+        process = start(f"--blk-file={image}", f"--socket-path={path}")
+        while not path.exists():
+            assert process.poll() is None
+        path.unlink()
+        path.touch()
+        disk.close()
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert f"{path} is gone, or another process" in said
+    assert path.exists()
