@@ -17,6 +17,13 @@ test: guest-packages $(VENV)/installed
 vm: guest-packages $(VENV)/installed
 	$(BIN)/pytest tests/vm
 
+# The guests on QEMU 10.0 and 11.1, too: fetched into .cache/qemu, 200 MB each. QEMU_BIN names any other's directory.
+.PHONY: peers
+peers: guest-packages $(VENV)/installed
+	tests/vm/peers 10.0 11.1
+	QEMU_BIN=$(CURDIR)/.cache/qemu/10.0/programs $(BIN)/pytest tests/vm
+	QEMU_BIN=$(CURDIR)/.cache/qemu/11.1/programs $(BIN)/pytest tests/vm
+
 # A guest that writes and verifies, ten times to the other host and back.
 migrate: guest-packages $(VENV)/installed
 	MIGRATIONS=10 $(BIN)/pytest tests/vm/test_migration.py

@@ -55,13 +55,17 @@ def vhost_user_disk(
 
 
 @cache
-def qemu_version() -> tuple[int, int]:
-    """Major and minor of the QEMU that boots our guests."""
-    said = subprocess.run([_qemu(), "--version"], capture_output=True, text=True, check=True).stdout
+def _version(qemu: str) -> tuple[int, int]:
+    said = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"version (\d+)\.(\d+)", said)
     if found is None:
-        raise Failure(f"{_qemu()} --version says {said.strip()!r}")
+        raise Failure(f"{qemu} --version says {said.strip()!r}")
     return int(found[1]), int(found[2])
+
+
+def qemu_version() -> tuple[int, int]:
+    """Major and minor of the QEMU that boots our guests."""
+    return _version(_qemu())
 
 
 def reconnect_option(seconds: int) -> str:
@@ -70,7 +74,10 @@ def reconnect_option(seconds: int) -> str:
 
 
 def _qemu() -> str:
-    return str(find_program("qemu-system-x86_64", "qemu-system-x86"))
+    """This host's, or that of the directory QEMU_BIN."""
+    name = "qemu-system-x86_64"
+    directory = os.environ.get("QEMU_BIN")
+    return os.path.join(directory, name) if directory else str(find_program(name, "qemu-system-x86"))
 
 
 def builtin_disk(image: Path, *, cache: str, trace: Path) -> list[str]:
