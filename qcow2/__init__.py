@@ -16,14 +16,25 @@ if TYPE_CHECKING:
     from qcow2.disk import Disk
     from qcow2.disk import open_disk as open
 
-__all__ = ["CorruptImage", "Disk", "ImageError", "UnsupportedImage", "open"]
+    __version__: str
+
+__all__ = ["CorruptImage", "Disk", "ImageError", "UnsupportedImage", "__version__", "open"]
 
 
 def __getattr__(name: str) -> Any:
     """Bring the engine in when it is wanted: `qcow2 check` and `info` do without, and start in half the time."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return globals().setdefault(name, version("vhost-user-qcow2"))
     if name not in ("Disk", "open"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from qcow2 import disk
 
     globals().update(Disk=disk.Disk, open=disk.open_disk)
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """What there is, whether it is here already or not."""
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,13 @@
 """The synchronous face: an image as ordinary Python uses it."""
 
-from collections.abc import Callable, Iterator
+import errno
+import os
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
+from typing import Any, TypeVar
 
 from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
@@ -10,19 +15,28 @@ from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.extent import Extent, find_extent
 from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
+from qcow2.own_thread import OwnThread
 from qcow2.raw import RawImage
+
+T = TypeVar("T")
 
 
 class Disk:
     """An open image with its chain of files; a context manager that closes it cleanly.
 
     Offsets and sizes are bytes of the virtual disk and need no alignment, except where a method says so.
+
+    Threads may share it: calls are served one after the other, each as a whole. A call that is interrupted
+    (KeyboardInterrupt, or what a signal handler raises) comes to its end before the exception is raised. The child of a
+    fork cannot use it, and need not close it.
     """
 
     def __init__(self, image: Image | RawImage, chain: Chain) -> None:
         self.image = image
         self.chain = chain
         self._driver = BlockingDriver()
+        self._thread = OwnThread()
+        self._path = self.files[0].path
 
     @property
     def size(self) -> int:
@@ -40,7 +54,7 @@ class Disk:
         Raises: ValueError if they are not inside the disk; OSError, CorruptImage.
         """
         target = bytearray(self._require_inside(offset, nbytes))
-        self._driver.run(self.image.read(offset, MemoryBuffer(memoryview(target))))
+        self._run(lambda: self.image.read(offset, MemoryBuffer(memoryview(target))))
         return bytes(target)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -50,21 +64,21 @@ class Disk:
         """
         view = memoryview(data).cast("B")
         self._require_inside(offset, len(view))
-        self._driver.run(self.image.write(offset, MemoryBuffer(view)))
+        self._run(lambda: self.image.write(offset, MemoryBuffer(view)))
 
     def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
         """Make *nbytes* at *offset* read as zeros; *unmap* gives their space back."""
         self._require_inside(offset, nbytes)
-        self._driver.run(self.image.write_zeroes(offset, nbytes, unmap=unmap))
+        self._run(lambda: self.image.write_zeroes(offset, nbytes, unmap=unmap))
 
     def discard(self, offset: int, nbytes: int) -> None:
         """Give back the space of the whole clusters in the range, which then read as zeros."""
         self._require_inside(offset, nbytes)
-        self._driver.run(self.image.discard(offset, nbytes))
+        self._run(lambda: self.image.discard(offset, nbytes))
 
     def flush(self) -> None:
         """Make everything written so far survive a power loss."""
-        self._driver.run(self.image.flush())
+        self._run(lambda: self.image.flush())
 
     def resize(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros, and survives a power loss.
@@ -72,14 +86,14 @@ class Disk:
         Raises: ValueError for less than now, or more than the format can map; UnsupportedImage; OSError.
         """
         self._require_inside(0, 0)
-        self._driver.run(self.image.grow(nbytes))
+        self._run(lambda: self.image.grow(nbytes))
 
     def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
         """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
         end = offset + self._require_inside(offset, nbytes)
         pending: Extent | None = None
         while offset < end:
-            extent = self._driver.run(find_extent(self.image, offset, end - offset))
+            extent = self._run(partial(find_extent, self.image, offset, end - offset))
             offset += extent.nbytes
             if pending is not None and pending.is_continued_by(extent):
                 pending = replace(pending, nbytes=pending.nbytes + extent.nbytes)
@@ -95,28 +109,68 @@ class Disk:
 
         Raises: OSError if a write or sync failed, now or before.
         """
-        self._driver.run(self.image.close())
-        if self.chain.memory is not None and self.chain.memory.is_made:
-            self.chain.memory.remove()
+        self._run(self.image.close)
+        self._remove_log()
 
     def close(self) -> None:
         """Leave the image clean and close its files; a second time does nothing.
 
         Raises: OSError if a write or sync failed, now or before; the files are closed all the same.
         """
+        if not self._thread.is_ours:  # the parent's to clean
+            self.chain.close()
+            return
+        try:
+            self._thread.call(self._close)
+        finally:
+            self._thread.stop()
+
+    def _close(self) -> None:
         if self.files[0].fd < 0:
             return
         try:
-            self.clean()
+            self._driver.run(self.image.close())
+            self._remove_log()
         finally:
             self.chain.close()
 
-    def _require_inside(self, offset: int, nbytes: int) -> int:
+    def _remove_log(self) -> None:
+        if self.chain.memory is not None and self.chain.memory.is_made:
+            self.chain.memory.remove()
+
+    def _run(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run the coroutine that *begin* makes to its end, in this disk's turn."""
+
+        def run() -> T:
+            self._require_open()  # it may have been closed while this call waited for its turn
+            return self._driver.run(begin())
+
+        if not self._thread.is_ours:
+            raise OSError(errno.EBADF, "the disk was opened by the parent process", self._path)
+        return self._thread.call(run)
+
+    def _require_open(self) -> None:
         if self.files[0].fd < 0:
-            raise ValueError(f"{self.files[0].path}: the disk is closed")
+            raise ValueError(f"{self._path}: the disk is closed")
+
+    def _require_inside(self, offset: int, nbytes: int) -> int:
+        self._require_open()
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise ValueError(f"{nbytes} bytes at {offset} are not inside the disk of {self.size} bytes")
         return nbytes
+
+    def __repr__(self) -> str:
+        state = "closed" if self.files[0].fd < 0 else "read-only" if self.image.read_only else "writable"
+        return f"<qcow2.Disk {self._path!r}, {self.size} bytes, {state}>"
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        """A dropped disk is as one whose process died: its files are closed, and the next open recovers it."""
+        if (thread := getattr(self, "_thread", None)) is None:
+            return
+        if self.files[0].fd >= 0 and thread.is_ours:
+            warn(f"unclosed {self!r}", ResourceWarning, source=self)
+        thread.stop()
+        self.chain.close()
 
     def __enter__(self) -> "Disk":
         return self
@@ -128,7 +182,7 @@ class Disk:
 
 
 def open_disk(
-    path: str,
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
     *,
     writable: bool = False,
     format: str = "qcow2",
@@ -148,10 +202,11 @@ def open_disk(
 
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """
+    name = os.fsdecode(path)
     options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
     chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log)
     try:
-        return Disk(chain.open(path, format, options), chain)
+        return Disk(chain.open(name, format, options), chain)
     except BaseException:
         chain.close()
         raise

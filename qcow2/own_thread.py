@@ -1,0 +1,112 @@
+"""A thread of a disk's own: what runs there runs one after the other, and nothing breaks into it.
+
+Python raises KeyboardInterrupt, and whatever a signal handler raises, between any two instructions of the main
+thread. An engine that is left in the middle of a step is no engine any more. So the caller, on whichever thread, waits; if it is
+interrupted it still waits for the end of what it has begun, which is there then, and raises after.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class _Job:
+    """One function under way; `wait` tells how it ended."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function: Callable[[], Any] | None = function
+        self._is_done = False
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        function, self._function = self._function, None
+        assert function is not None
+        try:
+            self._result = function()
+        except BaseException as error:  # its caller's
+            self._error = error
+        self._is_done = True
+        self._done.release()
+
+    def wait(self) -> Any:
+        interrupt: BaseException | None = None
+        while not self._is_done:
+            try:
+                self._done.acquire()
+            except BaseException as error:  # raised by a signal handler of the caller's
+                interrupt = error
+        failure, self._error = interrupt or self._error, None
+        if failure is None:
+            return self._result
+        try:
+            raise failure
+        finally:
+            del failure, interrupt  # whose traceback has this frame
+
+
+class OwnThread:
+    """Calls functions in turn; the thread starts with the first one. Where none is to be had, they run in the caller."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._works = threading.Lock()  # held by the one thread that takes jobs
+        self._has_thread = False
+        self._is_stopped = False
+        self._turn = threading.Lock()  # of those who do without
+
+    @property
+    def is_ours(self) -> bool:
+        """Not so in the child of a fork, which has no such thread."""
+        return self._process == os.getpid()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Return what *function* returns, raise what it raises."""
+        if not self._has_thread and not self._is_stopped:
+            self._has_thread = self._start()
+        if not self._has_thread:
+            with self._turn:
+                return function()
+        job = _Job(function)
+        self._jobs.put(job)
+        result: T = job.wait()
+        return result
+
+    def _start(self) -> bool:
+        """Whether there is a thread now, which takes no signals. One too many, after an interrupt, ends at once."""
+        thread = threading.Thread(target=_work, args=(self._jobs, self._works), name="qcow2 disk", daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return True
+
+    def stop(self) -> None:
+        """End the thread after what was called; what is called later runs in the caller."""
+        has_thread, self._has_thread, self._is_stopped = self._has_thread, False, True
+        if has_thread and self.is_ours:
+            self._jobs.put(None)
+            with self._works:  # it has ended
+                pass
+
+
+def _work(jobs: "SimpleQueue[_Job | None]", works: threading.Lock) -> None:
+    if not works.acquire(blocking=False):
+        return
+    try:
+        while (job := jobs.get()) is not None:
+            job.run()
+            del job  # and with it what it refers to
+    finally:
+        works.release()

@@ -1,0 +1,154 @@
+"""A `Disk` in a program with threads, signals and forks: right bytes, and it goes on.
+
+``DISK_SECONDS=3600 pytest tests/file/test_library_shared.py`` lets the threads work for an hour.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.oracle import assert_not_corrupt, qemu_img
+
+SECONDS = float(os.environ.get("DISK_SECONDS", "3"))
+THREADS = 8
+BLOCK = 4096
+BLOCKS = 1024  # of each thread
+SIZE = THREADS * BLOCKS * BLOCK
+
+
+@pytest.fixture(params=["off", "on"])
+def overlay(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Blocks of the threads alternate, so each cluster is everybody's."""
+    (tmp_path / "base").write_bytes(b"b" * SIZE)
+    path = tmp_path / "disk.qcow2"
+    options = f"lazy_refcounts={request.param}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, "-b", tmp_path / "base", "-F", "raw", path)
+    return path
+
+
+def work(disk: qcow2.Disk, number: int, end: float, wrong: list[str]) -> dict[int, bytes]:
+    """Write, read, flush and discard blocks of one's own; what they hold."""
+    draw, held = random.Random(number), dict[int, bytes]()
+    count = 0
+    while time.monotonic() < end:
+        block = draw.randrange(BLOCKS) * THREADS + number
+        match draw.randrange(8):
+            case 0 | 1 | 2:
+                held[block] = b"%7d." % draw.randrange(10_000_000) * (BLOCK // 8)
+                disk.write(block * BLOCK, held[block])
+            case 3 if count % 16 == 0:
+                disk.flush()
+            case 4:
+                disk.write_zeroes(block * BLOCK, BLOCK, unmap=False)
+                held[block] = bytes(BLOCK)
+            case _:
+                if disk.read(block * BLOCK, BLOCK) != held.get(block, b"b" * BLOCK):
+                    wrong.append(f"block {block} of thread {number} after {count} deeds")
+        count += 1
+    return held
+
+
+def test_threads_share_a_disk(overlay: Path) -> None:
+    wrong, held, failures = list[str](), dict[int, bytes](), list[BaseException]()
+
+    def run(number: int) -> None:
+        try:
+            held.update(work(disk, number, end, wrong))
+        except BaseException as error:
+            failures.append(error)
+
+    with qcow2.open(overlay, writable=True) as disk:
+        end = time.monotonic() + SECONDS
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (wrong, failures) == ([], [])
+    with qcow2.open(overlay) as disk:
+        assert all(disk.read(block * BLOCK, BLOCK) == data for block, data in held.items())
+    assert_not_corrupt(overlay)
+
+
+INTERRUPTED = """
+import random, signal, sys, warnings, qcow2
+warnings.simplefilter("error")
+draw = random.Random(int(sys.argv[2]))
+class Interrupt(Exception): pass
+def interrupt(*_): raise Interrupt
+signal.signal(signal.SIGALRM, interrupt)
+disk = qcow2.open(sys.argv[1], writable=True)
+held = {}
+for turn in range(40):
+    block = None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0001, 0.003))
+        while True:
+            block = draw.randrange(1024)
+            if draw.random() < 0.15: disk.flush()
+            else:
+                held.pop(block, None)
+                disk.write(block * 4096, bytes([turn]) * 512)
+                held[block] = turn
+    except Interrupt: pass
+    finally: signal.setitimer(signal.ITIMER_REAL, 0)
+assert all(disk.read(block * 4096, 512) == bytes([turn]) * 512 for block, turn in held.items())
+disk.flush()
+disk.close()
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interrupts_at_any_moment_leave_the_disk_going(overlay: Path, seed: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, overlay, str(seed)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_not_corrupt(overlay)
+
+
+def test_dropped_disk_warns_and_gives_its_lock_back(overlay: Path) -> None:
+    disk = qcow2.open(overlay, writable=True)
+    disk.write(0, b"new")
+    with pytest.warns(ResourceWarning, match=r"unclosed <qcow2.Disk '.*disk.qcow2', \d+ bytes, writable>"):
+        del disk  # the last reference
+    with qcow2.open(overlay, writable=True) as disk:
+        assert disk.read(0, 3) == b"new"
+
+
+def test_child_of_a_fork_cannot_use_the_disk_and_does_not_close_it(overlay: Path) -> None:
+    with qcow2.open(overlay, writable=True) as disk:
+        disk.write(0, b"new")
+        child = os.fork()
+        if not child:
+            try:
+                disk.write(0, b"bad")
+            except OSError as error:
+                disk.close()
+                os._exit(0 if "parent process" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        disk.write(4096, b"more")
+        assert disk.read(0, 3) == b"new"
+    assert_not_corrupt(overlay)
+
+
+@pytest.mark.parametrize("name", [lambda path: path, str, os.fsencode], ids=["Path", "str", "bytes"])
+def test_path_is_any_that_python_takes(overlay: Path, name: "type[str]") -> None:
+    with qcow2.open(name(overlay)) as disk:
+        assert disk.read(0, 1) == b"b"
+
+
+def test_module_shows_what_it_has() -> None:
+    assert set(qcow2.__all__) <= set(dir(qcow2))
+    code = "import pydoc, qcow2; print(pydoc.plain(pydoc.render_doc(qcow2)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for word in ("class Disk", "write_zeroes", "open_disk(", "CorruptImage", qcow2.__version__):
+        assert word in said
