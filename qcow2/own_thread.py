@@ -1,8 +1,8 @@
 """A thread of a disk's own: what runs there runs one after the other, and nothing breaks into it.
 
 Python raises KeyboardInterrupt, and whatever a signal handler raises, between any two instructions of the main
-thread. An engine that is left in the middle of a step is no engine any more. So the caller, on whichever thread, waits; if it is
-interrupted it still waits for the end of what it has begun, which is there then, and raises after.
+thread. An engine that is left in the middle of a step is no engine any more. So the caller, on whichever thread,
+waits; one that is interrupted still waits for the end of what it has begun, and raises then.
 """
 
 import os
@@ -53,7 +53,7 @@ class _Job:
 
 
 class OwnThread:
-    """Calls functions in turn; the thread starts with the first one. Where none is to be had, they run in the caller."""
+    """Calls functions in turn; the thread starts with the first one. Without one they run in the caller."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
