@@ -389,7 +389,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     queue_has_lost(worker, queue);
     signal_fd(worker, queue->call_fd);
     activate(worker, queue);
-    return has_room;
+    return has_room ? 0 : 1;
 }
 
 /* Whether a poll of the fd ever waits: an eventfd has no file type; files, disks

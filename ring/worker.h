@@ -321,7 +321,7 @@ int worker_set_inflight(struct worker *worker, void *region, uint64_t nbytes, ui
 
 enum ring_flag { RING_EVENT_IDX = 1, RING_PACKED = 2 };
 
-/* -> 0: it is not tracked, the in-flight region has no room for it; else 1. A ring that is none (-EINVAL, -EFAULT) is
+/* -> 1: it is not tracked, the in-flight region has no room for it; else 0. A ring that is none (-EINVAL, -EFAULT) is
  * told of through the err fd, too. */
 int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uint64_t descriptor_address,
                        uint64_t driver_address, uint64_t device_address, uint32_t base, uint32_t ring_flags);

@@ -228,7 +228,7 @@ class Worker:
         Raises: OSError EINVAL for a size, an alignment or a base, EFAULT for an address outside guest memory, both
         after its err fd was signalled; EBUSY if it is started.
         """
-        tracked = check(
+        untracked = check(
             lib.worker_start_queue(
                 self._native,
                 index,
@@ -242,7 +242,7 @@ class Worker:
             f"queue {index}: {layout}",
         )
         self._queues.add(index)
-        return bool(tracked)
+        return not untracked
 
     def set_kick(self, index: int, fd: int | None) -> None:
         """Take over *fd* as the queue's kick; None means the driver does not kick and the ring is polled.

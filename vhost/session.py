@@ -33,7 +33,7 @@ from vhost.message import (
 )
 from vhost.vring import Steps, Vrings
 from virtio.config import WCE_OFFSET, read_window
-from virtio.feature import BlockFeature, RingFeature, caches_writes, unknown_bits
+from virtio.feature import BlockFeature, RingFeature, TransportFeature, caches_writes, unknown_bits
 
 PROTOCOL_FEATURES = int(
     ProtocolFeature.MQ
@@ -49,6 +49,7 @@ PROTOCOL_FEATURES = int(
 HEADER_FLAGS = int(HeaderFlag.VERSION | HeaderFlag.NEED_REPLY)
 VHOST_FEATURES = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
 DEVICE_FEATURES = (1 << 24) - 1  # bits that only say which requests and fields a driver uses
+FRONT_END_FEATURES = int(TransportFeature.ANY_LAYOUT | TransportFeature.SR_IOV)  # QEMU offers them by itself
 LOG_PAGE = 4096
 ADDRESS_LIMIT = 1 << 64
 ACK, NACK = U64(0).pack(), U64(1).pack()
@@ -134,7 +135,8 @@ class Session:
 
         What that one does not offer, as a read-only one does not, fails as a request.
         """
-        _refuse_unknown("virtio features", features.value, self.offer.features | VHOST_FEATURES | DEVICE_FEATURES)
+        harmless = VHOST_FEATURES | DEVICE_FEATURES | FRONT_END_FEATURES
+        _refuse_unknown("virtio features", features.value, self.offer.features | harmless)
         before, self.features = self.features, features.value
         if (before ^ self.features) & VhostFeature.LOG_ALL:  # also while rings run, which run on
             yield effect.LogBuffers(bool(self.features & VhostFeature.LOG_ALL))

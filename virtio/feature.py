@@ -28,6 +28,13 @@ class RingFeature(IntFlag):
     RING_PACKED = 1 << 34  # VIRTIO_F_RING_PACKED
 
 
+class TransportFeature(IntFlag):
+    """Bits between a driver and whoever shows it the device; the device does the same with and without them."""
+
+    ANY_LAYOUT = 1 << 27  # VIRTIO_F_ANY_LAYOUT, of legacy drivers
+    SR_IOV = 1 << 37  # VIRTIO_F_SR_IOV
+
+
 def unknown_bits(features: int, offered: int) -> int:
     """The bits of *features* that *offered* lacks.
 

@@ -126,6 +126,18 @@ def test_features_that_were_not_offered_end_the_connection() -> None:
         make().send(Request.SET_FEATURES, U64(FEATURES | 1 << 63))
 
 
+@pytest.mark.parametrize("bit", [1, 4, 17, 27, 37])
+def test_features_between_driver_and_front_end_are_accepted(bit: int) -> None:
+    """QEMU hands on whatever its guest has accepted, which it had offered by itself or for an earlier back-end."""
+    assert make().send(Request.SET_FEATURES, U64(FEATURES | BIT30 | 1 << bit)) == [effect.SetWriteCache(writeback=True)]
+
+
+@pytest.mark.parametrize("bit", [33, 35, 40])
+def test_features_that_change_rings_and_were_not_offered_end_the_connection(bit: int) -> None:
+    with pytest.raises(ProtocolViolation, match="were not offered"):
+        make().send(Request.SET_FEATURES, U64(FEATURES | BIT30 | 1 << bit))
+
+
 def test_protocol_features_that_were_not_offered_end_the_connection() -> None:
     with pytest.raises(ProtocolViolation, match="0x4000"):
         make().send(Request.SET_PROTOCOL_FEATURES, U64(PROTOCOL_FEATURES | 1 << 14))
