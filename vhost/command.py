@@ -57,11 +57,12 @@ def _serve(options: "Options") -> int:
     from qcow2.stdio import occupy
     from vhost.endpoint import EndpointError
     from vhost.limits import raise_descriptor_limit
+    from vhost.stderr import Stderr
     from virtio.block import Unavailable
 
     try:
         occupy()
-        logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
+        logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", handlers=[Stderr()])
         raise_descriptor_limit()
         serve_image(options)
     except (EndpointError, Unavailable) as error:

@@ -223,6 +223,8 @@ def _tell_of_broken_queue(index: int, fault: str) -> None:
 
 def die(error: BaseException) -> None:
     """A thread of ours raised *error*: a bug. The process ends loudly, the image as a crash would leave it."""
-    traceback.print_exception(error)
-    sys.stderr.flush()
-    os._exit(SOFTWARE_ERROR)
+    try:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    finally:  # whoever reads it or not
+        os._exit(SOFTWARE_ERROR)

@@ -212,3 +212,33 @@ def test_no_memory_is_one_line(tmp_path: Path, command: list[str | Path]) -> Non
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "memory" in done.stderr
     assert_clean(path)
+
+
+# Standard error that nobody reads
+
+
+def test_full_pipe_of_messages_stops_nobody(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as pipe, os.fdopen(writer, "wb", buffering=0) as full:
+        command = [str(DAEMON), f"--blk-file={image}", f"--socket-path={path}"]
+        process = subprocess.Popen(command, stderr=full)
+        with visit(process, path) as guest:
+            guest.write(0, b"x" * 512)
+        os.set_blocking(writer, False)  # the daemon shares that
+        while full.write(bytes(4096)) is not None:
+            pass
+        os.set_blocking(writer, True)
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as rude:
+                rude.settimeout(TIMEOUT)
+                rude.connect(str(path))
+                rude.sendall(b"\xff" * 12)  # which is told of
+                assert rude.recv(1) == b""
+        with FrontEnd(path) as guest:
+            guest.write(0, b"y" * 512)
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+        full.close()
+        assert not pipe.read().strip(b"\0")
+    assert_clean(image)
