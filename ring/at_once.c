@@ -10,7 +10,7 @@
 
 bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now)
 {
-    return file->immediate && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
+    return file->storage == STORAGE_NEAR && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
 }
 
 /* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */

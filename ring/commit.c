@@ -6,6 +6,8 @@
 
 #include "ring/worker.h"
 
+#define LONE_REQUESTS 64 /* that no other queue came between: only one is in use */
+#define QUICK_SYNCS 8    /* in a row: the next will be one, too */
 #define AHEAD_NBYTES (1u << 20) /* with no more than so much dirty, starting to write it holds nobody up */
 
 static void serve(struct worker *worker, struct waiter *waiter, int result)
@@ -60,6 +62,7 @@ static void starts(struct worker *worker, uint32_t slot)
     file->joined = false;
     file->syncing_dirty = file->dirty;
     file->dirty = 0;
+    file->sync_began = worker->now = pace_now();
     if (worker->trace)
         file->trace_id = trace_sync(worker->trace, slot);
     worker->submitted++;
@@ -67,12 +70,13 @@ static void starts(struct worker *worker, uint32_t slot)
 }
 
 /* Whether the sync, if it is as quick as they lately were, holds nobody up: one request waits, be it through Python,
- * nothing else is under way, and the driver has heard of all that is done. */
+ * nothing else is under way, no other queue is in use, and the driver has heard of all that is done. */
 static bool is_lone(struct worker *worker, const struct file *file)
 {
     const struct waiter *waiter = file->waiting.first;
 
-    return worker->requests_in_flight == 1 && !worker->submitted && !worker->dirty_count && !waiter->next &&
+    return file->storage == STORAGE_NEAR && file->quick_syncs >= QUICK_SYNCS && worker->lone_count >= LONE_REQUESTS &&
+           worker->requests_in_flight == 1 && !worker->submitted && !worker->dirty_count && !waiter->next &&
            pace_allows(&file->sync_pace, worker->now = pace_now());
 }
 
@@ -90,12 +94,12 @@ static int sync_here(const struct file *file)
 static void sync_at_once(struct worker *worker, uint32_t slot)
 {
     struct file *file = &worker->files[slot];
-    uint64_t began = worker->now;
     int result;
 
     starts(worker, slot);
     result = sync_here(file);
-    worker->counters->stalls += pace_note(&file->sync_pace, began, worker->now = pace_now());
+    worker->counters->immediate_syncs++;
+    worker->counters->stalls += pace_note(&file->sync_pace, file->sync_began, worker->now = pace_now());
     commit_completed(worker, slot, result);
 }
 
@@ -135,7 +139,7 @@ static void write_ahead(struct worker *worker, uint32_t slot)
     int result;
 
     file->joined = false;
-    if (file->dirty + file->syncing_dirty > AHEAD_NBYTES || !pace_allows(&file->sync_pace, began))
+    if (file->storage != STORAGE_NEAR || file->dirty + file->syncing_dirty > AHEAD_NBYTES || !pace_allows(&file->sync_pace, began))
         return;
     result = sync_file_range(file->fd, 0, 0, SYNC_FILE_RANGE_WRITE) < 0 ? -errno : 0;
     worker->counters->stalls += pace_note(&file->sync_pace, began, worker->now = pace_now());
@@ -169,6 +173,7 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     worker->progress = true;
     file->syncing = false;
     file->syncing_dirty = 0;
+    file->quick_syncs = worker->now - file->sync_began < PACE_STALL_NS ? file->quick_syncs + 1 : 0;
     if (worker->trace)
         trace_done(worker->trace, file->trace_id, result);
     if (result < 0 && !file->error)

@@ -28,6 +28,7 @@ class Counters:
     batches: int  # publications of the used ring
     immediate: int  # transfers done on the worker's own thread, without io_uring
     stalls: int  # of them, those that made it wait too long
+    immediate_syncs: int  # of the fdatasyncs, those on the worker's own thread
     polls: int  # rounds that looked for work instead of sleeping
 
 

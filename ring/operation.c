@@ -68,6 +68,8 @@ static void prepare_transfer(struct io_uring_sqe *entry, const struct operation 
         io_uring_prep_write(entry, fd, iovecs->iov_base, iovecs->iov_len, host_offset);
     else
         io_uring_prep_writev(entry, fd, iovecs, gather->count, host_offset);
+    if (file->storage == STORAGE_FAR)
+        entry->flags |= IOSQE_ASYNC; /* or the kernel tries on this thread, and FUSE does not know of not waiting */
 }
 
 void operation_trace_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)

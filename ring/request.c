@@ -6,6 +6,12 @@
 #include "ring/pieces.h"
 #include "ring/worker.h"
 
+static void count_lone(struct worker *worker, uint16_t queue)
+{
+    worker->lone_count = queue == worker->lone_queue ? worker->lone_count + 1 : 0;
+    worker->lone_queue = queue;
+}
+
 void request_begin(struct worker *worker, struct queue *queue, const struct chain *chain)
 {
     struct request *request = &queue->requests[chain->head];
@@ -36,6 +42,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     worker->requests_in_flight++;
     worker->busy_nbytes += chain->readable_nbytes + chain->writable_nbytes;
     worker->counters->requests++;
+    count_lone(worker, queue->index);
     worker->device->begin(worker->device, worker, request);
     queue_has_lost(worker, queue);
 }

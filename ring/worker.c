@@ -292,12 +292,6 @@ void worker_set_trace(struct worker *worker, struct trace *trace)
 
 /* ---- files ---- */
 
-static bool is_immediate(int fd)
-{
-    struct stat st;
-    return fstat(fd, &st) == 0 && (S_ISREG(st.st_mode) || S_ISBLK(st.st_mode));
-}
-
 /* What O_DIRECT on this file wants; 4096 suits every disk that does not say. */
 static void query_alignment(struct file *file)
 {
@@ -325,7 +319,7 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
     if (slot == WORKER_FILES)
         return -EMFILE;
     file = &worker->files[slot];
-    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .immediate = is_immediate(fd)};
+    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .storage = storage_of(fd)};
     file->dirty = UINT32_MAX; /* who knows what others have written */
     line_init(&file->waiting);
     line_init(&file->served);
@@ -333,6 +327,11 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
     if (slot == worker->file_count)
         worker->file_count++;
     return slot;
+}
+
+int worker_is_near(struct worker *worker, uint32_t slot)
+{
+    return worker_has_slot(worker, slot) && worker->files[slot].storage == STORAGE_NEAR;
 }
 
 void worker_remove_file(struct worker *worker, uint32_t slot)

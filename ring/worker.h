@@ -16,6 +16,7 @@
 #include "ring/memory.h"
 #include "ring/pace.h"
 #include "ring/poll.h"
+#include "ring/storage.h"
 #include "ring/trace.h"
 #include "ring/uring.h"
 #include "ring/virtqueue.h"
@@ -78,6 +79,7 @@ struct worker_counters {
     uint64_t batches;
     uint64_t immediate; /* transfers done without io_uring */
     uint64_t stalls;    /* of them, those that made the worker wait too long */
+    uint64_t immediate_syncs; /* done on the worker's thread */
     uint64_t polls;     /* rounds that looked for work instead of sleeping */
 };
 
@@ -179,12 +181,14 @@ struct file {
     uint32_t memory_align; /* what O_DIRECT wants, powers of two */
     uint32_t offset_align;
     bool syncs;   /* false: a sync succeeds at once */
-    bool immediate; /* a file or disk: no transfer waits for somebody else to come */
+    enum storage storage;
     bool syncing; /* an fdatasync is in flight, for `served` */
     bool joined;  /* somebody waits for pages that nobody has sent to the disk */
     uint64_t dirty;         /* bytes in the page cache that no fdatasync was started for, at most */
     uint64_t syncing_dirty; /* and that the one in flight is for */
     uint64_t trace_id; /* of that fdatasync */
+    uint64_t sync_began;
+    uint32_t quick_syncs; /* the last so many */
     int error;    /* of a failed fdatasync, for good */
     struct line waiting;
     struct line served;
@@ -256,6 +260,8 @@ struct worker {
     uint64_t busy_nbytes;     /* of the requests in flight and of those that ended in this round */
     uint64_t returned_nbytes; /* of the latter alone */
     uint32_t generation; /* of the request begun last */
+    uint16_t lone_queue; /* which it came from, */
+    uint32_t lone_count; /* and so many before it */
     uint32_t submitted; /* operations in the kernel */
     uint32_t at_once;   /* writes that Python may still do on this thread before it lets C go on */
 
@@ -340,6 +346,8 @@ void worker_log_buffers(struct worker *worker, int enabled);
 int worker_log_queue(struct worker *worker, uint32_t index, int enabled, uint64_t guest_address);
 
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync);
+/* Whether a call on the file may be made on the worker's thread. */
+int worker_is_near(struct worker *worker, uint32_t slot);
 /* Nothing is under way on it; its number may be given to another file. */
 void worker_remove_file(struct worker *worker, uint32_t slot);
 

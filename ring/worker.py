@@ -77,6 +77,7 @@ class Worker:
         self._on_queue_broken = on_queue_broken
         self._on_death = on_death
         self._pool = ThreadPoolExecutor(pool_threads, "compute")
+        self._host_pool = ThreadPoolExecutor(pool_threads, "host")
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
         self._started: Future[None] = Future()
         self._lock = threading.Lock()  # guards _open, and the control fd while it is written
@@ -385,11 +386,27 @@ class Worker:
         """*done* after everything in flight now is done: C's transfers and Python's reads, writes and zeros."""
         self._operations.grace(done)
 
+    def is_near(self, slot: int) -> bool:
+        """Whether the file in *slot* may be called on this thread: no network, no other process is in between."""
+        return bool(lib.worker_is_near(self._native, slot))
+
     def compute(self, function: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
         """Run *function* on a pool thread, then *done(result, error)* on the worker thread."""
+        self._run_in(self._pool, function, done)
+
+    def call_host(self, function: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
+        """The same for one that may hang, and holds up no computation."""
+        self._run_in(self._host_pool, function, done)
+
+    def _run_in(
+        self,
+        pool: ThreadPoolExecutor,
+        function: Callable[[], T],
+        done: Callable[[T | None, BaseException | None], None],
+    ) -> None:
         self._computing += 1
         try:
-            future = self._pool.submit(function)
+            future = pool.submit(function)
         except RuntimeError:  # no thread to be had: here, then; a thread that comes later may do it once more
             future = _computed(function)
         future.add_done_callback(lambda future: self._deliver(future, done))
@@ -527,6 +544,7 @@ class Worker:
         with self._lock:
             self._open = False
         self._pool.shutdown()
+        self._host_pool.shutdown()
         if self._native:
             lib.worker_close(self._native)
         for mapping in [*self._mappings.values(), *([self._log] if self._log else [])]:

@@ -67,6 +67,8 @@ class RingDriver:
                 worker.grace(self._end(task, None))
             case op.Compute(function=function):
                 worker.compute(function, self._compute_end(task))
+            case op.Size(file=file) | op.Resize(file=file) if self._may_hang(file):
+                worker.call_host(lambda: perform(operation), self._compute_end(task))
             case op.Size():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
             case op.Store():
@@ -83,6 +85,9 @@ class RingDriver:
 
     def _write_mark(self, mark: op.Mark) -> None:
         self._worker.write_now(self._slots[mark.file], mark.host_offset, mark.data)
+
+    def _may_hang(self, file: op.File) -> bool:
+        return self._trace is None and not self._worker.is_near(self._slots[file])
 
     def _resize(self, operation: op.Resize) -> None:
         if self._trace is None:
@@ -176,7 +181,8 @@ class ImageBackend:
         self._image.on_failure = self._refuse_writes
         self._image.set_link_policy(
             LinkPolicy(
-                has_log=self._cache.sync,  # if not, a barrier costs nothing
+                # Not where a barrier costs nothing, nor where the mark in the image could hang this thread.
+                has_log=self._cache.sync and worker.is_near(slots[self._image.file]),
                 may_wait=lambda: not block.writethrough,
                 on_waiting=block.set_flush_punts,
                 on_log_lost=self._tell_of_lost_log,
