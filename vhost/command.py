@@ -43,11 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print_xml(options: "Options") -> int:
-    from vhost.libvirt import domain_xml
+    from vhost.libvirt import disk_xml
 
     if options.socket_path is None:
         return _complain("libvirt-xml: give --socket-path=PATH")
-    print(domain_xml(options), end="")
+    print(disk_xml(options), end="")
     return 0
 
 
@@ -143,7 +143,7 @@ def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device], A
     from vhost.endpoint import listen
 
     image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}
-    with listen(options.control, private=True, at_once=False) as endpoint:
+    with listen(options.control, mode=0o600, at_once=False) as endpoint:
         yield lambda device: Control(endpoint.unix_socket, Commands(device, stop_fd, lambda: image))
 
 
@@ -232,7 +232,7 @@ def _endpoint(options: "Options") -> "AbstractContextManager[Endpoint]":
     from vhost.endpoint import inherit, listen
 
     if options.socket_path is not None:
-        return listen(options.socket_path, at_once=False)
+        return listen(options.socket_path, mode=options.socket_mode, group=options.socket_group, at_once=False)
     assert options.fd is not None  # by `parse`: one of the two
     return inherit(options.fd)
 

@@ -106,32 +106,46 @@ def _is_readable(fd: int, stop_fd: int) -> bool:
 
 
 @contextlib.contextmanager
-def listen(path: str, *, private: bool = False, at_once: bool = True) -> Iterator[Endpoint]:
+def listen(path: str, *, mode: int | None = None, group: int | None = None, at_once: bool = True) -> Iterator[Endpoint]:
     """Listen on *path*, in place of a socket nobody listens on any more; the path is removed at the end.
 
-    If it is *private*, only our own user may connect. If not *at_once*, only the path is taken, until `begin`.
-    Raises: EndpointError if the path is too long, in use, or not a socket.
+    Who may write to it by *mode* may connect; without one the umask decides. *group* is a number.
+    If not *at_once*, only the path is taken, until `begin`.
+    Raises: EndpointError if the path is too long, in use, or not a socket, or the group is not ours to give.
     """
     check_path(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _remove_stale(path)
-        try:
-            before = os.umask(0o177) if private else None
-            try:
-                listener.bind(path)
-            finally:
-                if before is not None:
-                    os.umask(before)
-        except OSError as error:
-            raise EndpointError(f"cannot create socket {path}: {error.strerror}") from None
+        _bind(listener, path, mode)
         identity = _identity(path)
         endpoint = Endpoint(listener, is_listening=True, path=path, identity=identity)
         try:
+            if group is not None:
+                _give(path, group)
             if at_once:
                 endpoint.begin()
             yield endpoint
         finally:
             _remove_own(path, identity)
+
+
+def _bind(listener: socket.socket, path: str, mode: int | None) -> None:
+    """Make the socket with *mode* at once, by the umask: at no time may more visitors come."""
+    before = os.umask(0o777 ^ mode) if mode is not None else None
+    try:
+        listener.bind(path)
+    except OSError as error:
+        raise EndpointError(f"cannot create socket {path}: {error.strerror}") from None
+    finally:
+        if before is not None:
+            os.umask(before)
+
+
+def _give(path: str, group: int) -> None:
+    try:
+        os.chown(path, -1, group, follow_symlinks=False)
+    except OSError as error:
+        raise EndpointError(f"cannot give socket {path} to group {group}: {error.strerror}") from None
 
 
 def check_path(path: str) -> None:

@@ -1,30 +1,24 @@
-"""`vhost-user-qcow2 libvirt-xml`: what a domain's XML says of a disk that the daemon serves with the same options."""
+"""`vhost-user-qcow2 libvirt-xml`: the `<disk>` of a libvirt domain that the daemon serves with the same options."""
 
 from xml.sax.saxutils import quoteattr
 
 from vhost.option import DEFAULT_QUEUES, Options
 
 XML = """\
-<domain>
-  <memoryBacking>
-    <source type='memfd'/>
-    <access mode='shared'/>
-  </memoryBacking>
-  <devices>
-    <disk type='vhostuser' device='disk'>
-      <driver name='qemu' type='raw'{queues}/>
-      <source type='unix' path={path}>
-        <reconnect enabled='yes' timeout='1'/>
-      </source>
-      <target dev='vda' bus='virtio'/>
-    </disk>
-  </devices>
-</domain>
+<!-- The domain must share its memory:
+     <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+     Once it starts, the guest can be made to outlive the daemon; a socket that cannot be opened is waited for then,
+     in silence: <reconnect enabled='yes' timeout='1'/> within <source>. -->
+<disk type='vhostuser' device='disk'>
+  <driver name='qemu' type='raw'{queues}/>
+  <source type='unix' path={path}/>
+  <target dev='vda' bus='virtio'/>
+</disk>
 """
 
 
-def domain_xml(options: Options) -> str:
-    """The parts of a domain that concern the disk; type='raw' is what the guest sees. *options* names a socket path."""
+def disk_xml(options: Options) -> str:
+    """What `virsh attach-device` takes; type='raw' is what the guest sees. *options* names a socket path."""
     assert options.socket_path is not None
     queues = "" if options.num_queues == DEFAULT_QUEUES else f" queues='{options.num_queues}'"
     return XML.format(queues=queues, path=quoteattr(options.socket_path))

@@ -1,6 +1,7 @@
 """The daemon's options: parsed once into a record that cannot be wrong."""
 
 import argparse
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import NoReturn
@@ -15,6 +16,8 @@ DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
 SERIAL_MAX = 20  # bytes of the answer to GET_ID
 CACHE_SIZE_MIN, CACHE_SIZE_MAX = 1 << 20, 1 << 40
 DEFAULT_CACHE_SIZE = 32 << 20
+GROUP_MODE = 0o660
+GROUP_LIMIT = (1 << 32) - 1  # which would mean: leave it
 DEFAULT_LINK_LOG = "/dev/shm"
 SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -52,6 +55,8 @@ class Options:
     blk_file: str
     socket_path: str | None = None
     fd: int | None = None
+    socket_mode: int | None = None  # None: as the umask says
+    socket_group: int | None = None
     format: str = "qcow2"
     read_only: bool = False
     cache: CacheMode = CacheMode.WRITEBACK
@@ -87,6 +92,10 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         given.fd = activated_fd
     if (given.socket_path is None) == (given.fd is None):
         raise UsageError("give one of --socket-path=PATH and --fd=N")
+    if given.socket_path is None and (given.socket_mode is not None or given.socket_group is not None):
+        raise UsageError("--socket-mode and --socket-group are for a --socket-path=PATH")
+    if given.socket_group is not None and given.socket_mode is None:
+        given.socket_mode = GROUP_MODE
     if given.format == "raw" and given.lazy_refcounts != "image":
         raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a raw image has no refcounts")
     if given.incoming and given.trace_io:
@@ -95,6 +104,8 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         blk_file=given.blk_file,
         socket_path=given.socket_path,
         fd=given.fd,
+        socket_mode=given.socket_mode,
+        socket_group=given.socket_group,
         format=given.format,
         read_only=given.read_only,
         cache=CacheMode[given.cache.upper()],
@@ -131,6 +142,13 @@ def _parser() -> Parser:
     parser = Parser(prog=PROGRAM, allow_abbrev=False, description="Serve a disk image to a virtual machine.")
     add = parser.add_argument
     add("--socket-path", metavar="PATH", help="listen on this Unix socket")
+    add("--socket-mode", metavar="MODE", type=_socket_mode, help="of the socket, octal; who may write may connect")
+    add(
+        "--socket-group",
+        metavar="GROUP",
+        type=_group,
+        help="of the socket; sets --socket-mode=0660 if that is not given",
+    )
     add("--fd", metavar="N", type=_fd, help="use this inherited Unix socket, listening or connected")
     add("--blk-file", metavar="IMAGE", type=_non_empty, required=True, help="the image file or block device")
     add("--format", choices=["qcow2", "raw"], default="qcow2", help="of the image; never guessed (default: qcow2)")
@@ -176,6 +194,23 @@ def _fd(text: str) -> int:
     if number >= 1 << 31:
         raise argparse.ArgumentTypeError(f"{number} is not a file descriptor")
     return number
+
+
+def _socket_mode(text: str) -> int:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode such as 0660")
+    return int(text, 8)
+
+
+def _group(text: str) -> int:
+    import grp  # few ask for one
+
+    if text.isascii() and text.isdigit() and int(text) < GROUP_LIMIT:
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
 
 
 def _poll_us(text: str) -> int:
