@@ -79,11 +79,19 @@ bench: guest-packages $(VENV)/installed-bench
 compare: guest-packages $(VENV)/installed-bench
 	PYTHONPATH=examples $(BIN)/python -m bench.guest $(COMPARE)
 
-# As root, or into DESTDIR for a package: programs, man pages, completion, systemd units, QEMU's discovery file.
+# Self-contained below PREFIX/lib/vhost-user-qcow2; programs, man pages, completion, systemd units, discovery file.
+# Uses sudo where only root may write. DESTDIR is for those who make packages.
 PREFIX ?= /usr/local
-install: $(VENV)/installed
-	$(PYTHON) -m pip install --no-deps --ignore-installed --prefix=$(PREFIX) $(if $(DESTDIR),--root=$(DESTDIR)) .
-	$(BIN)/python share/generate.py $(DESTDIR)$(PREFIX) --bindir=$(PREFIX)/bin
+install: build-packages $(VENV)/installed
+	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) BUILDER=$(BIN)/python share/install.sh install
+
+.PHONY: install-test
+install-test: $(VENV)/installed
+	INSTALL=1 $(BIN)/pytest tests/file/test_packaging.py
+
+.PHONY: uninstall
+uninstall:
+	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) share/install.sh uninstall
 
 build-packages:
 	@.ci/need build

@@ -55,6 +55,11 @@ def test_man_page_renders_without_a_warning_and_names_every_option(usr: Path, pr
     ],
 )
 def test_bash_completes(usr: Path, program: str, words: list[str], expected: str) -> None:
+    assert expected in completed(usr, program, words)
+
+
+def completed(usr: Path, program: str, words: list[str], cwd: Path | None = None) -> set[str]:
+    """What bash offers after *words*, which are split as it splits them."""
     completion = usr / "share/bash-completion/completions" / program
     line = " ".join(f"'{word}'" for word in [program, *words])
     script = f"""
@@ -64,8 +69,30 @@ def test_bash_completes(usr: Path, program: str, words: list[str], expected: str
         $handler {program} '{words[-1]}' '{words[-2] if len(words) > 1 else program}'
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    done = run("bash", "--norc", "-c", script)
-    assert expected in [word.strip() for word in done.stdout.splitlines()], done.stderr
+    return {word.strip() for word in run("bash", "--norc", "-c", script, cwd=cwd).stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("vhost-user-qcow2", ["--blk-file", "di"]),
+        ("vhost-user-qcow2", ["--blk-file", "=", "di"]),
+        ("vhost-user-qcow2", ["libvirt-xml", "--socket-path", "=", "di"]),
+        ("vhost-user-qcow2", ["ctl", "--control", "=", "di"]),
+        ("qcow2", ["info", "di"]),
+        ("qcow2", ["check", "-r", "all", "di"]),
+        ("qcow2", ["create", "-b", "di"]),
+        ("qcow2", ["rebase", "-u", "-b", "di"]),
+    ],
+)
+def test_bash_completes_names_of_files(usr: Path, tmp_path: Path, program: str, words: list[str]) -> None:
+    (tmp_path / "disk one.qcow2").touch()
+    assert "disk one.qcow2" in completed(usr, program, words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--cache", "=", "direct"], ["--cache", "="], ["--cache", "=", "dir", "--sandbox"]])
+def test_bash_completes_what_follows_an_equals_sign(usr: Path, words: list[str]) -> None:
+    assert completed(usr, "vhost-user-qcow2", words) & {"directsync", "--sandbox"}
 
 
 def test_discovery_file_names_a_program_of_that_type(usr: Path) -> None:
@@ -118,19 +145,59 @@ def test_sockets_for_another_process_are_left_alone(tmp_path: Path) -> None:
     assert "--socket-path" in done.stderr
 
 
-def test_libvirt_xml_shares_memory_and_names_the_socket() -> None:
+def libvirt_xml() -> str:
     done = run(DAEMON, "libvirt-xml", "--socket-path=/run/a&'b.sock", "--blk-file=disk.qcow2", "--num-queues=4")
-    domain = ElementTree.fromstring(done.stdout)
-    source, driver = domain.find("devices/disk/source"), domain.find("devices/disk/driver")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_libvirt_xml_is_a_device_that_names_the_socket() -> None:
+    disk = ElementTree.fromstring(libvirt_xml())
+    source, driver = disk.find("source"), disk.find("driver")
+    assert disk.tag == "disk"
     assert source is not None
     assert driver is not None
     assert (source.get("type"), source.get("path")) == ("unix", "/run/a&'b.sock")
     assert (driver.get("type"), driver.get("queues")) == ("raw", "4")
-    access = domain.find("memoryBacking/access")
-    assert access is not None
-    assert access.get("mode") == "shared"
+    # With it QEMU waits for a socket that it may not open, and `virsh start` hangs.
+    assert source.find("reconnect") is None
+
+
+def test_libvirt_xml_says_that_memory_must_be_shared() -> None:
+    builder = ElementTree.TreeBuilder(insert_comments=True)
+    parser = ElementTree.XMLParser(target=builder)
+    assert "<access mode='shared'/>" in libvirt_xml()
+    assert ElementTree.fromstring(libvirt_xml(), parser).tag == "disk"
+
+
+@pytest.mark.skipif(shutil.which("virt-xml-validate") is None, reason="no virt-xml-validate here")
+def test_libvirt_accepts_the_xml(tmp_path: Path) -> None:
+    domain = f"""<domain type='qemu'><name>guest</name><memory>65536</memory><os><type>hvm</type></os>
+    <devices>{libvirt_xml()}</devices></domain>"""
+    (tmp_path / "domain.xml").write_text(domain)
+    done = run("virt-xml-validate", tmp_path / "domain.xml", "domain")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_libvirt_xml_needs_a_path() -> None:
     done = run(DAEMON, "libvirt-xml", "--fd=3", "--blk-file=disk.qcow2")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.skipif("INSTALL" not in os.environ, reason="builds everything once more: make install-test")
+@pytest.mark.parametrize("prefix", ["/usr", "/usr/local", "/opt/disk"])
+def test_make_install_gives_programs_that_run_and_files_that_name_them(tmp_path: Path, prefix: str) -> None:
+    given = [f"DESTDIR={tmp_path}", f"PREFIX={prefix}"]
+    done = subprocess.run(["make", "install", *given], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    programs = [tmp_path / prefix[1:] / "bin" / program for program in PROGRAMS]
+    for program in programs:
+        assert run(program, "--help", env={}, cwd="/").returncode == 0, program
+    discovery = "etc/qemu" if prefix == "/usr/local" else f"{prefix[1:]}/share/qemu"
+    found = json.loads((tmp_path / discovery / "vhost-user/50-vhost-user-qcow2.json").read_text())
+    assert found["binary"] == f"{prefix}/bin/vhost-user-qcow2"
+    unit = (tmp_path / prefix[1:] / "lib/systemd/system/vhost-user-qcow2@.service").read_text()
+    assert f"ExecStart={prefix}/bin/vhost-user-qcow2 " in unit
+    done = subprocess.run(["make", "uninstall", *given], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
