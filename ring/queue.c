@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "ring/worker.h"
@@ -63,16 +64,21 @@ static void signal_fd(struct worker *worker, int fd)
     worker_meets_peer(worker, false);
 }
 
+/* An eventfd can be read without waiting whatever its flag says; writing to one knows no such way (Linux 6.18). */
 static bool take_signal(struct worker *worker, int fd)
 {
     uint64_t count;
-    bool taken;
+    struct iovec piece = {&count, sizeof(count)};
+    ssize_t taken;
 
-    make_nonblocking(fd);
     worker_meets_peer(worker, true);
-    taken = read(fd, &count, sizeof(count)) > 0;
+    taken = preadv2(fd, &piece, 1, -1, RWF_NOWAIT);
+    if (taken < 0 && errno == EOPNOTSUPP) {
+        make_nonblocking(fd);
+        taken = read(fd, &count, sizeof(count));
+    }
     worker_meets_peer(worker, false);
-    return taken;
+    return taken > 0;
 }
 
 static void replace_fd(int *fd, int by)
