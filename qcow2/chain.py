@@ -156,6 +156,8 @@ class Chain:
 def backing_path(path: str, name: str) -> str:
     """Where the backing file *name* of the image at *path* is; relative names start at the image's directory.
 
+    As with QEMU, one that begins with "file:" is a file's name as it is: it starts where this process does.
+
     Raises: UnsupportedImage for what is not the name of a file.
     """
     if name.startswith("json:"):
@@ -163,4 +165,4 @@ def backing_path(path: str, name: str) -> str:
     local = name.removeprefix("file:")
     if local == name and ":" in name.split("/", 1)[0]:
         raise UnsupportedImage(path, f"backing file {name!r}: protocol {name.split(':', 1)[0]!r} is not supported")
-    return os.path.join(os.path.dirname(path), local)
+    return local if local != name else os.path.join(os.path.dirname(path), name)

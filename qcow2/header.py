@@ -153,9 +153,12 @@ def _backing_name(file: File, record: HeaderRecord, first_cluster: bytes) -> str
 def feature_names(header: Header) -> dict[tuple[int, int], str]:
     """The image's own feature name table: (FeatureNameType, bit number) -> name."""
     data = header.extension(ExtensionMagic.FEATURE_NAMES) or b""
-    size = layout.FEATURE_NAME.size
-    entries = layout.FEATURE_NAME.iter_unpack(data[: len(data) // size * size])
-    return {(kind, bit): _printable(name) for kind, bit, name in entries}
+    return {(kind, bit): _printable(name) for kind, bit, name in feature_entries(data)}
+
+
+def feature_entries(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The entries (FeatureNameType, bit number, padded name) of a feature name table; the last may be short."""
+    yield from layout.FEATURE_NAME.iter_unpack(data + bytes(-len(data) % layout.FEATURE_NAME.size))
 
 
 def _printable(name: bytes) -> str:

@@ -1,6 +1,7 @@
 """The `qcow2` command, shaped like qemu-img: same options, same exit statuses, same JSON."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Collection
@@ -8,6 +9,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from qcow2.error import ImageError
+from qcow2.interruption import run_to_end
 from qcow2.stdio import occupy
 
 COMMANDS = {
@@ -27,10 +29,38 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line of ours."""
+    """An argument parser whose complaints are one line of ours; options may stand between positional arguments."""
+
+    _is_intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As GNU getopt takes them, where there are no subcommands."""
+        if self._subparsers is not None or self._is_intermixing:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixing = False
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+class Version(argparse.Action):
+    """Says which version this is, which takes a while to find out."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it and exit."""
+        import qcow2
+
+        print(f"qcow2 version {qcow2.__version__}")
+        parser.exit()
+
+
+def program() -> int:
+    """Run the tool as a program of its own; the exit status."""
+    return run_to_end(main)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         occupy()
+        _print_any_bytes()
         given = build_parser(words[:1]).parse_args(words)
         status: int = _room(given.command).run_command(given)
         sys.stdout.flush()
@@ -52,6 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain("out of memory")
 
 
+def _print_any_bytes() -> None:
+    """Let names of files be printed as the bytes that they are, whatever they mean."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+
+
 def _room(command: str) -> Any:
     """The module that serves *command*; none of the others is imported, which would take longer than most commands."""
     return import_module(f"qcow2.{COMMANDS[command][0]}")
@@ -60,6 +98,7 @@ def _room(command: str) -> Any:
 def build_parser(wanted: Collection[str] = tuple(COMMANDS)) -> Parser:
     """The command line, for the program and its manual; in full for the *wanted* commands only."""
     parser = Parser(prog="qcow2", allow_abbrev=False, description="Create, inspect and repair qcow2 images.")
+    parser.add_argument("--version", action=Version, nargs=0, help="say which version this is")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (_, caption) in COMMANDS.items():
         parser_of_command = commands.add_parser(name, help=caption, description=caption, allow_abbrev=False)
@@ -71,7 +110,7 @@ def build_parser(wanted: Collection[str] = tuple(COMMANDS)) -> Parser:
 def _complain(text: str) -> int:
     """Say what is wrong on one line."""
     line = " ".join(text.split())
-    print(f"qcow2: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+    print(f"qcow2: {line}", file=sys.stderr)
     return 1
 
 

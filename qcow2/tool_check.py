@@ -1,7 +1,6 @@
 """`qcow2 check`: is the image consistent, and can it be made so."""
 
 import argparse
-import json
 import sys
 from contextlib import AbstractContextManager
 
@@ -9,7 +8,7 @@ from qcow2.check import check
 from qcow2.driver.file import HostFile, run
 from qcow2.format import FORMATS
 from qcow2.report import Report
-from qcow2.tool_file import add_log_options, opened, recovered
+from qcow2.tool_file import add_log_options, opened, print_json, recovered
 
 MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
 NO_CHECK = 63  # qemu-img's status for a format that has none
@@ -39,7 +38,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as file:
         report = _check(file, arguments)
     if arguments.output == "json":
-        print(json.dumps(_facts(report, arguments.filename), indent=4))
+        print_json(_facts(report, arguments.filename))
     elif not arguments.quiet:
         print("\n".join(_lines(report)))
     if report.check_errors:

@@ -17,6 +17,8 @@ from qcow2.tool_file import created, opened
 
 T = TypeVar("T")
 
+MAX_FORMAT_BYTES = 15  # QEMU opens no image that says more
+
 OPTIONS = (
     "size",
     "compat",
@@ -127,6 +129,8 @@ def _validate_backing(request: Request) -> None:
         return
     if backing_format is None:
         raise ValueError(f"backing file {name!r} needs its format, which is never guessed: -F {'|'.join(FORMATS)}")
+    if backing_format not in FORMATS:
+        raise ValueError(f"backing format {backing_format!r} is not supported, only {' and '.join(FORMATS)}")
     validate_backing(name, backing_format)
     path = backing_path(request.path, name)
     if os.path.exists(request.path) and os.path.exists(path) and os.path.samefile(request.path, path):
@@ -135,8 +139,8 @@ def _validate_backing(request: Request) -> None:
 
 def validate_backing(name: str, backing_format: str) -> None:
     """Raises: ValueError if a header cannot or should not say so."""
-    if backing_format not in FORMATS:
-        raise ValueError(f"backing format {backing_format!r} is not supported, only {' and '.join(FORMATS)}")
+    if not re.fullmatch(rf"[\w-]{{1,{MAX_FORMAT_BYTES}}}", backing_format, re.ASCII):
+        raise ValueError(f"backing format {backing_format!r} is no name of 1 to {MAX_FORMAT_BYTES} letters")
     if len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES:
         nbytes = len(os.fsencode(name))
         raise ValueError(f"backing file name of {nbytes} bytes, limit {MAX_BACKING_NAME_BYTES}: {name[:40]!r}...")

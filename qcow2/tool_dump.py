@@ -1,16 +1,15 @@
 """`qcow2 dump-header`: every field and every extension of a header, known or not."""
 
 import argparse
-import json
 from dataclasses import fields
 from enum import IntFlag
 from typing import Any
 
 from qcow2 import layout
 from qcow2.driver.file import run
-from qcow2.header import Extension, Header, feature_names, load_header
+from qcow2.header import Extension, Header, feature_entries, feature_names, load_header
 from qcow2.layout import Autoclear, Compatible, ExtensionMagic, FeatureNameType, Incompatible
-from qcow2.tool_file import opened
+from qcow2.tool_file import opened, print_json
 
 EXTENSION_NAMES = {
     ExtensionMagic.BACKING_FORMAT: "backing file format",
@@ -38,7 +37,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     with opened(arguments.filename, force_share=arguments.force_share) as file:
         header = run(load_header(file))
     if arguments.output == "json":
-        print(json.dumps(_facts(header), indent=4))
+        print_json(_facts(header))
     else:
         print("\n".join(_lines(header)))
     return 0
@@ -124,9 +123,8 @@ def _extension_lines(extension: Extension) -> list[str]:
 
 def _feature_lines(data: bytes) -> list[str]:
     """The table's entries, one a line."""
-    size = layout.FEATURE_NAME.size
     kinds = {int(kind): kind.name.lower() for kind in FeatureNameType}
     return [
         _line(f"  {kinds.get(kind, f'type {kind}')} bit {bit}", repr(name.rstrip(b"\0"))[1:])
-        for kind, bit, name in layout.FEATURE_NAME.iter_unpack(data[: len(data) // size * size])
+        for kind, bit, name in feature_entries(data)
     ]

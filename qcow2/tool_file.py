@@ -1,9 +1,11 @@
 """Opening image files for the tool: locked, unless the user says that sharing is fine."""
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
@@ -35,6 +37,24 @@ def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
         yield file
 
 
+def print_json(facts: Any) -> None:
+    """Print *facts* as JSON; what is no text in a name becomes U+FFFD there, as with qemu-img."""
+    print(json.dumps(as_texts(facts), indent=4))
+
+
+def as_texts(facts: Any) -> Any:
+    """*facts* with names that JSON can hold."""
+    match facts:
+        case str():
+            return facts.encode(errors="surrogateescape").decode(errors="replace")
+        case list():
+            return [as_texts(each) for each in facts]
+        case dict():
+            return {key: as_texts(each) for key, each in facts.items()}
+        case _:
+            return facts
+
+
 @contextmanager
 def opened(path: str, *, writable: bool = False, force_share: bool = False) -> Iterator[HostFile]:
     """The image file at *path*, locked as QEMU would; with *force_share* read it though others may write.
@@ -54,12 +74,30 @@ def created(path: str) -> Iterator[HostFile]:
     Raises: OSError, ImageLocked.
     """
     is_new = not os.path.lexists(path)
-    if is_new:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     try:
+        if is_new:
+            _make(path)
         with opened(path, writable=True) as file:
             yield file
+    except _ElsewhereMade as error:
+        raise error.cause from None
     except BaseException:
         if is_new:
-            os.unlink(path)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
         raise
+
+
+class _ElsewhereMade(Exception):
+    """Somebody else has made the file meanwhile: it is not ours to remove."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def _make(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    except FileExistsError as error:
+        raise _ElsewhereMade(error) from error

@@ -1,7 +1,6 @@
 """`qcow2 info`: what an image is."""
 
 import argparse
-import json
 import os
 import time
 from typing import Any
@@ -16,7 +15,7 @@ from qcow2.layout import SECTOR_SIZE, BitmapFlags
 from qcow2.operation import File
 from qcow2.quantity import format_size
 from qcow2.snapshot import Snapshot, read_snapshots
-from qcow2.tool_file import opened
+from qcow2.tool_file import opened, print_json
 
 NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]  # as qemu-img's JSON has them
@@ -40,7 +39,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.backing_chain:
         _follow(chain, arguments.force_share)
     if arguments.output == "json":
-        print(json.dumps(chain if arguments.backing_chain else chain[0], indent=4))
+        print_json(chain if arguments.backing_chain else chain[0])
     else:
         print("\n\n".join("\n".join(_lines(facts)) for facts in chain))
     return 0

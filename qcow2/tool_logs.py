@@ -1,7 +1,6 @@
 """`qcow2 link-logs`: which link logs lie on this host, what waits in them, and away with those that nobody needs."""
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from qcow2.error import ImageError
 from qcow2.header import read_header
 from qcow2.linklog import Mark, read_log
 from qcow2.logplace import NAME, all_logs, remove_log
+from qcow2.tool_file import print_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0
     facts = [facts for tag, memory in logs.items() if (facts := _facts_of(tag, memory)) is not None]
     if arguments.output == "json":
-        print(json.dumps([asdict(each) for each in facts], indent=4))
+        print_json([asdict(each) for each in facts])
     for each in facts if arguments.output == "human" else ():
         print(f"{each.tag}  {each.state:8}  {each.waiting:6} waiting  {each.image}")
     return 0

@@ -14,6 +14,7 @@ from qcow2.image import Image, OpenOptions
 from qcow2.l2cache import Kind
 from qcow2.quantity import parse_size
 from qcow2.raw import RawImage
+from qcow2.tool_file import as_texts
 
 MAX_STEP = 1 << 40  # bytes asked for at once
 
@@ -137,7 +138,7 @@ def _print_json(extents: Iterator[Extent]) -> None:
         facts = {key: getattr(extent, key) for key in ("start", "length", "depth", "present", "zero", "data")}
         if extent.offset is not None:
             facts["offset"] = extent.offset
-        words = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in facts.items())
+        words = ", ".join(f'"{key}": {json.dumps(as_texts(value))}' for key, value in facts.items())
         print(f"{lead}{{ {words}}}", end="")
         lead = ",\n"
     print("]" if lead != "[" else "[]")

@@ -32,7 +32,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if name is None:
         backing_format = None
     elif backing_format is None:
-        raise ValueError(f"backing file {name!r} needs its format, which is never guessed: -F qcow2|raw")
+        raise ValueError(f"backing file {name!r} needs its format, which is never guessed: -F FMT")
     else:
         validate_backing(name, backing_format)
     with recovered(arguments.filename, arguments) as file:

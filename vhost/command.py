@@ -23,6 +23,11 @@ CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
 def main(arguments: list[str] | None = None) -> int:
     """Run the daemon; the exit status. Imports come late: asking for the capabilities must cost nothing."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        import qcow2
+
+        print(f"{PROGRAM} version {qcow2.__version__}")
+        return 0
     if "--print-capabilities" in arguments:
         print(CAPABILITIES)
         return 0

@@ -173,6 +173,7 @@ def _parser() -> Parser:
     add("--sandbox", action="store_true", help="give up every right that serving this image does not need")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
+    add("--version", action="store_true", help="say which version this is, and exit")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")
     return parser
 

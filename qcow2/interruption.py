@@ -1,0 +1,49 @@
+"""How a program ends that a signal interrupts: what it had begun is undone on the way, then it dies of the signal."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal came; no error of ours, and nobody's to catch but for cleaning up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run_to_end(main: Callable[[], int]) -> int:
+    """The status of *main*; by a signal this process dies, without a word, so that its parent sees what it was."""
+    try:
+        with _raised():
+            return main()
+    except Interrupted as interrupted:
+        _die(interrupted.number)
+        return 128 + interrupted.number
+
+
+@contextmanager
+def _raised() -> Iterator[None]:
+    """Let the signals that end us raise; one that the parent has us ignore (nohup) stays ignored."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in ENDS:
+            signal.signal(each, signal.SIG_IGN)  # a second one would break into the cleaning up
+        raise Interrupted(number)
+
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    yield
+
+
+def _die(number: int) -> None:
+    sys.stdout = None  # what was not written is not wanted any more
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,125 @@
+"""What hands that know qemu-img do with the tool, and what a terminal does to it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.oracle import qemu_img, qemu_io, read_header
+from tests.program import DAEMON, TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
+
+FEATURE_NAMES = 0x6803F857
+
+
+def test_options_may_stand_between_the_names(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qcow2_tool_ok("create", path, "-o", "cluster_size=4k", "1M", "-q")
+    assert read_header(path).fields["cluster_bits"] == 12
+    qcow2_tool_ok("resize", path, "-q", "2M")
+    assert json.loads(qcow2_tool_ok("info", path, "--output", "json"))["virtual-size"] == 2 << 20
+    assert "No errors" in qcow2_tool_ok("check", path, "-r", "all")
+    assert qcow2_tool("create", path, "1M", "2M").returncode == 1
+
+
+@pytest.mark.parametrize("program", [TOOL, DAEMON], ids=["qcow2", "vhost-user-qcow2"])
+def test_version_is_said(program: Path) -> None:
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"{program.name} version {qcow2.__version__}\n", "")
+
+
+def test_rebase_without_a_look_records_the_format_it_is_given(tmp_path: Path) -> None:
+    """QEMU's iotest 031 does so."""
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qcow2_tool_ok("rebase", "-u", "-b", "/some/backing/file/path", "-F", "host_device", path)
+    info = json.loads(qemu_img("info", "--output=json", path).stdout)
+    assert (info["backing-filename"], info["backing-filename-format"]) == ("/some/backing/file/path", "host_device")
+    for word in ("", "x" * 16, "a b", "ä"):
+        assert "is no name of 1 to 15 letters" in qcow2_tool("rebase", "-u", "-b", "b", "-F", word, path).stderr
+
+
+def test_short_last_entry_of_the_feature_names_counts(tmp_path: Path) -> None:
+    """QEMU's iotest 036 writes one, for a bit that nobody knows."""
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    with path.open("r+b") as file:
+        head = bytearray(file.read(512))
+        head[72] |= 0x80  # incompatible feature bit 63
+        entry = b"\0\x3fTest feature"
+        head[112:136] = FEATURE_NAMES.to_bytes(4, "big") + len(entry).to_bytes(4, "big") + entry.ljust(16, b"\0")
+        head[136:512] = bytes(376)
+        file.seek(0)
+        file.write(head)
+    assert "Test feature" in qcow2_tool("info", path).stderr
+    assert "Test feature" in qcow2_tool_ok("dump-header", path)
+
+
+@pytest.mark.parametrize("name", [b"Datentr\xe4ger", "Datenträger".encode(), b"a\nb", b"\xff"])
+def test_name_is_printed_as_the_bytes_it_is(tmp_path: Path, name: bytes) -> None:
+    base, top = os.fsencode(tmp_path) + b"/" + name, os.fsencode(tmp_path) + b"/top"
+    for words in ([b"-f", b"qcow2", base, b"1M"], [b"-f", b"qcow2", b"-b", base, b"-F", b"qcow2", top]):
+        subprocess.run([b"qemu-img", b"create", b"-q", *words], check=True)
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"}
+    for words in ([b"info", base], [b"info", top], [b"map", top], [b"check", base]):
+        ours = subprocess.run([os.fsencode(TOOL), *words], capture_output=True, env=environment)
+        theirs = subprocess.run([b"qemu-img", *words], capture_output=True)
+        assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, b"")
+    said = subprocess.run([os.fsencode(TOOL), b"info", b"--output=json", top], capture_output=True, env=environment)
+    assert json.loads(said.stdout)["backing-filename"] == base.decode(errors="replace")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_interrupted_create_dies_of_the_signal_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """It waits for a reader of its one line of output, with the file made and not whole."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    path = tmp_path / "disk"
+    with subprocess.Popen([TOOL, "create", path, "1M"], stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        while not path.exists():
+            time.sleep(0.001)
+        ended = False
+        while not ended:  # Python does not see one that comes just before it waits for the pipe
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                ended = process.wait(0.1) is not None
+        _, said = process.communicate(timeout=TIMEOUT)
+    os.close(reader)
+    os.close(writer)
+    assert (process.returncode, said) == (-number, "")
+    assert not path.exists()
+
+
+def test_file_names_with_their_protocol_start_where_the_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As QEMU has it; a plain name starts at the image's directory."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for place, fill in ((tmp_path, 0x42), (elsewhere, 0x43)):
+        qemu_img("create", "-q", "-f", "qcow2", place / "base", "1M")
+        qemu_io(place / "base", f"write -P {fill} 0 1M")
+    for name, seen in (("base", b"\x42"), ("file:base", b"\x43")):
+        qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "qcow2", tmp_path / "top", "1M")
+        monkeypatch.chdir(elsewhere)
+        with qcow2.open(tmp_path / "top") as disk:
+            assert disk.read(0, 1) == seen
+
+
+@pytest.mark.parametrize("words", [("info",), ("map",), ("check",), ("info", "--output=json")])
+def test_output_that_goes_nowhere_is_an_error_of_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([TOOL, *words, path], stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (1, "qcow2: [Errno 28] No space left on device\n")
