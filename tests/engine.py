@@ -9,12 +9,12 @@ from qcow2.buffer import MemoryBuffer
 from qcow2.create import Options, create
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.image import Image, OpenOptions
-from qcow2.layout import LOG_MARK_SHIFT
-from qcow2.linklog import Link, LinkLog, Mark, Origin, read_log
+from qcow2.linklog import MARK_OFFSET, NO_MARK, Link, LinkLog, Mark, Origin, read_log
 from qcow2.operation import Operation
 from qcow2.raw import RawImage
 
 ORIGIN, TAG = Origin(Boot(0, bytes(16)), 0, 0, b"disk"), 0xBEEF  # of the link log
+MARK = slice(MARK_OFFSET, MARK_OFFSET + len(NO_MARK))  # of the header
 Fault = Callable[[Operation], OSError | None]
 
 
@@ -104,7 +104,7 @@ def open_again(bench: Bench, *, writable: bool = False) -> Bench:
 
 def waiting(file: SimulatedFile) -> list[Link] | None:
     """The links that wait, by the mark in the header of *file* and the log in its memory; None: it has no such log."""
-    word = int.from_bytes(file.read(88, 8), "big") >> LOG_MARK_SHIFT
+    word = int.from_bytes(file.read(MARK_OFFSET, len(NO_MARK)), "big")
     if not word:
         return []
     mark, found = Mark.parse(word), read_log(bytes(file.memory.content))

@@ -247,11 +247,29 @@ def run_exploration(arguments: argparse.Namespace) -> int:
 
 def print_figures(sums: dict[str, Result], total: Count, done: int, todo: int) -> None:
     """A table for the documentation."""
-    print("| image | workloads | moments | states | disks opened | recoveries | judged by QEMU | CPU seconds |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = (
+        "workloads",
+        "moments",
+        "states",
+        "disks opened",
+        "recoveries",
+        "copies",
+        "judged by QEMU",
+        "CPU seconds",
+    )
+    print(f"| image | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 1) + "|")
     for name, one in [*sums.items(), ("all", Result("all", total, sum(one.seconds for one in sums.values())))]:
         count = one.count
-        numbers = (count.workloads, count.moments, count.states, count.opened, count.recoveries, count.outside)
+        numbers = (
+            count.workloads,
+            count.moments,
+            count.states,
+            count.opened,
+            count.recoveries,
+            count.copies,
+            count.outside,
+        )
         print(f"| {name} | {' | '.join(map(str, numbers))} | {one.seconds:.0f} |")
     print(f"\n{done} of {todo} batches of workloads")
 

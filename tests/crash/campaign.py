@@ -5,6 +5,8 @@ A workload is a sequence of actions (`allocate+discard+reopen`), or random ones 
 needs no decision, `plane-REQUESTSxDEPTH`; most requests are reads in `scan-REQUESTSxDEPTH`, and many are discards and
 zeros in `clear-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
+DEATH is `kill`, `power`, or `restored MOMENT`: a copy of the file, made at that moment with KEPT, is put back after a
+kill.
 """
 
 import random
@@ -31,6 +33,7 @@ SERVED = {  # by a data plane, where it can: the shares of reads, and of discard
     "clear": {"reads": 0.15, "discards": 0.4},
 }
 WRITERS_A_READER = 4
+RESTORED = "restored "  # the death after which a copy, made at the moment that follows, is put back
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
             driver.finish()
             if step[0].kind == "reopen":
                 driver.run(guest.image.close())
-                guest.image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
+                guest.image = driver.run(open_image(file, begun.backing, writethrough=writethrough, life=last))
     else:
         run_at_random(workload, driver, guest)
     now = len(driver.journal)
@@ -169,6 +172,9 @@ def replay(line: str) -> None:
     run, _ = run_workload(workload)
     (position, how, kept), *more = deaths
     power = how == "power"
+    if how.startswith(RESTORED):
+        Walk(run, scene, workload.seed).replay_copy(int(how.removeprefix(RESTORED)), kept, position)
+        return
     if not more:
         Walk(run, scene, workload.seed).replay(position, kept, power=power)
         return

@@ -135,10 +135,13 @@ def start(name: str) -> Start:
     return Start(image, backing, recipe.contents(under))
 
 
-async def open_image(file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False) -> Image:
+async def open_image(
+    file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False, life: int = 0
+) -> Image:
     """Open for writing over the backing file, as the daemon does: the link log replayed, then repaired if it is dirty.
 
-    What the guest writes next has a log of its own, short enough to become full; the cache is as small as can be.
+    What the guest writes next has a log of its own, short enough to become full, whose tag depends on *life*, a number
+    of the process; the cache is as small as can be.
     """
     base = None if backing is None else await _open_backing(backing)
     await _replay_log(file)
@@ -146,7 +149,7 @@ async def open_image(file: SimulatedFile, backing: SimulatedFile | None, *, writ
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
             raise Violation(f"{report} after repair")
-    log = LinkLog(file.memory, file, ORIGIN, TAG, LOG_CAPACITY)
+    log = LinkLog(file.memory, file, ORIGIN, TAG + life, LOG_CAPACITY)
     image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image

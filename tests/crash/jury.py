@@ -4,10 +4,12 @@
 - `live SORT/CACHE/SEED/WORKLOAD`: nobody dies, and what reads find is compared;
 - `faults SORT/CACHE/WORKLOAD`: each of its operations fails, `tests/crash/life.py`;
 - `hostile CASE`: an image that lies, `tests/crash/hostile.py`;
-- `alone CASE`: two processes meet on an image, `tests/crash/alone.py`.
+- `alone CASE`: two processes meet on an image, `tests/crash/alone.py`;
+- `between CASE`: something happens to a dead process's image or its link log, `tests/crash/between.py`.
 """
 
 from tests.crash.alone import meet
+from tests.crash.between import intervene
 from tests.crash.campaign import explore, parse, run_workload, scene_of
 from tests.crash.explorer import Violation
 from tests.crash.hostile import face
@@ -16,7 +18,7 @@ from tests.crash.sequence import SORTS
 
 
 def sit(line: str) -> int:
-    """Let the judge that *line* names look at the engine; how many states, operations, lives or meetings it saw.
+    """Let the judge that *line* names look at the engine; how many states, operations, lives or cases it saw.
 
     Raises: Violation if a law is broken.
     """
@@ -31,6 +33,8 @@ def sit(line: str) -> int:
                 return face(what)
             case "alone":
                 return meet(what)
+            case "between":
+                return intervene(what)
             case _:
                 return _explore(line)
     except Violation:

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
+from qcow2 import recovery
 from qcow2.allocation import Allocator
+from qcow2.driver.crash import CrashDriver, simulated
+from qcow2.driver.file import run
 from qcow2.image import Image
 from qcow2.l2cache import L2Cache
 from qcow2.layout import OFFSET_MASK
-from qcow2.linklog import LinkLog
+from qcow2.linklog import NOTHING, STAMP_BITS, FoundLog, Link, LinkLog
 from qcow2.links import Links
 from qcow2.mapping import Mapping
+from qcow2.native import ffi, lib
 from qcow2.operation import Grace, Spawn, Store
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
@@ -97,6 +101,87 @@ def log_is_not_replayed(patch: Patch) -> None:
         return Outcome()
 
     patch.setattr("tests.crash.images.replay", ignore)
+
+
+def record_is_not_marked(patch: Patch) -> None:
+    """Law 1: the image does not say that a record counts."""
+    store = LinkLog._store
+
+    def unmarked(self: LinkLog, parts: list[tuple[int, bytes]], before: int, mark: bytes) -> Store:
+        return Store(self._memory, *parts, undo=store(self, parts, before, mark).undo)
+
+    patch.setattr(LinkLog, "_store", unmarked)
+
+
+def mark_is_not_renewed(patch: Patch) -> None:
+    """Law 1: it names the first record for ever."""
+
+    def first(self: LinkLog) -> bytes:
+        mark = ffi.new("uint8_t[]", lib.LINK_MARK_NBYTES)
+        lib.link_log_mark(self.native, 1, mark)
+        return bytes(ffi.buffer(mark))
+
+    patch.setattr(LinkLog, "_mark", first)
+
+
+def mark_comes_before_its_record(patch: Patch) -> None:
+    """Law 1: a death between the two leaves an image whose log does not know it."""
+    start = CrashDriver._start
+
+    def backwards(self: CrashDriver, task: Any, operation: Any) -> None:
+        if isinstance(operation, Store) and operation.mark is not None:
+            mark = operation.mark
+            self.write_at_once(simulated(mark.file), mark.host_offset, mark.data)
+            operation = Store(operation.memory, *operation.parts, undo=operation.undo)
+        start(self, task, operation)
+
+    patch.setattr(CrashDriver, "_start", backwards)
+
+
+def newest_record_counts_whatever_the_mark_says(patch: Patch) -> None:
+    """Laws 1 and 3: a later log is brought into an image from a backup."""
+    links_at = FoundLog.links_at
+    modulus = (1 << STAMP_BITS) - 1
+    patch.setattr(FoundLog, "links_at", lambda self, stamp: links_at(self, self.newest() % modulus + 1))
+
+
+def part_of_what_waited_will_do(patch: Patch) -> None:
+    """Law 1: records that later ones have overwritten are not missed."""
+
+    def links_at(self: FoundLog, stamp: int) -> list[Link]:
+        known = [record for number, record in sorted(self.records.items()) if number < stamp]
+        return [Link(*record[:3]) for record in known if record[3] >= known[-1][4] and record[0] != NOTHING]
+
+    patch.setattr(FoundLog, "links_at", links_at)
+
+
+def log_counts_though_the_image_names_none(patch: Patch) -> None:
+    """Law 3: what has the numbers and the name of an image is taken for it."""
+
+    def bring_in(file: Any, directory: str) -> None:
+        for memory in recovery.all_logs(directory):
+            found = recovery._load_own(file, memory)
+            if found is not None:
+                header = run(recovery.read_header(file, trust_refcounts=False))
+                stamp = found.newest() % ((1 << STAMP_BITS) - 1) + 1
+                run(recovery.replay(file, header, found.links_at(stamp) or []))
+
+    patch.setattr(recovery, "_look_for_leftovers", bring_in)
+
+
+def missing_log_is_ignored(patch: Patch) -> None:
+    """Law 1: who does not see the log goes on without a word."""
+    patch.setattr(recovery, "_go_on_without", lambda *arguments, **named: None)
+
+
+def log_is_removed_by_a_stranger(patch: Patch) -> None:
+    """Law 1: who replays it for a copy takes it from the original."""
+    patch.setattr(recovery, "_is_of", lambda file, found: True)
+
+
+def every_log_has_one_tag(patch: Patch) -> None:
+    """Laws 1 and 3: the log of a later process passes for that of an earlier one."""
+    patch.setattr("qcow2.logplace.os.urandom", lambda nbytes: bytes(nbytes))
 
 
 def log_forgets_before_the_links_are_written(patch: Patch) -> None:
@@ -369,6 +454,15 @@ FOUND_BY: dict[Mutant, str] = {
     link_comes_before_the_data: "backing/writethrough/1/copy",
     waiting_link_is_not_logged: "backing/writeback/1/copy",
     log_is_not_replayed: "backing/writeback/1/copy",
+    record_is_not_marked: "backing/writeback/1/copy",
+    mark_is_not_renewed: "backing/writeback/1/copy+copy",
+    mark_comes_before_its_record: "backing/writeback/1/copy",
+    newest_record_counts_whatever_the_mark_says: "backing/writeback/1/copy+discard",
+    part_of_what_waited_will_do: "overlay/writeback/1/plane-40x8",
+    log_counts_though_the_image_names_none: "between opened-by-another-program",
+    missing_log_is_ignored: "between opened-by-one-who-sees-no-log",
+    log_is_removed_by_a_stranger: "between copy-opened-first",
+    every_log_has_one_tag: "between copied-back-beside-the-next-log",
     log_forgets_before_the_links_are_written: "backing/writeback/1/copy",
     changed_though_its_link_waits: "backing/writeback/1/copy+discard",
     refcounts_are_not_written: "512/writeback/1/allocate",

@@ -53,12 +53,13 @@ class Disk:
                     self._clear(stable, effect.nbytes, self.size)
                 self.size = effect.nbytes
 
-    def _get(self, stable: SimulatedFile, sector: int) -> bytes:
+    def sector(self, stable: SimulatedFile, sector: int) -> bytes:
+        """What it holds."""
         found = self.changes.get(sector)
         return stable.sectors.get(sector, ZEROS) if found is None else found
 
     def _put(self, stable: SimulatedFile, sector: int, data: bytes) -> None:
-        self.digest += weight(sector, data) - weight(sector, self._get(stable, sector))
+        self.digest += weight(sector, data) - weight(sector, self.sector(stable, sector))
         self.changes[sector] = data
 
     def _write(self, stable: SimulatedFile, effect: Effect) -> None:
@@ -66,7 +67,7 @@ class Disk:
             if len(data) == SECTOR:
                 self._put(stable, sector, data)
             else:
-                old = self._get(stable, sector)
+                old = self.sector(stable, sector)
                 self._put(stable, sector, old[:start] + data + old[start + len(data) :])
         self.size = max(self.size, effect.host_offset + len(effect.data))
 
@@ -78,7 +79,7 @@ class Disk:
         else:
             sectors = range(first, last)
         for sector in sectors:
-            old = self._get(stable, sector)
+            old = self.sector(stable, sector)
             if old == ZEROS:
                 continue
             head, tail = max(0, start - sector * SECTOR), min(SECTOR, end - sector * SECTOR)

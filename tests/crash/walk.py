@@ -3,7 +3,8 @@
 At each entry of the journal, *kill* keeps what was complete and any subset of what was in flight; *power* keeps any
 subset of what was pending: of its sectors while they are few, of its operations while these are few, else none, all,
 each alone, each missing, pairs, and samples drawn from the seed. Where sectors are too many for every subset, writes
-are torn at samples. Equal disks are opened once, in all runs from one image; each is judged wherever it is found.
+are torn at samples. After a kill one copy of the file from an earlier moment is put back beside the log (`copies`).
+Equal disks are opened once, in all runs from one image; each is judged wherever it is found.
 """
 
 import random
@@ -13,6 +14,7 @@ from itertools import combinations
 from pathlib import Path
 
 from qcow2.driver.crash import Completed, CrashDriver, Issued, Mark, SimulatedFile, SimulatedMemory, Stored, Synced
+from tests.crash.copies import Copies, Copy
 from tests.crash.explorer import Run, Violation, name
 from tests.crash.history import ZEROS, History
 from tests.crash.images import open_image
@@ -39,6 +41,7 @@ class Count:
     states: int = 0
     opened: int = 0
     recoveries: int = 0
+    copies: int = 0
     outside: int = 0
 
     def add(self, other: "Count") -> None:
@@ -151,6 +154,7 @@ class Walk:
         self._parts: dict[int, list[Unit]] = {}
         self._in_flight: set[int] = set()
         self._losses: dict[int, Disk] | None = {self._base.identity(): self._base}  # None: too many
+        self._copies = Copies(seed)
 
     def visit(self, first: int = 0) -> None:
         """Judge the states at every position of the journal past *first*.
@@ -167,6 +171,23 @@ class Walk:
                         self._require(disk, position, power=True)
                 for disk in self._after_kill():
                     self._require(disk, position, power=False)
+                self._put_back(position)
+            if self._at is None:
+                self._copies.offer(Copy(position, next(self._after_kill()), self._stable))
+
+    def _put_back(self, position: int) -> None:
+        copy = self._copies.one()
+        if copy is not None and any(self._memory.content):
+            self._require_copy(copy, position)
+
+    def replay_copy(self, copied: int, kept: Sequence[str], position: int) -> None:
+        """Judge a copy made at *copied* and put back after a death at *position*. Raises: Violation."""
+        for entry in self.run.journal[:copied]:
+            self._take(entry)
+        copy = Copy(copied, reached(self._base, self._stable, self._named(kept)), self._stable)
+        for entry in self.run.journal[copied:position]:
+            self._take(entry)
+        self._require_copy(copy, position)
 
     def replay(self, position: int, kept: Sequence[str], *, power: bool) -> None:
         """Judge one state. Raises: Violation."""
@@ -334,6 +355,23 @@ class Walk:
         except Violation as violation:
             death = "power" if power else "kill"
             raise Violation(f"{self.run.name}/{position},{death},{'-'.join(disk.kept)}: {violation}") from violation
+
+    def _require_copy(self, copy: Copy, position: int) -> None:
+        """Judge *copy*, put back after a death at *position*: by its own moment."""
+        self.scene.count.states += 1
+        self.scene.count.copies += 1
+        file, is_known = copy.put_back(bytes(self._memory.content))
+        identity = copy.disk.identity()
+        if any(file.memory.content):
+            identity = hash((identity, bytes(file.memory.content)))
+        try:
+            opened, _ = self.scene.open(identity, lambda: file)
+            self._judge.judge(opened.seen, copy.position, power=not is_known)
+        except Violation as violation:
+            death = f"restored {copy.position}"
+            raise Violation(
+                f"{self.run.name}/{position},{death},{'-'.join(copy.disk.kept)}: {violation}"
+            ) from violation
 
     def _visit_recovery(self, initial: SimulatedFile, position: int, *, power: bool) -> None:
         """Let replay and repair die at each of their own operations."""

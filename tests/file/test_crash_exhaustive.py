@@ -13,6 +13,7 @@ import pytest
 
 from tests.crash.campaign import CACHES, Workload, explore, parse, replay, run_workload, scene_of, sequences_of
 from tests.crash.explorer import Violation
+from tests.crash.mutant import newest_record_counts_whatever_the_mark_says
 from tests.crash.sequence import ACTIONS, OVERLAYS, SORTS, Sort, beginning
 from tests.crash.walk import Count, Walk
 
@@ -70,11 +71,13 @@ def test_enough_states_were_visited(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(
             f"\ncrash states: {visited.states} at {visited.moments} moments of {visited.workloads} workloads, "
-            f"{visited.opened} disks opened, {visited.recoveries} recoveries explored, {visited.outside} judged by QEMU"
+            f"{visited.opened} disks opened, {visited.recoveries} recoveries explored, "
+            f"{visited.copies} copies put back, {visited.outside} judged by QEMU"
         )
     assert visited.states >= AT_LEAST
     assert visited.outside >= visited.states // 200
     assert visited.recoveries > 50
+    assert visited.copies > 1000
 
 
 def test_each_action_makes_sense_somewhere() -> None:
@@ -119,6 +122,19 @@ def test_a_printed_line_replays_its_state(monkeypatch: pytest.MonkeyPatch) -> No
             replay(line)
         assert str(again.value) == str(found.value)
     replay(line)
+
+
+def test_a_copy_that_is_put_back_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line names the moment of the copy; the disk is wrong only while the log is believed whatever it continues."""
+    workload = Workload(SORTS["backing"], "writeback", SEED, "copy+discard")
+    with monkeypatch.context() as patch:
+        newest_record_counts_whatever_the_mark_says(patch)
+        with pytest.raises(Violation, match="restored") as found:
+            explore(workload, scene_of(workload, None))
+        with pytest.raises(Violation) as again:
+            replay(str(found.value))
+        assert str(again.value) == str(found.value)
+    replay(str(found.value))
 
 
 def test_a_death_within_a_recovery_replays(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import alone, hostile
+from tests.crash import alone, between, hostile
 from tests.crash.explorer import Violation
 from tests.crash.jury import sit
 from tests.crash.mutant import FOUND_BY, Mutant
 
 DURABILITY = Path(__file__).parents[2] / "docs" / "durability.md"
 LAWS = range(1, 11)
-LISTS = {"hostile": hostile.CASES, "alone": alone.CASES}  # judges of one case each
+LISTS = {"hostile": hostile.CASES, "alone": alone.CASES, "between": between.CASES}  # judges of one case each
 
 
 @pytest.mark.parametrize("mutant", FOUND_BY, ids=lambda mutant: mutant.__name__)
