@@ -4,7 +4,8 @@ import io
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -15,10 +16,12 @@ from qcow2.layout import SECTOR_SIZE, CompressedMasks, CompressionType
 from qcow2.native import ffi, lib
 from qcow2.operation import Compute, File, Read, Signal
 from qcow2.statistics import Statistics
+from qcow2.turns import Turns
 
 Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 
 CACHE_BYTES = 4 << 20
+UNPACKING_BYTES = 32 << 20  # of streams and clusters under way, at most
 ZSTD_WINDOW_LOG = 23  # what every decoder must accept; more would be memory in proportion to an unchecked field
 
 
@@ -122,6 +125,30 @@ class CompressedClusters:
         self._kept: OrderedDict[int, Content] = OrderedDict()
         self._limit = max(1, CACHE_BYTES // geometry.cluster_size)
         self._under_way: dict[int, _Unpacking] = {}
+        self._having_turns: dict[int, Signal] = {}
+        self._turns = Turns(max(2, UNPACKING_BYTES // (2 * geometry.cluster_size)))
+
+    def is_at_hand(self, entry: int) -> bool:
+        """Whether `read` of *entry* takes no memory that others have not taken already."""
+        return entry in self._kept or entry in self._under_way
+
+    @asynccontextmanager
+    async def turn(self, entry: int) -> AsyncIterator[None]:
+        """Inside, *entry* may be read: few are at a time. Who wants what another one has its turn for waits for that.
+
+        It is kept when it ends, so that a crowd decompresses it once.
+        """
+        if entry in self._having_turns:
+            await self._having_turns[entry].wait()
+            yield
+            return
+        ended = self._having_turns[entry] = Signal()
+        try:
+            async with self._turns:
+                yield
+        finally:
+            del self._having_turns[entry]
+            ended.set()
 
     async def read(self, entry: int) -> Content:
         """The whole cluster that a compressed L2 *entry*, just resolved, names.

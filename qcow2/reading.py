@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from qcow2.raw import RawImage
 
 
-UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA = (
-    int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA)
+UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA, COMPRESSED = (
+    int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA, Kind.COMPRESSED)
 )
 Place = tuple[File, int]  # of data in one piece: the file of the chain, the offset in it
 
@@ -45,8 +45,13 @@ class Reader:
         done = 0
         while done < len(target):
             run = await self._mapping.resolve(guest_offset + done, len(target) - done)
-            # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
-            await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
+            if run.kind == COMPRESSED and not self._compressed.is_at_hand(run.entry):
+                async with self._compressed.turn(run.entry):
+                    run = await self._mapping.resolve(guest_offset + done, len(target) - done)  # it may be another now
+                    await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
+            else:
+                # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
+                await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
             done += run.nbytes
 
     async def _read_run(self, run: Run, guest_offset: int, target: Buffer) -> None:

@@ -17,11 +17,13 @@ from qcow2.reaper import Reaper
 from qcow2.root import Root
 from qcow2.statistics import Statistics
 from qcow2.table import Tables
+from qcow2.turns import Turns
 
 # Plain ints: these are compared for every request.
 MISS, BAD, UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA = (
     int(kind) for kind in (Kind.MISS, Kind.BAD, Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA)
 )
+COPY_BYTES = 32 << 20  # of old content in memory, two clusters at most for each copy under way
 HOLDS_NOTHING = (UNALLOCATED, ZERO_PLAIN)
 
 
@@ -42,6 +44,7 @@ class Writer:
         statistics: Statistics,
     ) -> None:
         self.locks = RangeLocks(mapping.cache)
+        self._copies = Turns(max(4, COPY_BYTES // geometry.cluster_size))
         self._file = file
         self._geometry = geometry
         self._mapping = mapping
@@ -142,12 +145,17 @@ class Writer:
         If it saw anything but zeros, which they hold already, it must not see zeros after a power loss: everything must
         be stable then before it is linked (law 3).
         """
+        if place is Seen.ZEROS:
+            host_offset = new.start << self._geometry.cluster_bits
+            await Write(self._file, host_offset + guest_offset % self._geometry.cluster_size, source, data=True)
+            return
+        async with self._copies:
+            await self._copy(place, guest_offset, source, new)
+
+    async def _copy(self, place: Place | Seen, guest_offset: int, source: Buffer, new: range) -> None:
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
         host_offset = new.start << self._geometry.cluster_bits
-        if place is Seen.ZEROS:
-            await Write(self._file, host_offset + guest_offset - start, source, data=True)
-            return
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:

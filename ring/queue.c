@@ -13,7 +13,7 @@
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
 #define FETCH_SUBMIT 4        /* every so many chains the disk has something to do beside us */
 #define FETCH_PUBLISH 16      /* every so many the driver hears what is done, to work beside us, and a sync may start */
-#define FETCH_EVENTS_MAX 1024 /* let Python catch up before popping more for it */
+#define FETCH_EVENTS_MAX 256  /* let Python catch up before popping more for it */
 
 /* A queue that is drained still owes what an earlier daemon had fetched, enabled or not. */
 static bool is_owing(const struct queue *queue)
@@ -249,8 +249,9 @@ void queues_fetch(struct worker *worker)
 {
     if (worker->active_count)
         worker->now = pace_now();
+    worker->first_active++; /* another one each round: who comes first may take all the room there is */
     for (uint32_t i = 0; i < worker->active_count; i++)
-        fetch(worker, worker->active[i]);
+        fetch(worker, worker->active[(worker->first_active + i) % worker->active_count]);
 }
 
 bool queues_arm(struct worker *worker)

@@ -57,6 +57,11 @@ class Request:
         self.offset = offset  # bytes
         self.nbytes = nbytes
 
+    @property
+    def queue(self) -> int:
+        """The number of the queue it came from."""
+        return self.id >> 16 & 0xFFFF
+
     def data(self) -> GuestSlice:
         """The guest's buffer, *nbytes* long: to be filled by IN, to be read by OUT; empty for other types."""
         return GuestSlice(self.worker, self.id, 0, self.nbytes)

@@ -276,6 +276,7 @@ struct worker {
     struct grace grace;
 
     uint32_t active_count;
+    uint32_t first_active;
     uint32_t dirty_count;
     uint32_t free_long;
     struct queue *active[WORKER_QUEUES];

@@ -18,6 +18,7 @@ from ring.operations import Piece
 from ring.request import GuestSlice, Request
 from ring.trace import Trace
 from ring.worker import Worker
+from vhost.admission import Admission
 from vhost.held import HeldImage, describe
 from vhost.option import CacheMode
 from virtio.block import UNMAP, RequestType, Status
@@ -176,6 +177,9 @@ class ImageBackend:
         if self._trace is not None:
             self._begin_trace(self._trace, worker, slots)
         self._driver = RingDriver(worker, slots, self._trace)
+        self._admission: Admission[Request] = Admission(
+            lambda request: self._begin(request, lambda: self._admission.end(request.queue))
+        )
         self._worker = worker
         self._block = block
         self._image.on_failure = self._refuse_writes
@@ -209,8 +213,19 @@ class ImageBackend:
             self._worker.remove_file(self._slots.pop(file))
 
     def start(self, request: Request) -> None:
+        if request.type == RequestType.FLUSH:  # one for many, and it holds no buffer
+            self._begin(request, lambda: None)
+        else:
+            self._admission.offer(request)
+
+    def _begin(self, request: Request, on_end: Callable[[], None]) -> None:
         changes = request.type != RequestType.IN
-        self._driver.run(self._serve(request), lambda task: request.finish(self._status(task, changes=changes)))
+
+        def end(task: Task) -> None:
+            request.finish(self._status(task, changes=changes))
+            on_end()
+
+        self._driver.run(self._serve(request), end)
 
     def flush(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))

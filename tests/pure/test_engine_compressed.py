@@ -2,13 +2,18 @@
 
 import contextlib
 import zlib
+from collections.abc import Iterable
 
 import pytest
 import zstandard
 
-from qcow2.compressed import Payload, inflate, unpack_zstd
+from qcow2.buffer import MemoryBuffer
+from qcow2.compressed import UNPACKING_BYTES, Payload, inflate, unpack_zstd
 from qcow2.geometry import Geometry
-from tests.engine import noise, set_up
+from qcow2.image import Image
+from qcow2.layout import CompressedMasks
+from qcow2.operation import Compute, File, Operation, Read, Write
+from tests.engine import Bench, noise, set_up
 
 pytestmark = pytest.mark.pure
 
@@ -84,3 +89,61 @@ def test_a_payload_reaches_to_the_end_of_its_last_sector(cluster_bits: int) -> N
     payload = Payload.of(1 << 62 | 1 << shift | (3 << cluster_bits) + 100, geometry)
     assert payload == Payload((3 << cluster_bits) + 100, 1024 - 100)
     assert payload.host_clusters(geometry) == (range(3, 5) if cluster_bits == 9 else range(3, 4))
+
+
+LARGE = 2 << 20
+
+
+def large_compressed(count: int) -> Bench:
+    """A disk of *count* compressed clusters of 2 MiB, each with a line of its own."""
+    bench = set_up(count * LARGE, cluster_bits=21)
+    streams = [deflate(((b"%6d\n" % number) * (LARGE // 7 + 1))[:LARGE]) for number in range(count)]
+    step = 16384
+    assert max(map(len, streams)) <= step
+    bench.write(0, b"".join(stream.ljust(step, b"\0") for stream in streams))
+    bench.close()
+    file = bench.file
+    table = int.from_bytes(file.read(int.from_bytes(file.read(40, 8), "big"), 8), "big") & ~(1 << 63)
+    host_offset = int.from_bytes(file.read(table, 8), "big") & ~(1 << 63)
+    masks = CompressedMasks.of(21)
+    sectors = (step // 512 - 1) << masks.sectors_shift
+    entries = b"".join((1 << 62 | sectors | host_offset + n * step).to_bytes(8, "big") for n in range(count))
+    bench.driver.run(write_all(file, table, entries))
+    return Bench(bench.driver, bench.breaker, file, None, bench.driver.run(Image.open(file)))
+
+
+async def write_all(file: File, host_offset: int, data: bytes) -> None:
+    await Write(file, host_offset, data)
+
+
+def read_small(bench: Bench, numbers: Iterable[int]) -> None:
+    """Read a few bytes of each of the clusters *numbers*, all at once."""
+
+    async def read(number: int) -> None:
+        target = bytearray(700)
+        await bench.image.read(number * LARGE, MemoryBuffer(memoryview(target)))
+        assert target == (b"%6d\n" % number) * 100
+
+    for number in numbers:
+        bench.driver.spawn(read(number))
+    bench.driver.finish()
+
+
+def test_a_crowd_of_reads_decompresses_each_cluster_once() -> None:
+    bench = large_compressed(20)
+    read_small(bench, [number for _ in range(25) for number in range(20)])
+    assert bench.image.statistics.decompressions == 20
+
+
+def test_few_large_clusters_are_in_memory_at_a_time() -> None:
+    bench = large_compressed(40)
+    begun: list[type[Operation]] = []
+
+    def note(operation: Operation) -> None:
+        begun.append(type(operation))
+
+    bench.breaker.fault = note
+    read_small(bench, range(40))
+    assert begun.count(Compute) == 40
+    before_the_first_ends = begun[: begun.index(Compute)]
+    assert before_the_first_ends.count(Read) <= 1 + UNPACKING_BYTES // (2 * LARGE)  # and a table
