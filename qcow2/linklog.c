@@ -37,5 +37,6 @@ void link_log_mark(const struct link_log *log, uint64_t sequence, uint8_t mark[L
 
 int link_log_has_room(const struct link_log *log)
 {
-    return log->memory && log->nlinks < WAITING_LINKS && log->next - log->first + 2 < log->capacity;
+    return log->memory && log->nlinks < WAITING_LINKS && log->next - log->first + 2 < log->capacity &&
+           log->next < LINK_LIMIT;
 }

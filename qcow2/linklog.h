@@ -8,6 +8,7 @@
 #define LINK_MARK_OFFSET 88      /* in the image: the upper 56 bits of the autoclear features, big-endian, */
 #define LINK_MARK_NBYTES 7       /* beside the 8 that the format may give a meaning */
 #define LINK_STAMP_BITS 20
+#define LINK_LIMIT ((1 << LINK_STAMP_BITS) - 64) /* of sequence numbers, less a few to forget; a stamp names one record */
 #define WAITING_LINKS 1024
 
 struct waiting_link {

@@ -7,12 +7,13 @@ forget the front of the log is therefore to append a record, too: one that links
 The image says which record is the newest that counts: its *mark*, in the header, names the log by a random tag, and the
 record by its number (the stamp). A record counts once the mark names it, and the mark is written after the record,
 before anything else happens. So the mark of an image that is restored or copied back, from whatever moment, names the
-links that waited at that moment, or a record that is gone: never a later one. No link waits: no mark.
+links that waited at that moment, or a record that is gone: never a later one. No link waits: no mark. Before its
+numbers run out of stamps a log ends, and another with a tag of its own begins.
 """
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 
 from qcow2.boot import UNITS, Boot
@@ -34,6 +35,7 @@ MIN_CAPACITY = 4
 LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES
 NOTHING = (1 << 64) - 1  # in place of a guest cluster: a record that links nothing
 STAMP_BITS: int = lib.LINK_STAMP_BITS
+LIMIT: int = lib.LINK_LIMIT  # no link has this number or a later one
 BOOT_SHIFT, TAG_SHIFT, TAG_BITS = STAMP_BITS, STAMP_BITS + 12, 24
 assert UNITS == 1 << 12
 NO_MARK = bytes(lib.LINK_MARK_NBYTES)
@@ -71,16 +73,38 @@ class Origin(NamedTuple):
 
 
 class LinkLog:
-    """Writes one log, from the first record on, to *memory*, which is empty, and its mark to the header of *file*."""
+    """Writes logs, from the first record on, to *memory*, which is empty, and their marks to the header of *file*.
 
-    def __init__(self, memory: Memory, file: File, origin: Origin, tag: int, capacity: int = CAPACITY) -> None:
-        self.tag = tag
+    *renew* empties the memory again, under another name, and returns the tag that is in it; *tag* is of the first log.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        file: File,
+        origin: Origin,
+        tag: int,
+        capacity: int = CAPACITY,
+        *,
+        renew: Callable[[], int],
+    ) -> None:
         self.capacity = capacity
-        mark = tag << TAG_SHIFT | origin.boot.unit << BOOT_SHIFT
-        self.native: Any = ffi.new("struct link_log *", {"capacity": capacity, "first": 1, "next": 1, "mark": mark})
+        self.native: Any = ffi.new("struct link_log *", {"capacity": capacity})
+        self._renew = renew
         self._memory = memory
         self._file = file
         self._origin = origin
+        self._number(tag)
+
+    def _number(self, tag: int) -> None:
+        """Begin with the first number of the log *tag*."""
+        self.tag = tag
+        self.native.first = self.native.next = 1
+        self.native.mark = tag << TAG_SHIFT | self._origin.boot.unit << BOOT_SHIFT
+
+    def renew(self) -> None:
+        """Go on with another log, to be begun; no link waits."""
+        self._number(self._renew())
 
     @property
     def path(self) -> str:
@@ -95,7 +119,11 @@ class LinkLog:
     @property
     def room(self) -> int:
         """How many links it takes now; one record is kept for forgetting."""
-        return self.capacity - 1 - int(self.native.next - self.native.first)
+        return min(self.capacity - 1 - int(self.native.next - self.native.first), LIMIT - self.next)
+
+    def is_used_up(self, nlinks: int) -> bool:
+        """Whether another log must begin before so many links are appended."""
+        return self.next + nlinks > LIMIT
 
     @property
     def is_lost(self) -> bool:

@@ -105,6 +105,8 @@ class Links:
                 await self._give_up(self._log)
             elif not self.policy.may_wait():
                 return False
+            elif self._log.is_used_up(nclusters):
+                await self._begin_another(self._log, nclusters)
             elif self._log.room < nclusters:
                 await self.commit()
             else:
@@ -124,6 +126,14 @@ class Links:
                 return
             self._has_begun = True
             log.open()
+
+    async def _begin_another(self, log: LinkLog, nclusters: int) -> None:
+        """Its numbers run out, and an old copy of the image must not find its own number in a later record."""
+        log.close()
+        await self.commit()
+        if log.is_used_up(nclusters) and not self._mapping.holds:
+            log.renew()
+            self._has_begun = False
 
     async def _give_up(self, log: LinkLog) -> None:
         """Somebody has removed the log (a cleaner, the end of its user's session): no link waits from now on."""

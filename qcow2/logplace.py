@@ -26,9 +26,17 @@ def origin_of(file: HostFile) -> Origin:
 
 def new_log(file: HostFile, directory: str) -> tuple[LinkLog, SharedMemory]:
     """A log for *file* in *directory*, made when the first link waits."""
-    tag = int.from_bytes(os.urandom(TAG_BITS // 8), "little") or 1
-    memory = SharedMemory(os.path.join(directory, f"{NAME}{tag:06x}"), LOG_BYTES)
-    return LinkLog(memory, file, origin_of(file), tag), memory
+    memory = SharedMemory("", LOG_BYTES)
+
+    def renew() -> int:
+        with contextlib.suppress(OSError):  # no image names it; who lists logs finds it stale
+            if memory.is_made:
+                memory.remove()
+        tag = int.from_bytes(os.urandom(TAG_BITS // 8), "little") or 1
+        memory.path = os.path.join(directory, f"{NAME}{tag:06x}")
+        return tag
+
+    return LinkLog(memory, file, origin_of(file), renew(), renew=renew), memory
 
 
 def find_log(tag: int, directory: str) -> SharedMemory | None:

@@ -17,6 +17,7 @@ class Lib(Protocol):
     LINK_MARK_OFFSET: int
     LINK_MARK_NBYTES: int
     LINK_STAMP_BITS: int
+    LINK_LIMIT: int
 
     def punch_hole(self, fd: int, host_offset: int, nbytes: int) -> int: ...
     def reserve_space(self, fd: int, host_offset: int, nbytes: int) -> int: ...

@@ -89,7 +89,7 @@ def set_up(
     if below is not None:
         below.writable = False
         backing = driver.run(RawImage.open(below))
-    log = LinkLog(file.memory, file, ORIGIN, TAG, log_capacity) if log_capacity else None
+    log = LinkLog(file.memory, file, ORIGIN, TAG, log_capacity, renew=lambda: TAG + 1) if log_capacity else None
     opened = OpenOptions(writable=True, cache_size=cache_size)
     image = driver.run(Image.open(file, backing=backing, options=opened, log=log))
     return Bench(driver, breaker, file, below, image)
@@ -100,6 +100,11 @@ def open_again(bench: Bench, *, writable: bool = False) -> Bench:
     driver = CrashDriver(fault=bench.breaker)
     image = driver.run(Image.open(bench.file, options=OpenOptions(writable=writable)))
     return Bench(driver, bench.breaker, bench.file, bench.base, image)
+
+
+def mark_of(file: SimulatedFile) -> Mark:
+    """What the header of *file* says of its log."""
+    return Mark.parse(int.from_bytes(file.read(MARK_OFFSET, len(NO_MARK)), "big"))
 
 
 def waiting(file: SimulatedFile) -> list[Link] | None:

@@ -1,5 +1,6 @@
 """The images that workloads start from, built byte by byte, and how a crashed one is opened again."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from qcow2.check import check
 from qcow2.driver.crash import SimulatedFile
 from qcow2.header import read_header
 from qcow2.image import Image, OpenOptions
-from qcow2.linklog import LinkLog
+from qcow2.linklog import LIMIT, LinkLog
 from qcow2.links import LinkPolicy
 from qcow2.operation import Store
 from qcow2.raw import RawImage
@@ -26,6 +27,7 @@ from tests.engine import ORIGIN, waiting
 
 LAZY = 1  # compatible feature bit
 TAG, LOG_CAPACITY = 0xC0FFEE, 8  # of the link log
+LOG_NUMBERS = 20  # of a process's first log, before another must begin
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ async def open_image(
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
             raise Violation(f"{report} after repair")
-    log = LinkLog(file.memory, file, ORIGIN, TAG + life, LOG_CAPACITY)
+    tags = itertools.count(TAG + life)
+    log = LinkLog(file.memory, file, ORIGIN, next(tags), LOG_CAPACITY, renew=lambda: next(tags))
+    log.native.first = log.native.next = LIMIT - LOG_NUMBERS
     image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from qcow2.buffer import MemoryBuffer
+from qcow2.linklog import LIMIT
 from qcow2.links import LinkPolicy
 from qcow2.operation import Operation, Store, Sync, Write
-from tests.engine import TAG, Bench, noise, set_up, waiting
+from tests.engine import TAG, Bench, mark_of, noise, set_up, waiting
 
 CLUSTER = 512
 BASE = noise(200 * CLUSTER, 7)
@@ -274,3 +275,25 @@ def test_after_a_failed_sync_no_link_is_written() -> None:
     assert in_the_file(bench, 5 * CLUSTER, CLUSTER) == BASE[5 * CLUSTER :][:CLUSTER]
     with pytest.raises(OSError):
         bench.close()
+
+
+def test_log_whose_numbers_run_out_ends_and_another_begins() -> None:
+    """A copy of the image from long ago would else find its number in a record of today."""
+    bench = overlay()
+    changes = bench.image._changes
+    assert changes is not None
+    log = changes.links._log
+    assert log is not None
+    bench.write(0, b"a")
+    bench.driver.run(bench.image.flush())
+    log.native.first = log.native.next = LIMIT - 2
+    tags = set()
+    for cluster in range(5, 15, 2):
+        bench.write(cluster * CLUSTER, b"new")
+        assert links(bench) > 0
+        tags.add(mark_of(bench.file).tag)
+    assert tags == {TAG, TAG + 1}
+    assert log.next < 10
+    bench.driver.run(bench.image.flush())
+    assert links(bench) == 0
+    assert bench.reopened_content() == bench.content()

@@ -20,7 +20,7 @@ class Log:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.file = SimulatedFile("image", {}, 0)
-        self.log = LinkLog(self.file.memory, self.file, ORIGIN, TAG, capacity)
+        self.log = LinkLog(self.file.memory, self.file, ORIGIN, TAG, capacity, renew=lambda: TAG + 1)
         self.fault: OSError | None = None
         self._driver = CrashDriver(fault=lambda operation: self.fault)
         self._driver.run(self.log.begin())
