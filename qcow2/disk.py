@@ -169,7 +169,11 @@ class Disk:
             return
         if self.files[0].fd >= 0 and thread.is_ours:
             warn(f"unclosed {self!r}", ResourceWarning, source=self)
-        thread.stop()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are, clean or not. Raises: OSError if one cannot be; the others are closed."""
+        self._thread.stop()
         self.chain.close()
 
     def __enter__(self) -> "Disk":

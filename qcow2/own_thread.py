@@ -7,6 +7,7 @@ waits; one that is interrupted still waits for the end of what it has begun, and
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -93,9 +94,12 @@ class OwnThread:
         return True
 
     def stop(self) -> None:
-        """End the thread after what was called; what is called later runs in the caller."""
+        """End the thread after what was called; what is called later runs in the caller.
+
+        An interpreter that ends lets no other thread run any more: nobody waits for one.
+        """
         has_thread, self._has_thread, self._is_stopped = self._has_thread, False, True
-        if has_thread and self.is_ours:
+        if has_thread and self.is_ours and not sys.is_finalizing():
             self._jobs.put(None)
             with self._works:  # it has ended
                 pass

@@ -144,7 +144,7 @@ class HeldImage:
         self.direct_fds = {}
         try:
             with ExitStack() as closing:
-                closing.callback(disk.chain.close)  # last: with it go the locks
+                closing.callback(disk.abandon)  # last: with it go the locks
                 closing.callback(self._stack.close)
         except OSError as error:  # what matters was synced
             log.warning("%s: closing it: %s", self._options.blk_file, error.strerror)

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,10 @@ def test_a_small_cache_serves_a_large_disk(tmp_path: Path) -> None:
         assert [int.from_bytes(disk.read(place, 4), "big") for place in places] == list(range(1000))
         assert disk.image.statistics.l2_loads >= 1000  # none of the tables, each read again, has stayed
     assert_clean(image)
+
+
+def test_program_that_closes_no_disk_ends(path: Path) -> None:
+    program = "import sys, qcow2; disk = qcow2.open(sys.argv[1], writable=True); disk.write(0, b'x'); disk.flush()"
+    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
+    with qcow2.open(str(path), writable=True) as disk:
+        assert disk.read(0, 1) == b"x"
