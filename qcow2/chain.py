@@ -1,6 +1,7 @@
 """Opening a chain: the image, the backing file it names, and so on to the base, each locked."""
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,7 +15,7 @@ from qcow2.geometry import Geometry
 from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.image import Image, OpenOptions
 from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET
-from qcow2.lock import lock_image
+from qcow2.lock import lock_image, show_life
 from qcow2.logplace import new_log
 from qcow2.raw import RawImage
 from qcow2.recovery import recover, warn_of_waiting
@@ -69,6 +70,7 @@ class Chain:
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
     discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in
+    on_wait: Callable[[], None] = lambda: None  # called while a dead process's transfers keep the image locked
 
     def __enter__(self) -> "Chain":
         return self
@@ -124,7 +126,8 @@ class Chain:
             file = HostFile.open(path, writable=writable)
             self.files.append(file)
             if not self.force_share:
-                lock_image(file.fd, path, writable=writable)
+                lock_image(file.fd, path, writable=writable, on_wait=self.on_wait)
+                file.life_fd = show_life(path, file.fd)
         except OSError as error:
             error.filename = way
             raise

@@ -195,6 +195,7 @@ def open_disk(
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Disk:
     """Open the image at *path*, and the backing files it names.
 
@@ -202,13 +203,14 @@ def open_disk(
     refcounts only at close. *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
     What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
     that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
+    *on_wait()* is called again and again while the transfers of a process that died keep the image locked.
     An image that was not closed cleanly is repaired before it is written; *progress(done, total)* sees that.
 
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """
     name = os.fsdecode(path)
     options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
-    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log)
+    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, on_wait=on_wait)
     try:
         return Disk(chain.open(name, format, options), chain)
     except BaseException:

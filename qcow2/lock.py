@@ -2,20 +2,33 @@
 
 Byte 100 + n says "I use permission n", byte 200 + n "nobody else may". A process takes shared locks on the bytes of
 what it does and does not tolerate, then looks whether anybody holds the opposite byte. Open file description locks:
-they belong to the descriptor and end with it.
+they belong to the description and end with it, which transfers in flight keep alive: so a description that carries
+O_DIRECT transfers has the locks, too, or they would outlive them.
+
+Two bytes of our own, beyond QEMU's, tell a process that died from one that lives. `OURS` is held by each description
+that may carry transfers, `LIVES` by one that never does: it ends with its process.
 """
 
 import errno
 import fcntl
+import logging
+import os
 import struct
 import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 USES = 100
 FORBIDS = 200
+OURS, LIVES = 300, 301
+GUESTS, GUESTS_LIVE = 1 << 40, 1 << 41  # from here on: the same two for each guest
 PATIENCE = 1.0  # seconds
 RETRY_INTERVAL = 0.01
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; this machine's alignment
+
+log = logging.getLogger("qcow2")
 
 
 class Permission(IntEnum):
@@ -34,25 +47,85 @@ class ImageLocked(OSError):
     """Another process uses the image in a way that excludes us."""
 
 
-def lock_image(fd: int, path: str, *, writable: bool) -> None:
+def lock_image(fd: int, path: str, *, writable: bool, on_wait: Callable[[], None] = lambda: None) -> None:
     """Lock the open image for as long as *fd* is open.
 
     Who is refused tries again for `PATIENCE` seconds: a process that was killed keeps its locks until the kernel has
-    ended its io_uring transfers, up to 90 ms later as seen on Linux 6.18, and until then it may still write.
+    ended its transfers, and until then it may still write. If a process of ours did that, and none lives, for as long
+    as it takes: a slow disk is no reason to give up, and nobody else could go on either. *on_wait* is called meanwhile.
 
     Raises: ImageLocked, naming the file; OSError if the host cannot lock.
     """
     deadline = time.monotonic() + PATIENCE
+    is_told = False
     while True:
         try:
             _try_to_lock(fd, path, writable=writable)
         except ImageLocked:
             _release(fd)  # or two who wait would wait for each other
             if time.monotonic() >= deadline:
-                raise
+                if not _is_of_the_dead(fd, path):
+                    raise
+                if not is_told:
+                    log.warning("%s: waiting for the last transfers of a process that died", path)
+                    is_told = True
+            on_wait()
             time.sleep(RETRY_INTERVAL)
         else:
             return
+
+
+def _is_of_the_dead(fd: int, path: str) -> bool:
+    return _is_held(fd, path, OURS) and not _is_held(fd, path, LIVES)
+
+
+def show_life(path: str, fd: int) -> int:
+    """Say that we live, for as long as what is returned, a description of the image in *fd* for nothing else, is open.
+
+    Raises: OSError.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        life = os.open(f"/proc/self/fd/{fd}", flags)
+    except FileNotFoundError:
+        life = os.open(path, flags)
+    try:
+        if os.path.samestat(os.fstat(life), os.fstat(fd)):  # else there is no /proc, and the name leads elsewhere now
+            _share(life, path, LIVES)
+            _share(fd, path, OURS)
+    except OSError:
+        os.close(life)
+        raise
+    return life
+
+
+def lock_transfers(fd: int, path: str, *, writable: bool) -> None:
+    """Let the locks that we hold last until the last transfer by another description, *fd*, has ended."""
+    used = tuple(Permission) if writable else (Permission.CONSISTENT_READ,)
+    for byte in (OURS, *(USES + permission for permission in used), *(FORBIDS + each for each in FORBIDDEN)):
+        _share(fd, path, byte)
+
+
+def guest_key(memory: tuple[int, int], image: tuple[int, int]) -> int:
+    """The number of a byte that stands for a guest's memory and its disk, both files by device and inode."""
+    return zlib.crc32(repr((memory, image)).encode())
+
+
+def await_transfers(fd: int, life_fd: int, path: str, key: int, on_wait: Callable[[], None]) -> None:
+    """Return once nobody who died has transfers for the guest of *key* under way; then *fd* may have some.
+
+    A daemon that died may still be reading into that memory, which the guest uses for something else by now. One that
+    lives does no harm: a guest may have a disk twice.
+    """
+    is_told = False
+    while _is_held(fd, path, GUESTS + key) and not _is_held(life_fd, path, GUESTS_LIVE + key):
+        if not is_told:
+            log.warning("%s: waiting for the last reads of a process that died", path)
+            is_told = True
+        on_wait()
+        time.sleep(RETRY_INTERVAL)
+    _share(life_fd, path, GUESTS_LIVE + key)
+    _share(fd, path, GUESTS + key)
 
 
 def _try_to_lock(fd: int, path: str, *, writable: bool) -> None:
@@ -62,10 +135,10 @@ def _try_to_lock(fd: int, path: str, *, writable: bool) -> None:
     for permission in FORBIDDEN:
         _take(fd, path, FORBIDS + permission, permission)
     for permission in used:
-        if _is_held(fd, FORBIDS + permission):
+        if _is_held(fd, path, FORBIDS + permission):
             raise _locked(path, f'Failed to get "{NAMES[permission]}" lock')
     for permission in FORBIDDEN:
-        if _is_held(fd, USES + permission):
+        if _is_held(fd, path, USES + permission):
             raise _locked(path, f'Failed to get shared "{NAMES[permission]}" lock')
 
 
@@ -79,15 +152,33 @@ def _locked(path: str, what: str) -> ImageLocked:
 
 def _take(fd: int, path: str, byte: int, permission: Permission) -> None:
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, 0, byte, 1, 0))
+        _share(fd, path, byte)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise _locked(path, f'Failed to lock "{NAMES[permission]}"') from error
         raise
 
 
-def _is_held(fd: int, byte: int) -> bool:
+def _share(fd: int, path: str, byte: int) -> None:
+    """Hold a shared lock on *byte*. Raises: OSError that says it is about locks."""
+    with _about_locks(path):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, 0, byte, 1, 0))
+
+
+@contextmanager
+def _about_locks(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise
+        message = f"cannot be locked; does its file system have byte-range locks?: {error.strerror}"
+        raise OSError(error.errno, message, path) from error
+
+
+def _is_held(fd: int, path: str, byte: int) -> bool:
     """Whether another open file description holds a lock on *byte*."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
+    with _about_locks(path):
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
     kind: int = FLOCK.unpack(answer)[0]
     return kind != fcntl.F_UNLCK

@@ -10,7 +10,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory, is_in_use
 from qcow2.error import ImageError
 from qcow2.header import read_header
-from qcow2.linklog import FoundLog, Link, Mark, read_log
+from qcow2.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
 from qcow2.logplace import all_logs, find_log, origin_of, remove_log
 from qcow2.replay import clear_mark, replay
 
@@ -112,13 +112,17 @@ def _look_for_leftovers(file: HostFile, directory: str) -> None:
 
 def _load_own(file: HostFile, memory: SharedMemory) -> FoundLog | None:
     """The log in *memory*, if a dead process of this user left it for the file with these numbers and this name."""
+
+    def is_ours(user: int) -> bool:
+        return user == os.geteuid()
+
     try:
-        if is_in_use(memory.path):
+        found = read_log(memory.load(is_ours, RECORDS_OFFSET))  # most logs are others': a look at the header tells
+        if found is None or not _is_of(file, found) or found.origin.path != origin_of(file).path:
             return None
-        found = read_log(memory.load(lambda user: user == os.geteuid()))
+        return None if is_in_use(memory.path) else read_log(memory.load(is_ours))
     except OSError:
         return None
-    return found if found is not None and _is_of(file, found) and found.origin.path == origin_of(file).path else None
 
 
 def _is_of(file: HostFile, found: FoundLog) -> bool:

@@ -41,10 +41,10 @@ class Stock:
 
     def take(self, nclusters: int) -> range:
         """At most *nclusters* consecutive ones; at least one, if there are any."""
+        self._shift()  # the extent map may have taken all that was in C
         count = lib.stock_take(self.native, nclusters, self._first)
         first = self._first[0]
-        if self._more:
-            self._shift()
+        self._shift()
         return range(first, first + count)
 
     def _shift(self) -> None:

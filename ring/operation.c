@@ -3,6 +3,8 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
@@ -81,6 +83,58 @@ void operation_trace_transfer(struct worker *worker, struct operation *operation
 
 static void transfer_completed(struct worker *worker, uint32_t number, int result);
 
+/* ---- O_DIRECT: a page is never written both by it and through the page cache ---- */
+
+#define BOUNCE_NBYTES (256u << 10)    /* of one submission */
+#define BOUNCE_ALL_NBYTES (16u << 20) /* of all that are under way */
+#define BOUNCE_ALIGNMENT 4096u
+
+static void free_bounce(struct worker *worker, struct operation *operation)
+{
+    worker->bounce_nbytes -= operation->bounce_nbytes;
+    free(operation->bounce);
+    operation->bounce = NULL;
+    operation->bounce_nbytes = 0;
+}
+
+/* Let *gather be a copy of its front that O_DIRECT takes. -> 0; -EAGAIN: others have to end first; -ENOMEM. */
+static int bounce(struct worker *worker, struct operation *operation, struct iovec *single, struct gather *gather)
+{
+    uint32_t nbytes = gather->nbytes < BOUNCE_NBYTES ? gather->nbytes : BOUNCE_NBYTES, done = 0;
+
+    if (worker->bounce_nbytes && worker->bounce_nbytes + nbytes > BOUNCE_ALL_NBYTES)
+        return -EAGAIN;
+    if (posix_memalign((void **)&operation->bounce, BOUNCE_ALIGNMENT, nbytes))
+        return -ENOMEM;
+    operation->bounce_nbytes = nbytes;
+    worker->bounce_nbytes += nbytes;
+    for (uint32_t i = 0; done < nbytes; i++) {
+        uint64_t run = gather->iovecs[i].iov_len;
+        if (run > nbytes - done)
+            run = nbytes - done;
+        memcpy(operation->bounce + done, gather->iovecs[i].iov_base, run);
+        done += run;
+    }
+    *single = (struct iovec){operation->bounce, nbytes};
+    *gather = (struct gather){.iovecs = single, .count = 1, .limit = 1, .nbytes = nbytes};
+    return 0;
+}
+
+/* Say whether the operation goes by O_DIRECT, and let *gather suit that. A read that does not suit it reads the page
+ * cache, where nothing is that the disk has not. -> 0 or, as bounce, < 0. */
+static int choose_way(struct worker *worker, struct operation *operation, struct iovec *single, struct gather *gather)
+{
+    const struct file *file = &worker->files[operation->slot];
+    uint64_t host_offset = operation->host_offset + operation->progress;
+
+    operation->direct = operation->data && file->direct_fd >= 0 && gather_is_aligned(gather, file, host_offset);
+    if (operation->direct || !operation->data || file->direct_fd < 0 || operation->verb != VERB_WRITE ||
+        (host_offset | gather->nbytes) & (file->offset_align - 1))
+        return 0;
+    operation->direct = true;
+    return bounce(worker, operation, single, gather);
+}
+
 enum { SUBMITTED = 0, MOVED = 1 };
 
 /* -> SUBMITTED; MOVED: it has completed; -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
@@ -93,10 +147,10 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     struct io_uring_sqe *entry;
     int result = gather_submission(worker, operation, &single, &gather);
 
+    if (result == 0)
+        result = choose_way(worker, operation, &single, &gather);
     if (result < 0)
         return result;
-    operation->direct = operation->data && file->direct_fd >= 0 &&
-                        gather_is_aligned(&gather, file, operation->host_offset + operation->progress);
     result = -EAGAIN;
     worker->now = pace_now(); /* what came before, zeros for a long read, say, is not this file's delay */
     if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now))
@@ -106,8 +160,10 @@ static int submit_transfer(struct worker *worker, uint32_t number)
         return MOVED;
     }
     entry = uring_entry(&worker->uring);
-    if (!entry)
+    if (!entry) {
+        free_bounce(worker, operation);
         return -EAGAIN;
+    }
     prepare_transfer(entry, operation, file, &gather);
     if (operation->verb == VERB_WRITE && !operation->direct)
         file->dirty += gather.nbytes;
@@ -357,9 +413,10 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
 
 void operation_completed(struct worker *worker, uint32_t number, int result)
 {
-    const struct operation *operation = &worker->operations[number];
+    struct operation *operation = &worker->operations[number];
 
     worker->submitted--;
+    free_bounce(worker, operation);
     if (operation->verb == VERB_WRITE && !operation->direct && result > 0)
         worker->files[operation->slot].dirty += result; /* again: an fdatasync may have started meanwhile */
     if (worker->trace && operation->trace_id)

@@ -292,6 +292,16 @@ void worker_set_trace(struct worker *worker, struct trace *trace)
 
 /* ---- files ---- */
 
+/* Whether O_DIRECT reads 512 bytes at 512. */
+static bool takes_sectors(int fd)
+{
+    void *page = aligned_alloc(4096, 4096);
+    bool taken = page && pread(fd, page, 512, 512) >= 0;
+
+    free(page);
+    return taken;
+}
+
 /* What O_DIRECT on this file wants; 4096 suits every disk that does not say. */
 static void query_alignment(struct file *file)
 {
@@ -307,6 +317,10 @@ static void query_alignment(struct file *file)
 #else
     (void)stx;
 #endif
+    if (file->direct_fd >= 0 && takes_sectors(file->direct_fd))
+        file->offset_align = 512;
+    if (file->offset_align > 512)
+        file->direct_fd = -1; /* a guest's sector is less: its page would be written both ways */
 }
 
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)

@@ -224,6 +224,8 @@ struct operation {
     bool data;   /* may go through direct_fd */
     bool direct; /* went through it */
     uint32_t next;
+    uint32_t bounce_nbytes;
+    uint8_t *bounce; /* NULL: none; what O_DIRECT writes in place of pieces that do not suit it */
 };
 
 /* Two epochs: a grace closes one and waits until nothing begun in it is left. */
@@ -272,6 +274,7 @@ struct worker {
     uint32_t file_count;
     uint32_t free_operation; /* list through operation.next; WORKER_OPERATIONS ends it */
     uint32_t free_operations;
+    uint64_t bounce_nbytes; /* of all operations */
     uint32_t stalled; /* list of operations that the kernel would not take yet */
     struct grace grace;
 

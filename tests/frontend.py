@@ -121,6 +121,15 @@ class Queue:
         self._publish(slot, chain)
         return slot
 
+    def submit_from(self, kind: int, guest_offset: int, place: int, nbytes: int) -> int:
+        """Queue a write whose data is at *place* of the memory already; its slot."""
+        slot = self.free.pop()
+        at = self._header_at(slot)
+        self.bytes[at : at + 16] = struct.pack("<IIQ", kind, 0, guest_offset // 512)
+        self.bytes[self._status_at(slot)] = 0xFF
+        self._publish(slot, [(at, 16, 0), (place, nbytes, 0), (self._status_at(slot), 1, WRITABLE)])
+        return slot
+
     def _publish(self, slot: int, chain: list[tuple[int, int, int]]) -> None:
         head = slot * 3
         for position, (at, nbytes, flags) in enumerate(chain):

@@ -93,6 +93,7 @@ def serve_image(options: "Options") -> None:
     Raises: EndpointError, Unavailable, OSError.
     """
     from contextlib import ExitStack
+    from functools import partial
 
     from vhost.daemon import run
     from vhost.disk import ImageBackend
@@ -106,7 +107,8 @@ def serve_image(options: "Options") -> None:
         endpoint = stack.enter_context(_endpoint(options))
         control = stack.enter_context(_control(options, stop_fd))
         options = stack.enter_context(_with_private_logs(options))
-        held = stack.enter_context(HeldImage(options, lambda: _repair_progress(options.blk_file, stop_fd)))
+        progress = partial(_repair_progress, options.blk_file, stop_fd)
+        held = stack.enter_context(HeldImage(options, progress, partial(_stop_if_asked, stop_fd)))
         try:
             if options.incoming:
                 held.look()
@@ -209,20 +211,25 @@ class Stopped(Exception):
     """A signal came before the image was open."""
 
 
+def _stop_if_asked(stop_fd: int) -> None:
+    """Raise Stopped once a signal came."""
+    from vhost.endpoint import is_stopping
+
+    if is_stopping(stop_fd):
+        raise Stopped
+
+
 def _repair_progress(path: str, stop_fd: int) -> "Callable[[int, int], None]":
     """Say that the image is being repaired, and every few seconds how far it is; raise Stopped once a signal came."""
     import logging
     import time
-
-    from vhost.endpoint import is_stopping
 
     log = logging.getLogger("vhost")
     told = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal told
-        if is_stopping(stop_fd):
-            raise Stopped
+        _stop_if_asked(stop_fd)
         if not told:
             log.warning("%s: was not closed cleanly, repairing it", path)
             told = time.monotonic()

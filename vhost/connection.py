@@ -32,6 +32,7 @@ class Connection:
         self._worker = device.worker
         self._backchannel: BackendChannel | None = None
         self._regions: dict[Region, MemoryRegion] = {}
+        self._memory_files: set[tuple[int, int]] = set()  # device and inode of each that was ever guest memory
         self._note: inflight.WriteCacheNote | None = None
 
     def __enter__(self) -> "Connection":
@@ -151,6 +152,7 @@ class Connection:
                     self._note.write(wce)
             case effect.TakeBackend():
                 self._device.take()
+                self._device.admit(self._memory_files)
                 self._session.offer = self._device.offer
             case effect.LetGoOfBackend():
                 self._device.let_go()
@@ -187,6 +189,10 @@ class Connection:
             self._close_backchannel()
 
     def _set_memory(self, regions: dict[Region, MemoryRegion]) -> None:
+        added = [mapped for region, mapped in regions.items() if self._regions.get(region) is not mapped]
+        files = {(status.st_dev, status.st_ino) for status in (os.fstat(mapped.fd) for mapped in added)}
+        self._device.admit(files - self._memory_files)
+        self._memory_files |= files
         self._worker.call(lambda: self._worker.set_memory(list(regions.values())))
         self._regions = regions
 

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -101,6 +101,14 @@ class Device:
         with self._lock:
             self._was_taken = True
             self._attach()
+
+    def admit(self, memory: Collection[tuple[int, int]]) -> None:
+        """Before requests of a guest whose memory is in the files of these numbers, device and inode.
+
+        Raises: Unavailable.
+        """
+        if self.is_attached and self.backend.lease is not None:  # which only this thread takes and lets go
+            self.backend.lease.admit(memory)
 
     def let_go(self) -> None:
         """Leave it to others, if it was ever taken: no ring runs."""

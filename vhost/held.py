@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import qcow2
@@ -11,6 +11,7 @@ from qcow2 import Disk, ImageError
 from qcow2.chain import Outline, outline
 from qcow2.driver.file import HostFile
 from qcow2.image import Image
+from qcow2.lock import await_transfers, guest_key, lock_transfers
 from qcow2.statistics import Statistics
 from vhost.option import Options
 from virtio.block import Unavailable
@@ -28,12 +29,18 @@ class HeldImage:
     Nothing is cached over a time in which it was let go: another process may have changed the image.
     """
 
-    def __init__(self, options: Options, progress: Callable[[], Progress | None] = lambda: None) -> None:
-        """*progress()* makes what a repair of a dirty image is told to."""
+    def __init__(
+        self,
+        options: Options,
+        progress: Callable[[], Progress | None] = lambda: None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
         self.disk: Disk | None = None
         self.direct_fds: dict[HostFile, int] = {}
         self._options = options
         self._progress = progress
+        self._on_wait = on_wait
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
         self._stack = ExitStack()
@@ -88,14 +95,34 @@ class HeldImage:
             log_directory=options.link_log,
             discard_log=options.discard_link_log,
             progress=self._progress(),
+            on_wait=self._on_wait,
         )
         try:
             if options.cache.direct:
-                self.direct_fds = self._stack.enter_context(_direct_descriptors(disk.files))
+                files = [file for file in disk.files if not _shares_pages(disk, file)]
+                self.direct_fds = self._stack.enter_context(_direct_descriptors(files))
         except OSError:
             disk.close()
             raise
         return disk
+
+    def admit(self, memory: Collection[tuple[int, int]]) -> None:
+        """Return once no daemon that died reads into the guest's *memory*, files by device and inode.
+
+        Raises: Unavailable.
+        """
+        try:
+            for file, fd in self.direct_fds.items():
+                for key in (guest_key(numbers, self._numbers()) for numbers in memory):
+                    await_transfers(fd, file.life_fd, file.path, key, self._on_wait)
+        except OSError as error:
+            raise Unavailable(describe(error)) from error
+
+    def _numbers(self) -> tuple[int, int]:
+        """Device and inode of the image."""
+        assert self.disk is not None  # while there are direct descriptors
+        status = os.fstat(self.disk.files[0].fd)
+        return status.st_dev, status.st_ino
 
     def look(self) -> None:
         """Read the size of an image that is not held, without a lock: another process may be writing it.
@@ -161,6 +188,17 @@ def describe(error: OSError | ImageError) -> str:
     return str(error)
 
 
+def _shares_pages(disk: Disk, file: HostFile) -> bool:
+    """Whether data and tables lie in one page, which must not be written by O_DIRECT and through the cache."""
+    image = disk.image
+    if not (file is disk.files[0] and file.writable and isinstance(image, Image)):
+        return False
+    nbytes = image.geometry.cluster_size
+    if nbytes < PAGE:
+        log.warning("%s: clusters of %d bytes, less than a page: through the page cache", file.path, nbytes)
+    return nbytes < PAGE
+
+
 @contextmanager
 def _direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
     """A second descriptor of each file that bypasses the page cache.
@@ -172,6 +210,7 @@ def _direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
         for file in files:
             descriptors[file] = _open_direct(file)
             opened.callback(os.close, descriptors[file])
+            lock_transfers(descriptors[file], file.path, writable=file.writable)
         yield descriptors
 
 

@@ -1,6 +1,6 @@
 """The block device: what a user subclasses, and what the machinery under it serves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import IntEnum
 from typing import Protocol
 
@@ -84,6 +84,12 @@ class Lease(Protocol):
 
     def take(self) -> None:
         """Take hold of it, unless it is held. Raises: Unavailable."""
+
+    def admit(self, memory: Collection[tuple[int, int]]) -> None:
+        """Before requests of a guest whose memory is in these files (device, inode): nobody else moves data there now.
+
+        Raises: Unavailable.
+        """
 
     def look(self) -> None:
         """Bring the geometry up to date without taking hold. Raises: Unavailable."""

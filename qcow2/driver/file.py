@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 IOV_MAX = 1024
 ZEROS = bytes(1 << 20)
+# EINVAL: a device whose blocks are larger than the range.
+CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
 class HostFile:
@@ -28,6 +30,7 @@ class HostFile:
     def __init__(self, path: str, fd: int, *, writable: bool) -> None:
         self.path = path
         self.fd = fd
+        self.life_fd = -1  # says that this process lives: see `qcow2.lock`
         self.writable = writable
         self.is_device = False
 
@@ -63,8 +66,13 @@ class HostFile:
         Raises: OSError, as a network's file system may: what was not synced may be lost. It is closed all the same.
         """
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        life_fd, self.life_fd = self.life_fd, -1
+        try:
+            if fd >= 0:
+                os.close(fd)
+        finally:
+            if life_fd >= 0:
+                os.close(life_fd)
 
     def __enter__(self) -> "HostFile":
         return self
@@ -226,7 +234,7 @@ def _zero(file: HostFile, host_offset: int, nbytes: int) -> None:
     if nbytes <= 0:
         return
     result = lib.punch_hole(file.fd, host_offset, nbytes)
-    if result == -errno.EOPNOTSUPP:
+    if -result in CANNOT_PUNCH:
         _write_zeros(file, host_offset, nbytes)
     else:
         check(result)

@@ -25,15 +25,15 @@ class SharedMemory:
         self._map: mmap.mmap | None = None
         self._fd = -1
 
-    def load(self, is_trusted: Callable[[int], bool]) -> bytes:
-        """What an earlier process left there; *is_trusted* says of which users, by number, we take anything.
+    def load(self, is_trusted: Callable[[int], bool], nbytes: int | None = None) -> bytes:
+        """What an earlier process left there, or its first *nbytes*; *is_trusted* says of which users we take anything.
 
         Raises: OSError; EPERM if what is there is not what such a user's process could have left.
         """
         fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self._refuse_foreign(os.fstat(fd), is_trusted)
-            return os.pread(fd, self.nbytes, 0)
+            return os.pread(fd, self.nbytes if nbytes is None else nbytes, 0)
         finally:
             os.close(fd)
 

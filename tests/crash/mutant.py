@@ -371,7 +371,7 @@ def check_believes_l2_entries(patch: Patch) -> None:
 
 def image_is_not_locked(patch: Patch) -> None:
     """Law 10."""
-    patch.setattr("qcow2.chain.lock_image", lambda fd, path, *, writable: None)
+    patch.setattr("qcow2.chain.lock_image", lambda *_, **__: None)
 
 
 def readers_forbid_nothing(patch: Patch) -> None:

@@ -170,7 +170,7 @@ def test_libvirt_xml_says_that_memory_must_be_shared() -> None:
     assert ElementTree.fromstring(libvirt_xml(), parser).tag == "disk"
 
 
-@pytest.mark.skipif(shutil.which("virt-xml-validate") is None, reason="no virt-xml-validate here")
+@pytest.mark.skipif(None in map(shutil.which, ("virt-xml-validate", "xmllint")), reason="no virt-xml-validate, xmllint")
 def test_libvirt_accepts_the_xml(tmp_path: Path) -> None:
     domain = f"""<domain type='qemu'><name>guest</name><memory>65536</memory><os><type>hvm</type></os>
     <devices>{libvirt_xml()}</devices></domain>"""
