@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-TIERS = ("pure", "file", "vm")
+TIERS = ("pure", "file", "border", "vm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

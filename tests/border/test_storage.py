@@ -1,0 +1,145 @@
+"""Each door on storage that is full, or has sectors of 4096 bytes: nothing acknowledged is lost, and life goes on."""
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.frontend import FLUSH, IOERR, OK, OUT, FrontEnd
+from tests.oracle import assert_not_corrupt
+from tests.program import TIMEOUT, Daemon, qcow2_tool, qcow2_tool_ok
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and loop devices need root")
+MIB = 1 << 20
+
+
+def _run(*words: str | Path) -> str:
+    return subprocess.run([*map(str, words)], check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
+
+
+@contextmanager
+def mounted(*words: str | Path) -> Iterator[Path]:
+    """``mount *words*``, the last of which is the directory."""
+    _run("mount", *words)
+    try:
+        yield Path(words[-1])
+    finally:
+        _run("umount", words[-1])
+
+
+@contextmanager
+def loop_device(path: Path, *options: str) -> Iterator[Path]:
+    try:
+        device = _run("losetup", "--find", "--show", *options, path).strip()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no loop device: {error.stderr.strip()}")
+    try:
+        yield Path(device)
+    finally:
+        _run("losetup", "--detach", device)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB with an overlay of 16 MiB in it."""
+    (tmp_path / "base").write_bytes(b"b" * (16 * MIB))
+    directory = tmp_path / "small"
+    directory.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=3M", "none", directory):
+        qcow2_tool_ok("create", "-b", tmp_path / "base", "-F", "raw", directory / "disk", "16M")
+        yield directory
+
+
+@pytest.mark.parametrize("cache", ["writeback", "writethrough"])
+def test_full_disk_fails_requests_and_the_daemon_lives(full: Path, cache: str) -> None:
+    """Then a file is removed, and what failed succeeds."""
+    ballast = full / "ballast"
+    ballast.write_bytes(b"x" * MIB)
+    held: dict[int, bytes] = {}
+    with Daemon(full / "disk", f"--cache={cache}", "--sandbox") as daemon:
+        with FrontEnd(daemon.socket_path) as front_end:
+            for turn in range(128):
+                data = bytes([turn]) * 4096
+                if front_end.do(OUT, turn * 131072, data).status == OK:
+                    held[turn] = data
+            assert 0 < len(held) < 128
+            assert all(front_end.read(turn * 131072, 4096) == data for turn, data in held.items())
+            ballast.unlink()
+            assert front_end.do(FLUSH).status == OK
+            lost = next(turn for turn in range(128) if turn not in held)
+            assert front_end.do(OUT, lost * 131072, b"!" * 4096).status == OK
+            held[lost] = b"!" * 4096
+            front_end.flush()
+        daemon.stop()
+    with qcow2.open(str(full / "disk")) as disk:
+        assert all(disk.read(turn * 131072, 4096) == data for turn, data in held.items())
+    assert_not_corrupt(full / "disk")
+
+
+def test_full_disk_kills_nothing_that_the_library_wrote(full: Path) -> None:
+    held: list[int] = []
+    with qcow2.open(str(full / "disk"), writable=True) as disk:
+        failure = 0
+        for turn in range(128):
+            try:
+                disk.write(turn * 131072, bytes([turn]) * 4096)
+            except OSError as error:
+                failure = error.errno or 0
+                break
+            held.append(turn)
+        assert failure == errno.ENOSPC
+        assert held
+        assert all(disk.read(turn * 131072, 1)[0] == turn for turn in held)
+    with qcow2.open(str(full / "disk")) as disk:
+        assert all(disk.read(turn * 131072, 1)[0] == turn for turn in held)
+    assert_not_corrupt(full / "disk")
+
+
+def test_full_disk_fails_the_tool_in_a_line(full: Path) -> None:
+    (full / "ballast").write_bytes(b"x" * (os.statvfs(full).f_bavail * os.statvfs(full).f_frsize))
+    before = (full / "disk").read_bytes()
+    for words in (
+        ("create", "-o", "preallocation=full", full / "new", "16M"),
+        ("create", full / "new", "16M"),
+        ("resize", full / "disk", "100G"),
+        ("check", "-r", "all", full / "disk"),
+    ):
+        done = qcow2_tool(*words)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0 or done.stderr.count("\n") == 1, done.stderr
+    assert not (full / "new").exists(), "a failed create leaves nothing"
+    assert len(before) <= (full / "disk").stat().st_size
+    assert_not_corrupt(full / "disk")
+
+
+@pytest.mark.parametrize("cluster_size", ["512", "4K", "64K"])
+@pytest.mark.parametrize("cache", ["writeback", "none", "directsync"])
+def test_sectors_of_4096_bytes(tmp_path: Path, cluster_size: str, cache: str) -> None:
+    """The image is the device itself; requests are smaller than its sectors, and clusters may be."""
+    backing = tmp_path / "backing"
+    with backing.open("wb") as file:
+        file.truncate(16 * MIB)
+    with ExitStack() as stack:
+        device = stack.enter_context(loop_device(backing, "--sector-size", "4096"))
+        qcow2_tool_ok("create", "-o", f"cluster_size={cluster_size}", device, "4M")
+        (tmp_path / "disk").symlink_to(device)  # the daemon's socket lies beside the name
+        with Daemon(tmp_path / "disk", f"--cache={cache}") as daemon:
+            with FrontEnd(daemon.socket_path) as front_end:
+                for turn in range(16):
+                    front_end.write(turn * 1536, bytes([turn]) * 1536)
+                front_end.write_zeroes(512, 1024, unmap=False)
+                front_end.flush()
+                assert front_end.read(0, 512) == bytes(512)
+                assert front_end.do(OUT, 1 << 40, b"x" * 512).status == IOERR
+            daemon.stop()
+        with qcow2.open(str(device), writable=True) as disk:
+            assert disk.read(512, 1024) == bytes(1024)
+            assert all(disk.read(turn * 1536, 1536) == bytes([turn]) * 1536 for turn in range(1, 16))
+            disk.write(700, b"!" * 100)
+            assert disk.read(699, 102) == b"\0" + b"!" * 100 + b"\0"
+        assert_not_corrupt(device)
