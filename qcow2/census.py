@@ -94,7 +94,7 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     Memory: 20 KiB for each 4096 host clusters in use, and one table at a time.
     Raises: UnsupportedImage, CorruptImage if something cannot be found or would take forever.
     """
-    census = _begin(file, header, await Size(file), report)
+    census = _begin(file, header, max(await Size(file), header.record.l1_end), report)
     census.add("header", 0, census.cluster_size, Role.SINGLE)
     record = header.record
     await _count_l1(census, "L1 table", record.l1_table_offset, record.l1_size, Role.L2 | Role.ACTIVE)

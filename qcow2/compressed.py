@@ -22,7 +22,7 @@ Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 
 CACHE_BYTES = 4 << 20
 UNPACKING_BYTES = 32 << 20  # of streams and clusters under way, at most
-ZSTD_WINDOW_LOG = 23  # what every decoder must accept; more would be memory in proportion to an unchecked field
+ZSTD_WINDOW_LOG = 27  # the library's own limit, and QEMU's; of the window only as much is touched as a cluster has
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from qcow2.layout import (
 from qcow2.linklog import LinkLog
 from qcow2.links import LinkPolicy, Links
 from qcow2.mapping import Mapping, entries_of
-from qcow2.operation import Buffer, File, Read, Size
+from qcow2.operation import Buffer, File, Read, Resize, Size
 from qcow2.raw import RawImage
 from qcow2.reading import Place, Reader, Seen
 from qcow2.reaper import Reaper
@@ -93,6 +93,10 @@ class Image:
         l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         image = cls(file, header, l1, backing, options)
         file_size = await Size(file)
+        if file_size < record.l1_end:  # an empty end of the L1 table was cut off; nothing may be put in its place
+            if options.writable:
+                await Resize(file, record.l1_end)
+            file_size = record.l1_end
         image._mapping.set_file_end(file_size)
         if options.writable:
             image._changes = await image._open_changes(header, file_size, options, log)

@@ -259,14 +259,21 @@ uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster)
     return table && map->l1[cluster >> (map->cluster_bits - 3)] & FLAG_COPIED ? table : 0;
 }
 
-/* Without an L2 table everything up to the table's end is unallocated. Returns 0 if there is a table. */
+static int has_table(const struct l2map *map, uint64_t l1_index)
+{
+    return l1_index < map->l1_nentries && (map->l1[l1_index] & OFFSET_MASK);
+}
+
+/* Without L2 tables everything up to the next one's start is unallocated. Returns 0 if there is a table. */
 static int describe_missing_table(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out)
 {
     uint32_t table_bits = map->cluster_bits + map->cluster_bits - 3;
     uint64_t l1_index = guest_offset >> table_bits;
 
-    if (l1_index < map->l1_nentries && (map->l1[l1_index] & OFFSET_MASK))
+    if (has_table(map, l1_index))
         return 0;
+    while (((l1_index + 1) << table_bits) - guest_offset < nbytes && !has_table(map, l1_index + 1))
+        l1_index++;
     memset(out, 0, sizeof(*out));
     out->kind = L2_UNALLOCATED;
     out->nbytes = least(nbytes, ((l1_index + 1) << table_bits) - guest_offset);

@@ -108,6 +108,11 @@ class HeaderRecord:
     header_length: int = 72
     compression_type: int = 0
 
+    @property
+    def l1_end(self) -> int:
+        """Where the L1 table ends in the file; 0 if there is none."""
+        return self.l1_table_offset + self.l1_size * ENTRY_SIZE if self.l1_size else 0
+
     V2: ClassVar[struct.Struct] = struct.Struct(">IIQIIQIIQQIIQ")
     V3: ClassVar[struct.Struct] = struct.Struct(">IIQIIQIIQQIIQQQQII")
     V3_COMPRESSION: ClassVar[struct.Struct] = struct.Struct(">IIQIIQIIQQIIQQQQIIB")

@@ -75,7 +75,7 @@ def test_noise_is_refused_or_short(unpack) -> None:  # type: ignore[no-untyped-d
 
 
 def test_a_zstd_window_larger_than_decoders_must_take_is_refused() -> None:
-    parameters = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, write_content_size=False)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     packed = packer.compress(TEXT) + packer.flush()
     with pytest.raises(ValueError, match=r"memory|window|Frame"):
