@@ -15,7 +15,7 @@ from qcow2.check import Verdict, block_indexes, judge, miscopied, read_block
 from qcow2.error import UnsupportedImage
 from qcow2.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
-from qcow2.operation import File, Resize, Sync, Write
+from qcow2.operation import File, Sync, Write
 from qcow2.report import Report
 from qcow2.tally import Role, set_refcount, stored_refcount
 
@@ -37,16 +37,18 @@ async def repair(
     """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
 
     The dirty and the corrupt bit are cleared, stable on return, if no corruption is left.
-    Data is not touched. Nothing is written if something cannot be checked.
+    Data is not touched. Nothing is written if something cannot be checked, or lies past the end of the file: it is
+    gone, and zeros in its place would pass for it.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     before = await judge(file, Report(say), progress)
-    if before.report.check_errors:
+    if before.report.check_errors or _is_cut_off(before.census):
         return before.report
     # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
     if mode is RepairMode.LEAKS:
         await _lower_refcounts(before)
+        await _correct_copied(before.census)
     else:
         await _repair_all(before)
     after = (await judge(file, Report())).report
@@ -59,7 +61,6 @@ async def repair(
 
 async def _repair_all(verdict: Verdict) -> None:
     census = verdict.census
-    await _extend(census)
     if census.must_rebuild:
         await _rebuild(census)
     else:
@@ -67,12 +68,9 @@ async def _repair_all(verdict: Verdict) -> None:
     await _correct_copied(census)
 
 
-async def _extend(census: Census) -> None:
-    """Let the file reach as far as its references: a power loss may keep a link and lose the length of the file."""
-    end = census.tally.end(census.tally.nclusters)
-    if end > census.file_clusters:
-        await Resize(census.file, end << census.record.cluster_bits)
-        await Sync(census.file)
+def _is_cut_off(census: Census) -> bool:
+    """Whether the image refers to clusters that the file does not have."""
+    return int(census.tally.end(census.tally.nclusters)) > census.file_clusters
 
 
 async def _lower_refcounts(verdict: Verdict) -> None:

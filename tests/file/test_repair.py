@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import qcow2
 from tests.builder import Recipe, build
 from tests.builder.record import BITMAPS, CORRUPT, DIRTY
 from tests.file.test_check import DAMAGES, OFFSET, recipe
@@ -17,12 +18,10 @@ REPAIRABLE = [
     "counted too high",
     "leaked",
     "copied flag missing",
-    "just past the end",
     "two guests of one cluster",
     "no refcount block",
     "refcount block past the end",
     "refcount table past the end",
-    "truncated",
 ]
 
 
@@ -31,6 +30,31 @@ REPAIRABLE = [
 def test_qemu_finds_a_repaired_image_clean(tmp_path: Path, kind: str, cluster_bits: int) -> None:
     DAMAGES[kind](build(recipe(cluster_bits=cluster_bits), tmp_path / "a"))
     assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 0
+    assert_clean(tmp_path / "a")
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 16, 21])
+@pytest.mark.parametrize("kind", ["just past the end", "truncated"])
+def test_what_the_file_does_not_have_is_not_called_sound(tmp_path: Path, kind: str, cluster_bits: int) -> None:
+    """Zeros in its place would pass for it. qemu-img leaves the errors, too, and nobody serves a dirty one."""
+    built = build(recipe(cluster_bits=cluster_bits), tmp_path / "a")
+    DAMAGES[kind](built)
+    path = built.path
+    before = path.read_bytes()
+    assert qcow2_tool("check", "-r", "all", path).returncode == 2
+    assert path.read_bytes() == before
+    assert qemu_check(path)[0] == 2
+    with path.open("r+b") as file:
+        file.seek(79)
+        file.write(b"\1")
+    with pytest.raises(qcow2.CorruptImage, match=r"not closed cleanly, and .* errors cannot be repaired"):
+        qcow2.open(path, writable=True)
+
+
+def test_counts_that_fall_to_one_bring_the_flag_along(tmp_path: Path) -> None:
+    """Else a leak that is mended is an error at the next check."""
+    DAMAGES["counted too high"](build(recipe(), tmp_path / "a"))
+    assert qcow2_tool("check", "-r", "leaks", tmp_path / "a").returncode == 0
     assert_clean(tmp_path / "a")
 
 

@@ -59,18 +59,12 @@ def confuse_copied(file: SimulatedFile) -> None:
         file.write(table + 8 * index, struct.pack(">Q", entry ^ 1 << 63))
 
 
-def shorten(file: SimulatedFile) -> None:
-    """A power loss kept the links and lost the length of the file."""
-    file.write(72, DIRTY)
-    file.resize(file.size - 5 * CLUSTER)
-
-
-DAMAGES = [forget_counts, lose_a_block, confuse_copied, shorten]
+DAMAGES = [forget_counts, lose_a_block, confuse_copied]
 
 
 def mapped(file: SimulatedFile) -> bytes:
-    """The guest's data clusters, which repair must not touch; the last five may be lost with the file's end."""
-    return file.read(sound().size - CLUSTERS * CLUSTER, (CLUSTERS - 5) * CLUSTER)
+    """The guest's data clusters, which repair must not touch."""
+    return file.read(sound().size - CLUSTERS * CLUSTER, CLUSTERS * CLUSTER)
 
 
 def require_repaired(file: SimulatedFile, expected: bytes, table: int) -> None:
