@@ -51,7 +51,7 @@ def shared(path: Path) -> Iterator[SharedMemory]:
 @contextmanager
 def blocking(path: Path) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
-        yield Rig(file, BlockingDriver().run, path.read_bytes, memory, memory.load)
+        yield Rig(file, BlockingDriver().run, path.read_bytes, memory, partial(memory.load, lambda user: True))
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def ring(path: Path, aio: Aio = Aio.AUTO) -> Iterator[Rig]:
             slot = worker.call(lambda: worker.add_file(file.fd))
             driver = RingDriver(worker, {file: slot}, None)
             run = partial(run_on_worker, worker, driver)
-            yield Rig(file, run, path.read_bytes, memory, memory.load)
+            yield Rig(file, run, path.read_bytes, memory, partial(memory.load, lambda user: True))
 
 
 def threads(path: Path) -> AbstractContextManager[Rig]:
