@@ -17,6 +17,8 @@ from qcow2.layout import (
     ENTRY_SIZE,
     HEADER_INCOMPATIBLE_OFFSET,
     OFFSET_MASK,
+    PROMISES,
+    Autoclear,
     HeaderRecord,
 )
 from qcow2.linklog import LinkLog
@@ -59,6 +61,8 @@ class Image:
         self._statistics = Statistics()
         self._header = header
         self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
+        self.on_bitmaps_void: Callable[[], None] = lambda: None  # told once, at the first change of a disk with bitmaps
+        self._told_void = False
         self._slot: int | None = None
         self._stability = Stability(file, self._statistics, self._refuse_writes)
         self._cache = L2Cache(self.geometry, options.cache_size)
@@ -110,7 +114,7 @@ class Image:
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
         _validate_refcount_table(self.file, record, table, file_size)
         self._mapping.own_metadata(metadata_clusters(self.file, self.geometry, record, self._mapping.l1, table))
-        header = await clear_autoclear(self.file, header)  # the image is sound: this is the first write
+        header = await clear_autoclear(self.file, header, maintained=PROMISES)  # those wait for the first change
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(header, self._stability, is_lazy=is_lazy)
         return Changes(
@@ -156,7 +160,7 @@ class Image:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""
         if file is self.file:
             self._slot = slot
-            self._cache.set_file(slot, writable=not self.read_only and self._stability.error is None)
+            self._cache.set_file(slot, writable=self._may_overwrite())
         elif self.backing is not None:
             self.backing.set_slot(file, slot)
 
@@ -178,6 +182,22 @@ class Image:
             raise OSError(errno.EROFS, "opened read-only", self.file.path)
         self._changes.require_trust()
         return self._changes
+
+    def _may_overwrite(self) -> bool:
+        """Whether the extent map may answer writes: not before the first change has voided the header's promises."""
+        return self._changes is not None and not self._changes.root.has_promises and self._stability.error is None
+
+    async def _changing(self) -> "Changes":
+        changes = self._writable()
+        if changes.root.has_promises:
+            had_bitmaps = changes.root.header.record.autoclear_features & Autoclear.BITMAPS
+            await changes.root.void_promises()
+            changes.require_trust()
+            self._cache.set_file(self._slot, writable=self._may_overwrite())
+            if had_bitmaps and not self._told_void:
+                self._told_void = True
+                self.on_bitmaps_void()
+        return changes
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that this image, without its backing file, maps in one way."""
@@ -203,15 +223,15 @@ class Image:
 
         Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
         """
-        await self._writable().writer.write(guest_offset, source)
+        await (await self._changing()).writer.write(guest_offset, source)
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
-        await self._writable().zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap)
+        await (await self._changing()).zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap)
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
-        await self._writable().zeroer.discard(guest_offset, nbytes)
+        await (await self._changing()).zeroer.discard(guest_offset, nbytes)
 
     async def flush(self) -> None:
         """Make every write that has completed stable."""
@@ -229,7 +249,7 @@ class Image:
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
-        changes = self._writable()
+        changes = await self._changing()
         await changes.links.commit()
         await changes.grower.grow(grown_size(self.file, self.header, nbytes))
 

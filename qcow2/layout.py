@@ -48,6 +48,8 @@ class Autoclear(IntFlag):
     RAW_EXTERNAL_DATA = 1 << 1
 
 
+PROMISES = 0xFF  # the autoclear bits beside the mark: they hold until the first change
+
 # Ours, in autoclear bits that have no meaning: the mark of the link log whose links wait, 0 if none does (`linklog`).
 # Who writes to the image and does not know it must clear it, and so tells that the log is void.
 LOG_MARK_SHIFT = 8

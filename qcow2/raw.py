@@ -24,6 +24,7 @@ class RawImage:
         self.statistics = Statistics()
         self._map = RawMap(size)
         self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
+        self.on_bitmaps_void: Callable[[], None] = lambda: None  # never told
         self._slot: int | None = None
         self._stability = Stability(file, self.statistics, self._refuse_writes)
 

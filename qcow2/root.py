@@ -15,6 +15,7 @@ class Root:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
+        self.has_promises = bool(header.record.autoclear_features & layout.PROMISES)  # a change breaks them
         self._stability = stability
         self._mutex = Mutex()
 
@@ -29,6 +30,18 @@ class Root:
                     word = self.header.record.incompatible_features
                     await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
                     self._must_mark = False
+
+    async def void_promises(self) -> None:
+        """Clear the autoclear bits that the first change breaks, stable on return.
+
+        One byte: those beside it are the mark of the link log, which has other writers.
+        """
+        async with self._mutex.hold():
+            if self.has_promises:
+                word = self.header.record.autoclear_features
+                offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
+                await self._write(offset, b"\0", autoclear_features=word ^ (word & layout.PROMISES))
+                self.has_promises = False
 
     async def mark_clean(self) -> None:
         """Clear the dirty bit, if it is set, stable on return; everything else is stable already."""

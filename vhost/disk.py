@@ -183,6 +183,7 @@ class ImageBackend:
         self._worker = worker
         self._block = block
         self._image.on_failure = self._refuse_writes
+        self._image.on_bitmaps_void = self._tell_of_void_bitmaps
         self._image.set_link_policy(
             LinkPolicy(
                 # Not where a barrier costs nothing, nor where the mark in the image could hang this thread.
@@ -278,6 +279,10 @@ class ImageBackend:
         """A metadata write or a sync failed: no success of the data plane may hide it."""
         self._tell(f"{self._image.file.path}: a sync or a write of metadata failed, no more writes")
         self._block.refuse_writes()
+
+    def _tell_of_void_bitmaps(self) -> None:
+        path = self._image.file.path
+        self._tell(f"{path}: persistent bitmaps are not maintained: they are void from now on")
 
     def _tell_of_lost_log(self, error: OSError) -> None:
         self._tell(f"no link log, so the first write to each cluster of an overlay waits for the disk: {error}")

@@ -200,7 +200,22 @@ def test_unknown_autoclear_bits_are_cleared_by_the_first_writable_open(tmp_path:
     built = build(Recipe(size=1 << 20, autoclear=1 << 17 | 1), tmp_path / "a")
     with qcow2.open(str(built.path), writable=True):
         pass
-    assert built.peek(88, 8) == bytes(8)
+    assert built.peek(88, 8) == (1).to_bytes(8, "big")
+
+
+@pytest.mark.parametrize("change", ["write", "write_zeroes", "discard", "resize"])
+def test_bitmaps_are_void_from_the_first_change_on(tmp_path: Path, change: str) -> None:
+    built = build(Recipe(size=1 << 20, autoclear=1), tmp_path / "a")
+    with qcow2.open(str(built.path), writable=True) as disk:
+        disk.flush()
+        assert built.peek(95, 1) == b"\1"
+        if change == "write":
+            disk.write(0, b"x")
+        elif change == "resize":
+            disk.resize(2 << 20)
+        else:
+            getattr(disk, change)(0, 1 << 16)
+        assert built.peek(95, 1) == b"\0"
 
 
 def test_unknown_compatible_bits_fields_and_extensions_survive_writing(tmp_path: Path) -> None:
