@@ -66,7 +66,7 @@ class Endpoint:
         """
         if self.path is None:
             return
-        if _identity(self.path) != self.identity:
+        if self.identity is None or _identity(self.path) != self.identity:
             raise EndpointError(f"socket {self.path} is gone, or another process has put its own there")
         self.unix_socket.listen(1)
 
@@ -169,7 +169,7 @@ def _identity(path: str) -> tuple[int, int] | None:
         found = os.lstat(path)
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if stat.S_ISSOCK(found.st_mode) else None
 
 
 def _remove_stale(path: str) -> None:
