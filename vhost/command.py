@@ -21,8 +21,20 @@ CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the daemon; the exit status. Imports come late: asking for the capabilities must cost nothing."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the program; the exit status, also if standard output takes nothing more."""
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            if sys.stdout is not None:  # None where it was closed when Python started
+                sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None  # Python would try again at exit, and complain itself
+        return 1 if isinstance(error, BrokenPipeError) else _complain(f"standard output: {error.strerror}")
+
+
+def _run(arguments: list[str]) -> int:
+    """Serve, or do what else *arguments* say. Imports come late: asking for the capabilities must cost nothing."""
     if arguments == ["--version"]:
         import qcow2
 
@@ -32,9 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(CAPABILITIES)
         return 0
     if arguments[:1] == ["ctl"]:
+        from qcow2.interruption import run_to_end
         from vhost.ctl import main as control
 
-        return control(arguments[1:])
+        return run_to_end(lambda: control(arguments[1:]))
     from vhost.option import UsageError, parse
     from vhost.systemd import activated_fd
 

@@ -34,11 +34,19 @@ def main(arguments: list[str]) -> int:
     """Run one command; the exit status."""
     try:
         request = vars(parser().parse_args(arguments))
-        answer = ask(request.pop("control"), request)
-    except (UsageError, OSError, ValueError) as error:
+    except UsageError as error:
         return _complain(str(error))
+    path = request.pop("control")
+    try:
+        answer = ask(path, request)
+    except OSError as error:
+        return _complain(f"{path or repr(path)}: {error.strerror or error}")
+    except ValueError:
+        answer = {}
     if "error" in answer:
         return _complain(answer["error"])
+    if "result" not in answer:
+        return _complain(f"{path}: no daemon of ours answers there, or it ended before it answered")
     result = answer["result"]
     if result is not None:
         print(
@@ -56,8 +64,10 @@ def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
             json.loads(lines.readline())  # the greeting
             lines.write(json.dumps(request).encode() + b"\n")
             lines.flush()
-            answer: dict[str, Any] = json.loads(lines.readline())
-            return answer
+            answer = json.loads(lines.readline())
+    if not isinstance(answer, dict):
+        raise ValueError("the answer is not an object")
+    return answer
 
 
 def _complain(text: str) -> int:

@@ -289,3 +289,45 @@ def test_number_that_is_no_size_is_refused(daemon: Daemon, control: Path, size: 
         lines.flush()
         assert "error" in json.loads(lines.readline())
     assert ask(control, "status")["size"] == 64 * MIB
+
+
+@pytest.mark.parametrize("answers", [b"", b"hi\n", b"{}\n[]\n", b"{}\n{}\n", b"\xff\n"])
+def test_ctl_names_a_socket_at_which_no_daemon_answers(control: Path, answers: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, _start_ctl(control, listener) as program:
+        with listener.accept()[0] as client:
+            client.sendall(answers)
+            client.shutdown(socket.SHUT_WR)
+            _, complaint = program.communicate(timeout=TIMEOUT)
+    assert program.returncode == 1
+    assert complaint.count("\n") == 1
+    assert str(control) in complaint
+
+
+def test_ctl_names_a_socket_that_is_not_there(control: Path) -> None:
+    assert ctl(control, "status").stderr == f"vhost-user-qcow2: ctl: {control}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctl_dies_of_a_signal_without_a_word(control: Path, number: signal.Signals) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, _start_ctl(control, listener) as program:
+        with listener.accept()[0] as client, client.makefile("rb") as requests:
+            client.sendall(b"{}\n")
+            requests.readline()
+            program.send_signal(number)
+            assert program.communicate(timeout=TIMEOUT) == ("", "")
+    assert program.returncode == -number
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["--print-capabilities"], ["ctl", "--help"]])
+def test_full_standard_output_is_said_on_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([DAEMON, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert done.stderr == "vhost-user-qcow2: standard output: No space left on device\n"
+
+
+def _start_ctl(control: Path, listener: socket.socket) -> subprocess.Popen[str]:
+    listener.bind(str(control))
+    listener.listen()
+    command = [DAEMON, "ctl", f"--control={control}", "status"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
