@@ -56,6 +56,24 @@ def test_python_imports_follow_the_arrows() -> None:
     assert wrong == set()
 
 
+FLOORS = ("qcow2.tool", "qcow2.job", "qcow2")  # highest first; imports go down
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if module == floor or module.startswith(f"{floor}."))
+
+
+def test_the_engine_knows_no_job_and_a_job_no_tool() -> None:
+    wrong = []
+    for path in sorted((ROOT / "qcow2").rglob("*.py")):
+        own = floor_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "qcow2"] if isinstance(node, ast.ImportFrom) else []
+            wrong += [(path.name, name) for name in names if name.startswith("qcow2") and floor_of(name) < own]
+    assert wrong == []
+
+
 def test_c_includes_follow_the_arrows() -> None:
     wrong = {
         (path, included)
@@ -90,6 +108,6 @@ def test_printing_capabilities_loads_nothing_heavy() -> None:
 
 
 def test_a_check_does_without_the_engine() -> None:
-    program = "import sys, qcow2.tool_check; sys.exit('loaded the engine' if 'qcow2.image' in sys.modules else 0)"
+    program = "import sys, qcow2.tool.check; sys.exit('loaded the engine' if 'qcow2.image' in sys.modules else 0)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     assert run.returncode == 0, run.stderr

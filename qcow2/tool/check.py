@@ -8,7 +8,7 @@ from qcow2.check import check
 from qcow2.driver.file import HostFile, run
 from qcow2.format import FORMATS
 from qcow2.report import Report
-from qcow2.tool_file import add_log_options, opened, print_json, recovered
+from qcow2.tool.file import add_log_options, opened, print_json, recovered
 
 MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
 NO_CHECK = 63  # qemu-img's status for a format that has none

@@ -8,7 +8,7 @@ from qcow2.geometry import Geometry
 from qcow2.growth import grown_size
 from qcow2.header import Header, read_header, require_uncorrupted
 from qcow2.quantity import parse_size
-from qcow2.tool_file import add_log_options, opened
+from qcow2.tool.file import add_log_options, opened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,14 +13,14 @@ from qcow2.interruption import run_to_end
 from qcow2.stdio import occupy
 
 COMMANDS = {
-    "create": ("tool_create", "make a new image"),
-    "info": ("tool_info", "say what an image is"),
-    "check": ("tool_check", "check an image, and repair it"),
-    "map": ("tool_map", "say where the disk's bytes are"),
-    "rebase": ("tool_rebase", "give an image another backing file"),
-    "resize": ("tool_resize", "make the disk of an image longer"),
-    "link-logs": ("tool_logs", "list what killed daemons left in memory"),
-    "dump-header": ("tool_dump", "show the header with all its extensions"),
+    "create": ("create", "make a new image"),
+    "info": ("info", "say what an image is"),
+    "check": ("check", "check an image, and repair it"),
+    "map": ("map", "say where the disk's bytes are"),
+    "rebase": ("rebase", "give an image another backing file"),
+    "resize": ("resize", "make the disk of an image longer"),
+    "link-logs": ("logs", "list what killed daemons left in memory"),
+    "dump-header": ("dump", "show the header with all its extensions"),
 }
 
 
@@ -92,7 +92,7 @@ def _print_any_bytes() -> None:
 
 def _room(command: str) -> Any:
     """The module that serves *command*; none of the others is imported, which would take longer than most commands."""
-    return import_module(f"qcow2.{COMMANDS[command][0]}")
+    return import_module(f"qcow2.tool.{COMMANDS[command][0]}")
 
 
 def build_parser(wanted: Collection[str] = tuple(COMMANDS)) -> Parser:

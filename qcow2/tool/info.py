@@ -15,7 +15,7 @@ from qcow2.layout import SECTOR_SIZE, BitmapFlags
 from qcow2.operation import File
 from qcow2.quantity import format_size
 from qcow2.snapshot import Snapshot, read_snapshots
-from qcow2.tool_file import opened, print_json
+from qcow2.tool.file import opened, print_json
 
 NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]  # as qemu-img's JSON has them

@@ -9,7 +9,7 @@ from qcow2 import layout
 from qcow2.driver.file import run
 from qcow2.header import Extension, Header, feature_entries, feature_names, load_header
 from qcow2.layout import Autoclear, Compatible, ExtensionMagic, FeatureNameType, Incompatible
-from qcow2.tool_file import opened, print_json
+from qcow2.tool.file import opened, print_json
 
 EXTENSION_NAMES = {
     ExtensionMagic.BACKING_FORMAT: "backing file format",

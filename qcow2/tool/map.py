@@ -14,7 +14,7 @@ from qcow2.image import Image, OpenOptions
 from qcow2.l2cache import Kind
 from qcow2.quantity import parse_size
 from qcow2.raw import RawImage
-from qcow2.tool_file import as_texts
+from qcow2.tool.file import as_texts
 
 MAX_STEP = 1 << 40  # bytes asked for at once
 

@@ -11,7 +11,7 @@ from qcow2.error import ImageError
 from qcow2.header import read_header
 from qcow2.linklog import Mark, read_log
 from qcow2.logplace import NAME, all_logs, remove_log
-from qcow2.tool_file import print_json
+from qcow2.tool.file import print_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from qcow2.format import FORMATS
 from qcow2.header import read_header
 from qcow2.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
 from qcow2.quantity import parse_size
-from qcow2.tool_file import created, opened
+from qcow2.tool.file import created, opened
 
 T = TypeVar("T")
 
