@@ -8,6 +8,7 @@ export PYTHON
 
 .PHONY: demo test check vm migrate asan kill threads bench compare install build-packages guest-packages
 
+demo: export PYTHONPATH := $(CURDIR)
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
@@ -118,7 +119,7 @@ $(VENV)/installed-dev: pyproject.toml | $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-bench: pyproject.toml | $(VENV)/installed
-	@echo "installing into $(VENV): matplotlib, setuptools"
+	@echo "installing into $(VENV): matplotlib"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test,bench]'
 	@touch $@
 

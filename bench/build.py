@@ -1,9 +1,9 @@
 """Compile the load generator when it is older than its sources; it is no part of the installed product."""
 
 import contextlib
+import io
 import shlex
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -22,7 +22,7 @@ def build() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as directory:
         wrapper, library = Path(directory, "native.c"), Path(directory, "native.so")
-        with contextlib.redirect_stdout(sys.stderr):  # cffi tells what it does; stdout is for results
+        with contextlib.redirect_stdout(io.StringIO()):  # cffi tells what it does; stdout is for results
             emit_wrapper("bench._native", wrapper)
         compiler = shlex.split(sysconfig.get_config_var("CC"))
         includes = [f"-I{ROOT}", f"-I{sysconfig.get_path('include')}"]

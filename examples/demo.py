@@ -1,17 +1,21 @@
-"""Boot a guest on a lazy-refcounts qcow2 disk that we serve, then on QEMU's own qcow2, and compare what it cost.
+"""Boot a guest on a qcow2 disk that we serve, then on QEMU's own qcow2; then load both servers without a guest.
 
 Run it through `make demo`, which installs what it needs.
 """
 
 import argparse
 import bisect
+import fcntl
 import json
+import os
 import re
-import shutil
+import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from comparison import Cost, FioRun, Outcome, print_comparison
@@ -19,6 +23,7 @@ from guest import (
     Backend,
     Failure,
     Guest,
+    Kernel,
     Result,
     builtin_disk,
     debian_kernel,
@@ -27,27 +32,34 @@ from guest import (
     installed_program,
     vhost_user_disk,
 )
+from race import print_race, run_race
+
+from bench.load import LoadFailure
+from bench.server import ServerFailure
 
 IMAGE_SIZE = "10G"
 IMAGE_OPTIONS = "compat=1.1,lazy_refcounts=on"
-GUEST_TIMEOUT = 80  # its jobs end by the clock; booting takes 30 s on a busy machine
+# For both guests. With ten seconds for each server and the removal of the images, two minutes in all.
+GUESTS_TIMEOUT = 88  # their jobs end by the clock; booting takes 7 s, on a busy machine 30
+KVM_TIMEOUT = 5  # a guest that does nothing takes less than two where KVM works
 GUEST_CPUS = 2
+WITH = {"kvm": "KVM", "tcg": "emulated, because no guest starts with KVM here"}
 
 # The files are much larger than what is written, so nearly every cluster touched is a new one.
 JOB = """
 fio() {
     name=$1; shift
     command fio --name=$name --directory=/mnt --rw=randwrite --bs=4k --verify=crc32c --verify_fatal=1 \
-        --verify_backlog=256 --eta=never --output=/tmp/$name --output-format=json "$@"
+        --verify_backlog=16 --eta=never --output=/tmp/$name --output-format=json "$@"
     report $name /tmp/$name
 }
 echo "mkfs.ext4 /dev/vda"
 mkfs.ext4 -q /dev/vda
 mount -o noinit_itable /dev/vda /mnt
-echo "4 KiB random writes, 32 at a time, read back as it goes, 8 s"
-fio deep --filesize=2G --io_size=32M --runtime=8 --ioengine=libaio --direct=1 --iodepth=32
-echo "4 KiB random writes, one at a time, each followed by fsync, read back as it goes, 5 s"
-fio single --filesize=1G --io_size=4M --runtime=5 --ioengine=psync --fsync=1
+echo "4 KiB random writes, 32 at a time, read back as it goes, 5 s"
+fio deep --filesize=2G --io_size=32M --runtime=5 --ioengine=libaio --direct=1 --iodepth=32
+echo "4 KiB random writes, one at a time, each followed by fsync, read back as it goes, 3 s"
+fio single --filesize=1G --io_size=4M --runtime=3 --ioengine=psync --fsync=1
 umount /mnt
 report requests /sys/block/vda/stat
 """
@@ -60,33 +72,92 @@ def main() -> int:
     """Run the demo; 0 if every check passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where kernel and images go (%(default)s)")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # QEMU aborts on some half-working KVMs
     try:
-        return 0 if compare(parser.parse_args().cache.resolve()) else 1
-    except Failure as failure:
+        return 0 if demonstrate(parser.parse_args().cache.resolve()) else 1
+    except (Failure, ServerFailure, LoadFailure, OSError, subprocess.CalledProcessError) as failure:
         print(f"demo: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
-def compare(cache: Path) -> bool:
-    """Run the job on our disk and on QEMU's, below *cache*, which should be on a real disk; True if all was clean."""
+def demonstrate(cache: Path) -> bool:
+    """Show everything, with images below *cache*, which should be on a real disk; True if all was clean."""
     say = stopwatch()
     kernel = debian_kernel(cache / "guest", say)
-    # Kept afterwards for a look at the images, and because removing them at once is slow: where the file system is
-    # mounted with discard, a busy disk took 80 s for it.
-    directory = cache / "demo"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
+    with workplace(cache / "demo") as directory:
+        is_clean = compare_guests(kernel, directory, say)
+        race = run_race(directory, say)
+    print_race(race, cache / "demo.svg")
+    return is_clean
+
+
+@contextmanager
+def workplace(directory: Path) -> Iterator[Path]:
+    """Make *directory*, empty, for this demo only, and remove it, also when told to end by a signal.
+
+    What a demo left there that was killed goes first.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure(f"{directory}: another demo is at work") from None
+    try:
+        _empty(directory)
+        yield directory
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # or another one stops the removal half-way
+        _empty(directory)
+        directory.rmdir()
+        os.close(lock)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
+
+
+def compare_guests(kernel: Kernel, directory: Path, say: Callable[[str], None]) -> bool:
+    """Run the job in a guest on our disk and in one on QEMU's; False if anything failed, which is said."""
+    deadline = time.monotonic() + GUESTS_TIMEOUT
     initrd = initramfs(kernel, directory / "initrd")
-    say(f"guest: Linux {kernel.release}, initramfs of {initrd.stat().st_size >> 20} MiB, QEMU without KVM")
+    accelerator = fastest_accelerator(kernel, initrd)
+    say(f"guest: Linux {kernel.release}, initramfs of {initrd.stat().st_size >> 20} MiB, {WITH[accelerator]}")
 
     def boot(disk: Sequence[str]) -> Result:
-        with Guest(kernel, initrd, JOB, disk, cpus=GUEST_CPUS, on_line=lambda line: say(f"  guest | {line}")) as guest:
-            return guest.finish(GUEST_TIMEOUT)
+        show = lambda line: say(f"  guest | {line}")  # noqa: E731
+        guest = Guest(kernel, initrd, JOB, disk, accelerator=accelerator, cpus=GUEST_CPUS, on_line=show)
+        with guest:
+            return guest.finish(deadline - time.monotonic())
 
-    ours, theirs = run_ours(directory, boot, say), run_theirs(directory, boot, say)
+    try:
+        ours, theirs = run_ours(directory, boot, say), run_theirs(directory, boot, say)
+    except Failure as failure:
+        print(f"demo: {failure}", file=sys.stderr)  # what follows needs no guest
+        return False
     print_comparison(ours, theirs)
-    print(f"\nThe images are in {directory}.")
+    if accelerator == "tcg":
+        print("\nAn emulated guest is its own limit; without one it shows what the servers can do.")
+    print(flush=True)
     return ours.is_clean and theirs.is_clean
+
+
+def fastest_accelerator(kernel: Kernel, initrd: Path) -> str:
+    """KVM where a guest really starts with it; /dev/kvm alone says too little."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    try:
+        with Guest(kernel, initrd, "true", accelerator="kvm") as guest:
+            guest.finish(KVM_TIMEOUT)
+    except Failure:
+        return "tcg"
+    return "kvm"
 
 
 def run_ours(directory: Path, boot: Callable[[Sequence[str]], Result], say: Callable[[str], None]) -> Outcome:
