@@ -9,8 +9,9 @@ import errno
 import os
 from contextlib import suppress
 
-from qcow2.error import CorruptImage
+from qcow2.error import CorruptImage, MetadataOverlap
 from qcow2.geometry import Geometry
+from qcow2.holes import Holes
 from qcow2.mapping import Mapping
 from qcow2.operation import File, Resize, Signal, Spawn, Zero
 from qcow2.reaper import Reaper
@@ -42,6 +43,7 @@ class Allocator:
         stability: Stability,
         statistics: Statistics,
         file_size: int,
+        holes: Holes,
     ) -> None:
         self._file = file
         self._geometry = geometry
@@ -51,6 +53,7 @@ class Allocator:
         self._reaper = reaper
         self._stability = stability
         self._statistics = statistics
+        self._holes = holes
         self._file_size = file_size
         self._opened_size = file_size  # what was in the file before us is not cut off
         self._stock = Stock()  # reserved, not yet handed out
@@ -157,17 +160,24 @@ class Allocator:
 
     async def _find_area(self, nclusters: int) -> range:
         """That many consecutive free clusters past the end of the file."""
+        await self._holes.look_if_cheap()
         end = self._geometry.clusters(self._file_size)
         start = stop = end  # [start, stop) is free
         while stop - start < nclusters:
             if start - end > SEARCHED_CLUSTERS:
                 raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
-            free = await self._refcounts.find_free(stop, start + nclusters)
+            free = self._holes.usable(await self._refcounts.find_free(stop, start + nclusters))
             if free.start > stop:
                 start = free.start
             stop = free.stop
-        self._mapping.require_no_metadata(range(start, stop))
+        self._require_no_metadata(range(start, stop))
         return range(start, stop)
+
+    def _require_no_metadata(self, free: range) -> None:
+        """Raises: MetadataOverlap if a cluster of *free*, which count zero, holds metadata: what else does?"""
+        if (cluster := self._mapping.first_metadata(free)) is not None:
+            where = cluster << self._geometry.cluster_bits
+            raise MetadataOverlap(self._file.path, where, f"metadata at {where:#x} has refcount 0, repair the image")
 
     def _missing_blocks(self, area: range) -> list[int]:
         """The refcount blocks that *area* needs and that do not exist."""
@@ -267,10 +277,14 @@ class Allocator:
         """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
         end = self._geometry.clusters(self._file_size)
         if not may_grow:
+            if await self._holes.look():
+                self._cursor = 0
             found, self._cursor = await self._search(self._cursor, end, wanted)
             return found
-        scanned = self._refcounts.per_block * (self._refcounts.block_of(self._cursor) + SCANNED_BLOCKS)
-        found, self._cursor = await self._search(self._cursor, min(end, scanned), wanted)
+        await self._holes.look_if_cheap()
+        first = max(self._cursor, self._holes.first)
+        scanned = self._refcounts.per_block * (self._refcounts.block_of(first) + SCANNED_BLOCKS)
+        found, self._cursor = await self._search(first, min(end, scanned), wanted)
         wanted -= sum(map(len, found))
         if wanted:
             fresh, _ = await self._search(end, end + SEARCHED_CLUSTERS, wanted)
@@ -283,10 +297,11 @@ class Allocator:
         """Runs of free clusters in [first, end), each within one refcount block; and where to search on."""
         found: list[range] = []
         while wanted and first < end:
-            extent = (await self._refcounts.find_free(first, end))[:wanted]
+            free = await self._refcounts.find_free(first, end)
+            extent = self._holes.usable(free)[:wanted]
+            self._require_no_metadata(range(free.start, extent.stop))
             first = extent.stop
             if extent:
-                self._mapping.require_no_metadata(extent)
                 found.append(extent)
                 wanted -= len(extent)
         return found, first

@@ -24,6 +24,10 @@ class CorruptImage(ImageError):
         self.host_offset = host_offset
 
 
+class MetadataOverlap(CorruptImage):
+    """What is guest data or free by one table is metadata by another: who goes on writing would destroy it."""
+
+
 def no_memory() -> OSError:
     """What an operation that finds no memory fails with: a failure of the host like any other."""
     return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))

@@ -2,21 +2,22 @@
 
 import errno
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 from qcow2.allocation import Allocator
 from qcow2.compressed import CompressedClusters
-from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage
 from qcow2.geometry import Geometry
 from qcow2.growth import Grower, grown_size
 from qcow2.header import Header, clear_autoclear, read_header, require_uncorrupted
+from qcow2.holes import Holes
 from qcow2.l2cache import ExtentMap, L2Cache, Run
 from qcow2.layout import (
     ENTRY_SIZE,
     HEADER_INCOMPATIBLE_OFFSET,
-    OFFSET_MASK,
     PROMISES,
     Autoclear,
     HeaderRecord,
@@ -24,12 +25,14 @@ from qcow2.layout import (
 from qcow2.linklog import LinkLog
 from qcow2.links import LinkPolicy, Links
 from qcow2.mapping import Mapping, entries_of
+from qcow2.metadata import active_clusters, snapshot_clusters, table_limit
 from qcow2.operation import Buffer, File, Read, Resize, Size
 from qcow2.raw import RawImage
 from qcow2.reading import Place, Reader, Seen
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
 from qcow2.root import Root
+from qcow2.snapshot import read_snapshots
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 from qcow2.table import Tables
@@ -113,7 +116,10 @@ class Image:
         nbytes = record.refcount_table_clusters << record.cluster_bits
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
         _validate_refcount_table(self.file, record, table, file_size)
-        self._mapping.own_metadata(metadata_clusters(self.file, self.geometry, record, self._mapping.l1, table))
+        owned = active_clusters(self.file, self.geometry, record, self._mapping.l1, table)
+        snapshots = await read_snapshots(self.file, header)
+        owned += await snapshot_clusters(self.file, self.geometry, record, snapshots, file_size)
+        self._mapping.own_metadata(owned)
         header = await clear_autoclear(self.file, header, maintained=PROMISES)  # those wait for the first change
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(header, self._stability, is_lazy=is_lazy)
@@ -128,6 +134,7 @@ class Image:
             self._statistics,
             log if record.version >= 3 else None,  # version 2 has no place for the tag
             file_size=file_size,
+            ntables=table_limit(self._mapping.l1, snapshots),
             backing_size=None if self.backing is None else self.backing.size,
         )
 
@@ -199,6 +206,14 @@ class Image:
                 self.on_bitmaps_void()
         return changes
 
+    async def _guard(self, changes: "Changes", change: Coroutine[Any, Any, None]) -> None:
+        """Make *change*; the image is marked corrupt and takes no more if it would hit metadata."""
+        try:
+            await change
+        except MetadataOverlap as error:
+            await changes.condemn(error)
+            raise
+
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that this image, without its backing file, maps in one way."""
         return await self._mapping.resolve(guest_offset, nbytes)
@@ -223,15 +238,18 @@ class Image:
 
         Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
         """
-        await (await self._changing()).writer.write(guest_offset, source)
+        changes = await self._changing()
+        await self._guard(changes, changes.writer.write(guest_offset, source))
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
-        await (await self._changing()).zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap)
+        changes = await self._changing()
+        await self._guard(changes, changes.zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap))
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
-        await (await self._changing()).zeroer.discard(guest_offset, nbytes)
+        changes = await self._changing()
+        await self._guard(changes, changes.zeroer.discard(guest_offset, nbytes))
 
     async def flush(self) -> None:
         """Make every write that has completed stable."""
@@ -251,7 +269,7 @@ class Image:
         """
         changes = await self._changing()
         await changes.links.commit()
-        await changes.grower.grow(grown_size(self.file, self.header, nbytes))
+        await self._guard(changes, changes.grower.grow(grown_size(self.file, self.header, nbytes)))
 
     async def close(self) -> None:
         """Leave the image clean: refcounts written, everything stable, then the dirty bit cleared.
@@ -279,15 +297,18 @@ class Changes:
         log: LinkLog | None,
         *,
         file_size: int,
+        ntables: int,
         backing_size: int | None,
     ) -> None:
         table_offset = root.header.record.refcount_table_offset
         self.root = root
         self._stability = stability
         refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
-        self._reaper = Reaper(file, geometry, refcounts, stability, statistics)
+        nclusters = geometry.clusters(file_size)
+        self._reaper = Reaper(file, geometry, refcounts, stability, statistics, nclusters)
+        holes = Holes(file, geometry, refcounts, root, stability, nclusters, ntables)
         self._allocator = Allocator(
-            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size
+            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size, holes
         )
         self._reaper.on_free = self._allocator.reuse
         mapping.cache.set_freed(self._reaper.freed)
@@ -307,6 +328,12 @@ class Changes:
     def require_trust(self) -> None:
         """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""
         self._allocator.require_links()
+
+    async def condemn(self, error: MetadataOverlap) -> None:
+        """Mark the image corrupt, and take no more writes: one has met *error*."""
+        with suppress(OSError):  # the host's, which ends all writes as well
+            await self.root.mark_corrupt()
+        self._stability.fail(OSError(errno.EIO, str(error)))
 
     async def settle(self) -> None:
         """Bring the disk in the state of a clean close."""
@@ -333,24 +360,3 @@ def _validate_refcount_table(file: File, record: HeaderRecord, table: "array[int
         if entry % (1 << record.cluster_bits) or entry >= file_size:
             where = record.refcount_table_offset + index * ENTRY_SIZE
             raise CorruptImage(file.path, where, f"refcount table entry {index} is invalid: {entry:#x}")
-
-
-def metadata_clusters(
-    file: File, geometry: Geometry, record: HeaderRecord, l1: "array[int]", refcount_table: "array[int]"
-) -> "array[int]":
-    """The sorted numbers of the host clusters that hold the active image's tables.
-
-    Raises: CorruptImage if two tables overlap.
-    """
-    bits = geometry.cluster_bits
-    clusters = [0]
-    clusters += range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1)))
-    start = record.refcount_table_offset >> bits
-    clusters += range(start, start + record.refcount_table_clusters)
-    clusters += [entry >> bits for entry in refcount_table if entry]
-    clusters += [(entry & OFFSET_MASK) >> bits for entry in l1 if entry & OFFSET_MASK]
-    clusters.sort()
-    for one, other in pairwise(clusters):
-        if one == other:
-            raise CorruptImage(file.path, one << bits, f"two tables share the cluster at {one << bits:#x}")
-    return array("Q", clusters)

@@ -9,10 +9,10 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from sys import byteorder
 
-from qcow2.error import CorruptImage
+from qcow2.error import CorruptImage, MetadataOverlap
 from qcow2.geometry import Geometry
 from qcow2.l2cache import Kind, L2Cache, Run
-from qcow2.layout import COPIED, ENTRY_SIZE, L1_RESERVED, OFFSET_MASK
+from qcow2.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, OFFSET_MASK
 from qcow2.operation import File, Read, Signal
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
@@ -77,7 +77,7 @@ class Mapping:
         self.cache.set_file_end(self.file_end)
 
     def own_metadata(self, clusters: Iterable[int]) -> None:
-        """Guest data may not lie in these host *clusters*."""
+        """Guest data may not lie in these host *clusters*; one that is named twice has to be disowned twice."""
         self.cache.release_metadata()
         if self._metadata:
             for cluster in clusters:
@@ -93,12 +93,12 @@ class Mapping:
             del self._metadata[bisect_left(self._metadata, cluster)]
         self.cache.set_metadata(self._metadata)
 
-    def require_no_metadata(self, clusters: range) -> None:
-        """Raises: CorruptImage if one of the consecutive *clusters*, all free by their refcounts, holds metadata."""
+    def first_metadata(self, clusters: range) -> int | None:
+        """The first of the consecutive *clusters* that holds metadata."""
         index = bisect_left(self._metadata, clusters.start)
         if index < len(self._metadata) and self._metadata[index] < clusters.stop:
-            where = self._metadata[index] << self.geometry.cluster_bits
-            raise CorruptImage(self._file.path, where, f"metadata at {where:#x} has refcount 0")
+            return self._metadata[index]
+        return None
 
     def known(self, guest_offset: int, nbytes: int) -> Run:
         """What `resolve` would say, if memory can tell; else a run of kind MISS or BAD."""
@@ -120,9 +120,11 @@ class Mapping:
 
     def _refuse_entry(self, guest_offset: int, run: Run) -> None:
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
-        raise CorruptImage(
-            self._file.path, where, f"L2 entry {run.entry:#018x} of guest offset {guest_offset:#x} is invalid"
-        )
+        message = f"L2 entry {run.entry:#018x} of guest offset {guest_offset:#x}"
+        cluster = self.geometry.cluster_of(run.entry & OFFSET_MASK)
+        if not run.entry & L2_COMPRESSED and self.first_metadata(range(cluster, cluster + 1)) is not None:
+            raise MetadataOverlap(self._file.path, where, f"{message} names a cluster that holds metadata")
+        raise CorruptImage(self._file.path, where, f"{message} is invalid")
 
     def has_table(self, guest_offset: int) -> bool:
         """Whether an L2 table maps *guest_offset*."""

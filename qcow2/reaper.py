@@ -25,7 +25,13 @@ class Reaper:
     """One background task that releases whatever has gathered, batch by batch."""
 
     def __init__(
-        self, file: File, geometry: Geometry, refcounts: Refcounts, stability: Stability, statistics: Statistics
+        self,
+        file: File,
+        geometry: Geometry,
+        refcounts: Refcounts,
+        stability: Stability,
+        statistics: Statistics,
+        nclusters: int,
     ) -> None:
         self.on_free: Callable[[int], None] = lambda cluster: None  # told the lowest that is free again
         self._file = file
@@ -33,6 +39,7 @@ class Reaper:
         self._refcounts = refcounts
         self._stability = stability
         self._statistics = statistics
+        self._nclusters = nclusters  # of the file as it was opened; some writers do not count all of them
         self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
         self._waiting: list[int] = []
         self._under_way: Signal | None = None
@@ -89,6 +96,8 @@ class Reaper:
 
     async def _count_down(self, clusters: list[int]) -> None:
         async with self._refcounts.mutex.hold():
+            if uncounted := set(await self._refcounts.uncounted(clusters, self._nclusters)):
+                clusters = [cluster for cluster in clusters if cluster not in uncounted]
             unused = await self._refcounts.last_references(clusters)
             await self._punch(unused)
             await self._refcounts.add(clusters, -1)

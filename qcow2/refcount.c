@@ -62,6 +62,16 @@ uint64_t refcount_add(uint8_t *block, uint32_t order, const uint64_t *entries, u
     return done;
 }
 
+uint64_t refcount_zero(const uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, uint64_t *zero)
+{
+    uint64_t found = 0;
+
+    for (uint64_t i = 0; i < count; i++)
+        if (!refcount_get(block, order, entries[i]))
+            zero[found++] = entries[i];
+    return found;
+}
+
 uint64_t refcount_last(const uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, uint64_t *last)
 {
     uint64_t found = 0;

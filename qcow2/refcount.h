@@ -16,3 +16,5 @@ uint64_t refcount_used(const uint8_t *block, uint32_t order, uint64_t end);
 uint64_t refcount_add(uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, int delta);
 /* Which of `entries`, in ascending order, are named as often as they count. -> the number of those put into `last`. */
 uint64_t refcount_last(const uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, uint64_t *last);
+/* Which of `entries` count zero. -> the number of those put into `zero`. */
+uint64_t refcount_zero(const uint8_t *block, uint32_t order, const uint64_t *entries, uint64_t count, uint64_t *zero);

@@ -8,7 +8,7 @@ import errno
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from qcow2.geometry import Geometry
 from qcow2.layout import (
@@ -106,6 +106,10 @@ class Refcounts:
             await self._stability.write(self.block_offset(index), block.data)
             block.is_changed = False
 
+    async def content(self, index: int) -> bytes | None:
+        """The counts of block *index*, None where all are zero; the caller holds `mutex`."""
+        return bytes((await self._block(index)).data) if self.has_block(index) else None
+
     async def find_free(self, first: int, end: int) -> range:
         """The first run of clusters in [first, end) that count zero, as far as one block tells; empty if it has none.
 
@@ -133,14 +137,23 @@ class Refcounts:
 
     async def last_references(self, clusters: Iterable[int]) -> list[int]:
         """The *clusters*, ascending, that are named as often as they are referenced; the caller holds `mutex`."""
-        found: list[int] = []
+        return [cluster async for cluster in self._picked(clusters, lib.refcount_last)]
+
+    async def uncounted(self, clusters: Iterable[int], end: int) -> list[int]:
+        """Those of the *clusters* below *end*, ascending, that count zero; the caller holds `mutex`."""
+        below = [cluster for cluster in clusters if cluster < end]
+        without = [cluster for cluster in below if not self.has_block(self.block_of(cluster))]
+        return without + [cluster async for cluster in self._picked(below, lib.refcount_zero)]
+
+    async def _picked(self, clusters: Iterable[int], pick: Callable[..., int]) -> AsyncIterator[int]:
+        """The *clusters* that *pick*, a function of refcount.c, takes from their blocks."""
         for index, entries in self._by_block(clusters):
             if self.has_block(index):
                 block = await self._block(index)
-                view, last = ffi.from_buffer("uint64_t[]", entries), ffi.new("uint64_t[]", len(entries))
-                n = lib.refcount_last(block.view, self._order, view, len(entries), last)
-                found += [index * self.per_block + entry for entry in ffi.unpack(last, n)]
-        return found
+                view, found = ffi.from_buffer("uint64_t[]", entries), ffi.new("uint64_t[]", len(entries))
+                n = pick(block.view, self._order, view, len(entries), found)
+                for entry in ffi.unpack(found, n):
+                    yield index * self.per_block + entry
 
     async def add(self, clusters: Iterable[int], delta: int) -> None:
         """Change the counts of *clusters* by *delta*, 1 or -1, for each time they are named.

@@ -49,6 +49,13 @@ class Root:
             word = self.header.record.incompatible_features
             await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 
+    async def mark_corrupt(self) -> None:
+        """Set the corrupt bit, stable on return: nobody writes before a repair. Version 2 has no place for it."""
+        async with self._mutex.hold():
+            if self.header.record.version >= 3:
+                word = self.header.record.incompatible_features
+                await self._write_incompatible(word | int(layout.Incompatible.CORRUPT))
+
     async def _write_incompatible(self, word: int) -> None:
         """Eight bytes inside one sector: a power loss leaves the old or the new bits."""
         await self._write(layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word), incompatible_features=word)

@@ -203,8 +203,8 @@ class Walk:
 
     def _named(self, kept: Sequence[str]) -> list[Unit]:
         """The units of those names, in the order they took effect."""
-        units = [unit for number in self._pending for unit in (self._pending[number], *self._parts[number])]
-        return [unit for unit in units if unit.name in kept]
+        units = {unit.name: unit for number in self._pending for unit in (self._pending[number], *self._parts[number])}
+        return [unit for name, unit in units.items() if name in kept]
 
     def _take(self, entry: object) -> bool:
         """Go past *entry*; whether a power loss may leave something new, or is judged anew."""

@@ -1,0 +1,106 @@
+"""What the refcounts say is free, and is: some images do not count all they use.
+
+So nobody is handed a cluster before a census has shown that nothing refers to it. It is taken once, when clusters are
+needed for the first time, and unasked only if its reads are few: else nothing inside the file is free, until the file
+cannot grow. References made later are to clusters that were handed out, hence counted: what the census says stays true.
+"""
+
+from array import array
+from bisect import bisect_right
+from contextlib import suppress
+
+from qcow2.census import Census, take_census
+from qcow2.error import CorruptImage, ImageError
+from qcow2.geometry import Geometry
+from qcow2.operation import File, Grace
+from qcow2.refcount import Refcounts
+from qcow2.report import Report
+from qcow2.root import Root
+from qcow2.stability import Stability
+from qcow2.tally import stored_refcount
+
+MAX_UNASKED_BYTES = 64 << 20  # of L2 tables: disks of 512 GiB with clusters of 64 KiB
+MAX_UNASKED_TABLES = 4096  # one read each
+
+
+class Holes:
+    """Knows which clusters are in use uncounted; *nclusters* had the file as it was opened."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        refcounts: Refcounts,
+        root: Root,
+        stability: Stability,
+        nclusters: int,
+        ntables: int,
+    ) -> None:
+        self._file = file
+        self._geometry = geometry
+        self._refcounts = refcounts
+        self._root = root
+        self._stability = stability
+        self._nclusters = nclusters
+        self._is_cheap = ntables <= min(MAX_UNASKED_TABLES, MAX_UNASKED_BYTES // geometry.cluster_size)
+        self._is_known = False
+        self._starts: array[int] = array("Q")  # of the runs that are in use uncounted, ascending
+        self._stops: array[int] = array("Q")
+
+    @property
+    def first(self) -> int:
+        """No cluster below it may be handed out as long as the file can grow."""
+        return 0 if self._is_known else self._nclusters
+
+    def usable(self, free: range) -> range:
+        """The first run in *free*, clusters that count zero, that nothing refers to; empty, at its end, if none."""
+        if not self._is_known:
+            return range(min(max(free.start, self._nclusters), free.stop), free.stop)
+        start, stop = free.start, free.stop
+        following = bisect_right(self._starts, start)
+        if following and self._stops[following - 1] > start:
+            start = min(self._stops[following - 1], stop)
+        if following < len(self._starts):
+            stop = min(self._starts[following], stop)
+        return range(start, max(start, stop))
+
+    async def look_if_cheap(self) -> None:
+        """Take the census, if it has few tables to read. The caller holds the mutex of the refcounts."""
+        if self._is_cheap:
+            with suppress(OSError, ImageError):  # what cannot be looked at is in use
+                await self.look()
+
+    async def look(self) -> bool:
+        """Take the census; false if it has been taken. The caller holds the mutex of the refcounts.
+
+        Raises: OSError, UnsupportedImage, CorruptImage; then no hole is usable.
+        """
+        if self._is_known:
+            return False
+        self._is_cheap = False  # not again, unless there is no other way
+        census = await take_census(self._file, self._root.header, Report())
+        if census.report.check_errors:
+            raise CorruptImage(self._file.path, 0, "not all references can be found, so no cluster is known to be free")
+        await self._stability.sync()  # what refers to nothing any more does so after a power loss, too
+        await Grace()
+        end = census.tally.end(census.tally.nclusters)
+        for index in range(-(-end // self._refcounts.per_block)):
+            await self._compare(census, index, end)
+        self._is_known = True
+        return True
+
+    async def _compare(self, census: Census, index: int, end: int) -> None:
+        """Note the clusters of refcount block *index* that are referenced and count zero."""
+        first, order = index * self._refcounts.per_block, self._geometry.refcount_order
+        block = await self._refcounts.content(index)
+        nentries = min(self._refcounts.per_block, end - first)
+        for cluster in census.tally.differing(block, order, first, nentries):
+            if stored_refcount(block, order, cluster - first) == 0:
+                self._note(cluster)
+
+    def _note(self, cluster: int) -> None:
+        if self._stops and self._stops[-1] == cluster:
+            self._stops[-1] = cluster + 1
+        else:
+            self._starts.append(cluster)
+            self._stops.append(cluster + 1)

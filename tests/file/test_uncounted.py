@@ -1,0 +1,189 @@
+"""Images that do not count all they use: what their refcounts call free is not overwritten."""
+
+import errno
+import struct
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from qcow2 import operation as op
+from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET, OFFSET_MASK, Incompatible
+from tests.builder import Built, Recipe, build
+from tests.engine import Bench, open_again, set_up
+
+CLUSTER = 65536
+OLD, NEW = b"\7" * CLUSTER, b"\x09" * CLUSTER
+
+
+def snapshotted(tmp_path: Path, version: int = 3) -> Built:
+    recipe = Recipe(size=256 * CLUSTER, version=version)
+    for cluster in range(8):
+        recipe.data(cluster, OLD)
+    recipe.snapshot("precious")
+    return build(recipe, tmp_path / "disk")
+
+
+def number(built: Built, host_offset: int) -> int:
+    return int(struct.unpack(">Q", built.peek(host_offset, 8))[0])
+
+
+def incompatible(built: Built) -> int:
+    return number(built, HEADER_INCOMPATIBLE_OFFSET)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("what", ["snapshot table", "snapshot's L1 table", "snapshot's L2 table"])
+def test_uncounted_table_of_a_snapshot_ends_all_writes(tmp_path: Path, what: str, version: int) -> None:
+    built = snapshotted(tmp_path, version)
+    table = number(built, 64)
+    where = table
+    if what != "snapshot table":
+        where = number(built, table)
+    if what == "snapshot's L2 table":  # its own, once the disk has another
+        with qcow2.open(built.path, writable=True) as disk:
+            disk.write(0, NEW)
+        where = number(built, where) & OFFSET_MASK
+    built.set_refcount(where, 0)
+    before = built.peek(where, CLUSTER)
+    disk = qcow2.open(built.path, writable=True)
+    with pytest.raises((qcow2.CorruptImage, OSError)):
+        disk.write(100 * CLUSTER, NEW)
+    assert disk.read(CLUSTER, CLUSTER) == OLD
+    with pytest.raises(OSError, match="no more writes"):
+        disk.close()
+    assert built.peek(where, CLUSTER) == before
+    if version == 3:
+        assert incompatible(built) & Incompatible.CORRUPT
+        with pytest.raises(qcow2.CorruptImage, match="marked corrupt"):
+            qcow2.open(built.path, writable=True)
+
+
+def test_guest_data_inside_a_snapshots_table_is_refused(tmp_path: Path) -> None:
+    built = snapshotted(tmp_path)
+    l1 = number(built, number(built, 64))
+    before = built.peek(l1, CLUSTER)
+    built.set_l2(20, l1 | 1 << 63)
+    built.set_l1(0, built.l2_offsets[0] | 1 << 63)
+    disk = qcow2.open(built.path, writable=True)
+    with pytest.raises(qcow2.CorruptImage, match="holds metadata"):
+        disk.write(20 * CLUSTER, NEW)
+    with pytest.raises(OSError, match="no more writes"):
+        disk.write(0, NEW)
+    assert disk.read(0, CLUSTER) == OLD
+    with pytest.raises(OSError, match="no more writes"):
+        disk.close()
+    assert built.peek(l1, CLUSTER) == before
+    assert incompatible(built) & Incompatible.CORRUPT
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_uncounted_guest_data_is_not_handed_out(tmp_path: Path, version: int) -> None:
+    recipe = Recipe(size=256 * CLUSTER, version=version)
+    for cluster in range(32):
+        recipe.data(cluster, OLD)
+    recipe.compressed(40, b"packed")
+    built = build(recipe, tmp_path / "disk")
+    for cluster in range(32):
+        built.set_refcount(built.l2(cluster) & OFFSET_MASK, 0)
+    built.set_refcount(built.l2(40) & (1 << 54) - 1 & -CLUSTER, 0)
+    with qcow2.open(built.path, writable=True) as disk:
+        for cluster in range(100, 164):
+            disk.write(cluster * CLUSTER, b"x")  # a byte: nothing around it may be zeroed either
+    with qcow2.open(built.path) as disk:
+        assert disk.read(0, 32 * CLUSTER) == OLD * 32
+        assert disk.read(40 * CLUSTER, 6) == b"packed"
+        assert all(disk.read(cluster * CLUSTER, 2) == b"x\0" for cluster in range(100, 164))
+    assert version == 2 or not incompatible(built)
+
+
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_uncounted_guest_data_can_be_let_go(tmp_path: Path, is_lazy: bool) -> None:
+    recipe = Recipe(size=256 * CLUSTER)
+    for cluster in range(32):
+        recipe.data(cluster, OLD)
+    built = build(recipe, tmp_path / "disk")
+    for cluster in range(16):
+        entry = built.l2(cluster)
+        built.set_refcount(entry & OFFSET_MASK, 0)
+        if cluster % 2:
+            built.set_l2(cluster, entry & OFFSET_MASK)  # not its own, as far as is known: a write copies
+    with qcow2.open(built.path, writable=True, lazy_refcounts=is_lazy) as disk:
+        disk.write(0, NEW * 4)
+        disk.discard(4 * CLUSTER, 4 * CLUSTER)
+        disk.write(100 * CLUSTER, NEW * 64)
+        disk.flush()
+        assert disk.read(0, 12 * CLUSTER) == NEW * 4 + bytes(4 * CLUSTER) + OLD * 4
+    with qcow2.open(built.path) as disk:
+        assert disk.read(0, 32 * CLUSTER) == NEW * 4 + bytes(4 * CLUSTER) + OLD * 24
+        assert disk.read(100 * CLUSTER, 64 * CLUSTER) == NEW * 64
+
+
+def test_data_that_only_a_snapshot_has_is_not_handed_out(tmp_path: Path) -> None:
+    recipe = Recipe(size=256 * CLUSTER)
+    recipe.data(0, OLD)
+    recipe.snapshot("precious")
+    recipe.data(0, NEW)
+    built = build(recipe, tmp_path / "disk")
+    l2 = number(built, number(built, number(built, 64))) & OFFSET_MASK
+    where = number(built, l2) & OFFSET_MASK
+    built.set_refcount(where, 0)
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.write(100 * CLUSTER, NEW * 8)
+    assert built.peek(where, CLUSTER) == OLD
+
+
+def test_holes_that_nothing_refers_to_are_used(tmp_path: Path) -> None:
+    recipe = Recipe(size=256 * CLUSTER)
+    for cluster in range(32):
+        recipe.data(cluster, OLD)
+    built = build(recipe, tmp_path / "disk")
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.discard(0, 16 * CLUSTER)
+    nbytes = built.path.stat().st_size
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.write(100 * CLUSTER, NEW * 8)
+    assert built.path.stat().st_size == nbytes
+
+
+def uncounted_bench(nclusters: int) -> Bench:
+    """Data in the first clusters, every second of them uncounted."""
+    bench = set_up(100 * 512)
+    for cluster in range(nclusters):
+        bench.write(cluster * 512, b"\7" * 512)
+    bench.close()
+    (l1,) = struct.unpack(">Q", bench.file.read(40, 8))
+    (table,) = struct.unpack(">Q", bench.file.read(48, 8))
+    (block,) = struct.unpack(">Q", bench.file.read(table, 8))
+    (l2,) = struct.unpack(">Q", bench.file.read(l1, 8))
+    for entry in struct.unpack(f">{nclusters}Q", bench.file.read(l2 & OFFSET_MASK, nclusters * 8))[::2]:
+        bench.file.write(block + 2 * ((entry & OFFSET_MASK) // 512), b"\0\0")
+    return open_again(bench, writable=True)
+
+
+def test_file_that_cannot_grow_is_full_before_uncounted_data_is_touched() -> None:
+    bench = uncounted_bench(40)
+    full = OSError(errno.ENOSPC, "full")
+    bench.breaker.fault = lambda operation: full if isinstance(operation, op.Resize) else None
+    with pytest.raises(OSError, match="full"):
+        bench.write(40 * 512, b"\x09" * 60 * 512)
+    assert bench.read(0, 40 * 512) == b"\7" * 40 * 512
+
+
+def test_tables_that_cannot_be_read_let_the_file_grow() -> None:
+    bench = uncounted_bench(40)
+    end = bench.file.size
+    bench.write(40 * 512, b"\x09" * 512)
+    bench = uncounted_bench(40)
+    reads: list[op.Operation] = []
+
+    def fault(operation: op.Operation) -> OSError | None:
+        if isinstance(operation, op.Read) and not reads and operation.host_offset != 0:
+            reads.append(operation)
+            return OSError(errno.EIO, "unreadable")
+        return None
+
+    bench.driver.run(bench.image.resolve(0, 512))  # what the write itself needs is in memory
+    bench.breaker.fault = fault
+    bench.driver.run(bench.image.flush())
+    assert bench.file.size == end
