@@ -128,8 +128,8 @@ class Allocator:
             await self._reaper.free(spoiled)
 
     def require_links(self) -> None:
-        """Raises: OSError(EIO) if an L2 entry of the extent map's could not be written: no more writes then."""
-        if number := self._stock.error:
+        """Raises: OSError(EIO) if the extent map could not write an entry or the log's mark: no more writes then."""
+        if number := self._mapping.cache.error:
             self._stability.fail(OSError(number, os.strerror(number), self._file.path))
         self._stability.require_trust()
 

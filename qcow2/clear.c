@@ -138,7 +138,5 @@ int l2map_clear(void *context, uint64_t guest_offset, uint64_t nbytes, enum exte
     }
     if (result == -EAGAIN || result == -ENOSPC || result == -EDQUOT)
         return -EAGAIN; /* the entries are as they were */
-    map->stock->error = -result; /* nobody knows what they are */
-    map->writable = 0;
-    return result;
+    return l2map_fail(map, result); /* nobody knows what they are */
 }

@@ -223,9 +223,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
     /* Without space an entry is as it was; after anything else nobody knows. */
     if (!error || error == -ENOSPC || error == -EDQUOT)
         return 0;
-    stock->error = -error;
-    map->writable = 0;
-    return error;
+    return l2map_fail(map, error);
 }
 
 static const struct extent_places places = {take, settle, l2map_clear};

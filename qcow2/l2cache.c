@@ -89,6 +89,18 @@ void l2map_set_file(struct l2map *map, uint32_t slot, int writable)
     map->writable = writable;
 }
 
+int l2map_fail(struct l2map *map, int result)
+{
+    map->error = -result;
+    map->writable = 0;
+    return result;
+}
+
+int l2map_error(const struct l2map *map)
+{
+    return map->error;
+}
+
 void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size)
 {
     map->has_backing = has_backing;

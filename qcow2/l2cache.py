@@ -98,6 +98,11 @@ class L2Cache:
         """Say which of the worker's files this is, and whether overwrites in place may be answered."""
         lib.l2map_set_file(self._map, lib.SLOT_UNKNOWN if slot is None else slot, writable)
 
+    @property
+    def error(self) -> int:
+        """errno of an entry, or a mark of the log, that the extent map could not write; 0: it wrote them all."""
+        return int(lib.l2map_error(self._map))
+
     def set_backing(self, extent_map: ExtentMap | None, size: int, owner: object) -> None:
         """Let unallocated clusters show what *extent_map*, kept alive by *owner*, says; None: only Python can tell."""
         self._backing = owner

@@ -29,6 +29,7 @@ struct l2map {
 
     uint32_t slot;
     int writable;
+    int error; /* errno of a write of an entry, or of the log's mark, that failed */
     int has_backing;
     extent_translate backing_translate;
     void *backing_context;
@@ -66,6 +67,8 @@ static inline uint64_t least(uint64_t a, uint64_t b)
 
 /* -> where the slice is, or NONE. */
 uint32_t l2map_find(struct l2map *map, uint64_t slice);
+/* Nobody knows what an entry, or the log's mark, is since writing it has failed: write none from now on. -> result. */
+int l2map_fail(struct l2map *map, int result);
 /* -> whether somebody has locked one of the guest clusters from first to last. */
 int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last);
 /* -> host offset of the L2 table of the guest cluster; 0: there is none, or its L1 entry cannot be true. */

@@ -20,7 +20,6 @@ struct stock {
     uint64_t low;       /* with so many left the map leaves one write to Python, and forgets this */
     uint64_t linked;    /* that the map handed out for good */
     uint32_t is_open;   /* clusters may be linked: what must be stable before is */
-    int32_t error;      /* errno of an entry whose write failed */
     uint32_t front;     /* the run to take from; the others follow */
     uint32_t nruns;
     uint32_t nspoiled;

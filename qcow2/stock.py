@@ -19,11 +19,6 @@ class Stock:
     def __len__(self) -> int:
         return int(self.native.left) + self._nmore
 
-    @property
-    def error(self) -> int:
-        """errno of a link of the extent map's that failed, 0 if none did: it has linked nothing since."""
-        return int(self.native.error)
-
     def open(self) -> None:
         """From now on clusters may be linked."""
         self.native.is_open = True

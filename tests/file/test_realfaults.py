@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.frontend import FLUSH, IOERR, OUT, FrontEnd
 from tests.kill.images import KINDS
+from tests.program import TIMEOUT, Daemon, qcow2_tool_ok
 from tests.realfault.campaign import calls_of, faults, settings
+from tests.realfault.host import WRITE, Fault, Host
 from tests.realfault.trial import live
 
 LIVES = 2
+CLUSTER = 65536
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -23,3 +27,27 @@ def test_a_host_that_fails_is_answered_honestly(tmp_path: Path, kind: str) -> No
     assert len(calls) > 20
     for _ in range(LIVES):
         live(setting, draw.choice(list(faults(calls, draw.randint(1, len(calls))))), tmp_path)
+
+
+@pytest.mark.parametrize("backing", [True, False], ids=["mark", "entry"])
+def test_a_name_that_the_data_plane_cannot_write_is_the_last(tmp_path: Path, backing: bool) -> None:
+    """The log's mark in the header, for a link that waits, or else the L2 entry: written right after the data."""
+    image, base = tmp_path / "disk", tmp_path / "base"
+    base.write_bytes(b"b" * 32 * CLUSTER)
+    qcow2_tool_ok("create", *(("-b", base, "-F", "raw") if backing else ()), image, str(32 * CLUSTER))
+    host = Host(image, Fault(), tmp_path / "told")
+    with Daemon(image, under=host.under) as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            host.arm()
+            cluster = 0
+            while host.seen[-4:] != [WRITE] * 4:  # of two requests: nothing has to be reserved for the next
+                guest.write(cluster * CLUSTER, b"x" * 512)
+                cluster += 1
+            host.aim(1)
+            assert guest.do(OUT, cluster * CLUSTER, b"x" * 512).status == IOERR
+            host.arm(False)
+            assert guest.do(FLUSH).status == IOERR
+        daemon.process.terminate()
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 1
+    assert "a write of metadata failed, no more writes" in said

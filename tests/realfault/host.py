@@ -70,6 +70,10 @@ class Host:
     def arm(self, armed: bool = True) -> None:
         self._told.armed = armed
 
+    def aim(self, count: int) -> None:
+        """Let the fault strike at the call after the next *count*, those that are not armed left out."""
+        self._told.at = self._told.seen + count + 1
+
     @property
     def hit(self) -> int:
         """The kind of call that has failed; 0: none."""
