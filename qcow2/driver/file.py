@@ -121,7 +121,16 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def perform(operation: op.Operation) -> Any:
-    """Do what *operation* promises and return its result."""
+    """Do what *operation* promises and return its result. Raises: OSError naming the file."""
+    try:
+        return _perform(operation)
+    except OSError as error:
+        if error.filename is None and isinstance(file := getattr(operation, "file", None), HostFile):
+            error.filename = file.path
+        raise
+
+
+def _perform(operation: op.Operation) -> Any:
     match operation:
         case op.Read():
             return _read(_host(operation.file), operation.host_offset, operation.nbytes)

@@ -65,3 +65,12 @@ def test_a_directory_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=str(tmp_path)):
         HostFile.open(str(tmp_path))
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_failure_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    with HostFile.open(str(tmp_path / "a")) as file:
+        for operation in (op.Write(file, 0, b"y"), op.Resize(file, 2)):
+            with pytest.raises(OSError) as raised:
+                run(_do(operation))
+            assert raised.value.filename == file.path
