@@ -19,13 +19,20 @@ class Interrupted(BaseException):
 
 
 def run_to_end(main: Callable[[], int]) -> int:
-    """The status of *main*; by a signal this process dies, without a word, so that its parent sees what it was."""
+    """The status of *main*; by a signal this process dies, without a word, so that its parent sees what it was.
+
+    SIGPIPE is one of them: Python has it ignored, and raises where nobody reads what is printed.
+    """
     try:
         with _raised():
-            return main()
+            status = main()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
     except Interrupted as interrupted:
-        _die(interrupted.number)
-        return 128 + interrupted.number
+        return _die(interrupted.number)
+    except BrokenPipeError:
+        return _die(signal.SIGPIPE)
 
 
 @contextmanager
@@ -43,7 +50,9 @@ def _raised() -> Iterator[None]:
     yield
 
 
-def _die(number: int) -> None:
+def _die(number: int) -> int:
+    """By the signal; a status for the shell if that is blocked."""
     sys.stdout = None  # what was not written is not wanted any more
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    return 128 + number

@@ -1,7 +1,11 @@
 """Standard input, output and error: descriptors 0, 1 and 2, to which libraries write whatever they are."""
 
+import io
 import os
 import sys
+from typing import Any
+
+OUTPUT = "standard output"
 
 
 def occupy() -> None:
@@ -17,3 +21,29 @@ def occupy() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)  # None where it was closed when Python started
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+class _Named(io.FileIO):
+    """A descriptor whose errors say what it is."""
+
+    def __init__(self, fd: int, what: str) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self._what = what
+
+    def write(self, data: Any, /) -> int:
+        """Raises: OSError with the name."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = self._what
+            raise
+
+
+def name_output() -> None:
+    """Let errors of standard output say so, and let names of files be printed as the bytes that they are."""
+    encoding, is_terminal = sys.stdout.encoding, sys.stdout.isatty()
+    output = io.BufferedWriter(_Named(1, OUTPUT))
+    named = io.TextIOWrapper(output, encoding, "surrogateescape", line_buffering=is_terminal)
+    sys.stdout = sys.__stdout__ = named  # type: ignore[misc] # who drops the one does not flush: it might wait
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="surrogateescape")

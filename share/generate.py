@@ -15,7 +15,7 @@ from argparse_manpage.manpage import Manpage
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from qcow2.tool import build_parser as qcow2_parser  # noqa: E402 - after the path
+from qcow2.tool.command import build_parser as qcow2_parser  # noqa: E402 - after the path
 from vhost.option import whole_parser as daemon_parser  # noqa: E402
 
 VERSION = "0.1.0"

@@ -37,9 +37,9 @@ import os.path
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), "../lib/vhost-user-qcow2"))
-from $2 import main
+from $2 import $3
 
-sys.exit(main())
+sys.exit($3())
 END
 }
 
@@ -47,8 +47,8 @@ build() {
     "$BUILDER" -m pip install -q --disable-pip-version-check --target="$stage$library" .
     rm -rf "$stage$library/bin"
     mkdir -p "$stage$PREFIX/bin"
-    launcher vhost-user-qcow2 vhost.command >"$stage$PREFIX/bin/vhost-user-qcow2"
-    launcher qcow2 qcow2.tool >"$stage$PREFIX/bin/qcow2"
+    launcher vhost-user-qcow2 vhost.command main >"$stage$PREFIX/bin/vhost-user-qcow2"
+    launcher qcow2 qcow2.tool program >"$stage$PREFIX/bin/qcow2"
     chmod 755 "$stage$PREFIX"/bin/*
     "$BUILDER" share/generate.py "$stage$PREFIX" --bindir="$PREFIX/bin" \
         --units="$stage$units" --discovery="$stage$discovery"

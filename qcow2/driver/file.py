@@ -38,7 +38,7 @@ class HostFile:
     def open(cls, path: str, *, writable: bool = False, create: bool = False) -> "HostFile":
         """Open *path*; *create* makes it, or empties what is there.
 
-        Raises: OSError naming the path; EINVAL if it is neither a regular file nor a block device.
+        Raises: OSError naming the path; EISDIR, or EINVAL if it is neither a regular file nor a block device.
         """
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable or create else os.O_RDONLY)
         fd = os.open(path, flags | (os.O_CREAT | os.O_TRUNC if create else 0), 0o666)
@@ -52,6 +52,8 @@ class HostFile:
 
     def _refuse_odd_kinds(self) -> None:
         mode = os.fstat(self.fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.path)
         self.is_device = stat.S_ISBLK(mode)
         if not (self.is_device or stat.S_ISREG(mode)):
             raise OSError(errno.EINVAL, "neither a regular file nor a block device", self.path)
@@ -109,6 +111,10 @@ class BlockingDriver:
             value = perform(operation)
         except MemoryError:
             self._scheduler.fail(task, no_memory())
+        except OSError as error:
+            if error.filename is None and isinstance(file := getattr(operation, "file", None), HostFile):
+                error.filename = file.path
+            self._scheduler.fail(task, error)
         except BaseException as error:  # whatever it is, it belongs to the coroutine that awaits
             self._scheduler.fail(task, error)
         else:

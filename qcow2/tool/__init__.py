@@ -1,120 +1,15 @@
-"""The `qcow2` command, shaped like qemu-img: same options, same exit statuses, same JSON."""
+"""The `qcow2` command: arguments in, text or JSON out; one module a subcommand."""
 
-import argparse
-import io
-import os
-import sys
-from collections.abc import Collection
-from importlib import import_module
-from typing import Any, NoReturn
-
-from qcow2.error import ImageError
 from qcow2.interruption import run_to_end
-from qcow2.stdio import occupy
-
-COMMANDS = {
-    "create": ("create", "make a new image"),
-    "info": ("info", "say what an image is"),
-    "check": ("check", "check an image, and repair it"),
-    "map": ("map", "say where the disk's bytes are"),
-    "rebase": ("rebase", "give an image another backing file"),
-    "resize": ("resize", "make the disk of an image longer"),
-    "link-logs": ("logs", "list what killed daemons left in memory"),
-    "dump-header": ("dump", "show the header with all its extensions"),
-}
-
-
-class UsageError(Exception):
-    """The command line makes no sense; one line says what."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line of ours; options may stand between positional arguments."""
-
-    _is_intermixing = False
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As GNU getopt takes them, where there are no subcommands."""
-        if self._subparsers is not None or self._is_intermixing:
-            return super().parse_known_args(args, namespace)
-        self._is_intermixing = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._is_intermixing = False
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-class Version(argparse.Action):
-    """Says which version this is, which takes a while to find out."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print it and exit."""
-        import qcow2
-
-        print(f"qcow2 version {qcow2.__version__}")
-        parser.exit()
 
 
 def program() -> int:
     """Run the tool as a program of its own; the exit status."""
-    return run_to_end(main)
+    return run_to_end(_main)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        occupy()
-        _print_any_bytes()
-        given = build_parser(words[:1]).parse_args(words)
-        status: int = _room(given.command).run_command(given)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        return _end_quietly()
-    except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (UsageError, ImageError, ValueError) as error:
-        return _complain(str(error))
-    except MemoryError:
-        return _complain("out of memory")
+def _main() -> int:
+    """Nothing more is imported before signals are seen to."""
+    from qcow2.tool.command import main
 
-
-def _print_any_bytes() -> None:
-    """Let names of files be printed as the bytes that they are, whatever they mean."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
-
-
-def _room(command: str) -> Any:
-    """The module that serves *command*; none of the others is imported, which would take longer than most commands."""
-    return import_module(f"qcow2.tool.{COMMANDS[command][0]}")
-
-
-def build_parser(wanted: Collection[str] = tuple(COMMANDS)) -> Parser:
-    """The command line, for the program and its manual; in full for the *wanted* commands only."""
-    parser = Parser(prog="qcow2", allow_abbrev=False, description="Create, inspect and repair qcow2 images.")
-    parser.add_argument("--version", action=Version, nargs=0, help="say which version this is")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, (_, caption) in COMMANDS.items():
-        parser_of_command = commands.add_parser(name, help=caption, description=caption, allow_abbrev=False)
-        if name in wanted:
-            _room(name).add_arguments(parser_of_command)
-    return parser
-
-
-def _complain(text: str) -> int:
-    """Say what is wrong on one line."""
-    line = " ".join(text.split())
-    print(f"qcow2: {line}", file=sys.stderr)
-    return 1
-
-
-def _end_quietly() -> int:
-    """Whoever read our output has gone; nothing is left to be written at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+    return main()

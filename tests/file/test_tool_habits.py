@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -116,10 +117,54 @@ def test_file_names_with_their_protocol_start_where_the_process_does(
             assert disk.read(0, 1) == seen
 
 
-@pytest.mark.parametrize("words", [("info",), ("map",), ("check",), ("info", "--output=json")])
+@pytest.mark.parametrize("words", [("info",), ("map",), ("check",), ("info", "--output=json"), ("--help",)])
 def test_output_that_goes_nowhere_is_an_error_of_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
     path = tmp_path / "disk"
     qemu_img("create", "-q", "-f", "qcow2", path, "1M")
     with open("/dev/full", "w") as full:
         done = subprocess.run([TOOL, *words, path], stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
-    assert (done.returncode, done.stderr) == (1, "qcow2: [Errno 28] No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "qcow2: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("words", [("map", "--output=json"), ("info",), ("check", "--help")])
+def test_tool_whose_output_nobody_reads_dies_of_it_without_a_word(tmp_path: Path, words: tuple[str, ...]) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([TOOL, *words, path], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("info",), ("map",), ("check",), ("dump-header",), ("create", "1M"), ("rebase", "-u", "-b", "b", "-F", "raw")],
+)
+def test_name_that_is_empty_is_said_as_such(words: tuple[str, ...]) -> None:
+    done = qcow2_tool(*words[:1], "", *words[1:])
+    assert (done.returncode, done.stderr) == (1, "qcow2: '': No such file or directory\n")
+
+
+def test_directory_is_said_to_be_one(tmp_path: Path) -> None:
+    for words in (("info",), ("map",), ("create", "-q", "-f", "qcow2"), ("check", "-r", "all")):
+        assert qcow2_tool(*words, tmp_path, *["1M"] * (words[0] == "create")).stderr == (
+            f"qcow2: {tmp_path}: Is a directory\n"
+        )
+    for writable in (False, True):
+        with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+            qcow2.open(tmp_path, writable=writable)
+
+
+@pytest.mark.parametrize("name", ["a  b", "\x1b[31m", "a\nb\x7f"])
+def test_complaint_is_one_line_without_commands_to_the_terminal(name: str) -> None:
+    done = qcow2_tool("info", name)
+    assert done.stderr == f"qcow2: {re.sub('[^ -~]+', ' ', name)}: No such file or directory\n"
+
+
+def test_full_disk_is_named(tmp_path: Path) -> None:
+    """By the file that does not fit, here by the limit of its size."""
+    program = ["prlimit", "--fsize=100000", TOOL, "create", "-q", "-o", "preallocation=full", tmp_path / "disk", "1M"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (1, f"qcow2: {tmp_path / 'disk'}: File too large\n")
+    assert list(tmp_path.iterdir()) == []
