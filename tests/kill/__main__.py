@@ -1,14 +1,20 @@
-"""``python -m tests.kill``: rounds on every kind of image in every cache mode, until so many daemons were killed."""
+"""``python -m tests.kill``: rounds on every kind of image in every cache mode, until so many daemons were killed.
+
+Daemons that bypass the page cache have a slow disk, so that what they had under way ends after them.
+"""
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 
-from tests.kill.campaign import CACHES, run_round
+from tests.kill.campaign import CACHES, DIRECT, run_round
 from tests.kill.images import KINDS
 from tests.kill.round import Tally
+from tests.kill.throttle import NoThrottle, throttled
 
 ROUND = 6  # kills on one image
 
@@ -21,6 +27,22 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, action="append", help="only images of this kind")
     parser.add_argument("--cache", choices=CACHES, action="append", help="only this cache mode")
     given = parser.parse_args()
+    with ExitStack() as stack:
+        return _kill(given, _slow_disk(stack, {*(given.cache or CACHES)}))
+
+
+def _slow_disk(stack: ExitStack, caches: set[str]) -> Sequence[str]:
+    """What runs a daemon with one, if a mode of *caches* bypasses the page cache and this host can."""
+    if not caches & {*DIRECT}:
+        return ()
+    try:
+        return stack.enter_context(throttled(Path(gettempdir())))
+    except NoThrottle as reason:
+        say(str(reason))
+        return ()
+
+
+def _kill(given: argparse.Namespace, slow: Sequence[str]) -> int:
     pairs = [(kind, cache) for kind in given.kind or KINDS for cache in given.cache or CACHES]
     began = time.monotonic()
     total = Tally()
@@ -28,7 +50,9 @@ def main() -> int:
         tally = Tally()
         seed = given.seed
         while tally.kills < -(-given.kills // len(pairs)):
-            tally += run_round(Path(mkdtemp(prefix="kill-")), kind, cache, seed=seed, kills=ROUND, say=say)
+            place = Path(mkdtemp(prefix="kill-"))
+            under = slow if cache in DIRECT else ()
+            tally += run_round(place, kind, cache, seed=seed, kills=ROUND, say=say, slow=under)
             seed += 1
         say(f"{kind:15} {cache:12} {describe(tally)}")
         total += tally
@@ -44,7 +68,8 @@ def describe(tally: Tally) -> str:
     """The tally in one line."""
     return (
         f"{tally.kills} kills ({tally.at_start} while opening, {tally.at_stop} while closing), "
-        f"{tally.acknowledged} requests acknowledged, {tally.in_flight} in flight, {tally.lost} lost, "
+        f"{tally.acknowledged} requests acknowledged, {tally.in_flight} in flight, "
+        f"{tally.outlived} times beyond the end, {tally.lost} lost, "
         f"{tally.corrupt} corrupt, up to {tally.leaked} clusters leaked"
     )
 

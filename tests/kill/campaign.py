@@ -1,18 +1,28 @@
 """Rounds by name: one that fails is counted, named so that it can be repeated, and its image is kept."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.kill.ledger import Lost
 from tests.kill.round import Corrupt, Round, Tally
 
-CACHES = ("writeback", "writethrough")
+CACHES = ("writeback", "writethrough", "none", "directsync")
+DIRECT = ("none", "directsync")
 
 
-def run_round(directory: Path, kind: str, cache: str, *, seed: int, kills: int, say: Callable[[str], None]) -> Tally:
-    """Kill *kills* daemons or a few more; *directory* is removed unless something was lost."""
-    one = Round(directory, kind, cache, seed=seed, kills=kills)
+def run_round(
+    directory: Path,
+    kind: str,
+    cache: str,
+    *,
+    seed: int,
+    kills: int,
+    say: Callable[[str], None],
+    slow: Sequence[str] = (),
+) -> Tally:
+    """Kill *kills* daemons or a few more, `Round` says how; *directory* is removed unless something was lost."""
+    one = Round(directory, kind, cache, seed=seed, kills=kills, slow=slow)
     try:
         one.run()
     except (Lost, Corrupt) as failure:

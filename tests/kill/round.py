@@ -6,6 +6,7 @@ import random
 import select
 import signal
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Tally:
     at_stop: int = 0  # of them, while it was being closed
     acknowledged: int = 0  # requests
     in_flight: int = 0  # requests, at the kills
+    outlived: int = 0  # kills after which transfers were still under way when the next daemon began
     leaked: int = 0  # clusters, the most in one image
     lost: int = 0  # rounds that failed
     corrupt: int = 0
@@ -44,15 +46,21 @@ class Tally:
 
 
 class Round:
-    """Kills *kills* daemons on one image; everything is drawn from *seed*."""
+    """Kills *kills* daemons on one image; everything is drawn from *seed*.
 
-    def __init__(self, directory: Path, kind: str, cache: str, *, seed: int, kills: int) -> None:
+    *slow* is a command that runs them with a slow disk: there is less to do for them, and the next one starts at once.
+    """
+
+    def __init__(
+        self, directory: Path, kind: str, cache: str, *, seed: int, kills: int, slow: Sequence[str] = ()
+    ) -> None:
         self.tally = Tally()
         self._draw = random.Random(f"{seed} {kind} {cache}")
         self._start: Start = make(kind, directory, self._draw)
         self._ledger = Ledger(self._start.contents)
         self._options = [f"--cache={cache}", "--num-queues=4", f"--aio={self._draw.choice(AIO)}"]
         self._kills = kills
+        self._slow = slow
 
     def run(self) -> None:
         """Raises: Lost, Corrupt, AssertionError."""
@@ -63,7 +71,7 @@ class Round:
             self._recover()
 
     def _daemon(self) -> Daemon:
-        return Daemon(self._start.path, *self._options)
+        return Daemon(self._start.path, *self._options, under=self._slow)
 
     def _die_at_work(self) -> None:
         """Serve a load until the daemon is killed in the middle of it."""
@@ -75,7 +83,8 @@ class Round:
                 cluster_sectors=1 << self._start.cluster_bits - 9,
                 depth=self._draw.choice((1, 4, 24, 48)),
             )
-            load.run(self._draw.choice((1, self._draw.randrange(100), self._draw.randrange(1000))))
+            few, many = (20, 100) if self._slow else (100, 1000)
+            load.run(self._draw.choice((1, self._draw.randrange(few), self._draw.randrange(many))))
             load.fill()
             for _ in range(self._draw.choice((0, 0, 1, 5, 50))):
                 load.reap()
@@ -83,7 +92,7 @@ class Round:
             load.reap()  # what it put into the used rings it acknowledged
             self.tally.acknowledged += load.acknowledged
             self.tally.in_flight += load.in_flight
-        if not self._start.lazy:
+        if not self._start.lazy and not self._slow:
             self._judge_image(links_wait=True)
 
     def _die_at_start(self) -> None:
@@ -117,8 +126,9 @@ class Round:
         return status == 0
 
     def _kill(self, daemon: Daemon) -> None:
-        daemon.kill(at_once=self._draw.random() < 0.5)
+        daemon.kill(at_once=bool(self._slow) or self._draw.random() < 0.5)
         self.tally.kills += 1
+        self.tally.outlived += is_locked(self._start.path)
 
     def _judge_image(self, *, links_wait: bool = False) -> None:
         """No corruption, says QEMU, and so do we; what a death may leak is permitted.
@@ -146,6 +156,13 @@ def ends_within(daemon: Daemon, seconds: float) -> bool:
         return bool(select.select([ended], [], [], seconds)[0])
     finally:
         os.close(ended)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody, be it a dead process's transfers, has a lock on it."""
+    with path.open("r+b") as file:
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK
 
 
 def wait_for_the_kernel(path: Path) -> None:
