@@ -88,7 +88,7 @@ install: build-packages $(VENV)/installed
 
 .PHONY: install-test
 install-test: $(VENV)/installed
-	INSTALL=1 $(BIN)/pytest tests/file/test_packaging.py
+	INSTALL=1 $(BIN)/pytest tests/file/test_packaging.py tests/file/test_installation.py
 
 .PHONY: uninstall
 uninstall:

@@ -7,6 +7,7 @@ come from the programs' own argparse parsers, by argparse-manpage and shtab.
 import argparse
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import shtab
@@ -18,7 +19,6 @@ sys.path.insert(0, str(HERE.parent))
 from qcow2.tool.command import build_parser as qcow2_parser  # noqa: E402 - after the path
 from vhost.option import whole_parser as daemon_parser  # noqa: E402
 
-VERSION = "0.1.0"
 TITLE = "vhost-user-qcow2 manual"
 PROGRAMS = {
     "vhost-user-qcow2": (daemon_parser, "serve a disk image to a virtual machine over vhost-user"),
@@ -26,9 +26,12 @@ PROGRAMS = {
 }
 FILES = {"PATH", "IMAGE", "FILE"}  # metavars of what is a file; no parser completes those of another kind
 FILE_NAMES = {"filename", "backing_file", "image", "path"}  # the same of arguments without a metavar
-WRAPPER = """
+WRAPPER = r"""
 # Bash splits "--option=value" into three words; the function above knows two.
+# Nor does it know quoted words: without an answer of ours readline completes them, as names of files.
 _whole{function}() {{
+  COMPREPLY=()
+  [[ "${{COMP_WORDS[COMP_CWORD]}}" != *[\\\"\']* ]] || return 0
   local -a words=()
   local index last=$COMP_CWORD count=0
   for index in "${{!COMP_WORDS[@]}}"; do
@@ -43,14 +46,16 @@ _whole{function}() {{
   local COMP_CWORD=$count
   {function} "$1" "${{words[count]}}" "${{words[count - 1]}}"
 }}
-complete -o bashdefault -F _whole{function} {program}
+complete -o bashdefault -o default -F _whole{function} {program}
 """
 
 
 def page(parser: argparse.ArgumentParser, caption: str) -> str:
     """The man page of a program."""
     parser.man_short_description = caption  # type: ignore[attr-defined]
-    return str(Manpage(parser, {"manual_title": TITLE, "project_name": parser.prog, "version": VERSION}))
+    return str(
+        Manpage(parser, {"manual_title": TITLE, "project_name": parser.prog, "version": version("vhost-user-qcow2")})
+    )
 
 
 def completion(program: str, parser: argparse.ArgumentParser) -> str:

@@ -1,13 +1,19 @@
 """What is installed beside the programs: generated from their own parsers, and accepted by who is to read it."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
+from typing import IO
 from xml.etree import ElementTree
 
 import pytest
@@ -93,6 +99,62 @@ def test_bash_completes_names_of_files(usr: Path, tmp_path: Path, program: str, 
 @pytest.mark.parametrize("words", [["--cache", "=", "direct"], ["--cache", "="], ["--cache", "=", "dir", "--sandbox"]])
 def test_bash_completes_what_follows_an_equals_sign(usr: Path, words: list[str]) -> None:
     assert completed(usr, "vhost-user-qcow2", words) & {"directsync", "--sandbox"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("qcow2 info pl", "plain.qcow2 #"),
+        ("qcow2 info di", "directory/#"),
+        ("qcow2 info a", r"a\ name.qcow2 #"),
+        (r"qcow2 info a\ ", r"a\ name.qcow2 #"),
+        ("vhost-user-qcow2 --blk-file=pl", "--blk-file=plain.qcow2 #"),
+        (r"vhost-user-qcow2 --blk-file=a\ n", r"--blk-file=a\ name.qcow2 #"),
+        ("vhost-user-qcow2 --link-log 'the d", "'the directory'/#"),
+        ("vhost-user-qcow2 --cache=directs", "--cache=directsync #"),
+        ("vhost-user-qcow2 ctl --control pl", "plain.qcow2 #"),
+    ],
+)
+def test_tab_key_completes(usr: Path, tmp_path: Path, typed: str, expected: str) -> None:
+    for name in ("plain.qcow2", "a name.qcow2"):
+        (tmp_path / name).touch()
+    for name in ("directory", "the directory"):
+        (tmp_path / name).mkdir()
+    assert expected in typed_in_bash(usr, typed, cwd=tmp_path)
+
+
+def typed_in_bash(usr: Path, typed: str, cwd: Path) -> str:
+    """What an interactive bash shows for *typed* with the tab key after it, then a "#"."""
+    program = typed.split()[0]
+    ready = "".join(("re", "ady"))
+    keyboard, screen = pty.openpty()
+    fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 1000, 0, 0))
+    setting = f"source {usr}/share/bash-completion/completions/{program}; bind 'set bell-style none'; PS1='re''ady '\n"
+    with subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        stdin=screen,
+        stdout=screen,
+        stderr=screen,
+        cwd=cwd,
+        start_new_session=True,
+        env={"PATH": os.defpath, "TERM": "dumb", "INPUTRC": "/dev/null", "HISTFILE": ""},
+    ) as bash:
+        os.close(screen)
+        with open(keyboard, "r+b", buffering=0) as terminal:
+            terminal.write(setting.encode())
+            _read_until(terminal, ready)
+            terminal.write(f"{typed}\t#".encode())
+            seen = _read_until(terminal, "#")
+            bash.kill()
+    return seen
+
+
+def _read_until(terminal: IO[bytes], text: str) -> str:
+    seen = ""
+    while text not in seen:
+        assert select.select([terminal], [], [], TIMEOUT)[0], seen
+        seen += terminal.read(4096).decode()
+    return seen
 
 
 def test_discovery_file_names_a_program_of_that_type(usr: Path) -> None:
@@ -182,22 +244,3 @@ def test_libvirt_accepts_the_xml(tmp_path: Path) -> None:
 def test_libvirt_xml_needs_a_path() -> None:
     done = run(DAEMON, "libvirt-xml", "--fd=3", "--blk-file=disk.qcow2")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-
-
-@pytest.mark.skipif("INSTALL" not in os.environ, reason="builds everything once more: make install-test")
-@pytest.mark.parametrize("prefix", ["/usr", "/usr/local", "/opt/disk"])
-def test_make_install_gives_programs_that_run_and_files_that_name_them(tmp_path: Path, prefix: str) -> None:
-    given = [f"DESTDIR={tmp_path}", f"PREFIX={prefix}"]
-    done = subprocess.run(["make", "install", *given], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    programs = [tmp_path / prefix[1:] / "bin" / program for program in PROGRAMS]
-    for program in programs:
-        assert run(program, "--help", env={}, cwd="/").returncode == 0, program
-    discovery = "etc/qemu" if prefix == "/usr/local" else f"{prefix[1:]}/share/qemu"
-    found = json.loads((tmp_path / discovery / "vhost-user/50-vhost-user-qcow2.json").read_text())
-    assert found["binary"] == f"{prefix}/bin/vhost-user-qcow2"
-    unit = (tmp_path / prefix[1:] / "lib/systemd/system/vhost-user-qcow2@.service").read_text()
-    assert f"ExecStart={prefix}/bin/vhost-user-qcow2 " in unit
-    done = subprocess.run(["make", "uninstall", *given], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
