@@ -4,7 +4,6 @@ import errno
 import os
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
-from qcow2.extent import Extent, find_extent
+from qcow2.extent import Extent, find_extent, merged
 from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.own_thread import OwnThread
 from qcow2.raw import RawImage
@@ -90,19 +89,13 @@ class Disk:
 
     def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
         """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
-        end = offset + self._require_inside(offset, nbytes)
-        pending: Extent | None = None
+        return merged(self._pieces(offset, offset + self._require_inside(offset, nbytes)))
+
+    def _pieces(self, offset: int, end: int) -> Iterator[Extent]:
         while offset < end:
             extent = self._run(partial(find_extent, self.image, offset, end - offset))
+            yield extent
             offset += extent.nbytes
-            if pending is not None and pending.is_continued_by(extent):
-                pending = replace(pending, nbytes=pending.nbytes + extent.nbytes)
-            else:
-                if pending is not None:
-                    yield pending
-                pending = extent
-        if pending is not None:
-            yield pending
 
     def clean(self) -> None:
         """Leave the image clean on the disk, and no link log; its files stay open, and it is read from then on only.

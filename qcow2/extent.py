@@ -1,5 +1,6 @@
 """Where each stretch of the disk comes from, through the whole chain: what `map` shows."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from qcow2.image import Image
@@ -27,6 +28,20 @@ class Extent:
         host_offset = None if self.host_offset is None else self.host_offset + self.nbytes
         moved = replace(self, guest_offset=other.guest_offset, nbytes=other.nbytes, host_offset=host_offset)
         return other == moved
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same stretches in as few as possible."""
+    pending: Extent | None = None
+    for extent in extents:
+        if pending is not None and pending.is_continued_by(extent):
+            pending = replace(pending, nbytes=pending.nbytes + extent.nbytes)
+        else:
+            if pending is not None:
+                yield pending
+            pending = extent
+    if pending is not None:
+        yield pending
 
 
 async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:

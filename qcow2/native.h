@@ -14,6 +14,13 @@
 /* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */
 int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);
 
+/* Find the stretches of `bytes` that are not zeros, in units of `unit` bytes: start, end, start, end ... to `bounds`, which
+ * has room for nbytes / unit + 2. How many numbers that are. */
+size_t data_runs(const uint8_t *bytes, size_t nbytes, size_t unit, uint32_t *bounds);
+
+/* How many bytes at the front are equal, in sectors of 512 bytes; `unit`, a multiple of that, is compared at a time. */
+size_t equal_bytes(const uint8_t *one, const uint8_t *other, size_t nbytes, size_t unit);
+
 /* Decompress the raw deflate stream at the front of `stream`, ignoring what follows it. 0; -ENOMEM; -EINVAL if it is
  * none, or does not end after exactly cluster_nbytes. `cluster` holds anything after an error. */
 int inflate_cluster(const uint8_t *stream, size_t stream_nbytes, uint8_t *cluster, size_t cluster_nbytes);

@@ -73,6 +73,20 @@ class Size(Operation):
         self.file = file
 
 
+class Occupied(Operation):
+    """What the host has at *host_offset*, as far as that goes, *nbytes* at most -> (is_data, nbytes).
+
+    What is no data reads as zeros. All is data where the host does not tell.
+    """
+
+    __slots__ = ("file", "host_offset", "nbytes")
+
+    def __init__(self, file: File, host_offset: int, nbytes: int) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.nbytes = nbytes
+
+
 class Read(Operation):
     """*nbytes* at *host_offset* -> bytes; what lies past the end of the file reads as zeros."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from qcow2.l2cache import ExtentMap, Kind, RawMap, Run
 from qcow2.layout import SECTOR_SIZE
 from qcow2.links import LinkPolicy
-from qcow2.operation import Buffer, File, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.operation import Buffer, File, Occupied, ReadInto, Resize, Size, Sync, Write, Zero
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 
@@ -67,8 +67,9 @@ class RawImage:
         self._stability.require_trust()
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
-        """All of it is data, as far as is known here."""
-        return Run(Kind.DATA, 1, 0, guest_offset, nbytes)
+        """Data or a hole, as the host tells."""
+        is_data, found = await Occupied(self.file, guest_offset, nbytes)
+        return Run(Kind.DATA if is_data else Kind.ZERO_ALLOCATED, 1, 0, guest_offset, found)
 
     async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
         """Whether the range is known to read as zeros: past the end."""

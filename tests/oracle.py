@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ def qemu_img(*arguments: str | Path, check: bool = True) -> subprocess.Completed
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     return done
+
+
+def peers() -> list[str]:
+    """Each qemu-img that is here: this host's, and that of QEMU_BIN."""
+    other = os.environ.get("QEMU_BIN")
+    return ["qemu-img", *([f"{other}/qemu-img"] if other else [])]
 
 
 def qemu_io(path: Path, *commands: str, options: tuple[str, ...] = ()) -> str:

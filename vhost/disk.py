@@ -72,6 +72,8 @@ class RingDriver:
                 worker.call_host(lambda: perform(operation), self._compute_end(task))
             case op.Size():  # of an inode that the host has in memory: not worth a thread
                 self._scheduler.resume(task, perform(operation))
+            case op.Occupied(nbytes=nbytes):  # who serves does not ask what is sparse
+                self._scheduler.resume(task, (True, nbytes))
             case op.Store():
                 self._store(operation)
                 self._scheduler.resume(task)

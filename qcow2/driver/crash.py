@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Store, Sync, Write, Zero
+from qcow2.operation import Compute, Grace, Occupied, Operation, Read, ReadInto, Resize, Size, Store, Sync, Write, Zero
 from qcow2.task import Scheduler, Task
 
 SECTOR = 512
@@ -392,6 +392,8 @@ def perform(done: InFlight) -> Any:
     match done.operation:
         case Size():
             return simulated(done.operation.file).size
+        case Occupied():
+            return True, done.operation.nbytes
         case Read():
             return look(done.operation) if done.is_late else done.value
         case ReadInto():

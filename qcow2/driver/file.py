@@ -107,23 +107,26 @@ class BlockingDriver:
         return result
 
     def _start(self, task: Task, operation: op.Operation) -> None:
-        try:
-            value = perform(operation)
-        except MemoryError:
-            self._scheduler.fail(task, no_memory())
-        except OSError as error:
-            if error.filename is None and isinstance(file := getattr(operation, "file", None), HostFile):
-                error.filename = file.path
-            self._scheduler.fail(task, error)
-        except BaseException as error:  # whatever it is, it belongs to the coroutine that awaits
-            self._scheduler.fail(task, error)
-        else:
+        value, error = outcome(operation)
+        if error is None:
             self._scheduler.resume(task, value)
+        else:
+            self._scheduler.fail(task, error)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run *coroutine* to its end on a blocking driver of its own."""
     return BlockingDriver().run(coroutine)
+
+
+def outcome(operation: op.Operation) -> tuple[Any, BaseException | None]:
+    """The result of *operation*, or the error, whatever it is: it belongs to the coroutine that awaits."""
+    try:
+        return perform(operation), None
+    except MemoryError:
+        return None, no_memory()
+    except BaseException as error:
+        return None, error
 
 
 def perform(operation: op.Operation) -> Any:
@@ -152,6 +155,8 @@ def _perform(operation: op.Operation) -> Any:
             return os.fdatasync(_host(operation.file).fd)
         case op.Size():
             return _host(operation.file).size()
+        case op.Occupied():
+            return _occupied(_host(operation.file), operation.host_offset, operation.nbytes)
         case op.Store():
             return store(operation, _write_mark, lambda offset, data: None)
         case op.Grace():
@@ -197,6 +202,26 @@ def _bytes_of(piece: bytes | bytearray | memoryview | op.Buffer) -> memoryview:
     if isinstance(piece, bytes | bytearray | memoryview):
         return memoryview(piece)
     return memoryview(piece.load())
+
+
+def _occupied(file: HostFile, host_offset: int, nbytes: int) -> tuple[bool, int]:
+    end = host_offset + nbytes
+    data = _seek(file, host_offset, os.SEEK_DATA, end)
+    if data > host_offset:
+        return False, min(data, end) - host_offset
+    return True, min(_seek(file, host_offset, os.SEEK_HOLE, end), end) - host_offset
+
+
+def _seek(file: HostFile, host_offset: int, whence: int, otherwise: int) -> int:
+    """Where the next data or hole begins; *otherwise* if there is none. A device has data only."""
+    if file.is_device:
+        return host_offset if whence == os.SEEK_DATA else otherwise
+    try:
+        return os.lseek(file.fd, host_offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return otherwise
+        raise
 
 
 def _read(file: HostFile, host_offset: int, nbytes: int) -> bytes:

@@ -10,21 +10,19 @@ from typing import Any, NoReturn
 
 from qcow2.error import ImageError
 from qcow2.stdio import OUTPUT, name_output, occupy
+from qcow2.tool.failure import Failure, UsageError
 
 COMMANDS = {
     "create": ("create", "make a new image"),
     "info": ("info", "say what an image is"),
     "check": ("check", "check an image, and repair it"),
     "map": ("map", "say where the disk's bytes are"),
+    "compare": ("compare", "say whether two images hold the same disk"),
     "rebase": ("rebase", "give an image another backing file"),
     "resize": ("resize", "make the disk of an image longer"),
     "link-logs": ("logs", "list what killed daemons left in memory"),
     "dump-header": ("dump", "show the header with all its extensions"),
 }
-
-
-class UsageError(Exception):
-    """The command line makes no sense; one line says what."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         if error.filename == OUTPUT:
             sys.stdout = None  # Python would try again at exit, and complain itself
         return _complain(_text_of(error))
+    except Failure as failure:
+        _complain(str(failure))
+        return failure.status
     except (UsageError, ImageError, ValueError) as error:
         return _complain(str(error))
     except MemoryError:

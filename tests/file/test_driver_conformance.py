@@ -1,4 +1,4 @@
-"""One suite for the three drivers of the engine: what an operation promises does not depend on who keeps it."""
+"""One suite for the drivers of the engine: what an operation promises does not depend on who keeps it."""
 
 import errno
 import os
@@ -18,6 +18,7 @@ from qcow2.buffer import MemoryBuffer
 from qcow2.driver.crash import CrashDriver, SimulatedFile
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import SharedMemory
+from qcow2.driver.pool import PoolDriver
 from qcow2.task import Task
 from ring.aio import Aio
 from ring.worker import Worker
@@ -55,6 +56,12 @@ def blocking(path: Path) -> Iterator[Rig]:
 
 
 @contextmanager
+def pool(path: Path) -> Iterator[Rig]:
+    with HostFile.open(str(path), writable=True) as file, shared(path) as memory, PoolDriver(3) as driver:
+        yield Rig(file, driver.run, path.read_bytes, memory, partial(memory.load, lambda user: True))
+
+
+@contextmanager
 def ring(path: Path, aio: Aio = Aio.AUTO) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
         with Worker(NativeBlock(size=0), lambda request: None, aio=aio) as worker:
@@ -84,7 +91,7 @@ def crash(path: Path) -> Iterator[Rig]:
     yield Rig(file, driver.run, file.content, file.memory, lambda: bytes(file.memory.content))
 
 
-@pytest.fixture(params=[blocking, ring, threads, crash], ids=["blocking", "ring", "threads", "crash"])
+@pytest.fixture(params=[blocking, pool, ring, threads, crash], ids=["blocking", "pool", "ring", "threads", "crash"])
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     path = tmp_path / "file"
     path.write_bytes(CONTENT)
@@ -195,6 +202,25 @@ def test_what_is_stored_is_remembered_in_order(rig: Rig) -> None:
 
 def test_sync_and_grace_come_back(rig: Rig) -> None:
     assert rig.run(all_of([do(op.Sync(rig.file)), do(op.Grace()), do(op.Sync(rig.file))])) == [None, None, None]
+
+
+def test_what_the_host_has_is_data_or_reads_as_zeros(rig: Rig) -> None:
+    rig.run(do(op.Resize(rig.file, 4 << 20)))
+    offset, holes = 0, 0
+    while offset < 4 << 20:
+        is_data, nbytes = rig.run(do(op.Occupied(rig.file, offset, (4 << 20) - offset)))
+        assert 0 < nbytes <= (4 << 20) - offset
+        assert is_data or not any(rig.content()[offset : offset + nbytes])
+        offset, holes = offset + nbytes, holes + (not is_data)
+    assert rig.run(do(op.Occupied(rig.file, 0, 100))) == (True, 100)
+    assert holes <= 1
+
+
+def test_long_transfers_side_by_side_all_arrive(rig: Rig) -> None:
+    blocks = [bytes([number]) * (128 << 10) for number in range(1, 12)]
+    rig.run(all_of([do(op.Write(rig.file, index * len(block), block)) for index, block in enumerate(blocks)]))
+    reads = [do(op.Read(rig.file, index * len(block), len(block))) for index, block in enumerate(blocks)]
+    assert rig.run(all_of([*reads, do(op.Grace()), do(op.Sync(rig.file))]))[:-2] == blocks
 
 
 def test_compute_gives_its_result(rig: Rig) -> None:

@@ -28,7 +28,7 @@ def chain(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["info"], ["info", "--backing-chain"], ["info", "-U"], ["check"], ["map"], ["map", "-s", "600k", "-l", "1M"]],
+    [["info"], ["info", "--backing-chain"], ["info", "-U"], ["check"]],
     ids=" ".join,
 )
 def test_json_equals_qemus(chain: Path, arguments: list[str]) -> None:

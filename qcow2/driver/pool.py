@@ -1,0 +1,141 @@
+"""Pool driver: what takes long runs on threads, side by side, everything else as in the blocking driver.
+
+Used by jobs that move much data: while one piece waits for the disk, others are copied, compared, looked through.
+The coroutines themselves run on the caller's thread only.
+"""
+
+import signal
+import threading
+from collections.abc import Coroutine
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, TypeVar
+
+from qcow2 import operation as op
+from qcow2.driver.file import outcome
+from qcow2.task import Scheduler, Task
+
+T = TypeVar("T")
+
+LONG_TRANSFER = 64 << 10  # bytes; less is done before a thread wakes up
+
+
+class PoolDriver:
+    """Runs coroutines of the engine to their end; a context manager that ends its threads."""
+
+    def __init__(self, nthreads: int) -> None:
+        self._nthreads = nthreads
+        self._threads: list[threading.Thread] = []
+        self._work: SimpleQueue[tuple[Task, op.Operation] | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Task, Any, BaseException | None]] = SimpleQueue()
+        self._under_way = 0
+        self._graces: list[Task] = []
+        self._scheduler = Scheduler(self._start)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Return the result of *coroutine*; everything it spawned has ended too, or waits for another run.
+
+        An exception that a signal handler raises is raised here, once the threads are idle.
+        """
+        ended: list[Task] = []
+        self._scheduler.spawn(coroutine, ended.append)
+        try:
+            self._scheduler.run()
+            while self._under_way:
+                self._complete()
+        finally:
+            while self._under_way:  # buffers and files are theirs until then
+                self._done.get()
+                self._under_way -= 1
+        if not ended:
+            coroutine.close()
+            raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
+        error = ended[0].take_error()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # whose traceback has this frame
+        result: T = ended[0].result
+        return result
+
+    def _complete(self) -> None:
+        """Let those go on whose operation is done."""
+        while True:
+            task, value, error = self._done.get()
+            self._under_way -= 1
+            if error is None:
+                self._scheduler.resume(task, value)
+            else:
+                self._scheduler.fail(task, error)
+            if self._done.empty():
+                break
+        if not self._under_way:
+            graces, self._graces = self._graces, []
+            for grace in graces:
+                self._scheduler.resume(grace)
+        self._scheduler.run()
+
+    def _start(self, task: Task, operation: op.Operation) -> None:
+        if isinstance(operation, op.Grace) and self._under_way:
+            self._graces.append(task)
+        elif _takes_long(operation) and self._has_threads():
+            self._under_way += 1
+            self._work.put((task, operation))
+        else:
+            value, error = outcome(operation)
+            if error is None:
+                self._scheduler.resume(task, value)
+            else:
+                self._scheduler.fail(task, error)
+
+    def _has_threads(self) -> bool:
+        """Start them with the first one's work; they take no signals. Where there are none, we do it."""
+        if len(self._threads) < self._nthreads:
+            thread = threading.Thread(target=self._serve, name="qcow2 pool", daemon=True)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                thread.start()
+                self._threads.append(thread)
+            except RuntimeError:
+                self._nthreads = len(self._threads)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return bool(self._threads)
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            task, operation = work
+            value, error = outcome(operation)
+            self._done.put((task, value, error))
+            del work, task, operation, value, error  # and with them what they refer to
+
+    def close(self) -> None:
+        """End the threads."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def __enter__(self) -> "PoolDriver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _takes_long(operation: op.Operation) -> bool:
+    match operation:
+        case op.ReadInto(target=target):
+            return len(target) >= LONG_TRANSFER
+        case op.Write(pieces=pieces):
+            return sum(map(len, pieces)) >= LONG_TRANSFER
+        case op.Read(nbytes=nbytes):
+            return nbytes >= LONG_TRANSFER
+        case op.Zero() | op.Sync() | op.Compute():
+            return True
+        case _:
+            return False

@@ -1,0 +1,144 @@
+"""Compare two disks: what differs first, in content or, if asked, in what each image says of the range.
+
+Windows of both disks are compared side by side; the lowest difference counts.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.error import ImageError
+from qcow2.extent import Extent, find_extent
+from qcow2.image import Image
+from qcow2.job.content import equal_bytes, zero_bytes
+from qcow2.job.crew import Crew
+from qcow2.job.pace import Pace
+from qcow2.operation import Compute
+from qcow2.raw import RawImage
+
+WINDOW = 1 << 20  # bytes compared at a time, of each disk
+WIDTH = 4  # windows at a time
+
+
+class Found(Enum):
+    """What differs."""
+
+    CONTENT = "content"
+    STATUS = "block status"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first one."""
+
+    found: Found
+    guest_offset: int  # of a sector, where the content differs
+
+
+class ReadFailed(Exception):
+    """The bytes at *guest_offset* of *image* cannot be read; the cause says why."""
+
+    def __init__(self, image: Image | RawImage, guest_offset: int) -> None:
+        super().__init__(image.file.path, guest_offset)
+        self.path = image.file.path
+        self.guest_offset = guest_offset
+
+
+async def compare(
+    one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_strict: bool = False
+) -> Difference | None:
+    """The first difference; what one disk has more than the other must be zeros.
+
+    *is_strict* compares the kinds of extents, too, and stops at the end of the shorter disk.
+    Raises: OSError, ImageError, ReadFailed.
+    """
+    return await _Comparison(one, other, pace, is_strict=is_strict).run()
+
+
+class _Comparison:
+    def __init__(self, one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_strict: bool) -> None:
+        self._images = (one, other)
+        self._pace = pace
+        self._is_strict = is_strict
+        self._crew = Crew(WIDTH)
+        self._first: Difference | None = None
+
+    async def run(self) -> Difference | None:
+        sizes = [image.size for image in self._images]
+        end = min(sizes)
+        total = end if self._is_strict else max(sizes)
+        self._pace.begin(total)
+        await self._walk(end)
+        if self._first is None and total > end:
+            await self._walk_tail(self._images[sizes.index(total)], end, total)
+        await self._crew.join()
+        return self._first
+
+    async def _walk(self, end: int) -> None:
+        offset = 0
+        extents: list[Extent | None] = [None, None]  # of each image the one that *offset* is in
+        while offset < end and self._first is None:
+            self._pace.require_going()
+            for index, image in enumerate(self._images):
+                extent = extents[index]
+                if extent is None or extent.guest_offset + extent.nbytes <= offset:
+                    extents[index] = await find_extent(image, offset, end - offset)
+            one, other = extents
+            assert one is not None
+            assert other is not None
+            stop = min(one.guest_offset + one.nbytes, other.guest_offset + other.nbytes)
+            if self._is_strict and self._status(0, one) != self._status(1, other):
+                self._note(Difference(Found.STATUS, offset))
+            elif one.is_zero and other.is_zero:
+                self._pace.advance(stop - offset)
+            else:
+                stop = min(stop, offset + WINDOW)
+                await self._crew.start(self._compare(offset, stop - offset, one, other))
+            offset = stop
+
+    async def _walk_tail(self, image: Image | RawImage, offset: int, end: int) -> None:
+        while offset < end and self._first is None:
+            self._pace.require_going()
+            extent = await find_extent(image, offset, end - offset)
+            nbytes = extent.nbytes
+            if extent.is_zero:
+                self._pace.advance(nbytes)
+            else:
+                nbytes = min(nbytes, WINDOW)
+                await self._crew.start(self._compare_with_zeros(image, offset, nbytes))
+            offset += nbytes
+
+    def _status(self, index: int, extent: Extent) -> tuple[bool, ...]:
+        """What strict comparison compares: as with QEMU, zeros past the end of a backing file are the overlay's own."""
+        is_allocated = extent.is_present or self._images[index].chain[extent.depth].backing is not None
+        has_place = extent.host_offset is not None
+        return is_allocated, extent.is_zero, extent.is_data, has_place, extent.is_compressed
+
+    async def _compare(self, offset: int, nbytes: int, one: Extent, other: Extent) -> None:
+        if one.is_zero or other.is_zero:
+            await self._compare_with_zeros(self._images[one.is_zero], offset, nbytes)
+            return
+        left = await self._read(self._images[0], offset, nbytes)
+        right = await self._read(self._images[1], offset, nbytes)
+        self._judge(offset, nbytes, await Compute(lambda: equal_bytes(left, right)))
+
+    async def _compare_with_zeros(self, image: Image | RawImage, offset: int, nbytes: int) -> None:
+        data = await self._read(image, offset, nbytes)
+        self._judge(offset, nbytes, await Compute(lambda: zero_bytes(data)))
+
+    async def _read(self, image: Image | RawImage, offset: int, nbytes: int) -> memoryview:
+        data = memoryview(bytearray(nbytes))
+        try:
+            await image.read(offset, MemoryBuffer(data))
+        except (OSError, ImageError) as error:
+            raise ReadFailed(image, offset) from error
+        return data
+
+    def _judge(self, offset: int, nbytes: int, nequal: int) -> None:
+        self._pace.advance(nbytes)
+        if nequal < nbytes:
+            self._note(Difference(Found.CONTENT, offset + nequal))
+
+    def _note(self, difference: Difference) -> None:
+        if self._first is None or difference.guest_offset < self._first.guest_offset:
+            self._first = difference

@@ -1,0 +1,26 @@
+"""What bytes are: pure functions over buffers that release the GIL."""
+
+from qcow2.layout import SECTOR_SIZE
+from qcow2.native import ffi, lib
+
+COMPARED = 4096  # bytes at a time
+
+
+def data_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
+    """Where *data* is not zeros, as (start, end), in units of *unit* bytes."""
+    bounds = ffi.new("uint32_t[]", len(data) // unit + 2)
+    count = lib.data_runs(ffi.from_buffer("uint8_t[]", data), len(data), unit, bounds)
+    flat = ffi.unpack(bounds, count)
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def equal_bytes(one: memoryview, other: memoryview) -> int:
+    """How many bytes at the front are equal, in sectors; all if nothing differs."""
+    view = ffi.from_buffer("uint8_t[]", one), ffi.from_buffer("uint8_t[]", other)
+    return lib.equal_bytes(*view, len(one), COMPARED)
+
+
+def zero_bytes(data: memoryview) -> int:
+    """How many bytes at the front are zeros, in sectors; all if no other is there."""
+    runs = data_runs(data, SECTOR_SIZE)
+    return runs[0][0] if runs else len(data)

@@ -1,0 +1,13 @@
+"""How a command fails: what is said, and the exit status."""
+
+
+class UsageError(Exception):
+    """The command line makes no sense; one line says what."""
+
+
+class Failure(Exception):
+    """The command has failed; the text says why."""
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
