@@ -11,7 +11,6 @@ from contextlib import suppress
 
 from qcow2.error import CorruptImage, MetadataOverlap
 from qcow2.geometry import Geometry
-from qcow2.holes import Holes
 from qcow2.mapping import Mapping
 from qcow2.operation import File, Resize, Signal, Spawn, Zero
 from qcow2.reaper import Reaper
@@ -20,6 +19,7 @@ from qcow2.root import Root
 from qcow2.stability import NO_SPACE, Stability
 from qcow2.statistics import Statistics
 from qcow2.stock import Stock
+from qcow2.uncounted import Uncounted
 
 NO_ROOM = (*NO_SPACE, errno.EFBIG)
 FIRST_RUN_BYTES = 256 << 10
@@ -43,7 +43,7 @@ class Allocator:
         stability: Stability,
         statistics: Statistics,
         file_size: int,
-        holes: Holes,
+        uncounted: Uncounted,
     ) -> None:
         self._file = file
         self._geometry = geometry
@@ -53,7 +53,7 @@ class Allocator:
         self._reaper = reaper
         self._stability = stability
         self._statistics = statistics
-        self._holes = holes
+        self._uncounted = uncounted
         self._file_size = file_size
         self._opened_size = file_size  # what was in the file before us is not cut off
         self._stock = Stock()  # reserved, not yet handed out
@@ -160,13 +160,12 @@ class Allocator:
 
     async def _find_area(self, nclusters: int) -> range:
         """That many consecutive free clusters past the end of the file."""
-        await self._holes.look_if_cheap()
         end = self._geometry.clusters(self._file_size)
         start = stop = end  # [start, stop) is free
         while stop - start < nclusters:
             if start - end > SEARCHED_CLUSTERS:
                 raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
-            free = self._holes.usable(await self._refcounts.find_free(stop, start + nclusters))
+            free = self._uncounted.usable(await self._refcounts.find_free(stop, start + nclusters))
             if free.start > stop:
                 start = free.start
             stop = free.stop
@@ -277,12 +276,11 @@ class Allocator:
         """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
         end = self._geometry.clusters(self._file_size)
         if not may_grow:
-            if await self._holes.look():
+            if await self._uncounted.look():
                 self._cursor = 0
             found, self._cursor = await self._search(self._cursor, end, wanted)
             return found
-        await self._holes.look_if_cheap()
-        first = max(self._cursor, self._holes.first)
+        first = max(self._cursor, self._uncounted.first)
         scanned = self._refcounts.per_block * (self._refcounts.block_of(first) + SCANNED_BLOCKS)
         found, self._cursor = await self._search(first, min(end, scanned), wanted)
         wanted -= sum(map(len, found))
@@ -298,7 +296,7 @@ class Allocator:
         found: list[range] = []
         while wanted and first < end:
             free = await self._refcounts.find_free(first, end)
-            extent = self._holes.usable(free)[:wanted]
+            extent = self._uncounted.usable(free)[:wanted]
             self._require_no_metadata(range(free.start, extent.stop))
             first = extent.stop
             if extent:

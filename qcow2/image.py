@@ -13,7 +13,6 @@ from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage
 from qcow2.geometry import Geometry
 from qcow2.growth import Grower, grown_size
 from qcow2.header import Header, clear_autoclear, read_header, require_uncorrupted
-from qcow2.holes import Holes
 from qcow2.l2cache import ExtentMap, L2Cache, Run
 from qcow2.layout import (
     ENTRY_SIZE,
@@ -36,6 +35,7 @@ from qcow2.snapshot import read_snapshots
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 from qcow2.table import Tables
+from qcow2.uncounted import Uncounted
 from qcow2.write import Writer
 from qcow2.zeroing import Zeroer
 
@@ -204,6 +204,7 @@ class Image:
             if had_bitmaps and not self._told_void:
                 self._told_void = True
                 self.on_bitmaps_void()
+        await changes.uncounted.look_if_cheap()
         return changes
 
     async def _guard(self, changes: "Changes", change: Coroutine[Any, Any, None]) -> None:
@@ -304,11 +305,10 @@ class Changes:
         self.root = root
         self._stability = stability
         refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
-        nclusters = geometry.clusters(file_size)
-        self._reaper = Reaper(file, geometry, refcounts, stability, statistics, nclusters)
-        holes = Holes(file, geometry, refcounts, root, stability, nclusters, ntables)
+        self.uncounted = Uncounted(file, geometry, refcounts, root, stability, geometry.clusters(file_size), ntables)
+        self._reaper = Reaper(file, geometry, refcounts, self.uncounted, stability, statistics)
         self._allocator = Allocator(
-            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size, holes
+            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size, self.uncounted
         )
         self._reaper.on_free = self._allocator.reuse
         mapping.cache.set_freed(self._reaper.freed)

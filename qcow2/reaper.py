@@ -16,6 +16,7 @@ from qcow2.operation import File, Grace, Signal, Spawn, Zero
 from qcow2.refcount import Refcounts
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
+from qcow2.uncounted import Uncounted
 
 STEP = 2048  # references taken at a time: requests go on in between
 MAX_WAITING = 1 << 18  # clusters: with more the extent map frees no others, so that they do not fill our memory
@@ -29,17 +30,17 @@ class Reaper:
         file: File,
         geometry: Geometry,
         refcounts: Refcounts,
+        uncounted: Uncounted,
         stability: Stability,
         statistics: Statistics,
-        nclusters: int,
     ) -> None:
         self.on_free: Callable[[int], None] = lambda cluster: None  # told the lowest that is free again
         self._file = file
         self._geometry = geometry
         self._refcounts = refcounts
+        self._uncounted = uncounted
         self._stability = stability
         self._statistics = statistics
-        self._nclusters = nclusters  # of the file as it was opened; some writers do not count all of them
         self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
         self._waiting: list[int] = []
         self._under_way: Signal | None = None
@@ -96,7 +97,7 @@ class Reaper:
 
     async def _count_down(self, clusters: list[int]) -> None:
         async with self._refcounts.mutex.hold():
-            if uncounted := set(await self._refcounts.uncounted(clusters, self._nclusters)):
+            if uncounted := await self._uncounted.among(clusters):
                 clusters = [cluster for cluster in clusters if cluster not in uncounted]
             unused = await self._refcounts.last_references(clusters)
             await self._punch(unused)

@@ -1,7 +1,9 @@
 """Images that do not count all they use: what their refcounts call free is not overwritten."""
 
 import errno
+import random
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,45 @@ def test_tables_that_cannot_be_read_let_the_file_grow() -> None:
     bench.breaker.fault = fault
     bench.driver.run(bench.image.flush())
     assert bench.file.size == end
+
+
+def fill(recipe: Recipe, draw: random.Random, share: float, view: list[bytes]) -> None:
+    for cluster in range(len(view)):
+        if draw.random() < share:
+            view[cluster] = bytes([draw.randrange(1, 256)]) * 512
+            recipe.data(cluster, view[cluster])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_change_of_a_disk_hits_what_counts_too_low(tmp_path: Path, seed: int, count: int) -> None:
+    """Some data clusters count *count*, though a snapshot shares many of them."""
+    draw, view = random.Random(seed), [bytes(512)] * 200
+    recipe = Recipe(size=200 * 512, cluster_bits=9, version=draw.choice([2, 3]))
+    fill(recipe, draw, 0.4, view)
+    recipe.snapshot("precious")
+    precious = b"".join(view)
+    fill(recipe, draw, 0.3, view)
+    built = build(recipe, tmp_path / "disk")
+    for cluster in range(200):
+        where = built.l2(cluster) & OFFSET_MASK if cluster // 64 in built.l2_offsets else 0
+        if where and draw.random() < 0.5:
+            built.set_refcount(where, count)
+    lazy = recipe.version == 3 and draw.random() < 0.5
+    with qcow2.open(built.path, writable=True, lazy_refcounts=lazy) as disk:
+        for _ in range(50):
+            first = draw.randrange(200)
+            length = draw.randrange(1, min(20, 200 - first) + 1)
+            if draw.random() < 0.7:
+                view[first : first + length] = [bytes([draw.randrange(256)]) * 512] * length
+                disk.write(first * 512, b"".join(view[first : first + length]))
+            else:
+                view[first : first + length] = [bytes(512)] * length
+                disk.discard(first * 512, length * 512)
+        assert disk.read(0, 200 * 512) == b"".join(view)
+    with qcow2.open(built.path) as disk:
+        assert disk.read(0, 200 * 512) == b"".join(view)
+    taken_out = tmp_path / "precious"
+    command = ["qemu-img", "convert", "-l", "precious", "-f", "qcow2", "-O", "raw", built.path, taken_out]
+    subprocess.run(command, check=True)
+    assert taken_out.read_bytes() == precious

@@ -1,12 +1,13 @@
-"""What the refcounts say is free, and is: some images do not count all they use.
+"""Clusters that are referenced more often than they count: some writers do not count all they use, some damage is so.
 
-So nobody is handed a cluster before a census has shown that nothing refers to it. It is taken once, when clusters are
-needed for the first time, and unasked only if its reads are few: else nothing inside the file is free, until the file
-cannot grow. References made later are to clusters that were handed out, hence counted: what the census says stays true.
+A census shows which, before the first change. Such a cluster is not handed out, and letting go of it changes no count.
+The census is taken unasked only if its reads are few: else nothing inside the file is free, until the file cannot grow.
+References made later are to clusters that were handed out, hence counted: what the census says stays true.
 """
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import suppress
 
 from qcow2.census import Census, take_census
@@ -23,8 +24,8 @@ MAX_UNASKED_BYTES = 64 << 20  # of L2 tables: disks of 512 GiB with clusters of 
 MAX_UNASKED_TABLES = 4096  # one read each
 
 
-class Holes:
-    """Knows which clusters are in use uncounted; *nclusters* had the file as it was opened."""
+class Uncounted:
+    """Knows which clusters count too low; *nclusters* had the file as it was opened."""
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class Holes:
         self._nclusters = nclusters
         self._is_cheap = ntables <= min(MAX_UNASKED_TABLES, MAX_UNASKED_BYTES // geometry.cluster_size)
         self._is_known = False
-        self._starts: array[int] = array("Q")  # of the runs that are in use uncounted, ascending
+        self._starts: array[int] = array("Q")  # of the runs that count too low, ascending
         self._stops: array[int] = array("Q")
 
     @property
@@ -64,11 +65,19 @@ class Holes:
             stop = min(self._starts[following], stop)
         return range(start, max(start, stop))
 
+    async def among(self, clusters: Sequence[int]) -> set[int]:
+        """Those of the *clusters* that count too low. The caller holds the mutex of the refcounts."""
+        found = set(await self._refcounts.uncounted(clusters, self._nclusters))
+        if self._starts:
+            found.update(cluster for cluster in clusters if not self.usable(range(cluster, cluster + 1)))
+        return found
+
     async def look_if_cheap(self) -> None:
-        """Take the census, if it has few tables to read. The caller holds the mutex of the refcounts."""
+        """Take the census before the first change, if it has few tables to read."""
         if self._is_cheap:
-            with suppress(OSError, ImageError):  # what cannot be looked at is in use
-                await self.look()
+            async with self._refcounts.mutex.hold():
+                with suppress(OSError, ImageError):  # what cannot be looked at is in use
+                    await self.look()
 
     async def look(self) -> bool:
         """Take the census; false if it has been taken. The caller holds the mutex of the refcounts.
@@ -90,12 +99,12 @@ class Holes:
         return True
 
     async def _compare(self, census: Census, index: int, end: int) -> None:
-        """Note the clusters of refcount block *index* that are referenced and count zero."""
+        """Note the clusters of refcount block *index* that are referenced more often than they count."""
         first, order = index * self._refcounts.per_block, self._geometry.refcount_order
         block = await self._refcounts.content(index)
         nentries = min(self._refcounts.per_block, end - first)
         for cluster in census.tally.differing(block, order, first, nentries):
-            if stored_refcount(block, order, cluster - first) == 0:
+            if stored_refcount(block, order, cluster - first) < census.tally.count(cluster):
                 self._note(cluster)
 
     def _note(self, cluster: int) -> None:
