@@ -18,17 +18,13 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
 {
     struct file *file = &worker->files[operation->slot];
     uint64_t host_offset = operation->host_offset + operation->progress, began = worker->now;
-    ssize_t result;
+    int64_t result;
 
     operation_trace_transfer(worker, operation, gather);
-    do {
-        if (operation->verb == VERB_READ)
-            result = preadv2(file->fd, gather->iovecs, gather->count, host_offset, RWF_NOWAIT);
-        else
-            result = pwritev2(file->fd, gather->iovecs, gather->count, host_offset, 0);
-    } while (result < 0 && errno == EINTR);
-    if (result < 0)
-        result = errno == EOPNOTSUPP ? -EAGAIN : -errno;
+    if (operation->verb == VERB_READ)
+        result = host_read_cached(file->fd, gather->iovecs, gather->count, host_offset);
+    else
+        result = host_write(file->fd, gather->iovecs, gather->count, host_offset);
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     if (result > 0 && operation->verb == VERB_WRITE)

@@ -1,8 +1,6 @@
 /* Group commit and grace: lines of waiters that one fdatasync, or one epoch, serves together. */
 #include <errno.h>
-#include <fcntl.h>
 #include <stddef.h>
-#include <unistd.h>
 
 #include "ring/worker.h"
 
@@ -80,16 +78,6 @@ static bool is_lone(struct worker *worker, const struct file *file)
            pace_allows(&file->sync_pace, worker->now = pace_now());
 }
 
-static int sync_here(const struct file *file)
-{
-    int result;
-
-    do
-        result = fdatasync(file->fd) < 0 ? -errno : 0;
-    while (result == -EINTR); /* worker_nudge may come late, and some file systems let it end a sync */
-    return result;
-}
-
 /* On this thread, which saves the lone writer two wake-ups. */
 static void sync_at_once(struct worker *worker, uint32_t slot)
 {
@@ -97,7 +85,7 @@ static void sync_at_once(struct worker *worker, uint32_t slot)
     int result;
 
     starts(worker, slot);
-    result = sync_here(file);
+    result = host_sync(file->fd);
     worker->counters->immediate_syncs++;
     worker->counters->stalls += pace_note(&file->sync_pace, file->sync_began, worker->now = pace_now());
     commit_completed(worker, slot, result);
@@ -141,7 +129,7 @@ static void write_ahead(struct worker *worker, uint32_t slot)
     file->joined = false;
     if (file->storage != STORAGE_NEAR || file->dirty + file->syncing_dirty > AHEAD_NBYTES || !pace_allows(&file->sync_pace, began))
         return;
-    result = sync_file_range(file->fd, 0, 0, SYNC_FILE_RANGE_WRITE) < 0 ? -errno : 0;
+    result = host_write_ahead(file->fd);
     worker->counters->stalls += pace_note(&file->sync_pace, began, worker->now = pace_now());
     if (result == -EIO || result == -ENOSPC || result == -EDQUOT || result == -EROFS)
         fail(worker, slot, result);
@@ -168,7 +156,7 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     struct file *file = &worker->files[slot];
 
     if (result == -ECANCELED)
-        result = sync_here(file); /* the kernel could make no thread for it: nothing was tried, so nothing has failed */
+        result = host_sync(file->fd); /* the kernel could make no thread for it: nothing was tried, so nothing has failed */
     worker->submitted--;
     worker->progress = true;
     file->syncing = false;

@@ -5,7 +5,6 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
 
 #include "ring/at_once.h"
@@ -212,7 +211,7 @@ static int perform_here(struct worker *worker, uint32_t number)
         prepare_transfer(&entry, operation, &worker->files[operation->slot], &gather);
         operation_trace_transfer(worker, operation, &gather);
     }
-    result = threads_perform(&entry);
+    result = host_perform(&entry);
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     return result;
@@ -358,17 +357,15 @@ int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint
 static void write_zeros(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
-    struct stat st;
+    uint64_t length, left;
+    int result = host_length(worker->files[operation->slot].fd, &length);
 
-    if (fstat(worker->files[operation->slot].fd, &st) < 0) {
-        end(worker, number, -errno);
+    if (result < 0) {
+        end(worker, number, result);
         return;
     }
-    if (S_ISREG(st.st_mode)) {
-        uint64_t size = st.st_size;
-        uint64_t left = operation->host_offset < size ? size - operation->host_offset : 0;
-        operation->nbytes = operation->nbytes < left ? operation->nbytes : left;
-    }
+    left = operation->host_offset < length ? length - operation->host_offset : 0;
+    operation->nbytes = operation->nbytes < left ? operation->nbytes : left;
     operation->verb = VERB_WRITE;
     operation->piece = (struct piece){PIECE_ZEROS, 0, operation->nbytes};
     operation->pieces = &operation->piece;

@@ -10,7 +10,8 @@
 
 #include <stdbool.h>
 #include <stdint.h>
-#include <time.h>
+
+#include "ring/host.h"
 
 #define PACE_NBYTES (64u << 10) /* what is larger gains from another core more than it loses by the wake-up */
 #define PACE_STALL_NS 2000000u
@@ -26,10 +27,7 @@ struct pace {
 
 static inline uint64_t pace_now(void)
 {
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * UINT64_C(1000000000) + now.tv_nsec;
+    return host_now();
 }
 
 static inline bool pace_allows(const struct pace *pace, uint64_t now)

@@ -1,12 +1,9 @@
 /* The worker's queues: from the kick to the request, from the request to the call. */
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stddef.h>
 #include <stdlib.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
-#include <unistd.h>
 
 #include "ring/worker.h"
 
@@ -42,49 +39,29 @@ static void deactivate(struct worker *worker, uint32_t position)
     worker->active[position] = worker->active[--worker->active_count];
 }
 
-/* The flag is of the open file, which the front-end shares and may have taken back: look before each use. One that
- * takes it back between the look and the use has us sleep until somebody who waits for us calls worker_nudge. */
-static void make_nonblocking(int fd)
-{
-    int flags = fcntl(fd, F_GETFL);
-
-    if (flags >= 0 && !(flags & O_NONBLOCK))
-        fcntl(fd, F_SETFL, flags | O_NONBLOCK);
-}
-
 static void signal_fd(struct worker *worker, int fd)
 {
-    uint64_t one = 1;
-
     if (fd < 0)
         return;
-    make_nonblocking(fd);
     worker_meets_peer(worker, true);
-    (void)!write(fd, &one, sizeof(one)); /* a full or closed fd is the front-end's loss */
+    host_signal(fd);
     worker_meets_peer(worker, false);
 }
 
-/* An eventfd can be read without waiting whatever its flag says; writing to one knows no such way (Linux 6.18). */
 static bool take_signal(struct worker *worker, int fd)
 {
-    uint64_t count;
-    struct iovec piece = {&count, sizeof(count)};
-    ssize_t taken;
+    bool taken;
 
     worker_meets_peer(worker, true);
-    taken = preadv2(fd, &piece, 1, -1, RWF_NOWAIT);
-    if (taken < 0 && errno == EOPNOTSUPP) {
-        make_nonblocking(fd);
-        taken = read(fd, &count, sizeof(count));
-    }
+    taken = host_take_signal(fd);
     worker_meets_peer(worker, false);
-    return taken > 0;
+    return taken;
 }
 
 static void replace_fd(int *fd, int by)
 {
     if (*fd >= 0)
-        close(*fd);
+        host_close(*fd);
     *fd = by;
 }
 
@@ -399,19 +376,10 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     return has_room ? 0 : 1;
 }
 
-/* Whether a poll of the fd ever waits: an eventfd has no file type; files, disks
- * and directories are always ready and would keep us spinning. */
-static bool is_waitable(int fd)
-{
-    struct stat st;
-
-    return fstat(fd, &st) == 0 && ((st.st_mode & S_IFMT) == 0 || S_ISFIFO(st.st_mode) || S_ISSOCK(st.st_mode));
-}
-
 static int refuse_fd(int fd)
 {
     if (fd >= 0)
-        close(fd);
+        host_close(fd);
     return -EINVAL;
 }
 
@@ -419,7 +387,7 @@ int worker_set_kick(struct worker *worker, uint32_t index, int fd)
 {
     struct queue *queue = &worker->queues[index];
 
-    if (index >= WORKER_QUEUES || (fd >= 0 && !is_waitable(fd)))
+    if (index >= WORKER_QUEUES || (fd >= 0 && !host_is_waitable(fd)))
         return refuse_fd(fd);
     cancel_kick(worker, queue);
     replace_fd(&queue->kick_fd, fd);

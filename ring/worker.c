@@ -1,14 +1,9 @@
 #include "ring/worker.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
 
@@ -42,24 +37,6 @@ static void init_lists(struct worker *worker)
     line_init(&worker->grace.served);
 }
 
-static void ignore(int number)
-{
-    (void)number;
-}
-
-/* Let SIGURG, which nobody acts on by default, end a system call that this thread sleeps in. */
-static void expect_nudges(void)
-{
-    struct sigaction before, action = {.sa_handler = ignore};
-    sigset_t nudge;
-
-    if (sigaction(SIGURG, NULL, &before) == 0 && (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN))
-        sigaction(SIGURG, &action, NULL);
-    sigemptyset(&nudge);
-    sigaddset(&nudge, SIGURG);
-    pthread_sigmask(SIG_UNBLOCK, &nudge, NULL);
-}
-
 struct worker *worker_create(struct device *device, int control_fd, struct worker_counters *counters, int use_threads,
                              int *error)
 {
@@ -78,13 +55,12 @@ struct worker *worker_create(struct device *device, int control_fd, struct worke
     worker->device = device;
     worker->counters = counters;
     worker->control_fd = control_fd;
-    worker->thread_id = gettid();
+    worker->thread_id = host_expect_nudges();
     worker->losses = loss_count();
     worker->log.call_fd = -1;
     worker->events = events;
     worker->long_pieces = long_pieces;
     init_lists(worker);
-    expect_nudges();
     poll_control(worker);
     return worker;
 }
@@ -123,10 +99,7 @@ void worker_forget_delivered(struct worker *worker)
 
 static void control_signalled(struct worker *worker, bool more)
 {
-    uint64_t count;
-
-    if (read(worker->control_fd, &count, sizeof(count)) < 0)
-        count = 0; /* an earlier completion took it already */
+    host_take_signal(worker->control_fd); /* or an earlier completion took it already */
     if (!more)
         poll_control(worker);
     if (worker->control_told)
@@ -261,7 +234,7 @@ void worker_free(struct worker *worker)
 void worker_nudge(struct worker *worker)
 {
     if (worker && __atomic_load_n(&worker->at_peer, __ATOMIC_RELAXED))
-        tgkill(getpid(), worker->thread_id, SIGURG);
+        host_nudge(worker->thread_id);
 }
 
 void worker_set_poll(struct worker *worker, uint32_t microseconds)
@@ -292,33 +265,14 @@ void worker_set_trace(struct worker *worker, struct trace *trace)
 
 /* ---- files ---- */
 
-/* Whether O_DIRECT reads 512 bytes at 512. */
-static bool takes_sectors(int fd)
-{
-    void *page = aligned_alloc(4096, 4096);
-    bool taken = page && pread(fd, page, 512, 512) >= 0;
-
-    free(page);
-    return taken;
-}
-
-/* What O_DIRECT on this file wants; 4096 suits every disk that does not say. */
 static void query_alignment(struct file *file)
 {
-    struct statx stx;
+    struct host_alignment alignment = {4096, 4096};
 
-    file->memory_align = file->offset_align = 4096;
-#ifdef STATX_DIOALIGN
-    if (file->direct_fd >= 0 && statx(file->direct_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 &&
-        stx.stx_mask & STATX_DIOALIGN && stx.stx_dio_mem_align && stx.stx_dio_offset_align) {
-        file->memory_align = stx.stx_dio_mem_align;
-        file->offset_align = stx.stx_dio_offset_align;
-    }
-#else
-    (void)stx;
-#endif
-    if (file->direct_fd >= 0 && takes_sectors(file->direct_fd))
-        file->offset_align = 512;
+    if (file->direct_fd >= 0)
+        alignment = host_alignment(file->direct_fd);
+    file->memory_align = alignment.memory;
+    file->offset_align = alignment.offset;
     if (file->offset_align > 512)
         file->direct_fd = -1; /* a guest's sector is less: its page would be written both ways */
 }

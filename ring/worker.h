@@ -13,6 +13,7 @@
 #include "ring/log.h"
 #include "ring/loss.h"
 #include "ring/histogram.h"
+#include "ring/host.h"
 #include "ring/memory.h"
 #include "ring/pace.h"
 #include "ring/poll.h"
