@@ -118,7 +118,7 @@ def plan(options: Options) -> Plan:
     data_clusters = _clusters(options.size, cluster_size) if is_preallocated else 0
     l2_clusters = _clusters(data_clusters * layout.ENTRY_SIZE, cluster_size)
     counted = 1 + l1_clusters + l2_clusters + data_clusters
-    table_clusters, block_clusters = _refcount_clusters(options, counted)
+    table_clusters, block_clusters = refcount_clusters(options, counted)
     return Plan(options, table_clusters, block_clusters, l1_size, l1_clusters, l2_clusters, data_clusters)
 
 
@@ -126,7 +126,7 @@ def _clusters(nbytes: int, cluster_size: int) -> int:
     return -(-nbytes // cluster_size)
 
 
-def _refcount_clusters(options: Options, counted: int) -> tuple[int, int]:
+def refcount_clusters(options: Options, counted: int) -> tuple[int, int]:
     """Clusters of refcount table and blocks that count *counted* clusters and themselves."""
     per_block = options.cluster_size * 8 >> options.refcount_order
     table = blocks = 0
@@ -199,6 +199,16 @@ async def write_header(file: File, plan: Plan) -> None:
     _, packed = pack_header(file, _header(plan))
     await Sync(file)
     await Write(file, 0, packed[: layout.SECTOR_SIZE])
+    await Sync(file)
+
+
+async def write_raw(file: File, size: int, preallocation: Preallocation) -> None:
+    """Make a raw image of *size* bytes of whatever *file* holds; stable on return."""
+    await Resize(file, 0)
+    await Zero(file, 0, size)  # a device's
+    await Resize(file, size)
+    if preallocation is Preallocation.FULL:
+        await _write_zeros(file, 0, size)
     await Sync(file)
 
 

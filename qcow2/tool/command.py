@@ -18,6 +18,7 @@ COMMANDS = {
     "check": ("check", "check an image, and repair it"),
     "map": ("map", "say where the disk's bytes are"),
     "compare": ("compare", "say whether two images hold the same disk"),
+    "measure": ("measure", "say how large a new image will be"),
     "rebase": ("rebase", "give an image another backing file"),
     "resize": ("resize", "make the disk of an image longer"),
     "link-logs": ("logs", "list what killed daemons left in memory"),

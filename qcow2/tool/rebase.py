@@ -6,8 +6,8 @@ from qcow2.driver.file import run
 from qcow2.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
 from qcow2.layout import Autoclear
 from qcow2.operation import File
-from qcow2.tool.create import validate_backing
 from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.option import validate_backing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 complaint. QEMU_BIN names the directory of another QEMU than this host's.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.oracle import peers, qemu_img, qemu_io
-from tests.program import TIMEOUT, TOOL
+from tests.oracle import assert_clean, peers, qemu_img, qemu_io
+from tests.program import TIMEOUT, TOOL, qcow2_tool_ok
 
 MIB = 1 << 20
 
@@ -25,6 +26,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         qemu_io(place / name, "write -P 3 64k 256k")
     qemu_io(place / "other", "write -P 4 200000 1")
     qemu_io(place / "zeros", "write -z 0 512k", "write -P 0 512k 64k")
+    qemu_img("create", "-q", "-f", "qcow2", place / "noted", "5G")
+    for name in ("one", "another"):
+        qemu_img("bitmap", "--add", "-g", "512", place / "noted", name)
     with (place / "raw").open("wb") as raw:
         raw.seek(65536)
         raw.write(b"\3" * (256 << 10))
@@ -88,6 +92,27 @@ ROWS = [
     "compare data",
     "compare",
     "compare data data data",
+    "measure --size 1G",
+    "measure --size 1000",
+    "measure -O qcow2 --size 1G",
+    "measure -O qcow2 --size 0",
+    "measure -O qcow2 --size 1000 --output=json",
+    "measure -O qcow2 --size 1000G -o cluster_size=4k,refcount_bits=64",
+    "measure -O qcow2 --size 1G -o preallocation=metadata,cluster_size=512",
+    "measure -O qcow2 --size 1G -o preallocation=falloc",
+    "measure -O qcow2 --size 1G -o backing_file=foo,backing_fmt=raw",
+    "measure -O qcow2 data",
+    "measure -O qcow2 summit --output json",
+    "measure -O qcow2 -o cluster_size=4k top",
+    "measure -O qcow2 -o compat=0.10 top",
+    "measure -O qcow2 -o preallocation=full top",
+    "measure -O qcow2 -o backing_file=data,backing_fmt=qcow2 top",
+    "measure -O qcow2 -f raw raw --output=json",
+    "measure -O qcow2 noted",
+    "measure -O raw summit",
+    "measure -O vmdk --size 1G",
+    "measure --size 1G data",
+    "measure",
     "map --output=json summit",
     "map --output=json top",
     "map --output=json -f raw raw",
@@ -102,3 +127,57 @@ def test_same_words_have_the_same_effect(images: Path, peer: str, words: str) ->
     status, text = said(TOOL, images, words)
     theirs = said(peer, images, words)
     assert (status, adapted(text, peer)) == theirs
+
+
+CREATIONS = [
+    "create -f qcow2 new 1M",
+    "create -f qcow2 new 1000",
+    "create -f qcow2 new 1.5M",
+    "create -f qcow2 -o size=1M new",
+    "create -f qcow2 -o preallocation=metadata new 3M",
+    "create -f qcow2 -o preallocation=falloc,cluster_size=4k new 3M",
+    "create -f qcow2 -o preallocation=full new 1M",
+    "create -f qcow2 -o preallocation=off,compat=0.10 new 1M",
+    "create -f qcow2 -b data -F qcow2 new",
+    "create -f qcow2 -b data -F qcow2 -o lazy_refcounts=on new 1000",
+    "create -u -f qcow2 -b ./data -F qcow2 new 1M",
+    "create -q -f qcow2 new 0",
+    "create -f raw new 1000",
+    "create -f raw -o preallocation=falloc new 1M",
+    "create -f raw -o preallocation=full new 1M",
+]
+
+
+@pytest.mark.parametrize("words", CREATIONS)
+def test_same_words_create_the_same(images: Path, tmp_path: Path, words: str) -> None:
+    results = []
+    image_format = "raw" if "-f raw" in words else "qcow2"
+    for program in (TOOL, "qemu-img"):
+        place = tmp_path / Path(program).name
+        place.mkdir()
+        (place / "data").symlink_to(images / "data")
+        results.append((said(program, place, words), about(place / "new", image_format)))
+        if image_format == "qcow2":
+            assert_clean(place / "new")
+        if "falloc" in words or "full" in words:
+            assert (place / "new").stat().st_blocks * 512 >= MIB
+    assert results[0] == results[1]
+
+
+def about(path: Path, image_format: str) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """What qemu-img tells of an image, but for where things are."""
+    info = json.loads(qemu_img("info", "-U", "-f", image_format, "--output=json", path).stdout)
+    for word in ("filename", "full-backing-filename", "actual-size"):
+        info.pop(word, None)
+    extents = json.loads(qemu_img("map", "-U", "-f", image_format, "--output=json", path).stdout)
+    for extent in extents:
+        extent.pop("offset", None)
+    return info, extents if image_format == "qcow2" else []  # a raw file has a first block for no reason
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_options_that_are_asked_for_are_those_that_qemu_knows(image_format: str) -> None:
+    ours = qcow2_tool_ok("create", "-f", image_format, "-o", "help").splitlines()
+    assert ours[0] == f"Supported {image_format} options:"
+    assert set(ours[1:]) <= {*qemu_img("create", "-f", image_format, "-o", "help", "new").stdout.splitlines()}
+    assert ours == qcow2_tool_ok("create", "-f", image_format, "-o", "?", "new").splitlines()

@@ -1,0 +1,92 @@
+"""How large a new image will be: all of its tables, and the clusters that the source has data in."""
+
+from dataclasses import dataclass
+
+from qcow2.bitmap import bitmap_directory, read_bitmaps
+from qcow2.create import Options, Preallocation, refcount_clusters
+from qcow2.extent import find_extent
+from qcow2.image import Image
+from qcow2.layout import ENTRY_SIZE, BitmapRecord
+from qcow2.raw import RawImage
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """Bytes of the image's file."""
+
+    required: int  # at first
+    fully_allocated: int  # once the guest has written everything
+    bitmaps: int | None  # of the source, if they were taken along; None if they cannot be
+
+
+def size_of_raw(size: int) -> Measures:
+    """A raw file is as long as its disk."""
+    return Measures(size, size, None)
+
+
+def size_of_empty(options: Options) -> Measures:
+    """An image without data; *options* hold the size of its disk."""
+    full = _fully_allocated(options)
+    return Measures(full if _is_reserved(options) else full - _data_bytes(options), full, None)
+
+
+async def size_of_copy(options: Options, source: Image | RawImage) -> Measures:
+    """An image that *source* is copied to; what it shares with a backing file cannot be told.
+
+    Raises: OSError, ImageError.
+    """
+    full = _fully_allocated(options)
+    required = full
+    if not _is_reserved(options) and options.backing_name is None:
+        required = full - _data_bytes(options) + await _bytes_with_data(options, source)
+    bitmaps = await _bitmap_bytes(options, source) if isinstance(source, Image) and options.version >= 3 else None
+    return Measures(required, full, bitmaps)
+
+
+def _is_reserved(options: Options) -> bool:
+    return options.preallocation in (Preallocation.FALLOC, Preallocation.FULL)
+
+
+def _data_bytes(options: Options) -> int:
+    return _clusters(options.size, options) * options.cluster_size
+
+
+def _fully_allocated(options: Options) -> int:
+    data = _clusters(options.size, options)
+    l2 = _clusters(data * ENTRY_SIZE, options)
+    l1 = _clusters(l2 * ENTRY_SIZE, options)
+    counted = 1 + l1 + l2 + data
+    return (counted + sum(refcount_clusters(options, counted))) * options.cluster_size
+
+
+def _clusters(nbytes: int, options: Options) -> int:
+    return -(-nbytes // options.cluster_size)
+
+
+async def _bytes_with_data(options: Options, source: Image | RawImage) -> int:
+    """Of the clusters that hold some."""
+    counted = offset = 0
+    while offset < source.size:
+        extent = await find_extent(source, offset, source.size - offset)
+        end = offset + extent.nbytes
+        if extent.is_data:
+            start, end = offset // options.cluster_size, _clusters(end, options)
+            counted += (end - start) * options.cluster_size
+            end *= options.cluster_size
+        offset = end
+    return counted
+
+
+async def _bitmap_bytes(options: Options, source: Image) -> int:
+    """Clusters of the directory, and of all bitmaps with all their bits."""
+    directory = bitmap_directory(source.file, source.header)
+    if directory is None:
+        return 0
+    clusters = entries = 0
+    for bitmap in await read_bitmaps(source.file, directory):
+        bits = -(-source.size >> bitmap.record.granularity_bits)
+        data = _clusters(-(-bits // 8), options)
+        clusters += data + _clusters(data * ENTRY_SIZE, options)
+        nbytes = BitmapRecord.FORMAT.size + bitmap.record.name_size
+        entries += nbytes + -nbytes % 8
+    return (clusters + _clusters(entries, options)) * options.cluster_size

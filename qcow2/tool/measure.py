@@ -1,0 +1,59 @@
+"""`qcow2 measure`: how large a new image will be."""
+
+import argparse
+
+from qcow2.driver.file import run
+from qcow2.format import FORMATS
+from qcow2.job.measure import Measures, size_of_copy, size_of_empty, size_of_raw
+from qcow2.layout import SECTOR_SIZE
+from qcow2.quantity import parse_size
+from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.file import print_json
+from qcow2.tool.option import image_options, parse_options
+from qcow2.tool.source import add_source_options, open_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 measure`."""
+    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the source; never guessed")
+    parser.add_argument("-O", "--target-format", default="raw", metavar="FMT", help="of the new image: raw or qcow2")
+    parser.add_argument("-o", "--options", action="append", default=[], metavar="OPTIONS", help="of the new image")
+    parser.add_argument("-s", "--size", metavar="SIZE", help="of its disk, if there is no source")
+    parser.add_argument("--output", default="human", choices=["human", "json"])
+    add_source_options(parser)
+    parser.add_argument("filename", nargs="?", metavar="FILE", help="the source")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Print the sizes.
+
+    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    """
+    if arguments.size is not None and arguments.filename is not None:
+        raise UsageError("--size N cannot be used together with a filename.")
+    if arguments.size is None and arguments.filename is None:
+        raise UsageError("Either --size N or one filename must be specified.")
+    if arguments.target_format not in FORMATS:
+        raise Failure(f"Block driver '{arguments.target_format}' does not support size measurement")
+    measures = _measured(arguments)
+    if arguments.output == "json":
+        facts = {} if measures.bitmaps is None else {"bitmaps": measures.bitmaps}
+        print_json(facts | {"required": measures.required, "fully-allocated": measures.fully_allocated})
+        return 0
+    print(f"required size: {measures.required}")
+    print(f"fully allocated size: {measures.fully_allocated}")
+    if measures.bitmaps is not None:
+        print(f"bitmaps size: {measures.bitmaps}")
+    return 0
+
+
+def _measured(arguments: argparse.Namespace) -> Measures:
+    given = parse_options(arguments.options, arguments.target_format)
+    if arguments.filename is None:
+        size = parse_size(arguments.size)
+        size += -size % SECTOR_SIZE
+        return size_of_raw(size) if arguments.target_format == "raw" else size_of_empty(image_options(given, size))
+    with open_source(arguments.filename, arguments.format, arguments) as source:
+        if arguments.target_format == "raw":
+            return size_of_raw(source.size)
+        return run(size_of_copy(image_options(given, source.size), source))

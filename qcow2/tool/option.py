@@ -1,0 +1,121 @@
+"""`-o name=value,...`: what a new image shall be."""
+
+import os
+import re
+from typing import TypeVar
+
+from qcow2.create import Options, Preallocation, max_size
+from qcow2.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
+from qcow2.quantity import parse_size
+
+T = TypeVar("T")
+
+OPTIONS = {
+    "qcow2": {
+        "backing_file": "<str>     - File name of a base image",
+        "backing_fmt": "<str>      - Image format of the base image",
+        "cluster_size": "<size>    - qcow2 cluster size",
+        "compat": "<str>           - Compatibility level (v2 [0.10] or v3 [1.1])",
+        "compression_type": "<str> - Compression method used for image cluster compression",
+        "lazy_refcounts": "<bool (on/off)> - Postpone refcount updates",
+        "preallocation": "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)",
+        "refcount_bits": "<num>    - Width of a reference count entry in bits",
+        "size": "<size>            - Virtual disk size",
+    },
+    "raw": {
+        "preallocation": "<str>    - Preallocation mode (allowed values: off, falloc, full)",
+        "size": "<size>            - Virtual disk size",
+    },
+}
+COMPATS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+MAX_FORMAT_BYTES = 15  # QEMU opens no image that says more
+RAW_PREALLOCATIONS = {kind.value: kind for kind in Preallocation if kind is not Preallocation.METADATA}
+PREALLOCATIONS = {kind.value: kind for kind in Preallocation}
+
+
+def asks_for_help(texts: list[str]) -> bool:
+    """Whether one of the options is no option, but a question for them."""
+    return any(part in ("help", "?") for text in texts for part in text.split(","))
+
+
+def print_help(image_format: str) -> None:
+    """Say what options an image of *image_format* has."""
+    print(f"Supported {image_format} options:")
+    for name, caption in OPTIONS[image_format].items():
+        print(f"  {name}={caption}")
+
+
+def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
+    """Split `name=value,name=value`; a comma in a value is doubled.
+
+    Raises: ValueError naming what is not an option.
+    """
+    known = OPTIONS[image_format]
+    parsed = {}
+    for part in (part for text in texts for part in re.split(r"(?<!,),(?!,)", text)):
+        name, equals, value = part.replace(",,", ",").partition("=")
+        if name not in known:
+            raise ValueError(f"option {name!r} is unknown, known are {', '.join(known)}")
+        if not equals:
+            raise ValueError(f"option {name!r} needs a value: {name}=VALUE")
+        parsed[name] = value
+    return parsed
+
+
+def image_options(given: dict[str, str], size: int, typed: str | None = None) -> Options:
+    """What a new qcow2 image with a disk of *size* bytes, perhaps *typed* so, shall be.
+
+    Raises: ValueError.
+    """
+    cluster_bits = _power(given, "cluster_size", "64k", 512, 2 << 20)
+    limit = max_size(cluster_bits)
+    if size + -size % SECTOR_SIZE > limit:
+        raise ValueError(f"size {typed or size} is too large, limit {limit} with cluster_size {1 << cluster_bits}")
+    return Options(
+        size=size + -size % SECTOR_SIZE,
+        version=_choice(given, "compat", "1.1", COMPATS),
+        cluster_bits=cluster_bits,
+        refcount_order=_power(given, "refcount_bits", "16", 1, 64),
+        lazy_refcounts=_choice(given, "lazy_refcounts", "off", SWITCH),
+        compression=_choice(given, "compression_type", "zlib", {kind.name.lower(): kind for kind in CompressionType}),
+        backing_name=given.get("backing_file") or None,
+        backing_format=given.get("backing_fmt") or None,
+        preallocation=_choice(given, "preallocation", "off", PREALLOCATIONS),
+    )
+
+
+def raw_preallocation(given: dict[str, str]) -> Preallocation:
+    """What of a new raw image is reserved.
+
+    Raises: ValueError.
+    """
+    return _choice(given, "preallocation", "off", RAW_PREALLOCATIONS)
+
+
+def validate_backing(name: str, backing_format: str) -> None:
+    """Raises: ValueError if a header cannot or should not say so."""
+    if not re.fullmatch(rf"[\w-]{{1,{MAX_FORMAT_BYTES}}}", backing_format, re.ASCII):
+        raise ValueError(f"backing format {backing_format!r} is no name of 1 to {MAX_FORMAT_BYTES} letters")
+    if len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES:
+        nbytes = len(os.fsencode(name))
+        raise ValueError(f"backing file name of {nbytes} bytes, limit {MAX_BACKING_NAME_BYTES}: {name[:40]!r}...")
+
+
+def _power(given: dict[str, str], name: str, default: str, low: int, high: int) -> int:
+    """The exponent of an option that is a power of two in [low, high]."""
+    text = given.get(name, default)
+    try:
+        value = parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text}: {error}") from error
+    if value & (value - 1) or not low <= value <= high:
+        raise ValueError(f"{name}={text} is not a power of two from {low} to {high}")
+    return value.bit_length() - 1
+
+
+def _choice(given: dict[str, str], name: str, default: str, choices: dict[str, T]) -> T:
+    text = given.get(name, default)
+    if text not in choices:
+        raise ValueError(f"{name}={text} is not one of {', '.join(choices)}")
+    return choices[text]
