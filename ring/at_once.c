@@ -236,7 +236,7 @@ void worker_store_memory(struct worker *worker, uint8_t *memory, uint64_t offset
 {
     struct iovec content = {(void *)(uintptr_t)bytes, nbytes};
 
-    memcpy(memory + offset, bytes, nbytes);
+    host_store(memory + offset, bytes, nbytes);
     if (worker->trace)
         trace_add(worker->trace, (struct trace_record){.kind = TRACE_STORE, .offset = offset, .nbytes = nbytes},
                   &content, 1);

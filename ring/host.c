@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -74,6 +75,11 @@ int host_length(int fd, uint64_t *nbytes)
 int host_perform(const struct io_uring_sqe *entry)
 {
     return threads_perform(entry);
+}
+
+void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes)
+{
+    memcpy(memory, bytes, nbytes);
 }
 
 /* Whether O_DIRECT reads 512 bytes at 512. */

@@ -28,6 +28,9 @@ int host_length(int fd, uint64_t *nbytes);
 /* Carry a transfer, fsync or fallocate out on this very thread, however long that takes. -> its completion's result */
 int host_perform(const struct io_uring_sqe *entry);
 
+/* Put bytes into memory that outlives this process, and not the host. */
+void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes);
+
 /* What O_DIRECT on the file wants, powers of two. */
 struct host_alignment {
     uint32_t memory;

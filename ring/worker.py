@@ -11,7 +11,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from ring.aio import Aio
 from ring.counter import Counters, snapshot
+from ring.host import HOST, Host
 from ring.inflight import InflightRegion
 from ring.memory import Mapping, MemoryRegion, map_regions, native_table
 from ring.native import NULL, Pointer, check, ffi, lib
@@ -59,6 +60,7 @@ class Worker:
         pool_threads: int = 2,
         on_queue_broken: Callable[[int, str], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
+        host: Host = HOST,
     ) -> None:
         """Nothing starts yet.
 
@@ -76,8 +78,9 @@ class Worker:
         self._on_request = on_request
         self._on_queue_broken = on_queue_broken
         self._on_death = on_death
-        self._pool = ThreadPoolExecutor(pool_threads, "compute")
-        self._host_pool = ThreadPoolExecutor(pool_threads, "host")
+        self._host = host
+        self._pool = host.pool(pool_threads, "compute")
+        self._host_pool = host.pool(pool_threads, "host")
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
         self._started: Future[None] = Future()
         self._lock = threading.Lock()  # guards _open, and the control fd while it is written
@@ -100,7 +103,7 @@ class Worker:
 
     def __enter__(self) -> "Worker":
         """Start the thread. Raises: OSError if the kernel refuses what `aio` asks for."""
-        self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._control = self._host.eventfd()
         self._open = True
         try:
             start_deaf(self._thread)
@@ -157,7 +160,7 @@ class Worker:
         with self._lock:
             if self._open:
                 self._calls.append((self._drain, None))
-                os.eventfd_write(self._control, 1)
+                self._host.signal(self._control)
         while self._thread.is_alive():
             self._thread.join(NUDGE_SECONDS)
             lib.worker_nudge(self._native)
@@ -400,7 +403,7 @@ class Worker:
 
     def _run_in(
         self,
-        pool: ThreadPoolExecutor,
+        pool: Executor,
         function: Callable[[], T],
         done: Callable[[T | None, BaseException | None], None],
     ) -> None:
@@ -415,11 +418,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            self._native = ffi.gc(self._create(), lib.worker_free)  # requests may outlive the thread
-            lib.worker_set_poll(self._native, self._poll_us)
-            self._operations = Operations(self._native)
-            events: Any = lib.worker_events(self._native)
-            self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))
+            self._open_native()
         except BaseException as error:  # raised where the thread was started
             self._close()
             self._started.set_exception(error)
@@ -435,6 +434,13 @@ class Worker:
                 self._on_death(death)
         finally:
             self._close()
+
+    def _open_native(self) -> None:
+        self._native = ffi.gc(self._create(), lib.worker_free)  # requests may outlive the thread
+        lib.worker_set_poll(self._native, self._poll_us)
+        self._operations = Operations(self._native)
+        events: Any = lib.worker_events(self._native)
+        self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))
 
     def _create(self) -> Pointer:
         if self.aio is Aio.AUTO:
@@ -488,7 +494,7 @@ class Worker:
             if not self._open:
                 raise RuntimeError("the worker has ended")
             self._calls.append((function, future))
-            os.eventfd_write(self._control, 1)
+            self._host.signal(self._control)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -505,7 +511,7 @@ class Worker:
         error = future.exception()
         result = future.result() if error is None else None
         self._computed.append(lambda: done(result, error))
-        os.eventfd_write(self._control, 1)  # open: `_drain` waits for what is being computed
+        self._host.signal(self._control)  # open: `_drain` waits for what is being computed
 
     def _run_computed(self) -> None:
         while self._computed:
@@ -551,7 +557,7 @@ class Worker:
             mapping.close()
         if self._inflight is not None:
             self._inflight.close()
-        os.close(self._control)
+        self._host.close(self._control)
         while self._calls:
             _, future = self._calls.popleft()
             if future is not None:

@@ -71,7 +71,7 @@ class RingDriver:
             case op.Size(file=file) | op.Resize(file=file) if self._may_hang(file):
                 worker.call_host(lambda: perform(operation), self._compute_end(task))
             case op.Size():  # of an inode that the host has in memory: not worth a thread
-                self._scheduler.resume(task, perform(operation))
+                self._scheduler.resume(task, self._size(operation))
             case op.Occupied(nbytes=nbytes):  # who serves does not ask what is sparse
                 self._scheduler.resume(task, (True, nbytes))
             case op.Store():
@@ -82,6 +82,9 @@ class RingDriver:
                 self._scheduler.resume(task)
             case _:
                 raise TypeError(f"not an operation of the disk: {operation!r}")
+
+    def _size(self, operation: op.Size) -> int:
+        return int(perform(operation))
 
     def _store(self, operation: op.Store) -> None:
         store(operation, self._write_mark, self._trace.store if self._trace is not None else lambda offset, data: None)
@@ -152,8 +155,16 @@ def _piece(buffer: bytes | bytearray | memoryview | op.Buffer) -> Piece:
 class ImageBackend:
     """An image as a `Backend`; while a worker has it, nobody else may touch it."""
 
-    def __init__(self, held: HeldImage, *, cache: CacheMode, trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        held: HeldImage,
+        *,
+        cache: CacheMode,
+        trace: Trace | None = None,
+        driver: Callable[[Worker, dict[op.File, int], Trace | None], RingDriver] = RingDriver,
+    ) -> None:
         """With *trace* the image, which is held, is never let go: a trace tells of one holding."""
+        self._new_driver = driver
         self.lease = None if trace is not None else held
         self._held = held
         self._cache = cache
@@ -178,7 +189,7 @@ class ImageBackend:
         block.set_extent_map(ExtentMap(*self._image.extent_map))
         if self._trace is not None:
             self._begin_trace(self._trace, worker, slots)
-        self._driver = RingDriver(worker, slots, self._trace)
+        self._driver = self._new_driver(worker, slots, self._trace)
         self._admission: Admission[Request] = Admission(
             lambda request: self._begin(request, lambda: self._admission.end(request.queue))
         )
