@@ -5,14 +5,16 @@ what it does and does not tolerate, then looks whether anybody holds the opposit
 they belong to the description and end with it, which transfers in flight keep alive: so a description that carries
 O_DIRECT transfers has the locks, too, or they would outlive them.
 
-Two bytes of our own, beyond QEMU's, tell a process that died from one that lives. `OURS` is held by each description
-that may carry transfers, `LIVES` by one that never does: it ends with its process.
+Bytes of our own, beyond QEMU's, tell a process that died from one that lives. `OURS` is held by each description that
+may carry transfers, `LIVES` + its process's number by one that never does: it ends with its process. One that was
+killed ends late if a thread of its waits for storage that hangs, so whoever finds its number asks whether it was.
 """
 
 import errno
 import fcntl
 import logging
 import os
+import signal
 import struct
 import time
 import zlib
@@ -22,8 +24,10 @@ from enum import IntEnum
 
 USES = 100
 FORBIDS = 200
-OURS, LIVES = 300, 301
-GUESTS, GUESTS_LIVE = 1 << 40, 1 << 41  # from here on: the same two for each guest
+OURS = 300
+LIVES = 1 << 41  # from here on, one for each process
+GUESTS, GUESTS_LIVE = 1 << 40, 1 << 60  # from here on: the same two for each guest
+PROCESSES = 1 << 22  # as many as Linux numbers
 PATIENCE = 1.0  # seconds
 RETRY_INTERVAL = 0.01
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; this machine's alignment
@@ -59,24 +63,43 @@ def lock_image(fd: int, path: str, *, writable: bool, on_wait: Callable[[], None
     deadline = time.monotonic() + PATIENCE
     is_told = False
     while True:
+        is_late = time.monotonic() >= deadline
+        is_of_the_dead = is_late and _is_of_the_dead(fd, path)  # asked first: what ends meanwhile we then get
         try:
-            _try_to_lock(fd, path, writable=writable)
+            return _try_to_lock(fd, path, writable=writable)
         except ImageLocked:
             _release(fd)  # or two who wait would wait for each other
-            if time.monotonic() >= deadline:
-                if not _is_of_the_dead(fd, path):
-                    raise
-                if not is_told:
-                    log.warning("%s: waiting for the last transfers of a process that died", path)
-                    is_told = True
-            on_wait()
-            time.sleep(RETRY_INTERVAL)
-        else:
-            return
+            if is_late and not is_of_the_dead:
+                raise
+        if is_of_the_dead and not is_told:
+            log.warning("%s: waiting for the last transfers of a process that died", path)
+            is_told = True
+        on_wait()
+        time.sleep(RETRY_INTERVAL)
 
 
 def _is_of_the_dead(fd: int, path: str) -> bool:
-    return _is_held(fd, path, OURS) and not _is_held(fd, path, LIVES)
+    return _is_held(fd, path, OURS) and not _has_the_living(fd, path, LIVES)
+
+
+def _has_the_living(fd: int, path: str, first: int) -> bool:
+    """Whether another description marks a life from byte *first* on, of a process that was not killed."""
+    marks = _held(fd, path, first, first + PROCESSES)
+    return any(not was_killed(mark - first) and _is_held(fd, path, mark) for mark in marks)  # still
+
+
+def was_killed(pid: int) -> bool:
+    """Whether the process has ended but for threads that the kernel cannot end yet.
+
+    False of one that we cannot see, as from another container.
+    """
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            status = dict(line.rstrip("\n").split(":\t", 1) for line in file)
+    except OSError:
+        return False
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return status["State"].startswith(("Z", "X")) or bool(pending & 1 << signal.SIGKILL - 1)
 
 
 def show_life(path: str, fd: int) -> int:
@@ -91,7 +114,7 @@ def show_life(path: str, fd: int) -> int:
         life = os.open(path, flags)
     try:
         if os.path.samestat(os.fstat(life), os.fstat(fd)):  # else there is no /proc, and the name leads elsewhere now
-            _share(life, path, LIVES)
+            _share(life, path, LIVES + os.getpid())
             _share(fd, path, OURS)
     except OSError:
         os.close(life)
@@ -118,13 +141,14 @@ def await_transfers(fd: int, life_fd: int, path: str, key: int, on_wait: Callabl
     lives does no harm: a guest may have a disk twice.
     """
     is_told = False
-    while _is_held(fd, path, GUESTS + key) and not _is_held(life_fd, path, GUESTS_LIVE + key):
+    lives = GUESTS_LIVE + key * PROCESSES
+    while _is_held(fd, path, GUESTS + key) and not _has_the_living(life_fd, path, lives):
         if not is_told:
             log.warning("%s: waiting for the last reads of a process that died", path)
             is_told = True
         on_wait()
         time.sleep(RETRY_INTERVAL)
-    _share(life_fd, path, GUESTS_LIVE + key)
+    _share(life_fd, path, lives + os.getpid())
     _share(fd, path, GUESTS + key)
 
 
@@ -178,7 +202,19 @@ def _about_locks(path: str) -> Iterator[None]:
 
 def _is_held(fd: int, path: str, byte: int) -> bool:
     """Whether another open file description holds a lock on *byte*."""
+    return any(True for _ in _held(fd, path, byte, byte + 1))
+
+
+def _held(fd: int, path: str, start: int, end: int) -> Iterator[int]:
+    """The bytes from *start* to *end* that other open file descriptions hold locks on."""
+    if start == end:
+        return
     with _about_locks(path):
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
-    kind: int = FLOCK.unpack(answer)[0]
-    return kind != fcntl.F_UNLCK
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, 0, start, end - start, 0))
+    kind, _, first, nbytes, _ = FLOCK.unpack(answer)
+    if kind == fcntl.F_UNLCK:
+        return
+    held = range(max(first, start), min(first + nbytes, end) if nbytes else end)  # any of them, not the first
+    yield from held
+    yield from _held(fd, path, start, held.start)
+    yield from _held(fd, path, held.stop, end)

@@ -24,10 +24,11 @@ IN_HEADER = struct.Struct("<IIQQIIIHH")  # struct fuse_in_header
 OUT_HEADER = struct.Struct("<IiQ")
 ATTR = struct.Struct("<6Q10I")
 FATTR_SIZE = 1 << 3
-ASYNC_READ, BIG_WRITES, MAX_PAGES = 1 << 0, 1 << 5, 1 << 22
+ASYNC_READ, BIG_WRITES, ASYNC_DIO, MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 22
 MAX_WRITE = 128 << 10
 ROOT = 1
 MNT_DETACH = 2
+KEEP = "keep"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -58,9 +59,9 @@ class SlowDisk:
         assert self._server.stdout
         return self._server.stdout.readline().rstrip()
 
-    def _tell(self, *opcodes: int) -> None:
+    def _tell(self, *words: int | str) -> None:
         assert self._server.stdin
-        print(*opcodes, file=self._server.stdin, flush=True)
+        print(*words, file=self._server.stdin, flush=True)
         while self._read_line() != "so be it":  # but that something is held, which nobody asked about
             assert self._server.poll() is None
 
@@ -77,6 +78,10 @@ class SlowDisk:
         """All go on; only inside `holding`, and `wait_for` is done with."""
         self._tell()
 
+    def let_others_pass(self) -> None:
+        """Those that are held wait on, but no more will be; only inside `holding`, and `wait_for` is done with."""
+        self._tell(KEEP)
+
     def wait_for_one(self) -> None:
         """Return once an operation is held."""
         assert self._server.stdout
@@ -92,7 +97,7 @@ class Server:
         self._names: dict[int, str] = {}
         self._held: set[int] = set()
         self._waiting: list[bytes] = []
-        self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # what is asked may be withdrawn
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
         if libc.mount(b"slowdisk", os.fsencode(mount_point), b"fuse", 0, options) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -108,15 +113,16 @@ class Server:
                 line = os.read(0, 4096)
                 if not line:
                     return
-                self._hold({int(opcode) for opcode in line.split()})
+                self._obey(line.decode().split())
             elif not self._take():
                 return
 
-    def _hold(self, opcodes: set[int]) -> None:
-        self._held = opcodes
-        waiting, self._waiting = self._waiting, []
-        for message in waiting:
-            self._answer(message)
+    def _obey(self, words: list[str]) -> None:
+        self._held = {int(word) for word in words if word != KEEP}
+        if KEEP not in words:
+            waiting, self._waiting = self._waiting, []
+            for message in waiting:
+                self._answer(message)
         print("so be it", flush=True)
 
     def _take(self) -> bool:
@@ -165,7 +171,7 @@ class Server:
 
     def _init(self, node: int, body: bytes) -> bytes:
         _, _, readahead, flags = struct.unpack_from("<4I", body)
-        flags &= ASYNC_READ | BIG_WRITES | MAX_PAGES
+        flags &= ASYNC_READ | BIG_WRITES | ASYNC_DIO | MAX_PAGES
         return struct.pack("<4I2H2I2H8I", 7, 31, readahead, flags, 64, 48, MAX_WRITE, 1, 32, 0, *[0] * 8)
 
     def _lookup(self, node: int, body: bytes) -> bytes:

@@ -381,7 +381,7 @@ def readers_forbid_nothing(patch: Patch) -> None:
 
 def locks_of_others_are_not_looked_for(patch: Patch) -> None:
     """Law 10: ours are taken, and exclude only who comes later and looks."""
-    patch.setattr("qcow2.lock._is_held", lambda fd, byte: False)
+    patch.setattr("qcow2.lock._is_held", lambda fd, path, byte: False)
 
 
 def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, guest_key
+from qcow2.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, PROCESSES, guest_key
 from tests.blockguest import MIB
 from tests.frontend import IN, OUT, FrontEnd
 from tests.oracle import assert_not_corrupt, qemu_img
@@ -96,7 +96,7 @@ def test_daemon_does_not_wait_for_one_that_lives(base: Path) -> None:
     image = overlay(base, "disk")
     fd = os.open(image, os.O_RDWR)
     try:
-        for byte in (OURS, LIVES, 101, 201):
+        for byte in (OURS, LIVES + os.getpid(), 101, 201):
             lock(fd, byte)
         with Daemon(image) as daemon:
             _, said = daemon.process.communicate(timeout=60)
@@ -116,7 +116,7 @@ def test_reads_of_a_dead_daemon_into_the_guests_memory_are_awaited(base: Path, l
         fd = os.open(base, os.O_RDONLY)
         lock(fd, GUESTS + key)
         if lives:
-            lock(fd, GUESTS_LIVE + key)
+            lock(fd, GUESTS_LIVE + key * PROCESSES + os.getpid())
             guest.connect(daemon.socket_path)
             os.close(fd)
         else:
