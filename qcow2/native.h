@@ -14,6 +14,9 @@
 /* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */
 int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);
 
+/* Set nbytes at host_offset aside, the file growing if need be; 0 or -errno. */
+int reserve_space(int fd, uint64_t host_offset, uint64_t nbytes);
+
 /* Find the stretches of `bytes` that are not zeros, in units of `unit` bytes: start, end, start, end ... to `bounds`, which
  * has room for nbytes / unit + 2. How many numbers that are. */
 size_t data_runs(const uint8_t *bytes, size_t nbytes, size_t unit, uint32_t *bounds);

@@ -1,0 +1,297 @@
+"""A guest: it posts requests on its rings when it likes, and judges the answers."""
+
+import os
+import random
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ring.driver import DriverMemory
+from ring.inflight import InflightRegion, inflight_nbytes
+from ring.memory import Mapping, MemoryRegion
+from ring.native import NULL, ffi, lib
+from ring.virtqueue import QueueLayout
+from ring.worker import Worker
+from tests.crash.history import SECTOR, ZEROS, Flush, History, Version, pattern
+from tests.sim.kernel import MS, US, Kernel, Violation
+from virtio.block import UNMAP, RequestType, Status
+
+EMPTY, FULL = -11, -28  # -EAGAIN, -ENOSPC
+DATA_NBYTES = 16 * 1024  # of a request, at most
+TABLE_NBYTES = 16 * 32
+PATIENCE = 20_000 * MS  # a request that takes longer, once the world is kind, is lost
+HEADER = struct.Struct("<IIQ")
+RANGE = struct.Struct("<QII")
+KINDS = {"write": 48, "read": 18, "flush": 12, "discard": 8, "zero": 8, "keep": 6}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a guest is like."""
+
+    num_queues: int
+    size: int
+    packed: bool
+    event_idx: bool
+    indirect: bool
+    requests: int
+    nsectors: int  # of the disk
+    hot: int  # sectors, of which most requests want some
+
+
+@dataclass
+class Asked:
+    """A request in flight."""
+
+    number: int
+    kind: str
+    sector: int
+    nsectors: int
+    begun: int  # position in the journal
+    posted_at: int
+    slot: int
+    versions: list[Version] = field(default_factory=list)
+    flush: Flush | None = None
+
+
+class Queue:
+    """One ring, with buffers for as many requests as it takes."""
+
+    def __init__(self, memory: DriverMemory, setup: Setup) -> None:
+        self.setup = setup
+        self.memory = memory
+        base = 0x80008000 if setup.packed else 0
+        nbytes = lib.driver_ring_nbytes(setup.size)
+        self.address = memory.allocate(nbytes, align=64)
+        self.ring: Any = ffi.new("struct driver_ring *")
+        flags = lib.RING_EVENT_IDX * setup.event_idx | lib.RING_PACKED * setup.packed
+        lib.driver_ring_init(self.ring, memory.host(self.address, nbytes), setup.size, flags, base)
+        self.slots = [memory.allocate(32 + TABLE_NBYTES + DATA_NBYTES, align=512) for _ in range(6)]
+        self.free = list(range(len(self.slots)))
+        self.asked: dict[int, Asked] = {}  # by head
+        self.kick_fd = self.call_fd = self.err_fd = -1
+
+    def layout(self, *, base: int) -> QueueLayout:
+        return QueueLayout(
+            size=self.setup.size,
+            descriptor_address=self.address,
+            driver_address=self.address + lib.driver_ring_driver_offset(self.setup.size),
+            device_address=self.address + lib.driver_ring_device_offset(self.setup.size),
+            base=base,
+            event_idx=self.setup.event_idx,
+            packed=self.setup.packed,
+        )
+
+    def used_index(self) -> int:
+        """As the front-end finds it where a daemon has died."""
+        at = self.address + lib.driver_ring_device_offset(self.setup.size) + 2
+        return int.from_bytes(self.memory.load(at, 2), "little")
+
+
+class Guest:
+    """The driver, its memory and the front-end's in-flight region; it outlives a killed daemon."""
+
+    def __init__(self, kernel: Kernel, setup: Setup, history: History, first_request: int) -> None:
+        self.kernel = kernel
+        self.setup = setup
+        self.history = history
+        self.requests = first_request
+        self.left = setup.requests
+        self.random = random.Random(kernel.random.getrandbits(63))
+        self.memory = DriverMemory(1 << 20, guest_address=1 << 20)
+        self.queues = [Queue(self.memory, setup) for _ in range(setup.num_queues)]
+        self.inflight_bytes = inflight_nbytes(setup.num_queues, setup.size, packed=setup.packed)
+        self.inflight_fd = os.memfd_create("in-flight", os.MFD_CLOEXEC)
+        os.truncate(self.inflight_fd, self.inflight_bytes)
+        self._inflight = Mapping(MemoryRegion(os.dup(self.inflight_fd), 0, 0, self.inflight_bytes, 0))
+        self.control_fd = -1
+        self.is_closing = False
+        self.answered = self.refused = 0
+        self.started = False
+
+    def close(self) -> None:
+        self.memory.close()
+        self._inflight.close()
+        os.close(self.inflight_fd)
+
+    # the front-end
+
+    def photograph(self) -> tuple[bytes, bytes]:
+        """What other processes would find in shared memory now."""
+        inflight: Any = self._inflight.address
+        return self.memory.load(1 << 20, self.memory.nbytes), bytes(ffi.buffer(inflight, self.inflight_bytes))
+
+    def restore(self, photograph: tuple[bytes, bytes]) -> None:
+        """What a dead worker has done since then was not done."""
+        self.memory.store(1 << 20, photograph[0])
+        ffi.memmove(self._inflight.address, photograph[1], self.inflight_bytes)
+
+    def connect(self, worker: Worker) -> None:
+        """Give *worker* the rings."""
+        region = InflightRegion(os.dup(self.inflight_fd), 0, self.inflight_bytes, self.setup.num_queues)
+        worker.set_memory([self.memory.region()])
+        worker.set_inflight(region)
+        for index, queue in enumerate(self.queues):
+            self._start(worker, index, queue)
+        self.started = True
+        for queue in self.queues:
+            self._later(queue)
+
+    def _start(self, worker: Worker, index: int, queue: Queue) -> None:
+        kernel = self.kernel
+        queue.kick_fd, queue.call_fd, queue.err_fd = (kernel.eventfd() for _ in range(3))
+        kernel.listeners[queue.call_fd] = lambda: self._harvest(queue)
+        kernel.listeners[queue.err_fd] = lambda: self._broken(index)
+        base = queue.used_index() if self.started and not self.setup.packed else queue.layout(base=0).base
+        if self.setup.packed:
+            base = 0x80008000
+        worker.set_err(index, queue.err_fd)
+        worker.set_kick(index, queue.kick_fd)
+        worker.set_call(index, queue.call_fd)
+        worker.start_queue(index, queue.layout(base=base))
+        worker.set_enabled(index, True)
+
+    def _broken(self, index: int) -> None:
+        raise Violation(f"queue {index} is broken")
+
+    # the driver
+
+    @property
+    def is_done(self) -> bool:
+        return self.left == 0 and not any(queue.asked for queue in self.queues)
+
+    def _later(self, queue: Queue) -> None:
+        self.kernel.at(self.random.choice((2, 20, 200)) * US, lambda: self._act(queue))
+
+    def _act(self, queue: Queue) -> None:
+        """Post a few requests, if there is room, and kick."""
+        for _ in range(self.random.choice((1, 1, 2, 4))):
+            if not self.left or not queue.free or not self._post(queue):
+                break
+        if lib.driver_ring_publish(queue.ring):
+            lib_delay = self.random.randrange(100, 20 * US)
+            self.kernel.at(lib_delay, lambda: lib.sim_raise(queue.kick_fd))
+        if self.left and queue.free:
+            self._later(queue)
+
+    def _post(self, queue: Queue) -> bool:
+        """Post a request; False: the ring is full."""
+        kind = self.random.choices([*KINDS], [*KINDS.values()])[0]
+        sector, nsectors = self._aim(kind)
+        at = self.random.randrange(len(queue.free))
+        asked = Asked(self.requests + 1, kind, sector, nsectors, 0, self.kernel.now, queue.free[at])
+        head = self._add(queue, asked)
+        if head == FULL:
+            return False
+        if head < 0 or head in queue.asked:
+            raise Violation(f"the driver was given head {head}")
+        asked.begun = self.kernel.mark(("begin", asked.number, kind, sector, nsectors))
+        self._note(asked)
+        self.left -= 1
+        self.requests += 1
+        del queue.free[at]
+        queue.asked[head] = asked
+        return True
+
+    def _aim(self, kind: str) -> tuple[int, int]:
+        if kind == "flush":
+            return 0, 0
+        reach = self.setup.hot if self.random.random() < 0.85 else self.setup.nsectors
+        most = DATA_NBYTES // SECTOR if self.random.random() < 0.3 else 6
+        sector = self.random.randrange(reach)
+        return sector, self.random.randrange(1, 1 + min(most, self.setup.nsectors - sector))
+
+    def _note(self, asked: Asked) -> None:
+        sectors = range(asked.sector, asked.sector + asked.nsectors)
+        if asked.kind == "write":
+            asked.versions = self.history.begin({s: pattern(asked.number, s) for s in sectors}, asked.begun)
+        elif asked.kind in ("zero", "keep", "discard"):
+            binding = asked.kind != "discard"
+            asked.versions = self.history.begin(dict.fromkeys(sectors, ZEROS), asked.begun, binding=binding)
+        elif asked.kind == "flush":
+            asked.flush = Flush(asked.begun)
+            self.history.flushes.append(asked.flush)
+
+    def _add(self, queue: Queue, asked: Asked) -> int:
+        header = queue.slots[asked.slot]
+        status, table, data = header + 16, header + 32, header + 32 + TABLE_NBYTES
+        memory = self.memory
+        memory.store(status, b"\xaa")
+        nbytes, is_writable = asked.nsectors * SECTOR, asked.kind == "read"
+        types = {"write": RequestType.OUT, "read": RequestType.IN, "flush": RequestType.FLUSH}
+        types |= {"discard": RequestType.DISCARD, "zero": RequestType.WRITE_ZEROES, "keep": RequestType.WRITE_ZEROES}
+        is_range = asked.kind in ("discard", "zero", "keep")
+        memory.store(header, HEADER.pack(types[asked.kind], 0, 0 if is_range else asked.sector))
+        if asked.kind == "write":
+            sectors = range(asked.sector, asked.sector + asked.nsectors)
+            memory.store(data, b"".join(pattern(asked.number, sector) for sector in sectors))
+        elif asked.kind == "read":
+            memory.store(data, b"\xdd" * nbytes)
+        elif is_range:
+            memory.store(data, RANGE.pack(asked.sector, asked.nsectors, UNMAP if asked.kind == "zero" else 0))
+            nbytes = RANGE.size
+        buffers = [(header, 16, False), *self._pieces(data, nbytes, is_writable), (status, 1, True)]
+        native = ffi.new("struct driver_buffer[]", buffers)
+        if self.setup.indirect and self.random.random() < 0.7:
+            host = memory.host(table, 16 * len(buffers))
+            return int(lib.driver_ring_add(queue.ring, native, len(buffers), host, table))
+        return int(lib.driver_ring_add(queue.ring, native, len(buffers), NULL, 0))
+
+    def _pieces(self, start: int, nbytes: int, is_writable: bool) -> Iterator[tuple[int, int, bool]]:
+        """The data in up to four buffers."""
+        while nbytes:
+            run = min(nbytes, self.random.choice((SECTOR, 4 * SECTOR, DATA_NBYTES, DATA_NBYTES)))
+            if nbytes - run and self.random.random() < 0.5:
+                run = nbytes
+            run = max(run, nbytes - 15 * SECTOR) if nbytes > 16 * SECTOR else run
+            yield start, run, is_writable
+            start, nbytes = start + run, nbytes - run
+
+    def _harvest(self, queue: Queue) -> None:
+        """The call came: take what is done; ask to be called again."""
+        written = ffi.new("uint32_t *")
+        while True:
+            head = lib.driver_ring_poll(queue.ring, written)
+            if head == EMPTY:
+                if not lib.driver_ring_arm(queue.ring):
+                    break
+                continue
+            if head not in queue.asked:
+                raise Violation(f"head {head} came back, which was not posted")
+            self._answered(queue, queue.asked.pop(head))
+        if self.left:
+            self._later(queue)
+        if self.is_done and not self.is_closing:
+            self.is_closing = True
+            self.kernel.at(10 * US, lambda: lib.sim_raise(self.control_fd))
+
+    def _answered(self, queue: Queue, asked: Asked) -> None:
+        header = queue.slots[asked.slot]
+        queue.free.append(asked.slot)
+        status = self.memory.load(header + 16, 1)[0]
+        position = self.kernel.mark(("end", asked.number, status, self.kernel.now))
+        self.answered += 1
+        if status != Status.OK:
+            self.refused += 1
+            if status != Status.IOERR or not self.kernel.failures:
+                raise Violation(f"request {asked.number} ({asked.kind}) ends with status {status}")
+            return
+        if self.kernel.now - asked.posted_at > PATIENCE:
+            raise Violation(f"request {asked.number} took {self.kernel.now - asked.posted_at} ns")
+        for version in asked.versions:
+            version.acked = position
+        if asked.flush is not None:
+            if self.kernel.failed_syncs:
+                raise Violation(f"flush {asked.number} succeeds after a failed sync")
+            asked.flush.acked = position
+        if asked.kind == "read":
+            self._judge_read(asked, header + 32 + TABLE_NBYTES, position)
+
+    def _judge_read(self, asked: Asked, address: int, position: int) -> None:
+        content = self.memory.load(address, asked.nsectors * SECTOR)
+        self.kernel.note("read", content)
+        for index in range(asked.nsectors):
+            found = content[index * SECTOR : (index + 1) * SECTOR]
+            if found not in self.history.shown(asked.sector + index, asked.begun, position):
+                raise Violation(f"read {asked.number}: sector {asked.sector + index} shows {found[:16]!r}")

@@ -1,0 +1,413 @@
+"""A history: lives of one daemon on one host, each ended by a kill, a power loss, or its own will."""
+
+import errno
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from qcow2 import operation as op
+from qcow2.driver.crash import Completed, CrashDriver, Effect, Issued, SimulatedFile, Synced
+from qcow2.error import ImageError
+from qcow2.image import Image
+from qcow2.linklog import RECORD_BYTES, RECORDS_OFFSET
+from qcow2.raw import RawImage
+from ring.aio import Aio
+from ring.worker import Worker
+from tests.builder.record import MAGIC
+from tests.crash.explorer import Run
+from tests.crash.explorer import Violation as CrashViolation
+from tests.crash.history import SIZE, History, size_sector
+from tests.crash.images import LOG_CAPACITY, open_image
+from tests.crash.opening import Seen, look, open_state
+from tests.crash.sequence import OVERLAYS, SORTS, Sort, beginning
+from tests.crash.walk import Judge
+from tests.sim.guest import Guest, Setup
+from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
+from vhost.disk import ImageBackend, RingDriver
+from vhost.option import CacheMode
+from virtio.config import MAX_RANGE_SECTORS, Geometry
+from virtio.native import NativeBlock
+
+NAMED = {**SORTS, **OVERLAYS}
+logging.getLogger("vhost").setLevel(logging.CRITICAL)
+
+
+class SimulatedWorker(Worker):
+    """The worker on this thread, a round at a time."""
+
+    def open(self) -> None:
+        self._control = self._host.eventfd()
+        self._open = True
+        self._open_native()
+
+    @property
+    def control_fd(self) -> int:
+        return self._control
+
+    def turn(self) -> None:
+        """Serve until there is something for Python, and do that."""
+        self._turn()
+        self._run_calls()
+
+    def finish(self) -> None:
+        """Drain every queue and operation."""
+        self._drain()
+
+    def abandon(self) -> None:
+        """Give back what it holds, whatever state it is in."""
+        self._close()
+
+
+class SimulatedDriver(RingDriver):
+    """The engine's operations on the worker; the few that no worker does, on the kernel."""
+
+    kernel: Kernel  # of the history under way
+
+    def _size(self, operation: op.Size) -> int:
+        file: Any = operation.file
+        return int(file.size)
+
+    def _resize(self, operation: op.Resize) -> None:
+        file: Any = operation.file
+        if not self.kernel.is_dead:
+            self.kernel.resize(file, operation.nbytes)
+
+    def _store(self, operation: op.Store) -> None:
+        if self.kernel.is_dead:
+            return
+        memory: Any = operation.memory
+        for offset, data in operation.parts:
+            self.kernel.put(memory, offset, data)
+        if operation.mark is not None:
+            try:
+                self._write_mark(operation.mark)
+            except OSError:
+                operation.undo()
+                raise
+
+
+class HeldSimulation:
+    """In place of `vhost.held.HeldImage`."""
+
+    def __init__(self, image: Image, files: list[KernelFile], size: int) -> None:
+        self.disk = SimpleNamespace(image=image, files=files)
+        self.direct_fds: dict[KernelFile, int] = {}
+        self.geometry = Geometry(size=size)
+
+
+@dataclass
+class Tally:
+    """What was seen."""
+
+    histories: int = 0
+    lives: int = 0
+    kills: int = 0
+    power_losses: int = 0
+    requests: int = 0
+    refused: int = 0
+    calls: int = 0
+    simulated_ns: int = 0
+
+
+class World:
+    """One history, of *seed*."""
+
+    def __init__(self, seed: int, sort: Sort, *, writethrough: bool, trouble: Trouble, lives: int) -> None:
+        self.seed = seed
+        self.sort = sort
+        self.writethrough = writethrough
+        self.lives = lives
+        self.kernel = Kernel(seed, trouble)
+        SimulatedDriver.kernel = self.kernel
+        self.random = self.kernel.random
+        begun = beginning(sort, "room")
+        self.file = self._file(begun.image)
+        self.files = [self.file]
+        self.backing: KernelFile | None = None
+        if begun.backing is not None:
+            self.backing = self._file(begun.backing)
+            self.backing.writable = False
+            self.files.append(self.backing)
+        memory = KernelMemory(RECORDS_OFFSET + LOG_CAPACITY * RECORD_BYTES)
+        self.file.memory = memory
+        self.kernel.memories.append(memory)
+        self.initial: SimulatedFile = self.file.copy()  # stable when the journal began
+        beyond = {**begun.beyond, SIZE: size_sector(sort.nsectors * 512)}
+        self.history = History(begun.contents, writethrough=writethrough, beyond=beyond)
+        self.guest: Guest | None = None
+        self.photo: tuple[bytes, bytes] | None = None  # of its memory, at a death
+        self.requests = 0
+        self.tally = Tally(histories=1)
+        self.first = 0  # of the journal, for whoever visits the states of the last life
+
+    def _file(self, content: SimulatedFile) -> KernelFile:
+        file = KernelFile(content.path, dict(content.sectors), content.size)
+        self.kernel.add_file(file)
+        return file
+
+    @property
+    def digest(self) -> str:
+        return self.kernel.digest.hexdigest()
+
+    def run(self) -> None:
+        """All lives. Raises: Violation."""
+        try:
+            for life in range(self.lives):
+                self._live(life, is_last=life == self.lives - 1)
+        finally:
+            if self.guest is not None:
+                self.guest.close()
+            self.tally.simulated_ns = self.kernel.now
+
+    def _live(self, life: int, *, is_last: bool) -> None:
+        self.tally.lives += 1
+        self.first = len(self.kernel.journal)
+        self.kernel.reset()
+        opens_at = self.random.randrange(1, 60) if not is_last and self.random.random() < 0.15 else None
+        try:
+            image = self._open(life, dies_at=opens_at)
+            self._serve(image, is_last=is_last)
+        except Dead:
+            self._after_death()
+
+    # opening and closing, with a driver that writes to the same journal
+
+    def _blocking(self, *, dies_at: int | None) -> CrashDriver:
+        count = 0
+
+        def fault(operation: op.Operation) -> OSError | None:
+            nonlocal count
+            count += 1
+            if count == dies_at:
+                raise Dead
+            return None
+
+        driver = CrashDriver(self.random.getrandbits(32), fault=fault)
+        journal: Any = self.kernel.journal
+        driver.journal = journal
+        driver._pending = self.kernel.pending
+        driver.operations = self.kernel.operations
+        return driver
+
+    def _through(self, coroutine: Any, *, dies_at: int | None = None) -> Any:
+        driver = self._blocking(dies_at=dies_at)
+        try:
+            return driver.run(coroutine)
+        except (ImageError, OSError, CrashViolation) as error:
+            raise Violation(f"{type(error).__name__}: {error}") from error
+        finally:
+            self.kernel.operations = driver.operations
+            self.kernel.note("blocking", driver.operations, len(self.kernel.journal))
+
+    def _open(self, life: int, *, dies_at: int | None) -> Image:
+        image = self._through(
+            open_image(self.file, self.backing, writethrough=self.writethrough, life=life), dies_at=dies_at
+        )
+        assert isinstance(image, Image)
+        self._judge(self._through(look(image)), power=False)
+        return image
+
+    def _judge(self, seen: Seen, *, power: bool) -> None:
+        position = len(self.kernel.journal)
+        try:
+            Judge(self.history, self.kernel.journal).judge(seen, position, power=power)
+        except CrashViolation as error:
+            raise Violation(str(error)) from error
+
+    # serving
+
+    def _serve(self, image: Image, *, is_last: bool) -> None:
+        block = NativeBlock(
+            size=self.sort.nsectors * 512,
+            max_discard_sectors=MAX_RANGE_SECTORS,
+            max_write_zeroes_sectors=MAX_RANGE_SECTORS,
+        )
+        held: Any = HeldSimulation(image, self.files, self.sort.nsectors * 512)
+        cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
+        backend = ImageBackend(held, cache=cache, driver=SimulatedDriver)
+        worker = SimulatedWorker(block, backend.start, aio=Aio.IO_URING, host=self.kernel)
+        worker.open()
+        try:
+            block.set_writethrough(self.writethrough)
+            backend.attach(worker, block)
+            self._meet(worker, is_last=is_last)
+            assert self.guest is not None
+            while not self.guest.is_done:
+                worker.turn()
+            worker.settle()
+            backend.detach()
+            worker.finish()
+        except OSError as error:
+            if not self.kernel.is_dead or error.errno not in (errno.ESHUTDOWN, errno.EIO):
+                raise
+        except Violation as error:
+            self.kernel.error = self.kernel.error or error
+        finally:
+            self.tally.calls += self.kernel.state.calls
+            died = self.kernel.is_dead
+            self.kernel.death = None
+            self.kernel.state.dead = 1
+            worker.abandon()
+            self.kernel.state.dead = died
+        if self.kernel.error is not None:
+            raise self.kernel.error
+        if died:
+            raise Dead
+        self._retire()
+        dies_at = self.random.randrange(1, 30) if not is_last and self.random.random() < 0.3 else None
+        self._through(image.close(), dies_at=dies_at)
+        self._judge(self._through(look(self._through(open_again(self.file, self.backing)))), power=False)
+
+    def _meet(self, worker: SimulatedWorker, *, is_last: bool) -> None:
+        """The guest is there: a new one, or one that has waited for the daemon."""
+        if self.guest is None:
+            setup = self._setup()
+            self.guest = Guest(self.kernel, setup, self.history, self.requests)
+        self.guest.left = max(self.guest.left, 0) if self.guest.started else self.guest.left
+        self.guest.left += self.random.randrange(4, 12) if self.guest.started else 0
+        self.guest.is_closing = False
+        self.guest.control_fd = worker.control_fd
+        self.guest.connect(worker)
+        if not is_last:
+            guest = self.guest
+            self.kernel.die_at(
+                self.kernel.state.calls + self.random.randrange(1, self.random.choice((60, 300, 1000, 2500, 2500))),
+                lambda: self._photograph(guest),
+            )
+
+    def _photograph(self, guest: Guest) -> None:
+        self.photo = guest.photograph()
+
+    def _setup(self) -> Setup:
+        draw = self.random
+        return Setup(
+            num_queues=draw.choice((1, 1, 2, 4)),
+            size=draw.choice((32, 64, 128)),
+            packed=draw.random() < 0.5,
+            event_idx=draw.random() < 0.5,
+            indirect=draw.random() < 0.6,
+            requests=draw.randrange(8, 40),
+            nsectors=self.sort.nsectors,
+            hot=min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
+        )
+
+    def _retire(self) -> None:
+        """The guest has been served and goes."""
+        assert self.guest is not None
+        self.requests = self.guest.requests
+        self.tally.requests += self.guest.answered
+        self.tally.refused += self.guest.refused
+        self.guest.close()
+        self.guest = None
+
+    # death
+
+    def _after_death(self) -> None:
+        units = self._units()
+        if self.random.random() < 0.35:
+            self._lose_power(units)
+        else:
+            self._kill(units)
+
+    def _units(self) -> "Units":
+        units = Units(self.initial.copy())
+        for entry in self.kernel.journal:
+            units.take(entry, self.file)
+        return units
+
+    def _kill(self, units: "Units") -> None:
+        """The page cache stays; of what was in flight any part has come to it."""
+        self.tally.kills += 1
+        for number in sorted(units.in_flight):
+            is_kept = self.random.random() < 0.5
+            entry = Completed(number, is_late=True) if is_kept else Lost(number)
+            self.kernel.journal.append(entry)
+            units.take(entry, self.file)
+        self._become(units.file(list(units.pending.values())))
+        self.kernel.pending.clear()
+        self.kernel.pending.update(dict.fromkeys(units.pending, self.file))
+        self.kernel.note("killed", [*units.pending])
+        if self.guest is not None and self.photo is not None:
+            self.guest.restore(self.photo)
+            self.photo = None
+
+    def _lose_power(self, units: "Units") -> None:
+        """What was stable stays, of the rest any part; the guest is gone."""
+        self.tally.power_losses += 1
+        parts = [part for effect in units.pending.values() for part in effect.tear()]
+        share = self.random.choice((0.0, 0.2, 0.5, 0.8, 1.0))
+        kept = [part for part in parts if self.random.random() < share]
+        self._become(units.file(kept))
+        self.kernel.note("power", len(parts), len(kept))
+        memory = self.kernel.memories[0]
+        memory.store(0, bytes(len(memory.content)))
+        if self.guest is not None:
+            self._retire()
+        seen = self._seen_after_power()
+        self.kernel.journal.clear()
+        self.kernel.pending.clear()
+        self.kernel.doomed.clear()
+        self.kernel.failures = self.kernel.failed_syncs = 0
+        self.initial = self.file.copy()
+        self.history = History(b"", writethrough=self.writethrough, beyond={**seen, SIZE: seen[SIZE]})
+
+    def _seen_after_power(self) -> Seen:
+        """Judge what is left, on a copy."""
+        try:
+            opened = open_state(self.file.copy(), self.backing)
+        except CrashViolation as error:
+            raise Violation(str(error)) from error
+        self._judge(opened.seen, power=True)
+        return opened.seen
+
+    def _become(self, file: SimulatedFile) -> None:
+        self.file.sectors, self.file.size = file.sectors, file.size
+
+    def as_run(self) -> Run:
+        """The last life, for the explorer."""
+        journal: Any = self.kernel.journal
+        return Run(f"sim/{self.sort.name}/{self.seed}", self.initial, self.file, journal, self.history)
+
+
+class Units:
+    """What of a journal is stable, pending and in flight."""
+
+    def __init__(self, stable: SimulatedFile) -> None:
+        self.stable = stable
+        self.pending: dict[int, Effect] = {}  # in the order they took effect
+        self.in_flight: set[int] = set()
+
+    def take(self, entry: object, file: SimulatedFile) -> None:
+        match entry:
+            case Issued(number, effect):
+                self.pending[number] = effect
+                self.in_flight.add(number)
+            case Completed(number, is_late) if number in self.pending:
+                self.in_flight.discard(number)
+                if is_late:
+                    self.pending[number] = self.pending.pop(number)
+            case Lost(number):
+                self.in_flight.discard(number)
+                del self.pending[number]
+            case Synced(synced, numbers) if synced is file:
+                for number in [number for number in self.pending if number in numbers]:
+                    self.pending.pop(number).apply(self.stable)
+            case _:
+                pass
+
+    def file(self, effects: list[Effect]) -> SimulatedFile:
+        """The stable file after *effects*."""
+        file = self.stable.copy()
+        for effect in effects:
+            effect.apply(file)
+        return file
+
+
+async def open_again(file: SimulatedFile, backing: SimulatedFile | None) -> Image:
+    """As a reader."""
+    base: Any = None
+    if backing is not None:
+        is_image = backing.read(0, 4) == MAGIC.to_bytes(4, "big")
+        base = await (Image.open(backing) if is_image else RawImage.open(backing))
+    return await Image.open(file, backing=base)
