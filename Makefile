@@ -12,10 +12,10 @@ demo: export PYTHONPATH := $(CURDIR)
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
-test: guest-packages $(VENV)/installed
+test: guest-packages libvirt-packages $(VENV)/installed
 	$(BIN)/pytest
 
-vm: guest-packages $(VENV)/installed
+vm: guest-packages libvirt-packages $(VENV)/installed
 	$(BIN)/pytest tests/vm
 
 # The guests on QEMU 10.0 and 11.1, too: fetched into .cache/qemu, 200 MB each. QEMU_BIN names any other's directory.
@@ -99,6 +99,10 @@ build-packages:
 
 guest-packages: build-packages
 	@.ci/need guest
+
+.PHONY: libvirt-packages
+libvirt-packages: build-packages
+	@.ci/need libvirt || echo "the tests that need libvirt are skipped"
 
 fuzz-packages: build-packages
 	@.ci/need fuzz
