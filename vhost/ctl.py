@@ -8,15 +8,16 @@ from typing import Any
 
 from vhost.option import PROGRAM, Parser, UsageError
 
+GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
 KIBI = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
 def parser() -> Parser:
-    """The command line of `ctl`."""
+    """The command line of `ctl`; --control may stand anywhere, so nobody but us sees whether it is missing."""
     parser = Parser(
         prog=f"{PROGRAM} ctl", allow_abbrev=False, description="Ask a running daemon through its control socket."
     )
-    parser.add_argument("--control", metavar="PATH", required=True, help="the daemon's --control socket")
+    parser.add_argument("--control", metavar="PATH", help="the daemon's --control socket")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("status", help="what is served, how, and to whom")
     commands.add_parser("stats", help="counters and latencies as JSON")
@@ -27,18 +28,30 @@ def parser() -> Parser:
     cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
     cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")
     commands.add_parser("quit", help="end the daemon as SIGTERM does")
+    for command in commands.choices.values():
+        command.add_argument("--control", metavar="PATH", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """What *arguments* ask for, "control" included. Raises: UsageError."""
+    request = vars(parser().parse_args(arguments))
+    if request["control"] is None:
+        raise UsageError("the following arguments are required: --control")
+    return request
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; the exit status."""
     try:
-        request = vars(parser().parse_args(arguments))
+        request = parse(arguments)
     except UsageError as error:
         return _complain(str(error))
     path = request.pop("control")
     try:
         answer = ask(path, request)
+    except TimeoutError:
+        answer = {}
     except OSError as error:
         return _complain(f"{path or repr(path)}: {error.strerror or error}")
     except ValueError:
@@ -59,9 +72,11 @@ def main(arguments: list[str]) -> int:
 def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
     """Send one request to the daemon at *path* and return its answer. Raises: OSError, ValueError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(GREETING_TIMEOUT)
         connection.connect(path)
         with connection.makefile("rwb") as lines:
             json.loads(lines.readline())  # the greeting
+            connection.settimeout(None)
             lines.write(json.dumps(request).encode() + b"\n")
             lines.flush()
             answer = json.loads(lines.readline())

@@ -1,5 +1,6 @@
 """`vhost-user-qcow2 libvirt-xml`: the `<disk>` of a libvirt domain that the daemon serves with the same options."""
 
+import os.path
 from xml.sax.saxutils import quoteattr
 
 from vhost.option import DEFAULT_QUEUES, Options
@@ -18,7 +19,10 @@ XML = """\
 
 
 def disk_xml(options: Options) -> str:
-    """What `virsh attach-device` takes; type='raw' is what the guest sees. *options* names a socket path."""
+    """What `virsh attach-device` takes; type='raw' is what the guest sees. *options* names a socket path.
+
+    QEMU's working directory is another, so the path is made absolute.
+    """
     assert options.socket_path is not None
     queues = "" if options.num_queues == DEFAULT_QUEUES else f" queues='{options.num_queues}'"
-    return XML.format(queues=queues, path=quoteattr(options.socket_path))
+    return XML.format(queues=queues, path=quoteattr(os.path.abspath(options.socket_path)))

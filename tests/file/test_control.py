@@ -303,6 +303,29 @@ def test_ctl_names_a_socket_at_which_no_daemon_answers(control: Path, answers: b
     assert str(control) in complaint
 
 
+def test_ctl_gives_up_on_a_socket_that_does_not_greet(control: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, _start_ctl(control, listener) as program:
+        _, complaint = program.communicate(timeout=TIMEOUT)
+    assert program.returncode == 1
+    assert (complaint.count("\n"), str(control) in complaint) == (1, True)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_ctl_takes_its_socket_anywhere(daemon: Daemon, control: Path, place: int) -> None:
+    words = ["resize", "128M"]
+    words[place:place] = ["--control", str(control)]
+    done = subprocess.run([DAEMON, "ctl", *words], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ask(control, "status")["size"] == 128 * MIB
+
+
+@pytest.mark.parametrize("words", [["status"], ["resize", "1M"], ["--control"], []])
+def test_ctl_without_a_socket_is_told_of_it(words: list[str]) -> None:
+    done = subprocess.run([DAEMON, "ctl", *words], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "--control" in done.stderr or "COMMAND" in done.stderr
+
+
 def test_ctl_names_a_socket_that_is_not_there(control: Path) -> None:
     assert ctl(control, "status").stderr == f"vhost-user-qcow2: ctl: {control}: No such file or directory\n"
 

@@ -241,6 +241,13 @@ def test_libvirt_accepts_the_xml(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_libvirt_xml_names_a_relative_socket_by_its_whole_path(tmp_path: Path) -> None:
+    done = run(DAEMON, "libvirt-xml", "--socket-path=disk.sock", "--blk-file=disk.qcow2", cwd=tmp_path)
+    source = ElementTree.fromstring(done.stdout).find("source")
+    assert source is not None
+    assert source.get("path") == str(tmp_path / "disk.sock")
+
+
 def test_libvirt_xml_needs_a_path() -> None:
     done = run(DAEMON, "libvirt-xml", "--fd=3", "--blk-file=disk.qcow2")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
