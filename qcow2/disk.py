@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
@@ -12,10 +13,12 @@ from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.error import UnsupportedImage
 from qcow2.extent import Extent, find_extent, merged
 from qcow2.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.own_thread import OwnThread
 from qcow2.raw import RawImage
+from qcow2.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -86,6 +89,39 @@ class Disk:
         """
         self._require_inside(0, 0)
         self._run(lambda: self.image.grow(nbytes))
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots of the image, oldest first as far as its table is in order."""
+        image = self._qcow2()
+        return self._run(image.snapshots)
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
+
+        Raises: ValueError for a name that is empty or longer than 255 bytes; UnsupportedImage, CorruptImage, OSError.
+        """
+        image = self._qcow2()
+        return self._run(lambda: image.create_snapshot(name, time.time_ns()))
+
+    def apply_snapshot(self, wanted: str) -> None:
+        """Let the disk hold what it held, and be as long as it was, at the snapshot of the id or else name *wanted*.
+
+        What the disk holds now is lost, unless it is in another snapshot.
+        Raises: FileNotFoundError, UnsupportedImage, CorruptImage, OSError.
+        """
+        image = self._qcow2()
+        self._run(lambda: image.apply_snapshot(wanted))
+
+    def delete_snapshot(self, name: str) -> None:
+        """Forget the internal snapshot *name*. Raises: FileNotFoundError, CorruptImage, OSError."""
+        image = self._qcow2()
+        self._run(lambda: image.delete_snapshot(name))
+
+    def _qcow2(self) -> Image:
+        self._require_open()
+        if not isinstance(self.image, Image):
+            raise UnsupportedImage(self._path, "a raw image has no internal snapshots")
+        return self.image
 
     def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
         """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
@@ -183,6 +219,7 @@ def open_disk(
     *,
     writable: bool = False,
     format: str = "qcow2",
+    snapshot: str | None = None,
     lazy_refcounts: bool | None = None,
     cache_size: int = DEFAULT_CACHE_SIZE,
     log_directory: str = DEFAULT_DIRECTORY,
@@ -192,8 +229,9 @@ def open_disk(
 ) -> Disk:
     """Open the image at *path*, and the backing files it names.
 
-    *format* is "qcow2" or "raw", and never guessed. *lazy_refcounts* overrides what the image says about writing
-    refcounts only at close. *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
+    *format* is "qcow2" or "raw", and never guessed. *snapshot*, an id or else a name, is an internal snapshot to read
+    in place of the disk. *lazy_refcounts* overrides what the image says about writing refcounts only at close.
+    *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
     What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
     that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
     *on_wait()* is called again and again while the transfers of a process that died keep the image locked.
@@ -202,7 +240,7 @@ def open_disk(
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """
     name = os.fsdecode(path)
-    options = OpenOptions(writable=writable, lazy_refcounts=lazy_refcounts, cache_size=cache_size)
+    options = OpenOptions(writable, lazy_refcounts, cache_size, snapshot)
     chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, on_wait=on_wait)
     try:
         return Disk(chain.open(name, format, options), chain)

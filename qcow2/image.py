@@ -4,8 +4,8 @@ import errno
 from array import array
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from qcow2.allocation import Allocator
 from qcow2.compressed import CompressedClusters
@@ -30,8 +30,10 @@ from qcow2.raw import RawImage
 from qcow2.reading import Place, Reader, Seen
 from qcow2.reaper import Reaper
 from qcow2.refcount import Refcounts
+from qcow2.refusal import l1_entries
 from qcow2.root import Root
-from qcow2.snapshot import read_snapshots
+from qcow2.snapshot import Snapshot, SnapshotTable, find_snapshot, read_snapshots
+from qcow2.snapshots import Snapshots
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
 from qcow2.table import Tables
@@ -42,6 +44,9 @@ from qcow2.zeroing import Zeroer
 DEFAULT_CACHE_SIZE = 32 << 20
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
     """How to open an image."""
@@ -49,6 +54,7 @@ class OpenOptions:
     writable: bool = False
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE  # bytes of L2 tables in memory, at most
+    snapshot: str | None = None  # read the disk as this one, an id or else a name, holds it
 
 
 class Image:
@@ -96,6 +102,8 @@ class Image:
         header = await read_header(file)
         if options.writable:
             _require_writable(file, header, options)
+        if options.snapshot is not None:
+            header = await _header_of(file, header, options.snapshot)
         record = header.record
         l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         image = cls(file, header, l1, backing, options)
@@ -118,8 +126,8 @@ class Image:
         _validate_refcount_table(self.file, record, table, file_size)
         owned = active_clusters(self.file, self.geometry, record, self._mapping.l1, table)
         snapshots = await read_snapshots(self.file, header)
-        owned += await snapshot_clusters(self.file, self.geometry, record, snapshots, file_size)
-        self._mapping.own_metadata(owned)
+        owned_by_snapshots = await snapshot_clusters(self.file, self.geometry, record, snapshots, file_size)
+        self._mapping.own_metadata(owned + owned_by_snapshots)
         header = await clear_autoclear(self.file, header, maintained=PROMISES)  # those wait for the first change
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(header, self._stability, is_lazy=is_lazy)
@@ -134,7 +142,8 @@ class Image:
             self._statistics,
             log if record.version >= 3 else None,  # version 2 has no place for the tag
             file_size=file_size,
-            ntables=table_limit(self._mapping.l1, snapshots),
+            snapshots=snapshots,
+            owned_by_snapshots=owned_by_snapshots,
             backing_size=None if self.backing is None else self.backing.size,
         )
 
@@ -207,10 +216,10 @@ class Image:
         await changes.uncounted.look_if_cheap()
         return changes
 
-    async def _guard(self, changes: "Changes", change: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, changes: "Changes", change: Coroutine[Any, Any, T]) -> T:
         """Make *change*; the image is marked corrupt and takes no more if it would hit metadata."""
         try:
-            await change
+            return await change
         except MetadataOverlap as error:
             await changes.condemn(error)
             raise
@@ -268,9 +277,47 @@ class Image:
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
+        changes = await self._alone()
+        await self._guard(changes, changes.grower.grow(grown_size(self.file, self.header, nbytes)))
+
+    async def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots, in the order of their table. Raises: UnsupportedImage, CorruptImage, OSError."""
+        table = self._changes.snapshots.table if self._changes else await read_snapshots(self.file, self._header)
+        return table.snapshots
+
+    async def create_snapshot(self, name: str, date_ns: int) -> Snapshot:
+        """Keep what the disk holds as the internal snapshot *name*, made *date_ns* ns after 1970; stable on return.
+
+        Nothing else is under way. A death at any moment leaves the old snapshots or the new one besides.
+        Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if the refcounts are too narrow.
+        """
+        changes = await self._alone()
+        return await self._guard(changes, changes.snapshots.create(name, date_ns))
+
+    async def apply_snapshot(self, wanted: str) -> None:
+        """Go back to the internal snapshot of the id, or else the name, *wanted*; stable on return.
+
+        Nothing else is under way. The disk is as long as it was then. A death leaves the old disk or the new one.
+        Raises: FileNotFoundError, UnsupportedImage, CorruptImage, OSError.
+        """
+        changes = await self._alone()
+        snapshot = find_snapshot(self.file.path, changes.snapshots.table, wanted)
+        await self._guard(changes, changes.snapshots.apply(snapshot))
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Forget the internal snapshot *name*, of several the first; what it alone held is free. Stable on return.
+
+        Nothing else is under way. Raises: FileNotFoundError, CorruptImage, OSError.
+        """
+        changes = await self._alone()
+        snapshot = find_snapshot(self.file.path, changes.snapshots.table, name, by_id=False)
+        await self._guard(changes, changes.snapshots.delete(snapshot))
+
+    async def _alone(self) -> "Changes":
+        """What changes the image; no link waits, and nobody else is about to change anything."""
         changes = await self._changing()
         await changes.links.commit()
-        await self._guard(changes, changes.grower.grow(grown_size(self.file, self.header, nbytes)))
+        return changes
 
     async def close(self) -> None:
         """Leave the image clean: refcounts written, everything stable, then the dirty bit cleared.
@@ -298,13 +345,15 @@ class Changes:
         log: LinkLog | None,
         *,
         file_size: int,
-        ntables: int,
+        snapshots: SnapshotTable,
+        owned_by_snapshots: "array[int]",
         backing_size: int | None,
     ) -> None:
         table_offset = root.header.record.refcount_table_offset
         self.root = root
         self._stability = stability
         refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
+        ntables = table_limit(mapping.l1, snapshots)
         self.uncounted = Uncounted(file, geometry, refcounts, root, stability, geometry.clusters(file_size), ntables)
         self._reaper = Reaper(file, geometry, refcounts, self.uncounted, stability, statistics)
         self._allocator = Allocator(
@@ -323,6 +372,18 @@ class Changes:
         )
         self.grower = Grower(
             geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
+        )
+        self.snapshots = Snapshots(
+            file,
+            geometry,
+            mapping,
+            self._allocator,
+            self._reaper,
+            refcounts,
+            root,
+            stability,
+            snapshots,
+            owned_by_snapshots,
         )
 
     def require_trust(self) -> None:
@@ -348,11 +409,25 @@ class Changes:
 
 def _require_writable(file: File, header: Header, options: OpenOptions) -> None:
     """Refuse what may not be written to."""
+    if options.snapshot is not None:
+        raise UnsupportedImage(file.path, f"snapshot {options.snapshot!r} can be read only")
     require_uncorrupted(file, header)
     if header.is_dirty:
         raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, "not closed cleanly, repair it before writing")
     if options.lazy_refcounts and header.record.version < 3:
         raise UnsupportedImage(file.path, "lazy refcounts need version 3 (compat=1.1)")
+
+
+async def _header_of(file: File, header: Header, wanted: str) -> Header:
+    """*header* as if the disk were what the snapshot *wanted* holds. Raises: FileNotFoundError, CorruptImage."""
+    snapshot = find_snapshot(file.path, await read_snapshots(file, header), wanted)
+    record = snapshot.record
+    end = record.l1_table_offset + record.l1_size * ENTRY_SIZE
+    if record.l1_size < l1_entries(snapshot.disk_size, header.record.cluster_bits) or end > await Size(file):
+        message = f"L1 table of snapshot {wanted!r} is cut off, or too short for {snapshot.disk_size} bytes"
+        raise CorruptImage(file.path, record.l1_table_offset, message)
+    changed = {"size": snapshot.disk_size, "l1_table_offset": record.l1_table_offset, "l1_size": record.l1_size}
+    return replace(header, record=replace(header.record, **changed))
 
 
 def _validate_refcount_table(file: File, record: HeaderRecord, table: "array[int]", file_size: int) -> None:

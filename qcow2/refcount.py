@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
+from qcow2.error import CorruptImage
 from qcow2.geometry import Geometry
 from qcow2.layout import (
     ENTRY_SIZE,
@@ -20,6 +21,7 @@ from qcow2.native import ffi, lib
 from qcow2.operation import File, Read
 from qcow2.rangelock import Mutex
 from qcow2.stability import Stability
+from qcow2.tally import Tally
 
 CACHE_BYTES = 4 << 20
 
@@ -164,6 +166,41 @@ class Refcounts:
         """
         for index, entries in self._by_block(clusters):
             await self._add_to_block(index, entries, delta)
+
+    async def require_room(self, tally: Tally) -> None:
+        """Return if every count can grow by what *tally* counts; the caller holds `mutex`.
+
+        Raises: OSError(EINVAL) naming the limit; CorruptImage if something is not counted at all.
+        """
+        for index in self._indexes(tally):
+            first = index * self.per_block
+            if not self.has_block(index):
+                where = first << self._geometry.cluster_bits
+                raise CorruptImage(self._file.path, where, f"no refcount block counts what lies from {where:#x} on")
+            block = await self._block(index)
+            if (cluster := tally.misfit(block.view, self._order, first, self.per_block)) is not None:
+                message = f"cluster {cluster} is referenced too often for refcounts of {1 << self._order} bits"
+                raise OSError(errno.EINVAL, message, self._file.path)
+
+    async def raise_by(self, tally: Tally) -> None:
+        """Add what *tally* counts, for which there is room; written on return, unless lazy. The caller holds `mutex`.
+
+        Raises: OSError; then some counts are too high.
+        """
+        for index in self._indexes(tally):
+            block = await self._block(index)
+            tally.raise_counts(block.view, self._order, index * self.per_block, self.per_block)
+            block.is_changed = True
+            if not self._is_lazy:
+                await self._write_block(index)
+
+    def _indexes(self, tally: Tally) -> Iterator[int]:
+        """The blocks in which *tally* counts something."""
+        cluster = tally.next(0)
+        while cluster is not None:
+            index = self.block_of(cluster)
+            yield index
+            cluster = tally.next((index + 1) * self.per_block)
 
     def _by_block(self, clusters: Iterable[int]) -> Iterator[tuple[int, "array[int]"]]:
         """Blocks in ascending order, each with its entries for *clusters*, ascending and as often as they are named."""

@@ -31,6 +31,22 @@ class Root:
                     await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
                     self._must_mark = False
 
+    async def begin_unsound(self) -> None:
+        """Return once the dirty bit is stable: until `end_unsound` a death leaves flags and counts to a repair.
+
+        Version 2 has no such bit, and is left to `qcow2 check -r`.
+        """
+        async with self._mutex.hold():
+            if self.header.record.version >= 3 and not self.header.is_dirty:
+                word = self.header.record.incompatible_features
+                await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
+            self._must_mark = False
+
+    async def end_unsound(self) -> None:
+        """Flags and counts on the disk are right again, unless they are lazy."""
+        if not self.is_lazy:
+            await self.mark_clean()
+
     async def void_promises(self) -> None:
         """Clear the autoclear bits that the first change breaks, stable on return.
 
@@ -74,6 +90,16 @@ class Root:
         """Let the header point at another L1 table, which is stable; stable on return."""
         packed = layout.HEADER_L1.pack(nentries, host_offset)
         await self._write(layout.HEADER_L1_OFFSET, packed, l1_size=nentries, l1_table_offset=host_offset)
+
+    async def set_disk(self, size: int, host_offset: int, nentries: int) -> None:
+        """Let the disk be *size* bytes long and another L1 table, which is stable, map it; stable on return."""
+        packed = layout.HEADER_DISK.pack(size, self.header.record.crypt_method, nentries, host_offset)
+        await self._write(layout.HEADER_DISK_OFFSET, packed, size=size, l1_size=nentries, l1_table_offset=host_offset)
+
+    async def set_snapshots(self, nsnapshots: int, host_offset: int) -> None:
+        """Let the header point at another snapshot table, which is stable; stable on return."""
+        packed = layout.HEADER_SNAPSHOTS.pack(nsnapshots, host_offset)
+        await self._write(layout.HEADER_SNAPSHOTS_OFFSET, packed, nb_snapshots=nsnapshots, snapshots_offset=host_offset)
 
     async def set_size(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, which its L1 table maps; stable on return."""

@@ -1,13 +1,18 @@
-"""The snapshot table: the internal snapshots of an image, read with every length checked."""
+"""The snapshot table: the internal snapshots of an image, read with every length checked, and packed again."""
 
+import errno
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from qcow2 import layout
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.header import Header
 from qcow2.layout import SNAPSHOT_EXTRA, SnapshotRecord
 from qcow2.operation import File, Read, Size
+
+MAX_NAME_BYTES = 255  # as QEMU has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,7 @@ class Snapshot:
     vm_state_size: int
     disk_size: int  # bytes; the image's own size where the snapshot does not say
     icount: int | None
+    extra: bytes  # as it stands in the file, with what we do not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,56 @@ class SnapshotTable:
 
     snapshots: tuple[Snapshot, ...]
     nbytes: int
+
+    @classmethod
+    def of(cls, snapshots: Iterable[Snapshot], path: str) -> Self:
+        """The table of *snapshots* for the image at *path*. Raises: UnsupportedImage beyond the limits."""
+        found = tuple(snapshots)
+        nbytes = len(pack_snapshots(found))
+        if len(found) > layout.MAX_SNAPSHOTS:
+            raise UnsupportedImage(path, f"{len(found)} snapshots, limit {layout.MAX_SNAPSHOTS}")
+        if nbytes > layout.MAX_SNAPSHOT_TABLE_BYTES:
+            raise UnsupportedImage(path, f"a snapshot table of {nbytes} bytes, limit {layout.MAX_SNAPSHOT_TABLE_BYTES}")
+        return cls(found, nbytes)
+
+
+def pack_snapshots(snapshots: Iterable[Snapshot]) -> bytes:
+    """The snapshot table as it stands on disk: each entry begins at a multiple of 8."""
+    table = bytearray()
+    for each in snapshots:
+        table += bytes(-len(table) % 8)
+        table += each.record.pack() + each.extra + os.fsencode(each.id) + os.fsencode(each.name)
+    return bytes(table)
+
+
+def new_snapshot(
+    table: SnapshotTable, name: str, date_ns: int, l1_offset: int, l1_size: int, disk_size: int
+) -> Snapshot:
+    """What *table* would say of another snapshot, without VM state, whose L1 table is at *l1_offset*.
+
+    Raises: ValueError for a name that is too long, or none.
+    """
+    nbytes = len(os.fsencode(name))
+    if not 0 < nbytes <= MAX_NAME_BYTES:
+        raise ValueError(f"snapshot name of {nbytes} bytes, limit {MAX_NAME_BYTES}, and not empty")
+    numbers = [int(each.id) for each in table.snapshots if each.id.isascii() and each.id.isdigit()]
+    snapshot_id = str(max(numbers, default=0) + 1)
+    extra = SNAPSHOT_EXTRA.pack(0, disk_size, 0)
+    seconds, nanoseconds = divmod(date_ns, 1_000_000_000)
+    record = SnapshotRecord(l1_offset, l1_size, len(snapshot_id), nbytes, seconds, nanoseconds, 0, 0, len(extra))
+    return Snapshot(record, snapshot_id, name, 0, disk_size, 0, extra)
+
+
+def find_snapshot(path: str, table: SnapshotTable, wanted: str, *, by_id: bool = True) -> Snapshot:
+    """The first snapshot whose id, with *by_id*, or else whose name is *wanted*.
+
+    Raises: FileNotFoundError.
+    """
+    found = [each for each in table.snapshots if by_id and each.id == wanted]
+    found += [each for each in table.snapshots if each.name == wanted]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, f"snapshot {wanted!r} not found", path)
+    return found[0]
 
 
 async def read_snapshots(file: File, header: Header) -> SnapshotTable:
@@ -67,5 +123,6 @@ async def _read_snapshot(file: File, header: Header, offset: int, index: int) ->
         state_size if len(extra) >= 8 else record.vm_state_size,
         disk_size if len(extra) >= 16 else header.record.size,
         icount if len(extra) >= 24 else None,
+        extra,
     )
     return snapshot, offset + SnapshotRecord.FORMAT.size + nbytes

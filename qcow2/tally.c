@@ -125,6 +125,29 @@ uint64_t tally_next(const struct tally *tally, uint64_t from, uint32_t roles)
     return tally->nclusters;
 }
 
+uint64_t tally_fits(const struct tally *tally, const uint8_t *block, uint32_t order, uint64_t first, uint64_t n)
+{
+    uint64_t limit = order == 6 ? UINT64_MAX : (UINT64_C(1) << (1u << order)) - 1;
+
+    for (uint64_t i = 0; i < n; i++) {
+        uint32_t count = tally_count(tally, first + i);
+
+        if (count && (count > limit || refcount_get(block, order, i) > limit - count))
+            return i;
+    }
+    return n;
+}
+
+void tally_raise(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        uint32_t count = tally_count(tally, first + i);
+
+        if (count)
+            refcount_set(block, order, i, refcount_get(block, order, i) + count);
+    }
+}
+
 uint64_t tally_end(const struct tally *tally, uint64_t end)
 {
     if (end > tally->nclusters)

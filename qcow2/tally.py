@@ -90,6 +90,15 @@ class Tally:
         """One past the last referenced cluster below *limit*."""
         return lib.tally_end(self._tally, limit)
 
+    def misfit(self, block: Pointer, refcount_order: int, first: int, nentries: int) -> int | None:
+        """The first cluster from *first* on whose refcount, in *block*, cannot hold what we counted besides."""
+        index = lib.tally_fits(self._tally, block, refcount_order, first, nentries)
+        return first + index if index < nentries else None
+
+    def raise_counts(self, block: Pointer, refcount_order: int, first: int, nentries: int) -> None:
+        """Add what we counted from cluster *first* on to the refcounts in *block*, which can hold it."""
+        lib.tally_raise(self._tally, block, refcount_order, first, nentries)
+
     def find_free(self, nclusters: int) -> int:
         """The first of the earliest *nclusters* consecutive clusters without a reference."""
         return lib.tally_find_free(self._tally, nclusters)

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": ("compare", "say whether two images hold the same disk"),
     "measure": ("measure", "say how large a new image will be"),
     "rebase": ("rebase", "give an image another backing file"),
+    "snapshot": ("snapshot", "list, make, go back to and delete internal snapshots"),
     "resize": ("resize", "make the disk of an image longer"),
     "link-logs": ("logs", "list what killed daemons left in memory"),
     "dump-header": ("dump", "show the header with all its extensions"),

@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from qcow2.bitmap import Bitmap, bitmap_directory, read_bitmaps
@@ -81,7 +82,7 @@ async def _qcow2_facts(file: HostFile) -> Facts:
     }
     facts.update(_backing_facts(file.path, header))
     if snapshots := (await read_snapshots(file, header)).snapshots:
-        facts["snapshots"] = [_snapshot_facts(snapshot) for snapshot in snapshots]
+        facts["snapshots"] = [snapshot_facts(snapshot) for snapshot in snapshots]
     return facts
 
 
@@ -124,7 +125,8 @@ def _bitmap_facts(bitmap: Bitmap) -> Facts:
     return {"flags": flags, "name": bitmap.name, "granularity": granularity}
 
 
-def _snapshot_facts(snapshot: Snapshot) -> Facts:
+def snapshot_facts(snapshot: Snapshot) -> Facts:
+    """What JSON says of a snapshot."""
     seconds, nanoseconds = divmod(snapshot.record.vm_clock_nsec, NANOSECONDS)
     facts: Facts = {
         "id": snapshot.id,
@@ -155,8 +157,7 @@ def _lines(facts: Facts) -> list[str]:
         lines.append(f"cluster_size: {facts['cluster-size']}")
     lines += _backing_lines(facts)
     if "snapshots" in facts:
-        lines += ["Snapshot list:", _row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")]
-        lines += [_snapshot_line(snapshot) for snapshot in facts["snapshots"]]
+        lines += snapshot_lines(facts["snapshots"])
     if "format-specific" in facts:
         lines += ["Format specific information:", *_specific_lines(facts["format-specific"]["data"])]
     return lines
@@ -170,6 +171,12 @@ def _backing_lines(facts: Facts) -> list[str]:
     if "backing-filename-format" in facts:
         lines.append(f"backing file format: {facts['backing-filename-format']}")
     return lines
+
+
+def snapshot_lines(snapshots: Iterable[Facts]) -> list[str]:
+    """The list of snapshots for people."""
+    head = ["Snapshot list:", _row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")]
+    return head + [_snapshot_line(snapshot) for snapshot in snapshots]
 
 
 def _row(tag_id: str, tag: str, size: str, date: str, clock: str, icount: str) -> str:

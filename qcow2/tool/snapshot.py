@@ -1,0 +1,66 @@
+"""`qcow2 snapshot`: the internal snapshots of an image."""
+
+import argparse
+import errno
+import os
+
+from qcow2.disk import open_disk
+from qcow2.driver.file import run
+from qcow2.error import ImageError
+from qcow2.format import FORMATS
+from qcow2.header import read_header
+from qcow2.snapshot import read_snapshots
+from qcow2.tool.failure import Failure
+from qcow2.tool.file import add_log_options, opened
+from qcow2.tool.info import snapshot_facts, snapshot_lines
+
+VERBS = ("create", "apply", "delete")
+NOT_FOUND = {"apply": "Failed to load snapshot: No such file or directory", "delete": "snapshot not found"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 snapshot`."""
+    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("-l", "--list", action="store_true", help="list the snapshots (default)")
+    what.add_argument("-c", "--create", metavar="NAME", help="keep what the disk holds now as a snapshot")
+    what.add_argument("-a", "--apply", metavar="SNAPSHOT", help="go back to the snapshot of that id, or else name")
+    what.add_argument("-d", "--delete", metavar="NAME", help="forget the first snapshot of that name")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but the list")
+    parser.add_argument(
+        "-U", "--force-share", action="store_true", help="list though others may be writing to the image"
+    )
+    add_log_options(parser)
+    parser.add_argument("filename")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """List the snapshots, or change them.
+
+    Raises: OSError, ImageError, ValueError, Failure.
+    """
+    for verb in VERBS:
+        if (name := getattr(arguments, verb)) is not None:
+            _change(verb, name, arguments)
+            return 0
+    if arguments.format == "raw":
+        return 0
+    with opened(arguments.filename, force_share=arguments.force_share) as file:
+        snapshots = run(read_snapshots(file, run(read_header(file, trust_refcounts=False)))).snapshots
+    if snapshots:
+        print("\n".join(snapshot_lines(map(snapshot_facts, snapshots))))
+    return 0
+
+
+def _change(verb: str, name: str, arguments: argparse.Namespace) -> None:
+    if arguments.format == "raw":
+        raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
+    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
+    with open_disk(arguments.filename, writable=True, **log) as disk:
+        try:
+            getattr(disk, f"{verb}_snapshot")(name)
+        except FileNotFoundError as error:
+            raise Failure(f"Could not {verb} snapshot {name!r}: {NOT_FOUND[verb]}") from error
+        except (OSError, ImageError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise Failure(f"Could not {verb} snapshot {name!r}: {reason}") from error
