@@ -182,7 +182,7 @@ async def write_tables(file: File, plan: Plan) -> None:
 
     Raises: UnsupportedImage, before the file is touched, if the header does not fit.
     """
-    _, packed = pack_header(file, _header(plan))
+    packed = _packed(file, plan)
     await Resize(file, 0)
     await Zero(file, 0, plan.end_offset)
     await Sync(file)
@@ -196,7 +196,7 @@ async def write_tables(file: File, plan: Plan) -> None:
 
 async def write_header(file: File, plan: Plan) -> None:
     """Make the file an image, once all of it is stable: the magic goes in one sector, last."""
-    _, packed = pack_header(file, _header(plan))
+    packed = _packed(file, plan)
     await Sync(file)
     await Write(file, 0, packed[: layout.SECTOR_SIZE])
     await Sync(file)
@@ -219,19 +219,19 @@ async def _write_zeros(file: File, start: int, end: int) -> None:
 
 def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
     """Each table with its place, one cluster at a time where there may be many."""
-    yield plan.table_offset, _offsets(plan.block_offset, plan.block_clusters, plan.cluster_size)
+    yield plan.table_offset, table_of(plan.block_offset, plan.block_clusters, plan.cluster_size)
     yield from _refcount_blocks(plan)
-    l1 = _offsets(layout.COPIED | plan.l2_offset, plan.l2_clusters, plan.cluster_size)
+    l1 = table_of(layout.COPIED | plan.l2_offset, plan.l2_clusters, plan.cluster_size)
     yield plan.l1_offset, l1 + bytes(plan.l1_size * layout.ENTRY_SIZE - len(l1))
     per_table = plan.cluster_size // layout.ENTRY_SIZE
     for first in range(0, plan.data_clusters, per_table):
         count = min(per_table, plan.data_clusters - first)
         data_offset = plan.data_offset + first * plan.cluster_size
         host_offset = plan.l2_offset + first // per_table * plan.cluster_size
-        yield host_offset, _offsets(layout.COPIED | data_offset, count, plan.cluster_size)
+        yield host_offset, table_of(layout.COPIED | data_offset, count, plan.cluster_size)
 
 
-def _offsets(first: int, count: int, cluster_size: int) -> bytes:
+def table_of(first: int, count: int, cluster_size: int) -> bytes:
     """*count* table entries that point at consecutive clusters."""
     entries = array("Q", range(first, first + count * cluster_size, cluster_size))
     if byteorder == "little":
@@ -243,11 +243,14 @@ def _refcount_blocks(plan: Plan) -> Iterator[tuple[int, bytes]]:
     per_block = plan.cluster_size * 8 >> plan.options.refcount_order
     left = plan.end_offset // plan.cluster_size
     for index in range(plan.block_clusters):
-        yield plan.block_offset + index * plan.cluster_size, _ones(min(left, per_block), plan.options.refcount_order)
+        yield (
+            plan.block_offset + index * plan.cluster_size,
+            refcounts_of_one(min(left, per_block), plan.options.refcount_order),
+        )
         left -= per_block
 
 
-def _ones(count: int, refcount_order: int) -> bytes:
+def refcounts_of_one(count: int, refcount_order: int) -> bytes:
     """*count* refcounts of 1; entries narrower than a byte fill it from its low end."""
     width = 1 << refcount_order
     if width >= 8:
@@ -258,8 +261,17 @@ def _ones(count: int, refcount_order: int) -> bytes:
     return bytes([full]) * whole + (bytes([full & (1 << rest * width) - 1]) if rest else b"")
 
 
-def _header(plan: Plan) -> Header:
-    options = plan.options
+def _packed(file: File, plan: Plan) -> bytes:
+    return pack_new_header(file, plan.options, plan.l1_size, plan.l1_offset, plan.table_offset, plan.table_clusters)
+
+
+def pack_new_header(
+    file: File, options: Options, l1_size: int, l1_offset: int, table_offset: int, table_clusters: int
+) -> bytes:
+    """The first cluster of an image with *options*, as far as it is used, that has its tables in these places.
+
+    Raises: UnsupportedImage if it does not fit a cluster.
+    """
     is_zstd = options.compression is not CompressionType.ZLIB
     record = HeaderRecord(
         magic=layout.MAGIC,
@@ -269,10 +281,10 @@ def _header(plan: Plan) -> Header:
         cluster_bits=options.cluster_bits,
         size=options.size,
         crypt_method=layout.CryptMethod.NONE,
-        l1_size=plan.l1_size,
-        l1_table_offset=plan.l1_offset,
-        refcount_table_offset=plan.table_offset,
-        refcount_table_clusters=plan.table_clusters,
+        l1_size=l1_size,
+        l1_table_offset=l1_offset,
+        refcount_table_offset=table_offset,
+        refcount_table_clusters=table_clusters,
         nb_snapshots=0,
         snapshots_offset=0,
         incompatible_features=Incompatible.COMPRESSION_TYPE if is_zstd else 0,
@@ -283,7 +295,7 @@ def _header(plan: Plan) -> Header:
     )
     later_fields = bytes(record.header_length - len(record.pack()))
     header = Header(record, later_fields, _feature_names(options), None)
-    return header.with_backing(options.backing_name, options.backing_format)
+    return pack_header(file, header.with_backing(options.backing_name, options.backing_format))[1]
 
 
 def _feature_names(options: Options) -> tuple[Extension, ...]:

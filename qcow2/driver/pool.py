@@ -43,10 +43,10 @@ class PoolDriver:
             self._scheduler.run()
             while self._under_way:
                 self._complete()
-        finally:
-            while self._under_way:  # buffers and files are theirs until then
-                self._done.get()
-                self._under_way -= 1
+        except BaseException:  # perhaps just as a result was taken out: no count tells who still works
+            self.close()
+            self._under_way = 0
+            raise
         if not ended:
             coroutine.close()
             raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
@@ -111,7 +111,7 @@ class PoolDriver:
             del work, task, operation, value, error  # and with them what they refer to
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads once they have done what they were given: buffers and files are theirs until then."""
         for _ in self._threads:
             self._work.put(None)
         for thread in self._threads:

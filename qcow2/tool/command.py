@@ -19,6 +19,8 @@ COMMANDS = {
     "map": ("map", "say where the disk's bytes are"),
     "compare": ("compare", "say whether two images hold the same disk"),
     "measure": ("measure", "say how large a new image will be"),
+    "convert": ("convert", "copy disks to another image"),
+    "dd": ("dd", "copy a part of a disk to another image"),
     "rebase": ("rebase", "give an image another backing file"),
     "snapshot": ("snapshot", "list, make, go back to and delete internal snapshots"),
     "resize": ("resize", "make the disk of an image longer"),

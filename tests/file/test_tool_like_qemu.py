@@ -54,7 +54,18 @@ def complaint(text: str) -> list[str]:
 def adapted(text: str, peer: str) -> str:
     """What *peer* would say if it were as new as we are: before 8.2 its maps do not tell what is compressed."""
     major = int(re.search(r"version (\d+)", subprocess.check_output([peer, "--version"], text=True))[1])  # type: ignore[index]
-    return text if major >= 9 else re.sub(r', "compressed": (true|false)', "", text)
+    for new, old in OLDER if major < 9 else ():
+        text = re.sub(new, old, text)
+    return text
+
+
+OLDER = [
+    (r', "compressed": (true|false)', ""),
+    (
+        r"coroutines specified. Must be between 1 and 16\.",
+        "coroutines. Allowed number of coroutines is between 1 and 16",
+    ),
+]
 
 
 def test_compare_tells_what_it_cannot_read(tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""Copy a source to a target: extents tell what has to be looked at, windows of that are read, searched and written.
+
+Windows are under way side by side, as many as the crew is wide; the walk over the extents is one coroutine. Memory:
+one window for each place in the crew, and what the target keeps.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.image import Image
+from qcow2.job.content import data_runs, equal_bytes
+from qcow2.job.crew import Crew
+from qcow2.job.pace import Pace
+from qcow2.job.source import Content, Source
+from qcow2.job.target import Runs, Target
+from qcow2.operation import Compute, Signal
+from qcow2.raw import RawImage
+
+WINDOW = 2 << 20  # bytes; no cluster is larger
+GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more
+SPARSE_UNIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How to copy."""
+
+    sparse_unit: int = SPARSE_UNIT  # so many zeros are left out; 0: none are, also those that the source tells of
+    width: int = 8  # windows at a time
+    window: int = WINDOW  # bytes read at a time, no less than a cluster
+    keeps_order: bool = True  # what comes later on the disk comes later in the file
+
+
+async def copy(
+    source: Source, target: Target, pace: Pace, manner: Manner, base: Image | RawImage | None = None
+) -> None:
+    """Let *target* hold what *source* does; stable on return. Over *base*, if there is one, only what differs from it.
+
+    Raises: OSError, ImageError, Cancelled; *target* is not whole then.
+    """
+    await target.begin()
+    await _Copy(source, target, pace, manner, base).run()
+    await target.finish()
+
+
+class _Copy:
+    def __init__(
+        self, source: Source, target: Target, pace: Pace, manner: Manner, base: Image | RawImage | None
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._pace = pace
+        self._manner = manner
+        self._base = base
+        self._crew = Crew(manner.width)
+        self._buffers: list[memoryview] = []  # of no window now
+        self._under_way: set[int] = set()  # where those windows begin
+        self._position = 0
+        self._known = (Content.ZEROS, 0)  # the extent that was found last, and its end
+        self._placed = Signal()  # the window before
+        self._placed.set()
+
+    async def run(self) -> None:
+        size = self._source.size
+        self._pace.begin(size)
+        while self._position < size:
+            self._pace.require_going()
+            offset = self._position
+            content, stop = await self._stretch(offset)
+            if content is Content.DATA:
+                await self._begin_window(offset, stop - offset)
+            elif content is Content.ZEROS:
+                await self._target.zero(offset, stop - offset)
+                self._pace.advance(stop - offset)
+            else:
+                self._pace.advance(stop - offset)
+            self._position = stop
+        await self._crew.join()
+
+    async def _find(self, offset: int) -> tuple[Content, int]:
+        """What is at *offset*, and where that ends."""
+        content, end = self._known
+        if offset >= end:
+            content, nbytes = await self._source.find(offset)
+            if content is Content.ZEROS and not self._manner.sparse_unit:
+                content = Content.DATA
+            end = offset + nbytes
+            self._known = content, end
+        return content, end
+
+    async def _stretch(self, offset: int) -> tuple[Content, int]:
+        """What to do with the front of the rest, and where that ends: at a whole unit of the target."""
+        unit, size = self._target.unit, self._source.size
+        content, end = await self._find(offset)
+        if content is not Content.DATA:
+            stop = end if end >= size else end - end % unit
+            if stop <= offset:  # a unit of which this is only a part
+                return Content.DATA, min(offset + unit, size)
+            if content is Content.BELOW or await self._is_base_zero(offset, stop):
+                return content, stop
+            if self._base is None:
+                return content, stop
+            return Content.DATA, min(stop, offset + self._manner.window)
+        limit = min(offset + self._manner.window, size)
+        stop = min(end + -end % unit, limit)
+        while stop < limit:
+            content, end = await self._find(stop)
+            if content is Content.BELOW or (content is Content.ZEROS and end - stop > GAP):
+                break
+            stop = min(end + -end % unit, limit)
+        return Content.DATA, stop
+
+    async def _is_base_zero(self, offset: int, end: int) -> bool:
+        """Whether zeros show there if nothing is written."""
+        if self._base is None:
+            return False
+        end = min(end, self._base.size)
+        return offset >= end or await self._base.reads_as_zeros(offset, end - offset)
+
+    async def _begin_window(self, offset: int, nbytes: int) -> None:
+        await self._pace.wait(nbytes)
+        before, placed = self._placed, Signal()
+        self._placed = placed
+        self._under_way.add(offset)
+        try:
+            await self._crew.start(self._copy(offset, nbytes, before, placed))
+        except BaseException:
+            placed.set()
+            raise
+
+    async def _copy(self, offset: int, nbytes: int, before: Signal, placed: Signal) -> None:
+        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._manner.window))
+        data = buffer[:nbytes]
+        try:
+            await self._source.read(offset, data)
+            runs = await self._runs(data)
+            parts = [(0, nbytes, runs)] if self._base is None else await self._different(self._base, offset, data, runs)
+            if self._manner.keeps_order:
+                await before.wait()
+            places = [self._target.place(offset + start, end - start, inside) for start, end, inside in parts]
+            placed.set()
+            for (start, end, inside), place in zip(parts, places, strict=True):
+                await self._target.put(offset + start, data[start:end], inside, place)
+        finally:
+            placed.set()
+            self._under_way.discard(offset)
+        self._buffers.append(buffer)
+        await self._target.settle(min(self._under_way, default=offset))
+        self._pace.advance(nbytes)
+
+    async def _runs(self, data: memoryview) -> Runs:
+        if not self._manner.sparse_unit:
+            return [(0, len(data))]
+        runs: Runs = await Compute(partial(data_runs, data, self._manner.sparse_unit))
+        return runs
+
+    async def _different(
+        self, base: Image | RawImage, offset: int, data: memoryview, runs: Runs
+    ) -> list[tuple[int, int, Runs]]:
+        """Parts, in units of the target, that are not what shows without them: (start, end, runs inside)."""
+        shown = memoryview(bytearray(len(data)))
+        inside = max(0, min(len(data), base.size - offset))
+        if inside:
+            await base.read(offset, MemoryBuffer(shown[:inside]))
+        bounds: Runs = []
+        for start in range(0, len(data), self._target.unit):
+            end = min(start + self._target.unit, len(data))
+            if equal_bytes(data[start:end], shown[start:end]) == end - start:
+                continue
+            if bounds and bounds[-1][1] == start:
+                bounds[-1] = bounds[-1][0], end
+            else:
+                bounds.append((start, end))
+        return [(start, end, _clipped(runs, start, end)) for start, end in bounds]
+
+
+def _clipped(runs: Runs, start: int, end: int) -> Runs:
+    """What of *runs* is from *start* to *end*, counted from *start*."""
+    inside = [(max(low, start) - start, min(high, end) - start) for low, high in runs]
+    return [(low, high) for low, high in inside if low < high]

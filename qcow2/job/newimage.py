@@ -1,0 +1,173 @@
+"""A new image, written in one pass: data in the order it comes, then the tables, and the header when all is stable.
+
+Until then there is no magic in the file: it is no image. No cluster is freed on the way and none is shared: each
+refcount is 1, and none need be kept. Memory is bounded: an L2 table goes to the file when the copy has passed it.
+"""
+
+from array import array
+
+from qcow2.create import Options, Preallocation, pack_new_header, plan, refcount_clusters, refcounts_of_one, table_of
+from qcow2.image import Image
+from qcow2.job.target import Runs
+from qcow2.layout import COPIED, ENTRY_SIZE, L2_ZERO, SECTOR_SIZE
+from qcow2.mapping import bytes_of
+from qcow2.operation import File, Resize, Sync, Write, Zero
+from qcow2.raw import RawImage
+
+Place = list[tuple[int, int, int]]  # (first cluster of the range, after its last, first host cluster)
+
+
+class NewImage:
+    """A `Target` that becomes an image with *options* in *file*, over *backing* if they name one."""
+
+    def __init__(
+        self, file: File, options: Options, backing: Image | RawImage | None = None, *, reads_zeros: bool = True
+    ) -> None:
+        """*reads_zeros*: what is not written in *file* reads as zeros, as in every file that was emptied."""
+        self.unit = options.cluster_size
+        self._file = file
+        self._options = options
+        self._backing_size = backing.size if backing is not None else 0
+        self._reads_zeros = reads_zeros
+        self._whole = plan(options)
+        self._l1 = array("Q", bytes(self._whole.l1_size * ENTRY_SIZE))
+        self._tables: dict[int, array[int]] = {}
+        self._entries = options.cluster_size // ENTRY_SIZE  # of one table
+        self._next = 1 + self._whole.l1_clusters  # host cluster
+
+    @property
+    def _maps_all(self) -> bool:
+        return self._options.preallocation is not Preallocation.OFF
+
+    @property
+    def _writes_all(self) -> bool:
+        return not self._reads_zeros or self._options.preallocation is Preallocation.FULL
+
+    async def begin(self) -> None:
+        """Nothing that was in the file is an image any more.
+
+        Raises: UnsupportedImage, before the file is touched, if the header does not fit; OSError.
+        """
+        pack_new_header(self._file, self._options, self._whole.l1_size, self.unit, self.unit, 1)
+        await Resize(self._file, 0)
+        await Zero(self._file, 0, SECTOR_SIZE)
+        await Sync(self._file)
+        if self._options.preallocation is Preallocation.FALLOC:
+            await Resize(self._file, self._whole.end_offset, reserve=True)
+
+    def place(self, offset: int, nbytes: int, runs: Runs) -> Place:
+        """Take clusters for all that holds data, or for all there is, and map them."""
+        first, last = offset // self.unit, -(-(offset + nbytes) // self.unit)
+        if self._maps_all or (self._options.version < 3 and first * self.unit < self._backing_size):
+            ranges = [(first, last)]  # version 2 hides what a backing file shows by a cluster full of zeros
+        else:
+            ranges = self._touched(offset, runs)
+            self._hide(first, min(last, -(-self._backing_size // self.unit)), ranges)
+        return [(low, high, self._take(low, high)) for low, high in ranges]
+
+    def _touched(self, offset: int, runs: Runs) -> list[tuple[int, int]]:
+        """The clusters that hold data, as (first, after the last)."""
+        ranges: list[tuple[int, int]] = []
+        for start, end in runs:
+            low, high = (offset + start) // self.unit, -(-(offset + end) // self.unit)
+            if ranges and low <= ranges[-1][1]:
+                ranges[-1] = ranges[-1][0], high
+            else:
+                ranges.append((low, high))
+        return ranges
+
+    def _take(self, low: int, high: int) -> int:
+        """Host clusters for guest clusters."""
+        host = self._next
+        self._next += high - low
+        for cluster in range(low, high):
+            self._set(cluster, host + cluster - low << self._options.cluster_bits | COPIED)
+        return host
+
+    def _set(self, cluster: int, entry: int) -> None:
+        index, inside = divmod(cluster, self._entries)
+        table = self._tables.get(index)
+        if table is None:
+            table = self._tables[index] = array("Q", bytes(self.unit))
+        table[inside] = entry
+
+    def _hide(self, first: int, last: int, taken: list[tuple[int, int]]) -> None:
+        """Say zeros where the backing file would show."""
+        for low, high in [*taken, (last, last)]:
+            for cluster in range(first, min(low, last)):
+                self._set(cluster, L2_ZERO)
+            first = max(first, high)
+
+    async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
+        """Write what is not zeros; whole clusters where the file may hold anything."""
+        assert isinstance(place, list)
+        for low, high, host in place:
+            start, end = low * self.unit - offset, high * self.unit - offset
+            if self._writes_all:
+                await self._write(host, 0, data[start:end], bytes(max(0, end - len(data))))
+                continue
+            for run_start, run_end in runs:
+                if run_start < end and start < run_end:
+                    part = data[max(run_start, start) : min(run_end, end)]
+                    await self._write(host, max(run_start - start, 0), part)
+
+    async def _write(self, host: int, ahead: int, *pieces: memoryview | bytes) -> None:
+        await Write(self._file, (host << self._options.cluster_bits) + ahead, *pieces, data=True)
+
+    async def zero(self, offset: int, nbytes: int) -> None:
+        """Leave it out, unless something would show or it shall have its clusters."""
+        if not self._maps_all and offset >= self._backing_size:
+            return
+        span = self._entries * self.unit
+        end = offset + nbytes
+        while offset < end:  # a table at a time: they may be many
+            stop = min(end, offset - offset % span + span)
+            for low, high, host in self.place(offset, stop - offset, []):
+                if self._writes_all:
+                    for ahead in range(high - low):
+                        await self._write(host + ahead, 0, bytes(self.unit))
+            if stop - offset == span:
+                await self._write_table(offset // span)
+            offset = stop
+
+    async def settle(self, offset: int) -> None:
+        """Write the tables that are complete."""
+        span = self._entries * self.unit
+        for index in [index for index in self._tables if (index + 1) * span <= offset]:
+            await self._write_table(index)
+
+    async def _write_table(self, index: int) -> None:
+        table = self._tables.pop(index, None)
+        if table is None:
+            return
+        host_offset = self._next << self._options.cluster_bits
+        self._next += 1
+        self._l1[index] = host_offset | COPIED
+        await Write(self._file, host_offset, bytes_of(table))
+
+    async def finish(self) -> None:
+        """Tables, refcounts, and once they are stable the header."""
+        for index in sorted(self._tables):
+            await self._write_table(index)
+        await self._write_whole(1, bytes_of(self._l1))
+        ntable, nblocks = refcount_clusters(self._options, self._next)
+        table, blocks = self._next, self._next + ntable
+        end = blocks + nblocks
+        offsets = table_of(blocks << self._options.cluster_bits, nblocks, self.unit)
+        await self._write_whole(table, offsets)
+        per_block = self.unit * 8 >> self._options.refcount_order
+        for index in range(nblocks):
+            ones = refcounts_of_one(min(per_block, end - index * per_block), self._options.refcount_order)
+            await self._write_whole(blocks + index, ones)
+        await Resize(self._file, end << self._options.cluster_bits)
+        packed = pack_new_header(
+            self._file, self._options, self._whole.l1_size, self.unit, table << self._options.cluster_bits, ntable
+        )
+        await Write(self._file, SECTOR_SIZE, packed[SECTOR_SIZE:].ljust(self.unit - SECTOR_SIZE, b"\0"))
+        await Sync(self._file)
+        await Write(self._file, 0, packed[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
+        await Sync(self._file)
+
+    async def _write_whole(self, host: int, content: bytes) -> None:
+        """Clusters to their end."""
+        await self._write(host, 0, content, bytes(-len(content) % self.unit))

@@ -1,0 +1,103 @@
+"""What a copy writes to. A target that nobody finished must not pass for a whole disk: its first bytes come last."""
+
+from typing import Protocol
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.image import Image
+from qcow2.job.content import data_runs
+from qcow2.operation import Resize
+from qcow2.raw import RawImage
+
+Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
+FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk
+SPARSE_UNIT = 4096
+SECTOR = 512
+
+
+class Target(Protocol):
+    """Is written once, in ranges that begin and end at a multiple of *unit*, or at the end of the disk."""
+
+    unit: int
+
+    async def begin(self) -> None:
+        """Make sure that nobody takes it for whole from now on."""
+
+    def place(self, offset: int, nbytes: int, runs: Runs) -> object:
+        """Decide where these *nbytes* go, without a wait: the order of these calls is the order in the file."""
+
+    async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
+        """Write *data*, of which only *runs* are not zeros, at the *place* decided on."""
+
+    async def zero(self, offset: int, nbytes: int) -> None:
+        """Let this range read as zeros."""
+
+    async def settle(self, offset: int) -> None:
+        """Nothing below *offset* comes any more, and nothing of it is under way."""
+
+    async def finish(self) -> None:
+        """All has been written: make it whole, and stable."""
+
+
+class InPlace:
+    """A disk that is there: a raw file, a block device, an image that is written to as its guest would."""
+
+    def __init__(self, image: Image | RawImage, size: int, *, is_zero: bool, length: int | None = None) -> None:
+        """*size* bytes of it are written, what is behind them reads as zeros at the end.
+
+        *is_zero*: all of it reads as zeros now; *length*: which the file gets at the end.
+        """
+        self.unit = SECTOR
+        self._image = image
+        self._size = size
+        self._is_zero = is_zero
+        self._length = length
+        self._first = bytearray(FIRST_BYTES)
+
+    async def begin(self) -> None:
+        """Take away the first bytes of what was there."""
+        if not self._is_zero:
+            await self._image.write_zeroes(0, min(FIRST_BYTES, self._size), unmap=True)
+            await self._image.flush()
+
+    def place(self, offset: int, nbytes: int, runs: Runs) -> None:
+        """At *offset*."""
+
+    async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
+        """All but what has to wait."""
+        stop = 0
+        for start, end in runs:
+            await self._fill(offset + stop, start - stop)
+            await self._write(offset + start, data[start:end])
+            stop = end
+        await self._fill(offset + stop, len(data) - stop)
+
+    async def zero(self, offset: int, nbytes: int) -> None:
+        """If it may be anything else."""
+        await self._fill(offset, nbytes)
+
+    async def _fill(self, offset: int, nbytes: int) -> None:
+        if nbytes and not self._is_zero:
+            await self._image.write_zeroes(offset, nbytes, unmap=True)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        if offset < FIRST_BYTES:
+            nwaiting = min(len(data), FIRST_BYTES - offset)
+            self._first[offset : offset + nwaiting] = data[:nwaiting]
+            offset += nwaiting
+            data = data[nwaiting:]
+        if data:
+            await self._image.write(offset, MemoryBuffer(data))
+
+    async def settle(self, offset: int) -> None:
+        """Nothing waits but the first bytes."""
+
+    async def finish(self) -> None:
+        """The first bytes, once all others are stable."""
+        await self._fill(self._size, self._image.size - self._size)
+        if self._length is not None:
+            await Resize(self._image.file, self._length)
+        await self._image.flush()
+        first = memoryview(self._first)
+        for start, end in data_runs(first, SPARSE_UNIT):
+            await self._image.write(start, MemoryBuffer(first[start : min(end, self._size)]))
+        await self._image.flush()

@@ -1,0 +1,153 @@
+"""`qcow2 convert`: copy disks to a new image, or to one that is there."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from qcow2.chain import backing_path
+from qcow2.driver.pool import PoolDriver
+from qcow2.format import FORMATS
+from qcow2.image import Image
+from qcow2.job.copy import SPARSE_UNIT, Manner, copy
+from qcow2.job.source import Source
+from qcow2.job.target import Target
+from qcow2.quantity import parse_size
+from qcow2.raw import RawImage
+from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
+from qcow2.tool.progress import shown
+from qcow2.tool.source import CACHE_MODES, add_source_options, open_source
+from qcow2.tool.target import Wish, new_target, present_target
+
+MAX_SPARSE = 16 << 20  # bytes
+MAX_WIDTH = 16
+MAX_THREADS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 convert`."""
+    parser.add_argument("-f", "--source-format", default="qcow2", choices=FORMATS, help="of the sources; never guessed")
+    parser.add_argument("-O", "--target-format", default="raw", metavar="FMT", help="of the target: raw or qcow2")
+    parser.add_argument("-o", "--target-format-options", action="append", default=[], metavar="OPTIONS", help="or help")
+    parser.add_argument("-n", "--no-create", action="store_true", help="write to an image that is there")
+    parser.add_argument("-B", "-b", "--backing", metavar="FILE", help="share with it what the source has from below")
+    parser.add_argument("-F", "--backing-format", metavar="FMT", help="its format")
+    parser.add_argument("-S", "--sparse-size", metavar="SIZE", help="zeros from so many on are left out; 0: none are")
+    parser.add_argument("--target-is-zero", action="store_true", help="with -n: all of it reads as zeros already")
+    parser.add_argument("-m", "--parallel", metavar="N", default="8", help="windows at a time")
+    parser.add_argument("-W", "--oob-writes", action="store_true", help="the target's file need not be in order")
+    parser.add_argument("-r", "--rate-limit", metavar="RATE", help="bytes a second")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="accepted; the target is synced at the end")
+    parser.add_argument("-c", "--compress", action="store_true", help="not supported yet")
+    add_source_options(parser)
+    parser.add_argument("filenames", nargs="*", metavar="FILE", help="sources, one after the other on one disk; target")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Copy.
+
+    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    """
+    if asks_for_help(arguments.target_format_options):
+        print_help(_known_format(arguments.target_format))
+        return 0
+    manner = _manner(arguments)
+    _validate(arguments)
+    rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
+    *paths, path = arguments.filenames
+    with ExitStack() as stack:
+        images = [stack.enter_context(open_source(each, arguments.source_format, arguments)) for each in paths]
+        size = sum(image.size for image in images)
+        wish = Wish(path, _known_format(arguments.target_format), size, _given(arguments))
+        below = stack.enter_context(_base(wish, arguments))
+        is_shared = below is not None and _is_backing_of(below, images[0])
+        source = Source.of(*images, tells_below=is_shared)
+        target = stack.enter_context(_target(wish, images, below, arguments))
+        pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate))
+        driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS)))
+        driver.run(copy(source, target, pace, manner, None if is_shared else below))
+    return 0
+
+
+def _known_format(image_format: str) -> str:
+    if image_format not in FORMATS:
+        raise Failure(f"Unknown file format '{image_format}'")
+    return image_format
+
+
+def _manner(arguments: argparse.Namespace) -> Manner:
+    sparse = SPARSE_UNIT if arguments.sparse_size is None else parse_size(arguments.sparse_size)
+    if sparse % 512 or sparse > MAX_SPARSE:
+        text = f"Valid sizes are multiples of 512 up to {MAX_SPARSE}. Select 0 to disable sparse detection"
+        raise UsageError(f"Invalid buffer size for sparse output specified. {text} (fully allocates output).")
+    width = int(arguments.parallel) if arguments.parallel.isascii() and arguments.parallel.isdigit() else 0
+    if not 1 <= width <= MAX_WIDTH:
+        raise UsageError(f"Invalid number of coroutines specified. Must be between 1 and {MAX_WIDTH}.")
+    return Manner(sparse, width, keeps_order=not arguments.oob_writes)
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    if not arguments.filenames:
+        raise UsageError("Must specify image file name")
+    if len(arguments.filenames) < 2:
+        raise UsageError("Must specify image file name")
+    if arguments.compress:
+        raise Failure("compressed images cannot be written yet")
+    if arguments.target_is_zero and not arguments.no_create:
+        raise UsageError("--target-is-zero requires use of -n flag")
+    if arguments.backing is not None and len(arguments.filenames) > 2:
+        raise UsageError("Having a backing file for the target makes no sense when concatenating multiple input images")
+    if arguments.no_create and arguments.target_format_options:
+        print("qcow2: warning: -o has no effect when skipping image creation", file=sys.stderr)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options of creation, with what -B and -F say; the size is the source's."""
+    given = parse_options(arguments.target_format_options, arguments.target_format)
+    given.pop("size", None)
+    if arguments.backing is not None:
+        given["backing_file"] = arguments.backing
+    if arguments.backing_format is not None:
+        given["backing_fmt"] = arguments.backing_format
+    return given
+
+
+@contextmanager
+def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Image | RawImage | None]:
+    """The image that the target is to be over."""
+    name, image_format = wish.given.get("backing_file"), wish.given.get("backing_fmt")
+    if not name:
+        yield None
+        return
+    if not image_format:
+        raise Failure("Use of backing file requires explicit backing format")
+    if wish.image_format != "qcow2":
+        raise Failure(f"Backing file not supported for file format '{wish.image_format}'")
+    validate_backing(name, image_format)
+    with open_source(backing_path(wish.path, name), image_format, arguments) as base:
+        yield base
+
+
+def _is_backing_of(base: Image | RawImage, image: Image | RawImage) -> bool:
+    """Whether *image* is directly over the same file, of the same format."""
+    below = image.backing
+    if below is None or type(below) is not type(base):
+        return False
+    return os.path.samefile(below.file.path, base.file.path)
+
+
+@contextmanager
+def _target(
+    wish: Wish, images: list[Image | RawImage], base: Image | RawImage | None, arguments: argparse.Namespace
+) -> Iterator[Target]:
+    if arguments.no_create:
+        with present_target(wish, images, is_zero=arguments.target_is_zero) as target:
+            yield target
+        return
+    read = [*images, base] if base is not None else images
+    with new_target(wish, read, base) as target:
+        yield target

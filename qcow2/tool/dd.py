@@ -1,0 +1,78 @@
+"""`qcow2 dd`: copy a part of a disk to a new image."""
+
+import argparse
+import sys
+from contextlib import ExitStack
+
+from qcow2.driver.pool import PoolDriver
+from qcow2.format import FORMATS
+from qcow2.job.copy import Manner, copy
+from qcow2.job.pace import Pace
+from qcow2.job.source import Part, Source
+from qcow2.layout import SECTOR_SIZE
+from qcow2.quantity import parse_size
+from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.source import add_source_options, open_source
+from qcow2.tool.target import Wish, new_target
+
+OPERANDS = ("if", "of", "bs", "count", "skip")
+MAX_BLOCK = (1 << 31) - 1
+DEFAULT_BLOCK = 512
+NTHREADS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 dd`."""
+    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the source; never guessed")
+    parser.add_argument("-O", "--output-format", default="raw", metavar="FMT", help="of the target: raw or qcow2")
+    add_source_options(parser)
+    parser.add_argument(
+        "operands",
+        nargs="*",
+        metavar="OPERAND",
+        help="if=FILE of=FILE, bs=SIZE of a block, count=N blocks from the start of the disk, less skip=N of them",
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Copy.
+
+    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    """
+    given = _operands(arguments.operands)
+    if "if" not in given or "of" not in given:
+        raise UsageError("Must specify both input and output files")
+    if arguments.output_format not in FORMATS:
+        raise Failure("Unknown file format")
+    block = _number(given, "bs", DEFAULT_BLOCK)
+    if not 1 <= block <= MAX_BLOCK:
+        raise UsageError(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
+    skip = _number(given, "skip", 0) * block
+    with ExitStack() as stack:
+        image = stack.enter_context(open_source(given["if"], arguments.format, arguments))
+        end = min(image.size, _number(given, "count", image.size) * block)
+        if skip > end:
+            print(f"qcow2: {given['if']}: cannot skip to specified offset", file=sys.stderr)
+        nbytes = max(0, end - skip)
+        wish = Wish(given["of"], arguments.output_format, nbytes + -nbytes % SECTOR_SIZE, {})
+        target = stack.enter_context(new_target(wish, [image], None))
+        driver = stack.enter_context(PoolDriver(NTHREADS))
+        driver.run(copy(Source([Part(image, skip, nbytes)]), target, Pace(), Manner()))
+    return 0
+
+
+def _operands(words: list[str]) -> dict[str, str]:
+    given = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in OPERANDS:
+            raise UsageError(f"unrecognized operand {name}")
+        given[name] = value
+    return given
+
+
+def _number(given: dict[str, str], name: str, otherwise: int) -> int:
+    try:
+        return parse_size(given[name]) if name in given else otherwise
+    except ValueError as error:
+        raise UsageError(f"invalid number: '{given[name]}'") from error

@@ -1,0 +1,92 @@
+"""What convert and dd write to: a new image, or one that is there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from qcow2.create import Preallocation
+from qcow2.disk import Disk, open_disk
+from qcow2.driver.file import HostFile
+from qcow2.error import ImageError
+from qcow2.image import Image
+from qcow2.job.newimage import NewImage
+from qcow2.job.target import InPlace, Target
+from qcow2.raw import RawImage
+from qcow2.tool.failure import Failure
+from qcow2.tool.file import created
+from qcow2.tool.option import image_options, raw_preallocation
+from qcow2.tool.source import cannot_open
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the target shall be."""
+
+    path: str
+    image_format: str
+    size: int
+    given: dict[str, str]  # options of creation
+
+
+@contextmanager
+def new_target(wish: Wish, sources: list[Image | RawImage], base: Image | RawImage | None) -> Iterator[Target]:
+    """A new image, over *base* if there is one; after an error it is gone, or what was there before is no image.
+
+    Raises: Failure before the file is touched; ValueError, ImageError.
+    """
+    refuse_source(wish.path, sources)
+    try:
+        with created(wish.path) as file:
+            yield _new(file, wish, base)
+    except OSError as error:
+        if error.filename != wish.path:
+            raise
+        text = f"Could not create '{wish.path}': {error.strerror}"
+        raise Failure(f"{wish.path}: error while converting {wish.image_format}: {text}") from error
+
+
+def _new(file: HostFile, wish: Wish, base: Image | RawImage | None) -> Target:
+    if wish.image_format == "qcow2":
+        return NewImage(file, image_options(wish.given, wish.size), base, reads_zeros=not file.is_device)
+    if file.is_device and file.size() < wish.size:
+        raise Failure(f"{wish.path}: the device has {file.size()} bytes, the disk {wish.size}")
+    preallocation = raw_preallocation(wish.given)
+    if not file.is_device:
+        os.ftruncate(file.fd, 0)
+        if preallocation is Preallocation.FALLOC and wish.size:
+            os.posix_fallocate(file.fd, 0, wish.size)
+    is_zero = not file.is_device and preallocation is not Preallocation.FULL
+    return InPlace(RawImage(file, wish.size, read_only=False), wish.size, is_zero=is_zero, length=wish.size)
+
+
+@contextmanager
+def present_target(wish: Wish, sources: list[Image | RawImage], *, is_zero: bool) -> Iterator[Target]:
+    """The image at the path, which keeps what it is; its content goes.
+
+    Raises: Failure before it is touched; OSError, ImageError.
+    """
+    refuse_source(wish.path, sources)
+    with _opened(wish) as disk:
+        if disk.size < wish.size:
+            raise Failure("output file is smaller than input file")
+        yield InPlace(disk.image, wish.size, is_zero=is_zero)
+
+
+def _opened(wish: Wish) -> Disk:
+    try:
+        return open_disk(wish.path, writable=True, format=wish.image_format)
+    except OSError as error:
+        raise Failure(cannot_open(wish.path, error)) from error
+    except ImageError as error:
+        raise Failure(f"Could not open '{wish.path}': {error}") from error
+
+
+def refuse_source(path: str, sources: list[Image | RawImage]) -> None:
+    """Raises: Failure if the target is what is read."""
+    if not os.path.exists(path):
+        return
+    for image in sources:
+        for link in image.chain:
+            if os.path.exists(link.file.path) and os.path.samefile(link.file.path, path):
+                raise Failure(f"{path}: the target is the source, or under it")

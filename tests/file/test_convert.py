@@ -1,0 +1,252 @@
+"""`qcow2 convert` and `dd`: beside qemu-img's the same disk, the same words; nothing half done passes for whole."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.file.test_tool_like_qemu import MIB, adapted, images, said
+from tests.oracle import assert_clean, peers, qemu_img, qemu_io, qemu_read
+from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
+
+__all__ = ["images"]  # the fixture
+
+ROWS = [
+    "convert -O qcow2 summit new",
+    "convert -O raw summit new",
+    "convert summit new",
+    "convert -f qcow2 -O qcow2 -o cluster_size=4k,compat=0.10 summit new",
+    "convert -O qcow2 -o cluster_size=2M,refcount_bits=1 summit new",
+    "convert -O qcow2 -m 1 -S 64k -t none -T writeback summit new",
+    "convert -O qcow2 -W -m 16 -S 512 summit new",
+    "convert -O qcow2 -S 0 data new",
+    "convert -O raw -S 0 data new",
+    "convert -O qcow2 -o preallocation=metadata data new",
+    "convert -O qcow2 -o preallocation=full data new",
+    "convert -O raw -o preallocation=falloc data new",
+    "convert -f raw -O qcow2 raw new",
+    "convert -f raw -O raw raw new",
+    "convert -O qcow2 data long other new",
+    "convert -O qcow2 -B data -F qcow2 top new",
+    "convert -O qcow2 -B data -F qcow2 -o cluster_size=128k top new",
+    "convert -O qcow2 -o backing_file=top,backing_fmt=qcow2,cluster_size=4k summit new",
+    "convert -O qcow2 -p data new",
+    "convert -O qcow2 -p -q data new",
+    "convert -O qcow2 -U data new",
+    "convert -O qcow2 -r 1G data new",
+    "convert -O qcow2 empty new",
+    "convert -O qcow2 data nowhere/new",
+    "convert -O raw nosuch new",
+    "convert -O qcow2 nosuch data new",
+    "convert -O foo data new",
+    "convert data",
+    "convert",
+    "convert -S 1 data new",
+    "convert -m 17 data new",
+    "convert -m 0 data new",
+    "convert --target-is-zero data new",
+    "convert -n -O qcow2 data new",
+    "convert -O raw -B data -F qcow2 top new",
+    "convert -O qcow2 -B data top new",
+    "dd if=summit of=new",
+    "dd -O qcow2 if=summit of=new bs=64k skip=1 count=20",
+    "dd -O qcow2 bs=64k count=2 skip=1 if=summit of=new",
+    "dd -f raw -O raw if=raw of=new bs=1000 skip=70 count=100",
+    "dd -O raw if=data of=new skip=10000",
+    "dd -O qcow2 if=data of=new count=0",
+    "dd if=data",
+    "dd of=new",
+    "dd bs=0 if=data of=new",
+    "dd foo if=data of=new",
+    "dd -O foo if=data of=new",
+    "dd if=nosuch of=new",
+]
+
+
+@pytest.mark.parametrize("words", ROWS)
+@pytest.mark.parametrize("peer", peers(), ids=os.path.basename)
+def test_same_words_make_the_same_disk(images: Path, tmp_path: Path, peer: str, words: str) -> None:
+    results = []
+    for number, program in enumerate((TOOL, peer)):
+        place = tmp_path / str(number)
+        place.mkdir()
+        for image in images.iterdir():
+            (place / image.name).symlink_to(image)
+        results.append((said(program, place, words), found(place / "new", words)))
+    (ours, disk), (theirs, expected) = results
+    assert (ours[0], adapted(ours[1], peer)) == theirs
+    assert disk == expected
+
+
+def found(path: Path, words: str) -> bytes | None:
+    """The disk, or the file of a raw one; an image has to be sound."""
+    if not path.exists():
+        return None
+    if "-O qcow2" not in words:
+        return path.read_bytes()
+    assert_clean(path)
+    return qemu_read(path)
+
+
+@pytest.mark.parametrize("words", [("-O", "qcow2"), ("-O", "raw"), ("-O", "qcow2", "-S", "64k"), ("-m", "1")], ids=str)
+def test_sparse_stays_as_sparse_as_with_qemu(tmp_path: Path, words: tuple[str, ...]) -> None:
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        for offset in range(0, 32 * MIB, 3 * MIB):
+            file.seek(offset)
+            file.write(random.Random(offset).randbytes(300 << 10))
+        file.truncate(64 * MIB)
+    qcow2_tool_ok("convert", "-f", "raw", *words, source, tmp_path / "ours")
+    qemu_img("convert", "-f", "raw", *words, source, tmp_path / "theirs")
+    ours, theirs = ((tmp_path / name).stat().st_blocks * 512 for name in ("ours", "theirs"))
+    assert ours <= theirs + (64 << 10)
+
+
+@pytest.mark.parametrize("fills", [(), ("--target-is-zero",)], ids=["", "target-is-zero"])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_target_that_is_there_gets_the_disk_and_zeros_after_it(
+    images: Path, tmp_path: Path, image_format: str, fills: tuple[str, ...]
+) -> None:
+    target = tmp_path / "target"
+    qemu_img("create", "-q", "-f", image_format, target, "4M")
+    if not fills:
+        qemu_io(target, "write -P 9 0 4M", options=("-f", image_format))
+    qcow2_tool_ok("convert", "-n", *fills, "-O", image_format, images / "long", target)
+    assert qemu_read(target, image_format)[: 3 * MIB] == qemu_read(images / "long")
+    assert qemu_read(target, image_format)[3 * MIB :] == bytes(MIB)
+    if image_format == "qcow2":
+        assert_clean(target)
+
+
+def test_target_that_is_too_small_is_left_alone(images: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"x" * MIB)
+    done = qcow2_tool("convert", "-n", "-O", "raw", images / "long", target)
+    assert (done.returncode, done.stderr) == (1, "qcow2: output file is smaller than input file\n")
+    assert target.read_bytes() == b"x" * MIB
+
+
+def test_backing_file_that_is_not_the_sources_gives_the_right_disk(tmp_path: Path, images: Path) -> None:
+    """QEMU copies what the top image has, whatever is below, and says that all is well."""
+    for base in ("empty", "other", "zeros", "data"):
+        for source in ("summit", "top", "long", "data"):
+            target = tmp_path / f"{source} over {base}"
+            options = ("-B", images / base, "-F", "qcow2", "-o", "cluster_size=32k")
+            qcow2_tool_ok("convert", "-O", "qcow2", *options, images / source, target)
+            assert_clean(target)
+            assert qemu_read(target) == qemu_read(images / source)
+    assert (tmp_path / "data over data").stat().st_size < MIB // 2  # nothing differs
+    old = tmp_path / "old"
+    qcow2_tool_ok("convert", "-O", "qcow2", *options[:-1], "compat=0.10", images / "empty", old)
+    assert qemu_read(old) == bytes(MIB)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_disk_comes_through_any_format(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = ("512", "4k", "64k", "2M")
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={draw.choice(sizes)}", base, "5M")
+    size = f"cluster_size={draw.choice(sizes)},compat={draw.choice(('0.10', '1.1'))}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", size, "-b", base, "-F", "qcow2", top, "7M")
+    for path, limit in ((base, 5 * MIB), (top, 7 * MIB)):
+        verbs = draw.choices(["write -P 1", "write -P 2", "write -z", "write -P 0", "discard"], k=25)
+        starts = [draw.randrange(limit - MIB) >> 9 << 9 for _ in verbs]
+        lengths = [draw.choice((512, 4096, 70 << 10, 900 << 10)) for _ in verbs]
+        qemu_io(path, *(f"{verb} {at} {n}" for verb, at, n in zip(verbs, starts, lengths, strict=True)))
+    expected = qemu_read(top)
+    path = top
+    for step in range(4):
+        image_format = draw.choice(("qcow2", "raw"))
+        options = ["-o", f"cluster_size={draw.choice(sizes)}"] if image_format == "qcow2" else []
+        options += draw.choice(([], ["-W"], ["-m", "1"], ["-S", "512"], ["-S", "64k"]))
+        target = tmp_path / str(step)
+        source_format = "raw" if path.read_bytes()[:4] != b"QFI\xfb" else "qcow2"
+        qcow2_tool_ok("convert", "-f", source_format, "-O", image_format, *options, path, target)
+        assert qemu_read(target, image_format) == expected
+        if image_format == "qcow2":
+            assert_clean(target)
+        path = target
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_killed_convert_leaves_nothing_that_opens_as_whole(
+    tmp_path: Path, image_format: str, number: signal.Signals
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * (8 * MIB))
+    command = [TOOL, "convert", "-f", "raw", "-O", image_format, "-r", "4M", source, target]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: target.exists() and target.stat().st_size > MIB)
+        process.send_signal(number)
+        _, complaint = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, complaint) == (-number, "")
+    if number is not signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == [source]
+    elif image_format == "qcow2":
+        with pytest.raises(qcow2.ImageError):
+            qcow2.open(target)
+    else:
+        assert target.read_bytes()[:4096] == bytes(4096)
+        assert target.stat().st_size < 8 * MIB
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    ends = time.monotonic() + TIMEOUT
+    while not is_so():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
+
+
+def test_failed_convert_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * MIB)
+    for image_format in ("raw", "qcow2"):
+        command = [
+            "prlimit",
+            "--fsize=500000",
+            TOOL,
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            image_format,
+            source,
+            tmp_path / "a",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 1
+        assert "File too large" in done.stderr
+        assert list(tmp_path.iterdir()) == [source]
+
+
+def test_source_is_no_target(images: Path, tmp_path: Path) -> None:
+    for name in ("data", "top"):
+        (tmp_path / name).write_bytes((images / name).read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words in (["top", "data"], ["top", "top"], ["-n", "top", "data"], ["-U", "top", "data"], ["data", "data"]):
+        options, names = [word for word in words if word[0] == "-"], [word for word in words if word[0] != "-"]
+        done = qcow2_tool("convert", *options, "-O", "qcow2", *(tmp_path / name for name in names))
+        assert done.returncode == 1
+        assert done.stderr.endswith("the target is the source, or under it\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_signal_asks_how_far_it_is(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"x" * (4 * MIB))
+    command = [TOOL, "convert", "-f", "raw", "-r", "8M", source, target]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: target.exists() and target.stat().st_size > MIB)
+        process.send_signal(signal.SIGUSR1)
+        _, complaint = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert complaint.startswith("    (")
+    assert complaint.endswith("/100%)\n")
