@@ -5,6 +5,7 @@ import sys
 import time
 
 from tests.sim.build import load
+from tests.sim.mutant import BY_NAME
 
 
 def main(arguments: list[str]) -> int:
@@ -13,12 +14,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--histories", type=int, default=100)
     parser.add_argument("--sort", action="append", help="of image; all in turns without it")
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
+    parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
-    load()
+    load([BY_NAME[options.mutant].edit] if options.mutant else [])
     from tests.sim.campaign import run
 
     began = time.monotonic()
-    status = run(options.seed, options.histories, options.sort, twice=options.twice)
+    status = run(
+        options.seed, options.histories, options.sort, twice=options.twice, until_found=options.mutant is not None
+    )
     print(f"{time.monotonic() - began:.1f} s")
     return status
 

@@ -12,11 +12,20 @@ def world_of(seed: int, sorts: Sequence[str]) -> World:
     """The history of *seed*."""
     draw = random.Random(seed)
     sort = NAMED[sorts[seed % len(sorts)]]
-    trouble = Trouble()
-    return World(seed, sort, writethrough=draw.random() < 0.4, trouble=trouble, lives=draw.choice((1, 2, 3, 4)))
+    is_long = seed % 8 == 5
+    return World(
+        seed,
+        sort,
+        writethrough=draw.random() < 0.4,
+        trouble=Trouble(failing=0.01, failing_sync=0.05) if seed % 4 == 3 else Trouble(),
+        lives=draw.choice((1, 2)) if is_long else draw.choice((1, 2, 3, 4)),
+        is_long=is_long,
+    )
 
 
-def run(first: int, histories: int, sorts: Sequence[str] | None, *, twice: bool = False) -> int:
+def run(
+    first: int, histories: int, sorts: Sequence[str] | None, *, twice: bool = False, until_found: bool = False
+) -> int:
     """Run them -> 0, or 1 if one of them broke a promise, which is printed with its seed; *twice*: and differed."""
     total = Tally()
     failed = 0
@@ -27,6 +36,8 @@ def run(first: int, histories: int, sorts: Sequence[str] | None, *, twice: bool 
         if fault:
             failed += 1
             print(f"seed {seed}: {fault}")
+            if until_found:
+                break
     print(total)
     return 1 if failed else 0
 

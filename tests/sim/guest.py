@@ -35,6 +35,7 @@ class Setup:
     packed: bool
     event_idx: bool
     indirect: bool
+    depth: int  # requests in flight on a queue, at most
     requests: int
     nsectors: int  # of the disk
     hot: int  # sectors, of which most requests want some
@@ -67,9 +68,10 @@ class Queue:
         self.ring: Any = ffi.new("struct driver_ring *")
         flags = lib.RING_EVENT_IDX * setup.event_idx | lib.RING_PACKED * setup.packed
         lib.driver_ring_init(self.ring, memory.host(self.address, nbytes), setup.size, flags, base)
-        self.slots = [memory.allocate(32 + TABLE_NBYTES + DATA_NBYTES, align=512) for _ in range(6)]
+        self.slots = [memory.allocate(32 + TABLE_NBYTES + DATA_NBYTES, align=512) for _ in range(setup.depth)]
         self.free = list(range(len(self.slots)))
         self.asked: dict[int, Asked] = {}  # by head
+        self.base = base  # for the next daemon, if the last one has said it
         self.kick_fd = self.call_fd = self.err_fd = -1
 
     def layout(self, *, base: int) -> QueueLayout:
@@ -124,6 +126,8 @@ class Guest:
 
     def restore(self, photograph: tuple[bytes, bytes]) -> None:
         """What a dead worker has done since then was not done."""
+        for queue in self.queues:  # a packed ring has no such index: the in-flight region says where it stands
+            queue.base = 0x80008000 if self.setup.packed else -1
         self.memory.store(1 << 20, photograph[0])
         ffi.memmove(self._inflight.address, photograph[1], self.inflight_bytes)
 
@@ -133,6 +137,8 @@ class Guest:
         worker.set_memory([self.memory.region()])
         worker.set_inflight(region)
         for index, queue in enumerate(self.queues):
+            if queue.base < 0:
+                queue.base = queue.used_index()
             self._start(worker, index, queue)
         self.started = True
         for queue in self.queues:
@@ -143,13 +149,10 @@ class Guest:
         queue.kick_fd, queue.call_fd, queue.err_fd = (kernel.eventfd() for _ in range(3))
         kernel.listeners[queue.call_fd] = lambda: self._harvest(queue)
         kernel.listeners[queue.err_fd] = lambda: self._broken(index)
-        base = queue.used_index() if self.started and not self.setup.packed else queue.layout(base=0).base
-        if self.setup.packed:
-            base = 0x80008000
         worker.set_err(index, queue.err_fd)
         worker.set_kick(index, queue.kick_fd)
         worker.set_call(index, queue.call_fd)
-        worker.start_queue(index, queue.layout(base=base))
+        worker.start_queue(index, queue.layout(base=queue.base))
         worker.set_enabled(index, True)
 
     def _broken(self, index: int) -> None:
@@ -274,7 +277,8 @@ class Guest:
         self.answered += 1
         if status != Status.OK:
             self.refused += 1
-            if status != Status.IOERR or not self.kernel.failures:
+            is_old = asked.begun < self.kernel.life_began and self.kernel.ever_failed  # the answer is the last life's
+            if status != Status.IOERR or not (self.kernel.failures or is_old):
                 raise Violation(f"request {asked.number} ({asked.kind}) ends with status {status}")
             return
         if self.kernel.now - asked.posted_at > PATIENCE:
@@ -282,7 +286,8 @@ class Guest:
         for version in asked.versions:
             version.acked = position
         if asked.flush is not None:
-            if self.kernel.failed_syncs:
+            failed_at = self.kernel.sync_failed_at
+            if failed_at is not None and asked.begun > failed_at:
                 raise Violation(f"flush {asked.number} succeeds after a failed sync")
             asked.flush.acked = position
         if asked.kind == "read":

@@ -35,6 +35,7 @@ PUNCH, ZERO_RANGE = 2, 16  # FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 NEVER = (1 << 64) - 1
 FIRST_FD = 100
 US, MS = 1_000, 1_000_000
+SPIN = 100_000  # calls of the host that no life needs
 PASSING = (errno.EAGAIN, errno.EINTR, errno.ECANCELED)  # nothing happened; whoever asked asks again
 
 
@@ -63,6 +64,7 @@ class Trouble:
     stall: float = 0.01  # a transfer on the worker's thread makes it wait
     cold: float = 0.15  # a read of the page cache would wait
     failing: float = 0.0  # EIO, or ENOSPC where space is taken
+    failing_sync: float = 0.0
     punches: bool = True
 
 
@@ -121,8 +123,10 @@ class Kernel(Host):
         self.operations = 0
         self.pending: dict[int, SimulatedFile] = {}  # complete and not synced
         self.doomed: set[int] = set()  # lost to a failed sync: no later one makes them stable
-        self.failures = 0  # that somebody was told of
-        self.failed_syncs = 0
+        self.failures = 0  # that somebody was told of, in this life
+        self.ever_failed = False
+        self.sync_failed_at: int | None = None  # in the journal, in this life
+        self.life_began = 0
         self.files: dict[int, KernelFile] = {}
         self.memories: list[KernelMemory] = []
         self.error: BaseException | None = None
@@ -143,15 +147,24 @@ class Kernel(Host):
         global _kernel
         _kernel = self
         lib.sim_reset(self.random.getrandbits(63) | 1)
+        self.state.turn = SPIN
         self._events.clear()
         self.listeners.clear()
         self.death = None
+        self.doomed.clear()  # a process that did not see it fail cannot know; nor does this model
+        self.failures = 0
+        self.sync_failed_at = None
+        self.life_began = len(self.journal)
         self._plan()
 
     def die_at(self, call: int, photograph: Callable[[], None]) -> None:
         """Kill the process at its *call*-th call; *photograph()* is called then."""
         self.death = photograph
         self.state.turn = call
+
+    def _require_progress(self) -> None:
+        if self.state.calls >= SPIN:
+            raise Violation(f"{SPIN} calls in one life: it spins")
 
     @property
     def is_dead(self) -> bool:
@@ -187,6 +200,7 @@ class Kernel(Host):
         if self.death is not None and self.state.calls >= self.state.turn:
             self._die()
             return
+        self._require_progress()
         while self._events and self._events[0][0] <= self.now:
             heapq.heappop(self._events)[2]()
         self._plan()
@@ -291,7 +305,7 @@ class Kernel(Host):
         if may_pass and self._happens(self.trouble.passing):
             job.result = -(errno.ECANCELED if opcode == FSYNC else self.random.choice(PASSING))
             return job
-        fails = self._happens(self.trouble.failing)
+        fails = self._happens(self.trouble.failing_sync if opcode == FSYNC else self.trouble.failing)
         if opcode in READS:
             self._plan_read(job, nbytes, fails=fails)
         elif opcode in WRITES:
@@ -321,7 +335,7 @@ class Kernel(Host):
         job.result = self._cut(job.offset, nbytes)
         written = bytes(buffer[: job.result])
         if fails:
-            written = bytes(buffer[: self.random.randrange(nbytes)])
+            written = bytes(buffer[: self.random.choice([0, *range(SECTOR - job.offset % SECTOR, nbytes, SECTOR)])])
             job.result = -(errno.ENOSPC if job.offset + nbytes > job.file.size else errno.EIO)
         if written:
             job.effect = Effect("write", job.file, job.offset, written, len(written))
@@ -339,7 +353,6 @@ class Kernel(Host):
         if fails:
             job.result = -errno.EIO
             self.doomed |= covered
-            self.failed_syncs += 1
         job.covered = frozenset(covered)
 
     def _take_effect(self, job: Job) -> None:
@@ -370,6 +383,9 @@ class Kernel(Host):
             self.journal.append(Synced(job.file, job.covered))
         if job.result < 0 and -job.result not in (*PASSING, errno.EOPNOTSUPP):
             self.failures += 1
+            self.ever_failed = True
+            if job.opcode == FSYNC and self.sync_failed_at is None:
+                self.sync_failed_at = len(self.journal)
 
     def _end(self, job: Job) -> None:
         self.note("end", job.opcode, job.offset, job.result, self.now)

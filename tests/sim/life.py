@@ -13,6 +13,7 @@ from qcow2.image import Image
 from qcow2.linklog import RECORD_BYTES, RECORDS_OFFSET
 from qcow2.raw import RawImage
 from ring.aio import Aio
+from ring.native import lib
 from ring.worker import Worker
 from tests.builder.record import MAGIC
 from tests.crash.explorer import Run
@@ -44,6 +45,10 @@ class SimulatedWorker(Worker):
     @property
     def control_fd(self) -> int:
         return self._control
+
+    @property
+    def is_draining(self) -> bool:
+        return bool(self._draining)
 
     def turn(self) -> None:
         """Serve until there is something for Python, and do that."""
@@ -113,7 +118,12 @@ class Tally:
 class World:
     """One history, of *seed*."""
 
-    def __init__(self, seed: int, sort: Sort, *, writethrough: bool, trouble: Trouble, lives: int) -> None:
+    def __init__(
+        self, seed: int, sort: Sort, *, writethrough: bool, trouble: Trouble, lives: int, is_long: bool
+    ) -> None:
+        self.is_long = is_long
+        self._is_told_to_stop = False
+        self.shared: dict[int, bytes] = {}  # host clusters that a snapshot has, and what they hold
         self.seed = seed
         self.sort = sort
         self.writethrough = writethrough
@@ -206,7 +216,18 @@ class World:
         )
         assert isinstance(image, Image)
         self._judge(self._through(look(image)), power=False)
+        self._judge_snapshot(image)
         return image
+
+    def _judge_snapshot(self, image: Image) -> None:
+        """What an internal snapshot shares with the disk at first stays as it is."""
+        nbytes = 1 << self.sort.cluster_bits
+        if self.sort.snapshot and not self.shared:
+            runs = [self._through(image.resolve(cluster * nbytes, nbytes)) for cluster in (4, 5)]
+            self.shared = {run.host_offset: self.file.read(run.host_offset, nbytes) for run in runs}
+        for host_offset, content in self.shared.items():
+            if self.file.read(host_offset, nbytes) != content:
+                raise Violation(f"the snapshot's cluster at {host_offset:#x} has changed")
 
     def _judge(self, seen: Seen, *, power: bool) -> None:
         position = len(self.kernel.journal)
@@ -233,8 +254,9 @@ class World:
             backend.attach(worker, block)
             self._meet(worker, is_last=is_last)
             assert self.guest is not None
-            while not self.guest.is_done:
+            while not self.guest.is_done and not self._is_told_to_stop:
                 worker.turn()
+            self._drain(worker, self.guest)
             worker.settle()
             backend.detach()
             worker.finish()
@@ -254,9 +276,16 @@ class World:
             raise self.kernel.error
         if died:
             raise Dead
-        self._retire()
+        failed = self.kernel.failures > 0
+        if self.guest is not None and self.guest.is_done:
+            self._retire()
         dies_at = self.random.randrange(1, 30) if not is_last and self.random.random() < 0.3 else None
-        self._through(image.close(), dies_at=dies_at)
+        try:
+            self._through(image.close(), dies_at=dies_at)
+        except Violation:
+            if not failed:
+                raise
+            raise Dead from None  # it says so; what it leaves is as after a death
         self._judge(self._through(look(self._through(open_again(self.file, self.backing)))), power=False)
 
     def _meet(self, worker: SimulatedWorker, *, is_last: bool) -> None:
@@ -264,17 +293,31 @@ class World:
         if self.guest is None:
             setup = self._setup()
             self.guest = Guest(self.kernel, setup, self.history, self.requests)
-        self.guest.left = max(self.guest.left, 0) if self.guest.started else self.guest.left
-        self.guest.left += self.random.randrange(4, 12) if self.guest.started else 0
+        if self.guest.started:
+            self.guest.left += self.random.randrange(4, 12)
         self.guest.is_closing = False
         self.guest.control_fd = worker.control_fd
         self.guest.connect(worker)
-        if not is_last:
+        self._is_told_to_stop = False
+        if not is_last and self.random.random() < 0.2:
+            self.kernel.at(self.random.randrange(10_000, 3_000_000), lambda: self._tell_to_stop(worker.control_fd))
+        elif not is_last:
             guest = self.guest
             self.kernel.die_at(
                 self.kernel.state.calls + self.random.randrange(1, self.random.choice((60, 300, 1000, 2500, 2500))),
                 lambda: self._photograph(guest),
             )
+
+    def _tell_to_stop(self, control_fd: int) -> None:
+        self._is_told_to_stop = True
+        lib.sim_raise(control_fd)
+
+    def _drain(self, worker: SimulatedWorker, guest: Guest) -> None:
+        """Stop the rings; what was fetched is answered, what was not is the next daemon's."""
+        for index, queue in enumerate(guest.queues):
+            worker.drain_queue(index, lambda base, queue=queue: setattr(queue, "base", base))
+        while worker.is_draining:
+            worker.turn()
 
     def _photograph(self, guest: Guest) -> None:
         self.photo = guest.photograph()
@@ -287,7 +330,8 @@ class World:
             packed=draw.random() < 0.5,
             event_idx=draw.random() < 0.5,
             indirect=draw.random() < 0.6,
-            requests=draw.randrange(8, 40),
+            depth=draw.choice((1, 2, 6, 6)),
+            requests=draw.randrange(150, 300) if self.is_long else draw.randrange(8, 40),
             nsectors=self.sort.nsectors,
             hot=min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
         )
@@ -347,8 +391,6 @@ class World:
         seen = self._seen_after_power()
         self.kernel.journal.clear()
         self.kernel.pending.clear()
-        self.kernel.doomed.clear()
-        self.kernel.failures = self.kernel.failed_syncs = 0
         self.initial = self.file.copy()
         self.history = History(b"", writethrough=self.writethrough, beyond={**seen, SIZE: seen[SIZE]})
 

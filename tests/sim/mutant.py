@@ -1,0 +1,281 @@
+"""Faults put into the C on purpose: each must be found by a history, named by its law.
+
+A mutant is an edit of the source at build time; what ships knows nothing of it.
+"""
+
+from typing import NamedTuple
+
+from tests.sim.build import Edit
+
+
+class Mutant(NamedTuple):
+    """What is broken, which law or promise that is, and how."""
+
+    name: str
+    law: str
+    edit: Edit
+
+
+MUTANTS = [
+    Mutant(
+        "late_waiters_are_served",
+        "Law 2: a sync serves who waited when it started",
+        Edit(
+            "ring/commit.c",
+            "    serve_line(worker, &file->served, file->error ? -EIO : 0);\n}",
+            "    serve_line(worker, &file->served, file->error ? -EIO : 0);\n"
+            "    serve_line(worker, &file->waiting, file->error ? -EIO : 0);\n}",
+        ),
+    ),
+    Mutant(
+        "flush_does_nothing",
+        "Law 2",
+        Edit("ring/commit.c", "if (file->error || !file->syncs) {", "if (file->error || waiter->request) {"),
+    ),
+    Mutant(
+        "writethrough_is_forgotten",
+        "Law 2, writethrough",
+        Edit("virtio/block.c", "if (block->writethrough && modifies(request)", "if (!block && modifies(request)"),
+    ),
+    Mutant(
+        "flush_forgets_waiting_links",
+        "Law 2: a sync is no flush while links wait",
+        Edit("virtio/block.c", "    if (!block->flush_punts) {", "    if (block) {"),
+    ),
+    Mutant(
+        "followers_never_leave",
+        "liveness: who joined a flush is answered",
+        Edit(
+            "virtio/block.c",
+            "        line_join(&block->flushing->followers, &request->waiter);",
+            "        (void)request;",
+        ),
+    ),
+    Mutant(
+        "name_comes_before_the_data",
+        "Law 1 and 3: a place is filled before it is named",
+        Edit(
+            "virtio/block.c",
+            "    result = fill_place(worker, request, &place, start, nbytes);",
+            "    name_place(block, worker, &place);\n    result = fill_place(worker, request, &place, start, nbytes);",
+        ),
+    ),
+    Mutant(
+        "mark_is_not_renewed",
+        "Law 1: a record counts once the mark names it",
+        Edit(
+            "virtio/block.c",
+            "    result = worker_write_entry(worker, place->slot, place->mark_offset,",
+            "    result = !worker ? 0 : 0 && worker_write_entry(worker, place->slot, place->mark_offset,",
+        ),
+    ),
+    Mutant(
+        "waiting_link_is_not_logged",
+        "Law 1",
+        Edit(
+            "virtio/block.c",
+            "    worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);",
+            "    (void)worker;",
+        ),
+    ),
+    Mutant(
+        "short_transfer_is_all",
+        "Law 1: a transfer is carried through",
+        Edit(
+            "ring/operation.c",
+            "        operation->progress += result;\n        submit(worker, number);\n    }\n}",
+            "        operation->progress = operation->nbytes;\n        submit(worker, number);\n    }\n}",
+        ),
+    ),
+    Mutant(
+        "rest_of_a_read_is_left",
+        "Law 3: past the end of the file are zeros",
+        Edit("ring/operation.c", "        gather_zero_rest(worker, operation);\n", ""),
+    ),
+    Mutant(
+        "cancelled_work_is_done",
+        "Law 1: what io_uring cancelled was not done",
+        Edit(
+            "ring/operation.c", "        result = perform_here(worker, number);", "        result = operation->nbytes;"
+        ),
+    ),
+    Mutant(
+        "cancelled_sync_is_done",
+        "Law 2",
+        Edit(
+            "ring/commit.c", "        result = host_sync(file->fd); /* the kernel", "        result = 0; /* the kernel"
+        ),
+    ),
+    Mutant(
+        "refused_work_is_forgotten",
+        "liveness: what the kernel does not take now is offered again",
+        Edit(
+            "ring/operation.c",
+            "    if (result == -EINTR || result == -EAGAIN)\n",
+            "    if (result == -EAGAIN)\n        return;\n    if (result == -EINTR)\n",
+        ),
+    ),
+    Mutant(
+        "grace_waits_for_nobody",
+        "Law 5",
+        Edit("ring/commit.c", "        if (grace->running && grace->in_flight[!grace->epoch])", "        if (!grace)"),
+    ),
+    Mutant(
+        "the_ring_is_not_looked_at_again",
+        "liveness: between arming and sleeping a chain may come",
+        Edit(
+            "ring/queue.c",
+            "    return more && worker_has_room(worker);",
+            "    return !more && worker_has_room(worker) && false;",
+        ),
+    ),
+    Mutant(
+        "kicks_are_never_asked_for",
+        "liveness",
+        Edit(
+            "ring/virtqueue_split.c",
+            "        shared_store16(avail_event(queue), queue->next_available);",
+            "        (void)avail_event(queue);",
+        ),
+    ),
+    Mutant(
+        "call_is_lost_with_event_idx",
+        "liveness: who wants a call is called",
+        Edit(
+            "ring/virtqueue_split.c",
+            "vring_need_event(shared_load16(used_event(queue)), queue->next_used, before);",
+            "vring_need_event(shared_load16(used_event(queue)), queue->next_used, queue->next_used - 1);",
+        ),
+    ),
+    Mutant(
+        "fetched_chain_is_not_noted",
+        "liveness over a death: what was in flight is served by the next life",
+        Edit(
+            "ring/inflight.h",
+            "    shared_store_release8(&inflight->split->desc[head].inflight, 1);",
+            "    (void)head;",
+        ),
+    ),
+    Mutant(
+        "used_index_comes_before_its_elements",
+        "a driver believes what the index covers",
+        Edit(
+            "ring/virtqueue_split.c",
+            "    queue->device->ring[queue->next_used & (queue->size - 1)] = (struct vring_used_elem){head, nbytes};",
+            "    shared_store_release16(&queue->device->idx, queue->next_used + 1);\n"
+            "    queue->device->ring[queue->next_used & (queue->size - 1)] = (struct vring_used_elem){head, nbytes};",
+        ),
+    ),
+    Mutant(
+        "batch_is_cleared_before_it_is_published",
+        "a request is answered once, over a death",
+        Edit(
+            "ring/virtqueue_split.c",
+            "    shared_store_release16(&queue->device->idx, queue->next_used);\n"
+            "    queue->published_used = queue->next_used;\n"
+            "    inflight_split_published(&queue->inflight, queue->next_used);",
+            "    inflight_split_published(&queue->inflight, queue->next_used);\n"
+            "    shared_store_release16(&queue->device->idx, queue->next_used);\n"
+            "    queue->published_used = queue->next_used;",
+        ),
+    ),
+    Mutant(
+        "last_batch_is_served_again",
+        "a request is answered once, over a death",
+        Edit(
+            "ring/inflight.c",
+            "        shared_store_release8(&region->desc[head].inflight, 0);\n        head = shared",
+            "        head = shared",
+        ),
+    ),
+    Mutant(
+        "locks_are_not_seen",
+        "Law 3: nobody writes an entry beside its lock's holder",
+        Edit("qcow2/fresh.c", "    if (!locks->count)\n        return 0;", "    if (locks)\n        return 0;"),
+    ),
+    Mutant(
+        "claims_are_not_seen",
+        "Law 3: a slice is not loaded while the file has not what waits",
+        Edit(
+            "qcow2/translate.c",
+            "    return map->claims[slice & (CLAIMS - 1)] || has_new_link(map, slice);",
+            "    return 0;",
+        ),
+    ),
+    Mutant(
+        "cluster_is_handed_out_twice",
+        "Law 3",
+        Edit("qcow2/stock.c", "    run->first += count;", "    run->first += count - (run->first % 16 == 5);"),
+    ),
+    Mutant(
+        "unsynced_clusters_are_linked",
+        "Law 4 and 6: what is handed out is counted, stably",
+        Edit(
+            "qcow2/fresh.c",
+            "    if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))",
+            "    if (!take_cluster(map->unsynced, &host_cluster))",
+        ),
+    ),
+    Mutant(
+        "old_content_is_left_out",
+        "Law 3: a copy keeps what is around",
+        Edit("qcow2/fresh.c", "    if (nbytes < old->nbytes) {", "    if (nbytes > old->nbytes) {"),
+    ),
+    Mutant(
+        "old_content_comes_from_the_start",
+        "Law 3",
+        Edit("qcow2/fresh.c", "        place->old_offset = old->host_offset;", "        place->old_offset = 0;"),
+    ),
+    Mutant(
+        "cleared_slice_keeps_waiting_links",
+        "Law 3: entries that wait are not cleared",
+        Edit("qcow2/clear.c", "!l2map_is_claimed(map, slice) && ", ""),
+    ),
+    Mutant(
+        "freed_cluster_stays_mapped",
+        "Law 5: an entry goes before its cluster",
+        Edit(
+            "qcow2/clear.c",
+            "    result = writer->write(writer, map->slot, host_offset, in_file,",
+            "    result = writer ? 0 : writer->write(writer, map->slot, host_offset, in_file,",
+        ),
+    ),
+    Mutant(
+        "partial_clusters_are_zeroed",
+        "Law 3: a discard covers whole clusters",
+        Edit(
+            "qcow2/clear.c",
+            "        *end &= ~in_cluster;",
+            "        *end = (*end + in_cluster) & ~in_cluster;",
+        ),
+    ),
+    Mutant(
+        "shared_clusters_are_written_in_place",
+        "Law 3: a snapshot's cluster is copied first",
+        Edit("qcow2/translate.c", "(!is_write || (map->writable && run.copied))", "(!is_write || map->writable)"),
+    ),
+    Mutant(
+        "drain_leaves_requests",
+        "a stop ends with every request answered",
+        Edit(
+            "ring/queue.c",
+            "if (!queue->draining || queue->in_flight || queue->dirty",
+            "if (!queue->draining || queue->dirty",
+        ),
+    ),
+    Mutant(
+        "failed_sync_is_forgotten",
+        "Law 7",
+        Edit("ring/commit.c", "    file->error = -result;\n", ""),
+    ),
+    Mutant(
+        "failed_write_succeeds",
+        "Law 7",
+        Edit(
+            "ring/operation.c",
+            "    } else if (result < 0) {\n        end(worker, number, result);",
+            "    } else if (result < 0) {\n        end(worker, number, operation->verb == VERB_WRITE ? 0 : result);",
+        ),
+    ),
+]
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
