@@ -1,5 +1,6 @@
 """Compressed clusters: where their bytes are, and what they hold."""
 
+import errno
 import io
 import sys
 import zlib
@@ -12,8 +13,8 @@ from typing import TypeAlias
 
 from qcow2.error import CorruptImage
 from qcow2.geometry import Geometry
-from qcow2.layout import SECTOR_SIZE, CompressedMasks, CompressionType
-from qcow2.native import ffi, lib
+from qcow2.layout import L2_COMPRESSED, SECTOR_SIZE, CompressedMasks, CompressionType
+from qcow2.native import check, ffi, lib
 from qcow2.operation import Compute, File, Read, Signal
 from qcow2.statistics import Statistics
 from qcow2.turns import Turns
@@ -22,6 +23,8 @@ Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 
 CACHE_BYTES = 4 << 20
 UNPACKING_BYTES = 32 << 20  # of streams and clusters under way, at most
+DEFLATE_LEVEL = 6
+OFFSET_LIMIT = (1 << 56) - 1
 ZSTD_WINDOW_LOG = 27  # the library's own limit, and QEMU's; of the window only as much is touched as a cluster has
 
 
@@ -101,6 +104,53 @@ UNPACK: dict[CompressionType, Callable[[bytes, int], Content]] = {
     CompressionType.ZLIB: inflate,
     CompressionType.ZSTD: unpack_zstd,
 }
+
+
+def deflate(cluster: memoryview) -> bytes:
+    """Compress a cluster to a raw deflate stream; none if that is no shorter.
+
+    Its window is up to 32 KiB, which the format allows and QEMU reads, though it writes 4 KiB itself.
+    """
+    stream = ffi.new("uint8_t[]", len(cluster) - 1)
+    nbytes = check(
+        lib.deflate_cluster(ffi.from_buffer("uint8_t[]", cluster), len(cluster), DEFLATE_LEVEL, stream, len(stream))
+    )
+    return bytes(ffi.buffer(stream, nbytes))
+
+
+def packer(compression_type: CompressionType) -> Callable[[memoryview], bytes]:
+    """What compresses clusters, on one thread, one after the other; an empty stream says that it got no shorter."""
+    if compression_type is CompressionType.ZLIB:
+        return deflate
+    compress = _zstd_compress()
+
+    def pack(cluster: memoryview) -> bytes:
+        stream = compress(cluster)
+        return stream if len(stream) < len(cluster) else b""
+
+    return pack
+
+
+def _zstd_compress() -> Callable[[memoryview], bytes]:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.compress
+    import zstandard
+
+    return zstandard.ZstdCompressor().compress
+
+
+def descriptor(host_offset: int, nbytes: int, cluster_bits: int) -> int:
+    """The L2 entry of a stream.
+
+    Raises: OSError(EFBIG) if it lies where no entry can point.
+    """
+    masks = CompressedMasks.of(cluster_bits)
+    if host_offset + nbytes > masks.offset_mask & OFFSET_LIMIT:
+        raise OSError(errno.EFBIG, f"a compressed cluster cannot be at {host_offset:#x}")
+    sectors = (host_offset + nbytes - 1) // SECTOR_SIZE - host_offset // SECTOR_SIZE
+    return L2_COMPRESSED | sectors << masks.sectors_shift | host_offset
 
 
 class _Unpacking:

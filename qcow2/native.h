@@ -3,6 +3,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "qcow2/freed.h"
 #include "qcow2/l2cache.h"
@@ -27,3 +28,6 @@ size_t equal_bytes(const uint8_t *one, const uint8_t *other, size_t nbytes, size
 /* Decompress the raw deflate stream at the front of `stream`, ignoring what follows it. 0; -ENOMEM; -EINVAL if it is
  * none, or does not end after exactly cluster_nbytes. `cluster` holds anything after an error. */
 int inflate_cluster(const uint8_t *stream, size_t stream_nbytes, uint8_t *cluster, size_t cluster_nbytes);
+
+/* Compress a cluster to a raw deflate stream of at most `limit` bytes. Its length; 0 if it does not fit; -ENOMEM. */
+ssize_t deflate_cluster(const uint8_t *cluster, size_t cluster_nbytes, int level, uint8_t *stream, size_t limit);

@@ -62,6 +62,7 @@ class _Comparison:
         self._is_strict = is_strict
         self._crew = Crew(WIDTH)
         self._first: Difference | None = None
+        self._buffers: list[memoryview] = []  # of no window now
 
     async def run(self) -> Difference | None:
         sizes = [image.size for image in self._images]
@@ -118,21 +119,28 @@ class _Comparison:
         if one.is_zero or other.is_zero:
             await self._compare_with_zeros(self._images[one.is_zero], offset, nbytes)
             return
-        left = await self._read(self._images[0], offset, nbytes)
-        right = await self._read(self._images[1], offset, nbytes)
+        pair = self._take(), self._take()
+        left, right = (buffer[:nbytes] for buffer in pair)
+        await self._read(self._images[0], offset, left)
+        await self._read(self._images[1], offset, right)
         self._judge(offset, nbytes, await Compute(lambda: equal_bytes(left, right)))
+        self._buffers.extend(pair)
 
     async def _compare_with_zeros(self, image: Image | RawImage, offset: int, nbytes: int) -> None:
-        data = await self._read(image, offset, nbytes)
+        buffer = self._take()
+        data = buffer[:nbytes]
+        await self._read(image, offset, data)
         self._judge(offset, nbytes, await Compute(lambda: zero_bytes(data)))
+        self._buffers.append(buffer)
 
-    async def _read(self, image: Image | RawImage, offset: int, nbytes: int) -> memoryview:
-        data = memoryview(bytearray(nbytes))
+    def _take(self) -> memoryview:
+        return self._buffers.pop() if self._buffers else memoryview(bytearray(WINDOW))
+
+    async def _read(self, image: Image | RawImage, offset: int, target: memoryview) -> None:
         try:
-            await image.read(offset, MemoryBuffer(data))
+            await image.read(offset, MemoryBuffer(target))
         except (OSError, ImageError) as error:
             raise ReadFailed(image, offset) from error
-        return data
 
     def _judge(self, offset: int, nbytes: int, nequal: int) -> None:
         self._pace.advance(nbytes)

@@ -136,9 +136,13 @@ class _Copy:
             await self._source.read(offset, data)
             runs = await self._runs(data)
             parts = [(0, nbytes, runs)] if self._base is None else await self._different(self._base, offset, data, runs)
+            packed = [await self._target.pack(data[start:end], inside) for start, end, inside in parts]
             if self._manner.keeps_order:
                 await before.wait()
-            places = [self._target.place(offset + start, end - start, inside) for start, end, inside in parts]
+            places = [
+                self._target.place(offset + start, end - start, inside, known)
+                for (start, end, inside), known in zip(parts, packed, strict=True)
+            ]
             placed.set()
             for (start, end, inside), place in zip(parts, places, strict=True):
                 await self._target.put(offset + start, data[start:end], inside, place)

@@ -55,15 +55,21 @@ class NewImage:
         if self._options.preallocation is Preallocation.FALLOC:
             await Resize(self._file, self._whole.end_offset, reserve=True)
 
-    def place(self, offset: int, nbytes: int, runs: Runs) -> Place:
+    async def pack(self, data: memoryview, runs: Runs) -> object:
+        """As it is."""
+
+    def place(self, offset: int, nbytes: int, runs: Runs, packed: object = None) -> Place:
         """Take clusters for all that holds data, or for all there is, and map them."""
+        return [(low, high, self._take(low, high)) for low, high in self._ranges(offset, nbytes, runs)]
+
+    def _ranges(self, offset: int, nbytes: int, runs: Runs) -> list[tuple[int, int]]:
+        """Which clusters of these bytes are to be stored; what a backing file would show in the others is hidden."""
         first, last = offset // self.unit, -(-(offset + nbytes) // self.unit)
         if self._maps_all or (self._options.version < 3 and first * self.unit < self._backing_size):
-            ranges = [(first, last)]  # version 2 hides what a backing file shows by a cluster full of zeros
-        else:
-            ranges = self._touched(offset, runs)
-            self._hide(first, min(last, -(-self._backing_size // self.unit)), ranges)
-        return [(low, high, self._take(low, high)) for low, high in ranges]
+            return [(first, last)]  # version 2 hides what a backing file shows by a cluster full of zeros
+        ranges = self._touched(offset, runs)
+        self._hide(first, min(last, -(-self._backing_size // self.unit)), ranges)
+        return ranges
 
     def _touched(self, offset: int, runs: Runs) -> list[tuple[int, int]]:
         """The clusters that hold data, as (first, after the last)."""
@@ -157,8 +163,8 @@ class NewImage:
         await self._write_whole(table, offsets)
         per_block = self.unit * 8 >> self._options.refcount_order
         for index in range(nblocks):
-            ones = refcounts_of_one(min(per_block, end - index * per_block), self._options.refcount_order)
-            await self._write_whole(blocks + index, ones)
+            first = index * per_block
+            await self._write_whole(blocks + index, self._refcounts(first, min(per_block, end - first)))
         await Resize(self._file, end << self._options.cluster_bits)
         packed = pack_new_header(
             self._file, self._options, self._whole.l1_size, self.unit, table << self._options.cluster_bits, ntable
@@ -167,6 +173,10 @@ class NewImage:
         await Sync(self._file)
         await Write(self._file, 0, packed[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
         await Sync(self._file)
+
+    def _refcounts(self, first: int, count: int) -> bytes:
+        """Of host clusters, as in a block that begins with the first."""
+        return refcounts_of_one(count, self._options.refcount_order)
 
     async def _write_whole(self, host: int, content: bytes) -> None:
         """Clusters to their end."""

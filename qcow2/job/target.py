@@ -22,7 +22,10 @@ class Target(Protocol):
     async def begin(self) -> None:
         """Make sure that nobody takes it for whole from now on."""
 
-    def place(self, offset: int, nbytes: int, runs: Runs) -> object:
+    async def pack(self, data: memoryview, runs: Runs) -> object:
+        """What *data* is in the file, if that takes thinking about."""
+
+    def place(self, offset: int, nbytes: int, runs: Runs, packed: object) -> object:
         """Decide where these *nbytes* go, without a wait: the order of these calls is the order in the file."""
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
@@ -59,7 +62,10 @@ class InPlace:
             await self._image.write_zeroes(0, min(FIRST_BYTES, self._size), unmap=True)
             await self._image.flush()
 
-    def place(self, offset: int, nbytes: int, runs: Runs) -> None:
+    async def pack(self, data: memoryview, runs: Runs) -> None:
+        """As it is."""
+
+    def place(self, offset: int, nbytes: int, runs: Runs, packed: object) -> None:
         """At *offset*."""
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:

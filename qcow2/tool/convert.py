@@ -18,7 +18,7 @@ from qcow2.raw import RawImage
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
 from qcow2.tool.progress import shown
-from qcow2.tool.source import CACHE_MODES, add_source_options, open_source
+from qcow2.tool.source import CACHE_MODES, add_snapshot_option, add_source_options, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 
 MAX_SPARSE = 16 << 20  # bytes
@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="accepted; the target is synced at the end")
-    parser.add_argument("-c", "--compress", action="store_true", help="not supported yet")
+    parser.add_argument("-c", "--compress", action="store_true", help="compress what is written; a new image only")
     add_source_options(parser)
+    add_snapshot_option(parser)
     parser.add_argument("filenames", nargs="*", metavar="FILE", help="sources, one after the other on one disk; target")
 
 
@@ -60,9 +61,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
     *paths, path = arguments.filenames
     with ExitStack() as stack:
-        images = [stack.enter_context(open_source(each, arguments.source_format, arguments)) for each in paths]
+        snapshot = wanted_snapshot(arguments)
+        images = [
+            stack.enter_context(open_source(each, arguments.source_format, arguments, snapshot)) for each in paths
+        ]
         size = sum(image.size for image in images)
-        wish = Wish(path, _known_format(arguments.target_format), size, _given(arguments))
+        wish = Wish(path, _known_format(arguments.target_format), size, _given(arguments), arguments.compress)
+        _validate_compression(wish, arguments)
         below = stack.enter_context(_base(wish, arguments))
         is_shared = below is not None and _is_backing_of(below, images[0])
         source = Source.of(*images, tells_below=is_shared)
@@ -95,14 +100,25 @@ def _validate(arguments: argparse.Namespace) -> None:
         raise UsageError("Must specify image file name")
     if len(arguments.filenames) < 2:
         raise UsageError("Must specify image file name")
-    if arguments.compress:
-        raise Failure("compressed images cannot be written yet")
+    if arguments.snapshot is not None and len(arguments.filenames) > 2:
+        raise UsageError("No support for concatenating multiple snapshot")
     if arguments.target_is_zero and not arguments.no_create:
         raise UsageError("--target-is-zero requires use of -n flag")
     if arguments.backing is not None and len(arguments.filenames) > 2:
         raise UsageError("Having a backing file for the target makes no sense when concatenating multiple input images")
     if arguments.no_create and arguments.target_format_options:
         print("qcow2: warning: -o has no effect when skipping image creation", file=sys.stderr)
+
+
+def _validate_compression(wish: Wish, arguments: argparse.Namespace) -> None:
+    if not wish.is_compressed:
+        return
+    if wish.image_format != "qcow2":
+        raise Failure("Compression not supported for this file format")
+    if wish.given.get("preallocation", "off") != "off":
+        raise Failure("Compression and preallocation not supported at the same time")
+    if arguments.no_create:
+        raise Failure("compressed clusters can be written to a new image only, not with -n")
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, str]:

@@ -10,7 +10,7 @@ from qcow2.quantity import parse_size
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import print_json
 from qcow2.tool.option import image_options, parse_options
-from qcow2.tool.source import add_source_options, open_source
+from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--size", metavar="SIZE", help="of its disk, if there is no source")
     parser.add_argument("--output", default="human", choices=["human", "json"])
     add_source_options(parser)
+    add_snapshot_option(parser)
     parser.add_argument("filename", nargs="?", metavar="FILE", help="the source")
 
 
@@ -53,7 +54,7 @@ def _measured(arguments: argparse.Namespace) -> Measures:
         size = parse_size(arguments.size)
         size += -size % SECTOR_SIZE
         return size_of_raw(size) if arguments.target_format == "raw" else size_of_empty(image_options(given, size))
-    with open_source(arguments.filename, arguments.format, arguments) as source:
+    with open_source(arguments.filename, arguments.format, arguments, wanted_snapshot(arguments)) as source:
         if arguments.target_format == "raw":
             return size_of_raw(source.size)
         return run(size_of_copy(image_options(given, source.size), source))

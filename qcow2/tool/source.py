@@ -19,19 +19,40 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-T", "--source-cache", choices=CACHE_MODES, help="accepted; the host's page cache is used")
 
 
+def add_snapshot_option(parser: argparse.ArgumentParser) -> None:
+    """Declare how to read a disk as it was."""
+    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help="of the source: an id or a name")
+
+
+def wanted_snapshot(arguments: argparse.Namespace) -> str | None:
+    """The id or name, which may be said in QEMU's long way."""
+    wanted: str | None = arguments.snapshot
+    for lead in ("snapshot.name=", "snapshot.id="):
+        wanted = wanted.removeprefix(lead) if wanted is not None else None
+    return wanted
+
+
 @contextmanager
-def open_source(path: str, image_format: str, arguments: argparse.Namespace) -> Iterator[Image | RawImage]:
-    """The disk in the image at *path*.
+def open_source(
+    path: str, image_format: str, arguments: argparse.Namespace, snapshot: str | None = None
+) -> Iterator[Image | RawImage]:
+    """The disk in the image at *path*, or what it was at *snapshot*.
 
     Raises: Failure.
     """
+    if snapshot is not None and image_format == "raw":
+        raise Failure("Failed to load snapshot: Device is not accepting snapshots")
     with Chain(force_share=arguments.force_share) as chain:
-        yield _open(chain, path, image_format)
+        yield _open(chain, path, image_format, snapshot)
 
 
-def _open(chain: Chain, path: str, image_format: str) -> Image | RawImage:
+def _open(chain: Chain, path: str, image_format: str, snapshot: str | None) -> Image | RawImage:
     try:
-        return chain.open(path, image_format, OpenOptions())
+        return chain.open(path, image_format, OpenOptions(snapshot=snapshot))
+    except FileNotFoundError as error:
+        if snapshot is not None and str(error.strerror).startswith("snapshot "):
+            raise Failure("Failed to load snapshot: Can't find snapshot") from error
+        raise Failure(cannot_open(path, error)) from error
     except OSError as error:
         raise Failure(cannot_open(path, error)) from error
     except ImageError as error:

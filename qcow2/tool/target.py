@@ -10,6 +10,7 @@ from qcow2.disk import Disk, open_disk
 from qcow2.driver.file import HostFile
 from qcow2.error import ImageError
 from qcow2.image import Image
+from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.raw import RawImage
@@ -27,6 +28,7 @@ class Wish:
     image_format: str
     size: int
     given: dict[str, str]  # options of creation
+    is_compressed: bool = False
 
 
 @contextmanager
@@ -48,7 +50,8 @@ def new_target(wish: Wish, sources: list[Image | RawImage], base: Image | RawIma
 
 def _new(file: HostFile, wish: Wish, base: Image | RawImage | None) -> Target:
     if wish.image_format == "qcow2":
-        return NewImage(file, image_options(wish.given, wish.size), base, reads_zeros=not file.is_device)
+        kind = NewCompressedImage if wish.is_compressed else NewImage
+        return kind(file, image_options(wish.given, wish.size), base, reads_zeros=not file.is_device)
     if file.is_device and file.size() < wish.size:
         raise Failure(f"{wish.path}: the device has {file.size()} bytes, the disk {wish.size}")
     preallocation = raw_preallocation(wish.given)

@@ -36,6 +36,17 @@ ROWS = [
     "convert -O qcow2 -B data -F qcow2 top new",
     "convert -O qcow2 -B data -F qcow2 -o cluster_size=128k top new",
     "convert -O qcow2 -o backing_file=top,backing_fmt=qcow2,cluster_size=4k summit new",
+    "convert -c -O qcow2 summit new",
+    "convert -c -O qcow2 -o compression_type=zstd,cluster_size=4k summit new",
+    "convert -c -O qcow2 -W -o cluster_size=512,refcount_bits=1 summit new",
+    "convert -c -O qcow2 -S 0 -o refcount_bits=8,cluster_size=2M long new",
+    "convert -c -O qcow2 -B data -F qcow2 top new",
+    "convert -l first -O qcow2 kept new",
+    "convert -l snapshot.name=second -O raw kept new",
+    "convert -l 1 -O raw kept new",
+    "convert -l third -O raw kept new",
+    "convert -c -O raw data new",
+    "convert -c -O qcow2 -o preallocation=metadata data new",
     "convert -O qcow2 -p data new",
     "convert -O qcow2 -p -q data new",
     "convert -O qcow2 -U data new",
@@ -165,7 +176,7 @@ def test_any_disk_comes_through_any_format(tmp_path: Path, seed: int) -> None:
     for step in range(4):
         image_format = draw.choice(("qcow2", "raw"))
         options = ["-o", f"cluster_size={draw.choice(sizes)}"] if image_format == "qcow2" else []
-        options += draw.choice(([], ["-W"], ["-m", "1"], ["-S", "512"], ["-S", "64k"]))
+        options += draw.choice(([], ["-W"], ["-m", "1"], ["-S", "512"], ["-S", "64k"], ["-c"] if options else []))
         target = tmp_path / str(step)
         source_format = "raw" if path.read_bytes()[:4] != b"QFI\xfb" else "qcow2"
         qcow2_tool_ok("convert", "-f", source_format, "-O", image_format, *options, path, target)
@@ -250,3 +261,22 @@ def test_signal_asks_how_far_it_is(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert complaint.startswith("    (")
     assert complaint.endswith("/100%)\n")
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster_size", ["4k", "64k"])
+def test_compressed_streams_of_all_sizes_share_clusters(tmp_path: Path, compression: str, cluster_size: str) -> None:
+    draw = random.Random(5)
+    content = b"".join(
+        (draw.randbytes(draw.randrange(1, 9000)) + bytes([index % 256]) * draw.randrange(9000)) for index in range(700)
+    )
+    source, ours, theirs = tmp_path / "source", tmp_path / "ours", tmp_path / "theirs"
+    source.write_bytes(content.ljust(-(-len(content) // 512) * 512, b"\0"))
+    words = ("-c", "-f", "raw", "-O", "qcow2", "-o", f"compression_type={compression},cluster_size={cluster_size}")
+    qcow2_tool_ok("convert", *words, "-W", source, ours)
+    qemu_img("convert", *words, source, theirs)
+    assert_clean(ours)
+    assert qemu_read(ours) == source.read_bytes()
+    assert ours.stat().st_size <= theirs.stat().st_size * 1.02
+    with qcow2.open(ours) as disk:
+        assert disk.read(0, disk.size) == source.read_bytes()

@@ -29,6 +29,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_img("create", "-q", "-f", "qcow2", place / "noted", "5G")
     for name in ("one", "another"):
         qemu_img("bitmap", "--add", "-g", "512", place / "noted", name)
+    qemu_img("create", "-q", "-f", "qcow2", place / "kept", "1M")
+    for name, command in (("first", "write -P 7 0 64k"), ("second", "write -P 8 32k 256k")):
+        qemu_io(place / "kept", command)
+        qemu_img("snapshot", "-c", name, place / "kept")
+    qemu_io(place / "kept", "write -P 9 0 1M")
     with (place / "raw").open("wb") as raw:
         raw.seek(65536)
         raw.write(b"\3" * (256 << 10))
@@ -120,6 +125,7 @@ ROWS = [
     "measure -O qcow2 -o backing_file=data,backing_fmt=qcow2 top",
     "measure -O qcow2 -f raw raw --output=json",
     "measure -O qcow2 noted",
+    "measure -O qcow2 -l first kept",
     "measure -O raw summit",
     "measure -O vmdk --size 1G",
     "measure --size 1G data",
