@@ -43,7 +43,7 @@ void request_sync(struct worker *worker, struct request *request, uint32_t slot)
 
 int worker_sync(struct worker *worker, uint32_t slot)
 {
-    int number = worker_has_slot(worker, slot) ? operation_begin(worker) : -EBADF;
+    int number = worker_has_slot(worker, slot) ? operation_begin(worker, NULL) : -EBADF;
 
     if (number >= 0)
         join(worker, slot, &worker->operations[number].waiter);
@@ -64,6 +64,8 @@ static void starts(struct worker *worker, uint32_t slot)
     if (worker->trace)
         file->trace_id = trace_sync(worker->trace, slot);
     worker->submitted++;
+    if (file->storage == STORAGE_FAR)
+        turn_occupy(worker, file);
     worker->counters->syncs++;
 }
 
@@ -158,6 +160,8 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     if (result == -ECANCELED)
         result = host_sync(file->fd); /* the kernel could make no thread for it: nothing was tried, so nothing has failed */
     worker->submitted--;
+    if (file->storage == STORAGE_FAR)
+        turn_vacate(worker, file);
     worker->progress = true;
     file->syncing = false;
     file->syncing_dirty = 0;
@@ -169,6 +173,7 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     for (const struct waiter *waiter = file->served.first; waiter; waiter = waiter->next)
         histogram_add(&worker->statistics.sync, worker->now - waiter->since);
     serve_line(worker, &file->served, file->error ? -EIO : 0);
+    operations_advance(worker);
 }
 
 void grace_advance(struct worker *worker)
@@ -189,7 +194,7 @@ void grace_advance(struct worker *worker)
 
 int worker_grace(struct worker *worker)
 {
-    int number = operation_begin(worker);
+    int number = operation_begin(worker, NULL);
 
     if (number < 0)
         return number;

@@ -9,24 +9,37 @@
 
 #include "ring/at_once.h"
 #include "ring/gather.h"
+#include "ring/share.h"
 #include "ring/worker.h"
 
-int operation_begin(struct worker *worker)
+/* Python's are one who shares among the queues, each of which saw to it in time that there is one for its request. */
+int operation_begin(struct worker *worker, struct request *request)
 {
     uint32_t number = worker->free_operation;
     struct operation *operation = &worker->operations[number];
 
-    if (number == WORKER_OPERATIONS)
+    if (!request && (worker->free_operations <= WORKER_TRANSFERS_MIN ||
+                     !share_allows(worker->python_operations, worker->free_operations - WORKER_TRANSFERS_MIN)))
         return -EBUSY;
     worker->free_operation = operation->next;
     worker->free_operations--;
-    *operation = (struct operation){.verb = VERB_WAIT, .waiter.operation = number};
+    if (request)
+        request->queue->operations++;
+    else
+        worker->python_operations++;
+    *operation = (struct operation){.verb = VERB_WAIT, .waiter.operation = number, .request = request};
     return number;
 }
 
 void operation_free(struct worker *worker, uint32_t number)
 {
-    worker->operations[number].next = worker->free_operation;
+    struct operation *operation = &worker->operations[number];
+
+    if (operation->request)
+        operation->request->queue->operations--;
+    else
+        worker->python_operations--;
+    operation->next = worker->free_operation;
     worker->free_operation = number;
     worker->free_operations++;
 }
@@ -134,9 +147,9 @@ static int choose_way(struct worker *worker, struct operation *operation, struct
     return bounce(worker, operation, single, gather);
 }
 
-enum { SUBMITTED = 0, MOVED = 1 };
+enum { SUBMITTED = 0, MOVED = 1, WAITS = 2 };
 
-/* -> SUBMITTED; MOVED: it has completed; -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
+/* -> SUBMITTED; MOVED: it has completed; WAITS: for its turn; -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
 static int submit_transfer(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
@@ -152,16 +165,17 @@ static int submit_transfer(struct worker *worker, uint32_t number)
         return result;
     result = -EAGAIN;
     worker->now = pace_now(); /* what came before, zeros for a long read, say, is not this file's delay */
-    if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now))
+    if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now) &&
+        (operation->verb == VERB_READ || !file_recovers(file, worker->now)))
         result = at_once_transfer(worker, operation, &gather);
     if (result != -EAGAIN) {
         transfer_completed(worker, number, result);
         return MOVED;
     }
-    entry = uring_entry(&worker->uring);
+    entry = turn_is_now(worker, operation) ? uring_entry(&worker->uring) : NULL;
     if (!entry) {
         free_bounce(worker, operation);
-        return -EAGAIN;
+        return turn_is_now(worker, operation) ? -EAGAIN : WAITS;
     }
     prepare_transfer(entry, operation, file, &gather);
     if (operation->verb == VERB_WRITE && !operation->direct)
@@ -183,8 +197,11 @@ static void prepare_zero(struct worker *worker, struct operation *operation, str
 
 static int submit_zero(struct worker *worker, uint32_t number)
 {
-    struct io_uring_sqe *entry = uring_entry(&worker->uring);
+    struct io_uring_sqe *entry;
 
+    if (!turn_is_now(worker, &worker->operations[number]))
+        return WAITS;
+    entry = uring_entry(&worker->uring);
     if (!entry)
         return -EAGAIN;
     prepare_zero(worker, &worker->operations[number], entry);
@@ -237,6 +254,9 @@ static void submit(struct worker *worker, uint32_t number)
         return;
     if (result == SUBMITTED) {
         worker->submitted++;
+        turn_begin(worker, operation);
+    } else if (result == WAITS) {
+        turn_wait(worker, number);
     } else if (result == -EAGAIN) {
         operation->next = worker->stalled;
         worker->stalled = number;
@@ -255,6 +275,14 @@ void operations_retry(struct worker *worker)
         submit(worker, number);
         number = next;
     }
+}
+
+void operations_advance(struct worker *worker)
+{
+    uint32_t number;
+
+    while ((number = turn_next(worker)) != WORKER_OPERATIONS)
+        submit(worker, number);
 }
 
 static void begin(struct worker *worker, uint32_t number, enum verb verb, uint32_t slot, uint64_t host_offset,
@@ -289,11 +317,10 @@ static void begin_piece(struct worker *worker, uint32_t number, uint32_t flags, 
 void request_transfer(struct worker *worker, struct request *request, bool is_write, uint32_t slot,
                       uint64_t host_offset, uint64_t start, uint64_t nbytes)
 {
-    uint32_t number = operation_begin(worker); /* fetching left WORKER_TRANSFERS_MIN free */
+    uint32_t number = operation_begin(worker, request);
     uint32_t flags = TRANSFER_DATA | (is_write ? TRANSFER_WRITE : TRANSFER_READ);
 
     request->parts++;
-    worker->operations[number].request = request;
     begin_piece(worker, number, flags, slot, host_offset, (struct piece){request_id(request), start, nbytes});
 }
 
@@ -319,7 +346,7 @@ int worker_transfer(struct worker *worker, uint32_t flags, uint32_t slot, uint64
     int number = worker_has_slot(worker, slot) ? operation_check_piece(worker, &piece) : -EBADF;
 
     if (number == 0)
-        number = operation_begin(worker);
+        number = operation_begin(worker, NULL);
     if (number >= 0)
         begin_piece(worker, number, flags, slot, host_offset, piece);
     return number;
@@ -334,7 +361,7 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
     for (uint32_t i = 0; i < count && number == 0; nbytes += pieces[i++].nbytes)
         number = operation_check_piece(worker, &pieces[i]);
     if (number == 0)
-        number = operation_begin(worker);
+        number = operation_begin(worker, NULL);
     if (number < 0)
         return number;
     worker->operations[number].pieces = pieces;
@@ -346,7 +373,7 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
 
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)
 {
-    int number = worker_has_slot(worker, slot) ? operation_begin(worker) : -EBADF;
+    int number = worker_has_slot(worker, slot) ? operation_begin(worker, NULL) : -EBADF;
 
     if (number >= 0)
         begin(worker, number, VERB_PUNCH, slot, host_offset, nbytes);
@@ -413,6 +440,7 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
     struct operation *operation = &worker->operations[number];
 
     worker->submitted--;
+    turn_end(worker, operation);
     free_bounce(worker, operation);
     if (operation->verb == VERB_WRITE && !operation->direct && result > 0)
         worker->files[operation->slot].dirty += result; /* again: an fdatasync may have started meanwhile */
@@ -426,4 +454,5 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
         transfer_completed(worker, number, result);
     else
         zero_completed(worker, number, result);
+    operations_advance(worker);
 }

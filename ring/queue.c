@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <sys/uio.h>
 
+#include "ring/share.h"
 #include "ring/worker.h"
 
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
@@ -108,10 +109,18 @@ static void call_log(struct worker *worker)
     worker->log.is_dirty = false;
 }
 
-bool worker_has_room(const struct worker *worker)
+static uint64_t room(uint64_t limit, uint64_t used)
 {
-    return worker->free_operations >= WORKER_TRANSFERS_MIN && worker->free_long &&
-           worker->busy_nbytes < WORKER_BUSY_NBYTES && worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
+    return used < limit ? limit - used : 0;
+}
+
+/* Whether the queue may have another request. What requests hold for as long as the disk likes is shared. */
+static bool has_room(const struct worker *worker, const struct queue *queue)
+{
+    return share_allows(queue->operations, room(worker->free_operations, WORKER_TRANSFERS_MIN)) &&
+           share_allows(queue->long_requests, worker->free_long) &&
+           share_allows(queue->busy_nbytes, room(WORKER_BUSY_NBYTES, worker->busy_nbytes)) &&
+           worker->event_count < FETCH_EVENTS_MAX && !worker->paused;
 }
 
 static void cancel_kick(struct worker *worker, struct queue *queue)
@@ -189,7 +198,7 @@ static void share_work(struct worker *worker, uint32_t count)
 
 static void fetch(struct worker *worker, struct queue *queue)
 {
-    for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && worker_has_room(worker); count++) {
+    for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && has_room(worker, queue); count++) {
         int result = virtqueue_pop(&queue->ring, &worker->memory, &worker->chain);
 
         if (queue_has_lost(worker, queue))
@@ -245,14 +254,14 @@ bool queues_arm(struct worker *worker)
             queue_has_lost(worker, queue);
         }
         queue->armed = true;
-        more |= available;
+        more |= available && has_room(worker, queue);
         if (is_served(queue) && (available || queue->in_flight || queue->kick_fd < 0))
             i++;
         else
             deactivate(worker, i);
     }
     call_log(worker);
-    return more && worker_has_room(worker);
+    return more;
 }
 
 bool queues_poll(const struct worker *worker)

@@ -23,7 +23,11 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->state = REQUEST_BUSY;
     request->begun_at = worker->now;
     request->generation = ++worker->generation;
-    request->pieces = count <= INLINE_PIECES ? request->inline_pieces : worker->long_free[--worker->free_long];
+    request->pieces = request->inline_pieces;
+    if (count > INLINE_PIECES) {
+        request->pieces = worker->long_free[--worker->free_long];
+        queue->long_requests++;
+    }
     memcpy(request->pieces, chain->pieces, count * sizeof(*chain->pieces));
     request->readable_count = chain->readable_count;
     request->writable_count = chain->writable_count;
@@ -40,6 +44,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->traced = false;
     queue->in_flight++;
     worker->requests_in_flight++;
+    queue->busy_nbytes += chain->readable_nbytes + chain->writable_nbytes;
     worker->busy_nbytes += chain->readable_nbytes + chain->writable_nbytes;
     worker->counters->requests++;
     count_lone(worker, queue->index);
@@ -65,14 +70,17 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
 
     if (worker->log.bits && worker->log.buffers)
         log_buffers(worker, request);
-    if (request->pieces != request->inline_pieces)
+    if (request->pieces != request->inline_pieces) {
         worker->long_free[worker->free_long++] = request->pieces;
+        queue->long_requests--;
+    }
     request->state = REQUEST_FREE;
     queue->in_flight--;
     worker->statistics.queues[queue->index].requests++;
     histogram_add(&worker->statistics.queues[queue->index].service,
                   worker->now - request->begun_at);
     worker->requests_in_flight--;
+    queue->busy_nbytes -= request->readable_nbytes + request->writable_nbytes;
     worker->returned_nbytes += request->readable_nbytes + request->writable_nbytes;
     virtqueue_push(&queue->ring, request->head, nbytes);
     queue_has_lost(worker, queue);

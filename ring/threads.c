@@ -14,9 +14,8 @@
 
 #include "ring/uring.h"
 
-#define THREADS_MAX 16
 #define STACK_NBYTES (128u << 10)
-#define JOBS 1280       /* every operation and every file's sync of a worker */
+#define JOBS 2304       /* every operation and every file's sync of a worker */
 #define JOB_IOVECS 64   /* what is longer is transferred in part, and its caller goes on */
 #define WATCHES 512     /* every kick of a worker, the control fd, and as many that are being replaced */
 #define READY (4 * WATCHES) /* completions that need no thread */
@@ -58,11 +57,12 @@ struct threads {
     struct jobs queue;
     struct jobs done;
     uint32_t queued;
-    uint32_t idle;
+    uint32_t idle;     /* threads that wait for a job, */
+    uint32_t starting; /* or are about to look for one */
     uint32_t count;
     bool sleeping; /* the owner is, or will be: wake it */
     bool stopping;
-    pthread_t threads[THREADS_MAX];
+    pthread_t threads[URING_THREADS];
 };
 
 static void jobs_init(struct jobs *jobs)
@@ -151,6 +151,7 @@ static void *run(void *argument)
     struct threads *threads = argument;
 
     pthread_mutex_lock(&threads->lock);
+    threads->starting--;
     for (;;) {
         struct job *job;
 
@@ -185,11 +186,14 @@ static int start_thread(struct threads *threads)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_NBYTES);
+    threads->starting++;
     error = pthread_create(&threads->threads[threads->count], &attributes, run, threads);
     pthread_attr_destroy(&attributes);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error)
+    if (error) {
+        threads->starting--;
         return -error;
+    }
     threads->count++;
     return 0;
 }
@@ -385,7 +389,7 @@ static bool take(struct threads *threads, const struct io_uring_sqe *entry, stru
     }
 }
 
-/* Hand jobs to the threads that wait; one more is started if they are too few. */
+/* Hand jobs to the threads that wait; more are started if they are too few, since each of the others may hang. */
 static void enqueue(struct threads *threads, struct jobs *jobs)
 {
     uint32_t wanted = 0;
@@ -394,8 +398,9 @@ static void enqueue(struct threads *threads, struct jobs *jobs)
     for (struct job *job; (job = jobs_take(jobs)); wanted++)
         jobs_append(&threads->queue, job);
     threads->queued += wanted;
-    if (threads->queued > threads->idle && threads->count < THREADS_MAX)
-        start_thread(threads); /* without it the others do the work */
+    while (threads->queued > threads->idle + threads->starting && threads->count < URING_THREADS)
+        if (start_thread(threads) < 0)
+            break; /* the others do the work */
     for (uint32_t i = 0; i < wanted && i < threads->idle; i++)
         pthread_cond_signal(&threads->work);
     pthread_mutex_unlock(&threads->lock);

@@ -23,12 +23,16 @@ static int restrict_ring(struct io_uring *ring)
     struct io_uring_restriction restrictions[sizeof(OPCODES) + 1] = {
         {.opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED, .sqe_flags = UINT8_MAX},
     };
+    unsigned int limits[2] = {URING_THREADS, 0}; /* for files; what it is for other things stays */
     int result;
 
     for (size_t i = 0; i < sizeof(OPCODES); i++) {
         restrictions[i + 1].opcode = IORING_RESTRICTION_SQE_OP;
         restrictions[i + 1].sqe_op = OPCODES[i];
     }
+    result = register_in(ring, IORING_REGISTER_IOWQ_MAX_WORKERS, limits, 2);
+    if (result < 0)
+        return result;
     result = register_in(ring, IORING_REGISTER_RESTRICTIONS, restrictions, sizeof(OPCODES) + 1);
     return result < 0 ? result : register_in(ring, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
 }

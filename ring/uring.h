@@ -8,6 +8,7 @@
 #include "ring/threads.h"
 
 #define URING_ENTRIES 256
+#define URING_THREADS 32 /* that what waits for a disk may occupy, the kernel's or ours */
 #define URING_COMPLETIONS 4096
 #define URING_ARENA 8192 /* iovecs that live until they are submitted */
 

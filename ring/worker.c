@@ -210,6 +210,7 @@ int worker_run(struct worker *worker)
 
 void worker_close(struct worker *worker)
 {
+    turns_forget(worker);
     while (worker->submitted) {
         worker->event_count = worker->delivered = 0;
         reap(worker);
@@ -288,6 +289,7 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
         return -EMFILE;
     file = &worker->files[slot];
     *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .storage = storage_of(fd)};
+    file->first_waiting = WORKER_OPERATIONS;
     file->dirty = UINT32_MAX; /* who knows what others have written */
     line_init(&file->waiting);
     line_init(&file->served);

@@ -24,14 +24,14 @@
 
 #define WORKER_QUEUES 256 /* a vring index is 8 bits on the vhost-user wire */
 #define WORKER_FILES 256
-#define WORKER_OPERATIONS 1024
+#define WORKER_OPERATIONS 2048
 #define WORKER_EVENTS 4096
 #define WORKER_TRANSFERS_MIN 16 /* operations a device may begin for one request; fetching waits for so many */
 #define WORKER_TABLES 16 /* reads on this thread that an extent map may ask for to translate one request */
 #define WORKER_BUSY_NBYTES (1ull << 30) /* fetching waits while requests hold so much: drains end in time */
 #define WORKER_AT_ONCE 256 /* see worker.at_once */
 #define INLINE_PIECES 18        /* of a request: the header, 64 KiB in pages, the status */
-#define LONG_PIECES 128         /* requests with more pieces than that, at once */
+#define LONG_PIECES 256         /* requests with more pieces than that, at once */
 
 struct worker;
 struct queue;
@@ -156,6 +156,9 @@ struct queue {
     struct request *requests; /* [size] */
     uint64_t kicked_at; /* and nothing was taken since; 0: not so */
     uint32_t in_flight;
+    uint32_t operations;    /* of them, */
+    uint32_t long_requests; /* requests with long pieces, */
+    uint64_t busy_nbytes;   /* and bytes of all */
     uint32_t kick_generation;
     int kick_fd;
     int call_fd;
@@ -183,6 +186,9 @@ struct file {
     uint32_t offset_align;
     bool syncs;   /* false: a sync succeeds at once */
     enum storage storage;
+    uint32_t occupying;     /* operations in the kernel that a thread is, or may be, occupied with */
+    uint32_t first_waiting; /* list through operation.next of those whose turn comes when others end; */
+    uint32_t last_waiting;  /* WORKER_OPERATIONS ends it */
     bool syncing; /* an fdatasync is in flight, for `served` */
     bool joined;  /* somebody waits for pages that nobody has sent to the disk */
     uint64_t dirty;         /* bytes in the page cache that no fdatasync was started for, at most */
@@ -224,6 +230,8 @@ struct operation {
     uint8_t epoch;
     bool data;   /* may go through direct_fd */
     bool direct; /* went through it */
+    bool has_turn; /* it has waited for that, see turn.c */
+    bool occupies; /* counts in file.occupying */
     uint32_t next;
     uint32_t bounce_nbytes;
     uint8_t *bounce; /* NULL: none; what O_DIRECT writes in place of pieces that do not suit it */
@@ -265,7 +273,7 @@ struct worker {
     uint32_t generation; /* of the request begun last */
     uint16_t lone_queue; /* which it came from, */
     uint32_t lone_count; /* and so many before it */
-    uint32_t submitted; /* operations in the kernel */
+    uint32_t submitted; /* operations and syncs in the kernel */
     uint32_t at_once;   /* writes that Python may still do on this thread before it lets C go on */
 
     uint32_t event_count;
@@ -275,6 +283,9 @@ struct worker {
     uint32_t file_count;
     uint32_t free_operation; /* list through operation.next; WORKER_OPERATIONS ends it */
     uint32_t free_operations;
+    uint32_t python_operations;
+    uint32_t far_occupying; /* of all far files */
+    uint32_t waiting_files; /* with operations that wait for their turn */
     uint64_t bounce_nbytes; /* of all operations */
     uint32_t stalled; /* list of operations that the kernel would not take yet */
     struct grace grace;
@@ -490,6 +501,12 @@ static inline void line_move(struct line *to, struct line *from)
 
 void worker_tell(struct worker *worker, struct worker_event event);
 
+/* A rest is over, and the kernel still writes what it was given meanwhile: who writes on this thread now waits for it. */
+static inline bool file_recovers(const struct file *file, uint64_t now)
+{
+    return file->pace.rest && file->occupying && pace_allows(&file->pace, now);
+}
+
 static inline void worker_meets_peer(struct worker *worker, bool now)
 {
     __atomic_store_n(&worker->at_peer, now, __ATOMIC_RELAXED);
@@ -507,7 +524,6 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
 
 /* queue.c */
 bool queue_has_lost(struct worker *worker, struct queue *queue); /* -> whether it broke because its memory is gone */
-bool worker_has_room(const struct worker *worker);
 void queues_fetch(struct worker *worker);
 void queues_publish(struct worker *worker);
 bool queues_arm(struct worker *worker); /* -> true: look again before sleeping */
@@ -516,10 +532,21 @@ void queue_kicked(struct worker *worker, uint32_t index, uint32_t generation, in
 void queue_close(struct worker *worker, struct queue *queue);
 
 /* operation.c */
-int operation_begin(struct worker *worker); /* -> number or -EBUSY; a verb is to follow */
+int operation_begin(struct worker *worker, struct request *request); /* -> number or -EBUSY; a verb is to follow */
 void operation_free(struct worker *worker, uint32_t number);
 void operation_completed(struct worker *worker, uint32_t number, int result);
 void operations_retry(struct worker *worker);
+void operations_advance(struct worker *worker); /* a turn has ended */
+
+/* turn.c */
+bool turn_is_now(const struct worker *worker, const struct operation *operation); /* -> false: turn_wait */
+void turn_wait(struct worker *worker, uint32_t number);
+uint32_t turn_next(struct worker *worker); /* -> the operation whose turn has come, or WORKER_OPERATIONS */
+void turn_occupy(struct worker *worker, struct file *file);
+void turn_vacate(struct worker *worker, struct file *file);
+void turn_begin(struct worker *worker, struct operation *operation); /* the kernel has it */
+void turn_end(struct worker *worker, struct operation *operation);   /* and has not any more */
+void turns_forget(struct worker *worker);                            /* those who wait never begin */
 
 /* commit.c */
 void commits_start(struct worker *worker);

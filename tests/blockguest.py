@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple
 
+from ring.aio import Aio
 from ring.counter import Counters
 from ring.driver import Buffer, Completion, DriverMemory, DriverQueue
 from ring.extent import IdentityMap
@@ -76,6 +77,7 @@ class Guest:
         mapped: bool = True,
         sync: bool = True,
         poll_us: int = 0,
+        aio: Aio = Aio.AUTO,
         regions: Callable[[DriverMemory], list[MemoryRegion]] = lambda memory: [memory.region()],
     ) -> None:
         self.block = block or NativeBlock(
@@ -89,6 +91,7 @@ class Guest:
         self._mapped = mapped
         self._sync = sync
         self._poll_us = poll_us
+        self._aio = aio
         self._regions = regions
         self._size = size
         self._stack = ExitStack()
@@ -102,7 +105,13 @@ class Guest:
             self.memory = stack.enter_context(DriverMemory(16 * MIB))
             self.queue = stack.enter_context(DriverQueue(self.memory, queue_size, event_idx=event_idx, base=base))
             self.worker = stack.enter_context(
-                Worker(self.block, self._on_request, poll_us=self._poll_us, on_queue_broken=self._note_fault)
+                Worker(
+                    self.block,
+                    self._on_request,
+                    aio=self._aio,
+                    poll_us=self._poll_us,
+                    on_queue_broken=self._note_fault,
+                )
             )
             self.worker.call(self._set_up)
             self._stack = stack.pop_all()
