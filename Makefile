@@ -77,6 +77,11 @@ realfaults: guest-packages $(VENV)/installed
 bench: guest-packages $(VENV)/installed-bench
 	$(BIN)/python -m bench $(or $(BENCH),all)
 
+# CROWD: cases and options, such as CROWD="overwrite --passes 9": up to 65,536 requests under way.
+.PHONY: crowd
+crowd: guest-packages $(VENV)/installed-bench
+	$(BIN)/python -m bench.crowd $(CROWD)
+
 compare: guest-packages $(VENV)/installed-bench
 	PYTHONPATH=examples $(BIN)/python -m bench.guest $(COMPARE)
 

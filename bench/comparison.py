@@ -77,8 +77,8 @@ class Arena:
             say(f"  qemu with aio={aio.value} ({', '.join(f'{name} {iops:,.0f}' for name, iops in trials.items())})")
             ours, theirs = [], []
             for _ in range(self._pairs):
-                ours.append(self._run(case, our_daemon(), images, self._seconds))
-                theirs.append(self._run(case, qemu(aio), images, self._seconds))
+                ours.append(self.run(case, our_daemon(), images, self._seconds))
+                theirs.append(self.run(case, qemu(aio), images, self._seconds))
                 say(f"  {ours[-1].iops:12,.0f} {theirs[-1].iops:12,.0f}  {ours[-1].iops / theirs[-1].iops:6.2f} x")
             traced = self._trace(case, images) if case.job.read_percent < 100 else None
             return Comparison(case, aio, trials, tuple(ours), tuple(theirs), traced)
@@ -105,15 +105,16 @@ class Arena:
         ways = [Aio.IO_URING, Aio.THREADS, *([Aio.NATIVE] if case.cache.direct else [])]
         if case.on_tmpfs and case.cache.direct:
             ways.remove(Aio.NATIVE)
-        trials = {way: self._run(case, qemu(way), images, min(TRIAL, self._seconds)).iops for way in ways}
+        trials = {way: self.run(case, qemu(way), images, min(TRIAL, self._seconds)).iops for way in ways}
         return max(ways, key=lambda way: trials[way]), {way.value: iops for way, iops in trials.items()}
 
     def _trace(self, case: Case, images: dict[str, Path]) -> Measurement:
-        return self._run(case, traced_qemu(), images, min(TRIAL, self._seconds), warm_up=False)
+        return self.run(case, traced_qemu(), images, min(TRIAL, self._seconds), warm_up=False)
 
-    def _run(
+    def run(
         self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float, *, warm_up: bool = True
     ) -> Measurement:
+        """One run of one server; *images* are those that live on, by name. Raises: ServerFailure, LoadFailure."""
         image = self._image(case, contestant, images)
         service = Service(image, case.cache, case.job.queues, case.writable, case.options)
         command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731

@@ -33,15 +33,16 @@ PROTOCOL = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONF
 
 
 class FrontEnd(AbstractContextManager["FrontEnd"]):
-    """Guest memory, *queues* virtqueues in it, and the connection on which a server serves them."""
+    """Guest memory, *queues* virtqueues for *depth* indirect chains each, and the connection they are served on."""
 
-    def __init__(self, connection: socket.socket, *, queues: int, nbytes: int) -> None:
+    def __init__(self, connection: socket.socket, *, queues: int, nbytes: int, depth: int = QUEUE_SIZE) -> None:
         self._stack = ExitStack()
         self._socket = connection
         self._features = 0
         self.memory = DriverMemory(queues * RING_MEMORY + nbytes)
         self.queues: Sequence[DriverQueue] = ()
         self._count = queues
+        self._size = max(QUEUE_SIZE, depth)
 
     def __enter__(self) -> "FrontEnd":
         with ExitStack() as stack:
@@ -50,7 +51,7 @@ class FrontEnd(AbstractContextManager["FrontEnd"]):
             self._socket.settimeout(TIMEOUT)
             self._negotiate()
             event_idx = bool(self._features & RingFeature.EVENT_IDX)
-            rings = [DriverQueue(self.memory, QUEUE_SIZE, event_idx=event_idx) for _ in range(self._count)]
+            rings = [DriverQueue(self.memory, self._size, event_idx=event_idx) for _ in range(self._count)]
             self.queues = [stack.enter_context(ring) for ring in rings]
             self._start()
             self._stack = stack.pop_all()

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from bench.frontend import FrontEnd
 from bench.load import Job, Load, memory_nbytes
 from bench.measurement import Command
+from bench.process import cpu_seconds
 from bench.server import Server, connect, listen
 
 BUSY_SECONDS = 0.2  # of load before: what a server does only for a while after work is part of the figure
 SETTLE_SECONDS = 1.0
-CPUCLOCK_SCHED = 2  # of a process: clock_getcpuclockid(3), which Python does not offer
 
 
 def idle_share(command: Command, job: Job, seconds: float) -> float:
@@ -26,11 +26,6 @@ def idle_share(command: Command, job: Job, seconds: float) -> float:
             load.run(BUSY_SECONDS)
             load.drain()
             time.sleep(SETTLE_SECONDS)
-            before, clock = _run_seconds(server.pid), time.monotonic()
+            before, clock = cpu_seconds(server.pid), time.monotonic()
             time.sleep(seconds)
-            return (_run_seconds(server.pid) - before) / (time.monotonic() - clock)
-
-
-def _run_seconds(pid: int) -> float:
-    """Processor time of *pid*, of threads that have ended as well; finer than the clock ticks of its stat."""
-    return time.clock_gettime((~pid << 3) | CPUCLOCK_SCHED)
+            return (cpu_seconds(server.pid) - before) / (time.monotonic() - clock)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from bench.counting import Counted, Ending
 from bench.frontend import FrontEnd
 from bench.load import Job, Kind, Load, Outcome, memory_nbytes
-from bench.process import MachineTime, cpu_seconds, resident_kib
+from bench.process import TICK, MachineTime, cpu_seconds, resident_kib
 from bench.server import Server, ServerFailure, connect, listen
 
 Command = Callable[[int], Sequence[str]]  # of a server, given the number of its listening socket
+WARM_ROUNDS = 2  # of the buffers of all requests in flight
 IDLE_SECONDS = 0.05  # without a tick of processor time, after which a server has nothing left to do
 
 
@@ -48,9 +49,9 @@ def measure(command: Command, job: Job, *, warm_up: float, seconds: float, end: 
     with ExitStack() as stack:
         server = stack.enter_context(Server(command(listening.fileno()), listening))
         try:
-            front_end = FrontEnd(connect(address), queues=job.queues, nbytes=memory_nbytes(job))
+            front_end = FrontEnd(connect(address), queues=job.queues, nbytes=memory_nbytes(job), depth=job.depth)
             with front_end, Load(job, front_end) as load:
-                run = _run(server, load, warm_up=warm_up, seconds=seconds, to_the_end=job.kind is Kind.DISCARD)
+                run = _run(server, load, job, warm_up=warm_up, seconds=seconds)
         except OSError as error:
             raise ServerFailure(f"{server.command[0]}: {error}; it says: {server.complaints() or 'nothing'}") from error
         written = run.acknowledged if job.kind is Kind.WRITE else 0
@@ -67,17 +68,19 @@ class _Run:
     others_busy: float
 
 
-def _run(server: Server, load: Load, *, warm_up: float, seconds: float, to_the_end: bool) -> _Run:
-    """With *to_the_end* the work that a server puts off counts as well: clusters that it gives back later."""
+def _run(server: Server, load: Load, job: Job, *, warm_up: float, seconds: float) -> _Run:
+    """Of discards the work that a server puts off counts as well: clusters that it gives back later."""
     at_rest = resident_kib(server.pid)
     if warm_up:
         load.run(warm_up)
+        while load.outcome().requests < WARM_ROUNDS * job.depth * job.queues:  # or it meets pages for the first time
+            load.run(warm_up)
     load.reset()
     cpu, own, machine, clock = cpu_seconds(server.pid), time.process_time(), MachineTime.now(), time.monotonic()
     load.run(seconds)
     while not (outcome := load.outcome()).requests:
         load.run(seconds)  # a slow disk and a short run
-    if to_the_end:
+    if job.kind is Kind.DISCARD:
         outcome = replace(outcome, seconds=outcome.seconds + _until_idle(server))
     cpu, own = cpu_seconds(server.pid) - cpu, time.process_time() - own
     after = MachineTime.now()
@@ -95,7 +98,7 @@ def _until_idle(server: Server) -> float:
     cpu = cpu_seconds(server.pid)
     while True:
         time.sleep(IDLE_SECONDS)
-        if cpu == (cpu := cpu_seconds(server.pid)):
+        if -cpu + (cpu := cpu_seconds(server.pid)) < TICK:
             return time.monotonic() - start - IDLE_SECONDS
 
 

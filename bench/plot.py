@@ -9,6 +9,7 @@ from bench.report import median_of, ratio_of
 from bench.sweep import Sweep
 
 if TYPE_CHECKING:
+    from bench.crowd import Curve
     from bench.measurement import Measurement
 
 SERVERS = (("vhost-user-qcow2", "tab:blue"), ("qemu-storage-daemon", "tab:gray"))
@@ -20,12 +21,7 @@ class NoPlots(Exception):
 
 def draw(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], directory: Path) -> list[Path]:
     """Draw the ratios of all cases, and each sweep that was measured -> the files. Raises: NoPlots."""
-    try:
-        import matplotlib  # type: ignore[import-not-found, unused-ignore]  # an extra
-    except ImportError:
-        raise NoPlots("no plots: matplotlib is not installed (pip install '.[bench]')") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same figures, the same bytes
+    _prepare()
     found = {comparison.case.name: comparison for comparison in comparisons}
     in_sweeps = {case.name for sweep in sweeps for _, case in sweep.points}
     single = [comparison for comparison in comparisons if comparison.case.name not in in_sweeps]
@@ -36,6 +32,34 @@ def draw(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], directory: 
             paint = _draw_cost if sweep.shows_cost else _draw_sweep
             files.append(paint(sweep, points, directory / f"{sweep.name}.svg"))
     return files
+
+
+def draw_crowds(curves: "Sequence[Curve]", floor: float, path: Path) -> None:
+    """Draw the IOPS of each case as a share of its best along the requests under way. Raises: NoPlots."""
+    _prepare()
+    figure, axes = _new_figure(height=4.5)
+    crowds = [point.crowd for point in curves[0].figures]
+    for curve in curves:
+        best = max(point.median for point in curve.figures)
+        (line,) = axes.plot(crowds, [point.median / best for point in curve.figures], marker="o", markersize=3)
+        line.set_label(f"{curve.case.title}: {best:,.0f}")
+    axes.axhline(floor, color="tab:red", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(crowds, [f"{crowd:,}" for crowd in crowds], rotation=45)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests of 4 KiB under way")
+    axes.set_ylabel("IOPS, as a share of the best")
+    axes.legend(loc="lower right", fontsize="small")
+    _save(figure, path)
+
+
+def _prepare() -> None:
+    try:
+        import matplotlib  # type: ignore[import-not-found, unused-ignore]  # an extra
+    except ImportError:
+        raise NoPlots("no plots: matplotlib is not installed (pip install '.[bench]')") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same figures, the same bytes
 
 
 def _draw_ratios(comparisons: Sequence[Comparison], path: Path) -> Path:
