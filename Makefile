@@ -25,6 +25,12 @@ peers: guest-packages $(VENV)/installed
 	QEMU_BIN=$(CURDIR)/.cache/qemu/10.0/programs $(BIN)/pytest tests/vm
 	QEMU_BIN=$(CURDIR)/.cache/qemu/11.1/programs $(BIN)/pytest tests/vm
 
+# QEMU's own tests of vhost-user-blk. QOS_TEST: tests/qtest/qos-test of a build of QEMU; QEMU_BIN: that build's directory.
+.PHONY: qtests
+qtests: guest-packages $(VENV)/installed
+	@test -x "$(QOS_TEST)" || { echo "make qtests: QOS_TEST names no qos-test of QEMU's" >&2; exit 1; }
+	QOS_TEST="$(abspath $(QOS_TEST))" $(BIN)/pytest tests/vm/test_qtests.py
+
 # A guest that writes and verifies, ten times to the other host and back.
 migrate: guest-packages $(VENV)/installed
 	MIGRATIONS=10 $(BIN)/pytest tests/vm/test_migration.py
