@@ -143,3 +143,28 @@ def test_sectors_of_4096_bytes(tmp_path: Path, cluster_size: str, cache: str) ->
             disk.write(700, b"!" * 100)
             assert disk.read(699, 102) == b"\0" + b"!" * 100 + b"\0"
         assert_not_corrupt(device)
+
+
+@pytest.mark.parametrize("words", ["-O qcow2", "-O qcow2 -c", "-O qcow2 -S 0", "-O raw", "-n -O raw"])
+def test_convert_to_a_device_full_of_old_bytes(tmp_path: Path, words: str) -> None:
+    source, backing = tmp_path / "source", tmp_path / "device"
+    content = bytes(100 << 10) + b"x" * MIB + bytes(3 * MIB) + b"y" * 5000
+    source.write_bytes(content.ljust(8 * MIB, b"\0"))
+    backing.write_bytes(os.urandom(16 * MIB))
+    image_format = "raw" if "raw" in words else "qcow2"
+    with loop_device(backing) as device:
+        qcow2_tool_ok("convert", "-f", "raw", *words.split(), source, device)
+        if image_format == "qcow2":
+            assert_not_corrupt(device)
+        with qcow2.open(device, format=image_format) as disk:
+            assert disk.read(0, 8 * MIB) == source.read_bytes()
+
+
+def test_convert_to_a_full_file_system_leaves_nothing(full: Path, tmp_path: Path) -> None:
+    before = sorted(full.iterdir())
+    for words in ("-O qcow2", "-O raw", "-c -O qcow2 -S 0"):
+        (tmp_path / "noise").write_bytes(os.urandom(4 * MIB))
+        done = qcow2_tool("convert", "-f", "raw", *words.split(), tmp_path / "noise", full / "copy")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "No space left on device" in done.stderr
+        assert sorted(full.iterdir()) == before
