@@ -151,6 +151,19 @@ static void finish_drain(struct worker *worker, struct queue *queue)
     worker_tell(worker, (struct worker_event){.kind = EVENT_DRAINED, .id = queue->index, .result = base});
 }
 
+static void tell_quiet(struct worker *worker, struct queue *queue)
+{
+    queue->quiet_owed = false;
+    worker_tell(worker, (struct worker_event){.kind = EVENT_QUIET, .id = queue->index});
+}
+
+/* What was in flight has ended, and the driver has heard of it. */
+static void finish_disabling(struct worker *worker, struct queue *queue)
+{
+    if (queue->quiet_owed && !queue->in_flight && !queue->dirty)
+        tell_quiet(worker, queue);
+}
+
 /* ---- each round ---- */
 
 static void publish(struct worker *worker, struct queue *queue)
@@ -174,6 +187,7 @@ void queues_publish(struct worker *worker)
         queue->dirty = false;
         publish(worker, queue);
         worker->progress = true;
+        finish_disabling(worker, queue);
         finish_drain(worker, queue);
     }
     call_log(worker);
@@ -427,12 +441,16 @@ int worker_set_err(struct worker *worker, uint32_t index, int fd)
 
 int worker_set_enabled(struct worker *worker, uint32_t index, int enabled)
 {
+    struct queue *queue = &worker->queues[index];
+
     if (index >= WORKER_QUEUES)
         return -EINVAL;
-    if (!enabled)
-        queues_publish(worker); /* what has completed, before we say that we are quiet */
-    worker->queues[index].enabled = enabled;
-    activate(worker, &worker->queues[index]);
+    if (enabled && queue->quiet_owed)
+        tell_quiet(worker, queue);
+    queue->enabled = enabled;
+    queue->quiet_owed = !enabled;
+    activate(worker, queue);
+    finish_disabling(worker, queue);
     return 0;
 }
 

@@ -45,6 +45,7 @@ enum worker_event_kind {
     EVENT_BROKEN = 5,      /* id: queue */
     EVENT_SYNC_FAILED = 6, /* id: slot, result: -errno */
     EVENT_IDLE = 7,        /* paused, and nothing is in flight */
+    EVENT_QUIET = 8,       /* id: queue, disabled, and nothing of it is in flight */
 };
 
 struct worker_event {
@@ -167,6 +168,7 @@ struct queue {
     bool started;
     bool absent; /* the memory table does not hold the ring, for now */
     bool enabled;
+    bool quiet_owed; /* EVENT_QUIET is to come */
     bool has_kick; /* a kick was set, be it "none" */
     bool draining;
     bool active; /* in worker->active: looked at in each round */
@@ -350,6 +352,7 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
 int worker_set_kick(struct worker *worker, uint32_t index, int fd);
 int worker_set_call(struct worker *worker, uint32_t index, int fd);
 int worker_set_err(struct worker *worker, uint32_t index, int fd);
+/* Disabled, it is fetched from no more, and EVENT_QUIET follows; it does not outlast being enabled again. */
 int worker_set_enabled(struct worker *worker, uint32_t index, int enabled);
 int worker_drain_queue(struct worker *worker, uint32_t index);
 const char *worker_queue_fault(struct worker *worker, uint32_t index);

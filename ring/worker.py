@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for_any
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 NUDGE_SECONDS = 0.1  # between the nudges of one who waits for the worker thread
 
 EVENT = struct.Struct("=IiQIIQQ")  # struct worker_event: kind, result, id, type, flags, offset, nbytes
-REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE = 1, 2, 3, 4, 5, 6, 7  # enum worker_event_kind
+REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE, QUIET = 1, 2, 3, 4, 5, 6, 7, 8  # enum worker_event_kind
 
 
 class NativeDevice(Protocol):
@@ -97,6 +97,7 @@ class Worker:
         self._log: Mapping | None = None
         self._inflight: Mapping | None = None
         self._draining: dict[int, Callable[[int], None]] = {}
+        self._disabling: dict[int, list[Callable[[], None]]] = {}
         self._queues: set[int] = set()
         self._trace: Trace | None = None  # C writes to it
         self._on_sync_failed: dict[int, Callable[[int], None]] = {}
@@ -267,13 +268,18 @@ class Worker:
         """Take over *fd*, signalled if the queue breaks."""
         check(lib.worker_set_err(self._native, index, -1 if fd is None else fd), f"err of queue {index}")
 
-    def set_enabled(self, index: int, enabled: bool) -> None:
-        """Let the queue be served, or leave its ring untouched until it is: on return nothing of it is in flight.
+    def enable_queue(self, index: int) -> None:
+        """Let the queue be served."""
+        check(lib.worker_set_enabled(self._native, index, True), f"queue {index}")
 
-        It goes on serving what is in flight while it waits, so it is for functions given to `call` only.
+    def disable_queue(self, index: int, done: Callable[[], None]) -> None:
+        """Fetch nothing more; *done()* once nothing of the queue is in flight, or it is enabled again.
+
+        From then on its ring is left untouched until it is enabled. *done* always comes later, never from within this
+        call; other queues are served meanwhile.
         """
-        with nullcontext() if enabled else self._settled():
-            check(lib.worker_set_enabled(self._native, index, enabled), f"queue {index}")
+        check(lib.worker_set_enabled(self._native, index, False), f"queue {index}")
+        self._disabling.setdefault(index, []).append(done)
 
     def set_log(self, log: MemoryRegion | None) -> None:
         """Set bits in *log*, one for 4096 bytes of guest memory, from now on; no more in the log before it.
@@ -473,6 +479,9 @@ class Worker:
             elif kind == DRAINED:
                 self._queues.discard(number)
                 self._draining.pop(number)(result & 0xFFFFFFFF)
+            elif kind == QUIET:
+                for done in self._disabling.pop(number, ()):
+                    done()
             elif kind == BROKEN:
                 self._report_fault(number)
             elif kind == SYNC_FAILED:

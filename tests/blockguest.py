@@ -145,7 +145,7 @@ class Guest:
         self.worker.set_call(index, os.dup(queue.call_fd))
         self.worker.start_queue(index, queue.layout)
         self.worker.set_kick(index, os.dup(queue.kick_fd))
-        self.worker.set_enabled(index, True)
+        self.worker.enable_queue(index)
 
     # requests
 
@@ -218,6 +218,12 @@ class Guest:
         self.worker.call(lambda: self.worker.drain_queue(index, finish))
         assert done.wait(10)
         return drained[0]
+
+    def disable(self, index: int = 0) -> None:
+        """Disable a queue and wait until nothing of it is in flight."""
+        done = threading.Event()
+        self.worker.call(lambda: self.worker.disable_queue(index, done.set))
+        assert done.wait(10)
 
     @property
     def counters(self) -> Counters:

@@ -161,7 +161,7 @@ class Connection:
             case effect.StopQueue(index):
                 return self._worker.wait(self._worker.call(lambda: self._drain(index)))
             case effect.EnableQueue(index, enabled):
-                self._worker.call(lambda: self._worker.set_enabled(index, enabled))
+                self._enable(index, enabled)
             case effect.SetKick(index, has_fd):
                 self._give_fd(self._worker.set_kick, index, fds, has_fd)
             case effect.SetCall(index, has_fd):
@@ -175,6 +175,14 @@ class Connection:
     def _give_fd(self, take: Callable[[int, int | None], None], index: int, fds: Fds, has_fd: bool) -> None:
         fd = fds.take() if has_fd else None
         self._worker.call(lambda: take(index, fd))
+
+    def _enable(self, index: int, enabled: bool) -> None:
+        if enabled:
+            self._worker.call(lambda: self._worker.enable_queue(index))
+            return
+        quiet: Future[None] = Future()
+        self._worker.call(lambda: self._worker.disable_queue(index, lambda: quiet.set_result(None)))
+        self._worker.wait(quiet)
 
     def _set_backchannel(self, backchannel: BackendChannel) -> None:
         self._close_backchannel()
@@ -267,7 +275,7 @@ class Connection:
 
     def _forget(self) -> None:
         for index in range(self._session.offer.num_queues):
-            self._worker.set_enabled(index, False)
+            self._worker.disable_queue(index, lambda: None)
             self._worker.set_err(index, None)
             self._worker.log_queue(index, None)
         self._worker.set_log(None)

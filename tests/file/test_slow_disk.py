@@ -88,6 +88,7 @@ def test_a_hanging_transfer_holds_up_no_other_queue_no_command_and_no_drain(
         else:
             assert ask(guest, other, IN, 0, room=4096) == OK
         guest.worker.call(lambda: None)
+        guest.disable(1)
         assert guest.drain(1) > 0
         assert guest.queue.poll() is None
     assert guest.answer(hanging, guest.queue.wait()[0]).status == OK

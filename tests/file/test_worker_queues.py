@@ -82,7 +82,7 @@ def test_queue_is_served_once_it_has_everything(last: str) -> None:
         steps = {
             "start": lambda: guest.worker.start_queue(1, queue.layout),
             "kick": lambda: guest.worker.set_kick(1, os.dup(queue.kick_fd)),
-            "enable": lambda: guest.worker.set_enabled(1, True),
+            "enable": lambda: guest.worker.enable_queue(1),
         }
         posted = guest.post(IN, 0, room=512, queue=queue)
         queue.kick()
@@ -97,12 +97,12 @@ def test_queue_is_served_once_it_has_everything(last: str) -> None:
 
 def test_disabled_queue_is_left_alone_until_it_is_enabled() -> None:
     with Guest() as guest:
-        guest.worker.call(lambda: guest.worker.set_enabled(0, False))
+        guest.disable()
         posted = guest.post(IN, 0, room=512)
         os.eventfd_write(guest.queue.kick_fd, guest.queue.publish() or 1)
         guest.worker.call(lambda: None)
         assert guest.queue.poll() is None
-        guest.worker.call(lambda: guest.worker.set_enabled(0, True))
+        guest.worker.call(lambda: guest.worker.enable_queue(0))
         assert guest.answer(posted, guest.queue.wait()[0]).status == OK
 
 
@@ -113,12 +113,30 @@ def test_disabled_queue_has_nothing_in_flight() -> None:
         guest.queue.kick()
         guest.wait_for_requests(1)
 
-        def disable() -> Completion | None:
-            feed.write(bytes(512))  # nobody but this thread sees that the read ends now
-            guest.worker.set_enabled(0, False)
-            return guest.queue.poll()
+        seen: list[Completion | None] = []
+        quiet = threading.Event()
 
-        assert guest.worker.call(disable) is not None
+        def look() -> None:
+            seen.append(guest.queue.poll())
+            quiet.set()
+
+        guest.worker.call(lambda: guest.worker.disable_queue(0, look))
+        assert not quiet.is_set()
+        feed.write(bytes(512))
+        assert quiet.wait(10)
+        assert seen[0] is not None
+
+
+def test_who_waits_for_a_disabled_queue_is_released_when_it_is_enabled() -> None:
+    source, feed = open_pipe()
+    with source, Guest(source.fileno()) as guest, feed:
+        guest.post(IN, 0, room=512)
+        guest.queue.kick()
+        guest.wait_for_requests(1)
+        released = threading.Event()
+        guest.worker.call(lambda: guest.worker.disable_queue(0, released.set))
+        guest.worker.call(lambda: guest.worker.enable_queue(0))
+        assert released.wait(10)
 
 
 def test_ring_without_a_kick_is_polled() -> None:
@@ -179,7 +197,7 @@ def test_ring_is_as_large_as_the_specification_lets_it_be(size: int) -> None:
         def start() -> None:
             guest.worker.start_queue(1, layout)
             guest.worker.set_kick(1, None)
-            guest.worker.set_enabled(1, True)
+            guest.worker.enable_queue(1)
 
         guest.worker.call(start)
         guest.wait_for_requests(1)

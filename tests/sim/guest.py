@@ -153,7 +153,7 @@ class Guest:
         worker.set_kick(index, queue.kick_fd)
         worker.set_call(index, queue.call_fd)
         worker.start_queue(index, queue.layout(base=queue.base))
-        worker.set_enabled(index, True)
+        worker.enable_queue(index)
 
     def _broken(self, index: int) -> None:
         raise Violation(f"queue {index} is broken")
