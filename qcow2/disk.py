@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from qcow2.buffer import MemoryBuffer
 from qcow2.chain import Chain
+from qcow2.diskfile import DiskFile
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.error import UnsupportedImage
@@ -58,6 +59,25 @@ class Disk:
         target = bytearray(self._require_inside(offset, nbytes))
         self._run(lambda: self.image.read(offset, MemoryBuffer(memoryview(target))))
         return bytes(target)
+
+    def readinto(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill *buffer*, anything writable, from *offset* on. Raises: as `read`."""
+        view = memoryview(buffer).cast("B")
+        self._require_inside(offset, len(view))
+        self._run(lambda: self.image.read(offset, MemoryBuffer(view)))
+
+    def file(self) -> DiskFile:
+        """The disk as a raw binary file, at its start; `io.BufferedReader(disk.file())` reads ahead."""
+        self._require_open()
+        return DiskFile(self)
+
+    def __len__(self) -> int:
+        """Its size in bytes."""
+        return self.size
+
+    def __bool__(self) -> bool:
+        """Also of a disk without bytes."""
+        return True
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Put *data* at *offset*; it survives this process at once, a power loss after `flush`.
