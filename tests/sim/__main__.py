@@ -13,15 +13,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--histories", type=int, default=100)
     parser.add_argument("--sort", action="append", help="of image; all in turns without it")
+    parser.add_argument("--states", type=int, default=0, help="of deaths in last lives, to be visited")
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
     load([BY_NAME[options.mutant].edit] if options.mutant else [])
-    from tests.sim.campaign import run
+    from tests.sim.campaign import Plan, run
+    from tests.sim.life import NAMED
 
     began = time.monotonic()
     status = run(
-        options.seed, options.histories, options.sort, twice=options.twice, until_found=options.mutant is not None
+        Plan(
+            options.seed,
+            options.histories,
+            options.sort or [*NAMED],
+            twice=options.twice,
+            states=options.states,
+            until_found=options.mutant is not None,
+        )
     )
     print(f"{time.monotonic() - began:.1f} s")
     return status

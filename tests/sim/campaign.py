@@ -3,9 +3,11 @@
 import random
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
+from tests.crash.walk import Count
 from tests.sim.life import NAMED, Tally, Trouble, Violation, World
+from tests.sim.walk import visit
 
 
 def world_of(seed: int, sorts: Sequence[str]) -> World:
@@ -23,35 +25,51 @@ def world_of(seed: int, sorts: Sequence[str]) -> World:
     )
 
 
-def run(
-    first: int, histories: int, sorts: Sequence[str] | None, *, twice: bool = False, until_found: bool = False
-) -> int:
-    """Run them -> 0, or 1 if one of them broke a promise, which is printed with its seed; *twice*: and differed."""
-    total = Tally()
+@dataclass(frozen=True)
+class Plan:
+    """What is run."""
+
+    first: int
+    histories: int
+    sorts: Sequence[str]
+    twice: bool = False  # and compared
+    states: int = 0  # of deaths in last lives, to be visited
+    until_found: bool = False
+
+
+def run(plan: Plan) -> int:
+    """Run the histories -> 0, or 1 if one of them broke a promise; that is printed with its seed."""
+    total, count = Tally(), Count()
     failed = 0
-    for seed in range(first, first + histories):
-        fault, digest = _run_one(seed, sorts or [*NAMED], total)
-        if twice and (fault, digest) != _run_one(seed, sorts or [*NAMED], Tally()):
-            fault = fault or "a second run of this seed is another history"
+    for seed in range(plan.first, plan.first + plan.histories):
+        world = world_of(seed, plan.sorts)
+        fault = _run_one(world, total, count if count.states < plan.states else None)
+        if plan.twice and not fault:
+            again = world_of(seed, plan.sorts)
+            if _run_one(again, Tally(), None) or again.digest != world.digest:
+                fault = "a second run of this seed is another history"
         if fault:
             failed += 1
-            print(f"seed {seed}: {fault}")
-            if until_found:
+            print(f"seed {seed}: {world.sort.name}, writethrough={world.writethrough}: {fault}", flush=True)
+            if plan.until_found:
                 break
     print(total)
+    if plan.states:
+        print(count)
     return 1 if failed else 0
 
 
-def _run_one(seed: int, sorts: Sequence[str], total: Tally) -> tuple[str, str]:
-    """What was wrong, and what tells the history from others."""
-    world = world_of(seed, sorts)
+def _run_one(world: World, total: Tally, count: Count | None) -> str:
+    """What was wrong."""
     fault = ""
     try:
         world.run()
+        if count is not None:
+            count.add(visit(world))
     except Violation as error:
-        fault = f"{world.sort.name}, writethrough={world.writethrough}: {error}"
+        fault = str(error)
     except Exception:
-        fault = f"{world.sort.name}: {traceback.format_exc()}"
+        fault = traceback.format_exc()
     for one in fields(Tally):
         setattr(total, one.name, getattr(total, one.name) + getattr(world.tally, one.name))
-    return fault, world.digest
+    return fault

@@ -148,15 +148,11 @@ class Guest:
         kernel = self.kernel
         queue.kick_fd, queue.call_fd, queue.err_fd = (kernel.eventfd() for _ in range(3))
         kernel.listeners[queue.call_fd] = lambda: self._harvest(queue)
-        kernel.listeners[queue.err_fd] = lambda: self._broken(index)
         worker.set_err(index, queue.err_fd)
         worker.set_kick(index, queue.kick_fd)
         worker.set_call(index, queue.call_fd)
         worker.start_queue(index, queue.layout(base=queue.base))
         worker.enable_queue(index)
-
-    def _broken(self, index: int) -> None:
-        raise Violation(f"queue {index} is broken")
 
     # the driver
 

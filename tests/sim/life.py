@@ -174,6 +174,7 @@ class World:
         self.tally.lives += 1
         self.first = len(self.kernel.journal)
         self.kernel.reset()
+        self.photo = None
         opens_at = self.random.randrange(1, 60) if not is_last and self.random.random() < 0.15 else None
         try:
             image = self._open(life, dies_at=opens_at)
@@ -247,7 +248,9 @@ class World:
         held: Any = HeldSimulation(image, self.files, self.sort.nsectors * 512)
         cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
         backend = ImageBackend(held, cache=cache, driver=SimulatedDriver)
-        worker = SimulatedWorker(block, backend.start, aio=Aio.IO_URING, host=self.kernel)
+        worker = SimulatedWorker(
+            block, backend.start, aio=Aio.IO_URING, host=self.kernel, on_queue_broken=self._tell_of_broken_queue
+        )
         worker.open()
         try:
             block.set_writethrough(self.writethrough)
@@ -307,6 +310,9 @@ class World:
                 self.kernel.state.calls + self.random.randrange(1, self.random.choice((60, 300, 1000, 2500, 2500))),
                 lambda: self._photograph(guest),
             )
+
+    def _tell_of_broken_queue(self, index: int, fault: str) -> None:
+        raise Violation(f"queue {index}: {fault}")
 
     def _tell_to_stop(self, control_fd: int) -> None:
         self._is_told_to_stop = True
