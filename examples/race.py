@@ -3,7 +3,6 @@
 No guest is between them and the load: an emulated one is busy with itself, and hides what the servers can do.
 """
 
-import os
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -55,7 +54,7 @@ class Race:
         return [self.ours] if self.theirs is None else [self.ours, self.theirs]
 
 
-def run_race(directory: Path, say: Callable[[str], None], *, seconds: float = SECONDS) -> Race:
+def run_race(directory: Path, say: Callable[[str], None], *, seconds: float) -> Race:
     """Load each server for *seconds* on a fresh image in *directory*. Raises: ServerFailure, LoadFailure, OSError."""
     arena = _Arena(directory)
     say(f"{seconds:g} s without a guest: {OURS}")
@@ -82,7 +81,6 @@ class _Arena:
     ) -> Measurement:
         image = self._kitchen.path("race")
         self._kitchen.make(IMAGE, "race")
-        os.sync()  # what was written before is no part of this run
         start: Command = partial(command, Service(image, CacheMode.WRITETHROUGH))
         try:
             return measure(start, job, warm_up=0, seconds=seconds, end=end)

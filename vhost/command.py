@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Serve, or do what else *arguments* say. Imports come late: asking for the capabilities must cost nothing."""
-    if arguments == ["--version"]:
+    if "--version" in arguments:
         import qcow2
 
         print(f"{PROGRAM} version {qcow2.__version__}")

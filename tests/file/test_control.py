@@ -341,7 +341,9 @@ def test_ctl_dies_of_a_signal_without_a_word(control: Path, number: signal.Signa
     assert program.returncode == -number
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["--print-capabilities"], ["ctl", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--stats", "--version"], ["--help"], ["--print-capabilities"], ["ctl", "--help"]]
+)
 def test_full_standard_output_is_said_on_one_line(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([DAEMON, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
