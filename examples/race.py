@@ -159,10 +159,11 @@ def drawn(race: Race) -> str:
     most = max(run.measured.iops for run in race.runs)
     rows = [
         f'<text x="10" y="{62 + 40 * row}">{run.name}</text>'
-        f'<rect x="170" y="{45 + 40 * row}" width="{400 * run.measured.iops / most:.0f}" height="26" fill="{color}"/>'
-        f'<text x="{178 + 400 * run.measured.iops / most:.0f}" y="{62 + 40 * row}">{run.measured.iops:,.0f}</text>'
+        f'<rect x="185" y="{45 + 40 * row}" width="{400 * run.measured.iops / most:.0f}" height="26" fill="{color}"/>'
+        f'<text x="{193 + 400 * run.measured.iops / most:.0f}" y="{62 + 40 * row}">{run.measured.iops:,.0f}</text>'
         for row, (run, color) in enumerate(zip(race.runs, ("#1f77b4", "#7f7f7f"), strict=False))
     ]
-    head = '<svg xmlns="http://www.w3.org/2000/svg" width="660" height="130" font-family="sans-serif" font-size="14">'
+    font = 'font-family="sans-serif" font-size="14"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="130" style="background: white" {font}>'
     title = f'<text x="10" y="24">Writes a second: {escape(TITLE)}</text>'
     return "\n".join([head, title, *rows, "</svg>", ""])
