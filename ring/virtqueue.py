@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 QUEUES_MAX = 256  # a vring index is 8 bits on the vhost-user wire
-SIZE_MAX = 32768
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLayout:
     """Where a virtqueue lies, in the front-end's user addresses, and where the device goes on reading."""
 
-    size: int  # entries up to SIZE_MAX; of a split ring, a power of two
+    size: int  # entries up to 32768; of a split ring, a power of two
     descriptor_address: int
     driver_address: int  # the available ring; packed: the driver's event suppression
     device_address: int  # the used ring; packed: ours

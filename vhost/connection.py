@@ -1,5 +1,6 @@
 """One front-end's visit: a session's effects performed on a worker, until the front-end leaves or must go."""
 
+import errno
 import logging
 import os
 import select
@@ -157,7 +158,7 @@ class Connection:
             case effect.LetGoOfBackend():
                 self._device.let_go()
             case effect.StartQueue():
-                self._start_queue(wanted)
+                return self._start_queue(wanted)
             case effect.StopQueue(index):
                 return self._worker.wait(self._worker.call(lambda: self._drain(index)))
             case effect.EnableQueue(index, enabled):
@@ -232,16 +233,24 @@ class Connection:
             self._note.close()
         self._note = note
 
-    def _start_queue(self, ring: effect.StartQueue) -> None:
+    def _start_queue(self, ring: effect.StartQueue) -> bool:
         layout = QueueLayout(
             ring.size, ring.descriptor, ring.available, ring.used, ring.base, ring.event_idx, ring.packed
         )
-        if not self._worker.call(lambda: self._worker.start_queue(ring.index, layout)):
+        try:
+            is_tracked = self._worker.call(lambda: self._worker.start_queue(ring.index, layout))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EFAULT):
+                raise
+            log.warning("queue %d is not started: %s", ring.index, _no_ring(error.errno, layout))
+            return False
+        if not is_tracked:
             log.warning(
                 "queue %d has %d entries, more than the in-flight region has room for: served without",
                 ring.index,
                 ring.size,
             )
+        return True
 
     def _flush(self) -> None:
         outcome: Future[int] = Future()
@@ -283,6 +292,13 @@ class Connection:
         self._worker.log_buffers(False)
         self._worker.set_memory([])
         self._worker.set_inflight(None)
+
+
+def _no_ring(number: int, at: QueueLayout) -> str:
+    """What is wrong with a ring that the worker finds to be none."""
+    what = "outside guest memory" if number == errno.EFAULT else "not of a ring's size, alignment and base"
+    places = f"{at.descriptor_address:#x}, {at.driver_address:#x} and {at.device_address:#x}"
+    return f"{at.size} entries at {places} from {at.base:#x} are {what}"
 
 
 def _mappable(region: Region, fds: Fds) -> MemoryRegion:

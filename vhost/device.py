@@ -11,7 +11,6 @@ from types import TracebackType
 
 from ring.aio import Aio
 from ring.memory import REGIONS_MAX
-from ring.virtqueue import SIZE_MAX
 from ring.worker import Worker
 from vhost.session import Offer, Session
 from virtio.block import Backend, Unavailable
@@ -209,7 +208,7 @@ class Device:
         geometry = self.backend.geometry
         config = block_config(geometry, num_queues=self._num_queues, wce=self._writeback)
         features = offered_features(read_only=geometry.read_only)
-        return Offer(features, self._num_queues, SIZE_MAX, REGIONS_MAX, config.pack())
+        return Offer(features, self._num_queues, REGIONS_MAX, config.pack())
 
 
 def _native_block(backend: Backend) -> NativeBlock:

@@ -128,7 +128,10 @@ class LetGoOfBackend:
 
 @dataclass(frozen=True, slots=True)
 class StartQueue:
-    """Serve the ring from *base*, as SET_VRING_BASE says it. Addresses are the front-end's own."""
+    """Serve the ring from *base*, as SET_VRING_BASE says it -> whether it is a ring. Addresses are the front-end's own.
+
+    If it is none, its err fd was signalled.
+    """
 
     index: int
     size: int

@@ -65,7 +65,6 @@ class Offer:
 
     features: int
     num_queues: int
-    max_queue_size: int
     max_regions: int
     config: bytes  # the configuration space; its wce byte is the configured mode
 
@@ -80,7 +79,7 @@ class Session:
         self.protocol_features = 0
         self.status = 0
         self.regions: list[Region] = []
-        self.vrings = Vrings(offer.num_queues, offer.max_queue_size)
+        self.vrings = Vrings(offer.num_queues)
         self._has_backend_channel = False
         self._told_config = b""  # what the front-end has read, or was told to read
         self._tracks_inflight = False

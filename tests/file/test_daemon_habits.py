@@ -7,6 +7,7 @@ import select
 import signal
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,16 @@ from tests.frontend import (
     GET_ID,
     IN,
     OK,
+    QUEUE_SIZE,
     SET_CONFIG,
+    SET_VRING_ADDR,
+    SET_VRING_BASE,
     SET_VRING_CALL,
+    SET_VRING_ENABLE,
     SET_VRING_KICK,
+    SET_VRING_NUM,
+    USER_ADDRESS,
+    ZONE,
     FrontEnd,
     Queue,
 )
@@ -28,6 +36,7 @@ from tests.packedqueue import PackedQueue
 from tests.program import Daemon
 
 NO_FD = 0x100
+SET_VRING_ERR = 14
 FLUSH_OUT = 5  # virtio 0.9.5
 
 
@@ -114,3 +123,63 @@ def test_call_that_was_made_to_block_and_is_full_stalls_no_ring(image: Path) -> 
         guest.queues[1].submit(IN, 0, nbytes=512)
         guest.write(0, b"1" * 512)
         daemon.stop(signal.SIGTERM)
+
+
+RING = USER_ADDRESS + 0x10000  # of guest memory, where nothing else is
+NO_RINGS = {
+    "no entry": (0, 0, RING, RING, RING),
+    "no power of two": (3, 0, RING, RING, RING),
+    "too many entries": (65536, 0, RING, RING, RING),
+    "2^31 entries": (1 << 31, 0, RING, RING, RING),
+    "descriptors not aligned": (QUEUE_SIZE, 0, RING + 8, RING, RING),
+    "available ring not aligned": (QUEUE_SIZE, 0, RING, RING, RING + 1),
+    "used ring not aligned": (QUEUE_SIZE, 0, RING, RING + 2, RING),
+    "outside memory": (QUEUE_SIZE, 0, 16, 16, 16),
+    "over the end of memory": (QUEUE_SIZE, 0, USER_ADDRESS + 2 * ZONE - 16, RING, RING),
+    "over the end of addresses": (QUEUE_SIZE, 0, (1 << 64) - 16, RING, RING),
+    "a base of 17 bits": (QUEUE_SIZE, 1 << 16, RING, RING, RING),
+}
+
+
+@pytest.mark.parametrize("said", NO_RINGS.values(), ids=NO_RINGS)
+def test_what_cannot_be_a_ring_costs_that_ring_alone(
+    two_queues: tuple[Daemon, FrontEnd], said: tuple[int, int, int, int, int]
+) -> None:
+    """A guest chooses the size and the place of each ring; QEMU hands them on as they are."""
+    _, guest = two_queues
+    size, base, descriptors, used, available = said
+    err = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        before = guest.stop_queue(1)
+        guest.tell(SET_VRING_NUM, struct.pack("<II", 1, size))
+        guest.tell(SET_VRING_BASE, struct.pack("<II", 1, base))
+        guest.tell(SET_VRING_ADDR, struct.pack("<IIQQQQ", 1, 0, descriptors, used, available, 0))
+        guest.tell(SET_VRING_ERR, struct.pack("<Q", 1), fds=(err,))
+        guest.tell(SET_VRING_KICK, struct.pack("<Q", 1), fds=(guest.queues[1].kick,))
+        assert os.eventfd_read(err) > 0
+        guest.tell(SET_VRING_ENABLE, struct.pack("<II", 1, 1))
+        guest.write(0, b"beside" * 512)
+        assert guest.stop_queue(1) == base
+        guest.start_queue(before, index=1)
+        do_on(guest, 1)
+    finally:
+        os.close(err)
+
+
+def do_on(guest: FrontEnd, index: int) -> None:
+    """A request on that queue, to its completion."""
+    queue = guest.queues[index]
+    queue.submit(IN, 0, nbytes=512)
+    while not (done := list(queue.reap())):
+        guest.wait_for_call()
+    assert [one.status for one in done] == [OK]
+
+
+@pytest.fixture(scope="module")
+def two_queues(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, FrontEnd]]:
+    """One front-end on one connection, which every ring that is none leaves as it is."""
+    path = build(Recipe(size=1 << 20), tmp_path_factory.mktemp("rings") / "a").path
+    with Daemon(path) as daemon, FrontEnd(daemon.socket_path, queues=2) as guest:
+        yield daemon, guest
+        guest.socket.close()
+        daemon.stop()

@@ -108,10 +108,8 @@ class Backend:
         match wanted:
             case effect.StartQueue():
                 assert wanted.index not in self.running
-                assert 0 < wanted.size <= 1024
-                assert wanted.size & (wanted.size - 1) == 0
-                assert wanted.descriptor % 16 == wanted.available % 2 == wanted.used % 4 == 0
-                assert 0 <= wanted.base < 1 << 32
+                assert wanted.size < 1 << 32
+                assert wanted.base < 1 << 32
                 self.running.add(wanted.index)
             case effect.StopQueue(index):
                 self.running.discard(index)
