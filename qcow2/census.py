@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from qcow2 import layout
 from qcow2.bitmap import Bitmap, bitmap_directory, read_bitmaps
-from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 from qcow2.header import Header
 from qcow2.layout import ENTRY_SIZE, CompressedMasks, HeaderRecord
 from qcow2.operation import File, Read, Size
@@ -29,10 +29,11 @@ class Census:
     tally: Tally
     report: Report
     blocks: "array[int]" = field(default_factory=lambda: array("Q"))  # host offset of each sound refcount block, else 0
-    old_blocks: "array[int]" = field(
+    old_structure: "array[int]" = field(
         default_factory=lambda: array("Q")
-    )  # host offset of each one counted, sound or not
+    )  # the clusters counted for the refcount table and for each block, sound or not
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
+    is_l1_cut_off: bool = False  # by a cluster or more: what it referred to is not known
 
     @property
     def record(self) -> HeaderRecord:
@@ -63,11 +64,11 @@ class Census:
         if not nbytes:
             return True
         if host_offset % self.cluster_size:
-            self.report.corruption(f"{what} at {host_offset:#x} is not aligned to a cluster")
+            self.report.loss(f"{what} at {host_offset:#x} is not aligned to a cluster")
             return False
         first, last = self.cluster_of(host_offset), self.cluster_of(host_offset + nbytes - 1)
         if last >= self.file_clusters:
-            self.report.corruption(f"{what} at {host_offset:#x} ends past the end of the file at {self.file_size:#x}")
+            self.report.loss(f"{what} at {host_offset:#x} ends past the end of the file at {self.file_size:#x}")
         if last >= self.tally.nclusters:
             return False
         self.tally.add(first, last - first + 1, role, weight)
@@ -94,7 +95,11 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     Memory: 20 KiB for each 4096 host clusters in use, and one table at a time.
     Raises: UnsupportedImage, CorruptImage if something cannot be found or would take forever.
     """
-    census = _begin(file, header, max(await Size(file), header.record.l1_end), report)
+    file_size, l1_end = await Size(file), header.record.l1_end
+    census = _begin(file, header, max(file_size, l1_end), report)
+    census.is_l1_cut_off = l1_end - file_size >= census.cluster_size
+    if census.is_l1_cut_off:
+        report.loss(f"L1 table ends at {l1_end:#x}, past the end of the file at {file_size:#x}")
     census.add("header", 0, census.cluster_size, Role.SINGLE)
     record = header.record
     await _count_l1(census, "L1 table", record.l1_table_offset, record.l1_size, Role.L2 | Role.ACTIVE)
@@ -146,15 +151,21 @@ async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, 
 async def _count_snapshots(census: Census) -> None:
     """Count the snapshot table and each snapshot's L1; one L1 table that several snapshots name is walked once."""
     record = census.record
-    table = await read_snapshots(census.file, census.header)
+    try:
+        table = await read_snapshots(census.file, census.header)
+    except ImageError as problem:
+        census.report.error(f"the snapshot table cannot be read: {problem}")
+        return
     census.add("snapshot table", record.snapshots_offset, table.nbytes, Role.SINGLE)
     shared: dict[tuple[int, int], int] = {}
     for snapshot in table.snapshots:
+        if snapshot.disk_size and not snapshot.record.l1_size:
+            census.report.loss(f"snapshot {snapshot.id!r} ({snapshot.name!r}) has no L1 table")
         key = snapshot.record.l1_table_offset, snapshot.record.l1_size
         shared[key] = shared.get(key, 0) + 1
     for (host_offset, nentries), weight in shared.items():
         if not _is_countable_l1(census, host_offset, nentries * ENTRY_SIZE):
-            census.report.error(f"snapshot L1 table of {nentries} entries at {host_offset:#x} cannot lie there")
+            census.report.loss(f"snapshot L1 table of {nentries} entries at {host_offset:#x} cannot lie there")
         else:
             await _count_l1(census, f"snapshot L1 table at {host_offset:#x}", host_offset, nentries, Role.L2, weight)
 
@@ -166,14 +177,21 @@ def _is_countable_l1(census: Census, host_offset: int, nbytes: int) -> bool:
 
 
 async def _count_bitmaps(census: Census) -> None:
-    directory = bitmap_directory(census.file, census.header)
-    if directory is None or not directory.directory_size:
+    try:
+        directory = bitmap_directory(census.file, census.header)
+        if directory is None or not directory.directory_size:
+            return
+        offset, nbytes = directory.directory_offset, directory.directory_size
+        if offset + nbytes > census.file_size:
+            raise CorruptImage(census.file.path, 0, f"bitmap directory at {offset:#x} leaves the file")
+        if not census.add("bitmap directory", offset, nbytes, Role.SINGLE):
+            return
+        bitmaps = await read_bitmaps(census.file, directory)
+    except CorruptImage as problem:
+        census.report.error(f"the bitmaps cannot be read: {problem}")
         return
-    if directory.directory_offset + directory.directory_size > census.file_size:
-        raise CorruptImage(census.file.path, 0, f"bitmap directory at {directory.directory_offset:#x} leaves the file")
-    if census.add("bitmap directory", directory.directory_offset, directory.directory_size, Role.SINGLE):
-        for bitmap in await read_bitmaps(census.file, directory):
-            await _count_bitmap(census, bitmap)
+    for bitmap in bitmaps:
+        await _count_bitmap(census, bitmap)
 
 
 async def _count_bitmap(census: Census, bitmap: Bitmap) -> None:
@@ -193,13 +211,14 @@ async def _count_bitmap(census: Census, bitmap: Bitmap) -> None:
 
 
 async def _count_refcount_structure(census: Census) -> None:
-    """Count the refcount table and its blocks."""
+    """Count the refcount table and its blocks, as far as they are inside the file: they are no loss."""
     record = census.record
     offset, nbytes = record.refcount_table_offset, record.refcount_table_clusters << record.cluster_bits
-    if not nbytes or not offset or not census.add("refcount table", offset, nbytes, Role.SINGLE):
-        if not nbytes or not offset:
-            census.report.corruption("there is no refcount table")
+    if not nbytes or not offset:
+        census.report.corruption("there is no refcount table")
         census.must_rebuild = True
+        return
+    if not _count_structure(census, "refcount table", offset, nbytes):
         return
     if offset + nbytes > census.file_size > offset + nbytes - census.cluster_size:
         census.report.corruption(f"refcount table at {offset:#x} is cut off by the end of the file")
@@ -207,8 +226,24 @@ async def _count_refcount_structure(census: Census) -> None:
     entries = array("Q")
     async for entry in census.entries(offset, nbytes // ENTRY_SIZE):
         entries.append(_count_block(census, len(entries), entry) if entry else 0)
-    census.old_blocks = array("Q", filter(None, entries))
     census.blocks = entries
+
+
+def _count_structure(census: Census, what: str, host_offset: int, nbytes: int) -> bool:
+    """Count a part of the refcount structure; false, after a finding, if it cannot lie there and must be rebuilt."""
+    problem = None
+    if host_offset % census.cluster_size:
+        problem = "is not aligned to a cluster"
+    elif host_offset + nbytes - census.cluster_size >= census.file_size:
+        problem = f"ends past the end of the file at {census.file_size:#x}"
+    if problem is not None:
+        census.report.corruption(f"{what} at {host_offset:#x} {problem}")
+        census.must_rebuild = True
+        return False
+    first, n = census.cluster_of(host_offset), nbytes >> census.record.cluster_bits
+    census.tally.add(first, n, Role.SINGLE)
+    census.old_structure.extend(range(first, first + n))
+    return True
 
 
 def _count_block(census: Census, index: int, entry: int) -> int:
@@ -217,10 +252,11 @@ def _count_block(census: Census, index: int, entry: int) -> int:
         census.report.corruption(f"refcount table entry {index} has reserved bits set: {entry:#018x}")
         census.must_rebuild = True
     offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
-    if not offset or not census.add(f"refcount block {index}", offset, census.cluster_size, Role.SINGLE):
+    if not offset:
         census.must_rebuild = True
         return 0
-    return offset
+    is_there = _count_structure(census, f"refcount block {index}", offset, census.cluster_size)
+    return offset if is_there else 0
 
 
 async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
@@ -245,7 +281,7 @@ def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
             report.corruption(f"{where}: compressed cluster at {offset:#x} has the copied flag set")
         end = (offset & ~511) + ((entry >> masks.sectors_shift & masks.sectors_mask) + 1) * 512
         if census.cluster_of(end - 1) >= census.file_clusters:
-            report.corruption(f"{where}: compressed data at {offset:#x} ends past the end of the file")
+            report.loss(f"{where}: compressed data at {offset:#x} ends past the end of the file")
         return
     offset = entry & layout.OFFSET_MASK
     if entry & layout.L2_RESERVED:
@@ -253,11 +289,9 @@ def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
     if census.record.version < 3 and entry & layout.L2_ZERO:
         report.corruption(f"{where} has the zero flag set, which version 2 does not have")
     if offset % census.cluster_size:
-        report.corruption(f"{where}: data cluster at {offset:#x} is not aligned")
+        report.loss(f"{where}: data cluster at {offset:#x} is not aligned")
     elif offset and census.cluster_of(offset) >= census.file_clusters:
-        report.corruption(
-            f"{where}: data cluster at {offset:#x} lies past the end of the file at {census.file_size:#x}"
-        )
+        report.loss(f"{where}: data cluster at {offset:#x} lies past the end of the file at {census.file_size:#x}")
 
 
 def _judge_refcount_structure(census: Census) -> None:
@@ -269,6 +303,6 @@ def _judge_refcount_structure(census: Census) -> None:
             census.must_rebuild = True
             census.blocks[index] = 0
     first = census.cluster_of(census.record.refcount_table_offset)
-    clusters = range(first, first + census.record.refcount_table_clusters)
+    clusters = range(first, min(first + census.record.refcount_table_clusters, census.tally.nclusters))
     if any(census.tally.count(cluster) != 1 for cluster in clusters):
         census.must_rebuild = True

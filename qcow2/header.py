@@ -92,7 +92,7 @@ class Header:
 async def read_header(file: File, *, trust_refcounts: bool = True) -> Header:
     """Read and validate the header of *file*; tables it points at are inside the file, aligned and within limits.
 
-    Without *trust_refcounts* the refcount table may lie anywhere: the caller counts references itself.
+    Without *trust_refcounts* the refcount and the snapshot table may lie anywhere: the caller counts references itself.
 
     Raises: UnsupportedImage naming the field or feature; CorruptImage with the place of the contradiction.
     """

@@ -64,7 +64,8 @@ def _crypt_name(method: int) -> str:
 def validate_tables(file: File, record: HeaderRecord, file_size: int, *, trust_refcounts: bool) -> None:
     """Refuse tables that are too long, too short for the disk, unaligned or not inside the file."""
     _validate_l1(file, record, file_size)
-    _validate_snapshots(file, record, file_size)
+    if trust_refcounts:
+        validate_snapshots(file, record, file_size)
     _validate_refcounts(file, record, file_size if trust_refcounts else None)
 
 
@@ -120,7 +121,8 @@ def _validate_table(
         raise CorruptImage(file.path, field_offset, message)
 
 
-def _validate_snapshots(file: File, record: HeaderRecord, file_size: int) -> None:
+def validate_snapshots(file: File, record: HeaderRecord, file_size: int) -> None:
+    """Refuse a snapshot table that cannot be where the header says, and too many snapshots."""
     if record.nb_snapshots > layout.MAX_SNAPSHOTS:
         raise UnsupportedImage(file.path, f"nb_snapshots {record.nb_snapshots}, limit {layout.MAX_SNAPSHOTS}")
     if record.nb_snapshots:

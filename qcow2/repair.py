@@ -37,18 +37,22 @@ async def repair(
     """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
 
     The dirty and the corrupt bit are cleared, stable on return, if no corruption is left.
-    Data is not touched. Nothing is written if something cannot be checked, or lies past the end of the file: it is
-    gone, and zeros in its place would pass for it.
+    Data is not touched. Nothing is written if something lies past the end of the file: it is gone, and zeros in its
+    place would pass for it. While references cannot be followed, what seems to leak may be theirs: counts that are too
+    low are raised, none is lowered, and the structure of an image with snapshots is not rebuilt.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     before = await judge(file, Report(say), progress)
-    if before.report.check_errors or _is_cut_off(before.census):
+    if _is_cut_off(before.census) or not _is_judged(before.census, mode):
         return before.report
     # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
     if mode is RepairMode.LEAKS:
-        await _lower_refcounts(before)
+        await _adjust_refcounts(before, lower=True)
         await _correct_copied(before.census)
+    elif before.report.is_dark and not before.census.must_rebuild:
+        await _adjust_refcounts(before, lower=False)
+        await _correct_copied((await judge(file, Report())).census, counted=False)
     else:
         await _repair_all(before)
     after = (await judge(file, Report())).report
@@ -70,10 +74,20 @@ async def _repair_all(verdict: Verdict) -> None:
 
 def _is_cut_off(census: Census) -> bool:
     """Whether the image refers to clusters that the file does not have."""
-    return int(census.tally.end(census.tally.nclusters)) > census.file_clusters
+    return census.is_l1_cut_off or int(census.tally.end(census.tally.nclusters)) > census.file_clusters
 
 
-async def _lower_refcounts(verdict: Verdict) -> None:
+def _is_judged(census: Census, mode: RepairMode) -> bool:
+    """Whether enough is known for this repair: none of leaks in the dark, nor a new structure that frees snapshots."""
+    if not census.report.is_dark:
+        return True
+    if mode is RepairMode.LEAKS:
+        return False
+    return not (census.must_rebuild and (census.record.nb_snapshots or census.report.check_errors))
+
+
+async def _adjust_refcounts(verdict: Verdict, *, lower: bool) -> None:
+    """Lower the refcounts that are too high, or else raise those that are too low."""
     census = verdict.census
     order = census.record.refcount_order
     for index in verdict.wrong_blocks:
@@ -83,8 +97,8 @@ async def _lower_refcounts(verdict: Verdict) -> None:
         new = bytearray(old)
         first = index * census.per_block
         for cluster in census.tally.differing(old, order, first, census.per_block):
-            counted = census.tally.count(cluster)
-            if stored_refcount(old, order, cluster - first) > counted:
+            counted = min(census.tally.count(cluster), (1 << (1 << order)) - 1)
+            if (stored_refcount(old, order, cluster - first) > counted) is lower:
                 set_refcount(new, order, cluster - first, counted)
         await _write_difference(census.file, census.blocks[index], old, new)
     await Sync(census.file)
@@ -109,8 +123,11 @@ async def _write_difference(file: File, host_offset: int, old: bytes, new: bytes
         await Write(file, host_offset + start, bytes(new[start:stop]))
 
 
-async def _correct_copied(census: Census) -> None:
-    async for found in miscopied(census, counted=True):
+async def _correct_copied(census: Census, *, counted: bool = True) -> None:
+    """Put the flags right, but for those in clusters that guest data or another table claims: they may be no flags."""
+    async for found in miscopied(census, counted=counted):
+        if not _is_table_alone(census, census.cluster_of(found.host_offset)):
+            continue
         new = bytearray(found.data)
         for index in found.indexes:
             (entry,) = struct.unpack_from(">Q", new, index * ENTRY_SIZE)
@@ -119,8 +136,17 @@ async def _correct_copied(census: Census) -> None:
     await Sync(census.file)
 
 
+def _is_table_alone(census: Census, cluster: int) -> bool:
+    """Whether *cluster* holds L2 tables only, or else one piece of another table."""
+    if census.tally.has(cluster, Role.L2):
+        return not census.tally.has(cluster, Role.SINGLE | Role.DATA)
+    return not census.tally.has(cluster, Role.DATA) and census.tally.count(cluster) == 1
+
+
 async def _rebuild(census: Census) -> Header:
     """Write a whole new refcount structure to free clusters, then let the header point at it."""
+    if census.report.is_dark:
+        _hold_unreferenced(census)
     start, table_clusters, indexes = _place(census)
     _forget_old_structure(census)
     bits = census.record.cluster_bits
@@ -137,6 +163,17 @@ async def _rebuild(census: Census) -> Header:
     await Sync(census.file)
     record = replace(census.record, refcount_table_offset=start << bits, refcount_table_clusters=table_clusters)
     return replace(census.header, record=record)
+
+
+def _hold_unreferenced(census: Census) -> None:
+    """Count each cluster of the file that nothing refers to: it may hold what cannot be found."""
+    cluster = 0
+    while cluster < census.file_clusters:
+        used = census.tally.next(cluster)
+        stop = census.file_clusters if used is None else min(used, census.file_clusters)
+        if stop > cluster:
+            census.tally.add(cluster, stop - cluster, Role.DATA)
+        cluster = stop + 1
 
 
 def _place(census: Census) -> tuple[int, int, list[int]]:
@@ -163,10 +200,5 @@ def _place(census: Census) -> tuple[int, int, list[int]]:
 
 def _forget_old_structure(census: Census) -> None:
     """Take the references of the old table and its blocks back: they are free once the header has changed."""
-    record = census.record
-    if record.refcount_table_offset and record.refcount_table_offset % census.cluster_size == 0:
-        first = census.cluster_of(record.refcount_table_offset)
-        if first + record.refcount_table_clusters <= census.tally.nclusters:
-            census.tally.add(first, record.refcount_table_clusters, Role(0), -1)
-    for offset in census.old_blocks:
-        census.tally.add(census.cluster_of(offset), 1, Role(0), -1)
+    for cluster in census.old_structure:
+        census.tally.add(cluster, 1, Role(0), -1)

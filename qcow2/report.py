@@ -19,11 +19,17 @@ class Report:
     allocated_clusters: int = 0
     fragmented_clusters: int = 0
     compressed_clusters: int = 0
+    is_dark: bool = False  # references cannot be followed: what seems to be free may be in use
 
     def corruption(self, text: str) -> None:
         """The image contradicts itself."""
         self.corruptions += 1
         self._tell(f"ERROR {text}")
+
+    def loss(self, text: str) -> None:
+        """The image contradicts itself where it refers to something, which is not found, then."""
+        self.is_dark = True
+        self.corruption(text)
 
     def leak(self, text: str) -> None:
         """Space is lost, nothing else."""
@@ -31,7 +37,8 @@ class Report:
         self._tell(f"Leaked {text}")
 
     def error(self, text: str) -> None:
-        """Something cannot be checked, so nothing can be repaired either."""
+        """Something cannot be checked, and so cannot what it refers to."""
+        self.is_dark = True
         self.check_errors += 1
         self._tell(f"ERROR {text}")
 

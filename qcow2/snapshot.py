@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from qcow2 import layout
+from qcow2 import layout, refusal
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.header import Header
 from qcow2.layout import SNAPSHOT_EXTRA, SnapshotRecord
@@ -87,12 +87,13 @@ def find_snapshot(path: str, table: SnapshotTable, wanted: str, *, by_id: bool =
 
 
 async def read_snapshots(file: File, header: Header) -> SnapshotTable:
-    """Read the snapshot table that a validated *header* points at.
+    """Read the snapshot table that *header* points at.
 
-    Raises: CorruptImage if it leaves the file; UnsupportedImage beyond the limits.
+    Raises: CorruptImage if it cannot lie there or leaves the file; UnsupportedImage beyond the limits.
     """
     start = end = header.record.snapshots_offset
     file_size = await Size(file)
+    refusal.validate_snapshots(file, header.record, file_size)
     found = []
     for index in range(header.record.nb_snapshots):
         snapshot, end = await _read_snapshot(file, header, end + -end % 8, index)

@@ -11,6 +11,7 @@ from qcow2.report import Report
 from qcow2.tool.file import add_log_options, opened, print_json, recovered
 
 MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
+IN_THE_DARK = "not all references can be found: clusters that seem to leak may be in use, and are kept by a repair"
 NO_CHECK = 63  # qemu-img's status for a format that has none
 
 
@@ -41,10 +42,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         print_json(_facts(report, arguments.filename))
     elif not arguments.quiet:
         print("\n".join(_lines(report)))
-    if report.check_errors:
-        print(
-            f"qcow2: {arguments.filename}: parts of the image cannot be checked, nothing is repaired", file=sys.stderr
-        )
+    if report.is_dark:
+        print(f"qcow2: {arguments.filename}: {IN_THE_DARK}", file=sys.stderr)
     return _status(report)
 
 

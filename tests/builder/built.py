@@ -54,16 +54,29 @@ class Built:
     def set_refcount(self, host_offset: int, count: int) -> None:
         """Store *count* for the cluster at *host_offset*, true or not."""
         order = self.recipe.refcount_order
-        index = host_offset // self.recipe.cluster_size
-        block, entry = divmod(index, (self.recipe.cluster_size * 8) >> order)
-        bit = entry << order
-        start = self.refcount_block_offsets[block] + bit // 8
+        start, bit = self._refcount_place(host_offset)
         if order >= 3:
             self.poke(start, count.to_bytes(1 << order - 3, "big"))
         else:
             mask = (1 << (1 << order)) - 1
             byte = self.peek(start, 1)[0]
             self.poke(start, bytes([byte & ~(mask << bit % 8) | count << bit % 8]))
+
+    def refcount(self, host_offset: int) -> int:
+        """What the block says of the cluster at *host_offset*."""
+        order = self.recipe.refcount_order
+        start, bit = self._refcount_place(host_offset)
+        if order >= 3:
+            return int.from_bytes(self.peek(start, 1 << order - 3), "big")
+        return self.peek(start, 1)[0] >> bit % 8 & (1 << (1 << order)) - 1
+
+    def _refcount_place(self, host_offset: int) -> tuple[int, int]:
+        """Host offset of the byte, and the bit in its block, where the count of a cluster begins."""
+        order = self.recipe.refcount_order
+        index = host_offset // self.recipe.cluster_size
+        block, entry = divmod(index, (self.recipe.cluster_size * 8) >> order)
+        bit = entry << order
+        return self.refcount_block_offsets[block] + bit // 8, bit
 
     def truncate(self, nbytes: int) -> None:
         with self.path.open("r+b") as file:

@@ -9,7 +9,7 @@ import pytest
 import qcow2
 from tests.builder import Recipe, build
 from tests.builder.record import BITMAPS, CORRUPT, DIRTY
-from tests.file.test_check import DAMAGES, OFFSET, recipe
+from tests.file.test_check import COPIED, DAMAGES, OFFSET, recipe
 from tests.oracle import assert_clean, assert_same_disk, qemu_check, read_header
 from tests.program import qcow2_tool, qcow2_tool_ok
 
@@ -121,15 +121,90 @@ def test_known_bitmaps_survive_and_unknown_promises_do_not(tmp_path: Path) -> No
     assert_clean(tmp_path / "a")
 
 
-def test_a_snapshot_table_in_the_dark_forbids_repair(tmp_path: Path) -> None:
-    """References that cannot be counted must not be taken for none."""
+SNAPSHOT_DAMAGES = {
+    "L1 table elsewhere": (0, struct.pack(">Q", 1 << 50)),
+    "L1 table not aligned": (0, struct.pack(">Q", 0x12345)),
+    "too much extra data": (36, struct.pack(">I", 1 << 31)),
+    "zeroed": (0, bytes(64)),
+}
+
+
+@pytest.mark.parametrize("kind", [*SNAPSHOT_DAMAGES, "table past the end"])
+def test_what_a_lost_snapshot_may_hold_is_kept(tmp_path: Path, kind: str) -> None:
+    """What the disk itself uses is put right; once the table is back so is the snapshot."""
     made = Recipe(size=1 << 20)
     made.data(0, b"data")
+    made.data(2, b"more data")
     made.snapshot("one")
     made.data(1, b"more")
     built = build(made, tmp_path / "a")
     snapshots = struct.unpack(">Q", built.peek(64, 8))[0]
-    built.poke(snapshots, struct.pack(">Q", 1 << 50))
+    offset, damage = (64, struct.pack(">Q", 1 << 40))
+    if kind in SNAPSHOT_DAMAGES:
+        offset, damage = SNAPSHOT_DAMAGES[kind]
+        offset += snapshots
+    old = built.peek(offset, len(damage))
+    built.set_l2(1, built.l2(1) & ~COPIED)
+    built.set_refcount(built.l2(1) & OFFSET, 0)
+    built.poke(offset, damage)
+    status = 1 if kind in ("too much extra data", "table past the end") else 2
+    for _ in range(2):
+        done = qcow2_tool("check", "-r", "all", tmp_path / "a")
+        assert done.returncode == status
+        assert "may be in use, and are kept" in done.stderr
+    assert qcow2_tool("check", "-r", "leaks", tmp_path / "a").returncode == status
+    built.poke(offset, old)
+    assert_clean(tmp_path / "a")
+    assert_same_disk(tmp_path / "a", made.contents())
+
+
+def test_what_a_lost_mapping_may_hold_is_kept(tmp_path: Path) -> None:
+    """Even where the refcounts are counted anew: the cluster is still there when the entry is."""
+    made = recipe()
+    built = build(made, tmp_path / "a")
+    old = built.l2(3)
+    built.set_l2(3, old + 512)
+    built.set_refcount_table(0, 0)
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 2
+    built.set_l2(3, old)
+    assert qcow2_tool("check", tmp_path / "a").returncode == 3  # clusters that nothing refers to are counted, too
+    qcow2_tool_ok("check", "-r", "all", tmp_path / "a")
+    assert_clean(tmp_path / "a")
+    assert_same_disk(tmp_path / "a", made.contents())
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 16])
+@pytest.mark.parametrize("kind", ["table", "block", "both"])
+def test_refcounts_alone_that_were_cut_off_are_counted_anew(tmp_path: Path, kind: str, cluster_bits: int) -> None:
+    made = recipe(cluster_bits=cluster_bits)
+    built = build(made, tmp_path / "a")
+    end = built.path.stat().st_size
+    if kind != "table":
+        built.set_refcount_table(0, end + built.recipe.cluster_size)
+    if kind != "block":
+        built.set_header(refcount_table_offset=end)
+    qcow2_tool_ok("check", "-r", "all", tmp_path / "a")
+    assert_clean(tmp_path / "a")
+    assert_same_disk(tmp_path / "a", made.contents())
+
+
+def test_an_l1_table_that_was_cut_off_is_not_called_sound(tmp_path: Path) -> None:
+    built = build(recipe(), tmp_path / "a")
+    built.set_header(l1_table_offset=built.path.stat().st_size + built.recipe.cluster_size)
     before = built.path.read_bytes()
-    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 1
+    assert qcow2_tool("check", tmp_path / "a").returncode == 2
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 2
     assert built.path.read_bytes() == before
+    assert qemu_check(tmp_path / "a")[0] == 2
+
+
+def test_a_count_beyond_its_field_is_as_high_as_it_can_be(tmp_path: Path) -> None:
+    """Else one that is raised while references are lost would wrap around to none."""
+    made = recipe(refcount_order=0)
+    built = build(made, tmp_path / "a")
+    built.set_l2(9, built.l2(9) + 512)
+    built.set_l2(3, built.l2(0))
+    built.set_l2(6, built.l2(0))
+    built.set_refcount(built.l2(0) & OFFSET, 0)
+    assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 2
+    assert built.refcount(built.l2(0) & OFFSET) == 1

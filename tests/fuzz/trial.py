@@ -85,7 +85,6 @@ def try_out(content: bytes) -> Outcome:
 
     Raises: Finding, or whatever else must not happen.
     """
-    attempt(lambda: _read_all(_open(SimulatedFile.parse("image", content), writable=False)))
     verdict = attempt(lambda: run(check(SimulatedFile.parse("image", content), say=_one_line)))
     file = SimulatedFile.parse("image", content)
     opened = attempt(lambda: _open(file, writable=True))
@@ -112,11 +111,13 @@ def _may_refuse_writer(content: bytes) -> bool:
 
 def _repair(content: bytes, verdict: Report | Exception) -> Outcome:
     file = SimulatedFile.parse("image", content)
+    before = _read_all(content)
     repaired = attempt(lambda: run(repair(file)))
-    if isinstance(verdict, Exception) or verdict.check_errors:
+    if isinstance(verdict, Exception):
         if file.content() != content:
             raise Finding(f"what cannot be checked was changed: {verdict}")
         return Outcome(verdict, repaired, None)
+    _require_kept(before, _read_all(file.content()))
     if not _is_sound(repaired):
         return Outcome(verdict, repaired, None)
     sound = file.content()
@@ -165,9 +166,23 @@ def _read(image: Image, offset: int, nbytes: int) -> bytes:
     return bytes(target)
 
 
-def _read_all(image: Image) -> None:
-    for place in _places(image.size):
-        attempt(lambda place=place: _read(image, place, min(PIECE, image.size - place)))
+def _read_all(content: bytes) -> dict[int, bytes]:
+    """What can be read of the disk in *content*, by its place."""
+    image = attempt(lambda: _open(SimulatedFile.parse("image", content), writable=False))
+    if not isinstance(image, Image):
+        return {}
+    places = _places(image.size)
+    found = {
+        place: attempt(lambda place=place: _read(image, place, min(PIECE, image.size - place))) for place in places
+    }
+    return {place: data for place, data in found.items() if isinstance(data, bytes)}
+
+
+def _require_kept(before: dict[int, bytes], after: dict[int, bytes]) -> None:
+    """A repair changes nothing of what could be read."""
+    for place, data in before.items():
+        if after.get(place) != data:
+            raise Finding(f"a repair changed what is read at {place:#x}")
 
 
 def _change(file: SimulatedFile, image: Image, *, must_work: bool) -> None:

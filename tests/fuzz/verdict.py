@@ -96,15 +96,15 @@ KINDS = (
     # We do not open, or do not check to the end, what QEMU counts as best it can.
     Kind(
         "a snapshot table that leaves the file or has entries beyond the limits: who its clusters belong to is unknown",
-        "refused",
-        "clean leaks corrupt error refused",
-        "snapshot",
-    ),
-    Kind(
-        "a snapshot's L1 table that leaves the file or lies over another: walking it could take forever, so no repair",
         "error",
         ANSWERED + " refused",
-        "snapshot L1 table of .* cannot lie there",
+        "the snapshot table cannot be read",
+    ),
+    Kind(
+        "a snapshot's L1 table that leaves the file, lies over another (walking it could take forever), or is nowhere",
+        "corrupt",
+        ANSWERED + " refused",
+        "snapshot L1 table of .* cannot lie there|has no L1 table",
     ),
     Kind("a bitmap's table, the same way", "error", ANSWERED + " refused", "table of bitmap .* cannot lie there"),
     Kind(
