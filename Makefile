@@ -69,6 +69,16 @@ fuzz: fuzz-packages $(VENV)/installed-fuzz
 crash: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 1000000)
 
+# SIMULATE: options, such as SIMULATE="--seed 5000 --histories 10000 --states 1000000"; a thousand histories without it.
+.PHONY: simulate
+simulate: $(VENV)/installed
+	$(BIN)/python -m tests.sim $(or $(SIMULATE),--histories 1000)
+
+# Every mutant of the C must be found.
+.PHONY: simulate-mutants
+simulate-mutants: $(VENV)/installed
+	MUTANTS=all $(BIN)/pytest -k broken tests/file/test_simulator.py
+
 # FAULTS: options, such as FAULTS="--faults 50000 --seed 5"; without it every operation of all sequences of two actions.
 .PHONY: faults
 faults: guest-packages $(VENV)/installed

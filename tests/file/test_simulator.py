@@ -1,18 +1,37 @@
 """The data plane that ships, and the engine, on a simulated kernel: nothing is lost, nobody waits for ever."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.sim.mutant import MUTANTS
+
 ROOT = Path(__file__).resolve().parent.parent.parent
+QUICK = ("refused_work_is_forgotten", "fetched_chain_is_not_noted", "cluster_is_handed_out_twice")
+SAMPLED = [one.name for one in MUTANTS if one.name in QUICK or "MUTANTS" in os.environ]
 
 
 def simulate(*options: str) -> subprocess.CompletedProcess[str]:
     """A simulation is a process of its own: its data plane is another than ours."""
     command = [sys.executable, "-m", "tests.sim", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def test_histories_of_many_lives_keep_every_promise_and_are_the_same_each_time() -> None:
-    done = simulate("--histories", "60", "--twice")
+    done = simulate("--histories", "40", "--twice")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_death_in_a_life_leaves_what_the_laws_allow() -> None:
+    done = simulate("--histories", "4", "--seed", "1", "--states", "2000")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_what_is_broken_in_c_is_found(name: str) -> None:
+    done = simulate("--mutant", name, "--histories", "600")
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr, done.stderr  # it was built

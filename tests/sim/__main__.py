@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
-    load([BY_NAME[options.mutant].edit] if options.mutant else [])
+    mutant = BY_NAME.get(options.mutant)
+    load([mutant.edit] if mutant else [])
     from tests.sim.campaign import Plan, run
     from tests.sim.life import NAMED
 
@@ -26,10 +27,10 @@ def main(arguments: list[str]) -> int:
         Plan(
             options.seed,
             options.histories,
-            options.sort or [*NAMED],
+            options.sort or (mutant and mutant.sorts) or [*NAMED],
             twice=options.twice,
             states=options.states,
-            until_found=options.mutant is not None,
+            until_found=mutant is not None,
         )
     )
     print(f"{time.monotonic() - began:.1f} s")

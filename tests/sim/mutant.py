@@ -14,6 +14,7 @@ class Mutant(NamedTuple):
     name: str
     law: str
     edit: Edit
+    sorts: tuple[str, ...] = ()  # of image, on which it is found sooner
 
 
 MUTANTS = [
@@ -68,6 +69,7 @@ MUTANTS = [
             "    result = worker_write_entry(worker, place->slot, place->mark_offset,",
             "    result = !worker ? 0 : 0 && worker_write_entry(worker, place->slot, place->mark_offset,",
         ),
+        ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "waiting_link_is_not_logged",
@@ -77,6 +79,7 @@ MUTANTS = [
             "    worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);",
             "    (void)worker;",
         ),
+        ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "short_transfer_is_all",
@@ -86,11 +89,6 @@ MUTANTS = [
             "        operation->progress += result;\n        submit(worker, number);\n    }\n}",
             "        operation->progress = operation->nbytes;\n        submit(worker, number);\n    }\n}",
         ),
-    ),
-    Mutant(
-        "rest_of_a_read_is_left",
-        "Law 3: past the end of the file are zeros",
-        Edit("ring/operation.c", "        gather_zero_rest(worker, operation);\n", ""),
     ),
     Mutant(
         "cancelled_work_is_done",
@@ -220,11 +218,13 @@ MUTANTS = [
         "old_content_is_left_out",
         "Law 3: a copy keeps what is around",
         Edit("qcow2/fresh.c", "    if (nbytes < old->nbytes) {", "    if (nbytes > old->nbytes) {"),
+        ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "old_content_comes_from_the_start",
         "Law 3",
         Edit("qcow2/fresh.c", "        place->old_offset = old->host_offset;", "        place->old_offset = 0;"),
+        ("64k-backing-lazy",),
     ),
     Mutant(
         "cleared_slice_keeps_waiting_links",
@@ -253,6 +253,7 @@ MUTANTS = [
         "shared_clusters_are_written_in_place",
         "Law 3: a snapshot's cluster is copied first",
         Edit("qcow2/translate.c", "(!is_write || (map->writable && run.copied))", "(!is_write || map->writable)"),
+        ("snapshot", "snapshot-lazy"),
     ),
     Mutant(
         "drain_leaves_requests",
