@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from qcow2.image import Image
 from qcow2.l2cache import Kind, Run
-from qcow2.operation import File
+from qcow2.operation import File, Occupied
 from qcow2.raw import RawImage
 
 
@@ -18,7 +18,7 @@ class Extent:
     depth: int  # which file of the chain tells, 0 for the image itself
     file: File
     is_present: bool  # some file of the chain says something about it; else it reads as zeros for want of data
-    is_zero: bool  # the mapping alone says that it reads as zeros
+    is_zero: bool  # it reads as zeros, as the mapping or the host says; data may, too
     is_data: bool
     is_compressed: bool
     host_offset: int | None  # in `file`, of data and of zeros that keep their space; None if compressed
@@ -51,7 +51,11 @@ async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, d
     if run.kind == Kind.UNALLOCATED and backing is not None and guest_offset < backing.size:
         inside = min(run.nbytes, backing.size - guest_offset)
         return await find_extent(backing, guest_offset, inside, depth + 1)
-    return _extent_of(run, image, guest_offset, depth)
+    extent = _extent_of(run, image, guest_offset, depth)
+    if run.kind == Kind.DATA and isinstance(image, Image) and await image.is_hollow():
+        is_data, nbytes = await Occupied(image.file, run.host_offset, run.nbytes)
+        return replace(extent, nbytes=nbytes, is_zero=not is_data)
+    return extent
 
 
 def _extent_of(run: Run, image: Image | RawImage, guest_offset: int, depth: int) -> Extent:

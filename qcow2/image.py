@@ -25,7 +25,7 @@ from qcow2.linklog import LinkLog
 from qcow2.links import LinkPolicy, Links
 from qcow2.mapping import Mapping, entries_of
 from qcow2.metadata import active_clusters, snapshot_clusters, table_limit
-from qcow2.operation import Buffer, File, Read, Resize, Size
+from qcow2.operation import Allocated, Buffer, File, Read, Resize, Size
 from qcow2.raw import RawImage
 from qcow2.reading import Place, Reader, Seen
 from qcow2.reaper import Reaper
@@ -73,6 +73,7 @@ class Image:
         self.on_bitmaps_void: Callable[[], None] = lambda: None  # told once, at the first change of a disk with bitmaps
         self._told_void = False
         self._slot: int | None = None
+        self._is_hollow: bool | None = None  # nobody has asked yet
         self._stability = Stability(file, self._statistics, self._refuse_writes)
         self._cache = L2Cache(self.geometry, options.cache_size)
         self._mapping = Mapping(
@@ -227,6 +228,17 @@ class Image:
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that this image, without its backing file, maps in one way."""
         return await self._mapping.resolve(guest_offset, nbytes)
+
+    async def is_hollow(self) -> bool:
+        """Whether much of the file is holes, so that data of the mapping may be none of the host's.
+
+        The rule is QEMU's for images with preallocated metadata, but that it counts what has references.
+        """
+        if self._is_hollow is None:
+            size = self.geometry.clusters(await Size(self.file))
+            held = await Allocated(self.file) >> self.geometry.cluster_bits
+            self._is_hollow = size >= max(held * 10 // 9, held + 2)
+        return self._is_hollow
 
     async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
         """Whether the mappings of the chain show, without a look at data, that the range reads as zeros."""

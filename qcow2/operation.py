@@ -73,6 +73,15 @@ class Size(Operation):
         self.file = file
 
 
+class Allocated(Operation):
+    """How many bytes the host has set aside for the file -> int; its length where the host does not tell."""
+
+    __slots__ = ("file",)
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+
 class Occupied(Operation):
     """What the host has at *host_offset*, as far as that goes, *nbytes* at most -> (is_data, nbytes).
 

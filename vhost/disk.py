@@ -74,6 +74,8 @@ class RingDriver:
                 self._scheduler.resume(task, self._size(operation))
             case op.Occupied(nbytes=nbytes):  # who serves does not ask what is sparse
                 self._scheduler.resume(task, (True, nbytes))
+            case op.Allocated(file=file):  # nor this
+                self._begin(task, op.Size(file))
             case op.Store():
                 self._store(operation)
                 self._scheduler.resume(task)

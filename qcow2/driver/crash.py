@@ -13,7 +13,21 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.operation import Compute, Grace, Occupied, Operation, Read, ReadInto, Resize, Size, Store, Sync, Write, Zero
+from qcow2.operation import (
+    Allocated,
+    Compute,
+    Grace,
+    Occupied,
+    Operation,
+    Read,
+    ReadInto,
+    Resize,
+    Size,
+    Store,
+    Sync,
+    Write,
+    Zero,
+)
 from qcow2.task import Scheduler, Task
 
 SECTOR = 512
@@ -390,7 +404,7 @@ def look(operation: Read | ReadInto) -> bytes:
 def perform(done: InFlight) -> Any:
     """The result of an operation that completes now."""
     match done.operation:
-        case Size():
+        case Size() | Allocated():
             return simulated(done.operation.file).size
         case Occupied():
             return True, done.operation.nbytes

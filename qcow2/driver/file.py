@@ -155,6 +155,8 @@ def _perform(operation: op.Operation) -> Any:
             return os.fdatasync(_host(operation.file).fd)
         case op.Size():
             return _host(operation.file).size()
+        case op.Allocated():
+            return _allocated(_host(operation.file))
         case op.Occupied():
             return _occupied(_host(operation.file), operation.host_offset, operation.nbytes)
         case op.Store():
@@ -202,6 +204,10 @@ def _bytes_of(piece: bytes | bytearray | memoryview | op.Buffer) -> memoryview:
     if isinstance(piece, bytes | bytearray | memoryview):
         return memoryview(piece)
     return memoryview(piece.load())
+
+
+def _allocated(file: HostFile) -> int:
+    return file.size() if file.is_device else os.fstat(file.fd).st_blocks * 512
 
 
 def _occupied(file: HostFile, host_offset: int, nbytes: int) -> tuple[bool, int]:

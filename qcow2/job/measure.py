@@ -69,7 +69,7 @@ async def _bytes_with_data(options: Options, source: Image | RawImage) -> int:
     while offset < source.size:
         extent = await find_extent(source, offset, source.size - offset)
         end = offset + extent.nbytes
-        if extent.is_data:
+        if not extent.is_zero:
             start, end = offset // options.cluster_size, _clusters(end, options)
             counted += (end - start) * options.cluster_size
             end *= options.cluster_size

@@ -80,7 +80,7 @@ def _print_table(path: str, extents: Iterator[Extent]) -> None:
     """
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
     for extent in extents:
-        if not extent.is_data:
+        if not extent.is_data or extent.is_zero:
             continue
         start, host_offset = extent.guest_offset, extent.host_offset
         if host_offset is None:

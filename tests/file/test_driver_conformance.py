@@ -216,6 +216,11 @@ def test_what_the_host_has_is_data_or_reads_as_zeros(rig: Rig) -> None:
     assert holes <= 1
 
 
+def test_no_more_is_told_to_be_allocated_than_is(rig: Rig) -> None:
+    rig.run(do(op.Resize(rig.file, 4 << 20)))
+    assert len(CONTENT) <= rig.run(do(op.Allocated(rig.file))) <= 4 << 20
+
+
 def test_long_transfers_side_by_side_all_arrive(rig: Rig) -> None:
     blocks = [bytes([number]) * (128 << 10) for number in range(1, 12)]
     rig.run(all_of([do(op.Write(rig.file, index * len(block), block)) for index, block in enumerate(blocks)]))

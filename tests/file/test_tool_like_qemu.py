@@ -29,6 +29,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_img("create", "-q", "-f", "qcow2", place / "noted", "5G")
     for name in ("one", "another"):
         qemu_img("bitmap", "--add", "-g", "512", place / "noted", name)
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", place / "reserved", "4M")
+    qemu_io(place / "reserved", "write -P 3 64k 256k", "write -z 1M 64k")
     qemu_img("create", "-q", "-f", "qcow2", place / "kept", "1M")
     for name, command in (("first", "write -P 7 0 64k"), ("second", "write -P 8 32k 256k")):
         qemu_io(place / "kept", command)
@@ -135,6 +137,10 @@ ROWS = [
     "map --output=json -f raw raw",
     "map -s 100k -l 300k --output=json summit",
     "map data",
+    "map reserved",
+    "map --output=json reserved",
+    "measure -O qcow2 reserved",
+    "compare reserved long",
 ]
 
 
