@@ -24,3 +24,17 @@ def zero_bytes(data: memoryview) -> int:
     """How many bytes at the front are zeros, in sectors; all if no other is there."""
     runs = data_runs(data, SECTOR_SIZE)
     return runs[0][0] if runs else len(data)
+
+
+def different_units(one: memoryview, other: memoryview, unit: int) -> list[tuple[int, int]]:
+    """Where they differ, as (start, end), in units of *unit* bytes."""
+    bounds: list[tuple[int, int]] = []
+    for start in range(0, len(one), unit):
+        end = min(start + unit, len(one))
+        if equal_bytes(one[start:end], other[start:end]) == end - start:
+            continue
+        if bounds and bounds[-1][1] == start:
+            bounds[-1] = bounds[-1][0], end
+        else:
+            bounds.append((start, end))
+    return bounds

@@ -9,7 +9,7 @@ from functools import partial
 
 from qcow2.buffer import MemoryBuffer
 from qcow2.image import Image
-from qcow2.job.content import data_runs, equal_bytes
+from qcow2.job.content import data_runs, different_units
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.job.source import Content, Source
@@ -167,15 +167,7 @@ class _Copy:
         inside = max(0, min(len(data), base.size - offset))
         if inside:
             await base.read(offset, MemoryBuffer(shown[:inside]))
-        bounds: Runs = []
-        for start in range(0, len(data), self._target.unit):
-            end = min(start + self._target.unit, len(data))
-            if equal_bytes(data[start:end], shown[start:end]) == end - start:
-                continue
-            if bounds and bounds[-1][1] == start:
-                bounds[-1] = bounds[-1][0], end
-            else:
-                bounds.append((start, end))
+        bounds: Runs = await Compute(partial(different_units, data, shown, self._target.unit))
         return [(start, end, _clipped(runs, start, end)) for start, end in bounds]
 
 

@@ -1,46 +1,127 @@
-"""`qcow2 rebase -u`: another backing file in the header, and nothing else."""
+"""`qcow2 rebase`: another backing file; what would show differently through it is copied first."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
+from qcow2.chain import backing_path
+from qcow2.disk import Disk, open_disk
 from qcow2.driver.file import run
+from qcow2.driver.pool import PoolDriver
+from qcow2.error import ImageError
 from qcow2.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
+from qcow2.image import Image
+from qcow2.job.rebase import copy_difference
 from qcow2.layout import Autoclear
 from qcow2.operation import File
+from qcow2.raw import RawImage
+from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.option import validate_backing
+from qcow2.tool.progress import shown
+from qcow2.tool.source import CACHE_MODES, add_source_options, cannot_open, open_source
+from qcow2.tool.target import refuse_source
+
+NTHREADS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 rebase`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-f", "--format", default="qcow2", choices=["qcow2"], help="of the image")
-    parser.add_argument("-u", "--unsafe", action="store_true", help="change the header only, which is all there is yet")
-    parser.add_argument("-b", "--backing", metavar="FILE", required=True, help='the new backing file, "" for none')
-    parser.add_argument("-F", "--backing-format", metavar="FMT", help="its format")
+    parser.add_argument("-u", "--unsafe", action="store_true", help="change the header only, look at no backing file")
+    parser.add_argument("-b", "--backing", metavar="FILE", help='the new backing file, "" for none')
+    parser.add_argument("-F", "-B", "--backing-format", metavar="FMT", help="its format")
+    parser.add_argument("-t", "--cache", choices=CACHE_MODES, help="accepted; the image is synced")
+    add_source_options(parser)
     add_log_options(parser)
     parser.add_argument("filename")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Rewrite the header.
+    """Copy what differs, then rewrite the header.
 
-    Raises: ValueError, OSError, ImageError; the image is untouched then.
+    Raises: UsageError, Failure, ValueError, OSError, ImageError; what the image shows is as before then.
     """
     name, backing_format = arguments.backing or None, arguments.backing_format
-    if not arguments.unsafe:
-        raise ValueError(f"{arguments.filename}: rebase without -u, which would copy data, is not supported")
+    if arguments.backing is None and not arguments.unsafe:
+        raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     if name is None:
         backing_format = None
     elif backing_format is None:
-        raise ValueError(f"backing file {name!r} needs its format, which is never guessed: -F FMT")
+        text = "backing format must be specified"
+        raise Failure(f"Could not change the backing file to '{name}': {text}, it is never guessed: -F FMT")
     else:
         validate_backing(name, backing_format)
-    with recovered(arguments.filename, arguments) as file:
-        run(_rebase(file, name, backing_format))
+    if arguments.unsafe:
+        with recovered(arguments.filename, arguments) as file:
+            run(change_header(file, name, backing_format))
+    else:
+        _rebase_safely(arguments, name, backing_format)
     return 0
 
 
-async def _rebase(file: File, name: str | None, backing_format: str | None) -> None:
+def _rebase_safely(arguments: argparse.Namespace, name: str | None, backing_format: str | None) -> None:
+    """The image stays locked from the first look to the new header."""
+    with ExitStack() as stack:
+        disk = stack.enter_context(_opened(arguments))
+        image = disk.image
+        assert isinstance(image, Image)
+        new = None
+        if name is not None and backing_format is not None:
+            new = stack.enter_context(_new_backing(arguments, name, backing_format))
+            refuse_source(arguments.filename, [new])
+        pack_header(image.file, image.header.with_backing(name, backing_format))  # refuse what does not fit
+        pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet))
+        with PoolDriver(NTHREADS) as driver:
+            driver.run(copy_difference(image, new, pace, is_same_file=_is_same_file))
+        disk.clean()  # law 6: all that the new chain needs is stable
+        run(change_header(image.file, name, backing_format))
+
+
+def _is_same_file(one: File, other: File) -> bool:
+    return os.path.samefile(one.path, other.path)
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[Disk]:
+    """The image, which is closed as ever if something fails."""
+    path = arguments.filename
+    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
+    try:
+        disk = open_disk(path, writable=True, **log)
+    except OSError as error:
+        raise Failure(cannot_open(path, error)) from error
+    except ImageError as error:
+        raise Failure(f"Could not open '{path}': {error}") from error
+    disk.image.on_bitmaps_void = lambda: print(
+        f"qcow2: warning: {path}: its persistent bitmaps are void from now on", file=sys.stderr
+    )
+    try:
+        yield disk
+    except BaseException:
+        disk.close()
+        raise
+    disk.abandon()  # it is clean, and its header is not the one it was opened with
+
+
+@contextmanager
+def _new_backing(arguments: argparse.Namespace, name: str, backing_format: str) -> Iterator[Image | RawImage]:
+    path = backing_path(arguments.filename, name)
+    with ExitStack() as stack:
+        try:
+            new = stack.enter_context(open_source(path, backing_format, arguments))
+        except Failure as failure:
+            text = str(failure).removeprefix(f"Could not open '{path}': ")
+            raise Failure(f"Could not open new backing file '{name}': {text}") from failure
+        yield new
+
+
+async def change_header(file: File, name: str | None, backing_format: str | None) -> None:
+    """Let the header name another backing file; stable on return. Raises: OSError, ImageError; it is as it was then."""
     header = await read_header(file)
     require_uncorrupted(file, header)
     pack_header(file, header.with_backing(name, backing_format))  # refuse what does not fit before anything is written

@@ -1,0 +1,109 @@
+"""Make an overlay show through another chain what it shows now: copy what differs, before the header names it.
+
+Only what the overlay has not itself is looked at. Killed at any moment, it shows the same, and merely has more itself.
+"""
+
+import operator
+from collections.abc import Callable
+
+from qcow2.buffer import MemoryBuffer
+from qcow2.extent import Extent, find_extent
+from qcow2.image import Image
+from qcow2.job.content import different_units
+from qcow2.job.crew import Crew
+from qcow2.job.pace import Pace
+from qcow2.operation import Compute, File
+from qcow2.raw import RawImage
+
+IsSameFile = Callable[[File, File], bool]
+WINDOW = 2 << 20  # bytes; no cluster is larger
+
+
+async def copy_difference(
+    overlay: Image,
+    new: Image | RawImage | None,
+    pace: Pace,
+    *,
+    is_same_file: IsSameFile = operator.is_,
+    width: int = 8,
+    window: int = WINDOW,
+) -> None:
+    """Write to *overlay* what shows through it and would not with *new* in the place of its backing file; not stable.
+
+    What both chains have at one place of a file that *is_same_file* in both is not read.
+    Raises: OSError, ImageError, Cancelled.
+    """
+    await _Difference(overlay, new, pace, is_same_file, width, window).run()
+
+
+class _Difference:
+    def __init__(
+        self,
+        overlay: Image,
+        new: Image | RawImage | None,
+        pace: Pace,
+        is_same_file: IsSameFile,
+        width: int,
+        window: int,
+    ) -> None:
+        self._overlay = overlay
+        self._new = new
+        self._pace = pace
+        self._is_same_file = is_same_file
+        self._window = window
+        self._unit = overlay.geometry.cluster_size
+        self._crew = Crew(width)
+
+    async def run(self) -> None:
+        size = self._overlay.size
+        self._pace.begin(size)
+        offset = 0
+        while offset < size:
+            self._pace.require_going()
+            old = await find_extent(self._overlay, offset, size - offset)
+            stop = offset + old.nbytes
+            if old.depth > 0 or not old.is_present:
+                stop = await self._look_below(old, offset, stop)
+            else:
+                self._pace.advance(stop - offset)
+            offset = stop
+        await self._crew.join()
+
+    async def _look_below(self, old: Extent, offset: int, end: int) -> int:
+        """Begin what has to be done with the front of a stretch that comes from below; where that ends."""
+        new = await self._find_new(offset, end)
+        stop = min(end, offset + new.nbytes) if new is not None else end
+        if self._is_same(old, new):
+            self._pace.advance(stop - offset)
+            return stop
+        bound = offset - offset % self._unit + self._window
+        stop = min(stop, bound)
+        first = offset - offset % self._unit
+        last = min(stop + -stop % self._unit, self._overlay.size)
+        await self._crew.start(self._copy(first, last, stop - offset))
+        return stop
+
+    async def _find_new(self, offset: int, end: int) -> Extent | None:
+        """What the new chain has there; None for zeros past its end, or without one."""
+        if self._new is None or offset >= self._new.size:
+            return None
+        return await find_extent(self._new, offset, min(end, self._new.size) - offset)
+
+    async def _copy(self, start: int, end: int, nbytes: int) -> None:
+        """Whole clusters, which the overlay does not have."""
+        old, new = memoryview(bytearray(end - start)), memoryview(bytearray(end - start))
+        await self._overlay.read(start, MemoryBuffer(old))
+        inside = 0 if self._new is None else max(0, min(end, self._new.size) - start)
+        if inside and self._new is not None:
+            await self._new.read(start, MemoryBuffer(new[:inside]))
+        for low, high in await Compute(lambda: different_units(old, new, self._unit)):
+            await self._overlay.write(start + low, MemoryBuffer(old[low:high]))
+        self._pace.advance(nbytes)
+
+    def _is_same(self, old: Extent, new: Extent | None) -> bool:
+        """Whether no bytes need be looked at."""
+        if new is None or new.is_zero:
+            return old.is_zero
+        if old.is_zero or old.host_offset is None or old.host_offset != new.host_offset:
+            return False
+        return self._is_same_file(old.file, new.file)
