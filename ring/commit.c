@@ -156,9 +156,11 @@ void commits_start(struct worker *worker)
 void commit_completed(struct worker *worker, uint32_t slot, int result)
 {
     struct file *file = &worker->files[slot];
+    bool untried = result == -ECANCELED && file->storage == STORAGE_FAR;
 
-    if (result == -ECANCELED)
-        result = host_sync(file->fd); /* the kernel could make no thread for it: nothing was tried, so nothing has failed */
+    /* The kernel could make no thread for it: nothing was tried, so nothing has failed, but for those who wait. */
+    if (result == -ECANCELED && !untried)
+        result = host_sync(file->fd);
     worker->submitted--;
     if (file->storage == STORAGE_FAR)
         turn_vacate(worker, file);
@@ -168,11 +170,11 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     file->quick_syncs = worker->now - file->sync_began < PACE_STALL_NS ? file->quick_syncs + 1 : 0;
     if (worker->trace)
         trace_done(worker->trace, file->trace_id, result);
-    if (result < 0 && !file->error)
+    if (result < 0 && !untried && !file->error)
         fail(worker, slot, result);
     for (const struct waiter *waiter = file->served.first; waiter; waiter = waiter->next)
         histogram_add(&worker->statistics.sync, worker->now - waiter->since);
-    serve_line(worker, &file->served, file->error ? -EIO : 0);
+    serve_line(worker, &file->served, file->error ? -EIO : untried ? result : 0);
     operations_advance(worker);
 }
 

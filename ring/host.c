@@ -64,11 +64,11 @@ int host_write_ahead(int fd)
 
 int host_length(int fd, uint64_t *nbytes)
 {
-    struct stat st;
+    struct statx stx;
 
-    if (fstat(fd, &st) < 0)
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE | STATX_SIZE, &stx) < 0)
         return -errno;
-    *nbytes = S_ISREG(st.st_mode) ? (uint64_t)st.st_size : UINT64_MAX;
+    *nbytes = S_ISREG(stx.stx_mode) ? stx.stx_size : UINT64_MAX;
     return 0;
 }
 

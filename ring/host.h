@@ -23,7 +23,8 @@ int64_t host_write(int fd, const struct iovec *iovecs, uint32_t count, uint64_t 
 int host_sync(int fd);
 /* Begin to send what is dirty to the disk. -> 0 or -errno */
 int host_write_ahead(int fd);
-/* Let *nbytes be where the file ends; UINT64_MAX if it has no length of its own. -> 0 or -errno */
+/* Let *nbytes be where the file ends; UINT64_MAX if it has no length of its own. As far as this host knows: a server,
+ * which may hang, is not asked, and nobody else changes a file that we have locked. -> 0 or -errno */
 int host_length(int fd, uint64_t *nbytes);
 /* Carry a transfer, fsync or fallocate out on this very thread, however long that takes. -> its completion's result */
 int host_perform(const struct io_uring_sqe *entry);

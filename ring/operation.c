@@ -210,7 +210,7 @@ static int submit_zero(struct worker *worker, uint32_t number)
 }
 
 /* The kernel could make no thread for it (a limit of processes) and cancelled it untried: this thread does it, late
- * rather than not at all. -> the completion's result */
+ * rather than not at all, but where it could hang. -> the completion's result */
 static int perform_here(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
@@ -446,7 +446,7 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
         worker->files[operation->slot].dirty += result; /* again: an fdatasync may have started meanwhile */
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
-    if (result == -ECANCELED)
+    if (result == -ECANCELED && worker->files[operation->slot].storage != STORAGE_FAR)
         result = perform_here(worker, number);
     if (result == -EINTR || result == -EAGAIN)
         submit(worker, number);

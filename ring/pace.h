@@ -4,7 +4,9 @@
  * io_uring does with every buffered write that the file system cannot promise
  * to take without sleeping, and few can. But the host may make whoever writes
  * wait: for memory to be cleaned, for its journal. One transfer that took long
- * sends the ones after it through io_uring for a while, longer each time.
+ * sends the ones after it through io_uring for a while, longer each time. After
+ * one that took very long, as of a throttled disk, that while is in proportion:
+ * such a disk holds this thread up for a ninth of the time at most.
  */
 #pragma once
 
@@ -17,6 +19,8 @@
 #define PACE_STALL_NS 2000000u
 #define PACE_REST_MIN_NS 1000000u
 #define PACE_REST_MAX_NS 256000000u
+#define PACE_LONG_NS 50000000u
+#define PACE_LONG_RESTS 8u
 #define PACE_TRUST 1000u /* quick transfers in a row that make the next stall a first one again */
 
 struct pace {
@@ -44,7 +48,7 @@ static inline bool pace_note(struct pace *pace, uint64_t began, uint64_t ended)
         return false;
     }
     pace->rest = !pace->rest ? PACE_REST_MIN_NS : pace->rest < PACE_REST_MAX_NS ? 2 * pace->rest : PACE_REST_MAX_NS;
-    pace->resumes = ended + pace->rest;
+    pace->resumes = ended + (ended - began < PACE_LONG_NS ? pace->rest : PACE_LONG_RESTS * (ended - began));
     pace->quick = 0;
     return true;
 }

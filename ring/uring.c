@@ -49,13 +49,16 @@ static int open_ring(struct io_uring *ring)
     return io_uring_queue_init_params(URING_ENTRIES, ring, &params);
 }
 
-/* Whether the ring is of use: a seccomp filter may allow io_uring_setup and forbid io_uring_enter. -> 0 or -errno */
+/* Whether the ring is of use: a seccomp filter may allow io_uring_setup and forbid io_uring_enter. The kernel makes its
+ * first thread for it, and keeps one: work that finds none is cancelled. -> 0 or -errno */
 static int try_ring(struct io_uring *ring)
 {
+    struct io_uring_sqe *entry = io_uring_get_sqe(ring);
     struct io_uring_cqe *completion;
     int result;
 
-    io_uring_prep_nop(io_uring_get_sqe(ring));
+    io_uring_prep_nop(entry);
+    entry->flags |= IOSQE_ASYNC;
     do
         result = io_uring_submit_and_wait(ring, 1);
     while (result == -EINTR);

@@ -11,7 +11,7 @@ import select
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,12 +39,14 @@ class SlowDisk:
     In another process: one that waits for its own file system cannot even be killed.
     """
 
-    def __init__(self, backing: Path, mount_point: Path) -> None:
+    def __init__(self, backing: Path, mount_point: Path, *, lacks: Sequence[int] = ()) -> None:
+        """*lacks*: opcodes that it does not know."""
         self.path = mount_point
         self._backing = backing
+        self._lacks = lacks
 
     def __enter__(self) -> "SlowDisk":
-        command = [sys.executable, "-m", "tests.slowdisk", self._backing, self.path]
+        command = [sys.executable, "-m", "tests.slowdisk", self._backing, self.path, *map(str, self._lacks)]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         refusal = self._read_line()
         if refusal:
@@ -178,10 +180,10 @@ class Server:
         name = body.rstrip(b"\0").decode()
         number = os.stat(self._backing / name).st_ino + ROOT  # of its own, whatever the name
         self._names[number] = name
-        return struct.pack("<4Q2I", number, 0, 1, 1, 0, 0) + self._attr(number)
+        return struct.pack("<4Q2I", number, 0, 1, 0, 0, 0) + self._attr(number)
 
     def _getattr(self, node: int, body: bytes) -> bytes:
-        return struct.pack("<QII", 1, 0, 0) + self._attr(node)
+        return struct.pack("<QII", 0, 0, 0) + self._attr(node)  # to be asked for again each time
 
     def _setattr(self, node: int, body: bytes) -> bytes:
         valid, _, _, size = struct.unpack_from("<IIQQ", body)
@@ -250,7 +252,9 @@ ANSWERS: dict[int, Callable[[Server, int, bytes], bytes]] = {
 
 
 def main() -> None:
-    backing, mount_point = map(Path, sys.argv[1:])
+    backing, mount_point = map(Path, sys.argv[1:3])
+    for opcode in sys.argv[3:]:
+        del ANSWERS[int(opcode)]
     try:
         server = Server(backing, mount_point)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Storage that hangs holds up those who wait for it, and nobody else."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,23 @@ def test_nothing_of_a_slow_disk_is_done_on_the_workers_thread(guest: Guest) -> N
     guest.ask(IN, 0, room=512)
     assert not guest.worker.call(lambda: guest.worker.write_at_once(guest.slot, 0, [b"x"]))
     assert (guest.counters.immediate, guest.counters.immediate_syncs) == (0, 0)
+
+
+def test_zeros_are_written_without_asking_a_slow_disk_for_its_length(tmp_path: Path) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    (backing / "disk").write_bytes(b"x" * 8192)
+    with SlowDisk(backing, mount_point, lacks=[slowdisk.FALLOCATE]) as disk:
+        fd = os.open(disk.path / "disk", os.O_RDWR | os.O_CLOEXEC)
+        with Guest(fd) as guest:
+            zeroed = threading.Event()
+            with disk.holding(slowdisk.GETATTR):
+                guest.worker.call(lambda: guest.worker.zero(guest.slot, 4096, 65536, lambda _: zeroed.set()))
+                assert zeroed.wait(10)
+            assert os.fstat(fd).st_size == 8192
+        os.close(fd)
+    assert (backing / "disk").read_bytes() == b"x" * 4096 + bytes(4096)
 
 
 def test_a_near_disk_is_synced_at_once_only_while_one_queue_is_in_use(tmp_path: Path) -> None:

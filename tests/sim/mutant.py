@@ -100,9 +100,7 @@ MUTANTS = [
     Mutant(
         "cancelled_sync_is_done",
         "Law 2",
-        Edit(
-            "ring/commit.c", "        result = host_sync(file->fd); /* the kernel", "        result = 0; /* the kernel"
-        ),
+        Edit("ring/commit.c", "        result = host_sync(file->fd);\n    worker", "        result = 0;\n    worker"),
     ),
     Mutant(
         "refused_work_is_forgotten",
