@@ -84,8 +84,9 @@ class OwnThread:
     def _start(self) -> bool:
         """Whether there is a thread now, which takes no signals. One too many, after an interrupt, ends at once."""
         thread = threading.Thread(target=_work, args=(self._jobs, self._works), name="qcow2 disk", daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:  # what blocks them may raise for one that came before
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             thread.start()
         except RuntimeError:
             return False
