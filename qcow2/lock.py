@@ -64,21 +64,22 @@ def lock_image(fd: int, path: str, *, writable: bool, on_wait: Callable[[], None
     is_told = False
     while True:
         is_late = time.monotonic() >= deadline
-        is_of_the_dead = is_late and _is_of_the_dead(fd, path)  # asked first: what ends meanwhile we then get
+        is_worth_it = is_late and is_of_the_dead(fd, path)  # asked first: what ends meanwhile we then get
         try:
             return _try_to_lock(fd, path, writable=writable)
         except ImageLocked:
             _release(fd)  # or two who wait would wait for each other
-            if is_late and not is_of_the_dead:
+            if is_late and not is_worth_it:
                 raise
-        if is_of_the_dead and not is_told:
+        if is_worth_it and not is_told:
             log.warning("%s: waiting for the last transfers of a process that died", path)
             is_told = True
         on_wait()
         time.sleep(RETRY_INTERVAL)
 
 
-def _is_of_the_dead(fd: int, path: str) -> bool:
+def is_of_the_dead(fd: int, path: str) -> bool:
+    """Whether transfers of a process of ours that died are under way, and none lives."""
     return _is_held(fd, path, OURS) and not _has_the_living(fd, path, LIVES)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.kill.campaign import CACHES, DIRECT
 from tests.kill.images import KINDS
 from tests.kill.round import Round
-from tests.kill.throttle import NoThrottle, throttled
+from tests.kill.throttle import NoThrottle, throttle
 
 
 @pytest.mark.parametrize("cache", [cache for cache in CACHES if cache not in DIRECT])
@@ -26,7 +26,7 @@ def test_what_a_killed_daemon_acknowledged_is_there(tmp_path: Path, kind: str, c
 def test_what_a_killed_daemon_wrote_past_the_page_cache_is_there(tmp_path: Path, kind: str, cache: str) -> None:
     """On a disk that takes its time: what the dead one has under way ends while the next one begins."""
     try:
-        with throttled(tmp_path) as slow:
+        with throttle(tmp_path) as slow:
             killed = Round(tmp_path, kind, cache, seed=8, kills=1, slow=slow)
             killed.run()
     except NoThrottle as reason:

@@ -6,7 +6,6 @@ Daemons that bypass the page cache have a slow disk, so that what they had under
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
@@ -14,7 +13,7 @@ from tempfile import gettempdir, mkdtemp
 from tests.kill.campaign import CACHES, DIRECT, run_round
 from tests.kill.images import KINDS
 from tests.kill.round import Tally
-from tests.kill.throttle import NoThrottle, throttled
+from tests.kill.throttle import NoThrottle, Throttle, throttle
 
 ROUND = 6  # kills on one image
 
@@ -31,18 +30,18 @@ def main() -> int:
         return _kill(given, _slow_disk(stack, {*(given.cache or CACHES)}))
 
 
-def _slow_disk(stack: ExitStack, caches: set[str]) -> Sequence[str]:
+def _slow_disk(stack: ExitStack, caches: set[str]) -> Throttle | None:
     """What runs a daemon with one, if a mode of *caches* bypasses the page cache and this host can."""
     if not caches & {*DIRECT}:
-        return ()
+        return None
     try:
-        return stack.enter_context(throttled(Path(gettempdir())))
+        return stack.enter_context(throttle(Path(gettempdir())))
     except NoThrottle as reason:
         say(str(reason))
-        return ()
+        return None
 
 
-def _kill(given: argparse.Namespace, slow: Sequence[str]) -> int:
+def _kill(given: argparse.Namespace, slow: Throttle | None) -> int:
     pairs = [(kind, cache) for kind in given.kind or KINDS for cache in given.cache or CACHES]
     began = time.monotonic()
     total = Tally()
@@ -51,8 +50,8 @@ def _kill(given: argparse.Namespace, slow: Sequence[str]) -> int:
         seed = given.seed
         while tally.kills < -(-given.kills // len(pairs)):
             place = Path(mkdtemp(prefix="kill-"))
-            under = slow if cache in DIRECT else ()
-            tally += run_round(place, kind, cache, seed=seed, kills=ROUND, say=say, slow=under)
+            throttled = slow if cache in DIRECT else None
+            tally += run_round(place, kind, cache, seed=seed, kills=ROUND, say=say, slow=throttled)
             seed += 1
         say(f"{kind:15} {cache:12} {describe(tally)}")
         total += tally

@@ -1,11 +1,12 @@
 """Rounds by name: one that fails is counted, named so that it can be repeated, and its image is kept."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.kill.ledger import Lost
 from tests.kill.round import Corrupt, Round, Tally
+from tests.kill.throttle import Throttle
 
 CACHES = ("writeback", "writethrough", "none", "directsync")
 DIRECT = ("none", "directsync")
@@ -19,7 +20,7 @@ def run_round(
     seed: int,
     kills: int,
     say: Callable[[str], None],
-    slow: Sequence[str] = (),
+    slow: Throttle | None = None,
 ) -> Tally:
     """Kill *kills* daemons or a few more, `Round` says how; *directory* is removed unless something was lost."""
     one = Round(directory, kind, cache, seed=seed, kills=kills, slow=slow)

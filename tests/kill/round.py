@@ -6,14 +6,16 @@ import random
 import select
 import signal
 import struct
-from collections.abc import Sequence
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qcow2.lock import is_of_the_dead
 from tests.frontend import FrontEnd
 from tests.kill.images import Start, make
 from tests.kill.ledger import Ledger
 from tests.kill.load import Load
+from tests.kill.throttle import Throttle
 from tests.oracle import assert_same_bytes, qemu_check, qemu_read
 from tests.program import TIMEOUT, Daemon, qcow2_tool
 
@@ -35,7 +37,7 @@ class Tally:
     at_stop: int = 0  # of them, while it was being closed
     acknowledged: int = 0  # requests
     in_flight: int = 0  # requests, at the kills
-    outlived: int = 0  # kills after which transfers were still under way when the next daemon began
+    outlived: int = 0  # kills after which the slow disk still held transfers when it went on
     leaked: int = 0  # clusters, the most in one image
     lost: int = 0  # rounds that failed
     corrupt: int = 0
@@ -48,11 +50,12 @@ class Tally:
 class Round:
     """Kills *kills* daemons on one image; everything is drawn from *seed*.
 
-    *slow* is a command that runs them with a slow disk: there is less to do for them, and the next one starts at once.
+    With *slow* the disk hardly gets on with the last writes before a kill, the next daemon starts at once, and some
+    time later the disk goes on.
     """
 
     def __init__(
-        self, directory: Path, kind: str, cache: str, *, seed: int, kills: int, slow: Sequence[str] = ()
+        self, directory: Path, kind: str, cache: str, *, seed: int, kills: int, slow: Throttle | None = None
     ) -> None:
         self.tally = Tally()
         self._draw = random.Random(f"{seed} {kind} {cache}")
@@ -61,6 +64,7 @@ class Round:
         self._options = [f"--cache={cache}", "--num-queues=4", f"--aio={self._draw.choice(AIO)}"]
         self._kills = kills
         self._slow = slow
+        self._holding: threading.Timer | None = None  # ends the holding
 
     def run(self) -> None:
         """Raises: Lost, Corrupt, AssertionError."""
@@ -69,9 +73,10 @@ class Round:
             while self._draw.random() < 0.25:
                 self._die_at_start()
             self._recover()
+        self._await_disk()
 
     def _daemon(self) -> Daemon:
-        return Daemon(self._start.path, *self._options, under=self._slow)
+        return Daemon(self._start.path, *self._options, under=self._slow.under if self._slow else ())
 
     def _die_at_work(self) -> None:
         """Serve a load until the daemon is killed in the middle of it."""
@@ -83,17 +88,38 @@ class Round:
                 cluster_sectors=1 << self._start.cluster_bits - 9,
                 depth=self._draw.choice((1, 4, 24, 48)),
             )
-            few, many = (20, 100) if self._slow else (100, 1000)
-            load.run(self._draw.choice((1, self._draw.randrange(few), self._draw.randrange(many))))
+            load.run(self._draw.choice((1, self._draw.randrange(100), self._draw.randrange(1000))))
+            self._hold()
             load.fill()
             for _ in range(self._draw.choice((0, 0, 1, 5, 50))):
                 load.reap()
+            if self._slow:
+                ends_within(daemon, self._draw.uniform(0, 0.1))
             self._kill(daemon)
             load.reap()  # what it put into the used rings it acknowledged
             self.tally.acknowledged += load.acknowledged
             self.tally.in_flight += load.in_flight
         if not self._start.lazy and not self._slow:
             self._judge_image(links_wait=True)
+
+    def _hold(self) -> None:
+        """Let the slow disk, if it is one, hold what is written from now on, for a time."""
+        if self._slow is not None:
+            self._await_disk()
+            self._slow.hold()
+            self._holding = threading.Timer(self._draw.uniform(0, 4), self._let_go)
+            self._holding.start()
+
+    def _let_go(self) -> None:
+        assert self._slow is not None
+        with self._start.path.open("r+b") as file:
+            self.tally.outlived += is_of_the_dead(file.fileno(), str(self._start.path))
+        self._slow.let_go()
+
+    def _await_disk(self) -> None:
+        """Return once nothing is held."""
+        if self._holding is not None:
+            self._holding.join()
 
     def _die_at_start(self) -> None:
         """Kill a daemon that opens, perhaps repairs, the image that another one left."""
@@ -110,7 +136,7 @@ class Round:
                 with FrontEnd(daemon.socket_path) as guest:
                     self._ledger.settle(read_all(guest, len(self._ledger.contents)))
                 closed = self._close(daemon)
-        self._judge_image()
+            self._judge_image()
         assert_same_bytes(qemu_read(self._start.path), self._ledger.contents)
 
     def _close(self, daemon: Daemon) -> bool:
@@ -126,9 +152,8 @@ class Round:
         return status == 0
 
     def _kill(self, daemon: Daemon) -> None:
-        daemon.kill(at_once=bool(self._slow) or self._draw.random() < 0.5)
+        daemon.kill(at_once=self._slow is not None or self._draw.random() < 0.5)
         self.tally.kills += 1
-        self.tally.outlived += is_locked(self._start.path)
 
     def _judge_image(self, *, links_wait: bool = False) -> None:
         """No corruption, says QEMU, and so do we; what a death may leak is permitted.
@@ -156,13 +181,6 @@ def ends_within(daemon: Daemon, seconds: float) -> bool:
         return bool(select.select([ended], [], [], seconds)[0])
     finally:
         os.close(ended)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether somebody, be it a dead process's transfers, has a lock on it."""
-    with path.open("r+b") as file:
-        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK
 
 
 def wait_for_the_kernel(path: Path) -> None:

@@ -1,7 +1,6 @@
-"""A disk that takes its time: a control group whose O_DIRECT writes get so many bytes and operations a second.
+"""A disk that takes its time: a control group whose writes to it, while they are held, hardly get on.
 
-What a killed daemon has under way then ends seconds after it. The first version of control groups lets writes through
-the page cache pass at full speed.
+In the first version of control groups that means O_DIRECT: the writeback of the page cache is the kernel's own.
 """
 
 import os
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-BYTES, OPERATIONS = 1 << 20, 100  # a second
+BYTES, OPERATIONS = 16 << 10, 4  # a second
 ROOT = Path("/sys/fs/cgroup")
 
 
@@ -17,23 +16,50 @@ class NoThrottle(Exception):
     """This host cannot slow a disk down for us; one line says why."""
 
 
+class Throttle:
+    """What runs `under` it has its writes to *disk*, "major:minor", held; *group* is a control group."""
+
+    def __init__(self, group: Path, disk: str) -> None:
+        self._group = group
+        self._disk = disk
+        self.under = ("sh", "-c", f'echo $$ > {group / "cgroup.procs"} && exec "$@"', "sh")
+
+    def hold(self) -> None:
+        self._limit(BYTES, OPERATIONS)
+
+    def let_go(self) -> None:
+        """What is under way goes on at full speed."""
+        self._limit(None, None)
+
+    def _limit(self, nbytes: int | None, operations: int | None) -> None:
+        if _is_first():
+            (self._group / "blkio.throttle.write_bps_device").write_text(f"{self._disk} {nbytes or 0}")
+            (self._group / "blkio.throttle.write_iops_device").write_text(f"{self._disk} {operations or 0}")
+        else:
+            limits = f"{self._disk} wbps={nbytes or 'max'} wiops={operations or 'max'}"
+            (self._group / "io.max").write_text(limits)
+
+
+def _is_first() -> bool:
+    return (ROOT / "blkio").is_dir()
+
+
 @contextmanager
-def throttled(directory: Path) -> Iterator[tuple[str, ...]]:
-    """A command that runs another one with slow writes to the disk under *directory*.
+def throttle(directory: Path) -> Iterator[Throttle]:
+    """A throttle of the disk that *directory* is on, not held.
 
     Raises: NoThrottle.
     """
-    is_first = (ROOT / "blkio").is_dir()
-    group = ROOT / ("blkio" if is_first else "") / f"kill-{os.getpid()}"
+    disk = _disk_of(directory)
+    group = ROOT / ("blkio" if _is_first() else "") / f"kill-{os.getpid()}"
     try:
-        if not is_first:
+        if not _is_first():
             (ROOT / "cgroup.subtree_control").write_text("+io")
         group.mkdir()
     except OSError as error:
         raise NoThrottle(f"no slow disk: {error}") from error
     try:
-        (_limit_first if is_first else _limit_second)(group, _disk_of(directory))
-        yield "sh", "-c", f'echo $$ > {group / "cgroup.procs"} && exec "$@"', "sh"
+        yield Throttle(group, disk)
     finally:
         group.rmdir()
 
@@ -46,12 +72,3 @@ def _disk_of(directory: Path) -> str:
         raise NoThrottle(f"no slow disk: {directory} lies on none")
     node = node.resolve()
     return ((node.parent if (node / "partition").exists() else node) / "dev").read_text().strip()
-
-
-def _limit_first(group: Path, disk: str) -> None:
-    (group / "blkio.throttle.write_bps_device").write_text(f"{disk} {BYTES}")
-    (group / "blkio.throttle.write_iops_device").write_text(f"{disk} {OPERATIONS}")
-
-
-def _limit_second(group: Path, disk: str) -> None:
-    (group / "io.max").write_text(f"{disk} wbps={BYTES} wiops={OPERATIONS}")
