@@ -75,6 +75,7 @@ class Links:
         self._has_begun = False
         self._beginning = Mutex()
         self._next = Batch()
+        self._in_file: list[range] = []  # guest clusters whose links are in the file, though they wait: a commit failed
         self._is_running = False
         if log is not None:
             mapping.cache.set_log(log.native)
@@ -90,7 +91,7 @@ class Links:
         Raises: OSError; the entries are then as they were, or the image takes no more writes.
         """
         if await self._can_wait(len(entries)):
-            await self._let_wait(guest_offset, old_entries, entries, freed)
+            await self._let_wait(guest_offset, list(old_entries), entries, freed)
             return
         await self._stability.sync()
         await self._mapping.link(guest_offset, entries)
@@ -155,7 +156,7 @@ class Links:
         self._next.nclusters += len(links)
 
     async def _let_wait(
-        self, guest_offset: int, old_entries: Iterable[int], entries: Sequence[int], freed: Sequence[int]
+        self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
     ) -> None:
         """No await before the log has numbered the links: a commit that takes them must forget all of their records."""
         assert self._log is not None
@@ -172,17 +173,49 @@ class Links:
         try:
             await stored
         except OSError as error:
-            await self._do_without_log(error)
+            if error.errno not in NO_SPACE:
+                self._stability.fail(error)
+                raise
+            await self._do_without_log(guest_offset, old_entries, entries, freed)
         if batch.nclusters > self._limit:
             batch.is_wanted = True
             await self._run()
 
-    async def _do_without_log(self, error: OSError) -> None:
-        """A record does not count: the host has no space for the mark, which a commit may not need, or it is broken."""
-        if error.errno not in NO_SPACE:
-            self._stability.fail(error)
-            raise error
-        await self.commit()
+    async def _do_without_log(
+        self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
+    ) -> None:
+        """Bring a link into the file whose record does not count, since the host has no space for the mark.
+
+        A commit may not need any. Raises: OSError; the entries are then as they were.
+        """
+        while True:
+            try:
+                await self.commit()
+            except OSError:
+                if not self._is_in_file(guest_offset):
+                    if self._take_back(guest_offset, old_entries, entries, freed):
+                        raise
+                    continue  # another commit is about to write it
+            return
+
+    def _is_in_file(self, guest_offset: int) -> bool:
+        return any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
+
+    def _take_back(
+        self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
+    ) -> bool:
+        """Let a link that waits never have been; false if somebody is committing it."""
+        batch = self._next
+        if not any(one is entries for _, one in batch.links):
+            return False
+        batch.links = [link for link in batch.links if link[1] is not entries]
+        batch.nclusters -= len(entries)
+        for cluster in freed:
+            batch.freed.remove(cluster)
+        self._mapping.take_back(guest_offset, old_entries)
+        if not self._mapping.holds:
+            self.policy.on_waiting(False)
+        return True
 
     def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
         """Whether the link of one of the clusters, all of one slice, waits."""
@@ -262,7 +295,10 @@ class Links:
         """Bring the links of *batch*, whose data is stable, into the file; the log forgets what came before *mark*."""
         for guest_offset, entries in self._joined(batch.links):
             await self._mapping.link(guest_offset, entries)
+            first = self._geometry.cluster_of(guest_offset)
+            self._in_file.append(range(first, first + len(entries)))
         await self._forget(mark)
+        self._in_file.clear()
         for guest_offset, linked in batch.links:
             self._mapping.release(guest_offset, len(linked))
         self._gather()

@@ -209,6 +209,11 @@ class Mapping:
             del self._held[number]
             self.cache.unclaim(number)
 
+    def take_back(self, guest_offset: int, old_entries: Sequence[int]) -> None:
+        """Undo a `hold`: the entries are the *old_entries* again, as they still are in the file."""
+        self.cache.update(guest_offset, old_entries)
+        self.release(guest_offset, len(old_entries))
+
     @property
     def holds(self) -> bool:
         """Whether an entry is held."""

@@ -231,13 +231,62 @@ def test_no_space_for_the_mark_is_a_commit_and_no_failure() -> None:
     bench = overlay()
     bench.write(5 * CLUSTER, noise(CLUSTER, 5))
     bench.breaker.fault = lambda operation: OSError(errno.ENOSPC, "full") if isinstance(operation, Store) else None
-    with pytest.raises(OSError):
-        bench.write(9 * CLUSTER, noise(CLUSTER, 9))
+    bench.write(9 * CLUSTER, noise(CLUSTER, 9))
     assert links(bench) == 1
+    assert in_the_file(bench, 9 * CLUSTER, CLUSTER) == noise(CLUSTER, 9)
     bench.breaker.fault = lambda operation: None
     bench.write(11 * CLUSTER, noise(CLUSTER, 11))
     bench.driver.run(bench.image.flush())
     assert bench.reopened_content() == bench.content()
+
+
+def full(operation: Operation) -> OSError | None:
+    """A host that takes data, and neither marks nor entries."""
+    takes = isinstance(operation, Write) and operation.data
+    return OSError(errno.ENOSPC, "full") if isinstance(operation, Store | Write) and not takes else None
+
+
+@pytest.mark.parametrize("before", [[], [5], [5, 8]], ids=str)
+def test_a_link_that_neither_log_nor_file_takes_never_was(before: list[int]) -> None:
+    """Its request fails, and its cluster is free: nothing may refer to it, now or later."""
+    bench = overlay()
+    for cluster in before:
+        bench.write(cluster * CLUSTER, noise(CLUSTER, cluster))
+    old = bench.content()
+    bench.breaker.fault = full
+    for cluster in (8, 9):
+        if cluster not in before:
+            with pytest.raises(OSError, match="full"):
+                bench.write(cluster * CLUSTER + 7, b"new")
+    assert bench.content() == old
+    assert links(bench) == len(before)
+    bench.breaker.fault = None
+    assert bench.content() == old
+    for cluster in range(20, 40):  # takes whatever is free
+        bench.write(cluster * CLUSTER, noise(CLUSTER, cluster))
+    assert bench.read(0, 20 * CLUSTER) == old[: 20 * CLUSTER]
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content() == bench.content()
+
+
+def test_of_links_that_a_commit_left_behind_only_the_one_without_a_record_never_was() -> None:
+    """The entry of the first is in the file when the host fills up, the other's is not."""
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    old, entries = bench.content(), 0
+
+    def fill_up(operation: Operation) -> OSError | None:
+        nonlocal entries
+        entries += isinstance(operation, Write) and not operation.data
+        return full(operation) if isinstance(operation, Store) or entries > 1 else None
+
+    bench.breaker.fault = fill_up
+    with pytest.raises(OSError, match="full"):
+        bench.write(9 * CLUSTER, noise(CLUSTER, 9))
+    assert (entries, bench.content()) == (2, old)
+    bench.breaker.fault = None
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content() == old
 
 
 def test_a_log_that_fails_later_ends_all_writes() -> None:
