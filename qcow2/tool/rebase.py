@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -22,7 +21,7 @@ from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.option import validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.source import CACHE_MODES, add_source_options, cannot_open, open_source
-from qcow2.tool.target import refuse_source
+from qcow2.tool.target import refuse_source, warn_of_bitmaps
 
 NTHREADS = 8
 
@@ -97,9 +96,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Disk]:
         raise Failure(cannot_open(path, error)) from error
     except ImageError as error:
         raise Failure(f"Could not open '{path}': {error}") from error
-    disk.image.on_bitmaps_void = lambda: print(
-        f"qcow2: warning: {path}: its persistent bitmaps are void from now on", file=sys.stderr
-    )
+    warn_of_bitmaps(disk)
     try:
         yield disk
     except BaseException:

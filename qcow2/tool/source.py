@@ -56,7 +56,9 @@ def _open(chain: Chain, path: str, image_format: str, snapshot: str | None) -> I
     except OSError as error:
         raise Failure(cannot_open(path, error)) from error
     except ImageError as error:
-        raise Failure(f"Could not open '{path}': {str(error).removeprefix(f'{path}: ')}") from error
+        reason = str(error).removeprefix(f"{path}: ")
+        hint = "; a raw disk needs -f raw" if reason.startswith("not a qcow2 image") else ""
+        raise Failure(f"Could not open '{path}': {reason}{hint}") from error
 
 
 def cannot_open(path: str, error: OSError) -> str:

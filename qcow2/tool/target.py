@@ -1,6 +1,7 @@
 """What convert and dd write to: a new image, or one that is there."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def present_target(wish: Wish, sources: list[Image | RawImage], *, is_zero: bool
     """
     refuse_source(wish.path, sources)
     with _opened(wish) as disk:
+        warn_of_bitmaps(disk)
         if disk.size < wish.size:
             raise Failure("output file is smaller than input file")
         yield InPlace(disk.image, wish.size, is_zero=is_zero)
@@ -83,6 +85,12 @@ def _opened(wish: Wish) -> Disk:
         raise Failure(cannot_open(wish.path, error)) from error
     except ImageError as error:
         raise Failure(f"Could not open '{wish.path}': {error}") from error
+
+
+def warn_of_bitmaps(disk: Disk) -> None:
+    """Say so when the first change of *disk* makes its persistent bitmaps void."""
+    text = f"qcow2: warning: {disk.files[0].path}: its persistent bitmaps are void from now on"
+    disk.image.on_bitmaps_void = lambda: print(text, file=sys.stderr)
 
 
 def refuse_source(path: str, sources: list[Image | RawImage]) -> None:

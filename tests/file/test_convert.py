@@ -135,6 +135,25 @@ def test_target_that_is_there_gets_the_disk_and_zeros_after_it(
         assert_clean(target)
 
 
+def test_bitmaps_that_are_lost_are_named(images: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", images / "data", "-F", "qcow2", target)
+    qemu_img("bitmap", "--add", target, "one")
+    for words in (["rebase", "-b", ""], ["convert", "-n", "-O", "qcow2", images / "data"]):
+        copy = tmp_path / words[0]
+        copy.write_bytes(target.read_bytes())
+        done = qcow2_tool(*words, copy)
+        text = f"qcow2: warning: {copy}: its persistent bitmaps are void from now on\n"
+        assert (done.returncode, done.stderr) == (0, text)
+
+
+def test_raw_disk_is_never_guessed(images: Path, tmp_path: Path) -> None:
+    done = qcow2_tool("convert", "-O", "qcow2", images / "raw", tmp_path / "new")
+    assert done.returncode == 1
+    assert done.stderr.endswith("; a raw disk needs -f raw\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_target_that_is_too_small_is_left_alone(images: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"x" * MIB)
