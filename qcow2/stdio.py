@@ -41,9 +41,10 @@ class _Named(io.FileIO):
 
 def name_output() -> None:
     """Let errors of standard output say so, and let names of files be printed as the bytes that they are."""
-    encoding, is_terminal = sys.stdout.encoding, sys.stdout.isatty()
-    output = io.BufferedWriter(_Named(1, OUTPUT))
-    named = io.TextIOWrapper(output, encoding, "surrogateescape", line_buffering=is_terminal)
-    sys.stdout = sys.__stdout__ = named  # type: ignore[misc] # who drops the one does not flush: it might wait
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not what somebody has put in its place
+        encoding, is_terminal = sys.stdout.encoding, sys.stdout.isatty()
+        output = io.BufferedWriter(_Named(1, OUTPUT))
+        named = io.TextIOWrapper(output, encoding, "surrogateescape", line_buffering=is_terminal)
+        sys.stdout = sys.__stdout__ = named  # type: ignore[misc] # who drops the one does not flush: it might wait
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="surrogateescape")

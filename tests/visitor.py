@@ -89,7 +89,7 @@ def write(path: str) -> None:
 
 def _tool(*arguments: str) -> Callable[[str], None]:
     def run(path: str) -> None:
-        from qcow2.tool import main
+        from qcow2.tool.command import main
 
         said, complained = io.StringIO(), io.StringIO()
         with redirect_stdout(said), redirect_stderr(complained):
