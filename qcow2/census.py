@@ -55,6 +55,11 @@ class Census:
         """How many clusters one refcount block counts."""
         return self.cluster_size * 8 >> self.record.refcount_order
 
+    @property
+    def may_miss_shared(self) -> bool:
+        """Whether what was not found may refer to clusters that something else refers to, too: snapshots do."""
+        return self.report.check_errors > 0 or (self.report.is_dark and self.record.nb_snapshots > 0)
+
     def cluster_of(self, host_offset: int) -> int:
         """Number of the cluster that holds *host_offset*."""
         return host_offset >> self.record.cluster_bits

@@ -13,6 +13,7 @@ from qcow2.error import CorruptImage, MetadataOverlap
 from qcow2.geometry import Geometry
 from qcow2.l2cache import Kind, L2Cache, Run
 from qcow2.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, OFFSET_MASK
+from qcow2.native import ffi, lib
 from qcow2.operation import File, Read, Signal
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
@@ -35,6 +36,11 @@ def bytes_of(entries: Iterable[int]) -> bytes:
     if byteorder == "little":
         swapped.byteswap()
     return swapped.tobytes()
+
+
+def sort_clusters(clusters: "array[int]") -> None:
+    """Put *clusters* in ascending order."""
+    lib.clusters_sort(ffi.from_buffer("uint64_t[]", clusters), len(clusters))
 
 
 class Mapping:
@@ -83,7 +89,8 @@ class Mapping:
             for cluster in clusters:
                 insort(self._metadata, cluster)
         else:
-            self._metadata.extend(sorted(clusters))
+            self._metadata.extend(clusters)
+            sort_clusters(self._metadata)
         self.cache.set_metadata(self._metadata)
 
     def disown_metadata(self, clusters: Iterable[int]) -> None:

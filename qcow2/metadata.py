@@ -4,12 +4,12 @@ Bitmaps are not among them: the first change voids them (`qcow2.root`), before i
 """
 
 from array import array
-from itertools import pairwise
 
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.geometry import Geometry
 from qcow2.layout import ENTRY_SIZE, MAX_L1_BYTES, OFFSET_MASK, HeaderRecord
-from qcow2.mapping import entries_of
+from qcow2.mapping import entries_of, sort_clusters
+from qcow2.native import ffi, lib
 from qcow2.operation import File, Read
 from qcow2.snapshot import SnapshotTable
 
@@ -24,17 +24,28 @@ def active_clusters(
     Raises: CorruptImage if two tables overlap.
     """
     bits = geometry.cluster_bits
-    clusters = [0]
-    clusters += range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1)))
+    clusters = array("Q", [0])
+    clusters.extend(range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1))))
     start = record.refcount_table_offset >> bits
-    clusters += range(start, start + record.refcount_table_clusters)
-    clusters += [entry >> bits for entry in refcount_table if entry]
-    clusters += [(entry & OFFSET_MASK) >> bits for entry in l1 if entry & OFFSET_MASK]
-    clusters.sort()
-    for one, other in pairwise(clusters):
-        if one == other:
-            raise CorruptImage(file.path, one << bits, f"two tables share the cluster at {one << bits:#x}")
-    return array("Q", clusters)
+    clusters.extend(range(start, start + record.refcount_table_clusters))
+    clusters += _led_to(refcount_table, bits)
+    clusters += _led_to(l1, bits)
+    sort_clusters(clusters)
+    index = lib.clusters_repeated(ffi.from_buffer("uint64_t[]", clusters), len(clusters))
+    if index < len(clusters):
+        where = clusters[index] << bits
+        raise CorruptImage(file.path, where, f"two tables share the cluster at {where:#x}")
+    return clusters
+
+
+def _led_to(entries: "array[int]", cluster_bits: int) -> "array[int]":
+    """The clusters that the *entries* of a table lead to."""
+    clusters = array("Q", bytes(len(entries) * ENTRY_SIZE))
+    found, into = ffi.from_buffer("uint64_t[]", entries), ffi.from_buffer("uint64_t[]", clusters)
+    n = lib.clusters_of(found, len(entries), OFFSET_MASK, cluster_bits, into)
+    ffi.release(into)
+    del clusters[n:]
+    return clusters
 
 
 async def snapshot_clusters(
@@ -72,4 +83,4 @@ def _l1_tables(table: SnapshotTable) -> set[tuple[int, int]]:
 
 def table_limit(l1: "array[int]", table: SnapshotTable) -> int:
     """How many L2 tables the image and its snapshots have, at most."""
-    return sum(map(bool, l1)) + sum(nbytes // ENTRY_SIZE for _, nbytes in _l1_tables(table))
+    return len(l1) - l1.count(0) + sum(nbytes // ENTRY_SIZE for _, nbytes in _l1_tables(table))

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "qcow2/clusters.h"
 #include "qcow2/freed.h"
 #include "qcow2/l2cache.h"
 #include "qcow2/linklog.h"

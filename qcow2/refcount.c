@@ -33,17 +33,47 @@ void refcount_set(uint8_t *block, uint32_t order, uint64_t index, uint64_t value
     memcpy(block + (index << (order - 3)), (uint8_t *)&value + 8 - width / 8, width / 8);
 }
 
+/* The eight bytes that begin with entry `first`, as they are in memory. */
+static uint64_t word_at(const uint8_t *block, uint32_t order, uint64_t first)
+{
+    uint64_t word;
+
+    memcpy(&word, block + (first << order) / 8, sizeof(word));
+    return word;
+}
+
+/* Nonzero if an entry of that word is zero: it alone borrows from the top bit of its lane. */
+static uint64_t zeros_at(const uint8_t *block, uint32_t order, uint64_t first)
+{
+    uint64_t word = word_at(block, order, first);
+    uint64_t lowest = UINT64_MAX / (UINT64_MAX >> (64 - (1u << order)));
+
+    return (word - lowest) & ~word & lowest << ((1u << order) - 1);
+}
+
 uint64_t refcount_find(const uint8_t *block, uint32_t order, uint64_t first, uint64_t end, int nonzero)
 {
-    while (first < end && (refcount_get(block, order, first) != 0) != (nonzero != 0))
+    uint64_t per_word = 64 >> order;
+
+    while (first < end && (refcount_get(block, order, first) != 0) != (nonzero != 0)) {
         first++;
+        if (first % per_word == 0)
+            while (end - first >= per_word && !(nonzero ? word_at(block, order, first) : zeros_at(block, order, first)))
+                first += per_word;
+    }
     return first;
 }
 
 uint64_t refcount_used(const uint8_t *block, uint32_t order, uint64_t end)
 {
-    while (end > 0 && refcount_get(block, order, end - 1) == 0)
+    uint64_t per_word = 64 >> order;
+
+    while (end > 0 && refcount_get(block, order, end - 1) == 0) {
         end--;
+        if (end % per_word == 0)
+            while (end > 0 && !word_at(block, order, end - per_word))
+                end -= per_word;
+    }
     return end;
 }
 

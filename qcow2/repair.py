@@ -83,7 +83,7 @@ def _is_judged(census: Census, mode: RepairMode) -> bool:
         return True
     if mode is RepairMode.LEAKS:
         return False
-    return not (census.must_rebuild and (census.record.nb_snapshots or census.report.check_errors))
+    return not (census.must_rebuild and census.may_miss_shared)
 
 
 async def _adjust_refcounts(verdict: Verdict, *, lower: bool) -> None:

@@ -88,7 +88,7 @@ class Uncounted:
             return False
         self._is_cheap = False  # not again, unless there is no other way
         census = await take_census(self._file, self._root.header, Report())
-        if census.report.is_dark:
+        if census.may_miss_shared:
             raise CorruptImage(self._file.path, 0, "not all references can be found, so no cluster is known to be free")
         await self._stability.sync()  # what refers to nothing any more does so after a power loss, too
         await Grace()
