@@ -1,6 +1,7 @@
 """The synchronous face: an image as ordinary Python uses it."""
 
 import errno
+import logging
 import os
 import time
 import warnings
@@ -23,6 +24,8 @@ from qcow2.snapshot import Snapshot
 
 T = TypeVar("T")
 
+log = logging.getLogger("qcow2")
+
 
 class Disk:
     """An open image with its chain of files; a context manager that closes it cleanly.
@@ -40,6 +43,7 @@ class Disk:
         self._driver = BlockingDriver()
         self._thread = OwnThread()
         self._path = self.files[0].path
+        image.on_bitmaps_void = self._tell_of_void_bitmaps
 
     @property
     def size(self) -> int:
@@ -183,6 +187,10 @@ class Disk:
         finally:
             self.chain.close()
 
+    def _tell_of_void_bitmaps(self) -> None:
+        """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
+        log.warning("%s: persistent bitmaps are not maintained: they are void from now on", self._path)
+
     def _remove_log(self) -> None:
         if self.chain.memory is not None and self.chain.memory.is_made:
             self.chain.memory.remove()
@@ -256,6 +264,8 @@ def open_disk(
     that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
     *on_wait()* is called again and again while the transfers of a process that died keep the image locked.
     An image that was not closed cleanly is repaired before it is written; *progress(done, total)* sees that.
+    The logger "qcow2" gets a warning when writes of a dead process are lost, and when the first change makes the
+    persistent bitmaps of the image void.
 
     Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
     """

@@ -204,11 +204,14 @@ def test_unknown_autoclear_bits_are_cleared_by_the_first_writable_open(tmp_path:
 
 
 @pytest.mark.parametrize("change", ["write", "write_zeroes", "discard", "resize"])
-def test_bitmaps_are_void_from_the_first_change_on(tmp_path: Path, change: str) -> None:
+def test_bitmaps_are_void_from_the_first_change_on(
+    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
     built = build(Recipe(size=1 << 20, autoclear=1), tmp_path / "a")
     with qcow2.open(str(built.path), writable=True) as disk:
         disk.flush()
         assert built.peek(95, 1) == b"\1"
+        assert not caplog.messages
         if change == "write":
             disk.write(0, b"x")
         elif change == "resize":
@@ -216,6 +219,8 @@ def test_bitmaps_are_void_from_the_first_change_on(tmp_path: Path, change: str) 
         else:
             getattr(disk, change)(0, 1 << 16)
         assert built.peek(95, 1) == b"\0"
+        disk.write(0, b"x")
+    assert caplog.messages == [f"{built.path}: persistent bitmaps are not maintained: they are void from now on"]
 
 
 def test_unknown_compatible_bits_fields_and_extensions_survive_writing(tmp_path: Path) -> None:
