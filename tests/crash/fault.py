@@ -9,9 +9,16 @@ from qcow2 import operation as op
 from qcow2.driver.crash import piece_bytes, simulated
 from tests.crash.history import SECTOR
 
-HARMLESS = (op.Size, op.Grace, op.Compute, op.Store)  # cannot fail on a host
+HARMLESS = (op.Size, op.Grace, op.Compute)  # cannot fail on a host
 NEEDS_SPACE = (op.Write, op.Resize)
 NEVER = 1 << 60
+
+
+def kind_of(operation: op.Operation) -> type[op.Operation] | None:
+    """As what *operation* can fail; None if it cannot. What marks a link log writes to the image's header."""
+    if isinstance(operation, op.Store):
+        return op.Write if operation.mark is not None else None
+    return None if isinstance(operation, HARMLESS) else type(operation)
 
 
 @dataclass
@@ -29,12 +36,13 @@ class Fault:
     hit: op.Operation | None = None
 
     def __call__(self, operation: op.Operation) -> OSError | None:
-        if not self.armed or isinstance(operation, HARMLESS):
+        kind = kind_of(operation)
+        if not self.armed or kind is None:
             return None
-        self.seen.append(type(operation))
-        if self.code == errno.ENOSPC and not isinstance(operation, NEEDS_SPACE):
+        self.seen.append(kind)
+        if self.code == errno.ENOSPC and kind not in NEEDS_SPACE:
             return None
-        again = self.for_good and self.hit is not None and type(self.hit) is type(operation)
+        again = self.for_good and self.hit is not None and kind_of(self.hit) is kind
         if len(self.seen) != self.at and not again:
             return None
         self.hit = operation
