@@ -19,6 +19,7 @@ from qcow2.raw import RawImage
 
 WINDOW = 2 << 20  # bytes; no cluster is larger
 GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more
+SMALL = 128 << 10  # bytes that are looked through before a thread wakes up
 SPARSE_UNIT = 4096
 
 
@@ -156,6 +157,8 @@ class _Copy:
     async def _runs(self, data: memoryview) -> Runs:
         if not self._manner.sparse_unit:
             return [(0, len(data))]
+        if len(data) <= SMALL:
+            return data_runs(data, self._manner.sparse_unit)
         runs: Runs = await Compute(partial(data_runs, data, self._manner.sparse_unit))
         return runs
 
