@@ -15,11 +15,22 @@ def world_of(seed: int, sorts: Sequence[str]) -> World:
     draw = random.Random(seed)
     sort = NAMED[sorts[seed % len(sorts)]]
     is_long = seed % 8 == 5
+    match seed % 8:
+        case 7:
+            trouble = Trouble(full=True)
+        case 3:
+            trouble = Trouble(failing=0.01, failing_sync=0.05)
+        case 4:
+            trouble = Trouble(far=True)
+        case 1:
+            trouble = Trouble(short=0.25, passing=0.25, cold=0.4)
+        case _:
+            trouble = Trouble(punches=seed % 8 != 6)
     return World(
         seed,
         sort,
         writethrough=draw.random() < 0.4,
-        trouble=Trouble(failing=0.01, failing_sync=0.05) if seed % 4 == 3 else Trouble(),
+        trouble=trouble,
         lives=draw.choice((1, 2)) if is_long else draw.choice((1, 2, 3, 4)),
         is_long=is_long,
     )

@@ -83,7 +83,7 @@ void sim_reset(uint64_t seed)
     memset(watches, 0, sizeof(watches));
     memset(counts, 0, sizeof(counts));
     entry_count = ready_first = ready_count = 0;
-    state = (struct sim){.clock = state.clock, .due = UINT64_MAX, .turn = UINT64_MAX};
+    state = (struct sim){.clock = state.clock, .far = state.far, .due = UINT64_MAX, .turn = UINT64_MAX};
     random_state = seed * 0x9e3779b97f4a7c15u + 1;
 }
 
@@ -419,5 +419,5 @@ void host_nudge(int thread)
 
 enum storage storage_of(int fd)
 {
-    return STORAGE_NEAR;
+    return state.far ? STORAGE_FAR : STORAGE_NEAR;
 }

@@ -16,6 +16,7 @@ struct sim {
     uint64_t calls;
     uint64_t turn;
     uint32_t dead;
+    uint32_t far;
 };
 
 struct sim *sim_state(void);

@@ -35,6 +35,7 @@ PUNCH, ZERO_RANGE = 2, 16  # FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 NEVER = (1 << 64) - 1
 FIRST_FD = 100
 US, MS = 1_000, 1_000_000
+FOREVER = 10_000 * MS  # nothing takes so long
 SPIN = 100_000  # calls of the host that no life needs
 PASSING = (errno.EAGAIN, errno.EINTR, errno.ECANCELED)  # nothing happened; whoever asked asks again
 
@@ -65,7 +66,9 @@ class Trouble:
     cold: float = 0.15  # a read of the page cache would wait
     failing: float = 0.0  # EIO, or ENOSPC where space is taken
     failing_sync: float = 0.0
+    full: bool = False  # for a while, now and then, most writes find no space
     punches: bool = True
+    far: bool = False  # files lie on a network, as it seems
 
 
 class KernelMemory(SimulatedMemory):
@@ -138,6 +141,7 @@ class Kernel(Host):
         self._ticket = 0
         self._next_fd = FIRST_FD
         self.state.clock = 1_000_000
+        self.state.far = trouble.far
         self.reset()
 
     # lives
@@ -155,7 +159,10 @@ class Kernel(Host):
         self.failures = 0
         self.sync_failed_at = None
         self.life_began = len(self.journal)
+        self.is_full = False
         self._plan()
+        if self.trouble.full:
+            self.at(self.random.randrange(1, 3 * MS), self._fill)
 
     def die_at(self, call: int, photograph: Callable[[], None]) -> None:
         """Kill the process at its *call*-th call; *photograph()* is called then."""
@@ -215,8 +222,9 @@ class Kernel(Host):
     def sleep(self, milliseconds: int) -> int:
         """The worker sleeps until it is woken -> 0 or -errno."""
         until = self.now + milliseconds * MS if milliseconds else NEVER
+        began = self.now
         while not lib.sim_ready():
-            if not self._events and until == NEVER:
+            if until == NEVER and (not self._events or self.now - began > FOREVER):
                 raise Violation("the worker sleeps, and nothing will ever wake it")
             self.state.clock = max(self.now, min(until, self._events[0][0] if self._events else until))
             self.turn()
@@ -225,6 +233,12 @@ class Kernel(Host):
             if self.now >= until:
                 break
         return 0
+
+    def _fill(self) -> None:
+        """The host is full, or has space again."""
+        self.is_full = not self.is_full
+        self.note("full", self.is_full)
+        self.at(self.random.randrange(20 * US, 2 * MS), self._fill)
 
     # eventfds
 
@@ -332,6 +346,9 @@ class Kernel(Host):
             raise Violation(f"write to read-only {job.file.path}")
         buffer = bytearray(nbytes)
         lib.sim_job_load(job.number, ffi.from_buffer(buffer))
+        if self.is_full and self._happens(0.8):
+            job.result = -errno.ENOSPC
+            return
         job.result = self._cut(job.offset, nbytes)
         written = bytes(buffer[: job.result])
         if fails:
@@ -390,6 +407,9 @@ class Kernel(Host):
     def _end(self, job: Job) -> None:
         self.note("end", job.opcode, job.offset, job.result, self.now)
         self._complete(job)
+        if job.result == -errno.ECANCELED and self.trouble.far:
+            self.failures += 1  # nobody does it here: who waits is told
+            self.ever_failed = True
         lib.sim_complete(job.number, job.result)
 
     def _at_once(self, effect: Effect) -> None:

@@ -69,6 +69,9 @@ class SimulatedDriver(RingDriver):
 
     kernel: Kernel  # of the history under way
 
+    def _may_hang(self, file: op.File) -> bool:
+        return False
+
     def _size(self, operation: op.Size) -> int:
         file: Any = operation.file
         return int(file.size)
@@ -90,6 +93,14 @@ class SimulatedDriver(RingDriver):
             except OSError:
                 operation.undo()
                 raise
+
+
+class Block(NativeBlock):
+    """Tells what C has noted."""
+
+    @property
+    def takes_no_writes(self) -> bool:
+        return bool(self._block.failed)
 
 
 class HeldSimulation:
@@ -240,7 +251,7 @@ class World:
     # serving
 
     def _serve(self, image: Image, *, is_last: bool) -> None:
-        block = NativeBlock(
+        block = Block(
             size=self.sort.nsectors * 512,
             max_discard_sectors=MAX_RANGE_SECTORS,
             max_write_zeroes_sectors=MAX_RANGE_SECTORS,
@@ -289,6 +300,8 @@ class World:
             if not failed:
                 raise
             raise Dead from None  # it says so; what it leaves is as after a death
+        if block.takes_no_writes:
+            raise Violation("writes have ended, and the image closes as if nothing had happened")
         self._judge(self._through(look(self._through(open_again(self.file, self.backing)))), power=False)
 
     def _meet(self, worker: SimulatedWorker, *, is_last: bool) -> None:

@@ -23,9 +23,9 @@ MUTANTS = [
         "Law 2: a sync serves who waited when it started",
         Edit(
             "ring/commit.c",
-            "    serve_line(worker, &file->served, file->error ? -EIO : 0);\n}",
-            "    serve_line(worker, &file->served, file->error ? -EIO : 0);\n"
-            "    serve_line(worker, &file->waiting, file->error ? -EIO : 0);\n}",
+            "    operations_advance(worker);\n}\n\nvoid grace_advance",
+            "    serve_line(worker, &file->waiting, file->error ? -EIO : 0);\n"
+            "    operations_advance(worker);\n}\n\nvoid grace_advance",
         ),
     ),
     Mutant(
@@ -275,6 +275,30 @@ MUTANTS = [
             "    } else if (result < 0) {\n        end(worker, number, result);",
             "    } else if (result < 0) {\n        end(worker, number, operation->verb == VERB_WRITE ? 0 : result);",
         ),
+    ),
+    # what was wrong once, in the history of these sources
+    Mutant(
+        "once_a_cancelled_sync_had_failed",
+        "Law 7: a failure is one; until de9bafc",
+        Edit(
+            "ring/commit.c",
+            "    if (result == -ECANCELED && !untried)\n        result = host_sync(file->fd);",
+            "    if (result == -ECANCELED && !file)\n        result = host_sync(file->fd);",
+        ),
+    ),
+    Mutant(
+        "once_cancelled_work_had_failed",
+        "Law 7: a failure is one; until de9bafc",
+        Edit(
+            "ring/operation.c",
+            "storage != STORAGE_FAR)\n        result = perform_here",
+            "storage != STORAGE_FAR && !operation)\n        result = perform_here",
+        ),
+    ),
+    Mutant(
+        "once_the_maps_error_went_nowhere",
+        "Law 7: a close after a lost entry or mark is no clean one; until 42cbc66",
+        Edit("qcow2/l2cache.c", "    map->error = -result;\n", ""),
     ),
 ]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
