@@ -216,7 +216,11 @@ class FoundLog(NamedTuple):
 
     def waiting(self) -> int:
         """How many links waited at the newest record."""
-        return len(self.links_at(self.newest() % ((1 << STAMP_BITS) - 1) + 1) or ()) if self.records else 0
+        return len(self.newest_links())
+
+    def newest_links(self) -> list[Link]:
+        """The links that waited at the newest record, oldest first."""
+        return (self.links_at(self.newest() % ((1 << STAMP_BITS) - 1) + 1) or []) if self.records else []
 
 
 def read_log(content: bytes) -> FoundLog | None:

@@ -9,10 +9,10 @@ from qcow2.boot import this_boot
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory, is_in_use
 from qcow2.error import ImageError
-from qcow2.header import read_header
+from qcow2.header import Header, read_header
 from qcow2.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
 from qcow2.logplace import all_logs, find_log, origin_of, remove_log
-from qcow2.replay import clear_mark, replay
+from qcow2.replay import are_in, clear_mark, replay
 
 log = logging.getLogger("qcow2")
 
@@ -34,7 +34,7 @@ def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
     """
     header = run(read_header(file, trust_refcounts=False))
     if not header.log_mark:
-        _look_for_leftovers(file, directory)
+        _look_for_leftovers(file, header, directory)
         return
     mark = Mark.parse(header.log_mark)
     memory = find_log(mark.tag, directory)
@@ -90,16 +90,18 @@ def _go_on_without(file: HostFile, mark: Mark, directory: str, problem: str, *, 
         )
 
 
-def _look_for_leftovers(file: HostFile, directory: str) -> None:
+def _look_for_leftovers(file: HostFile, header: Header, directory: str) -> None:
     """The image names no log: done with, unless somebody who does not know of logs has written to it since a death.
 
-    It may also be another image that got the numbers and the name of a dead one, so what has links in it stays.
+    It may also be another image that got the numbers and the name of a dead one, so what has links that are not in the
+    image stays.
     """
     for memory in all_logs(directory):
         found = _load_own(file, memory)
         if found is None:
             continue
-        if not found.waiting():
+        links = found.newest_links()
+        if not links or run(are_in(file, header, links)):
             remove_log(memory)  # its process died when it had done everything but that
         elif found.origin.boot.is_same(this_boot()):
             log.warning(

@@ -46,6 +46,19 @@ async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
     return Outcome(replayed=len(wanted), dropped=dropped)
 
 
+async def are_in(file: File, header: Header, links: Iterable[Link]) -> bool:
+    """Whether each of *links* is in the image in *file* already: who brought them in may have died at once.
+
+    Raises: OSError.
+    """
+    target = await Target.of(file, header)
+    accepted, dropped = target.accept(links)
+    for first, group in by_slice(target.geometry, accepted):
+        entries = entries_of(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
+        dropped += sum(entries[link.cluster % len(entries)] != link.new_entry for link in group)
+    return dropped == 0
+
+
 async def clear_mark(file: File) -> None:
     """Let the image in *file* say that no link of it waits; stable on return."""
     await Write(file, MARK_OFFSET, NO_MARK)

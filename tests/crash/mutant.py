@@ -158,11 +158,10 @@ def part_of_what_waited_will_do(patch: Patch) -> None:
 def log_counts_though_the_image_names_none(patch: Patch) -> None:
     """Law 3: what has the numbers and the name of an image is taken for it."""
 
-    def bring_in(file: Any, directory: str) -> None:
+    def bring_in(file: Any, header: Any, directory: str) -> None:
         for memory in recovery.all_logs(directory):
             found = recovery._load_own(file, memory)
             if found is not None:
-                header = run(recovery.read_header(file, trust_refcounts=False))
                 stamp = found.newest() % ((1 << STAMP_BITS) - 1) + 1
                 run(recovery.replay(file, header, found.links_at(stamp) or []))
 

@@ -339,6 +339,30 @@ def test_copy_made_after_a_death_and_the_image_both_have_the_writes(
     assert not list(logs.iterdir())
 
 
+def test_log_of_links_that_are_in_the_image_goes_without_a_word(
+    image: Path, logs: Path, base: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who brings them in may die before it has removed the log."""
+    log = die(image, logs)
+    kept = log.read_bytes()
+    assert_same_bytes(contents(image, logs), written(base))
+    log.write_bytes(kept)
+    log.chmod(0o600)
+    assert_same_bytes(contents(image, logs), written(base))
+    assert not list(logs.iterdir())
+    log.write_bytes(kept)
+    log.chmod(0o600)
+    with qcow2.open(str(image), writable=True, log_directory=str(logs)) as disk:
+        disk.discard(0, disk.size)
+    assert caplog.messages == []
+    log.write_bytes(kept)
+    log.chmod(0o600)
+    with qcow2.open(str(image), writable=True, log_directory=str(logs)):
+        pass
+    assert "never flushed" in caplog.text  # now it might be
+    assert list(logs.iterdir()) == [log]
+
+
 def test_logs_are_listed_and_removed_unless_they_are_in_use(image: Path, logs: Path, base: bytes) -> None:
     def listed() -> list[tuple[str, int, str]]:
         facts = json.loads(qcow2_tool_ok("link-logs", f"--link-log={logs}", "--output=json"))
