@@ -76,6 +76,7 @@ class Links:
         self._beginning = Mutex()
         self._next = Batch()
         self._in_file: list[range] = []  # guest clusters whose links are in the file, though they wait: a commit failed
+        self._unrecorded: dict[int, tuple[Sequence[int], Sequence[int]]] = {}  # old entries and freed, by guest offset
         self._is_running = False
         if log is not None:
             mapping.cache.set_log(log.native)
@@ -176,39 +177,32 @@ class Links:
             if error.errno not in NO_SPACE:
                 self._stability.fail(error)
                 raise
-            await self._do_without_log(guest_offset, old_entries, entries, freed)
+            await self._do_without_log(guest_offset, old_entries, freed, error)
         if batch.nclusters > self._limit:
             batch.is_wanted = True
             await self._run()
 
     async def _do_without_log(
-        self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
+        self, guest_offset: int, old_entries: Sequence[int], freed: Sequence[int], error: OSError
     ) -> None:
-        """Bring a link into the file whose record does not count, since the host has no space for the mark.
+        """Bring a link into the file whose record does not count: the host has no space for the mark.
 
-        A commit may not need any. Raises: OSError; the entries are then as they were.
+        A commit may not need any. One that fails may have come so far; else it takes the link back.
+        Raises: OSError; the entries are then as they were.
         """
-        while True:
-            try:
-                await self.commit()
-            except OSError:
-                if not self._is_in_file(guest_offset):
-                    if self._take_back(guest_offset, old_entries, entries, freed):
-                        raise
-                    continue  # another commit is about to write it
-            return
+        self._unrecorded[guest_offset] = old_entries, freed
+        try:
+            await self.commit()
+        except OSError as failure:
+            error = failure
+        if self._unrecorded.pop(guest_offset, None) is None:
+            raise error
 
-    def _is_in_file(self, guest_offset: int) -> bool:
-        return any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
-
-    def _take_back(
-        self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
-    ) -> bool:
-        """Let a link that waits never have been; false if somebody is committing it."""
-        batch = self._next
-        if not any(one is entries for _, one in batch.links):
+    def _take_back(self, batch: Batch, guest_offset: int, entries: Sequence[int]) -> bool:
+        """Let a link of *batch*, whose commit failed, never have been, if neither log nor file has it."""
+        if guest_offset not in self._unrecorded or self._is_in_file(guest_offset):
             return False
-        batch.links = [link for link in batch.links if link[1] is not entries]
+        old_entries, freed = self._unrecorded.pop(guest_offset)
         batch.nclusters -= len(entries)
         for cluster in freed:
             batch.freed.remove(cluster)
@@ -216,6 +210,9 @@ class Links:
         if not self._mapping.holds:
             self.policy.on_waiting(False)
         return True
+
+    def _is_in_file(self, guest_offset: int) -> bool:
+        return any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
 
     def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
         """Whether the link of one of the clusters, all of one slice, waits."""
@@ -308,6 +305,7 @@ class Links:
 
     def _fail(self, batch: Batch, error: OSError) -> None:
         """Let the links of *batch* wait on, though some may be in the file; it was for want of space, or for good."""
+        batch.links = [link for link in batch.links if not self._take_back(batch, *link)]
         self._next.links[:0] = batch.links
         self._next.nclusters += batch.nclusters
         self._next.freed[:0] = batch.freed

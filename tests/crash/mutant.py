@@ -339,6 +339,11 @@ def failed_data_is_linked(patch: Patch) -> None:
     patch.setattr(Writer, "_fill", quiet)
 
 
+def link_without_a_record_waits_on(patch: Patch) -> None:
+    """Law 7: a link that neither log nor file would have stays in memory, though its cluster is freed."""
+    patch.setattr(Mapping, "take_back", lambda *arguments: None)
+
+
 def lack_of_space_ends_all_writes(patch: Patch) -> None:
     """Law 7: a full host is no reason to distrust it."""
     patch.setattr("qcow2.stability.NO_SPACE", ())
@@ -485,6 +490,7 @@ FOUND_BY: dict[Mutant, str] = {
     failed_sync_is_tried_again: "faults 512/writeback/allocate+flush",
     failed_metadata_write_is_swallowed: "faults 512/writeback/allocate",
     failed_data_is_linked: "faults 512/writeback/allocate",
+    link_without_a_record_waits_on: "faults backing/writeback/copy",
     lack_of_space_ends_all_writes: "faults 512/writeback/allocate",
     tables_are_wherever_the_header_says: "hostile l1-too-long",
     l1_entry_is_believed: "hostile l2-unaligned",

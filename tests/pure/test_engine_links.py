@@ -269,6 +269,20 @@ def test_a_link_that_neither_log_nor_file_takes_never_was(before: list[int]) -> 
     assert bench.reopened_content() == bench.content()
 
 
+def test_requests_that_a_full_host_fails_do_not_wait_for_each_other() -> None:
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+    old = bench.content()
+    bench.breaker.fault = full
+    buffers = [MemoryBuffer(memoryview(noise(CLUSTER, cluster))) for cluster in range(7, 12)]
+    errors = together(bench, *(bench.image.write(at * CLUSTER, data) for at, data in enumerate(buffers, 7)))
+    assert [getattr(error, "errno", None) for error in errors] == [errno.ENOSPC] * 5
+    bench.breaker.fault = None
+    assert bench.content() == old
+    bench.driver.run(bench.image.flush())
+    assert bench.reopened_content() == old
+
+
 def test_of_links_that_a_commit_left_behind_only_the_one_without_a_record_never_was() -> None:
     """The entry of the first is in the file when the host fills up, the other's is not."""
     bench = overlay()
