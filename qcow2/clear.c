@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "qcow2/l2map.h"
+#include "ring/assertion.h"
 
 /* What becomes of the entries of a range. */
 struct clearing {
@@ -57,6 +58,7 @@ static int free_cluster(struct freed *freed, struct clearing *clearing, uint64_t
 {
     if (!freed->is_open || freed->count + clearing->nfreed == FREED_CLUSTERS)
         return -EAGAIN;
+    ASSERT(freed->count + clearing->nfreed < FREED_CLUSTERS);
     freed->clusters[freed->count + clearing->nfreed++] = host_cluster;
     return 0;
 }

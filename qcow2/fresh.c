@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "qcow2/l2map.h"
+#include "ring/assertion.h"
 
 void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced)
 {
@@ -69,6 +70,7 @@ void l2map_lock(struct l2map *map, uint64_t first, uint64_t last)
 
 void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last)
 {
+    ASSERT(map->locks.count && l2map_is_locked(map, first, last));
     count_range(map, first, last, UINT32_MAX);
 }
 
@@ -198,6 +200,7 @@ static void link_waits(struct l2map *map, const struct extent_place *place)
 {
     struct link_log *log = map->log;
 
+    ASSERT(log->nlinks < WAITING_LINKS && log->next - log->first < log->capacity);
     log->links[log->nlinks++] = (struct waiting_link){place->guest_offset >> map->cluster_bits, place->entry};
     log->next++;
 }
@@ -219,6 +222,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
         stock_put_back(stock, host_cluster);
         return 0;
     }
+    ASSERT(stock->nspoiled < STOCK_SPOILED);
     stock->spoiled[stock->nspoiled++] = host_cluster;
     /* Without space an entry is as it was; after anything else nobody knows. */
     if (!error || error == -ENOSPC || error == -EDQUOT)

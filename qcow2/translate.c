@@ -1,5 +1,6 @@
 /* The extent map: answers from the slices in memory, and from the backing image's map where nothing is allocated. */
 #include "qcow2/l2map.h"
+#include "ring/assertion.h"
 
 #include <string.h>
 
@@ -25,6 +26,7 @@ void l2map_claim(struct l2map *map, uint64_t slice)
 
 void l2map_unclaim(struct l2map *map, uint64_t slice)
 {
+    ASSERT(map->claims[slice & (CLAIMS - 1)]);
     map->claims[slice & (CLAIMS - 1)]--;
 }
 

@@ -30,7 +30,13 @@ FLAGS = [
     "-fno-strict-aliasing",
 ]
 SANITIZERS = {
-    "--asan": ["-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "--asan": [
+        "-Werror",
+        "-DASSERTIONS",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ],
     "--tsan": ["-Werror", "-fsanitize=thread", "-fno-omit-frame-pointer", "-Wno-tsan"],  # it warns of fences
 }
 FUZZ = ROOT / "tests" / "fuzz"

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stddef.h>
 
+#include "ring/assertion.h"
 #include "ring/worker.h"
 
 #define LONE_REQUESTS 64 /* that no other queue came between: only one is in use */
@@ -55,6 +56,7 @@ static void starts(struct worker *worker, uint32_t slot)
 {
     struct file *file = &worker->files[slot];
 
+    ASSERT(!file->syncing && !file->served.first);
     line_move(&file->served, &file->waiting);
     file->syncing = true;
     file->joined = false;
@@ -161,6 +163,7 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
     /* The kernel could make no thread for it: nothing was tried, so nothing has failed, but for those who wait. */
     if (result == -ECANCELED && !untried)
         result = host_sync(file->fd);
+    ASSERT(file->syncing && worker->submitted);
     worker->submitted--;
     if (file->storage == STORAGE_FAR)
         turn_vacate(worker, file);

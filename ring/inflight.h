@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ring/assertion.h"
 #include "ring/shared.h"
 #include "ring/slots.h"
 
@@ -190,6 +191,7 @@ static inline void inflight_split_pushed(struct inflight *inflight, uint16_t hea
 {
     if (!inflight->split)
         return;
+    ASSERT(inflight->busy[head]);
     inflight->split->desc[head].next = inflight->last_batch_head;
     shared_store_release16(&inflight->split->last_batch_head, head);
     inflight->last_batch_head = head;

@@ -3,6 +3,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "ring/assertion.h"
 #include "ring/pieces.h"
 #include "ring/worker.h"
 
@@ -74,6 +75,7 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
         worker->long_free[worker->free_long++] = request->pieces;
         queue->long_requests--;
     }
+    ASSERT(request->state != REQUEST_FREE && !request->parts && queue->in_flight && worker->requests_in_flight);
     request->state = REQUEST_FREE;
     queue->in_flight--;
     worker->statistics.queues[queue->index].requests++;
@@ -108,6 +110,7 @@ void request_hold(struct request *request)
 
 void request_release(struct worker *worker, struct request *request, int result)
 {
+    ASSERT(request->parts && request->state != REQUEST_FREE);
     if (result < 0 && request->error == 0)
         request->error = result;
     if (--request->parts == 0)
@@ -144,6 +147,7 @@ void request_trace_answer(struct worker *worker, const struct request *request, 
 
 void request_punt(struct worker *worker, struct request *request, uint32_t type)
 {
+    ASSERT(request->state == REQUEST_BUSY && !request->parts);
     request->state = REQUEST_IN_PYTHON;
     worker->counters->python_requests++;
     worker_tell(worker, (struct worker_event){

@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "ring/assertion.h"
+
 #define BUFFER_IDS 65536
 
 struct slots {
@@ -53,8 +55,10 @@ static inline bool slots_hold(const struct slots *slots, uint16_t id)
 /* Take a slot for a chain of `length` descriptors; there is one, because a chain takes a descriptor at least. */
 static inline uint16_t slots_take(struct slots *slots, uint16_t id, uint16_t length)
 {
-    uint16_t slot = slots->free[--slots->free_count];
+    uint16_t slot;
 
+    ASSERT(slots->free_count && length && !slots->by_id[id]);
+    slot = slots->free[--slots->free_count];
     slots->ids[slot] = id;
     slots->lengths[slot] = length;
     slots->by_id[id] = slot + 1;
@@ -63,6 +67,7 @@ static inline uint16_t slots_take(struct slots *slots, uint16_t id, uint16_t len
 
 static inline void slots_give_back(struct slots *slots, uint16_t slot)
 {
+    ASSERT(slots->lengths[slot]);
     slots->by_id[slots->ids[slot]] = 0;
     slots->lengths[slot] = 0;
     slots->free[slots->free_count++] = slot;

@@ -14,7 +14,12 @@ from ring.build import FLAGS, ROOT, native_sources
 from tests.fuzz import corpus
 
 WORK = ROOT / ".cache" / "fuzz"
-SANITIZERS = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZERS = [
+    "-DASSERTIONS",
+    "-fsanitize=fuzzer,address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
 COVERAGE = ["-fprofile-instr-generate", "-fcoverage-mapping"]
 LIMITS = {"ring": ["-max_len=3200", "-timeout=20"], "images": ["-max_len=289", "-timeout=60", "-rss_limit_mb=1024"]}
 

@@ -119,7 +119,7 @@ def _object(name: str, text: str, headers: str, include: Path) -> Path:
     source.write_text(text)
     partial = path.with_suffix(f".{os.getpid()}")
     includes = [f"-I{include}", f"-I{sysconfig.get_path('include')}"]
-    command = [_cc(), *FLAGS, "-fPIC", "-Wno-unused", *includes, "-c", str(source), "-o", str(partial)]
+    command = [_cc(), *FLAGS, "-fPIC", "-Wno-unused", "-DASSERTIONS", *includes, "-c", str(source), "-o", str(partial)]
     subprocess.run(command, check=True)
     partial.rename(path)
     return path
