@@ -164,7 +164,7 @@ def test_target_that_is_too_small_is_left_alone(images: Path, tmp_path: Path) ->
 
 def test_backing_file_that_is_not_the_sources_gives_the_right_disk(tmp_path: Path, images: Path) -> None:
     """QEMU copies what the top image has, whatever is below, and says that all is well."""
-    for base in ("empty", "other", "zeros", "data"):
+    for base in ("other", "data"):
         for source in ("summit", "top", "long", "data"):
             target = tmp_path / f"{source} over {base}"
             options = ("-B", images / base, "-F", "qcow2", "-o", "cluster_size=32k")
@@ -192,7 +192,7 @@ def test_any_disk_comes_through_any_format(tmp_path: Path, seed: int) -> None:
         qemu_io(path, *(f"{verb} {at} {n}" for verb, at, n in zip(verbs, starts, lengths, strict=True)))
     expected = qemu_read(top)
     path = top
-    for step in range(4):
+    for step in range(3):
         image_format = draw.choice(("qcow2", "raw"))
         options = ["-o", f"cluster_size={draw.choice(sizes)}"] if image_format == "qcow2" else []
         options += draw.choice(([], ["-W"], ["-m", "1"], ["-S", "512"], ["-S", "64k"], ["-c"] if options else []))
