@@ -65,7 +65,7 @@ static int write_at_once(struct worker *worker, struct operation *operation)
     if (file->error)
         return -EIO;
     worker->now = pace_now();
-    if (may_be_direct || file_recovers(file, worker->now) || !at_once_allows(file, operation->nbytes, worker->now))
+    if (may_be_direct || !at_once_allows(file, operation->nbytes, worker->now))
         return -EAGAIN;
     return write_now(worker, operation);
 }
@@ -177,7 +177,7 @@ static int write_table(struct extent_writer *writer, uint32_t slot, uint64_t hos
     struct worker *worker = ((struct table_writer *)writer)->worker;
 
     worker->now = pace_now();
-    if (!worker_has_slot(worker, slot) || file_recovers(&worker->files[slot], worker->now) ||
+    if (!worker_has_slot(worker, slot) ||
         !at_once_allows(&worker->files[slot], nbytes, worker->now))
         return -EAGAIN;
     return worker_write_entry(worker, slot, host_offset, bytes, nbytes);
@@ -222,7 +222,7 @@ int request_copy_at_once(struct worker *worker, struct request *request, const s
     if (file->error)
         return -EIO;
     worker->now = pace_now();
-    if (file_recovers(file, worker->now) || !at_once_allows(file, copy->nbytes, worker->now) ||
+    if (!at_once_allows(file, copy->nbytes, worker->now) ||
         !at_once_allows(&worker->files[copy->old_slot], copy->nbytes, worker->now) ||
         read_old(worker, copy->old_slot, copy->old_offset, copy->nbytes) < 0)
         return -EAGAIN;

@@ -165,8 +165,7 @@ static int submit_transfer(struct worker *worker, uint32_t number)
         return result;
     result = -EAGAIN;
     worker->now = pace_now(); /* what came before, zeros for a long read, say, is not this file's delay */
-    if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now) &&
-        (operation->verb == VERB_READ || !file_recovers(file, worker->now)))
+    if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now))
         result = at_once_transfer(worker, operation, &gather);
     if (result != -EAGAIN) {
         transfer_completed(worker, number, result);

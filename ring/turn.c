@@ -1,43 +1,26 @@
-/* Turns: who of a file's operations may be in the kernel, and who waits for others to end.
+/* Turns: who of a far file's operations may be in the kernel, and who waits for others to end.
  *
  * Where a file may hang, so may the threads that carry out its operations:
  * io_uring's or ours, of which there are URING_THREADS. Far files share them.
- * To a near file the kernel writes one thing after the other, so that a few
- * are enough; a crowd would only hold up what this thread writes next.
  */
 #include "ring/share.h"
 #include "ring/worker.h"
 
-#define NEAR_WRITES 16
 #define FAR_THREADS (URING_THREADS - 2) /* near files need some, too */
 
-static bool is_buffered_write(const struct operation *operation)
+static bool is_full(const struct worker *worker, const struct file *file)
 {
-    return operation->verb == VERB_WRITE && !operation->direct;
-}
-
-static bool is_full(const struct worker *worker, const struct file *file, const struct operation *operation)
-{
-    switch (file->storage) {
-    case STORAGE_NEAR:
-        return is_buffered_write(operation) &&
-               (file->occupying >= NEAR_WRITES || (operation->nbytes <= PACE_NBYTES && file_recovers(file, worker->now)));
-    case STORAGE_FAR:
-        return worker->far_occupying >= FAR_THREADS ||
-               !share_allows(file->occupying, FAR_THREADS - worker->far_occupying);
-    case STORAGE_STREAM:
-        break;
-    }
-    return false;
+    return worker->far_occupying >= FAR_THREADS ||
+           !share_allows(file->occupying, FAR_THREADS - worker->far_occupying);
 }
 
 bool turn_is_now(const struct worker *worker, const struct operation *operation)
 {
     const struct file *file = &worker->files[operation->slot];
 
-    if (!operation->has_turn && file->first_waiting != WORKER_OPERATIONS)
-        return file->storage != STORAGE_FAR && !is_buffered_write(operation);
-    return !is_full(worker, file, operation);
+    if (file->storage != STORAGE_FAR)
+        return true;
+    return (operation->has_turn || file->first_waiting == WORKER_OPERATIONS) && !is_full(worker, file);
 }
 
 void turn_wait(struct worker *worker, uint32_t number)
@@ -70,7 +53,7 @@ uint32_t turn_next(struct worker *worker)
     for (uint32_t slot = 0; worker->waiting_files && slot < worker->file_count; slot++) {
         struct file *file = &worker->files[slot];
         if (worker_has_slot(worker, slot) && file->first_waiting != WORKER_OPERATIONS &&
-            !is_full(worker, file, &worker->operations[file->first_waiting]))
+            !is_full(worker, file))
             return leave(worker, file);
     }
     return WORKER_OPERATIONS;
@@ -79,13 +62,13 @@ uint32_t turn_next(struct worker *worker)
 void turn_occupy(struct worker *worker, struct file *file)
 {
     file->occupying++;
-    worker->far_occupying += file->storage == STORAGE_FAR;
+    worker->far_occupying++;
 }
 
 void turn_vacate(struct worker *worker, struct file *file)
 {
     file->occupying--;
-    worker->far_occupying -= file->storage == STORAGE_FAR;
+    worker->far_occupying--;
 }
 
 void turn_begin(struct worker *worker, struct operation *operation)
@@ -93,7 +76,7 @@ void turn_begin(struct worker *worker, struct operation *operation)
     struct file *file = &worker->files[operation->slot];
 
     operation->has_turn = false;
-    operation->occupies = file->storage == STORAGE_FAR || is_buffered_write(operation);
+    operation->occupies = file->storage == STORAGE_FAR;
     if (operation->occupies)
         turn_occupy(worker, file);
 }

@@ -504,12 +504,6 @@ static inline void line_move(struct line *to, struct line *from)
 
 void worker_tell(struct worker *worker, struct worker_event event);
 
-/* A rest is over, and the kernel still writes what it was given meanwhile: who writes on this thread now waits for it. */
-static inline bool file_recovers(const struct file *file, uint64_t now)
-{
-    return file->pace.rest && file->occupying && pace_allows(&file->pace, now);
-}
-
 static inline void worker_meets_peer(struct worker *worker, bool now)
 {
     __atomic_store_n(&worker->at_peer, now, __ATOMIC_RELAXED);
