@@ -35,20 +35,22 @@ def draw(comparisons: Sequence[Comparison], sweeps: Sequence[Sweep], directory: 
 
 
 def draw_crowds(curves: "Sequence[Curve]", floor: float, path: Path) -> None:
-    """Draw the IOPS of each case as a share of its best along the requests under way. Raises: NoPlots."""
+    """Draw each case's rate, with its range, as a share of its best along the requests under way. Raises: NoPlots."""
     _prepare()
     figure, axes = _new_figure(height=4.5)
     crowds = [point.crowd for point in curves[0].figures]
     for curve in curves:
-        best = max(point.median for point in curve.figures)
-        (line,) = axes.plot(crowds, [point.median / best for point in curve.figures], marker="o", markersize=3)
+        best = max(point.rate for point in curve.figures)
+        (line,) = axes.plot(crowds, [point.rate / best for point in curve.figures], marker="o", markersize=3)
         line.set_label(f"{curve.case.title}: {best:,.0f}")
+        low, high = ([reach(point.rates) / best for point in curve.figures] for reach in (min, max))
+        axes.fill_between(crowds, low, high, color=line.get_color(), alpha=0.15)
     axes.axhline(floor, color="tab:red", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(crowds, [f"{crowd:,}" for crowd in crowds], rotation=45)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("requests of 4 KiB under way")
-    axes.set_ylabel("IOPS, as a share of the best")
+    axes.set_ylabel("requests a second of processor time, of the best")
     axes.legend(loc="lower right", fontsize="small")
     _save(figure, path)
 

@@ -75,6 +75,16 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert list(images.iterdir()) == []
 
 
+def test_a_crowd_comes_on_as_many_queues_as_it_needs(tmp_path: Path) -> None:
+    options = ("--passes=1", "--seconds=0.05", "--ring=1", "--largest=2")
+    where = ("--directory", tmp_path / "images", "--plot", tmp_path / "plot.svg")
+    command = [sys.executable, "-m", "bench.crowd", "fresh", *options, *map(str, where)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("| 1 ", "| 2 "))] == ["1", "2"]
+    assert list((tmp_path / "images").iterdir()) == []
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
     images = tmp_path / "images"
