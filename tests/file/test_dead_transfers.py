@@ -39,7 +39,7 @@ def wait_for_line(daemon: Daemon, word: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["none", "writeback"])
-@pytest.mark.parametrize("aio", ["io_uring", "threads"])
+@pytest.mark.parametrize("aio", ["auto", "threads"])
 def test_next_daemon_waits_for_a_dead_ones_write(disk: SlowDisk, tmp_path: Path, aio: str, cache: str) -> None:
     image, options = tmp_path / "image", ("--format=raw", f"--aio={aio}", f"--cache={cache}")
     with Daemon(image, *options) as dead, FrontEnd(dead.socket_path) as guest:
@@ -60,7 +60,7 @@ def test_next_daemon_waits_for_a_dead_ones_write(disk: SlowDisk, tmp_path: Path,
         assert os.pread(file.fileno(), 4096, FAR) == b"n" * 4096
 
 
-@pytest.mark.parametrize("aio", ["io_uring", "threads"])
+@pytest.mark.parametrize("aio", ["auto", "threads"])
 def test_next_daemon_of_a_read_only_disk_waits_for_a_dead_ones_read(disk: SlowDisk, tmp_path: Path, aio: str) -> None:
     """It would land in the guest's memory, which is in use again."""
     image, options = tmp_path / "image", ("--format=raw", "--read-only", f"--aio={aio}", "--cache=none")

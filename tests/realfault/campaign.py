@@ -11,11 +11,11 @@ from tests.realfault.trial import PHASES, Setting, live
 
 NBYTES = 4 << 20  # of a disk
 OPTIONS = (
-    ("--aio=io_uring",),
+    ("--aio=auto",),
     ("--aio=threads",),
-    ("--aio=io_uring", "--cache=writethrough"),
+    ("--aio=auto", "--cache=writethrough"),
     ("--aio=threads", "--cache=none"),
-    ("--aio=io_uring", "--cache=directsync"),
+    ("--aio=auto", "--cache=directsync"),
 )
 DEPTHS = (1, 8)
 
