@@ -112,11 +112,6 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "grace_waits_for_nobody",
-        "Law 5",
-        Edit("ring/commit.c", "        if (grace->running && grace->in_flight[!grace->epoch])", "        if (!grace)"),
-    ),
-    Mutant(
         "the_ring_is_not_looked_at_again",
         "liveness: between arming and sleeping a chain may come",
         Edit(
