@@ -15,7 +15,7 @@ from qcow2.check import Verdict, block_indexes, judge, miscopied, read_block
 from qcow2.error import UnsupportedImage
 from qcow2.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
-from qcow2.operation import File, Sync, Write
+from qcow2.operation import File, Resize, Size, Sync, Write
 from qcow2.report import Report
 from qcow2.tally import Role, set_refcount, stored_refcount
 
@@ -36,7 +36,8 @@ async def repair(
 ) -> Report:
     """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
 
-    The dirty and the corrupt bit are cleared, stable on return, if no corruption is left.
+    The dirty and the corrupt bit are cleared, stable on return, if no corruption is left; then the file of an image
+    that leaked or was dirty ends where the image does.
     Data is not touched. Nothing is written if something lies past the end of the file: it is gone, and zeros in its
     place would pass for it. While references cannot be followed, what seems to leak may be theirs: counts that are too
     low are raised, none is lowered, and the structure of an image with snapshots is not rebuilt.
@@ -60,7 +61,15 @@ async def repair(
     after.leaks_fixed = max(0, before.report.leaks - after.leaks)
     if not after.corruptions and not after.check_errors:
         await mark_repaired(file, await read_header(file))
+        if before.report.leaks or before.census.header.is_dirty:
+            await _cut_tail(file, after.image_end_offset)
     return after
+
+
+async def _cut_tail(file: File, end: int) -> None:
+    """Give back what a writer that died had set aside past the *end* of what the image, all stable, refers to."""
+    if end < await Size(file):
+        await Resize(file, end)
 
 
 async def _repair_all(verdict: Verdict) -> None:

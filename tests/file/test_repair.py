@@ -103,6 +103,24 @@ def test_repairing_leaks_frees_and_raises_nothing(tmp_path: Path) -> None:
     assert (code, report.get("leaks", 0), report["corruptions"]) == (2, 0, 2)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_a_dead_writer_had_set_aside_is_given_back(tmp_path: Path, lazy: bool) -> None:
+    """Counted, in an image that is accurate, and space of the host."""
+    path = tmp_path / "a"
+    qcow2_tool_ok("create", "-o", f"lazy_refcounts={'on' if lazy else 'off'}", path, "64M")
+    disk = qcow2.open(path, writable=True)
+    for index in range(20):
+        disk.write(index << 16, b"x" * 65536)
+    disk.flush()
+    disk.abandon()
+    assert path.stat().st_size > 40 << 16
+    qcow2_tool_ok("check", "-r", "all" if lazy else "leaks", path)
+    assert path.stat().st_size < 30 << 16
+    assert path.stat().st_blocks * 512 <= path.stat().st_size
+    assert_clean(path)
+    assert_same_disk(path, b"x" * (20 << 16) + bytes((64 << 20) - (20 << 16)))
+
+
 def test_the_corrupt_bit_is_cleared_by_a_full_repair(tmp_path: Path) -> None:
     made = recipe()
     made.incompatible = CORRUPT
