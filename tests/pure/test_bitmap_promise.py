@@ -1,4 +1,7 @@
-"""Law 11 at a death: while the image says that its bitmaps are valid, its disk is as it was when they were."""
+"""Law 11 at a death: while the image says that its bitmaps are valid, its disk is as it was when they were.
+
+The census before the first change syncs as well: one of the two syncs alone can go and nothing here is red.
+"""
 
 import random
 from collections.abc import Callable, Coroutine
