@@ -136,6 +136,13 @@ async def miscopied(census: Census, *, counted: bool) -> AsyncIterator[Miscopied
             yield Miscopied("L2 table", host_offset, data, indexes)
 
 
+def is_table_alone(census: Census, cluster: int) -> bool:
+    """Whether *cluster* holds L2 tables only, or else one piece of another table."""
+    if census.tally.has(cluster, Role.L2):
+        return not census.tally.has(cluster, Role.SINGLE | Role.DATA)
+    return not census.tally.has(cluster, Role.DATA) and census.tally.count(cluster) == 1
+
+
 async def _judge_copied(census: Census) -> None:
     async for found in miscopied(census, counted=False):
         if census.report.say is None:

@@ -201,8 +201,8 @@ class Image:
         return self._changes
 
     def _may_overwrite(self) -> bool:
-        """Whether the extent map may answer writes: not before the first change has voided the header's promises."""
-        return self._changes is not None and not self._changes.root.has_promises and self._stability.error is None
+        """Whether the extent map may answer writes: not before the first change has seen to what must come before."""
+        return self._changes is not None and self._changes.may_overwrite and self._stability.error is None
 
     async def _changing(self) -> "Changes":
         changes = self._writable()
@@ -214,7 +214,10 @@ class Image:
             if had_bitmaps and not self._told_void:
                 self._told_void = True
                 self.on_bitmaps_void()
-        await changes.uncounted.look_if_cheap()
+        if changes.uncounted.is_due:
+            await changes.uncounted.look_if_cheap()
+            changes.require_trust()
+            self._cache.set_file(self._slot, writable=self._may_overwrite())
         return changes
 
     async def _guard(self, changes: "Changes", change: Coroutine[Any, Any, T]) -> T:
@@ -366,7 +369,9 @@ class Changes:
         self._stability = stability
         refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
         ntables = table_limit(mapping.l1, snapshots)
-        self.uncounted = Uncounted(file, geometry, refcounts, root, stability, geometry.clusters(file_size), ntables)
+        self.uncounted = Uncounted(
+            file, geometry, mapping, refcounts, root, stability, geometry.clusters(file_size), ntables
+        )
         self._reaper = Reaper(file, geometry, refcounts, self.uncounted, stability, statistics)
         self._allocator = Allocator(
             file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size, self.uncounted
@@ -397,6 +402,11 @@ class Changes:
             snapshots,
             owned_by_snapshots,
         )
+
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether data may be overwritten: no promise of the header is broken by it, and no flag that is wrong hit."""
+        return not self.root.has_promises and not self.uncounted.is_due
 
     def require_trust(self) -> None:
         """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""

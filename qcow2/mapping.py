@@ -242,6 +242,12 @@ class Mapping:
         for empty in range(first, end):
             self.cache.load(empty, bytes(geometry.slice_bytes))
 
+    def forget(self, l1: "array[int]") -> None:
+        """The tables in the file were changed by others; the L1 table, where it was, holds *l1*. No entry is held."""
+        self.l1[:] = l1
+        self._outdated.update(self._loading)
+        self.cache.resize()
+
     async def set_table(self, guest_offset: int, host_offset: int) -> None:
         """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""
         index = self.geometry.l1_index(guest_offset)

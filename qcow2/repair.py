@@ -11,7 +11,7 @@ from enum import Enum
 
 from qcow2 import layout
 from qcow2.census import Census, Progress
-from qcow2.check import Verdict, block_indexes, judge, miscopied, read_block
+from qcow2.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
 from qcow2.error import UnsupportedImage
 from qcow2.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
@@ -135,7 +135,7 @@ async def _write_difference(file: File, host_offset: int, old: bytes, new: bytes
 async def _correct_copied(census: Census, *, counted: bool = True) -> None:
     """Put the flags right, but for those in clusters that guest data or another table claims: they may be no flags."""
     async for found in miscopied(census, counted=counted):
-        if not _is_table_alone(census, census.cluster_of(found.host_offset)):
+        if not is_table_alone(census, census.cluster_of(found.host_offset)):
             continue
         new = bytearray(found.data)
         for index in found.indexes:
@@ -143,13 +143,6 @@ async def _correct_copied(census: Census, *, counted: bool = True) -> None:
             struct.pack_into(">Q", new, index * ENTRY_SIZE, entry ^ COPIED)
         await _write_difference(census.file, found.host_offset, found.data, new)
     await Sync(census.file)
-
-
-def _is_table_alone(census: Census, cluster: int) -> bool:
-    """Whether *cluster* holds L2 tables only, or else one piece of another table."""
-    if census.tally.has(cluster, Role.L2):
-        return not census.tally.has(cluster, Role.SINGLE | Role.DATA)
-    return not census.tally.has(cluster, Role.DATA) and census.tally.count(cluster) == 1
 
 
 async def _rebuild(census: Census) -> Header:

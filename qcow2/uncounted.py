@@ -3,6 +3,7 @@
 A census shows which, before the first change. Such a cluster is not handed out, and letting go of it changes no count.
 The census is taken unasked only if its reads are few: else nothing inside the file is free, until the file cannot grow.
 References made later are to clusters that were handed out, hence counted: what the census says stays true.
+It also takes COPIED flags from what others refer to, which an overwrite would change for them: nothing is before it.
 """
 
 from array import array
@@ -11,9 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from qcow2.census import Census, take_census
+from qcow2.check import is_table_alone, miscopied
 from qcow2.error import CorruptImage, ImageError
 from qcow2.geometry import Geometry
-from qcow2.operation import File, Grace
+from qcow2.layout import COPIED, ENTRY_SIZE
+from qcow2.mapping import Mapping, bytes_of, entries_of
+from qcow2.operation import File, Grace, Read
 from qcow2.refcount import Refcounts
 from qcow2.report import Report
 from qcow2.root import Root
@@ -31,6 +35,7 @@ class Uncounted:
         self,
         file: File,
         geometry: Geometry,
+        mapping: Mapping,
         refcounts: Refcounts,
         root: Root,
         stability: Stability,
@@ -43,6 +48,7 @@ class Uncounted:
         self._root = root
         self._stability = stability
         self._nclusters = nclusters
+        self._mapping = mapping
         self._is_cheap = ntables <= min(MAX_UNASKED_TABLES, MAX_UNASKED_BYTES // geometry.cluster_size)
         self._is_known = False
         self._starts: array[int] = array("Q")  # of the runs that count too low, ascending
@@ -55,9 +61,7 @@ class Uncounted:
 
     def usable(self, free: range) -> range:
         """The first run in *free*, clusters that count zero, that nothing refers to; empty, at its end, if none."""
-        if not self._is_known:
-            return range(min(max(free.start, self._nclusters), free.stop), free.stop)
-        start, stop = free.start, free.stop
+        start, stop = min(max(free.start, self.first), free.stop), free.stop
         following = bisect_right(self._starts, start)
         if following and self._stops[following - 1] > start:
             start = min(self._stops[following - 1], stop)
@@ -72,12 +76,19 @@ class Uncounted:
             found.update(cluster for cluster in clusters if not self.usable(range(cluster, cluster + 1)))
         return found
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the census has to be taken before the first change."""
+        return self._is_cheap
+
     async def look_if_cheap(self) -> None:
-        """Take the census before the first change, if it has few tables to read."""
+        """Take the census before the first change, if it has few tables to read; who comes meanwhile waits."""
         if self._is_cheap:
             async with self._refcounts.mutex.hold():
-                with suppress(OSError, ImageError):  # what cannot be looked at is in use
-                    await self.look()
+                if self._is_cheap:
+                    with suppress(OSError, ImageError):  # what cannot be looked at is in use
+                        await self.look()
+                    self._is_cheap = False  # not again, unless there is no other way
 
     async def look(self) -> bool:
         """Take the census; false if it has been taken. The caller holds the mutex of the refcounts.
@@ -86,17 +97,38 @@ class Uncounted:
         """
         if self._is_known:
             return False
-        self._is_cheap = False  # not again, unless there is no other way
         census = await take_census(self._file, self._root.header, Report())
-        if census.may_miss_shared:
-            raise CorruptImage(self._file.path, 0, "not all references can be found, so no cluster is known to be free")
         await self._stability.sync()  # what refers to nothing any more does so after a power loss, too
         await Grace()
+        del self._starts[:], self._stops[:]
         end = census.tally.end(census.tally.nclusters)
         for index in range(-(-end // self._refcounts.per_block)):
             await self._compare(census, index, end)
+        if self._is_cheap and (self._starts or self._root.header.record.nb_snapshots):
+            await self._clear_copied(census)
+        if census.may_miss_shared:
+            raise CorruptImage(self._file.path, 0, "not all references can be found, so no cluster is known to be free")
         self._is_known = True
         return True
+
+    async def _clear_copied(self, census: Census) -> None:
+        """Take COPIED flags from what is referenced more than once; missing ones are left, they cost a copy.
+
+        In a cluster that guest data or another table claims they may be no flags.
+        """
+        async for found in miscopied(census, counted=True):
+            if not is_table_alone(census, census.cluster_of(found.host_offset)):
+                continue
+            for index in found.indexes:
+                entry = int.from_bytes(found.data[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE], "big")
+                if entry & COPIED:
+                    await self._stability.write(found.host_offset + index * ENTRY_SIZE, bytes_of([entry ^ COPIED]))
+        self._mapping.forget(entries_of(await self._active_l1()))
+
+    async def _active_l1(self) -> bytes:
+        record = self._root.header.record
+        table: bytes = await Read(self._file, record.l1_table_offset, record.l1_size * ENTRY_SIZE)
+        return table
 
     async def _compare(self, census: Census, index: int, end: int) -> None:
         """Note the clusters of refcount block *index* that are referenced more often than they count."""

@@ -10,9 +10,11 @@ import pytest
 
 import qcow2
 from qcow2 import operation as op
-from qcow2.layout import HEADER_INCOMPATIBLE_OFFSET, OFFSET_MASK, Incompatible
+from qcow2.layout import COPIED, HEADER_INCOMPATIBLE_OFFSET, OFFSET_MASK, Incompatible
 from tests.builder import Built, Recipe, build
 from tests.engine import Bench, open_again, set_up
+from tests.frontend import FrontEnd
+from tests.program import Daemon
 
 CLUSTER = 65536
 OLD, NEW = b"\7" * CLUSTER, b"\x09" * CLUSTER
@@ -231,3 +233,28 @@ def test_no_change_of_a_disk_hits_what_counts_too_low(tmp_path: Path, seed: int,
     command = ["qemu-img", "convert", "-l", "precious", "-f", "qcow2", "-O", "raw", built.path, taken_out]
     subprocess.run(command, check=True)
     assert taken_out.read_bytes() == precious
+
+
+@pytest.mark.parametrize("what", ["table", "data"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_flag_that_says_alone_is_not_believed_where_a_snapshot_refers_too(
+    tmp_path: Path, what: str, count: int
+) -> None:
+    """As other writers leave it that die while they go back to a snapshot; with a count that is right, or too low."""
+    built = snapshotted(tmp_path)
+    active, l2 = number(built, 40), number(built, number(built, 40)) & OFFSET_MASK
+    data = number(built, l2) & OFFSET_MASK
+    built.poke(active, struct.pack(">Q", l2 | COPIED))
+    if what == "table":
+        built.set_refcount(l2, count)
+    else:
+        built.set_refcount(data, count)
+        built.poke(l2, struct.pack(">Q", data | COPIED))
+    with Daemon(built.path) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, NEW)
+        guest.write(CLUSTER, NEW)
+        guest.flush()
+    with qcow2.open(built.path, snapshot="precious") as precious:
+        assert precious.read(0, 8 * CLUSTER) == OLD * 8
+    with qcow2.open(built.path) as disk:
+        assert disk.read(0, 8 * CLUSTER) == NEW * 2 + OLD * 6
