@@ -158,7 +158,7 @@ def test_a_bad_image_is_refused_by_the_tool(tmp_path: Path, command: str, kind: 
     make, word = BAD_IMAGES[kind]
     path = tmp_path / "a"
     make(path)
-    if command == "check" and kind == "truncated":
+    if command == "check" and kind in ("truncated", "too many snapshots"):
         pytest.skip("what is lost is what check reports")
     before = sha256(path)
     line = one_line(qcow2_tool(command, path), "qcow2")
