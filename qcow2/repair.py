@@ -74,6 +74,8 @@ async def _cut_tail(file: File, end: int) -> None:
 
 async def _repair_all(verdict: Verdict) -> None:
     census = verdict.census
+    if not census.record.nb_snapshots and census.record.snapshots_offset % census.cluster_size:
+        await Write(census.file, layout.HEADER_SNAPSHOTS_OFFSET, layout.HEADER_SNAPSHOTS.pack(0, 0))
     if census.must_rebuild:
         await _rebuild(census)
     else:

@@ -51,6 +51,15 @@ def test_what_the_file_does_not_have_is_not_called_sound(tmp_path: Path, kind: s
         qcow2.open(path, writable=True)
 
 
+def test_a_place_for_no_snapshots_that_qemu_refuses_is_cleared(tmp_path: Path) -> None:
+    """QEMU does not open such an image, not even to repair it."""
+    built = build(Recipe(size=1 << 20), tmp_path / "a")
+    built.poke(64, struct.pack(">Q", 1))
+    assert qcow2_tool("check", built.path).returncode == 2
+    assert qcow2_tool("check", "-r", "all", built.path).returncode == 0
+    assert_clean(built.path)
+
+
 def test_counts_that_fall_to_one_bring_the_flag_along(tmp_path: Path) -> None:
     """Else a leak that is mended is an error at the next check."""
     DAMAGES["counted too high"](build(recipe(), tmp_path / "a"))
