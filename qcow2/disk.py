@@ -43,7 +43,7 @@ class Disk:
         self._driver = BlockingDriver()
         self._thread = OwnThread()
         self._path = self.files[0].path
-        image.on_bitmaps_void = self._tell_of_void_bitmaps
+        image.on_bitmaps_void = partial(_tell_of_void_bitmaps, self._path)  # no cycle: a dropped disk ends at once
 
     @property
     def size(self) -> int:
@@ -187,10 +187,6 @@ class Disk:
         finally:
             self.chain.close()
 
-    def _tell_of_void_bitmaps(self) -> None:
-        """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
-        log.warning("%s: persistent bitmaps are not maintained: they are void from now on", self._path)
-
     def _remove_log(self) -> None:
         if self.chain.memory is not None and self.chain.memory.is_made:
             self.chain.memory.remove()
@@ -240,6 +236,11 @@ class Disk:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _tell_of_void_bitmaps(path: str) -> None:
+    """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
+    log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
 
 
 def open_disk(

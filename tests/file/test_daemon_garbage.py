@@ -140,14 +140,6 @@ def test_memory_that_is_no_memory_loses_the_connection(daemon: Daemon) -> None:
         assert is_closed(visitor)
 
 
-def test_ring_outside_memory_loses_the_connection(daemon: Daemon) -> None:
-    with connect(daemon) as visitor:
-        send(visitor, message(8, struct.pack("=II", 0, 128)))
-        send(visitor, message(9, struct.pack("=IIQQQQ", 0, 0, 0x10000, 0x12000, 0x11000, 0)))
-        send(visitor, message(12, struct.pack("=Q", 0)), 1)
-        assert is_closed(visitor)
-
-
 def test_front_end_that_never_reads_loses_the_connection(daemon: Daemon) -> None:
     with connect(daemon) as visitor:
         with pytest.raises((BrokenPipeError, ConnectionResetError)):

@@ -90,12 +90,6 @@ def test_dump_header_as_json_holds_every_byte_of_an_extension(tmp_path: Path) ->
     assert told["fields"]["cluster_bits"] == 16
 
 
-def test_rebase_without_u_is_refused(chain: Path) -> None:
-    before = sha256(chain)
-    assert qcow2_tool("rebase", "-b", "raw", "-F", "raw", chain).returncode == 1
-    assert sha256(chain) == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "word"), [([], "COMMAND"), (["frobnicate"], "frobnicate"), (["info"], "filename")]
 )
