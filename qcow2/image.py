@@ -3,15 +3,14 @@
 import errno
 from array import array
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from qcow2.allocation import Allocator
+from qcow2.changes import Changes
 from qcow2.compressed import CompressedClusters
 from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage
 from qcow2.geometry import Geometry
-from qcow2.growth import Grower, grown_size
+from qcow2.growth import grown_size
 from qcow2.header import Header, clear_autoclear, read_header, require_uncorrupted
 from qcow2.l2cache import ExtentMap, L2Cache, Run
 from qcow2.layout import (
@@ -22,24 +21,17 @@ from qcow2.layout import (
     HeaderRecord,
 )
 from qcow2.linklog import LinkLog
-from qcow2.links import LinkPolicy, Links
+from qcow2.links import LinkPolicy
 from qcow2.mapping import Mapping, entries_of
-from qcow2.metadata import active_clusters, snapshot_clusters, table_limit
+from qcow2.metadata import active_clusters, snapshot_clusters
 from qcow2.operation import Allocated, Buffer, File, Read, Resize, Size
 from qcow2.raw import RawImage
 from qcow2.reading import Place, Reader, Seen
-from qcow2.reaper import Reaper
-from qcow2.refcount import Refcounts
 from qcow2.refusal import l1_entries
 from qcow2.root import Root
-from qcow2.snapshot import Snapshot, SnapshotTable, find_snapshot, read_snapshots
-from qcow2.snapshots import Snapshots
+from qcow2.snapshot import Snapshot, find_snapshot, read_snapshots
 from qcow2.stability import Stability
 from qcow2.statistics import Statistics
-from qcow2.table import Tables
-from qcow2.uncounted import Uncounted
-from qcow2.write import Writer
-from qcow2.zeroing import Zeroer
 
 DEFAULT_CACHE_SIZE = 32 << 20
 
@@ -118,9 +110,7 @@ class Image:
             image._changes = await image._open_changes(header, file_size, options, log)
         return image
 
-    async def _open_changes(
-        self, header: Header, file_size: int, options: OpenOptions, log: LinkLog | None
-    ) -> "Changes":
+    async def _open_changes(self, header: Header, file_size: int, options: OpenOptions, log: LinkLog | None) -> Changes:
         record = header.record
         nbytes = record.refcount_table_clusters << record.cluster_bits
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
@@ -194,7 +184,7 @@ class Image:
         self._cache.set_file(self._slot, writable=False)
         self.on_failure()
 
-    def _writable(self) -> "Changes":
+    def _writable(self) -> Changes:
         if self._changes is None:
             raise OSError(errno.EROFS, "opened read-only", self.file.path)
         self._changes.require_trust()
@@ -204,7 +194,7 @@ class Image:
         """Whether the extent map may answer writes: not before the first change has seen to what must come before."""
         return self._changes is not None and self._changes.may_overwrite and self._stability.error is None
 
-    async def _changing(self) -> "Changes":
+    async def _changing(self) -> Changes:
         changes = self._writable()
         if changes.root.has_promises:
             had_bitmaps = changes.root.header.record.autoclear_features & Autoclear.BITMAPS
@@ -220,7 +210,7 @@ class Image:
             self._cache.set_file(self._slot, writable=self._may_overwrite())
         return changes
 
-    async def _guard(self, changes: "Changes", change: Coroutine[Any, Any, T]) -> T:
+    async def _guard(self, changes: Changes, change: Coroutine[Any, Any, T]) -> T:
         """Make *change*; the image is marked corrupt and takes no more if it would hit metadata."""
         try:
             return await change
@@ -328,7 +318,7 @@ class Image:
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, name, by_id=False)
         await self._guard(changes, changes.snapshots.delete(snapshot))
 
-    async def _alone(self) -> "Changes":
+    async def _alone(self) -> Changes:
         """What changes the image; no link waits, and nobody else is about to change anything."""
         changes = await self._changing()
         await changes.links.commit()
@@ -342,91 +332,6 @@ class Image:
         """
         if self._changes is not None:
             await self._changes.settle()
-
-
-class Changes:
-    """What a writable image has besides: the parts that change it, wired up."""
-
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        mapping: Mapping,
-        reader: Reader,
-        root: Root,
-        refcount_table: "array[int]",
-        stability: Stability,
-        statistics: Statistics,
-        log: LinkLog | None,
-        *,
-        file_size: int,
-        snapshots: SnapshotTable,
-        owned_by_snapshots: "array[int]",
-        backing_size: int | None,
-    ) -> None:
-        table_offset = root.header.record.refcount_table_offset
-        self.root = root
-        self._stability = stability
-        refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
-        ntables = table_limit(mapping.l1, snapshots)
-        self.uncounted = Uncounted(
-            file, geometry, mapping, refcounts, root, stability, geometry.clusters(file_size), ntables
-        )
-        self._reaper = Reaper(file, geometry, refcounts, self.uncounted, stability, statistics)
-        self._allocator = Allocator(
-            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size, self.uncounted
-        )
-        self._reaper.on_free = self._allocator.reuse
-        mapping.cache.set_freed(self._reaper.freed)
-        self.links = Links(geometry, mapping, self._reaper, stability, log)
-        tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
-        self.writer = Writer(
-            file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics
-        )
-        has_backing = backing_size is not None
-        self.zeroer = Zeroer(
-            geometry, mapping, reader, self.writer, tables, self.links, self._reaper, has_backing=has_backing
-        )
-        self.grower = Grower(
-            geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
-        )
-        self.snapshots = Snapshots(
-            file,
-            geometry,
-            mapping,
-            self._allocator,
-            self._reaper,
-            refcounts,
-            root,
-            stability,
-            snapshots,
-            owned_by_snapshots,
-        )
-
-    @property
-    def may_overwrite(self) -> bool:
-        """Whether data may be overwritten: no promise of the header is broken by it, and no flag that is wrong hit."""
-        return not self.root.has_promises and not self.uncounted.is_due
-
-    def require_trust(self) -> None:
-        """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""
-        self._allocator.require_links()
-
-    async def condemn(self, error: MetadataOverlap) -> None:
-        """Mark the image corrupt, and take no more writes: one has met *error*."""
-        with suppress(OSError):  # the host's, which ends all writes as well
-            await self.root.mark_corrupt()
-        self._stability.fail(OSError(errno.EIO, str(error)))
-
-    async def settle(self) -> None:
-        """Bring the disk in the state of a clean close."""
-        await self.links.close()
-        await self._allocator.collect()
-        await self._reaper.drain()
-        self.require_trust()
-        await self._allocator.settle()
-        await self._stability.sync()
-        await self.root.mark_clean()
 
 
 def _require_writable(file: File, header: Header, options: OpenOptions) -> None:

@@ -72,7 +72,7 @@ class Snapshots:
             await self._root.begin_unsound()
             await self._share(l1)
             await self._raise(tree)
-        except BaseException:
+        except Exception:
             await self._undo(areas)
             raise
         await self._publish(table, areas[-1])
@@ -96,7 +96,7 @@ class Snapshots:
             await self._root.begin_unsound()
             await self._share(l1, is_active=False)
             await self._raise(tree)
-        except BaseException:
+        except Exception:
             await self._undo(areas)
             raise
         await self._switch(snapshot, l1, areas[0])
@@ -112,7 +112,7 @@ class Snapshots:
         try:
             await self._root.begin_unsound()
             await self._stability.sync()
-        except BaseException:
+        except Exception:
             await self._undo([area])
             raise
         await self._publish(table, area)
