@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 
 if TYPE_CHECKING:
-    from qcow2.disk import Disk
-    from qcow2.disk import open_disk as open
+    from qcow2.library.disk import Disk
+    from qcow2.library.disk import open_disk as open
 
     __version__: str
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
         return globals().setdefault(name, version("vhost-user-qcow2"))
     if name not in ("Disk", "open"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qcow2 import disk
+    from qcow2.library import disk
 
     globals().update(Disk=disk.Disk, open=disk.open_disk)
     return globals()[name]

@@ -5,13 +5,13 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "qcow2/clusters.h"
-#include "qcow2/freed.h"
-#include "qcow2/l2cache.h"
-#include "qcow2/linklog.h"
-#include "qcow2/refcount.h"
-#include "qcow2/stock.h"
-#include "qcow2/tally.h"
+#include "qcow2/plane/clusters.h"
+#include "qcow2/plane/freed.h"
+#include "qcow2/plane/l2cache.h"
+#include "qcow2/plane/linklog.h"
+#include "qcow2/plane/refcount.h"
+#include "qcow2/plane/stock.h"
+#include "qcow2/plane/tally.h"
 
 /* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */
 int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);

@@ -39,6 +39,7 @@ SANITIZERS = {
     ],
     "--tsan": ["-Werror", "-fsanitize=thread", "-fno-omit-frame-pointer", "-Wno-tsan"],  # it warns of fences
 }
+SOURCES = ("*/*.h", "*/*.c", "*/*.cdef", "*/plane/*.h", "*/plane/*.c")
 FUZZ = ROOT / "tests" / "fuzz"
 
 
@@ -61,7 +62,9 @@ class BuildNative(build_ext):
         ext.sources = [str(wrapper), *ext.sources]
         ext.include_dirs = [str(ROOT), *ext.include_dirs]
         ext.extra_compile_args = [*FLAGS, *os.environ.get("NATIVE_CFLAGS", "").split(), *ext.extra_compile_args]
-        ext.depends = [str(path) for pattern in ("*/*.h", "*/*.c", "*/*.cdef") for path in ROOT.glob(pattern)]
+        ext.depends = [
+            str(path) for pattern in ("*/*.h", "*/*.c", "*/*.cdef", "*/*/*.h", "*/*/*.c") for path in ROOT.glob(pattern)
+        ]
         super().build_extension(ext)
 
 

@@ -6,7 +6,7 @@ from ring.native import Pointer, check, ffi, lib
 class GuestSlice:
     """A run of bytes in a request's guest buffers; good until the request is finished.
 
-    Satisfies `qcow2.operation.Buffer`. Raises OSError ESTALE once the request is finished.
+    Satisfies `qcow2.driver.operation.Buffer`. Raises OSError ESTALE once the request is finished.
     """
 
     __slots__ = ("nbytes", "request_id", "start", "worker")

@@ -4,14 +4,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qcow2.boot import Boot
-from qcow2.buffer import MemoryBuffer
-from qcow2.create import Options, create
-from qcow2.driver.crash import CrashDriver, SimulatedFile
-from qcow2.image import Image, OpenOptions
-from qcow2.linklog import MARK_OFFSET, NO_MARK, Link, LinkLog, Mark, Origin, read_log
-from qcow2.operation import Operation
-from qcow2.raw import RawImage
+from qcow2.driver.boot import Boot
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Operation
+from qcow2.engine.create import Options, create
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
+from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link, LinkLog, Mark, Origin, read_log
+from tests.crash.driver import CrashDriver, SimulatedFile
 
 ORIGIN, TAG = Origin(Boot(0, bytes(16)), 0, 0, b"disk"), 0xBEEF  # of the link log
 MARK = slice(MARK_OFFSET, MARK_OFFSET + len(NO_MARK))  # of the header

@@ -1,7 +1,7 @@
 """A driver under the unchanged engine whose operations land late, and in any order: at the moment they complete.
 
 Until then nothing of them shows, and one in five is very slow. That is how a punch or a write that was overtaken hits
-who came after. It keeps what `qcow2.operation` promises and nothing more; a seed replays the order.
+who came after. It keeps what `qcow2.driver.operation` promises and nothing more; a seed replays the order.
 """
 
 import random
@@ -9,8 +9,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
-from qcow2.task import Scheduler, Task
+from qcow2.driver.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.driver.task import Scheduler, Task
 
 TRANSFERS = (Read, ReadInto, Write, Zero)
 

@@ -5,9 +5,9 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qcow2.driver.crash import CrashDriver, SimulatedFile
-from qcow2.image import Image
+from qcow2.engine.image import Image
 from qcow2.native import ffi
+from tests.crash.driver import CrashDriver, SimulatedFile
 
 TOP, BASE = 3, 4
 COLD = 1 / 4  # of the tables

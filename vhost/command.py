@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from qcow2.statistics import Statistics
+    from qcow2.engine.statistics import Statistics
     from ring.counter import Counters
     from ring.trace import Trace
     from vhost.device import Device
@@ -44,7 +44,7 @@ def _run(arguments: list[str]) -> int:
         print(CAPABILITIES)
         return 0
     if arguments[:1] == ["ctl"]:
-        from qcow2.interruption import run_to_end
+        from qcow2.tool.interruption import run_to_end
         from vhost.ctl import main as control
 
         return run_to_end(lambda: control(arguments[1:]))
@@ -72,7 +72,7 @@ def _print_xml(options: "Options") -> int:
 def _serve(options: "Options") -> int:
     import logging
 
-    from qcow2.stdio import occupy
+    from qcow2.tool.stdio import occupy
     from vhost.endpoint import EndpointError
     from vhost.limits import raise_descriptor_limit
     from vhost.stderr import Stderr
@@ -182,7 +182,7 @@ def _trace(path: str) -> "Iterator[Trace]":
 
 
 def _confine(options: "Options") -> None:
-    from qcow2.chain import chain_paths
+    from qcow2.node.chain import chain_paths
     from vhost.sandbox import confine
 
     confine(
@@ -198,7 +198,7 @@ def _with_private_logs(options: "Options") -> "Iterator[Options]":
     """A sandboxed daemon reaches no link log but its own."""
     from dataclasses import replace
 
-    from qcow2.logplace import private_directory
+    from qcow2.engine.logplace import private_directory
 
     if not options.sandbox or options.read_only:
         yield options

@@ -7,12 +7,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from qcow2 import ImageError
-from qcow2 import operation as op
-from qcow2.buffer import MemoryBuffer
+from qcow2.driver import operation as op
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, perform, store
+from qcow2.driver.task import Scheduler, Task
+from qcow2.engine.links import LinkPolicy
 from qcow2.error import no_memory
-from qcow2.links import LinkPolicy
-from qcow2.task import Scheduler, Task
 from ring.extent import ExtentMap
 from ring.operations import Piece
 from ring.request import GuestSlice, Request

@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 
 import qcow2
 from qcow2 import Disk, ImageError
-from qcow2.chain import Outline, outline
 from qcow2.driver.file import HostFile
-from qcow2.image import Image
-from qcow2.lock import await_transfers, guest_key, lock_transfers
-from qcow2.statistics import Statistics
+from qcow2.driver.lock import await_transfers, guest_key, lock_transfers
+from qcow2.engine.image import Image
+from qcow2.engine.statistics import Statistics
+from qcow2.node.chain import Outline, outline
 from vhost.option import Options
 from virtio.block import Unavailable
 from virtio.config import Geometry

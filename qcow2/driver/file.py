@@ -9,12 +9,12 @@ import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from qcow2 import operation as op
-from qcow2.buffer import MemoryBuffer
+from qcow2.driver import operation as op
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.memory import SharedMemory
+from qcow2.driver.task import Scheduler, Task
 from qcow2.error import no_memory
 from qcow2.native import check, lib
-from qcow2.task import Scheduler, Task
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class HostFile:
     def __init__(self, path: str, fd: int, *, writable: bool) -> None:
         self.path = path
         self.fd = fd
-        self.life_fd = -1  # says that this process lives: see `qcow2.lock`
+        self.life_fd = -1  # says that this process lives: see `qcow2.driver.lock`
         self.writable = writable
         self.is_device = False
 

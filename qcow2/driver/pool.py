@@ -11,9 +11,9 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
-from qcow2 import operation as op
+from qcow2.driver import operation as op
 from qcow2.driver.file import outcome
-from qcow2.task import Scheduler, Task
+from qcow2.driver.task import Scheduler, Task
 
 T = TypeVar("T")
 

@@ -6,15 +6,15 @@ Windows of both disks are compared side by side; the lowest difference counts.
 from dataclasses import dataclass
 from enum import Enum
 
-from qcow2.buffer import MemoryBuffer
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.extent import Extent, find_extent
-from qcow2.image import Image
 from qcow2.job.content import equal_bytes, zero_bytes
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
-from qcow2.operation import Compute
-from qcow2.raw import RawImage
+from qcow2.node.extent import Extent, find_extent
 
 WINDOW = 1 << 20  # bytes compared at a time, of each disk
 WIDTH = 4  # windows at a time

@@ -1,6 +1,6 @@
 """What bytes are: pure functions over buffers that release the GIL."""
 
-from qcow2.layout import SECTOR_SIZE
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.native import ffi, lib
 
 COMPARED = 4096  # bytes at a time

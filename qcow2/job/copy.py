@@ -7,15 +7,15 @@ one window for each place in the crew, and what the target keeps.
 from dataclasses import dataclass
 from functools import partial
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.image import Image
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute, Signal
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.job.content import data_runs, different_units
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.job.source import Content, Source
 from qcow2.job.target import Runs, Target
-from qcow2.operation import Compute, Signal
-from qcow2.raw import RawImage
 
 WINDOW = 2 << 20  # bytes; no cluster is larger
 GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more

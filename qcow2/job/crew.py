@@ -3,8 +3,8 @@
 from collections.abc import Coroutine
 from typing import Any
 
-from qcow2.operation import Signal, Spawn
-from qcow2.turns import Turns
+from qcow2.driver.operation import Signal, Spawn
+from qcow2.engine.turns import Turns
 
 
 class Crew:

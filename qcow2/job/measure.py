@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from qcow2.bitmap import bitmap_directory, read_bitmaps
-from qcow2.create import Options, Preallocation, refcount_clusters
-from qcow2.extent import find_extent
-from qcow2.image import Image
-from qcow2.layout import ENTRY_SIZE, BitmapRecord
-from qcow2.raw import RawImage
+from qcow2.engine.create import Options, Preallocation, refcount_clusters
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
+from qcow2.format.bitmap import bitmap_directory, read_bitmaps
+from qcow2.format.layout import ENTRY_SIZE, BitmapRecord
+from qcow2.node.extent import find_extent
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ from array import array
 from functools import partial
 from typing import Any
 
-from qcow2.compressed import descriptor, packer
-from qcow2.create import Options
-from qcow2.image import Image
+from qcow2.driver.operation import Compute, File, Write
+from qcow2.engine.compressed import descriptor, packer
+from qcow2.engine.create import Options
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.job.newimage import NewImage, Place
 from qcow2.job.target import Runs
 from qcow2.native import ffi, lib
-from qcow2.operation import Compute, File, Write
-from qcow2.raw import RawImage
 
 Packed = dict[int, bytes]  # stream of each cluster of the range that has become smaller
 Streams = list[tuple[int, bytes]]  # with where in the file they are

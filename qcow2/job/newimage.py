@@ -6,13 +6,21 @@ refcount is 1, and none need be kept. Memory is bounded: an L2 table goes to the
 
 from array import array
 
-from qcow2.create import Options, Preallocation, pack_new_header, plan, refcount_clusters, refcounts_of_one, table_of
-from qcow2.image import Image
+from qcow2.driver.operation import File, Resize, Sync, Write, Zero
+from qcow2.engine.create import (
+    Options,
+    Preallocation,
+    pack_new_header,
+    plan,
+    refcount_clusters,
+    refcounts_of_one,
+    table_of,
+)
+from qcow2.engine.image import Image
+from qcow2.engine.mapping import bytes_of
+from qcow2.engine.raw import RawImage
+from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_ZERO, SECTOR_SIZE
 from qcow2.job.target import Runs
-from qcow2.layout import COPIED, ENTRY_SIZE, L2_ZERO, SECTOR_SIZE
-from qcow2.mapping import bytes_of
-from qcow2.operation import File, Resize, Sync, Write, Zero
-from qcow2.raw import RawImage
 
 Place = list[tuple[int, int, int]]  # (first cluster of the range, after its last, first host cluster)
 

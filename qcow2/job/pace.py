@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from qcow2.operation import Compute
+from qcow2.driver.operation import Compute
 
 Progress = Callable[[int, int], None]  # (done, total), in bytes; done never falls
 MAX_NAP = 0.1  # seconds until one that is told to end does

@@ -6,14 +6,14 @@ Only what the overlay has not itself is looked at. Killed at any moment, it show
 import operator
 from collections.abc import Callable
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.extent import Extent, find_extent
-from qcow2.image import Image
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute, File
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.job.content import different_units
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
-from qcow2.operation import Compute, File
-from qcow2.raw import RawImage
+from qcow2.node.extent import Extent, find_extent
 
 IsSameFile = Callable[[File, File], bool]
 WINDOW = 2 << 20  # bytes; no cluster is larger

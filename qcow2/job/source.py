@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.extent import find_extent
-from qcow2.image import Image
-from qcow2.raw import RawImage
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
+from qcow2.node.extent import find_extent
 
 
 class Content(Enum):

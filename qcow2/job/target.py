@@ -2,11 +2,11 @@
 
 from typing import Protocol
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.image import Image
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Resize
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.job.content import data_runs
-from qcow2.operation import Resize
-from qcow2.raw import RawImage
 
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
 FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk

@@ -1,6 +1,6 @@
 """The `qcow2` command: arguments in, text or JSON out; one module a subcommand."""
 
-from qcow2.interruption import run_to_end
+from qcow2.tool.interruption import run_to_end
 
 
 def program() -> int:

@@ -4,10 +4,10 @@ import argparse
 import sys
 from contextlib import AbstractContextManager
 
-from qcow2.check import check
 from qcow2.driver.file import HostFile, run
-from qcow2.format import FORMATS
-from qcow2.report import Report
+from qcow2.judge.check import check
+from qcow2.judge.report import Report
+from qcow2.node.formats import FORMATS
 from qcow2.tool.file import add_log_options, opened, print_json, recovered
 
 MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
@@ -59,7 +59,7 @@ def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
     if arguments.repair is None:
         report = run(check(file, say=said.say, progress=progress))
     else:
-        from qcow2.repair import RepairMode, repair
+        from qcow2.judge.repair import RepairMode, repair
 
         report = run(repair(file, RepairMode(arguments.repair), say=said.say, progress=progress))
     if progress is not None:

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from qcow2.error import ImageError
-from qcow2.stdio import OUTPUT, name_output, occupy
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.stdio import OUTPUT, name_output, occupy
 
 COMMANDS = {
     "create": ("create", "make a new image"),

@@ -4,12 +4,12 @@ import argparse
 from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.format import FORMATS
-from qcow2.image import Image
 from qcow2.job.compare import Difference, Found, ReadFailed, compare
 from qcow2.job.pace import Pace
-from qcow2.raw import RawImage
+from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.progress import shown
 from qcow2.tool.source import add_source_options, open_source

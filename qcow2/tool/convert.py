@@ -6,18 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from qcow2.chain import backing_path
 from qcow2.driver.pool import PoolDriver
-from qcow2.format import FORMATS
-from qcow2.image import Image
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.job.copy import SPARSE_UNIT, Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
-from qcow2.quantity import parse_size
-from qcow2.raw import RawImage
+from qcow2.node.chain import backing_path
+from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
 from qcow2.tool.progress import shown
+from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import CACHE_MODES, add_snapshot_option, add_source_options, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 

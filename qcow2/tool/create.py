@@ -4,13 +4,12 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from qcow2.chain import backing_path
-from qcow2.create import Options, Preallocation, plan, write_header, write_raw, write_tables
 from qcow2.driver.file import HostFile, run
-from qcow2.format import FORMATS
-from qcow2.header import read_header
-from qcow2.layout import SECTOR_SIZE
-from qcow2.quantity import parse_size
+from qcow2.engine.create import Options, Preallocation, plan, write_header, write_raw, write_tables
+from qcow2.format.header import read_header
+from qcow2.format.layout import SECTOR_SIZE
+from qcow2.node.chain import backing_path
+from qcow2.node.formats import FORMATS
 from qcow2.tool.file import created, opened
 from qcow2.tool.option import (
     OPTIONS,
@@ -21,6 +20,7 @@ from qcow2.tool.option import (
     raw_preallocation,
     validate_backing,
 )
+from qcow2.tool.quantity import parse_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ import sys
 from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
-from qcow2.format import FORMATS
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.copy import Manner, copy
 from qcow2.job.pace import Pace
 from qcow2.job.source import Part, Source
-from qcow2.layout import SECTOR_SIZE
-from qcow2.quantity import parse_size
+from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import Wish, new_target
 

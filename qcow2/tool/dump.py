@@ -5,10 +5,10 @@ from dataclasses import fields
 from enum import IntFlag
 from typing import Any
 
-from qcow2 import layout
 from qcow2.driver.file import run
-from qcow2.header import Extension, Header, feature_entries, feature_names, load_header
-from qcow2.layout import Autoclear, Compatible, ExtensionMagic, FeatureNameType, Incompatible
+from qcow2.format import layout
+from qcow2.format.header import Extension, Header, feature_entries, feature_names, load_header
+from qcow2.format.layout import Autoclear, Compatible, ExtensionMagic, FeatureNameType, Incompatible
 from qcow2.tool.file import opened, print_json
 
 EXTENSION_NAMES = {

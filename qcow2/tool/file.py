@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from qcow2.driver.file import HostFile
+from qcow2.driver.lock import lock_image
 from qcow2.driver.memory import DEFAULT_DIRECTORY
-from qcow2.lock import lock_image
-from qcow2.recovery import recover
+from qcow2.engine.recovery import recover
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:

@@ -6,17 +6,17 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from qcow2.bitmap import Bitmap, bitmap_directory, read_bitmaps
-from qcow2.chain import MAX_DEPTH, backing_path
 from qcow2.driver.file import HostFile, run
+from qcow2.driver.operation import File
 from qcow2.error import ImageError, UnsupportedImage
-from qcow2.format import FORMATS
-from qcow2.header import Header, read_header
-from qcow2.layout import SECTOR_SIZE, BitmapFlags
-from qcow2.operation import File
-from qcow2.quantity import format_size
-from qcow2.snapshot import Snapshot, read_snapshots
+from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
+from qcow2.format.header import Header, read_header
+from qcow2.format.layout import SECTOR_SIZE, BitmapFlags
+from qcow2.format.snapshot import Snapshot, read_snapshots
+from qcow2.node.chain import MAX_DEPTH, backing_path
+from qcow2.node.formats import FORMATS
 from qcow2.tool.file import opened, print_json
+from qcow2.tool.quantity import format_size
 
 NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]  # as qemu-img's JSON has them

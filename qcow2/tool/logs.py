@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory, is_in_use
+from qcow2.engine.logplace import NAME, all_logs, remove_log
 from qcow2.error import ImageError
-from qcow2.header import read_header
-from qcow2.linklog import Mark, read_log
-from qcow2.logplace import NAME, all_logs, remove_log
+from qcow2.format.header import read_header
+from qcow2.plane.linklog import Mark, read_log
 from qcow2.tool.file import print_json
 
 

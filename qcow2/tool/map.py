@@ -4,13 +4,13 @@ import argparse
 import json
 from collections.abc import Iterator
 
-from qcow2.chain import Chain
 from qcow2.driver.file import BlockingDriver
-from qcow2.extent import Extent, find_extent, merged
-from qcow2.format import FORMATS
-from qcow2.image import Image, OpenOptions
-from qcow2.quantity import parse_size
-from qcow2.raw import RawImage
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
+from qcow2.node.chain import Chain
+from qcow2.node.extent import Extent, find_extent, merged
+from qcow2.node.formats import FORMATS
+from qcow2.tool.quantity import parse_size
 
 MAX_STEP = 1 << 40  # bytes asked for at once
 

@@ -3,13 +3,13 @@
 import argparse
 
 from qcow2.driver.file import run
-from qcow2.format import FORMATS
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.measure import Measures, size_of_copy, size_of_empty, size_of_raw
-from qcow2.layout import SECTOR_SIZE
-from qcow2.quantity import parse_size
+from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import print_json
 from qcow2.tool.option import image_options, parse_options
+from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
 

@@ -4,9 +4,9 @@ import os
 import re
 from typing import TypeVar
 
-from qcow2.create import Options, Preallocation, max_size
-from qcow2.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
-from qcow2.quantity import parse_size
+from qcow2.engine.create import Options, Preallocation, max_size
+from qcow2.format.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
+from qcow2.tool.quantity import parse_size
 
 T = TypeVar("T")
 

@@ -5,17 +5,17 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from qcow2.chain import backing_path
-from qcow2.disk import Disk, open_disk
 from qcow2.driver.file import run
+from qcow2.driver.operation import File
 from qcow2.driver.pool import PoolDriver
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
-from qcow2.image import Image
+from qcow2.format.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
+from qcow2.format.layout import Autoclear
 from qcow2.job.rebase import copy_difference
-from qcow2.layout import Autoclear
-from qcow2.operation import File
-from qcow2.raw import RawImage
+from qcow2.library.disk import Disk, open_disk
+from qcow2.node.chain import backing_path
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.option import validate_backing

@@ -2,13 +2,13 @@
 
 import argparse
 
-from qcow2.disk import open_disk
 from qcow2.driver.file import run
-from qcow2.geometry import Geometry
-from qcow2.growth import grown_size
-from qcow2.header import Header, read_header, require_uncorrupted
-from qcow2.quantity import parse_size
+from qcow2.engine.growth import grown_size
+from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header, read_header, require_uncorrupted
+from qcow2.library.disk import open_disk
 from qcow2.tool.file import add_log_options, opened
+from qcow2.tool.quantity import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,12 +4,12 @@ import argparse
 import errno
 import os
 
-from qcow2.disk import open_disk
 from qcow2.driver.file import run
 from qcow2.error import ImageError
-from qcow2.format import FORMATS
-from qcow2.header import read_header
-from qcow2.snapshot import read_snapshots
+from qcow2.format.header import read_header
+from qcow2.format.snapshot import read_snapshots
+from qcow2.library.disk import open_disk
+from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options, opened
 from qcow2.tool.info import snapshot_facts, snapshot_lines

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qcow2.chain import Chain
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.image import Image, OpenOptions
-from qcow2.raw import RawImage
+from qcow2.node.chain import Chain
 from qcow2.tool.failure import Failure
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from qcow2.create import Preallocation
-from qcow2.disk import Disk, open_disk
 from qcow2.driver.file import HostFile
+from qcow2.engine.create import Preallocation
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.image import Image
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
-from qcow2.raw import RawImage
+from qcow2.library.disk import Disk, open_disk
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import created
 from qcow2.tool.option import image_options, raw_preallocation

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import qcow2
-from qcow2.linklog import MARK_OFFSET
+from qcow2.plane.linklog import MARK_OFFSET
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT
 from tests.crash.explorer import Violation

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcow2.driver.crash import CrashDriver
+from tests.crash.driver import CrashDriver
 from tests.crash.explorer import Run, Violation
 from tests.crash.history import SIZE, History, size_sector
 from tests.crash.images import open_image

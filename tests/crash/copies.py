@@ -8,7 +8,7 @@ loss at that moment may leave: everything but the links that waited.
 import random
 from dataclasses import dataclass, field
 
-from qcow2.driver.crash import SimulatedFile
+from tests.crash.driver import SimulatedFile
 from tests.crash.variant import Disk
 from tests.engine import MARK, waiting
 

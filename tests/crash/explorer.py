@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Protocol
 
-from qcow2.driver.crash import Effect, Entry, Point, SimulatedFile, points
+from tests.crash.driver import Effect, Entry, Point, SimulatedFile, points
 from tests.crash.history import SECTOR, History
 
 Part = tuple[tuple[int, int], Effect]  # (operation, sector of it), what it does

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from qcow2 import operation as op
-from qcow2.driver.crash import piece_bytes, simulated
+from qcow2.driver import operation as op
+from tests.crash.driver import piece_bytes, simulated
 from tests.crash.history import SECTOR
 
 HARMLESS = (op.Size, op.Grace, op.Compute)  # cannot fail on a host

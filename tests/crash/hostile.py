@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.check import check
-from qcow2.driver.crash import SimulatedFile
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.image import Image, OpenOptions
 from qcow2.error import ImageError
-from qcow2.image import Image, OpenOptions
-from qcow2.report import Report
+from qcow2.judge.check import check
+from qcow2.judge.report import Report
 from tests.builder import Built, Recipe, build
 from tests.builder.record import COPIED
+from tests.crash.driver import SimulatedFile
 from tests.crash.explorer import Violation
 from tests.fuzz.trial import attempt, run, try_out
 

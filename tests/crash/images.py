@@ -8,19 +8,19 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.check import check
-from qcow2.driver.crash import SimulatedFile
-from qcow2.header import read_header
-from qcow2.image import Image, OpenOptions
-from qcow2.linklog import LIMIT, LinkLog
-from qcow2.links import LinkPolicy
-from qcow2.operation import Store
-from qcow2.raw import RawImage
-from qcow2.repair import repair
-from qcow2.replay import clear_mark, replay
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Store
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.links import LinkPolicy
+from qcow2.engine.raw import RawImage
+from qcow2.engine.replay import clear_mark, replay
+from qcow2.format.header import read_header
+from qcow2.judge.check import check
+from qcow2.judge.repair import repair
+from qcow2.plane.linklog import LIMIT, LinkLog
 from tests.builder import Recipe, build
 from tests.builder.record import MAGIC
+from tests.crash.driver import SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
 from tests.engine import ORIGIN, waiting

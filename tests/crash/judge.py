@@ -3,9 +3,9 @@
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.engine.image import Image
 from qcow2.error import ImageError
-from qcow2.image import Image
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Run, Violation
 from tests.crash.history import History
 from tests.crash.images import check_image, open_image, read_all, start

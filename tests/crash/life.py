@@ -8,9 +8,9 @@ import errno
 from collections import Counter
 from dataclasses import dataclass, field
 
-from qcow2 import operation as op
-from qcow2.driver.crash import CrashDriver, SimulatedFile
-from qcow2.image import Image
+from qcow2.driver import operation as op
+from qcow2.engine.image import Image
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.fault import NEEDS_SPACE, NEVER, Fault
 from tests.crash.history import SECTOR, SIZE, History, size_sector

@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 
-from qcow2 import recovery
-from qcow2.allocation import Allocator
-from qcow2.driver.crash import CrashDriver, simulated
 from qcow2.driver.file import run
-from qcow2.image import Image
-from qcow2.l2cache import L2Cache
-from qcow2.layout import OFFSET_MASK
-from qcow2.linklog import NOTHING, STAMP_BITS, FoundLog, Link, LinkLog
-from qcow2.links import Links
-from qcow2.mapping import Mapping
+from qcow2.driver.operation import Grace, Spawn, Store
+from qcow2.engine import recovery
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.image import Image
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.refcount import Refcounts
+from qcow2.engine.replay import Outcome
+from qcow2.engine.root import Root
+from qcow2.engine.stability import Stability
+from qcow2.engine.write import Writer
+from qcow2.format.layout import OFFSET_MASK
 from qcow2.native import ffi, lib
-from qcow2.operation import Grace, Spawn, Store
-from qcow2.reaper import Reaper
-from qcow2.refcount import Refcounts
-from qcow2.replay import Outcome
-from qcow2.root import Root
-from qcow2.stability import Stability
-from qcow2.write import Writer
+from qcow2.plane.l2cache import L2Cache
+from qcow2.plane.linklog import NOTHING, STAMP_BITS, FoundLog, Link, LinkLog
+from tests.crash.driver import CrashDriver, simulated
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -180,7 +180,7 @@ def log_is_removed_by_a_stranger(patch: Patch) -> None:
 
 def every_log_has_one_tag(patch: Patch) -> None:
     """Laws 1 and 3: the log of a later process passes for that of an earlier one."""
-    patch.setattr("qcow2.logplace.os.urandom", lambda nbytes: bytes(nbytes))
+    patch.setattr("qcow2.engine.logplace.os.urandom", lambda nbytes: bytes(nbytes))
 
 
 def log_forgets_before_the_links_are_written(patch: Patch) -> None:
@@ -285,7 +285,7 @@ class Forgetful(set[int]):
 
 def repair_marks_clean_first(patch: Patch) -> None:
     """Law 8: the dirty bit goes before the refcounts are right."""
-    from qcow2 import repair as module
+    from qcow2.judge import repair as module
 
     repair_all: Callable[..., Awaitable[None]] = module._repair_all
 
@@ -346,12 +346,12 @@ def link_without_a_record_waits_on(patch: Patch) -> None:
 
 def lack_of_space_ends_all_writes(patch: Patch) -> None:
     """Law 7: a full host is no reason to distrust it."""
-    patch.setattr("qcow2.stability.NO_SPACE", ())
+    patch.setattr("qcow2.engine.stability.NO_SPACE", ())
 
 
 def tables_are_wherever_the_header_says(patch: Patch) -> None:
     """Law 9: no limit, no alignment, no end of the file."""
-    patch.setattr("qcow2.refusal.validate_tables", lambda *arguments, **named: None)
+    patch.setattr("qcow2.format.refusal.validate_tables", lambda *arguments, **named: None)
 
 
 def l1_entry_is_believed(patch: Patch) -> None:
@@ -370,22 +370,22 @@ def guest_data_may_lie_in_tables(patch: Patch) -> None:
 
 def check_believes_l2_entries(patch: Patch) -> None:
     """Law 9: what cannot be data is called sound, and refused when it is read."""
-    patch.setattr("qcow2.census._judge_l2_entry", lambda census, where, entry: None)
+    patch.setattr("qcow2.judge.census._judge_l2_entry", lambda census, where, entry: None)
 
 
 def image_is_not_locked(patch: Patch) -> None:
     """Law 10."""
-    patch.setattr("qcow2.chain.lock_image", lambda *_, **__: None)
+    patch.setattr("qcow2.node.chain.lock_image", lambda *_, **__: None)
 
 
 def readers_forbid_nothing(patch: Patch) -> None:
     """Law 10: a backing file, or an image served read-only, is written under us."""
-    patch.setattr("qcow2.lock.FORBIDDEN", ())
+    patch.setattr("qcow2.driver.lock.FORBIDDEN", ())
 
 
 def locks_of_others_are_not_looked_for(patch: Patch) -> None:
     """Law 10: ours are taken, and exclude only who comes later and looks."""
-    patch.setattr("qcow2.lock._is_held", lambda fd, path, byte: False)
+    patch.setattr("qcow2.driver.lock._is_held", lambda fd, path, byte: False)
 
 
 def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:

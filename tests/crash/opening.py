@@ -4,16 +4,16 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.check import check
-from qcow2.driver.crash import SimulatedFile, effect_of, simulated, simulated_memory
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute, Operation, Read, ReadInto, Resize, Size, Store, Write, Zero
+from qcow2.driver.task import Scheduler, Task
+from qcow2.engine.image import Image
 from qcow2.error import ImageError
-from qcow2.image import Image
-from qcow2.l2cache import Kind
-from qcow2.operation import Compute, Operation, Read, ReadInto, Resize, Size, Store, Write, Zero
-from qcow2.repair import repair
-from qcow2.report import Report
-from qcow2.task import Scheduler, Task
+from qcow2.judge.check import check
+from qcow2.judge.repair import repair
+from qcow2.judge.report import Report
+from qcow2.plane.l2cache import Kind
+from tests.crash.driver import SimulatedFile, effect_of, simulated, simulated_memory
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR, SIZE, ZEROS, size_sector
 from tests.crash.images import check_image, open_image

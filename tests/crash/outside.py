@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qcow2.driver.crash import SimulatedFile
+from tests.crash.driver import SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
 from tests.crash.opening import SIZE, Seen

@@ -4,8 +4,8 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from qcow2.driver.crash import Completed, Effect, Entry, Issued, Mark, SimulatedFile, Stored, Synced
 from ring.trace import Flag, Kind, Record, TraceError
+from tests.crash.driver import Completed, Effect, Entry, Issued, Mark, SimulatedFile, Stored, Synced
 from tests.crash.history import SECTOR, Flush, History, Version
 
 OK = 0

@@ -27,8 +27,8 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qcow2.driver.crash import SimulatedFile
 from tests.builder import Built, Recipe, build
+from tests.crash.driver import SimulatedFile
 from tests.crash.history import SECTOR
 from tests.crash.images import LAZY, content
 from tests.crash.workload import Action, Step

@@ -9,10 +9,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import Completed, Effect, Mark, Point, points
-from qcow2.image import Image
-from qcow2.l2cache import Kind
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.image import Image
+from qcow2.plane.l2cache import Kind
+from tests.crash.driver import Completed, Effect, Mark, Point, points
 from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR
 from tests.crash.judge import open_state

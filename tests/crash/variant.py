@@ -7,7 +7,7 @@ for equal disks (64 bits).
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qcow2.driver.crash import SECTOR, ZEROS, Effect, SimulatedFile, split_sectors
+from tests.crash.driver import SECTOR, ZEROS, Effect, SimulatedFile, split_sectors
 
 MASK = (1 << 64) - 1
 

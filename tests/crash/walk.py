@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from qcow2.driver.crash import Completed, CrashDriver, Issued, Mark, SimulatedFile, SimulatedMemory, Stored, Synced
 from tests.crash.copies import Copies, Copy
+from tests.crash.driver import Completed, CrashDriver, Issued, Mark, SimulatedFile, SimulatedMemory, Stored, Synced
 from tests.crash.explorer import Run, Violation, name
 from tests.crash.history import ZEROS, History
 from tests.crash.images import open_image

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import CrashDriver
+from qcow2.driver.buffer import MemoryBuffer
+from tests.crash.driver import CrashDriver
 from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
 from tests.plane import DISCARD, KEEP, UNMAP, Plane

@@ -5,19 +5,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.create import Options, create
-from qcow2.driver.crash import CrashDriver, Effect, Point, SimulatedFile, points
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Size
+from qcow2.engine.create import Options, create
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.image import Image
 from qcow2.job import newimage
 from qcow2.job.copy import Manner, copy
 from qcow2.job.newimage import NewImage
 from qcow2.job.pace import Pace
 from qcow2.job.source import Source
 from qcow2.job.target import FIRST_BYTES, InPlace
-from qcow2.operation import Size
-from qcow2.raw import RawImage
+from tests.crash.driver import CrashDriver, Effect, Point, SimulatedFile, points
 from tests.engine import noise
 
 SIZE = 200 << 9

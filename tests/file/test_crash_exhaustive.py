@@ -113,7 +113,7 @@ def test_a_printed_line_replays_its_state(monkeypatch: pytest.MonkeyPatch) -> No
         return None
 
     with monkeypatch.context() as patch:
-        patch.setattr("qcow2.image.Image.flush", nothing)
+        patch.setattr("qcow2.engine.image.Image.flush", nothing)
         with pytest.raises(Violation) as found:
             explore(workload, scene_of(workload, None))
         line = str(found.value).splitlines()[0]

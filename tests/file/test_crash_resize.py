@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import CrashDriver, SimulatedFile
-from qcow2.growth import Grower
-from qcow2.image import Image
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.growth import Grower
+from qcow2.engine.image import Image
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Explorer, Run, Violation
 from tests.crash.history import SECTOR, History
 from tests.crash.images import KINDS, open_image, start

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from qcow2.check import judge
-from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.snapshots import Snapshots
 from qcow2.error import ImageError
-from qcow2.image import Image, OpenOptions
-from qcow2.repair import RepairMode, repair
-from qcow2.report import Report
-from qcow2.snapshots import Snapshots
+from qcow2.judge.check import judge
+from qcow2.judge.repair import RepairMode, repair
+from qcow2.judge.report import Report
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Explorer, Run, Violation
 from tests.crash.history import SECTOR, History
 from tests.crash.images import KINDS, check_image, open_image, read_all, start

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from qcow2.create import Options, Preallocation, create
-from qcow2.driver.crash import CrashDriver, SimulatedFile, points
 from qcow2.driver.file import HostFile, run
+from qcow2.engine.create import Options, Preallocation, create
 from qcow2.error import UnsupportedImage
-from qcow2.header import load_header
+from qcow2.format.header import load_header
+from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.oracle import assert_clean, assert_same_disk, qemu_img, read_header
 from tests.program import qcow2_tool, qcow2_tool_ok
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from qcow2 import operation as op
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.driver import operation as op
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.pool import PoolDriver
-from qcow2.task import Task
+from qcow2.driver.task import Task
 from ring.aio import Aio
 from ring.worker import Worker
+from tests.crash.driver import CrashDriver, SimulatedFile
 from vhost.disk import RingDriver
 from virtio.native import NativeBlock
 

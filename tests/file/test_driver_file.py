@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qcow2 import operation as op
-from qcow2.buffer import MemoryBuffer
+from qcow2.driver import operation as op
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, run
 
 pytestmark = pytest.mark.file

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qcow2.driver.crash import SimulatedFile
+from qcow2.driver.operation import Read, Size
 from qcow2.error import ImageError
-from qcow2.header import read_header
-from qcow2.operation import Read, Size
-from qcow2.repair import repair
-from qcow2.report import Report
+from qcow2.format.header import read_header
+from qcow2.judge.repair import repair
+from qcow2.judge.report import Report
 from tests.builder.record import HEADER_FIELDS
+from tests.crash.driver import SimulatedFile
 from tests.fuzz import corpus
 from tests.fuzz.mutation import BASES, EDGES, bases, mutate, random_input
 from tests.fuzz.trial import BACKING, Finding, attempt, run, try_out

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import CrashDriver, SimulatedFile, points
-from qcow2.operation import Zero
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Zero
 from tests import engine
 from tests.builder import Built, Recipe, build
 from tests.builder.record import BACKING_FORMAT, COPIED, LAZY_REFCOUNTS
+from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.crash.hostile import is_only_marked
 from tests.crash.images import open_image
 from tests.frontend import FLUSH, OK, FrontEnd

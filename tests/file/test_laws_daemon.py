@@ -14,7 +14,7 @@ import pytest
 
 import qcow2
 from qcow2.driver.file import HostFile, run
-from qcow2.operation import Resize
+from qcow2.driver.operation import Resize
 from tests.blockguest import MIB, Guest
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS

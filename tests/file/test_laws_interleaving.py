@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.image import Image, OpenOptions
-from qcow2.task import Task
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.task import Task
+from qcow2.engine.image import Image, OpenOptions
 from tests.builder import Recipe, build
 from tests.builder.record import LAZY_REFCOUNTS
 from tests.latecomer import Latecomer, MemoryFile

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from qcow2.image import Image
+from qcow2.engine.image import Image
 from tests.frontend import F_CONFIG_WCE, F_FLUSH, BackendGone, FrontEnd
 from tests.program import Daemon, complaints, qcow2_tool_ok
 from tests.served import serve

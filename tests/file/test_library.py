@@ -102,7 +102,7 @@ def test_extents_are_those_of_qemu(path: Path, tmp_path: Path) -> None:
     assert ours == json.loads(qemu_img("map", "--output=json", top).stdout)
 
 
-def described(extent: "qcow2.extent.Extent") -> dict[str, object]:
+def described(extent: "qcow2.node.extent.Extent") -> dict[str, object]:
     """An extent in the words of qemu-img map."""
     words: dict[str, object] = {
         "start": extent.guest_offset,

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from qcow2.buffer import MemoryBuffer
-from qcow2.create import Options, create
-from qcow2.driver.crash import CrashDriver, SimulatedFile, points
-from qcow2.image import Image, OpenOptions
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.create import Options, create
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
-from qcow2.raw import RawImage
 from qcow2.tool.rebase import change_header
+from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import noise
 from tests.oracle import assert_clean, assert_not_corrupt, qemu_img, qemu_io, qemu_read
 from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2.quantity import format_size, parse_size
+from qcow2.tool.quantity import format_size, parse_size
 from tests.builder import Recipe, build
 from tests.oracle import held_by_qemu, qemu_img, qemu_io, sha256
 from tests.program import qcow2_tool, qcow2_tool_ok

@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from qcow2.driver.crash import SimulatedFile
 from ring.trace import Kind, Record, TraceError, read_trace
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
+from tests.crash.driver import SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.recorded import FLUSH, OUT, Recorded, adapt
 from tests.crash.survey import Survey

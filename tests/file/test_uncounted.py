@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from qcow2 import operation as op
-from qcow2.layout import COPIED, HEADER_INCOMPATIBLE_OFFSET, OFFSET_MASK, Incompatible
+from qcow2.driver import operation as op
+from qcow2.format.layout import COPIED, HEADER_INCOMPATIBLE_OFFSET, OFFSET_MASK, Incompatible
 from tests.builder import Built, Recipe, build
 from tests.engine import Bench, open_again, set_up
 from tests.frontend import FrontEnd

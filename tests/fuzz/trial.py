@@ -8,17 +8,17 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.check import check
-from qcow2.driver.crash import CrashDriver, SimulatedFile
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Operation, Read, ReadInto, Write, Zero
+from qcow2.engine.growth import grown_size
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
 from qcow2.error import CorruptImage, ImageError
-from qcow2.growth import grown_size
-from qcow2.header import read_header, require_uncorrupted
-from qcow2.image import Image, OpenOptions
-from qcow2.operation import Operation, Read, ReadInto, Write, Zero
-from qcow2.raw import RawImage
-from qcow2.repair import repair
-from qcow2.report import Report
+from qcow2.format.header import read_header, require_uncorrupted
+from qcow2.judge.check import check
+from qcow2.judge.repair import repair
+from qcow2.judge.report import Report
+from tests.crash.driver import CrashDriver, SimulatedFile
 
 OPERATIONS = 20_000  # of one step; the bases need at most a few hundred
 PIECE = 1 << 13

@@ -6,9 +6,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcow2.check import check
-from qcow2.driver.crash import SimulatedFile
-from qcow2.report import Report
+from qcow2.judge.check import check
+from qcow2.judge.report import Report
+from tests.crash.driver import SimulatedFile
 from tests.fuzz.trial import attempt, run
 
 TIMEOUT = 60

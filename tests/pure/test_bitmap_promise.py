@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from qcow2 import layout
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import CrashDriver, SimulatedFile, points
-from qcow2.image import Image, OpenOptions
-from qcow2.raw import RawImage
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
+from qcow2.format import layout
+from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import Bench, noise, read, set_up
 
 pytestmark = pytest.mark.pure

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import pytest
 import zstandard
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.compressed import UNPACKING_BYTES, Payload, inflate, unpack_zstd
-from qcow2.geometry import Geometry
-from qcow2.image import Image
-from qcow2.layout import CompressedMasks
-from qcow2.operation import Compute, File, Operation, Read, Write
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute, File, Operation, Read, Write
+from qcow2.engine.compressed import UNPACKING_BYTES, Payload, inflate, unpack_zstd
+from qcow2.engine.image import Image
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import CompressedMasks
 from tests.engine import Bench, noise, set_up
 
 pytestmark = pytest.mark.pure

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from qcow2 import operation as op
-from qcow2.buffer import MemoryBuffer
+from qcow2.driver import operation as op
+from qcow2.driver.buffer import MemoryBuffer
 from tests.crash.history import SECTOR, History
 from tests.crash.workload import Guest, random_steps
 from tests.engine import Bench, noise, open_again, set_up

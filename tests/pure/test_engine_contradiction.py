@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from qcow2 import layout
 from qcow2.error import CorruptImage
+from qcow2.format import layout
 from tests.engine import Bench, open_again, set_up
 
 pytestmark = pytest.mark.pure

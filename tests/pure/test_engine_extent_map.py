@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 
-from qcow2.driver.crash import SimulatedFile
 from qcow2.error import CorruptImage
 from qcow2.native import ffi, lib
+from tests.crash.driver import SimulatedFile
 from tests.engine import Bench, noise, open_again, set_up
 from tests.plane import TableReader
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qcow2 import layout
-from qcow2 import operation as op
+from qcow2.driver import operation as op
+from qcow2.format import layout
 from tests.engine import Bench, Fault, noise, open_again, set_up
 
 pytestmark = pytest.mark.pure

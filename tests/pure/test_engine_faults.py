@@ -7,8 +7,8 @@ import errno
 
 import pytest
 
-from qcow2 import operation as op
-from qcow2.driver.crash import CrashDriver
+from qcow2.driver import operation as op
+from tests.crash.driver import CrashDriver
 from tests.crash.explorer import Violation
 from tests.crash.fault import NEVER, Fault
 from tests.crash.history import SECTOR, History

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from qcow2.buffer import MemoryBuffer
-from qcow2.driver.crash import CrashDriver
+from qcow2.driver.buffer import MemoryBuffer
+from tests.crash.driver import CrashDriver
 from tests.crash.images import KINDS, check_image, open_image, read_all, start
 from tests.engine import Bench, noise, set_up
 from tests.pure.test_engine_extent_map import DATA, PUNT, TOP, ZERO, ask

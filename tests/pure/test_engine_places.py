@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qcow2.check import check
+from qcow2.driver.operation import Grace, Operation, Sync, Write
+from qcow2.judge.check import check
 from qcow2.native import ffi, lib
-from qcow2.operation import Grace, Operation, Sync, Write
 from tests.engine import Bench, noise, open_again, set_up
 from tests.plane import KEEP, SPOILED, UNMAP, UNTOUCHED, Plane
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qcow2.image import Image, OpenOptions
+from qcow2.driver.operation import Operation, Read, Write
+from qcow2.engine.image import Image, OpenOptions
 from qcow2.native import ffi, lib
-from qcow2.operation import Operation, Read, Write
 from tests.engine import Bench, noise, open_again, set_up
 from tests.plane import BASE, DATA, FRESH, PUNT, TOP, ZERO, Plane, TableReader
 from tests.pure.test_engine_extent_map import ask, patchwork, read_through

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import qcow2
-from qcow2.driver.crash import CrashDriver, Issued, SimulatedFile
-from qcow2.header import clear_autoclear, load_header, mark_repaired, read_header, rewrite_header
+from qcow2.format.header import clear_autoclear, load_header, mark_repaired, read_header, rewrite_header
 from tests.builder.record import extension, feature_name_table
+from tests.crash.driver import CrashDriver, Issued, SimulatedFile
 
 CLUSTER = 512
 FIELDS = ">IIQIIQIIQQIIQQQQIIB7x"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qcow2 import layout
-from qcow2.layout import CompressedMasks, HeaderRecord, Incompatible
+from qcow2.format import layout
+from qcow2.format.layout import CompressedMasks, HeaderRecord, Incompatible
 
 WHOLE = (1 << 64) - 1
 

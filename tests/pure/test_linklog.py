@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2.driver.crash import CrashDriver, SimulatedFile
-from qcow2.linklog import HEADER, LOG_BYTES, RECORD_BYTES, RECORDS_OFFSET, FoundLog, Link, LinkLog, Mark, read_log
+from qcow2.plane.linklog import HEADER, LOG_BYTES, RECORD_BYTES, RECORDS_OFFSET, FoundLog, Link, LinkLog, Mark, read_log
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.engine import ORIGIN, TAG, waiting
 
 CAPACITY = 8

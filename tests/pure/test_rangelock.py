@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qcow2 import rangelock
-from qcow2.driver.crash import CrashDriver
-from qcow2.operation import Grace
-from qcow2.rangelock import RangeLocks
+from qcow2.driver.operation import Grace
+from qcow2.engine import rangelock
+from qcow2.engine.rangelock import RangeLocks
+from tests.crash.driver import CrashDriver
 
 pytestmark = pytest.mark.pure
 
@@ -69,7 +69,7 @@ def test_wide_holders_take_turns_with_narrow_ones_too(widest: int) -> None:
 
 
 def steps(run: Callable[[], Any]) -> int:
-    """Lines of `qcow2.rangelock` that *run* executes; its loops are all Python's."""
+    """Lines of `qcow2.engine.rangelock` that *run* executes; its loops are all Python's."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

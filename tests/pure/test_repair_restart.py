@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from qcow2.check import check
-from qcow2.create import Options, Preallocation, create
-from qcow2.driver.crash import CrashDriver, Entry, SimulatedFile, points
-from qcow2.header import read_header
-from qcow2.repair import repair
+from qcow2.engine.create import Options, Preallocation, create
+from qcow2.format.header import read_header
+from qcow2.judge.check import check
+from qcow2.judge.repair import repair
+from tests.crash.driver import CrashDriver, Entry, SimulatedFile, points
 
 CLUSTER = 512
 CLUSTERS = 600

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from qcow2.driver.crash import CrashDriver, SimulatedFile, points
-from qcow2.header import read_header
-from qcow2.layout import COPIED, L2_COMPRESSED, L2_ZERO
-from qcow2.linklog import Link
-from qcow2.replay import Outcome, replay
+from qcow2.engine.replay import Outcome, replay
+from qcow2.format.header import read_header
+from qcow2.format.layout import COPIED, L2_COMPRESSED, L2_ZERO
+from qcow2.plane.linklog import Link
+from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import Bench, noise, set_up, waiting
 
 CLUSTER = 512

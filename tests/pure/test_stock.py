@@ -1,7 +1,7 @@
 """The stock: what Python has added is there for it, whatever the extent map has taken out of C meanwhile."""
 
 from qcow2.native import ffi, lib
-from qcow2.stock import Stock
+from qcow2.plane.stock import Stock
 
 
 def test_what_has_no_room_in_c_is_taken_when_c_is_empty() -> None:

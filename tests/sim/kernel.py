@@ -1,6 +1,6 @@
 """The simulated kernel: files, eventfds and time; one seed decides what ends when, and how.
 
-What files hold changes through the journal of `qcow2.driver.crash`, so that the crash explorer can visit every death of
+What files hold changes through the journal of `tests.crash.driver`, so that the crash explorer can visit every death of
 a run. What is under way takes effect when it is begun or when it ends, as the seed says; some transfers are slow, some
 are cut short, refused for now, or cancelled. A `Trouble` adds failures.
 """
@@ -14,7 +14,9 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.driver.crash import (
+from ring.host import Host
+from ring.native import ffi, lib
+from tests.crash.driver import (
     SECTOR,
     Completed,
     Effect,
@@ -26,8 +28,6 @@ from qcow2.driver.crash import (
     Stored,
     Synced,
 )
-from ring.host import Host
-from ring.native import ffi, lib
 
 READV, WRITEV, FSYNC, FALLOCATE, READ, WRITE = 1, 2, 3, 17, 22, 23  # enum io_uring_op
 READS, WRITES = (READ, READV), (WRITE, WRITEV)

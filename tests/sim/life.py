@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from qcow2 import operation as op
-from qcow2.driver.crash import Completed, CrashDriver, Effect, Issued, SimulatedFile, Synced
+from qcow2.driver import operation as op
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.image import Image
-from qcow2.linklog import RECORD_BYTES, RECORDS_OFFSET
-from qcow2.raw import RawImage
+from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
 from ring.aio import Aio
 from ring.native import lib
 from ring.worker import Worker
 from tests.builder.record import MAGIC
+from tests.crash.driver import Completed, CrashDriver, Effect, Issued, SimulatedFile, Synced
 from tests.crash.explorer import Run
 from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.history import SIZE, History, size_sector

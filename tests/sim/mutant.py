@@ -182,13 +182,13 @@ MUTANTS = [
     Mutant(
         "locks_are_not_seen",
         "Law 3: nobody writes an entry beside its lock's holder",
-        Edit("qcow2/fresh.c", "    if (!locks->count)\n        return 0;", "    if (locks)\n        return 0;"),
+        Edit("qcow2/plane/fresh.c", "    if (!locks->count)\n        return 0;", "    if (locks)\n        return 0;"),
     ),
     Mutant(
         "claims_are_not_seen",
         "Law 3: a slice is not loaded while the file has not what waits",
         Edit(
-            "qcow2/translate.c",
+            "qcow2/plane/translate.c",
             "    return map->claims[slice & (CLAIMS - 1)] || has_new_link(map, slice);",
             "    return 0;",
         ),
@@ -196,13 +196,13 @@ MUTANTS = [
     Mutant(
         "cluster_is_handed_out_twice",
         "Law 3",
-        Edit("qcow2/stock.c", "    run->first += count;", "    run->first += count - (run->first % 16 == 5);"),
+        Edit("qcow2/plane/stock.c", "    run->first += count;", "    run->first += count - (run->first % 16 == 5);"),
     ),
     Mutant(
         "unsynced_clusters_are_linked",
         "Law 4 and 6: what is handed out is counted, stably",
         Edit(
-            "qcow2/fresh.c",
+            "qcow2/plane/fresh.c",
             "    if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))",
             "    if (!take_cluster(map->unsynced, &host_cluster))",
         ),
@@ -210,25 +210,25 @@ MUTANTS = [
     Mutant(
         "old_content_is_left_out",
         "Law 3: a copy keeps what is around",
-        Edit("qcow2/fresh.c", "    if (nbytes < old->nbytes) {", "    if (nbytes > old->nbytes) {"),
+        Edit("qcow2/plane/fresh.c", "    if (nbytes < old->nbytes) {", "    if (nbytes > old->nbytes) {"),
         ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "old_content_comes_from_the_start",
         "Law 3",
-        Edit("qcow2/fresh.c", "        place->old_offset = old->host_offset;", "        place->old_offset = 0;"),
+        Edit("qcow2/plane/fresh.c", "        place->old_offset = old->host_offset;", "        place->old_offset = 0;"),
         ("64k-backing-lazy",),
     ),
     Mutant(
         "cleared_slice_keeps_waiting_links",
         "Law 3: entries that wait are not cleared",
-        Edit("qcow2/clear.c", "!l2map_is_claimed(map, slice) && ", ""),
+        Edit("qcow2/plane/clear.c", "!l2map_is_claimed(map, slice) && ", ""),
     ),
     Mutant(
         "freed_cluster_stays_mapped",
         "Law 5: an entry goes before its cluster",
         Edit(
-            "qcow2/clear.c",
+            "qcow2/plane/clear.c",
             "    result = writer->write(writer, map->slot, host_offset, in_file,",
             "    result = writer ? 0 : writer->write(writer, map->slot, host_offset, in_file,",
         ),
@@ -237,7 +237,7 @@ MUTANTS = [
         "partial_clusters_are_zeroed",
         "Law 3: a discard covers whole clusters",
         Edit(
-            "qcow2/clear.c",
+            "qcow2/plane/clear.c",
             "        *end &= ~in_cluster;",
             "        *end = (*end + in_cluster) & ~in_cluster;",
         ),
@@ -245,7 +245,7 @@ MUTANTS = [
     Mutant(
         "shared_clusters_are_written_in_place",
         "Law 3: a snapshot's cluster is copied first",
-        Edit("qcow2/translate.c", "(!is_write || (map->writable && run.copied))", "(!is_write || map->writable)"),
+        Edit("qcow2/plane/translate.c", "(!is_write || (map->writable && run.copied))", "(!is_write || map->writable)"),
         ("snapshot", "snapshot-lazy"),
     ),
     Mutant(
@@ -293,7 +293,7 @@ MUTANTS = [
     Mutant(
         "once_the_maps_error_went_nowhere",
         "Law 7: a close after a lost entry or mark is no clean one; until 42cbc66",
-        Edit("qcow2/l2cache.c", "    map->error = -result;\n", ""),
+        Edit("qcow2/plane/l2cache.c", "    map->error = -result;\n", ""),
     ),
 ]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

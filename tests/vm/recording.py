@@ -9,8 +9,8 @@ from pathlib import Path
 from guest import Backend, Guest, vhost_user_disk
 
 import qcow2
-from qcow2.driver.crash import SimulatedFile
 from ring.trace import read_trace
+from tests.crash.driver import SimulatedFile
 from tests.crash.recorded import Recorded, adapt
 from tests.vm.tool import make_image, run
 

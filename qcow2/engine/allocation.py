@@ -1,0 +1,382 @@
+"""Allocation: host clusters handed out from a reserved run; growing the file and the refcounts under it.
+
+Every cluster handed out is counted (accurate: stable on the disk; lazy: in memory), lies inside the file's stable
+length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync. Who
+syncs before the link anyway takes clusters of which all this is true after that sync only, and does not wait for one.
+"""
+
+import errno
+import os
+from contextlib import suppress
+
+from qcow2.driver.operation import File, Resize, Signal, Spawn, Zero
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.refcount import Refcounts
+from qcow2.engine.root import Root
+from qcow2.engine.stability import NO_SPACE, Stability
+from qcow2.engine.statistics import Statistics
+from qcow2.engine.uncounted import Uncounted
+from qcow2.error import CorruptImage, MetadataOverlap
+from qcow2.format.geometry import Geometry
+from qcow2.plane.stock import Stock
+
+NO_ROOM = (*NO_SPACE, errno.EFBIG)
+FIRST_RUN_BYTES = 256 << 10
+MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
+MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
+SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
+SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
+
+
+class Allocator:
+    """Hands out host clusters; the only one that takes free ones."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        refcounts: Refcounts,
+        root: Root,
+        mapping: Mapping,
+        reaper: Reaper,
+        stability: Stability,
+        statistics: Statistics,
+        file_size: int,
+        uncounted: Uncounted,
+    ) -> None:
+        self._file = file
+        self._geometry = geometry
+        self._refcounts = refcounts
+        self._root = root
+        self._mapping = mapping
+        self._reaper = reaper
+        self._stability = stability
+        self._statistics = statistics
+        self._uncounted = uncounted
+        self._file_size = file_size
+        self._opened_size = file_size  # what was in the file before us is not cut off
+        self._stock = Stock()  # reserved, not yet handed out
+        self._unsynced = Stock()  # reserved, but stable after the next sync only
+        mapping.cache.set_stock(self._stock.native, self._unsynced.native)
+        self._under_way: Signal | None = None  # of the reservation in progress
+        self._gathering: Signal | None = None  # of the one for `allocate_unsynced`
+        self._cursor = 0  # no cluster below it is free, as far as is known
+        self._low = 0  # at so many the next reservation begins
+        self._next_bytes = FIRST_RUN_BYTES
+        self._max_bytes = MAX_LAZY_RUN_BYTES if root.is_lazy else MAX_RUN_BYTES
+
+    async def allocate(self, nclusters: int) -> range:
+        """Take at least one and at most *nclusters* consecutive host clusters.
+
+        Raises: OSError; ENOSPC leaves everything as it was. CorruptImage.
+        """
+        await self.collect()
+        while not self._stock:
+            await self._refill(nclusters)
+        self._stability.require_trust()
+        taken = self._stock.take(nclusters)
+        if len(self._stock) <= self._low and self._under_way is None:
+            await Spawn(self._reserve_ahead(self._begin()))
+        return taken
+
+    async def allocate_unsynced(self, nclusters: int) -> range:
+        """Take clusters as from `allocate` that keep its promises after the next sync only.
+
+        For who syncs before the link: the sync of a reservation would wait for all that was copied before.
+        """
+        await self.collect()
+        while not self._unsynced:
+            if self._gathering is not None:
+                await self._gathering.wait()
+            else:
+                await self._gather(nclusters)
+        self._stability.require_trust()
+        return self._unsynced.take(nclusters)
+
+    async def _gather(self, nclusters: int) -> None:
+        self._stability.require_trust()
+        ended = self._gathering = Signal()
+        try:
+            self._unsynced.add(await self._reserve_what_fits(max(nclusters, self._run_length())))
+        except OSError as error:
+            if error.errno not in NO_ROOM or not self._stock:
+                raise
+            self._unsynced.add([self._stock.take(nclusters)])
+        finally:
+            self._gathering = None
+            ended.set()
+
+    def _begin(self) -> Signal:
+        """A reservation begins: until it has ended the extent map may take all that is left."""
+        self._stock.keep(0)
+        self._under_way = Signal()
+        return self._under_way
+
+    def allow_links(self) -> None:
+        """What must be stable before a cluster of the stock may be linked is: the extent map may link them, too."""
+        self._stock.open()
+        self._unsynced.open()
+
+    async def collect(self) -> None:
+        """See to what the extent map has done meanwhile."""
+        linked, copied = self._stock.take_linked(), self._unsynced.take_linked()
+        self._statistics.clusters_allocated += linked + copied
+        self._statistics.metadata_writes += linked
+        self._statistics.copies += copied
+        if spoiled := [*self._stock.take_spoiled(), *self._unsynced.take_spoiled()]:
+            await self._reaper.free(spoiled)
+
+    def require_links(self) -> None:
+        """Raises: OSError(EIO) if the extent map could not write an entry or the log's mark: no more writes then."""
+        if number := self._mapping.cache.error:
+            self._stability.fail(OSError(number, os.strerror(number), self._file.path))
+        self._stability.require_trust()
+
+    def reuse(self, cluster: int) -> None:
+        """*cluster* has become free: look there again."""
+        self._cursor = min(self._cursor, cluster)
+
+    async def allocate_area(self, nclusters: int) -> range:
+        """Take exactly *nclusters* consecutive host clusters, past everything in the file.
+
+        They are as any others that are handed out, except that this is stable after the next sync only.
+        Raises: OSError; ENOSPC leaks a part of the area at worst. CorruptImage.
+        """
+        while True:
+            async with self._refcounts.mutex.hold():
+                area = await self._find_area(nclusters)
+                missing = self._missing_blocks(area)
+                if not missing:
+                    await self._prepare(area)
+                    await self._refcounts.add(area, 1)
+                    break
+                if missing[-1] >= len(self._refcounts.table):
+                    await self._grow_table(missing[-1])
+                    continue
+            for index in missing:  # which may end in the way of the area: then look again
+                await self._place_block(index)
+        return area
+
+    async def _find_area(self, nclusters: int) -> range:
+        """That many consecutive free clusters past the end of the file."""
+        end = self._geometry.clusters(self._file_size)
+        start = stop = end  # [start, stop) is free
+        while stop - start < nclusters:
+            if start - end > SEARCHED_CLUSTERS:
+                raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
+            free = self._uncounted.usable(await self._refcounts.find_free(stop, start + nclusters))
+            if free.start > stop:
+                start = free.start
+            stop = free.stop
+        self._require_no_metadata(range(start, stop))
+        return range(start, stop)
+
+    def _require_no_metadata(self, free: range) -> None:
+        """Raises: MetadataOverlap if a cluster of *free*, which count zero, holds metadata: what else does?"""
+        if (cluster := self._mapping.first_metadata(free)) is not None:
+            where = cluster << self._geometry.cluster_bits
+            raise MetadataOverlap(self._file.path, where, f"metadata at {where:#x} has refcount 0, repair the image")
+
+    def _missing_blocks(self, area: range) -> list[int]:
+        """The refcount blocks that *area* needs and that do not exist."""
+        indexes = range(self._refcounts.block_of(area.start), self._refcounts.block_of(area[-1]) + 1)
+        return [index for index in indexes if not self._refcounts.has_block(index)]
+
+    async def _place_block(self, index: int) -> None:
+        """Make refcount block *index* in a cluster of the run, so that all that it counts stays free."""
+        cluster = await self.allocate(1)
+        try:
+            await self._root.allow_uncounted()
+            async with self._refcounts.mutex.hold():
+                if not self._refcounts.has_block(index):
+                    await self._refcounts.link_block(index, cluster.start)
+                    self._mapping.own_metadata(cluster)
+                    return
+        except Exception:
+            await self._reaper.free(cluster)
+            raise
+        await self._reaper.free(cluster)  # the run that was reserved ahead has needed the block, too
+
+    async def _refill(self, nclusters: int) -> None:
+        """Reserve a run, or wait for the reservation in progress."""
+        self._stability.require_trust()
+        if self._under_way is not None:
+            await self._under_way.wait()
+            return
+        await self._reserve_once(max(nclusters, self._run_length()), self._begin())
+
+    async def _reserve_ahead(self, ended: Signal) -> None:
+        """Reserve the next run before the last cluster of this one is taken, so that nobody waits for its sync."""
+        with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
+            await self._reserve_once(self._run_length(), ended)
+
+    async def _reserve_once(self, wanted: int, ended: Signal) -> None:
+        """Reserve, make it stable and put it into the stock; without room, what was meant for copies."""
+        try:
+            try:
+                extents = await self._reserve_what_fits(wanted)
+            except OSError as error:
+                if error.errno not in NO_ROOM or not self._unsynced:
+                    raise
+                extents = self._unsynced.take_all()
+            await self._stability.sync()
+            self._stock.add(extents)
+            self._low = len(self._stock) // 2
+        finally:
+            self._under_way = None
+            self._stock.keep(self._low)
+            ended.set()
+
+    async def _reserve_what_fits(self, wanted: int) -> list[range]:
+        """Reserve *wanted* clusters; on a host with hardly any room left fewer, or what is free inside the file."""
+        fewer = wanted
+        while True:
+            try:
+                return await self._reserve(fewer) or []
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                if fewer == 1:
+                    extents = await self._reserve(wanted, may_grow=False)
+                    if extents is None:
+                        raise
+                    return extents
+            fewer = max(1, fewer // 4)
+
+    def _run_length(self) -> int:
+        """How many clusters to reserve: more each time, but little of a small disk."""
+        nbytes = min(self._next_bytes, self._geometry.size // 8)
+        self._next_bytes = min(2 * self._next_bytes, self._max_bytes)
+        return max(1, self._geometry.clusters(nbytes))
+
+    async def _reserve(self, wanted: int, *, may_grow: bool = True) -> list[range] | None:
+        """Count free clusters, make them part of the file and zeros; all of this is stable after the next sync.
+
+        None if there are none: nothing has changed. A refcount block may have taken the only one.
+        """
+        self._statistics.reservations += 1
+        found: list[range] = []
+        counted: list[range] = []
+        try:
+            async with self._refcounts.mutex.hold():
+                found = await self._find(wanted, may_grow=may_grow)
+                for extent in found:
+                    await self._prepare(extent)
+                for extent in found:  # all of them are inside the file now, and a larger refcount table past them
+                    counted += [await self._count(extent)]
+        except OSError:
+            if found:
+                self.reuse(found[0].start)
+            if not any(counted):
+                raise
+        return [extent for extent in counted if extent] if found else None
+
+    async def _find(self, wanted: int, *, may_grow: bool) -> list[range]:
+        """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
+        end = self._geometry.clusters(self._file_size)
+        if not may_grow:
+            if await self._uncounted.look():
+                self._cursor = 0
+            found, self._cursor = await self._search(self._cursor, end, wanted)
+            return found
+        first = max(self._cursor, self._uncounted.first)
+        scanned = self._refcounts.per_block * (self._refcounts.block_of(first) + SCANNED_BLOCKS)
+        found, self._cursor = await self._search(first, min(end, scanned), wanted)
+        wanted -= sum(map(len, found))
+        if wanted:
+            fresh, _ = await self._search(end, end + SEARCHED_CLUSTERS, wanted)
+            found += fresh
+        if not found:
+            raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
+        return found
+
+    async def _search(self, first: int, end: int, wanted: int) -> tuple[list[range], int]:
+        """Runs of free clusters in [first, end), each within one refcount block; and where to search on."""
+        found: list[range] = []
+        while wanted and first < end:
+            free = await self._refcounts.find_free(first, end)
+            extent = self._uncounted.usable(free)[:wanted]
+            self._require_no_metadata(range(free.start, extent.stop))
+            first = extent.stop
+            if extent:
+                found.append(extent)
+                wanted -= len(extent)
+        return found, first
+
+    async def _prepare(self, extent: range) -> None:
+        """Make *extent* part of the file and zeros. Past the end of a file everything is."""
+        bits = self._geometry.cluster_bits
+        start, stop = extent.start << bits, extent.stop << bits
+        if start < self._file_size:
+            await Zero(self._file, start, min(stop, self._file_size) - start)
+        await self._extend(stop)
+
+    async def _extend(self, nbytes: int) -> None:
+        """Let the file be *nbytes* long, if it is shorter."""
+        if nbytes > self._file_size:
+            await Resize(self._file, nbytes, reserve=True)
+            self._file_size = nbytes
+            self._mapping.set_file_end(nbytes)
+
+    async def _count(self, extent: range) -> range:
+        """Count one reference to each cluster of *extent*; what is left of it if its refcount block had to be made."""
+        index = self._refcounts.block_of(extent.start)
+        if index >= len(self._refcounts.table):
+            await self._grow_table(index)
+        if not self._refcounts.has_block(index):
+            await self._refcounts.create_block(index, extent.start)
+            self._mapping.own_metadata(extent[:1])
+            extent = extent[1:]
+        await self._refcounts.add(extent, 1)
+        return extent
+
+    async def _grow_table(self, index: int) -> None:
+        """Move the refcount table to where it has room for entry *index*.
+
+        Written and stable before the header points at it; the old one is freed after.
+        """
+        bits = self._geometry.cluster_bits
+        refcounts = self._refcounts
+        start = max(self._geometry.clusters(self._file_size), len(refcounts.table) * refcounts.per_block)
+        plan = refcounts.plan_table(index, start)
+        await self._extend(plan.clusters.stop << bits)
+        for cluster, content in plan.content():
+            await self._stability.write(cluster << bits, content)
+        await self._stability.sync()
+        old = range(refcounts.table_offset >> bits, refcounts.table_end >> bits)
+        await self._root.set_refcount_table(start << bits, plan.table_clusters)
+        refcounts.adopt(plan)
+        self._mapping.own_metadata(plan.clusters)
+        self._mapping.disown_metadata(old)
+        await self._reaper.free(old)
+
+    async def settle(self) -> None:
+        """Give what was reserved in vain back, write all refcounts, cut the file after its last used cluster.
+
+        Nothing else is under way. Process-safe on return.
+        """
+        while self._under_way is not None:
+            await self._under_way.wait()
+        async with self._refcounts.mutex.hold():
+            await self._give_back()
+            await self._refcounts.write_all()
+            end = await self._refcounts.find_end(self._geometry.clusters(self._file_size))
+        nbytes = max(self._opened_size, end << self._geometry.cluster_bits)
+        if nbytes < self._file_size:
+            await Resize(self._file, nbytes)
+            self._file_size = nbytes
+            self._mapping.set_file_end(nbytes)
+
+    async def _give_back(self) -> None:
+        """Count what was reserved in vain down again.
+
+        Raises: OSError, also if the image referred to such a cluster, free as it was, and has let go of it meanwhile.
+        """
+        try:
+            for extent in [*self._stock.take_all(), *self._unsynced.take_all()]:
+                await self._refcounts.add(extent, -1)
+        except OverflowError as error:
+            contradiction = OSError(errno.EIO, str(error), self._file.path)
+            self._stability.fail(contradiction)
+            raise contradiction from error

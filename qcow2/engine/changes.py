@@ -1,0 +1,112 @@
+"""What an image that may be written has besides: the parts that change it, wired up."""
+
+import errno
+from array import array
+from contextlib import suppress
+
+from qcow2.driver.operation import File
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.growth import Grower
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.metadata import table_limit
+from qcow2.engine.reading import Reader
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.refcount import Refcounts
+from qcow2.engine.root import Root
+from qcow2.engine.snapshots import Snapshots
+from qcow2.engine.stability import Stability
+from qcow2.engine.statistics import Statistics
+from qcow2.engine.table import Tables
+from qcow2.engine.uncounted import Uncounted
+from qcow2.engine.write import Writer
+from qcow2.engine.zeroing import Zeroer
+from qcow2.error import MetadataOverlap
+from qcow2.format.geometry import Geometry
+from qcow2.format.snapshot import SnapshotTable
+from qcow2.plane.linklog import LinkLog
+
+
+class Changes:
+    """What a writable image has besides: the parts that change it, wired up."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        reader: Reader,
+        root: Root,
+        refcount_table: "array[int]",
+        stability: Stability,
+        statistics: Statistics,
+        log: LinkLog | None,
+        *,
+        file_size: int,
+        snapshots: SnapshotTable,
+        owned_by_snapshots: "array[int]",
+        backing_size: int | None,
+    ) -> None:
+        table_offset = root.header.record.refcount_table_offset
+        self.root = root
+        self._stability = stability
+        refcounts = Refcounts(file, geometry, refcount_table, table_offset, stability, is_lazy=root.is_lazy)
+        ntables = table_limit(mapping.l1, snapshots)
+        self.uncounted = Uncounted(
+            file, geometry, mapping, refcounts, root, stability, geometry.clusters(file_size), ntables
+        )
+        self._reaper = Reaper(file, geometry, refcounts, self.uncounted, stability, statistics)
+        self._allocator = Allocator(
+            file, geometry, refcounts, root, mapping, self._reaper, stability, statistics, file_size, self.uncounted
+        )
+        self._reaper.on_free = self._allocator.reuse
+        mapping.cache.set_freed(self._reaper.freed)
+        self.links = Links(geometry, mapping, self._reaper, stability, log)
+        tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
+        self.writer = Writer(
+            file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics
+        )
+        has_backing = backing_size is not None
+        self.zeroer = Zeroer(
+            geometry, mapping, reader, self.writer, tables, self.links, self._reaper, has_backing=has_backing
+        )
+        self.grower = Grower(
+            geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
+        )
+        self.snapshots = Snapshots(
+            file,
+            geometry,
+            mapping,
+            self._allocator,
+            self._reaper,
+            refcounts,
+            root,
+            stability,
+            snapshots,
+            owned_by_snapshots,
+        )
+
+    @property
+    def may_overwrite(self) -> bool:
+        """Whether data may be overwritten: no promise of the header is broken by it, and no flag that is wrong hit."""
+        return not self.root.has_promises and not self.uncounted.is_due
+
+    def require_trust(self) -> None:
+        """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""
+        self._allocator.require_links()
+
+    async def condemn(self, error: MetadataOverlap) -> None:
+        """Mark the image corrupt, and take no more writes: one has met *error*."""
+        with suppress(OSError):  # the host's, which ends all writes as well
+            await self.root.mark_corrupt()
+        self._stability.fail(OSError(errno.EIO, str(error)))
+
+    async def settle(self) -> None:
+        """Bring the disk in the state of a clean close."""
+        await self.links.close()
+        await self._allocator.collect()
+        await self._reaper.drain()
+        self.require_trust()
+        await self._allocator.settle()
+        await self._stability.sync()
+        await self.root.mark_clean()

@@ -1,0 +1,306 @@
+"""A new image: tables first, made stable, then the sector that makes the file an image."""
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from sys import byteorder
+
+from qcow2.driver.operation import File, Resize, Sync, Write, Zero
+from qcow2.format import layout
+from qcow2.format.header import Extension, Header, pack_header
+from qcow2.format.layout import Compatible, CompressionType, ExtensionMagic, FeatureNameType, HeaderRecord, Incompatible
+from qcow2.format.refusal import l1_entries
+
+ZERO_PIECE = bytes(1 << 20)
+
+# (word, mask, name); the first two matter most and are kept where clusters are too small for all of them.
+FEATURE_NAMES = (
+    (FeatureNameType.INCOMPATIBLE, Incompatible.DIRTY, "dirty bit"),
+    (FeatureNameType.COMPATIBLE, Compatible.LAZY_REFCOUNTS, "lazy refcounts"),
+    (FeatureNameType.INCOMPATIBLE, Incompatible.CORRUPT, "corrupt bit"),
+    (FeatureNameType.INCOMPATIBLE, Incompatible.EXTERNAL_DATA, "external data file"),
+    (FeatureNameType.INCOMPATIBLE, Incompatible.COMPRESSION_TYPE, "compression type"),
+    (FeatureNameType.INCOMPATIBLE, Incompatible.EXTENDED_L2, "extended L2 entries"),
+    (FeatureNameType.AUTOCLEAR, layout.Autoclear.BITMAPS, "bitmaps"),
+    (FeatureNameType.AUTOCLEAR, layout.Autoclear.RAW_EXTERNAL_DATA, "raw external data"),
+)
+SMALL_CLUSTER_SIZE = 4096  # up to here the long table would leave too little room for a backing file name
+
+
+class Preallocation(Enum):
+    """How much of the disk exists before the guest writes."""
+
+    OFF = "off"
+    METADATA = "metadata"  # every cluster mapped, the file sparse
+    FALLOC = "falloc"  # and its space reserved
+    FULL = "full"  # and written with zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the image shall be."""
+
+    size: int  # bytes
+    version: int = 3
+    cluster_bits: int = 16
+    refcount_order: int = 4
+    lazy_refcounts: bool = False
+    compression: CompressionType = CompressionType.ZLIB
+    backing_name: str | None = None
+    backing_format: str | None = None
+    preallocation: Preallocation = Preallocation.OFF
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return 1 << self.cluster_bits
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where everything goes: header, refcount table, refcount blocks, L1, L2 tables, data; counts in clusters."""
+
+    options: Options
+    table_clusters: int
+    block_clusters: int
+    l1_size: int
+    l1_clusters: int
+    l2_clusters: int
+    data_clusters: int
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self.options.cluster_size
+
+    @property
+    def table_offset(self) -> int:
+        """The refcount table, after the header."""
+        return self.cluster_size
+
+    @property
+    def block_offset(self) -> int:
+        """The refcount blocks."""
+        return self.table_offset + self.table_clusters * self.cluster_size
+
+    @property
+    def l1_offset(self) -> int:
+        """The L1 table."""
+        return self.block_offset + self.block_clusters * self.cluster_size
+
+    @property
+    def l2_offset(self) -> int:
+        """The L2 tables."""
+        return self.l1_offset + self.l1_clusters * self.cluster_size
+
+    @property
+    def data_offset(self) -> int:
+        """The guest's data."""
+        return self.l2_offset + self.l2_clusters * self.cluster_size
+
+    @property
+    def end_offset(self) -> int:
+        """The length of the file."""
+        return self.data_offset + self.data_clusters * self.cluster_size
+
+
+def plan(options: Options) -> Plan:
+    """Lay out an image.
+
+    Raises: ValueError naming the option, its value and the limit.
+    """
+    _validate(options)
+    cluster_size = options.cluster_size
+    l1_size = max(1, l1_entries(options.size, options.cluster_bits))
+    l1_clusters = _clusters(l1_size * layout.ENTRY_SIZE, cluster_size)
+    is_preallocated = options.preallocation is not Preallocation.OFF
+    data_clusters = _clusters(options.size, cluster_size) if is_preallocated else 0
+    l2_clusters = _clusters(data_clusters * layout.ENTRY_SIZE, cluster_size)
+    counted = 1 + l1_clusters + l2_clusters + data_clusters
+    table_clusters, block_clusters = refcount_clusters(options, counted)
+    return Plan(options, table_clusters, block_clusters, l1_size, l1_clusters, l2_clusters, data_clusters)
+
+
+def _clusters(nbytes: int, cluster_size: int) -> int:
+    return -(-nbytes // cluster_size)
+
+
+def refcount_clusters(options: Options, counted: int) -> tuple[int, int]:
+    """Clusters of refcount table and blocks that count *counted* clusters and themselves."""
+    per_block = options.cluster_size * 8 >> options.refcount_order
+    table = blocks = 0
+    while blocks * per_block < counted + table + blocks or not table:
+        blocks = _clusters(counted + table + blocks, per_block)
+        table = _clusters(blocks * layout.ENTRY_SIZE, options.cluster_size)
+    if table * options.cluster_size > layout.MAX_REFCOUNT_TABLE_BYTES:
+        raise ValueError(
+            f"size {options.size} with preallocation needs a refcount table of {table * options.cluster_size} bytes, "
+            f"limit {layout.MAX_REFCOUNT_TABLE_BYTES}"
+        )
+    return table, blocks
+
+
+def max_size(cluster_bits: int) -> int:
+    """The largest disk that an L1 table within its limit can map."""
+    return layout.MAX_L1_BYTES // layout.ENTRY_SIZE << 2 * cluster_bits - 3
+
+
+def _validate(options: Options) -> None:
+    limit = max_size(options.cluster_bits)
+    if not 0 <= options.size <= limit:
+        raise ValueError(f"size {options.size}, limit {limit} with clusters of {options.cluster_size} bytes")
+    if options.backing_name is not None and options.preallocation is not Preallocation.OFF:
+        raise ValueError(f"preallocation {options.preallocation.value} is not possible with a backing file")
+    if options.version < 3:
+        _validate_version_2(options)
+
+
+def _validate_version_2(options: Options) -> None:
+    if options.lazy_refcounts:
+        raise ValueError("lazy_refcounts on is not possible with compat 0.10, needs 1.1")
+    if options.refcount_order != layout.V2_REFCOUNT_ORDER:
+        raise ValueError(f"refcount_bits {1 << options.refcount_order} needs compat 1.1, limit 16 in compat 0.10")
+    if options.compression is not CompressionType.ZLIB:
+        raise ValueError(
+            f"compression_type {options.compression.name.lower()} is not possible with compat 0.10, needs 1.1"
+        )
+
+
+async def create(file: File, options: Options) -> None:
+    """Replace whatever *file* holds by a new image; stable on return.
+
+    Raises: ValueError or UnsupportedImage before the file is touched.
+    """
+    whole = plan(options)
+    await write_tables(file, whole)
+    await write_header(file, whole)
+
+
+async def write_tables(file: File, plan: Plan) -> None:
+    """Empty *file* and write everything but the header's first sector: until `write_header` it is no image.
+
+    Raises: UnsupportedImage, before the file is touched, if the header does not fit.
+    """
+    packed = _packed(file, plan)
+    await Resize(file, 0)
+    await Zero(file, 0, plan.end_offset)
+    await Sync(file)
+    await Resize(file, plan.end_offset)
+    await Write(file, layout.SECTOR_SIZE, packed[layout.SECTOR_SIZE :] + bytes(layout.SECTOR_SIZE))
+    for host_offset, table in _tables(plan):
+        await Write(file, host_offset, table)
+    if plan.options.preallocation is Preallocation.FULL:
+        await _write_zeros(file, plan.data_offset, plan.end_offset)
+
+
+async def write_header(file: File, plan: Plan) -> None:
+    """Make the file an image, once all of it is stable: the magic goes in one sector, last."""
+    packed = _packed(file, plan)
+    await Sync(file)
+    await Write(file, 0, packed[: layout.SECTOR_SIZE])
+    await Sync(file)
+
+
+async def write_raw(file: File, size: int, preallocation: Preallocation) -> None:
+    """Make a raw image of *size* bytes of whatever *file* holds; stable on return."""
+    await Resize(file, 0)
+    await Zero(file, 0, size)  # a device's
+    await Resize(file, size)
+    if preallocation is Preallocation.FULL:
+        await _write_zeros(file, 0, size)
+    await Sync(file)
+
+
+async def _write_zeros(file: File, start: int, end: int) -> None:
+    for host_offset in range(start, end, len(ZERO_PIECE)):
+        await Write(file, host_offset, memoryview(ZERO_PIECE)[: end - host_offset])
+
+
+def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
+    """Each table with its place, one cluster at a time where there may be many."""
+    yield plan.table_offset, table_of(plan.block_offset, plan.block_clusters, plan.cluster_size)
+    yield from _refcount_blocks(plan)
+    l1 = table_of(layout.COPIED | plan.l2_offset, plan.l2_clusters, plan.cluster_size)
+    yield plan.l1_offset, l1 + bytes(plan.l1_size * layout.ENTRY_SIZE - len(l1))
+    per_table = plan.cluster_size // layout.ENTRY_SIZE
+    for first in range(0, plan.data_clusters, per_table):
+        count = min(per_table, plan.data_clusters - first)
+        data_offset = plan.data_offset + first * plan.cluster_size
+        host_offset = plan.l2_offset + first // per_table * plan.cluster_size
+        yield host_offset, table_of(layout.COPIED | data_offset, count, plan.cluster_size)
+
+
+def table_of(first: int, count: int, cluster_size: int) -> bytes:
+    """*count* table entries that point at consecutive clusters."""
+    entries = array("Q", range(first, first + count * cluster_size, cluster_size))
+    if byteorder == "little":
+        entries.byteswap()
+    return entries.tobytes()
+
+
+def _refcount_blocks(plan: Plan) -> Iterator[tuple[int, bytes]]:
+    per_block = plan.cluster_size * 8 >> plan.options.refcount_order
+    left = plan.end_offset // plan.cluster_size
+    for index in range(plan.block_clusters):
+        yield (
+            plan.block_offset + index * plan.cluster_size,
+            refcounts_of_one(min(left, per_block), plan.options.refcount_order),
+        )
+        left -= per_block
+
+
+def refcounts_of_one(count: int, refcount_order: int) -> bytes:
+    """*count* refcounts of 1; entries narrower than a byte fill it from its low end."""
+    width = 1 << refcount_order
+    if width >= 8:
+        return (1).to_bytes(width // 8, "big") * count
+    per_byte = 8 // width
+    full = sum(1 << bit for bit in range(0, 8, width))
+    whole, rest = divmod(count, per_byte)
+    return bytes([full]) * whole + (bytes([full & (1 << rest * width) - 1]) if rest else b"")
+
+
+def _packed(file: File, plan: Plan) -> bytes:
+    return pack_new_header(file, plan.options, plan.l1_size, plan.l1_offset, plan.table_offset, plan.table_clusters)
+
+
+def pack_new_header(
+    file: File, options: Options, l1_size: int, l1_offset: int, table_offset: int, table_clusters: int
+) -> bytes:
+    """The first cluster of an image with *options*, as far as it is used, that has its tables in these places.
+
+    Raises: UnsupportedImage if it does not fit a cluster.
+    """
+    is_zstd = options.compression is not CompressionType.ZLIB
+    record = HeaderRecord(
+        magic=layout.MAGIC,
+        version=options.version,
+        backing_file_offset=0,
+        backing_file_size=0,
+        cluster_bits=options.cluster_bits,
+        size=options.size,
+        crypt_method=layout.CryptMethod.NONE,
+        l1_size=l1_size,
+        l1_table_offset=l1_offset,
+        refcount_table_offset=table_offset,
+        refcount_table_clusters=table_clusters,
+        nb_snapshots=0,
+        snapshots_offset=0,
+        incompatible_features=Incompatible.COMPRESSION_TYPE if is_zstd else 0,
+        compatible_features=Compatible.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        refcount_order=options.refcount_order,
+        header_length=layout.V2_HEADER_LENGTH if options.version < 3 else layout.V3_HEADER_LENGTH_WITH_COMPRESSION,
+        compression_type=options.compression,
+    )
+    later_fields = bytes(record.header_length - len(record.pack()))
+    header = Header(record, later_fields, _feature_names(options), None)
+    return pack_header(file, header.with_backing(options.backing_name, options.backing_format))[1]
+
+
+def _feature_names(options: Options) -> tuple[Extension, ...]:
+    if options.version < 3:
+        return ()
+    names = FEATURE_NAMES[:2] if options.cluster_size <= SMALL_CLUSTER_SIZE else FEATURE_NAMES
+    entries = [layout.FEATURE_NAME.pack(word, mask.bit_length() - 1, name.encode()) for word, mask, name in names]
+    return (Extension(ExtensionMagic.FEATURE_NAMES, b"".join(entries)),)

@@ -1,0 +1,116 @@
+"""Growing the disk: a longer L1 table where the old one is too short, zeros where something would show, then the size.
+
+A death between these steps leaves the old disk: a longer table maps it as well, and nobody looks past its size.
+"""
+
+from array import array
+
+from qcow2.driver.operation import File
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.mapping import Mapping, bytes_of
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.root import Root
+from qcow2.engine.stability import Stability
+from qcow2.engine.zeroing import Zeroer
+from qcow2.error import UnsupportedImage
+from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header
+from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, SECTOR_SIZE, ExtensionMagic
+from qcow2.format.refusal import l1_entries
+
+
+def grown_size(file: File, header: Header, nbytes: int) -> int:
+    """*nbytes* rounded up to a sector, if the disk of *file* may grow to it.
+
+    Raises: ValueError for a size that it cannot have; UnsupportedImage for content that cannot grow with it.
+    """
+    record = header.record
+    size = nbytes + -nbytes % SECTOR_SIZE
+    old_size = Geometry.of(record).size
+    if size < old_size:
+        raise ValueError(f"{file.path}: size {nbytes} is less than the disk has, {old_size}; it can only grow")
+    table_bytes = l1_entries(size, record.cluster_bits) * ENTRY_SIZE
+    if table_bytes > MAX_L1_BYTES:
+        message = f"size {nbytes} needs an L1 table of {table_bytes} bytes, limit {MAX_L1_BYTES}"
+        raise ValueError(f"{file.path}: {message} with clusters of {header.cluster_size} bytes")
+    if record.nb_snapshots and record.version < 3:
+        message = f"{record.nb_snapshots} internal snapshots in an image of version 2: it cannot be resized"
+        raise UnsupportedImage(file.path, message)
+    if header.extension(ExtensionMagic.BITMAPS) is not None:
+        raise UnsupportedImage(
+            file.path, "an image with persistent bitmaps cannot be resized: header extension bitmaps"
+        )
+    return size
+
+
+class Grower:
+    """Makes the disk of one image longer, while nothing else is under way."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        mapping: Mapping,
+        allocator: Allocator,
+        reaper: Reaper,
+        root: Root,
+        zeroer: Zeroer,
+        stability: Stability,
+        backing_size: int,
+    ) -> None:
+        self._geometry = geometry
+        self._mapping = mapping
+        self._allocator = allocator
+        self._reaper = reaper
+        self._root = root
+        self._zeroer = zeroer
+        self._stability = stability
+        self._backing_size = backing_size
+
+    async def grow(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, as `grown_size` said; stable on return.
+
+        Raises: OSError; the size is as before then, if no sync has failed.
+        """
+        old_size = self._geometry.size
+        if nbytes == old_size:
+            return
+        # What the old tables map past the old end, or the backing file holds there, must not show.
+        reach = max(self._backing_size, len(self._mapping.l1) << self._geometry.table_bits)
+        await self._require_l1(l1_entries(nbytes, self._geometry.cluster_bits))
+        self._geometry.size = nbytes
+        try:
+            end = min(nbytes, self._geometry.round_up(reach))
+            if old_size < end:
+                await self._zeroer.write_zeroes(old_size, end - old_size, unmap=True)
+            await self._stability.sync()
+            await self._root.set_size(nbytes)
+        except BaseException:
+            self._geometry.size = old_size
+            raise
+        self._mapping.cache.resize()
+
+    async def _require_l1(self, nentries: int) -> None:
+        """Return once the L1 table, wherever it lies, has *nentries* at least."""
+        if nentries <= len(self._mapping.l1):
+            return
+        area = await self._allocator.allocate_area(self._geometry.clusters(nentries * ENTRY_SIZE))
+        try:
+            await self._move_l1(nentries, area)
+        except Exception:
+            await self._reaper.free(area)
+            raise
+
+    async def _move_l1(self, nentries: int, area: range) -> None:
+        """Let *area*, zeros, be the L1 table; the old one is freed once the header is stable without it."""
+        bits = self._geometry.cluster_bits
+        old, old_offset = self._mapping.l1, self._mapping.l1_offset
+        await self._stability.write(area.start << bits, bytes_of(old))
+        await self._stability.sync()  # the table, the counts of its clusters, the length of the file
+        await self._root.allow_uncounted()
+        await self._root.set_l1(area.start << bits, nentries)
+        self._mapping.move_l1(old + array("Q", bytes((nentries - len(old)) * ENTRY_SIZE)), area.start << bits)
+        self._mapping.own_metadata(area)
+        if old:
+            freed = range(old_offset >> bits, self._geometry.clusters(old_offset + len(old) * ENTRY_SIZE))
+            self._mapping.disown_metadata(freed)
+            await self._reaper.free(freed)

@@ -1,0 +1,339 @@
+"""Links that wait: L2 entries that may not be in the file before the data they point at is stable (law 3).
+
+Such a link is made in memory and in the link log, which outlives the process; then its write is as good as any other
+that a power loss may undo. A commit brings the links into the file: `SYNC; links; forget them in the log`. Who wants
+to flush waits for another SYNC, which serves the next commit as its first, so a stream of flushes takes one each.
+
+A cluster whose link waits is data, referred to once, and overwritten in place. Whoever would change its entry in any
+other way commits first, so no cluster waits twice.
+"""
+
+import errno
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from qcow2.driver.operation import Signal, Spawn
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.rangelock import Mutex
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.stability import NO_SPACE, Stability
+from qcow2.format.geometry import Geometry
+from qcow2.plane.linklog import Link, LinkLog
+
+MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay or a pause may have to write them all
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPolicy:
+    """What an image's owner decides about waiting links, and wants to know."""
+
+    has_log: bool = True  # not if nobody cares for barriers
+    may_wait: Callable[[], bool] = lambda: True  # the engine's own; in writethrough that would only be more work
+    on_waiting: Callable[[bool], None] = lambda is_waiting: None  # whether links wait, so that a sync is no flush
+    on_log_lost: Callable[[OSError], None] = lambda error: None  # there can be no log, so none will wait
+
+
+class Batch:
+    """Links that are committed together, and those who wait for it."""
+
+    __slots__ = ("error", "freed", "is_flushed", "is_wanted", "linked", "links", "nclusters", "stable")
+
+    def __init__(self) -> None:
+        self.links: list[tuple[int, Sequence[int]]] = []  # guest offset, entries of one slice
+        self.nclusters = 0
+        self.freed: list[int] = []  # host clusters that they leave
+        self.is_wanted = False
+        self.is_flushed = False  # somebody waits for `stable`
+        self.linked = Signal()
+        self.stable = Signal()
+        self.error: OSError | None = None
+
+    def end(self, error: OSError | None = None) -> None:
+        """Let everybody go on, with *error* if it failed."""
+        self.error = error
+        self.linked.set()
+        self.stable.set()
+
+
+class Links:
+    """The waiting links of one image, and the one task that commits them."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        mapping: Mapping,
+        reaper: Reaper,
+        stability: Stability,
+        log: LinkLog | None,
+    ) -> None:
+        self.policy = LinkPolicy()
+        self._geometry = geometry
+        self._mapping = mapping
+        self._reaper = reaper
+        self._stability = stability
+        self._log = log  # None: no link may wait
+        self._has_begun = False
+        self._beginning = Mutex()
+        self._next = Batch()
+        self._in_file: list[range] = []  # guest clusters whose links are in the file, though they wait: a commit failed
+        self._unrecorded: dict[int, tuple[Sequence[int], Sequence[int]]] = {}  # old entries and freed, by guest offset
+        self._is_running = False
+        if log is not None:
+            mapping.cache.set_log(log.native)
+            mapping.before_load = self._gather
+        self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES >> geometry.cluster_bits)
+
+    async def link(
+        self, guest_offset: int, old_entries: Iterable[int], entries: Sequence[int], freed: Sequence[int]
+    ) -> None:
+        """Let *entries*, of one slice and locked, follow *old_entries*; their data is complete, and may be unstable.
+
+        Process-safe on return. The host clusters *freed* lose a reference after that.
+        Raises: OSError; the entries are then as they were, or the image takes no more writes.
+        """
+        if await self._can_wait(len(entries)):
+            await self._let_wait(guest_offset, list(old_entries), entries, freed)
+            return
+        await self._stability.sync()
+        await self._mapping.link(guest_offset, entries)
+        await self._reaper.free(freed)
+
+    async def _can_wait(self, nclusters: int) -> bool:
+        """Whether the log takes that many links, now."""
+        while self._log is not None and self.policy.has_log and nclusters < self._log.capacity - 1:
+            if not self._has_begun:
+                await self._begin(self._log)
+            elif self._log.is_lost:
+                await self._give_up(self._log)
+            elif not self.policy.may_wait():
+                return False
+            elif self._log.is_used_up(nclusters):
+                await self._begin_another(self._log, nclusters)
+            elif self._log.room < nclusters:
+                await self.commit()
+            else:
+                self._stability.require_trust()
+                return True
+        return False
+
+    async def _begin(self, log: LinkLog) -> None:
+        async with self._beginning.hold():
+            if self._has_begun or self._log is None:
+                return
+            try:
+                await log.begin()
+            except OSError as error:
+                self._log = None
+                self.policy.on_log_lost(error)
+                return
+            self._has_begun = True
+            log.open()
+
+    async def _begin_another(self, log: LinkLog, nclusters: int) -> None:
+        """Its numbers run out, and an old copy of the image must not find its own number in a later record."""
+        log.close()
+        await self.commit()
+        if log.is_used_up(nclusters) and not self._mapping.holds:
+            log.renew()
+            self._has_begun = False
+
+    async def _give_up(self, log: LinkLog) -> None:
+        """Somebody has removed the log (a cleaner, the end of its user's session): no link waits from now on."""
+        log.close()
+        await self.commit()
+        if self._log is not None:
+            self._log = None
+            self.policy.on_log_lost(OSError(errno.ENOENT, "it was removed", log.path))
+
+    def _gather(self) -> None:
+        """Take over the links that the extent map has let wait meanwhile; they are in the log and in memory."""
+        links = [] if self._log is None else self._log.take_waiting()
+        if links and not self._mapping.holds:
+            self.policy.on_waiting(True)
+        for cluster, entry in links:
+            guest_offset = cluster << self._geometry.cluster_bits
+            self._next.links.append((guest_offset, [entry]))
+            self._mapping.remember(guest_offset, [entry])
+        self._next.nclusters += len(links)
+
+    async def _let_wait(
+        self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
+    ) -> None:
+        """No await before the log has numbered the links: a commit that takes them must forget all of their records."""
+        assert self._log is not None
+        self._gather()
+        first = self._geometry.cluster_of(guest_offset)
+        stored = self._log.append(map(Link, range(first, first + len(entries)), old_entries, entries))
+        batch = self._next
+        batch.links.append((guest_offset, entries))
+        batch.nclusters += len(entries)
+        batch.freed.extend(freed)
+        if not self._mapping.holds:
+            self.policy.on_waiting(True)
+        self._mapping.hold(guest_offset, entries)
+        try:
+            await stored
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                self._stability.fail(error)
+                raise
+            await self._do_without_log(guest_offset, old_entries, freed, error)
+        if batch.nclusters > self._limit:
+            batch.is_wanted = True
+            await self._run()
+
+    async def _do_without_log(
+        self, guest_offset: int, old_entries: Sequence[int], freed: Sequence[int], error: OSError
+    ) -> None:
+        """Bring a link into the file whose record does not count: the host has no space for the mark.
+
+        A commit may not need any. One that fails may have come so far; else it takes the link back.
+        Raises: OSError; the entries are then as they were.
+        """
+        self._unrecorded[guest_offset] = old_entries, freed
+        try:
+            await self.commit()
+        except OSError as failure:
+            error = failure
+        if self._unrecorded.pop(guest_offset, None) is None:
+            raise error
+
+    def _take_back(self, batch: Batch, guest_offset: int, entries: Sequence[int]) -> bool:
+        """Let a link of *batch*, whose commit failed, never have been, if neither log nor file has it."""
+        if guest_offset not in self._unrecorded or self._is_in_file(guest_offset):
+            return False
+        old_entries, freed = self._unrecorded.pop(guest_offset)
+        batch.nclusters -= len(entries)
+        for cluster in freed:
+            batch.freed.remove(cluster)
+        self._mapping.take_back(guest_offset, old_entries)
+        if not self._mapping.holds:
+            self.policy.on_waiting(False)
+        return True
+
+    def _is_in_file(self, guest_offset: int) -> bool:
+        return any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
+
+    def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
+        """Whether the link of one of the clusters, all of one slice, waits."""
+        self._gather()
+        return self._mapping.is_held(guest_offset, nclusters)
+
+    async def commit(self) -> None:
+        """Return once every link that waits now is in the file, its data stable. Raises: OSError."""
+        self._gather()
+        if self._mapping.holds:
+            batch = self._next
+            batch.is_wanted = True
+            await self._run()
+            await batch.linked.wait()
+            if batch.error is not None:
+                raise batch.error
+
+    async def flush(self) -> None:
+        """Make every write that has completed stable, its link with it. Raises: OSError."""
+        self._gather()
+        if not self._mapping.holds:
+            await self._stability.sync()
+            return
+        batch = self._next
+        batch.is_wanted = batch.is_flushed = True
+        await self._run()
+        await batch.stable.wait()
+        if batch.error is not None:
+            raise batch.error
+
+    async def close(self) -> None:
+        """Commit, so that no log belongs to the image; process-safe on return. Nothing else is under way."""
+        if self._log is not None:
+            self._log.close()
+        await self.commit()
+        self._has_begun = False
+
+    async def _run(self) -> None:
+        """See to it that the batch that gathers is committed. Returns at once."""
+        if not self._is_running:
+            self._is_running = True
+            await Spawn(self._commit_batches())
+
+    async def _commit_batches(self) -> None:
+        """Commit as long as somebody wants it. One SYNC makes the last links stable, and the next ones' data."""
+        last = Batch()
+        while self._next.is_wanted or last.is_flushed:
+            batch = Batch()
+            self._gather()  # what is in the log before the mark is in this batch
+            if self._next.is_wanted:
+                batch, self._next = self._next, batch
+            last = await self._commit(batch, last)
+        self._is_running = False
+
+    async def _commit(self, batch: Batch, last: Batch) -> Batch:
+        """Let the links of *batch* be in the file, and those of *last* stable; the batch that is to be stable next."""
+        mark = 0 if self._log is None else self._log.next  # no link of *batch* has this number or a later one
+        try:
+            await self._stability.sync()
+        except OSError as error:
+            last.end(error)
+            self._fail(batch, error)
+            return Batch()
+        last.end()
+        if not batch.links:
+            batch.end()
+            return Batch()
+        try:
+            await self._write(batch, mark)
+        except OSError as error:
+            self._fail(batch, error)
+            return Batch()
+        batch.linked.set()
+        return batch
+
+    async def _write(self, batch: Batch, mark: int) -> None:
+        """Bring the links of *batch*, whose data is stable, into the file; the log forgets what came before *mark*."""
+        for guest_offset, entries in self._joined(batch.links):
+            await self._mapping.link(guest_offset, entries)
+            first = self._geometry.cluster_of(guest_offset)
+            self._in_file.append(range(first, first + len(entries)))
+        await self._forget(mark)
+        self._in_file.clear()
+        for guest_offset, linked in batch.links:
+            self._mapping.release(guest_offset, len(linked))
+        self._gather()
+        if not self._mapping.holds:
+            self.policy.on_waiting(False)
+        await self._reaper.free(batch.freed)
+
+    def _fail(self, batch: Batch, error: OSError) -> None:
+        """Let the links of *batch* wait on, though some may be in the file; it was for want of space, or for good."""
+        batch.links = [link for link in batch.links if not self._take_back(batch, *link)]
+        self._next.links[:0] = batch.links
+        self._next.nclusters += batch.nclusters
+        self._next.freed[:0] = batch.freed
+        batch.end(error)
+
+    def _joined(self, links: list[tuple[int, Sequence[int]]]) -> Iterable[tuple[int, list[int]]]:
+        """The same links in order; those that meet within a slice as one."""
+        bits = self._geometry.cluster_bits
+        start = 0
+        joined: list[int] = []
+        for guest_offset, entries in sorted(links):
+            end = start + (len(joined) << bits)
+            if joined and (
+                guest_offset != end or self._geometry.slice_of(guest_offset) != self._geometry.slice_of(start)
+            ):
+                yield start, joined
+                joined = []
+            if not joined:
+                start = guest_offset
+            joined.extend(entries)
+        if joined:
+            yield start, joined
+
+    async def _forget(self, mark: int) -> None:
+        assert self._log is not None  # links waited
+        try:
+            await self._log.forget(mark)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                self._stability.fail(error)  # what it would bring back may be wrong by then
+            raise

@@ -1,0 +1,259 @@
+"""From guest bytes to what the image has for them: the L1 table, the L2 slices, and the changes of their entries.
+
+A change is written to the file before it is made in memory, so what is in memory is never ahead of the page cache;
+except for entries that are held: they are in the link log (`qcow2.engine.links`) and not yet in the file.
+"""
+
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Sequence
+from sys import byteorder
+
+from qcow2.driver.operation import File, Read, Signal
+from qcow2.engine.stability import Stability
+from qcow2.engine.statistics import Statistics
+from qcow2.error import CorruptImage, MetadataOverlap
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, OFFSET_MASK
+from qcow2.native import ffi, lib
+from qcow2.plane.l2cache import Kind, L2Cache, Run
+
+KNOWN_SLICES = 16  # of a new table: all of it with clusters of 64 KiB
+MISS, BAD = int(Kind.MISS), int(Kind.BAD)
+
+
+def entries_of(data: bytes) -> "array[int]":
+    """The 64-bit entries of a table as it is in the file."""
+    entries = array("Q", data)
+    if byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+def bytes_of(entries: Iterable[int]) -> bytes:
+    """A table as it is in the file."""
+    swapped = array("Q", entries)
+    if byteorder == "little":
+        swapped.byteswap()
+    return swapped.tobytes()
+
+
+def sort_clusters(clusters: "array[int]") -> None:
+    """Put *clusters* in ascending order."""
+    lib.clusters_sort(ffi.from_buffer("uint64_t[]", clusters), len(clusters))
+
+
+class Mapping:
+    """The active L1 table and its L2 tables."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        cache: L2Cache,
+        l1: "array[int]",
+        l1_offset: int,
+        stability: Stability,
+        statistics: Statistics,
+    ) -> None:
+        self.geometry = geometry
+        self.cache = cache
+        self.l1 = l1
+        self.l1_offset = l1_offset
+        self.file_end = 0  # no host cluster begins at or past it
+        self._file = file
+        self._stability = stability
+        self._statistics = statistics
+        self._metadata: array[int] = array("Q")
+        self._loading: dict[int, Signal] = {}
+        self._outdated: set[int] = set()  # slices changed in the file while being loaded
+        self._held: dict[int, dict[int, int]] = {}  # slice -> guest cluster -> entry that is not in the file yet
+        self.before_load: Callable[[], None] = lambda: None  # `remember` what the extent map has linked meanwhile
+        cache.set_l1(l1)
+        cache.set_metadata(self._metadata)
+
+    def move_l1(self, l1: "array[int]", l1_offset: int) -> None:
+        """The header points at another L1 table, *l1*, at *l1_offset*."""
+        self.cache.set_l1(l1)
+        self.l1, self.l1_offset = l1, l1_offset
+
+    def set_file_end(self, nbytes: int) -> None:
+        """The host file is *nbytes* long now."""
+        self.file_end = self.geometry.round_up(nbytes)
+        self.cache.set_file_end(self.file_end)
+
+    def own_metadata(self, clusters: Iterable[int]) -> None:
+        """Guest data may not lie in these host *clusters*; one that is named twice has to be disowned twice."""
+        self.cache.release_metadata()
+        if self._metadata:
+            for cluster in clusters:
+                insort(self._metadata, cluster)
+        else:
+            self._metadata.extend(clusters)
+            sort_clusters(self._metadata)
+        self.cache.set_metadata(self._metadata)
+
+    def disown_metadata(self, clusters: Iterable[int]) -> None:
+        """These host *clusters* hold metadata no longer."""
+        self.cache.release_metadata()
+        for cluster in clusters:
+            del self._metadata[bisect_left(self._metadata, cluster)]
+        self.cache.set_metadata(self._metadata)
+
+    def first_metadata(self, clusters: range) -> int | None:
+        """The first of the consecutive *clusters* that holds metadata."""
+        index = bisect_left(self._metadata, clusters.start)
+        if index < len(self._metadata) and self._metadata[index] < clusters.stop:
+            return self._metadata[index]
+        return None
+
+    def known(self, guest_offset: int, nbytes: int) -> Run:
+        """What `resolve` would say, if memory can tell; else a run of kind MISS or BAD."""
+        return self.cache.describe(guest_offset, nbytes)
+
+    async def resolve(self, guest_offset: int, nbytes: int) -> Run:
+        """Describe the longest run at *guest_offset* that one L2 slice maps in one way.
+
+        Awaits: at most one Read of a slice; none when it is cached.
+        Raises: CorruptImage if the entry has reserved bits or names a cluster that cannot be its own.
+        """
+        run = self.cache.describe(guest_offset, nbytes)
+        while run.kind == MISS:
+            await self._load(guest_offset)
+            run = self.cache.describe(guest_offset, nbytes)
+        if run.kind == BAD:
+            self._refuse_entry(guest_offset, run)
+        return run
+
+    def _refuse_entry(self, guest_offset: int, run: Run) -> None:
+        where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
+        message = f"L2 entry {run.entry:#018x} of guest offset {guest_offset:#x}"
+        cluster = self.geometry.cluster_of(run.entry & OFFSET_MASK)
+        if not run.entry & L2_COMPRESSED and self.first_metadata(range(cluster, cluster + 1)) is not None:
+            raise MetadataOverlap(self._file.path, where, f"{message} names a cluster that holds metadata")
+        raise CorruptImage(self._file.path, where, f"{message} is invalid")
+
+    def has_table(self, guest_offset: int) -> bool:
+        """Whether an L2 table maps *guest_offset*."""
+        return bool(self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK)
+
+    def has_private_table(self, guest_offset: int) -> bool:
+        """Whether an L2 table that no snapshot shares maps *guest_offset*."""
+        entry = self.l1[self.geometry.l1_index(guest_offset)]
+        return bool(entry & COPIED and entry & OFFSET_MASK)
+
+    def table_offset(self, guest_offset: int) -> int:
+        """Host offset of the L2 table of *guest_offset*.
+
+        Raises: CorruptImage if the L1 entry cannot be true.
+        """
+        index = self.geometry.l1_index(guest_offset)
+        entry = self.l1[index]
+        offset = entry & OFFSET_MASK
+        if entry & L1_RESERVED or offset % self.geometry.cluster_size or offset >= self.file_end:
+            where = self.l1_offset + index * ENTRY_SIZE
+            raise CorruptImage(self._file.path, where, f"L1 entry {index} is invalid: {entry:#018x}")
+        return offset
+
+    async def _load(self, guest_offset: int) -> None:
+        """Bring the slice of *guest_offset* into the cache; who comes while it is read waits for it."""
+        number = self.geometry.slice_of(guest_offset)
+        if number in self._loading:
+            await self._loading[number].wait()
+            return
+        slice_bytes = self.geometry.slice_bytes
+        in_table = self.geometry.entry_offset(guest_offset) // slice_bytes * slice_bytes
+        table = self.table_offset(guest_offset)
+        signal = self._loading[number] = Signal()
+        self.cache.claim(number)  # what the extent map would load and link meanwhile would be undone
+        try:
+            self._statistics.l2_loads += 1
+            data = await Read(self._file, table + in_table, slice_bytes)
+            if number not in self._outdated:
+                self.before_load()
+                self.cache.load(number, data)
+                for cluster, entry in self._held.get(number, {}).items():
+                    self.cache.update(cluster << self.geometry.cluster_bits, [entry])
+        finally:
+            self._outdated.discard(number)
+            del self._loading[number]
+            self.cache.unclaim(number)
+            signal.set()
+
+    async def link(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """Make the L2 entries from *guest_offset* on, all of one slice of a private table, be *entries*.
+
+        One metadata write; process-safe on return. The caller holds the lock of the clusters.
+        """
+        where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
+        await self._stability.write(where, bytes_of(entries))
+        number = self.geometry.slice_of(guest_offset)
+        if number in self._loading:
+            self._outdated.add(number)
+        self.cache.update(guest_offset, entries)
+
+    def hold(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """Let the entries be *entries* in memory, as `link` would; in the file once `link` says the same."""
+        self.remember(guest_offset, entries)
+        self.cache.update(guest_offset, entries)
+
+    def remember(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """The entries are held, and *entries* in memory already."""
+        number = self.geometry.slice_of(guest_offset)
+        if number not in self._held:
+            self._held[number] = {}
+            self.cache.claim(number)
+        self._held[number].update(enumerate(entries, self.geometry.cluster_of(guest_offset)))
+
+    def release(self, guest_offset: int, nclusters: int) -> None:
+        """The entries that were held, *nclusters* of one slice, are in the file and need no log."""
+        number = self.geometry.slice_of(guest_offset)
+        held = self._held[number]
+        first = self.geometry.cluster_of(guest_offset)
+        for cluster in range(first, first + nclusters):
+            del held[cluster]
+        if not held:
+            del self._held[number]
+            self.cache.unclaim(number)
+
+    def take_back(self, guest_offset: int, old_entries: Sequence[int]) -> None:
+        """Undo a `hold`: the entries are the *old_entries* again, as they still are in the file."""
+        self.cache.update(guest_offset, old_entries)
+        self.release(guest_offset, len(old_entries))
+
+    @property
+    def holds(self) -> bool:
+        """Whether an entry is held."""
+        return bool(self._held)
+
+    def is_held(self, guest_offset: int, nclusters: int) -> bool:
+        """Whether one of the entries from *guest_offset* on, all of one slice, is held."""
+        held = self._held.get(self.geometry.slice_of(guest_offset))
+        first = self.geometry.cluster_of(guest_offset)
+        return held is not None and any(cluster in held for cluster in range(first, first + nclusters))
+
+    def know_empty(self, guest_offset: int) -> None:
+        """The L2 table of *guest_offset* is new: its slices, a few at most, need not be read to be known."""
+        geometry = self.geometry
+        in_table = geometry.cluster_size // geometry.slice_bytes
+        number = geometry.slice_of(guest_offset)
+        first = number // in_table * in_table if in_table <= KNOWN_SLICES else number
+        end = min(first + in_table, first + KNOWN_SLICES, geometry.slice_of(geometry.size - 1) + 1)
+        for empty in range(first, end):
+            self.cache.load(empty, bytes(geometry.slice_bytes))
+
+    def forget(self, l1: "array[int]") -> None:
+        """The tables in the file were changed by others; the L1 table, where it was, holds *l1*. No entry is held."""
+        self.l1[:] = l1
+        self._outdated.update(self._loading)
+        self.cache.resize()
+
+    async def set_table(self, guest_offset: int, host_offset: int) -> None:
+        """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""
+        index = self.geometry.l1_index(guest_offset)
+        entry = host_offset | COPIED
+        await self._stability.write(self.l1_offset + index * ENTRY_SIZE, bytes_of([entry]))
+        if old := self.l1[index] & OFFSET_MASK:  # it may become free: the COPIED flag can lag behind the refcount
+            self.disown_metadata([old >> self.geometry.cluster_bits])
+        self.own_metadata([host_offset >> self.geometry.cluster_bits])
+        self.l1[index] = entry

@@ -1,0 +1,86 @@
+"""Where the tables of an image lie: the host clusters that neither guest data nor an allocation may touch.
+
+Bitmaps are not among them: the first change voids them (`qcow2.engine.root`), before it can overwrite one.
+"""
+
+from array import array
+
+from qcow2.driver.operation import File, Read
+from qcow2.engine.mapping import entries_of, sort_clusters
+from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, OFFSET_MASK, HeaderRecord
+from qcow2.format.snapshot import SnapshotTable
+from qcow2.native import ffi, lib
+
+MAX_SNAPSHOT_CLUSTERS = 1 << 20  # clusters with tables of snapshots that are kept in memory, 8 bytes each
+
+
+def active_clusters(
+    file: File, geometry: Geometry, record: HeaderRecord, l1: "array[int]", refcount_table: "array[int]"
+) -> "array[int]":
+    """The sorted numbers of the host clusters that hold the active image's tables.
+
+    Raises: CorruptImage if two tables overlap.
+    """
+    bits = geometry.cluster_bits
+    clusters = array("Q", [0])
+    clusters.extend(range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1))))
+    start = record.refcount_table_offset >> bits
+    clusters.extend(range(start, start + record.refcount_table_clusters))
+    clusters += _led_to(refcount_table, bits)
+    clusters += _led_to(l1, bits)
+    sort_clusters(clusters)
+    index = lib.clusters_repeated(ffi.from_buffer("uint64_t[]", clusters), len(clusters))
+    if index < len(clusters):
+        where = clusters[index] << bits
+        raise CorruptImage(file.path, where, f"two tables share the cluster at {where:#x}")
+    return clusters
+
+
+def _led_to(entries: "array[int]", cluster_bits: int) -> "array[int]":
+    """The clusters that the *entries* of a table lead to."""
+    clusters = array("Q", bytes(len(entries) * ENTRY_SIZE))
+    found, into = ffi.from_buffer("uint64_t[]", entries), ffi.from_buffer("uint64_t[]", clusters)
+    n = lib.clusters_of(found, len(entries), OFFSET_MASK, cluster_bits, into)
+    ffi.release(into)
+    del clusters[n:]
+    return clusters
+
+
+async def snapshot_clusters(
+    file: File, geometry: Geometry, record: HeaderRecord, table: SnapshotTable, file_size: int
+) -> "array[int]":
+    """The sorted numbers of the host clusters that hold the snapshot table and the tables of the snapshots, each once.
+
+    A table that cannot lie where it is said to be is nowhere.
+    Raises: UnsupportedImage beyond the limit.
+    """
+    clusters: set[int] = set()
+
+    def add(host_offset: int, nbytes: int) -> None:
+        if host_offset + nbytes <= file_size:
+            clusters.update(range(host_offset >> geometry.cluster_bits, geometry.clusters(host_offset + nbytes)))
+        if len(clusters) > MAX_SNAPSHOT_CLUSTERS:
+            message = f"tables of snapshots take more than their limit of {MAX_SNAPSHOT_CLUSTERS} clusters"
+            raise UnsupportedImage(file.path, message)
+
+    add(record.snapshots_offset, table.nbytes)
+    for host_offset, nbytes in _l1_tables(table):
+        add(host_offset, nbytes)
+        if host_offset + nbytes <= file_size:
+            for entry in set(entries_of(await Read(file, host_offset, nbytes))):
+                if entry & OFFSET_MASK:
+                    add(entry & OFFSET_MASK, geometry.cluster_size)
+    return array("Q", sorted(clusters))
+
+
+def _l1_tables(table: SnapshotTable) -> set[tuple[int, int]]:
+    """Host offset and length of the snapshots' L1 tables, as far as those are possible."""
+    places = {(each.record.l1_table_offset, each.record.l1_size * ENTRY_SIZE) for each in table.snapshots}
+    return {(offset, nbytes) for offset, nbytes in places if 0 < nbytes <= MAX_L1_BYTES}
+
+
+def table_limit(l1: "array[int]", table: SnapshotTable) -> int:
+    """How many L2 tables the image and its snapshots have, at most."""
+    return len(l1) - l1.count(0) + sum(nbytes // ENTRY_SIZE for _, nbytes in _l1_tables(table))

@@ -1,0 +1,130 @@
+"""A raw file as an image: under a qcow2 overlay, or served as it is."""
+
+import errno
+from collections.abc import Callable, Sequence
+
+from qcow2.driver.operation import Buffer, File, Occupied, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.engine.links import LinkPolicy
+from qcow2.engine.stability import Stability
+from qcow2.engine.statistics import Statistics
+from qcow2.format.layout import SECTOR_SIZE
+from qcow2.plane.l2cache import ExtentMap, Kind, RawMap, Run
+
+FILE_SIZE_MAX = (1 << 63) - 1  # off_t
+
+
+class RawImage:
+    """A file whose guest offsets are host offsets; the same face as `qcow2.engine.image.Image`."""
+
+    def __init__(self, file: File, size: int, *, read_only: bool) -> None:
+        self.file = file
+        self.size = size
+        self.read_only = read_only
+        self.backing = None
+        self.statistics = Statistics()
+        self._map = RawMap(size)
+        self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
+        self.on_bitmaps_void: Callable[[], None] = lambda: None  # never told
+        self._slot: int | None = None
+        self._stability = Stability(file, self.statistics, self._refuse_writes)
+
+    @classmethod
+    async def open(cls, file: File, *, writable: bool = False) -> "RawImage":
+        """The image in *file*; a length that is no multiple of 512 is rounded up, as QEMU does."""
+        size = -(-await Size(file) // SECTOR_SIZE) * SECTOR_SIZE
+        return cls(file, size, read_only=not writable)
+
+    @property
+    def chain(self) -> Sequence["RawImage"]:
+        """This image alone: raw files have no backing file."""
+        return [self]
+
+    @property
+    def extent_map(self) -> ExtentMap:
+        """The addresses the worker takes; valid until the image is closed."""
+        return self._map.extent_map
+
+    def set_slot(self, file: File, slot: int | None) -> None:
+        """Say which of the worker's files *file* is; None takes it back."""
+        if file is self.file:
+            self._slot = slot
+            self._map.set_file(slot, writable=not self.read_only and self._stability.error is None)
+
+    def set_link_policy(self, policy: LinkPolicy) -> None:
+        """There are no links."""
+
+    def fail(self, error: OSError) -> None:
+        """Take no more writes because of *error*."""
+        self._stability.fail(error)
+
+    def _refuse_writes(self) -> None:
+        self._map.set_file(self._slot, writable=False)
+        self.on_failure()
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, "opened read-only", self.file.path)
+        self._stability.require_trust()
+
+    async def resolve(self, guest_offset: int, nbytes: int) -> Run:
+        """Data or a hole, as the host tells."""
+        is_data, found = await Occupied(self.file, guest_offset, nbytes)
+        return Run(Kind.DATA if is_data else Kind.ZERO_ALLOCATED, 1, 0, guest_offset, found)
+
+    async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
+        """Whether the range is known to read as zeros: past the end."""
+        return guest_offset >= self.size
+
+    async def find(self, guest_offset: int, nbytes: int) -> tuple[File, int]:
+        """Where the range is: where it says."""
+        return self.file, guest_offset
+
+    async def read(self, guest_offset: int, target: Buffer) -> None:
+        """Fill *target*; zeros past the end."""
+        await ReadInto(self.file, guest_offset, target, data=True)
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Put *source* at *guest_offset*; process-safe on return."""
+        self._require_writable()
+        await Write(self.file, guest_offset, source, data=True)
+
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        """Make the range read as zeros; *unmap* or not, the host decides about the space."""
+        self._require_writable()
+        await Zero(self.file, guest_offset, nbytes)
+
+    async def discard(self, guest_offset: int, nbytes: int) -> None:
+        """Give the range's space back; it reads as zeros."""
+        self._require_writable()
+        await Zero(self.file, guest_offset, nbytes)
+
+    async def flush(self) -> None:
+        """Make every write that has completed stable."""
+        if not self.read_only:
+            await self._stability.sync()
+
+    async def grow(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; stable on return. A block device has grown already.
+
+        Nothing else is under way. Raises: ValueError for less than now; OSError, then the disk goes on as it was.
+        """
+        self._require_writable()
+        size = nbytes + -nbytes % SECTOR_SIZE
+        if size < self.size:
+            raise ValueError(
+                f"{self.file.path}: size {nbytes} is less than the disk has, {self.size}; it can only grow"
+            )
+        if size > FILE_SIZE_MAX:
+            raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have, {FILE_SIZE_MAX}")
+        await Resize(self.file, size)
+        await self._stability.sync()
+        self.size = size
+        self._map.set_size(size)
+
+    async def settle(self) -> None:
+        """The file holds all that has completed."""
+
+    async def close(self) -> None:
+        """Make everything stable; raises what a failed sync raised."""
+        if not self.read_only:
+            await Sync(self.file)

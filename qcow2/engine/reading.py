@@ -1,0 +1,121 @@
+"""The read path: each run of the mapping from where it is."""
+
+from enum import Enum
+from typing import TYPE_CHECKING, assert_never
+
+from qcow2.driver.operation import Buffer, File, ReadInto
+from qcow2.engine.compressed import CompressedClusters
+from qcow2.engine.mapping import Mapping
+from qcow2.plane.l2cache import Kind, Run
+
+if TYPE_CHECKING:
+    from qcow2.engine.image import Image
+    from qcow2.engine.raw import RawImage
+
+
+UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA, COMPRESSED = (
+    int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA, Kind.COMPRESSED)
+)
+Place = tuple[File, int]  # of data in one piece: the file of the chain, the offset in it
+
+
+class Seen(Enum):
+    """What a range is that has no place."""
+
+    ZEROS = "the mapping shows that it reads as zeros"
+    PIECES = "not in one piece, or compressed"
+
+
+class Reader:
+    """Reads guest bytes of one image and, where it has none, of its backing image."""
+
+    def __init__(
+        self, file: File, mapping: Mapping, compressed: CompressedClusters, backing: "Image | RawImage | None"
+    ) -> None:
+        self._file = file
+        self._mapping = mapping
+        self._compressed = compressed
+        self._backing = backing
+
+    async def read(self, guest_offset: int, target: Buffer) -> None:
+        """Fill *target*, which lies inside the disk.
+
+        Each piece is what the image held at one moment between call and return.
+        """
+        done = 0
+        while done < len(target):
+            run = await self._mapping.resolve(guest_offset + done, len(target) - done)
+            if run.kind == COMPRESSED and not self._compressed.is_at_hand(run.entry):
+                async with self._compressed.turn(run.entry):
+                    run = await self._mapping.resolve(guest_offset + done, len(target) - done)  # it may be another now
+                    await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
+            else:
+                # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
+                await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
+            done += run.nbytes
+
+    async def _read_run(self, run: Run, guest_offset: int, target: Buffer) -> None:
+        match Kind(run.kind):
+            case Kind.DATA:
+                await ReadInto(self._file, run.host_offset, target, data=True)
+            case Kind.ZERO_PLAIN | Kind.ZERO_ALLOCATED:
+                target.zero()
+            case Kind.UNALLOCATED:
+                await self._read_backing(guest_offset, target)
+            case Kind.COMPRESSED:
+                start = guest_offset % self._mapping.geometry.cluster_size
+                content = await self._compressed.read(run.entry)
+                target.store(memoryview(content)[start : start + len(target)])
+            case Kind.MISS | Kind.BAD:
+                raise AssertionError(f"unresolved {run}")
+            case kind:
+                assert_never(kind)
+
+    async def _read_backing(self, guest_offset: int, target: Buffer) -> None:
+        """What shows through: the backing image, and zeros past its end."""
+        inside = 0 if self._backing is None else max(0, min(len(target), self._backing.size - guest_offset))
+        if inside and self._backing is not None:
+            await self._backing.read(guest_offset, target.slice(0, inside))
+        if inside < len(target):
+            target.slice(inside, len(target) - inside).zero()
+
+    async def find(self, guest_offset: int, nbytes: int) -> Place | Seen:
+        """Where in the files of the chain the range is.
+
+        No await between the mapping and the return: who starts a transfer at once is covered by Grace (law 5).
+        """
+        run = await self._mapping.resolve(guest_offset, nbytes)
+        if run.nbytes < nbytes:
+            return Seen.PIECES
+        if run.kind == UNALLOCATED:
+            return await self._find_backing(guest_offset, nbytes)
+        if run.kind == DATA:
+            return self._file, run.host_offset
+        return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
+
+    async def _find_backing(self, guest_offset: int, nbytes: int) -> Place | Seen:
+        """The same of what shows through where this image has nothing."""
+        if self._backing is None or guest_offset >= self._backing.size:
+            return Seen.ZEROS
+        if guest_offset + nbytes > self._backing.size:
+            return Seen.PIECES
+        return await self._backing.find(guest_offset, nbytes)
+
+    async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
+        """Whether the mapping alone, through the whole chain, shows that the range reads as zeros."""
+        done = 0
+        while done < nbytes:
+            run = await self._mapping.resolve(guest_offset + done, nbytes - done)
+            if not await self._run_is_zero(run, guest_offset + done):
+                return False
+            done += run.nbytes
+        return True
+
+    async def _run_is_zero(self, run: Run, guest_offset: int) -> bool:
+        if run.kind in (Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED):
+            return True
+        if run.kind != Kind.UNALLOCATED:
+            return False
+        if self._backing is None or guest_offset >= self._backing.size:
+            return True
+        return await self._backing.reads_as_zeros(guest_offset, min(run.nbytes, self._backing.size - guest_offset))

@@ -1,0 +1,130 @@
+"""The reaper: host clusters that lost a reference, on their way to being free (law 5).
+
+A cluster comes here when nothing on the page cache's version of the disk leads to it any more. It is free once that
+is stable and every transfer which may still touch it has ended; then it is punched, and only then counted down, so
+that no late punch can hit whoever gets it next.
+"""
+
+import errno
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from qcow2.driver.operation import File, Grace, Signal, Spawn, Zero
+from qcow2.engine.refcount import Refcounts
+from qcow2.engine.stability import Stability
+from qcow2.engine.statistics import Statistics
+from qcow2.engine.uncounted import Uncounted
+from qcow2.error import CorruptImage
+from qcow2.format.geometry import Geometry
+from qcow2.native import ffi
+
+STEP = 2048  # references taken at a time: requests go on in between
+MAX_WAITING = 1 << 18  # clusters: with more the extent map frees no others, so that they do not fill our memory
+
+
+class Reaper:
+    """One background task that releases whatever has gathered, batch by batch."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        refcounts: Refcounts,
+        uncounted: Uncounted,
+        stability: Stability,
+        statistics: Statistics,
+    ) -> None:
+        self.on_free: Callable[[int], None] = lambda cluster: None  # told the lowest that is free again
+        self._file = file
+        self._geometry = geometry
+        self._refcounts = refcounts
+        self._uncounted = uncounted
+        self._stability = stability
+        self._statistics = statistics
+        self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
+        self._waiting: list[int] = []
+        self._under_way: Signal | None = None
+
+    async def free(self, clusters: Iterable[int]) -> None:
+        """Take one reference from each of *clusters* once that is safe; the link that led to them is gone.
+
+        Returns at once.
+        """
+        self._waiting.extend(clusters)
+        if self._gather() and self._under_way is None:
+            self._under_way = Signal()
+            await Spawn(self._run(self._under_way))
+        if len(self._waiting) > MAX_WAITING:
+            self.freed.is_open = False
+
+    def _gather(self) -> bool:
+        """Take over what the extent map has freed meanwhile; whether anything waits."""
+        freed = self.freed
+        if freed.count:
+            self._waiting.extend(ffi.unpack(freed.clusters, freed.count))
+            freed.count = 0
+        return bool(self._waiting)
+
+    async def drain(self) -> None:
+        """Wait until nothing waits to be freed."""
+        while self._under_way is not None:
+            await self._under_way.wait()
+
+    async def _run(self, ended: Signal) -> None:
+        while self._gather() and self._stability.error is None:
+            batch, self._waiting = self._waiting, []
+            self.freed.is_open = True
+            await self._try_to_release(batch)
+        self.freed.is_open = False
+        self._under_way = None
+        ended.set()
+
+    async def _try_to_release(self, batch: list[int]) -> None:
+        """Release *batch*; what cannot be counted down for lack of space is a leak, anything worse ends all writes."""
+        try:
+            await self._release(batch)
+        except OSError:
+            pass  # a sync or write that failed has already ended all writes; without space the clusters stay counted
+        except (CorruptImage, OverflowError) as error:
+            self._stability.fail(OSError(errno.EIO, str(error)))
+
+    async def _release(self, batch: list[int]) -> None:
+        await self._stability.sync()
+        await Grace()
+        batch.sort()
+        for start in range(0, len(batch), STEP):
+            await self._count_down(batch[start : start + STEP])
+
+    async def _count_down(self, clusters: list[int]) -> None:
+        async with self._refcounts.mutex.hold():
+            if uncounted := await self._uncounted.among(clusters):
+                clusters = [cluster for cluster in clusters if cluster not in uncounted]
+            unused = await self._refcounts.last_references(clusters)
+            await self._punch(unused)
+            await self._refcounts.add(clusters, -1)
+            if unused:
+                self.on_free(unused[0])
+            self._statistics.clusters_freed += len(unused)
+
+    async def _punch(self, clusters: list[int]) -> None:
+        """Give the space of *clusters* back; whether they read as zeros is seen to when they are allocated."""
+        bits = self._geometry.cluster_bits
+        for extent in consecutive(clusters):
+            try:
+                await Zero(self._file, extent.start << bits, len(extent) << bits)
+            except OSError:
+                return  # the host keeps its space, nothing else is lost
+
+
+def consecutive(clusters: Iterable[int]) -> Iterator[range]:
+    """The runs that *clusters*, in any order, form."""
+    first = last = None
+    for cluster in sorted(clusters):
+        if first is None or last is None:
+            first = cluster
+        elif cluster != last + 1:
+            yield range(first, last + 1)
+            first = cluster
+        last = cluster
+    if first is not None and last is not None:
+        yield range(first, last + 1)

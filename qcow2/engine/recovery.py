@@ -1,0 +1,148 @@
+"""What is done with the link log that a killed process left, before anything else is written to its image."""
+
+import logging
+import os
+import pwd
+import stat
+
+from qcow2.driver.boot import this_boot
+from qcow2.driver.file import HostFile, run
+from qcow2.driver.memory import SharedMemory, is_in_use
+from qcow2.engine.logplace import all_logs, find_log, origin_of, remove_log
+from qcow2.engine.replay import are_in, clear_mark, replay
+from qcow2.error import ImageError
+from qcow2.format.header import Header, read_header
+from qcow2.plane.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
+
+log = logging.getLogger("qcow2")
+
+
+class LogNotFound(ImageError):
+    """Acknowledged writes are in a link log that cannot be had; the image is not written to without a word for that."""
+
+
+class _Unusable(Exception):
+    """Why the log does not do."""
+
+
+def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
+    """Bring the links that a killed process left waiting into the image in *file*, locked for writing.
+
+    With *discard* the image goes on without a log that is missing, cannot be read or is of another state. So it does,
+    with a line, if the host was started anew since: that is a power loss, as far as memory goes.
+    Raises: LogNotFound; OSError if links cannot be written, the log stays then; ImageError.
+    """
+    header = run(read_header(file, trust_refcounts=False))
+    if not header.log_mark:
+        _look_for_leftovers(file, header, directory)
+        return
+    mark = Mark.parse(header.log_mark)
+    memory = find_log(mark.tag, directory)
+    try:
+        found, links = _waiting(file, mark, memory)
+    except _Unusable as problem:
+        _go_on_without(file, mark, directory, str(problem), discard=discard)
+        run(clear_mark(file))
+        return
+    outcome = run(replay(file, header, links))
+    if outcome.dropped:
+        log.warning("%s: %d clusters that were never flushed are lost", file.path, outcome.dropped)
+    if memory is not None and _is_of(file, found):
+        remove_log(memory)
+
+
+def warn_of_waiting(file: HostFile, word: int) -> None:
+    """Say that a reader of the image in *file*, whose header's mark is *word*, does not see all that was written."""
+    if word:
+        log.warning("%s: writes that wait in its link log are not shown: open it for writing once", file.path)
+
+
+def _waiting(file: HostFile, mark: Mark, memory: SharedMemory | None) -> tuple[FoundLog, list[Link]]:
+    """The log of the image, and what waited in it. Raises: _Unusable."""
+    if memory is None:
+        raise _Unusable("is not there")
+    try:
+        content = memory.load(lambda user: may_write(os.fstat(file.fd), user))
+    except OSError as error:
+        raise _Unusable(f"cannot be read: {error.strerror}") from error
+    found = read_log(content)
+    if found is None or found.tag != mark.tag:
+        raise _Unusable("is no link log")
+    if not found.origin.boot.is_same(this_boot()):
+        raise _Unusable("is of another boot of this host")
+    links = found.links_at(mark.stamp)
+    if links is None:
+        raise _Unusable("goes on from another state of this image, which was restored or copied")
+    return found, links
+
+
+def _go_on_without(file: HostFile, mark: Mark, directory: str, problem: str, *, discard: bool) -> None:
+    name = f"link log {mark.tag:06x} in {directory}"
+    if this_boot().is_other_unit(mark.boot_unit):
+        log.warning("%s: the host was started anew: writes that were never flushed before are lost", file.path)
+    elif discard:
+        log.warning("%s: %s %s: writes that were never flushed are lost", file.path, name, problem)
+    else:
+        raise LogNotFound(
+            file.path,
+            f"{name} {problem}: acknowledged writes that were never flushed are in it; say where it is "
+            "(--link-log=DIR) or that they may be lost (--discard-link-log)",
+        )
+
+
+def _look_for_leftovers(file: HostFile, header: Header, directory: str) -> None:
+    """The image names no log: done with, unless somebody who does not know of logs has written to it since a death.
+
+    It may also be another image that got the numbers and the name of a dead one, so what has links that are not in the
+    image stays.
+    """
+    for memory in all_logs(directory):
+        found = _load_own(file, memory)
+        if found is None:
+            continue
+        links = found.newest_links()
+        if not links or run(are_in(file, header, links)):
+            remove_log(memory)  # its process died when it had done everything but that
+        elif found.origin.boot.is_same(this_boot()):
+            log.warning(
+                "%s: link log %s has writes of a file of this name, never flushed: "
+                "lost, if another program wrote to it since; see qcow2 link-logs",
+                file.path,
+                memory.path,
+            )
+
+
+def _load_own(file: HostFile, memory: SharedMemory) -> FoundLog | None:
+    """The log in *memory*, if a dead process of this user left it for the file with these numbers and this name."""
+
+    def is_ours(user: int) -> bool:
+        return user == os.geteuid()
+
+    try:
+        found = read_log(memory.load(is_ours, RECORDS_OFFSET))  # most logs are others': a look at the header tells
+        if found is None or not _is_of(file, found) or found.origin.path != origin_of(file).path:
+            return None
+        return None if is_in_use(memory.path) else read_log(memory.load(is_ours))
+    except OSError:
+        return None
+
+
+def _is_of(file: HostFile, found: FoundLog) -> bool:
+    """Whether the log was made for this very file, and not for the one that it is a copy of."""
+    here = origin_of(file)
+    return (found.origin.device, found.origin.inode) == (here.device, here.inode)
+
+
+def may_write(status: os.stat_result, user: int) -> bool:
+    """Whether *user* may write the image of *status*, and so may say in a log what it holds; we may, and root."""
+    if user in (0, os.geteuid(), status.st_uid) or status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and status.st_gid in _groups_of(user)
+
+
+def _groups_of(user: int) -> list[int]:
+    try:
+        known = pwd.getpwuid(user)
+    except KeyError:
+        return []
+    return os.getgrouplist(known.pw_name, known.pw_gid)

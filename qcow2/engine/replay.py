@@ -1,0 +1,151 @@
+"""Replay: a killed process's waiting links, out of its log and into the image, before anything else is written.
+
+Restartable: until the log is gone every replay ends in the same place. A log is input: only what it can have said of
+this image, as it is, is done.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qcow2.driver.operation import File, Read, Size, Sync, Write
+from qcow2.engine.mapping import bytes_of, entries_of
+from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header
+from qcow2.format.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, L2_RESERVED, L2_ZERO, OFFSET_MASK
+from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link
+
+
+class Outcome(NamedTuple):
+    """What became of a log."""
+
+    replayed: int = 0
+    dropped: int = 0  # links that contradict the image
+
+
+async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
+    """Bring *links*, which waited, into the image in *file*, locked for writing; then none does. Stable on return.
+
+    The log may be removed then, and only then. Refcounts are not looked at: a host cluster that a link leaves stays
+    counted, a leak.
+    Raises: OSError, UnsupportedImage, CorruptImage.
+    """
+    target = await Target.of(file, header)
+    links, dropped = target.accept(links)
+    wanted: list[Link] = []
+    for first, group in by_slice(target.geometry, links):
+        entries = entries_of(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
+        for link in group:
+            entry = entries[link.cluster % len(entries)]
+            if (entry ^ link.old_entry) & (COPIED - 1) == 0:
+                wanted.append(link)
+            elif entry != link.new_entry:
+                dropped += 1
+    await _write(file, target, wanted)
+    await clear_mark(file)
+    return Outcome(replayed=len(wanted), dropped=dropped)
+
+
+async def are_in(file: File, header: Header, links: Iterable[Link]) -> bool:
+    """Whether each of *links* is in the image in *file* already: who brought them in may have died at once.
+
+    Raises: OSError.
+    """
+    target = await Target.of(file, header)
+    accepted, dropped = target.accept(links)
+    for first, group in by_slice(target.geometry, accepted):
+        entries = entries_of(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
+        dropped += sum(entries[link.cluster % len(entries)] != link.new_entry for link in group)
+    return dropped == 0
+
+
+async def clear_mark(file: File) -> None:
+    """Let the image in *file* say that no link of it waits; stable on return."""
+    await Write(file, MARK_OFFSET, NO_MARK)
+    await Sync(file)
+
+
+async def _write(file: File, target: "Target", links: list[Link]) -> None:
+    """First the data once more: a sync of the dead process may have failed, and the host think it written since."""
+    for link in links:
+        host_offset = link.new_entry & OFFSET_MASK
+        await Write(file, host_offset, await Read(file, host_offset, target.geometry.cluster_size))
+    await Sync(file)
+    for link in links:
+        await Write(file, target.entry_offset(link.cluster), bytes_of([link.new_entry]))
+    await Sync(file)
+
+
+def by_slice(geometry: Geometry, links: Iterable[Link]) -> Iterator[tuple[int, list[Link]]]:
+    """*links* by the slice that maps them: (its first guest cluster, links)."""
+    per_slice = geometry.slice_bytes // ENTRY_SIZE
+    groups: dict[int, list[Link]] = {}
+    for link in links:
+        groups.setdefault(link.cluster // per_slice * per_slice, []).append(link)
+    yield from sorted(groups.items())
+
+
+@dataclass(slots=True)
+class Target:
+    """As much of the image as says which links it can take."""
+
+    geometry: Geometry
+    l1: "list[int]"
+    file_end: int
+    metadata: set[int]  # host clusters
+
+    @classmethod
+    async def of(cls, file: File, header: Header) -> "Target":
+        """The image in *file*, dirty or not."""
+        record = header.record
+        geometry = Geometry.of(record)
+        file_end = geometry.round_up(await Size(file))
+        l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+        nbytes = record.refcount_table_clusters << record.cluster_bits
+        blocks = entries_of(await Read(file, record.refcount_table_offset, nbytes))
+        metadata = {0}
+        metadata.update(_clusters(geometry, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+        metadata.update(_clusters(geometry, record.refcount_table_offset, nbytes))
+        metadata.update(geometry.cluster_of(entry & OFFSET_MASK) for entry in l1)
+        metadata.update(geometry.cluster_of(entry) for entry in blocks)
+        return cls(geometry, list(l1), file_end, metadata)
+
+    def accept(self, links: Iterable[Link]) -> tuple[list[Link], int]:
+        """Those of *links* that may be true, the newest of each guest cluster; and how many may not."""
+        newest = {link.cluster: link for link in links}
+        taken: set[int] = set()
+        accepted = []
+        for link in newest.values():
+            host_offset = link.new_entry & OFFSET_MASK
+            if self._has_place(link.cluster) and self._is_data(link.new_entry) and host_offset not in taken:
+                taken.add(host_offset)
+                accepted.append(link)
+        return accepted, len(newest) - len(accepted)
+
+    def _has_place(self, cluster: int) -> bool:
+        """Whether a private L2 table maps guest *cluster*."""
+        if cluster >= self.geometry.clusters(self.geometry.size):
+            return False
+        entry = self.l1[cluster << self.geometry.cluster_bits >> self.geometry.table_bits]
+        offset = entry & OFFSET_MASK
+        is_sound = not entry & L1_RESERVED and offset % self.geometry.cluster_size == 0 and 0 < offset < self.file_end
+        return bool(entry & COPIED) and is_sound
+
+    def _is_data(self, entry: int) -> bool:
+        """Whether *entry* names a host cluster that data can be in."""
+        offset = entry & OFFSET_MASK
+        if not entry & COPIED or entry & (L2_COMPRESSED | L2_RESERVED | L2_ZERO):
+            return False
+        if offset % self.geometry.cluster_size or not 0 < offset < self.file_end:
+            return False
+        return self.geometry.cluster_of(offset) not in self.metadata
+
+    def entry_offset(self, cluster: int) -> int:
+        """Where in the file the L2 entry of guest *cluster* is."""
+        guest_offset = cluster << self.geometry.cluster_bits
+        table = self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK
+        return table + self.geometry.entry_offset(guest_offset)
+
+
+def _clusters(geometry: Geometry, host_offset: int, nbytes: int) -> range:
+    return range(geometry.cluster_of(host_offset), geometry.clusters(host_offset + nbytes))

@@ -1,0 +1,112 @@
+"""The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
+
+from dataclasses import replace
+
+from qcow2.engine.rangelock import Mutex
+from qcow2.engine.stability import Stability
+from qcow2.format import layout
+from qcow2.format.header import Header
+
+
+class Root:
+    """The one place that changes cluster 0 while the image is open."""
+
+    def __init__(self, header: Header, stability: Stability, *, is_lazy: bool) -> None:
+        self.header = header
+        self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
+        self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
+        self.has_promises = bool(header.record.autoclear_features & layout.PROMISES)  # a change breaks them
+        self._stability = stability
+        self._mutex = Mutex()
+
+    async def allow_uncounted(self) -> None:
+        """Return once references may be linked that the refcounts on the disk do not count (law 4).
+
+        Lazy: the dirty bit is stable then. Accurate: at once, since every cluster is counted before it is handed out.
+        """
+        if self._must_mark:
+            async with self._mutex.hold():
+                if self._must_mark:
+                    word = self.header.record.incompatible_features
+                    await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
+                    self._must_mark = False
+
+    async def begin_unsound(self) -> None:
+        """Return once the dirty bit is stable: until `end_unsound` a death leaves flags and counts to a repair.
+
+        Version 2 has no such bit, and is left to `qcow2 check -r`.
+        """
+        async with self._mutex.hold():
+            if self.header.record.version >= 3 and not self.header.is_dirty:
+                word = self.header.record.incompatible_features
+                await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
+            self._must_mark = False
+
+    async def end_unsound(self) -> None:
+        """Flags and counts on the disk are right again, unless they are lazy."""
+        if not self.is_lazy:
+            await self.mark_clean()
+
+    async def void_promises(self) -> None:
+        """Clear the autoclear bits that the first change breaks, stable on return.
+
+        One byte: those beside it are the mark of the link log, which has other writers.
+        """
+        async with self._mutex.hold():
+            if self.has_promises:
+                word = self.header.record.autoclear_features
+                offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
+                await self._write(offset, b"\0", autoclear_features=word ^ (word & layout.PROMISES))
+                self.has_promises = False
+
+    async def mark_clean(self) -> None:
+        """Clear the dirty bit, if it is set, stable on return; everything else is stable already."""
+        if self.header.is_dirty:
+            word = self.header.record.incompatible_features
+            await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
+
+    async def mark_corrupt(self) -> None:
+        """Set the corrupt bit, stable on return: nobody writes before a repair. Version 2 has no place for it."""
+        async with self._mutex.hold():
+            if self.header.record.version >= 3:
+                word = self.header.record.incompatible_features
+                await self._write_incompatible(word | int(layout.Incompatible.CORRUPT))
+
+    async def _write_incompatible(self, word: int) -> None:
+        """Eight bytes inside one sector: a power loss leaves the old or the new bits."""
+        await self._write(layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word), incompatible_features=word)
+
+    async def set_refcount_table(self, host_offset: int, nclusters: int) -> None:
+        """Let the header point at another refcount table, which is stable; stable on return."""
+        packed = layout.HEADER_REFCOUNT_TABLE.pack(host_offset, nclusters)
+        await self._write(
+            layout.HEADER_REFCOUNT_TABLE_OFFSET,
+            packed,
+            refcount_table_offset=host_offset,
+            refcount_table_clusters=nclusters,
+        )
+
+    async def set_l1(self, host_offset: int, nentries: int) -> None:
+        """Let the header point at another L1 table, which is stable; stable on return."""
+        packed = layout.HEADER_L1.pack(nentries, host_offset)
+        await self._write(layout.HEADER_L1_OFFSET, packed, l1_size=nentries, l1_table_offset=host_offset)
+
+    async def set_disk(self, size: int, host_offset: int, nentries: int) -> None:
+        """Let the disk be *size* bytes long and another L1 table, which is stable, map it; stable on return."""
+        packed = layout.HEADER_DISK.pack(size, self.header.record.crypt_method, nentries, host_offset)
+        await self._write(layout.HEADER_DISK_OFFSET, packed, size=size, l1_size=nentries, l1_table_offset=host_offset)
+
+    async def set_snapshots(self, nsnapshots: int, host_offset: int) -> None:
+        """Let the header point at another snapshot table, which is stable; stable on return."""
+        packed = layout.HEADER_SNAPSHOTS.pack(nsnapshots, host_offset)
+        await self._write(layout.HEADER_SNAPSHOTS_OFFSET, packed, nb_snapshots=nsnapshots, snapshots_offset=host_offset)
+
+    async def set_size(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, which its L1 table maps; stable on return."""
+        await self._write(layout.HEADER_SIZE_OFFSET, layout.HEADER_SIZE.pack(nbytes), size=nbytes)
+
+    async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
+        """Write *packed*, which says *fields*; stable on return."""
+        await self._stability.write(host_offset, packed)
+        await self._stability.sync()
+        self.header = replace(self.header, record=replace(self.header.record, **fields))

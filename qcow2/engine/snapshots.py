@@ -1,0 +1,286 @@
+"""Internal snapshots made, gone back to and deleted, while nothing else is under way.
+
+No death leaves a COPIED flag at a cluster that counts more than one, nor a count that is too low: flags go before
+counts rise, counts rise before a table that needs them is pointed at, and fall after it is not; flags come back last.
+In between the dirty bit is set, so that the next open repairs leaks and missing flags; in version 2 the latter cost a
+copy at worst. Each change is one write of the header; what it points at is stable before (law 6).
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+from qcow2.driver.operation import File, Read, Size
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.mapping import Mapping, bytes_of, entries_of
+from qcow2.engine.metadata import snapshot_clusters
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.refcount import Refcounts
+from qcow2.engine.root import Root
+from qcow2.engine.stability import Stability
+from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_COMPRESSED, OFFSET_MASK, ExtensionMagic
+from qcow2.format.refusal import l1_entries
+from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots
+from qcow2.plane.tally import Role, Tally
+
+STEP = 1 << 16  # references that are let go of at a time
+
+
+class Snapshots:
+    """The snapshots of one image that is open for writing; *owned* are the clusters of their tables."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        allocator: Allocator,
+        reaper: Reaper,
+        refcounts: Refcounts,
+        root: Root,
+        stability: Stability,
+        table: SnapshotTable,
+        owned: "array[int]",
+    ) -> None:
+        self.table = table
+        self._file = file
+        self._geometry = geometry
+        self._mapping = mapping
+        self._allocator = allocator
+        self._reaper = reaper
+        self._refcounts = refcounts
+        self._root = root
+        self._stability = stability
+        self._owned = owned
+
+    async def create(self, name: str, date_ns: int) -> Snapshot:
+        """Keep what the disk holds as the snapshot *name*, made *date_ns* nanoseconds after 1970; stable on return.
+
+        Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if refcounts are too narrow.
+        """
+        l1 = array("Q", (entry & ~COPIED for entry in self._mapping.l1))
+        tree = await self._count(l1)
+        await self._require_room(tree)
+        areas: list[range] = []
+        try:
+            areas.append(await self._write_area(bytes_of(l1)))
+            offset = areas[0].start << self._geometry.cluster_bits
+            snapshot = new_snapshot(self.table, name, date_ns, offset, len(l1), self._geometry.size)
+            table = SnapshotTable.of((*self.table.snapshots, snapshot), self._file.path)
+            areas.append(await self._write_area(pack_snapshots(table.snapshots)))
+            await self._root.begin_unsound()
+            await self._share(l1)
+            await self._raise(tree)
+        except Exception:
+            await self._undo(areas)
+            raise
+        await self._publish(table, areas[-1])
+        await self._root.end_unsound()
+        return snapshot
+
+    async def apply(self, snapshot: Snapshot) -> None:
+        """Let the disk hold what it held when *snapshot* was made; stable on return.
+
+        Raises: UnsupportedImage, CorruptImage, OSError.
+        """
+        self._require_applicable(snapshot)
+        l1 = await self._l1_of(snapshot)
+        nentries = max(len(l1), l1_entries(snapshot.disk_size, self._geometry.cluster_bits))
+        l1.extend([0] * (nentries - len(l1)))
+        tree, old = await self._count(l1), await self._count(self._mapping.l1)
+        await self._require_room(tree)
+        areas: list[range] = []
+        try:
+            areas.append(await self._write_area(bytes_of(l1)))
+            await self._root.begin_unsound()
+            await self._share(l1, is_active=False)
+            await self._raise(tree)
+        except Exception:
+            await self._undo(areas)
+            raise
+        await self._switch(snapshot, l1, areas[0])
+        await self._let_go(old)
+        await self._root.end_unsound()
+
+    async def delete(self, snapshot: Snapshot) -> None:
+        """Forget *snapshot*; what it alone held is free. Stable on return. Raises: CorruptImage, OSError."""
+        l1 = await self._l1_of(snapshot)
+        tree = await self._count(l1)
+        table = SnapshotTable.of([each for each in self.table.snapshots if each is not snapshot], self._file.path)
+        area = await self._write_area(pack_snapshots(table.snapshots))
+        try:
+            await self._root.begin_unsound()
+            await self._stability.sync()
+        except Exception:
+            await self._undo([area])
+            raise
+        await self._publish(table, area)
+        await self._reaper.free(self._clusters(snapshot.record.l1_table_offset, len(l1) * ENTRY_SIZE))
+        await self._let_go(tree)
+        await self._correct_copied()
+        await self._root.end_unsound()
+
+    def _require_applicable(self, snapshot: Snapshot) -> None:
+        header = self._root.header
+        if header.extension(ExtensionMagic.BITMAPS) is not None:
+            raise UnsupportedImage(
+                self._file.path, "an image with persistent bitmaps cannot go back to a snapshot: it would void them"
+            )
+        if header.record.version < 3 and snapshot.disk_size != self._geometry.size:
+            message = f"snapshot {snapshot.name!r} is of a disk of {snapshot.disk_size} bytes, which version 2 cannot"
+            raise UnsupportedImage(self._file.path, f"{message} go back to")
+
+    async def _l1_of(self, snapshot: Snapshot) -> "array[int]":
+        """The L1 table of *snapshot*, its flags left out: they are of another time."""
+        record = snapshot.record
+        nbytes = record.l1_size * ENTRY_SIZE
+        if record.l1_table_offset % self._geometry.cluster_size or record.l1_table_offset + nbytes > await self._end():
+            message = f"L1 table of snapshot {snapshot.name!r} cannot lie at {record.l1_table_offset:#x}"
+            raise CorruptImage(self._file.path, record.l1_table_offset, message)
+        entries = entries_of(await Read(self._file, record.l1_table_offset, nbytes))
+        return array("Q", (entry & ~COPIED for entry in entries))
+
+    async def _end(self) -> int:
+        size: int = await Size(self._file)
+        return size
+
+    async def _count(self, l1: "array[int]") -> Tally:
+        """What the L2 tables of *l1*, and these, refer to. Raises: CorruptImage."""
+        geometry = self._geometry
+        end = await self._end()
+        tally = Tally(geometry.clusters(end), geometry.cluster_bits, geometry.version, end)
+        for index, table in self._tables(l1):
+            if table % geometry.cluster_size or table >= end or tally.has(table >> geometry.cluster_bits, Role.L2):
+                raise CorruptImage(self._file.path, table, f"L1 entry {index} is invalid: {l1[index]:#018x}")
+            tally.add(table >> geometry.cluster_bits, 1, Role.L2)
+            found = tally.add_l2(await Read(self._file, table, geometry.cluster_size), 1)
+            if found.suspects:
+                where = table + found.suspects[0] * ENTRY_SIZE
+                raise CorruptImage(self._file.path, where, f"L2 entry at {where:#x} is invalid")
+        return tally
+
+    async def _require_room(self, tree: Tally) -> None:
+        async with self._refcounts.mutex.hold():
+            await self._refcounts.require_room(tree)
+
+    @staticmethod
+    def _tables(l1: "array[int]") -> Iterator[tuple[int, int]]:
+        """Index and host offset of each L2 table."""
+        return ((index, entry & OFFSET_MASK) for index, entry in enumerate(l1) if entry & OFFSET_MASK)
+
+    async def _write_area(self, content: bytes) -> range:
+        """*content* in clusters of its own, stable after the next sync; none for none."""
+        if not content:
+            return range(0)
+        area = await self._allocator.allocate_area(self._geometry.clusters(len(content)))
+        await self._stability.write(area.start << self._geometry.cluster_bits, content)
+        return area
+
+    def _clusters(self, host_offset: int, nbytes: int) -> range:
+        return range(host_offset >> self._geometry.cluster_bits, self._geometry.clusters(host_offset + nbytes))
+
+    async def _share(self, l1: "array[int]", *, is_active: bool = True) -> None:
+        """Clear every COPIED flag below *l1*, stable on return; and in the active L1 table, if it has its entries."""
+        try:
+            if is_active:
+                await self._stability.write(self._mapping.l1_offset, bytes_of(l1))
+                self._mapping.l1[:] = l1
+            for _, table in self._tables(l1):
+                old = entries_of(await Read(self._file, table, self._geometry.cluster_size))
+                await self._change(table, old, [entry & ~COPIED for entry in old])
+            await self._stability.sync()
+        finally:
+            self._mapping.cache.resize()  # forget the entries as they were
+
+    async def _change(self, host_offset: int, old: "array[int]", new: Iterable[int]) -> None:
+        """Write the table at *host_offset* if it is *new*."""
+        changed = array("Q", new)
+        if changed != old:
+            await self._stability.write(host_offset, bytes_of(changed))
+
+    async def _raise(self, tree: Tally) -> None:
+        """Count what *tree* counts once more, stable on return."""
+        async with self._refcounts.mutex.hold():
+            await self._refcounts.raise_by(tree)
+        await self._stability.sync()
+
+    async def _publish(self, table: SnapshotTable, area: range) -> None:
+        """Let the header point at *table*, which lies in *area*, stable; the old one is freed."""
+        record = self._root.header.record
+        old = self._clusters(record.snapshots_offset, self.table.nbytes) if self.table.nbytes else range(0)
+        await self._root.set_snapshots(len(table.snapshots), area.start << self._geometry.cluster_bits)
+        self.table = table
+        await self._own_tables()
+        await self._reaper.free(old)
+
+    async def _own_tables(self) -> None:
+        """Tell the mapping where the tables of the snapshots lie now."""
+        owned = await snapshot_clusters(
+            self._file, self._geometry, self._root.header.record, self.table, await self._end()
+        )
+        self._mapping.disown_metadata(self._owned)
+        self._mapping.own_metadata(owned)
+        self._owned = owned
+
+    async def _switch(self, snapshot: Snapshot, l1: "array[int]", area: range) -> None:
+        """Let the disk be what *l1*, stable in *area*, maps; the old L1 table is freed."""
+        mapping, bits = self._mapping, self._geometry.cluster_bits
+        old = self._clusters(mapping.l1_offset, len(mapping.l1) * ENTRY_SIZE)
+        lost = [*old, *(table >> bits for _, table in self._tables(mapping.l1))]
+        await self._root.set_disk(snapshot.disk_size, area.start << bits, len(l1))
+        mapping.disown_metadata(lost)
+        mapping.own_metadata([*area, *(table >> bits for _, table in self._tables(l1))])
+        mapping.move_l1(l1, area.start << bits)
+        self._geometry.size = snapshot.disk_size
+        mapping.cache.resize()
+        await self._reaper.free(old)
+
+    async def _let_go(self, tree: Tally) -> None:
+        """Take back what *tree* counts, stable on return."""
+        batch: list[int] = []
+        for cluster in tree.clusters(Role.L2 | Role.DATA):
+            batch += [cluster] * tree.count(cluster)
+            if len(batch) >= STEP:
+                await self._reaper.free(batch)
+                await self._reaper.drain()
+                batch = []
+        await self._reaper.free(batch)
+        await self._reaper.drain()
+        self._stability.require_trust()
+        await self._stability.sync()
+
+    async def _undo(self, areas: list[range]) -> None:
+        """Nothing was published: what was written for it is free; counts that have risen are leaks."""
+        if self._stability.error is None:
+            for area in areas:
+                await self._reaper.free(area)
+            await self._correct_copied()
+            await self._root.end_unsound()
+
+    async def _correct_copied(self) -> None:
+        """Set the COPIED flag of what counts one, and of nothing else, in the active tables; stable on return."""
+        try:
+            l1 = self._mapping.l1
+            new = await self._flagged(l1)
+            for _, table in self._tables(array("Q", (entry for entry in new if entry & COPIED))):
+                old = entries_of(await Read(self._file, table, self._geometry.cluster_size))
+                await self._change(table, old, await self._flagged(old))
+            await self._change(self._mapping.l1_offset, l1, new)
+            l1[:] = array("Q", new)
+            await self._stability.sync()
+        finally:
+            self._mapping.cache.resize()
+
+    async def _flagged(self, table: "array[int]") -> list[int]:
+        """The entries of *table* with COPIED flags as the counts say."""
+        bits = self._geometry.cluster_bits
+        named = [(entry & OFFSET_MASK) >> bits for entry in table if entry & OFFSET_MASK and not entry & L2_COMPRESSED]
+        async with self._refcounts.mutex.hold():
+            alone = set(await self._refcounts.last_references(named))
+        return [
+            entry
+            if entry & L2_COMPRESSED
+            else entry & ~COPIED | (COPIED if (entry & OFFSET_MASK) >> bits in alone else 0)
+            for entry in table
+        ]

@@ -1,0 +1,58 @@
+"""What an image promises about its host file: metadata writes, syncs, and the end of trust after one fails."""
+
+import errno
+from collections.abc import Callable
+
+from qcow2.driver.operation import File, Sync, Write
+from qcow2.engine.statistics import Statistics
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Stability:
+    """The gate through which every metadata write and sync of an image goes.
+
+    After one of them has failed the image takes no more writes: what is on the disk is no longer known, and no later
+    success may hide that. Only a lack of space is harmless: a metadata write lies inside one cluster, nothing that
+    depends on it has happened yet, and its caller leaves memory as it was.
+    """
+
+    def __init__(self, file: File, statistics: Statistics, on_failure: Callable[[], None]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+        self._statistics = statistics
+        self._on_failure = on_failure
+
+    def fail(self, error: OSError) -> None:
+        """Take no more writes because of *error*; the first one is kept."""
+        if self.error is None:
+            self.error = error
+            self._on_failure()
+
+    def require_trust(self) -> None:
+        """Raises: OSError(EIO) once a metadata write or a sync has failed."""
+        if self.error is not None:
+            raise OSError(errno.EIO, f"no more writes after: {self.error.strerror}", self.file.path)
+
+    async def write(self, host_offset: int, *pieces: bytes | bytearray | memoryview) -> None:
+        """Write metadata; process-safe on return."""
+        self.require_trust()
+        self._statistics.metadata_writes += 1
+        try:
+            await Write(self.file, host_offset, *pieces)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                self.fail(error)
+            raise
+        self.require_trust()
+
+    async def sync(self) -> None:
+        """Make everything that has completed stable."""
+        self.require_trust()
+        self._statistics.syncs += 1
+        try:
+            await Sync(self.file)
+        except OSError as error:
+            self.fail(error)
+            raise
+        self.require_trust()

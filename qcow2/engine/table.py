@@ -1,0 +1,76 @@
+"""L2 tables: a new one where there is none, a copy where a snapshot shares it."""
+
+from qcow2.driver.operation import File, Read, Signal
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.root import Root
+from qcow2.engine.stability import Stability
+from qcow2.engine.statistics import Statistics
+from qcow2.format.geometry import Geometry
+
+
+class Tables:
+    """Makes sure that an L2 entry can be changed."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        allocator: Allocator,
+        reaper: Reaper,
+        root: Root,
+        stability: Stability,
+        statistics: Statistics,
+    ) -> None:
+        self._file = file
+        self._geometry = geometry
+        self._mapping = mapping
+        self._allocator = allocator
+        self._reaper = reaper
+        self._root = root
+        self._stability = stability
+        self._statistics = statistics
+        self._under_way: dict[int, Signal] = {}  # by L1 index
+
+    async def require_private(self, guest_offset: int) -> None:
+        """Return once an L2 table of this image alone maps *guest_offset*.
+
+        Raises: OSError; ENOSPC leaves everything as it was.
+        """
+        while not self._mapping.has_private_table(guest_offset):
+            index = self._geometry.l1_index(guest_offset)
+            if index in self._under_way:
+                await self._under_way[index].wait()
+            else:
+                await self._make_private(index, guest_offset)
+
+    async def _make_private(self, index: int, guest_offset: int) -> None:
+        signal = self._under_way[index] = Signal()
+        try:
+            new = await self._allocator.allocate(1)
+            try:
+                await self._fill_and_point(guest_offset, new.start << self._geometry.cluster_bits)
+            except Exception:
+                await self._reaper.free(new)
+                raise
+        finally:
+            del self._under_way[index]
+            signal.set()
+
+    async def _fill_and_point(self, guest_offset: int, host_offset: int) -> None:
+        """Point the L1 entry at the new table; a cluster just allocated is a table without entries, stable (law 6)."""
+        self._statistics.l2_tables += 1
+        old: list[int] = []
+        if self._mapping.has_table(guest_offset):
+            shared = self._mapping.table_offset(guest_offset)
+            old = [shared >> self._geometry.cluster_bits]
+            table = await Read(self._file, shared, self._geometry.cluster_size)
+            await self._stability.write(host_offset, table)
+            await self._stability.sync()  # entries that are lost would uncover the backing file or zeros (law 3)
+        await self._root.allow_uncounted()
+        await self._mapping.set_table(guest_offset, host_offset)
+        if not old:
+            self._mapping.know_empty(guest_offset)
+        await self._reaper.free(old)

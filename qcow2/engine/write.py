@@ -1,0 +1,215 @@
+"""The write path: overwrite in place, or allocate, copy, write, and only then link."""
+
+from collections.abc import Sequence
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Buffer, File, ReadInto, Write
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.compressed import Payload
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.rangelock import RangeLocks
+from qcow2.engine.reading import Place, Reader, Seen
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.root import Root
+from qcow2.engine.statistics import Statistics
+from qcow2.engine.table import Tables
+from qcow2.engine.turns import Turns
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import COPIED
+from qcow2.plane.l2cache import Kind, Run
+
+# Plain ints: these are compared for every request.
+MISS, BAD, UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA = (
+    int(kind) for kind in (Kind.MISS, Kind.BAD, Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA)
+)
+COPY_BYTES = 32 << 20  # of old content in memory, two clusters at most for each copy under way
+HOLDS_NOTHING = (UNALLOCATED, ZERO_PLAIN)
+
+
+class Writer:
+    """Writes guest bytes of one image. `locks` are on guest clusters: who changes an entry holds its cluster's."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        reader: Reader,
+        tables: Tables,
+        allocator: Allocator,
+        reaper: Reaper,
+        root: Root,
+        links: Links,
+        statistics: Statistics,
+    ) -> None:
+        self.locks = RangeLocks(mapping.cache)
+        self._copies = Turns(max(4, COPY_BYTES // geometry.cluster_size))
+        self._file = file
+        self._geometry = geometry
+        self._mapping = mapping
+        self._reader = reader
+        self._tables = tables
+        self._allocator = allocator
+        self._reaper = reaper
+        self._root = root
+        self._links = links
+        self._statistics = statistics
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Put *source*, which lies inside the disk, at *guest_offset*; process-safe on return.
+
+        Raises: OSError; a data write that failed has changed no metadata.
+        """
+        nbytes = len(source)
+        done = 0
+        while done < nbytes:
+            run = self._mapping.known(guest_offset + done, nbytes - done)
+            if run.kind != DATA or not run.copied:
+                await self._write_locked(run, guest_offset + done, source.slice(done, nbytes - done))
+                return
+            # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
+            await Write(self._file, run.host_offset, source.slice(done, run.nbytes), data=True)
+            done += run.nbytes
+
+    async def _write_locked(self, run: Run, guest_offset: int, source: Buffer) -> None:
+        """Write *source*; *run* is what memory tells about its front."""
+        nbytes = len(source)
+        first = self._geometry.cluster_of(guest_offset)
+        last = self._geometry.cluster_of(guest_offset + nbytes - 1)
+        async with self.locks.hold(first, last) as hold:
+            done = 0
+            if run.kind not in (MISS, BAD) and hold.was_immediate:
+                done = await self._write_run(run, guest_offset, source.slice(0, run.nbytes))
+            while done < nbytes:
+                run = await self._mapping.resolve(guest_offset + done, nbytes - done)
+                done += await self._write_run(run, guest_offset + done, source.slice(done, run.nbytes))
+
+    async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
+        if run.kind == DATA and run.copied:
+            await Write(self._file, run.host_offset, source, data=True)
+            return len(source)
+        source = self._front(source, self._geometry.slice_end(guest_offset) - guest_offset)  # links of one write
+        if not self._mapping.has_private_table(guest_offset):
+            await self._tables.require_private(guest_offset)
+        if run.kind == ZERO_ALLOCATED and run.copied:
+            return await self._write_kept(run, guest_offset, source)
+        return await self._write_new(run, guest_offset, source)
+
+    @staticmethod
+    def _front(source: Buffer, nbytes: int) -> Buffer:
+        return source if len(source) <= nbytes else source.slice(0, nbytes)
+
+    async def _write_kept(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write clusters that read as zeros but keep host clusters, in which anything may be.
+
+        Their whole content is stable before the zero flag goes (law 3).
+        """
+        bits = self._geometry.cluster_bits
+        first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
+        head = guest_offset - (first << bits)
+        tail = (last + 1 << bits) - guest_offset - len(source)
+        host_offset = run.host_offset - head
+        await Write(self._file, host_offset, bytes(head), source, bytes(tail), data=True)
+        await self._link_over(run, first, last - first + 1, host_offset)
+        return len(source)
+
+    async def _write_new(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write to newly allocated clusters, as many as come in one piece, and link them; the old ones are freed."""
+        bits = self._geometry.cluster_bits
+        first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
+        place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
+        covers_something = place is not Seen.ZEROS
+        allocate = self._allocator.allocate_unsynced if covers_something else self._allocator.allocate
+        new = await allocate(last - first + 1)
+        source = self._front(source, (first + len(new) << bits) - guest_offset)
+        host_offset = new.start << bits
+        try:
+            await self._fill(place, guest_offset, source, new)
+            await self._root.allow_uncounted()
+            self._allocator.allow_links()
+            if covers_something:
+                await self._link_over(run, first, len(new), host_offset)
+            else:
+                await self._link(run, first, len(new), host_offset)
+        except Exception:
+            await self._reaper.free(new)
+            raise
+        self._statistics.clusters_allocated += len(new)
+        return len(source)
+
+    async def _fill(self, place: Place | Seen, guest_offset: int, source: Buffer, new: range) -> None:
+        """Write *source*, and what the guest saw in the rest of its first and last cluster, to the clusters *new*.
+
+        If it saw anything but zeros, which they hold already, it must not see zeros after a power loss: everything must
+        be stable then before it is linked (law 3).
+        """
+        if place is Seen.ZEROS:
+            host_offset = new.start << self._geometry.cluster_bits
+            await Write(self._file, host_offset + guest_offset % self._geometry.cluster_size, source, data=True)
+            return
+        async with self._copies:
+            await self._copy(place, guest_offset, source, new)
+
+    async def _copy(self, place: Place | Seen, guest_offset: int, source: Buffer, new: range) -> None:
+        start = self._geometry.round_down(guest_offset)
+        end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
+        host_offset = new.start << self._geometry.cluster_bits
+        self._statistics.copies += len(new)
+        stop = guest_offset + len(source)
+        if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
+            old = memoryview(bytearray(end - start))  # one read; what is written over costs less than another one
+            await ReadInto(*place, MemoryBuffer(old), data=True)
+            head, tail = old[: guest_offset - start], old[stop - start :]
+        else:
+            head = await self._old_content(start, guest_offset)
+            tail = await self._old_content(stop, end)
+        await Write(self._file, host_offset, head, source, tail, data=True)
+
+    async def _place_of_old(self, run: Run, start: int, end: int) -> Place | Seen:
+        """Where the guest sees the clusters from *start* on, of which *run* tells the kind."""
+        if run.kind == UNALLOCATED:
+            place = await self._reader.find(start, end - start)
+            if place is Seen.PIECES and await self._reader.reads_as_zeros(start, end - start):
+                return Seen.ZEROS
+            return place
+        if run.kind == DATA:
+            return self._file, self._geometry.round_down(run.host_offset)
+        return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
+
+    async def _old_content(self, start: int, end: int) -> memoryview:
+        content = memoryview(bytearray(end - start))
+        if content:
+            await self._reader.read(start, MemoryBuffer(content))
+        return content
+
+    async def _link(self, run: Run, first: int, nclusters: int, host_offset: int) -> None:
+        """Let *nclusters* guest clusters from number *first* on, the front of *run*, be the data at *host_offset*."""
+        await self._mapping.link(first << self._geometry.cluster_bits, self._entries(nclusters, host_offset))
+        if run.kind not in HOLDS_NOTHING:
+            await self._reaper.free(self.host_clusters(run, nclusters))
+
+    async def _link_over(self, run: Run, first: int, nclusters: int, host_offset: int) -> None:
+        """The same, once the data is stable: without it the guest would miss what *run* shows."""
+        freed = () if run.kind == ZERO_ALLOCATED and run.copied else self.host_clusters(run, nclusters)
+        step = 1 << self._geometry.cluster_bits if run.kind in (DATA, ZERO_ALLOCATED) else 0
+        old_entries = [run.entry + ahead * step for ahead in range(nclusters)]
+        entries = self._entries(nclusters, host_offset)
+        await self._links.link(first << self._geometry.cluster_bits, old_entries, entries, freed)
+
+    def _entries(self, nclusters: int, host_offset: int) -> list[int]:
+        """L2 entries of clusters that are theirs alone."""
+        bits = self._geometry.cluster_bits
+        return [host_offset + (ahead << bits) | COPIED for ahead in range(nclusters)]
+
+    def host_clusters(self, run: Run, nclusters: int) -> Sequence[int]:
+        """The host clusters that the first *nclusters* guest clusters of *run* refer to."""
+        match run.kind:
+            case Kind.DATA | Kind.ZERO_ALLOCATED:
+                start = self._geometry.cluster_of(run.host_offset)
+                return range(start, start + nclusters)
+            case Kind.COMPRESSED:
+                return Payload.of(run.entry, self._geometry).host_clusters(self._geometry)
+            case _:
+                return ()

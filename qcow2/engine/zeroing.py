@@ -1,0 +1,114 @@
+"""Write-zeroes and discard: entries that say zeros instead of data that holds them."""
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.reading import Reader
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.table import Tables
+from qcow2.engine.write import Writer
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import COPIED, L2_ZERO
+from qcow2.plane.l2cache import Kind, Run
+
+
+class Zeroer:
+    """Makes guest ranges read as zeros, and gives their host clusters back."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        mapping: Mapping,
+        reader: Reader,
+        writer: Writer,
+        tables: Tables,
+        links: Links,
+        reaper: Reaper,
+        *,
+        has_backing: bool,
+    ) -> None:
+        self._geometry = geometry
+        self._mapping = mapping
+        self._reader = reader
+        self._writer = writer
+        self._tables = tables
+        self._links = links
+        self._reaper = reaper
+        # Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows.
+        self._can_say_zero = geometry.version >= 3 or not has_backing
+        self._zero_entry = L2_ZERO if geometry.version >= 3 else 0
+
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        """Make the range read as zeros; clusters it covers are let go with *unmap*, kept without if they can be."""
+        end = guest_offset + nbytes
+        first, last = self._covered(guest_offset, end)
+        if not self._can_say_zero or first >= last:
+            await self._write_zeros(guest_offset, end)
+            return
+        await self._write_zeros(guest_offset, first)
+        await self._clear(first, last, keep=not unmap and self._geometry.version >= 3)
+        await self._write_zeros(last, end)
+
+    async def discard(self, guest_offset: int, nbytes: int) -> None:
+        """Let go of the clusters that the range covers, if zeros can be told from the backing file; a hint."""
+        first, last = self._covered(guest_offset, guest_offset + nbytes)
+        if self._can_say_zero and first < last:
+            await self._clear(first, last, keep=False)
+
+    def _covered(self, guest_offset: int, end: int) -> tuple[int, int]:
+        """Where the clusters inside the range begin and end; the disk's last one may be partial."""
+        last = end if end == self._geometry.size else self._geometry.round_down(end)
+        return self._geometry.round_up(guest_offset), last
+
+    async def _write_zeros(self, guest_offset: int, end: int) -> None:
+        """Zeros as data, unless zeros are there."""
+        step = max(self._geometry.cluster_size, 1 << 20)
+        for start in range(guest_offset, end, step):
+            nbytes = min(step, end - start)
+            if not await self._reader.reads_as_zeros(start, nbytes):
+                await self._writer.write(start, MemoryBuffer(memoryview(bytes(nbytes))))
+
+    async def _clear(self, guest_offset: int, end: int, *, keep: bool) -> None:
+        """Clear whole clusters, slice by slice; the lock is never held for longer than that."""
+        while guest_offset < end:
+            run = await self._mapping.resolve(guest_offset, end - guest_offset)
+            if await self._needs_no_change(run, guest_offset, keep=keep):
+                guest_offset += run.nbytes
+                continue
+            stop = min(end, self._geometry.slice_end(guest_offset))
+            first, last = self._geometry.cluster_of(guest_offset), self._geometry.cluster_of(stop - 1)
+            async with self._writer.locks.hold(first, last):
+                await self._clear_locked(guest_offset, stop, keep=keep)
+            guest_offset = stop
+
+    async def _clear_locked(self, guest_offset: int, end: int, *, keep: bool) -> None:
+        while guest_offset < end:
+            run = await self._mapping.resolve(guest_offset, end - guest_offset)
+            if not await self._needs_no_change(run, guest_offset, keep=keep):
+                await self._clear_run(run, guest_offset, keep=keep)
+            guest_offset += run.nbytes
+
+    async def _needs_no_change(self, run: Run, guest_offset: int, *, keep: bool) -> bool:
+        match run.kind:
+            case Kind.ZERO_PLAIN:
+                return True
+            case Kind.ZERO_ALLOCATED:
+                return keep
+            case Kind.UNALLOCATED:
+                return await self._reader.reads_as_zeros(guest_offset, run.nbytes)
+            case _:
+                return False
+
+    async def _clear_run(self, run: Run, guest_offset: int, *, keep: bool) -> None:
+        """Let the clusters of *run*, within a slice and locked, read as zeros; those not kept are freed."""
+        await self._tables.require_private(guest_offset)
+        nclusters = self._geometry.clusters(run.nbytes)
+        if self._links.is_waiting(guest_offset, nclusters):
+            await self._links.commit()
+        if keep and run.kind == Kind.DATA and run.copied:
+            bits = self._geometry.cluster_bits
+            entries = [run.host_offset + (ahead << bits) | COPIED | L2_ZERO for ahead in range(nclusters)]
+            await self._mapping.link(guest_offset, entries)
+            return
+        await self._mapping.link(guest_offset, [self._zero_entry] * nclusters)
+        await self._reaper.free(self._writer.host_clusters(run, nclusters))

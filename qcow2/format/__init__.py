@@ -1,0 +1,1 @@
+"""Every record on the disk: layouts, masks, headers, features, refusals. Nothing here performs anything."""

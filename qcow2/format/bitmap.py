@@ -1,0 +1,61 @@
+"""The bitmap directory: where the persistent bitmaps of an image lie, read with every length checked."""
+
+from dataclasses import dataclass
+
+from qcow2.driver.operation import File, Read
+from qcow2.error import CorruptImage
+from qcow2.format import layout
+from qcow2.format.header import Header
+from qcow2.format.layout import Autoclear, BitmapRecord, BitmapsRecord, ExtensionMagic
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """One entry of the directory."""
+
+    record: BitmapRecord
+    name: str
+
+
+def bitmap_directory(file: File, header: Header) -> BitmapsRecord | None:
+    """Where the directory lies; None without bitmaps, or if a writer that does not know them came later.
+
+    Raises: CorruptImage.
+    """
+    data = header.extension(ExtensionMagic.BITMAPS)
+    if data is None or not header.record.autoclear_features & Autoclear.BITMAPS:
+        return None
+    if len(data) != BitmapsRecord.FORMAT.size:
+        raise CorruptImage(file.path, 0, f"bitmaps extension of {len(data)} bytes, not {BitmapsRecord.FORMAT.size}")
+    record = BitmapsRecord.parse(data)
+    if record.nb_bitmaps > layout.MAX_BITMAPS:
+        raise CorruptImage(file.path, 0, f"{record.nb_bitmaps} bitmaps, limit {layout.MAX_BITMAPS}")
+    if record.directory_size > layout.MAX_BITMAP_DIRECTORY_BYTES:
+        message = f"bitmap directory of {record.directory_size} bytes, limit {layout.MAX_BITMAP_DIRECTORY_BYTES}"
+        raise CorruptImage(file.path, 0, message)
+    return record
+
+
+async def read_bitmaps(file: File, directory: BitmapsRecord) -> list[Bitmap]:
+    """Read a directory that lies inside the file.
+
+    Raises: CorruptImage if its entries do not fill it exactly.
+    """
+    found: list[Bitmap] = []
+    offset, end = directory.directory_offset, directory.directory_offset + directory.directory_size
+    for index in range(directory.nb_bitmaps):
+        record = BitmapRecord.parse(await Read(file, offset, BitmapRecord.FORMAT.size))
+        nbytes = BitmapRecord.FORMAT.size + record.extra_data_size + record.name_size
+        if offset + nbytes > end:
+            raise CorruptImage(
+                file.path, offset, f"bitmap {index} ends past the directory of {end - offset} more bytes"
+            )
+        if record.table_size > layout.MAX_BITMAP_TABLE_ENTRIES:
+            message = f"bitmap {index} has {record.table_size} table entries, limit {layout.MAX_BITMAP_TABLE_ENTRIES}"
+            raise CorruptImage(file.path, offset, message)
+        name = await Read(file, offset + nbytes - record.name_size, record.name_size)
+        found.append(Bitmap(record, name.decode("utf-8", "replace")))
+        offset += nbytes + -nbytes % 8
+    if offset != end:
+        raise CorruptImage(file.path, offset, f"{end - offset} bytes are left at the end of the bitmap directory")
+    return found

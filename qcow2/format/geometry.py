@@ -1,0 +1,71 @@
+"""Arithmetic between guest offsets, tables and clusters; nothing here knows what is allocated."""
+
+from dataclasses import dataclass
+
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, HeaderRecord
+
+SLICE_BYTES = 4096  # the unit in which L2 tables are read and cached, unless a cluster is smaller
+
+
+@dataclass(slots=True)
+class Geometry:
+    """The sizes that follow from a header. Only `size` ever changes, and only the growing of the disk changes it."""
+
+    version: int
+    cluster_bits: int
+    cluster_size: int
+    size: int  # guest bytes, a multiple of 512
+    table_bits: int  # log2 of the guest bytes that one L2 table maps
+    slice_bytes: int
+    slice_bits: int  # log2 of the guest bytes that one slice maps
+    refcount_order: int
+    block_bits: int  # log2 of the host clusters that one refcount block counts
+
+    @classmethod
+    def of(cls, record: HeaderRecord) -> "Geometry":
+        """The geometry of a validated header."""
+        bits = record.cluster_bits
+        slice_bytes = min(1 << bits, SLICE_BYTES)
+        return cls(
+            version=record.version,
+            cluster_bits=bits,
+            cluster_size=1 << bits,
+            size=record.size // SECTOR_SIZE * SECTOR_SIZE,  # as QEMU rounds
+            table_bits=bits + bits - 3,
+            slice_bytes=slice_bytes,
+            slice_bits=bits + (slice_bytes // ENTRY_SIZE).bit_length() - 1,
+            refcount_order=record.refcount_order,
+            block_bits=bits + 3 - record.refcount_order,
+        )
+
+    def cluster_of(self, offset: int) -> int:
+        """Number of the cluster that holds the byte at *offset*."""
+        return offset >> self.cluster_bits
+
+    def clusters(self, nbytes: int) -> int:
+        """How many clusters hold *nbytes*."""
+        return -(-nbytes >> self.cluster_bits)
+
+    def round_up(self, nbytes: int) -> int:
+        """*nbytes* up to a whole cluster."""
+        return self.clusters(nbytes) << self.cluster_bits
+
+    def round_down(self, offset: int) -> int:
+        """Start of the cluster that holds *offset*."""
+        return offset >> self.cluster_bits << self.cluster_bits
+
+    def l1_index(self, guest_offset: int) -> int:
+        """Which L1 entry leads to *guest_offset*."""
+        return guest_offset >> self.table_bits
+
+    def entry_offset(self, guest_offset: int) -> int:
+        """Where in its L2 table the entry of *guest_offset* lies, in bytes."""
+        return (guest_offset >> self.cluster_bits) * ENTRY_SIZE % self.cluster_size
+
+    def slice_of(self, guest_offset: int) -> int:
+        """Number of the slice, counted over the whole disk, that maps *guest_offset*."""
+        return guest_offset >> self.slice_bits
+
+    def slice_end(self, guest_offset: int) -> int:
+        """Where the slice that maps *guest_offset* ends, in guest bytes."""
+        return (guest_offset >> self.slice_bits) + 1 << self.slice_bits

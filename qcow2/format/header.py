@@ -1,0 +1,246 @@
+"""The header: read, refused for what we cannot keep, rewritten without losing what we do not know."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qcow2.driver.operation import File, Read, Size, Sync, Write
+from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format import layout, refusal
+from qcow2.format.layout import LOG_MARK_SHIFT, Compatible, CompressionType, ExtensionMagic, HeaderRecord, Incompatible
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """One header extension, known or not, without its padding."""
+
+    magic: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything cluster 0 says, enough to write it again."""
+
+    record: HeaderRecord
+    later_fields: bytes  # header bytes past the last known field, up to header_length
+    extensions: tuple[Extension, ...]  # in their order, without the end marker
+    backing_name: str | None
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return 1 << self.record.cluster_bits
+
+    @property
+    def refcount_bits(self) -> int:
+        """Width of a refcount."""
+        return 1 << self.record.refcount_order
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether refcounts may be too low: the image was not closed cleanly."""
+        return bool(self.record.incompatible_features & Incompatible.DIRTY)
+
+    @property
+    def is_corrupt(self) -> bool:
+        """Whether a writer found the image corrupt and marked it."""
+        return bool(self.record.incompatible_features & Incompatible.CORRUPT)
+
+    @property
+    def log_mark(self) -> int:
+        """Which link log the image as it is continues with, up to which record; 0 for none."""
+        return self.record.autoclear_features >> LOG_MARK_SHIFT
+
+    @property
+    def has_lazy_refcounts(self) -> bool:
+        """Whether the image asks for lazy refcounts."""
+        return bool(self.record.compatible_features & Compatible.LAZY_REFCOUNTS)
+
+    @property
+    def compression_type(self) -> CompressionType:
+        """How compressed clusters are packed."""
+        return CompressionType(self.record.compression_type)
+
+    @property
+    def backing_format(self) -> str | None:
+        """The recorded format of the backing file."""
+        data = self.extension(ExtensionMagic.BACKING_FORMAT)
+        return None if data is None else os.fsdecode(data)
+
+    def extension(self, magic: int) -> bytes | None:
+        """The data of the first extension with *magic*."""
+        return next((extension.data for extension in self.extensions if extension.magic == magic), None)
+
+    def with_backing(self, name: str | None, backing_format: str | None) -> "Header":
+        """This header with another backing file; the other extensions keep their order and bytes."""
+        wanted = (
+            None if backing_format is None else Extension(ExtensionMagic.BACKING_FORMAT, os.fsencode(backing_format))
+        )
+        extensions: list[Extension] = []
+        for extension in self.extensions:
+            if extension.magic != ExtensionMagic.BACKING_FORMAT:
+                extensions.append(extension)
+            elif wanted is not None:
+                extensions.append(wanted)
+                wanted = None
+        if wanted is not None:
+            extensions.insert(0, wanted)
+        return replace(self, backing_name=name, extensions=tuple(extensions))
+
+
+async def read_header(file: File, *, trust_refcounts: bool = True) -> Header:
+    """Read and validate the header of *file*; tables it points at are inside the file, aligned and within limits.
+
+    Without *trust_refcounts* the refcount and the snapshot table may lie anywhere: the caller counts references itself.
+
+    Raises: UnsupportedImage naming the field or feature; CorruptImage with the place of the contradiction.
+    """
+    header = await load_header(file)
+    refusal.refuse_features(file, header.record, feature_names(header))
+    refusal.validate_tables(file, header.record, await Size(file), trust_refcounts=trust_refcounts)
+    return header
+
+
+async def load_header(file: File) -> Header:
+    """Take cluster 0 apart, whatever features the image uses; nothing outside of it is looked at.
+
+    Raises: UnsupportedImage or CorruptImage if it cannot be taken apart.
+    """
+    file_size = await Size(file)
+    start = await Read(file, 0, layout.V3_HEADER_LENGTH_WITH_COMPRESSION)
+    record = HeaderRecord.parse(start)
+    refusal.validate_identity(file, record, file_size)
+    first_cluster = await Read(file, 0, 1 << record.cluster_bits)
+    known = len(record.pack())
+    extensions = tuple(_extensions(file, record, first_cluster))
+    name = _backing_name(file, record, first_cluster)
+    return Header(record, first_cluster[known : record.header_length], extensions, name)
+
+
+def _extensions(file: File, record: HeaderRecord, first_cluster: bytes) -> Iterator[Extension]:
+    """Walk the extensions; they end at the end marker, at the backing file name or with the cluster."""
+    offset = record.header_length
+    end = min(record.backing_file_offset or len(first_cluster), len(first_cluster))
+    while offset + layout.EXTENSION.size <= end:
+        magic, nbytes = layout.EXTENSION.unpack_from(first_cluster, offset)
+        if magic == ExtensionMagic.END:
+            return
+        start = offset + layout.EXTENSION.size
+        if nbytes > end - start:
+            message = f"header extension {magic:#010x} is {nbytes} bytes long, {end - start} are left"
+            raise CorruptImage(file.path, offset, message)
+        yield Extension(magic, first_cluster[start : start + nbytes])
+        offset = start + _padded(nbytes)
+
+
+def _backing_name(file: File, record: HeaderRecord, first_cluster: bytes) -> str | None:
+    offset, nbytes = record.backing_file_offset, record.backing_file_size
+    if not offset or not nbytes:
+        return None
+    if nbytes > layout.MAX_BACKING_NAME_BYTES:
+        message = f"backing_file_size {nbytes}, limit {layout.MAX_BACKING_NAME_BYTES}"
+        raise CorruptImage(file.path, 16, message)
+    if offset < record.header_length or offset + nbytes > len(first_cluster):
+        message = f"backing_file_offset {offset:#x}, the name of {nbytes} bytes lies outside the first cluster"
+        raise CorruptImage(file.path, 8, message)
+    name = first_cluster[offset : offset + nbytes]
+    if b"\0" in name:
+        raise CorruptImage(file.path, offset, f"backing file name {name!r} holds a zero byte")
+    return os.fsdecode(name)
+
+
+def feature_names(header: Header) -> dict[tuple[int, int], str]:
+    """The image's own feature name table: (FeatureNameType, bit number) -> name."""
+    data = header.extension(ExtensionMagic.FEATURE_NAMES) or b""
+    return {(kind, bit): _printable(name) for kind, bit, name in feature_entries(data)}
+
+
+def feature_entries(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The entries (FeatureNameType, bit number, padded name) of a feature name table; the last may be short."""
+    yield from layout.FEATURE_NAME.iter_unpack(data + bytes(-len(data) % layout.FEATURE_NAME.size))
+
+
+def _printable(name: bytes) -> str:
+    """A name from an untrusted table, safe on a terminal and on one line."""
+    text = name.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def require_uncorrupted(file: File, header: Header) -> None:
+    """Refuse an image marked corrupt to who would write to it.
+
+    Raises: CorruptImage.
+    """
+    if header.is_corrupt:
+        raise CorruptImage(file.path, layout.HEADER_INCOMPATIBLE_OFFSET, "marked corrupt, cannot be opened for writing")
+
+
+def pack_header(file: File, header: Header) -> tuple[HeaderRecord, bytes]:
+    """The first cluster that says what *header* says, as far as it is used; the record knows where the name went.
+
+    Raises: UnsupportedImage if it does not fit a cluster.
+    """
+    area = b"".join(_pack_extension(extension) for extension in header.extensions)
+    area += _pack_extension(Extension(ExtensionMagic.END, b""))
+    name = os.fsencode(header.backing_name or "")
+    offset = header.record.header_length + len(area) if name else 0
+    record = replace(header.record, backing_file_offset=offset, backing_file_size=len(name))
+    packed = record.pack() + header.later_fields + area + name
+    if len(name) > layout.MAX_BACKING_NAME_BYTES:
+        message = f"backing file name of {len(name)} bytes, limit {layout.MAX_BACKING_NAME_BYTES}"
+        raise UnsupportedImage(file.path, message)
+    if len(packed) > header.cluster_size:
+        message = f"header, extensions and backing file name take {len(packed)} bytes, limit {header.cluster_size}"
+        raise UnsupportedImage(file.path, message)
+    return record, packed
+
+
+def _pack_extension(extension: Extension) -> bytes:
+    data = extension.data
+    return layout.EXTENSION.pack(extension.magic, len(data)) + data + bytes(_padded(len(data)) - len(data))
+
+
+def _padded(nbytes: int) -> int:
+    return nbytes + -nbytes % 8
+
+
+async def rewrite_header(file: File, header: Header) -> Header:
+    """Make cluster 0 say what *header* says; stable on return.
+
+    Not atomic at power loss once it is longer than a sector: single fields have writes of their own, below.
+
+    Raises: UnsupportedImage, before any write, if it does not fit.
+    """
+    record, packed = pack_header(file, header)
+    await Write(file, 0, packed + bytes(header.cluster_size - len(packed)))
+    await Sync(file)
+    return replace(header, record=record)
+
+
+async def mark_repaired(file: File, header: Header) -> Header:
+    """Clear the dirty and the corrupt bit once everything written before is stable; stable on return.
+
+    Eight bytes inside one sector, never the whole header: a power loss leaves the old or the new bits.
+    """
+    await Sync(file)
+    word = header.record.incompatible_features
+    cleared = word ^ (word & int(Incompatible.DIRTY | Incompatible.CORRUPT))  # `& ~bits` would lose unknown ones
+    if cleared == word:
+        return header
+    await Write(file, layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(cleared))
+    await Sync(file)
+    return replace(header, record=replace(header.record, incompatible_features=cleared))
+
+
+async def clear_autoclear(file: File, header: Header, *, maintained: int = 0) -> Header:
+    """Clear the autoclear bits that are not *maintained*: those whose promise the coming writes may break.
+
+    For the first writable open; stable on return.
+    """
+    word = header.record.autoclear_features & int(maintained)
+    if word == header.record.autoclear_features:
+        return header
+    await Write(file, layout.HEADER_AUTOCLEAR_OFFSET, layout.FEATURE_WORD.pack(word))
+    await Sync(file)
+    return replace(header, record=replace(header.record, autoclear_features=word))

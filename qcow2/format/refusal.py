@@ -1,0 +1,146 @@
+"""What we refuse to open, and why: features beyond us, fields beyond limits, tables that cannot be where they say."""
+
+from collections.abc import Mapping
+
+from qcow2.driver.operation import File
+from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format import layout
+from qcow2.format.layout import CompressionType, CryptMethod, HeaderRecord, Incompatible
+
+KNOWN_INCOMPATIBLE = int(
+    Incompatible.DIRTY
+    | Incompatible.CORRUPT
+    | Incompatible.EXTERNAL_DATA
+    | Incompatible.COMPRESSION_TYPE
+    | Incompatible.EXTENDED_L2
+)
+
+MAX_CUT_OFF = 1 << 20  # bytes of zeros at the end of a file that may be missing
+
+
+def validate_identity(file: File, record: HeaderRecord, file_size: int) -> None:
+    """Refuse what cannot be taken apart: another format, version, cluster size or header length."""
+    if file_size < layout.V2_HEADER_LENGTH:
+        message = f"not a qcow2 image: {file_size} bytes long, a header has {layout.V2_HEADER_LENGTH}"
+        raise UnsupportedImage(file.path, message)
+    if record.magic != layout.MAGIC:
+        raise UnsupportedImage(file.path, f"not a qcow2 image: magic {record.magic:#010x}, not {layout.MAGIC:#010x}")
+    if record.version not in (2, 3):
+        raise UnsupportedImage(file.path, f"qcow2 version {record.version}, supported are 2 and 3")
+    if not layout.MIN_CLUSTER_BITS <= record.cluster_bits <= layout.MAX_CLUSTER_BITS:
+        raise UnsupportedImage(file.path, f"cluster_bits {record.cluster_bits}, supported are 9 to 21")
+    if record.version >= 3:
+        _validate_header_length(file, record, file_size)
+
+
+def _validate_header_length(file: File, record: HeaderRecord, file_size: int) -> None:
+    length, limit = record.header_length, min(1 << record.cluster_bits, file_size)
+    if length < layout.V3_HEADER_LENGTH or length % 8 or length > limit:
+        message = f"header_length {length}, not a multiple of 8 from {layout.V3_HEADER_LENGTH} to {limit}"
+        raise CorruptImage(file.path, 100, message)
+
+
+def refuse_features(file: File, record: HeaderRecord, names: Mapping[tuple[int, int], str]) -> None:
+    """Refuse what we do not know, by the image's own *names*, and what we know and do not support."""
+    word = record.incompatible_features
+    unknown = word ^ (word & KNOWN_INCOMPATIBLE)  # `& ~KNOWN` of IntFlags forgets the bits it has never heard of
+    if unknown:
+        bits = [bit for bit in range(64) if unknown >> bit & 1]
+        wanted = ", ".join(names.get((layout.FeatureNameType.INCOMPATIBLE, bit), f"bit {bit}") for bit in bits)
+        raise UnsupportedImage(file.path, f"unknown incompatible features: {wanted}")
+    if record.crypt_method:
+        raise UnsupportedImage(file.path, f"encryption is not supported: {_crypt_name(record.crypt_method)}")
+    if word & Incompatible.EXTERNAL_DATA:
+        raise UnsupportedImage(file.path, "incompatible feature is not supported: external data file")
+    if word & Incompatible.EXTENDED_L2:
+        raise UnsupportedImage(file.path, "incompatible feature is not supported: extended L2 entries")
+    _refuse_unsupported_compression(file, record)
+
+
+def _crypt_name(method: int) -> str:
+    return CryptMethod(method).name if method in list(CryptMethod) else f"crypt_method {method}"
+
+
+def validate_tables(file: File, record: HeaderRecord, file_size: int, *, trust_refcounts: bool) -> None:
+    """Refuse tables that are too long, too short for the disk, unaligned or not inside the file."""
+    _validate_l1(file, record, file_size)
+    if trust_refcounts:
+        validate_snapshots(file, record, file_size)
+    _validate_refcounts(file, record, file_size if trust_refcounts else None)
+
+
+def _refuse_unsupported_compression(file: File, record: HeaderRecord) -> None:
+    if record.compression_type not in list(CompressionType):
+        raise UnsupportedImage(file.path, f"compression_type {record.compression_type}, supported are 0 and 1")
+    is_announced = bool(record.incompatible_features & Incompatible.COMPRESSION_TYPE)
+    if is_announced != (record.compression_type != CompressionType.ZLIB):
+        message = f"compression_type {record.compression_type} contradicts incompatible feature bit 3"
+        raise CorruptImage(file.path, 104, message)
+
+
+def _validate_l1(file: File, record: HeaderRecord, file_size: int) -> None:
+    nbytes = record.l1_size * layout.ENTRY_SIZE
+    if nbytes > layout.MAX_L1_BYTES:
+        raise UnsupportedImage(file.path, f"l1_size {record.l1_size}, limit {layout.MAX_L1_BYTES // layout.ENTRY_SIZE}")
+    needed = l1_entries(record.size, record.cluster_bits)
+    if record.l1_size < needed:
+        message = f"l1_size {record.l1_size}, a disk of {record.size} bytes needs {needed}"
+        raise CorruptImage(file.path, 36, message)
+    if record.l1_size:  # zeros at the end of a file may be cut off: sparse copies do that, QEMU reads them
+        where, slack = record.l1_table_offset, MAX_CUT_OFF
+        _validate_table(file, "l1_table_offset", 40, where, nbytes, record.cluster_bits, file_size, slack)
+
+
+def l1_entries(size: int, cluster_bits: int) -> int:
+    """How many L1 entries a disk of *size* bytes needs."""
+    covered_bits = 2 * cluster_bits - 3
+    return -(-size >> covered_bits)
+
+
+def _validate_table(
+    file: File,
+    field: str,
+    field_offset: int,
+    host_offset: int,
+    nbytes: int,
+    cluster_bits: int,
+    file_size: int,
+    slack: int = 0,
+) -> None:
+    """Refuse a table that is not aligned, or ends more than *slack* bytes past the end of the file."""
+    cluster_size = 1 << cluster_bits
+    if host_offset % cluster_size:
+        message = f"{field} {host_offset:#x} is not a multiple of the cluster size {cluster_size:#x}"
+        raise CorruptImage(file.path, field_offset, message)
+    if host_offset == 0:
+        raise CorruptImage(file.path, field_offset, f"{field} is 0, where the header lies")
+    if host_offset + nbytes > file_size + slack:
+        message = (
+            f"{field} {host_offset:#x}, the table of {nbytes} bytes ends past the end of the file at {file_size:#x}"
+        )
+        raise CorruptImage(file.path, field_offset, message)
+
+
+def validate_snapshots(file: File, record: HeaderRecord, file_size: int) -> None:
+    """Refuse a snapshot table that cannot be where the header says, and too many snapshots."""
+    if record.nb_snapshots > layout.MAX_SNAPSHOTS:
+        raise UnsupportedImage(file.path, f"nb_snapshots {record.nb_snapshots}, limit {layout.MAX_SNAPSHOTS}")
+    if record.nb_snapshots:
+        nbytes = record.nb_snapshots * layout.SnapshotRecord.FORMAT.size
+        _validate_table(file, "snapshots_offset", 64, record.snapshots_offset, nbytes, record.cluster_bits, file_size)
+
+
+def _validate_refcounts(file: File, record: HeaderRecord, file_size: int | None) -> None:
+    limit = layout.MAX_REFCOUNT_ORDER
+    if record.refcount_order > limit:
+        raise UnsupportedImage(file.path, f"refcount_order {record.refcount_order}, limit {limit}")
+    nbytes = record.refcount_table_clusters << record.cluster_bits
+    if nbytes > layout.MAX_REFCOUNT_TABLE_BYTES:
+        limit = layout.MAX_REFCOUNT_TABLE_BYTES >> record.cluster_bits
+        raise UnsupportedImage(file.path, f"refcount_table_clusters {record.refcount_table_clusters}, limit {limit}")
+    if file_size is None:
+        return
+    if not nbytes:
+        raise CorruptImage(file.path, 56, "refcount_table_clusters is 0: there is no refcount table")
+    offset = record.refcount_table_offset
+    _validate_table(file, "refcount_table_offset", 48, offset, nbytes, record.cluster_bits, file_size)

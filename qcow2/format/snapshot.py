@@ -1,0 +1,129 @@
+"""The snapshot table: the internal snapshots of an image, read with every length checked, and packed again."""
+
+import errno
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from qcow2.driver.operation import File, Read, Size
+from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format import layout, refusal
+from qcow2.format.header import Header
+from qcow2.format.layout import SNAPSHOT_EXTRA, SnapshotRecord
+
+MAX_NAME_BYTES = 255  # as QEMU has it
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One internal snapshot."""
+
+    record: SnapshotRecord
+    id: str
+    name: str
+    vm_state_size: int
+    disk_size: int  # bytes; the image's own size where the snapshot does not say
+    icount: int | None
+    extra: bytes  # as it stands in the file, with what we do not know
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTable:
+    """All of them, and how many bytes their table takes."""
+
+    snapshots: tuple[Snapshot, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, snapshots: Iterable[Snapshot], path: str) -> Self:
+        """The table of *snapshots* for the image at *path*. Raises: UnsupportedImage beyond the limits."""
+        found = tuple(snapshots)
+        nbytes = len(pack_snapshots(found))
+        if len(found) > layout.MAX_SNAPSHOTS:
+            raise UnsupportedImage(path, f"{len(found)} snapshots, limit {layout.MAX_SNAPSHOTS}")
+        if nbytes > layout.MAX_SNAPSHOT_TABLE_BYTES:
+            raise UnsupportedImage(path, f"a snapshot table of {nbytes} bytes, limit {layout.MAX_SNAPSHOT_TABLE_BYTES}")
+        return cls(found, nbytes)
+
+
+def pack_snapshots(snapshots: Iterable[Snapshot]) -> bytes:
+    """The snapshot table as it stands on disk: each entry begins at a multiple of 8."""
+    table = bytearray()
+    for each in snapshots:
+        table += bytes(-len(table) % 8)
+        table += each.record.pack() + each.extra + os.fsencode(each.id) + os.fsencode(each.name)
+    return bytes(table)
+
+
+def new_snapshot(
+    table: SnapshotTable, name: str, date_ns: int, l1_offset: int, l1_size: int, disk_size: int
+) -> Snapshot:
+    """What *table* would say of another snapshot, without VM state, whose L1 table is at *l1_offset*.
+
+    Raises: ValueError for a name that is too long, or none.
+    """
+    nbytes = len(os.fsencode(name))
+    if not 0 < nbytes <= MAX_NAME_BYTES:
+        raise ValueError(f"snapshot name of {nbytes} bytes, limit {MAX_NAME_BYTES}, and not empty")
+    numbers = [int(each.id) for each in table.snapshots if each.id.isascii() and each.id.isdigit()]
+    snapshot_id = str(max(numbers, default=0) + 1)
+    extra = SNAPSHOT_EXTRA.pack(0, disk_size, 0)
+    seconds, nanoseconds = divmod(date_ns, 1_000_000_000)
+    record = SnapshotRecord(l1_offset, l1_size, len(snapshot_id), nbytes, seconds, nanoseconds, 0, 0, len(extra))
+    return Snapshot(record, snapshot_id, name, 0, disk_size, 0, extra)
+
+
+def find_snapshot(path: str, table: SnapshotTable, wanted: str, *, by_id: bool = True) -> Snapshot:
+    """The first snapshot whose id, with *by_id*, or else whose name is *wanted*.
+
+    Raises: FileNotFoundError.
+    """
+    found = [each for each in table.snapshots if by_id and each.id == wanted]
+    found += [each for each in table.snapshots if each.name == wanted]
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, f"snapshot {wanted!r} not found", path)
+    return found[0]
+
+
+async def read_snapshots(file: File, header: Header) -> SnapshotTable:
+    """Read the snapshot table that *header* points at.
+
+    Raises: CorruptImage if it cannot lie there or leaves the file; UnsupportedImage beyond the limits.
+    """
+    start = end = header.record.snapshots_offset
+    file_size = await Size(file)
+    refusal.validate_snapshots(file, header.record, file_size)
+    found = []
+    for index in range(header.record.nb_snapshots):
+        snapshot, end = await _read_snapshot(file, header, end + -end % 8, index)
+        if end > file_size:
+            raise CorruptImage(file.path, start, f"snapshot {index} ends past the end of the file at {file_size:#x}")
+        if end - start > layout.MAX_SNAPSHOT_TABLE_BYTES:
+            limit = layout.MAX_SNAPSHOT_TABLE_BYTES
+            raise UnsupportedImage(file.path, f"snapshot table takes more than its limit of {limit} bytes")
+        found.append(snapshot)
+    return SnapshotTable(tuple(found), end - start)
+
+
+async def _read_snapshot(file: File, header: Header, offset: int, index: int) -> tuple[Snapshot, int]:
+    """One snapshot, and where it ends; QEMU does not pad the last one."""
+    record = SnapshotRecord.parse(await Read(file, offset, SnapshotRecord.FORMAT.size))
+    limit = layout.MAX_SNAPSHOT_EXTRA_BYTES
+    if record.extra_data_size > limit:
+        message = f"snapshot {index} has {record.extra_data_size} bytes of extra data, limit {limit}"
+        raise UnsupportedImage(file.path, message)
+    nbytes = record.extra_data_size + record.id_size + record.name_size
+    rest = await Read(file, offset + SnapshotRecord.FORMAT.size, nbytes)
+    extra, strings = rest[: record.extra_data_size], rest[record.extra_data_size :]
+    state_size, disk_size, icount = SNAPSHOT_EXTRA.unpack_from(extra + bytes(SNAPSHOT_EXTRA.size))
+    snapshot = Snapshot(
+        record,
+        os.fsdecode(strings[: record.id_size]),
+        os.fsdecode(strings[record.id_size :]),
+        state_size if len(extra) >= 8 else record.vm_state_size,
+        disk_size if len(extra) >= 16 else header.record.size,
+        icount if len(extra) >= 24 else None,
+        extra,
+    )
+    return snapshot, offset + SnapshotRecord.FORMAT.size + nbytes

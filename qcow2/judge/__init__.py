@@ -1,0 +1,1 @@
+"""Check, census and repair: what an image's tables say of its clusters. Shares layouts with the engine, no logic."""

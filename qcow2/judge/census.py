@@ -1,0 +1,315 @@
+"""Everything that references a host cluster, walked once and counted; nothing found on the way is believed."""
+
+import struct
+from array import array
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from qcow2.driver.operation import File, Read, Size
+from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.format import layout
+from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
+from qcow2.format.header import Header
+from qcow2.format.layout import ENTRY_SIZE, CompressedMasks, HeaderRecord
+from qcow2.format.snapshot import read_snapshots
+from qcow2.judge.report import Report
+from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
+
+Progress = Callable[[int, int], None]  # tables done, of how many
+MIN_SLACK = 1024  # clusters past the plausible end that the tally has room for: a new refcount structure goes there
+
+
+@dataclass
+class Census:
+    """The counts, and the refcount structure of the image as far as it makes sense."""
+
+    file: File
+    header: Header
+    file_size: int
+    tally: Tally
+    report: Report
+    blocks: "array[int]" = field(default_factory=lambda: array("Q"))  # host offset of each sound refcount block, else 0
+    old_structure: "array[int]" = field(
+        default_factory=lambda: array("Q")
+    )  # the clusters counted for the refcount table and for each block, sound or not
+    must_rebuild: bool = False  # the refcounts cannot be put right where they are
+    is_l1_cut_off: bool = False  # by a cluster or more: what it referred to is not known
+
+    @property
+    def record(self) -> HeaderRecord:
+        """The fields of the header."""
+        return self.header.record
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return self.header.cluster_size
+
+    @property
+    def file_clusters(self) -> int:
+        """How many clusters begin inside the file."""
+        return -(-self.file_size >> self.record.cluster_bits)
+
+    @property
+    def per_block(self) -> int:
+        """How many clusters one refcount block counts."""
+        return self.cluster_size * 8 >> self.record.refcount_order
+
+    @property
+    def may_miss_shared(self) -> bool:
+        """Whether what was not found may refer to clusters that something else refers to, too: snapshots do."""
+        return self.report.check_errors > 0 or (self.report.is_dark and self.record.nb_snapshots > 0)
+
+    def cluster_of(self, host_offset: int) -> int:
+        """Number of the cluster that holds *host_offset*."""
+        return host_offset >> self.record.cluster_bits
+
+    def add(self, what: str, host_offset: int, nbytes: int, role: Role, weight: int = 1) -> bool:
+        """Count the clusters of *what*; false, after a finding, if it cannot lie there."""
+        if not nbytes:
+            return True
+        if host_offset % self.cluster_size:
+            self.report.loss(f"{what} at {host_offset:#x} is not aligned to a cluster")
+            return False
+        first, last = self.cluster_of(host_offset), self.cluster_of(host_offset + nbytes - 1)
+        if last >= self.file_clusters:
+            self.report.loss(f"{what} at {host_offset:#x} ends past the end of the file at {self.file_size:#x}")
+        if last >= self.tally.nclusters:
+            return False
+        self.tally.add(first, last - first + 1, role, weight)
+        return True
+
+    def is_counted(self, host_offset: int, nbytes: int) -> bool:
+        """Whether anything referenced one of these clusters before."""
+        first, last = self.cluster_of(host_offset), self.cluster_of(host_offset + nbytes - 1)
+        return self.tally.has_any(first, last - first + 1)
+
+    async def entries(self, host_offset: int, nentries: int) -> AsyncIterator[int]:
+        """The entries of a table, read one cluster at a time."""
+        per_cluster = self.cluster_size // ENTRY_SIZE
+        for first in range(0, nentries, per_cluster):
+            count = min(per_cluster, nentries - first)
+            data = await Read(self.file, host_offset + first * ENTRY_SIZE, count * ENTRY_SIZE)
+            for entry in struct.unpack(f">{count}Q", data):
+                yield entry
+
+
+async def take_census(file: File, header: Header, report: Report, progress: Progress | None = None) -> Census:
+    """Count every reference of an image whose header was read without trust in its refcounts.
+
+    Memory: 20 KiB for each 4096 host clusters in use, and one table at a time.
+    Raises: UnsupportedImage, CorruptImage if something cannot be found or would take forever.
+    """
+    file_size, l1_end = await Size(file), header.record.l1_end
+    census = _begin(file, header, max(file_size, l1_end), report)
+    census.is_l1_cut_off = l1_end - file_size >= census.cluster_size
+    if census.is_l1_cut_off:
+        report.loss(f"L1 table ends at {l1_end:#x}, past the end of the file at {file_size:#x}")
+    census.add("header", 0, census.cluster_size, Role.SINGLE)
+    record = header.record
+    await _count_l1(census, "L1 table", record.l1_table_offset, record.l1_size, Role.L2 | Role.ACTIVE)
+    await _count_snapshots(census)
+    tables = array("Q", census.tally.clusters(Role.L2))
+    weights = array("I", (census.tally.count(cluster) for cluster in tables))
+    await _count_bitmaps(census)
+    await _count_refcount_structure(census)
+    for done, (cluster, weight) in enumerate(zip(tables, weights, strict=True), 1):
+        await _count_l2(census, cluster << record.cluster_bits, weight)
+        if progress is not None:
+            progress(done, len(tables))
+    _judge_refcount_structure(census)
+    return census
+
+
+def _begin(file: File, header: Header, file_size: int, report: Report) -> Census:
+    """An empty census; it has room for references past the end of the file, as a power loss may leave them."""
+    record = header.record
+    clusters = -(-file_size >> record.cluster_bits)
+    if clusters > MAX_CLUSTERS:
+        raise UnsupportedImage(file.path, f"the file is {clusters} clusters long, limit for a check {MAX_CLUSTERS}")
+    report.total_clusters = -(-record.size >> record.cluster_bits)
+    plausible = clusters + report.total_clusters
+    plausible += plausible // 32 + MIN_SLACK
+    tally = Tally(min(plausible, MAX_CLUSTERS + MIN_SLACK), record.cluster_bits, record.version, file_size)
+    return Census(file, header, file_size, tally, report)
+
+
+async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, role: Role, weight: int = 1) -> None:
+    """Count an L1 table and the L2 tables it points at; what these hold is counted later, once for each table."""
+    report = census.report
+    if not census.add(what, host_offset, nentries * ENTRY_SIZE, Role.SINGLE, weight):
+        return
+    index = -1
+    async for entry in census.entries(host_offset, nentries):
+        index += 1
+        if not entry:
+            continue
+        if entry & layout.L1_RESERVED:
+            report.corruption(f"{what} entry {index} has reserved bits set: {entry:#018x}")
+        if entry & layout.OFFSET_MASK:
+            table_offset = entry & layout.OFFSET_MASK
+            if Role.ACTIVE in role and census.tally.has(census.cluster_of(table_offset), Role.ACTIVE):
+                report.corruption(f"{what} entry {index} shares its L2 table at {table_offset:#x} with an earlier one")
+            census.add(f"L2 table of {what} entry {index}", table_offset, census.cluster_size, role, weight)
+
+
+async def _count_snapshots(census: Census) -> None:
+    """Count the snapshot table and each snapshot's L1; one L1 table that several snapshots name is walked once."""
+    record = census.record
+    if not record.nb_snapshots and record.snapshots_offset % census.cluster_size:  # QEMU does not open it
+        census.report.corruption(f"snapshots_offset {record.snapshots_offset:#x} is not aligned to a cluster")
+    try:
+        table = await read_snapshots(census.file, census.header)
+    except ImageError as problem:
+        census.report.error(f"the snapshot table cannot be read: {problem}")
+        return
+    census.add("snapshot table", record.snapshots_offset, table.nbytes, Role.SINGLE)
+    shared: dict[tuple[int, int], int] = {}
+    for snapshot in table.snapshots:
+        if snapshot.disk_size and not snapshot.record.l1_size:
+            census.report.loss(f"snapshot {snapshot.id!r} ({snapshot.name!r}) has no L1 table")
+        key = snapshot.record.l1_table_offset, snapshot.record.l1_size
+        shared[key] = shared.get(key, 0) + 1
+    for (host_offset, nentries), weight in shared.items():
+        if not _is_countable_l1(census, host_offset, nentries * ENTRY_SIZE):
+            census.report.loss(f"snapshot L1 table of {nentries} entries at {host_offset:#x} cannot lie there")
+        else:
+            await _count_l1(census, f"snapshot L1 table at {host_offset:#x}", host_offset, nentries, Role.L2, weight)
+
+
+def _is_countable_l1(census: Census, host_offset: int, nbytes: int) -> bool:
+    """Bounds the work: tables that overlap could make a small file take forever."""
+    is_inside = host_offset % census.cluster_size == 0 and host_offset + nbytes <= census.file_size
+    return is_inside and nbytes <= layout.MAX_L1_BYTES and not (nbytes and census.is_counted(host_offset, nbytes))
+
+
+async def _count_bitmaps(census: Census) -> None:
+    try:
+        directory = bitmap_directory(census.file, census.header)
+        if directory is None or not directory.directory_size:
+            return
+        offset, nbytes = directory.directory_offset, directory.directory_size
+        if offset + nbytes > census.file_size:
+            raise CorruptImage(census.file.path, 0, f"bitmap directory at {offset:#x} leaves the file")
+        if not census.add("bitmap directory", offset, nbytes, Role.SINGLE):
+            return
+        bitmaps = await read_bitmaps(census.file, directory)
+    except CorruptImage as problem:
+        census.report.error(f"the bitmaps cannot be read: {problem}")
+        return
+    for bitmap in bitmaps:
+        await _count_bitmap(census, bitmap)
+
+
+async def _count_bitmap(census: Census, bitmap: Bitmap) -> None:
+    host_offset, nentries = bitmap.record.table_offset, bitmap.record.table_size
+    nbytes = nentries * ENTRY_SIZE
+    if host_offset + nbytes > census.file_size or (nbytes and census.is_counted(host_offset, nbytes)):
+        census.report.error(f"table of bitmap {bitmap.name!r} at {host_offset:#x} cannot lie there")
+        return
+    if not census.add(f"table of bitmap {bitmap.name!r}", host_offset, nbytes, Role.SINGLE):
+        return
+    async for entry in census.entries(host_offset, nentries):
+        offset = entry & layout.BITMAP_ENTRY_OFFSET_MASK
+        if entry & layout.BITMAP_ENTRY_RESERVED or (offset and entry & layout.BITMAP_ENTRY_ALL_ONES):
+            census.report.corruption(f"entry {entry:#018x} of bitmap {bitmap.name!r} has reserved bits set")
+        elif offset:
+            census.add(f"data of bitmap {bitmap.name!r}", offset, census.cluster_size, Role.SINGLE)
+
+
+async def _count_refcount_structure(census: Census) -> None:
+    """Count the refcount table and its blocks, as far as they are inside the file: they are no loss."""
+    record = census.record
+    offset, nbytes = record.refcount_table_offset, record.refcount_table_clusters << record.cluster_bits
+    if not nbytes or not offset:
+        census.report.corruption("there is no refcount table")
+        census.must_rebuild = True
+        return
+    if not _count_structure(census, "refcount table", offset, nbytes):
+        return
+    if offset + nbytes > census.file_size > offset + nbytes - census.cluster_size:
+        census.report.corruption(f"refcount table at {offset:#x} is cut off by the end of the file")
+        census.must_rebuild = True
+    entries = array("Q")
+    async for entry in census.entries(offset, nbytes // ENTRY_SIZE):
+        entries.append(_count_block(census, len(entries), entry) if entry else 0)
+    census.blocks = entries
+
+
+def _count_structure(census: Census, what: str, host_offset: int, nbytes: int) -> bool:
+    """Count a part of the refcount structure; false, after a finding, if it cannot lie there and must be rebuilt."""
+    problem = None
+    if host_offset % census.cluster_size:
+        problem = "is not aligned to a cluster"
+    elif host_offset + nbytes - census.cluster_size >= census.file_size:
+        problem = f"ends past the end of the file at {census.file_size:#x}"
+    if problem is not None:
+        census.report.corruption(f"{what} at {host_offset:#x} {problem}")
+        census.must_rebuild = True
+        return False
+    first, n = census.cluster_of(host_offset), nbytes >> census.record.cluster_bits
+    census.tally.add(first, n, Role.SINGLE)
+    census.old_structure.extend(range(first, first + n))
+    return True
+
+
+def _count_block(census: Census, index: int, entry: int) -> int:
+    """Count a refcount block; returns its offset, 0 if there cannot be one."""
+    if entry & layout.REFCOUNT_TABLE_RESERVED:
+        census.report.corruption(f"refcount table entry {index} has reserved bits set: {entry:#018x}")
+        census.must_rebuild = True
+    offset = entry & layout.REFCOUNT_TABLE_OFFSET_MASK
+    if not offset:
+        census.must_rebuild = True
+        return 0
+    is_there = _count_structure(census, f"refcount block {index}", offset, census.cluster_size)
+    return offset if is_there else 0
+
+
+async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
+    table = await Read(census.file, table_offset, census.cluster_size)
+    found = census.tally.add_l2(table, weight)
+    if census.tally.has(census.cluster_of(table_offset), Role.ACTIVE):
+        census.report.allocated_clusters += found.allocated
+        census.report.fragmented_clusters += found.fragmented
+        census.report.compressed_clusters += found.compressed
+    for index in found.suspects:
+        where = f"L2 entry {index} at {table_offset + index * ENTRY_SIZE:#x}"
+        _judge_l2_entry(census, where, int.from_bytes(table[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE], "big"))
+
+
+def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
+    """Say what is wrong with an entry that looked suspicious."""
+    report = census.report
+    if entry & layout.L2_COMPRESSED:
+        masks = CompressedMasks.of(census.record.cluster_bits)
+        offset = entry & masks.offset_mask
+        if entry & layout.COPIED:
+            report.corruption(f"{where}: compressed cluster at {offset:#x} has the copied flag set")
+        end = (offset & ~511) + ((entry >> masks.sectors_shift & masks.sectors_mask) + 1) * 512
+        if census.cluster_of(end - 1) >= census.file_clusters:
+            report.loss(f"{where}: compressed data at {offset:#x} ends past the end of the file")
+        return
+    offset = entry & layout.OFFSET_MASK
+    if entry & layout.L2_RESERVED:
+        report.corruption(f"{where} has reserved bits set: {entry:#018x}")
+    if census.record.version < 3 and entry & layout.L2_ZERO:
+        report.corruption(f"{where} has the zero flag set, which version 2 does not have")
+    if offset % census.cluster_size:
+        report.loss(f"{where}: data cluster at {offset:#x} is not aligned")
+    elif offset and census.cluster_of(offset) >= census.file_clusters:
+        report.loss(f"{where}: data cluster at {offset:#x} lies past the end of the file at {census.file_size:#x}")
+
+
+def _judge_refcount_structure(census: Census) -> None:
+    """Once everything is counted: a block is sound if nothing else is where it is."""
+    for index, offset in enumerate(census.blocks):
+        count = census.tally.count(census.cluster_of(offset)) if offset else 1
+        if count != 1:
+            census.report.corruption(f"refcount block {index} at {offset:#x} has {count} references")
+            census.must_rebuild = True
+            census.blocks[index] = 0
+    first = census.cluster_of(census.record.refcount_table_offset)
+    clusters = range(first, min(first + census.record.refcount_table_clusters, census.tally.nclusters))
+    if any(census.tally.count(cluster) != 1 for cluster in clusters):
+        census.must_rebuild = True

@@ -1,0 +1,155 @@
+"""The judge: what an image references, against what it says it references. Changes nothing."""
+
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+from qcow2.driver.operation import File, Read
+from qcow2.format.header import read_header
+from qcow2.format.layout import COPIED, ENTRY_SIZE
+from qcow2.judge.census import Census, Progress, take_census
+from qcow2.judge.report import Report
+from qcow2.plane.tally import Role, stored_refcount, used_entries
+
+
+@dataclass
+class Verdict:
+    """A judged image, with what its repair needs to know."""
+
+    census: Census
+    wrong_blocks: "array[int]" = field(default_factory=lambda: array("Q"))  # refcount table indexes, ascending
+
+    @property
+    def report(self) -> Report:
+        """The findings."""
+        return self.census.report
+
+
+async def check(file: File, *, say: Callable[[str], None] | None = None, progress: Progress | None = None) -> Report:
+    """Check the image in *file*, which nobody writes to meanwhile.
+
+    Raises: UnsupportedImage, CorruptImage if it cannot be opened or some tables cannot be found at all.
+    """
+    return (await judge(file, Report(say), progress)).report
+
+
+async def judge(file: File, report: Report, progress: Progress | None = None) -> Verdict:
+    """Check the image and keep the counts."""
+    header = await read_header(file, trust_refcounts=False)
+    census = await take_census(file, header, report, progress)
+    verdict = Verdict(census)
+    await _compare(verdict)
+    await _judge_copied(census)
+    for cluster in census.tally.overlaps():
+        report.corruption(f"tables overlap at {cluster << census.record.cluster_bits:#x}")
+    return verdict
+
+
+async def _compare(verdict: Verdict) -> None:
+    """Find every cluster whose stored refcount is not the number of its references."""
+    census = verdict.census
+    end = 0
+    for index in block_indexes(census):
+        first = index * census.per_block
+        block = await read_block(census, index)
+        in_file = min(census.per_block, max(0, census.file_clusters - first))
+        if block is not None and (used := used_entries(block, census.record.refcount_order, in_file)):
+            end = first + used
+        if _compare_block(census, block, first):
+            verdict.wrong_blocks.append(index)
+            census.must_rebuild |= block is None
+    end = max(end, census.tally.end(census.file_clusters))
+    census.report.image_end_offset = end << census.record.cluster_bits
+
+
+def block_indexes(census: Census) -> list[int]:
+    """Indexes, ascending, of the refcount blocks there are and of those there should be for what is referenced."""
+    listed = (index for index, offset in enumerate(census.blocks) if offset)
+    return sorted({*listed, *_referenced_indexes(census)})
+
+
+def _referenced_indexes(census: Census) -> Iterator[int]:
+    per_block = census.per_block
+    cluster = census.tally.next(0)
+    while cluster is not None:
+        index = cluster // per_block
+        yield index
+        cluster = census.tally.next((index + 1) * per_block)
+
+
+async def read_block(census: Census, index: int) -> bytes | None:
+    """The refcount block with that index, None where there is no sound one."""
+    if index >= len(census.blocks) or not census.blocks[index]:
+        return None
+    block: bytes = await Read(census.file, census.blocks[index], census.cluster_size)
+    return block
+
+
+def _compare_block(census: Census, block: bytes | None, first: int) -> bool:
+    """Compare one block; true if it is wrong.
+
+    Counts past the end of the file cost nothing: clusters reserved there by a writer that died are no finding.
+    """
+    is_wrong = False
+    order = census.record.refcount_order
+    if census.report.say is None:
+        found = census.tally.sum_differences(block, order, first, census.per_block, census.file_clusters)
+        census.report.corruptions += found.too_low
+        census.report.leaks += found.too_high
+        return found.differing > 0
+    for cluster in census.tally.differing(block, order, first, census.per_block):
+        is_wrong = True
+        if cluster >= census.file_clusters:
+            continue
+        stored, counted = stored_refcount(block, order, cluster - first), census.tally.count(cluster)
+        text = f"cluster {cluster} refcount={stored} reference={counted}"
+        if stored < counted:
+            census.report.corruption(text)
+        else:
+            census.report.leak(text)
+    return is_wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Miscopied:
+    """A piece of an active table, at most a cluster, with entries whose COPIED flag is wrong."""
+
+    what: str
+    host_offset: int
+    data: bytes
+    indexes: list[int]
+
+
+async def miscopied(census: Census, *, counted: bool) -> AsyncIterator[Miscopied]:
+    """Find COPIED flags of the active image that contradict the stored refcounts or, *counted*, ours."""
+    record = census.record
+    l1_bytes = record.l1_size * ENTRY_SIZE
+    for start in range(0, l1_bytes, census.cluster_size):
+        host_offset = record.l1_table_offset + start
+        data = await Read(census.file, host_offset, min(census.cluster_size, l1_bytes - start))
+        if indexes := census.tally.miscopied(data, is_l1=True, counted=counted):
+            yield Miscopied("L1 table", host_offset, data, indexes)
+    for cluster in census.tally.clusters(Role.ACTIVE):
+        host_offset = cluster << record.cluster_bits
+        data = await Read(census.file, host_offset, census.cluster_size)
+        if indexes := census.tally.miscopied(data, is_l1=False, counted=counted):
+            yield Miscopied("L2 table", host_offset, data, indexes)
+
+
+def is_table_alone(census: Census, cluster: int) -> bool:
+    """Whether *cluster* holds L2 tables only, or else one piece of another table."""
+    if census.tally.has(cluster, Role.L2):
+        return not census.tally.has(cluster, Role.SINGLE | Role.DATA)
+    return not census.tally.has(cluster, Role.DATA) and census.tally.count(cluster) == 1
+
+
+async def _judge_copied(census: Census) -> None:
+    async for found in miscopied(census, counted=False):
+        if census.report.say is None:
+            census.report.corruptions += len(found.indexes)
+            continue
+        for index in found.indexes:
+            entry = int.from_bytes(found.data[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE], "big")
+            flag = "set" if entry & COPIED else "not set"
+            where = f"{found.what} entry at {found.host_offset + index * ENTRY_SIZE:#x}"
+            census.report.corruption(f"{where} is {entry:#018x}: copied flag {flag}, which its refcount contradicts")

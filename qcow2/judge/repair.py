@@ -1,0 +1,208 @@
+"""Refcounts rebuilt and COPIED flags put right, from nothing but what the image references.
+
+Restartable: whatever was written when it died, the next repair counts again and ends in the same place. A new refcount
+structure goes to free clusters and is stable before the header points at it; the dirty bit is cleared last.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+
+from qcow2.driver.operation import File, Resize, Size, Sync, Write
+from qcow2.error import UnsupportedImage
+from qcow2.format import layout
+from qcow2.format.header import Header, clear_autoclear, mark_repaired, read_header
+from qcow2.format.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
+from qcow2.judge.census import Census, Progress
+from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
+from qcow2.judge.report import Report
+from qcow2.plane.tally import Role, set_refcount, stored_refcount
+
+
+class RepairMode(Enum):
+    """What to put right."""
+
+    LEAKS = "leaks"  # only refcounts that are too high
+    ALL = "all"
+
+
+async def repair(
+    file: File,
+    mode: RepairMode = RepairMode.ALL,
+    *,
+    say: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
+
+    The dirty and the corrupt bit are cleared, stable on return, if no corruption is left; then the file of an image
+    that leaked or was dirty ends where the image does.
+    Data is not touched. Nothing is written if something lies past the end of the file: it is gone, and zeros in its
+    place would pass for it. While references cannot be followed, what seems to leak may be theirs: counts that are too
+    low are raised, none is lowered, and the structure of an image with snapshots is not rebuilt.
+    Raises: OSError, UnsupportedImage, CorruptImage.
+    """
+    before = await judge(file, Report(say), progress)
+    if _is_cut_off(before.census) or not _is_judged(before.census, mode):
+        return before.report
+    # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
+    await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
+    if mode is RepairMode.LEAKS:
+        await _adjust_refcounts(before, lower=True)
+        await _correct_copied(before.census)
+    elif before.report.is_dark and not before.census.must_rebuild:
+        await _adjust_refcounts(before, lower=False)
+        await _correct_copied((await judge(file, Report())).census, counted=False)
+    else:
+        await _repair_all(before)
+    after = (await judge(file, Report())).report
+    after.corruptions_fixed = max(0, before.report.corruptions - after.corruptions)
+    after.leaks_fixed = max(0, before.report.leaks - after.leaks)
+    if not after.corruptions and not after.check_errors:
+        await mark_repaired(file, await read_header(file))
+        if before.report.leaks or before.census.header.is_dirty:
+            await _cut_tail(file, after.image_end_offset)
+    return after
+
+
+async def _cut_tail(file: File, end: int) -> None:
+    """Give back what a writer that died had set aside past the *end* of what the image, all stable, refers to."""
+    if end < await Size(file):
+        await Resize(file, end)
+
+
+async def _repair_all(verdict: Verdict) -> None:
+    census = verdict.census
+    if not census.record.nb_snapshots and census.record.snapshots_offset % census.cluster_size:
+        await Write(census.file, layout.HEADER_SNAPSHOTS_OFFSET, layout.HEADER_SNAPSHOTS.pack(0, 0))
+    if census.must_rebuild:
+        await _rebuild(census)
+    else:
+        await _correct_blocks(verdict)
+    await _correct_copied(census)
+
+
+def _is_cut_off(census: Census) -> bool:
+    """Whether the image refers to clusters that the file does not have."""
+    return census.is_l1_cut_off or int(census.tally.end(census.tally.nclusters)) > census.file_clusters
+
+
+def _is_judged(census: Census, mode: RepairMode) -> bool:
+    """Whether enough is known for this repair: none of leaks in the dark, nor a new structure that frees snapshots."""
+    if not census.report.is_dark:
+        return True
+    if mode is RepairMode.LEAKS:
+        return False
+    return not (census.must_rebuild and census.may_miss_shared)
+
+
+async def _adjust_refcounts(verdict: Verdict, *, lower: bool) -> None:
+    """Lower the refcounts that are too high, or else raise those that are too low."""
+    census = verdict.census
+    order = census.record.refcount_order
+    for index in verdict.wrong_blocks:
+        old = await read_block(census, index)
+        if old is None:
+            continue
+        new = bytearray(old)
+        first = index * census.per_block
+        for cluster in census.tally.differing(old, order, first, census.per_block):
+            counted = min(census.tally.count(cluster), (1 << (1 << order)) - 1)
+            if (stored_refcount(old, order, cluster - first) > counted) is lower:
+                set_refcount(new, order, cluster - first, counted)
+        await _write_difference(census.file, census.blocks[index], old, new)
+    await Sync(census.file)
+
+
+async def _correct_blocks(verdict: Verdict) -> None:
+    """Put the refcounts right where they are."""
+    census = verdict.census
+    for index in verdict.wrong_blocks:
+        old = await read_block(census, index)
+        assert old is not None  # else the structure would be rebuilt
+        new = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
+        await _write_difference(census.file, census.blocks[index], old, new)
+    await Sync(census.file)
+
+
+async def _write_difference(file: File, host_offset: int, old: bytes, new: bytes | bytearray) -> None:
+    """Write the sectors of *new* that differ from *old*, the neighbours together."""
+    sectors = [at for at in range(0, len(new), SECTOR_SIZE) if old[at : at + SECTOR_SIZE] != new[at : at + SECTOR_SIZE]]
+    if sectors:
+        start, stop = sectors[0], sectors[-1] + SECTOR_SIZE
+        await Write(file, host_offset + start, bytes(new[start:stop]))
+
+
+async def _correct_copied(census: Census, *, counted: bool = True) -> None:
+    """Put the flags right, but for those in clusters that guest data or another table claims: they may be no flags."""
+    async for found in miscopied(census, counted=counted):
+        if not is_table_alone(census, census.cluster_of(found.host_offset)):
+            continue
+        new = bytearray(found.data)
+        for index in found.indexes:
+            (entry,) = struct.unpack_from(">Q", new, index * ENTRY_SIZE)
+            struct.pack_into(">Q", new, index * ENTRY_SIZE, entry ^ COPIED)
+        await _write_difference(census.file, found.host_offset, found.data, new)
+    await Sync(census.file)
+
+
+async def _rebuild(census: Census) -> Header:
+    """Write a whole new refcount structure to free clusters, then let the header point at it."""
+    if census.report.is_dark:
+        _hold_unreferenced(census)
+    start, table_clusters, indexes = _place(census)
+    _forget_old_structure(census)
+    bits = census.record.cluster_bits
+    census.tally.add(start, table_clusters + len(indexes), Role.SINGLE)
+    table = [0] * (table_clusters * census.cluster_size // ENTRY_SIZE)
+    for where, index in enumerate(indexes, start + table_clusters):
+        table[index] = where << bits
+        block = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
+        await Write(census.file, where << bits, block)
+    await Write(census.file, start << bits, struct.pack(f">{len(table)}Q", *table))
+    await Sync(census.file)
+    packed = layout.HEADER_REFCOUNT_TABLE.pack(start << bits, table_clusters)
+    await Write(census.file, layout.HEADER_REFCOUNT_TABLE_OFFSET, packed)
+    await Sync(census.file)
+    record = replace(census.record, refcount_table_offset=start << bits, refcount_table_clusters=table_clusters)
+    return replace(census.header, record=record)
+
+
+def _hold_unreferenced(census: Census) -> None:
+    """Count each cluster of the file that nothing refers to: it may hold what cannot be found."""
+    cluster = 0
+    while cluster < census.file_clusters:
+        used = census.tally.next(cluster)
+        stop = census.file_clusters if used is None else min(used, census.file_clusters)
+        if stop > cluster:
+            census.tally.add(cluster, stop - cluster, Role.DATA)
+        cluster = stop + 1
+
+
+def _place(census: Census) -> tuple[int, int, list[int]]:
+    """Where the new structure goes: first cluster, clusters of the table, indexes of the blocks behind it.
+
+    It counts itself, so its size depends on its place: grow until it fits.
+    """
+    per_block = census.per_block
+    referenced = {index for index in block_indexes(census) if census.tally.has_any(index * per_block, per_block)}
+    nclusters = 1 + len(referenced)
+    while True:
+        start = census.tally.find_free(nclusters)
+        own = range(start // per_block, (start + nclusters - 1) // per_block + 1)
+        indexes = sorted(referenced.union(own))
+        table_clusters = -(-(indexes[-1] + 1) * ENTRY_SIZE >> census.record.cluster_bits)
+        if table_clusters * census.cluster_size > layout.MAX_REFCOUNT_TABLE_BYTES:
+            nbytes = table_clusters * census.cluster_size
+            message = f"a refcount table of {nbytes} bytes is needed, limit {layout.MAX_REFCOUNT_TABLE_BYTES}"
+            raise UnsupportedImage(census.file.path, message)
+        if table_clusters + len(indexes) <= nclusters:
+            return start, table_clusters, indexes
+        nclusters = table_clusters + len(indexes)
+
+
+def _forget_old_structure(census: Census) -> None:
+    """Take the references of the old table and its blocks back: they are free once the header has changed."""
+    for cluster in census.old_structure:
+        census.tally.add(cluster, 1, Role(0), -1)

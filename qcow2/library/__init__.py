@@ -1,0 +1,1 @@
+"""What `import qcow2` gives: a disk, and a file object on it."""

@@ -1,0 +1,280 @@
+"""The synchronous face: an image as ordinary Python uses it."""
+
+import errno
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
+from qcow2.engine.raw import RawImage
+from qcow2.error import UnsupportedImage
+from qcow2.format.snapshot import Snapshot
+from qcow2.library.file import DiskFile
+from qcow2.library.own_thread import OwnThread
+from qcow2.node.chain import Chain
+from qcow2.node.extent import Extent, find_extent, merged
+
+T = TypeVar("T")
+
+log = logging.getLogger("qcow2")
+
+
+class Disk:
+    """An open image with its chain of files; a context manager that closes it cleanly.
+
+    Offsets and sizes are bytes of the virtual disk and need no alignment, except where a method says so.
+
+    Threads may share it: calls are served one after the other, each as a whole. A call that is interrupted
+    (KeyboardInterrupt, or what a signal handler raises) comes to its end before the exception is raised. The child of a
+    fork cannot use it, and need not close it.
+    """
+
+    def __init__(self, image: Image | RawImage, chain: Chain) -> None:
+        self.image = image
+        self.chain = chain
+        self._driver = BlockingDriver()
+        self._thread = OwnThread()
+        self._path = self.files[0].path
+        image.on_bitmaps_void = partial(_tell_of_void_bitmaps, self._path)  # no cycle: a dropped disk ends at once
+
+    @property
+    def size(self) -> int:
+        """Length of the virtual disk in bytes."""
+        return self.image.size
+
+    @property
+    def files(self) -> list[HostFile]:
+        """The open host files, the image's own first, then what is under it."""
+        return self.chain.files
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return the *nbytes* at *offset*.
+
+        Raises: ValueError if they are not inside the disk; OSError, CorruptImage.
+        """
+        target = bytearray(self._require_inside(offset, nbytes))
+        self._run(lambda: self.image.read(offset, MemoryBuffer(memoryview(target))))
+        return bytes(target)
+
+    def readinto(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill *buffer*, anything writable, from *offset* on. Raises: as `read`."""
+        view = memoryview(buffer).cast("B")
+        self._require_inside(offset, len(view))
+        self._run(lambda: self.image.read(offset, MemoryBuffer(view)))
+
+    def file(self) -> DiskFile:
+        """The disk as a raw binary file, at its start; `io.BufferedReader(disk.file())` reads ahead."""
+        self._require_open()
+        return DiskFile(self)
+
+    def __len__(self) -> int:
+        """Its size in bytes."""
+        return self.size
+
+    def __bool__(self) -> bool:
+        """Also of a disk without bytes."""
+        return True
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Put *data* at *offset*; it survives this process at once, a power loss after `flush`.
+
+        Raises: ValueError if it does not fit the disk; OSError.
+        """
+        view = memoryview(data).cast("B")
+        self._require_inside(offset, len(view))
+        self._run(lambda: self.image.write(offset, MemoryBuffer(view)))
+
+    def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
+        """Make *nbytes* at *offset* read as zeros; *unmap* gives their space back."""
+        self._require_inside(offset, nbytes)
+        self._run(lambda: self.image.write_zeroes(offset, nbytes, unmap=unmap))
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Give back the space of the whole clusters in the range, which then read as zeros."""
+        self._require_inside(offset, nbytes)
+        self._run(lambda: self.image.discard(offset, nbytes))
+
+    def flush(self) -> None:
+        """Make everything written so far survive a power loss."""
+        self._run(lambda: self.image.flush())
+
+    def resize(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros, and survives a power loss.
+
+        Raises: ValueError for less than now, or more than the format can map; UnsupportedImage; OSError.
+        """
+        self._require_inside(0, 0)
+        self._run(lambda: self.image.grow(nbytes))
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The internal snapshots of the image, oldest first as far as its table is in order."""
+        image = self._qcow2()
+        return self._run(image.snapshots)
+
+    def create_snapshot(self, name: str) -> Snapshot:
+        """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
+
+        Raises: ValueError for a name that is empty or longer than 255 bytes; UnsupportedImage, CorruptImage, OSError.
+        """
+        image = self._qcow2()
+        return self._run(lambda: image.create_snapshot(name, time.time_ns()))
+
+    def apply_snapshot(self, wanted: str) -> None:
+        """Let the disk hold what it held, and be as long as it was, at the snapshot of the id or else name *wanted*.
+
+        What the disk holds now is lost, unless it is in another snapshot.
+        Raises: FileNotFoundError, UnsupportedImage, CorruptImage, OSError.
+        """
+        image = self._qcow2()
+        self._run(lambda: image.apply_snapshot(wanted))
+
+    def delete_snapshot(self, name: str) -> None:
+        """Forget the internal snapshot *name*. Raises: FileNotFoundError, CorruptImage, OSError."""
+        image = self._qcow2()
+        self._run(lambda: image.delete_snapshot(name))
+
+    def _qcow2(self) -> Image:
+        self._require_open()
+        if not isinstance(self.image, Image):
+            raise UnsupportedImage(self._path, "a raw image has no internal snapshots")
+        return self.image
+
+    def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
+        """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
+        return merged(self._pieces(offset, offset + self._require_inside(offset, nbytes)))
+
+    def _pieces(self, offset: int, end: int) -> Iterator[Extent]:
+        while offset < end:
+            extent = self._run(partial(find_extent, self.image, offset, end - offset))
+            yield extent
+            offset += extent.nbytes
+
+    def clean(self) -> None:
+        """Leave the image clean on the disk, and no link log; its files stay open, and it is read from then on only.
+
+        Raises: OSError if a write or sync failed, now or before.
+        """
+        self._run(self.image.close)
+        self._remove_log()
+
+    def close(self) -> None:
+        """Leave the image clean and close its files; a second time does nothing.
+
+        Raises: OSError if a write or sync failed, now or before; the files are closed all the same.
+        """
+        if not self._thread.is_ours:  # the parent's to clean
+            self.chain.close()
+            return
+        try:
+            self._thread.call(self._close)
+        finally:
+            self._thread.stop()
+
+    def _close(self) -> None:
+        if self.files[0].fd < 0:
+            return
+        try:
+            self._driver.run(self.image.close())
+            self._remove_log()
+        finally:
+            self.chain.close()
+
+    def _remove_log(self) -> None:
+        if self.chain.memory is not None and self.chain.memory.is_made:
+            self.chain.memory.remove()
+
+    def _run(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run the coroutine that *begin* makes to its end, in this disk's turn."""
+
+        def run() -> T:
+            self._require_open()  # it may have been closed while this call waited for its turn
+            return self._driver.run(begin())
+
+        if not self._thread.is_ours:
+            raise OSError(errno.EBADF, "the disk was opened by the parent process", self._path)
+        return self._thread.call(run)
+
+    def _require_open(self) -> None:
+        if self.files[0].fd < 0:
+            raise ValueError(f"{self._path}: the disk is closed")
+
+    def _require_inside(self, offset: int, nbytes: int) -> int:
+        self._require_open()
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise ValueError(f"{nbytes} bytes at {offset} are not inside the disk of {self.size} bytes")
+        return nbytes
+
+    def __repr__(self) -> str:
+        state = "closed" if self.files[0].fd < 0 else "read-only" if self.image.read_only else "writable"
+        return f"<qcow2.Disk {self._path!r}, {self.size} bytes, {state}>"
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        """A dropped disk is as one whose process died: its files are closed, and the next open recovers it."""
+        if (thread := getattr(self, "_thread", None)) is None:
+            return
+        if self.files[0].fd >= 0 and thread.is_ours:
+            warn(f"unclosed {self!r}", ResourceWarning, source=self)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are, clean or not. Raises: OSError if one cannot be; the others are closed."""
+        self._thread.stop()
+        self.chain.close()
+
+    def __enter__(self) -> "Disk":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _tell_of_void_bitmaps(path: str) -> None:
+    """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
+    log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
+
+
+def open_disk(
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+    *,
+    writable: bool = False,
+    format: str = "qcow2",
+    snapshot: str | None = None,
+    lazy_refcounts: bool | None = None,
+    cache_size: int = DEFAULT_CACHE_SIZE,
+    log_directory: str = DEFAULT_DIRECTORY,
+    discard_log: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Disk:
+    """Open the image at *path*, and the backing files it names.
+
+    *format* is "qcow2" or "raw", and never guessed. *snapshot*, an id or else a name, is an internal snapshot to read
+    in place of the disk. *lazy_refcounts* overrides what the image says about writing refcounts only at close.
+    *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
+    What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
+    that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
+    *on_wait()* is called again and again while the transfers of a process that died keep the image locked.
+    An image that was not closed cleanly is repaired before it is written; *progress(done, total)* sees that.
+    The logger "qcow2" gets a warning when writes of a dead process are lost, and when the first change makes the
+    persistent bitmaps of the image void.
+
+    Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
+    """
+    name = os.fsdecode(path)
+    options = OpenOptions(writable, lazy_refcounts, cache_size, snapshot)
+    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, on_wait=on_wait)
+    try:
+        return Disk(chain.open(name, format, options), chain)
+    except BaseException:
+        chain.close()
+        raise

@@ -1,0 +1,73 @@
+"""Where each stretch of the disk comes from, through the whole chain: what `map` shows."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from qcow2.driver.operation import File, Occupied
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
+from qcow2.plane.l2cache import Kind, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stretch of guest bytes with one origin."""
+
+    guest_offset: int
+    nbytes: int
+    depth: int  # which file of the chain tells, 0 for the image itself
+    file: File
+    is_present: bool  # some file of the chain says something about it; else it reads as zeros for want of data
+    is_zero: bool  # it reads as zeros, as the mapping or the host says; data may, too
+    is_data: bool
+    is_compressed: bool
+    host_offset: int | None  # in `file`, of data and of zeros that keep their space; None if compressed
+
+    def is_continued_by(self, other: "Extent") -> bool:
+        """Whether *other*, the next one, has the same origin and goes on where this one ends."""
+        host_offset = None if self.host_offset is None else self.host_offset + self.nbytes
+        moved = replace(self, guest_offset=other.guest_offset, nbytes=other.nbytes, host_offset=host_offset)
+        return other == moved
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same stretches in as few as possible."""
+    pending: Extent | None = None
+    for extent in extents:
+        if pending is not None and pending.is_continued_by(extent):
+            pending = replace(pending, nbytes=pending.nbytes + extent.nbytes)
+        else:
+            if pending is not None:
+                yield pending
+            pending = extent
+    if pending is not None:
+        yield pending
+
+
+async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:
+    """Describe the start of the range: a stretch of one origin, not always the longest."""
+    run = await image.resolve(guest_offset, nbytes)
+    backing = image.backing
+    if run.kind == Kind.UNALLOCATED and backing is not None and guest_offset < backing.size:
+        inside = min(run.nbytes, backing.size - guest_offset)
+        return await find_extent(backing, guest_offset, inside, depth + 1)
+    extent = _extent_of(run, image, guest_offset, depth)
+    if run.kind == Kind.DATA and isinstance(image, Image) and await image.is_hollow():
+        is_data, nbytes = await Occupied(image.file, run.host_offset, run.nbytes)
+        return replace(extent, nbytes=nbytes, is_zero=not is_data)
+    return extent
+
+
+def _extent_of(run: Run, image: Image | RawImage, guest_offset: int, depth: int) -> Extent:
+    is_data = run.kind in (Kind.DATA, Kind.COMPRESSED)
+    return Extent(
+        guest_offset=guest_offset,
+        nbytes=run.nbytes,
+        depth=depth,
+        file=image.file,
+        is_present=run.kind != Kind.UNALLOCATED,
+        is_zero=not is_data,
+        is_data=is_data,
+        is_compressed=run.kind == Kind.COMPRESSED,
+        host_offset=run.host_offset if run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED) else None,
+    )

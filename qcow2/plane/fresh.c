@@ -1,0 +1,238 @@
+/* Places for writes that find nothing in the image: a cluster, and what will name it.
+ *
+ * This decides nothing. Python filled the stock with clusters that plain data may
+ * be written to and linked without any barrier, for writes whose cluster shows
+ * zeros: their L2 entry is their name. Where the backing file shows through, the
+ * entry must not be in the file before the data is stable: a record in the link
+ * log is the name, and the cluster need not be stable either. Only that is served,
+ * in a table that is the image's alone, where nobody holds the cluster. Everything
+ * else is Python's.
+ */
+#include <endian.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "qcow2/plane/l2map.h"
+#include "ring/assertion.h"
+
+void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced)
+{
+    map->stock = stock;
+    map->unsynced = unsynced;
+}
+
+void l2map_set_log(struct l2map *map, struct link_log *log)
+{
+    map->log = log;
+}
+
+static uint32_t *counter(uint32_t *counters, uint32_t size, uint64_t number)
+{
+    return &counters[(number * UINT64_C(0x9e3779b97f4a7c15) >> 32) & (size - 1)];
+}
+
+static void add(uint32_t *counters, uint32_t size, uint64_t first, uint64_t last, uint32_t by)
+{
+    for (uint64_t number = first; number <= last; number++)
+        *counter(counters, size, number) += by;
+}
+
+static bool has_any(const uint32_t *counters, uint32_t size, uint64_t first, uint64_t last)
+{
+    for (uint64_t number = first; number <= last; number++)
+        if (*counter((uint32_t *)counters, size, number))
+            return true;
+    return false;
+}
+
+static void count_range(struct l2map *map, uint64_t first, uint64_t last, uint32_t by)
+{
+    struct range_locks *locks = &map->locks;
+    uint64_t first_block = first >> map->slice_bits, last_block = last >> map->slice_bits;
+
+    locks->count += by;
+    if (last_block - first_block >= LOCK_NARROW) {
+        locks->wide += by;
+        return;
+    }
+    add(locks->touched, LOCK_BLOCKS, first_block, last_block, by);
+    if (last - first < LOCK_NARROW)
+        add(locks->clusters, LOCK_CLUSTERS, first, last, by);
+    else
+        add(locks->covered, LOCK_BLOCKS, first_block, last_block, by);
+}
+
+void l2map_lock(struct l2map *map, uint64_t first, uint64_t last)
+{
+    count_range(map, first, last, 1);
+}
+
+void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last)
+{
+    ASSERT(map->locks.count && l2map_is_locked(map, first, last));
+    count_range(map, first, last, UINT32_MAX);
+}
+
+int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last)
+{
+    const struct range_locks *locks = &map->locks;
+    uint64_t first_block = first >> map->slice_bits, last_block = last >> map->slice_bits;
+
+    if (!locks->count)
+        return 0;
+    if (locks->wide || last_block - first_block >= LOCK_NARROW)
+        return 1;
+    if (last - first >= LOCK_NARROW)
+        return has_any(locks->touched, LOCK_BLOCKS, first_block, last_block);
+    return has_any(locks->covered, LOCK_BLOCKS, first_block, last_block) ||
+           has_any(locks->clusters, LOCK_CLUSTERS, first, last);
+}
+
+/* What the backing file, of which the whole cluster shows, has for it: one run of zeros, one of data, or else punt. */
+static struct extent describe_old(struct l2map *map, uint64_t cluster, uint64_t *entry)
+{
+    uint64_t start = cluster << map->cluster_bits, nbytes = UINT64_C(1) << map->cluster_bits;
+    struct extent first, under;
+    struct l2_run run;
+
+    if (nbytes > map->size - start)
+        nbytes = map->size - start;
+    l2map_describe(map, start, nbytes, &run);
+    *entry = run.entry;
+    if (run.kind == L2_ZERO_PLAIN)
+        return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
+    if (run.kind != L2_UNALLOCATED)
+        return (struct extent){.kind = EXTENT_PUNT};
+    l2map_translate_backing(map, start, nbytes, NULL, &first);
+    if (first.kind == EXTENT_DATA && first.nbytes == nbytes)
+        return first;
+    under = first;
+    for (uint64_t done = 0; under.kind == EXTENT_ZERO && under.nbytes;) {
+        done += under.nbytes;
+        if (done == nbytes)
+            return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
+        l2map_translate_backing(map, start + done, nbytes - done, NULL, &under);
+    }
+    return (struct extent){.kind = EXTENT_PUNT};
+}
+
+/* Once when the stock runs low one write is Python's, so that it comes by and sees to more. */
+static int is_wanted_by_python(struct stock *stock)
+{
+    if (stock->left > stock->low)
+        return 0;
+    stock->low = 0;
+    return stock->left != 0;
+}
+
+/* Whether the map may look for a place for these bytes at all. */
+static int is_simple(struct l2map *map, uint64_t cluster, uint64_t in_cluster, uint64_t nbytes)
+{
+    return map->stock && map->stock->is_open && map->writable && map->slot != SLOT_UNKNOWN &&
+           in_cluster + nbytes <= UINT64_C(1) << map->cluster_bits && !l2map_is_locked(map, cluster, cluster) &&
+           l2map_find(map, cluster >> map->slice_bits) != NONE;
+}
+
+static int take_cluster(struct stock *stock, uint64_t *host_cluster)
+{
+    return stock->nspoiled < STOCK_SPOILED && !is_wanted_by_python(stock) && stock_take(stock, 1, host_cluster);
+}
+
+/* The L2 entry itself, in the file. */
+static void name_in_table(struct extent_place *place, uint64_t entry_offset)
+{
+    uint64_t entry = htobe64(place->entry);
+
+    place->name_offset = entry_offset;
+    place->name_nbytes = sizeof(entry);
+    memcpy(place->name, &entry, sizeof(entry));
+}
+
+/* A record of it, in the link log. The old content need not be read if all of it is written over. */
+static void name_in_log(struct l2map *map, struct extent_place *place, const struct extent *old, uint64_t old_entry,
+                        uint64_t nbytes)
+{
+    if (nbytes < old->nbytes) {
+        place->old_slot = old->slot;
+        place->old_offset = old->host_offset;
+        place->old_nbytes = old->nbytes;
+        place->ahead = place->guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
+    }
+    place->memory = map->log->memory;
+    place->name_offset = link_log_record(map->log, place->guest_offset >> map->cluster_bits, old_entry, place->entry,
+                                         place->name);
+    place->name_nbytes = LINK_RECORD_NBYTES;
+    place->mark_offset = LINK_MARK_OFFSET;
+    link_log_mark(map->log, map->log->next, place->mark);
+}
+
+static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)
+{
+    struct l2map *map = context;
+    uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
+    uint64_t table = l2map_private_table(map, cluster), host_cluster, old_entry;
+    struct extent old;
+    int copies;
+
+    if (!table || !is_simple(map, cluster, in_cluster, nbytes))
+        return -EAGAIN;
+    old = describe_old(map, cluster, &old_entry);
+    copies = old.kind == EXTENT_DATA;
+    if (copies ? !map->log || !link_log_has_room(map->log) : old.kind != EXTENT_ZERO)
+        return -EAGAIN;
+    if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))
+        return -EAGAIN;
+    *out = (struct extent_place){
+        .slot = map->slot,
+        .host_offset = (host_cluster << map->cluster_bits) + in_cluster,
+        .guest_offset = guest_offset,
+        .entry = host_cluster << map->cluster_bits | FLAG_COPIED,
+    };
+    if (copies)
+        name_in_log(map, out, &old, old_entry, nbytes);
+    else
+        name_in_table(out, table + (cluster & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1)) * sizeof(uint64_t));
+    return 0;
+}
+
+static void link_waits(struct l2map *map, const struct extent_place *place)
+{
+    struct link_log *log = map->log;
+
+    ASSERT(log->nlinks < WAITING_LINKS && log->next - log->first < log->capacity);
+    log->links[log->nlinks++] = (struct waiting_link){place->guest_offset >> map->cluster_bits, place->entry};
+    log->next++;
+}
+
+static int settle(void *context, const struct extent_place *place, enum extent_outcome outcome, int error)
+{
+    struct l2map *map = context;
+    struct stock *stock = place->memory ? map->unsynced : map->stock;
+    uint64_t host_cluster = place->host_offset >> map->cluster_bits;
+
+    if (outcome == EXTENT_NAMED) {
+        stock->linked++;
+        if (place->memory)
+            link_waits(map, place);
+        l2map_update(map, place->guest_offset, &place->entry, 1);
+        return 0;
+    }
+    if (outcome == EXTENT_UNTOUCHED) {
+        stock_put_back(stock, host_cluster);
+        return 0;
+    }
+    ASSERT(stock->nspoiled < STOCK_SPOILED);
+    stock->spoiled[stock->nspoiled++] = host_cluster;
+    /* Without space an entry is as it was; after anything else nobody knows. */
+    if (!error || error == -ENOSPC || error == -EDQUOT)
+        return 0;
+    return l2map_fail(map, error);
+}
+
+static const struct extent_places places = {take, settle, l2map_clear};
+
+uintptr_t l2map_places_address(void)
+{
+    return (uintptr_t)&places;
+}

@@ -1,0 +1,85 @@
+/* The inside of a struct l2map, between the files that work on one. */
+#pragma once
+
+#include "qcow2/plane/freed.h"
+#include "qcow2/plane/l2cache.h"
+#include "qcow2/plane/linklog.h"
+#include "qcow2/plane/stock.h"
+
+#define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
+#define FLAG_COPIED (UINT64_C(1) << 63)
+#define FLAG_COMPRESSED (UINT64_C(1) << 62)
+#define FLAG_ZERO UINT64_C(1)
+#define L2_RESERVED UINT64_C(0x3f000000000001fe)
+#define MAX_SLICE_BITS 9 /* 512 entries, 4 KiB */
+#define CLAIMS 4096 /* a power of two */
+#define NONE UINT32_MAX
+
+struct l2map {
+    uint32_t cluster_bits;
+    uint32_t slice_bits; /* log2 of the entries in a slice */
+    uint32_t version;
+    uint64_t size;
+
+    const uint64_t *l1;
+    uint64_t l1_nentries;
+    const uint64_t *metadata;
+    size_t nmetadata;
+    uint64_t file_end;
+
+    uint32_t slot;
+    int writable;
+    int error; /* errno of a write of an entry, or of the log's mark, that failed */
+    int has_backing;
+    extent_translate backing_translate;
+    void *backing_context;
+    uint64_t backing_size;
+
+    struct stock *stock;    /* NULL: only Python allocates */
+    struct stock *unsynced; /* clusters for links that wait in the log */
+    struct link_log *log;   /* NULL: none may */
+    struct freed *freed;    /* NULL: only Python frees clusters */
+    struct range_locks locks;
+    uint64_t loads;          /* slices that translate has loaded */
+    uint64_t clears;         /* writes of entries */
+    uint32_t claims[CLAIMS]; /* of Python's on slices, by their last bits: one too many only costs time */
+
+    uint32_t nslots;
+    uint32_t nused;
+    uint32_t hand;
+    uint32_t bucket_mask;
+    uint64_t *entries;   /* nslots slices, host byte order */
+    uint64_t *slice_of;  /* slot -> slice number */
+    uint32_t *next;      /* slot -> next slot of the same bucket */
+    uint32_t *buckets;   /* bucket -> first slot */
+    uint8_t *referenced; /* slot -> used since the hand last passed */
+};
+
+static inline uint64_t *slice_entries(struct l2map *map, uint32_t slot)
+{
+    return map->entries + ((size_t)slot << map->slice_bits);
+}
+
+static inline uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* -> where the slice is, or NONE. */
+uint32_t l2map_find(struct l2map *map, uint64_t slice);
+/* Nobody knows what an entry, or the log's mark, is since writing it has failed: write none from now on. -> result. */
+int l2map_fail(struct l2map *map, int result);
+/* -> whether somebody has locked one of the guest clusters from first to last. */
+int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last);
+/* -> host offset of the L2 table of the guest cluster; 0: there is none, or its L1 entry cannot be true. */
+uint64_t l2map_table(const struct l2map *map, uint64_t cluster);
+/* The same for a table that no snapshot shares. */
+uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster);
+/* Whether the slice's entries, or some, are Python's: in the file is not what is in memory, or it is being read. */
+int l2map_is_claimed(const struct l2map *map, uint64_t slice);
+/* `clear` of struct extent_places, in clear.c. */
+int l2map_clear(void *map, uint64_t guest_offset, uint64_t nbytes, enum extent_clearing how,
+                struct extent_writer *writer);
+/* What shows through where nothing is allocated. */
+void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes,
+                             struct extent_reader *reader, struct extent *out);

@@ -1,0 +1,42 @@
+#include "qcow2/plane/linklog.h"
+
+#include <endian.h>
+#include <libdeflate.h>
+#include <stddef.h>
+#include <string.h>
+
+struct record {
+    uint64_t cluster;
+    uint64_t old_entry;
+    uint64_t entry;
+    uint64_t sequence;
+    uint64_t first;
+    uint32_t checksum;
+    uint32_t padding;
+};
+_Static_assert(sizeof(struct record) == LINK_RECORD_NBYTES, "RECORD in qcow2/plane/linklog.py");
+
+uint64_t link_log_record(const struct link_log *log, uint64_t cluster, uint64_t old_entry, uint64_t entry,
+                         uint8_t *record)
+{
+    struct record made = {htole64(cluster), htole64(old_entry), htole64(entry), htole64(log->next),
+                          htole64(log->first), 0, 0};
+
+    made.checksum = htole32(libdeflate_crc32(0, &made, offsetof(struct record, checksum)));
+    memcpy(record, &made, sizeof(made));
+    return LINK_RECORDS_OFFSET + log->next % log->capacity * LINK_RECORD_NBYTES;
+}
+
+void link_log_mark(const struct link_log *log, uint64_t sequence, uint8_t mark[LINK_MARK_NBYTES])
+{
+    uint64_t value = log->mark | (sequence % ((UINT64_C(1) << LINK_STAMP_BITS) - 1) + 1);
+
+    for (int i = LINK_MARK_NBYTES; i--; value >>= 8)
+        mark[i] = value;
+}
+
+int link_log_has_room(const struct link_log *log)
+{
+    return log->memory && log->nlinks < WAITING_LINKS && log->next - log->first + 2 < log->capacity &&
+           log->next < LINK_LIMIT;
+}
