@@ -3,7 +3,7 @@
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] */native.cdef) ring/build.py pyproject.toml
+NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] qcow2/plane/*.[ch] */*.cdef) ring/build.py pyproject.toml
 export PYTHON
 
 .PHONY: demo test check vm migrate asan kill threads bench compare install build-packages guest-packages

@@ -1,4 +1,4 @@
-"""Build the cffi extensions: one C wrapper generated from each room's `native.cdef`, compiled with its sources.
+"""Build the cffi extensions: one C wrapper generated from each `.cdef`, compiled with its sources.
 
 ``python -m ring.build --asan`` compiles the same sources, without Python, into each program of `tests/c`, and into the
 replay of the ring fuzzer's corpus, with the address and undefined behaviour sanitizers, and runs them; ``--tsan`` the
@@ -44,11 +44,14 @@ FUZZ = ROOT / "tests" / "fuzz"
 
 
 def emit_wrapper(module: str, target: Path) -> None:
-    """Write the C file that exposes *module*'s `native.cdef` (declarations) over `native.h` (what it includes)."""
-    room = module.partition(".")[0]
+    """Write the C file that exposes the declarations of `room/name.cdef`, for the *module* `room._name`.
+
+    What it includes is `room/name.h`.
+    """
+    room, _, name = module.partition("._")
     ffi = FFI()
-    ffi.cdef((ROOT / room / "native.cdef").read_text())
-    ffi.set_source(module, f'#include "{room}/native.h"')
+    ffi.cdef((ROOT / room / f"{name}.cdef").read_text())
+    ffi.set_source(module, f'#include "{room}/{name}.h"')
     target.parent.mkdir(parents=True, exist_ok=True)
     ffi.emit_c_code(str(target))
 
@@ -93,7 +96,7 @@ def run_sanitized(directory: Path, option: str) -> None:
 
 def _run_program(compile_command: list[str], binary: Path, *arguments: str) -> None:
     print(binary.name, flush=True)
-    libraries = ["-luring", "-ldeflate", "-pthread"]
+    libraries = ["-luring", "-ldeflate", "-lcrypto", "-pthread"]
     subprocess.run([*compile_command, *libraries, "-o", str(binary)], cwd=ROOT, check=True)
     suppressions = f"suppressions={ROOT / 'tests' / 'c' / 'tsan.supp'}"
     environment = {**os.environ, "TSAN_OPTIONS": f"{suppressions}:halt_on_error=1"}

@@ -30,7 +30,8 @@ def build_ring(*, coverage: bool = False) -> list[str]:
     sources = [str(ROOT / "tests" / "fuzz" / "ring.c"), *(str(ROOT / source) for source in native_sources())]
     flags = [*FLAGS, *SANITIZERS, *(COVERAGE if coverage else [])]
     compiler = os.environ.get("CLANG", "clang")
-    command = [compiler, *flags, f"-I{ROOT}", *sources, "-luring", "-ldeflate", "-pthread", "-o", str(binary)]
+    libraries = ["-luring", "-ldeflate", "-lcrypto", "-pthread"]
+    command = [compiler, *flags, f"-I{ROOT}", *sources, *libraries, "-o", str(binary)]
     subprocess.run(command, cwd=WORK, check=True)
     return [str(binary)]
 

@@ -1,0 +1,58 @@
+"""Where the guest's bytes of an image lie: in a file as they are, or encrypted."""
+
+from typing import TYPE_CHECKING
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Buffer, File, ReadInto, Write
+from qcow2.format.layout import SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from qcow2.plane.cipher import Cipher
+
+Piece = bytes | bytearray | memoryview | Buffer
+
+
+class Data:
+    """The file, and the cipher if there is one: then all transfers are of whole sectors of 512 bytes."""
+
+    def __init__(self, file: File, cipher: "Cipher | None" = None, *, origin: int = 0) -> None:
+        """*origin*: where the cipher's sector 0 begins in the file."""
+        self.file = file
+        self._cipher = cipher
+        self._origin = origin
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what is in the file is not what the guest reads: zeros there are none."""
+        return self._cipher is not None
+
+    async def read(self, host_offset: int, target: Buffer) -> None:
+        """Fill *target* from *host_offset*; past the end of the file are zeros, or what those decrypt to."""
+        if self._cipher is None:
+            await ReadInto(self.file, host_offset, target, data=True)
+            return
+        start = host_offset - host_offset % SECTOR_SIZE
+        end = host_offset + len(target)
+        stored = bytearray(end + -end % SECTOR_SIZE - start)
+        await ReadInto(self.file, start, MemoryBuffer(memoryview(stored)), data=True)
+        self._cipher.decrypt(self._sector(start), stored)
+        target.store(memoryview(stored)[host_offset - start : end - start])
+
+    async def write(self, host_offset: int, *pieces: Piece) -> None:
+        """Put *pieces*, one after the other, at *host_offset*: process-safe on return, stable after the next Sync.
+
+        After a power loss before that, any subset of its 512-byte sectors may be on the disk. What the guest wrote is
+        encrypted in memory of our own.
+        """
+        if self._cipher is None:
+            await Write(self.file, host_offset, *pieces, data=True)
+            return
+        content = b"".join(_bytes_of(piece) for piece in pieces)
+        await Write(self.file, host_offset, self._cipher.encrypt(self._sector(host_offset), content), data=True)
+
+    def _sector(self, host_offset: int) -> int:
+        return (host_offset - self._origin) // SECTOR_SIZE
+
+
+def _bytes_of(piece: Piece) -> bytes | bytearray | memoryview:
+    return piece if isinstance(piece, bytes | bytearray | memoryview) else piece.load()

@@ -1,0 +1,217 @@
+"""Key slots: a passphrase opens one, which gives the master key; slots are added and erased, the key stays.
+
+A slot becomes a key after its material is stable, and stops being one before it is wiped, so a death at any moment
+leaves the old slots or the new ones.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from qcow2.driver.operation import Compute, File, Read, Sync, Write
+from qcow2.error import ImageError
+from qcow2.format.layout import SECTOR_SIZE
+from qcow2.format.luks import (
+    DIGEST_BYTES,
+    DISABLED,
+    ENABLED,
+    MAX_ITERATIONS,
+    MIN_ITERATIONS,
+    NSLOTS,
+    SALT_BYTES,
+    STRIPES,
+    CipherSpec,
+    Luks,
+    LuksRecord,
+    SlotRecord,
+    parse_luks,
+)
+from qcow2.plane.cipher import Cipher
+
+PROBE_ITERATIONS = 1 << 15
+DEFAULT_ITER_TIME_MS = 2000
+DIGEST_SHARE = 8  # a slot's iterations to the digest's
+
+
+class WrongKey(ImageError):
+    """No key slot opens with what was given, or nothing was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vault:
+    """A LUKS header where it lies: *nbytes* at *host_offset* of *file*, key material included."""
+
+    file: File
+    host_offset: int
+    luks: Luks
+
+    @classmethod
+    async def read(cls, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> "Vault":
+        """Raises: UnsupportedImage, CorruptImage."""
+        data = await Read(file, host_offset, min(LuksRecord.NBYTES, nbytes))
+        return cls(file, host_offset, parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached))
+
+    async def open(self, passphrases: Iterable[bytes]) -> bytearray:
+        """The master key, from the first slot that one of *passphrases* opens.
+
+        Raises: WrongKey.
+        """
+        for passphrase in passphrases:
+            for number in self.luks.enabled:
+                if key := await self.open_slot(number, passphrase):
+                    return key
+        raise WrongKey(self.file.path, "the key opens no key slot")
+
+    async def open_slot(self, number: int, passphrase: bytes) -> bytearray | None:
+        """The master key, if *passphrase* opens that slot."""
+        record, slot = self.luks.record, self.luks.record.slots[number]
+        derived = await _derive(self.luks.hash_name, passphrase, slot.salt, slot.iterations, record.key_bytes)
+        where = self.host_offset + slot.material_sector * SECTOR_SIZE
+        material = bytearray(await Read(self.file, where, record.material_sectors * SECTOR_SIZE))
+        Cipher(self.file.path, self.luks.spec, derived).decrypt(0, material)
+        key = _merge(self.luks.hash_name, memoryview(material)[: record.key_bytes * STRIPES], record.key_bytes)
+        wipe(material)
+        digest = await _derive(
+            self.luks.hash_name, bytes(key), record.digest_salt, record.digest_iterations, DIGEST_BYTES
+        )
+        return key if digest == record.digest else None
+
+    async def add_slot(self, number: int, passphrase: bytes, key: bytes | bytearray, iter_time_ms: int) -> "Vault":
+        """Let *passphrase* open slot *number*, which is off; stable on return."""
+        record = self.luks.record
+        sealed, material = await _seal(self.luks, number, passphrase, key, iter_time_ms)
+        await Write(self.file, self.host_offset + sealed.material_sector * SECTOR_SIZE, material)
+        await Sync(self.file)
+        changed = record.with_slot(number, sealed)
+        await self._write_header(changed, [1, 0])  # the sector that says "on" last
+        return replace(self, luks=replace(self.luks, record=changed))
+
+    async def erase_slot(self, number: int) -> "Vault":
+        """Let nothing open slot *number* any more; stable on return."""
+        record, slot = self.luks.record, self.luks.record.slots[number]
+        changed = record.with_slot(number, replace(slot, state=DISABLED, iterations=0, salt=bytes(SALT_BYTES)))
+        await self._write_header(changed, [0, 1])  # the sector that says "off" first
+        nbytes = record.material_sectors * SECTOR_SIZE
+        await Write(self.file, self.host_offset + slot.material_sector * SECTOR_SIZE, os.urandom(nbytes))
+        await Sync(self.file)
+        return replace(self, luks=replace(self.luks, record=changed))
+
+    async def _write_header(self, record: LuksRecord, sectors: list[int]) -> None:
+        """Write the *sectors* of the header that are not as before, one after the other; stable on return.
+
+        The fields of slot 6 lie in both.
+        """
+        old, new = self.luks.record.pack(), record.pack()
+        for start in (number * SECTOR_SIZE for number in sectors):
+            piece = new[start : start + SECTOR_SIZE]
+            if piece != old[start : start + SECTOR_SIZE]:
+                await Write(self.file, self.host_offset + start, piece)
+                await Sync(self.file)
+
+
+async def _derive(hash_name: str, passphrase: bytes, salt: bytes, iterations: int, nbytes: int) -> bytes:
+    derived: bytes = await Compute(lambda: hashlib.pbkdf2_hmac(hash_name, passphrase, salt, iterations, nbytes))
+    return derived
+
+
+def wipe(secret: bytearray) -> None:
+    """Overwrite *secret*; copies that Python has made stay, unreachable, until their memory is used again."""
+    secret[:] = bytes(len(secret))
+
+
+def _merge(hash_name: str, material: memoryview, key_bytes: int) -> bytearray:
+    """The key out of its stripes: anti-forensic information splitter."""
+    mixed = 0
+    for start in range(0, key_bytes * (STRIPES - 1), key_bytes):
+        stripe = int.from_bytes(material[start : start + key_bytes], "big")
+        mixed = int.from_bytes(_diffuse(hash_name, (mixed ^ stripe).to_bytes(key_bytes, "big")), "big")
+    last = int.from_bytes(material[key_bytes * (STRIPES - 1) :], "big")
+    return bytearray((mixed ^ last).to_bytes(key_bytes, "big"))
+
+
+def _split(hash_name: str, key: bytes | bytearray) -> bytearray:
+    """Stripes that give *key* only if none of them is missing."""
+    material = bytearray(os.urandom(len(key) * (STRIPES - 1))) + bytes(len(key))
+    last = _merge(hash_name, memoryview(material), len(key))
+    material[-len(key) :] = bytes(one ^ other for one, other in zip(last, key, strict=True))
+    return material
+
+
+def _diffuse(hash_name: str, block: bytes) -> bytes:
+    size = hashlib.new(hash_name).digest_size
+    pieces = (block[start : start + size] for start in range(0, len(block), size))
+    return b"".join(
+        hashlib.new(hash_name, number.to_bytes(4, "big") + piece).digest()[: len(piece)]
+        for number, piece in enumerate(pieces)
+    )
+
+
+async def _seal(
+    luks: Luks, number: int, passphrase: bytes, key: bytes | bytearray, iter_time_ms: int
+) -> tuple[SlotRecord, bytearray]:
+    """A slot that *passphrase* opens, and its material."""
+    record, salt = luks.record, os.urandom(SALT_BYTES)
+    iterations = await _iterations(luks.hash_name, record.key_bytes, iter_time_ms)
+    derived = await _derive(luks.hash_name, passphrase, salt, iterations, record.key_bytes)
+    stripes = _split(luks.hash_name, key)
+    material = Cipher("", luks.spec, derived).encrypt(0, stripes + bytes(-len(stripes) % SECTOR_SIZE))
+    wipe(stripes)
+    return SlotRecord(ENABLED, iterations, salt, record.slots[number].material_sector, STRIPES), material
+
+
+async def _iterations(hash_name: str, nbytes: int, milliseconds: int) -> int:
+    """How many iterations keep this machine busy for so long."""
+
+    def measure() -> float:
+        before = time.thread_time()
+        hashlib.pbkdf2_hmac(hash_name, b"passphrase", bytes(SALT_BYTES), PROBE_ITERATIONS, nbytes)
+        return time.thread_time() - before
+
+    seconds: float = await Compute(measure)
+    wanted = int(PROBE_ITERATIONS * milliseconds / 1000 / max(seconds, 1e-6))
+    return max(MIN_ITERATIONS, min(wanted, MAX_ITERATIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class NewVault:
+    """A header that has one key slot, and the key."""
+
+    luks: Luks
+    key: bytearray
+    header: bytes
+    material: bytearray  # of slot 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the header with room for all key material."""
+        record = self.luks.record
+        return record.payload_offset or record.end_offset
+
+    async def write(self, file: File, host_offset: int) -> None:
+        """Put it where zeros are; the header's first sector, without which it is none, last. Not stable on return."""
+        record = self.luks.record
+        await Write(file, host_offset + record.slots[0].material_sector * SECTOR_SIZE, self.material)
+        await Write(file, host_offset + SECTOR_SIZE, self.header[SECTOR_SIZE:])
+        await Sync(file)
+        await Write(file, host_offset, self.header[:SECTOR_SIZE])
+
+
+async def new_vault(record: LuksRecord, spec: CipherSpec, hash_name: str, passphrase: bytes, ms: int) -> NewVault:
+    """A fresh master key for *record*, which is empty, in a slot that *passphrase* opens in *ms* milliseconds.
+
+    Raises: UnsupportedImage.
+    """
+    key = bytearray(os.urandom(record.key_bytes))
+    luks = Luks(record, spec, hash_name, record.uuid.decode())
+    slot, material = await _seal(luks, 0, passphrase, key, ms)
+    salt, iterations = os.urandom(SALT_BYTES), max(MIN_ITERATIONS, slot.iterations // DIGEST_SHARE)
+    digest = await _derive(hash_name, bytes(key), salt, iterations, DIGEST_BYTES)
+    sealed = replace(record, digest=digest, digest_salt=salt, digest_iterations=iterations).with_slot(0, slot)
+    return NewVault(replace(luks, record=sealed), key, sealed.pack(), material)
+
+
+def free_slot(luks: Luks) -> int | None:
+    """The first slot that is off."""
+    return next((number for number in range(NSLOTS) if number not in luks.enabled), None)

@@ -1,0 +1,252 @@
+"""LUKS version 1: its header, in front of a raw disk or in clusters of a qcow2 image; nothing here needs a key.
+
+Spec: LUKS On-Disk Format Specification 1.2.3.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format.layout import SECTOR_SIZE, values_of
+
+MAGIC = b"LUKS\xba\xbe"
+VERSION = 1
+NSLOTS = 8
+STRIPES = 4000  # the only number that the specification's programs write
+SALT_BYTES = 32
+DIGEST_BYTES = 20  # of the master key's digest, whatever the hash
+ENABLED, DISABLED = 0x00AC71F3, 0x0000DEAD
+MIN_SECTOR = 8  # of key material and of the payload
+AREA_ALIGNMENT = 8  # sectors
+MIN_ITERATIONS = 1000
+MAX_ITERATIONS = 1 << 27  # some minutes: what an image asks of us has to end
+HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5")
+MODES = ("ecb", "cbc", "ctr", "xts")
+IV_GENERATORS = ("plain", "plain64", "essiv")
+KEY_BYTES = {  # of the ciphers that libcrypto always has; XTS takes two keys
+    ("aes", "ecb"): (16, 24, 32),
+    ("aes", "cbc"): (16, 24, 32),
+    ("aes", "ctr"): (16, 24, 32),
+    ("aes", "xts"): (32, 64),
+}
+ESSIV_KEY_BYTES = (16, 24, 32)  # of AES: the digest's length says which
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """One key slot: 48 bytes of the header."""
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct(">II32sII")
+
+    state: int
+    iterations: int
+    salt: bytes
+    material_sector: int
+    stripes: int
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether a passphrase opens it."""
+        return self.state == ENABLED
+
+
+@dataclass(frozen=True, slots=True)
+class LuksRecord:
+    """The 592 bytes of the header, big-endian; offsets count from its own start."""
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct(">6sH32s32s32sII20s32sI40s")
+    NBYTES: ClassVar[int] = FORMAT.size + NSLOTS * SlotRecord.FORMAT.size
+
+    magic: bytes
+    version: int
+    cipher_name: bytes
+    cipher_mode: bytes
+    hash_spec: bytes
+    payload_sector: int
+    key_bytes: int
+    digest: bytes
+    digest_salt: bytes
+    digest_iterations: int
+    uuid: bytes
+    slots: tuple[SlotRecord, ...]
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Take NBYTES apart; nothing is judged."""
+        slots = SlotRecord.FORMAT.iter_unpack(data[cls.FORMAT.size : cls.NBYTES])
+        return cls(*(*cls.FORMAT.unpack_from(data), tuple(SlotRecord(*fields) for fields in slots)))
+
+    def pack(self) -> bytes:
+        """The header as it is in the file."""
+        return self.FORMAT.pack(*values_of(self)[:-1]) + b"".join(
+            SlotRecord.FORMAT.pack(*values_of(slot)) for slot in self.slots
+        )
+
+    @property
+    def payload_offset(self) -> int:
+        """Bytes; 0 in a header that is detached from its payload."""
+        return self.payload_sector * SECTOR_SIZE
+
+    @property
+    def material_sectors(self) -> int:
+        """Of one slot."""
+        return -(-self.key_bytes * STRIPES // SECTOR_SIZE)
+
+    @property
+    def end_offset(self) -> int:
+        """Where the last key material ends."""
+        return (max(slot.material_sector for slot in self.slots) + self.material_sectors) * SECTOR_SIZE
+
+    def with_slot(self, number: int, slot: SlotRecord) -> "LuksRecord":
+        """This header with another *slot*."""
+        return replace(self, slots=(*self.slots[:number], slot, *self.slots[number + 1 :]))
+
+
+@dataclass(frozen=True, slots=True)
+class CipherSpec:
+    """How sectors are encrypted, in the words of the format."""
+
+    name: str
+    mode: str
+    iv_generator: str
+    iv_hash: str | None
+    key_bytes: int
+
+    @property
+    def mode_text(self) -> str:
+        """As the header has it."""
+        return f"{self.mode}-{self.iv_generator}" + (f":{self.iv_hash}" if self.iv_hash else "")
+
+    @property
+    def algorithm(self) -> str:
+        """As QEMU names it: the bits of one key."""
+        return f"{self.name}-{self.key_bytes * 8 // (2 if self.mode == 'xts' else 1)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Luks:
+    """A header that holds together."""
+
+    record: LuksRecord
+    spec: CipherSpec
+    hash_name: str
+    uuid: str
+
+    @property
+    def enabled(self) -> list[int]:
+        """The numbers of the slots that a passphrase opens."""
+        return [number for number, slot in enumerate(self.record.slots) if slot.is_enabled]
+
+
+def parse_luks(path: str, data: bytes, limit: int, host_offset: int = 0, *, is_detached: bool = False) -> Luks:
+    """Take apart the header that begins *data*, lies at *host_offset* and has *limit* bytes with its key material.
+
+    Raises: UnsupportedImage, CorruptImage.
+    """
+    if len(data) < LuksRecord.NBYTES or data[:6] != MAGIC:
+        raise UnsupportedImage(path, f"not a LUKS header: magic {data[:6].hex()}, not {MAGIC.hex()}")
+    record = LuksRecord.parse(data)
+    if record.version != VERSION:
+        raise UnsupportedImage(path, f"LUKS version {record.version} is not supported, only {VERSION}")
+    spec = _spec(path, host_offset, record)
+    hash_name = _text(path, host_offset + 72, "hash", record.hash_spec)
+    require_hash(path, hash_name)
+    for name, count in _iterations(record):
+        if not 0 < count <= MAX_ITERATIONS:
+            raise CorruptImage(path, host_offset, f"LUKS {name} {count}, not from 1 to {MAX_ITERATIONS}")
+    _validate_areas(path, host_offset, record, limit, is_detached=is_detached)
+    return Luks(record, spec, hash_name, _text(path, host_offset + 168, "uuid", record.uuid))
+
+
+def _spec(path: str, host_offset: int, record: LuksRecord) -> CipherSpec:
+    name = _text(path, host_offset + 8, "cipher name", record.cipher_name)
+    text = _text(path, host_offset + 40, "cipher mode", record.cipher_mode)
+    mode, _, generator = text.partition("-")
+    generator, _, iv_hash = generator.partition(":")
+    spec = CipherSpec(name, mode, generator, iv_hash or None, record.key_bytes)
+    validate_spec(path, spec)
+    return spec
+
+
+def validate_spec(path: str, spec: CipherSpec) -> None:
+    """Raises: UnsupportedImage, naming what we do not have."""
+    if (spec.name, spec.mode) not in KEY_BYTES or spec.iv_generator not in IV_GENERATORS:
+        raise UnsupportedImage(path, f"cipher {spec.name}-{spec.mode_text} is not supported, only AES is")
+    if spec.key_bytes not in KEY_BYTES[spec.name, spec.mode]:
+        raise UnsupportedImage(path, f"a key of {spec.key_bytes} bytes is not supported for {spec.name}-{spec.mode}")
+    if (spec.iv_generator == "essiv") != (spec.iv_hash is not None):
+        raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: essiv, and nothing else, goes with a hash")
+    if spec.iv_hash is not None:
+        require_hash(path, spec.iv_hash)
+        if hashlib.new(spec.iv_hash).digest_size not in ESSIV_KEY_BYTES:
+            raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: no AES key is as long as this hash")
+
+
+def require_hash(path: str, name: str) -> None:
+    """Raises: UnsupportedImage for a hash that there is not, or that this OpenSSL does not give."""
+    if name not in HASHES or name not in hashlib.algorithms_available:
+        raise UnsupportedImage(path, f"hash {name!r} is not supported")
+    try:
+        hashlib.new(name)
+    except ValueError as error:
+        raise UnsupportedImage(path, f"hash {name!r} is not supported by this OpenSSL") from error
+
+
+def _text(path: str, host_offset: int, what: str, field: bytes) -> str:
+    text, end, _ = field.partition(b"\0")
+    if not end or not text.isascii() or not text.decode().isprintable():
+        raise CorruptImage(path, host_offset, f"LUKS {what} {field[:16]!r} is no text that ends")
+    return text.decode()
+
+
+def _iterations(record: LuksRecord) -> Iterator[tuple[str, int]]:
+    yield "digest iterations", record.digest_iterations
+    for number, slot in enumerate(record.slots):
+        if slot.is_enabled:
+            yield f"key slot {number} iterations", slot.iterations
+
+
+def _validate_areas(path: str, host_offset: int, record: LuksRecord, limit: int, *, is_detached: bool) -> None:
+    """Key material lies behind the header, in front of the payload, and each by itself."""
+    ends_at = 0
+    for number, slot in sorted(enumerate(record.slots), key=lambda each: each[1].material_sector):
+        what = f"LUKS key slot {number}"
+        if slot.state not in (ENABLED, DISABLED):
+            raise CorruptImage(path, host_offset, f"{what}: state {slot.state:#010x} is neither on nor off")
+        if slot.stripes != STRIPES:
+            raise UnsupportedImage(path, f"{what}: {slot.stripes} stripes, supported are {STRIPES}")
+        if slot.material_sector < max(MIN_SECTOR, ends_at):
+            message = f"{what}: key material at sector {slot.material_sector}, inside what ends at sector {ends_at}"
+            raise CorruptImage(path, host_offset, message)
+        ends_at = slot.material_sector + record.material_sectors
+    if ends_at * SECTOR_SIZE > limit:
+        raise CorruptImage(path, host_offset, f"LUKS key material ends at {ends_at * SECTOR_SIZE}, limit {limit}")
+    if not is_detached and record.payload_sector < max(MIN_SECTOR, ends_at):
+        message = f"LUKS payload at sector {record.payload_sector}, key material ends at sector {ends_at}"
+        raise CorruptImage(path, host_offset, message)
+
+
+def new_record(spec: CipherSpec, hash_name: str, uuid: str, *, is_detached: bool = False) -> LuksRecord:
+    """A header without any key: where QEMU has its parts."""
+    sectors = -(-spec.key_bytes * STRIPES // SECTOR_SIZE)
+    area = sectors + -sectors % AREA_ALIGNMENT
+    slots = tuple(
+        SlotRecord(DISABLED, 0, bytes(SALT_BYTES), MIN_SECTOR + number * area, STRIPES) for number in range(NSLOTS)
+    )
+    return LuksRecord(
+        magic=MAGIC,
+        version=VERSION,
+        cipher_name=spec.name.encode(),
+        cipher_mode=spec.mode_text.encode(),
+        hash_spec=hash_name.encode(),
+        payload_sector=0 if is_detached else MIN_SECTOR + NSLOTS * area,
+        key_bytes=spec.key_bytes,
+        digest=bytes(DIGEST_BYTES),
+        digest_salt=bytes(SALT_BYTES),
+        digest_iterations=0,
+        uuid=uuid.encode(),
+        slots=slots,
+    )

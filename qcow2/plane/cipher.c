@@ -1,0 +1,105 @@
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+#include <openssl/evp.h>
+
+#include "qcow2/plane/cipher.h"
+
+#define IV_NBYTES 16
+
+struct cipher {
+    EVP_CIPHER_CTX *encryption; /* its key is set once, its IV for each sector; it is wiped when freed */
+    EVP_CIPHER_CTX *decryption;
+    EVP_CIPHER_CTX *essiv; /* NULL: the IV is the number */
+    enum cipher_iv iv;
+};
+
+/* One direction of the cipher with its key. -> NULL: there is no such cipher, or no memory. */
+static EVP_CIPHER_CTX *with_key(const char *name, const uint8_t *key, size_t key_nbytes, int encrypts)
+{
+    static const uint8_t no_iv[IV_NBYTES];
+    EVP_CIPHER *kind = EVP_CIPHER_fetch(NULL, name, NULL);
+    EVP_CIPHER_CTX *context = EVP_CIPHER_CTX_new();
+
+    if (!kind || !context || (size_t)EVP_CIPHER_get_key_length(kind) != key_nbytes ||
+        EVP_CIPHER_get_iv_length(kind) > IV_NBYTES ||
+        EVP_CipherInit_ex2(context, kind, key, no_iv, encrypts, NULL) != 1 ||
+        EVP_CIPHER_CTX_set_padding(context, 0) != 1) {
+        EVP_CIPHER_CTX_free(context);
+        context = NULL;
+    }
+    EVP_CIPHER_free(kind);
+    return context;
+}
+
+struct cipher *cipher_create(const char *name, enum cipher_iv iv, const uint8_t *key, size_t key_nbytes,
+                             const char *essiv_name, const uint8_t *essiv_key, size_t essiv_key_nbytes)
+{
+    struct cipher *cipher = calloc(1, sizeof(*cipher));
+
+    if (!cipher)
+        return NULL;
+    cipher->iv = iv;
+    cipher->encryption = with_key(name, key, key_nbytes, 1);
+    cipher->decryption = with_key(name, key, key_nbytes, 0);
+    if (essiv_name)
+        cipher->essiv = with_key(essiv_name, essiv_key, essiv_key_nbytes, 1);
+    if (cipher->encryption && cipher->decryption && (iv != CIPHER_ESSIV || cipher->essiv))
+        return cipher;
+    cipher_destroy(cipher);
+    return NULL;
+}
+
+void cipher_destroy(struct cipher *cipher)
+{
+    if (!cipher)
+        return;
+    EVP_CIPHER_CTX_free(cipher->encryption);
+    EVP_CIPHER_CTX_free(cipher->decryption);
+    EVP_CIPHER_CTX_free(cipher->essiv);
+    free(cipher);
+}
+
+static int set_iv(struct cipher *cipher, EVP_CIPHER_CTX *context, uint64_t sector)
+{
+    uint8_t iv[IV_NBYTES] = {0};
+    uint64_t number = htole64(cipher->iv == CIPHER_PLAIN ? (uint32_t)sector : sector);
+    int nbytes;
+
+    memcpy(iv, &number, sizeof(number));
+    if (cipher->iv == CIPHER_ESSIV && EVP_CipherUpdate(cipher->essiv, iv, &nbytes, iv, sizeof(iv)) != 1)
+        return -EIO;
+    return EVP_CipherInit_ex2(context, NULL, NULL, iv, -1, NULL) == 1 ? 0 : -EIO;
+}
+
+static int convert(struct cipher *cipher, EVP_CIPHER_CTX *context, uint64_t sector, const uint8_t *from, uint8_t *to,
+                   size_t nbytes)
+{
+    int done;
+
+    if (nbytes % CIPHER_SECTOR)
+        return -EIO;
+    for (; nbytes; from += CIPHER_SECTOR, to += CIPHER_SECTOR, nbytes -= CIPHER_SECTOR)
+        if (set_iv(cipher, context, sector++) < 0 ||
+            EVP_CipherUpdate(context, to, &done, from, CIPHER_SECTOR) != 1 || done != CIPHER_SECTOR)
+            return -EIO;
+    return 0;
+}
+
+int cipher_encrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes)
+{
+    return convert(cipher, cipher->encryption, sector, from, to, nbytes);
+}
+
+int cipher_decrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes)
+{
+    return convert(cipher, cipher->decryption, sector, from, to, nbytes);
+}
+
+int secrets_stay_in_memory(void)
+{
+    return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 ? -errno : 0;
+}
