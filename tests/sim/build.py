@@ -77,7 +77,7 @@ def load(edits: Iterable[Edit] = ()) -> None:
 
 
 def _edited(edits: Iterable[Edit]) -> dict[str, str]:
-    names = [path.relative_to(ROOT) for room in ("ring", "virtio", "qcow2") for path in (ROOT / room).glob("*.[ch]")]
+    names = [path.relative_to(ROOT) for room in ("ring", "virtio", "qcow2") for path in (ROOT / room).rglob("*.[ch]")]
     names += [Path("tests/sim/host.c"), Path("tests/sim/host.h")]
     names += [Path(f"{room}/native.cdef") for room in LIBRARIES] + [Path("tests/sim/native.cdef")]
     sources = {str(name): (ROOT / name).read_text() for name in names}
