@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
+from qcow2.engine.data import Data
 from qcow2.engine.growth import Grower
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
@@ -33,6 +34,7 @@ class Changes:
     def __init__(
         self,
         file: File,
+        data: Data,
         geometry: Geometry,
         mapping: Mapping,
         reader: Reader,
@@ -64,7 +66,7 @@ class Changes:
         self.links = Links(geometry, mapping, self._reaper, stability, log)
         tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
         self.writer = Writer(
-            file, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics
+            data, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics
         )
         has_backing = backing_size is not None
         self.zeroer = Zeroer(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from qcow2.driver.operation import Allocated, Buffer, File, Read, Resize, Size
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters
+from qcow2.engine.data import Data
 from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.mapping import Mapping, entries_of
@@ -72,7 +73,8 @@ class Image:
             file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self._statistics
         )
         compressed = CompressedClusters(file, self.geometry, header.compression_type, self._statistics)
-        self._reader = Reader(file, self._mapping, compressed, backing)
+        self._data = Data(file)
+        self._reader = Reader(self._data, self._mapping, compressed, backing)
         self._changes: Changes | None = None  # only while writable
         if backing is not None:
             self._cache.set_backing(backing.extent_map, backing.size, backing)
@@ -124,6 +126,7 @@ class Image:
         root = Root(header, self._stability, is_lazy=is_lazy)
         return Changes(
             self.file,
+            self._data,
             self.geometry,
             self._mapping,
             self._reader,

@@ -3,7 +3,8 @@
 import errno
 from collections.abc import Callable, Sequence
 
-from qcow2.driver.operation import Buffer, File, Occupied, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.driver.operation import Buffer, File, Occupied, Resize, Size, Sync, Zero
+from qcow2.engine.data import Data
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
@@ -22,6 +23,7 @@ class RawImage:
         self.read_only = read_only
         self.backing = None
         self.statistics = Statistics()
+        self._data = Data(file)
         self._map = RawMap(size)
         self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
         self.on_bitmaps_void: Callable[[], None] = lambda: None  # never told
@@ -75,18 +77,18 @@ class RawImage:
         """Whether the range is known to read as zeros: past the end."""
         return guest_offset >= self.size
 
-    async def find(self, guest_offset: int, nbytes: int) -> tuple[File, int]:
+    async def find(self, guest_offset: int, nbytes: int) -> tuple[Data, int]:
         """Where the range is: where it says."""
-        return self.file, guest_offset
+        return self._data, guest_offset
 
     async def read(self, guest_offset: int, target: Buffer) -> None:
         """Fill *target*; zeros past the end."""
-        await ReadInto(self.file, guest_offset, target, data=True)
+        await self._data.read(guest_offset, target)
 
     async def write(self, guest_offset: int, source: Buffer) -> None:
         """Put *source* at *guest_offset*; process-safe on return."""
         self._require_writable()
-        await Write(self.file, guest_offset, source, data=True)
+        await self._data.write(guest_offset, source)
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* or not, the host decides about the space."""

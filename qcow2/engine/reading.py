@@ -3,8 +3,9 @@
 from enum import Enum
 from typing import TYPE_CHECKING, assert_never
 
-from qcow2.driver.operation import Buffer, File, ReadInto
+from qcow2.driver.operation import Buffer
 from qcow2.engine.compressed import CompressedClusters
+from qcow2.engine.data import Data
 from qcow2.engine.mapping import Mapping
 from qcow2.plane.l2cache import Kind, Run
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA, COMPRESSED = (
     int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA, Kind.COMPRESSED)
 )
-Place = tuple[File, int]  # of data in one piece: the file of the chain, the offset in it
+Place = tuple[Data, int]  # of data in one piece: where an image of the chain has its data, the offset there
 
 
 class Seen(Enum):
@@ -30,9 +31,9 @@ class Reader:
     """Reads guest bytes of one image and, where it has none, of its backing image."""
 
     def __init__(
-        self, file: File, mapping: Mapping, compressed: CompressedClusters, backing: "Image | RawImage | None"
+        self, data: Data, mapping: Mapping, compressed: CompressedClusters, backing: "Image | RawImage | None"
     ) -> None:
-        self._file = file
+        self._data = data
         self._mapping = mapping
         self._compressed = compressed
         self._backing = backing
@@ -57,7 +58,7 @@ class Reader:
     async def _read_run(self, run: Run, guest_offset: int, target: Buffer) -> None:
         match Kind(run.kind):
             case Kind.DATA:
-                await ReadInto(self._file, run.host_offset, target, data=True)
+                await self._data.read(run.host_offset, target)
             case Kind.ZERO_PLAIN | Kind.ZERO_ALLOCATED:
                 target.zero()
             case Kind.UNALLOCATED:
@@ -90,7 +91,7 @@ class Reader:
         if run.kind == UNALLOCATED:
             return await self._find_backing(guest_offset, nbytes)
         if run.kind == DATA:
-            return self._file, run.host_offset
+            return self._data, run.host_offset
         return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
 
     async def _find_backing(self, guest_offset: int, nbytes: int) -> Place | Seen:

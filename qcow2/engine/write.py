@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Buffer, File, ReadInto, Write
+from qcow2.driver.operation import Buffer
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.compressed import Payload
+from qcow2.engine.data import Data
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import RangeLocks
@@ -32,7 +33,7 @@ class Writer:
 
     def __init__(
         self,
-        file: File,
+        data: Data,
         geometry: Geometry,
         mapping: Mapping,
         reader: Reader,
@@ -45,7 +46,7 @@ class Writer:
     ) -> None:
         self.locks = RangeLocks(mapping.cache)
         self._copies = Turns(max(4, COPY_BYTES // geometry.cluster_size))
-        self._file = file
+        self._data = data
         self._geometry = geometry
         self._mapping = mapping
         self._reader = reader
@@ -69,7 +70,7 @@ class Writer:
                 await self._write_locked(run, guest_offset + done, source.slice(done, nbytes - done))
                 return
             # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
-            await Write(self._file, run.host_offset, source.slice(done, run.nbytes), data=True)
+            await self._data.write(run.host_offset, source.slice(done, run.nbytes))
             done += run.nbytes
 
     async def _write_locked(self, run: Run, guest_offset: int, source: Buffer) -> None:
@@ -88,7 +89,7 @@ class Writer:
     async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
         if run.kind == DATA and run.copied:
-            await Write(self._file, run.host_offset, source, data=True)
+            await self._data.write(run.host_offset, source)
             return len(source)
         source = self._front(source, self._geometry.slice_end(guest_offset) - guest_offset)  # links of one write
         if not self._mapping.has_private_table(guest_offset):
@@ -111,7 +112,7 @@ class Writer:
         head = guest_offset - (first << bits)
         tail = (last + 1 << bits) - guest_offset - len(source)
         host_offset = run.host_offset - head
-        await Write(self._file, host_offset, bytes(head), source, bytes(tail), data=True)
+        await self._data.write(host_offset, bytes(head), source, bytes(tail))
         await self._link_over(run, first, last - first + 1, host_offset)
         return len(source)
 
@@ -147,7 +148,7 @@ class Writer:
         """
         if place is Seen.ZEROS:
             host_offset = new.start << self._geometry.cluster_bits
-            await Write(self._file, host_offset + guest_offset % self._geometry.cluster_size, source, data=True)
+            await self._data.write(host_offset + guest_offset % self._geometry.cluster_size, source)
             return
         async with self._copies:
             await self._copy(place, guest_offset, source, new)
@@ -160,12 +161,12 @@ class Writer:
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
             old = memoryview(bytearray(end - start))  # one read; what is written over costs less than another one
-            await ReadInto(*place, MemoryBuffer(old), data=True)
+            await place[0].read(place[1], MemoryBuffer(old))
             head, tail = old[: guest_offset - start], old[stop - start :]
         else:
             head = await self._old_content(start, guest_offset)
             tail = await self._old_content(stop, end)
-        await Write(self._file, host_offset, head, source, tail, data=True)
+        await self._data.write(host_offset, head, source, tail)
 
     async def _place_of_old(self, run: Run, start: int, end: int) -> Place | Seen:
         """Where the guest sees the clusters from *start* on, of which *run* tells the kind."""
@@ -175,7 +176,7 @@ class Writer:
                 return Seen.ZEROS
             return place
         if run.kind == DATA:
-            return self._file, self._geometry.round_down(run.host_offset)
+            return self._data, self._geometry.round_down(run.host_offset)
         return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
 
     async def _old_content(self, start: int, end: int) -> memoryview:
