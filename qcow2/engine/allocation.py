@@ -17,7 +17,7 @@ from qcow2.engine.root import Root
 from qcow2.engine.stability import NO_SPACE, Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.engine.uncounted import Uncounted
-from qcow2.error import CorruptImage, MetadataOverlap
+from qcow2.error import CorruptImage, ImageError, MetadataOverlap
 from qcow2.format.geometry import Geometry
 from qcow2.plane.stock import Stock
 
@@ -367,6 +367,17 @@ class Allocator:
             await Resize(self._file, nbytes)
             self._file_size = nbytes
             self._mapping.set_file_end(nbytes)
+
+    async def cut_off(self) -> None:
+        """Let the file be cut at the next `settle` after what is used, also of what was in it when it was opened.
+
+        Unless it is not known what is used.
+        """
+        await self._reaper.drain()
+        with suppress(OSError, ImageError):
+            async with self._refcounts.mutex.hold():
+                await self._uncounted.look()
+                self._opened_size = self._uncounted.end << self._geometry.cluster_bits
 
     async def _give_back(self) -> None:
         """Count what was reserved in vain down again.

@@ -15,6 +15,7 @@ from qcow2.engine.reading import Reader
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.root import Root
+from qcow2.engine.shedding import Shedder
 from qcow2.engine.snapshots import Snapshots
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
@@ -86,6 +87,9 @@ class Changes:
             stability,
             snapshots,
             owned_by_snapshots,
+        )
+        self.shedder = Shedder(
+            geometry, mapping, self.zeroer, self.links, self.snapshots, self._allocator, root, stability
         )
 
     @property

@@ -17,6 +17,7 @@ from qcow2.engine.metadata import active_clusters, snapshot_clusters
 from qcow2.engine.raw import RawImage
 from qcow2.engine.reading import Place, Reader, Seen
 from qcow2.engine.root import Root
+from qcow2.engine.shedding import shrunk_size
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage
@@ -287,6 +288,31 @@ class Image:
         """
         changes = await self._alone()
         await self._guard(changes, changes.grower.grow(grown_size(self.file, self.header, nbytes)))
+
+    async def shrink(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; what is past that is gone. Stable on return.
+
+        Nothing else is under way. A death at any moment leaves the old disk or the new one.
+        Raises: ValueError, UnsupportedImage, CorruptImage; OSError, then the disk may be the new one.
+        """
+        changes = await self._alone()
+        await self._guard(changes, changes.shedder.shrink(shrunk_size(self.file, self.header, nbytes)))
+
+    async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
+        """Give each cluster of the range that holds nothing a place, which is zeros; *writes* writes them, too.
+
+        Nothing else is under way. Raises: OSError, CorruptImage; then a part of them has one.
+        """
+        changes = await self._alone()
+        await self._guard(changes, changes.writer.preallocate(guest_offset, nbytes, writes=writes))
+
+    async def empty(self) -> None:
+        """Let what is below show everywhere: the same bytes as now, says the caller, and stable. Stable on return.
+
+        Nothing else is under way. Raises: OSError, CorruptImage; then some clusters are here still.
+        """
+        changes = await self._alone()
+        await self._guard(changes, changes.shedder.shed(0))
 
     async def snapshots(self) -> tuple[Snapshot, ...]:
         """The internal snapshots, in the order of their table. Raises: UnsupportedImage, CorruptImage, OSError."""

@@ -123,6 +123,30 @@ class RawImage:
         self.size = size
         self._map.set_size(size)
 
+    async def shrink(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; stable on return. Nothing else is under way.
+
+        Raises: ValueError for more than now, or a negative size; OSError, then the disk goes on as it was.
+        """
+        self._require_writable()
+        size = nbytes + -nbytes % SECTOR_SIZE
+        if not 0 <= size <= self.size:
+            raise ValueError(
+                f"{self.file.path}: size {nbytes} is not from 0 to {self.size}, the disk cannot shrink to it"
+            )
+        await Resize(self.file, size)
+        await self._stability.sync()
+        self.size = size
+        self._map.set_size(size)
+
+    async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
+        """Have zeros written to the range, if *writes*; only the host could set space aside."""
+        self._require_writable()
+        step = 1 << 20
+        for start in range(guest_offset, guest_offset + nbytes if writes else 0, step):
+            await Write(self.file, start, bytes(min(step, guest_offset + nbytes - start)), data=True)
+        await self._stability.sync()
+
     async def settle(self) -> None:
         """The file holds all that has completed."""
 

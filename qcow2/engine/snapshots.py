@@ -60,7 +60,7 @@ class Snapshots:
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if refcounts are too narrow.
         """
         l1 = array("Q", (entry & ~COPIED for entry in self._mapping.l1))
-        tree = await self._count(l1)
+        tree = await self.count(l1)
         await self._require_room(tree)
         areas: list[range] = []
         try:
@@ -88,7 +88,7 @@ class Snapshots:
         l1 = await self._l1_of(snapshot)
         nentries = max(len(l1), l1_entries(snapshot.disk_size, self._geometry.cluster_bits))
         l1.extend([0] * (nentries - len(l1)))
-        tree, old = await self._count(l1), await self._count(self._mapping.l1)
+        tree, old = await self.count(l1), await self.count(self._mapping.l1)
         await self._require_room(tree)
         areas: list[range] = []
         try:
@@ -100,13 +100,13 @@ class Snapshots:
             await self._undo(areas)
             raise
         await self._switch(snapshot, l1, areas[0])
-        await self._let_go(old)
+        await self.let_go(old)
         await self._root.end_unsound()
 
     async def delete(self, snapshot: Snapshot) -> None:
         """Forget *snapshot*; what it alone held is free. Stable on return. Raises: CorruptImage, OSError."""
         l1 = await self._l1_of(snapshot)
-        tree = await self._count(l1)
+        tree = await self.count(l1)
         table = SnapshotTable.of([each for each in self.table.snapshots if each is not snapshot], self._file.path)
         area = await self._write_area(pack_snapshots(table.snapshots))
         try:
@@ -117,7 +117,7 @@ class Snapshots:
             raise
         await self._publish(table, area)
         await self._reaper.free(self._clusters(snapshot.record.l1_table_offset, len(l1) * ENTRY_SIZE))
-        await self._let_go(tree)
+        await self.let_go(tree)
         await self._correct_copied()
         await self._root.end_unsound()
 
@@ -145,7 +145,7 @@ class Snapshots:
         size: int = await Size(self._file)
         return size
 
-    async def _count(self, l1: "array[int]") -> Tally:
+    async def count(self, l1: "array[int]") -> Tally:
         """What the L2 tables of *l1*, and these, refer to. Raises: CorruptImage."""
         geometry = self._geometry
         end = await self._end()
@@ -236,7 +236,7 @@ class Snapshots:
         mapping.cache.resize()
         await self._reaper.free(old)
 
-    async def _let_go(self, tree: Tally) -> None:
+    async def let_go(self, tree: Tally) -> None:
         """Take back what *tree* counts, stable on return."""
         batch: list[int] = []
         for cluster in tree.clusters(Role.L2 | Role.DATA):

@@ -59,6 +59,11 @@ class Uncounted:
         """No cluster below it may be handed out as long as the file can grow."""
         return 0 if self._is_known else self._nclusters
 
+    @property
+    def end(self) -> int:
+        """One past the last cluster that counts too low."""
+        return self._stops[-1] if self._stops else 0
+
     def usable(self, free: range) -> range:
         """The first run in *free*, clusters that count zero, that nothing refers to; empty, at its end, if none."""
         start, stop = min(max(free.start, self.first), free.stop), free.stop

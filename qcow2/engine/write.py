@@ -25,6 +25,7 @@ MISS, BAD, UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA = (
     int(kind) for kind in (Kind.MISS, Kind.BAD, Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA)
 )
 COPY_BYTES = 32 << 20  # of old content in memory, two clusters at most for each copy under way
+MAX_PLACED = 4 << 20  # bytes of clusters that are given a place at a time
 HOLDS_NOTHING = (UNALLOCATED, ZERO_PLAIN)
 
 
@@ -97,6 +98,37 @@ class Writer:
         if run.kind == ZERO_ALLOCATED and run.copied:
             return await self._write_kept(run, guest_offset, source)
         return await self._write_new(run, guest_offset, source)
+
+    async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
+        """Give the clusters of the range that hold nothing, and show nothing, a place; nobody else acts.
+
+        They are zeros; *writes* writes them, too, where the host may have none.
+        """
+        end = min(self._geometry.round_up(guest_offset + nbytes), self._geometry.size)
+        offset = self._geometry.round_down(guest_offset)
+        while offset < end:
+            run = await self._mapping.resolve(offset, min(end, self._geometry.slice_end(offset)) - offset)
+            taken = run.nbytes
+            if run.kind in HOLDS_NOTHING and await self._reader.reads_as_zeros(offset, run.nbytes):
+                taken = min(run.nbytes, await self._place(run, offset, writes=writes))
+            offset += taken
+
+    async def _place(self, run: Run, guest_offset: int, *, writes: bool) -> int:
+        """Link new clusters, as many as come in one piece, for the front of *run*; how many bytes."""
+        await self._tables.require_private(guest_offset)
+        bits = self._geometry.cluster_bits
+        new = await self._allocator.allocate(min(self._geometry.clusters(run.nbytes), MAX_PLACED >> bits or 1))
+        try:
+            if writes:
+                await Write(self._file, new.start << bits, bytes(len(new) << bits), data=True)
+            await self._root.allow_uncounted()
+            self._allocator.allow_links()
+            await self._link(run, guest_offset >> bits, len(new), new.start << bits)
+        except Exception:
+            await self._reaper.free(new)
+            raise
+        self._statistics.clusters_allocated += len(new)
+        return len(new) << bits
 
     @staticmethod
     def _front(source: Buffer, nbytes: int) -> Buffer:

@@ -55,6 +55,19 @@ class Zeroer:
         if self._can_say_zero and first < last:
             await self._clear(first, last, keep=False)
 
+    async def uncover(self, guest_offset: int, end: int) -> None:
+        """Map nothing of the range any more, whole clusters of one table: what is below shows. Nobody else acts."""
+        while guest_offset < end:
+            run = await self._mapping.resolve(
+                guest_offset, min(end, self._geometry.slice_end(guest_offset)) - guest_offset
+            )
+            if run.kind != Kind.UNALLOCATED:
+                await self._tables.require_private(guest_offset)
+                nclusters = self._geometry.clusters(run.nbytes)
+                await self._mapping.link(guest_offset, [0] * nclusters)
+                await self._reaper.free(self._writer.host_clusters(run, nclusters))
+            guest_offset += run.nbytes
+
     def _covered(self, guest_offset: int, end: int) -> tuple[int, int]:
         """Where the clusters inside the range begin and end; the disk's last one may be partial."""
         last = end if end == self._geometry.size else self._geometry.round_down(end)

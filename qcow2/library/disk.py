@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.engine.create import Preallocation
 from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.error import UnsupportedImage
@@ -106,13 +107,21 @@ class Disk:
         """Make everything written so far survive a power loss."""
         self._run(lambda: self.image.flush())
 
-    def resize(self, nbytes: int) -> None:
-        """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros, and survives a power loss.
+    def resize(self, nbytes: int, *, shrink: bool = False, preallocation: Preallocation = Preallocation.OFF) -> None:
+        """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros. It survives a power loss.
 
-        Raises: ValueError for less than now, or more than the format can map; UnsupportedImage; OSError.
+        A disk gets shorter only with *shrink*: what is past its end is lost. *preallocation* is for what is new.
+        Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage; OSError.
         """
         self._require_inside(0, 0)
+        if shrink and nbytes < self.size:
+            self._run(lambda: self.image.shrink(nbytes))
+            return
+        end = self.size
         self._run(lambda: self.image.grow(nbytes))
+        if preallocation is not Preallocation.OFF and end < self.size:
+            writes = preallocation is Preallocation.FULL
+            self._run(lambda: self.image.preallocate(end, self.size - end, writes=writes))
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """The internal snapshots of the image, oldest first as far as its table is in order."""

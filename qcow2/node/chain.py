@@ -70,6 +70,7 @@ class Chain:
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
     discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in
+    writable_depth: int = 0  # of the one besides the top that is writable, if that is; 0: none
     on_wait: Callable[[], None] = lambda: None  # called while a dead process's transfers keep the image locked
 
     def __enter__(self) -> "Chain":
@@ -105,9 +106,9 @@ class Chain:
         if options.writable and header.is_dirty:
             self._repair(file, header)
         log = None
-        if options.writable:
+        if options.writable and file is self.files[0]:
             log, self.memory = new_log(file, self.log_directory)
-        elif not self.force_share:
+        elif not options.writable and not self.force_share:
             warn_of_waiting(file, header.log_mark)
         return run(Image.open(file, backing=backing, options=options, log=log))
 
@@ -141,7 +142,8 @@ class Chain:
             raise UnsupportedImage(file.path, message)
         path = backing_path(file.path, header.backing_name)
         self._refuse_cycle(file, path)
-        below = OpenOptions(cache_size=options.cache_size)
+        is_writable = 0 < self.writable_depth == len(self.files)
+        below = OpenOptions(writable=is_writable, cache_size=options.cache_size)
         return self.open(path, header.backing_format, below)
 
     def _way_to(self, path: str) -> list[str]:

@@ -23,7 +23,8 @@ COMMANDS = {
     "dd": ("dd", "copy a part of a disk to another image"),
     "rebase": ("rebase", "give an image another backing file"),
     "snapshot": ("snapshot", "list, make, go back to and delete internal snapshots"),
-    "resize": ("resize", "make the disk of an image longer"),
+    "commit": ("commit", "bring what an overlay has into an image under it"),
+    "resize": ("resize", "make the disk of an image longer or shorter"),
     "link-logs": ("logs", "list what killed daemons left in memory"),
     "dump-header": ("dump", "show the header with all its extensions"),
 }

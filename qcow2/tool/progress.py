@@ -1,4 +1,7 @@
-"""How far a job is, as qemu-img tells it: with -p on a line of standard output, else when SIGUSR1 asks for it."""
+"""How far a job is, as qemu-img tells it: with -p on a line of standard output, else when SIGUSR1 asks for it.
+
+A signal that ends the program ends the job first, at its next piece: what it has open is left clean.
+"""
 
 import signal
 import sys
@@ -6,27 +9,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from qcow2.job.pace import Pace
+from qcow2.job.pace import Cancelled, Pace
+from qcow2.tool.interruption import ENDS, Interrupted
 
 STEP = 0.5  # per cent between two updates of the line
 
 
 @contextmanager
 def shown(*, is_wanted: bool, rate: int = 0) -> Iterator[Pace]:
-    """The pace of one job, which ends with this; its line is ended if the job was."""
+    """The pace of one job, which ends with this; its line is ended if the job was.
+
+    Raises: Interrupted once a job that a signal was to end has ended.
+    """
     line = _Line(is_wanted=is_wanted)
     pace = Pace(line.update, rate)
+    came: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
         line.is_asked = True
 
-    before = signal.signal(signal.SIGUSR1, ask)
+    def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        pace.cancel()
+        if len(came) > 1:  # whoever asks twice does not want to wait
+            raise Interrupted(number)
+
+    before = {number: signal.getsignal(number) for number in ENDS}
+    asked_before = signal.signal(signal.SIGUSR1, ask)
     try:
+        for number, handler in before.items():
+            if callable(handler):  # neither ignored nor, as in a program that imports us, the default
+                signal.signal(number, end)
         line.begin()
         yield pace
         line.end()
+    except Cancelled:
+        raise Interrupted(came[0]) from None
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR1, asked_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise Interrupted(came[0])
 
 
 class _Line:

@@ -1,50 +1,94 @@
-"""`qcow2 resize`: a longer disk."""
+"""`qcow2 resize`: a longer disk, or a shorter one."""
 
 import argparse
+import re
+import sys
 
 from qcow2.driver.file import run
+from qcow2.engine.create import Preallocation
 from qcow2.engine.growth import grown_size
+from qcow2.engine.shedding import shrunk_size
 from qcow2.format.geometry import Geometry
-from qcow2.format.header import Header, read_header, require_uncorrupted
+from qcow2.format.header import read_header, require_uncorrupted
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.disk import open_disk
+from qcow2.node.formats import FORMATS
+from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, opened
+from qcow2.tool.option import PREALLOCATIONS
 from qcow2.tool.quantity import parse_size
+
+LESS = re.compile(r"-\d[\d.]*[bkmgtpe]?$", re.ASCII | re.IGNORECASE)
+WARNING = (
+    "warning: Shrinking an image will delete all data beyond the shrunken image's end. "
+    "Before performing such an operation, make sure there is no important data there."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 resize`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
-    parser.add_argument("-f", "--format", default="qcow2", choices=["qcow2"], help="of the image")
-    parser.add_argument("--shrink", action="store_true", help="not supported: a disk can only grow")
+    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    parser.add_argument("--shrink", action="store_true", help="let the disk become shorter: its end is lost")
+    parser.add_argument("--preallocation", metavar="MODE", default="off", help="of what is new: off, metadata, ...")
     add_log_options(parser)
-    parser.add_argument("filename")
+    parser._negative_number_matcher = LESS  # no option is like it
+    parser.add_argument("filename", nargs="?")
     parser.add_argument(
-        "size", metavar="[+]SIZE", help="of the disk, or with + how much longer: bytes, or k, M, G, ..."
+        "size",
+        nargs="?",
+        metavar="[+|-]SIZE",
+        help="of the disk, or with a sign how much more or less: bytes, k, M, ...",
     )
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Grow the disk.
+    """Change the size of the disk.
 
-    Raises: ValueError, OSError, ImageError; what cannot be done is refused before the image is touched.
+    Raises: UsageError, Failure, ValueError, OSError, ImageError; what cannot be done is refused before the image is
+    touched.
     """
-    path = arguments.filename
-    if arguments.shrink or arguments.size.startswith("-"):
-        raise ValueError(f"{path}: shrinking is not supported, a disk can only grow")
-    with opened(path) as file:
-        header = run(read_header(file, trust_refcounts=False))
-        require_uncorrupted(file, header)
-        size = grown_size(file, header, _wanted(arguments.size, header))
+    if arguments.filename is None or arguments.size is None:
+        raise UsageError("Expecting image file name and size")
+    if arguments.preallocation not in PREALLOCATIONS:
+        raise Failure(f"Invalid preallocation mode '{arguments.preallocation}'")
+    preallocation = PREALLOCATIONS[arguments.preallocation]
+    size = _validated(arguments, preallocation)
     log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with open_disk(path, writable=True, **log) as disk:
-        disk.resize(size)
+    with open_disk(arguments.filename, writable=True, format=arguments.format, **log) as disk:
+        disk.resize(size, shrink=arguments.shrink, preallocation=preallocation)
     if not arguments.quiet:
         print("Image resized.")
     return 0
 
 
-def _wanted(text: str, header: Header) -> int:
-    """The size that *text*, absolute or relative to now, names."""
-    if text.startswith("+"):
-        return Geometry.of(header.record).size + parse_size(text[1:])
-    return parse_size(text)
+def _validated(arguments: argparse.Namespace, preallocation: Preallocation) -> int:
+    """The size to be; without a lock that lasts, so that the image can be repaired after."""
+    path = arguments.filename
+    with opened(path) as file:
+        if arguments.format == "raw":
+            old = -(-file.size() // SECTOR_SIZE) * SECTOR_SIZE
+            size = _wanted(arguments.size, old)
+        else:
+            header = run(read_header(file, trust_refcounts=False))
+            require_uncorrupted(file, header)
+            old = Geometry.of(header.record).size
+            size = _wanted(arguments.size, old)
+            (shrunk_size if size < old else grown_size)(file, header, size)
+    if size <= old and preallocation is not Preallocation.OFF:
+        raise Failure("Preallocation can only be used for growing images")
+    if size < old and not arguments.shrink:
+        print("qcow2: Use the --shrink option to perform a shrink operation.", file=sys.stderr)
+        raise Failure(WARNING)
+    return size
+
+
+def _wanted(text: str, old: int) -> int:
+    """The size that *text*, absolute or relative to *old*, names."""
+    if text[:1] not in ("+", "-"):
+        return parse_size(text)
+    change = parse_size(text[1:])
+    size = old + change if text[0] == "+" else old - change
+    if size <= 0:
+        raise Failure("New image size must be positive")
+    return size

@@ -160,12 +160,6 @@ def test_bitmaps_are_refused_by_name(tmp_path: Path) -> None:
     assert "bitmaps" in resize_refused(path, "2M")
 
 
-@pytest.mark.parametrize("arguments", [["--shrink", "1k"], ["--shrink", "2M"], ["1k"], ["--", "-1k"]], ids=" ".join)
-def test_a_disk_never_shrinks(tmp_path: Path, arguments: list[str]) -> None:
-    line = resize_refused(created(tmp_path / "a", SMALL), *arguments)
-    assert "can only grow" in line
-
-
 def test_a_size_that_no_l1_table_maps_is_refused_with_the_limit(tmp_path: Path) -> None:
     path = created(tmp_path / "a", SMALL, cluster_size=512)
     line = resize_refused(path, str((128 << 30) + 1))
@@ -204,7 +198,7 @@ def test_a_read_only_disk_does_not_grow(tmp_path: Path) -> None:
         disk.resize(2 << 20)
 
 
-def test_raw_disk_grows_and_does_not_shrink(tmp_path: Path) -> None:
+def test_raw_disk_grows_and_shrinks_only_if_told(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\1" * SMALL)
     with qcow2.open(str(tmp_path / "a"), format="raw", writable=True) as disk:
         disk.resize(2 << 20)
@@ -212,3 +206,6 @@ def test_raw_disk_grows_and_does_not_shrink(tmp_path: Path) -> None:
             disk.resize(SMALL)
         assert disk.read((2 << 20) - 512, 512) == bytes(512)
     assert (tmp_path / "a").read_bytes() == (b"\1" * SMALL).ljust(2 << 20, b"\0")
+    with qcow2.open(str(tmp_path / "a"), format="raw", writable=True) as disk:
+        disk.resize(1024, shrink=True)
+    assert (tmp_path / "a").read_bytes() == b"\1" * 1024

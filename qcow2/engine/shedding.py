@@ -1,0 +1,116 @@
+"""Letting go of all that an image maps from some guest offset on; and with that a shorter disk.
+
+Each entry that goes shows what is below, whichever others have gone: so no order among them matters. What they led to
+is free once it is stable that they do not (law 5). When an overlay is emptied its backing file holds the same bytes,
+stable. When a disk is shortened nobody looks past its end: its size goes first, in one write.
+"""
+
+from array import array
+
+from qcow2.driver.operation import File
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping, bytes_of
+from qcow2.engine.root import Root
+from qcow2.engine.snapshots import Snapshots
+from qcow2.engine.stability import Stability
+from qcow2.engine.zeroing import Zeroer
+from qcow2.error import UnsupportedImage
+from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header
+from qcow2.format.layout import COPIED, ENTRY_SIZE, OFFSET_MASK, SECTOR_SIZE, ExtensionMagic
+from qcow2.plane.l2cache import Kind
+
+
+def shrunk_size(file: File, header: Header, nbytes: int) -> int:
+    """*nbytes* rounded up to a sector, if the disk of *file* may shrink to it.
+
+    Raises: ValueError for a size that it cannot have; UnsupportedImage for content that cannot shrink with it.
+    """
+    record = header.record
+    size = nbytes + -nbytes % SECTOR_SIZE
+    if not 0 <= size <= record.size:
+        raise ValueError(f"{file.path}: size {nbytes} is not from 0 to {record.size}, the disk cannot shrink to it")
+    if record.nb_snapshots and record.version < 3:
+        message = f"{record.nb_snapshots} internal snapshots in an image of version 2: it cannot be resized"
+        raise UnsupportedImage(file.path, message)
+    if header.extension(ExtensionMagic.BITMAPS) is not None:
+        raise UnsupportedImage(
+            file.path, "an image with persistent bitmaps cannot be resized: header extension bitmaps"
+        )
+    return size
+
+
+class Shedder:
+    """Takes mappings away from one image, while nothing else is under way."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        mapping: Mapping,
+        zeroer: Zeroer,
+        links: Links,
+        snapshots: Snapshots,
+        allocator: Allocator,
+        root: Root,
+        stability: Stability,
+    ) -> None:
+        self._geometry = geometry
+        self._mapping = mapping
+        self._zeroer = zeroer
+        self._links = links
+        self._snapshots = snapshots
+        self._allocator = allocator
+        self._root = root
+        self._stability = stability
+
+    async def shrink(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, as `shrunk_size` said; stable on return. A death leaves the old or the new.
+
+        What is cut off is gone: also from the last cluster, so that growing again, with whatever program, shows zeros.
+        Raises: OSError; the disk may be shorter then, and what it had past its end still be there.
+        """
+        old_size = self._geometry.size
+        if nbytes == old_size:
+            return
+        await self._root.set_size(nbytes)
+        end = self._geometry.round_up(nbytes)
+        try:
+            await self.shed(end)
+            await self._clear_rest(nbytes, min(end, old_size))
+            await self._links.commit()
+        finally:
+            self._geometry.size = nbytes
+            self._mapping.cache.resize()
+        await self._stability.sync()
+
+    async def _clear_rest(self, guest_offset: int, end: int) -> None:
+        """Zeros in the rest of a cluster, if it is the image's own."""
+        if guest_offset < end:
+            run = await self._mapping.resolve(guest_offset, end - guest_offset)
+            if run.kind in (Kind.DATA, Kind.COMPRESSED):
+                await self._zeroer.write_zeroes(guest_offset, end - guest_offset, unmap=False)
+
+    async def shed(self, guest_offset: int) -> None:
+        """Let nothing be mapped from *guest_offset*, the start of a cluster, on; stable on return.
+
+        Raises: OSError, CorruptImage; then some of it may be mapped still.
+        """
+        first = -(-guest_offset >> self._geometry.table_bits)
+        await self._zeroer.uncover(guest_offset, min(first << self._geometry.table_bits, self._geometry.size))
+        await self._drop_tables(first)
+        await self._allocator.cut_off()
+
+    async def _drop_tables(self, first: int) -> None:
+        """Let the L1 entries from index *first* on be empty, and what they led to free."""
+        l1 = self._mapping.l1
+        dropped = array("Q", [entry & ~COPIED for entry in l1[first:]])
+        if not any(dropped):
+            return
+        tree = await self._snapshots.count(dropped)
+        empty = array("Q", bytes(len(dropped) * ENTRY_SIZE))
+        await self._stability.write(self._mapping.l1_offset + first * ENTRY_SIZE, bytes_of(empty))
+        bits = self._geometry.cluster_bits
+        self._mapping.disown_metadata([(entry & OFFSET_MASK) >> bits for entry in dropped if entry & OFFSET_MASK])
+        self._mapping.forget(l1[:first] + empty)
+        await self._snapshots.let_go(tree)

@@ -1,0 +1,74 @@
+"""Bring what the layers over a base have into it: data as data, zeros as zeros.
+
+Only what the overlay or a layer between says something about is written to the base, so through the overlay nobody
+sees that. Killed at any moment the overlay shows the same; done once more it ends in the same place.
+"""
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.image import Image
+from qcow2.engine.raw import RawImage
+from qcow2.job.crew import Crew
+from qcow2.job.pace import Pace
+from qcow2.node.extent import find_extent
+
+WINDOW = 2 << 20  # bytes
+WIDTH = 8  # windows at a time
+
+
+async def commit(
+    overlay: Image, base: Image | RawImage, pace: Pace, *, width: int = WIDTH, window: int = WINDOW
+) -> None:
+    """Let *base*, which is under *overlay* and writable, hold what *overlay* shows; stable on return.
+
+    It is as long as the overlay then, or longer. Images between the two are worth nothing any more, but through the
+    overlay.
+    Raises: OSError, ImageError, ValueError, Cancelled.
+    """
+    if base.size < overlay.size:
+        await base.grow(overlay.size)
+    await _Commit(overlay, base, pace, width, window).run()
+    await base.flush()
+
+
+class _Commit:
+    def __init__(self, overlay: Image, base: Image | RawImage, pace: Pace, width: int, window: int) -> None:
+        self._overlay = overlay
+        self._base = base
+        self._depth = next(depth for depth, image in enumerate(overlay.chain) if image is base)
+        self._pace = pace
+        self._window = window
+        self._crew = Crew(width)
+        self._buffers: list[memoryview] = []  # of no window now
+
+    async def run(self) -> None:
+        size = self._overlay.size
+        self._pace.begin(size)
+        offset = 0
+        while offset < size:
+            self._pace.require_going()
+            extent = await find_extent(self._overlay, offset, size - offset)
+            nbytes = extent.nbytes
+            if extent.depth < self._depth and not extent.is_zero:
+                nbytes = min(nbytes, self._window)
+                await self._pace.wait(nbytes)
+                await self._crew.start(self._copy(offset, nbytes))
+            elif extent.depth < self._depth:  # also where an image between is too short to show the base
+                nbytes = min(nbytes, 1 << 30)
+                await self._crew.start(self._clear(offset, nbytes))
+            else:
+                self._pace.advance(nbytes)
+            offset += nbytes
+        await self._crew.join()
+
+    async def _copy(self, offset: int, nbytes: int) -> None:
+        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._window))
+        data = MemoryBuffer(buffer[:nbytes])
+        await self._overlay.read(offset, data)
+        await self._base.write(offset, data)
+        self._buffers.append(buffer)
+        self._pace.advance(nbytes)
+
+    async def _clear(self, offset: int, nbytes: int) -> None:
+        if not await self._base.reads_as_zeros(offset, nbytes):
+            await self._base.write_zeroes(offset, nbytes, unmap=True)
+        self._pace.advance(nbytes)

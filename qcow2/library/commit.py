@@ -1,0 +1,76 @@
+"""Commit an overlay on the disk of this host: the base opened for writing beside it, emptied in the right order."""
+
+import os
+
+from qcow2.driver.file import run
+from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.driver.pool import PoolDriver
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.error import ImageError
+from qcow2.job.commit import WIDTH, commit
+from qcow2.job.pace import Pace
+from qcow2.library.disk import Disk
+from qcow2.node.chain import Chain, chain_paths
+
+
+class NoBacking(ImageError):
+    """There is nothing to commit to."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "the image does not have a backing file")
+
+
+class NotInChain(ImageError):
+    """The base that was asked for is not under the image."""
+
+    def __init__(self, path: str, base: str) -> None:
+        super().__init__(path, f"did not find {base!r} in the backing chain")
+
+
+def commit_image(
+    path: str,
+    base: str | None,
+    pace: Pace,
+    *,
+    empties: bool = True,
+    image_format: str = "qcow2",
+    log_directory: str = DEFAULT_DIRECTORY,
+    discard_log: bool = False,
+) -> None:
+    """Bring what the image at *path* has into *base*, one of the files under it; None is the one right under it.
+
+    Stable on return. *empties*: the image has nothing of its own then, if *base* is right under it. What lies between
+    the two is worth nothing any more, but through the image.
+    Raises: OSError, ImageError, ValueError, Cancelled; what the image shows is as before.
+    """
+    depth = _depth_of(path, image_format, base)
+    chain = Chain(log_directory=log_directory, discard_log=discard_log, writable_depth=depth)
+    try:
+        disk = Disk(chain.open(path, image_format, OpenOptions(writable=True)), chain)
+    except BaseException:
+        chain.close()
+        raise
+    with disk:
+        overlay = disk.image
+        assert isinstance(overlay, Image)
+        below = overlay.chain[depth]
+        try:
+            with PoolDriver(WIDTH) as driver:
+                driver.run(commit(overlay, below, pace))
+        finally:
+            run(below.close())
+        if empties and depth == 1:
+            run(overlay.empty())
+
+
+def _depth_of(path: str, image_format: str, base: str | None) -> int:
+    """Where in the chain of *path* the file *base* is, by its name there or any other name."""
+    below = chain_paths(path, image_format)[1:]
+    if not below:
+        raise NoBacking(path)
+    if base is None:
+        return 1
+    for depth, each in enumerate(below, 1):
+        if each == base or (os.path.exists(base) and os.path.exists(each) and os.path.samefile(each, base)):
+            return depth
+    raise NotInChain(path, base)

@@ -1,0 +1,54 @@
+"""`qcow2 commit`: bring what an overlay has into an image under it."""
+
+import argparse
+
+from qcow2.error import ImageError
+from qcow2.library.commit import NoBacking, NotInChain, commit_image
+from qcow2.tool.failure import Failure
+from qcow2.tool.file import add_log_options
+from qcow2.tool.progress import shown
+from qcow2.tool.quantity import parse_size
+from qcow2.tool.source import CACHE_MODES, cannot_open
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 commit`."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("-f", "--format", default="qcow2", choices=["qcow2"], help="of the image")
+    parser.add_argument("-b", "--base", metavar="FILE", help="commit to this image of the chain, and empty nothing")
+    parser.add_argument("-d", "--drop", action="store_true", help="do not empty the image: it will be deleted")
+    parser.add_argument("-r", "--rate-limit", metavar="RATE", help="bytes a second")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    parser.add_argument("-t", "--cache", choices=CACHE_MODES, help="accepted; the images are synced")
+    add_log_options(parser)
+    parser.add_argument("filename")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Commit.
+
+    Raises: Failure, ValueError, OSError, ImageError; what the image shows is as before then.
+    """
+    path = arguments.filename
+    rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
+    with shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate) as pace:
+        try:
+            commit_image(
+                path,
+                arguments.base,
+                pace,
+                empties=not arguments.drop,
+                log_directory=arguments.link_log,
+                discard_log=arguments.discard_link_log,
+            )
+        except NoBacking as error:
+            raise Failure("Image does not have a backing file") from error
+        except NotInChain as error:
+            raise Failure(f"Did not find '{arguments.base}' in the backing chain of '{path}'") from error
+        except OSError as error:
+            raise Failure(cannot_open(path, error)) from error
+        except ImageError as error:
+            raise Failure(f"Could not open '{path}': {error}") from error
+    if not arguments.quiet:
+        print("Image committed.")
+    return 0

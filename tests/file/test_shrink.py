@@ -1,0 +1,138 @@
+"""A disk that becomes shorter: what is cut off is gone, what is left is as it was, also wherever it is interrupted."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from qcow2.engine.root import Root
+from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.crash.images import KINDS, check_image, open_image, read_all, start
+from tests.crash.moments import states
+from tests.oracle import assert_clean, assert_same_disk, qemu_img, qemu_io, qemu_read, read_header
+from tests.program import qcow2_tool, qcow2_tool_ok
+
+MIB = 1 << 20
+
+
+def image(path: Path, size: int = 10 * MIB, **options: object) -> Path:
+    given = ",".join(f"{name}={value}" for name, value in options.items())
+    qemu_img("create", "-q", "-f", "qcow2", *(["-o", given] if given else []), path, str(size))
+    return path
+
+
+@pytest.mark.parametrize("size", [MIB, MIB - 3072, MIB + 512, 512, 0])
+@pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"compat": "0.10"}, {"lazy_refcounts": "on"}], ids=str)
+def test_the_rest_is_as_it_was_and_the_end_does_not_come_back(
+    tmp_path: Path, options: dict[str, object], size: int
+) -> None:
+    path = image(tmp_path / "a", 3 * MIB, **options)
+    qemu_io(path, "write -c -P 9 0 64k", "write -P 7 64k 1984k", "write -z 960k 16k", "write -P 8 2M 1M")
+    before = qemu_read(path)
+    assert qcow2_tool_ok("resize", "--shrink", path, str(size)) == "Image resized.\n"
+    assert_clean(path)
+    assert_same_disk(path, before[:size])
+    if "cluster_size" not in options:  # else a refcount block, which stays where it is, lies behind
+        assert path.stat().st_size < size + (600 << 10)
+    qemu_img("resize", "-q", "-f", "qcow2", path, "4M")  # by whom does not know what we do when we grow
+    assert_same_disk(path, before[:size].ljust(4 * MIB, b"\0"))
+
+
+@pytest.mark.parametrize("words", [("-9M",), ("1M",)])
+def test_nothing_is_cut_off_unless_it_is_said(tmp_path: Path, words: tuple[str, ...]) -> None:
+    path = image(tmp_path / "a")
+    done = qcow2_tool("resize", path, *words)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()
+    assert said[0].endswith("Use the --shrink option to perform a shrink operation.")
+    assert "warning: Shrinking an image will delete all data" in said[1]
+    qcow2_tool_ok("resize", "--shrink", path, *words)
+    assert read_header(path).fields["size"] == MIB
+
+
+def test_over_a_backing_file_and_with_a_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(random.Random(1).randbytes(3 * MIB))
+    path = image(tmp_path / "a", 2 * MIB, backing_file="base", backing_fmt="raw")
+    qemu_io(path, "write -P 7 900k 200k")
+    before = qemu_read(path)
+    qemu_img("snapshot", "-c", "one", path)
+    qcow2_tool_ok("resize", "--shrink", path, str(MIB + 512))
+    assert_clean(path)
+    assert_same_disk(path, before[: MIB + 512])
+    assert qemu_read(path, snapshot="one")[:MIB] == before[:MIB]
+    qcow2_tool_ok("snapshot", "-a", "one", path)
+    assert_same_disk(path, before)
+    assert_clean(path)
+
+
+def test_raw_shrinks_too(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\1" * MIB)
+    qcow2_tool_ok("resize", "-f", "raw", "--shrink", tmp_path / "a", "-1000k")
+    assert (tmp_path / "a").read_bytes() == b"\1" * (24 << 10)
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("has_backing", [False, True])
+def test_what_is_new_is_preallocated(tmp_path: Path, mode: str, has_backing: bool) -> None:
+    (tmp_path / "base").write_bytes(b"b" * 3 * MIB)
+    options = {"backing_file": "base", "backing_fmt": "raw"} if has_backing else {}
+    path = image(tmp_path / "a", MIB + 512, **options)
+    before = qemu_read(path)
+    qcow2_tool_ok("resize", f"--preallocation={mode}", path, "+4M")
+    assert_clean(path)
+    assert_same_disk(path, before.ljust(5 * MIB + 512, b"\0"))
+    host = path.stat().st_size
+    qemu_io(path, f"write -P 1 {MIB + 65536} {3 * MIB}")
+    assert path.stat().st_size == host  # every cluster had its place
+    if mode == "full":
+        assert path.stat().st_blocks * 512 >= 4 * MIB
+    done = qcow2_tool("resize", "--shrink", f"--preallocation={mode}", path, "1M")
+    assert (done.returncode, done.stderr) == (1, "qcow2: Preallocation can only be used for growing images\n")
+
+
+@pytest.mark.parametrize("kind", ["small", "small-lazy", "width-64", "compressed", "snapshot", "v2", "v2-backing"])
+@pytest.mark.parametrize("keeps", [0.9, 0.5, 0.0])
+def test_every_moment_leaves_the_old_disk_or_the_new_one(kind: str, keeps: float) -> None:
+    begun = start(kind)
+    file = begun.image.copy()
+    nsectors = int(KINDS[kind].nsectors * keeps)
+    initial, driver = file.copy(), CrashDriver(7)
+    disk = driver.run(open_image(file, begun.backing))
+    driver.run(disk.shrink(nsectors * 512))
+    driver.run(disk.close())
+    seen = {look(state, kind) for state in states(driver, initial, file, 3, samples=3)}
+    assert seen <= {begun.contents, begun.contents[: nsectors * 512]}
+    assert len(seen) == 2
+
+
+def look(file: SimulatedFile, kind: str) -> bytes:
+    driver = CrashDriver()
+    disk = driver.run(open_image(file, start(kind).backing))
+    driver.run(check_image(file))
+    content = driver.run(read_all(disk))
+    driver.run(disk.close())
+    driver.run(check_image(file))
+    return content
+
+
+def test_the_moments_object_to_a_size_that_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def later(self: Root, nbytes: int) -> None:
+        """Not yet."""
+
+    monkeypatch.setattr(Root, "set_size", later)
+    with pytest.raises(AssertionError):
+        test_every_moment_leaves_the_old_disk_or_the_new_one("small", 0.5)
+
+
+def test_a_disk_in_use_by_this_program_shrinks_under_it(tmp_path: Path) -> None:
+    path = image(tmp_path / "a", 3 * MIB)
+    with qcow2.open(path, writable=True) as disk:
+        disk.write(MIB, b"x" * MIB)
+        disk.resize(MIB + 100, shrink=True)
+        assert disk.size == MIB + 512
+        assert disk.read(MIB, 512) == b"x" * 512
+        disk.resize(2 * MIB)
+        assert disk.read(MIB + 512, 512) == bytes(512)
+        disk.write(2 * MIB - 512, b"y" * 512)
+    assert_clean(path)
