@@ -144,7 +144,7 @@ class RawImage:
         self._require_writable()
         step = 1 << 20
         for start in range(guest_offset, guest_offset + nbytes if writes else 0, step):
-            await Write(self.file, start, bytes(min(step, guest_offset + nbytes - start)), data=True)
+            await self._data.write(start, bytes(min(step, guest_offset + nbytes - start)))
         await self._stability.sync()
 
     async def settle(self) -> None:

@@ -120,7 +120,7 @@ class Writer:
         new = await self._allocator.allocate(min(self._geometry.clusters(run.nbytes), MAX_PLACED >> bits or 1))
         try:
             if writes:
-                await Write(self._file, new.start << bits, bytes(len(new) << bits), data=True)
+                await self._data.write(new.start << bits, bytes(len(new) << bits))
             await self._root.allow_uncounted()
             self._allocator.allow_links()
             await self._link(run, guest_offset >> bits, len(new), new.start << bits)
