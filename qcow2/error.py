@@ -28,6 +28,10 @@ class MetadataOverlap(CorruptImage):
     """What is guest data or free by one table is metadata by another: who goes on writing would destroy it."""
 
 
+class NotTried(OSError):
+    """The host lacked something that an operation needs before it begins: nothing has happened, so nothing is lost."""
+
+
 def no_memory() -> OSError:
-    """What an operation that finds no memory fails with: a failure of the host like any other."""
-    return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    """What an operation fails with that finds no memory to begin."""
+    return NotTried(errno.ENOMEM, os.strerror(errno.ENOMEM))

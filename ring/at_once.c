@@ -34,7 +34,8 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
     return result;
 }
 
-/* Write all of it on this thread, whatever the pace. -> 0, or how it failed, perhaps in the middle. */
+/* Write all of it on this thread, whatever the pace. -> 0; -EAGAIN: no room to gather it now, nothing was written; or
+ * how it failed, perhaps in the middle. */
 static int write_now(struct worker *worker, struct operation *operation)
 {
     operation->waiter.since = worker->now;
@@ -44,7 +45,7 @@ static int write_now(struct worker *worker, struct operation *operation)
         int result = gather_submission(worker, operation, &single, &gather);
 
         if (result < 0)
-            return result == -EAGAIN ? -ENOMEM : result;
+            return result == -EAGAIN && operation->progress ? -ENOMEM : result;
         result = at_once_transfer(worker, operation, &gather);
         if (result == 0 || result == -EAGAIN)
             return -EIO;

@@ -447,6 +447,8 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
         trace_done(worker->trace, operation->trace_id, result);
     if (result == -ECANCELED && worker->files[operation->slot].storage != STORAGE_FAR)
         result = perform_here(worker, number);
+    if (result == -ECANCELED && operation->verb == VERB_WRITE && operation->progress)
+        result = -EIO; /* cancelled means untried to whoever asked, and a part of it is written */
     if (result == -EINTR || result == -EAGAIN)
         submit(worker, number);
     else if (operation->verb == VERB_READ || operation->verb == VERB_WRITE)

@@ -42,7 +42,7 @@ class Operations:
         )
 
     def write_at_once(self, flags: int, slot: int, host_offset: int, pieces: Sequence[Piece]) -> bool:
-        """Write *pieces* before this returns; False: not now, nothing may have happened or a part of it."""
+        """Write *pieces* before this returns; False: not now, nothing has happened."""
         array, _pins = _describe_all(pieces, writable=False)
         result = lib.worker_write_at_once(self._worker, flags, slot, host_offset, array, len(pieces))
         return result != AGAIN and check(result) == 0
@@ -81,19 +81,19 @@ class Operations:
             if not self._try(begin, done, pin):
                 break
             self._waiting.popleft()
+            self.in_flight -= 1  # `_try` has counted it, too
 
     def _begin(self, begin: Callable[[], int], done: Done, pin: Any) -> None:
-        self.in_flight += 1
         if self._waiting or not self._try(begin, done, pin):
             self._waiting.append((begin, done, pin))
+            self.in_flight += 1
 
     def _try(self, begin: Callable[[], int], done: Done, pin: Any) -> bool:
         number = begin()
         if number == BUSY:
             return False
-        if number < 0:
-            self.in_flight -= 1
-            check(number, "operation of the worker")
+        check(number, "operation of the worker")
+        self.in_flight += 1
         self._done[number] = done
         self._pinned[number] = pin
         return True

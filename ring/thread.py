@@ -3,6 +3,8 @@
 import errno
 import signal
 import threading
+from concurrent.futures import Future
+from typing import Any
 
 FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}  # of the thread that has them
 
@@ -21,3 +23,11 @@ def start_deaf(thread: threading.Thread) -> None:
         raise OSError(errno.EAGAIN, f"{error}: a limit on threads, processes or memory") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def new_future() -> "Future[Any]":
+    """A future. Raises: MemoryError, which Python calls a RuntimeError where its lock finds none."""
+    try:
+        return Future()
+    except RuntimeError:
+        raise MemoryError from None

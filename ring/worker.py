@@ -6,6 +6,7 @@ the functions that other threads posted are run, then it goes back. "Worker thre
 `on_request`, from a `done`, or from a function given to `call`.
 """
 
+import errno
 import os
 import struct
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -27,7 +29,7 @@ from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
 from ring.request import Request
 from ring.statistics import Statistics
 from ring.statistics import snapshot as statistics_snapshot
-from ring.thread import start_deaf
+from ring.thread import new_future, start_deaf
 from ring.trace import Trace
 from ring.virtqueue import QueueLayout
 
@@ -82,7 +84,7 @@ class Worker:
         self._pool = host.pool(pool_threads, "compute")
         self._host_pool = host.pool(pool_threads, "host")
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
-        self._started: Future[None] = Future()
+        self._started: Future[None] = new_future()
         self._lock = threading.Lock()  # guards _open, and the control fd while it is written
         self._open = False
         self._calls: deque[tuple[Callable[[], Any], Future[Any] | None]] = deque()
@@ -132,7 +134,7 @@ class Worker:
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("call() waits for the worker thread and cannot be used on it")
-        future: Future[T] = Future()
+        future: Future[T] = new_future()
         self._post(function, future)
         return self.wait(future)
 
@@ -400,24 +402,27 @@ class Worker:
         return bool(lib.worker_is_near(self._native, slot))
 
     def compute(self, function: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
-        """Run *function* on a pool thread, then *done(result, error)* on the worker thread."""
-        self._run_in(self._pool, function, done)
+        """Run *function* on a pool thread, or here without one, then *done(result, error)* on the worker thread."""
+        self._run_in(self._pool, function, done, _computed)
 
     def call_host(self, function: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
-        """The same for one that may hang, and holds up no computation."""
-        self._run_in(self._host_pool, function, done)
+        """The same for one that may hang, and holds up no computation; without a thread it fails with EAGAIN."""
+        self._run_in(self._host_pool, function, done, _refused)
 
     def _run_in(
         self,
         pool: Executor,
         function: Callable[[], T],
         done: Callable[[T | None, BaseException | None], None],
+        without_thread: "Callable[[Callable[[], T]], Future[T]]",
     ) -> None:
-        self._computing += 1
+        future: Future[T] = new_future()
         try:
-            future = pool.submit(function)
-        except RuntimeError:  # no thread to be had: here, then; a thread that comes later may do it once more
-            future = _computed(function)
+            pool.submit(partial(_run, future, function))
+        except (RuntimeError, MemoryError):  # no thread to be had, but it is queued for one that comes later
+            if future.cancel():
+                future = without_thread(function)
+        self._computing += 1
         future.add_done_callback(lambda future: self._deliver(future, done))
 
     # the thread
@@ -573,8 +578,23 @@ class Worker:
                 future.set_exception(RuntimeError("the worker has ended"))
 
 
+def _run(future: "Future[T]", function: Callable[[], T]) -> None:
+    """What a pool does, but for work that was cancelled: a resize of a file, done late, would cut it off."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def _refused(_: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = new_future()
+    future.set_exception(OSError(errno.EAGAIN, "no thread to be had for a file that may hang"))
+    return future
+
+
 def _computed(function: Callable[[], T]) -> "Future[T]":
-    future: Future[T] = Future()
+    future: Future[T] = new_future()
     try:
         future.set_result(function())
     except Exception as error:  # as a pool does

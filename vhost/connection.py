@@ -11,6 +11,7 @@ from typing import assert_never
 
 from ring.inflight import InflightRegion
 from ring.memory import MemoryRegion
+from ring.thread import new_future
 from ring.virtqueue import QueueLayout
 from vhost import effect, inflight
 from vhost.backchannel import BackendChannel
@@ -19,6 +20,8 @@ from vhost.device import Device
 from vhost.message import Inflight, Region, Request
 from vhost.session import Session
 from vhost.vring import Steps
+
+TOLD_MAX = 100  # lines of one visit
 
 log = logging.getLogger("vhost")
 
@@ -35,6 +38,7 @@ class Connection:
         self._regions: dict[Region, MemoryRegion] = {}
         self._memory_files: set[tuple[int, int]] = set()  # device and inode of each that was ever guest memory
         self._note: inflight.WriteCacheNote | None = None
+        self._told: set[str] = set()
 
     def __enter__(self) -> "Connection":
         return self
@@ -108,11 +112,18 @@ class Connection:
                 try:
                     result = self._perform(wanted, fds)
                 except OSError as error:
-                    wanted = steps.throw(error)
+                    wanted = steps.throw(error)  # or it is the end of the visit, which is told of
+                    self._tell(f"the front-end is refused: {error.strerror or error}")
                 else:
                     wanted = steps.send(result)
         except StopIteration:
             pass
+
+    def _tell(self, text: str) -> None:
+        """Say what is refused, each thing once in a visit."""
+        if text not in self._told and len(self._told) < TOLD_MAX:
+            self._told.add(text)
+            log.warning("%s", text)
 
     def _perform(self, wanted: effect.Effect, fds: Fds) -> int | None:
         match wanted:
@@ -181,7 +192,7 @@ class Connection:
         if enabled:
             self._worker.call(lambda: self._worker.enable_queue(index))
             return
-        quiet: Future[None] = Future()
+        quiet: Future[None] = new_future()
         self._worker.call(lambda: self._worker.disable_queue(index, lambda: quiet.set_result(None)))
         self._worker.wait(quiet)
 
@@ -253,7 +264,7 @@ class Connection:
         return True
 
     def _flush(self) -> None:
-        outcome: Future[int] = Future()
+        outcome: Future[int] = new_future()
         self._device.flush(outcome.set_result)
         result = self._worker.wait(outcome)
         if result < 0:
@@ -262,7 +273,7 @@ class Connection:
     def _set_write_cache(self, writeback: bool) -> "Future[None]":
         """Switch; to writethrough once nothing that was written before waits for a flush any more."""
         self._device.block.set_writethrough(not writeback)
-        switched: Future[None] = Future()
+        switched: Future[None] = new_future()
         if writeback:
             switched.set_result(None)
         else:
@@ -271,7 +282,7 @@ class Connection:
 
     def _drain(self, index: int) -> "Future[int]":
         """Begin to drain a queue; the future is its base, once files that may be copied then hold what it wrote."""
-        stopped: Future[int] = Future()
+        stopped: Future[int] = new_future()
 
         def settle(base: int) -> None:
             self._device.settle(lambda: stopped.set_result(base))

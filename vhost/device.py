@@ -19,6 +19,7 @@ from virtio.feature import offered_features
 from virtio.native import NativeBlock
 
 SOFTWARE_ERROR = 70  # EX_SOFTWARE
+NO_MEMORY = b"vhost-user-qcow2: out of memory\n"  # made in time
 
 log = logging.getLogger("vhost")
 
@@ -229,9 +230,12 @@ def _tell_of_broken_queue(index: int, fault: str) -> None:
 
 
 def die(error: BaseException) -> None:
-    """A thread of ours raised *error*: a bug. The process ends loudly, the image as a crash would leave it."""
+    """A thread of ours raised *error*: a bug, or no memory. The process ends loudly, the image as after a crash."""
     try:
-        traceback.print_exception(error)
-        sys.stderr.flush()
+        if isinstance(error, MemoryError):
+            os.write(2, NO_MEMORY)
+        else:
+            traceback.print_exception(error)
+            sys.stderr.flush()
     finally:  # whoever reads it or not
         os._exit(SOFTWARE_ERROR)

@@ -12,7 +12,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, perform, store
 from qcow2.driver.task import Scheduler, Task
 from qcow2.engine.links import LinkPolicy
-from qcow2.error import no_memory
+from qcow2.error import NotTried, no_memory
 from ring.extent import ExtentMap
 from ring.operations import Piece
 from ring.request import GuestSlice, Request
@@ -128,9 +128,14 @@ class RingDriver:
 
         def end(result: int) -> None:
             if result < 0:
-                self._scheduler.fail(task, OSError(-result, os.strerror(-result), file and file.path))
+                # Cancelled: the kernel could make no thread for it, so nothing was tried.
+                kind = NotTried if result == -errno.ECANCELED else OSError
+                self._scheduler.fail(task, kind(-result, os.strerror(-result), file and file.path))
             else:
-                self._scheduler.resume(task, result_of())
+                try:
+                    self._scheduler.resume(task, result_of())
+                except MemoryError:  # for a copy of what was read
+                    self._scheduler.fail(task, no_memory())
             self._scheduler.run()
 
         return end
@@ -250,7 +255,14 @@ class ImageBackend:
         self._driver.run(self._image.settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
-        self._driver.run(self._image.grow(nbytes), lambda task: done(_refusal(task)))
+        def end(task: Task) -> None:
+            error = task.take_error()
+            if isinstance(error, MemoryError):
+                error = no_memory()
+                self._image.fail(error)
+            done("" if error is None else _refusal(error))
+
+        self._driver.run(self._image.grow(nbytes), end)
 
     async def _serve(self, request: Request) -> int:
         match request.type:
@@ -308,11 +320,8 @@ class ImageBackend:
             log.error("%s", text)
 
 
-def _refusal(task: Task) -> str:
-    """Why the image did not grow, on one line; empty if it did."""
-    error = task.take_error()
-    if error is None:
-        return ""
+def _refusal(error: BaseException) -> str:
+    """Why the image did not grow, on one line."""
     if isinstance(error, OSError | ImageError):
         return describe(error)
     if isinstance(error, ValueError):

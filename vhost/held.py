@@ -183,8 +183,8 @@ def _outline_of(disk: Disk) -> Outline:
 
 def describe(error: OSError | ImageError) -> str:
     """What is wrong with the image or the host, on one line."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error)
 
 

@@ -2,6 +2,16 @@
 
 from dataclasses import dataclass
 
+from qcow2.error import no_memory
+
+
+def zeroed(nbytes: int) -> memoryview:
+    """Memory for data, *nbytes* of zeros. Raises: NotTried if there is none, before anything has happened."""
+    try:
+        return memoryview(bytearray(nbytes))
+    except MemoryError:
+        raise no_memory() from None
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryBuffer:

@@ -183,7 +183,7 @@ def store(operation: op.Store, write_mark: Callable[[op.Mark], None], on_stored:
             on_stored(offset, data)
         if operation.mark is not None:
             write_mark(operation.mark)
-    except OSError:
+    except (OSError, MemoryError):
         operation.undo()
         raise
 

@@ -65,10 +65,11 @@ class SharedMemory:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(fd, 0, self.nbytes)
             mapped = mmap.mmap(fd, self.nbytes)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             os.close(fd)
             os.unlink(self.path)
-            error.filename = self.path
+            if isinstance(error, OSError):
+                error.filename = self.path
             raise
         self._fd = fd
         return mapped

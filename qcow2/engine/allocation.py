@@ -17,7 +17,7 @@ from qcow2.engine.root import Root
 from qcow2.engine.stability import NO_SPACE, Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.engine.uncounted import Uncounted
-from qcow2.error import CorruptImage, ImageError, MetadataOverlap
+from qcow2.error import CorruptImage, ImageError, MetadataOverlap, NotTried, no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.plane.stock import Stock
 
@@ -208,8 +208,11 @@ class Allocator:
 
     async def _reserve_ahead(self, ended: Signal) -> None:
         """Reserve the next run before the last cluster of this one is taken, so that nobody waits for its sync."""
-        with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
-            await self._reserve_once(self._run_length(), ended)
+        try:
+            with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
+                await self._reserve_once(self._run_length(), ended)
+        except MemoryError:
+            self._stability.fail(no_memory())
 
     async def _reserve_once(self, wanted: int, ended: Signal) -> None:
         """Reserve, make it stable and put it into the stock; without room, what was meant for copies."""
@@ -220,7 +223,11 @@ class Allocator:
                 if error.errno not in NO_ROOM or not self._unsynced:
                     raise
                 extents = self._unsynced.take_all()
-            await self._stability.sync()
+            try:
+                await self._stability.sync()
+            except NotTried:
+                self._unsynced.add(extents)
+                raise
             self._stock.add(extents)
             self._low = len(self._stock) // 2
         finally:

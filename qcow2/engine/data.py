@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, ReadInto, Write
+from qcow2.error import no_memory
 from qcow2.format.layout import SECTOR_SIZE
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ class Data:
             return
         start = host_offset - host_offset % SECTOR_SIZE
         end = host_offset + len(target)
-        stored = bytearray(end + -end % SECTOR_SIZE - start)
-        await ReadInto(self.file, start, MemoryBuffer(memoryview(stored)), data=True)
-        self._cipher.decrypt(self._sector(start), stored)
-        target.store(memoryview(stored)[host_offset - start : end - start])
+        stored = zeroed(end + -end % SECTOR_SIZE - start)
+        await ReadInto(self.file, start, MemoryBuffer(stored), data=True)
+        self._cipher.decrypt(self._sector(start), stored.obj)  # type: ignore[arg-type] # a bytearray
+        target.store(stored[host_offset - start : end - start])
 
     async def write(self, host_offset: int, *pieces: Piece) -> None:
         """Put *pieces*, one after the other, at *host_offset*: process-safe on return, stable after the next Sync.
@@ -47,8 +48,12 @@ class Data:
         if self._cipher is None:
             await Write(self.file, host_offset, *pieces, data=True)
             return
-        content = b"".join(_bytes_of(piece) for piece in pieces)
-        await Write(self.file, host_offset, self._cipher.encrypt(self._sector(host_offset), content), data=True)
+        try:
+            content = b"".join(_bytes_of(piece) for piece in pieces)
+            encrypted = self._cipher.encrypt(self._sector(host_offset), content)
+        except MemoryError:  # nothing has happened yet
+            raise no_memory() from None
+        await Write(self.file, host_offset, encrypted, data=True)
 
     def _sector(self, host_offset: int) -> int:
         return (host_offset - self._origin) // SECTOR_SIZE

@@ -16,7 +16,8 @@ from qcow2.driver.operation import Signal, Spawn
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
-from qcow2.engine.stability import NO_SPACE, Stability
+from qcow2.engine.stability import Stability, is_harmless
+from qcow2.error import no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.plane.linklog import Link, LinkLog
 
@@ -174,7 +175,7 @@ class Links:
         try:
             await stored
         except OSError as error:
-            if error.errno not in NO_SPACE:
+            if not is_harmless(error):
                 self._stability.fail(error)
                 raise
             await self._do_without_log(guest_offset, old_entries, freed, error)
@@ -185,7 +186,7 @@ class Links:
     async def _do_without_log(
         self, guest_offset: int, old_entries: Sequence[int], freed: Sequence[int], error: OSError
     ) -> None:
-        """Bring a link into the file whose record does not count: the host has no space for the mark.
+        """Bring a link into the file whose record does not count: the host has no space, or no memory, for the mark.
 
         A commit may not need any. One that fails may have come so far; else it takes the link back.
         Raises: OSError; the entries are then as they were.
@@ -272,9 +273,10 @@ class Links:
         mark = 0 if self._log is None else self._log.next  # no link of *batch* has this number or a later one
         try:
             await self._stability.sync()
-        except OSError as error:
-            last.end(error)
-            self._fail(batch, error)
+        except (OSError, MemoryError) as error:
+            known = self._outcome(error)
+            last.end(known)
+            self._fail(batch, known)
             return Batch()
         last.end()
         if not batch.links:
@@ -282,8 +284,8 @@ class Links:
             return Batch()
         try:
             await self._write(batch, mark)
-        except OSError as error:
-            self._fail(batch, error)
+        except (OSError, MemoryError) as error:
+            self._fail(batch, self._outcome(error))
             return Batch()
         batch.linked.set()
         return batch
@@ -302,6 +304,13 @@ class Links:
         if not self._mapping.holds:
             self.policy.on_waiting(False)
         await self._reaper.free(batch.freed)
+
+    def _outcome(self, error: OSError | MemoryError) -> OSError:
+        """What those are told who wait. Where memory ran out in the middle, nobody knows how far the commit came."""
+        if isinstance(error, OSError):
+            return error
+        self._stability.fail(no_memory())
+        return no_memory()
 
     def _fail(self, batch: Batch, error: OSError) -> None:
         """Let the links of *batch* wait on, though some may be in the file; it was for want of space, or for good."""
@@ -334,6 +343,6 @@ class Links:
         try:
             await self._log.forget(mark)
         except OSError as error:
-            if error.errno not in NO_SPACE:
+            if not is_harmless(error):
                 self._stability.fail(error)  # what it would bring back may be wrong by then
             raise

@@ -14,7 +14,7 @@ from qcow2.engine.refcount import Refcounts
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.engine.uncounted import Uncounted
-from qcow2.error import CorruptImage
+from qcow2.error import CorruptImage, no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.native import ffi
 
@@ -80,11 +80,13 @@ class Reaper:
         ended.set()
 
     async def _try_to_release(self, batch: list[int]) -> None:
-        """Release *batch*; what cannot be counted down for lack of space is a leak, anything worse ends all writes."""
+        """Release *batch*; what lacks space or memory to be counted down is a leak, anything worse ends all writes."""
         try:
             await self._release(batch)
         except OSError:
-            pass  # a sync or write that failed has already ended all writes; without space the clusters stay counted
+            pass  # a sync or write that failed has ended all writes; without space or memory the clusters stay counted
+        except MemoryError:
+            self._stability.fail(no_memory())
         except (CorruptImage, OverflowError) as error:
             self._stability.fail(OSError(errno.EIO, str(error)))
 

@@ -10,11 +10,12 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
+from qcow2.driver.buffer import zeroed
 from qcow2.driver.operation import File, Read
 from qcow2.engine.mapping import bytes_of
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.stability import Stability
-from qcow2.error import CorruptImage
+from qcow2.error import CorruptImage, no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import (
     ENTRY_SIZE,
@@ -31,8 +32,12 @@ class Block:
 
     __slots__ = ("data", "is_changed", "view")
 
-    def __init__(self, data: bytes) -> None:
-        self.data = bytearray(data)
+    def __init__(self, data: bytes | memoryview) -> None:
+        """Raises: NotTried if there is no memory for it."""
+        try:
+            self.data = bytearray(data)
+        except MemoryError:
+            raise no_memory() from None
         self.view = ffi.from_buffer("uint8_t[]", self.data)
         self.is_changed = False  # differs from the file, or may
 
@@ -248,7 +253,7 @@ class Refcounts:
 
         Stable before the table can point at it (law 6); the table entry is written, not yet stable.
         """
-        block = Block(bytes(self._geometry.cluster_size))
+        block = Block(zeroed(self._geometry.cluster_size))
         lib.refcount_set(block.view, self._order, cluster % self.per_block, 1)
         host_offset = cluster << self._geometry.cluster_bits
         await self._stability.write(host_offset, block.data)
@@ -316,7 +321,7 @@ class TablePlan:
         yield self.start, bytes_of(self.table)
         per_block = 1 << self._geometry.block_bits
         for ahead, where in enumerate(self.block_clusters):
-            block = Block(bytes(self._geometry.cluster_size))
+            block = Block(zeroed(self._geometry.cluster_size))
             base = (self.start // per_block + ahead) * per_block
             for cluster in range(max(base, self.start), min(base + per_block, self.clusters.stop)):
                 lib.refcount_set(block.view, self._geometry.refcount_order, cluster - base, 1)

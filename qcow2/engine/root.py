@@ -106,7 +106,14 @@ class Root:
         await self._write(layout.HEADER_SIZE_OFFSET, layout.HEADER_SIZE.pack(nbytes), size=nbytes)
 
     async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
-        """Write *packed*, which says *fields*; stable on return."""
+        """Write *packed*, which says *fields*; stable on return.
+
+        Raises: OSError; once it is written nobody may go on by the old header, whatever the sync lacked.
+        """
         await self._stability.write(host_offset, packed)
-        await self._stability.sync()
+        try:
+            await self._stability.sync()
+        except OSError as error:
+            self._stability.fail(error)
+            raise
         self.header = replace(self.header, record=replace(self.header.record, **fields))

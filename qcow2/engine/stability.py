@@ -5,16 +5,25 @@ from collections.abc import Callable
 
 from qcow2.driver.operation import File, Sync, Write
 from qcow2.engine.statistics import Statistics
+from qcow2.error import NotTried
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_harmless(error: OSError) -> bool:
+    """Whether a metadata write that failed with *error* has changed nothing.
+
+    Nothing was tried, or space was lacking: it lies inside one cluster, nothing that depends on it has happened yet,
+    and its caller leaves memory as it was.
+    """
+    return isinstance(error, NotTried) or error.errno in NO_SPACE
 
 
 class Stability:
     """The gate through which every metadata write and sync of an image goes.
 
     After one of them has failed the image takes no more writes: what is on the disk is no longer known, and no later
-    success may hide that. Only a lack of space is harmless: a metadata write lies inside one cluster, nothing that
-    depends on it has happened yet, and its caller leaves memory as it was.
+    success may hide that. What was never tried has not failed, and a write that lacks space is harmless.
     """
 
     def __init__(self, file: File, statistics: Statistics, on_failure: Callable[[], None]) -> None:
@@ -41,17 +50,19 @@ class Stability:
         try:
             await Write(self.file, host_offset, *pieces)
         except OSError as error:
-            if error.errno not in NO_SPACE:
+            if not is_harmless(error):
                 self.fail(error)
             raise
         self.require_trust()
 
     async def sync(self) -> None:
-        """Make everything that has completed stable."""
+        """Make everything that has completed stable. Raises: OSError; the image may be written on if it is NotTried."""
         self.require_trust()
         self._statistics.syncs += 1
         try:
             await Sync(self.file)
+        except NotTried:
+            raise
         except OSError as error:
             self.fail(error)
             raise

@@ -16,7 +16,7 @@ from qcow2.engine.mapping import Mapping, bytes_of, entries_of
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
-from qcow2.error import CorruptImage, ImageError
+from qcow2.error import CorruptImage, ImageError, no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import COPIED, ENTRY_SIZE
 from qcow2.judge.census import Census, take_census
@@ -102,6 +102,18 @@ class Uncounted:
         """
         if self._is_known:
             return False
+        try:
+            census = await self._take_census()
+        except MemoryError:  # nothing has changed yet
+            raise no_memory() from None
+        if self._is_cheap and (self._starts or self._root.header.record.nb_snapshots):
+            await self._clear_copied(census)
+        if census.may_miss_shared:
+            raise CorruptImage(self._file.path, 0, "not all references can be found, so no cluster is known to be free")
+        self._is_known = True
+        return True
+
+    async def _take_census(self) -> Census:
         census = await take_census(self._file, self._root.header, Report())
         await self._stability.sync()  # what refers to nothing any more does so after a power loss, too
         await Grace()
@@ -109,12 +121,7 @@ class Uncounted:
         end = census.tally.end(census.tally.nclusters)
         for index in range(-(-end // self._refcounts.per_block)):
             await self._compare(census, index, end)
-        if self._is_cheap and (self._starts or self._root.header.record.nb_snapshots):
-            await self._clear_copied(census)
-        if census.may_miss_shared:
-            raise CorruptImage(self._file.path, 0, "not all references can be found, so no cluster is known to be free")
-        self._is_known = True
-        return True
+        return census
 
     async def _clear_copied(self, census: Census) -> None:
         """Take COPIED flags from what is referenced more than once; missing ones are left, they cost a copy.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.compressed import Payload
@@ -144,7 +144,7 @@ class Writer:
         head = guest_offset - (first << bits)
         tail = (last + 1 << bits) - guest_offset - len(source)
         host_offset = run.host_offset - head
-        await self._data.write(host_offset, bytes(head), source, bytes(tail))
+        await self._data.write(host_offset, zeroed(head), source, zeroed(tail))
         await self._link_over(run, first, last - first + 1, host_offset)
         return len(source)
 
@@ -192,7 +192,7 @@ class Writer:
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
-            old = memoryview(bytearray(end - start))  # one read; what is written over costs less than another one
+            old = zeroed(end - start)  # one read; what is written over costs less than another one
             await place[0].read(place[1], MemoryBuffer(old))
             head, tail = old[: guest_offset - start], old[stop - start :]
         else:
@@ -212,7 +212,7 @@ class Writer:
         return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
 
     async def _old_content(self, start: int, end: int) -> memoryview:
-        content = memoryview(bytearray(end - start))
+        content = zeroed(end - start)
         if content:
             await self._reader.read(start, MemoryBuffer(content))
         return content

@@ -1,6 +1,6 @@
 """Write-zeroes and discard: entries that say zeros instead of data that holds them."""
 
-from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reading import Reader
@@ -79,7 +79,7 @@ class Zeroer:
         for start in range(guest_offset, end, step):
             nbytes = min(step, end - start)
             if not await self._reader.reads_as_zeros(start, nbytes):
-                await self._writer.write(start, MemoryBuffer(memoryview(bytes(nbytes))))
+                await self._writer.write(start, MemoryBuffer(zeroed(nbytes)))
 
     async def _clear(self, guest_offset: int, end: int, *, keep: bool) -> None:
         """Clear whole clusters, slice by slice; the lock is never held for longer than that."""

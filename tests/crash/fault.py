@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from qcow2.driver import operation as op
+from qcow2.error import NotTried
 from tests.crash.driver import piece_bytes, simulated
 from tests.crash.history import SECTOR
 
@@ -31,6 +32,7 @@ class Fault:
     code: int
     at: int
     for_good: bool = False
+    is_untried: bool = False  # the host lacked something before it began
     armed: bool = False
     seen: list[type[op.Operation]] = field(default_factory=list)  # what could have failed
     hit: op.Operation | None = None
@@ -46,6 +48,8 @@ class Fault:
         if len(self.seen) != self.at and not again:
             return None
         self.hit = operation
+        if self.is_untried:
+            return NotTried(self.code, "as told")
         if isinstance(operation, op.Write) and operation.data:
             content = b"".join(map(piece_bytes, operation.pieces))
             simulated(operation.file).write(operation.host_offset, content[: len(content) // 1024 * SECTOR])

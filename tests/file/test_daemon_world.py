@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FLUSH, OK, OUT, SET_VRING_CALL, BackendGone, FrontEnd
+from tests.frontend import FLUSH, IOERR, OK, OUT, SET_VRING_CALL, BackendGone, FrontEnd
 from tests.listening import visit
 from tests.oracle import assert_clean
 from tests.program import DAEMON, TIMEOUT, TOOL, Daemon, qcow2_tool_ok
@@ -212,6 +212,49 @@ def test_no_memory_is_one_line(tmp_path: Path, command: list[str | Path]) -> Non
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "memory" in done.stderr
     assert_clean(path)
+
+
+def limit_memory(pid: int, nbytes: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_AS, (nbytes, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("cache", ["writeback", "writethrough"])
+def test_writes_that_find_no_memory_fail_alone(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy takes a buffer, and finds none before anything has happened: later ones succeed, and the end is clean."""
+    for name, value in {"MMAP_THRESHOLD_": 128 << 10, "ARENA_MAX": 1}.items():
+        monkeypatch.setenv(f"MALLOC_{name}", str(value))  # or the C library has some aside
+    path = tmp_path / "disk"
+    (tmp_path / "base").write_bytes(b"b" * (32 << 20))
+    qcow2_tool_ok("create", "-o", "cluster_size=2M", "-b", tmp_path / "base", "-F", "raw", path, "32M")
+    with started(path, f"--cache={cache}") as process, visit(process, tmp_path / "socket") as guest:
+        guest.write(0, b"1" * 512)
+        limit_memory(process.pid, 1)
+        statuses = {guest.do(OUT, number << 21, b"2" * 512).status for number in range(1, 16)}
+        assert IOERR in statuses
+        limit_memory(process.pid, resource.RLIM_INFINITY)
+        for number in range(1, 16):
+            guest.write(number << 21, b"3" * 512)
+        guest.flush()
+        assert all(guest.read(number << 21, 1024) == b"3" * 512 + b"b" * 512 for number in range(1, 16))
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+        assert process.stderr is not None
+        assert "Cannot allocate memory" in process.stderr.read()
+    assert_clean(path)
+
+
+def test_no_memory_for_the_guests_memory_is_said(image: Path, tmp_path: Path) -> None:
+    with started(image) as process:
+        with visit(process, tmp_path / "socket"):
+            pass
+        limit_memory(process.pid, 1)
+        with pytest.raises((AssertionError, BackendGone)):
+            FrontEnd(tmp_path / "socket")
+        assert process.stderr is not None
+        assert process.stderr.readline() == "vhost-user-qcow2: the front-end is refused: Cannot allocate memory\n"
+        limit_memory(process.pid, resource.RLIM_INFINITY)
+        with FrontEnd(tmp_path / "socket") as guest:
+            guest.write(0, b"x" * 512)
 
 
 # Standard error that nobody reads

@@ -7,13 +7,18 @@ import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ring.host import Host
 from ring.request import Request
+from ring.worker import Worker
 from tests.blockguest import IN, MIB, OK, OUT, UNTOUCHED, Guest, open_pipe
+from virtio.native import NativeBlock
 
 
 @pytest.fixture
@@ -385,6 +390,46 @@ def test_call_after_the_end_is_refused(guest: Guest) -> None:
     guest.worker.stop()
     with pytest.raises(RuntimeError, match="has ended"):
         guest.worker.call(lambda: None)
+
+
+class Busy(ThreadPoolExecutor):
+    """Has no thread at first: what it cannot begin it keeps, and does when there is one, as the library's own does."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.kept: list[Callable[[], object]] = []
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.kept.append(function)
+        raise RuntimeError("can't start new thread")
+
+
+class WithoutThreads(Host):
+    def __init__(self) -> None:
+        self.pools: list[Busy] = []
+
+    def pool(self, nthreads: int, name: str) -> Executor:
+        self.pools.append(Busy())
+        return self.pools[-1]
+
+
+def test_without_a_thread_computations_are_done_here_and_what_may_hang_never() -> None:
+    host, done, answers, ran = WithoutThreads(), threading.Event(), [], []  # type: ignore[var-annotated]
+
+    def end(result: int | None, error: BaseException | None) -> None:
+        answers.append((result, error and type(error)))
+        if len(answers) == 2:
+            done.set()
+
+    with Worker(NativeBlock(size=0), lambda request: None, host=host) as worker:
+        worker.call(lambda: worker.compute(lambda: ran.append("computed") or 1, end))
+        worker.call(lambda: worker.call_host(lambda: ran.append("entered the host") or 2, end))
+        assert done.wait(10)
+    for pool in host.pools:
+        for function in pool.kept:
+            function()
+    assert ran == ["computed"]
+    assert sorted(answers, key=str) == [(1, None), (None, BlockingIOError)]
 
 
 def test_compute_runs_elsewhere_and_answers_here(guest: Guest) -> None:

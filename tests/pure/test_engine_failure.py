@@ -1,11 +1,13 @@
 """Failures are final and honest (law 7): what failed is reported, what is not known is never claimed."""
 
+import contextlib
 import errno
 from collections.abc import Callable
 
 import pytest
 
 from qcow2.driver import operation as op
+from qcow2.error import NotTried
 from qcow2.format import layout
 from tests.engine import Bench, Fault, noise, open_again, set_up
 
@@ -168,3 +170,26 @@ def attempt(bench: Bench, cluster: int) -> int:
     except OSError as error:
         return error.errno or 0
     return 0
+
+
+@pytest.mark.parametrize("kind", [is_data, is_metadata, is_sync])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_was_never_tried_fails_its_request_alone(kind: Callable[[op.Operation], bool], lazy: bool) -> None:
+    """A copy over a backing file: what it lacked memory for may be had again later."""
+    bench = bench_with_data(lazy=lazy, base=noise(64 * CLUSTER))
+
+    def untried(operation: op.Operation) -> OSError | None:
+        return NotTried(errno.ENOMEM, "as told") if kind(operation) else None
+
+    bench.breaker.fault = untried
+    for cluster in range(1, 40):
+        with contextlib.suppress(NotTried):
+            bench.write(cluster * CLUSTER + 512, b"\2" * 512)
+    bench.breaker.fault = None
+    for cluster in range(1, 40):
+        bench.write(cluster * CLUSTER + 512, b"\3" * 512)
+    bench.driver.run(bench.image.flush())
+    seen = bench.content()
+    bench.close()
+    assert bench.reopened_content() == seen
+    assert all(seen[cluster * CLUSTER + 512 :][:512] == b"\3" * 512 for cluster in range(1, 40))
