@@ -10,7 +10,7 @@ with qcow2.open("disk.qcow2", writable=True) as disk:
 
 from typing import TYPE_CHECKING, Any
 
-from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
 
 if TYPE_CHECKING:
     from qcow2.library.disk import Disk
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["CorruptImage", "Disk", "ImageError", "UnsupportedImage", "__version__", "open"]
+__all__ = ["CorruptImage", "Disk", "ImageError", "UnsupportedImage", "WrongKey", "__version__", "open"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,10 @@ class CorruptImage(ImageError):
         self.host_offset = host_offset
 
 
+class WrongKey(ImageError):
+    """The image is encrypted, and what was given opens no key slot of it, or nothing was given."""
+
+
 class MetadataOverlap(CorruptImage):
     """What is guest data or free by one table is metadata by another: who goes on writing would destroy it."""
 

@@ -1,22 +1,26 @@
 """Where the guest's bytes of an image lie: in a file as they are, or encrypted."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, ReadInto, Write
 from qcow2.error import no_memory
 from qcow2.format.layout import SECTOR_SIZE
 
-if TYPE_CHECKING:
-    from qcow2.plane.cipher import Cipher
-
 Piece = bytes | bytearray | memoryview | Buffer
 
 
-class Data:
-    """The file, and the cipher if there is one: then all transfers are of whole sectors of 512 bytes."""
+class SectorCipher(Protocol):
+    """What `qcow2.plane.cipher` has: sectors of 512 bytes, each encrypted under its number."""
 
-    def __init__(self, file: File, cipher: "Cipher | None" = None, *, origin: int = 0) -> None:
+    def encrypt(self, sector: int, data: bytes | bytearray | memoryview) -> bytearray: ...
+    def decrypt(self, sector: int, data: bytearray | memoryview) -> None: ...
+
+
+class Data:
+    """The file, and the cipher if there is one: then what is written are whole sectors of 512 bytes."""
+
+    def __init__(self, file: File, cipher: SectorCipher | None = None, *, origin: int = 0) -> None:
         """*origin*: where the cipher's sector 0 begins in the file."""
         self.file = file
         self._cipher = cipher
@@ -27,16 +31,23 @@ class Data:
         """Whether what is in the file is not what the guest reads: zeros there are none."""
         return self._cipher is not None
 
-    async def read(self, host_offset: int, target: Buffer) -> None:
-        """Fill *target* from *host_offset*; past the end of the file are zeros, or what those decrypt to."""
+    async def read(self, host_offset: int, target: Buffer, guest_offset: int = 0) -> None:
+        """Fill *target*, the disk's bytes at *guest_offset*, from *host_offset*.
+
+        Past the end of the file are zeros, or what those decrypt to.
+        """
         if self._cipher is None:
             await ReadInto(self.file, host_offset, target, data=True)
-            return
+        else:
+            await self._decipher(self._cipher, host_offset, target, (host_offset - self._origin) // SECTOR_SIZE)
+
+    async def _decipher(self, cipher: SectorCipher, host_offset: int, target: Buffer, sector: int) -> None:
+        """Read whole sectors, of which the first has number *sector*, into memory of our own."""
         start = host_offset - host_offset % SECTOR_SIZE
         end = host_offset + len(target)
         stored = zeroed(end + -end % SECTOR_SIZE - start)
         await ReadInto(self.file, start, MemoryBuffer(stored), data=True)
-        self._cipher.decrypt(self._sector(start), stored.obj)  # type: ignore[arg-type] # a bytearray
+        cipher.decrypt(sector, stored)
         target.store(stored[host_offset - start : end - start])
 
     async def write(self, host_offset: int, *pieces: Piece) -> None:
@@ -48,15 +59,22 @@ class Data:
         if self._cipher is None:
             await Write(self.file, host_offset, *pieces, data=True)
             return
+        assert host_offset % SECTOR_SIZE == 0
         try:
             content = b"".join(_bytes_of(piece) for piece in pieces)
-            encrypted = self._cipher.encrypt(self._sector(host_offset), content)
+            encrypted = self._cipher.encrypt((host_offset - self._origin) // SECTOR_SIZE, content)
         except MemoryError:  # nothing has happened yet
             raise no_memory() from None
         await Write(self.file, host_offset, encrypted, data=True)
 
-    def _sector(self, host_offset: int) -> int:
-        return (host_offset - self._origin) // SECTOR_SIZE
+
+class ByGuest(Data):
+    """Data whose sectors are numbered as the guest's, wherever they lie: crypt_method 1. It is only read."""
+
+    async def read(self, host_offset: int, target: Buffer, guest_offset: int = 0) -> None:
+        """As `Data.read`."""
+        assert self._cipher is not None
+        await self._decipher(self._cipher, host_offset, target, guest_offset // SECTOR_SIZE)
 
 
 def _bytes_of(piece: Piece) -> bytes | bytearray | memoryview:

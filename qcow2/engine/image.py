@@ -10,6 +10,7 @@ from qcow2.driver.operation import Allocated, Buffer, File, Read, Resize, Size
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
+from qcow2.engine.encryption import Keys, open_data
 from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.mapping import Mapping, entries_of
@@ -28,6 +29,7 @@ from qcow2.format.layout import (
     HEADER_INCOMPATIBLE_OFFSET,
     PROMISES,
     Autoclear,
+    CryptMethod,
     HeaderRecord,
 )
 from qcow2.format.refusal import l1_entries
@@ -49,13 +51,21 @@ class OpenOptions:
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE  # bytes of L2 tables in memory, at most
     snapshot: str | None = None  # read the disk as this one, an id or else a name, holds it
+    keys: Keys | None = None  # what may open it, if it is encrypted
+    has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
 
 
 class Image:
     """An open qcow2 image. Its coroutines may run side by side on one scheduler; nothing else may touch it."""
 
     def __init__(
-        self, file: File, header: Header, l1: "array[int]", backing: "Image | RawImage | None", options: OpenOptions
+        self,
+        file: File,
+        data: Data,
+        header: Header,
+        l1: "array[int]",
+        backing: "Image | RawImage | None",
+        options: OpenOptions,
     ) -> None:
         self.file = file
         self.geometry = Geometry.of(header.record)
@@ -74,7 +84,7 @@ class Image:
             file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self._statistics
         )
         compressed = CompressedClusters(file, self.geometry, header.compression_type, self._statistics)
-        self._data = Data(file)
+        self._data = data
         self._reader = Reader(self._data, self._mapping, compressed, backing)
         self._changes: Changes | None = None  # only while writable
         if backing is not None:
@@ -100,9 +110,10 @@ class Image:
             _require_writable(file, header, options)
         if options.snapshot is not None:
             header = await _header_of(file, header, options.snapshot)
+        data = await open_data(file, header, options.keys, has_data=options.has_data)
         record = header.record
         l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
-        image = cls(file, header, l1, backing, options)
+        image = cls(file, data, header, l1, backing, options)
         file_size = await Size(file)
         if file_size < record.l1_end:  # an empty end of the L1 table was cut off; nothing may be put in its place
             if options.writable:
@@ -118,7 +129,7 @@ class Image:
         nbytes = record.refcount_table_clusters << record.cluster_bits
         table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
         _validate_refcount_table(self.file, record, table, file_size)
-        owned = active_clusters(self.file, self.geometry, record, self._mapping.l1, table)
+        owned = active_clusters(self.file, self.geometry, header, self._mapping.l1, table)
         snapshots = await read_snapshots(self.file, header)
         owned_by_snapshots = await snapshot_clusters(self.file, self.geometry, record, snapshots, file_size)
         self._mapping.own_metadata(owned + owned_by_snapshots)
@@ -169,7 +180,7 @@ class Image:
 
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""
-        if file is self.file:
+        if file is self.file and not self._data.is_encrypted:  # else only Python can tell
             self._slot = slot
             self._cache.set_file(slot, writable=self._may_overwrite())
         elif self.backing is not None:
@@ -196,7 +207,12 @@ class Image:
 
     def _may_overwrite(self) -> bool:
         """Whether the extent map may answer writes: not before the first change has seen to what must come before."""
-        return self._changes is not None and self._changes.may_overwrite and self._stability.error is None
+        return (
+            self._changes is not None
+            and self._changes.may_overwrite
+            and self._stability.error is None
+            and not self._data.is_encrypted
+        )
 
     async def _changing(self) -> Changes:
         changes = self._writable()
@@ -231,6 +247,8 @@ class Image:
 
         The rule is QEMU's for images with preallocated metadata, but that it counts what has references.
         """
+        if self._data.is_encrypted:  # a hole holds no zeros
+            return False
         if self._is_hollow is None:
             size = self.geometry.clusters(await Size(self.file))
             held = await Allocated(self.file) >> self.geometry.cluster_bits
@@ -370,6 +388,8 @@ def _require_writable(file: File, header: Header, options: OpenOptions) -> None:
     require_uncorrupted(file, header)
     if header.is_dirty:
         raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, "not closed cleanly, repair it before writing")
+    if header.record.crypt_method == CryptMethod.AES:
+        raise UnsupportedImage(file.path, "encrypted with the legacy AES of QEMU, which can be read only")
     if options.lazy_refcounts and header.record.version < 3:
         raise UnsupportedImage(file.path, "lazy refcounts need version 3 (compat=1.1)")
 

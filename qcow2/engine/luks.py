@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from qcow2.driver.operation import Compute, File, Read, Sync, Write
-from qcow2.error import ImageError
+from qcow2.error import WrongKey
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import (
     DIGEST_BYTES,
@@ -33,10 +33,6 @@ from qcow2.plane.cipher import Cipher
 PROBE_ITERATIONS = 1 << 15
 DEFAULT_ITER_TIME_MS = 2000
 DIGEST_SHARE = 8  # a slot's iterations to the digest's
-
-
-class WrongKey(ImageError):
-    """No key slot opens with what was given, or nothing was given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from qcow2.driver.operation import File, Read
 from qcow2.engine.mapping import entries_of, sort_clusters
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, OFFSET_MASK, HeaderRecord
 from qcow2.format.snapshot import SnapshotTable
 from qcow2.native import ffi, lib
@@ -17,14 +18,16 @@ MAX_SNAPSHOT_CLUSTERS = 1 << 20  # clusters with tables of snapshots that are ke
 
 
 def active_clusters(
-    file: File, geometry: Geometry, record: HeaderRecord, l1: "array[int]", refcount_table: "array[int]"
+    file: File, geometry: Geometry, header: Header, l1: "array[int]", refcount_table: "array[int]"
 ) -> "array[int]":
     """The sorted numbers of the host clusters that hold the active image's tables.
 
     Raises: CorruptImage if two tables overlap.
     """
-    bits = geometry.cluster_bits
+    bits, record = geometry.cluster_bits, header.record
     clusters = array("Q", [0])
+    luks_offset, luks_bytes = header.luks_area
+    clusters.extend(range(luks_offset >> bits, geometry.clusters(luks_offset + luks_bytes)))
     clusters.extend(range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1))))
     start = record.refcount_table_offset >> bits
     clusters.extend(range(start, start + record.refcount_table_clusters))

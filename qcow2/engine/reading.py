@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from qcow2.driver.operation import Buffer
 from qcow2.engine.compressed import CompressedClusters
-from qcow2.engine.data import Data
+from qcow2.engine.data import ByGuest, Data
 from qcow2.engine.mapping import Mapping
 from qcow2.plane.l2cache import Kind, Run
 
@@ -58,7 +58,7 @@ class Reader:
     async def _read_run(self, run: Run, guest_offset: int, target: Buffer) -> None:
         match Kind(run.kind):
             case Kind.DATA:
-                await self._data.read(run.host_offset, target)
+                await self._data.read(run.host_offset, target, guest_offset)
             case Kind.ZERO_PLAIN | Kind.ZERO_ALLOCATED:
                 target.zero()
             case Kind.UNALLOCATED:
@@ -90,7 +90,7 @@ class Reader:
             return Seen.PIECES
         if run.kind == UNALLOCATED:
             return await self._find_backing(guest_offset, nbytes)
-        if run.kind == DATA:
+        if run.kind == DATA and not isinstance(self._data, ByGuest):
             return self._data, run.host_offset
         return Seen.ZEROS if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED) else Seen.PIECES
 

@@ -106,6 +106,7 @@ class Target:
         metadata = {0}
         metadata.update(_clusters(geometry, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         metadata.update(_clusters(geometry, record.refcount_table_offset, nbytes))
+        metadata.update(_clusters(geometry, *header.luks_area))
         metadata.update(geometry.cluster_of(entry & OFFSET_MASK) for entry in l1)
         metadata.update(geometry.cluster_of(entry) for entry in blocks)
         return cls(geometry, list(l1), file_end, metadata)

@@ -17,7 +17,7 @@ from qcow2.engine.statistics import Statistics
 from qcow2.engine.table import Tables
 from qcow2.engine.turns import Turns
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED
+from qcow2.format.layout import COPIED, SECTOR_SIZE
 from qcow2.plane.l2cache import Kind, Run
 
 # Plain ints: these are compared for every request.
@@ -64,6 +64,9 @@ class Writer:
         Raises: OSError; a data write that failed has changed no metadata.
         """
         nbytes = len(source)
+        if self._data.is_encrypted and (guest_offset | nbytes) % SECTOR_SIZE:
+            await self._write_odd(guest_offset, source)
+            return
         done = 0
         while done < nbytes:
             run = self._mapping.known(guest_offset + done, nbytes - done)
@@ -83,9 +86,23 @@ class Writer:
             done = 0
             if run.kind not in (MISS, BAD) and hold.was_immediate:
                 done = await self._write_run(run, guest_offset, source.slice(0, run.nbytes))
-            while done < nbytes:
-                run = await self._mapping.resolve(guest_offset + done, nbytes - done)
-                done += await self._write_run(run, guest_offset + done, source.slice(done, run.nbytes))
+            await self._write_held(guest_offset + done, source.slice(done, nbytes - done))
+
+    async def _write_held(self, guest_offset: int, source: Buffer) -> None:
+        """Write *source* to clusters that are locked."""
+        done = 0
+        while done < len(source):
+            run = await self._mapping.resolve(guest_offset + done, len(source) - done)
+            done += await self._write_run(run, guest_offset + done, source.slice(done, run.nbytes))
+
+    async def _write_odd(self, guest_offset: int, source: Buffer) -> None:
+        """Write parts of sectors, which are encrypted as a whole. No guest does: whole sectors do not wait for it."""
+        start, end = guest_offset - guest_offset % SECTOR_SIZE, guest_offset + len(source)
+        end += -end % SECTOR_SIZE
+        async with self.locks.hold(self._geometry.cluster_of(start), self._geometry.cluster_of(end - 1)):
+            content = await self._old_content(start, end)
+            content[guest_offset - start : guest_offset - start + len(source)] = source.load()
+            await self._write_held(start, MemoryBuffer(content))
 
     async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
@@ -119,11 +136,12 @@ class Writer:
         bits = self._geometry.cluster_bits
         new = await self._allocator.allocate(min(self._geometry.clusters(run.nbytes), MAX_PLACED >> bits or 1))
         try:
-            if writes:
+            if writes or self._data.is_encrypted:
                 await self._data.write(new.start << bits, bytes(len(new) << bits))
             await self._root.allow_uncounted()
             self._allocator.allow_links()
-            await self._link(run, guest_offset >> bits, len(new), new.start << bits)
+            link = self._link_over if self._data.is_encrypted else self._link
+            await link(run, guest_offset >> bits, len(new), new.start << bits)
         except Exception:
             await self._reaper.free(new)
             raise
@@ -153,7 +171,8 @@ class Writer:
         bits = self._geometry.cluster_bits
         first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
         place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
-        covers_something = place is not Seen.ZEROS
+        # Before the data is stable the cluster's zeros, encrypted, would be read as noise.
+        covers_something = place is not Seen.ZEROS or self._data.is_encrypted
         allocate = self._allocator.allocate_unsynced if covers_something else self._allocator.allocate
         new = await allocate(last - first + 1)
         source = self._front(source, (first + len(new) << bits) - guest_offset)
@@ -176,9 +195,9 @@ class Writer:
         """Write *source*, and what the guest saw in the rest of its first and last cluster, to the clusters *new*.
 
         If it saw anything but zeros, which they hold already, it must not see zeros after a power loss: everything must
-        be stable then before it is linked (law 3).
+        be stable then before it is linked (law 3). Encrypted, they do not hold what reads as zeros: all is written.
         """
-        if place is Seen.ZEROS:
+        if place is Seen.ZEROS and not self._data.is_encrypted:
             host_offset = new.start << self._geometry.cluster_bits
             await self._data.write(host_offset + guest_offset % self._geometry.cluster_size, source)
             return
@@ -189,16 +208,19 @@ class Writer:
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
         host_offset = new.start << self._geometry.cluster_bits
+        behind = zeroed(-end % self._geometry.cluster_size if self._data.is_encrypted else 0)  # the disk
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:
             old = zeroed(end - start)  # one read; what is written over costs less than another one
             await place[0].read(place[1], MemoryBuffer(old))
             head, tail = old[: guest_offset - start], old[stop - start :]
+        elif place is Seen.ZEROS:
+            head, tail = zeroed(guest_offset - start), zeroed(end - stop)
         else:
             head = await self._old_content(start, guest_offset)
             tail = await self._old_content(stop, end)
-        await self._data.write(host_offset, head, source, tail)
+        await self._data.write(host_offset, head, source, tail, behind)
 
     async def _place_of_old(self, run: Run, start: int, end: int) -> Place | Seen:
         """Where the guest sees the clusters from *start* on, of which *run* tells the kind."""

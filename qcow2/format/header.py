@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from qcow2.driver.operation import File, Read, Size, Sync, Write
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout, refusal
-from qcow2.format.layout import LOG_MARK_SHIFT, Compatible, CompressionType, ExtensionMagic, HeaderRecord, Incompatible
+from qcow2.format.layout import (
+    LOG_MARK_SHIFT,
+    Compatible,
+    CompressionType,
+    CryptMethod,
+    ExtensionMagic,
+    HeaderRecord,
+    Incompatible,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,15 @@ class Header:
         return CompressionType(self.record.compression_type)
 
     @property
+    def luks_area(self) -> tuple[int, int]:
+        """Where the LUKS header with its key material is: host offset and bytes; (0, 0) if there is none."""
+        data = self.extension(ExtensionMagic.CRYPTO)
+        if self.record.crypt_method != CryptMethod.LUKS or data is None:
+            return 0, 0
+        host_offset, nbytes = layout.CRYPTO.unpack_from(data)
+        return host_offset, nbytes
+
+    @property
     def backing_format(self) -> str | None:
         """The recorded format of the backing file."""
         data = self.extension(ExtensionMagic.BACKING_FORMAT)
@@ -97,8 +114,13 @@ async def read_header(file: File, *, trust_refcounts: bool = True) -> Header:
     Raises: UnsupportedImage naming the field or feature; CorruptImage with the place of the contradiction.
     """
     header = await load_header(file)
+    file_size = await Size(file)
     refusal.refuse_features(file, header.record, feature_names(header))
-    refusal.validate_tables(file, header.record, await Size(file), trust_refcounts=trust_refcounts)
+    refusal.validate_tables(file, header.record, file_size, trust_refcounts=trust_refcounts)
+    if header.record.crypt_method == CryptMethod.LUKS:
+        if len(header.extension(ExtensionMagic.CRYPTO) or b"") < layout.CRYPTO.size:
+            raise CorruptImage(file.path, 32, "crypt_method 2, and no header extension says where the LUKS header is")
+        refusal.validate_crypto(file, header.record, *header.luks_area, file_size)
     return header
 
 

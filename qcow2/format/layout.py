@@ -19,6 +19,7 @@ MAX_SNAPSHOTS = 65536
 MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
 MAX_SNAPSHOT_EXTRA_BYTES = 1024
 MAX_BACKING_NAME_BYTES = 1023
+MAX_LUKS_BYTES = 64 << 20
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY_BYTES = 64 << 20
 MAX_BITMAP_TABLE_ENTRIES = 0x8000000
@@ -53,6 +54,8 @@ PROMISES = 0xFF  # the autoclear bits beside the mark: they hold until the first
 # Ours, in autoclear bits that have no meaning: the mark of the link log whose links wait, 0 if none does (`linklog`).
 # Who writes to the image and does not know it must clear it, and so tells that the log is void.
 LOG_MARK_SHIFT = 8
+
+CRYPTO = struct.Struct(">QQ")  # header extension CRYPTO: where the LUKS header lies, and how long it is with its keys
 
 
 class CryptMethod(IntEnum):

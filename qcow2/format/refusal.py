@@ -48,17 +48,13 @@ def refuse_features(file: File, record: HeaderRecord, names: Mapping[tuple[int, 
         bits = [bit for bit in range(64) if unknown >> bit & 1]
         wanted = ", ".join(names.get((layout.FeatureNameType.INCOMPATIBLE, bit), f"bit {bit}") for bit in bits)
         raise UnsupportedImage(file.path, f"unknown incompatible features: {wanted}")
-    if record.crypt_method:
-        raise UnsupportedImage(file.path, f"encryption is not supported: {_crypt_name(record.crypt_method)}")
+    if record.crypt_method not in list(CryptMethod):
+        raise UnsupportedImage(file.path, f"encryption is not supported: crypt_method {record.crypt_method}")
     if word & Incompatible.EXTERNAL_DATA:
         raise UnsupportedImage(file.path, "incompatible feature is not supported: external data file")
     if word & Incompatible.EXTENDED_L2:
         raise UnsupportedImage(file.path, "incompatible feature is not supported: extended L2 entries")
     _refuse_unsupported_compression(file, record)
-
-
-def _crypt_name(method: int) -> str:
-    return CryptMethod(method).name if method in list(CryptMethod) else f"crypt_method {method}"
 
 
 def validate_tables(file: File, record: HeaderRecord, file_size: int, *, trust_refcounts: bool) -> None:
@@ -119,6 +115,15 @@ def _validate_table(
             f"{field} {host_offset:#x}, the table of {nbytes} bytes ends past the end of the file at {file_size:#x}"
         )
         raise CorruptImage(file.path, field_offset, message)
+
+
+def validate_crypto(file: File, record: HeaderRecord, host_offset: int, nbytes: int, file_size: int) -> None:
+    """Refuse a LUKS header that cannot be where the header says."""
+    if not 0 < nbytes <= layout.MAX_LUKS_BYTES:
+        message = f"the LUKS header is {nbytes} bytes long, limit {layout.MAX_LUKS_BYTES}"
+        raise UnsupportedImage(file.path, message)
+    cluster_bits = record.cluster_bits
+    _validate_table(file, "LUKS header", record.header_length, host_offset, nbytes, cluster_bits, file_size)
 
 
 def validate_snapshots(file: File, record: HeaderRecord, file_size: int) -> None:

@@ -106,6 +106,7 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     if census.is_l1_cut_off:
         report.loss(f"L1 table ends at {l1_end:#x}, past the end of the file at {file_size:#x}")
     census.add("header", 0, census.cluster_size, Role.SINGLE)
+    census.add("LUKS header", *header.luks_area, Role.SINGLE)
     record = header.record
     await _count_l1(census, "L1 table", record.l1_table_offset, record.l1_size, Role.L2 | Role.ACTIVE)
     await _count_snapshots(census)

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.engine.create import Preallocation
+from qcow2.engine.encryption import Keys
 from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.error import UnsupportedImage
@@ -24,6 +25,8 @@ from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, find_extent, merged
 
 T = TypeVar("T")
+Phrases = bytes | bytearray | Iterable[bytes]
+Key = Phrases | Callable[[str], Phrases] | None
 
 log = logging.getLogger("qcow2")
 
@@ -252,12 +255,25 @@ def _tell_of_void_bitmaps(path: str) -> None:
     log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
 
 
+def keys_of(key: Key) -> Keys | None:
+    """What the engine asks for keys; None if there is none."""
+    if key is None:
+        return None
+
+    def keys(path: str) -> Iterable[bytes]:
+        found = key(path) if callable(key) else key
+        return [bytes(found)] if isinstance(found, bytes | bytearray) else found
+
+    return keys
+
+
 def open_disk(
     path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
     *,
     writable: bool = False,
     format: str = "qcow2",
     snapshot: str | None = None,
+    key: Key = None,
     lazy_refcounts: bool | None = None,
     cache_size: int = DEFAULT_CACHE_SIZE,
     log_directory: str = DEFAULT_DIRECTORY,
@@ -269,6 +285,8 @@ def open_disk(
 
     *format* is "qcow2" or "raw", and never guessed. *snapshot*, an id or else a name, is an internal snapshot to read
     in place of the disk. *lazy_refcounts* overrides what the image says about writing refcounts only at close.
+    *key* opens what is encrypted, of the whole chain: bytes as they are, with no newline taken off; several of them, to
+    be tried one after the other; or what gives them for the path of an image, called for those that are encrypted.
     *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
     What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
     that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
@@ -277,10 +295,10 @@ def open_disk(
     The logger "qcow2" gets a warning when writes of a dead process are lost, and when the first change makes the
     persistent bitmaps of the image void.
 
-    Raises: OSError; UnsupportedImage and CorruptImage, both ImageError; the text is one line that names the file.
+    Raises: OSError; UnsupportedImage, CorruptImage and WrongKey, each an ImageError; one line that names the file.
     """
     name = os.fsdecode(path)
-    options = OpenOptions(writable, lazy_refcounts, cache_size, snapshot)
+    options = OpenOptions(writable, lazy_refcounts, cache_size, snapshot, keys_of(key))
     chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, on_wait=on_wait)
     try:
         return Disk(chain.open(name, format, options), chain)

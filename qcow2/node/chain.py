@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from qcow2.driver.file import HostFile, run
@@ -143,7 +143,7 @@ class Chain:
         path = backing_path(file.path, header.backing_name)
         self._refuse_cycle(file, path)
         is_writable = 0 < self.writable_depth == len(self.files)
-        below = OpenOptions(writable=is_writable, cache_size=options.cache_size)
+        below = replace(options, writable=is_writable, lazy_refcounts=None, snapshot=None)
         return self.open(path, header.backing_format, below)
 
     def _way_to(self, path: str) -> list[str]:

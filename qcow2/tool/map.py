@@ -33,7 +33,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     start = parse_size(arguments.start_offset)
     length = None if arguments.max_length is None else parse_size(arguments.max_length)
     with Chain(force_share=arguments.force_share) as chain:
-        image = chain.open(arguments.filename, arguments.format, OpenOptions())
+        image = chain.open(arguments.filename, arguments.format, OpenOptions(has_data=False))
         end = image.size if length is None else min(image.size, start + length)
         extents = merged(walk(image, start, end))
         if arguments.output == "json":

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from qcow2.engine.luks import NewVault, Vault, WrongKey, new_vault
-from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.engine.luks import NewVault, Vault, new_vault
+from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
 from qcow2.format.luks import DISABLED, CipherSpec, LuksRecord, new_record, parse_luks
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 

@@ -1,0 +1,164 @@
+"""Encrypted images: what QEMU wrote we read, what we wrote QEMU reads; without the key there is nothing to see."""
+
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from qcow2 import ImageError, WrongKey
+from tests.program import qcow2_tool_ok
+
+KEY = b"correct horse\n"  # the newline is part of it
+SIZE = 4 << 20
+CIPHERS = {
+    "xts": "",
+    "cbc-essiv": ",encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,"
+    "encrypt.ivgen-hash-alg=sha256",
+    "cbc-plain": ",encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain,encrypt.hash-alg=sha1",
+}
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> list[str]:
+    (tmp_path / "key").write_bytes(KEY)
+    return ["--object", f"secret,id=s0,file={tmp_path}/key"]
+
+
+def qemu(program: str, *arguments: str) -> str:
+    """What it prints; QEMU 7.2 now and then cannot measure its own processor time."""
+    for _ in range(50):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        if "accurate CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def options(path: Path, image_format: str = "luks") -> str:
+    return f"driver=qcow2,file.filename={path},encrypt.format={image_format},encrypt.key-secret=s0"
+
+
+def create(path: Path, secret: list[str], extra: str = "", image_format: str = "luks") -> Path:
+    wanted = f"encrypt.format={image_format},encrypt.key-secret=s0" + extra
+    if image_format == "luks":
+        wanted += ",encrypt.iter-time=10"
+    qemu("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", wanted, str(path), str(SIZE))
+    return path
+
+
+def qemu_reads(path: Path, secret: list[str], content: bytes) -> None:
+    """QEMU finds the image sound, and exactly *content* on the disk."""
+    qemu("qemu-img", "check", "-q", *secret, "--image-opts", options(path))
+    plain = path.with_suffix(".plain")
+    plain.write_bytes(content)
+    qemu("qemu-img", "compare", *secret, "--image-opts", f"driver=raw,file.filename={plain}", options(path))
+
+
+def qemu_writes(path: Path, secret: list[str], *commands: str) -> None:
+    words = [word for command in commands for word in ("-c", command)]
+    qemu("qemu-io", *secret, *words, "--image-opts", options(path))
+
+
+def change(disk: qcow2.Disk, model: bytearray, seed: int, count: int) -> None:
+    """Random operations of all kinds, also on parts of sectors."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        offset = chance.randrange(len(model))
+        nbytes = chance.choice((1, 511, 512, 4096, 65536, 200_000))
+        if chance.random() < 0.6:
+            offset, nbytes = offset & ~511, max(512, nbytes & ~511)
+        nbytes = min(nbytes, len(model) - offset)
+        kind = chance.random()
+        if kind < 0.6:
+            model[offset : offset + nbytes] = data = chance.randbytes(nbytes)
+            disk.write(offset, data)
+        elif kind < 0.8:
+            disk.write_zeroes(offset, nbytes, unmap=kind < 0.7)
+            model[offset : offset + nbytes] = bytes(nbytes)
+        else:
+            assert disk.read(offset, nbytes) == model[offset : offset + nbytes]
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_what_qemu_and_we_write_in_turns_both_read(tmp_path: Path, secret: list[str], cipher: str) -> None:
+    path = create(tmp_path / "disk", secret, CIPHERS[cipher])
+    qemu_writes(path, secret, "write -q -P 0x5a 100k 300k", "write -q -z 200k 64k", "write -q -P 0xa5 1M 512")
+    with qcow2.open(path, key=KEY, writable=True) as disk:
+        model = bytearray(SIZE)
+        model[100 << 10 : 400 << 10] = b"\x5a" * (300 << 10)
+        model[200 << 10 : 264 << 10] = bytes(64 << 10)
+        model[1 << 20 : (1 << 20) + 512] = b"\xa5" * 512
+        assert disk.read(0, SIZE) == model
+        change(disk, model, 1, 100)
+    qemu_reads(path, secret, bytes(model))
+    qemu_writes(path, secret, "write -q -P 0x11 3M 100k")
+    model[3 << 20 : (3 << 20) + (100 << 10)] = b"\x11" * (100 << 10)
+    with qcow2.open(path, key=KEY) as disk:
+        assert disk.read(0, SIZE) == model
+
+
+def test_snapshots_and_a_longer_disk_stay_encrypted(tmp_path: Path, secret: list[str]) -> None:
+    path = create(tmp_path / "disk", secret, ",cluster_size=4k")
+    with qcow2.open(path, key=KEY, writable=True) as disk:
+        model = bytearray(SIZE)
+        change(disk, model, 2, 60)
+        disk.create_snapshot("then")
+        then = bytes(model)
+        change(disk, model, 3, 60)
+        disk.resize(SIZE + 1536)
+        model += bytes(1536)
+        change(disk, model, 4, 30)
+    qemu_reads(path, secret, bytes(model))
+    with qcow2.open(path, key=KEY, snapshot="then") as disk:
+        assert disk.read(0, SIZE) == then
+    with qcow2.open(path, key=KEY, writable=True) as disk:
+        disk.apply_snapshot("then")
+    qemu_reads(path, secret, then)
+
+
+def test_a_chain_of_encrypted_and_plain_images_is_read_with_all_its_keys(tmp_path: Path, secret: list[str]) -> None:
+    base = create(tmp_path / "base", secret)
+    with qcow2.open(base, key=KEY, writable=True) as disk:
+        model = bytearray(SIZE)
+        change(disk, model, 5, 40)
+    middle, top = tmp_path / "middle", tmp_path / "top"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", str(base), "-F", "qcow2", str(middle), str(SIZE))
+    (tmp_path / "key").write_bytes(b"another")
+    create(top, secret, f",backing_file={middle},backing_fmt=qcow2")
+    asked = []
+
+    def key(path: str) -> bytes:
+        asked.append(path)
+        return b"another" if path == str(top) else KEY
+
+    for path in (middle, top):
+        with qcow2.open(path, key=key, writable=True) as disk:
+            assert disk.read(0, SIZE) == model
+            change(disk, model, 6, 40)
+            assert disk.read(0, SIZE) == model
+    assert set(asked) == {str(base), str(top)}
+    with qcow2.open(top, key=[b"wrong", KEY, b"another"]) as disk:
+        assert disk.read(0, SIZE) == model
+
+
+def test_without_the_key_nothing_opens_it_but_check_map_and_info(tmp_path: Path, secret: list[str]) -> None:
+    path = create(tmp_path / "disk", secret)
+    qemu_writes(path, secret, "write -q -P 0x5a 0 64k")
+    for key in (None, b"correct horse", []):
+        with pytest.raises(WrongKey) as caught:
+            qcow2.open(path, key=key)
+        assert "correct" not in str(caught.value)
+    for command in ("check", "info", "map"):
+        qcow2_tool_ok(command, path)
+
+
+def test_legacy_aes_is_read_and_not_written(tmp_path: Path, secret: list[str]) -> None:
+    (tmp_path / "key").write_bytes(b"short")
+    path = create(tmp_path / "disk", secret, "", "aes")
+    qemu("qemu-io", *secret, "-c", "write -q -P 0x5a 64k 1k", "--image-opts", options(path, "aes"))
+    with qcow2.open(path, key=b"short") as disk:
+        assert disk.read(0, SIZE) == bytes(64 << 10) + b"\x5a" * 1024 + bytes(SIZE - (65 << 10))
+    with pytest.raises(ImageError, match="read only"):
+        qcow2.open(path, key=b"short", writable=True)
