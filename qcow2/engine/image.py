@@ -33,7 +33,7 @@ from qcow2.format.layout import (
     HeaderRecord,
 )
 from qcow2.format.refusal import l1_entries
-from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots
+from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_sizes
 from qcow2.plane.l2cache import ExtentMap, L2Cache, Run
 from qcow2.plane.linklog import LinkLog
 
@@ -305,7 +305,10 @@ class Image:
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
         changes = await self._alone()
-        await self._guard(changes, changes.grower.grow(grown_size(self.file, self.header, nbytes)))
+        size = grown_size(self.file, self.header, nbytes)
+        if size != self.size:
+            require_sizes(self.file.path, changes.snapshots.table)
+        await self._guard(changes, changes.grower.grow(size))
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is past that is gone. Stable on return.

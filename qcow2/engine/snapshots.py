@@ -21,7 +21,7 @@ from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_COMPRESSED, OFFSET_MASK, ExtensionMagic
 from qcow2.format.refusal import l1_entries
-from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots
+from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots, require_sizes
 from qcow2.plane.tally import Role, Tally
 
 STEP = 1 << 16  # references that are let go of at a time
@@ -130,6 +130,8 @@ class Snapshots:
         if header.record.version < 3 and snapshot.disk_size != self._geometry.size:
             message = f"snapshot {snapshot.name!r} is of a disk of {snapshot.disk_size} bytes, which version 2 cannot"
             raise UnsupportedImage(self._file.path, f"{message} go back to")
+        if snapshot.disk_size != self._geometry.size:
+            require_sizes(self._file.path, self.table)
 
     async def _l1_of(self, snapshot: Snapshot) -> "array[int]":
         """The L1 table of *snapshot*, its flags left out: they are of another time."""

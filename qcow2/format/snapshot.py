@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from qcow2.driver.operation import File, Read, Size
@@ -13,6 +13,7 @@ from qcow2.format.header import Header
 from qcow2.format.layout import SNAPSHOT_EXTRA, SnapshotRecord
 
 MAX_NAME_BYTES = 255  # as QEMU has it
+SIZES_BYTES = 16  # of extra data: the length of the VM state, and that of the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,17 @@ class Snapshot:
     disk_size: int  # bytes; the image's own size where the snapshot does not say
     icount: int | None
     extra: bytes  # as it stands in the file, with what we do not know
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it says all that version 3 asks for."""
+        return len(self.extra) >= SIZES_BYTES
+
+    def completed(self, cluster_bits: int) -> "Snapshot":
+        """The same, complete: a disk as long as the image's, but no longer than its own L1 table reaches."""
+        disk_size = min(self.disk_size, self.record.l1_size << 2 * cluster_bits - 3)
+        extra = SNAPSHOT_EXTRA.pack(self.vm_state_size, disk_size, 0)[:SIZES_BYTES]
+        return replace(self, record=replace(self.record, extra_data_size=SIZES_BYTES), disk_size=disk_size, extra=extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,14 @@ def find_snapshot(path: str, table: SnapshotTable, wanted: str, *, by_id: bool =
     if not found:
         raise FileNotFoundError(errno.ENOENT, f"snapshot {wanted!r} not found", path)
     return found[0]
+
+
+def require_sizes(path: str, table: SnapshotTable) -> None:
+    """Raises: UnsupportedImage if the disk of a snapshot is as long as the image's, whose size is about to change."""
+    for each in table.snapshots:
+        if not each.is_complete:
+            message = f"snapshot {each.name!r} does not say how long its disk is, and would change with it"
+            raise UnsupportedImage(path, f"{message}: see qcow2 check -r all")
 
 
 async def read_snapshots(file: File, header: Header) -> SnapshotTable:

@@ -11,7 +11,7 @@ from qcow2.format import layout
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, CompressedMasks, HeaderRecord
-from qcow2.format.snapshot import read_snapshots
+from qcow2.format.snapshot import SIZES_BYTES, Snapshot, read_snapshots
 from qcow2.judge.report import Report
 from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
 
@@ -32,6 +32,8 @@ class Census:
     old_structure: "array[int]" = field(
         default_factory=lambda: array("Q")
     )  # the clusters counted for the refcount table and for each block, sound or not
+    snapshots: tuple[Snapshot, ...] = ()  # that the table could be read of
+    must_complete_snapshots: bool = False  # one of them lacks what version 3 asks for
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
     is_l1_cut_off: bool = False  # by a cluster or more: what it referred to is not known
 
@@ -164,9 +166,14 @@ async def _count_snapshots(census: Census) -> None:
     except ImageError as problem:
         census.report.error(f"the snapshot table cannot be read: {problem}")
         return
+    census.snapshots = table.snapshots
     census.add("snapshot table", record.snapshots_offset, table.nbytes, Role.SINGLE)
     shared: dict[tuple[int, int], int] = {}
     for snapshot in table.snapshots:
+        if record.version >= 3 and not snapshot.is_complete:
+            what = f"snapshot {snapshot.id!r} ({snapshot.name!r}) has {len(snapshot.extra)} bytes of extra data"
+            census.report.corruption(f"{what}, version 3 asks for {SIZES_BYTES}")
+            census.must_complete_snapshots = True
         if snapshot.disk_size and not snapshot.record.l1_size:
             census.report.loss(f"snapshot {snapshot.id!r} ({snapshot.name!r}) has no L1 table")
         key = snapshot.record.l1_table_offset, snapshot.record.l1_size

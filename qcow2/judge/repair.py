@@ -17,6 +17,7 @@ from qcow2.format.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
 from qcow2.judge.census import Census, Progress
 from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
 from qcow2.judge.report import Report
+from qcow2.judge.snapshots import complete_snapshots
 from qcow2.plane.tally import Role, set_refcount, stored_refcount
 
 
@@ -44,10 +45,14 @@ async def repair(
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     before = await judge(file, Report(say), progress)
+    found = before.report
     if _is_cut_off(before.census) or not _is_judged(before.census, mode):
-        return before.report
+        return found
     # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
+    if mode is RepairMode.ALL and before.census.must_complete_snapshots and not found.is_dark:
+        await complete_snapshots(before.census)
+        before = await judge(file, Report())
     if mode is RepairMode.LEAKS:
         await _adjust_refcounts(before, lower=True)
         await _correct_copied(before.census)
@@ -57,11 +62,11 @@ async def repair(
     else:
         await _repair_all(before)
     after = (await judge(file, Report())).report
-    after.corruptions_fixed = max(0, before.report.corruptions - after.corruptions)
-    after.leaks_fixed = max(0, before.report.leaks - after.leaks)
+    after.corruptions_fixed = max(0, found.corruptions - after.corruptions)
+    after.leaks_fixed = max(0, found.leaks - after.leaks)
     if not after.corruptions and not after.check_errors:
         await mark_repaired(file, await read_header(file))
-        if before.report.leaks or before.census.header.is_dirty:
+        if found.leaks or before.census.header.is_dirty:
             await _cut_tail(file, after.image_end_offset)
     return after
 

@@ -1,13 +1,15 @@
 """`check -r`: what QEMU finds clean afterwards, and what is not touched."""
 
 import json
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import qcow2
-from tests.builder import Recipe, build
+from tests.builder import Built, Recipe, build
 from tests.builder.record import BITMAPS, CORRUPT, DIRTY
 from tests.file.test_check import COPIED, DAMAGES, OFFSET, recipe
 from tests.oracle import assert_clean, assert_same_disk, qemu_check, read_header
@@ -235,3 +237,53 @@ def test_a_count_beyond_its_field_is_as_high_as_it_can_be(tmp_path: Path) -> Non
     built.set_refcount(built.l2(0) & OFFSET, 0)
     assert qcow2_tool("check", "-r", "all", tmp_path / "a").returncode == 2
     assert built.refcount(built.l2(0) & OFFSET) == 1
+
+
+@pytest.mark.parametrize(("cluster_bits", "nbytes"), [(9, 0), (16, 4), (9, 8), (16, 12)])
+def test_snapshots_that_do_not_say_their_sizes_are_completed(tmp_path: Path, cluster_bits: int, nbytes: int) -> None:
+    """Version 3 asks for 16 bytes of extra data; QEMU's check finds it, and its repair writes what ours does."""
+    made = Recipe(size=1 << 20, cluster_bits=cluster_bits)
+    made.data(0, b"data")
+    for name in ("one", "two"):
+        made.snapshot(name)
+        made.data(1, name.encode())
+    built = build(made, tmp_path / "a")
+    shorten_extra(built, nbytes)
+    shutil.copy(tmp_path / "a", tmp_path / "qemus")
+    assert qemu_check(tmp_path / "a")[1]["corruptions"] == 2
+    with pytest.raises(qcow2.UnsupportedImage, match="does not say how long its disk is"):
+        with qcow2.open(tmp_path / "a", writable=True) as disk:
+            disk.resize(2 << 20)
+    done = qcow2_tool("check", tmp_path / "a")
+    assert (done.returncode, done.stderr.count("bytes of extra data, version 3 asks for 16")) == (2, 2)
+    assert qcow2_tool("check", "-r", "leaks", tmp_path / "a").returncode == 2
+    done = qcow2_tool("check", "-r", "all", "--output=json", tmp_path / "a")
+    assert (done.returncode, json.loads(done.stdout)["corruptions-fixed"]) == (0, 2)
+    assert_clean(tmp_path / "a")
+    assert not read_header(tmp_path / "a").is_dirty
+    assert_same_disk(tmp_path / "a", made.contents())
+    subprocess.run(["qemu-img", "check", "-q", "-r", "all", tmp_path / "qemus"], check=True)
+    assert listed(tmp_path / "a") == listed(tmp_path / "qemus")
+    for name in ("one", "two"):
+        for path in (tmp_path / "a", tmp_path / "qemus"):
+            subprocess.run(["qemu-img", "convert", "-l", name, path, f"{path}.{name}"], check=True)
+        assert (tmp_path / f"a.{name}").read_bytes() == (tmp_path / f"qemus.{name}").read_bytes()
+
+
+def shorten_extra(built: Built, nbytes: int) -> None:
+    """Leave *nbytes* of each snapshot's extra data."""
+    count, offset = struct.unpack(">IQ", built.peek(60, 12))
+    table = b""
+    for _ in range(count):
+        head = built.peek(offset, 40)
+        id_size, name_size, extra_size = struct.unpack(">12xHH20xI", head)
+        rest = built.peek(offset + 40, extra_size + id_size + name_size)
+        entry = head[:36] + struct.pack(">I", nbytes) + rest[:nbytes] + rest[extra_size:]
+        table += entry + bytes(-len(entry) % 8)
+        offset += 40 + len(rest) + -(40 + len(rest)) % 8
+    built.poke(struct.unpack(">Q", built.peek(64, 8))[0], table)
+
+
+def listed(path: Path) -> object:
+    info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", path]))
+    return [{key: each[key] for key in ("id", "name", "vm-state-size")} for each in info["snapshots"]]

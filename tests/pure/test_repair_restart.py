@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.image import Image, OpenOptions
 from qcow2.format.header import read_header
+from qcow2.format.snapshot import read_snapshots
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
 from tests.crash.driver import CrashDriver, Entry, SimulatedFile, points
@@ -99,3 +101,27 @@ def deaths(journal: list[Entry], before: SimulatedFile, file: SimulatedFile, rng
         torn = [part for _, effect in point.pending for part in effect.tear()]
         found += [point.keep(part for part in torn if rng.random() < share) for share in (0.2, 0.5, 0.8)]
     return found
+
+
+def test_completing_snapshots_restarts_from_any_death() -> None:
+    """At no time a table is found that nobody has written, nor is one counted too low without the dirty bit."""
+    damaged = sound()
+    image = CrashDriver().run(Image.open(damaged, options=OpenOptions(writable=True)))
+    CrashDriver().run(image.create_snapshot("kept", 0))
+    CrashDriver().run(image.close())
+    (offset,) = struct.unpack(">Q", damaged.read(64, 8))
+    entry = damaged.read(offset, 40 + 24 + 5)
+    damaged.write(offset, entry[:36] + bytes(4) + entry[64:] + bytes(24))
+    file, driver = damaged.copy(), CrashDriver()
+    driver.run(repair(file))
+    for state in [file, *deaths(driver.journal, damaged, file, random.Random(0))]:
+        header = CrashDriver().run(read_header(state, trust_refcounts=False))
+        if header.record.snapshots_offset != offset and not header.is_dirty:
+            assert CrashDriver().run(check(state)).corruptions == 0
+        CrashDriver().run(repair(state))
+        report = CrashDriver().run(check(state))
+        assert (report.check_errors, report.corruptions, report.leaks) == (0, 0, 0)
+        header = CrashDriver().run(read_header(state))
+        assert not header.is_dirty
+        (snapshot,) = CrashDriver().run(read_snapshots(state, header)).snapshots
+        assert (snapshot.name, len(snapshot.extra), snapshot.disk_size) == ("kept", 16, CLUSTERS * CLUSTER)
