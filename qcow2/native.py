@@ -4,6 +4,9 @@ import os
 from typing import Any, NewType, Protocol, cast
 
 from qcow2 import _native
+from qcow2.sources import require_current
+
+require_current(_native)
 
 Pointer = NewType("Pointer", object)  # a cffi pointer or array
 

@@ -6,6 +6,7 @@ programs of `tests/c` with the thread sanitizer.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -46,12 +47,14 @@ FUZZ = ROOT / "tests" / "fuzz"
 def emit_wrapper(module: str, target: Path) -> None:
     """Write the C file that exposes the declarations of `room/name.cdef`, for the *module* `room._name`.
 
-    What it includes is `room/name.h`.
+    What it includes is `room/name.h`. It says which sources it was made of, too: `qcow2.sources` compares.
     """
     room, _, name = module.partition("._")
+    # Read as a file: nothing of ours can be imported before it is built.
+    fingerprint = runpy.run_path(str(ROOT / "qcow2" / "sources.py"))["fingerprint"]()
     ffi = FFI()
-    ffi.cdef((ROOT / room / f"{name}.cdef").read_text())
-    ffi.set_source(module, f'#include "{room}/{name}.h"')
+    ffi.cdef((ROOT / room / f"{name}.cdef").read_text() + "\n#define NATIVE_SOURCES ...\n")
+    ffi.set_source(module, f'#define NATIVE_SOURCES {fingerprint}\n#include "{room}/{name}.h"')
     target.parent.mkdir(parents=True, exist_ok=True)
     ffi.emit_c_code(str(target))
 

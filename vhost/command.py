@@ -21,16 +21,20 @@ CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program; the exit status, also if standard output takes nothing more."""
+    """Run the program; the exit status. Where nobody reads what is printed, this process dies of that."""
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)
         finally:
             if sys.stdout is not None:  # None where it was closed when Python started
                 sys.stdout.flush()
+    except BrokenPipeError:
+        from qcow2.tool.interruption import die_of_closed_pipe
+
+        return die_of_closed_pipe()
     except OSError as error:
         sys.stdout = None  # Python would try again at exit, and complain itself
-        return 1 if isinstance(error, BrokenPipeError) else _complain(f"standard output: {error.strerror}")
+        return _complain(f"standard output: {error.strerror}")
 
 
 def _run(arguments: list[str]) -> int:
@@ -72,6 +76,8 @@ def _print_xml(options: "Options") -> int:
 def _serve(options: "Options") -> int:
     import logging
 
+    import ring._native
+    from qcow2.sources import StaleExtension, require_current
     from qcow2.tool.stdio import occupy
     from vhost.endpoint import EndpointError
     from vhost.limits import raise_descriptor_limit
@@ -80,10 +86,11 @@ def _serve(options: "Options") -> int:
 
     try:
         occupy()
+        require_current(ring._native)
         logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", handlers=[Stderr()])
         raise_descriptor_limit()
         serve_image(options)
-    except (EndpointError, Unavailable) as error:
+    except (EndpointError, Unavailable, StaleExtension) as error:
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))

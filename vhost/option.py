@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ring.aio import Aio
 
@@ -77,6 +77,10 @@ class Options:
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line of ours."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print it. Raises: OSError, which argparse may swallow."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

@@ -8,7 +8,9 @@ from qcow2 import _cipher
 from qcow2.error import UnsupportedImage
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import CipherSpec
+from qcow2.sources import require_current
 
+require_current(_cipher)
 ffi: Any = _cipher.ffi
 lib: Any = _cipher.lib
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from qcow2.error import ImageError
+from qcow2.sources import StaleExtension
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.stdio import OUTPUT, name_output, occupy
 
@@ -44,6 +45,10 @@ class Parser(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._is_intermixing = False
+
+    def print_help(self, file: Any = None) -> None:
+        """Print it. Raises: OSError, which argparse may swallow."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -81,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Failure as failure:
         _complain(str(failure))
         return failure.status
-    except (UsageError, ImageError, ValueError) as error:
+    except (UsageError, ImageError, ValueError, StaleExtension) as error:
         return _complain(str(error))
     except MemoryError:
         return _complain("out of memory")

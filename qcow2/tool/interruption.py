@@ -32,7 +32,7 @@ def run_to_end(main: Callable[[], int]) -> int:
     except Interrupted as interrupted:
         return _die(interrupted.number)
     except BrokenPipeError:
-        return _die(signal.SIGPIPE)
+        return die_of_closed_pipe()
 
 
 @contextmanager
@@ -48,6 +48,11 @@ def _raised() -> Iterator[None]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
     yield
+
+
+def die_of_closed_pipe() -> int:
+    """Nobody reads what we print: die of it without a word, as programs do that are not in Python."""
+    return _die(signal.SIGPIPE)
 
 
 def _die(number: int) -> int:

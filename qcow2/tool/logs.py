@@ -51,14 +51,17 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _remove(tag: str, logs: dict[str, SharedMemory], directory: str) -> None:
-    if tag not in logs:
-        raise ValueError(f"no link log {tag} in {directory}")
-    if is_in_use(logs[tag].path):
+    try:
+        is_used = is_in_use(logs[tag].path)
+    except (KeyError, FileNotFoundError):
+        raise ValueError(f"no link log {tag} in {directory}") from None
+    if is_used:
         raise ValueError(f"link log {tag} is in use")
     remove_log(logs[tag])
 
 
 def _facts_of(tag: str, memory: SharedMemory) -> LogFacts | None:
+    """What is said of a log; nothing of one that is gone since it was listed."""
     try:
         found = read_log(memory.load(lambda user: True))
         if found is None:
@@ -66,6 +69,8 @@ def _facts_of(tag: str, memory: SharedMemory) -> LogFacts | None:
         image = os.fsdecode(found.origin.path)
         state = "in use" if is_in_use(memory.path) else _state_of(image, found.tag)
         return LogFacts(tag, memory.path, image, found.waiting(), state)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         print(f"qcow2: {memory.path}: {error.strerror}", file=sys.stderr)
         return None

@@ -341,14 +341,41 @@ def test_ctl_dies_of_a_signal_without_a_word(control: Path, number: signal.Signa
     assert program.returncode == -number
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--stats", "--version"], ["--help"], ["--print-capabilities"], ["ctl", "--help"]]
-)
-def test_full_standard_output_is_said_on_one_line(arguments: list[str]) -> None:
+PRINTING = [
+    ["--stats", "--version"],
+    ["--help"],
+    ["--print-capabilities"],
+    ["ctl", "--help"],
+    ["ctl", "resize", "--help"],
+    ["libvirt-xml", "--help"],
+    ["libvirt-xml", "--socket-path=/s", "--blk-file=/i"],
+]
+UNBUFFERED = {"": {}, "unbuffered": {"PYTHONUNBUFFERED": "1"}}  # what fails is the flush, or the write
+
+
+@pytest.mark.parametrize("mode", UNBUFFERED)
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_full_standard_output_is_said_on_one_line(arguments: list[str], mode: str) -> None:
+    environment = {**os.environ, **UNBUFFERED[mode]}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([DAEMON, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+        done = subprocess.run(
+            [DAEMON, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, env=environment
+        )
     assert done.returncode == 1
     assert done.stderr == "vhost-user-qcow2: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("mode", UNBUFFERED)
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_program_whose_output_nobody_reads_dies_of_it_without_a_word(arguments: list[str], mode: str) -> None:
+    environment = {**os.environ, **UNBUFFERED[mode]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [DAEMON, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, env=environment
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def _start_ctl(control: Path, listener: socket.socket) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -251,3 +252,48 @@ def test_libvirt_xml_names_a_relative_socket_by_its_whole_path(tmp_path: Path) -
 def test_libvirt_xml_needs_a_path() -> None:
     done = run(DAEMON, "libvirt-xml", "--fd=3", "--blk-file=disk.qcow2")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The sources with the extensions that were built of them, all of one age."""
+    for room in ("ring", "virtio", "vhost", "qcow2"):
+        shutil.copytree(ROOT / room, tmp_path / "tree" / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+def run_in(tree: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = "import sys, qcow2.tool, vhost.command; sys.exit(vars(eval(sys.argv.pop(1)))[sys.argv.pop(1)]())"
+    return run(sys.executable, "-c", program, *arguments, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)})
+
+
+OLD = [
+    ("qcow2/plane/stock.h", ["qcow2.tool", "program", "check"], "qcow2"),
+    ("ring/worker.c", ["vhost.command", "main", "--fd=0", "--blk-file"], "vhost-user-qcow2"),
+]
+
+
+@pytest.mark.parametrize(("source", "words", "program"), OLD)
+def test_extensions_of_other_sources_are_refused_in_a_line_that_says_what_to_run(
+    tree: Path, tmp_path: Path, source: str, words: list[str], program: str
+) -> None:
+    """Else each half may wait for what the other does not say."""
+    qcow2_tool_ok("create", tmp_path / "disk", "1M")
+    with (tree / source).open("a") as file:
+        file.write("/* newer */\n")
+    os.utime(tree / source, (1 << 32, 1 << 32))
+    done = run_in(tree, *words, tmp_path / "disk")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"{program}: \S+\.so was compiled from other sources: run make \.venv/installed\n", done.stderr
+    )
+    os.unlink(tree / "pyproject.toml")  # as it is where it was installed
+    assert "sources" not in run_in(tree, *words, tmp_path / "disk").stderr
+
+
+def test_sources_that_are_only_younger_do_no_harm(tree: Path, tmp_path: Path) -> None:
+    qcow2_tool_ok("create", tmp_path / "disk", "1M")
+    for source in ("ring/worker.c", "qcow2/native.cdef"):
+        os.utime(tree / source, (1 << 32, 1 << 32))
+    assert run_in(tree, "qcow2.tool", "program", "check", tmp_path / "disk").returncode == 0
