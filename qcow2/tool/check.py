@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from qcow2.driver.file import HostFile, run
 from qcow2.judge.check import check
 from qcow2.judge.report import Report
-from qcow2.node.formats import FORMATS
 from qcow2.tool.file import add_log_options, opened, print_json, recovered
+from qcow2.tool.identity import say
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.opening import opening
 
 MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
 IN_THE_DARK = "not all references can be found: clusters that seem to leak may be in use, and are kept by a repair"
@@ -18,10 +20,11 @@ NO_CHECK = 63  # qemu-img's status for a format that has none
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 check`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    add_format_option(parser)
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("-r", "--repair", choices=["leaks", "all"], help="put right what is wrong")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
+    add_image_options(parser)
     add_log_options(parser)
     parser.add_argument("filename")
 
@@ -31,26 +34,27 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: OSError, ImageError, ValueError.
     """
-    if arguments.format == "raw":
-        print(f"qcow2: {arguments.filename}: a raw image has nothing to check", file=sys.stderr)
+    image = the_image(arguments, writes=arguments.repair is not None)
+    if image.image_format == "raw":
+        say("This image format does not support checks")
         return NO_CHECK
     if arguments.repair and arguments.force_share:
-        raise ValueError(f"{arguments.filename}: cannot repair with --force-share")
-    with _opened(arguments) as file:
+        raise ValueError(f"{image.path}: cannot repair with --force-share")
+    with opening(image.path), _opened(image.path, arguments) as file:
         report = _check(file, arguments)
     if arguments.output == "json":
-        print_json(_facts(report, arguments.filename))
+        print_json(_facts(report, image.path))
     elif not arguments.quiet:
         print("\n".join(_lines(report)))
     if report.is_dark:
-        print(f"qcow2: {arguments.filename}: {IN_THE_DARK}", file=sys.stderr)
+        say(f"{image.path}: {IN_THE_DARK}")
     return _status(report)
 
 
-def _opened(arguments: argparse.Namespace) -> AbstractContextManager[HostFile]:
+def _opened(path: str, arguments: argparse.Namespace) -> AbstractContextManager[HostFile]:
     if arguments.repair is None:
-        return opened(arguments.filename, force_share=arguments.force_share)
-    return recovered(arguments.filename, arguments)
+        return opened(path, force_share=arguments.force_share)
+    return recovered(path, arguments)
 
 
 def _check(file: HostFile, arguments: argparse.Namespace) -> Report:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from qcow2.error import ImageError
 from qcow2.sources import StaleExtension
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.identity import say
 from qcow2.tool.stdio import OUTPUT, name_output, occupy
 
 COMMANDS = {
@@ -126,5 +127,5 @@ def _text_of(error: OSError) -> str:
 def _complain(text: str) -> int:
     """Say what is wrong on one line, whatever the names in it hold."""
     line = re.sub(r"[\x00-\x1f\x7f]+", " ", text)
-    print(f"qcow2: {line}", file=sys.stderr)
+    say(line)
     return 1

@@ -6,15 +6,18 @@ from qcow2.error import ImageError
 from qcow2.library.commit import NoBacking, NotInChain, commit_image
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.opening import cannot_open
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
-from qcow2.tool.source import CACHE_MODES, cannot_open
+from qcow2.tool.source import CACHE_MODES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 commit`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    parser.add_argument("-f", "--format", default="qcow2", choices=["qcow2"], help="of the image")
+    add_format_option(parser)
+    add_image_options(parser)
     parser.add_argument("-b", "--base", metavar="FILE", help="commit to this image of the chain, and empty nothing")
     parser.add_argument("-d", "--drop", action="store_true", help="do not empty the image: it will be deleted")
     parser.add_argument("-r", "--rate-limit", metavar="RATE", help="bytes a second")
@@ -29,7 +32,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: Failure, ValueError, OSError, ImageError; what the image shows is as before then.
     """
-    path = arguments.filename
+    image = the_image(arguments)
+    path = image.path
     rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
     with shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate) as pace:
         try:
@@ -38,6 +42,7 @@ def run_command(arguments: argparse.Namespace) -> int:
                 arguments.base,
                 pace,
                 empties=not arguments.drop,
+                image_format=image.image_format,
                 log_directory=arguments.link_log,
                 discard_log=arguments.discard_link_log,
             )

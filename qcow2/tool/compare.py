@@ -9,8 +9,8 @@ from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.job.compare import Difference, Found, ReadFailed, compare
 from qcow2.job.pace import Pace
-from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.progress import shown
 from qcow2.tool.source import add_source_options, open_source
 
@@ -19,8 +19,9 @@ DIFFERENT, CANNOT_OPEN, NO_STATUS, CANNOT_READ = 1, 2, 3, 4  # exit statuses; 0:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 compare`."""
-    parser.add_argument("-f", "--a-format", default="qcow2", choices=FORMATS, help="of the first; never guessed")
-    parser.add_argument("-F", "--b-format", default="qcow2", choices=FORMATS, help="of the second; never guessed")
+    add_format_option(parser, "-f", "--a-format", of="of the first")
+    add_format_option(parser, "-F", "--b-format", of="of the second")
+    add_image_options(parser)
     parser.add_argument("-s", "--strict", action="store_true", help="compare sizes and kinds of extents, too")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -39,8 +40,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             one, other = (
-                stack.enter_context(open_source(path, image_format, arguments))
-                for path, image_format in zip(arguments.filenames, formats, strict=True)
+                stack.enter_context(open_source(image.path, image.image_format, arguments))
+                for image in (
+                    named(text, image_format, is_options=arguments.image_opts)
+                    for text, image_format in zip(arguments.filenames, formats, strict=True)
+                )
             )
         except Failure as failure:
             raise Failure(str(failure), CANNOT_OPEN) from failure

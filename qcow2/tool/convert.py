@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,6 +14,8 @@ from qcow2.job.target import Target
 from qcow2.node.chain import backing_path
 from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.identity import say
+from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
@@ -28,7 +29,8 @@ MAX_THREADS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 convert`."""
-    parser.add_argument("-f", "--source-format", default="qcow2", choices=FORMATS, help="of the sources; never guessed")
+    add_format_option(parser, "-f", "--source-format", of="of the sources")
+    add_image_options(parser)
     parser.add_argument("-O", "--target-format", default="raw", metavar="FMT", help="of the target: raw or qcow2")
     parser.add_argument("-o", "--target-format-options", action="append", default=[], metavar="OPTIONS", help="or help")
     parser.add_argument("-n", "--no-create", action="store_true", help="write to an image that is there")
@@ -63,7 +65,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         snapshot = wanted_snapshot(arguments)
         images = [
-            stack.enter_context(open_source(each, arguments.source_format, arguments, snapshot)) for each in paths
+            stack.enter_context(open_source(each.path, each.image_format, arguments, snapshot))
+            for each in (named(text, arguments.source_format, is_options=arguments.image_opts) for text in paths)
         ]
         size = sum(image.size for image in images)
         wish = Wish(path, _known_format(arguments.target_format), size, _given(arguments), arguments.compress)
@@ -107,7 +110,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     if arguments.backing is not None and len(arguments.filenames) > 2:
         raise UsageError("Having a backing file for the target makes no sense when concatenating multiple input images")
     if arguments.no_create and arguments.target_format_options:
-        print("qcow2: warning: -o has no effect when skipping image creation", file=sys.stderr)
+        say("warning: -o has no effect when skipping image creation")
 
 
 def _validate_compression(wish: Wish, arguments: argparse.Namespace) -> None:

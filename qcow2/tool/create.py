@@ -11,6 +11,7 @@ from qcow2.format.layout import SECTOR_SIZE
 from qcow2.node.chain import backing_path
 from qcow2.node.formats import FORMATS
 from qcow2.tool.file import created, opened
+from qcow2.tool.identity import default_format
 from qcow2.tool.option import (
     OPTIONS,
     asks_for_help,
@@ -44,7 +45,7 @@ class Request:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 create`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
-    parser.add_argument("-f", "--format", default="qcow2", metavar="FMT", help=" or ".join(FORMATS))
+    parser.add_argument("-f", "--format", default=default_format(), metavar="FMT", help=" or ".join(FORMATS))
     parser.add_argument("-b", "--backing", metavar="FILE", help="the backing file, as it shall be recorded")
     parser.add_argument("-F", "--backing-format", metavar="FMT", help="its format")
     parser.add_argument("-u", "--unsafe", action="store_true", help="do not look at the backing file")

@@ -1,7 +1,6 @@
 """`qcow2 dd`: copy a part of a disk to a new image."""
 
 import argparse
-import sys
 from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
@@ -11,6 +10,8 @@ from qcow2.job.pace import Pace
 from qcow2.job.source import Part, Source
 from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.identity import say
+from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import Wish, new_target
@@ -23,7 +24,8 @@ NTHREADS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 dd`."""
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the source; never guessed")
+    add_format_option(parser, of="of the source")
+    add_image_options(parser)
     parser.add_argument("-O", "--output-format", default="raw", metavar="FMT", help="of the target: raw or qcow2")
     add_source_options(parser)
     parser.add_argument(
@@ -49,10 +51,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise UsageError(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
     skip = _number(given, "skip", 0) * block
     with ExitStack() as stack:
-        image = stack.enter_context(open_source(given["if"], arguments.format, arguments))
+        wanted = named(given["if"], arguments.format, is_options=arguments.image_opts)
+        image = stack.enter_context(open_source(wanted.path, wanted.image_format, arguments))
         end = min(image.size, _number(given, "count", image.size) * block)
         if skip > end:
-            print(f"qcow2: {given['if']}: cannot skip to specified offset", file=sys.stderr)
+            say(f"{given['if']}: cannot skip to specified offset")
         nbytes = max(0, end - skip)
         wish = Wish(given["of"], arguments.output_format, nbytes + -nbytes % SECTOR_SIZE, {})
         target = stack.enter_context(new_target(wish, [image], None))

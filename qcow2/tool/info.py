@@ -16,6 +16,8 @@ from qcow2.format.snapshot import Snapshot, read_snapshots
 from qcow2.node.chain import MAX_DEPTH, backing_path
 from qcow2.node.formats import FORMATS
 from qcow2.tool.file import opened, print_json
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.opening import opening
 from qcow2.tool.quantity import format_size
 
 NANOSECONDS = 1_000_000_000
@@ -24,7 +26,8 @@ Facts = dict[str, Any]  # as qemu-img's JSON has them
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 info`."""
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    add_format_option(parser)
+    add_image_options(parser)
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("--backing-chain", action="store_true", help="and of every image under it")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
@@ -36,9 +39,11 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: OSError, ImageError.
     """
-    chain = [_facts(arguments.filename, arguments.format, arguments.force_share)]
-    if arguments.backing_chain:
-        _follow(chain, arguments.force_share)
+    image = the_image(arguments)
+    with opening(image.path):
+        chain = [_facts(image.path, image.image_format, arguments.force_share)]
+        if arguments.backing_chain:
+            _follow(chain, arguments.force_share)
     if arguments.output == "json":
         print_json(chain if arguments.backing_chain else chain[0])
     else:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from dataclasses import asdict, dataclass
 
 from qcow2.driver.file import HostFile, run
@@ -12,6 +11,7 @@ from qcow2.error import ImageError
 from qcow2.format.header import read_header
 from qcow2.plane.linklog import Mark, read_log
 from qcow2.tool.file import print_json
+from qcow2.tool.identity import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _facts_of(tag: str, memory: SharedMemory) -> LogFacts | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        print(f"qcow2: {memory.path}: {error.strerror}", file=sys.stderr)
+        say(f"{memory.path}: {error.strerror}")
         return None
 
 

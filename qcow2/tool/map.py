@@ -9,7 +9,8 @@ from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, find_extent, merged
-from qcow2.node.formats import FORMATS
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.opening import opening
 from qcow2.tool.quantity import parse_size
 
 MAX_STEP = 1 << 40  # bytes asked for at once
@@ -17,7 +18,8 @@ MAX_STEP = 1 << 40  # bytes asked for at once
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 map`."""
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    add_format_option(parser)
+    add_image_options(parser)
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("-s", "--start-offset", default="0", metavar="SIZE", help="where to begin")
     parser.add_argument("-l", "--max-length", metavar="SIZE", help="how much to map")
@@ -30,16 +32,18 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: OSError, ImageError, ValueError.
     """
+    wanted = the_image(arguments)
     start = parse_size(arguments.start_offset)
     length = None if arguments.max_length is None else parse_size(arguments.max_length)
     with Chain(force_share=arguments.force_share) as chain:
-        image = chain.open(arguments.filename, arguments.format, OpenOptions(has_data=False))
+        with opening(wanted.path):
+            image = chain.open(wanted.path, wanted.image_format, OpenOptions(has_data=False))
         end = image.size if length is None else min(image.size, start + length)
         extents = merged(walk(image, start, end))
         if arguments.output == "json":
             _print_json(extents)
         else:
-            _print_table(arguments.filename, extents)
+            _print_table(wanted.path, extents)
     return 0
 
 

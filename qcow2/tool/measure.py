@@ -8,6 +8,7 @@ from qcow2.job.measure import Measures, size_of_copy, size_of_empty, size_of_raw
 from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import print_json
+from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.option import image_options, parse_options
 from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
@@ -15,7 +16,8 @@ from qcow2.tool.source import add_snapshot_option, add_source_options, open_sour
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 measure`."""
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the source; never guessed")
+    add_format_option(parser, of="of the source")
+    add_image_options(parser)
     parser.add_argument("-O", "--target-format", default="raw", metavar="FMT", help="of the new image: raw or qcow2")
     parser.add_argument("-o", "--options", action="append", default=[], metavar="OPTIONS", help="of the new image")
     parser.add_argument("-s", "--size", metavar="SIZE", help="of its disk, if there is no source")
@@ -54,7 +56,8 @@ def _measured(arguments: argparse.Namespace) -> Measures:
         size = parse_size(arguments.size)
         size += -size % SECTOR_SIZE
         return size_of_raw(size) if arguments.target_format == "raw" else size_of_empty(image_options(given, size))
-    with open_source(arguments.filename, arguments.format, arguments, wanted_snapshot(arguments)) as source:
+    image = the_image(arguments)
+    with open_source(image.path, image.image_format, arguments, wanted_snapshot(arguments)) as source:
         if arguments.target_format == "raw":
             return size_of_raw(source.size)
         return run(size_of_copy(image_options(given, source.size), source))

@@ -18,9 +18,11 @@ from qcow2.library.disk import Disk, open_disk
 from qcow2.node.chain import backing_path
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.opening import cannot_open
 from qcow2.tool.option import validate_backing
 from qcow2.tool.progress import shown
-from qcow2.tool.source import CACHE_MODES, add_source_options, cannot_open, open_source
+from qcow2.tool.source import CACHE_MODES, add_source_options, open_source
 from qcow2.tool.target import refuse_source, warn_of_bitmaps
 
 NTHREADS = 8
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 rebase`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
-    parser.add_argument("-f", "--format", default="qcow2", choices=["qcow2"], help="of the image")
+    add_format_option(parser)
+    add_image_options(parser)
     parser.add_argument("-u", "--unsafe", action="store_true", help="change the header only, look at no backing file")
     parser.add_argument("-b", "--backing", metavar="FILE", help='the new backing file, "" for none')
     parser.add_argument("-F", "-B", "--backing-format", metavar="FMT", help="its format")
@@ -45,6 +48,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError; what the image shows is as before then.
     """
+    image = the_image(arguments)
+    arguments.filename = image.path
+    if image.image_format != "qcow2":
+        raise Failure(f"Could not change the backing file to '{arguments.backing or ''}': Operation not supported")
     name, backing_format = arguments.backing or None, arguments.backing_format
     if arguments.backing is None and not arguments.unsafe:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 
 from qcow2.driver.file import run
 from qcow2.engine.create import Preallocation
@@ -12,9 +11,11 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.header import read_header, require_uncorrupted
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.disk import open_disk
-from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, opened
+from qcow2.tool.identity import say
+from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
+from qcow2.tool.opening import opening
 from qcow2.tool.option import PREALLOCATIONS
 from qcow2.tool.quantity import parse_size
 
@@ -28,7 +29,8 @@ WARNING = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 resize`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    add_format_option(parser)
+    add_image_options(parser)
     parser.add_argument("--shrink", action="store_true", help="let the disk become shorter: its end is lost")
     parser.add_argument("--preallocation", metavar="MODE", default="off", help="of what is new: off, metadata, ...")
     add_log_options(parser)
@@ -53,20 +55,21 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.preallocation not in PREALLOCATIONS:
         raise Failure(f"Invalid preallocation mode '{arguments.preallocation}'")
     preallocation = PREALLOCATIONS[arguments.preallocation]
-    size = _validated(arguments, preallocation)
+    image = the_image(arguments, writes=True)
+    with opening(image.path):
+        size = _validated(image, arguments, preallocation)
     log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with open_disk(arguments.filename, writable=True, format=arguments.format, **log) as disk:
+    with open_disk(image.path, writable=True, format=image.image_format, **log) as disk:
         disk.resize(size, shrink=arguments.shrink, preallocation=preallocation)
     if not arguments.quiet:
         print("Image resized.")
     return 0
 
 
-def _validated(arguments: argparse.Namespace, preallocation: Preallocation) -> int:
+def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preallocation) -> int:
     """The size to be; without a lock that lasts, so that the image can be repaired after."""
-    path = arguments.filename
-    with opened(path) as file:
-        if arguments.format == "raw":
+    with opened(image.path) as file:
+        if image.image_format == "raw":
             old = -(-file.size() // SECTOR_SIZE) * SECTOR_SIZE
             size = _wanted(arguments.size, old)
         else:
@@ -78,7 +81,7 @@ def _validated(arguments: argparse.Namespace, preallocation: Preallocation) -> i
     if size <= old and preallocation is not Preallocation.OFF:
         raise Failure("Preallocation can only be used for growing images")
     if size < old and not arguments.shrink:
-        print("qcow2: Use the --shrink option to perform a shrink operation.", file=sys.stderr)
+        say("Use the --shrink option to perform a shrink operation.")
         raise Failure(WARNING)
     return size
 

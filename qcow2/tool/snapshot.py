@@ -9,10 +9,11 @@ from qcow2.error import ImageError
 from qcow2.format.header import read_header
 from qcow2.format.snapshot import read_snapshots
 from qcow2.library.disk import open_disk
-from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options, opened
 from qcow2.tool.info import snapshot_facts, snapshot_lines
+from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
+from qcow2.tool.opening import opening
 
 VERBS = ("create", "apply", "delete")
 NOT_FOUND = {"apply": "Failed to load snapshot: No such file or directory", "delete": "snapshot not found"}
@@ -20,7 +21,8 @@ NOT_FOUND = {"apply": "Failed to load snapshot: No such file or directory", "del
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 snapshot`."""
-    parser.add_argument("-f", "--format", default="qcow2", choices=FORMATS, help="of the image; never guessed")
+    add_format_option(parser)
+    add_image_options(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("-l", "--list", action="store_true", help="list the snapshots (default)")
     what.add_argument("-c", "--create", metavar="NAME", help="keep what the disk holds now as a snapshot")
@@ -39,24 +41,25 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: OSError, ImageError, ValueError, Failure.
     """
+    image = the_image(arguments)
     for verb in VERBS:
         if (name := getattr(arguments, verb)) is not None:
-            _change(verb, name, arguments)
+            _change(verb, name, image, arguments)
             return 0
-    if arguments.format == "raw":
+    if image.image_format == "raw":
         return 0
-    with opened(arguments.filename, force_share=arguments.force_share) as file:
+    with opening(image.path), opened(image.path, force_share=arguments.force_share) as file:
         snapshots = run(read_snapshots(file, run(read_header(file, trust_refcounts=False)))).snapshots
     if snapshots:
         print("\n".join(snapshot_lines(map(snapshot_facts, snapshots))))
     return 0
 
 
-def _change(verb: str, name: str, arguments: argparse.Namespace) -> None:
-    if arguments.format == "raw":
+def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -> None:
+    if image.image_format == "raw":
         raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
     log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with open_disk(arguments.filename, writable=True, **log) as disk:
+    with open_disk(image.path, writable=True, **log) as disk:
         try:
             getattr(disk, f"{verb}_snapshot")(name)
         except FileNotFoundError as error:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.raw import RawImage
-from qcow2.error import ImageError
 from qcow2.node.chain import Chain
 from qcow2.tool.failure import Failure
+from qcow2.tool.opening import in_qemus_words
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -47,20 +47,10 @@ def open_source(
 
 
 def _open(chain: Chain, path: str, image_format: str, snapshot: str | None) -> Image | RawImage:
-    try:
-        return chain.open(path, image_format, OpenOptions(snapshot=snapshot))
-    except FileNotFoundError as error:
-        if snapshot is not None and str(error.strerror).startswith("snapshot "):
-            raise Failure("Failed to load snapshot: Can't find snapshot") from error
-        raise Failure(cannot_open(path, error)) from error
-    except OSError as error:
-        raise Failure(cannot_open(path, error)) from error
-    except ImageError as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        hint = "; a raw disk needs -f raw" if reason.startswith("not a qcow2 image") else ""
-        raise Failure(f"Could not open '{path}': {reason}{hint}") from error
-
-
-def cannot_open(path: str, error: OSError) -> str:
-    """As QEMU says it: the file of the image may be another one of the chain."""
-    return f"Could not open '{path}': Could not open '{error.filename or path}': {error.strerror or error}"
+    with in_qemus_words(path):
+        try:
+            return chain.open(path, image_format, OpenOptions(snapshot=snapshot))
+        except FileNotFoundError as error:
+            if snapshot is not None and str(error.strerror).startswith("snapshot "):
+                raise Failure("Failed to load snapshot: Can't find snapshot") from error
+            raise

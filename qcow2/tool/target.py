@@ -1,7 +1,6 @@
 """What convert and dd write to: a new image, or one that is there."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import created
+from qcow2.tool.identity import say
+from qcow2.tool.opening import cannot_open
 from qcow2.tool.option import image_options, raw_preallocation
-from qcow2.tool.source import cannot_open
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def _opened(wish: Wish) -> Disk:
 
 def warn_of_bitmaps(disk: Disk) -> None:
     """Say so when the first change of *disk* makes its persistent bitmaps void."""
-    text = f"qcow2: warning: {disk.files[0].path}: its persistent bitmaps are void from now on"
-    disk.image.on_bitmaps_void = lambda: print(text, file=sys.stderr)
+    text = f"warning: {disk.files[0].path}: its persistent bitmaps are void from now on"
+    disk.image.on_bitmaps_void = lambda: say(text)
 
 
 def refuse_source(path: str, sources: list[Image | RawImage]) -> None:

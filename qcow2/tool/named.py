@@ -1,0 +1,123 @@
+"""The image that a command line names: a path and a format; with --image-opts, or as json:{...}, all by their names."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcow2.node.formats import FORMATS
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import is_qemu_img
+
+MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
+PATH_KEYS = ("file.filename", "filename")
+HOST_DRIVERS = ("file", "host_device")
+IGNORED = ("file.driver", "file.locking", "file.aio", "locking", "aio", "read-only", "auto-read-only", "node-name")
+WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
+         Specify the 'raw' format explicitly to remove the restrictions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Where an image is, and what was said of it."""
+
+    path: str
+    image_format: str
+    options: dict[str, str] = field(default_factory=dict)  # what else was said, by dotted name: "encrypt.key-secret"
+
+
+def add_format_option(parser: argparse.ArgumentParser, *flags: str, of: str = "of the image") -> None:
+    """Declare how the format of what is named is said."""
+    parser.add_argument(*(flags or ("-f", "--format")), metavar="FMT", help=f"{of}: {' or '.join(FORMATS)}")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Declare that names may be lists of options, and the objects that these may refer to."""
+    parser.add_argument("--image-opts", action="store_true", help="a name is driver=FORMAT,file.filename=FILE,...")
+    parser.add_argument("--object", action="append", default=[], metavar="OBJECT", help="secret,id=ID,file=FILE")
+
+
+def named(text: str, image_format: str | None, *, is_options: bool = False, writes: bool = False) -> Named:
+    """What *text*, a file's name, or a list of options, names; *image_format* as it was given with it.
+
+    Raises: Failure.
+    """
+    if is_options:
+        if image_format is not None:
+            raise Failure("--image-opts and --format are mutually exclusive")
+        return _of_options(dict(_split(text)))
+    if text.startswith("json:"):
+        return _of_options(_parsed(text))
+    path = text.removeprefix("file:")
+    if image_format is None:
+        return Named(path, guessed(path, writes=writes))
+    if image_format not in FORMATS:
+        raise Failure(f"Could not open '{text}': Unknown driver '{image_format}'")
+    return Named(path, image_format)
+
+
+def the_image(arguments: argparse.Namespace, *, writes: bool = False) -> Named:
+    """What the one name of a command line names. Raises: Failure."""
+    return named(arguments.filename, arguments.format, is_options=arguments.image_opts, writes=writes)
+
+
+def guessed(path: str, *, writes: bool = False) -> str:
+    """The format of an image of which none was said: only `qemu-img` looks what is there."""
+    if not is_qemu_img():
+        return "qcow2"
+    try:
+        with open(path, "rb") as file:
+            found = MAGICS.get(file.read(4), "raw")
+    except OSError:  # who opens it next says why
+        return "qcow2"
+    if found == "raw" and writes:
+        print(WARNING.format(path), file=sys.stderr)
+    return found
+
+
+def _split(text: str) -> Iterator[tuple[str, str]]:
+    """`name=value,name=value`; a comma in a value is doubled."""
+    for part in text.replace(",,", "\0").split(","):
+        name, equals, value = part.replace("\0", ",").partition("=")
+        if name:
+            yield (name, value) if equals else ("driver", name)
+
+
+def _parsed(text: str) -> dict[str, str]:
+    try:
+        found = json.loads(text.removeprefix("json:"))
+    except ValueError as error:
+        raise Failure(f"Could not open '{text}': Could not parse the JSON options: {error}") from error
+    if not isinstance(found, dict):
+        raise Failure(f"Could not open '{text}': Invalid JSON object given")
+    return dict(_flat(found))
+
+
+def _flat(facts: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{lead}{key}.")
+        else:
+            yield f"{lead}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _of_options(given: dict[str, str]) -> Named:
+    driver = given.pop("driver", None)
+    path = next((given.pop(key) for key in PATH_KEYS if key in given), None)
+    for key in IGNORED:
+        given.pop(key, None)
+    if driver in HOST_DRIVERS:
+        driver = "raw"
+    if path is None:
+        raise Failure('A block device must be specified for "file"')
+    if driver is None:
+        driver = guessed(path)
+    if driver not in FORMATS:
+        raise Failure(f"Unknown driver '{driver}'")
+    unknown = [key for key in given if not key.startswith("encrypt.")]
+    if unknown:
+        raise Failure(f"Block format '{driver}' does not support the option '{unknown[0]}'")
+    return Named(path, driver, given)

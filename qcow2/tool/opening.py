@@ -1,0 +1,46 @@
+"""What is said when an image cannot be opened."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qcow2.error import ImageError
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import is_qemu_img
+from qcow2.tool.stdio import OUTPUT
+
+
+@contextmanager
+def opening(path: str) -> Iterator[None]:
+    """What goes wrong in this block is said as `qemu-img` says that it cannot open the image at *path*, if we are that.
+
+    Raises: Failure; else whatever it is.
+    """
+    if not is_qemu_img():
+        yield
+        return
+    with in_qemus_words(path):
+        yield
+
+
+@contextmanager
+def in_qemus_words(path: str) -> Iterator[None]:
+    """What goes wrong in this block is said as QEMU says that it cannot open the image at *path*. Raises: Failure."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename == OUTPUT:
+            raise
+        raise Failure(cannot_open(path, error)) from error
+    except ImageError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        hint = "; a raw disk needs -f raw" if reason.startswith("not a qcow2 image") else ""
+        raise Failure(f"Could not open '{path}': {reason}{hint}") from error
+
+
+def cannot_open(path: str, error: OSError) -> str:
+    """As QEMU says it: the file of the image may be another one of the chain."""
+    if not path:
+        return f"'': {error.strerror}"
+    return f"Could not open '{path}': Could not open '{error.filename or path}': {error.strerror or error}"

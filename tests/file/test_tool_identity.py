@@ -1,0 +1,78 @@
+"""The tool under the name of qemu-img, and images named by all their options."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import qemu_img, qemu_io
+from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """Our tool, under another's name."""
+    path = tmp_path / "bin" / "qemu-img"
+    path.parent.mkdir()
+    path.symlink_to(TOOL)
+    return path
+
+
+def run(program: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *map(str, words)], capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def test_as_qemu_img_formats_are_guessed_and_raw_images_made(linked: Path, tmp_path: Path) -> None:
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    assert "fmt=raw" in run(linked, "create", raw, "1M").stdout
+    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    for path in (raw, image):
+        assert run(linked, "info", path).stdout.splitlines()[1] == qemu_img("info", path).stdout.splitlines()[1]
+    assert run(linked, "compare", raw, image).returncode == 0
+    grown = run(linked, "resize", raw, "2M")
+    assert (grown.returncode, grown.stdout) == (0, "Image resized.\n")
+    theirs = qemu_img("resize", raw, "3M").stderr
+    assert grown.stderr == theirs
+
+
+@pytest.mark.parametrize("words", [["info"], ["check"], ["map"], ["snapshot", "-l"], ["resize"]])
+def test_as_qemu_img_complaints_are_its_own(linked: Path, words: list[str]) -> None:
+    rest = ["nosuch", *(["1M"] if words == ["resize"] else [])]
+    ours, theirs = run(linked, *words, *rest), run(Path("qemu-img"), *words, *rest)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--image-opts", "driver=qcow2,file.filename=a,,b"],
+        ["--image-opts", "driver=qcow2,file.driver=file,file.filename=a,,b"],
+        ['json:{"driver": "qcow2", "file": {"driver": "file", "filename": "a,b"}}'],
+        ["-f", "qcow2", "file:a,b"],
+    ],
+)
+def test_images_are_named_by_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu_img("create", "-q", "-f", "qcow2", "a,b", "1M")
+    qemu_io(Path("a,b"), "write -P 1 0 64k")
+    assert json.loads(qcow2_tool_ok("info", "--output=json", *words))["virtual-size"] == MIB
+    assert json.loads(qcow2_tool_ok("map", "--output=json", *words))[0]["length"] == 65536
+    assert "No errors" in qcow2_tool_ok("check", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--image-opts", "-f", "raw", "a"], "--image-opts and --format are mutually exclusive"),
+        (["--image-opts", "driver=qcow2"], 'A block device must be specified for "file"'),
+        (["--image-opts", "driver=nbd,file.filename=a"], "Unknown driver 'nbd'"),
+        (["--image-opts", "driver=raw,file.filename=a,size=3"], "does not support the option 'size'"),
+        (["json:{"], "Could not parse"),
+    ],
+)
+def test_what_no_options_name_is_refused(words: list[str], said: str) -> None:
+    done = qcow2_tool("info", *words)
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
