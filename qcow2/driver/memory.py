@@ -10,6 +10,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
+from typing import Any
 
 from qcow2.native import ffi
 
@@ -26,14 +27,15 @@ class SharedMemory:
         self._fd = -1
 
     def load(self, is_trusted: Callable[[int], bool], nbytes: int | None = None) -> bytes:
-        """What an earlier process left there, or its first *nbytes*; *is_trusted* says of which users we take anything.
+        """All an earlier process left there, or its first *nbytes*; *is_trusted* says of which users we take anything.
 
         Raises: OSError; EPERM if what is there is not what such a user's process could have left.
         """
         fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self._refuse_foreign(os.fstat(fd), is_trusted)
-            return os.pread(fd, self.nbytes if nbytes is None else nbytes, 0)
+            size = os.fstat(fd).st_size
+            return os.pread(fd, size if nbytes is None else min(size, nbytes), 0)
         finally:
             os.close(fd)
 
@@ -56,6 +58,15 @@ class SharedMemory:
             return 0
         with ffi.from_buffer(self._map) as view:
             return int(ffi.cast("uintptr_t", view))
+
+    def reserve(self, nbytes: int) -> None:
+        """Be so many bytes long, once it is made."""
+        assert self._map is None
+        self.nbytes = nbytes
+
+    def window(self, offset: int) -> Any:
+        """A cffi pointer to what is there, good until it is removed or closed."""
+        return ffi.cast("uint8_t *", self.address) + offset
 
     def _create(self) -> mmap.mmap:
         """All of it is allocated at once, so that no later store can lack space."""

@@ -36,6 +36,12 @@ class Memory(Protocol):
     def is_lost(self) -> bool:
         """Whether the next process could not find it: somebody has removed it."""
 
+    def reserve(self, nbytes: int) -> None:
+        """Be so many bytes long, once it is made."""
+
+    def window(self, offset: int) -> Any:
+        """A pointer to what is there, to be stored to by any means; None: only by `Store`."""
+
 
 class Buffer(Protocol):
     """A run of bytes that the engine moves but need not look at: guest memory, or a memoryview."""

@@ -6,6 +6,8 @@ from contextlib import suppress
 
 from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
+from qcow2.engine.bitmaps import Bitmaps
+from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.data import Data
 from qcow2.engine.growth import Grower
 from qcow2.engine.links import Links
@@ -48,6 +50,8 @@ class Changes:
         file_size: int,
         snapshots: SnapshotTable,
         owned_by_snapshots: "array[int]",
+        bitmaps: list[StoredBitmap],
+        owned_by_bitmaps: "array[int]",
         backing_size: int | None,
     ) -> None:
         table_offset = root.header.record.refcount_table_offset
@@ -91,6 +95,18 @@ class Changes:
         self.shedder = Shedder(
             geometry, mapping, self.zeroer, self.links, self.snapshots, self._allocator, root, stability
         )
+        self.bitmaps = Bitmaps(
+            file,
+            geometry,
+            mapping,
+            self._allocator,
+            self._reaper,
+            root,
+            self.links,
+            stability,
+            bitmaps,
+            owned_by_bitmaps,
+        )
 
     @property
     def may_overwrite(self) -> bool:
@@ -110,6 +126,7 @@ class Changes:
     async def settle(self) -> None:
         """Bring the disk in the state of a clean close."""
         await self.links.close()
+        await self.bitmaps.settle()
         await self._allocator.collect()
         await self._reaper.drain()
         self.require_trust()

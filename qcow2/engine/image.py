@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from qcow2.driver.operation import Allocated, Buffer, File, Read, Resize, Size
+from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
@@ -30,6 +31,7 @@ from qcow2.format.layout import (
     PROMISES,
     Autoclear,
     CryptMethod,
+    ExtensionMagic,
     HeaderRecord,
 )
 from qcow2.format.refusal import l1_entries
@@ -75,6 +77,7 @@ class Image:
         self._header = header
         self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
         self.on_bitmaps_void: Callable[[], None] = lambda: None  # told once, at the first change of a disk with bitmaps
+        self.bitmap_problems: list[str] = []  # why some bitmaps cannot be kept, once it is open for writing
         self._told_void = False
         self._slot: int | None = None
         self._is_hollow: bool | None = None  # nobody has asked yet
@@ -136,6 +139,7 @@ class Image:
         header = await clear_autoclear(self.file, header, maintained=PROMISES)  # those wait for the first change
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(header, self._stability, is_lazy=is_lazy)
+        bitmaps, owned_by_bitmaps = await self._load_bitmaps(root)
         return Changes(
             self.file,
             self._data,
@@ -150,8 +154,28 @@ class Image:
             file_size=file_size,
             snapshots=snapshots,
             owned_by_snapshots=owned_by_snapshots,
+            bitmaps=bitmaps,
+            owned_by_bitmaps=owned_by_bitmaps,
             backing_size=None if self.backing is None else self.backing.size,
         )
+
+    async def _load_bitmaps(self, root: Root) -> "tuple[list[StoredBitmap], array[int]]":
+        """The bitmaps that are kept from now on; none if they cannot be found: the first change voids them."""
+        header = root.header
+        if header.extension(ExtensionMagic.BITMAPS) is None:
+            return [], array("Q")
+        try:
+            bitmaps, owned = await load_bitmaps(self.file, header, self.geometry, self._mapping.is_metadata)
+        except CorruptImage as error:
+            self.bitmap_problems.append(str(error))
+            return [], array("Q")
+        self._mapping.own_metadata(owned)
+        root.broken_promises ^= Autoclear.BITMAPS
+        for each in bitmaps:
+            if each.is_kept and each.problem:
+                text = f"bitmap {each.bitmap.name!r} {each.problem}: the first change makes it void"
+                self.bitmap_problems.append(text)
+        return bitmaps, owned
 
     @property
     def statistics(self) -> Statistics:
@@ -217,11 +241,11 @@ class Image:
     async def _changing(self) -> Changes:
         changes = self._writable()
         if changes.root.has_promises:
-            had_bitmaps = changes.root.header.record.autoclear_features & Autoclear.BITMAPS
+            breaks = changes.root.header.record.autoclear_features & changes.root.broken_promises
             await changes.root.void_promises()
             changes.require_trust()
             self._cache.set_file(self._slot, writable=self._may_overwrite())
-            if had_bitmaps and not self._told_void:
+            if breaks & Autoclear.BITMAPS and not self._told_void:
                 self._told_void = True
                 self.on_bitmaps_void()
         if changes.uncounted.is_due:
@@ -276,16 +300,19 @@ class Image:
         Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
         """
         changes = await self._changing()
+        await changes.bitmaps.mark(guest_offset, len(source))
         await self._guard(changes, changes.writer.write(guest_offset, source))
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
         changes = await self._changing()
+        await changes.bitmaps.mark(guest_offset, nbytes)
         await self._guard(changes, changes.zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap))
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
         changes = await self._changing()
+        await changes.bitmaps.mark(guest_offset, nbytes)
         await self._guard(changes, changes.zeroer.discard(guest_offset, nbytes))
 
     async def flush(self) -> None:
@@ -294,9 +321,10 @@ class Image:
             await self._changes.links.flush()
 
     async def settle(self) -> None:
-        """Let the file alone hold all that has completed: no link waits after."""
+        """Let the file alone hold all that has completed: no link waits after, and no bits are live."""
         if self._changes is not None:
             await self._changes.links.commit()
+            await self._changes.bitmaps.settle()
 
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is new reads as zeros. Stable on return.
@@ -305,10 +333,13 @@ class Image:
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
         changes = await self._alone()
-        size = grown_size(self.file, self.header, nbytes)
-        if size != self.size:
+        old_size, size = self.size, grown_size(self.file, self.header, nbytes)
+        if size != old_size:
             require_sizes(self.file.path, changes.snapshots.table)
+        await changes.bitmaps.settle()
+        changes.bitmaps.require_same_tables(size)
         await self._guard(changes, changes.grower.grow(size))
+        await changes.bitmaps.mark(old_size, size - old_size)
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is past that is gone. Stable on return.
@@ -357,6 +388,11 @@ class Image:
         """
         changes = await self._alone()
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, wanted)
+        if changes.bitmaps.stored and snapshot.disk_size != self.size:
+            message = f"bitmaps of a disk of {self.size} bytes, snapshot {wanted!r} is of {snapshot.disk_size}"
+            raise UnsupportedImage(self.file.path, message)
+        await changes.bitmaps.mark(0, self.size)  # which need not be true yet: it never says too little
+        await changes.bitmaps.settle()
         await self._guard(changes, changes.snapshots.apply(snapshot))
 
     async def delete_snapshot(self, name: str) -> None:

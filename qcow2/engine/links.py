@@ -9,8 +9,9 @@ other way commits first, so no cluster waits twice.
 """
 
 import errno
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qcow2.driver.operation import Signal, Spawn
 from qcow2.engine.mapping import Mapping
@@ -32,6 +33,10 @@ class LinkPolicy:
     may_wait: Callable[[], bool] = lambda: True  # the engine's own; in writethrough that would only be more work
     on_waiting: Callable[[bool], None] = lambda is_waiting: None  # whether links wait, so that a sync is no flush
     on_log_lost: Callable[[OSError], None] = lambda error: None  # there can be no log, so none will wait
+
+
+async def _nothing() -> None:
+    """Nothing else is in the log."""
 
 
 class Batch:
@@ -68,6 +73,7 @@ class Links:
         log: LinkLog | None,
     ) -> None:
         self.policy = LinkPolicy()
+        self.before_renewal: Callable[[], Coroutine[Any, Any, None]] = _nothing  # what else is in the log leaves it
         self._geometry = geometry
         self._mapping = mapping
         self._reaper = reaper
@@ -134,8 +140,41 @@ class Links:
         """Its numbers run out, and an old copy of the image must not find its own number in a later record."""
         log.close()
         await self.commit()
-        if log.is_used_up(nclusters) and not self._mapping.holds:
-            log.renew()
+        await self.before_renewal()
+        if log.is_used_up(nclusters):
+            self.end_log()
+
+    @property
+    def log(self) -> LinkLog | None:
+        """Where links wait; None if none may."""
+        return self._log
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a link waits, so that the mark is of its record."""
+        self._gather()
+        return self._mapping.holds
+
+    async def begin_log(self, nbytes: int) -> bool:
+        """Have a log in a memory of *nbytes* at least; False if there is one already, whatever its length.
+
+        Raises: OSError if there is none to be had.
+        """
+        assert self._log is not None
+        async with self._beginning.hold():
+            if self._has_begun:
+                return False
+            await self._log.begin(nbytes)
+            self._has_begun = True
+            if self.policy.has_log:
+                self._log.open()
+            return True
+
+    def end_log(self) -> None:
+        """Let the next log be one with a tag of its own, if nothing is in this one."""
+        if self._log is not None and self._has_begun and not self._log.has_live and not self.has_waiting:
+            self._log.close()
+            self._log.renew()
             self._has_begun = False
 
     async def _give_up(self, log: LinkLog) -> None:

@@ -107,6 +107,10 @@ class Mapping:
             return self._metadata[index]
         return None
 
+    def is_metadata(self, cluster: int) -> bool:
+        """Whether *cluster* holds metadata."""
+        return self.first_metadata(range(cluster, cluster + 1)) is not None
+
     def known(self, guest_offset: int, nbytes: int) -> Run:
         """What `resolve` would say, if memory can tell; else a run of kind MISS or BAD."""
         return self.cache.describe(guest_offset, nbytes)

@@ -27,6 +27,7 @@ class RawImage:
         self._map = RawMap(size)
         self.on_failure: Callable[[], None] = lambda: None  # told once, when the image takes no more writes
         self.on_bitmaps_void: Callable[[], None] = lambda: None  # never told
+        self.bitmap_problems: list[str] = []  # never any
         self._slot: int | None = None
         self._stability = Stability(file, self.statistics, self._refuse_writes)
 

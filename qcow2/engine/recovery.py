@@ -10,6 +10,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory, is_in_use
 from qcow2.engine.logplace import all_logs, find_log, origin_of, remove_log
 from qcow2.engine.replay import are_in, clear_mark, replay
+from qcow2.engine.restore import restore_bits
 from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
 from qcow2.plane.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
@@ -41,9 +42,14 @@ def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
     try:
         found, links = _waiting(file, mark, memory)
     except _Unusable as problem:
-        _go_on_without(file, mark, directory, str(problem), discard=discard)
+        if mark.stamp:
+            _go_on_without(file, mark, directory, str(problem), discard=discard)
+        else:
+            log.info("%s: the live bits of its bitmaps are lost: they report too much", file.path)
         run(clear_mark(file))
         return
+    if found.live is not None:
+        run(restore_bits(file, header, found.live))
     outcome = run(replay(file, header, links))
     if outcome.dropped:
         log.warning("%s: %d clusters that were never flushed are lost", file.path, outcome.dropped)
@@ -53,7 +59,7 @@ def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
 
 def warn_of_waiting(file: HostFile, word: int) -> None:
     """Say that a reader of the image in *file*, whose header's mark is *word*, does not see all that was written."""
-    if word:
+    if word and Mark.parse(word).stamp:
         log.warning("%s: writes that wait in its link log are not shown: open it for writing once", file.path)
 
 

@@ -5,11 +5,14 @@ this image, as it is, is done.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from qcow2.driver.operation import File, Read, Size, Sync, Write
+from qcow2.engine.bitmaptable import load_bitmaps
 from qcow2.engine.mapping import bytes_of, entries_of
+from qcow2.error import CorruptImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, L2_RESERVED, L2_ZERO, OFFSET_MASK
@@ -92,7 +95,8 @@ class Target:
     geometry: Geometry
     l1: "list[int]"
     file_end: int
-    metadata: set[int]  # host clusters
+    tables: set[int]  # host clusters of the header, the tables and the refcount blocks
+    metadata: set[int]  # those, and the clusters of bitmaps
 
     @classmethod
     async def of(cls, file: File, header: Header) -> "Target":
@@ -103,13 +107,16 @@ class Target:
         l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         nbytes = record.refcount_table_clusters << record.cluster_bits
         blocks = entries_of(await Read(file, record.refcount_table_offset, nbytes))
-        metadata = {0}
-        metadata.update(_clusters(geometry, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
-        metadata.update(_clusters(geometry, record.refcount_table_offset, nbytes))
-        metadata.update(_clusters(geometry, *header.luks_area))
-        metadata.update(geometry.cluster_of(entry & OFFSET_MASK) for entry in l1)
-        metadata.update(geometry.cluster_of(entry) for entry in blocks)
-        return cls(geometry, list(l1), file_end, metadata)
+        tables = {0}
+        tables.update(_clusters(geometry, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+        tables.update(_clusters(geometry, record.refcount_table_offset, nbytes))
+        tables.update(_clusters(geometry, *header.luks_area))
+        tables.update(geometry.cluster_of(entry & OFFSET_MASK) for entry in l1)
+        tables.update(geometry.cluster_of(entry) for entry in blocks)
+        owned: Iterable[int] = ()
+        with suppress(CorruptImage):
+            _, owned = await load_bitmaps(file, header, geometry, tables.__contains__)
+        return cls(geometry, list(l1), file_end, tables, tables.union(owned))
 
     def accept(self, links: Iterable[Link]) -> tuple[list[Link], int]:
         """Those of *links* that may be true, the newest of each guest cluster; and how many may not."""

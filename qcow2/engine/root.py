@@ -15,9 +15,14 @@ class Root:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
-        self.has_promises = bool(header.record.autoclear_features & layout.PROMISES)  # a change breaks them
+        self.broken_promises = layout.PROMISES  # the autoclear bits that a change breaks
         self._stability = stability
         self._mutex = Mutex()
+
+    @property
+    def has_promises(self) -> bool:
+        """Whether the header says what the next change breaks."""
+        return bool(self.header.record.autoclear_features & self.broken_promises)
 
     async def allow_uncounted(self) -> None:
         """Return once references may be linked that the refcounts on the disk do not count (law 4).
@@ -56,8 +61,8 @@ class Root:
             if self.has_promises:
                 word = self.header.record.autoclear_features
                 offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
-                await self._write(offset, b"\0", autoclear_features=word ^ (word & layout.PROMISES))
-                self.has_promises = False
+                kept = word ^ (word & self.broken_promises)
+                await self._write(offset, bytes([kept & layout.PROMISES]), autoclear_features=kept)
 
     async def mark_clean(self) -> None:
         """Clear the dirty bit, if it is set, stable on return; everything else is stable already."""

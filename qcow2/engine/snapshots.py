@@ -19,7 +19,7 @@ from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_COMPRESSED, OFFSET_MASK, ExtensionMagic
+from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_COMPRESSED, OFFSET_MASK
 from qcow2.format.refusal import l1_entries
 from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots, require_sizes
 from qcow2.plane.tally import Role, Tally
@@ -123,10 +123,6 @@ class Snapshots:
 
     def _require_applicable(self, snapshot: Snapshot) -> None:
         header = self._root.header
-        if header.extension(ExtensionMagic.BITMAPS) is not None:
-            raise UnsupportedImage(
-                self._file.path, "an image with persistent bitmaps cannot go back to a snapshot: it would void them"
-            )
         if header.record.version < 3 and snapshot.disk_size != self._geometry.size:
             message = f"snapshot {snapshot.name!r} is of a disk of {snapshot.disk_size} bytes, which version 2 cannot"
             raise UnsupportedImage(self._file.path, f"{message} go back to")

@@ -6,7 +6,7 @@ from qcow2.driver.operation import File, Read
 from qcow2.error import CorruptImage
 from qcow2.format import layout
 from qcow2.format.header import Header
-from qcow2.format.layout import Autoclear, BitmapRecord, BitmapsRecord, ExtensionMagic
+from qcow2.format.layout import Autoclear, BitmapFlags, BitmapRecord, BitmapsRecord, ExtensionMagic
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,24 @@ class Bitmap:
 
     record: BitmapRecord
     name: str
+    host_offset: int  # of the entry
+    extra_data: bytes
+    raw_name: bytes
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a writer died that kept it: what it holds is worth nothing."""
+        return bool(self.record.flags & BitmapFlags.IN_USE)
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether every writer must record in it."""
+        return bool(self.record.flags & BitmapFlags.AUTO)
+
+    def pack(self) -> bytes:
+        """The entry as it stands on disk."""
+        packed = self.record.pack() + self.extra_data + self.raw_name
+        return packed + bytes(-len(packed) % 8)
 
 
 def bitmap_directory(file: File, header: Header) -> BitmapsRecord | None:
@@ -53,8 +71,9 @@ async def read_bitmaps(file: File, directory: BitmapsRecord) -> list[Bitmap]:
         if record.table_size > layout.MAX_BITMAP_TABLE_ENTRIES:
             message = f"bitmap {index} has {record.table_size} table entries, limit {layout.MAX_BITMAP_TABLE_ENTRIES}"
             raise CorruptImage(file.path, offset, message)
-        name = await Read(file, offset + nbytes - record.name_size, record.name_size)
-        found.append(Bitmap(record, name.decode("utf-8", "replace")))
+        tail = await Read(file, offset + BitmapRecord.FORMAT.size, record.extra_data_size + record.name_size)
+        extra_data, name = tail[: record.extra_data_size], tail[record.extra_data_size :]
+        found.append(Bitmap(record, name.decode("utf-8", "replace"), offset, extra_data, name))
         offset += nbytes + -nbytes % 8
     if offset != end:
         raise CorruptImage(file.path, offset, f"{end - offset} bytes are left at the end of the bitmap directory")

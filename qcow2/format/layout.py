@@ -253,6 +253,10 @@ class BitmapsRecord:
         """Split the 24 bytes of the extension."""
         return cls(*cls.FORMAT.unpack_from(data))
 
+    def pack(self) -> bytes:
+        """The extension as it stands on disk."""
+        return self.FORMAT.pack(*values_of(self))
+
 
 class BitmapFlags(IntFlag):
     """Flags of a bitmap directory entry."""
@@ -280,3 +284,15 @@ class BitmapRecord:
     def parse(cls, data: bytes) -> Self:
         """Split the first 24 bytes of *data*."""
         return cls(*cls.FORMAT.unpack_from(data))
+
+    def pack(self) -> bytes:
+        """The record as it stands on disk."""
+        return self.FORMAT.pack(*values_of(self))
+
+
+# Fields of a directory entry that change in place; entries begin at multiples of 8, so neither leaves its sector.
+BITMAP_TABLE_OFFSET = 0
+BITMAP_FLAGS_OFFSET, BITMAP_FLAGS = 12, struct.Struct(">I")
+BITMAP_TYPE_DIRTY = 1
+MAX_BITMAP_BYTES = 512 << 20  # of one bitmap's bits
+MIN_BITMAP_GRANULARITY_BITS, MAX_BITMAP_GRANULARITY_BITS = 9, 31

@@ -47,6 +47,8 @@ class Disk:
         self._driver = BlockingDriver()
         self._thread = OwnThread()
         self._path = self.files[0].path
+        for problem in image.bitmap_problems:
+            log.warning("%s: %s", self._path, problem)
         image.on_bitmaps_void = partial(_tell_of_void_bitmaps, self._path)  # no cycle: a dropped disk ends at once
 
     @property

@@ -124,6 +124,8 @@ int l2map_clear(void *context, uint64_t guest_offset, uint64_t nbytes, enum exte
     narrow(map, &start, &end);
     if (!can_say_zeros(map, how) || (how != EXTENT_DISCARD && (start != guest_offset || end != guest_offset + nbytes)))
         return -EAGAIN;
+    if (l2map_mark(map, guest_offset, nbytes) < 0)
+        return -EAGAIN;
     if (start >= end)
         return 0;
     first = start >> map->cluster_bits;

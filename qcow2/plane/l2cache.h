@@ -37,6 +37,7 @@ struct l2map;
 struct stock;
 struct freed;
 struct link_log;
+struct dirty_bits;
 
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
 struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots);
@@ -63,6 +64,8 @@ void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsyn
 void l2map_set_freed(struct l2map *map, struct freed *freed);
 /* Links over what the backing file shows may wait in this log; borrowed. */
 void l2map_set_log(struct l2map *map, struct link_log *log);
+/* Let the map note what changes there, before it changes; borrowed. NULL: no bitmap records. */
+void l2map_set_dirty(struct l2map *map, struct dirty_bits *dirty);
 /* Python holds, or waits for, the guest clusters from first to last: their entries are its to change. */
 void l2map_lock(struct l2map *map, uint64_t first, uint64_t last);
 void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last);

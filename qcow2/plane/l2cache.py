@@ -59,6 +59,7 @@ class L2Cache:
         self._stock: Any = None
         self._freed: Any = None
         self._log: Any = None
+        self._dirty: Any = None
 
     @property
     def extent_map(self) -> ExtentMap:
@@ -124,6 +125,11 @@ class L2Cache:
         """Let links of the extent map's wait in *log*, a `struct link_log`, which is borrowed."""
         self._log = log
         lib.l2map_set_log(self._map, log)
+
+    def set_dirty(self, dirty: Any) -> None:
+        """Let the extent map note in *dirty*, a `struct dirty_bits`, which is borrowed, what it changes."""
+        self._dirty = dirty
+        lib.l2map_set_dirty(self._map, dirty)
 
     def lock(self, first: int, last: int) -> None:
         """Somebody holds, or waits for, these guest clusters: the extent map leaves their entries alone."""

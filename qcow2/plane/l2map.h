@@ -1,6 +1,7 @@
 /* The inside of a struct l2map, between the files that work on one. */
 #pragma once
 
+#include "qcow2/plane/dirtybits.h"
 #include "qcow2/plane/freed.h"
 #include "qcow2/plane/l2cache.h"
 #include "qcow2/plane/linklog.h"
@@ -39,6 +40,7 @@ struct l2map {
     struct stock *unsynced; /* clusters for links that wait in the log */
     struct link_log *log;   /* NULL: none may */
     struct freed *freed;    /* NULL: only Python frees clusters */
+    struct dirty_bits *dirty; /* NULL: no bitmap records */
     struct range_locks locks;
     uint64_t loads;          /* slices that translate has loaded */
     uint64_t clears;         /* writes of entries */
@@ -75,6 +77,8 @@ int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last);
 uint64_t l2map_table(const struct l2map *map, uint64_t cluster);
 /* The same for a table that no snapshot shares. */
 uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster);
+/* Note in every bitmap that records that these bytes change. -> 0; -EAGAIN: only Python can see to it. */
+int l2map_mark(struct l2map *map, uint64_t guest_offset, uint64_t nbytes);
 /* Whether the slice's entries, or some, are Python's: in the file is not what is in memory, or it is being read. */
 int l2map_is_claimed(const struct l2map *map, uint64_t slice);
 /* `clear` of struct extent_places, in clear.c. */

@@ -20,6 +20,7 @@ from qcow2.driver.boot import UNITS, Boot
 from qcow2.driver.operation import File, Memory, Store
 from qcow2.driver.operation import Mark as HeaderMark
 from qcow2.native import ffi, lib
+from qcow2.plane.dirtybits import MAX_LIVE_BYTES, LiveBits, parse_live
 
 MAGIC = b"qcow2LNK"
 VERSION = 2
@@ -32,7 +33,8 @@ MAX_PATH = RECORDS_OFFSET - HEADER.size - CHECKSUM.size
 WAITING = struct.Struct("=QQ")  # a struct waiting_link
 CAPACITY = 65536  # records
 MIN_CAPACITY = 4
-LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES
+LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES  # without live bits
+MAX_LOG_BYTES = LOG_BYTES + 2 * MAX_LIVE_BYTES
 NOTHING = (1 << 64) - 1  # in place of a guest cluster: a record that links nothing
 STAMP_BITS: int = lib.LINK_STAMP_BITS
 LIMIT: int = lib.LINK_LIMIT  # no link has this number or a later one
@@ -89,6 +91,8 @@ class LinkLog:
         renew: Callable[[], int],
     ) -> None:
         self.capacity = capacity
+        self.has_live = False  # live bits of bitmaps are behind the records: the mark stays while no link waits
+        self.memory_bytes = 0
         self.native: Any = ffi.new("struct link_log *", {"capacity": capacity})
         self._renew = renew
         self._memory = memory
@@ -105,6 +109,21 @@ class LinkLog:
     def renew(self) -> None:
         """Go on with another log, to be begun; no link waits."""
         self._number(self._renew())
+
+    @property
+    def memory(self) -> Memory:
+        """Where it lies."""
+        return self._memory
+
+    @property
+    def live_offset(self) -> int:
+        """Where live bits are in the memory, behind the records."""
+        return live_offset(self.capacity)
+
+    @property
+    def idle_mark(self) -> bytes:
+        """What the header says while no link waits: stamp 0 if there are live bits, else nothing at all."""
+        return int(self.native.mark).to_bytes(len(NO_MARK), "big") if self.has_live else NO_MARK
 
     @property
     def path(self) -> str:
@@ -143,8 +162,10 @@ class LinkLog:
         count, self.native.nlinks = int(self.native.nlinks), 0
         return list(WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size)))) if count else []
 
-    async def begin(self) -> None:
-        """Make the memory a log, before the first link. Raises: OSError if there is none to be had."""
+    async def begin(self, nbytes: int = LOG_BYTES) -> None:
+        """Make the memory, of *nbytes* at least, a log, before the first link. Raises: OSError if none is to be had."""
+        self.memory_bytes = max(nbytes, LOG_BYTES)
+        self._memory.reserve(self.memory_bytes)
         boot, device, inode, path = self._origin
         path = path[:MAX_PATH]
         header = HEADER.pack(MAGIC, VERSION, self.tag, self.capacity, len(path), boot.began, boot.id, device, inode)
@@ -163,7 +184,7 @@ class LinkLog:
         first, end = self.native.first, self.native.next
         self.native.first = before
         parts = [self._record(NOTHING, 0, 0)]
-        stored = self._store(parts, end, NO_MARK if before == end else self._mark())
+        stored = self._store(parts, end, self.idle_mark if before == end else self._mark())
 
         def undo() -> None:
             self.native.first, self.native.next = first, end
@@ -197,6 +218,7 @@ class FoundLog(NamedTuple):
     tag: int
     origin: Origin
     records: dict[int, tuple[int, ...]]  # by sequence number
+    live: LiveBits | None = None
 
     def newest(self) -> int:
         """The number of the newest record, whether it counts or not; 0 if there is none."""
@@ -204,6 +226,8 @@ class FoundLog(NamedTuple):
 
     def links_at(self, stamp: int) -> list[Link] | None:
         """The links that waited, oldest first, when the image had *stamp*; None if the log does not say so any more."""
+        if not stamp:
+            return []
         modulus = (1 << STAMP_BITS) - 1
         last = [number for number in self.records if number % modulus + 1 == stamp]
         if len(last) != 1:
@@ -223,9 +247,14 @@ class FoundLog(NamedTuple):
         return (self.links_at(self.newest() % ((1 << STAMP_BITS) - 1) + 1) or []) if self.records else []
 
 
+def live_offset(capacity: int) -> int:
+    """Where live bits are behind so many records."""
+    return RECORDS_OFFSET + capacity * RECORD_BYTES
+
+
 def read_log(content: bytes) -> FoundLog | None:
     """The log in *content*; None if it is none, or contradicts itself."""
-    if not RECORDS_OFFSET <= len(content) <= LOG_BYTES:
+    if not RECORDS_OFFSET <= len(content) <= MAX_LOG_BYTES:
         return None
     magic, version, tag, capacity, nbytes, began, boot_id, device, inode = HEADER.unpack_from(content)
     if (magic, version) != (MAGIC, VERSION) or nbytes > MAX_PATH or not MIN_CAPACITY <= capacity <= CAPACITY:
@@ -234,7 +263,9 @@ def read_log(content: bytes) -> FoundLog | None:
     if CHECKSUM.unpack_from(content, end)[0] != zlib.crc32(content[:end]):
         return None
     origin = Origin(Boot(began, boot_id), device, inode, content[HEADER.size : end])
-    return FoundLog(tag, origin, _valid_records(content, capacity))
+    return FoundLog(
+        tag, origin, _valid_records(content, capacity), parse_live(memoryview(content)[live_offset(capacity) :])
+    )
 
 
 def _valid_records(content: bytes, capacity: int) -> dict[int, tuple[int, ...]]:

@@ -19,6 +19,16 @@ void l2map_translate_backing(const struct l2map *map, uint64_t guest_offset, uin
                                reader, out);
 }
 
+void l2map_set_dirty(struct l2map *map, struct dirty_bits *dirty)
+{
+    map->dirty = dirty;
+}
+
+int l2map_mark(struct l2map *map, uint64_t guest_offset, uint64_t nbytes)
+{
+    return map->dirty ? dirty_bits_set(map->dirty, guest_offset, nbytes) : 0;
+}
+
 void l2map_claim(struct l2map *map, uint64_t slice)
 {
     map->claims[slice & (CLAIMS - 1)]++;
@@ -124,6 +134,8 @@ void l2map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int 
             break;
         out->nbytes += after.nbytes;
     }
+    if (is_write && out->kind != EXTENT_PUNT && l2map_mark(map, guest_offset, out->nbytes) < 0)
+        *out = (struct extent){.kind = EXTENT_PUNT, .nbytes = nbytes};
 }
 
 void rawmap_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,

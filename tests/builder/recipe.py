@@ -50,6 +50,7 @@ class Recipe:
     view: View = field(default_factory=dict)
     snapshots: list[tuple[str, View]] = field(default_factory=list)
     bitmaps: list[tuple[str, int]] = field(default_factory=list)  # name, granularity bits
+    are_bitmaps_clean: bool = False  # else all their bits are set
     stream: bytearray = field(default_factory=bytearray, init=False)  # every compressed cluster, byte after byte
     stream_members: list[tuple[Cluster, int]] = field(default_factory=list, init=False)  # and where it starts there
 

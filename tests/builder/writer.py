@@ -240,7 +240,8 @@ class _Writer:
         entries = [self._bitmap_entry(*b, t.host_offset) for b, t in zip(self.recipe.bitmaps, tables, strict=True)]
         self.pieces[directory.host_offset] = b"".join(entries)
         for (_, bits), table in zip(self.recipe.bitmaps, tables, strict=True):
-            self.pieces[table.host_offset] = struct.pack(">Q", 1) * self._bitmap_table_size(bits)  # all ones
+            entry = struct.pack(">Q", 0 if self.recipe.are_bitmaps_clean else 1)  # 1: all ones
+            self.pieces[table.host_offset] = entry * self._bitmap_table_size(bits)
         return struct.pack(">IIQQ", len(entries), 0, len(b"".join(entries)), directory.host_offset)
 
     def _fill_refcounts(self, blocks: dict[int, _Run]) -> None:

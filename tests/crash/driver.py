@@ -48,6 +48,12 @@ class SimulatedMemory:
         self.is_lost = False
         self.content = bytearray(content)
 
+    def reserve(self, nbytes: int) -> None:
+        """It grows as it is stored to."""
+
+    def window(self, offset: int) -> None:
+        """No data plane stores to it."""
+
     def store(self, offset: int, data: bytes) -> None:
         """Put *data* there."""
         if offset > len(self.content):

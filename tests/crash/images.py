@@ -14,10 +14,11 @@ from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.raw import RawImage
 from qcow2.engine.replay import clear_mark, replay
+from qcow2.engine.restore import restore_bits
 from qcow2.format.header import read_header
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
-from qcow2.plane.linklog import LIMIT, LinkLog
+from qcow2.plane.linklog import LIMIT, LinkLog, read_log
 from tests.builder import Recipe, build
 from tests.builder.record import MAGIC
 from tests.crash.driver import SimulatedFile
@@ -92,6 +93,13 @@ def a_snapshot(recipe: Recipe) -> None:
     recipe.data(3, content(33, recipe.cluster_size))
 
 
+def some_bitmaps(recipe: Recipe) -> None:
+    """Data, and bitmaps that record what becomes of it: one of single sectors, one of more than a cluster."""
+    some_data(recipe)
+    recipe.bitmaps += [("fine", 9), ("coarse", recipe.cluster_bits + 2)]
+    recipe.are_bitmaps_clean = True
+
+
 KINDS = {
     kind.name: kind
     for kind in (
@@ -108,6 +116,9 @@ KINDS = {
         Kind("small-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_data),
         Kind("small-backing", cluster_bits=9, nclusters=150, backing=True),
         Kind("longer-backing", nclusters=20, cluster_bits=10, backing=True, beyond=200, fill=some_data),
+        Kind("bitmaps", cluster_bits=9, nclusters=150, fill=some_bitmaps),
+        Kind("bitmaps-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_bitmaps),
+        Kind("bitmaps-backing", cluster_bits=12, nclusters=24, backing=True, fill=some_bitmaps),
         Kind("width-1", refcount_order=0, cluster_bits=9, nclusters=100),
         Kind("width-64", refcount_order=6, cluster_bits=9, nclusters=100, fill=some_data),
     )
@@ -173,6 +184,9 @@ async def _replay_log(file: SimulatedFile) -> None:
         links = waiting(file)
         if links is None:
             raise Violation("the link log does not know the state of the image")
+        found = read_log(content)
+        if found is not None and found.live is not None:
+            await restore_bits(file, header, found.live)
         outcome = await replay(file, header, links)
         if outcome.dropped:
             raise Violation(f"link log after a kill: {outcome}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from tests.bitmapreader import bitmaps_of
 from tests.oracle import assert_clean, assert_same_disk, held_by_qemu, qemu_img, qemu_io, qemu_read, read_header, sha256
 from tests.program import qcow2_tool, qcow2_tool_ok
 
@@ -154,10 +155,20 @@ def test_snapshots_of_version_2_are_refused_as_by_qemu(tmp_path: Path) -> None:
     assert qemu_img("resize", "-q", path, "2M", check=False).returncode == 1
 
 
-def test_bitmaps_are_refused_by_name(tmp_path: Path) -> None:
+def test_bitmaps_grow_with_the_disk_and_hold_what_is_new(tmp_path: Path) -> None:
     path = created(tmp_path / "a", SMALL)
-    qemu_img("bitmap", "--add", path, "changes")
-    assert "bitmaps" in resize_refused(path, "2M")
+    qemu_img("bitmap", "--add", "-g", "64k", path, "changes")
+    qcow2_tool_ok("resize", path, "2M")
+    assert bitmaps_of(path)["changes"].dirty == set(range(SMALL >> 16, 32))
+    qemu_img("check", "-q", path)
+    qemu_io(path, "write 0 512")
+    assert bitmaps_of(path)["changes"].is_valid
+
+
+def test_a_bitmap_that_needs_a_longer_table_is_named(tmp_path: Path) -> None:
+    path = created(tmp_path / "a", SMALL)
+    qemu_img("bitmap", "--add", "-g", "512", path, "changes")
+    assert "bitmap 'changes'" in resize_refused(path, "1G")
 
 
 def test_a_size_that_no_l1_table_maps_is_refused_with_the_limit(tmp_path: Path) -> None:

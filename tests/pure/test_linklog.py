@@ -193,5 +193,7 @@ def test_garbage_is_void_or_harmless(garbage: bytes, at: int) -> None:
     assert waiting(log.file) in (None, list(map(link, range(5))))
 
 
-def test_a_log_that_is_too_long_is_void() -> None:
-    assert read_log(Log().content().ljust(LOG_BYTES + 1, b"\0")) is None
+def test_what_follows_the_records_is_no_live_bits_if_it_does_not_say_so() -> None:
+    found = read_log(Log().content().ljust(LOG_BYTES + 1, b"\0"))
+    assert found is not None
+    assert found.live is None

@@ -1,0 +1,339 @@
+"""Bitmaps that record: what every change of the disk goes through before it is made (law 11).
+
+The exact bits are live: in memory, beside the link log, which outlives the process and not the host. What the image
+holds says at least as much, at every moment and whatever a power loss leaves. The disk is cut into zones. Before the
+first change in a cold zone all its bits are set in the image, and synced; then it is hot, and a change costs a look at
+the zone and the bits. A zone in which nothing changes any more cools: its exact bits are written. A clean close does
+that for all of them. So `in_use` is never set, and a bitmap is valid for whoever comes next: exact after a close or a
+kill, with the hot zones whole after a power loss, or if somebody else comes after a kill.
+
+The image's mark says where the live bits are. Stamp 0: no link waits, only the bits are live.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+from qcow2.driver.operation import File, Signal, Spawn, Store
+from qcow2.driver.operation import Mark as HeaderMark
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.bitmaptable import StoredBitmap, stored_bits, table_entries
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping, bytes_of
+from qcow2.engine.rangelock import Mutex
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.root import Root
+from qcow2.engine.stability import NO_SPACE, Stability
+from qcow2.error import UnsupportedImage
+from qcow2.format import layout
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, BitmapFlags
+from qcow2.native import ffi
+from qcow2.plane.dirtybits import NONE, DirtyBits, Shape, pack_live, places
+from qcow2.plane.linklog import MARK_OFFSET, LinkLog
+
+SETTLED_MARKS = 64  # changes for each hot zone, on average: then one that saw none cools
+
+
+class Batch:
+    """Zones that become hot together, and those who wait for it."""
+
+    __slots__ = ("done", "error", "zones")
+
+    def __init__(self) -> None:
+        self.zones: set[int] = set()
+        self.done = Signal()
+        self.error: Exception | None = None
+
+
+class Bitmaps:
+    """The bitmaps of one image that is open for writing; *stored* and *owned* are as `load_bitmaps` found them."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        allocator: Allocator,
+        reaper: Reaper,
+        root: Root,
+        links: Links,
+        stability: Stability,
+        stored: list[StoredBitmap],
+        owned: "array[int]",
+    ) -> None:
+        self.stored = stored
+        self.owned = owned
+        self._file = file
+        self._geometry = geometry
+        self._mapping = mapping
+        self._allocator = allocator
+        self._reaper = reaper
+        self._root = root
+        self._links = links
+        self._stability = stability
+        self._log: LinkLog | None = None  # in whose memory the live bits are
+        self._kept: list[StoredBitmap] = []
+        self._dirty = DirtyBits()
+        self._places: list[int] = []  # of the live bits, where the next process finds them in the log's memory
+        self._is_live = False
+        self._is_mirrored = False  # they are there besides, each change of them stored
+        self._hot: set[int] = set()
+        self._next = Batch()
+        self._is_running = False
+        self._turn = Mutex()
+        links.before_renewal = self.settle
+        self._choose()
+
+    def _choose(self) -> None:
+        """Say which bitmaps record, and have the extent map ask before it changes anything if there are any."""
+        self._kept = [each for each in self.stored if each.is_kept and not each.problem]
+        self._mapping.cache.set_dirty(self._dirty.native if self.records else ffi.NULL)
+
+    @property
+    def records(self) -> bool:
+        """Whether there is a bitmap to record in, or one to give up."""
+        return any(each.is_kept for each in self.stored)
+
+    def adopt(self, stored: list[StoredBitmap], owned: "array[int]") -> None:
+        """The image has these bitmaps now; nothing is live."""
+        assert not self._is_live
+        self._mapping.disown_metadata(self.owned)
+        self._mapping.own_metadata(owned)
+        self.stored, self.owned = stored, owned
+        self._choose()
+
+    def require_same_tables(self, size: int) -> None:
+        """Raises: UnsupportedImage if a disk of *size* bytes needs a longer table for a bitmap."""
+        for each in self.stored:
+            record = each.bitmap.record
+            if not each.bitmap.is_in_use and record.table_size != table_entries(
+                size, record.granularity_bits, self._geometry
+            ):
+                message = f"size {size} needs a longer table for bitmap {each.bitmap.name!r}: remove it first"
+                raise UnsupportedImage(self._file.path, message)
+
+    async def mark(self, guest_offset: int, nbytes: int) -> None:
+        """Note that these bytes change; process-safe on return, and not under-reported after a power loss.
+
+        Raises: OSError; ENOSPC if there is no room for the bits.
+        """
+        if not nbytes:
+            return
+        while self.records and not (self._is_live and self._dirty.set(guest_offset, nbytes)):
+            await self._heat(guest_offset, nbytes)
+        if self._is_mirrored:
+            await self._mirror(guest_offset, nbytes)
+
+    async def _mirror(self, guest_offset: int, nbytes: int) -> None:
+        """Bring the bits of these bytes where the next process finds them: they are not set there."""
+        assert self._log is not None
+        parts = []
+        for index, (each, place) in enumerate(zip(self._kept, self._places, strict=True)):
+            bits = each.bitmap.record.granularity_bits
+            first, last = guest_offset >> bits >> 3, guest_offset + nbytes - 1 >> bits >> 3
+            parts.append((place + first, bytes(self._dirty.load(index, first, last + 1 - first))))
+        await Store(self._log.memory, *parts)
+
+    # -- zones
+
+    async def _heat(self, guest_offset: int, nbytes: int) -> None:
+        """Return once the zones of these bytes have been hot; all who ask meanwhile share the syncs."""
+        if not self._is_live:
+            async with self._turn.hold():
+                if not self._is_live:
+                    await self._begin()
+            if not self._is_live:
+                return
+        batch = self._next
+        batch.zones.update(self._dirty.zones_of(guest_offset, nbytes))
+        if not self._is_running:
+            self._is_running = True
+            await Spawn(self._run())
+        await batch.done.wait()
+        if batch.error is not None:
+            raise batch.error
+
+    async def _run(self) -> None:
+        while self._next.zones:
+            async with self._turn.hold():
+                batch, self._next = self._next, Batch()
+                try:
+                    if self._is_live:  # else it was settled meanwhile, and who waits begins again
+                        await self._heat_zones(batch.zones - self._hot)
+                except Exception as error:  # the requests', which meet it below
+                    batch.error = error
+                batch.done.set()
+        self._is_running = False
+
+    async def _heat_zones(self, zones: set[int]) -> None:
+        """Let all bits of *zones* be set in the image, stable; and cool others, if their time has come."""
+        idle = set()
+        if self._dirty.marks >= SETTLED_MARKS * len(self._hot):
+            idle = set(self._dirty.take_idle(self._hot))
+            self._dirty.cool(idle)
+            self._hot -= idle
+        await self._write_zones(zones | idle, self._hot | zones)
+        await self._stability.sync()  # before any change in them can be
+        self._hot |= zones
+        self._dirty.heat(zones)
+
+    async def _write_zones(self, zones: Iterable[int], hot: set[int]) -> None:
+        """Write the bits of *zones*: those that are live, and all of those that are *hot*."""
+        for index, each in enumerate(self._kept):
+            for start, nbytes in self._sectors(each, zones):
+                await self._write_bits(each, start, self._content(index, each, start, nbytes, hot))
+
+    def _sectors(self, each: StoredBitmap, zones: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Where the bits of *zones* lie in a bitmap, in whole sectors, as few and long as possible within a cluster."""
+        end = each.nbytes(self._geometry.size)
+        wanted: set[int] = set()
+        for zone in zones:
+            first, last = self._bits(each, zone)
+            wanted.update(range(first // 8 // SECTOR_SIZE, last // 8 // SECTOR_SIZE + 1))
+        run: list[int] = []
+        per_cluster = self._geometry.cluster_size // SECTOR_SIZE
+        for sector in [*sorted(wanted), -1]:
+            if run and (sector != run[-1] + 1 or sector % per_cluster == 0):
+                start = run[0] * SECTOR_SIZE
+                yield start, min(len(run) * SECTOR_SIZE, end - start)
+                run = []
+            run.append(sector)
+
+    def _bits(self, each: StoredBitmap, zone: int) -> tuple[int, int]:
+        return self._dirty.bits_of(zone, each.bitmap.record.granularity_bits, self._geometry.size)
+
+    def _content(self, index: int, each: StoredBitmap, start: int, nbytes: int, hot: set[int]) -> bytes:
+        """These bytes of the bitmap's bits as the image shall have them."""
+        content = int.from_bytes(self._dirty.load(index, start, nbytes), "little")
+        bits = each.bitmap.record.granularity_bits
+        guest_offset = start * 8 << bits
+        for zone in hot.intersection(self._dirty.zones_of(guest_offset, nbytes * 8 << bits)):
+            first, last = self._bits(each, zone)
+            first, last = max(first - start * 8, 0), min(last - start * 8, nbytes * 8 - 1)
+            content |= ((1 << last + 1 - first) - 1) << first
+        return content.to_bytes(nbytes, "little")
+
+    async def _write_bits(self, each: StoredBitmap, start: int, content: bytes) -> None:
+        """Put *content*, within a cluster, at byte *start* of the bits in the image; stable after the next sync."""
+        index, inside = divmod(start, self._geometry.cluster_size)
+        entry = each.table[index]
+        if entry == layout.BITMAP_ENTRY_ALL_ONES or (not entry and not any(content)):
+            return
+        if not entry:
+            entry = await self._allocate(each, index)
+        await self._stability.write(entry + inside, content)
+
+    async def _allocate(self, each: StoredBitmap, index: int) -> int:
+        """A cluster for bits that are all zero: it is stable zeros, so what points at it changes nothing."""
+        cluster = await self._allocator.allocate(1)
+        host_offset = cluster.start << self._geometry.cluster_bits
+        try:
+            await self._root.allow_uncounted()
+            where = each.bitmap.record.table_offset + index * ENTRY_SIZE
+            await self._stability.write(where, bytes_of([host_offset]))
+        except Exception:
+            await self._reaper.free(cluster)
+            raise
+        each.table[index] = host_offset
+        self.owned.append(cluster.start)
+        self._mapping.own_metadata(cluster)
+        return host_offset
+
+    # -- live, or settled
+
+    async def _begin(self) -> None:
+        """Take the bits of all bitmaps that record into memory; those that cannot be kept are given up first."""
+        await self._give_up()
+        if not self._kept:
+            return
+        shapes = [self._shape(each) for each in self._kept]
+        contents = [await self.read_bits(each) for each in self._kept]
+        self._places = await self._share(shapes, contents)
+        window = self._log.memory.window(0) if self._places and self._log is not None else None
+        if window is None:
+            bits = [ffi.new("uint8_t[]", content or b"\0") for content in contents]
+        else:
+            bits = [window + place for place in self._places]
+        self._is_mirrored = bool(self._places) and window is None
+        self._dirty.begin(self._geometry.size, [shape.granularity_bits for shape in shapes], bits)
+        self._hot.clear()
+        self._is_live = True
+
+    def _shape(self, each: StoredBitmap) -> Shape:
+        record = each.bitmap.record
+        return Shape(record.table_offset, each.nbytes(self._geometry.size), record.granularity_bits)
+
+    async def _share(self, shapes: list[Shape], contents: list[bytes]) -> list[int]:
+        """Put the bits where the next process looks for them, and say so in the header; where, or nothing."""
+        self._log = self._links.log
+        if self._log is None:
+            return []
+        head = pack_live(shapes)
+        found = places(shapes, self._log.live_offset + len(head))
+        try:
+            is_new = await self._links.begin_log(found[-1])
+        except OSError as error:
+            self._links.policy.on_log_lost(error)
+            return []
+        if not is_new and found[-1] > self._log.memory_bytes:
+            return []
+        await Store(self._log.memory, *zip(found, contents, strict=False), (self._log.live_offset, head))
+        self._log.has_live = True
+        await self._write_mark()
+        return found[:-1]
+
+    async def _write_mark(self) -> None:
+        """Let the header say where the live bits are, or that none are; nothing to do while links wait."""
+        assert self._log is not None
+        if self._links.has_waiting:
+            return
+        if not self._links.policy.has_log:  # then the mark is ours alone, and writing it may take a while
+            await self._stability.write(MARK_OFFSET, self._log.idle_mark)
+            return
+        try:
+            await Store(self._log.memory, mark=HeaderMark(self._file, MARK_OFFSET, self._log.idle_mark))
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                self._stability.fail(error)
+            raise
+
+    async def _give_up(self) -> None:
+        """Mark those in which nobody can record as worth nothing, stable before the first change."""
+        lost = [each for each in self.stored if each.is_kept and each.problem]
+        for each in lost:
+            await self.write_flags(each, each.bitmap.record.flags | BitmapFlags.IN_USE)
+        if lost:
+            await self._stability.sync()
+            self._choose()
+
+    async def write_flags(self, each: StoredBitmap, flags: int) -> None:
+        """Change the flags of a bitmap in its directory entry; stable after the next sync."""
+        where = each.bitmap.host_offset + layout.BITMAP_FLAGS_OFFSET
+        await self._stability.write(where, layout.BITMAP_FLAGS.pack(flags))
+        each.set_record(flags=flags)
+
+    async def read_bits(self, each: StoredBitmap) -> bytes:
+        """The bits of a bitmap: the live ones, else what the image holds."""
+        if self._is_live and each in self._kept:
+            return bytes(self._dirty.load(self._kept.index(each), 0, each.nbytes(self._geometry.size)))
+        return await stored_bits(self._file, self._geometry, each)
+
+    async def settle(self) -> None:
+        """Let the image hold the exact bits, and none be live; whoever changes something next begins again."""
+        async with self._turn.hold():
+            if not self._is_live:
+                return
+            hot = set(self._hot)
+            self._dirty.cool(hot)
+            self._hot.clear()
+            await self._write_zones(hot, set())
+            await self._stability.sync()
+            if self._places:
+                assert self._log is not None
+                await Store(self._log.memory, (self._log.live_offset, NONE))
+                self._log.has_live = False
+                await self._write_mark()
+            self._dirty.end()
+            self._places = []
+            self._is_live = self._is_mirrored = False
+            self._links.end_log()

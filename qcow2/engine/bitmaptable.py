@@ -1,0 +1,163 @@
+"""The bitmaps of an image as its file holds them: directory, tables, and the clusters with their bits."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qcow2.driver.operation import File, Read, Size
+from qcow2.engine.mapping import entries_of
+from qcow2.error import CorruptImage
+from qcow2.format import layout
+from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
+from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header
+from qcow2.format.layout import ENTRY_SIZE, BitmapFlags, BitmapRecord
+from qcow2.plane.dirtybits import MAX_LIVE_BYTES
+
+KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO | BitmapFlags.EXTRA_DATA_COMPATIBLE)
+
+
+@dataclass(slots=True, eq=False)
+class StoredBitmap:
+    """One bitmap of the directory, with its table as far as that makes sense."""
+
+    bitmap: Bitmap
+    table: "array[int]" = field(default_factory=lambda: array("Q"))  # changed together with the one in the file
+    problem: str = ""  # why nobody can record in it, nor tell what it holds
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether every change of the disk has to be recorded in it."""
+        return self.bitmap.is_enabled and not self.bitmap.is_in_use
+
+    def set_record(self, **fields: int) -> None:
+        """The *fields* of its directory entry are others now."""
+        self.bitmap = replace(self.bitmap, record=replace(self.bitmap.record, **fields))
+
+    def nbytes(self, size: int) -> int:
+        """Bytes of its bits for a disk of *size* bytes."""
+        return bits_nbytes(size, self.bitmap.record.granularity_bits)
+
+    def data_clusters(self) -> Iterator[int]:
+        """Host offsets of the clusters with its bits."""
+        return (entry & layout.BITMAP_ENTRY_OFFSET_MASK for entry in self.table if entry > layout.BITMAP_ENTRY_ALL_ONES)
+
+
+def bits_nbytes(size: int, granularity_bits: int) -> int:
+    """How many bytes the bits of a disk of *size* bytes take."""
+    nbits = -(-size >> granularity_bits)
+    return -(-nbits // 8)
+
+
+def table_entries(size: int, granularity_bits: int, geometry: Geometry) -> int:
+    """How many entries the table of such a bitmap has; one at least."""
+    return max(1, geometry.clusters(bits_nbytes(size, granularity_bits)))
+
+
+async def load_bitmaps(
+    file: File, header: Header, geometry: Geometry, is_metadata: Callable[[int], bool]
+) -> tuple[list[StoredBitmap], "array[int]"]:
+    """The bitmaps of the image, and the sorted numbers of the clusters that hold them.
+
+    *is_metadata* says of a cluster whether other tables are in it.
+    Raises: CorruptImage if the directory cannot be read.
+    """
+    directory = bitmap_directory(file, header)
+    if directory is None or not directory.nb_bitmaps:
+        return [], array("Q")
+    taken = _Taken(file, geometry, geometry.round_up(await Size(file)), is_metadata)
+    if problem := taken.take(directory.directory_offset, directory.directory_size):
+        raise CorruptImage(file.path, directory.directory_offset, f"the bitmap directory {problem}")
+    stored = [StoredBitmap(bitmap) for bitmap in await read_bitmaps(file, directory)]
+    room = MAX_LIVE_BYTES
+    for each in stored:
+        each.problem = _problem(each.bitmap, geometry) or await taken.take_bitmap(each)
+        if each.is_kept and not each.problem:
+            room -= each.nbytes(geometry.size)
+            if room < 0:
+                each.problem = f"is one of those with more than {MAX_LIVE_BYTES} bytes of bits together"
+    return stored, array("Q", sorted(taken.clusters))
+
+
+def _problem(bitmap: Bitmap, geometry: Geometry) -> str:
+    record = bitmap.record
+    if record.type != layout.BITMAP_TYPE_DIRTY:
+        return f"is of type {record.type}, known is {layout.BITMAP_TYPE_DIRTY}"
+    if record.flags & KNOWN_FLAGS != record.flags:
+        return f"has flags {record.flags:#x}, known are {KNOWN_FLAGS:#x}"
+    if record.extra_data_size and not record.flags & BitmapFlags.EXTRA_DATA_COMPATIBLE:
+        return f"has {record.extra_data_size} bytes of extra data that must be understood"
+    if not layout.MIN_BITMAP_GRANULARITY_BITS <= record.granularity_bits <= layout.MAX_BITMAP_GRANULARITY_BITS:
+        return f"has granularity_bits {record.granularity_bits}, supported are 9 to 31"
+    if bits_nbytes(geometry.size, record.granularity_bits) > layout.MAX_BITMAP_BYTES:
+        nbytes = bits_nbytes(geometry.size, record.granularity_bits)
+        return f"has {nbytes} bytes of bits, limit {layout.MAX_BITMAP_BYTES}"
+    wanted = table_entries(geometry.size, record.granularity_bits, geometry)
+    if record.table_size != wanted and not bitmap.is_in_use:
+        return f"has a table of {record.table_size} entries, the disk needs {wanted}"
+    return ""
+
+
+class _Taken:
+    """The clusters of bitmaps, none of them twice."""
+
+    def __init__(self, file: File, geometry: Geometry, file_end: int, is_metadata: Callable[[int], bool]) -> None:
+        self.clusters: set[int] = set()
+        self._file = file
+        self._geometry = geometry
+        self._file_end = file_end
+        self._is_metadata = is_metadata
+
+    def take(self, host_offset: int, nbytes: int) -> str:
+        """Why these bytes cannot be a part of a bitmap; empty: they are."""
+        if host_offset % self._geometry.cluster_size or not host_offset:
+            return f"cannot lie at {host_offset:#x}"
+        if host_offset + nbytes > self._file_end:
+            return f"at {host_offset:#x} ends past the end of the file"
+        for cluster in (wanted := self._clusters(host_offset, nbytes)):
+            if cluster in self.clusters or self._is_metadata(cluster):
+                return f"shares cluster {cluster << self._geometry.cluster_bits:#x} with other metadata"
+        self.clusters.update(wanted)
+        return ""
+
+    def _clusters(self, host_offset: int, nbytes: int) -> range:
+        return range(host_offset >> self._geometry.cluster_bits, self._geometry.clusters(host_offset + nbytes))
+
+    async def take_bitmap(self, stored: StoredBitmap) -> str:
+        """Read the table of a bitmap; why it makes no sense."""
+        record: BitmapRecord = stored.bitmap.record
+        nbytes = record.table_size * ENTRY_SIZE
+        if problem := self.take(record.table_offset, nbytes):
+            return f"has a table that {problem}"
+        table = entries_of(await Read(self._file, record.table_offset, nbytes))
+        for index, entry in enumerate(table):
+            offset = entry & layout.BITMAP_ENTRY_OFFSET_MASK
+            if entry & layout.BITMAP_ENTRY_RESERVED or (offset and entry & layout.BITMAP_ENTRY_ALL_ONES):
+                return f"has a table whose entry {index} is {entry:#018x}"
+            if offset and (problem := self.take(offset, self._geometry.cluster_size)):
+                return f"has bits that {problem}"
+        stored.table = table
+        return ""
+
+
+async def stored_bits(file: File, geometry: Geometry, each: StoredBitmap) -> bytes:
+    """The bits of a bitmap as the file holds them."""
+    content = bytearray(each.nbytes(geometry.size))
+    view: Any = memoryview(content)
+    for index, entry in enumerate(each.table):
+        start = index << geometry.cluster_bits
+        nbytes = min(geometry.cluster_size, len(content) - start)
+        if entry == layout.BITMAP_ENTRY_ALL_ONES:
+            view[start : start + nbytes] = b"\xff" * nbytes
+        elif entry:
+            view[start : start + nbytes] = await Read(file, entry, nbytes)
+    trim(content, geometry.size, each.bitmap.record.granularity_bits)
+    return bytes(content)
+
+
+def trim(content: bytearray, size: int, granularity_bits: int) -> None:
+    """Clear the bits past the end of the disk."""
+    nbits = -(-size >> granularity_bits)
+    if nbits % 8:
+        content[-1] &= (1 << nbits % 8) - 1

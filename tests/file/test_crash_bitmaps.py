@@ -1,0 +1,81 @@
+"""Law 11 by enumeration, and the judge of it by mutants: bits that come late, zones that are not stable, and so on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qcow2.engine.bitmaps import Bitmaps
+from qcow2.engine.image import Image
+from tests.crash.bitmaps import explore
+from tests.crash.explorer import Violation
+from tests.crash.images import KINDS
+from tests.crash.mutant import without_syncs
+from tests.crash.workload import Action, random_steps
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
+@pytest.mark.parametrize("kind", [name for name in KINDS if name.startswith("bitmaps")])
+def test_no_death_leaves_a_bitmap_that_says_too_little(kind: str, writethrough: bool) -> None:
+    steps = random_steps(3, KINDS[kind].nsectors, KINDS[kind].cluster_sectors, steps=5)
+    assert explore(kind, 3, steps=steps, writethrough=writethrough) > 100
+
+
+def test_nor_does_one_after_the_image_was_closed_and_opened() -> None:
+    steps = [[Action("write", 3, 2)], [Action("reopen")], [Action("write", 90, 1), Action("discard", 3, 1)]]
+    assert explore("bitmaps", 0, steps=steps) > 100
+
+
+def bit_comes_late(patch: Patch) -> None:
+    """The bit is set once the request is done."""
+    write, mark = Image.write, Bitmaps.mark
+
+    async def late(self: Image, guest_offset: int, source: Any) -> None:
+        await write(self, guest_offset, source)
+        assert self._changes is not None
+        await mark(self._changes.bitmaps, guest_offset, len(source))
+
+    async def never(self: Bitmaps, guest_offset: int, nbytes: int) -> None:
+        """Not yet."""
+
+    patch.setattr(Image, "write", late)
+    patch.setattr(Bitmaps, "mark", never)
+
+
+def zone_is_not_stable(patch: Patch) -> None:
+    """The bits of a zone may be lost, and the data be there."""
+    without_syncs(patch, Bitmaps)
+
+
+def live_bits_are_not_shared(patch: Patch) -> None:
+    """The bits are where no other process finds them."""
+
+    async def nowhere(self: Bitmaps, guest_offset: int, nbytes: int) -> None:
+        """Only in this process."""
+
+    patch.setattr(Bitmaps, "_mirror", nowhere)
+
+
+def close_forgets_the_hot_zones(patch: Patch) -> None:
+    """The image is closed with whole zones in its bitmaps."""
+    write = Bitmaps._write_zones
+
+    async def forgetful(self: Bitmaps, zones: Any, hot: set[int]) -> None:
+        if hot:
+            await write(self, zones, hot)
+
+    patch.setattr(Bitmaps, "_write_zones", forgetful)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [bit_comes_late, zone_is_not_stable, live_bits_are_not_shared, close_forgets_the_hot_zones],
+    ids=lambda mutant: mutant.__name__,
+)
+def test_mutant_is_found(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    steps = [[Action("write", 3, 2), Action("write", 40, 3)], [Action("write", 3, 1)], [Action("flush")]]
+    with pytest.raises(Violation):
+        explore("bitmaps", 1, steps=steps)
