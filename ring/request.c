@@ -77,6 +77,9 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
     }
     ASSERT(request->state != REQUEST_FREE && !request->parts && queue->in_flight && worker->requests_in_flight);
     request->state = REQUEST_FREE;
+    if (request->awaited && --worker->awaited == 0)
+        worker_tell(worker, (struct worker_event){.kind = EVENT_IDLE});
+    request->awaited = false;
     queue->in_flight--;
     worker->statistics.queues[queue->index].requests++;
     histogram_add(&worker->statistics.queues[queue->index].service,

@@ -254,6 +254,56 @@ const struct worker_statistics *worker_statistics(struct worker *worker)
     return &worker->statistics;
 }
 
+/* Whether bytes at `host` lie in the region. */
+static bool is_inside(const struct guest_region *region, const void *host)
+{
+    uintptr_t first = (uintptr_t)region->host;
+
+    return (uintptr_t)host >= first && (uintptr_t)host - first < region->nbytes;
+}
+
+static bool request_uses(const struct request *request, const struct guest_region *region)
+{
+    for (uint32_t i = 0; i < request->readable_count + request->writable_count; i++)
+        if (is_inside(region, request->pieces[i].iov_base))
+            return true;
+    return false;
+}
+
+/* Whether a part of the ring lies in the region: addresses of rings are the front-end's own. */
+static bool ring_uses(const struct virtqueue_layout *layout, const struct guest_region *region)
+{
+    return layout->descriptor_address - region->user_address < region->nbytes ||
+           layout->driver_address - region->user_address < region->nbytes ||
+           layout->device_address - region->user_address < region->nbytes;
+}
+
+static void await_requests(struct worker *worker, struct queue *queue, const struct guest_region *region)
+{
+    bool whole = ring_uses(&queue->layout, region);
+
+    for (uint32_t head = 0; head < queue->layout.size; head++) {
+        struct request *request = &queue->requests[head];
+
+        if (request->state == REQUEST_FREE || request->awaited || !(whole || request_uses(request, region)))
+            continue;
+        request->awaited = true;
+        worker->awaited++;
+    }
+}
+
+void worker_await_region(struct worker *worker, const struct guest_region *region)
+{
+    for (uint32_t i = 0; i < WORKER_QUEUES; i++)
+        if (worker->queues[i].in_flight)
+            await_requests(worker, &worker->queues[i], region);
+}
+
+uint32_t worker_awaited(struct worker *worker)
+{
+    return worker->awaited;
+}
+
 uint32_t worker_requests_in_flight(struct worker *worker)
 {
     return worker->requests_in_flight;
@@ -266,19 +316,14 @@ void worker_set_trace(struct worker *worker, struct trace *trace)
 
 /* ---- files ---- */
 
-static void query_alignment(struct file *file)
+void worker_look_at(int fd, int direct_fd, struct file_traits *traits)
 {
-    struct host_alignment alignment = {4096, 4096};
-
-    if (file->direct_fd >= 0)
-        alignment = host_alignment(file->direct_fd);
-    file->memory_align = alignment.memory;
-    file->offset_align = alignment.offset;
-    if (file->offset_align > 512)
-        file->direct_fd = -1; /* a guest's sector is less: its page would be written both ways */
+    *traits = (struct file_traits){storage_of(fd), {4096, 4096}};
+    if (direct_fd >= 0)
+        traits->alignment = host_alignment(direct_fd);
 }
 
-int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
+int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync, const struct file_traits *traits)
 {
     uint32_t slot = 0;
     struct file *file;
@@ -288,12 +333,15 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync)
     if (slot == WORKER_FILES)
         return -EMFILE;
     file = &worker->files[slot];
-    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .storage = storage_of(fd)};
+    *file = (struct file){.fd = fd, .direct_fd = direct_fd, .syncs = sync, .storage = traits->storage};
     file->first_waiting = WORKER_OPERATIONS;
     file->dirty = UINT32_MAX; /* who knows what others have written */
     line_init(&file->waiting);
     line_init(&file->served);
-    query_alignment(file);
+    file->memory_align = traits->alignment.memory;
+    file->offset_align = traits->alignment.offset;
+    if (file->offset_align > 512)
+        file->direct_fd = -1; /* a guest's sector is less: its page would be written both ways */
     if (slot == worker->file_count)
         worker->file_count++;
     return slot;

@@ -44,7 +44,7 @@ enum worker_event_kind {
     EVENT_DRAINED = 4,     /* id: queue, result: base */
     EVENT_BROKEN = 5,      /* id: queue */
     EVENT_SYNC_FAILED = 6, /* id: slot, result: -errno */
-    EVENT_IDLE = 7,        /* paused, and nothing is in flight */
+    EVENT_IDLE = 7,        /* paused, and nothing is in flight; or the last awaited request has ended */
     EVENT_QUIET = 8,       /* id: queue, disabled, and nothing of it is in flight */
 };
 
@@ -138,7 +138,8 @@ struct request {
     uint16_t head;
     uint8_t state;
     uint8_t synced; /* for the device: it waited in a sync already */
-    uint8_t traced; /* its end is recorded, too */
+    uint8_t traced;  /* its end is recorded, too */
+    uint8_t awaited; /* somebody waits for its end */
     struct iovec inline_pieces[INLINE_PIECES];
 };
 
@@ -267,6 +268,7 @@ struct worker {
     bool at_peer; /* in a system call on an fd that the front-end has, too; other threads look at it */
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */
+    uint32_t awaited; /* requests; the last of them brings EVENT_IDLE, too */
     bool progress;  /* something happened in this round */
     bool control_told; /* an EVENT_CONTROL is not delivered yet */
     uint32_t requests_in_flight;
@@ -330,6 +332,9 @@ struct worker_event *worker_events(struct worker *worker);
 /* Python has seen the events of the last run: their operations may be used again. The next run does it, too. */
 void worker_forget_delivered(struct worker *worker);
 
+/* Let the requests in flight that use the region, with their buffers or the ring they go back to, be awaited. */
+void worker_await_region(struct worker *worker, const struct guest_region *region);
+uint32_t worker_awaited(struct worker *worker);
 /* Replace the table. Nothing in flight uses a region that is gone: pause first.
  * A ring that is gone is left alone until a later table holds it again. */
 void worker_set_memory(struct worker *worker, const struct guest_memory *memory);
@@ -364,7 +369,13 @@ void worker_log_buffers(struct worker *worker, int enabled);
 /* Also for a queue that is not started yet; it stays so until the next call. */
 int worker_log_queue(struct worker *worker, uint32_t index, int enabled, uint64_t guest_address);
 
-int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync);
+/* What has to be known of a file; finding out may hang, so it is for another thread than the worker's. */
+struct file_traits {
+    enum storage storage;
+    struct host_alignment alignment; /* of O_DIRECT */
+};
+void worker_look_at(int fd, int direct_fd, struct file_traits *traits);
+int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync, const struct file_traits *traits);
 /* Whether a call on the file may be made on the worker's thread. */
 int worker_is_near(struct worker *worker, uint32_t slot);
 /* Nothing is under way on it; its number may be given to another file. */

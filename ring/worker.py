@@ -10,6 +10,7 @@ import errno
 import os
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -138,6 +139,20 @@ class Worker:
         self._post(function, future)
         return self.wait(future)
 
+    def call_patiently(self, function: Callable[[Callable[[], bool]], T], seconds: float) -> T:
+        """As `call`, for a function that is given *is_late*, which says after *seconds* that it had better give up."""
+        late = threading.Event()
+        end = time.monotonic() + seconds
+        future: Future[T] = new_future()
+        self._post(lambda: function(late.is_set), future)
+        while time.monotonic() < end and wait_for_any([future], NUDGE_SECONDS).not_done:
+            lib.worker_nudge(self._native)
+        late.set()
+        with self._lock:
+            if self._open:
+                self._host.signal(self._control)
+        return self.wait(future)
+
     def wait(self, future: "Future[T]") -> T:
         """The result of *future*, which is set on the worker thread; raises what it holds.
 
@@ -187,9 +202,10 @@ class Worker:
     def set_memory(self, regions: Sequence[MemoryRegion]) -> None:
         """Replace the memory table; returns when nothing in flight uses a region that is not in it any more.
 
-        Regions that were in the table before (the same objects) keep their mapping. It goes on serving what is in
-        flight while it waits, so it is for functions given to `call` only. A started queue whose ring is not inside
-        the table is left alone until it is again: QEMU moves a region by removing it first.
+        However long that takes: a disk may still write there. What uses other regions is not waited for. Regions that
+        were in the table before (the same objects) keep their mapping. It goes on serving what is in flight while it
+        waits, so it is for functions given to `call` only. A started queue whose ring is not inside the table is left
+        alone until it is again: QEMU moves a region by removing it first.
         Raises: OSError if a region cannot be mapped or overlaps another; the table is then as it was.
         """
         added = map_regions([region for region in regions if region not in self._mappings])
@@ -201,8 +217,7 @@ class Worker:
                 mapping.close()
             raise
         removed = [mapping for region, mapping in self._mappings.items() if region not in mappings]
-        if removed:
-            self._pause()
+        self._await_ends(removed)
         lib.worker_set_memory(self._native, table)
         self._mappings = mappings
         for mapping in removed:
@@ -321,14 +336,15 @@ class Worker:
         with self._settled():
             pass
 
-    def run_alone(self, begin: Callable[[Callable[[T], None]], None]) -> T:
+    def run_alone(self, begin: Callable[[Callable[[T], None]], None], is_late: Callable[[], bool]) -> T:
         """Call *begin(done)* once no request and no operation is under way -> what *done* is given, whenever it is.
 
         Requests wait meanwhile, those of all queues, and until what was begun beside has ended. For functions given to
-        `call` only.
+        `call` and `call_patiently` only.
+        Raises: TimeoutError if *is_late()* before it has begun.
         """
         results: list[T] = []
-        with self._settled():
+        with self._settled(is_late):
             begin(results.append)
             while not results:
                 self._turn()
@@ -344,14 +360,17 @@ class Worker:
         direct_fd: int = -1,
         sync: bool = True,
         on_sync_failed: Callable[[int], None] | None = None,
+        traits: Pointer | None = None,
     ) -> int:
         """Register a file and return its slot; the fds stay the caller's and must outlive the worker.
 
         *direct_fd* (O_DIRECT) serves `data` transfers and the extent map's where everything is aligned. With
         ``sync=False`` syncs succeed at once. *on_sync_failed(errno)* is told once, on the worker thread, if an
-        fdatasync failed; from then on every write, zero and sync of the slot fails with EIO.
+        fdatasync failed; from then on every write, zero and sync of the slot fails with EIO. *traits* are what
+        `look_at` has found; without them this thread looks.
         """
-        slot = check(lib.worker_add_file(self._native, fd, direct_fd, sync), "file of the worker")
+        traits = look_at(fd, direct_fd) if traits is None else traits
+        slot = check(lib.worker_add_file(self._native, fd, direct_fd, sync, traits), "file of the worker")
         if on_sync_failed is not None:
             self._on_sync_failed[slot] = on_sync_failed
         return slot
@@ -532,25 +551,29 @@ class Worker:
             self._computed.popleft()()
             self._computing -= 1
 
-    def _pause(self) -> None:
-        """Serve what is in flight without fetching anything new, until nothing is."""
+    def _await_ends(self, mappings: Sequence[Mapping]) -> None:
+        """Serve what is in flight without fetching anything new, until none of it uses one of *mappings*."""
         lib.worker_pause(self._native, 1)
-        while lib.worker_requests_in_flight(self._native):
+        for mapping in mappings:
+            lib.worker_await_region(self._native, mapping.native)
+        while lib.worker_awaited(self._native):
             self._turn()
         lib.worker_pause(self._native, 0)
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """Fetch nothing new; what is in flight has ended at the beginning."""
+    def _settled(self, is_late: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Fetch nothing new; what is in flight has ended at the beginning. Raises: TimeoutError if it *is_late()*."""
         lib.worker_pause(self._native, 1)
         try:
-            self._finish_all()
+            self._finish_all(is_late)
             yield
         finally:
             lib.worker_pause(self._native, 0)
 
-    def _finish_all(self) -> None:
+    def _finish_all(self, is_late: Callable[[], bool] = lambda: False) -> None:
         while lib.worker_requests_in_flight(self._native) or self._operations.in_flight or self._computing:
+            if is_late():
+                raise TimeoutError
             self._turn()
 
     def _drain(self) -> None:
@@ -576,6 +599,13 @@ class Worker:
             _, future = self._calls.popleft()
             if future is not None:
                 future.set_exception(RuntimeError("the worker has ended"))
+
+
+def look_at(fd: int, direct_fd: int = -1) -> Pointer:
+    """What a worker has to know of a file; on any thread but its own, since a file may hang."""
+    traits: Pointer = ffi.new("struct file_traits *")
+    lib.worker_look_at(fd, direct_fd, traits)
+    return traits
 
 
 def _run(future: "Future[T]", function: Callable[[], T]) -> None:

@@ -19,6 +19,7 @@ from virtio.feature import offered_features
 from virtio.native import NativeBlock
 
 SOFTWARE_ERROR = 70  # EX_SOFTWARE
+PATIENCE_SECONDS = 10.0  # for requests under way, while all others wait
 NO_MEMORY = b"vhost-user-qcow2: out of memory\n"  # made in time
 
 log = logging.getLogger("vhost")
@@ -154,11 +155,11 @@ class Device:
         self.is_attached = False
         self.backend.detach()
 
-    def resize(self, nbytes: int) -> None:
+    def resize(self, nbytes: int, patience: float = PATIENCE_SECONDS) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector, and tell the front-end; stable on return.
 
         Requests wait until it is done, and none is lost. The guest sees the new size once its driver reads it.
-        Raises: ResizeRefused.
+        Raises: ResizeRefused, also if those under way have not ended after *patience* seconds: the others go on then.
         """
         with self._lock:
             was_attached = self.is_attached
@@ -166,7 +167,10 @@ class Device:
                 self._attach()
             except Unavailable as unavailable:
                 raise ResizeRefused(str(unavailable)) from unavailable
-            refusal = self.worker.call(lambda: self._grow(nbytes))
+            try:
+                refusal = self.worker.call_patiently(lambda is_late: self._grow(nbytes, is_late), patience)
+            except TimeoutError:
+                refusal = f"requests under way have not ended within {patience:g} s: does the storage hang?"
             self._offer = self._current_offer()
             if not was_attached:
                 self._let_go()
@@ -195,13 +199,13 @@ class Device:
         """
         self.worker.call(lambda: self.block.force_writethrough(forced))
 
-    def _grow(self, nbytes: int) -> str:
+    def _grow(self, nbytes: int, is_late: Callable[[], bool]) -> str:
         """On the worker: the backend's refusal, or nothing."""
 
         def begin(done: Callable[[str], None]) -> None:
             self.backend.grow(nbytes, done)
 
-        refusal = self.worker.run_alone(begin)
+        refusal = self.worker.run_alone(begin, is_late)
         self.block.set_size(self.backend.geometry.size)
         return refusal
 

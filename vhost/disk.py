@@ -216,7 +216,13 @@ class ImageBackend:
 
     def _add_file(self, worker: Worker, file: HostFile) -> int:
         direct_fd = self._held.direct_fds.get(file, -1)
-        return worker.add_file(file.fd, direct_fd=direct_fd, sync=self._cache.sync, on_sync_failed=self._sync_failed)
+        return worker.add_file(
+            file.fd,
+            direct_fd=direct_fd,
+            sync=self._cache.sync,
+            on_sync_failed=self._sync_failed,
+            traits=self._held.traits[file],
+        )
 
     def _begin_trace(self, trace: Trace, worker: Worker, slots: dict[op.File, int]) -> None:
         """Record what the files hold, made stable first: what a trace begins with survives every death in it."""

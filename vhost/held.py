@@ -13,6 +13,8 @@ from qcow2.driver.lock import await_transfers, guest_key, lock_transfers
 from qcow2.engine.image import Image
 from qcow2.engine.statistics import Statistics
 from qcow2.node.chain import Outline, outline
+from ring.native import Pointer
+from ring.worker import look_at
 from vhost.option import Options
 from virtio.block import Unavailable
 from virtio.config import Geometry
@@ -38,6 +40,7 @@ class HeldImage:
         """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
         self.disk: Disk | None = None
         self.direct_fds: dict[HostFile, int] = {}
+        self.traits: dict[HostFile, Pointer] = {}  # of its files, for a worker
         self._options = options
         self._progress = progress
         self._on_wait = on_wait
@@ -101,6 +104,7 @@ class HeldImage:
             if options.cache.direct:
                 files = [file for file in disk.files if not _shares_pages(disk, file)]
                 self.direct_fds = self._stack.enter_context(_direct_descriptors(files))
+            self.traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in disk.files}
         except OSError:
             disk.close()
             raise
@@ -168,7 +172,7 @@ class HeldImage:
         self._past += disk.image.statistics
         self._outline = _outline_of(disk)
         self.disk = None
-        self.direct_fds = {}
+        self.direct_fds, self.traits = {}, {}
         try:
             with ExitStack() as closing:
                 closing.callback(disk.abandon)  # last: with it go the locks

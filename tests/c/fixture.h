@@ -55,6 +55,7 @@ static inline int new_memfd(const char *name, uint64_t nbytes)
 static inline void fixture_init(struct fixture *fixture, bool use_threads)
 {
     static struct guest_memory memory;
+    struct file_traits traits;
     int error = 0;
 
     memset(fixture, 0, sizeof(*fixture));
@@ -76,7 +77,8 @@ static inline void fixture_init(struct fixture *fixture, bool use_threads)
     CHECK(guest_memory_add(&memory, &fixture->region) == 0);
     worker_set_memory(fixture->worker, &memory);
     fixture->map = (struct identity_map){.nbytes = DISK_NBYTES, .writable = true};
-    fixture->map.slot = fixture->block.sync_slot = worker_add_file(fixture->worker, fixture->disk_fd, -1, true);
+    worker_look_at(fixture->disk_fd, -1, &traits);
+    fixture->map.slot = fixture->block.sync_slot = worker_add_file(fixture->worker, fixture->disk_fd, -1, true, &traits);
     block_set_extent_map(&fixture->block, identity_map_translate_address(), (uintptr_t)&fixture->map, 0);
 }
 

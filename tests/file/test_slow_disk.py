@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import DriverQueue
+from ring.driver import DriverMemory, DriverQueue
 from tests import slowdisk
 from tests.blockguest import FLUSH, IN, MIB, OK, OUT, Guest
 from tests.frontend import FrontEnd
 from tests.program import qcow2_tool_ok
 from tests.served import serve
 from tests.slowdisk import SlowDisk
+from vhost.device import ResizeRefused
 
 
 @pytest.fixture
@@ -132,6 +133,35 @@ def test_a_near_disk_is_synced_at_once_only_while_one_queue_is_in_use(tmp_path: 
         while not guest.counters.immediate_syncs:
             assert guest.ask(FLUSH).status == OK
     os.close(fd)
+
+
+def test_a_resize_does_not_wait_for_ever_while_everybody_waits_for_it(disk: SlowDisk, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.symlink_to(disk.path / "image")
+    qcow2_tool_ok("create", disk.path / "image", str(64 * MIB))
+    with serve(path) as served, FrontEnd(served.socket_path) as guest:
+        guest.write(0, b"old" * 1024 + bytes(1024))
+        with disk.holding(slowdisk.FSYNC):
+            guest.submit(FLUSH)
+            disk.wait_for_one()
+            with pytest.raises(ResizeRefused, match="have not ended within 0 s"):
+                served.device.resize(128 * MIB, patience=0)
+            assert guest.read(0, 3072) == b"old" * 1024
+        assert [answer.status for answer in guest.wait()] == [OK]
+        served.device.resize(128 * MIB, patience=3600)
+        guest.write(127 * MIB, b"new!" * 128)
+
+
+def test_memory_goes_while_a_hanging_transfer_uses_other_memory(disk: SlowDisk, guest: Guest) -> None:
+    """What uses the memory that goes is waited for, however long it takes: the disk may still write there."""
+    with disk.holding(slowdisk.READ), DriverMemory(4096, guest_address=1 << 32) as other:
+        hanging = guest.post(IN, 1024, room=4096)
+        guest.queue.kick()
+        disk.wait_for_one()
+        guest.worker.call(lambda: guest.worker.set_memory([*guest.regions, other.region()]))
+        guest.worker.call(lambda: guest.worker.set_memory(guest.regions))
+        assert guest.queue.poll() is None
+    assert guest.answer(hanging, guest.queue.wait()[0]).status == OK
 
 
 def test_an_image_that_cannot_grow_for_now_is_read_meanwhile(disk: SlowDisk, tmp_path: Path) -> None:

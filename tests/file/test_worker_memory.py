@@ -123,6 +123,7 @@ def test_removing_a_region_waits_for_the_request_in_it() -> None:
         arrived.set()
 
     with Guest(on_request=hold, regions=two_regions) as guest:
+        guest.memory.allocate(SEAM)
         guest.post(IN, 0, room=512)
         guest.queue.kick()
         assert arrived.wait(10)
@@ -153,6 +154,7 @@ def test_removing_a_region_waits_for_a_transfer_in_c() -> None:
         removed.set()
 
     with source, Guest(source.fileno(), regions=two_regions) as guest, feed:
+        guest.memory.allocate(SEAM)
         guest.post(IN, 0, room=512)
         guest.queue.kick()
         guest.wait_for_requests(1)
@@ -205,6 +207,29 @@ def test_answer_given_just_before_the_ring_goes_is_published() -> None:
 
         guest.worker.call(finish_and_remove)
         assert guest.queue.poll() is not None
+
+
+def test_removing_the_region_of_a_ring_waits_for_its_requests() -> None:
+    """Their answers go there, though their buffers do not."""
+    source, feed = open_pipe()
+    begun, removed = threading.Event(), threading.Event()
+
+    def remove() -> None:
+        begun.set()
+        guest.worker.set_memory(guest.regions[:1])
+        removed.set()
+
+    with source, Guest(source.fileno(), regions=two_regions) as guest, feed:
+        guest.memory.allocate(SEAM)
+        guest.post(IN, 0, room=512)
+        guest.queue.kick()
+        guest.wait_for_requests(1)
+        guest.worker.post(remove)
+        assert begun.wait(10)
+        assert not removed.is_set()
+        feed.write(bytes(512))
+        assert removed.wait(10)
+        assert guest.queue.wait()[0].nbytes == 513
 
 
 def test_new_memory_at_the_same_addresses_is_used() -> None:

@@ -571,6 +571,14 @@ static void act(uint32_t number, const struct action *action)
 
 /* ---- one input ---- */
 
+static void add_file(int fd, int slot)
+{
+    struct file_traits traits;
+
+    worker_look_at(fd, -1, &traits);
+    CHECK(worker_add_file(world.worker, fd, -1, true, &traits) == slot);
+}
+
 static void create_worker(void)
 {
     int error = 0;
@@ -580,8 +588,8 @@ static void create_worker(void)
     if (!world.worker) /* io_uring is forbidden where we are */
         world.worker = worker_create(&world.block.device, world.control_fd, &world.counters, true, &error);
     CHECK(world.worker);
-    CHECK(worker_add_file(world.worker, world.disk_fd, -1, true) == 0);
-    CHECK(worker_add_file(world.worker, world.setup.flags & FAULTY ? world.null_fd : world.disk_fd, -1, true) == 1);
+    add_file(world.disk_fd, 0);
+    add_file(world.setup.flags & FAULTY ? world.null_fd : world.disk_fd, 1);
 }
 
 static void close_worker(void)

@@ -13,7 +13,7 @@ from qcow2.error import ImageError
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
 from ring.aio import Aio
 from ring.native import lib
-from ring.worker import Worker
+from ring.worker import Worker, look_at
 from tests.builder.record import MAGIC
 from tests.crash.driver import Completed, CrashDriver, Effect, Issued, SimulatedFile, Synced
 from tests.crash.explorer import Run
@@ -109,6 +109,7 @@ class HeldSimulation:
     def __init__(self, image: Image, files: list[KernelFile], size: int) -> None:
         self.disk = SimpleNamespace(image=image, files=files)
         self.direct_fds: dict[KernelFile, int] = {}
+        self.traits = {file: look_at(file.fd) for file in files}
         self.geometry = Geometry(size=size)
 
 
