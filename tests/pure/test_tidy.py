@@ -1,0 +1,221 @@
+"""What nobody should have to look after: lengths of lines and modules, references that lead somewhere, dead names."""
+
+import ast
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("ring", "virtio", "vhost", "qcow2")
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = [path for room in (*ROOMS, "bench", "tests", "examples", "share") for path in sorted((ROOT / room).rglob("*"))]
+PYTHON = [path for path in CODE if path.suffix == ".py"]
+C = [path for path in CODE if path.suffix in {".c", ".h"}]
+WORD = re.compile(r"\b[A-Za-z_]\w*\b")
+
+
+def in_rooms(paths: list[Path]) -> list[Path]:
+    return [path for path in paths if path.relative_to(ROOT).parts[0] in ROOMS]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line outside tables, figures and code."""
+    code = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            code = not code
+        elif not code and not line.startswith("|"):
+            yield number, line
+
+
+def test_lines_of_prose_fit() -> None:
+    assert [f"{name_of(path)}:{n}" for path in DOCS for n, line in prose(path) if len(line) > 100] == []
+
+
+def laws() -> set[int]:
+    """Numbers of the laws that there are."""
+    text = (ROOT / "docs" / "laws.md").read_text()
+    return {int(number) for number in re.findall(r"^(\d+)\. \*\*", text, re.MULTILINE)}
+
+
+LAW = re.compile(r"\b[Ll]aws? (\d+)(?:(?:,| and| to| or) (\d+))?\b")
+
+
+def test_laws_that_are_referred_to_exist() -> None:
+    known = laws()
+    assert known == set(range(1, len(known) + 1))
+    assert [
+        f"{name_of(path)}: law {number}"
+        for path in [*DOCS, *PYTHON, *C]
+        for found in LAW.findall(path.read_text())
+        for number in found
+        if number and int(number) not in known
+    ] == []
+
+
+# References of the docs: `file`, `file:function`, `Class.member`, `function()`.
+
+QUOTED = re.compile(r"`([^`\n]+)`")
+FILE = re.compile(r"([\w./*-]+\.(?:py|c|h|cdef|md|sh|supp))(?::([\w.]+))?")
+MEMBER = re.compile(r"([A-Z]\w*[a-z]\w*)\.(\w+)(?:\(\))?")
+DIRECTORY = re.compile(r"((?:ring|virtio|vhost|qcow2|tests|bench|docs|share|examples)(?:/[\w-]+)*)/")
+FOREIGN = {"Dockerfile"}  # names that look like ours and are not
+
+
+def files(name: str) -> list[Path]:
+    """Files that a text may mean by *name*: a path from the root, or its end."""
+    return [path for path in ROOT.glob(name) if path.is_file()] or [
+        path for path in [*CODE, *DOCS] if "*" not in name and f"/{name_of(path)}".endswith(f"/{name}")
+    ]
+
+
+@cache
+def members() -> dict[str, set[str]]:
+    """Of each class of Python, by name, what is assigned or defined in it."""
+    found: dict[str, set[str]] = {}
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).update(WORD.findall(ast.unparse(node)))
+    return found
+
+
+def defines(path: Path, function: str) -> bool:
+    """Whether *path* has a definition of *function*, or of the class and member that it is."""
+    text = path.read_text()
+    return all(
+        re.search(rf"\b(?:def|class) {part}\b|^{part} =|\b{part}\(", text, re.MULTILINE) for part in function.split(".")
+    )
+
+
+def broken_references(text: str) -> Iterator[str]:
+    """Yield what *text* quotes as a file, function, member or folder of ours, and is none."""
+    classes = members()
+    for quoted in QUOTED.findall(text):
+        if (match := FILE.fullmatch(quoted)) and quoted not in FOREIGN:
+            found = files(match[1])
+            if not found or (match[2] and not any(defines(path, match[2]) for path in found)):
+                yield quoted
+        elif match := MEMBER.fullmatch(quoted):
+            if match[1] in classes and match[2] not in classes[match[1]]:
+                yield quoted
+        elif (match := DIRECTORY.fullmatch(quoted)) and not (ROOT / match[1]).is_dir():
+            yield quoted
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_what_docs_refer_to_exists(path: Path) -> None:
+    assert list(broken_references(path.read_text())) == []
+
+
+def test_a_broken_reference_is_seen() -> None:
+    text = "`ring/none.c`, `ring/commit.c:nothing_here`, `Links.nothing_here`, `qcow2/attic/`, `ring/commit.c`"
+    assert list(broken_references(text)) == text.replace("`", "").split(", ")[:4]
+
+
+# Dead names: what a room offers and no room uses.
+
+USED_OUTSIDE = {
+    "BuildNative": "pyproject.toml",
+    "SOURCES": "the simulator and tests name what is compiled",
+    "post": "for tests that stand on the worker's thread",
+    "read_trace": "the reading half of trace.py: tests read what a daemon traced",
+    "whole_parser": "share/generate.py: man pages and completion",
+    "seekable": "io.RawIOBase calls it",
+    **dict.fromkeys(("native_address", "add_head", "IdentityMap"), "the driver's side: for tests and load"),
+    **dict.fromkeys(
+        ("new_vault", "add_slot", "erase_slot", "free_slot", "new_record", "MODES"), "making encrypted images"
+    ),
+    **dict.fromkeys(("algorithm", "DEFAULT_ITER_TIME_MS", "secrets_of", "keep_secrets"), "making encrypted images"),
+    **dict.fromkeys(("BITMAP_TABLE_OFFSET", "MAX_BITMAP_NAME_BYTES"), "making bitmaps"),
+    **dict.fromkeys(("HEADER_BACKING", "HEADER_BACKING_OFFSET"), "the header's record in two fields"),
+}
+TYPED_FACES = {"ring/native.py", "qcow2/native.py"}  # a declaration in them is no use
+
+
+def definitions(path: Path) -> Iterator[str]:
+    """Yield names of functions, methods, classes and constants of *path*."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("__"):
+            yield node.name
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        targets += [statement.target] if isinstance(statement, ast.AnnAssign) else []
+        yield from (target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith("__"))
+
+
+def words(paths: list[Path]) -> Counter[str]:
+    counter: Counter[str] = Counter()
+    for path in paths:
+        counter.update(WORD.findall(path.read_text()))
+    return counter
+
+
+def test_each_name_of_python_is_used() -> None:
+    python = [path for path in in_rooms(PYTHON) if name_of(path) not in TYPED_FACES]
+    defined = Counter(name for path in python for name in definitions(path))
+    used = words(python)
+    dead = {name for name, count in defined.items() if used[name] <= count}
+    assert dead - set(USED_OUTSIDE) == set()
+
+
+DECLARATION = re.compile(r"^(?!static|typedef)[a-z_][\w ]*[ *](\w+)\((?:[^;{}]*)\);", re.MULTILINE)
+
+
+def test_each_function_of_a_header_is_used() -> None:
+    """By another line of C, or by Python."""
+    c = words(in_rooms(C))
+    python = words([path for path in in_rooms(PYTHON) if name_of(path) not in TYPED_FACES])
+    headers = [path for path in in_rooms(C) if path.suffix == ".h"]
+    declared = {name for path in headers for name in DECLARATION.findall(path.read_text())}
+    assert len(declared) > 100
+    assert {name for name in declared if c[name] <= 2 and not python[name]} == {"stock_clear"}
+
+
+# Sizes.
+
+LONGEST = 360  # lines: 300 and a fifth
+LONGER = {
+    "ring/worker.h": "one record, seen by three audiences, in three parts",
+    "ring/worker.py": "the worker's life; its queues, files and requests are one class",
+    "ring/queue.c": "a queue's whole life, which one state machine is",
+    "ring/threads.c": "the second implementation of uring.c, with its own queue and threads",
+    "ring/operation.c": "an operation's whole life",
+    "virtio/block.c": "one device",
+    "qcow2/engine/image.py": "the door of the engine: each public operation once",
+    "qcow2/engine/allocation.py": "places, reservations and what comes back of them",
+    "qcow2/engine/links.py": "what waits, and the one task that commits it",
+    "vhost/session.py": "a handler for each message of the protocol",
+}
+
+
+def test_modules_are_short_or_say_why_not() -> None:
+    long = {name_of(path) for path in in_rooms([*PYTHON, *C]) if len(path.read_text().splitlines()) > LONGEST}
+    assert long - set(LONGER) == set()
+
+
+def filled_lines(paths: list[Path]) -> int:
+    return sum(1 for path in paths for line in path.read_text().splitlines() if line.strip())
+
+
+def test_c_is_less_than_half_of_python() -> None:
+    assert filled_lines(in_rooms(C)) < 0.5 * filled_lines(in_rooms(PYTHON))
+
+
+def test_the_last_commits_say_what_and_why() -> None:
+    log = ["git", "-C", str(ROOT), "log", "--no-merges", "-30", "--format=%s%x00%b%x01"]
+    run = subprocess.run(log, capture_output=True, text=True, timeout=30, check=False)
+    if run.returncode:
+        pytest.skip("the sources are no clone of git's")
+    commits = [commit.strip().split("\0") for commit in run.stdout.split("\1") if commit.strip()]
+    assert [subject for subject, body in commits if len(subject) > 72 or ": " not in subject or not body.strip()] == []
