@@ -10,6 +10,7 @@ from qcow2.driver.operation import File, Resize, Sync, Write, Zero
 from qcow2.format import layout
 from qcow2.format.header import Extension, Header, pack_header
 from qcow2.format.layout import Compatible, CompressionType, ExtensionMagic, FeatureNameType, HeaderRecord, Incompatible
+from qcow2.format.luks import Encryption
 from qcow2.format.refusal import l1_entries
 
 ZERO_PIECE = bytes(1 << 20)
@@ -50,6 +51,17 @@ class Options:
     backing_name: str | None = None
     backing_format: str | None = None
     preallocation: Preallocation = Preallocation.OFF
+    encryption: Encryption | None = None
+
+    @property
+    def luks_bytes(self) -> int:
+        """Of the LUKS header, if there is to be one."""
+        return 0 if self.encryption is None else self.encryption.nbytes
+
+    @property
+    def luks_clusters(self) -> int:
+        """That it takes."""
+        return -(-self.luks_bytes // self.cluster_size)
 
     @property
     def cluster_size(self) -> int:
@@ -59,7 +71,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where everything goes: header, refcount table, refcount blocks, L1, L2 tables, data; counts in clusters."""
+    """Where everything goes: header, refcount table and blocks, L1, LUKS header, L2 tables, data; in clusters."""
 
     options: Options
     table_clusters: int
@@ -90,9 +102,14 @@ class Plan:
         return self.block_offset + self.block_clusters * self.cluster_size
 
     @property
+    def luks_offset(self) -> int:
+        """The LUKS header."""
+        return self.l1_offset + self.l1_clusters * self.cluster_size
+
+    @property
     def l2_offset(self) -> int:
         """The L2 tables."""
-        return self.l1_offset + self.l1_clusters * self.cluster_size
+        return self.luks_offset + self.options.luks_clusters * self.cluster_size
 
     @property
     def data_offset(self) -> int:
@@ -117,7 +134,7 @@ def plan(options: Options) -> Plan:
     is_preallocated = options.preallocation is not Preallocation.OFF
     data_clusters = _clusters(options.size, cluster_size) if is_preallocated else 0
     l2_clusters = _clusters(data_clusters * layout.ENTRY_SIZE, cluster_size)
-    counted = 1 + l1_clusters + l2_clusters + data_clusters
+    counted = 1 + l1_clusters + options.luks_clusters + l2_clusters + data_clusters
     table_clusters, block_clusters = refcount_clusters(options, counted)
     return Plan(options, table_clusters, block_clusters, l1_size, l1_clusters, l2_clusters, data_clusters)
 
@@ -154,6 +171,8 @@ def _validate(options: Options) -> None:
         raise ValueError(f"preallocation {options.preallocation.value} is not possible with a backing file")
     if options.version < 3:
         _validate_version_2(options)
+    if options.encryption is not None and options.cluster_size < 1024:  # the header's extensions would not fit
+        raise ValueError(f"an encrypted image needs clusters of 1024 bytes at least, not {options.cluster_size}")
 
 
 def _validate_version_2(options: Options) -> None:
@@ -164,6 +183,10 @@ def _validate_version_2(options: Options) -> None:
     if options.compression is not CompressionType.ZLIB:
         raise ValueError(
             f"compression_type {options.compression.name.lower()} is not possible with compat 0.10, needs 1.1"
+        )
+    if options.encryption is not None and options.preallocation is not Preallocation.OFF:
+        raise ValueError(
+            f"preallocation {options.preallocation.value} of an encrypted image is not possible with compat 0.10"
         )
 
 
@@ -190,6 +213,10 @@ async def write_tables(file: File, plan: Plan) -> None:
     await Write(file, layout.SECTOR_SIZE, packed[layout.SECTOR_SIZE :] + bytes(layout.SECTOR_SIZE))
     for host_offset, table in _tables(plan):
         await Write(file, host_offset, table)
+    if plan.options.encryption is not None:
+        from qcow2.engine.luks import new_vault  # and with it libcrypto
+
+        await (await new_vault(plan.options.encryption)).write(file, plan.luks_offset)
     if plan.options.preallocation is Preallocation.FULL:
         await _write_zeros(file, plan.data_offset, plan.end_offset)
 
@@ -228,7 +255,8 @@ def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
         count = min(per_table, plan.data_clusters - first)
         data_offset = plan.data_offset + first * plan.cluster_size
         host_offset = plan.l2_offset + first // per_table * plan.cluster_size
-        yield host_offset, table_of(layout.COPIED | data_offset, count, plan.cluster_size)
+        flags = layout.COPIED | (layout.L2_ZERO if plan.options.encryption else 0)  # encrypted, zeros are none
+        yield host_offset, table_of(flags | data_offset, count, plan.cluster_size)
 
 
 def table_of(first: int, count: int, cluster_size: int) -> bytes:
@@ -262,11 +290,26 @@ def refcounts_of_one(count: int, refcount_order: int) -> bytes:
 
 
 def _packed(file: File, plan: Plan) -> bytes:
-    return pack_new_header(file, plan.options, plan.l1_size, plan.l1_offset, plan.table_offset, plan.table_clusters)
+    return pack_new_header(
+        file,
+        plan.options,
+        plan.l1_size,
+        plan.l1_offset,
+        plan.table_offset,
+        plan.table_clusters,
+        luks_offset=plan.luks_offset,
+    )
 
 
 def pack_new_header(
-    file: File, options: Options, l1_size: int, l1_offset: int, table_offset: int, table_clusters: int
+    file: File,
+    options: Options,
+    l1_size: int,
+    l1_offset: int,
+    table_offset: int,
+    table_clusters: int,
+    *,
+    luks_offset: int = 0,
 ) -> bytes:
     """The first cluster of an image with *options*, as far as it is used, that has its tables in these places.
 
@@ -280,7 +323,7 @@ def pack_new_header(
         backing_file_size=0,
         cluster_bits=options.cluster_bits,
         size=options.size,
-        crypt_method=layout.CryptMethod.NONE,
+        crypt_method=layout.CryptMethod.NONE if options.encryption is None else layout.CryptMethod.LUKS,
         l1_size=l1_size,
         l1_table_offset=l1_offset,
         refcount_table_offset=table_offset,
@@ -294,7 +337,11 @@ def pack_new_header(
         compression_type=options.compression,
     )
     later_fields = bytes(record.header_length - len(record.pack()))
-    header = Header(record, later_fields, _feature_names(options), None)
+    extensions = _feature_names(options)
+    if options.encryption is not None:
+        data = layout.CRYPTO.pack(luks_offset, options.luks_bytes)
+        extensions = (Extension(ExtensionMagic.CRYPTO, data), *extensions)
+    header = Header(record, later_fields, extensions, None)
     return pack_header(file, header.with_backing(options.backing_name, options.backing_format))[1]
 
 

@@ -22,16 +22,17 @@ from qcow2.format.luks import (
     NSLOTS,
     SALT_BYTES,
     STRIPES,
-    CipherSpec,
+    Encryption,
     Luks,
     LuksRecord,
     SlotRecord,
     parse_luks,
+    require_hash,
+    validate_spec,
 )
 from qcow2.plane.cipher import Cipher
 
 PROBE_ITERATIONS = 1 << 15
-DEFAULT_ITER_TIME_MS = 2000
 DIGEST_SHARE = 8  # a slot's iterations to the digest's
 
 
@@ -194,14 +195,17 @@ class NewVault:
         await Write(file, host_offset, self.header[:SECTOR_SIZE])
 
 
-async def new_vault(record: LuksRecord, spec: CipherSpec, hash_name: str, passphrase: bytes, ms: int) -> NewVault:
-    """A fresh master key for *record*, which is empty, in a slot that *passphrase* opens in *ms* milliseconds.
+async def new_vault(encryption: Encryption, *, is_detached: bool = False) -> NewVault:
+    """A fresh master key in a header whose first slot opens as *encryption* says.
 
     Raises: UnsupportedImage.
     """
+    validate_spec("", encryption.spec)
+    require_hash("", encryption.hash_name)
+    record, hash_name = encryption.new_record(is_detached=is_detached), encryption.hash_name
     key = bytearray(os.urandom(record.key_bytes))
-    luks = Luks(record, spec, hash_name, record.uuid.decode())
-    slot, material = await _seal(luks, 0, passphrase, key, ms)
+    luks = Luks(record, encryption.spec, hash_name, record.uuid.decode())
+    slot, material = await _seal(luks, 0, encryption.passphrase, key, encryption.iter_time_ms)
     salt, iterations = os.urandom(SALT_BYTES), max(MIN_ITERATIONS, slot.iterations // DIGEST_SHARE)
     digest = await _derive(hash_name, bytes(key), salt, iterations, DIGEST_BYTES)
     sealed = replace(record, digest=digest, digest_salt=salt, digest_iterations=iterations).with_slot(0, slot)

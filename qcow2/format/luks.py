@@ -6,8 +6,9 @@ Spec: LUKS On-Disk Format Specification 1.2.3.
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
+from uuid import uuid4
 
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.layout import SECTOR_SIZE, values_of
@@ -24,6 +25,7 @@ AREA_ALIGNMENT = 8  # sectors
 MIN_ITERATIONS = 1000
 MAX_ITERATIONS = 1 << 27  # some minutes: what an image asks of us has to end
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5")
+DEFAULT_ITER_TIME_MS = 2000
 MODES = ("ecb", "cbc", "ctr", "xts")
 IV_GENERATORS = ("plain", "plain64", "essiv")
 KEY_BYTES = {  # of the ciphers that libcrypto always has; XTS takes two keys
@@ -229,24 +231,38 @@ def _validate_areas(path: str, host_offset: int, record: LuksRecord, limit: int,
         raise CorruptImage(path, host_offset, message)
 
 
-def new_record(spec: CipherSpec, hash_name: str, uuid: str, *, is_detached: bool = False) -> LuksRecord:
-    """A header without any key: where QEMU has its parts."""
-    sectors = -(-spec.key_bytes * STRIPES // SECTOR_SIZE)
-    area = sectors + -sectors % AREA_ALIGNMENT
-    slots = tuple(
-        SlotRecord(DISABLED, 0, bytes(SALT_BYTES), MIN_SECTOR + number * area, STRIPES) for number in range(NSLOTS)
-    )
-    return LuksRecord(
-        magic=MAGIC,
-        version=VERSION,
-        cipher_name=spec.name.encode(),
-        cipher_mode=spec.mode_text.encode(),
-        hash_spec=hash_name.encode(),
-        payload_sector=0 if is_detached else MIN_SECTOR + NSLOTS * area,
-        key_bytes=spec.key_bytes,
-        digest=bytes(DIGEST_BYTES),
-        digest_salt=bytes(SALT_BYTES),
-        digest_iterations=0,
-        uuid=uuid.encode(),
-        slots=slots,
-    )
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """How a new image is encrypted, and with what its first key slot opens."""
+
+    spec: CipherSpec
+    hash_name: str
+    passphrase: bytes = field(repr=False)
+    iter_time_ms: int = DEFAULT_ITER_TIME_MS  # that deriving a key takes
+
+    @property
+    def nbytes(self) -> int:
+        """Of the header with all its key material, as far as the payload."""
+        return self.new_record().payload_offset
+
+    def new_record(self, *, is_detached: bool = False) -> LuksRecord:
+        """A header without any key, of an image of its own: where QEMU has its parts."""
+        sectors = -(-self.spec.key_bytes * STRIPES // SECTOR_SIZE)
+        area = sectors + -sectors % AREA_ALIGNMENT
+        slots = tuple(
+            SlotRecord(DISABLED, 0, bytes(SALT_BYTES), MIN_SECTOR + number * area, STRIPES) for number in range(NSLOTS)
+        )
+        return LuksRecord(
+            magic=MAGIC,
+            version=VERSION,
+            cipher_name=self.spec.name.encode(),
+            cipher_mode=self.spec.mode_text.encode(),
+            hash_spec=self.hash_name.encode(),
+            payload_sector=0 if is_detached else MIN_SECTOR + NSLOTS * area,
+            key_bytes=self.spec.key_bytes,
+            digest=bytes(DIGEST_BYTES),
+            digest_salt=bytes(SALT_BYTES),
+            digest_iterations=0,
+            uuid=str(uuid4()).encode(),
+            slots=slots,
+        )

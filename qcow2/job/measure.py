@@ -55,7 +55,7 @@ def _fully_allocated(options: Options) -> int:
     data = _clusters(options.size, options)
     l2 = _clusters(data * ENTRY_SIZE, options)
     l1 = _clusters(l2 * ENTRY_SIZE, options)
-    counted = 1 + l1 + l2 + data
+    counted = 1 + l1 + l2 + data + options.luks_clusters
     return (counted + sum(refcount_clusters(options, counted))) * options.cluster_size
 
 

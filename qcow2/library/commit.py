@@ -9,7 +9,7 @@ from qcow2.engine.image import Image, OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.commit import WIDTH, commit
 from qcow2.job.pace import Pace
-from qcow2.library.disk import Disk
+from qcow2.library.disk import Disk, Key, keys_of
 from qcow2.node.chain import Chain, chain_paths
 
 
@@ -36,6 +36,7 @@ def commit_image(
     image_format: str = "qcow2",
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
+    key: Key = None,
 ) -> None:
     """Bring what the image at *path* has into *base*, one of the files under it; None is the one right under it.
 
@@ -46,7 +47,7 @@ def commit_image(
     depth = _depth_of(path, image_format, base)
     chain = Chain(log_directory=log_directory, discard_log=discard_log, writable_depth=depth)
     try:
-        disk = Disk(chain.open(path, image_format, OpenOptions(writable=True)), chain)
+        disk = Disk(chain.open(path, image_format, OpenOptions(writable=True, keys=keys_of(key))), chain)
     except BaseException:
         chain.close()
         raise

@@ -12,6 +12,7 @@ from qcow2.error import ImageError
 from qcow2.sources import StaleExtension
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import say
+from qcow2.tool.secret import Secrets
 from qcow2.tool.stdio import OUTPUT, name_output, occupy
 
 COMMANDS = {
@@ -98,6 +99,12 @@ def _run(words: list[str]) -> int:
         given = build_parser(words[:1]).parse_args(words)
     except SystemExit:  # the parser has printed what was asked for
         return 0
+    given.secrets = Secrets(getattr(given, "object", []))
+    given.keys = given.secrets.keys if given.secrets else None
+    if given.secrets:
+        from qcow2.plane.cipher import keep_secrets
+
+        keep_secrets()
     status: int = _room(given.command).run_command(given)
     return status
 

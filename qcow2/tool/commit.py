@@ -45,6 +45,7 @@ def run_command(arguments: argparse.Namespace) -> int:
                 image_format=image.image_format,
                 log_directory=arguments.link_log,
                 discard_log=arguments.discard_link_log,
+                key=arguments.keys,
             )
         except NoBacking as error:
             raise Failure("Image does not have a backing file") from error

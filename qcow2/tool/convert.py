@@ -69,7 +69,9 @@ def run_command(arguments: argparse.Namespace) -> int:
             for each in (named(text, arguments.source_format, is_options=arguments.image_opts) for text in paths)
         ]
         size = sum(image.size for image in images)
-        wish = Wish(path, _known_format(arguments.target_format), size, _given(arguments), arguments.compress)
+        wish = Wish(
+            path, _known_format(arguments.target_format), size, _given(arguments), arguments.compress, arguments.secrets
+        )
         _validate_compression(wish, arguments)
         below = stack.enter_context(_base(wish, arguments))
         is_shared = below is not None and _is_backing_of(below, images[0])

@@ -22,6 +22,7 @@ from qcow2.tool.option import (
     validate_backing,
 )
 from qcow2.tool.quantity import parse_size
+from qcow2.tool.secret import add_object_option
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", "--unsafe", action="store_true", help="do not look at the backing file")
     known = ", ".join(OPTIONS["qcow2"])
     parser.add_argument("-o", "--options", action="append", default=[], metavar="OPTIONS", help=f"{known}; or help")
+    add_object_option(parser)
     parser.add_argument("filename", nargs="?")
     parser.add_argument("size", nargs="?", help="of the disk: bytes, or with a suffix k, M, G, T, P, E")
 
@@ -78,7 +80,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _create_qcow2(request: Request, arguments: argparse.Namespace) -> None:
     _validate_backing(request)
     size = _size(request, look=not arguments.unsafe)
-    options = image_options(request.given, size, request.given.get("size"))
+    options = image_options(request.given, size, request.given.get("size"), arguments.secrets)
     whole = plan(options)
     with created(request.path) as file:
         if not arguments.quiet:
@@ -153,7 +155,9 @@ def _size(request: Request, *, look: bool) -> int:
 
 def _announcement(request: Request, options: Options, size: int) -> str:
     """One line like qemu-img's; the size as it was typed."""
-    words = [f"Formatting {_quoted(request.path)}, fmt=qcow2", f"cluster_size={options.cluster_size}"]
+    words = [f"Formatting {_quoted(request.path)}, fmt=qcow2"]
+    words += [f"{name}={text}" for name, text in request.given.items() if name.startswith("encrypt.")]
+    words.append(f"cluster_size={options.cluster_size}")
     words.append("extended_l2=off")
     if "preallocation" in request.given:
         words.append(f"preallocation={options.preallocation.value}")

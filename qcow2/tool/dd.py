@@ -57,7 +57,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         if skip > end:
             say(f"{given['if']}: cannot skip to specified offset")
         nbytes = max(0, end - skip)
-        wish = Wish(given["of"], arguments.output_format, nbytes + -nbytes % SECTOR_SIZE, {})
+        wish = Wish(given["of"], arguments.output_format, nbytes + -nbytes % SECTOR_SIZE, {}, secrets=arguments.secrets)
         target = stack.enter_context(new_target(wish, [image], None))
         driver = stack.enter_context(PoolDriver(NTHREADS))
         driver.run(copy(Source([Part(image, skip, nbytes)]), target, Pace(), Manner()))

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from qcow2.driver.file import HostFile, run
-from qcow2.driver.operation import File
+from qcow2.driver.operation import File, Read
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header, read_header
-from qcow2.format.layout import SECTOR_SIZE, BitmapFlags
+from qcow2.format.layout import SECTOR_SIZE, BitmapFlags, CryptMethod
+from qcow2.format.luks import Luks, LuksRecord, SlotRecord, parse_luks
 from qcow2.format.snapshot import Snapshot, read_snapshots
 from qcow2.node.chain import MAX_DEPTH, backing_path
 from qcow2.node.formats import FORMATS
@@ -85,6 +86,8 @@ async def _qcow2_facts(file: HostFile) -> Facts:
         "dirty-flag": header.is_dirty,
         "format-specific": {"type": "qcow2", "data": await _specific_facts(file, header)},
     }
+    if header.record.crypt_method:
+        facts["encrypted"] = True
     facts.update(_backing_facts(file.path, header))
     if snapshots := (await read_snapshots(file, header)).snapshots:
         facts["snapshots"] = [snapshot_facts(snapshot) for snapshot in snapshots]
@@ -108,18 +111,57 @@ def _backing_facts(path: str, header: Header) -> Facts:
 async def _specific_facts(file: File, header: Header) -> Facts:
     compression = header.compression_type.name.lower()
     if header.record.version < 3:
-        return {"compat": "0.10", "compression-type": compression, "refcount-bits": header.refcount_bits}
-    facts: Facts = {
+        facts: Facts = {"compat": "0.10", "compression-type": compression, "refcount-bits": header.refcount_bits}
+        return facts | await _crypto_facts(file, header)
+    facts = {
         "compat": "1.1",
         "compression-type": compression,
         "lazy-refcounts": header.has_lazy_refcounts,
         "refcount-bits": header.refcount_bits,
+        **await _crypto_facts(file, header),
         "corrupt": header.is_corrupt,
         "extended-l2": False,
     }
     directory = bitmap_directory(file, header)
     if directory is not None and directory.nb_bitmaps:
         facts["bitmaps"] = [_bitmap_facts(bitmap) for bitmap in await read_bitmaps(file, directory)]
+    return facts
+
+
+async def _crypto_facts(file: File, header: Header) -> Facts:
+    match header.record.crypt_method:
+        case CryptMethod.AES:
+            return {"encrypt": {"format": "aes"}}
+        case CryptMethod.LUKS:
+            host_offset, nbytes = header.luks_area
+            start = await Read(file, host_offset, LuksRecord.NBYTES)
+            return {"encrypt": luks_facts(parse_luks(file.path, start, nbytes, host_offset)) | {"format": "luks"}}
+    return {}
+
+
+def luks_facts(luks: Luks) -> Facts:
+    """What can be told of an encrypted disk without its key."""
+    facts: Facts = {"ivgen-alg": luks.spec.iv_generator, "detached-header": luks.record.payload_sector == 0}
+    if luks.spec.iv_hash is not None:
+        facts["ivgen-hash-alg"] = luks.spec.iv_hash
+    return facts | {
+        "hash-alg": luks.hash_name,
+        "cipher-alg": luks.spec.algorithm,
+        "uuid": luks.uuid,
+        "cipher-mode": luks.spec.mode,
+        "slots": [_slot_facts(slot) for slot in luks.record.slots],
+        "payload-offset": luks.record.payload_offset,
+        "master-key-iters": luks.record.digest_iterations,
+    }
+
+
+def _slot_facts(slot: SlotRecord) -> Facts:
+    facts: Facts = {"active": slot.is_enabled}
+    if slot.is_enabled:
+        facts["iters"] = slot.iterations
+    facts["key-offset"] = slot.material_sector * SECTOR_SIZE
+    if slot.is_enabled:
+        facts["stripes"] = slot.stripes
     return facts
 
 
@@ -158,6 +200,8 @@ def _lines(facts: Facts) -> list[str]:
     ]
     if facts["dirty-flag"]:
         lines.append("cleanly shut down: no")
+    if facts.get("encrypted"):
+        lines.append("encrypted: yes")
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")
     lines += _backing_lines(facts)
@@ -196,16 +240,15 @@ def _snapshot_line(snapshot: Facts) -> str:
     return _row(snapshot["id"], snapshot["name"], format_size(snapshot["vm-state-size"]), date, clock, icount)
 
 
-def _specific_lines(data: Facts) -> list[str]:
+def _specific_lines(data: Facts, indent: str = "    ") -> list[str]:
+    """Nested facts, each level farther in."""
     lines = []
     for key, value in data.items():
-        name = key.replace("-", " ")
+        name = f"{indent}{key.replace('-', ' ')}:"
         if isinstance(value, list):
-            lines.append(f"    {name}:")
-            for index, bitmap in enumerate(value):
-                lines += [f"        [{index}]:", "            flags:"]
-                lines += [f"                [{number}]: {flag}" for number, flag in enumerate(bitmap["flags"])]
-                lines += [f"            name: {bitmap['name']}", f"            granularity: {bitmap['granularity']}"]
+            value = {f"[{number}]": each for number, each in enumerate(value)}
+        if isinstance(value, dict):
+            lines += [name, *_specific_lines(value, indent + "    ")]
         else:
-            lines.append(f"    {name}: {str(value).lower() if isinstance(value, bool) else value}")
+            lines.append(f"{name} {str(value).lower() if isinstance(value, bool) else value}")
     return lines

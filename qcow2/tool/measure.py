@@ -55,9 +55,13 @@ def _measured(arguments: argparse.Namespace) -> Measures:
     if arguments.filename is None:
         size = parse_size(arguments.size)
         size += -size % SECTOR_SIZE
-        return size_of_raw(size) if arguments.target_format == "raw" else size_of_empty(image_options(given, size))
+        return (
+            size_of_raw(size)
+            if arguments.target_format == "raw"
+            else size_of_empty(image_options(given, size, secrets=arguments.secrets))
+        )
     image = the_image(arguments)
     with open_source(image.path, image.image_format, arguments, wanted_snapshot(arguments)) as source:
         if arguments.target_format == "raw":
             return size_of_raw(source.size)
-        return run(size_of_copy(image_options(given, source.size), source))
+        return run(size_of_copy(image_options(given, source.size, secrets=arguments.secrets), source))

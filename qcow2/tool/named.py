@@ -10,6 +10,7 @@ from typing import Any
 from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
+from qcow2.tool.secret import add_object_option
 
 MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
 PATH_KEYS = ("file.filename", "filename")
@@ -37,7 +38,7 @@ def add_format_option(parser: argparse.ArgumentParser, *flags: str, of: str = "o
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Declare that names may be lists of options, and the objects that these may refer to."""
     parser.add_argument("--image-opts", action="store_true", help="a name is driver=FORMAT,file.filename=FILE,...")
-    parser.add_argument("--object", action="append", default=[], metavar="OBJECT", help="secret,id=ID,file=FILE")
+    add_object_option(parser)
 
 
 def named(text: str, image_format: str | None, *, is_options: bool = False, writes: bool = False) -> Named:

@@ -6,7 +6,10 @@ from typing import TypeVar
 
 from qcow2.engine.create import Options, Preallocation, max_size
 from qcow2.format.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
+from qcow2.tool.commas import split_commas
+from qcow2.tool.encryption import captions, encryption_of
 from qcow2.tool.quantity import parse_size
+from qcow2.tool.secret import Secrets
 
 T = TypeVar("T")
 
@@ -19,9 +22,12 @@ OPTIONS = {
         "compression_type": "<str> - Compression method used for image cluster compression",
         "lazy_refcounts": "<bool (on/off)> - Postpone refcount updates",
         "preallocation": "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)",
+        "encrypt.format": "<str>   - Encrypt the image, format choices: 'aes', 'luks'",
+        **captions("encrypt."),
         "refcount_bits": "<num>    - Width of a reference count entry in bits",
         "size": "<size>            - Virtual disk size",
     },
+    "luks": {**captions(), "size": "<size>            - Virtual disk size"},
     "raw": {
         "preallocation": "<str>    - Preallocation mode (allowed values: off, falloc, full)",
         "size": "<size>            - Virtual disk size",
@@ -53,8 +59,8 @@ def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
     """
     known = OPTIONS[image_format]
     parsed = {}
-    for part in (part for text in texts for part in re.split(r"(?<!,),(?!,)", text)):
-        name, equals, value = part.replace(",,", ",").partition("=")
+    for part in (part for text in texts for part in split_commas(text)):
+        name, equals, value = part.partition("=")
         if name not in known:
             raise ValueError(f"option {name!r} is unknown, known are {', '.join(known)}")
         if not equals:
@@ -63,8 +69,10 @@ def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
     return parsed
 
 
-def image_options(given: dict[str, str], size: int, typed: str | None = None) -> Options:
-    """What a new qcow2 image with a disk of *size* bytes, perhaps *typed* so, shall be.
+def image_options(
+    given: dict[str, str], size: int, typed: str | None = None, secrets: Secrets | None = None
+) -> Options:
+    """What a new qcow2 image with a disk of *size* bytes, perhaps *typed* so, shall be; its key is one of *secrets*.
 
     Raises: ValueError.
     """
@@ -82,6 +90,7 @@ def image_options(given: dict[str, str], size: int, typed: str | None = None) ->
         backing_name=given.get("backing_file") or None,
         backing_format=given.get("backing_fmt") or None,
         preallocation=_choice(given, "preallocation", "off", PREALLOCATIONS),
+        encryption=encryption_of(given, secrets, "encrypt."),
     )
 
 

@@ -96,9 +96,9 @@ def _is_same_file(one: File, other: File) -> bool:
 def _opened(arguments: argparse.Namespace) -> Iterator[Disk]:
     """The image, which is closed as ever if something fails."""
     path = arguments.filename
-    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
+    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
     try:
-        disk = open_disk(path, writable=True, **log)
+        disk = open_disk(path, writable=True, **how)
     except OSError as error:
         raise Failure(cannot_open(path, error)) from error
     except ImageError as error:

@@ -58,8 +58,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     image = the_image(arguments, writes=True)
     with opening(image.path):
         size = _validated(image, arguments, preallocation)
-    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with open_disk(image.path, writable=True, format=image.image_format, **log) as disk:
+    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
+    with open_disk(image.path, writable=True, format=image.image_format, **how) as disk:
         disk.resize(size, shrink=arguments.shrink, preallocation=preallocation)
     if not arguments.quiet:
         print("Image resized.")

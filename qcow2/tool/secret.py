@@ -1,55 +1,92 @@
-"""`--object secret,...`: passphrases that options of images refer to by their id."""
+"""`--object secret,...`: the keys of encrypted images, as qemu-img takes them. What they hold is never printed."""
 
+import argparse
 import base64
 import binascii
+import json
+from collections.abc import Iterable
 
-from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.commas import split_commas
 
-KEYS = ("qom-type", "id", "data", "file", "format")
-
-
-def secrets_of(texts: list[str]) -> dict[str, bytes]:
-    """The content of each secret, by its id.
-
-    Raises: UsageError, Failure; OSError if a file cannot be read.
-    """
-    secrets = {}
-    for text in texts:
-        given = _parsed(text)
-        if given.get("qom-type") != "secret":
-            raise Failure(f"invalid object type: {given.get('qom-type', '')}")
-        if "id" not in given:
-            raise Failure("Parameter 'id' is missing")
-        secrets[given["id"]] = _content(given)
-    return secrets
+KNOWN = ("id", "file", "data", "format")
 
 
-def _parsed(text: str) -> dict[str, str]:
-    """`secret,id=ID,file=FILE`; a comma in a value is doubled."""
-    given = {}
-    for index, part in enumerate(text.replace(",,", "\0").split(",")):
-        name, equals, value = part.replace("\0", ",").partition("=")
-        if not equals and index == 0:
-            name, value = "qom-type", name
-        if name not in KEYS:
-            raise UsageError(f"--object: Invalid parameter '{name}'")
-        given[name] = value
+class Secrets:
+    """The secrets of one command line, by their ids; a file is read when its secret is wanted."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """Raises: ValueError for what is no secret that we understand."""
+        self._given = {each["id"]: each for each in map(_parse, texts)}
+
+    def __bool__(self) -> bool:
+        """Whether there is one."""
+        return bool(self._given)
+
+    def __getitem__(self, name: str) -> bytes:
+        """The secret of this id. Raises: ValueError if there is none, or it is no base64; OSError."""
+        if name not in self._given:
+            raise ValueError(f"No secret with id '{name}'")
+        given = self._given[name]
+        if "file" in given:
+            with open(given["file"], "rb") as file:
+                content = file.read()
+        else:
+            content = given["data"].encode(errors="surrogateescape")
+        if given.get("format", "raw") == "raw":
+            return content
+        try:
+            return base64.b64decode(b"".join(content.split()), validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"secret '{name}' is not valid base64: {error}") from None
+
+    def keys(self, path: str) -> list[bytes]:
+        """All of them: which one opens the image at *path* shows when it is tried."""
+        return [self[name] for name in self._given]
+
+
+def add_object_option(parser: argparse.ArgumentParser) -> None:
+    """Declare how keys are given."""
+    parser.add_argument(
+        "--object",
+        action="append",
+        default=[],
+        metavar="SECRET",
+        help="secret,id=ID,file=FILE: a key for encrypted images; or data=TEXT for FILE; and format=base64",
+    )
+
+
+def _parse(text: str) -> dict[str, str]:
+    given = _fields(text)
+    kind = given.pop("qom-type", None)
+    if kind != "secret":
+        raise ValueError(f"invalid object type: {kind}, only secret is supported")
+    if "keyid" in given or "iv" in given:
+        raise ValueError("--object secret: one that another secret encrypts (keyid, iv) is not supported")
+    for name in given:
+        if name not in KNOWN:
+            raise ValueError(f"--object: Invalid parameter '{name}', known are {', '.join(KNOWN)}")
+    if not given.get("id"):
+        raise ValueError("--object: Parameter 'id' is missing")
+    if "file" in given and "data" in given:
+        raise ValueError("--object: 'file' and 'data' are mutually exclusive")
+    if "file" not in given and "data" not in given:
+        raise ValueError("--object: Must provide 'file' or 'data'")
+    if given.get("format", "raw") not in ("raw", "base64"):
+        raise ValueError(f"--object secret,id={given['id']}: format is not one of raw, base64")
     return given
 
 
-def _content(given: dict[str, str]) -> bytes:
-    if ("data" in given) == ("file" in given):
-        raise Failure(
-            "'file' and 'data' are mutually exclusive" if "data" in given else "Must provide 'file' or 'data'"
-        )
-    if "data" in given:
-        content = given["data"].encode(errors="surrogateescape")
-    else:
-        with open(given["file"], "rb") as file:
-            content = file.read()
-    if given.get("format", "raw") == "raw":
-        return content
-    try:
-        return base64.b64decode(content.strip(), validate=True)
-    except binascii.Error as error:
-        raise Failure(f"secret {given['id']!r} is no base64") from error
+def _fields(text: str) -> dict[str, str]:
+    if text.startswith("{"):
+        try:
+            given = json.loads(text)
+        except ValueError:
+            raise ValueError("--object: what begins with a brace is no JSON") from None
+        return {str(name): str(value) for name, value in given.items()}
+    fields = {}
+    for number, part in enumerate(split_commas(text)):
+        name, equals, value = part.partition("=")
+        if not equals and number == 0:
+            name, value = "qom-type", name
+        fields[name] = value
+    return fields

@@ -58,8 +58,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -> None:
     if image.image_format == "raw":
         raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
-    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with open_disk(image.path, writable=True, **log) as disk:
+    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
+    with open_disk(image.path, writable=True, **how) as disk:
         try:
             getattr(disk, f"{verb}_snapshot")(name)
         except FileNotFoundError as error:

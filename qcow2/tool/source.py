@@ -43,14 +43,14 @@ def open_source(
     if snapshot is not None and image_format == "raw":
         raise Failure("Failed to load snapshot: Device is not accepting snapshots")
     with Chain(force_share=arguments.force_share) as chain:
-        yield _open(chain, path, image_format, snapshot)
+        yield _open(chain, path, image_format, OpenOptions(snapshot=snapshot, keys=arguments.keys))
 
 
-def _open(chain: Chain, path: str, image_format: str, snapshot: str | None) -> Image | RawImage:
+def _open(chain: Chain, path: str, image_format: str, options: OpenOptions) -> Image | RawImage:
     with in_qemus_words(path):
         try:
-            return chain.open(path, image_format, OpenOptions(snapshot=snapshot))
+            return chain.open(path, image_format, options)
         except FileNotFoundError as error:
-            if snapshot is not None and str(error.strerror).startswith("snapshot "):
+            if options.snapshot is not None and str(error.strerror).startswith("snapshot "):
                 raise Failure("Failed to load snapshot: Can't find snapshot") from error
             raise

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from qcow2.driver.file import HostFile
-from qcow2.engine.create import Preallocation
-from qcow2.engine.image import Image
+from qcow2.driver.file import HostFile, run
+from qcow2.engine.create import Preallocation, create
+from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
@@ -19,6 +19,7 @@ from qcow2.tool.file import created
 from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.option import image_options, raw_preallocation
+from qcow2.tool.secret import Secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Wish:
     size: int
     given: dict[str, str]  # options of creation
     is_compressed: bool = False
+    secrets: Secrets = field(default_factory=lambda: Secrets([]))
 
 
 @contextmanager
@@ -40,8 +42,8 @@ def new_target(wish: Wish, sources: list[Image | RawImage], base: Image | RawIma
     """
     refuse_source(wish.path, sources)
     try:
-        with created(wish.path) as file:
-            yield _new(file, wish, base)
+        with created(wish.path) as file, _new(file, wish, base) as target:
+            yield target
     except OSError as error:
         if error.filename != wish.path:
             raise
@@ -49,10 +51,28 @@ def new_target(wish: Wish, sources: list[Image | RawImage], base: Image | RawIma
         raise Failure(f"{wish.path}: error while converting {wish.image_format}: {text}") from error
 
 
-def _new(file: HostFile, wish: Wish, base: Image | RawImage | None) -> Target:
-    if wish.image_format == "qcow2":
+@contextmanager
+def _new(file: HostFile, wish: Wish, base: Image | RawImage | None) -> Iterator[Target]:
+    if wish.image_format != "qcow2":
+        yield _new_raw(file, wish)
+        return
+    options = image_options(wish.given, wish.size, secrets=wish.secrets)
+    if options.encryption is None:
         kind = NewCompressedImage if wish.is_compressed else NewImage
-        return kind(file, image_options(wish.given, wish.size), base, reads_zeros=not file.is_device)
+        yield kind(file, options, base, reads_zeros=not file.is_device)
+        return
+    if wish.is_compressed:
+        raise Failure("Compression and encryption not supported at the same time")
+    if base is not None:
+        raise Failure("a new image that is encrypted and has a backing file: create it, then use -n")
+    passphrase = options.encryption.passphrase
+    run(create(file, options))
+    image = run(Image.open(file, options=OpenOptions(writable=True, keys=lambda path: [passphrase])))
+    yield InPlace(image, wish.size, is_zero=True)
+    run(image.close())
+
+
+def _new_raw(file: HostFile, wish: Wish) -> Target:
     if file.is_device and file.size() < wish.size:
         raise Failure(f"{wish.path}: the device has {file.size()} bytes, the disk {wish.size}")
     preallocation = raw_preallocation(wish.given)
@@ -80,7 +100,7 @@ def present_target(wish: Wish, sources: list[Image | RawImage], *, is_zero: bool
 
 def _opened(wish: Wish) -> Disk:
     try:
-        return open_disk(wish.path, writable=True, format=wish.image_format)
+        return open_disk(wish.path, writable=True, format=wish.image_format, key=wish.secrets.keys)
     except OSError as error:
         raise Failure(cannot_open(wish.path, error)) from error
     except ImageError as error:

@@ -7,7 +7,7 @@ import pytest
 
 from qcow2.engine.luks import NewVault, Vault, new_vault
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
-from qcow2.format.luks import DISABLED, CipherSpec, LuksRecord, new_record, parse_luks
+from qcow2.format.luks import DISABLED, CipherSpec, Encryption, LuksRecord, parse_luks
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 
 SPEC = CipherSpec("aes", "xts", "plain64", None, 32)
@@ -17,8 +17,7 @@ CBC = CipherSpec("aes", "cbc", "essiv", "sha256", 16)
 def made(spec: CipherSpec = SPEC, hash_name: str = "sha256") -> tuple[SimulatedFile, NewVault]:
     """A header whose slot 0 is opened by "first"."""
     file, driver = SimulatedFile("disk", {}, 0), CrashDriver()
-    record = new_record(spec, hash_name, "00000000-0000-4000-8000-000000000000")
-    vault = driver.run(new_vault(record, spec, hash_name, b"first", 0))
+    vault = driver.run(new_vault(Encryption(spec, hash_name, b"first", 0)))
     driver.run(vault.write(file, 0))
     return file, vault
 
