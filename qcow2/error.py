@@ -32,6 +32,10 @@ class MetadataOverlap(CorruptImage):
     """What is guest data or free by one table is metadata by another: who goes on writing would destroy it."""
 
 
+class BitmapError(ValueError):
+    """A bitmap that is not there, cannot be used, or cannot be made: in qemu-img's words."""
+
+
 class NotTried(OSError):
     """The host lacked something that an operation needs before it begins: nothing has happened, so nothing is lost."""
 

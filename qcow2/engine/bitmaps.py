@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from qcow2.driver.operation import File, Signal, Spawn, Store
 from qcow2.driver.operation import Mark as HeaderMark
 from qcow2.engine.allocation import Allocator
-from qcow2.engine.bitmaptable import StoredBitmap, stored_bits, table_entries
+from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits, table_entries
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping, bytes_of
 from qcow2.engine.rangelock import Mutex
@@ -25,6 +25,7 @@ from qcow2.engine.root import Root
 from qcow2.engine.stability import NO_SPACE, Stability
 from qcow2.error import UnsupportedImage
 from qcow2.format import layout
+from qcow2.format.bitmap import bitmap_directory
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, BitmapFlags
 from qcow2.native import ffi
@@ -94,13 +95,32 @@ class Bitmaps:
         """Whether there is a bitmap to record in, or one to give up."""
         return any(each.is_kept for each in self.stored)
 
-    def adopt(self, stored: list[StoredBitmap], owned: "array[int]") -> None:
-        """The image has these bitmaps now; nothing is live."""
+    async def reload(self) -> None:
+        """The directory in the file is another one; nothing is live. Raises: OSError, CorruptImage."""
         assert not self._is_live
         self._mapping.disown_metadata(self.owned)
-        self._mapping.own_metadata(owned)
-        self.stored, self.owned = stored, owned
+        self.stored, self.owned = [], array("Q")
+        self.stored, self.owned = await load_bitmaps(
+            self._file, self._root.header, self._geometry, self._mapping.is_metadata
+        )
+        self._mapping.own_metadata(self.owned)
         self._choose()
+
+    def directory_clusters(self) -> range:
+        """The clusters of the directory; none if there is none that counts."""
+        found = bitmap_directory(self._file, self._root.header)
+        if found is None or not found.nb_bitmaps:
+            return range(0)
+        start = found.directory_offset >> self._geometry.cluster_bits
+        return range(start, self._geometry.clusters(found.directory_offset + found.directory_size))
+
+    async def write_all(self, each: StoredBitmap, old: bytes, wanted: bytes) -> None:
+        """Let the image have the bits *wanted* of a bitmap, where they differ from *old*; stable on return."""
+        for start in range(0, len(wanted), SECTOR_SIZE):
+            content = wanted[start : start + SECTOR_SIZE]
+            if content != old[start : start + SECTOR_SIZE]:
+                await self._write_bits(each, start, content)
+        await self._stability.sync()
 
     def require_same_tables(self, size: int) -> None:
         """Raises: UnsupportedImage if a disk of *size* bytes needs a longer table for a bitmap."""

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
+from qcow2.engine.bitmapdirectory import BitmapDirectory
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.data import Data
@@ -106,6 +107,9 @@ class Changes:
             stability,
             bitmaps,
             owned_by_bitmaps,
+        )
+        self.bitmap_directory = BitmapDirectory(
+            file, geometry, self._allocator, self._reaper, root, stability, self.bitmaps
         )
 
     @property

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from qcow2.driver.operation import Allocated, Buffer, File, Read, Resize, Size
-from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps
+from qcow2.engine.bitmapdirectory import BitmapDirectory
+from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
@@ -403,6 +404,32 @@ class Image:
         changes = await self._alone()
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, name, by_id=False)
         await self._guard(changes, changes.snapshots.delete(snapshot))
+
+    async def bitmaps(self) -> list[StoredBitmap]:
+        """The persistent bitmaps, in the order of their directory. Raises: CorruptImage, OSError."""
+        if self._changes is not None:
+            return self._changes.bitmaps.stored
+        stored, _ = await load_bitmaps(self.file, self.header, self.geometry, lambda cluster: False)
+        return stored
+
+    async def bitmap_bits(self, stored: StoredBitmap) -> bytes:
+        """The bits of one of `bitmaps`, as of now; bit n is bit n % 8 of byte n // 8. Raises: OSError."""
+        if self._changes is not None:
+            return await self._changes.bitmaps.read_bits(stored)
+        return await stored_bits(self.file, self.geometry, stored)
+
+    async def change_bitmaps(self, change: Callable[[BitmapDirectory], Coroutine[Any, Any, None]]) -> None:
+        """Let *change* do something to the directory of bitmaps. Nothing else is under way.
+
+        Raises: BitmapError, UnsupportedImage, CorruptImage, OSError.
+        """
+        changes = self._writable()
+        if changes.uncounted.is_due:
+            await changes.uncounted.look_if_cheap()
+            changes.require_trust()
+        await changes.links.commit()
+        await changes.bitmaps.settle()
+        await self._guard(changes, change(changes.bitmap_directory))
 
     async def _alone(self) -> Changes:
         """What changes the image; no link waits, and nobody else is about to change anything."""

@@ -1,11 +1,12 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
+import os
 from dataclasses import replace
 
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.stability import Stability
 from qcow2.format import layout
-from qcow2.format.header import Header
+from qcow2.format.header import Header, pack_header
 
 
 class Root:
@@ -109,6 +110,33 @@ class Root:
     async def set_size(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, which its L1 table maps; stable on return."""
         await self._write(layout.HEADER_SIZE_OFFSET, layout.HEADER_SIZE.pack(nbytes), size=nbytes)
+
+    async def set_autoclear(self, bit: int, *, on: bool) -> None:
+        """Set or clear one of the autoclear bits beside the mark, stable on return."""
+        word = self.header.record.autoclear_features
+        changed = word | bit if on else word ^ (word & bit)
+        if changed != word:
+            offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
+            await self._write(offset, bytes([changed & layout.PROMISES]), autoclear_features=changed)
+
+    async def move_backing_name(self, host_offset: int) -> None:
+        """Let the name of the backing file be at *host_offset* of the first cluster, clear of where it is; stable."""
+        name = os.fsencode(self.header.backing_name or "")
+        await self._stability.write(host_offset, name)
+        await self._stability.sync()
+        packed = layout.HEADER_BACKING.pack(host_offset, len(name))
+        await self._write(layout.HEADER_BACKING_OFFSET, packed, backing_file_offset=host_offset)
+
+    async def rewrite(self, host_offset: int, packed: bytes, header: Header) -> None:
+        """Write a piece of the first cluster, which says *header* then; stable on return."""
+        await self._stability.write(host_offset, packed)
+        await self._stability.sync()
+        self.header = header
+
+    async def rewrite_all(self, header: Header) -> None:
+        """Write all of the first cluster; stable on return. Not atomic at power loss, as any tool's."""
+        record, packed = pack_header(self._stability.file, header)
+        await self.rewrite(0, packed + bytes(header.cluster_size - len(packed)), replace(header, record=record))
 
     async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
         """Write *packed*, which says *fields*; stable on return.

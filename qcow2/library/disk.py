@@ -19,6 +19,7 @@ from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
+from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.file import DiskFile
 from qcow2.library.own_thread import OwnThread
 from qcow2.node.chain import Chain
@@ -154,6 +155,17 @@ class Disk:
         """Forget the internal snapshot *name*. Raises: FileNotFoundError, CorruptImage, OSError."""
         image = self._qcow2()
         self._run(lambda: image.delete_snapshot(name))
+
+    @property
+    def bitmaps(self) -> Bitmaps:
+        """The persistent dirty bitmaps of the image."""
+        return Bitmaps(self._bitmap_image, self._run)
+
+    def _bitmap_image(self) -> Image:
+        self._require_open()
+        if not isinstance(self.image, Image):
+            raise UnsupportedImage(self._path, "a raw image has no bitmaps")
+        return self.image
 
     def _qcow2(self) -> Image:
         self._require_open()

@@ -1,0 +1,108 @@
+"""The persistent dirty bitmaps of a disk, as ordinary Python uses them."""
+
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qcow2.engine.bitmapdirectory import BitmapDirectory, set_runs
+from qcow2.engine.bitmaptable import StoredBitmap
+from qcow2.engine.image import Image
+from qcow2.error import BitmapError
+
+if TYPE_CHECKING:
+    from qcow2.library.disk import Disk
+
+Run = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """One bitmap, as it was when it was asked for."""
+
+    name: str
+    granularity: int  # bytes of the disk a bit stands for
+    is_enabled: bool  # it records every change
+    is_valid: bool  # what it says can be used
+
+
+class Bitmaps:
+    """The bitmaps of one disk; iterating gives them in the order of their directory.
+
+    What changes them is stable on return, and needs a disk that is open for writing.
+    """
+
+    def __init__(self, image: Callable[[], Image], run: Run) -> None:
+        self._image = image
+        self._run = run
+
+    def __iter__(self) -> Iterator[Bitmap]:
+        """Raises: UnsupportedImage, CorruptImage, OSError."""
+        for stored in self._stored():
+            record = stored.bitmap.record
+            is_valid = not stored.bitmap.is_in_use and not stored.problem
+            yield Bitmap(os.fsdecode(stored.bitmap.raw_name), 1 << record.granularity_bits, stored.is_kept, is_valid)
+
+    def _stored(self) -> list[StoredBitmap]:
+        image = self._image()
+        found: list[StoredBitmap] = self._run(image.bitmaps)
+        return found
+
+    def _find(self, name: str) -> StoredBitmap:
+        for stored in self._stored():
+            if stored.bitmap.raw_name == os.fsencode(name):
+                if stored.bitmap.is_in_use or stored.problem:
+                    raise BitmapError(f"Bitmap '{name}' is inconsistent and cannot be used")
+                return stored
+        raise BitmapError(f"Dirty bitmap '{name}' not found")
+
+    def dirty(self, name: str) -> Iterator[tuple[int, int]]:
+        """What has changed, as of now: offset and length of each stretch of the disk.
+
+        Raises: BitmapError, which is a ValueError, for a bitmap that is not there or says nothing; OSError.
+        """
+        image, stored = self._image(), self._find(name)
+        bits = stored.bitmap.record.granularity_bits
+        for first, end in set_runs(self._run(lambda: image.bitmap_bits(stored))):
+            start = first << bits
+            yield start, min(end << bits, image.size) - start
+
+    def add(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
+        """Make an empty bitmap, a bit for *granularity* bytes; by default a cluster, from 4 to 64 KiB.
+
+        Raises: BitmapError, UnsupportedImage, OSError.
+        """
+        self._change(lambda directory: directory.add(name, granularity, enabled=enabled))
+
+    def remove(self, name: str) -> None:
+        """Forget a bitmap, valid or not. Raises: BitmapError, OSError."""
+        self._change(lambda directory: directory.remove(name))
+
+    def clear(self, name: str) -> None:
+        """Let nothing be dirty. Raises: BitmapError, OSError."""
+        self._change(lambda directory: directory.clear(name))
+
+    def enable(self, name: str) -> None:
+        """Record from now on. Raises: BitmapError, OSError."""
+        self._change(lambda directory: directory.enable(name, on=True))
+
+    def disable(self, name: str) -> None:
+        """Record no more. Raises: BitmapError, OSError."""
+        self._change(lambda directory: directory.enable(name, on=False))
+
+    def merge(self, name: str, source: str, disk: "Disk | None" = None) -> None:
+        """Let *name* report what the bitmap *source*, of this disk or of *disk*, reports, too.
+
+        The granularities may differ: what a bit stands for is rounded out.
+        Raises: BitmapError, also if the disks have different sizes; OSError.
+        """
+        self._find(name)
+        other = self if disk is None else disk.bitmaps
+        stored, size = other._find(source), other._image().size
+        bits: bytes = other._run(lambda: other._image().bitmap_bits(stored))
+        granularity_bits = stored.bitmap.record.granularity_bits
+        self._change(lambda directory: directory.merge(name, bits, granularity_bits, size))
+
+    def _change(self, change: Callable[[BitmapDirectory], Coroutine[Any, Any, None]]) -> None:
+        image = self._image()
+        self._run(lambda: image.change_bitmaps(change))

@@ -1,0 +1,119 @@
+"""`qcow2 bitmap`: the persistent dirty bitmaps of an image."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qcow2.engine.image import OpenOptions
+from qcow2.error import ImageError
+from qcow2.library.bitmaps import Bitmaps
+from qcow2.library.disk import Disk
+from qcow2.node.chain import Chain
+from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.file import add_log_options
+from qcow2.tool.named import Named, add_format_option, add_image_options, named, the_image
+from qcow2.tool.opening import opening
+from qcow2.tool.quantity import parse_size
+
+
+class Also(argparse.Action):
+    """Keeps the actions in the order in which they were given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        """Add one, with its value if it has one."""
+        namespace.actions = [*namespace.actions, (self.dest, values if isinstance(values, str) else None)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 bitmap`."""
+    parser.set_defaults(actions=[])
+    for name, caption in {
+        "add": "make the bitmap",
+        "remove": "forget it, also if it cannot be used",
+        "clear": "let nothing in it be dirty",
+        "enable": "record changes from now on",
+        "disable": "record no more",
+    }.items():
+        parser.add_argument(f"--{name}", action=Also, nargs=0, dest=name, default=argparse.SUPPRESS, help=caption)
+    parser.add_argument(
+        "--merge",
+        action=Also,
+        dest="merge",
+        default=argparse.SUPPRESS,
+        metavar="SOURCE",
+        help="add what SOURCE reports",
+    )
+    parser.add_argument("-g", "--granularity", metavar="SIZE", help="bytes a bit of a new one stands for")
+    parser.add_argument("-b", "--source-file", metavar="FILE", help="the image that SOURCE is in")
+    parser.add_argument("-F", "--source-format", metavar="FMT", help="of that image")
+    add_format_option(parser)
+    add_image_options(parser)
+    add_log_options(parser)
+    parser.add_argument("filename", nargs="?")
+    parser.add_argument("bitmap", nargs="?")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Do to the bitmap what is asked for, one after the other.
+
+    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    """
+    if arguments.filename is None or arguments.bitmap is None:
+        raise UsageError("Expecting filename and bitmap name")
+    granularity = _validated(arguments)
+    image, name = the_image(arguments, writes=True), arguments.bitmap
+    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
+    with _opened(image, writable=True, **log) as disk:
+        for action, source in arguments.actions:
+            try:
+                _act(disk.bitmaps, name, action, source, granularity, arguments)
+            except (OSError, ImageError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                raise Failure(f"Operation {action} on bitmap {name} failed: {reason}") from error
+    return 0
+
+
+def _validated(arguments: argparse.Namespace) -> int | None:
+    """The granularity, if all options fit together. Raises: UsageError."""
+    actions = {action for action, _ in arguments.actions}
+    if not actions:
+        raise UsageError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
+    if arguments.granularity is not None and "add" not in actions:
+        raise UsageError("granularity only supported with --add")
+    if arguments.source_file is not None and "merge" not in actions:
+        raise UsageError("Merge bitmap source file only supported with --merge")
+    if arguments.source_format is not None and arguments.source_file is None:
+        raise UsageError("-F only supported with -b")
+    return None if arguments.granularity is None else parse_size(arguments.granularity)
+
+
+@contextmanager
+def _opened(image: Named, *, writable: bool, **log: Any) -> Iterator[Disk]:
+    """The image, whose data nobody looks at: no key is needed. Raises: OSError, ImageError, Failure."""
+    chain = Chain(**log)
+    try:
+        with opening(image.path):
+            options = OpenOptions(writable=writable, has_data=False)
+            disk = Disk(chain.open(image.path, image.image_format, options), chain)
+    except BaseException:
+        chain.close()
+        raise
+    with disk:
+        yield disk
+
+
+def _act(
+    bitmaps: Bitmaps, name: str, action: str, source: str | None, granularity: int | None, given: argparse.Namespace
+) -> None:
+    match action:
+        case "add":
+            bitmaps.add(name, granularity)
+        case "merge" if given.source_file is not None:
+            other = named(given.source_file, given.source_format, is_options=given.image_opts)
+            with _opened(other, writable=False) as disk:
+                bitmaps.merge(name, str(source), disk)
+        case "merge":
+            bitmaps.merge(name, str(source))
+        case _:
+            getattr(bitmaps, action)(name)
