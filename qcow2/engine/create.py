@@ -337,7 +337,7 @@ def pack_new_header(
         compression_type=options.compression,
     )
     later_fields = bytes(record.header_length - len(record.pack()))
-    extensions = _feature_names(options)
+    extensions = feature_names(options.version, options.cluster_size)
     if options.encryption is not None:
         data = layout.CRYPTO.pack(luks_offset, options.luks_bytes)
         extensions = (Extension(ExtensionMagic.CRYPTO, data), *extensions)
@@ -345,9 +345,10 @@ def pack_new_header(
     return pack_header(file, header.with_backing(options.backing_name, options.backing_format))[1]
 
 
-def _feature_names(options: Options) -> tuple[Extension, ...]:
-    if options.version < 3:
+def feature_names(version: int, cluster_size: int) -> tuple[Extension, ...]:
+    """The header extension that names the bits we know, if *version* has such bits."""
+    if version < 3:
         return ()
-    names = FEATURE_NAMES[:2] if options.cluster_size <= SMALL_CLUSTER_SIZE else FEATURE_NAMES
+    names = FEATURE_NAMES[:2] if cluster_size <= SMALL_CLUSTER_SIZE else FEATURE_NAMES
     entries = [layout.FEATURE_NAME.pack(word, mask.bit_length() - 1, name.encode()) for word, mask, name in names]
     return (Extension(ExtensionMagic.FEATURE_NAMES, b"".join(entries)),)

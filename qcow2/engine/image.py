@@ -13,6 +13,7 @@ from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
 from qcow2.engine.encryption import Keys, open_data
+from qcow2.engine.expansion import expand_zeros, has_zero_flags
 from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.mapping import Mapping, entries_of
@@ -358,6 +359,25 @@ class Image:
         """
         changes = await self._alone()
         await self._guard(changes, changes.writer.preallocate(guest_offset, nbytes, writes=writes))
+
+    async def expand_zeros(self) -> None:
+        """Let nothing say zeros that version 2 cannot say so; the disk is as it was. Nothing else is under way.
+
+        Raises: OSError, CorruptImage; UnsupportedImage if a snapshot says so, which is left as it is.
+        """
+        for snapshot in await self.snapshots():
+            record = snapshot.record
+            l1 = entries_of(await Read(self.file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+            if await has_zero_flags(self.file, self.geometry, l1):
+                message = f"snapshot {snapshot.name!r} has zero clusters, which version 2 does not know"
+                raise UnsupportedImage(self.file.path, message)
+        changes = await self._alone()
+        has_backing = self.backing is not None
+        parts = self.geometry, self._mapping, self._reader, changes.writer, changes.zeroer
+        await self._guard(changes, expand_zeros(*parts, has_backing=has_backing))
+        await changes.links.commit()
+        if await has_zero_flags(self.file, self.geometry, self._mapping.l1):
+            raise UnsupportedImage(self.file.path, "there are zero clusters past the end of the disk")
 
     async def empty(self) -> None:
         """Let what is below show everywhere: the same bytes as now, says the caller, and stable. Stable on return.

@@ -127,10 +127,10 @@ class Writer:
             run = await self._mapping.resolve(offset, min(end, self._geometry.slice_end(offset)) - offset)
             taken = run.nbytes
             if run.kind in HOLDS_NOTHING and await self._reader.reads_as_zeros(offset, run.nbytes):
-                taken = min(run.nbytes, await self._place(run, offset, writes=writes))
+                taken = min(run.nbytes, await self.place(run, offset, writes=writes))
             offset += taken
 
-    async def _place(self, run: Run, guest_offset: int, *, writes: bool) -> int:
+    async def place(self, run: Run, guest_offset: int, *, writes: bool) -> int:
         """Link new clusters, as many as come in one piece, for the front of *run*; how many bytes."""
         await self._tables.require_private(guest_offset)
         bits = self._geometry.cluster_bits

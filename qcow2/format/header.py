@@ -17,6 +17,8 @@ from qcow2.format.layout import (
     Incompatible,
 )
 
+MAX_NAME_AREA = 2 * layout.SECTOR_SIZE  # bytes of a backing file's name, in whole sectors
+
 
 @dataclass(frozen=True, slots=True)
 class Extension:
@@ -88,6 +90,22 @@ class Header:
     def extension(self, magic: int) -> bytes | None:
         """The data of the first extension with *magic*."""
         return next((extension.data for extension in self.extensions if extension.magic == magic), None)
+
+    def with_version(self, version: int) -> "Header":
+        """This header in another version: no feature bits, and none of the fields that version 2 has no place for."""
+        length = layout.V2_HEADER_LENGTH if version < 3 else layout.V3_HEADER_LENGTH_WITH_COMPRESSION
+        record = replace(
+            self.record,
+            version=version,
+            incompatible_features=0,
+            compatible_features=0,
+            autoclear_features=0,
+            refcount_order=layout.V2_REFCOUNT_ORDER,
+            compression_type=CompressionType.ZLIB,
+            header_length=length,
+        )
+        kept = tuple(each for each in self.extensions if each.magic != ExtensionMagic.FEATURE_NAMES)
+        return replace(self, record=record, later_fields=bytes(length - len(record.pack())), extensions=kept)
 
     def with_backing(self, name: str | None, backing_format: str | None) -> "Header":
         """This header with another backing file; the other extensions keep their order and bytes."""
@@ -228,16 +246,65 @@ def _padded(nbytes: int) -> int:
 
 
 async def rewrite_header(file: File, header: Header) -> Header:
-    """Make cluster 0 say what *header* says; stable on return.
+    """Make cluster 0 say what *header* says; stable on return. A power loss leaves what it said before, or this.
 
-    Not atomic at power loss once it is longer than a sector: single fields have writes of their own, below.
+    One sector decides. If more than one changes, a short header of one sector comes between, without feature names and
+    with the backing file's name at a place that neither the old nor the new one uses. Where there is no room for that
+    (extensions of others that fill a sector, names that fill a small cluster) a power loss may leave a mixture.
 
     Raises: UnsupportedImage, before any write, if it does not fit.
     """
     record, packed = pack_header(file, header)
-    await Write(file, 0, packed + bytes(header.cluster_size - len(packed)))
+    new = packed + bytes(header.cluster_size - len(packed))
+    old = await Read(file, 0, header.cluster_size)
+    if new[layout.SECTOR_SIZE :] != old[layout.SECTOR_SIZE :]:
+        await _write_rest(file, header, old, new)
+    await Write(file, 0, new[: layout.SECTOR_SIZE])
     await Sync(file)
+    used = max(_sectors_end(old), _sectors_end(new))
+    if used < header.cluster_size:  # a name was there for a while
+        await Write(file, used, bytes(min(header.cluster_size - used, MAX_NAME_AREA)))
     return replace(header, record=record)
+
+
+async def _write_rest(file: File, header: Header, old: bytes, new: bytes) -> None:
+    """Write all sectors of *new* but the first, stable; at each moment the cluster says what one of both does."""
+    place = max(_sectors_end(old), _sectors_end(new))
+    name = os.fsencode(header.backing_name or "")
+    first = _short_header(header, place if name else 0)
+    if first is not None and place + len(name) <= header.cluster_size:
+        if name:
+            await Write(file, place, name)
+            await Sync(file)
+        await Write(file, 0, first)
+        await Sync(file)
+    await Write(file, layout.SECTOR_SIZE, new[layout.SECTOR_SIZE : place])
+    await Sync(file)
+
+
+def _sectors_end(cluster: bytes) -> int:
+    """Where the sectors of *cluster* that hold anything end."""
+    used = len(cluster.rstrip(b"\0"))
+    return max(layout.SECTOR_SIZE, used + -used % layout.SECTOR_SIZE)
+
+
+def _short_header(header: Header, name_offset: int) -> bytes | None:
+    """One sector that says what *header* does, but for the feature names; None if it does not fit."""
+    kept = [each for each in header.extensions if each.magic != ExtensionMagic.FEATURE_NAMES]
+    area = b"".join(map(_pack_extension, [*kept, Extension(ExtensionMagic.END, b"")]))
+    nbytes = len(os.fsencode(header.backing_name or ""))
+    record = replace(header.record, backing_file_offset=name_offset, backing_file_size=nbytes)
+    packed = record.pack() + header.later_fields + area
+    return packed.ljust(layout.SECTOR_SIZE, b"\0") if len(packed) <= layout.SECTOR_SIZE else None
+
+
+async def set_lazy_refcounts(file: File, header: Header, *, is_lazy: bool) -> Header:
+    """Let the image ask for lazy refcounts, or for none; it is clean, and of version 3. Stable on return."""
+    word = header.record.compatible_features
+    word = word | Compatible.LAZY_REFCOUNTS if is_lazy else word ^ (word & int(Compatible.LAZY_REFCOUNTS))
+    await Write(file, layout.HEADER_COMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word))
+    await Sync(file)
+    return replace(header, record=replace(header.record, compatible_features=word))
 
 
 async def mark_repaired(file: File, header: Header) -> Header:

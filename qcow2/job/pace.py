@@ -31,6 +31,11 @@ class Pace:
         self.total = total
         self._tell()
 
+    def tell(self, done: int, total: int) -> None:
+        """So far it is, of steps that nobody can weigh."""
+        self.done, self.total = done, total
+        self._tell()
+
     def cancel(self) -> None:
         """Let the job end at its next piece; from any thread."""
         self._is_cancelled = True

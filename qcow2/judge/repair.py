@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 
-from qcow2.driver.operation import File, Resize, Size, Sync, Write
-from qcow2.error import UnsupportedImage
+from qcow2.driver.operation import File, Read, Resize, Size, Sync, Write
+from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.format.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
@@ -19,6 +19,8 @@ from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, mis
 from qcow2.judge.report import Report
 from qcow2.judge.snapshots import complete_snapshots
 from qcow2.plane.tally import Role, set_refcount, stored_refcount
+
+MAX_COUNTED = 1 << 16  # with so many references no wider count is ever needed
 
 
 class RepairMode(Enum):
@@ -167,11 +169,39 @@ async def _rebuild(census: Census) -> Header:
         await Write(census.file, where << bits, block)
     await Write(census.file, start << bits, struct.pack(f">{len(table)}Q", *table))
     await Sync(census.file)
-    packed = layout.HEADER_REFCOUNT_TABLE.pack(start << bits, table_clusters)
-    await Write(census.file, layout.HEADER_REFCOUNT_TABLE_OFFSET, packed)
-    await Sync(census.file)
+    await _point_at(census, start << bits, table_clusters)
     record = replace(census.record, refcount_table_offset=start << bits, refcount_table_clusters=table_clusters)
     return replace(census.header, record=record)
+
+
+async def _point_at(census: Census, table_offset: int, table_clusters: int) -> None:
+    """Let the header point at another refcount table, and say how wide its counts are: one sector. Stable on return."""
+    sector = bytearray(await Read(census.file, 0, SECTOR_SIZE))
+    layout.HEADER_REFCOUNT_TABLE.pack_into(sector, layout.HEADER_REFCOUNT_TABLE_OFFSET, table_offset, table_clusters)
+    if census.record.version >= 3:
+        order = census.record.refcount_order
+        layout.HEADER_REFCOUNT_ORDER.pack_into(sector, layout.HEADER_REFCOUNT_ORDER_OFFSET, order)
+    await Write(census.file, 0, bytes(sector))
+    await Sync(census.file)
+
+
+async def change_width(file: File, refcount_order: int) -> None:
+    """Give the sound image in *file*, of version 3 and locked, refcounts of another width; stable on return.
+
+    A new structure of them is stable before the header points at it. Raises: OSError, ImageError; it is as it was.
+    """
+    census = (await judge(file, Report())).census
+    if census.report.corruptions or census.report.check_errors:
+        raise CorruptImage(file.path, 0, "not consistent: repair it before its refcounts get another width")
+    width, limit = 1 << refcount_order, (1 << (1 << refcount_order)) - 1
+    if limit < MAX_COUNTED:
+        for cluster in census.tally.clusters(Role.DATA | Role.L2 | Role.SINGLE):
+            if (count := census.tally.count(cluster)) > limit:
+                where = cluster << census.record.cluster_bits
+                message = f"cannot have refcounts of {width} bits: the cluster at {where:#x} has {count}"
+                raise UnsupportedImage(file.path, message)
+    census.header = replace(census.header, record=replace(census.record, refcount_order=refcount_order))
+    await _rebuild(census)
 
 
 def _hold_unreferenced(census: Census) -> None:

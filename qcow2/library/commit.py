@@ -10,7 +10,7 @@ from qcow2.error import ImageError
 from qcow2.job.commit import WIDTH, commit
 from qcow2.job.pace import Pace
 from qcow2.library.disk import Disk, Key, keys_of
-from qcow2.node.chain import Chain, chain_paths
+from qcow2.node.chain import Chain, backing_path, chain_paths
 
 
 class NoBacking(ImageError):
@@ -65,13 +65,14 @@ def commit_image(
 
 
 def _depth_of(path: str, image_format: str, base: str | None) -> int:
-    """Where in the chain of *path* the file *base* is, by its name there or any other name."""
+    """Where in the chain of *path* the file *base* is; relative names start at the image's directory, as with QEMU."""
     below = chain_paths(path, image_format)[1:]
     if not below:
         raise NoBacking(path)
     if base is None:
         return 1
+    wanted = backing_path(path, base)
     for depth, each in enumerate(below, 1):
-        if each == base or (os.path.exists(base) and os.path.exists(each) and os.path.samefile(each, base)):
+        if each == wanted or (os.path.exists(wanted) and os.path.exists(each) and os.path.samefile(each, wanted)):
             return depth
     raise NotInChain(path, base)

@@ -28,6 +28,7 @@ COMMANDS = {
     "snapshot": ("snapshot", "list, make, go back to and delete internal snapshots"),
     "commit": ("commit", "bring what an overlay has into an image under it"),
     "bitmap": ("bitmap", "make, change, merge and remove dirty bitmaps"),
+    "amend": ("amend", "change what an image is, not what its disk holds"),
     "resize": ("resize", "make the disk of an image longer or shorter"),
     "link-logs": ("logs", "list what killed daemons left in memory"),
     "dump-header": ("dump", "show the header with all its extensions"),

@@ -78,6 +78,13 @@ def _facts(path: str, image_format: str, force_share: bool) -> Facts:
     return facts
 
 
+def backing_of(path: str) -> tuple[str | None, str | None]:
+    """Name and format of the backing file, as the header has them. Raises: OSError, ImageError."""
+    with opened(path) as file:
+        header = run(read_header(file, trust_refcounts=False))
+    return header.backing_name, header.backing_format
+
+
 async def _qcow2_facts(file: HostFile) -> Facts:
     header = await read_header(file, trust_refcounts=False)
     facts: Facts = {

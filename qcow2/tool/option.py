@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from typing import TypeVar
 
 from qcow2.engine.create import Options, Preallocation, max_size
@@ -52,19 +53,22 @@ def print_help(image_format: str) -> None:
         print(f"  {name}={caption}")
 
 
-def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
-    """Split `name=value,name=value`; a comma in a value is doubled.
-
-    Raises: ValueError naming what is not an option.
-    """
-    known = OPTIONS[image_format]
-    parsed = {}
+def split_options(texts: list[str]) -> Iterator[tuple[str, str]]:
+    """Split `name=value,name=value`; a comma in a value is doubled. Raises: ValueError for one without a value."""
     for part in (part for text in texts for part in split_commas(text)):
         name, equals, value = part.partition("=")
-        if name not in known:
-            raise ValueError(f"option {name!r} is unknown, known are {', '.join(known)}")
         if not equals:
             raise ValueError(f"option {name!r} needs a value: {name}=VALUE")
+        yield name, value
+
+
+def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
+    """The options of a new image, by their names. Raises: ValueError naming what is not one."""
+    known = OPTIONS[image_format]
+    parsed = {}
+    for name, value in split_options(texts):
+        if name not in known:
+            raise ValueError(f"option {name!r} is unknown, known are {', '.join(known)}")
         parsed[name] = value
     return parsed
 

@@ -1,0 +1,49 @@
+"""Zeros said without the zero flag, which version 2 does not know.
+
+Killed at any moment the image shows the same: data that is written in place of a flag is stable before the flag goes.
+"""
+
+from array import array
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import File, Read
+from qcow2.engine.mapping import Mapping, entries_of
+from qcow2.engine.reading import Reader
+from qcow2.engine.write import Writer
+from qcow2.engine.zeroing import Zeroer
+from qcow2.format.geometry import Geometry
+from qcow2.format.layout import L2_COMPRESSED, L2_ZERO, OFFSET_MASK
+from qcow2.plane.l2cache import Kind, Run
+
+
+async def expand_zeros(
+    geometry: Geometry, mapping: Mapping, reader: Reader, writer: Writer, zeroer: Zeroer, *, has_backing: bool
+) -> None:
+    """Let no cluster of the disk have the zero flag: none it is, or one that holds zeros. Nobody else acts."""
+    offset = 0
+    while offset < geometry.size:
+        run = await mapping.resolve(offset, min(geometry.size, geometry.slice_end(offset)) - offset)
+        match run.kind:
+            case Kind.ZERO_ALLOCATED:
+                await writer.write(offset, MemoryBuffer(memoryview(bytes(run.nbytes))))
+            case Kind.ZERO_PLAIN if has_backing:
+                run = await _placed(run, offset, writer)
+            case Kind.ZERO_PLAIN:
+                await zeroer.uncover(offset, offset + run.nbytes)
+        offset += run.nbytes
+
+
+async def _placed(run: Run, offset: int, writer: Writer) -> Run:
+    """What of *run* has got a place."""
+    nbytes = min(run.nbytes, await writer.place(run, offset, writes=False))
+    return run._replace(nbytes=nbytes)
+
+
+async def has_zero_flags(file: File, geometry: Geometry, l1: "array[int]") -> bool:
+    """Whether a table that *l1* leads to has one."""
+    for entry in l1:
+        if table := entry & OFFSET_MASK:
+            entries = entries_of(await Read(file, table, geometry.cluster_size))
+            if any(each & L2_ZERO and not each & L2_COMPRESSED for each in entries):
+                return True
+    return False

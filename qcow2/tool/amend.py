@@ -1,0 +1,104 @@
+"""`qcow2 amend`: change what an image is, not what its disk holds."""
+
+import argparse
+
+from qcow2.library.amend import Amendment, CannotAmend, amend_image
+from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.file import add_log_options
+from qcow2.tool.info import backing_of
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.opening import opening
+from qcow2.tool.option import COMPATS, OPTIONS, SWITCH, asks_for_help, split_options
+from qcow2.tool.progress import shown
+from qcow2.tool.quantity import parse_size
+from qcow2.tool.source import CACHE_MODES
+
+AMENDABLE = ("backing_file", "backing_fmt", "compat", "lazy_refcounts", "refcount_bits", "size")
+WIDTHS = {str(1 << order): order for order in range(7)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 amend`."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    add_format_option(parser)
+    add_image_options(parser)
+    parser.add_argument("-t", "--cache", choices=CACHE_MODES, help="accepted; the image is synced")
+    parser.add_argument("--force", action="store_true", help="accepted; what would lose data is refused all the same")
+    known = ", ".join(AMENDABLE)
+    parser.add_argument("-o", "--options", action="append", default=[], metavar="OPTIONS", help=f"{known}; or help")
+    add_log_options(parser)
+    parser.add_argument("filename", nargs="?")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Amend.
+
+    Raises: UsageError, Failure, ValueError, OSError, ImageError; the disk is as before, but for its size.
+    """
+    if not arguments.options:
+        raise UsageError("Must specify options (-o)")
+    if asks_for_help(arguments.options):
+        _print_help(arguments.format or "qcow2")
+        return 0
+    if arguments.filename is None:
+        raise Failure("Expecting one image file name")
+    image = the_image(arguments, writes=True)
+    if image.image_format != "qcow2":
+        raise Failure(f"Format driver '{image.image_format}' does not support option amendment")
+    given = _given(arguments.options)
+    with opening(image.path):
+        _require_backing(image.path, given)
+        with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
+            how = {
+                "log_directory": arguments.link_log,
+                "discard_log": arguments.discard_link_log,
+                "key": arguments.keys,
+            }
+            try:
+                amend_image(image.path, _amendment(given), tell=pace.tell, **how)
+            except CannotAmend as error:
+                raise Failure(error.reason) from error
+    return 0
+
+
+def _print_help(image_format: str) -> None:
+    if image_format != "qcow2":
+        raise Failure(f"Format driver '{image_format}' does not support option amendment")
+    print("Amend options for 'qcow2':")
+    for name in AMENDABLE:
+        print(f"  {name}={OPTIONS['qcow2'][name]}")
+
+
+def _given(texts: list[str]) -> dict[str, str]:
+    """The options. Raises: Failure for one that can be given to a new image only."""
+    given = {}
+    for name, value in split_options(texts):
+        if name not in AMENDABLE:
+            raise Failure(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+        given[name] = value
+    return given
+
+
+def _require_backing(path: str, given: dict[str, str]) -> None:
+    """Raises: Failure unless the backing file that was given is the one that is there."""
+    present = dict(zip(("backing_file", "backing_fmt"), backing_of(path), strict=True))
+    for name, value in present.items():
+        if name in given and given[name] != (value or ""):
+            raise Failure("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.")
+
+
+def _amendment(given: dict[str, str]) -> Amendment:
+    compat, lazy, width = given.get("compat"), given.get("lazy_refcounts"), given.get("refcount_bits")
+    if compat is not None and compat not in COMPATS:
+        raise Failure(f"Unknown compatibility level {compat}")
+    if lazy is not None and lazy not in SWITCH:
+        raise Failure("Parameter 'lazy_refcounts' expects 'on' or 'off'")
+    if width is not None and width not in WIDTHS:
+        raise Failure("Refcount width must be a power of two and may not exceed 64 bits")
+    return Amendment(
+        size=parse_size(given["size"]) if "size" in given else None,
+        version=None if compat is None else COMPATS[compat],
+        lazy_refcounts=None if lazy is None else SWITCH[lazy],
+        refcount_order=None if width is None else WIDTHS[width],
+    )

@@ -1,0 +1,162 @@
+"""`qcow2 amend`: another version, other refcounts, the same disk, also wherever it is interrupted."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from qcow2.format.header import Header as OurHeader
+from qcow2.format.header import read_header as load
+from qcow2.format.header import rewrite_header
+from qcow2.judge.check import check
+from qcow2.judge.repair import change_width
+from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.crash.images import check_image, open_image, read_all, start
+from tests.crash.moments import states
+from tests.file.test_rebase import image as random_image
+from tests.oracle import assert_clean, qemu_img, qemu_io, qemu_read, read_header
+from tests.program import qcow2_tool, qcow2_tool_ok
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_there_and_back_again(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    base = random_image(draw, tmp_path / "base", None, 2 * MIB) if draw.random() < 0.5 else None
+    path = tmp_path / "a"
+    under = ("-b", "base", "-F", "qcow2" if base and base.read_bytes()[:4] == b"QFI\xfb" else "raw") if base else ()
+    cluster = draw.choice(("512", "4k", "64k", "1M"))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", *under, path, str(3 * MIB + 512))
+    qemu_io(path, "write -P 1 100k 1M", "write -z 300k 1200k", "write -P 2 2M 5k", "write -z -u 2M 1M")
+    before = qemu_read(path)
+    for words in (
+        "refcount_bits=64",
+        "refcount_bits=1",
+        "refcount_bits=16,lazy_refcounts=on",
+        "compat=0.10",
+        "compat=v3,lazy_refcounts=off,refcount_bits=8",
+    ):
+        assert qcow2_tool_ok("amend", "-f", "qcow2", "-o", words, path) == ""
+        assert_clean(path)
+        assert qemu_read(path) == before, words
+        if words == "compat=0.10":
+            assert (
+                json.loads(qemu_img("info", "--output=json", path).stdout)["format-specific"]["data"]["compat"]
+                == "0.10"
+            )
+    facts = json.loads(qemu_img("info", "--output=json", path).stdout)["format-specific"]["data"]
+    assert (facts["compat"], facts["refcount-bits"], facts["lazy-refcounts"]) == ("1.1", 8, False)
+
+
+def test_snapshots_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", path, "1M")
+    qemu_io(path, "write -P 1 0 512k")
+    qemu_img("snapshot", "-c", "one", path)
+    qemu_io(path, "write -P 2 0 100k")
+    before, kept = qemu_read(path), qemu_read(path, snapshot="one")
+    for words in ("compat=1.1", "refcount_bits=32", "refcount_bits=16", "compat=0.10"):
+        qcow2_tool_ok("amend", "-o", words, path)
+        assert_clean(path)
+        assert (qemu_read(path), qemu_read(path, snapshot="one")) == (before, kept)
+
+
+def test_the_disk_grows(tmp_path: Path) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "a", "1M")
+    qcow2_tool_ok("amend", "-o", "size=3M", tmp_path / "a")
+    assert read_header(tmp_path / "a").fields["size"] == 3 * MIB
+
+
+REFUSED = {
+    "": ("Must specify options (-o)", ""),
+    "compat=0.10,lazy_refcounts=on": ("Lazy refcounts only supported with compatibility level 1.1", ""),
+    "compat=0.10,refcount_bits=8": ("Refcount widths other than 16 bits require compatibility level 1.1 or above", ""),
+    "compat=0.42": ("Unknown compatibility level 0.42", ""),
+    "refcount_bits=3": ("Refcount width must be a power of two and may not exceed 64 bits", ""),
+    "cluster_size=32k": ("Invalid parameter 'cluster_size'", ""),
+    "backing_file=other": ("Cannot amend the backing file", ""),
+    "size=512k": ("would lose", ""),
+    "compat=0.10": ("persistent bitmaps", "bitmap"),
+    "refcount_bits=1": ("cannot have refcounts of 1 bits", "snapshot"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path, words: str) -> None:
+    said, having = REFUSED[words]
+    path = tmp_path / "a"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, "write -P 1 0 64k")
+    if having == "bitmap":
+        qemu_img("bitmap", "--add", path, "b")
+    if having == "snapshot":
+        qemu_img("snapshot", "-c", "s", path)
+    before = qemu_read(path), read_header(path)
+    done = qcow2_tool("amend", *(["-o", words] if words else []), path)
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+    assert (qemu_read(path), read_header(path)) == before
+    assert_clean(path)
+
+
+def seen(file: SimulatedFile, kind: str) -> bytes:
+    driver = CrashDriver()
+    disk = driver.run(open_image(file, start(kind).backing))
+    driver.run(check_image(file))
+    return driver.run(read_all(disk))
+
+
+@pytest.mark.parametrize("kind", ["small", "small-lazy", "small-backing", "width-64", "accurate", "backing"])
+def test_every_moment_of_saying_zeros_otherwise(kind: str) -> None:
+    begun = start(kind)
+    file = begun.image.copy()
+    initial, driver = file.copy(), CrashDriver(3)
+    disk = driver.run(open_image(file, begun.backing))
+    driver.run(disk.expand_zeros())
+    driver.run(disk.close())
+    for state in states(driver, initial, file, 1, samples=3):
+        assert seen(state, kind) == begun.contents
+
+
+@pytest.mark.parametrize("order", [3, 4, 5, 6])
+@pytest.mark.parametrize("kind", ["small", "compressed", "snapshot", "width-64"])
+def test_every_moment_of_another_width(kind: str, order: int) -> None:
+    file = start(kind).image.copy()
+    initial, driver = file.copy(), CrashDriver(3)
+    driver.run(change_width(file, order))
+    widths = set()
+    for state in states(driver, initial, file, 1, samples=3):
+        widths.add(driver.run(load(state)).record.refcount_order)
+        report = driver.run(check(state))
+        assert not report.corruptions
+        assert seen(state, kind) == start(kind).contents
+    assert order in widths
+    assert not driver.run(check(file)).leaks
+
+
+@pytest.mark.parametrize("name", ["", "b", "x" * 700])
+@pytest.mark.parametrize("other", ["", "c" * 10, "y" * 1000])
+@pytest.mark.parametrize("version", [2, 3])
+def test_every_moment_of_another_header(name: str, other: str, version: int) -> None:
+    """Also where it takes more than a sector."""
+    driver = CrashDriver(3)
+    file = SimulatedFile("a", dict(start("accurate").image.sectors), start("accurate").image.size)
+    old = driver.run(rewrite_header(file, driver.run(load(file)).with_backing(name or None, "raw" if name else None)))
+    initial, driver = file.copy(), CrashDriver(3)
+    new = old.with_version(version) if version < 3 else old
+    new = driver.run(rewrite_header(file, new.with_backing(other or None, "raw" if other else None)))
+    found = {said(driver.run(load(state))) for state in states(driver, initial, file, 1, samples=8)}
+    assert found == {said(old), said(new)}
+    assert driver.run(load(file)) == new
+
+
+def said(header: OurHeader) -> tuple[int, str | None, str | None]:
+    return header.record.version, header.backing_name, header.backing_format
+
+
+def test_an_image_that_is_open_is_not_amended(tmp_path: Path) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "a", "1M")
+    with qcow2.open(tmp_path / "a"):
+        assert "lock" in qcow2_tool("amend", "-o", "lazy_refcounts=on", tmp_path / "a").stderr
