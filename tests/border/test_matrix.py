@@ -24,7 +24,12 @@ from tests.program import DAEMON, TIMEOUT, TOOL, qcow2_tool_ok
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="other users, mounts and namespaces need root")
 MIB = 1 << 20
 SIZE = 4 * MIB
-ACCEPTS_REFUSAL = {"no-descriptors", "no-threads", "little-memory"}  # what a program needs is not there
+ACCEPTS_REFUSAL = {
+    "no-descriptors",
+    "no-threads",
+    "little-memory",
+    "scarce-memory",
+}  # what a program needs is not there
 HAS_OTHER_SHM = {"own-shm", "no-shm", "small-shm"}  # logs of the host are not seen: refused by name, or said
 TOLD = re.compile(r"\w[^\n]*\n")  # one line
 
@@ -59,13 +64,17 @@ class Life:
         words = command(world, DAEMON, f"--socket-path={self.socket_path}", f"--blk-file={place / 'disk'}")
         with (place / "said").open("w") as said:
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, text=True)
-        self.place = place
+        self.world, self.place = world, place
         self.front_end: FrontEnd | None = None
 
     def __enter__(self) -> "Life":
         try:
             self.front_end = visit(self.process, self.socket_path)
         except (AssertionError, BackendGone):
+            if "the front-end is refused" in self.said:  # it waits for one whose memory it can map
+                self.process.terminate()
+                assert self.process.wait(TIMEOUT) >= 0
+                return self
             self.process.wait(TIMEOUT)
             assert self.process.returncode > 0, f"exit {self.process.returncode}: {self.said}"
         except TimeoutError:  # it waits until a descriptor is free
@@ -86,8 +95,10 @@ class Life:
         return (self.place / "said").read_text()
 
     def stop(self) -> None:
+        """It ends cleanly, or says why it does not where it lacks what that takes."""
         self.process.terminate()
-        assert self.process.wait(TIMEOUT) == 0, self.said
+        if self.process.wait(TIMEOUT):
+            assert_refused(self.world, self.process.returncode, self.said)
 
 
 def assert_refused(world: str, status: int, said: str) -> None:

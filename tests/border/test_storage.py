@@ -117,6 +117,14 @@ def test_full_disk_fails_the_tool_in_a_line(full: Path) -> None:
     assert_not_corrupt(full / "disk")
 
 
+TOOL_ON_A_DEVICE = (
+    ("rebase", "-u", "-b", "", "DEVICE"),
+    ("check", "-r", "all", "DEVICE"),
+    ("map", "DEVICE"),
+    ("info", "DEVICE"),
+)
+
+
 @pytest.mark.parametrize("cluster_size", ["512", "4K", "64K"])
 @pytest.mark.parametrize("cache", ["writeback", "none", "directsync"])
 def test_sectors_of_4096_bytes(tmp_path: Path, cluster_size: str, cache: str) -> None:
@@ -143,6 +151,11 @@ def test_sectors_of_4096_bytes(tmp_path: Path, cluster_size: str, cache: str) ->
             disk.write(700, b"!" * 100)
             assert disk.read(699, 102) == b"\0" + b"!" * 100 + b"\0"
         assert_not_corrupt(device)
+        for words in TOOL_ON_A_DEVICE if cache == "writeback" else ():
+            qcow2_tool_ok(*(device if word == "DEVICE" else word for word in words))
+        assert_not_corrupt(device)
+        with qcow2.open(str(device)) as disk:
+            assert disk.read(699, 102) == b"\0" + b"!" * 100 + b"\0"
 
 
 @pytest.mark.parametrize("words", ["-O qcow2", "-O qcow2 -c", "-O qcow2 -S 0", "-O raw", "-n -O raw"])

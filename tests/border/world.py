@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 STRANGER = 65534  # user and group
-CLONE_NEWNS, CLONE_NEWIPC = 0x00020000, 0x08000000
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
+PR_SET_DUMPABLE = 4
 MS_RDONLY, MS_BIND, MS_REC, MS_PRIVATE = 1, 4096, 16384, 1 << 18
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,6 +57,15 @@ def container() -> None:
     with tempfile.NamedTemporaryFile("w") as file:
         print(uuid.uuid4(), file=file, flush=True)
         _mount(file.name, "/proc/sys/kernel/random/boot_id", "", MS_BIND)
+
+
+def rootless() -> None:
+    """A container without privileges: root there, the stranger outside."""
+    stranger()
+    libc.prctl(PR_SET_DUMPABLE, 1)  # or /proc/self is root's
+    _unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWIPC)
+    for name, text in {"setgroups": "deny", "uid_map": f"0 {STRANGER} 1", "gid_map": f"0 {STRANGER} 1"}.items():
+        Path("/proc/self", name).write_text(text)
 
 
 def own_shm() -> None:
@@ -109,6 +119,11 @@ def little_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (128 << 20, 128 << 20))
 
 
+def scarce_memory() -> None:
+    """Hardly more than a program takes to start."""
+    resource.setrlimit(resource.RLIMIT_AS, (72 << 20, 72 << 20))
+
+
 def small_files() -> None:
     """No file may grow past 1 MiB (RLIMIT_FSIZE)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -125,6 +140,7 @@ WORLDS: dict[str, Callable[[], None]] = {
         root,
         stranger,
         container,
+        rootless,
         own_shm,
         no_proc_sys,
         no_proc,
@@ -134,6 +150,7 @@ WORLDS: dict[str, Callable[[], None]] = {
         no_descriptors,
         no_threads,
         little_memory,
+        scarce_memory,
         small_files,
         closed_stdio,
     )

@@ -1,0 +1,120 @@
+"""Each door on storage that hangs, and a signal in the middle: nothing acknowledged is lost, and no image is broken."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests import slowdisk
+from tests.border.library import ACKNOWLEDGED, FLUSHED
+from tests.frontend import FLUSH, FrontEnd
+from tests.oracle import assert_not_corrupt
+from tests.program import TIMEOUT, TOOL, Daemon, qcow2_tool_ok
+from tests.slowdisk import SlowDisk
+
+SIZE = 8 << 20
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+COMMANDS = {
+    "check": ("check", "-r", "all"),
+    "resize": ("resize", "IMAGE", "16M"),
+    "snapshot": ("snapshot", "-c", "one"),
+    "rebase": ("rebase", "-u", "-b", "", "IMAGE"),
+}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SlowDisk]:
+    for name in ("backing", "slow"):
+        (tmp_path / name).mkdir()
+    with SlowDisk(tmp_path / "backing", tmp_path / "slow") as disk:
+        yield disk
+
+
+def new_image(disk: SlowDisk, number: int) -> Path:
+    """One with flushed data; what is returned is its name beside the slow disk, where sockets can be."""
+    path = disk.path / f"image{number}"
+    qcow2_tool_ok("create", "-o", "lazy_refcounts=on", path, str(SIZE))
+    with qcow2.open(path, writable=True) as opened:
+        opened.write(FLUSHED, b"F" * 4096)
+    beside = disk.path.with_name(path.name)
+    beside.symlink_to(path)
+    return beside
+
+
+def leave_dirty(image: Path) -> None:
+    disk = qcow2.open(image, writable=True)
+    disk.write(2 * FLUSHED, b"x" * 4096)
+    disk.flush()
+    disk.abandon()
+
+
+def assert_kept(image: Path) -> None:
+    """The flushed data is there, once what a death left is repaired."""
+    with qcow2.open(image, writable=True) as disk:
+        assert disk.read(FLUSHED, 4096) == b"F" * 4096
+    assert_not_corrupt(image)
+
+
+def interrupt(disk: SlowDisk, words: Sequence[str | Path], number: signal.Signals) -> "subprocess.Popen[str]":
+    """Run *words*, and give it *number* while its first sync hangs."""
+    with subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with disk.holding(slowdisk.FSYNC):
+            disk.wait_for_one()
+            process.send_signal(number)
+            disk.let_others_pass()
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert "Traceback" not in said or number is signal.SIGINT, said
+    return process
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tool(disk: SlowDisk, command: str) -> None:
+    """Whatever ends it in the middle of a change, the image holds what it held."""
+    for number in SIGNALS:
+        image = new_image(disk, number)
+        if command == "check":
+            leave_dirty(image)
+        words = [image if word == "IMAGE" else word for word in COMMANDS[command]]
+        process = interrupt(disk, [TOOL, *words, *([] if image in words else [image])], number)
+        assert process.returncode in (0, -number)
+        assert_kept(image)
+
+
+def test_library(disk: SlowDisk) -> None:
+    """A program of its user's that ends in the middle of a flush."""
+    for number in SIGNALS:
+        image = new_image(disk, number)
+        process = interrupt(disk, [sys.executable, "-m", "tests.border.library", image, "write"], number)
+        assert process.returncode in (-number, 1)
+        assert_kept(image)
+
+
+def test_daemon(disk: SlowDisk) -> None:
+    """It ends once the disk answers, with what was flushed and what was acknowledged."""
+    for number in SIGNALS[1:]:
+        image = new_image(disk, number)
+        with Daemon(image) as daemon, FrontEnd(daemon.socket_path) as front_end:
+            front_end.write(ACKNOWLEDGED, b"A" * 4096)
+            with disk.holding(slowdisk.FSYNC):
+                front_end.submit(FLUSH)
+                disk.wait_for_one()
+                daemon.process.send_signal(number)
+                disk.let_others_pass()
+            assert daemon.process.wait(TIMEOUT) in (0, -number)
+        with qcow2.open(image, writable=True) as opened:
+            assert opened.read(ACKNOWLEDGED, 4096) == b"A" * 4096
+        assert_kept(image)
+
+
+def test_library_waits_for_a_slow_disk_and_no_longer(disk: SlowDisk) -> None:
+    script = [sys.executable, "-m", "tests.border.library", str(new_image(disk, 0))]
+    with disk.holding(slowdisk.FSYNC, slowdisk.WRITE):
+        process = subprocess.Popen([*script, "write"])
+        disk.wait_for_one()
+        assert process.poll() is None
+    assert process.wait(TIMEOUT) == 0
+    assert subprocess.check_output([*script, "read"], text=True) == "F A\n"
