@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ring.trace import Trace
     from vhost.device import Device
     from vhost.endpoint import Endpoint
+    from vhost.keys import Keys
     from vhost.option import Options
 
 PROGRAM = "vhost-user-qcow2"
@@ -120,6 +121,7 @@ def serve_image(options: "Options") -> None:
     from vhost.held import HeldImage
     from vhost.signals import stop_signals
     from vhost.systemd import ServiceManager
+    from virtio.block import Unavailable
 
     with ExitStack() as stack:
         stop_fd = stack.enter_context(stop_signals())
@@ -128,12 +130,14 @@ def serve_image(options: "Options") -> None:
         control = stack.enter_context(_control(options, stop_fd))
         options = stack.enter_context(_with_private_logs(options))
         progress = partial(_repair_progress, options.blk_file, stop_fd)
-        held = stack.enter_context(HeldImage(options, progress, partial(_stop_if_asked, stop_fd)))
+        held = stack.enter_context(HeldImage(options, progress, partial(_stop_if_asked, stop_fd), _keys(options)))
         try:
             if options.incoming:
                 held.look()
             else:
                 held.take()
+            if options.trace_io is not None and held.is_encrypted:
+                raise Unavailable(f"--trace-io={options.trace_io}: would hold what an encrypted disk keeps secret")
             trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
             if options.sandbox:
                 _confine(options)
@@ -155,6 +159,20 @@ def serve_image(options: "Options") -> None:
         held.end()  # while a second signal still cannot interrupt it
     if options.stats:
         print(_stats(counters, held.statistics), flush=True)
+
+
+def _keys(options: "Options") -> "Keys | None":
+    """What opens encrypted images. From here on nothing that we have in memory gets into a core dump.
+
+    Raises: Unavailable.
+    """
+    if not options.key_fds and not options.key_files:
+        return None
+    from qcow2.plane.cipher import keep_secrets
+    from vhost.keys import Keys
+
+    keep_secrets()
+    return Keys(options.key_fds, options.key_files)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import qcow2
@@ -36,6 +36,7 @@ class HeldImage:
         options: Options,
         progress: Callable[[], Progress | None] = lambda: None,
         on_wait: Callable[[], None] = lambda: None,
+        keys: Callable[[str], Iterable[bytes]] | None = None,
     ) -> None:
         """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
         self.disk: Disk | None = None
@@ -44,6 +45,7 @@ class HeldImage:
         self._options = options
         self._progress = progress
         self._on_wait = on_wait
+        self._keys = keys
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
         self._stack = ExitStack()
@@ -57,6 +59,11 @@ class HeldImage:
     @property
     def is_held(self) -> bool:
         return self.disk is not None
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what the guest writes must not be found in a file as it is."""
+        return self.disk is not None and self.disk.image.is_encrypted
 
     @property
     def geometry(self) -> Geometry:
@@ -99,6 +106,7 @@ class HeldImage:
             discard_log=options.discard_link_log,
             progress=self._progress(),
             on_wait=self._on_wait,
+            key=self._keys,
         )
         try:
             if options.cache.direct:

@@ -73,6 +73,8 @@ class Options:
     poll_us: int = DEFAULT_POLL_US
     control: str | None = None
     sandbox: bool = False
+    key_fds: tuple[int, ...] = ()
+    key_files: tuple[str, ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,6 +128,8 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         poll_us=given.poll_us,
         control=given.control,
         sandbox=given.sandbox,
+        key_fds=tuple(given.key_fd),
+        key_files=tuple(given.key_file),
     )
 
 
@@ -174,6 +178,22 @@ def _parser() -> Parser:
         help=f"memory that outlives the daemon (default: {DEFAULT_LINK_LOG})",
     )
     add("--discard-link-log", action="store_true", help="lose the writes in a log that is missing or does not count")
+    add(
+        "--key-fd",
+        metavar="N",
+        type=_fd,
+        action="append",
+        default=[],
+        help="read a key of encrypted images from this inherited descriptor, all of it; may be given again",
+    )
+    add(
+        "--key-file",
+        metavar="PATH",
+        type=_non_empty,
+        action="append",
+        default=[],
+        help="read a key of encrypted images from this file, a newline at its end included; may be given again",
+    )
     add("--sandbox", action="store_true", help="give up every right that serving this image does not need")
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")

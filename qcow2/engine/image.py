@@ -190,6 +190,11 @@ class Image:
         return self._changes.root.header if self._changes else self._header
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether what it stores of the disk is encrypted."""
+        return self._data.is_encrypted
+
+    @property
     def size(self) -> int:
         """Length of the disk in bytes."""
         return self.geometry.size

@@ -38,6 +38,11 @@ class RawImage:
         return cls(file, size, read_only=not writable)
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether what it stores of the disk is encrypted."""
+        return self._data.is_encrypted
+
+    @property
     def chain(self) -> Sequence["RawImage"]:
         """This image alone: raw files have no backing file."""
         return [self]

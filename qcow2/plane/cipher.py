@@ -11,6 +11,7 @@ from qcow2.format.luks import CipherSpec
 from qcow2.sources import require_current
 
 require_current(_cipher)
+require_current(_cipher)
 ffi: Any = _cipher.ffi
 lib: Any = _cipher.lib
 
@@ -61,5 +62,9 @@ def _require(result: int) -> None:
 
 
 def keep_secrets() -> None:
-    """From now on this process leaves no core dump, and nobody but root may look into its memory."""
-    lib.secrets_stay_in_memory()
+    """From now on this process leaves no core dump, and nobody but root may look into its memory.
+
+    libcrypto begins here, too: it reads its configuration at its first use.
+    """
+    _require(lib.secrets_stay_in_memory())
+    Cipher("", CipherSpec("aes", "ecb", "plain64", None, 16), bytes(16))

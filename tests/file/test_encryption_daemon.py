@@ -1,0 +1,155 @@
+"""An encrypted disk, served: the key comes by file or descriptor, and what the guest wrote is nowhere in plain."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.frontend import OUT, FrontEnd
+from tests.oracle import qemu_img
+from tests.program import TIMEOUT, Daemon, complaints, qcow2_tool_ok
+
+KEY = b"correct horse\n"
+LUKS = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10"
+PATTERN = b"plaintext of the guest's, and never to be found by anyone else."
+SIZE = 8 << 20
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.write_bytes(KEY)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path, key: Path) -> Path:
+    """An encrypted overlay of an encrypted base that is full of the pattern's reverse."""
+    base, path = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
+    words = ["--object", f"secret,id=s0,file={key}", "-o", LUKS]
+    qcow2_tool_ok("create", "-q", *words, base, str(SIZE))
+    with qcow2.open(base, key=KEY, writable=True) as disk:
+        disk.write(0, (PATTERN[::-1] * (2 << 14))[: 2 << 20])
+    qcow2_tool_ok("create", "-q", *words, "-b", base, "-F", "qcow2", path)
+    return path
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Iterator[Path]:
+    """On a file system in memory, where the link log is kept."""
+    path = Path(f"/dev/shm/test-encryption-{os.getpid()}")
+    path.mkdir()
+    yield path
+    for each in path.iterdir():
+        each.unlink()
+    path.rmdir()
+
+
+def holds_pattern(path: Path) -> bool:
+    """Whether a sector's worth of the guest's, or of the base's, is there as it is."""
+    content = path.read_bytes()
+    return PATTERN[8:40] in content or PATTERN[::-1][8:40] in content
+
+
+def use(front_end: FrontEnd, model: bytearray, seed: int) -> None:
+    """Every path there is: fresh clusters, copies of the base, overwrites, zeros, discards."""
+    chance = random.Random(seed)
+    for _ in range(60):
+        offset = chance.randrange(SIZE // 512) * 512
+        nbytes = min(chance.choice((512, 4096, 65536, 128 << 10)), SIZE - offset)
+        kind = chance.random()
+        if kind < 0.7:
+            model[offset : offset + nbytes] = data = (PATTERN * (nbytes // len(PATTERN) + 1))[:nbytes]
+            front_end.write(offset, data)
+        elif kind < 0.8:
+            front_end.write_zeroes(offset, nbytes, unmap=kind < 0.75)
+            model[offset : offset + nbytes] = bytes(nbytes)
+        elif kind < 0.9:
+            front_end.flush()
+        assert front_end.read(offset, nbytes) == model[offset : offset + nbytes]
+
+
+@pytest.mark.parametrize("options", [(), ("--cache=none",), ("--cache=writethrough", "--sandbox")])
+def test_nothing_the_guest_wrote_is_found_in_plain_anywhere(
+    tmp_path: Path, image: Path, key: Path, logs: Path, options: tuple[str, ...]
+) -> None:
+    model = bytearray((PATTERN[::-1] * (2 << 14))[: 2 << 20]) + bytes(SIZE - (2 << 20))
+    with Daemon(image, f"--key-file={key}", f"--link-log={logs}", *options) as daemon:
+        assert KEY.strip().decode() not in Path(f"/proc/{daemon.process.pid}/cmdline").read_text()
+        with FrontEnd(daemon.socket_path) as front_end:
+            use(front_end, model, 1)
+            files = [*tmp_path.iterdir(), *(path for path in logs.rglob("*") if path.is_file())]
+            plain = [path for path in files if path.is_file() and holds_pattern(path)]
+            assert plain == []
+            kept = [front_end.submit(OUT, offset, PATTERN[:64] * 8) for offset in range(0, 4 << 20, 256 << 10)]
+            assert len(kept) == 16
+        daemon.kill()
+    assert not any(holds_pattern(path) for path in [*tmp_path.iterdir(), *logs.rglob("*")] if path.is_file())
+    with Daemon(image, f"--key-file={key}", f"--link-log={logs}", *options) as daemon:
+        with FrontEnd(daemon.socket_path) as front_end:
+            found = front_end.read(0, 128 << 10)
+            assert found[512:] == model[512 : 128 << 10]
+            assert found[:512] in (model[:512], PATTERN[:64] * 8)
+        daemon.stop()
+    opts = f"driver=qcow2,file.filename={image},encrypt.key-secret=s0,backing.encrypt.key-secret=s0"
+    done = qemu_img("check", "--object", f"secret,id=s0,file={key}", "--image-opts", opts, check=False)
+    assert done.returncode in (0, 3), done.stdout  # a killed daemon may leak clusters
+
+
+def test_a_key_comes_by_descriptor_and_is_kept_for_the_next_visit(image: Path, key: Path) -> None:
+    descriptor = ["sh", "-c", f'exec "$@" 9<{key}', "sh"]
+    with Daemon(image, "--key-fd=9", under=descriptor) as daemon:
+        for fill in (b"1", b"2"):
+            with FrontEnd(daemon.socket_path) as front_end:
+                front_end.write(0, fill * 512)
+                assert front_end.read(0, 512) == fill * 512
+        daemon.stop()
+    with qcow2.open(image, key=KEY) as disk:
+        assert disk.read(0, 1024) == b"2" * 512 + (PATTERN[::-1] * 20)[512:1024]
+
+
+def test_a_trace_of_an_encrypted_disk_is_refused(tmp_path: Path, image: Path, key: Path) -> None:
+    with Daemon(image, f"--key-file={key}", f"--trace-io={tmp_path}/trace") as daemon:
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 1
+    assert "--trace-io" in said
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="sees who owns the files of a process of another user")
+def test_a_daemon_with_a_key_leaves_no_core_dump(tmp_path: Path, image: Path, key: Path) -> None:
+    """/proc says whether a process may be dumped: its files are its user's, or root's."""
+    for path in (tmp_path, image, tmp_path / "base.qcow2", key, *tmp_path.parents):
+        if path.stat().st_uid == 0 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o077)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    with Daemon(image, f"--key-file={key}", under=user) as daemon, FrontEnd(daemon.socket_path) as front_end:
+        assert front_end.read(4 << 20, 512) == bytes(512)
+        assert os.stat(f"/proc/{daemon.process.pid}/environ").st_uid == 0
+        daemon.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "the image is encrypted, and no key was given"),
+        (b"wrong", "the key opens no key slot"),
+        (b"", "holds no key"),
+        (b"x" * 65537, "holds more than 65536 bytes"),
+    ],
+)
+def test_without_the_right_key_the_daemon_says_so_in_a_line(
+    tmp_path: Path, image: Path, content: bytes | None, text: str
+) -> None:
+    option = []
+    if content is not None:
+        (tmp_path / "wrong").write_bytes(content)
+        option = [f"--key-file={tmp_path}/wrong"]
+    with Daemon(image, *option) as daemon:
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 1
+    assert text in said
+    assert complaints(said).count("\n") == 1

@@ -1,0 +1,65 @@
+"""Keys of encrypted images: read once, kept out of swap and core dumps, never said."""
+
+import ctypes
+import logging
+import mmap
+import os
+from collections.abc import Iterable
+
+from virtio.block import Unavailable
+
+MAX_KEY_BYTES = 64 << 10
+
+log = logging.getLogger("vhost")
+
+
+class Keys:
+    """The content of files that hold a key each, as it is: a newline at the end is part of it."""
+
+    def __init__(self, fds: Iterable[int], paths: Iterable[str]) -> None:
+        """The *fds* are closed. Raises: Unavailable."""
+        self._held = [_Held(_read(fd, f"--key-fd={fd}")) for fd in fds]
+        self._held += [_Held(_read(_open(path), f"--key-file={path}")) for path in paths]
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def __call__(self, path: str) -> list[bytes]:
+        """What may open the image at *path*: each of them is tried."""
+        return [held.copy() for held in self._held]
+
+
+class _Held:
+    """One key in pages of its own, which no core dump has; not swapped if we may say so."""
+
+    def __init__(self, content: bytes) -> None:
+        self._nbytes = len(content)
+        self._pages = mmap.mmap(-1, max(1, len(content)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pages.madvise(mmap.MADV_DONTDUMP)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
+        if ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(self._pages))) < 0:
+            log.warning("a key is not locked in memory, and may be swapped: see RLIMIT_MEMLOCK")
+        self._pages[: len(content)] = content
+
+    def copy(self) -> bytes:
+        return self._pages[: self._nbytes]
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise Unavailable(f"--key-file={path}: {error.strerror}") from error
+
+
+def _read(fd: int, option: str) -> bytes:
+    try:
+        with open(fd, "rb", buffering=0) as file:
+            content = b""
+            while piece := file.read(MAX_KEY_BYTES + 1 - len(content)):
+                content += piece
+    except OSError as error:
+        raise Unavailable(f"{option}: {error.strerror}") from error
+    if not 0 < len(content) <= MAX_KEY_BYTES:
+        raise Unavailable(f"{option}: holds {'no key' if not content else f'more than {MAX_KEY_BYTES} bytes'}")
+    return content
