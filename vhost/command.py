@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from ring.counter import Counters
     from ring.trace import Trace
     from vhost.device import Device
+    from vhost.disk import ImageBackend
     from vhost.endpoint import Endpoint
+    from vhost.held import HeldImage
     from vhost.keys import Keys
     from vhost.option import Options
+
+    Control = AbstractContextManager[object]
+    TakeSnapshot = Callable[[str], str]
 
 PROGRAM = "vhost-user-qcow2"
 PROGRESS_SECONDS = 5
@@ -142,6 +147,10 @@ def serve_image(options: "Options") -> None:
             if options.sandbox:
                 _confine(options)
             backend = ImageBackend(held, cache=options.cache, trace=trace)
+
+            def control_of(device: "Device") -> "Control":
+                return control(device, _snapshots(options, device, backend, held))
+
             counters = run(
                 backend,
                 endpoint,
@@ -150,7 +159,7 @@ def serve_image(options: "Options") -> None:
                 writeback=options.cache.writeback,
                 aio=options.aio,
                 poll_us=options.poll_us,
-                control=_sealed(control) if options.sandbox else control,
+                control=_sealed(control_of) if options.sandbox else control_of,
                 on_ready=lambda: manager.tell("READY=1"),
             )
             manager.tell("STOPPING=1")
@@ -176,12 +185,12 @@ def _keys(options: "Options") -> "Keys | None":
 
 
 @contextmanager
-def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device], AbstractContextManager[object]]]":
+def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device, TakeSnapshot], Control]]":
     """What makes a control socket of a device, if there is to be one; the path is taken here and now."""
     from contextlib import nullcontext
 
     if options.control is None:
-        yield lambda device: nullcontext()
+        yield lambda device, take_snapshot: nullcontext()
         return
     from vhost.commands import Commands
     from vhost.control import Control
@@ -189,7 +198,20 @@ def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device], A
 
     image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}
     with listen(options.control, mode=0o600, at_once=False) as endpoint:
-        yield lambda device: Control(endpoint.unix_socket, Commands(device, stop_fd, lambda: image))
+        yield lambda device, take_snapshot: Control(
+            endpoint.unix_socket, Commands(device, stop_fd, lambda: image, take_snapshot)
+        )
+
+
+def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "TakeSnapshot":
+    """Takes a snapshot of the image, or says which option rules that out."""
+    from vhost.snapshot import SnapshotRefused, Snapshots
+
+    def refuse(name: str) -> str:
+        raise SnapshotRefused(f"no snapshot: a daemon with {' and '.join(reasons)} keeps to the files it has")
+
+    reasons = [option for option, given in (("--sandbox", options.sandbox), ("--trace-io", options.trace_io)) if given]
+    return refuse if reasons else Snapshots(device, backend, held).take
 
 
 @contextmanager
@@ -232,13 +254,11 @@ def _with_private_logs(options: "Options") -> "Iterator[Options]":
         yield replace(options, link_log=path)
 
 
-def _sealed(
-    control: "Callable[[Device], AbstractContextManager[object]]",
-) -> "Callable[[Device], AbstractContextManager[object]]":
+def _sealed(control: "Callable[[Device], Control]") -> "Callable[[Device], Control]":
     """Seal the sandbox once the device has its worker, then go on with *control*."""
     from vhost.sandbox import seal
 
-    def begin(device: "Device") -> "AbstractContextManager[object]":
+    def begin(device: "Device") -> "Control":
         seal()
         return control(device)
 

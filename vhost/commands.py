@@ -13,6 +13,7 @@ from typing import Any
 from ring.statistics import Histogram
 from vhost.device import Device, ResizeRefused
 from vhost.metrics import open_metrics
+from vhost.snapshot import SnapshotRefused
 from virtio.block import Unavailable
 
 VERSION = 1
@@ -25,10 +26,20 @@ class CommandError(Exception):
 
 
 class Commands:
-    """The commands of one daemon: *describe()* is what it says of its image, *stop_fd* ends it."""
+    """The commands of one daemon: *describe()* is what it says of its image, *stop_fd* ends it.
 
-    def __init__(self, device: Device, stop_fd: int, describe: Callable[[], dict[str, Any]]) -> None:
+    *take_snapshot* is `Snapshots.take`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        stop_fd: int,
+        describe: Callable[[], dict[str, Any]],
+        take_snapshot: Callable[[str], str],
+    ) -> None:
         self._device = device
+        self._take_snapshot = take_snapshot
         self._stop_fd = stop_fd
         self._describe = describe
 
@@ -94,6 +105,16 @@ class Commands:
             raise CommandError(str(refusal)) from refusal
         return {"size": self._device.backend.geometry.size}
 
+    def snapshot(self, name: object) -> dict[str, Any]:
+        """Freeze what the disk holds as the file *name*; what is served becomes an overlay of it."""
+        if not isinstance(name, str):
+            raise CommandError(f"{name!r} is not the name of a file")
+        try:
+            failure = self._take_snapshot(name)
+        except SnapshotRefused as refusal:
+            raise CommandError(str(refusal)) from refusal
+        return {"snapshot": name, **({"not-closed-cleanly": failure} if failure else {})}
+
     def flush(self) -> None:
         """Make every write completed before now stable."""
         outcome: Future[int] = Future()
@@ -123,11 +144,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "stats": Commands.stats,
     "metrics": Commands.metrics,
     "resize": Commands.resize,
+    "snapshot": Commands.snapshot,
     "flush": Commands.flush,
     "set-cache": Commands.set_cache,
     "quit": Commands.quit,
 }
-ARGUMENTS = {"resize": ("size",), "set-cache": ("mode",)}
+ARGUMENTS = {"resize": ("size",), "snapshot": ("name",), "set-cache": ("mode",)}
 
 
 def _as_json(histogram: Histogram) -> dict[str, Any]:

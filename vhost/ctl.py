@@ -24,6 +24,10 @@ def parser() -> Parser:
     commands.add_parser("metrics", help="counters and latencies as OpenMetrics text")
     resize = commands.add_parser("resize", help="let the disk grow while it is used")
     resize.add_argument("size", metavar="SIZE", type=_size, help="the new size in bytes, or with a suffix as in 20G")
+    snapshot = commands.add_parser(
+        "snapshot", help="freeze what the disk holds in a file; an overlay is served from now on"
+    )
+    snapshot.add_argument("name", metavar="NAME", help="the file to freeze it in, beside the image")
     commands.add_parser("flush", help="make every completed write stable")
     cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
     cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")

@@ -5,8 +5,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from ring.aio import Aio
@@ -23,6 +23,9 @@ PATIENCE_SECONDS = 10.0  # for requests under way, while all others wait
 NO_MEMORY = b"vhost-user-qcow2: out of memory\n"  # made in time
 
 log = logging.getLogger("vhost")
+
+
+Begin = Callable[[Callable[[str], None]], None]  # is given what takes its refusal, or nothing
 
 
 class ResizeRefused(Exception):
@@ -161,22 +164,49 @@ class Device:
         Requests wait until it is done, and none is lost. The guest sees the new size once its driver reads it.
         Raises: ResizeRefused, also if those under way have not ended after *patience* seconds: the others go on then.
         """
+        try:
+            with self.holding():
+                refusal = _alone(self.worker, lambda is_late: self._grow(nbytes, is_late), patience)
+                self._offer = self._current_offer()
+        except Unavailable as unavailable:
+            raise ResizeRefused(str(unavailable)) from unavailable
+        if refusal:
+            raise ResizeRefused(refusal)
+        os.eventfd_write(self.changed_fd, 1)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Nobody takes what is under the backend, or lets it go, meanwhile; it is held. For any thread.
+
+        Raises: Unavailable.
+        """
         with self._lock:
             was_attached = self.is_attached
+            self._attach()
             try:
-                self._attach()
-            except Unavailable as unavailable:
-                raise ResizeRefused(str(unavailable)) from unavailable
+                yield
+            finally:
+                if not was_attached:
+                    self._let_go()
+
+    def exchange(self, begin: Begin, swap: Callable[[], None], patience: float = PATIENCE_SECONDS) -> str:
+        """While requests wait and none is under way: *begin(done)*, then *swap()* with the backend detached.
+
+        What *done* is given is returned; unless that is empty nothing is swapped. While `holding`. Where requests under
+        way have not ended after *patience* seconds nothing is begun, and the others go on.
+        """
+        return _alone(self.worker, lambda is_late: self._exchange(begin, swap, is_late), patience)
+
+    def _exchange(self, begin: Begin, swap: Callable[[], None], is_late: Callable[[], bool]) -> str:
+        refusal = self.worker.run_alone(begin, is_late)
+        if not refusal:
             try:
-                refusal = self.worker.call_patiently(lambda is_late: self._grow(nbytes, is_late), patience)
-            except TimeoutError:
-                refusal = f"requests under way have not ended within {patience:g} s: does the storage hang?"
-            self._offer = self._current_offer()
-            if not was_attached:
-                self._let_go()
-            if refusal:
-                raise ResizeRefused(refusal)
-            os.eventfd_write(self.changed_fd, 1)
+                self.backend.detach()
+                swap()
+                self.backend.attach(self.worker, self.block)
+            except BaseException as error:  # neither the old nor the new is there; the next process has the new
+                die(error)
+        return refusal
 
     def flush(self, done: Callable[[int], None]) -> None:
         """*done(0 | -errno)*, on the worker, once every write completed before now is stable; one that nobody holds is.
@@ -214,6 +244,14 @@ class Device:
         config = block_config(geometry, num_queues=self._num_queues, wce=self._writeback)
         features = offered_features(read_only=geometry.read_only)
         return Offer(features, self._num_queues, REGIONS_MAX, config.pack())
+
+
+def _alone(worker: Worker, function: Callable[[Callable[[], bool]], str], patience: float) -> str:
+    """What *function* refuses, which runs on *worker* once nothing is under way, or that it was not to be."""
+    try:
+        return worker.call_patiently(function, patience)
+    except TimeoutError:
+        return f"requests under way have not ended within {patience:g} s: does the storage hang?"
 
 
 def _native_block(backend: Backend) -> NativeBlock:

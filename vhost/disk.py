@@ -11,6 +11,7 @@ from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile, perform, store
 from qcow2.driver.task import Scheduler, Task
+from qcow2.engine.image import Image
 from qcow2.engine.links import LinkPolicy
 from qcow2.error import NotTried, no_memory
 from ring.extent import ExtentMap
@@ -260,6 +261,16 @@ class ImageBackend:
     def settle(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
+    def retire(self, image: Image, done: Callable[[str], None]) -> None:
+        """Leave *image*, which was on top and is only read now, clean on the disk: *done("")*, or what failed."""
+        image.on_failure = lambda: None  # which is not that of the disk
+
+        def end(task: Task) -> None:
+            error = task.take_error()
+            done("" if error is None else _refusal(no_memory() if isinstance(error, MemoryError) else error))
+
+        self._driver.run(image.close(), end)
+
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
         def end(task: Task) -> None:
             error = task.take_error()
@@ -327,7 +338,7 @@ class ImageBackend:
 
 
 def _refusal(error: BaseException) -> str:
-    """Why the image did not grow, on one line."""
+    """Why what was asked of the image was not done, on one line."""
     if isinstance(error, OSError | ImageError):
         return describe(error)
     if isinstance(error, ValueError):

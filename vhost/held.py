@@ -10,9 +10,12 @@ import qcow2
 from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
 from qcow2.driver.lock import await_transfers, guest_key, lock_transfers
-from qcow2.engine.image import Image
+from qcow2.driver.memory import SharedMemory
+from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.statistics import Statistics
+from qcow2.error import UnsupportedImage
 from qcow2.node.chain import Outline, outline
+from qcow2.node.overlay import Overlay
 from ring.native import Pointer
 from ring.worker import look_at
 from vhost.option import Options
@@ -49,6 +52,7 @@ class HeldImage:
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
         self._stack = ExitStack()
+        self._memory: set[tuple[int, int]] = set()  # of the guest, files by device and inode
 
     def __enter__(self) -> "HeldImage":
         return self
@@ -123,18 +127,68 @@ class HeldImage:
 
         Raises: Unavailable.
         """
+        self._memory |= set(memory)
+        if self.disk is None:
+            return
         try:
-            for file, fd in self.direct_fds.items():
-                for key in (guest_key(numbers, self._numbers()) for numbers in memory):
-                    await_transfers(fd, file.life_fd, file.path, key, self._on_wait)
+            self._await_reads(self.disk.files[0], self.direct_fds, memory)
         except OSError as error:
             raise Unavailable(describe(error)) from error
 
-    def _numbers(self) -> tuple[int, int]:
-        """Device and inode of the image."""
-        assert self.disk is not None  # while there are direct descriptors
-        status = os.fstat(self.disk.files[0].fd)
-        return status.st_dev, status.st_ino
+    def _await_reads(self, top: HostFile, fds: dict[HostFile, int], memory: Collection[tuple[int, int]]) -> None:
+        status = os.fstat(top.fd)
+        for file, fd in fds.items():
+            for key in (guest_key(numbers, (status.st_dev, status.st_ino)) for numbers in memory):
+                await_transfers(fd, file.life_fd, file.path, key, self._on_wait)
+
+    def prepare_overlay(self, name: str) -> Overlay:
+        """An overlay over the image, which shall be called *name*: as yet it changes nothing of what is served.
+
+        Raises: OSError, UnsupportedImage, ValueError.
+        """
+        disk = self.disk
+        assert disk is not None
+        if not isinstance(disk.image, Image):
+            raise UnsupportedImage(disk.files[0].path, "a raw image: who opens its path by that format must find one")
+        if disk.image.read_only:
+            raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
+        options = OpenOptions(True, self._options.lazy_refcounts, self._options.cache_size)
+        overlay = Overlay(disk.chain, disk.image, name, options)
+        try:
+            self._prepare_direct(overlay)
+        except BaseException:
+            self._forget_direct(overlay)
+            overlay.discard()
+            raise
+        return overlay
+
+    def _prepare_direct(self, overlay: Overlay) -> None:
+        if self._options.cache.direct and overlay.image.geometry.cluster_size >= PAGE:
+            self.direct_fds[overlay.file] = fd = _open_direct(overlay.file)
+            lock_transfers(fd, overlay.file.path, writable=True)
+            self._await_reads(overlay.file, self.direct_fds, self._memory)
+        self.traits[overlay.file] = look_at(overlay.file.fd, self.direct_fds.get(overlay.file, -1))
+
+    def _forget_direct(self, overlay: Overlay) -> None:
+        self.traits.pop(overlay.file, None)
+        fd = self.direct_fds.pop(overlay.file, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def discard_overlay(self, overlay: Overlay) -> None:
+        """Serve what was served. Raises: OSError."""
+        self._forget_direct(overlay)
+        overlay.discard()
+
+    def adopt_overlay(self, overlay: Overlay) -> SharedMemory | None:
+        """Hold *overlay*, which has taken its name; the worker has nothing of the image. -> as `Overlay.adopt`."""
+        assert self.disk is not None
+        self._past += overlay.below.statistics
+        if (fd := self.direct_fds.get(overlay.file)) is not None:
+            self._stack.callback(os.close, fd)
+        past = overlay.adopt()
+        self.disk.image = overlay.image
+        return past
 
     def look(self) -> None:
         """Read the size of an image that is not held, without a lock: another process may be writing it.

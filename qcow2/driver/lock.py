@@ -78,6 +78,12 @@ def lock_image(fd: int, path: str, *, writable: bool, on_wait: Callable[[], None
         time.sleep(RETRY_INTERVAL)
 
 
+def share_image(fd: int) -> None:
+    """Keep of a writer's locks what a reader has. Raises: OSError."""
+    for permission in (Permission.WRITE, Permission.RESIZE):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, 0, USES + permission, 1, 0))
+
+
 def is_of_the_dead(fd: int, path: str) -> bool:
     """Whether transfers of a process of ours that died are under way, and none lives."""
     return _is_held(fd, path, OURS) and not _has_the_living(fd, path, LIVES)

@@ -1,0 +1,160 @@
+"""A new top for an open chain: an overlay made beside the image, which takes its name in one step.
+
+The content of that moment is frozen under a name of its own, and the path that is served stays the top of the chain:
+who opens it after a death at any point finds the image as it was, or the overlay over it.
+"""
+
+import errno
+import os
+import stat
+from contextlib import ExitStack, suppress
+
+from qcow2.driver.file import HostFile, run
+from qcow2.driver.lock import lock_image, share_image, show_life
+from qcow2.driver.memory import SharedMemory
+from qcow2.engine.create import Options, create
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.logplace import new_log
+from qcow2.error import UnsupportedImage
+from qcow2.format.header import Header
+from qcow2.node.chain import Chain
+
+
+class Overlay:
+    """An empty image over the top of a chain: open, locked, stable, and under a name that nobody uses.
+
+    `name_frozen`, then `switch`, then `adopt`; or, before `switch`, `discard`.
+    """
+
+    def __init__(self, chain: Chain, below: Image, name: str, options: OpenOptions) -> None:
+        """*name* is what *below* shall be called, as seen from its directory. *options* are those of the overlay.
+
+        Raises: OSError, FileExistsError if something else has that name; UnsupportedImage; ValueError.
+        """
+        self.below = below
+        self.sync_error: OSError | None = None
+        self._chain = chain
+        self._top = chain.files[0]
+        self._path = os.path.realpath(self._top.path)
+        self._frozen = os.path.join(os.path.dirname(self._path), name)
+        directory, base = os.path.split(self._path)
+        self._temporary = os.path.join(directory, f".{base}.overlay")
+        self._was_named = False
+        self._require_names(name, below.header)
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary)  # of a process that died in between
+        self.file, self.memory = self._make_file(), SharedMemory("", 0)
+        try:
+            self.image = self._make_image(options)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _require_names(self, name: str, header: Header) -> None:
+        path = self._top.path
+        if not name or name.endswith("/"):
+            raise ValueError(f"{name!r} is not the name of a file")
+        if header.record.crypt_method:
+            raise UnsupportedImage(path, "encrypted: what is written over it would not be")
+        if not stat.S_ISREG(os.stat(self._path).st_mode):
+            raise UnsupportedImage(path, "not a regular file: nothing can take its name")
+        if not os.path.samestat(os.stat(self._path), os.fstat(self._top.fd)):
+            raise OSError(errno.ESTALE, "another file has this name by now", path)
+        if os.path.lexists(self._frozen) and not self._is_top(self._frozen):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._frozen)
+        has_moved = not os.path.samefile(os.path.dirname(self._frozen), os.path.dirname(self._path))
+        if has_moved and header.backing_name is not None and not os.path.isabs(header.backing_name):
+            message = (
+                f"its backing file {header.backing_name!r} is named from its directory, which {name!r} would leave"
+            )
+            raise UnsupportedImage(path, message)
+
+    def _is_top(self, path: str) -> bool:
+        return os.path.samestat(os.lstat(path), os.fstat(self._top.fd))
+
+    def _make_file(self) -> HostFile:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = HostFile(self._top.path, os.open(self._temporary, flags, 0o600), writable=True)
+        try:
+            status = os.fstat(self._top.fd)
+            os.fchown(file.fd, status.st_uid, status.st_gid)
+            os.fchmod(file.fd, stat.S_IMODE(status.st_mode))
+            lock_image(file.fd, self._temporary, writable=True)
+            file.life_fd = show_life(self._temporary, file.fd)
+        except BaseException:
+            file.close()
+            os.unlink(self._temporary)
+            raise
+        return file
+
+    def _make_image(self, options: OpenOptions) -> Image:
+        header = self.below.header
+        wanted = Options(
+            size=self.below.size,
+            cluster_bits=header.record.cluster_bits,
+            refcount_order=header.record.refcount_order,
+            lazy_refcounts=header.has_lazy_refcounts,
+            compression=header.compression_type,
+            backing_name=self._backing_name(),
+            backing_format="qcow2",
+        )
+        run(create(self.file, wanted))
+        log, self.memory = new_log(self.file, self._chain.log_directory)
+        return run(Image.open(self.file, backing=self.below, options=options, log=log))
+
+    def _backing_name(self) -> str:
+        """From the directory of both, if it is one; a colon in it is none of a protocol."""
+        directory, base = os.path.split(self._frozen)
+        if not os.path.samefile(directory, os.path.dirname(self._path)):
+            return self._frozen
+        return f"./{base}" if ":" in base else base
+
+    def name_frozen(self) -> None:
+        """Give what is below its new name beside the old one, stable on return. Raises: OSError."""
+        if not os.path.lexists(self._frozen):
+            os.link(self._path, self._frozen, follow_symlinks=False)
+            self._was_named = True
+        _sync_directory(self._frozen)
+
+    def switch(self) -> None:
+        """Take the name of what is below, whose content is stable. Raises: OSError, and then nothing has changed.
+
+        If that is not stable, `sync_error` says why: no write may be acknowledged as stable from now on.
+        """
+        os.rename(self._temporary, self._path)
+        try:
+            _sync_directory(self._path)
+        except OSError as error:
+            self.sync_error = error
+
+    def adopt(self) -> SharedMemory | None:
+        """Make the overlay the top of the chain. -> where the log of what is below lies, of no use once that is closed.
+
+        The chain closes all files from now on.
+        """
+        past, self._chain.memory = self._chain.memory, self.memory
+        self._top.path = self._frozen
+        self._chain.files.insert(0, self.file)
+        return past
+
+    def share_below(self) -> None:
+        """Let others read what is below, which is closed: other overlays may be over it. Raises: OSError."""
+        share_image(self._top.fd)
+
+    def discard(self) -> None:
+        """Remove the overlay and the new name; `switch` has not been called, or has failed."""
+        with ExitStack() as stack:  # one that fails keeps none of the others
+            if self._was_named and self._is_top(self._frozen):
+                stack.callback(os.unlink, self._frozen)
+            stack.callback(os.unlink, self._temporary)
+            stack.callback(self.file.close)
+            stack.callback(self.memory.close)
+
+
+def _sync_directory(path: str) -> None:
+    """Make the names in the directory of *path* stable. Raises: OSError."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,230 @@
+"""A snapshot of the disk while a guest uses it: what is frozen, what is served, and who finds what after a death."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.frontend import FrontEnd, Queue
+from tests.load import Load
+from tests.oracle import assert_clean, qemu_img, qemu_io
+from tests.packedqueue import PackedQueue
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+from tests.realfault.death import dying
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+BLOCK = 4096
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2_tool_ok("create", "-o", "compat=1.1,lazy_refcounts=on", path, str(SIZE))
+    return path
+
+
+def start(image: Path, *options: str, under: Sequence[str] = ()) -> Daemon:
+    return Daemon(image, f"--control={image}.control", *options, under=under)
+
+
+def snapshot(image: Path, name: str) -> subprocess.CompletedProcess[str]:
+    command = [DAEMON, "ctl", f"--control={image}.control", "snapshot", name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def freeze(image: Path, name: str) -> None:
+    done = snapshot(image, name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"snapshot": name}
+
+
+def refusal(image: Path, name: str) -> str:
+    done = snapshot(image, name)
+    assert (done.returncode, done.stdout) == (1, "")
+    return done.stderr.removeprefix("vhost-user-qcow2: ctl: ").rstrip("\n")
+
+
+def content(image: Path) -> bytes:
+    with qcow2.open(image) as disk:
+        return disk.read(0, disk.size)
+
+
+def expected(load: Load) -> bytes:
+    disk = bytearray(load.base or bytes(SIZE))
+    for block, data in load.held.items():
+        disk[block * BLOCK : (block + 1) * BLOCK] = data
+    return bytes(disk)
+
+
+def backing(image: Path) -> str | None:
+    info = qemu_img("info", "-U", "--output=json", image).stdout
+    name: str | None = json.loads(info).get("backing-filename")
+    return name
+
+
+@pytest.mark.parametrize("option", ["--cache=writeback", "--cache=writethrough", "--cache=none", "--aio=threads"])
+def test_three_snapshots_hold_what_the_disk_held(image: Path, option: str) -> None:
+    moments = []
+    with start(image, option) as daemon, FrontEnd(daemon.socket_path) as guest:
+        load = Load(guest, SIZE // BLOCK, zeroes=True)
+        for name in ("monday", "tuesday", "wednesday"):
+            load.run(300)
+            load.drain()
+            freeze(image, name)
+            moments.append((name, expected(load)))
+        load.run(300)
+        load.drain()
+        daemon.stop()
+    for name, held in moments:
+        assert_clean(image.with_name(name))
+        assert content(image.with_name(name)) == held
+    assert_clean(image)
+    assert content(image) == expected(load)
+    assert [backing(image.with_name(name)) for name in ("disk.qcow2", "wednesday", "tuesday", "monday")] == [
+        "wednesday",
+        "tuesday",
+        "monday",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("queue_type", [Queue, PackedQueue])
+def test_requests_under_way_are_served(image: Path, queue_type: type[Queue]) -> None:
+    with (
+        start(image, "--num-queues=2") as daemon,
+        FrontEnd(daemon.socket_path, queues=2, queue_type=queue_type) as guest,
+    ):
+        load = Load(guest, SIZE // BLOCK)
+        failures: list[str] = []
+
+        def take() -> None:
+            failures.extend(snapshot(image, f"{i}.qcow2").stderr for i in range(4))
+
+        taker = threading.Thread(target=take)
+        taker.start()
+        while taker.is_alive():
+            load.run(100)
+        load.drain()
+        assert failures == ["", "", "", ""]
+        daemon.stop()
+    assert_clean(image)
+    assert content(image) == expected(load)
+
+
+def test_daemon_killed_after_a_snapshot_is_followed_by_one_with_its_command_line(image: Path) -> None:
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        freeze(image, "frozen")
+        guest.write(0, b"b" * BLOCK)
+        daemon.kill()
+    assert content(image.with_name("frozen"))[:BLOCK] == b"a" * BLOCK
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        assert guest.read(0, BLOCK) == b"b" * BLOCK
+        daemon.stop()
+    assert_clean(image)
+    assert_clean(image.with_name("frozen"))
+
+
+def test_name_left_by_a_death_in_between_is_taken(image: Path) -> None:
+    os.link(image, image.with_name("frozen"))
+    image.with_name(".disk.qcow2.overlay").write_bytes(b"half of one")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        freeze(image, "frozen")
+    assert content(image.with_name("frozen"))[:BLOCK] == b"a" * BLOCK
+    assert {path.name for path in image.parent.iterdir()} >= {"disk.qcow2", "frozen"}
+    assert not image.with_name(".disk.qcow2.overlay").exists()
+
+
+def test_overlay_is_as_accessible_as_the_image_was(image: Path) -> None:
+    image.chmod(0o640)
+    with start(image) as daemon, FrontEnd(daemon.socket_path):
+        freeze(image, "frozen")
+    assert stat.S_IMODE(image.stat().st_mode) == 0o640
+
+
+def test_frozen_image_may_be_read_by_others_while_the_guest_writes(image: Path) -> None:
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        freeze(image, "frozen")
+        qemu_img("convert", "-O", "raw", str(image.with_name("frozen")), str(image.with_name("copy")))
+        guest.write(0, b"b" * BLOCK)
+    assert image.with_name("copy").read_bytes()[:BLOCK] == b"a" * BLOCK
+
+
+def test_snapshot_without_a_guest_and_through_a_link(image: Path) -> None:
+    link = image.with_name("link")
+    link.symlink_to("disk.qcow2")
+    with start(link) as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(0, b"a" * BLOCK)
+        freeze(link, "frozen")
+    assert link.is_symlink()
+    assert (backing(image), content(image)[:BLOCK]) == ("frozen", b"a" * BLOCK)
+
+
+def test_what_is_refused_changes_nothing(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("precious")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        assert refusal(image, "taken") == f"{tmp_path}/taken: File exists"
+        assert refusal(image, "") == "'' is not the name of a file"
+        assert refusal(image, "no/such/place").endswith("No such file or directory")
+        assert refusal(image, "n" * 300).endswith("File name too long")
+        freeze(image, "frozen")
+        (tmp_path / "elsewhere").mkdir()
+        assert "is named from its directory" in refusal(image, "elsewhere/frozen")
+        image.rename(tmp_path / "moved")
+        assert refusal(image, "again").endswith("No such file or directory")
+        (tmp_path / "moved").rename(image)
+    assert (tmp_path / "taken").read_text() == "precious"
+    left = {path.name for path in tmp_path.iterdir() if not path.is_socket()}
+    assert left == {"disk.qcow2", "frozen", "taken", "elsewhere"}
+
+
+@pytest.mark.parametrize("option", ["--read-only", "--sandbox", "--trace-io=trace", "--format=raw"])
+def test_daemon_that_may_not(image: Path, tmp_path: Path, option: str) -> None:
+    with start(image, option.replace("=trace", f"={tmp_path}/trace")) as daemon:
+        with FrontEnd(daemon.socket_path):  # once it answers, the control socket is there
+            pass
+        said = refusal(image, "frozen")
+    assert {
+        "--read-only": "opened read-only",
+        "--sandbox": "--sandbox keeps to the files it has",
+        "--trace-io=trace": "--trace-io keeps to the files it has",
+        "--format=raw": "a raw image",
+    }[option] in said
+    assert not image.with_name("frozen").exists()
+
+
+@pytest.mark.parametrize("at", [1, 13, 15, 16, 17, 18])
+def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, at: int) -> None:
+    """Before the *at*-th call that changes a file or a name; the next daemon can take a snapshot that is not there."""
+    base = image.rename(image.with_name("base"))
+    qemu_io(base, f"write -P 1 0 {SIZE}")  # so that links wait in the log
+    qcow2_tool_ok("create", "-b", base, "-F", "qcow2", "-o", "lazy_refcounts=on", image)
+    with start(image, "--aio=threads", under=dying(at, ".overlay")) as daemon, FrontEnd(daemon.socket_path) as guest:
+        load = Load(guest, SIZE // BLOCK, seed=at, base=b"\1" * SIZE)
+        load.run(300)
+        load.drain()
+        snapshot(image, "frozen")
+        assert daemon.process.wait(TIMEOUT) == -signal.SIGKILL
+    is_taken = image.with_name("frozen").exists() and not image.samefile(image.with_name("frozen"))
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        for block, data in load.held.items():
+            assert guest.read(block * BLOCK, BLOCK) == data
+        done = snapshot(image, "frozen")
+        assert done.returncode == is_taken, done.stderr
+        guest.write(0, b"z" * BLOCK)
+        daemon.stop()
+    assert content(image.with_name("frozen")) == expected(load)
+    assert content(image) == b"z" * BLOCK + expected(load)[BLOCK:]
+    assert_clean(image)

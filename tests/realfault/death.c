@@ -1,0 +1,59 @@
+/* A host on which a process dies: preloaded into the daemon, it kills it before one call that changes files.
+ *
+ * DEATH says which, from 1 on, counted from the first unlink of a name that ends in DEATH_AFTER.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+static atomic_long left = -1; /* calls until death; below 0: not begun, or over */
+
+static void begin(const char *path)
+{
+    const char *after = getenv("DEATH_AFTER"), *at = getenv("DEATH");
+    size_t nbytes = strlen(path);
+
+    if (after && at && left < 0 && nbytes >= strlen(after) && !strcmp(path + nbytes - strlen(after), after))
+        left = atol(at);
+}
+
+static void die_or_go_on(void)
+{
+    if (left > 0 && --left == 0)
+        kill(getpid(), SIGKILL);
+}
+
+#define CALL(result, name, parameters, arguments)                           \
+    result name parameters                                                  \
+    {                                                                       \
+        result(*next) parameters = (result(*) parameters)dlsym(RTLD_NEXT, #name); \
+                                                                            \
+        die_or_go_on();                                                     \
+        return next arguments;                                              \
+    }
+
+CALL(int, linkat, (int from, const char *old, int to, const char *new, int flags), (from, old, to, new, flags))
+CALL(int, rename, (const char *old, const char *new), (old, new))
+CALL(int, fsync, (int fd), (fd))
+CALL(int, fdatasync, (int fd), (fd))
+CALL(int, ftruncate64, (int fd, off_t nbytes), (fd, nbytes))
+CALL(int, fallocate64, (int fd, int mode, off_t offset, off_t nbytes), (fd, mode, offset, nbytes))
+CALL(ssize_t, pwrite64, (int fd, const void *from, size_t nbytes, off_t offset), (fd, from, nbytes, offset))
+CALL(ssize_t, pwritev64v2, (int fd, const struct iovec *iovecs, int count, off_t offset, int flags),
+     (fd, iovecs, count, offset, flags))
+CALL(ssize_t, pwritev64, (int fd, const struct iovec *iovecs, int count, off_t offset), (fd, iovecs, count, offset))
+
+int unlink(const char *path)
+{
+    int (*next)(const char *) = (int (*)(const char *))dlsym(RTLD_NEXT, "unlink");
+
+    begin(path);
+    die_or_go_on();
+    return next(path);
+}

@@ -1,0 +1,22 @@
+"""A host on which a daemon dies before one call that changes a file or a name."""
+
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+
+@cache
+def library() -> Path:
+    """death.c, compiled."""
+    built = Path(mkdtemp(prefix="death-")) / "death.so"
+    source = Path(__file__).with_name("death.c")
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", built, source, "-ldl"], check=True
+    )
+    return built
+
+
+def dying(at: int, after: str) -> list[str]:
+    """What runs a daemon that is killed before call *at*, from 1 on, since it removed a name that ends in *after*."""
+    return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}", f"DEATH_AFTER={after}"]
