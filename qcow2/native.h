@@ -7,6 +7,7 @@
 
 #include "qcow2/plane/clusters.h"
 #include "qcow2/plane/dirtybits.h"
+#include "qcow2/plane/entry.h"
 #include "qcow2/plane/freed.h"
 #include "qcow2/plane/l2cache.h"
 #include "qcow2/plane/linklog.h"

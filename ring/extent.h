@@ -36,7 +36,7 @@ struct extent_reader {
 typedef void (*extent_translate)(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
                                  struct extent_reader *reader, struct extent *out);
 
-#define EXTENT_NAME_NBYTES 48
+#define EXTENT_NAME_NBYTES 64
 #define EXTENT_MARK_NBYTES 7
 
 /* A place that the map has set aside for bytes which have none. */
@@ -54,7 +54,7 @@ struct extent_place {
     uint8_t mark[EXTENT_MARK_NBYTES]; /* a name in memory counts once these bytes are at mark_offset of the file */
     uint64_t mark_offset;
     uint64_t guest_offset;
-    uint64_t entry; /* for the map */
+    uint64_t entry[2]; /* for the map */
 };
 
 enum extent_outcome {

@@ -18,7 +18,7 @@ from qcow2.driver.operation import Mark as HeaderMark
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits, table_entries
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping, bytes_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
@@ -30,6 +30,7 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, BitmapFlags
 from qcow2.native import ffi
 from qcow2.plane.dirtybits import NONE, DirtyBits, Shape, pack_live, places
+from qcow2.plane.entry import bytes_of
 from qcow2.plane.linklog import MARK_OFFSET, LinkLog
 
 SETTLED_MARKS = 64  # changes for each hot zone, on average: then one that saw none cools

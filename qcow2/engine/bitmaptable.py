@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qcow2.driver.operation import File, Read, Size
-from qcow2.engine.mapping import entries_of
 from qcow2.error import CorruptImage
 from qcow2.format import layout
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
@@ -14,6 +13,7 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, BitmapFlags, BitmapRecord
 from qcow2.plane.dirtybits import MAX_LIVE_BYTES
+from qcow2.plane.entry import words_of
 
 KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO | BitmapFlags.EXTRA_DATA_COMPATIBLE)
 
@@ -130,7 +130,7 @@ class _Taken:
         nbytes = record.table_size * ENTRY_SIZE
         if problem := self.take(record.table_offset, nbytes):
             return f"has a table that {problem}"
-        table = entries_of(await Read(self._file, record.table_offset, nbytes))
+        table = words_of(await Read(self._file, record.table_offset, nbytes))
         for index, entry in enumerate(table):
             offset = entry & layout.BITMAP_ENTRY_OFFSET_MASK
             if entry & layout.BITMAP_ENTRY_RESERVED or (offset and entry & layout.BITMAP_ENTRY_ALL_ONES):

@@ -1,6 +1,5 @@
 """Compressed clusters: where their bytes are, and what they hold."""
 
-import errno
 import io
 import sys
 import zlib
@@ -16,15 +15,15 @@ from qcow2.engine.statistics import Statistics
 from qcow2.engine.turns import Turns
 from qcow2.error import CorruptImage
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import L2_COMPRESSED, SECTOR_SIZE, CompressedMasks, CompressionType
+from qcow2.format.layout import CompressionType
 from qcow2.native import check, ffi, lib
+from qcow2.plane.entry import Entries
 
 Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 
 CACHE_BYTES = 4 << 20
 UNPACKING_BYTES = 32 << 20  # of streams and clusters under way, at most
 DEFLATE_LEVEL = 6
-OFFSET_LIMIT = (1 << 56) - 1
 ZSTD_WINDOW_LOG = 27  # the library's own limit, and QEMU's; of the window only as much is touched as a cluster has
 
 
@@ -36,12 +35,9 @@ class Payload:
     nbytes: int
 
     @classmethod
-    def of(cls, entry: int, geometry: Geometry) -> "Payload":
+    def of(cls, entry: int, entries: Entries) -> "Payload":
         """What a compressed L2 entry says."""
-        masks = CompressedMasks.of(geometry.cluster_bits)
-        host_offset = entry & masks.offset_mask
-        sectors = (entry >> masks.sectors_shift & masks.sectors_mask) + 1
-        return cls(host_offset, sectors * SECTOR_SIZE - host_offset % SECTOR_SIZE)
+        return cls(*entries.payload(entry))
 
     def host_clusters(self, geometry: Geometry) -> range:
         """Numbers of the host clusters it touches; each counts one reference for it."""
@@ -141,18 +137,6 @@ def _zstd_compress() -> Callable[[memoryview], bytes]:
     return zstandard.ZstdCompressor().compress
 
 
-def descriptor(host_offset: int, nbytes: int, cluster_bits: int) -> int:
-    """The L2 entry of a stream.
-
-    Raises: OSError(EFBIG) if it lies where no entry can point.
-    """
-    masks = CompressedMasks.of(cluster_bits)
-    if host_offset + nbytes > masks.offset_mask & OFFSET_LIMIT:
-        raise OSError(errno.EFBIG, f"a compressed cluster cannot be at {host_offset:#x}")
-    sectors = (host_offset + nbytes - 1) // SECTOR_SIZE - host_offset // SECTOR_SIZE
-    return L2_COMPRESSED | sectors << masks.sectors_shift | host_offset
-
-
 class _Unpacking:
     """A cluster being read and decompressed; whoever else wants it waits and takes the outcome."""
 
@@ -170,6 +154,7 @@ class CompressedClusters:
     ) -> None:
         self._file = file
         self._geometry = geometry
+        self._entries = Entries.of(geometry)
         self._unpack = UNPACK[compression_type]
         self._statistics = statistics
         self._kept: OrderedDict[int, Content] = OrderedDict()
@@ -220,7 +205,7 @@ class CompressedClusters:
     async def _read_first(self, entry: int) -> Content:
         unpacking = self._under_way[entry] = _Unpacking()
         try:
-            content = unpacking.content = await self._decompress(Payload.of(entry, self._geometry))
+            content = unpacking.content = await self._decompress(Payload.of(entry, self._entries))
         except BaseException as error:  # passed on to those who wait for it, and raised here
             unpacking.error = error
             raise

@@ -12,6 +12,7 @@ from qcow2.format.header import Extension, Header, pack_header
 from qcow2.format.layout import Compatible, CompressionType, ExtensionMagic, FeatureNameType, HeaderRecord, Incompatible
 from qcow2.format.luks import Encryption
 from qcow2.format.refusal import l1_entries
+from qcow2.plane.entry import Entries, l1_entry
 
 ZERO_PIECE = bytes(1 << 20)
 
@@ -67,6 +68,11 @@ class Options:
     def cluster_size(self) -> int:
         """Bytes."""
         return 1 << self.cluster_bits
+
+    @property
+    def entries(self) -> Entries:
+        """What its L2 tables will hold."""
+        return Entries(self.cluster_bits, self.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +135,11 @@ def plan(options: Options) -> Plan:
     """
     _validate(options)
     cluster_size = options.cluster_size
-    l1_size = max(1, l1_entries(options.size, options.cluster_bits))
+    l1_size = max(1, l1_entries(options.size, options.cluster_bits, options.entries.nbytes))
     l1_clusters = _clusters(l1_size * layout.ENTRY_SIZE, cluster_size)
     is_preallocated = options.preallocation is not Preallocation.OFF
     data_clusters = _clusters(options.size, cluster_size) if is_preallocated else 0
-    l2_clusters = _clusters(data_clusters * layout.ENTRY_SIZE, cluster_size)
+    l2_clusters = _clusters(data_clusters * options.entries.nbytes, cluster_size)
     counted = 1 + l1_clusters + options.luks_clusters + l2_clusters + data_clusters
     table_clusters, block_clusters = refcount_clusters(options, counted)
     return Plan(options, table_clusters, block_clusters, l1_size, l1_clusters, l2_clusters, data_clusters)
@@ -158,13 +164,13 @@ def refcount_clusters(options: Options, counted: int) -> tuple[int, int]:
     return table, blocks
 
 
-def max_size(cluster_bits: int) -> int:
+def max_size(cluster_bits: int, entry_size: int = layout.ENTRY_SIZE) -> int:
     """The largest disk that an L1 table within its limit can map."""
-    return layout.MAX_L1_BYTES // layout.ENTRY_SIZE << 2 * cluster_bits - 3
+    return layout.MAX_L1_BYTES // layout.ENTRY_SIZE * ((1 << 2 * cluster_bits) // entry_size)
 
 
 def _validate(options: Options) -> None:
-    limit = max_size(options.cluster_bits)
+    limit = max_size(options.cluster_bits, options.entries.nbytes)
     if not 0 <= options.size <= limit:
         raise ValueError(f"size {options.size}, limit {limit} with clusters of {options.cluster_size} bytes")
     if options.backing_name is not None and options.preallocation is not Preallocation.OFF:
@@ -248,15 +254,18 @@ def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
     """Each table with its place, one cluster at a time where there may be many."""
     yield plan.table_offset, table_of(plan.block_offset, plan.block_clusters, plan.cluster_size)
     yield from _refcount_blocks(plan)
-    l1 = table_of(layout.COPIED | plan.l2_offset, plan.l2_clusters, plan.cluster_size)
+    l1 = table_of(l1_entry(plan.l2_offset), plan.l2_clusters, plan.cluster_size)
     yield plan.l1_offset, l1 + bytes(plan.l1_size * layout.ENTRY_SIZE - len(l1))
-    per_table = plan.cluster_size // layout.ENTRY_SIZE
+    entries = plan.options.entries
+    per_table = plan.cluster_size // entries.nbytes
     for first in range(0, plan.data_clusters, per_table):
         count = min(per_table, plan.data_clusters - first)
         data_offset = plan.data_offset + first * plan.cluster_size
         host_offset = plan.l2_offset + first // per_table * plan.cluster_size
-        flags = layout.COPIED | (layout.L2_ZERO if plan.options.encryption else 0)  # encrypted, zeros are none
-        yield host_offset, table_of(flags | data_offset, count, plan.cluster_size)
+        made = entries.data(data_offset, count)
+        if plan.options.encryption:  # zeros are none there
+            made = [entries.zeroed(entry, 0, 0) for entry in made]
+        yield host_offset, entries.pack(made)
 
 
 def table_of(first: int, count: int, cluster_size: int) -> bytes:

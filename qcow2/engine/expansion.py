@@ -7,12 +7,12 @@ from array import array
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import File, Read
-from qcow2.engine.mapping import Mapping, entries_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.reading import Reader
 from qcow2.engine.write import Writer
 from qcow2.engine.zeroing import Zeroer
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import L2_COMPRESSED, L2_ZERO, OFFSET_MASK
+from qcow2.plane.entry import Entries, l1_table
 from qcow2.plane.l2cache import Kind, Run
 
 
@@ -41,9 +41,10 @@ async def _placed(run: Run, offset: int, writer: Writer) -> Run:
 
 async def has_zero_flags(file: File, geometry: Geometry, l1: "array[int]") -> bool:
     """Whether a table that *l1* leads to has one."""
+    entries = Entries.of(geometry)
     for entry in l1:
-        if table := entry & OFFSET_MASK:
-            entries = entries_of(await Read(file, table, geometry.cluster_size))
-            if any(each & L2_ZERO and not each & L2_COMPRESSED for each in entries):
+        if table := l1_table(entry):
+            content = await Read(file, table, geometry.cluster_size)
+            if any(map(entries.has_zero_flag, entries.unpack(content))):
                 return True
     return False

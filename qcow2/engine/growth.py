@@ -7,7 +7,7 @@ from array import array
 
 from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
-from qcow2.engine.mapping import Mapping, bytes_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
@@ -17,6 +17,7 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, SECTOR_SIZE
 from qcow2.format.refusal import l1_entries
+from qcow2.plane.entry import bytes_of
 
 
 def grown_size(file: File, header: Header, nbytes: int) -> int:
@@ -29,7 +30,7 @@ def grown_size(file: File, header: Header, nbytes: int) -> int:
     old_size = Geometry.of(record).size
     if size < old_size:
         raise ValueError(f"{file.path}: size {nbytes} is less than the disk has, {old_size}; it can only grow")
-    table_bytes = l1_entries(size, record.cluster_bits) * ENTRY_SIZE
+    table_bytes = l1_entries(size, record.cluster_bits, record.entry_size) * ENTRY_SIZE
     if table_bytes > MAX_L1_BYTES:
         message = f"size {nbytes} needs an L1 table of {table_bytes} bytes, limit {MAX_L1_BYTES}"
         raise ValueError(f"{file.path}: {message} with clusters of {header.cluster_size} bytes")
@@ -72,7 +73,7 @@ class Grower:
             return
         # What the old tables map past the old end, or the backing file holds there, must not show.
         reach = max(self._backing_size, len(self._mapping.l1) << self._geometry.table_bits)
-        await self._require_l1(l1_entries(nbytes, self._geometry.cluster_bits))
+        await self._require_l1(l1_entries(nbytes, self._geometry.cluster_bits, self._geometry.entry_size))
         self._geometry.size = nbytes
         try:
             end = min(nbytes, self._geometry.round_up(reach))

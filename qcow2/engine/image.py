@@ -16,7 +16,7 @@ from qcow2.engine.encryption import Keys, open_data
 from qcow2.engine.expansion import expand_zeros, has_zero_flags
 from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
-from qcow2.engine.mapping import Mapping, entries_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.metadata import active_clusters, snapshot_clusters
 from qcow2.engine.raw import RawImage
 from qcow2.engine.reading import Place, Reader, Seen
@@ -38,6 +38,7 @@ from qcow2.format.layout import (
 )
 from qcow2.format.refusal import l1_entries
 from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_sizes
+from qcow2.plane.entry import words_of
 from qcow2.plane.l2cache import ExtentMap, L2Cache, Run
 from qcow2.plane.linklog import LinkLog
 
@@ -117,7 +118,7 @@ class Image:
             header = await _header_of(file, header, options.snapshot)
         data = await open_data(file, header, options.keys, has_data=options.has_data)
         record = header.record
-        l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+        l1 = words_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         image = cls(file, data, header, l1, backing, options)
         file_size = await Size(file)
         if file_size < record.l1_end:  # an empty end of the L1 table was cut off; nothing may be put in its place
@@ -132,7 +133,7 @@ class Image:
     async def _open_changes(self, header: Header, file_size: int, options: OpenOptions, log: LinkLog | None) -> Changes:
         record = header.record
         nbytes = record.refcount_table_clusters << record.cluster_bits
-        table = entries_of(await Read(self.file, record.refcount_table_offset, nbytes))
+        table = words_of(await Read(self.file, record.refcount_table_offset, nbytes))
         _validate_refcount_table(self.file, record, table, file_size)
         owned = active_clusters(self.file, self.geometry, header, self._mapping.l1, table)
         snapshots = await read_snapshots(self.file, header)
@@ -372,7 +373,7 @@ class Image:
         """
         for snapshot in await self.snapshots():
             record = snapshot.record
-            l1 = entries_of(await Read(self.file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+            l1 = words_of(await Read(self.file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
             if await has_zero_flags(self.file, self.geometry, l1):
                 message = f"snapshot {snapshot.name!r} has zero clusters, which version 2 does not know"
                 raise UnsupportedImage(self.file.path, message)
@@ -490,7 +491,9 @@ async def _header_of(file: File, header: Header, wanted: str) -> Header:
     snapshot = find_snapshot(file.path, await read_snapshots(file, header), wanted)
     record = snapshot.record
     end = record.l1_table_offset + record.l1_size * ENTRY_SIZE
-    if record.l1_size < l1_entries(snapshot.disk_size, header.record.cluster_bits) or end > await Size(file):
+    if record.l1_size < l1_entries(
+        snapshot.disk_size, header.record.cluster_bits, header.record.entry_size
+    ) or end > await Size(file):
         message = f"L1 table of snapshot {wanted!r} is cut off, or too short for {snapshot.disk_size} bytes"
         raise CorruptImage(file.path, record.l1_table_offset, message)
     changed = {"size": snapshot.disk_size, "l1_table_offset": record.l1_table_offset, "l1_size": record.l1_size}

@@ -7,35 +7,19 @@ except for entries that are held: they are in the link log (`qcow2.engine.links`
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
-from sys import byteorder
 
 from qcow2.driver.operation import File, Read, Signal
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.error import CorruptImage, MetadataOverlap
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, OFFSET_MASK
+from qcow2.format.layout import ENTRY_SIZE
 from qcow2.native import ffi, lib
+from qcow2.plane.entry import bytes_of, l1_entry, l1_is_private, l1_is_sound, l1_table
 from qcow2.plane.l2cache import Kind, L2Cache, Run
 
 KNOWN_SLICES = 16  # of a new table: all of it with clusters of 64 KiB
 MISS, BAD = int(Kind.MISS), int(Kind.BAD)
-
-
-def entries_of(data: bytes) -> "array[int]":
-    """The 64-bit entries of a table as it is in the file."""
-    entries = array("Q", data)
-    if byteorder == "little":
-        entries.byteswap()
-    return entries
-
-
-def bytes_of(entries: Iterable[int]) -> bytes:
-    """A table as it is in the file."""
-    swapped = array("Q", entries)
-    if byteorder == "little":
-        swapped.byteswap()
-    return swapped.tobytes()
 
 
 def sort_clusters(clusters: "array[int]") -> None:
@@ -58,6 +42,7 @@ class Mapping:
     ) -> None:
         self.geometry = geometry
         self.cache = cache
+        self.entries = cache.entries
         self.l1 = l1
         self.l1_offset = l1_offset
         self.file_end = 0  # no host cluster begins at or past it
@@ -131,20 +116,20 @@ class Mapping:
 
     def _refuse_entry(self, guest_offset: int, run: Run) -> None:
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
-        message = f"L2 entry {run.entry:#018x} of guest offset {guest_offset:#x}"
-        cluster = self.geometry.cluster_of(run.entry & OFFSET_MASK)
-        if not run.entry & L2_COMPRESSED and self.first_metadata(range(cluster, cluster + 1)) is not None:
+        message = f"L2 entry {self.entries.text(run.entry)} of guest offset {guest_offset:#x}"
+        cluster = self.geometry.cluster_of(run.host_offset)
+        is_stream = self.entries.is_compressed(run.entry)
+        if not is_stream and self.first_metadata(range(cluster, cluster + 1)) is not None:
             raise MetadataOverlap(self._file.path, where, f"{message} names a cluster that holds metadata")
         raise CorruptImage(self._file.path, where, f"{message} is invalid")
 
     def has_table(self, guest_offset: int) -> bool:
         """Whether an L2 table maps *guest_offset*."""
-        return bool(self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK)
+        return bool(l1_table(self.l1[self.geometry.l1_index(guest_offset)]))
 
     def has_private_table(self, guest_offset: int) -> bool:
         """Whether an L2 table that no snapshot shares maps *guest_offset*."""
-        entry = self.l1[self.geometry.l1_index(guest_offset)]
-        return bool(entry & COPIED and entry & OFFSET_MASK)
+        return l1_is_private(self.l1[self.geometry.l1_index(guest_offset)])
 
     def table_offset(self, guest_offset: int) -> int:
         """Host offset of the L2 table of *guest_offset*.
@@ -153,8 +138,8 @@ class Mapping:
         """
         index = self.geometry.l1_index(guest_offset)
         entry = self.l1[index]
-        offset = entry & OFFSET_MASK
-        if entry & L1_RESERVED or offset % self.geometry.cluster_size or offset >= self.file_end:
+        offset = l1_table(entry)
+        if not l1_is_sound(entry, self.geometry.cluster_size) or offset >= self.file_end:
             where = self.l1_offset + index * ENTRY_SIZE
             raise CorruptImage(self._file.path, where, f"L1 entry {index} is invalid: {entry:#018x}")
         return offset
@@ -190,7 +175,7 @@ class Mapping:
         One metadata write; process-safe on return. The caller holds the lock of the clusters.
         """
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
-        await self._stability.write(where, bytes_of(entries))
+        await self._stability.write(where, self.entries.pack(entries))
         number = self.geometry.slice_of(guest_offset)
         if number in self._loading:
             self._outdated.add(number)
@@ -255,9 +240,9 @@ class Mapping:
     async def set_table(self, guest_offset: int, host_offset: int) -> None:
         """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""
         index = self.geometry.l1_index(guest_offset)
-        entry = host_offset | COPIED
+        entry = l1_entry(host_offset)
         await self._stability.write(self.l1_offset + index * ENTRY_SIZE, bytes_of([entry]))
-        if old := self.l1[index] & OFFSET_MASK:  # it may become free: the COPIED flag can lag behind the refcount
+        if old := l1_table(self.l1[index]):  # it may become free: the COPIED flag can lag behind the refcount
             self.disown_metadata([old >> self.geometry.cluster_bits])
         self.own_metadata([host_offset >> self.geometry.cluster_bits])
         self.l1[index] = entry

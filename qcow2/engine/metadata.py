@@ -6,13 +6,14 @@ Bitmaps are not among them: the first change voids them (`qcow2.engine.root`), b
 from array import array
 
 from qcow2.driver.operation import File, Read
-from qcow2.engine.mapping import entries_of, sort_clusters
+from qcow2.engine.mapping import sort_clusters
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, OFFSET_MASK, HeaderRecord
+from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, HeaderRecord
 from qcow2.format.snapshot import SnapshotTable
 from qcow2.native import ffi, lib
+from qcow2.plane.entry import l1_table, words_of
 
 MAX_SNAPSHOT_CLUSTERS = 1 << 20  # clusters with tables of snapshots that are kept in memory, 8 bytes each
 
@@ -45,7 +46,7 @@ def _led_to(entries: "array[int]", cluster_bits: int) -> "array[int]":
     """The clusters that the *entries* of a table lead to."""
     clusters = array("Q", bytes(len(entries) * ENTRY_SIZE))
     found, into = ffi.from_buffer("uint64_t[]", entries), ffi.from_buffer("uint64_t[]", clusters)
-    n = lib.clusters_of(found, len(entries), OFFSET_MASK, cluster_bits, into)
+    n = lib.clusters_of(found, len(entries), cluster_bits, into)
     ffi.release(into)
     del clusters[n:]
     return clusters
@@ -72,9 +73,9 @@ async def snapshot_clusters(
     for host_offset, nbytes in _l1_tables(table):
         add(host_offset, nbytes)
         if host_offset + nbytes <= file_size:
-            for entry in set(entries_of(await Read(file, host_offset, nbytes))):
-                if entry & OFFSET_MASK:
-                    add(entry & OFFSET_MASK, geometry.cluster_size)
+            for entry in set(words_of(await Read(file, host_offset, nbytes))):
+                if l1_table(entry):
+                    add(l1_table(entry), geometry.cluster_size)
     return array("Q", sorted(clusters))
 
 

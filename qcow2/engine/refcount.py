@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from qcow2.driver.buffer import zeroed
 from qcow2.driver.operation import File, Read
-from qcow2.engine.mapping import bytes_of
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.stability import Stability
 from qcow2.error import CorruptImage, no_memory
@@ -22,6 +21,7 @@ from qcow2.format.layout import (
     MAX_REFCOUNT_TABLE_BYTES,
 )
 from qcow2.native import ffi, lib
+from qcow2.plane.entry import bytes_of
 from qcow2.plane.tally import Tally
 
 CACHE_BYTES = 4 << 20

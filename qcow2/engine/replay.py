@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from qcow2.driver.operation import File, Read, Size, Sync, Write
 from qcow2.engine.bitmaptable import load_bitmaps
-from qcow2.engine.mapping import bytes_of, entries_of
 from qcow2.error import CorruptImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
-from qcow2.format.layout import COPIED, ENTRY_SIZE, L1_RESERVED, L2_COMPRESSED, L2_RESERVED, L2_ZERO, OFFSET_MASK
+from qcow2.format.layout import ENTRY_SIZE
+from qcow2.plane.entry import Entries, l1_is_private, l1_is_sound, l1_table, words_of
 from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link
 
 
@@ -37,10 +37,10 @@ async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
     links, dropped = target.accept(links)
     wanted: list[Link] = []
     for first, group in by_slice(target.geometry, links):
-        entries = entries_of(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
+        entries = target.entries.unpack(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
         for link in group:
             entry = entries[link.cluster % len(entries)]
-            if (entry ^ link.old_entry) & (COPIED - 1) == 0:
+            if target.entries.is_alike(entry, link.old_entry):
                 wanted.append(link)
             elif entry != link.new_entry:
                 dropped += 1
@@ -57,7 +57,7 @@ async def are_in(file: File, header: Header, links: Iterable[Link]) -> bool:
     target = await Target.of(file, header)
     accepted, dropped = target.accept(links)
     for first, group in by_slice(target.geometry, accepted):
-        entries = entries_of(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
+        entries = target.entries.unpack(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
         dropped += sum(entries[link.cluster % len(entries)] != link.new_entry for link in group)
     return dropped == 0
 
@@ -71,17 +71,17 @@ async def clear_mark(file: File) -> None:
 async def _write(file: File, target: "Target", links: list[Link]) -> None:
     """First the data once more: a sync of the dead process may have failed, and the host think it written since."""
     for link in links:
-        host_offset = link.new_entry & OFFSET_MASK
+        host_offset = target.entries.host_offset(link.new_entry)
         await Write(file, host_offset, await Read(file, host_offset, target.geometry.cluster_size))
     await Sync(file)
     for link in links:
-        await Write(file, target.entry_offset(link.cluster), bytes_of([link.new_entry]))
+        await Write(file, target.entry_offset(link.cluster), target.entries.pack([link.new_entry]))
     await Sync(file)
 
 
 def by_slice(geometry: Geometry, links: Iterable[Link]) -> Iterator[tuple[int, list[Link]]]:
     """*links* by the slice that maps them: (its first guest cluster, links)."""
-    per_slice = geometry.slice_bytes // ENTRY_SIZE
+    per_slice = geometry.slice_bytes // geometry.entry_size
     groups: dict[int, list[Link]] = {}
     for link in links:
         groups.setdefault(link.cluster // per_slice * per_slice, []).append(link)
@@ -93,6 +93,7 @@ class Target:
     """As much of the image as says which links it can take."""
 
     geometry: Geometry
+    entries: Entries
     l1: "list[int]"
     file_end: int
     tables: set[int]  # host clusters of the header, the tables and the refcount blocks
@@ -104,19 +105,19 @@ class Target:
         record = header.record
         geometry = Geometry.of(record)
         file_end = geometry.round_up(await Size(file))
-        l1 = entries_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
+        l1 = words_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         nbytes = record.refcount_table_clusters << record.cluster_bits
-        blocks = entries_of(await Read(file, record.refcount_table_offset, nbytes))
+        blocks = words_of(await Read(file, record.refcount_table_offset, nbytes))
         tables = {0}
         tables.update(_clusters(geometry, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         tables.update(_clusters(geometry, record.refcount_table_offset, nbytes))
         tables.update(_clusters(geometry, *header.luks_area))
-        tables.update(geometry.cluster_of(entry & OFFSET_MASK) for entry in l1)
+        tables.update(geometry.cluster_of(l1_table(entry)) for entry in l1)
         tables.update(geometry.cluster_of(entry) for entry in blocks)
         owned: Iterable[int] = ()
         with suppress(CorruptImage):
             _, owned = await load_bitmaps(file, header, geometry, tables.__contains__)
-        return cls(geometry, list(l1), file_end, tables, tables.union(owned))
+        return cls(geometry, Entries.of(geometry), list(l1), file_end, tables, tables.union(owned))
 
     def accept(self, links: Iterable[Link]) -> tuple[list[Link], int]:
         """Those of *links* that may be true, the newest of each guest cluster; and how many may not."""
@@ -124,7 +125,7 @@ class Target:
         taken: set[int] = set()
         accepted = []
         for link in newest.values():
-            host_offset = link.new_entry & OFFSET_MASK
+            host_offset = self.entries.host_offset(link.new_entry)
             if self._has_place(link.cluster) and self._is_data(link.new_entry) and host_offset not in taken:
                 taken.add(host_offset)
                 accepted.append(link)
@@ -135,23 +136,20 @@ class Target:
         if cluster >= self.geometry.clusters(self.geometry.size):
             return False
         entry = self.l1[cluster << self.geometry.cluster_bits >> self.geometry.table_bits]
-        offset = entry & OFFSET_MASK
-        is_sound = not entry & L1_RESERVED and offset % self.geometry.cluster_size == 0 and 0 < offset < self.file_end
-        return bool(entry & COPIED) and is_sound
+        return (
+            l1_is_private(entry) and l1_is_sound(entry, self.geometry.cluster_size) and l1_table(entry) < self.file_end
+        )
 
     def _is_data(self, entry: int) -> bool:
         """Whether *entry* names a host cluster that data can be in."""
-        offset = entry & OFFSET_MASK
-        if not entry & COPIED or entry & (L2_COMPRESSED | L2_RESERVED | L2_ZERO):
-            return False
-        if offset % self.geometry.cluster_size or not 0 < offset < self.file_end:
-            return False
-        return self.geometry.cluster_of(offset) not in self.metadata
+        offset = self.entries.host_offset(entry)
+        is_there = self.entries.is_data(entry) and offset < self.file_end
+        return is_there and self.geometry.cluster_of(offset) not in self.metadata
 
     def entry_offset(self, cluster: int) -> int:
         """Where in the file the L2 entry of guest *cluster* is."""
         guest_offset = cluster << self.geometry.cluster_bits
-        table = self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK
+        table = l1_table(self.l1[self.geometry.l1_index(guest_offset)])
         return table + self.geometry.entry_offset(guest_offset)
 
 

@@ -10,7 +10,7 @@ from array import array
 from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping, bytes_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.root import Root
 from qcow2.engine.snapshots import Snapshots
 from qcow2.engine.stability import Stability
@@ -18,7 +18,8 @@ from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
-from qcow2.format.layout import COPIED, ENTRY_SIZE, OFFSET_MASK, SECTOR_SIZE, ExtensionMagic
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, ExtensionMagic
+from qcow2.plane.entry import bytes_of, l1_shared, l1_table
 from qcow2.plane.l2cache import Kind
 
 
@@ -104,13 +105,13 @@ class Shedder:
     async def _drop_tables(self, first: int) -> None:
         """Let the L1 entries from index *first* on be empty, and what they led to free."""
         l1 = self._mapping.l1
-        dropped = array("Q", [entry & ~COPIED for entry in l1[first:]])
+        dropped = l1_shared(l1[first:])
         if not any(dropped):
             return
         tree = await self._snapshots.count(dropped)
         empty = array("Q", bytes(len(dropped) * ENTRY_SIZE))
         await self._stability.write(self._mapping.l1_offset + first * ENTRY_SIZE, bytes_of(empty))
         bits = self._geometry.cluster_bits
-        self._mapping.disown_metadata([(entry & OFFSET_MASK) >> bits for entry in dropped if entry & OFFSET_MASK])
+        self._mapping.disown_metadata([l1_table(entry) >> bits for entry in dropped if l1_table(entry)])
         self._mapping.forget(l1[:first] + empty)
         await self._snapshots.let_go(tree)

@@ -7,11 +7,11 @@ copy at worst. Each change is one write of the header; what it points at is stab
 """
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from qcow2.driver.operation import File, Read, Size
 from qcow2.engine.allocation import Allocator
-from qcow2.engine.mapping import Mapping, bytes_of, entries_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.metadata import snapshot_clusters
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
@@ -19,9 +19,10 @@ from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_COMPRESSED, OFFSET_MASK
+from qcow2.format.layout import ENTRY_SIZE
 from qcow2.format.refusal import l1_entries
 from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots, require_sizes
+from qcow2.plane.entry import bytes_of, l1_flagged, l1_is_private, l1_shared, l1_table, words_of
 from qcow2.plane.tally import Role, Tally
 
 STEP = 1 << 16  # references that are let go of at a time
@@ -59,7 +60,7 @@ class Snapshots:
 
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if refcounts are too narrow.
         """
-        l1 = array("Q", (entry & ~COPIED for entry in self._mapping.l1))
+        l1 = l1_shared(self._mapping.l1)
         tree = await self.count(l1)
         await self._require_room(tree)
         areas: list[range] = []
@@ -86,7 +87,7 @@ class Snapshots:
         """
         self._require_applicable(snapshot)
         l1 = await self._l1_of(snapshot)
-        nentries = max(len(l1), l1_entries(snapshot.disk_size, self._geometry.cluster_bits))
+        nentries = max(len(l1), l1_entries(snapshot.disk_size, self._geometry.cluster_bits, self._geometry.entry_size))
         l1.extend([0] * (nentries - len(l1)))
         tree, old = await self.count(l1), await self.count(self._mapping.l1)
         await self._require_room(tree)
@@ -136,8 +137,7 @@ class Snapshots:
         if record.l1_table_offset % self._geometry.cluster_size or record.l1_table_offset + nbytes > await self._end():
             message = f"L1 table of snapshot {snapshot.name!r} cannot lie at {record.l1_table_offset:#x}"
             raise CorruptImage(self._file.path, record.l1_table_offset, message)
-        entries = entries_of(await Read(self._file, record.l1_table_offset, nbytes))
-        return array("Q", (entry & ~COPIED for entry in entries))
+        return l1_shared(words_of(await Read(self._file, record.l1_table_offset, nbytes)))
 
     async def _end(self) -> int:
         size: int = await Size(self._file)
@@ -147,14 +147,14 @@ class Snapshots:
         """What the L2 tables of *l1*, and these, refer to. Raises: CorruptImage."""
         geometry = self._geometry
         end = await self._end()
-        tally = Tally(geometry.clusters(end), geometry.cluster_bits, geometry.version, end)
+        tally = Tally(geometry.clusters(end), self._mapping.entries, end)
         for index, table in self._tables(l1):
             if table % geometry.cluster_size or table >= end or tally.has(table >> geometry.cluster_bits, Role.L2):
                 raise CorruptImage(self._file.path, table, f"L1 entry {index} is invalid: {l1[index]:#018x}")
             tally.add(table >> geometry.cluster_bits, 1, Role.L2)
             found = tally.add_l2(await Read(self._file, table, geometry.cluster_size), 1)
             if found.suspects:
-                where = table + found.suspects[0] * ENTRY_SIZE
+                where = table + found.suspects[0] * geometry.entry_size
                 raise CorruptImage(self._file.path, where, f"L2 entry at {where:#x} is invalid")
         return tally
 
@@ -165,7 +165,7 @@ class Snapshots:
     @staticmethod
     def _tables(l1: "array[int]") -> Iterator[tuple[int, int]]:
         """Index and host offset of each L2 table."""
-        return ((index, entry & OFFSET_MASK) for index, entry in enumerate(l1) if entry & OFFSET_MASK)
+        return ((index, l1_table(entry)) for index, entry in enumerate(l1) if l1_table(entry))
 
     async def _write_area(self, content: bytes) -> range:
         """*content* in clusters of its own, stable after the next sync; none for none."""
@@ -185,17 +185,16 @@ class Snapshots:
                 await self._stability.write(self._mapping.l1_offset, bytes_of(l1))
                 self._mapping.l1[:] = l1
             for _, table in self._tables(l1):
-                old = entries_of(await Read(self._file, table, self._geometry.cluster_size))
-                await self._change(table, old, [entry & ~COPIED for entry in old])
+                old = await Read(self._file, table, self._geometry.cluster_size)
+                await self._change(table, old, self._mapping.entries.shared(old))
             await self._stability.sync()
         finally:
             self._mapping.cache.resize()  # forget the entries as they were
 
-    async def _change(self, host_offset: int, old: "array[int]", new: Iterable[int]) -> None:
+    async def _change(self, host_offset: int, old: bytes, new: bytes) -> None:
         """Write the table at *host_offset* if it is *new*."""
-        changed = array("Q", new)
-        if changed != old:
-            await self._stability.write(host_offset, bytes_of(changed))
+        if new != old:
+            await self._stability.write(host_offset, new)
 
     async def _raise(self, tree: Tally) -> None:
         """Count what *tree* counts once more, stable on return."""
@@ -260,25 +259,19 @@ class Snapshots:
         """Set the COPIED flag of what counts one, and of nothing else, in the active tables; stable on return."""
         try:
             l1 = self._mapping.l1
-            new = await self._flagged(l1)
-            for _, table in self._tables(array("Q", (entry for entry in new if entry & COPIED))):
-                old = entries_of(await Read(self._file, table, self._geometry.cluster_size))
-                await self._change(table, old, await self._flagged(old))
-            await self._change(self._mapping.l1_offset, l1, new)
-            l1[:] = array("Q", new)
+            bits = self._geometry.cluster_bits
+            new = l1_flagged(l1, await self._alone([table >> bits for _, table in self._tables(l1)]), bits)
+            for _, table in self._tables(array("Q", filter(l1_is_private, new))):
+                old = await Read(self._file, table, self._geometry.cluster_size)
+                entries = self._mapping.entries
+                await self._change(table, old, entries.flagged(old, await self._alone(entries.clusters(old))))
+            await self._change(self._mapping.l1_offset, bytes_of(l1), bytes_of(new))
+            l1[:] = new
             await self._stability.sync()
         finally:
             self._mapping.cache.resize()
 
-    async def _flagged(self, table: "array[int]") -> list[int]:
-        """The entries of *table* with COPIED flags as the counts say."""
-        bits = self._geometry.cluster_bits
-        named = [(entry & OFFSET_MASK) >> bits for entry in table if entry & OFFSET_MASK and not entry & L2_COMPRESSED]
+    async def _alone(self, clusters: list[int]) -> set[int]:
+        """Those of the host *clusters* that count one."""
         async with self._refcounts.mutex.hold():
-            alone = set(await self._refcounts.last_references(named))
-        return [
-            entry
-            if entry & L2_COMPRESSED
-            else entry & ~COPIED | (COPIED if (entry & OFFSET_MASK) >> bits in alone else 0)
-            for entry in table
-        ]
+            return set(await self._refcounts.last_references(clusters))

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from qcow2.driver.operation import File, Grace, Read
-from qcow2.engine.mapping import Mapping, bytes_of, entries_of
+from qcow2.engine.mapping import Mapping
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.error import CorruptImage, ImageError, no_memory
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED, ENTRY_SIZE
+from qcow2.format.layout import ENTRY_SIZE
 from qcow2.judge.census import Census, take_census
 from qcow2.judge.check import is_table_alone, miscopied
 from qcow2.judge.report import Report
+from qcow2.plane.entry import words_of
 from qcow2.plane.tally import stored_refcount
 
 MAX_UNASKED_BYTES = 64 << 20  # of L2 tables: disks of 512 GiB with clusters of 64 KiB
@@ -132,10 +133,11 @@ class Uncounted:
             if not is_table_alone(census, census.cluster_of(found.host_offset)):
                 continue
             for index in found.indexes:
-                entry = int.from_bytes(found.data[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE], "big")
-                if entry & COPIED:
-                    await self._stability.write(found.host_offset + index * ENTRY_SIZE, bytes_of([entry ^ COPIED]))
-        self._mapping.forget(entries_of(await self._active_l1()))
+                entry = found.entries.at(found.data, index)
+                if found.entries.is_copied(entry):
+                    changed = found.entries.pack([found.entries.flipped(entry)])
+                    await self._stability.write(found.host_offset + index * found.entries.nbytes, changed)
+        self._mapping.forget(words_of(await self._active_l1()))
 
     async def _active_l1(self) -> bytes:
         record = self._root.header.record

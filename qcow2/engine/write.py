@@ -17,7 +17,7 @@ from qcow2.engine.statistics import Statistics
 from qcow2.engine.table import Tables
 from qcow2.engine.turns import Turns
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED, SECTOR_SIZE
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.l2cache import Kind, Run
 
 # Plain ints: these are compared for every request.
@@ -241,22 +241,18 @@ class Writer:
 
     async def _link(self, run: Run, first: int, nclusters: int, host_offset: int) -> None:
         """Let *nclusters* guest clusters from number *first* on, the front of *run*, be the data at *host_offset*."""
-        await self._mapping.link(first << self._geometry.cluster_bits, self._entries(nclusters, host_offset))
+        await self._mapping.link(
+            first << self._geometry.cluster_bits, self._mapping.entries.data(host_offset, nclusters)
+        )
         if run.kind not in HOLDS_NOTHING:
             await self._reaper.free(self.host_clusters(run, nclusters))
 
     async def _link_over(self, run: Run, first: int, nclusters: int, host_offset: int) -> None:
         """The same, once the data is stable: without it the guest would miss what *run* shows."""
         freed = () if run.kind == ZERO_ALLOCATED and run.copied else self.host_clusters(run, nclusters)
-        step = 1 << self._geometry.cluster_bits if run.kind in (DATA, ZERO_ALLOCATED) else 0
-        old_entries = [run.entry + ahead * step for ahead in range(nclusters)]
-        entries = self._entries(nclusters, host_offset)
+        old_entries = self._mapping.entries.moved(run.entry, nclusters)
+        entries = self._mapping.entries.data(host_offset, nclusters)
         await self._links.link(first << self._geometry.cluster_bits, old_entries, entries, freed)
-
-    def _entries(self, nclusters: int, host_offset: int) -> list[int]:
-        """L2 entries of clusters that are theirs alone."""
-        bits = self._geometry.cluster_bits
-        return [host_offset + (ahead << bits) | COPIED for ahead in range(nclusters)]
 
     def host_clusters(self, run: Run, nclusters: int) -> Sequence[int]:
         """The host clusters that the first *nclusters* guest clusters of *run* refer to."""
@@ -265,6 +261,6 @@ class Writer:
                 start = self._geometry.cluster_of(run.host_offset)
                 return range(start, start + nclusters)
             case Kind.COMPRESSED:
-                return Payload.of(run.entry, self._geometry).host_clusters(self._geometry)
+                return Payload.of(run.entry, self._mapping.entries).host_clusters(self._geometry)
             case _:
                 return ()

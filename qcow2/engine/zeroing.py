@@ -8,7 +8,6 @@ from qcow2.engine.reaper import Reaper
 from qcow2.engine.table import Tables
 from qcow2.engine.write import Writer
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import COPIED, L2_ZERO
 from qcow2.plane.l2cache import Kind, Run
 
 
@@ -36,7 +35,6 @@ class Zeroer:
         self._reaper = reaper
         # Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows.
         self._can_say_zero = geometry.version >= 3 or not has_backing
-        self._zero_entry = L2_ZERO if geometry.version >= 3 else 0
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; clusters it covers are let go with *unmap*, kept without if they can be."""
@@ -118,10 +116,9 @@ class Zeroer:
         nclusters = self._geometry.clusters(run.nbytes)
         if self._links.is_waiting(guest_offset, nclusters):
             await self._links.commit()
+        entries = self._mapping.entries
         if keep and run.kind == Kind.DATA and run.copied:
-            bits = self._geometry.cluster_bits
-            entries = [run.host_offset + (ahead << bits) | COPIED | L2_ZERO for ahead in range(nclusters)]
-            await self._mapping.link(guest_offset, entries)
+            await self._mapping.link(guest_offset, entries.moved(entries.zeroed(run.entry, 0, 0), nclusters))
             return
-        await self._mapping.link(guest_offset, [self._zero_entry] * nclusters)
+        await self._mapping.link(guest_offset, [entries.zeros] * nclusters)
         await self._reaper.free(self._writer.host_clusters(run, nclusters))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, HeaderRecord
+from qcow2.format.layout import SECTOR_SIZE, SUBCLUSTERS, HeaderRecord
 
 SLICE_BYTES = 4096  # the unit in which L2 tables are read and cached, unless a cluster is smaller
 
@@ -14,6 +14,9 @@ class Geometry:
     version: int
     cluster_bits: int
     cluster_size: int
+    has_subclusters: bool
+    subcluster_size: int  # the cluster's where it has none
+    entry_size: int  # of an L2 table, bytes
     size: int  # guest bytes, a multiple of 512
     table_bits: int  # log2 of the guest bytes that one L2 table maps
     slice_bytes: int
@@ -26,14 +29,18 @@ class Geometry:
         """The geometry of a validated header."""
         bits = record.cluster_bits
         slice_bytes = min(1 << bits, SLICE_BYTES)
+        entry_size = record.entry_size
         return cls(
             version=record.version,
             cluster_bits=bits,
             cluster_size=1 << bits,
+            has_subclusters=record.has_subclusters,
+            subcluster_size=(1 << bits) // (SUBCLUSTERS if record.has_subclusters else 1),
+            entry_size=entry_size,
             size=record.size // SECTOR_SIZE * SECTOR_SIZE,  # as QEMU rounds
-            table_bits=bits + bits - 3,
+            table_bits=bits + ((1 << bits) // entry_size).bit_length() - 1,
             slice_bytes=slice_bytes,
-            slice_bits=bits + (slice_bytes // ENTRY_SIZE).bit_length() - 1,
+            slice_bits=bits + (slice_bytes // entry_size).bit_length() - 1,
             refcount_order=record.refcount_order,
             block_bits=bits + 3 - record.refcount_order,
         )
@@ -60,7 +67,7 @@ class Geometry:
 
     def entry_offset(self, guest_offset: int) -> int:
         """Where in its L2 table the entry of *guest_offset* lies, in bytes."""
-        return (guest_offset >> self.cluster_bits) * ENTRY_SIZE % self.cluster_size
+        return (guest_offset >> self.cluster_bits) * self.entry_size % self.cluster_size
 
     def slice_of(self, guest_offset: int) -> int:
         """Number of the slice, counted over the whole disk, that maps *guest_offset*."""

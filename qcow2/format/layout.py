@@ -114,6 +114,16 @@ class HeaderRecord:
     compression_type: int = 0
 
     @property
+    def has_subclusters(self) -> bool:
+        """Whether the entries of L2 tables are extended."""
+        return bool(self.incompatible_features & Incompatible.EXTENDED_L2)
+
+    @property
+    def entry_size(self) -> int:
+        """Bytes of an entry of an L2 table."""
+        return EXTENDED_ENTRY_SIZE if self.has_subclusters else ENTRY_SIZE
+
+    @property
     def l1_end(self) -> int:
         """Where the L1 table ends in the file; 0 if there is none."""
         return self.l1_table_offset + self.l1_size * ENTRY_SIZE if self.l1_size else 0
@@ -175,37 +185,16 @@ class FeatureNameType(IntEnum):
     AUTOCLEAR = 2
 
 
-# Table entries. Offsets occupy bits 9-55; what is neither offset nor named flag is reserved and must be zero.
+# Table entries; what is in those of L1 and L2 tables only `qcow2.plane.entry` knows.
 ENTRY_SIZE = 8
-OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
-COPIED = 1 << 63  # refcount is exactly one
-L1_RESERVED = 0x7F00_0000_0000_01FF
-L2_COMPRESSED = 1 << 62
-L2_ZERO = 1 << 0  # reads as zeros; version 3 without extended L2
-L2_RESERVED = 0x3F00_0000_0000_01FE  # of a standard entry
+EXTENDED_ENTRY_SIZE = 16  # of L2 tables with subclusters
+SUBCLUSTERS = 32  # of a cluster that has any
+MIN_CLUSTER_BITS_OF_SUBCLUSTERS = 14
 REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 REFCOUNT_TABLE_RESERVED = 0x1FF
-BITMAP_ENTRY_OFFSET_MASK = OFFSET_MASK
+BITMAP_ENTRY_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 BITMAP_ENTRY_ALL_ONES = 1 << 0  # only where the offset is 0
 BITMAP_ENTRY_RESERVED = 0xFF00_0000_0000_01FE
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedMasks:
-    """How a compressed L2 entry divides into a byte offset and a count of additional sectors.
-
-    The payload occupies `(additional + 1) * 512 - host_offset % 512` bytes at most.
-    """
-
-    offset_mask: int
-    sectors_shift: int
-    sectors_mask: int  # after the shift
-
-    @classmethod
-    def of(cls, cluster_bits: int) -> Self:
-        """The masks of an image with clusters of 2 ** *cluster_bits* bytes."""
-        offset_bits = 62 - (cluster_bits - 8)
-        return cls((1 << offset_bits) - 1, offset_bits, (1 << (cluster_bits - 8)) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def _validate_l1(file: File, record: HeaderRecord, file_size: int) -> None:
     nbytes = record.l1_size * layout.ENTRY_SIZE
     if nbytes > layout.MAX_L1_BYTES:
         raise UnsupportedImage(file.path, f"l1_size {record.l1_size}, limit {layout.MAX_L1_BYTES // layout.ENTRY_SIZE}")
-    needed = l1_entries(record.size, record.cluster_bits)
+    needed = l1_entries(record.size, record.cluster_bits, record.entry_size)
     if record.l1_size < needed:
         message = f"l1_size {record.l1_size}, a disk of {record.size} bytes needs {needed}"
         raise CorruptImage(file.path, 36, message)
@@ -87,10 +87,9 @@ def _validate_l1(file: File, record: HeaderRecord, file_size: int) -> None:
         _validate_table(file, "l1_table_offset", 40, where, nbytes, record.cluster_bits, file_size, slack)
 
 
-def l1_entries(size: int, cluster_bits: int) -> int:
-    """How many L1 entries a disk of *size* bytes needs."""
-    covered_bits = 2 * cluster_bits - 3
-    return -(-size >> covered_bits)
+def l1_entries(size: int, cluster_bits: int, entry_size: int) -> int:
+    """How many L1 entries a disk of *size* bytes needs, with L2 entries of *entry_size* bytes."""
+    return -(-size // (((1 << cluster_bits) // entry_size) << cluster_bits))
 
 
 def _validate_table(

@@ -33,9 +33,12 @@ class Snapshot:
         """Whether it says all that version 3 asks for."""
         return len(self.extra) >= SIZES_BYTES
 
-    def completed(self, cluster_bits: int) -> "Snapshot":
-        """The same, complete: a disk as long as the image's, but no longer than its own L1 table reaches."""
-        disk_size = min(self.disk_size, self.record.l1_size << 2 * cluster_bits - 3)
+    def completed(self, table_bytes: int) -> "Snapshot":
+        """The same, complete: a disk as long as the image's, but no longer than its own L1 table reaches.
+
+        An L2 table maps *table_bytes* of it.
+        """
+        disk_size = min(self.disk_size, self.record.l1_size * table_bytes)
         extra = SNAPSHOT_EXTRA.pack(self.vm_state_size, disk_size, 0)[:SIZES_BYTES]
         return replace(self, record=replace(self.record, extra_data_size=SIZES_BYTES), disk_size=disk_size, extra=extra)
 

@@ -53,7 +53,7 @@ def _data_bytes(options: Options) -> int:
 
 def _fully_allocated(options: Options) -> int:
     data = _clusters(options.size, options)
-    l2 = _clusters(data * ENTRY_SIZE, options)
+    l2 = _clusters(data * options.entries.nbytes, options)
     l1 = _clusters(l2 * ENTRY_SIZE, options)
     counted = 1 + l1 + l2 + data + options.luks_clusters
     return (counted + sum(refcount_clusters(options, counted))) * options.cluster_size

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from qcow2.driver.operation import Compute, File, Write
-from qcow2.engine.compressed import descriptor, packer
+from qcow2.engine.compressed import packer
 from qcow2.engine.create import Options
 from qcow2.engine.image import Image
 from qcow2.engine.raw import RawImage
@@ -76,7 +76,7 @@ class NewCompressedImage(NewImage):
             self._add(host + 1)
         start = (host << bits) + inside
         self._cursor = start + nbytes
-        self._set(cluster, descriptor(start, nbytes, bits))
+        self._set(cluster, self._entries.descriptor(start, nbytes))
         return start
 
     def _count(self, host: int) -> int:

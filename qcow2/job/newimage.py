@@ -17,10 +17,10 @@ from qcow2.engine.create import (
     table_of,
 )
 from qcow2.engine.image import Image
-from qcow2.engine.mapping import bytes_of
 from qcow2.engine.raw import RawImage
-from qcow2.format.layout import COPIED, ENTRY_SIZE, L2_ZERO, SECTOR_SIZE
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
 from qcow2.job.target import Runs
+from qcow2.plane.entry import bytes_of, l1_entry
 
 Place = list[tuple[int, int, int]]  # (first cluster of the range, after its last, first host cluster)
 
@@ -39,8 +39,9 @@ class NewImage:
         self._reads_zeros = reads_zeros
         self._whole = plan(options)
         self._l1 = array("Q", bytes(self._whole.l1_size * ENTRY_SIZE))
-        self._tables: dict[int, array[int]] = {}
-        self._entries = options.cluster_size // ENTRY_SIZE  # of one table
+        self._tables: dict[int, list[int]] = {}
+        self._entries = options.entries
+        self._per_table = options.cluster_size // self._entries.nbytes
         self._next = 1 + self._whole.l1_clusters  # host cluster
 
     @property
@@ -94,22 +95,23 @@ class NewImage:
         """Host clusters for guest clusters."""
         host = self._next
         self._next += high - low
-        for cluster in range(low, high):
-            self._set(cluster, host + cluster - low << self._options.cluster_bits | COPIED)
+        placed = self._entries.data(host << self._options.cluster_bits, high - low)
+        for cluster, entry in enumerate(placed, low):
+            self._set(cluster, entry)
         return host
 
     def _set(self, cluster: int, entry: int) -> None:
-        index, inside = divmod(cluster, self._entries)
+        index, inside = divmod(cluster, self._per_table)
         table = self._tables.get(index)
         if table is None:
-            table = self._tables[index] = array("Q", bytes(self.unit))
+            table = self._tables[index] = [0] * self._per_table
         table[inside] = entry
 
     def _hide(self, first: int, last: int, taken: list[tuple[int, int]]) -> None:
         """Say zeros where the backing file would show."""
         for low, high in [*taken, (last, last)]:
             for cluster in range(first, min(low, last)):
-                self._set(cluster, L2_ZERO)
+                self._set(cluster, self._entries.zeros)
             first = max(first, high)
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
@@ -132,7 +134,7 @@ class NewImage:
         """Leave it out, unless something would show or it shall have its clusters."""
         if not self._maps_all and offset >= self._backing_size:
             return
-        span = self._entries * self.unit
+        span = self._per_table * self.unit
         end = offset + nbytes
         while offset < end:  # a table at a time: they may be many
             stop = min(end, offset - offset % span + span)
@@ -146,7 +148,7 @@ class NewImage:
 
     async def settle(self, offset: int) -> None:
         """Write the tables that are complete."""
-        span = self._entries * self.unit
+        span = self._per_table * self.unit
         for index in [index for index in self._tables if (index + 1) * span <= offset]:
             await self._write_table(index)
 
@@ -156,8 +158,8 @@ class NewImage:
             return
         host_offset = self._next << self._options.cluster_bits
         self._next += 1
-        self._l1[index] = host_offset | COPIED
-        await Write(self._file, host_offset, bytes_of(table))
+        self._l1[index] = l1_entry(host_offset)
+        await Write(self._file, host_offset, self._entries.pack(table))
 
     async def finish(self) -> None:
         """Tables, refcounts, and once they are stable the header."""

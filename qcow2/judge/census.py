@@ -10,9 +10,10 @@ from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, CompressedMasks, HeaderRecord
+from qcow2.format.layout import ENTRY_SIZE, HeaderRecord
 from qcow2.format.snapshot import SIZES_BYTES, Snapshot, read_snapshots
 from qcow2.judge.report import Report
+from qcow2.plane.entry import Entries, l1_has_reserved_bits, l1_table
 from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
 
 Progress = Callable[[int, int], None]  # tables done, of how many
@@ -133,7 +134,11 @@ def _begin(file: File, header: Header, file_size: int, report: Report) -> Census
     report.total_clusters = -(-record.size >> record.cluster_bits)
     plausible = clusters + report.total_clusters
     plausible += plausible // 32 + MIN_SLACK
-    tally = Tally(min(plausible, MAX_CLUSTERS + MIN_SLACK), record.cluster_bits, record.version, file_size)
+    tally = Tally(
+        min(plausible, MAX_CLUSTERS + MIN_SLACK),
+        Entries(record.cluster_bits, record.version, has_subclusters=record.has_subclusters),
+        file_size,
+    )
     return Census(file, header, file_size, tally, report)
 
 
@@ -147,10 +152,9 @@ async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, 
         index += 1
         if not entry:
             continue
-        if entry & layout.L1_RESERVED:
+        if l1_has_reserved_bits(entry):
             report.corruption(f"{what} entry {index} has reserved bits set: {entry:#018x}")
-        if entry & layout.OFFSET_MASK:
-            table_offset = entry & layout.OFFSET_MASK
+        if table_offset := l1_table(entry):
             if Role.ACTIVE in role and census.tally.has(census.cluster_of(table_offset), Role.ACTIVE):
                 report.corruption(f"{what} entry {index} shares its L2 table at {table_offset:#x} with an earlier one")
             census.add(f"L2 table of {what} entry {index}", table_offset, census.cluster_size, role, weight)
@@ -282,27 +286,22 @@ async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
         census.report.fragmented_clusters += found.fragmented
         census.report.compressed_clusters += found.compressed
     for index in found.suspects:
-        where = f"L2 entry {index} at {table_offset + index * ENTRY_SIZE:#x}"
-        _judge_l2_entry(census, where, int.from_bytes(table[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE], "big"))
+        where = f"L2 entry {index} at {table_offset + index * census.record.entry_size:#x}"
+        _judge_l2_entry(census, where, census.tally.entries.at(table, index))
 
 
 def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
     """Say what is wrong with an entry that looked suspicious."""
-    report = census.report
-    if entry & layout.L2_COMPRESSED:
-        masks = CompressedMasks.of(census.record.cluster_bits)
-        offset = entry & masks.offset_mask
-        if entry & layout.COPIED:
-            report.corruption(f"{where}: compressed cluster at {offset:#x} has the copied flag set")
-        end = (offset & ~511) + ((entry >> masks.sectors_shift & masks.sectors_mask) + 1) * 512
-        if census.cluster_of(end - 1) >= census.file_clusters:
+    report, entries = census.report, census.tally.entries
+    for contradiction in entries.contradictions(entry):
+        colon = ":" if entries.is_compressed(entry) else ""
+        report.corruption(f"{where}{colon} {contradiction}")
+    if entries.is_compressed(entry):
+        offset, nbytes = entries.payload(entry)
+        if census.cluster_of(offset + nbytes - 1) >= census.file_clusters:
             report.loss(f"{where}: compressed data at {offset:#x} ends past the end of the file")
         return
-    offset = entry & layout.OFFSET_MASK
-    if entry & layout.L2_RESERVED:
-        report.corruption(f"{where} has reserved bits set: {entry:#018x}")
-    if census.record.version < 3 and entry & layout.L2_ZERO:
-        report.corruption(f"{where} has the zero flag set, which version 2 does not have")
+    offset = entries.host_offset(entry)
     if offset % census.cluster_size:
         report.loss(f"{where}: data cluster at {offset:#x} is not aligned")
     elif offset and census.cluster_of(offset) >= census.file_clusters:

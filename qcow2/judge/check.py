@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from qcow2.driver.operation import File, Read
 from qcow2.format.header import read_header
-from qcow2.format.layout import COPIED, ENTRY_SIZE
+from qcow2.format.layout import ENTRY_SIZE
 from qcow2.judge.census import Census, Progress, take_census
 from qcow2.judge.report import Report
+from qcow2.plane.entry import Entries
 from qcow2.plane.tally import Role, stored_refcount, used_entries
 
 
@@ -110,6 +111,9 @@ def _compare_block(census: Census, block: bytes | None, first: int) -> bool:
     return is_wrong
 
 
+L1_ENTRIES = Entries(16, 3)  # as far as flags go, those of every L1 table
+
+
 @dataclass(frozen=True, slots=True)
 class Miscopied:
     """A piece of an active table, at most a cluster, with entries whose COPIED flag is wrong."""
@@ -118,6 +122,7 @@ class Miscopied:
     host_offset: int
     data: bytes
     indexes: list[int]
+    entries: Entries  # of the table
 
 
 async def miscopied(census: Census, *, counted: bool) -> AsyncIterator[Miscopied]:
@@ -128,12 +133,12 @@ async def miscopied(census: Census, *, counted: bool) -> AsyncIterator[Miscopied
         host_offset = record.l1_table_offset + start
         data = await Read(census.file, host_offset, min(census.cluster_size, l1_bytes - start))
         if indexes := census.tally.miscopied(data, is_l1=True, counted=counted):
-            yield Miscopied("L1 table", host_offset, data, indexes)
+            yield Miscopied("L1 table", host_offset, data, indexes, L1_ENTRIES)
     for cluster in census.tally.clusters(Role.ACTIVE):
         host_offset = cluster << record.cluster_bits
         data = await Read(census.file, host_offset, census.cluster_size)
         if indexes := census.tally.miscopied(data, is_l1=False, counted=counted):
-            yield Miscopied("L2 table", host_offset, data, indexes)
+            yield Miscopied("L2 table", host_offset, data, indexes, census.tally.entries)
 
 
 def is_table_alone(census: Census, cluster: int) -> bool:
@@ -149,7 +154,9 @@ async def _judge_copied(census: Census) -> None:
             census.report.corruptions += len(found.indexes)
             continue
         for index in found.indexes:
-            entry = int.from_bytes(found.data[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE], "big")
-            flag = "set" if entry & COPIED else "not set"
-            where = f"{found.what} entry at {found.host_offset + index * ENTRY_SIZE:#x}"
-            census.report.corruption(f"{where} is {entry:#018x}: copied flag {flag}, which its refcount contradicts")
+            entry = found.entries.at(found.data, index)
+            flag = "set" if found.entries.is_copied(entry) else "not set"
+            where = f"{found.what} entry at {found.host_offset + index * found.entries.nbytes:#x}"
+            census.report.corruption(
+                f"{where} is {found.entries.text(entry)}: copied flag {flag}, which its refcount contradicts"
+            )

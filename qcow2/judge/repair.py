@@ -13,7 +13,7 @@ from qcow2.driver.operation import File, Read, Resize, Size, Sync, Write
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.header import Header, clear_autoclear, mark_repaired, read_header
-from qcow2.format.layout import COPIED, ENTRY_SIZE, SECTOR_SIZE, Autoclear
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, Autoclear
 from qcow2.judge.census import Census, Progress
 from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
 from qcow2.judge.report import Report
@@ -148,8 +148,9 @@ async def _correct_copied(census: Census, *, counted: bool = True) -> None:
             continue
         new = bytearray(found.data)
         for index in found.indexes:
-            (entry,) = struct.unpack_from(">Q", new, index * ENTRY_SIZE)
-            struct.pack_into(">Q", new, index * ENTRY_SIZE, entry ^ COPIED)
+            at = index * found.entries.nbytes
+            entry = found.entries.flipped(found.entries.at(found.data, index))
+            new[at : at + found.entries.nbytes] = found.entries.pack([entry])
         await _write_difference(census.file, found.host_offset, found.data, new)
     await Sync(census.file)
 

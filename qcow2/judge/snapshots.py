@@ -15,7 +15,8 @@ async def complete_snapshots(census: Census) -> None:
     Raises: UnsupportedImage beyond the limits.
     """
     file, record = census.file, census.record
-    completed = [each if each.is_complete else each.completed(record.cluster_bits) for each in census.snapshots]
+    table_bytes = (1 << 2 * record.cluster_bits) // record.entry_size
+    completed = [each if each.is_complete else each.completed(table_bytes) for each in census.snapshots]
     table = SnapshotTable.of(completed, file.path)
     host_offset = census.tally.find_free(-(-table.nbytes >> record.cluster_bits)) << record.cluster_bits
     dirty = record.incompatible_features | int(Incompatible.DIRTY)

@@ -16,7 +16,7 @@ struct clearing {
     uint32_t nfreed; /* clusters, noted behind those that are freed */
     uint32_t nentries;
     int changes;
-    uint64_t entries[1 << MAX_SLICE_BITS];
+    uint64_t words[1 << MAX_SLICE_BITS]; /* of the entries */
 };
 
 void l2map_set_freed(struct l2map *map, struct freed *freed)
@@ -42,7 +42,7 @@ static void narrow(const struct l2map *map, uint64_t *start, uint64_t *end)
 /* Whether an entry can say zeros: version 2 has no flag for it, and no entry lets the backing file show. */
 static int can_say_zeros(const struct l2map *map, enum extent_clearing how)
 {
-    return map->version >= 3 || (!map->has_backing && how != EXTENT_KEEP);
+    return map->format.version >= 3 || (!map->has_backing && how != EXTENT_KEEP);
 }
 
 /* Whether the entries from cluster first to last, all in one slice, are what the file says and nobody's. */
@@ -66,21 +66,22 @@ static int free_cluster(struct freed *freed, struct clearing *clearing, uint64_t
 /* Add the entry that lets the cluster of `run` read as zeros. -> 0, or -EAGAIN. */
 static int add_entry(struct l2map *map, const struct l2_run *run, enum extent_clearing how, struct clearing *clearing)
 {
-    uint64_t entry = run->entry, zeros = map->version >= 3 ? FLAG_ZERO : 0;
+    const struct entry_format *format = &map->format;
+    struct entry entry = run->entry;
 
     if (run->kind == L2_UNALLOCATED && map->has_backing) {
-        entry = zeros;
+        entry = entry_zeros(format);
     } else if (run->kind == L2_DATA || run->kind == L2_ZERO_ALLOCATED) {
         if (how == EXTENT_KEEP && !run->copied)
             return -EAGAIN;
         if (how != EXTENT_KEEP && free_cluster(map->freed, clearing, run->host_offset >> map->cluster_bits) < 0)
             return -EAGAIN;
-        entry = how == EXTENT_KEEP ? entry | FLAG_ZERO : zeros;
+        entry = how == EXTENT_KEEP ? entry_zeroed(format, entry, 0, 0) : entry_zeros(format);
     } else if (run->kind != L2_ZERO_PLAIN && run->kind != L2_UNALLOCATED) {
         return -EAGAIN;
     }
-    clearing->changes |= entry != run->entry;
-    clearing->entries[clearing->nentries++] = entry;
+    clearing->changes |= !entry_is_same(entry, run->entry);
+    entry_put(format, clearing->words, clearing->nentries++, entry);
     return 0;
 }
 
@@ -101,15 +102,15 @@ static int gather(struct l2map *map, uint64_t start, uint64_t end, enum extent_c
 static int write_entries(struct l2map *map, uint64_t cluster, const struct clearing *clearing,
                          struct extent_writer *writer)
 {
-    uint64_t in_file[1 << MAX_SLICE_BITS], in_table = cluster & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1);
-    uint64_t host_offset = l2map_table(map, cluster) + in_table * sizeof(*in_file);
+    uint64_t in_file[1 << MAX_SLICE_BITS], host_offset = l2map_table(map, cluster) + l2map_in_table(map, cluster);
+    uint32_t nwords = clearing->nentries << map->format.word_bits;
     int result;
 
-    for (uint32_t i = 0; i < clearing->nentries; i++)
-        in_file[i] = htobe64(clearing->entries[i]);
-    result = writer->write(writer, map->slot, host_offset, in_file, clearing->nentries * sizeof(*in_file));
+    for (uint32_t i = 0; i < nwords; i++)
+        in_file[i] = htobe64(clearing->words[i]);
+    result = writer->write(writer, map->slot, host_offset, in_file, nwords * (uint32_t)sizeof(*in_file));
     if (result == 0)
-        l2map_update(map, cluster << map->cluster_bits, clearing->entries, clearing->nentries);
+        l2map_update(map, cluster << map->cluster_bits, clearing->words, clearing->nentries);
     return result;
 }
 

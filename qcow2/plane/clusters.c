@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "qcow2/plane/entry.h"
+
 static int ascending(const void *one, const void *other)
 {
     uint64_t a = *(const uint64_t *)one, b = *(const uint64_t *)other;
@@ -28,12 +30,12 @@ uint64_t clusters_repeated(const uint64_t *clusters, uint64_t n)
     return n;
 }
 
-uint64_t clusters_of(const uint64_t *entries, uint64_t n, uint64_t mask, uint32_t cluster_bits, uint64_t *clusters)
+uint64_t clusters_of(const uint64_t *entries, uint64_t n, uint32_t cluster_bits, uint64_t *clusters)
 {
     uint64_t found = 0;
 
     for (uint64_t i = 0; i < n; i++)
-        if (entries[i] & mask)
-            clusters[found++] = (entries[i] & mask) >> cluster_bits;
+        if (l1_entry_offset(entries[i]))
+            clusters[found++] = l1_entry_offset(entries[i]) >> cluster_bits;
     return found;
 }

@@ -90,7 +90,7 @@ int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last)
 }
 
 /* What the backing file, of which the whole cluster shows, has for it: one run of zeros, one of data, or else punt. */
-static struct extent describe_old(struct l2map *map, uint64_t cluster, uint64_t *entry)
+static struct extent describe_old(struct l2map *map, uint64_t cluster, struct entry *entry)
 {
     uint64_t start = cluster << map->cluster_bits, nbytes = UINT64_C(1) << map->cluster_bits;
     struct extent first, under;
@@ -139,19 +139,24 @@ static int take_cluster(struct stock *stock, uint64_t *host_cluster)
     return stock->nspoiled < STOCK_SPOILED && !is_wanted_by_python(stock) && stock_take(stock, 1, host_cluster);
 }
 
-/* The L2 entry itself, in the file. */
-static void name_in_table(struct extent_place *place, uint64_t entry_offset)
+static struct entry entry_of_place(const struct extent_place *place)
 {
-    uint64_t entry = htobe64(place->entry);
+    return (struct entry){place->entry[0], place->entry[1]};
+}
+
+/* The L2 entry itself, in the file. */
+static void name_in_table(const struct l2map *map, struct extent_place *place, uint64_t entry_offset)
+{
+    uint64_t words[2] = {htobe64(place->entry[0]), htobe64(place->entry[1])};
 
     place->name_offset = entry_offset;
-    place->name_nbytes = sizeof(entry);
-    memcpy(place->name, &entry, sizeof(entry));
+    place->name_nbytes = UINT32_C(1) << entry_format_bits(&map->format);
+    memcpy(place->name, words, place->name_nbytes);
 }
 
 /* A record of it, in the link log. The old content need not be read if all of it is written over. */
-static void name_in_log(struct l2map *map, struct extent_place *place, const struct extent *old, uint64_t old_entry,
-                        uint64_t nbytes)
+static void name_in_log(struct l2map *map, struct extent_place *place, const struct extent *old,
+                        struct entry old_entry, uint64_t nbytes)
 {
     if (nbytes < old->nbytes) {
         place->old_slot = old->slot;
@@ -160,8 +165,8 @@ static void name_in_log(struct l2map *map, struct extent_place *place, const str
         place->ahead = place->guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
     }
     place->memory = map->log->memory;
-    place->name_offset = link_log_record(map->log, place->guest_offset >> map->cluster_bits, old_entry, place->entry,
-                                         place->name);
+    place->name_offset = link_log_record(map->log, place->guest_offset >> map->cluster_bits, old_entry,
+                                         entry_of_place(place), place->name);
     place->name_nbytes = LINK_RECORD_NBYTES;
     place->mark_offset = LINK_MARK_OFFSET;
     link_log_mark(map->log, map->log->next, place->mark);
@@ -171,7 +176,8 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
 {
     struct l2map *map = context;
     uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
-    uint64_t table = l2map_private_table(map, cluster), host_cluster, old_entry;
+    uint64_t table = l2map_private_table(map, cluster), host_cluster;
+    struct entry old_entry, entry;
     struct extent old;
     int copies;
 
@@ -183,16 +189,17 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
         return -EAGAIN;
     if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))
         return -EAGAIN;
+    entry = entry_data(&map->format, host_cluster << map->cluster_bits);
     *out = (struct extent_place){
         .slot = map->slot,
         .host_offset = (host_cluster << map->cluster_bits) + in_cluster,
         .guest_offset = guest_offset,
-        .entry = host_cluster << map->cluster_bits | FLAG_COPIED,
+        .entry = {entry.word, entry.bitmap},
     };
     if (copies)
         name_in_log(map, out, &old, old_entry, nbytes);
     else
-        name_in_table(out, table + (cluster & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1)) * sizeof(uint64_t));
+        name_in_table(map, out, table + l2map_in_table(map, cluster));
     return 0;
 }
 
@@ -201,7 +208,7 @@ static void link_waits(struct l2map *map, const struct extent_place *place)
     struct link_log *log = map->log;
 
     ASSERT(log->nlinks < WAITING_LINKS && log->next - log->first < log->capacity);
-    log->links[log->nlinks++] = (struct waiting_link){place->guest_offset >> map->cluster_bits, place->entry};
+    log->links[log->nlinks++] = (struct waiting_link){place->guest_offset >> map->cluster_bits, {place->entry[0], place->entry[1]}};
     log->next++;
 }
 
@@ -215,7 +222,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
         stock->linked++;
         if (place->memory)
             link_waits(map, place);
-        l2map_update(map, place->guest_offset, &place->entry, 1);
+        l2map_update(map, place->guest_offset, place->entry, 1);
         return 0;
     }
     if (outcome == EXTENT_UNTOUCHED) {

@@ -1,21 +1,23 @@
 /* See l2cache.h; what answers the worker is in translate.c, fresh.c and clear.c. Slots are found through chained hash
  * buckets and given up by the CLOCK rule. */
 #include "qcow2/plane/l2map.h"
+#include "ring/assertion.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots)
+struct l2map *l2map_create(const struct entry_format *format, uint64_t size, uint32_t nslots)
 {
     struct l2map *map = calloc(1, sizeof(*map));
 
     if (!map)
         return NULL;
-    map->cluster_bits = cluster_bits;
-    map->slice_bits = cluster_bits - 3 < MAX_SLICE_BITS ? cluster_bits - 3 : MAX_SLICE_BITS;
-    map->version = version;
+    map->format = *format;
+    map->cluster_bits = format->cluster_bits;
+    map->table_bits = format->cluster_bits - entry_format_bits(format);
+    map->slice_bits = least(map->table_bits, MAX_SLICE_BITS - format->word_bits);
     map->slot = SLOT_UNKNOWN;
     if (l2map_resize(map, size, nslots) < 0) {
         free(map);
@@ -26,7 +28,7 @@ struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t siz
 
 static void free_slots(struct l2map *map)
 {
-    free(map->entries);
+    free(map->words);
     free(map->slice_of);
     free(map->next);
     free(map->buckets);
@@ -45,12 +47,12 @@ int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
     resized.nused = 0;
     resized.hand = 0;
     resized.bucket_mask = nbuckets - 1;
-    resized.entries = calloc((size_t)nslots << map->slice_bits, sizeof(*map->entries));
+    resized.words = calloc(nslots * slice_nwords(map), sizeof(*map->words));
     resized.slice_of = calloc(nslots, sizeof(*map->slice_of));
     resized.next = calloc(nslots, sizeof(*map->next));
     resized.buckets = malloc(nbuckets * sizeof(*map->buckets));
     resized.referenced = calloc(nslots, sizeof(*map->referenced));
-    if (!resized.entries || !resized.slice_of || !resized.next || !resized.buckets || !resized.referenced) {
+    if (!resized.words || !resized.slice_of || !resized.next || !resized.buckets || !resized.referenced) {
         free_slots(&resized);
         return -ENOMEM;
     }
@@ -152,9 +154,9 @@ static uint32_t take_slot(struct l2map *map)
 
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data)
 {
-    size_t nentries = (size_t)1 << map->slice_bits;
+    size_t nwords = slice_nwords(map);
     uint32_t slot = l2map_find(map, slice);
-    uint64_t *entries;
+    uint64_t *words;
 
     if (slot == NONE) {
         uint32_t *bucket = bucket_of(map, slice);
@@ -165,20 +167,33 @@ void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data)
         *bucket = slot;
         map->referenced[slot] = 1;
     }
-    entries = slice_entries(map, slot);
-    memcpy(entries, data, nentries * sizeof(*entries));
-    for (size_t i = 0; i < nentries; i++)
-        entries[i] = be64toh(entries[i]);
+    words = slice_words(map, slot);
+    memcpy(words, data, nwords * sizeof(*words));
+    for (size_t i = 0; i < nwords; i++)
+        words[i] = be64toh(words[i]);
 }
 
-void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entries, size_t n)
+static uint64_t in_slice(const struct l2map *map, uint64_t cluster)
+{
+    return cluster & ((UINT64_C(1) << map->slice_bits) - 1);
+}
+
+void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *words, size_t n)
 {
     uint64_t cluster = guest_offset >> map->cluster_bits;
     uint32_t slot = l2map_find(map, cluster >> map->slice_bits);
 
     if (slot != NONE)
-        memcpy(slice_entries(map, slot) + (cluster & ((UINT64_C(1) << map->slice_bits) - 1)), entries,
-               n * sizeof(*entries));
+        memcpy(slice_words(map, slot) + (in_slice(map, cluster) << map->format.word_bits), words,
+               (n << map->format.word_bits) * sizeof(*words));
+}
+
+struct entry l2map_entry(struct l2map *map, uint64_t cluster)
+{
+    uint32_t slot = l2map_find(map, cluster >> map->slice_bits);
+
+    ASSERT(slot != NONE);
+    return entry_of(&map->format, slice_words(map, slot), in_slice(map, cluster));
 }
 
 static int holds_metadata(const struct l2map *map, uint64_t first_cluster, uint64_t last_cluster)
@@ -196,41 +211,36 @@ static int holds_metadata(const struct l2map *map, uint64_t first_cluster, uint6
     return low < map->nmetadata && map->metadata[low] <= last_cluster;
 }
 
-static void describe_compressed(const struct l2map *map, uint64_t entry, struct l2_run *run)
+static void describe_compressed(const struct l2map *map, struct entry entry, struct l2_run *run)
 {
-    uint32_t offset_bits = 62 - (map->cluster_bits - 8);
-    uint64_t offset = entry & ((UINT64_C(1) << offset_bits) - 1);
-    uint64_t nsectors = ((entry & ~(FLAG_COPIED | FLAG_COMPRESSED)) >> offset_bits) + 1;
-    uint64_t last = (offset & ~UINT64_C(511)) + nsectors * 512 - 1;
+    struct payload payload = entry_payload(&map->format, entry);
+    uint64_t last = payload.host_offset + payload.nbytes - 1;
 
     run->kind = L2_COMPRESSED;
     run->copied = 0;
-    run->host_offset = offset;
-    if (offset >= map->file_end || holds_metadata(map, offset >> map->cluster_bits, last >> map->cluster_bits))
+    run->host_offset = payload.host_offset;
+    if (payload.host_offset >= map->file_end ||
+        holds_metadata(map, payload.host_offset >> map->cluster_bits, last >> map->cluster_bits))
         run->kind = L2_BAD;
 }
 
-/* Classify one entry. A set reserved bit, a cluster that is not aligned, does not exist or is metadata makes it bad. */
-static void describe_entry(const struct l2map *map, uint64_t entry, struct l2_run *run)
+/* Classify one entry from `subcluster` on. What no image may hold makes it bad, as does a cluster that is not aligned,
+ * does not exist or is metadata. */
+static void describe_entry(const struct l2map *map, struct entry entry, uint32_t subcluster, struct l2_run *run)
 {
-    uint64_t offset = entry & OFFSET_MASK;
+    uint64_t offset = entry_host_offset(entry);
     uint64_t cluster = offset >> map->cluster_bits;
 
     run->entry = entry;
-    if (entry & FLAG_COMPRESSED) {
+    if (entry_is_compressed(entry)) {
         describe_compressed(map, entry, run);
         return;
     }
-    run->copied = entry >> 63;
+    run->copied = entry_is_copied(entry);
     run->host_offset = offset;
-    if (entry & FLAG_ZERO)
-        run->kind = offset ? L2_ZERO_ALLOCATED : L2_ZERO_PLAIN;
-    else
-        run->kind = offset ? L2_DATA : L2_UNALLOCATED;
-    if ((entry & L2_RESERVED) || (map->version < 3 && (entry & FLAG_ZERO)))
-        run->kind = L2_BAD;
-    else if (offset && ((offset & ((UINT64_C(1) << map->cluster_bits) - 1)) || offset >= map->file_end ||
-                        holds_metadata(map, cluster, cluster)))
+    run->kind = entry_kind(&map->format, entry, subcluster);
+    if (entry_is_bad(&map->format, entry) || (offset && (entry_is_askew(&map->format, entry) ||
+                                                         offset >= map->file_end || holds_metadata(map, cluster, cluster))))
         run->kind = L2_BAD;
 }
 
@@ -242,7 +252,9 @@ static int continues(const struct l2map *map, const struct l2_run *run, const st
     switch (run->kind) {
     case L2_UNALLOCATED:
     case L2_ZERO_PLAIN:
-        return 1;
+        if (!run->host_offset)
+            return !after->host_offset;
+        /* fallthrough */
     case L2_DATA:
     case L2_ZERO_ALLOCATED:
         return after->copied == run->copied && after->host_offset == run->host_offset + (ahead << map->cluster_bits);
@@ -253,33 +265,35 @@ static int continues(const struct l2map *map, const struct l2_run *run, const st
 
 uint64_t l2map_table(const struct l2map *map, uint64_t cluster)
 {
-    uint64_t l1_index = cluster >> (map->cluster_bits - 3), entry, offset;
+    uint64_t l1_index = cluster >> map->table_bits, entry;
 
     if (l1_index >= map->l1_nentries)
         return 0;
     entry = map->l1[l1_index];
-    offset = entry & OFFSET_MASK;
-    if (entry & ~(OFFSET_MASK | FLAG_COPIED))
-        return 0;
-    return offset & ((UINT64_C(1) << map->cluster_bits) - 1) || offset >= map->file_end ? 0 : offset;
+    return l1_entry_is_sound(&map->format, entry) && l1_entry_offset(entry) < map->file_end ? l1_entry_offset(entry) : 0;
 }
 
 uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster)
 {
     uint64_t table = l2map_table(map, cluster);
 
-    return table && map->l1[cluster >> (map->cluster_bits - 3)] & FLAG_COPIED ? table : 0;
+    return table && l1_entry_is_private(map->l1[cluster >> map->table_bits]) ? table : 0;
+}
+
+uint64_t l2map_in_table(const struct l2map *map, uint64_t cluster)
+{
+    return (cluster & ((UINT64_C(1) << map->table_bits) - 1)) << entry_format_bits(&map->format);
 }
 
 static int has_table(const struct l2map *map, uint64_t l1_index)
 {
-    return l1_index < map->l1_nentries && (map->l1[l1_index] & OFFSET_MASK);
+    return l1_index < map->l1_nentries && l1_entry_offset(map->l1[l1_index]);
 }
 
 /* Without L2 tables everything up to the next one's start is unallocated. Returns 0 if there is a table. */
 static int describe_missing_table(const struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out)
 {
-    uint32_t table_bits = map->cluster_bits + map->cluster_bits - 3;
+    uint32_t table_bits = map->cluster_bits + map->table_bits;
     uint64_t l1_index = guest_offset >> table_bits;
 
     if (has_table(map, l1_index))
@@ -292,15 +306,40 @@ static int describe_missing_table(const struct l2map *map, uint64_t guest_offset
     return 1;
 }
 
+/* Let `run`, which describes the first entry from `subcluster` on, be as long as it is one; the clusters that `words`
+ * begin with end at `end`, counted from the first one's start. -> where it ends, counted likewise. */
+static uint64_t extend(const struct l2map *map, const uint64_t *words, uint32_t subcluster, uint64_t end,
+                       const struct l2_run *run)
+{
+    const struct entry_format *format = &map->format;
+    uint32_t whole = entry_subclusters(format), same = entry_same_kind(format, run->entry, subcluster);
+    uint64_t ahead = 1;
+
+    if (subcluster + same < whole || run->kind == L2_BAD)
+        return run->kind == L2_BAD ? UINT64_C(1) << map->cluster_bits
+                                   : (uint64_t)(subcluster + same) << format->subcluster_bits;
+    while (ahead << map->cluster_bits < end) {
+        struct l2_run after;
+
+        describe_entry(map, entry_of(format, words, ahead), 0, &after);
+        if (!continues(map, run, &after, ahead))
+            break;
+        same = entry_same_kind(format, after.entry, 0);
+        if (same < whole)
+            return (ahead << map->cluster_bits) + ((uint64_t)same << format->subcluster_bits);
+        ahead++;
+    }
+    return ahead << map->cluster_bits;
+}
+
 void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out)
 {
     uint64_t cluster = guest_offset >> map->cluster_bits;
     uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
-    uint64_t nentries = UINT64_C(1) << map->slice_bits;
-    uint64_t index = cluster & (nentries - 1);
-    uint64_t covered = (nentries - index) << map->cluster_bits;
-    uint64_t ahead = 1;
-    const uint64_t *entries;
+    uint64_t index = in_slice(map, cluster);
+    uint64_t covered = ((UINT64_C(1) << map->slice_bits) - index) << map->cluster_bits;
+    uint32_t subcluster = (uint32_t)(in_cluster >> map->format.subcluster_bits);
+    const uint64_t *words;
     uint32_t slot;
 
     if (describe_missing_table(map, guest_offset, nbytes, out))
@@ -311,17 +350,9 @@ void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, s
     slot = l2map_find(map, cluster >> map->slice_bits);
     if (slot == NONE)
         return;
-    entries = slice_entries(map, slot) + index;
-    describe_entry(map, entries[0], out);
-    while ((ahead << map->cluster_bits) < in_cluster + nbytes) {
-        struct l2_run after;
-
-        describe_entry(map, entries[ahead], &after);
-        if (!continues(map, out, &after, ahead))
-            break;
-        ahead++;
-    }
-    out->nbytes = least(nbytes, (ahead << map->cluster_bits) - in_cluster);
-    if (out->kind == L2_DATA || out->kind == L2_ZERO_ALLOCATED)
+    words = slice_words(map, slot) + (index << map->format.word_bits);
+    describe_entry(map, entry_of(&map->format, words, 0), subcluster, out);
+    out->nbytes = least(nbytes, extend(map, words, subcluster, in_cluster + nbytes, out) - in_cluster);
+    if (out->host_offset && out->kind != L2_COMPRESSED && out->kind != L2_BAD)
         out->host_offset += in_cluster;
 }

@@ -10,26 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "qcow2/plane/entry.h"
 #include "ring/extent.h"
-
-enum l2_kind {
-    L2_MISS = 0,           /* the slice is not in memory */
-    L2_UNALLOCATED = 1,    /* nothing here: the backing file, or zeros */
-    L2_ZERO_PLAIN = 2,     /* reads as zeros, owns no host cluster */
-    L2_ZERO_ALLOCATED = 3, /* reads as zeros, keeps the host cluster at host_offset */
-    L2_DATA = 4,
-    L2_COMPRESSED = 5,
-    L2_BAD = 6, /* the entry contradicts the image; host_offset is what it names */
-};
-
-/* What a stretch of guest clusters has in common. */
-struct l2_run {
-    uint32_t kind;
-    uint32_t copied;      /* the COPIED flag: refcount exactly one */
-    uint64_t entry;       /* the first entry as it stands in the table */
-    uint64_t host_offset; /* of the first guest byte (data, zero allocated); of the cluster otherwise */
-    uint64_t nbytes;
-};
 
 #define SLOT_UNKNOWN UINT32_MAX
 
@@ -40,7 +22,7 @@ struct link_log;
 struct dirty_bits;
 
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
-struct l2map *l2map_create(uint32_t cluster_bits, uint32_t version, uint64_t size, uint32_t nslots);
+struct l2map *l2map_create(const struct entry_format *format, uint64_t size, uint32_t nslots);
 void l2map_destroy(struct l2map *map);
 /* The disk has `size` guest bytes now; nslots slices, none of them in the cache any more. -ENOMEM changes nothing. */
 int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots);
@@ -81,8 +63,10 @@ uint64_t l2map_clears(const struct l2map *map);
 
 /* Put a slice in the cache: `data` as in the file. Evicts another one if need be. */
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);
-/* n entries from guest_offset on are now `entries`; ignored if the slice is not in the cache. They lie in one slice. */
-void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *entries, size_t n);
+/* n entries from guest_offset on are now those of `words`; ignored if the slice is not in the cache. They lie in one. */
+void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *words, size_t n);
+/* The entry of the guest cluster, whose slice is in the cache. */
+struct entry l2map_entry(struct l2map *map, uint64_t cluster);
 /* Describe the longest run at guest_offset, at most nbytes, that lies in one slice and is of one kind. */
 void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, struct l2_run *out);
 /* extent_translate over a struct l2map, in translate.c. */

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from qcow2.format.geometry import Geometry
 from qcow2.native import Pointer, check, ffi, lib
+from qcow2.plane.entry import WORD_BITS, Entries
 
 MIN_SLOTS = 64
 
@@ -48,7 +49,8 @@ class L2Cache:
         self._geometry = geometry
         self._cache_size = cache_size
         nslots = self._slots()
-        created = lib.l2map_create(geometry.cluster_bits, geometry.version, geometry.size, nslots)
+        self.entries = Entries.of(geometry)
+        created = lib.l2map_create(self.entries.native, geometry.size, nslots)
         if created == ffi.NULL:
             raise MemoryError(f"no memory for an L2 cache of {nslots} slices")
         self._map: Pointer = ffi.gc(created, lib.l2map_destroy)
@@ -163,13 +165,15 @@ class L2Cache:
 
     def update(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The entries from *guest_offset* on, all in one slice, have become *entries*."""
-        lib.l2map_update(self._map, guest_offset, ffi.new("uint64_t[]", entries), len(entries))
+        words = ffi.new("uint64_t[]", self.entries.words(entries))
+        lib.l2map_update(self._map, guest_offset, words, len(entries))
 
     def describe(self, guest_offset: int, nbytes: int) -> Run:
         """The longest run at *guest_offset*, of *nbytes* at most, that memory can tell about."""
         run = self._run
         lib.l2map_describe(self._map, guest_offset, nbytes, run)
-        return Run(run.kind, run.copied, run.entry, run.host_offset, run.nbytes)
+        entry = run.entry.word | run.entry.bitmap << WORD_BITS
+        return Run(run.kind, run.copied, entry, run.host_offset, run.nbytes)
 
 
 def _borrow(ctype: str, numbers: "array[int]") -> Any:

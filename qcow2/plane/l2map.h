@@ -7,19 +7,15 @@
 #include "qcow2/plane/linklog.h"
 #include "qcow2/plane/stock.h"
 
-#define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
-#define FLAG_COPIED (UINT64_C(1) << 63)
-#define FLAG_COMPRESSED (UINT64_C(1) << 62)
-#define FLAG_ZERO UINT64_C(1)
-#define L2_RESERVED UINT64_C(0x3f000000000001fe)
-#define MAX_SLICE_BITS 9 /* 512 entries, 4 KiB */
+#define MAX_SLICE_BITS 9 /* 512 words, 4 KiB */
 #define CLAIMS 4096 /* a power of two */
 #define NONE UINT32_MAX
 
 struct l2map {
+    struct entry_format format;
     uint32_t cluster_bits;
     uint32_t slice_bits; /* log2 of the entries in a slice */
-    uint32_t version;
+    uint32_t table_bits; /* log2 of the entries in a table */
     uint64_t size;
 
     const uint64_t *l1;
@@ -50,16 +46,21 @@ struct l2map {
     uint32_t nused;
     uint32_t hand;
     uint32_t bucket_mask;
-    uint64_t *entries;   /* nslots slices, host byte order */
+    uint64_t *words;     /* nslots slices, host byte order */
     uint64_t *slice_of;  /* slot -> slice number */
     uint32_t *next;      /* slot -> next slot of the same bucket */
     uint32_t *buckets;   /* bucket -> first slot */
     uint8_t *referenced; /* slot -> used since the hand last passed */
 };
 
-static inline uint64_t *slice_entries(struct l2map *map, uint32_t slot)
+static inline size_t slice_nwords(const struct l2map *map)
 {
-    return map->entries + ((size_t)slot << map->slice_bits);
+    return (size_t)1 << (map->slice_bits + map->format.word_bits);
+}
+
+static inline uint64_t *slice_words(struct l2map *map, uint32_t slot)
+{
+    return map->words + slot * slice_nwords(map);
 }
 
 static inline uint64_t least(uint64_t a, uint64_t b)
@@ -79,6 +80,8 @@ uint64_t l2map_table(const struct l2map *map, uint64_t cluster);
 uint64_t l2map_private_table(const struct l2map *map, uint64_t cluster);
 /* Note in every bitmap that records that these bytes change. -> 0; -EAGAIN: only Python can see to it. */
 int l2map_mark(struct l2map *map, uint64_t guest_offset, uint64_t nbytes);
+/* Bytes from the start of its table to the entry of the guest cluster. */
+uint64_t l2map_in_table(const struct l2map *map, uint64_t cluster);
 /* Whether the slice's entries, or some, are Python's: in the file is not what is in memory, or it is being read. */
 int l2map_is_claimed(const struct l2map *map, uint64_t slice);
 /* `clear` of struct extent_places, in clear.c. */

@@ -7,8 +7,8 @@
 
 struct record {
     uint64_t cluster;
-    uint64_t old_entry;
-    uint64_t entry;
+    uint64_t old_entry[2];
+    uint64_t entry[2];
     uint64_t sequence;
     uint64_t first;
     uint32_t checksum;
@@ -16,11 +16,16 @@ struct record {
 };
 _Static_assert(sizeof(struct record) == LINK_RECORD_NBYTES, "RECORD in qcow2/plane/linklog.py");
 
-uint64_t link_log_record(const struct link_log *log, uint64_t cluster, uint64_t old_entry, uint64_t entry,
+uint64_t link_log_record(const struct link_log *log, uint64_t cluster, struct entry old_entry, struct entry entry,
                          uint8_t *record)
 {
-    struct record made = {htole64(cluster), htole64(old_entry), htole64(entry), htole64(log->next),
-                          htole64(log->first), 0, 0};
+    struct record made = {
+        .cluster = htole64(cluster),
+        .old_entry = {htole64(old_entry.word), htole64(old_entry.bitmap)},
+        .entry = {htole64(entry.word), htole64(entry.bitmap)},
+        .sequence = htole64(log->next),
+        .first = htole64(log->first),
+    };
 
     made.checksum = htole32(libdeflate_crc32(0, &made, offsetof(struct record, checksum)));
     memcpy(record, &made, sizeof(made));

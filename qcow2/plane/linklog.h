@@ -3,7 +3,9 @@
 
 #include <stdint.h>
 
-#define LINK_RECORD_NBYTES 48
+#include "qcow2/plane/entry.h"
+
+#define LINK_RECORD_NBYTES 64
 #define LINK_RECORDS_OFFSET 4096 /* of the first record in the log */
 #define LINK_MARK_OFFSET 88      /* in the image: the upper 56 bits of the autoclear features, big-endian, */
 #define LINK_MARK_NBYTES 7       /* beside the 8 that the format may give a meaning */
@@ -13,7 +15,7 @@
 
 struct waiting_link {
     uint64_t cluster; /* of the guest */
-    uint64_t entry;
+    uint64_t entry[2]; /* its words */
 };
 
 struct link_log {
@@ -27,7 +29,7 @@ struct link_log {
 };
 
 /* Make the record that is to be appended next. -> its offset in the log. */
-uint64_t link_log_record(const struct link_log *log, uint64_t cluster, uint64_t old_entry, uint64_t entry,
+uint64_t link_log_record(const struct link_log *log, uint64_t cluster, struct entry old_entry, struct entry entry,
                          uint8_t *record);
 
 /* What the header says once the records up to `sequence` count. The stamp is never 0, which says that none does. */

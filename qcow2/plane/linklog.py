@@ -21,16 +21,17 @@ from qcow2.driver.operation import File, Memory, Store
 from qcow2.driver.operation import Mark as HeaderMark
 from qcow2.native import ffi, lib
 from qcow2.plane.dirtybits import MAX_LIVE_BYTES, LiveBits, parse_live
+from qcow2.plane.entry import WORD_BITS, native_entry
 
 MAGIC = b"qcow2LNK"
-VERSION = 2
+VERSION = 3
 HEADER = struct.Struct("<8sIIIIQ16sQQ")  # magic, version, tag, capacity, bytes of the path; boot; device, inode; path
 CHECKSUM = struct.Struct("<I")  # of the header and the path, behind them
-RECORD = struct.Struct("<QQQQQ")  # guest cluster, old entry, new entry, sequence number, first live one; checksum
+RECORD = struct.Struct("<QQQQQQQ")  # guest cluster, old entry, new entry, sequence number, first live one; checksum
 RECORDS_OFFSET: int = lib.LINK_RECORDS_OFFSET
 RECORD_BYTES: int = lib.LINK_RECORD_NBYTES
 MAX_PATH = RECORDS_OFFSET - HEADER.size - CHECKSUM.size
-WAITING = struct.Struct("=QQ")  # a struct waiting_link
+WAITING = struct.Struct("=QQQ")  # a struct waiting_link
 CAPACITY = 65536  # records
 MIN_CAPACITY = 4
 LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES  # without live bits
@@ -160,7 +161,8 @@ class LinkLog:
     def take_waiting(self) -> list[tuple[int, int]]:
         """What the extent map has appended since it was asked last: guest clusters and their new entries."""
         count, self.native.nlinks = int(self.native.nlinks), 0
-        return list(WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size)))) if count else []
+        found = WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size))) if count else ()
+        return [(cluster, word | bitmap << WORD_BITS) for cluster, word, bitmap in found]
 
     async def begin(self, nbytes: int = LOG_BYTES) -> None:
         """Make the memory, of *nbytes* at least, a log, before the first link. Raises: OSError if none is to be had."""
@@ -201,7 +203,7 @@ class LinkLog:
     def _record(self, cluster: int, old_entry: int, new_entry: int) -> tuple[int, bytes]:
         """The next record, and where it goes."""
         record = ffi.new("uint8_t[]", RECORD_BYTES)
-        offset = lib.link_log_record(self.native, cluster, old_entry, new_entry, record)
+        offset = lib.link_log_record(self.native, cluster, native_entry(old_entry), native_entry(new_entry), record)
         self.native.next += 1
         return offset, bytes(ffi.buffer(record))
 
@@ -276,7 +278,8 @@ def _valid_records(content: bytes, capacity: int) -> dict[int, tuple[int, ...]]:
         record = content[start : start + RECORD.size]
         (checksum,) = CHECKSUM.unpack_from(content, start + RECORD.size)
         if checksum == zlib.crc32(record):
-            fields = RECORD.unpack(record)
+            cluster, old, old_bitmap, new, new_bitmap, *rest = RECORD.unpack(record)
+            fields = (cluster, old | old_bitmap << WORD_BITS, new | new_bitmap << WORD_BITS, *rest)
             if fields[3] % capacity == slot:
                 records[fields[3]] = fields
     return records

@@ -1,7 +1,6 @@
 /* See tally.h. */
 #include "qcow2/plane/tally.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,11 +9,6 @@
 
 #define PAGE_BITS 12
 #define PAGE_SIZE (UINT64_C(1) << PAGE_BITS)
-#define OFFSET_MASK UINT64_C(0x00fffffffffffe00)
-#define COPIED (UINT64_C(1) << 63)
-#define COMPRESSED (UINT64_C(1) << 62)
-#define ZERO UINT64_C(1)
-#define RESERVED UINT64_C(0x3f000000000001fe)
 
 struct page {
     uint32_t count[PAGE_SIZE];
@@ -195,23 +189,14 @@ uint64_t tally_overlap(const struct tally *tally, uint64_t from)
     return from;
 }
 
-static uint64_t entry_at(const uint8_t *table, uint32_t index)
-{
-    uint64_t entry;
-
-    memcpy(&entry, table + 8 * (size_t)index, sizeof(entry));
-    return be64toh(entry);
-}
-
 /* Count a compressed cluster; 1 if somebody has to look at the entry. */
-static int count_compressed(struct tally *tally, const struct tally_format *format, uint64_t entry, uint32_t weight)
+static int count_compressed(struct tally *tally, const struct tally_format *format, struct entry entry, uint32_t weight)
 {
-    uint32_t offset_bits = 62 - (format->cluster_bits - 8);
-    uint64_t offset = entry & ((UINT64_C(1) << offset_bits) - 1);
-    uint64_t nsectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
-    uint64_t first = offset >> format->cluster_bits;
-    uint64_t last = ((offset & ~UINT64_C(511)) + nsectors * 512 - 1) >> format->cluster_bits;
-    int is_bad = (entry & COPIED) != 0 || (last << format->cluster_bits) >= format->file_end;
+    uint32_t bits = format->entries.cluster_bits;
+    struct payload payload = entry_payload(&format->entries, entry);
+    uint64_t first = payload.host_offset >> bits;
+    uint64_t last = (payload.host_offset + payload.nbytes - 1) >> bits;
+    int is_bad = entry_is_copied(entry) || entry.bitmap || (last << bits) >= format->file_end;
 
     if (last >= tally->nclusters)
         return 1;
@@ -220,22 +205,22 @@ static int count_compressed(struct tally *tally, const struct tally_format *form
 }
 
 /* Count an entry of another kind; 1 if somebody has to look at it. */
-static int count_standard(struct tally *tally, const struct tally_format *format, uint64_t entry, uint32_t weight,
+static int count_standard(struct tally *tally, const struct tally_format *format, struct entry entry, uint32_t weight,
                           uint64_t *next, struct tally_l2 *out)
 {
-    uint64_t offset = entry & OFFSET_MASK;
-    uint64_t cluster_size = UINT64_C(1) << format->cluster_bits;
-    int is_bad = (entry & RESERVED) != 0 || (format->version < 3 && (entry & ZERO)) || offset >= format->file_end;
+    uint32_t bits = format->entries.cluster_bits;
+    uint64_t offset = entry_host_offset(entry);
+    int is_bad = entry_is_bad(&format->entries, entry) || entry_is_askew(&format->entries, entry) ||
+                 offset >= format->file_end;
 
     if (offset == 0)
-        return (entry & RESERVED) != 0 || (format->version < 3 && (entry & ZERO));
-    is_bad |= (offset & (cluster_size - 1)) != 0;
+        return entry_is_bad(&format->entries, entry);
     out->allocated++;
     out->fragmented += *next && offset != *next;
-    *next = offset + cluster_size;
-    if (offset >> format->cluster_bits >= tally->nclusters)
+    *next = offset + (UINT64_C(1) << bits);
+    if (offset >> bits >= tally->nclusters)
         return 1;
-    int result = add_one(tally, offset >> format->cluster_bits, weight, TALLY_DATA);
+    int result = add_one(tally, offset >> bits, weight, TALLY_DATA);
     return result < 0 ? result : is_bad;
 }
 
@@ -246,12 +231,12 @@ int tally_l2(struct tally *tally, const struct tally_format *format, const uint8
 
     memset(out, 0, sizeof(*out));
     for (uint32_t i = 0; i < nentries; i++) {
-        uint64_t entry = entry_at(table, i);
+        struct entry entry = entry_in_table(&format->entries, table, i);
         int result;
 
-        if (entry == 0)
+        if (entry_is_empty(entry))
             continue;
-        if (entry & COMPRESSED) {
+        if (entry_is_compressed(entry)) {
             out->allocated++;
             out->fragmented++;
             out->compressed++;
@@ -323,17 +308,16 @@ uint32_t tally_copied(const struct tally *tally, const struct tally_format *form
     uint32_t nwrong = 0;
 
     for (uint32_t i = 0; i < nentries; i++) {
-        uint64_t entry = entry_at(table, i);
-        uint64_t offset = entry & OFFSET_MASK;
-        uint64_t cluster = offset >> format->cluster_bits;
+        struct entry entry = is_l1 ? (struct entry){table_word(table, i), 0} : entry_in_table(&format->entries, table, i);
+        uint64_t offset = entry_host_offset(entry), cluster = offset >> format->entries.cluster_bits;
         int is_one;
 
-        if (!offset || (offset & ((UINT64_C(1) << format->cluster_bits) - 1)) || (!is_l1 && (entry & COMPRESSED)))
+        if (!offset || entry_is_askew(&format->entries, entry) || (!is_l1 && entry_is_compressed(entry)))
             continue;
         if (counted && cluster >= tally->nclusters)
             continue; /* points nowhere: there is nothing to put right */
         is_one = counted ? tally_count(tally, cluster) == 1 : (tally_roles(tally, cluster) & TALLY_STORED_ONE) != 0;
-        if (is_one != ((entry & COPIED) != 0))
+        if (is_one != entry_is_copied(entry))
             wrong[nwrong++] = i;
     }
     return nwrong;

@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "qcow2/plane/entry.h"
+
 /* What references a cluster, and more bits the caller may add; the last two are conclusions of tally_differ. */
 enum tally_role {
     TALLY_SINGLE = 1, /* a structure that exactly one thing may reference */
@@ -15,8 +17,7 @@ enum tally_role {
 
 /* The image a table belongs to, as far as its entries can be judged by it. */
 struct tally_format {
-    uint32_t cluster_bits;
-    uint32_t version;
+    struct entry_format entries;
     uint64_t file_end; /* bytes; a cluster that begins at or past it is not in the file */
 };
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.native import Pointer, check, ffi, lib
+from qcow2.plane.entry import Entries
 
 MAX_CLUSTERS = (
     1 << 36
@@ -42,16 +43,17 @@ class Differences:
 
 
 class Tally:
-    """Counts for *nclusters* host clusters of an image with the given format and length."""
+    """Counts for *nclusters* host clusters of an image with *entries*, in a file of *file_size* bytes."""
 
-    def __init__(self, nclusters: int, cluster_bits: int, version: int, file_size: int) -> None:
+    def __init__(self, nclusters: int, entries: Entries, file_size: int) -> None:
         created = lib.tally_create(nclusters)
         if created == ffi.NULL:
             raise MemoryError(f"no memory to count the references to {nclusters} clusters")
         self.nclusters = nclusters
         self._tally: Pointer = ffi.gc(created, lib.tally_destroy)
-        self._format = ffi.new("struct tally_format *", (cluster_bits, version, file_size))
-        self._indexes: Any = ffi.new("uint32_t[]", (1 << cluster_bits) // ENTRY_SIZE)
+        self.entries = entries
+        self._format = ffi.new("struct tally_format *", (entries.native[0], file_size))
+        self._indexes: Any = ffi.new("uint32_t[]", (1 << entries.native.cluster_bits) // ENTRY_SIZE)
         self._count = ffi.new("struct tally_l2 *")
 
     def add(self, first: int, nclusters: int, role: Role, weight: int = 1) -> None:
@@ -112,7 +114,7 @@ class Tally:
 
     def add_l2(self, table: bytes, weight: int) -> TableCount:
         """Count what an L2 table references, each reference *weight* times."""
-        found, nentries = self._count, len(table) // ENTRY_SIZE
+        found, nentries = self._count, len(table) // self.entries.nbytes
         view = ffi.from_buffer("uint8_t[]", table)
         check(lib.tally_l2(self._tally, self._format, view, nentries, weight, found, self._indexes))
         suspects = ffi.unpack(self._indexes, found.nbad)
@@ -146,7 +148,7 @@ class Tally:
         *table* is an L2 table or at most a cluster of an L1 table.
         """
         view = ffi.from_buffer("uint8_t[]", table)
-        nentries = len(table) // ENTRY_SIZE
+        nentries = len(table) // (ENTRY_SIZE if is_l1 else self.entries.nbytes)
         n = lib.tally_copied(self._tally, self._format, view, nentries, is_l1, counted, self._indexes)
         found: list[int] = ffi.unpack(self._indexes, n)
         return found

@@ -71,11 +71,11 @@ static int may_load(const struct l2map *map, uint64_t slice)
 static int load(struct l2map *map, uint64_t slice, struct extent_reader *reader)
 {
     uint64_t first = slice << map->slice_bits, table = l2map_table(map, first);
-    uint64_t in_table = first & ((UINT64_C(1) << (map->cluster_bits - 3)) - 1);
     uint8_t data[sizeof(uint64_t) << MAX_SLICE_BITS];
 
     if (!reader || !table || !may_load(map, slice) ||
-        reader->read(reader, map->slot, table + in_table * sizeof(uint64_t), data, sizeof(uint64_t) << map->slice_bits))
+        reader->read(reader, map->slot, table + l2map_in_table(map, first), data,
+                     (uint32_t)(slice_nwords(map) * sizeof(uint64_t))))
         return 0;
     l2map_load(map, slice, data);
     map->loads++;

@@ -22,8 +22,8 @@ from qcow2.engine.replay import Outcome
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.engine.write import Writer
-from qcow2.format.layout import OFFSET_MASK
 from qcow2.native import ffi, lib
+from qcow2.plane.entry import l1_table
 from qcow2.plane.l2cache import L2Cache
 from qcow2.plane.linklog import NOTHING, STAMP_BITS, FoundLog, Link, LinkLog
 from tests.crash.driver import CrashDriver, simulated
@@ -358,7 +358,7 @@ def l1_entry_is_believed(patch: Patch) -> None:
     """Law 9: an L2 table may begin anywhere."""
 
     def believing(self: Mapping, guest_offset: int) -> int:
-        return self.l1[self.geometry.l1_index(guest_offset)] & OFFSET_MASK
+        return l1_table(self.l1[self.geometry.l1_index(guest_offset)])
 
     patch.setattr(Mapping, "table_offset", believing)
 

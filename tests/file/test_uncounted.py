@@ -10,8 +10,9 @@ import pytest
 
 import qcow2
 from qcow2.driver import operation as op
-from qcow2.format.layout import COPIED, HEADER_INCOMPATIBLE_OFFSET, OFFSET_MASK, Incompatible
+from qcow2.format.layout import HEADER_INCOMPATIBLE_OFFSET, Incompatible
 from tests.builder import Built, Recipe, build
+from tests.builder.record import COPIED, OFFSET_MASK
 from tests.engine import Bench, open_again, set_up
 from tests.frontend import FrontEnd
 from tests.program import Daemon

@@ -12,7 +12,7 @@ from qcow2.driver.operation import Compute, File, Operation, Read, Write
 from qcow2.engine.compressed import UNPACKING_BYTES, Payload, inflate, unpack_zstd
 from qcow2.engine.image import Image
 from qcow2.format.geometry import Geometry
-from qcow2.format.layout import CompressedMasks
+from qcow2.plane.entry import Entries
 from tests.engine import Bench, noise, set_up
 
 pytestmark = pytest.mark.pure
@@ -86,7 +86,7 @@ def test_a_zstd_window_larger_than_decoders_must_take_is_refused() -> None:
 def test_a_payload_reaches_to_the_end_of_its_last_sector(cluster_bits: int) -> None:
     geometry = Geometry.of(set_up(1 << 20, cluster_bits=cluster_bits).image.header.record)
     shift = 62 - (cluster_bits - 8)
-    payload = Payload.of(1 << 62 | 1 << shift | (3 << cluster_bits) + 100, geometry)
+    payload = Payload.of(1 << 62 | 1 << shift | (3 << cluster_bits) + 100, Entries.of(geometry))
     assert payload == Payload((3 << cluster_bits) + 100, 1024 - 100)
     assert payload.host_clusters(geometry) == (range(3, 5) if cluster_bits == 9 else range(3, 4))
 
@@ -105,9 +105,8 @@ def large_compressed(count: int) -> Bench:
     file = bench.file
     table = int.from_bytes(file.read(int.from_bytes(file.read(40, 8), "big"), 8), "big") & ~(1 << 63)
     host_offset = int.from_bytes(file.read(table, 8), "big") & ~(1 << 63)
-    masks = CompressedMasks.of(21)
-    sectors = (step // 512 - 1) << masks.sectors_shift
-    entries = b"".join((1 << 62 | sectors | host_offset + n * step).to_bytes(8, "big") for n in range(count))
+    made = Entries(21, 3)
+    entries = made.pack(made.descriptor(host_offset + n * step, step) for n in range(count))
     bench.driver.run(write_all(file, table, entries))
     return Bench(bench.driver, bench.breaker, file, None, bench.driver.run(Image.open(file)))
 

@@ -6,6 +6,7 @@ import pytest
 
 from qcow2.error import CorruptImage
 from qcow2.format import layout
+from tests.builder.record import COMPRESSED, COPIED, OFFSET_MASK
 from tests.engine import Bench, open_again, set_up
 
 pytestmark = pytest.mark.pure
@@ -53,8 +54,8 @@ def test_cluster_past_what_the_refcount_table_can_count_can_be_let_go() -> None:
     bench = closed_bench(1, refcount_order=6)
     countable = 64 * 64  # a table of one cluster, of blocks that count 64 clusters each
     bench.file.resize((countable + 100) * CLUSTER)
-    l2_offset = peek(bench, header(bench).l1_table_offset) & layout.OFFSET_MASK
-    poke(bench, l2_offset, (countable + 50) * CLUSTER | layout.COPIED)
+    l2_offset = peek(bench, header(bench).l1_table_offset) & OFFSET_MASK
+    poke(bench, l2_offset, (countable + 50) * CLUSTER | COPIED)
     bench = open_again(bench, writable=True)
     bench.driver.run(bench.image.discard(0, CLUSTER))
     bench.write(0, b"y" * CLUSTER)
@@ -66,7 +67,7 @@ def test_table_without_its_copied_flag_is_replaced_and_its_cluster_used_again() 
     """A writer that died while it deleted a snapshot leaves counts of one and flags that say otherwise."""
     bench = closed_bench(20)
     where = header(bench).l1_table_offset
-    old = peek(bench, where) & layout.OFFSET_MASK
+    old = peek(bench, where) & OFFSET_MASK
     poke(bench, where, old)
     bench = open_again(bench, writable=True)
     for cluster in range(900):
@@ -78,8 +79,8 @@ def test_table_without_its_copied_flag_is_replaced_and_its_cluster_used_again() 
 def test_uncounted_reference_past_the_end_does_not_meet_what_the_file_grows_by() -> None:
     bench = closed_bench(1)
     end = bench.file.size
-    l2_offset = peek(bench, header(bench).l1_table_offset) & layout.OFFSET_MASK
-    poke(bench, l2_offset, end + 10 * CLUSTER | layout.COPIED)
+    l2_offset = peek(bench, header(bench).l1_table_offset) & OFFSET_MASK
+    poke(bench, l2_offset, end + 10 * CLUSTER | COPIED)
     bench = open_again(bench, writable=True)
     for cluster in range(5, 50):
         bench.write(cluster * CLUSTER, b"y" * CLUSTER)
@@ -91,9 +92,9 @@ def test_uncounted_reference_past_the_end_does_not_meet_what_the_file_grows_by()
 
 def test_compressed_data_that_is_none_fails_the_read() -> None:
     bench = closed_bench(1)
-    l2_offset = peek(bench, header(bench).l1_table_offset) & layout.OFFSET_MASK
-    data = peek(bench, l2_offset) & layout.OFFSET_MASK
-    poke(bench, l2_offset, layout.L2_COMPRESSED | data)
+    l2_offset = peek(bench, header(bench).l1_table_offset) & OFFSET_MASK
+    data = peek(bench, l2_offset) & OFFSET_MASK
+    poke(bench, l2_offset, COMPRESSED | data)
     bench = open_again(bench)
     with pytest.raises(CorruptImage):
         bench.read(0, CLUSTER)
@@ -104,8 +105,8 @@ def test_compressed_cluster_with_a_table_in_its_middle_is_refused() -> None:
     for cluster in (0, 1, 600):  # the table of the last one comes to lie between data
         bench.write(cluster * 4096, b"x")
     bench.close()
-    first, second = (peek(bench, header(bench).l1_table_offset + at) & layout.OFFSET_MASK for at in (0, 8))
-    poke(bench, first, layout.L2_COMPRESSED | 15 << 58 | second - 512)  # 16 sectors, from the last before the table
+    first, second = (peek(bench, header(bench).l1_table_offset + at) & OFFSET_MASK for at in (0, 8))
+    poke(bench, first, COMPRESSED | 15 << 58 | second - 512)  # 16 sectors, from the last before the table
     bench = open_again(bench, writable=True)
     with pytest.raises(CorruptImage):
         bench.driver.run(bench.image.discard(0, 4096))

@@ -6,8 +6,8 @@ import pytest
 
 from qcow2.engine.replay import Outcome, replay
 from qcow2.format.header import read_header
-from qcow2.format.layout import COPIED, L2_COMPRESSED, L2_ZERO
 from qcow2.plane.linklog import Link
+from tests.builder.record import COMPRESSED, COPIED, ZERO
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import Bench, noise, set_up, waiting
 
@@ -93,7 +93,7 @@ def test_a_cluster_that_has_changed_since_keeps_what_it_has() -> None:
     bench = killed()
     expected = bytearray(bench.content())
     offset = bench.image._mapping.table_offset(0) + 8 * WRITTEN[1]
-    bench.file.write(offset, (L2_ZERO).to_bytes(8, "big"))
+    bench.file.write(offset, (ZERO).to_bytes(8, "big"))
     expected[WRITTEN[1] * CLUSTER : (WRITTEN[1] + 1) * CLUSTER] = bytes(CLUSTER)
     assert run_replay(bench.file, logged(bench)) == Outcome(replayed=len(WRITTEN) - 1, dropped=1)
     assert bench.reopened_content() == expected
@@ -109,8 +109,8 @@ NEW = 20 * CLUSTER | COPIED  # inside the file, and a cluster of data
         Link((1 << 64) - 2, 0, NEW),
         Link(1 << 60, 0, NEW),
         Link(5, 0, NEW ^ COPIED),
-        Link(5, 0, NEW | L2_ZERO),
-        Link(5, 0, NEW | L2_COMPRESSED),
+        Link(5, 0, NEW | ZERO),
+        Link(5, 0, NEW | COMPRESSED),
         Link(5, 0, NEW | 1 << 60),  # a reserved bit
         Link(5, 0, 0 | COPIED),  # the header
         Link(5, 0, CLUSTER | COPIED),  # the refcount table
