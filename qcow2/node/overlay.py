@@ -60,9 +60,12 @@ class Overlay:
             raise UnsupportedImage(path, "not a regular file: nothing can take its name")
         if not os.path.samestat(os.stat(self._path), os.fstat(self._top.fd)):
             raise OSError(errno.ESTALE, "another file has this name by now", path)
-        if os.path.lexists(self._frozen) and not self._is_top(self._frozen):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._frozen)
         has_moved = not os.path.samefile(os.path.dirname(self._frozen), os.path.dirname(self._path))
+        is_ours = not has_moved and os.path.basename(self._frozen) in map(
+            os.path.basename, (self._path, self._temporary)
+        )
+        if is_ours or (os.path.lexists(self._frozen) and not self._is_top(self._frozen)):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._frozen)
         if has_moved and header.backing_name is not None and not os.path.isabs(header.backing_name):
             message = (
                 f"its backing file {header.backing_name!r} is named from its directory, which {name!r} would leave"
@@ -114,6 +117,10 @@ class Overlay:
         if not os.path.lexists(self._frozen):
             os.link(self._path, self._frozen, follow_symlinks=False)
             self._was_named = True
+        if (
+            not self._is_top(self._frozen) or os.fstat(self._top.fd).st_nlink < 2
+        ):  # or `switch` would take the last name
+            raise FileExistsError(errno.EEXIST, "is no second name of the image", self._frozen)
         _sync_directory(self._frozen)
 
     def switch(self) -> None:
