@@ -6,8 +6,12 @@ with qcow2.open("disk.qcow2", writable=True) as disk:
     boot_sector = disk.read(0, 512)
     disk.write(1 << 20, b"hello")
     disk.flush()
+
+qcow2.create("clone.qcow2", backing="disk.qcow2")
+qcow2.convert("disk.qcow2", "disk.raw", format="raw", progress=lambda done, total: print(done, total))
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
@@ -15,10 +19,34 @@ from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
 if TYPE_CHECKING:
     from qcow2.library.disk import Disk
     from qcow2.library.disk import open_disk as open
+    from qcow2.library.jobs import commit, compare, convert, rebase
+    from qcow2.library.make import create
 
     __version__: str
 
-__all__ = ["CorruptImage", "Disk", "ImageError", "UnsupportedImage", "WrongKey", "__version__", "open"]
+__all__ = [
+    "CorruptImage",
+    "Disk",
+    "ImageError",
+    "UnsupportedImage",
+    "WrongKey",
+    "__version__",
+    "commit",
+    "compare",
+    "convert",
+    "create",
+    "open",
+    "rebase",
+]
+LATER = {
+    "Disk": ("disk", "Disk"),
+    "open": ("disk", "open_disk"),
+    "create": ("make", "create"),
+    "commit": ("jobs", "commit"),
+    "compare": ("jobs", "compare"),
+    "convert": ("jobs", "convert"),
+    "rebase": ("jobs", "rebase"),
+}  # module of the library, name there
 
 
 def __getattr__(name: str) -> Any:
@@ -27,12 +55,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return globals().setdefault(name, version("vhost-user-qcow2"))
-    if name not in ("Disk", "open"):
+    if name not in LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qcow2.library import disk
-
-    globals().update(Disk=disk.Disk, open=disk.open_disk)
-    return globals()[name]
+    module, there = LATER[name]
+    return globals().setdefault(name, getattr(import_module(f"qcow2.library.{module}"), there))
 
 
 def __dir__() -> list[str]:

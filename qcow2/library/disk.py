@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
+from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from qcow2.engine.raw import RawImage
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.library.bitmaps import Bitmaps
+from qcow2.library.facts import Facts, facts_of_file
 from qcow2.library.file import DiskFile
 from qcow2.library.own_thread import OwnThread
 from qcow2.node.chain import Chain
@@ -129,10 +131,54 @@ class Disk:
             writes = preallocation is Preallocation.FULL
             self._run(lambda: self.image.preallocate(end, self.size - end, writes=writes))
 
-    def snapshots(self) -> tuple[Snapshot, ...]:
+    @property
+    def snapshots(self) -> "SnapshotList":
         """The internal snapshots of the image, oldest first as far as its table is in order."""
         image = self._qcow2()
-        return self._run(image.snapshots)
+        return SnapshotList(self._run(image.snapshots))
+
+    @property
+    def info(self) -> Facts:
+        """What the image is, as its file says now: the keys and values of `qcow2 info --output=json`."""
+        self._require_open()
+        image_format = "qcow2" if isinstance(self.image, Image) else "raw"
+        return self._thread.call(partial(facts_of_file, self.files[0], image_format))
+
+    async def aread(self, offset: int, nbytes: int) -> bytes:
+        """As `read`; the event loop goes on meanwhile. Calls of one disk take turns, in the order they were made."""
+        return await _aside(self.read, offset, nbytes)
+
+    async def areadinto(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """As `readinto`; who cancels it must not use *buffer* before the disk is closed."""
+        await _aside(self.readinto, offset, buffer)
+
+    async def awrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """As `write`; one that is cancelled may be written all the same."""
+        await _aside(self.write, offset, data)
+
+    async def awrite_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
+        """As `write_zeroes`."""
+        await _aside(self.write_zeroes, offset, nbytes, unmap=unmap)
+
+    async def adiscard(self, offset: int, nbytes: int) -> None:
+        """As `discard`."""
+        await _aside(self.discard, offset, nbytes)
+
+    async def aflush(self) -> None:
+        """As `flush`."""
+        await _aside(self.flush)
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        await _aside(self.close)
+
+    async def __aenter__(self) -> "Disk":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
 
     def create_snapshot(self, name: str) -> Snapshot:
         """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
@@ -264,9 +310,48 @@ class Disk:
         self.close()
 
 
+async def _aside(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Call *function* on a thread of the event loop's. Who awaits this has loaded asyncio; nobody else needs it."""
+    result: T = await import_module("asyncio").to_thread(function, *arguments, **named)
+    return result
+
+
+class SnapshotList(tuple[Snapshot, ...]):
+    """Snapshots; to be called, too, for who knows them as what a method returns."""
+
+    __slots__ = ()
+
+    def __call__(self) -> "SnapshotList":
+        """These."""
+        return self
+
+
 def _tell_of_void_bitmaps(path: str) -> None:
     """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
     log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
+
+
+MODES = {"r": False, "rb": False, "r+": True, "rb+": True, "r+b": True}
+
+
+def _is_writable(mode: str, writable: bool | None) -> bool:
+    """Raises: ValueError for a mode that makes no sense here."""
+    known = MODES.get(mode)
+    if known is None:
+        raise ValueError(f"mode {mode!r} is not one of r, rb, r+, rb+; qcow2.create makes new images")
+    return known if writable is None else writable
+
+
+def path_of_descriptor(fd: int) -> str:
+    """A path that leads to the file of *fd*: its own, so that names relative to it are found, while it has one.
+
+    Raises: OSError.
+    """
+    status = os.fstat(fd)
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    if os.path.exists(path) and os.path.samestat(os.stat(path), status):
+        return path
+    return f"/proc/self/fd/{fd}"
 
 
 def keys_of(key: Key) -> Keys | None:
@@ -282,9 +367,10 @@ def keys_of(key: Key) -> Keys | None:
 
 
 def open_disk(
-    path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | int,
+    mode: str = "r",
     *,
-    writable: bool = False,
+    writable: bool | None = None,
     format: str = "qcow2",
     snapshot: str | None = None,
     key: Key = None,
@@ -295,7 +381,9 @@ def open_disk(
     progress: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Disk:
-    """Open the image at *path*, and the backing files it names.
+    """Open the image at *path*, or what a file descriptor is of, and the backing files it names.
+
+    *mode* is "r" or "r+", with or without a "b"; *writable* says the same. A descriptor stays its owner's.
 
     *format* is "qcow2" or "raw", and never guessed. *snapshot*, an id or else a name, is an internal snapshot to read
     in place of the disk. *lazy_refcounts* overrides what the image says about writing refcounts only at close.
@@ -311,8 +399,8 @@ def open_disk(
 
     Raises: OSError; UnsupportedImage, CorruptImage and WrongKey, each an ImageError; one line that names the file.
     """
-    name = os.fsdecode(path)
-    options = OpenOptions(writable, lazy_refcounts, cache_size, snapshot, keys_of(key))
+    name = path_of_descriptor(path) if isinstance(path, int) else os.fsdecode(path)
+    options = OpenOptions(_is_writable(mode, writable), lazy_refcounts, cache_size, snapshot, keys_of(key))
     chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, on_wait=on_wait)
     try:
         return Disk(chain.open(name, format, options), chain)

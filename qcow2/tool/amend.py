@@ -3,9 +3,9 @@
 import argparse
 
 from qcow2.library.amend import Amendment, CannotAmend, amend_image
+from qcow2.library.facts import backing_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options
-from qcow2.tool.info import backing_of
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.option import COMPATS, OPTIONS, SWITCH, asks_for_help, split_options

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from qcow2.driver.file import HostFile, run
 from qcow2.judge.check import check
 from qcow2.judge.report import Report
-from qcow2.tool.file import add_log_options, opened, print_json, recovered
+from qcow2.library.hostfile import opened
+from qcow2.tool.file import add_log_options, print_json, recovered
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening

@@ -8,9 +8,9 @@ from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, plan, write_header, write_raw, write_tables
 from qcow2.format.header import read_header
 from qcow2.format.layout import SECTOR_SIZE
+from qcow2.library.hostfile import created, opened
 from qcow2.node.chain import backing_path
 from qcow2.node.formats import FORMATS
-from qcow2.tool.file import created, opened
 from qcow2.tool.identity import default_format
 from qcow2.tool.option import (
     OPTIONS,

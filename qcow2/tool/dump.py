@@ -9,7 +9,8 @@ from qcow2.driver.file import run
 from qcow2.format import layout
 from qcow2.format.header import Extension, Header, feature_entries, feature_names, load_header
 from qcow2.format.layout import Autoclear, Compatible, ExtensionMagic, FeatureNameType, Incompatible
-from qcow2.tool.file import opened, print_json
+from qcow2.library.hostfile import opened
+from qcow2.tool.file import print_json
 
 EXTENSION_NAMES = {
     ExtensionMagic.BACKING_FORMAT: "backing file format",

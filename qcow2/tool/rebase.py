@@ -1,20 +1,16 @@
 """`qcow2 rebase`: another backing file; what would show differently through it is copied first."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.file import run
-from qcow2.driver.operation import File
-from qcow2.driver.pool import PoolDriver
 from qcow2.engine.image import Image
 from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
-from qcow2.format.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
-from qcow2.format.layout import Autoclear
-from qcow2.job.rebase import copy_difference
+from qcow2.format.header import pack_header
 from qcow2.library.disk import Disk, open_disk
+from qcow2.library.rebase import bring_over, change_header
 from qcow2.node.chain import backing_path
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
@@ -82,14 +78,8 @@ def _rebase_safely(arguments: argparse.Namespace, name: str | None, backing_form
             refuse_source(arguments.filename, [new])
         pack_header(image.file, image.header.with_backing(name, backing_format))  # refuse what does not fit
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet))
-        with PoolDriver(NTHREADS) as driver:
-            driver.run(copy_difference(image, new, pace, is_same_file=_is_same_file))
-        disk.clean()  # law 6: all that the new chain needs is stable
+        bring_over(disk, image, new, pace)
         run(change_header(image.file, name, backing_format))
-
-
-def _is_same_file(one: File, other: File) -> bool:
-    return os.path.samefile(one.path, other.path)
 
 
 @contextmanager
@@ -122,13 +112,3 @@ def _new_backing(arguments: argparse.Namespace, name: str, backing_format: str) 
             text = str(failure).removeprefix(f"Could not open '{path}': ")
             raise Failure(f"Could not open new backing file '{name}': {text}") from failure
         yield new
-
-
-async def change_header(file: File, name: str | None, backing_format: str | None) -> None:
-    """Let the header name another backing file; stable on return. Raises: OSError, ImageError; it is as it was then."""
-    header = await read_header(file)
-    require_uncorrupted(file, header)
-    pack_header(file, header.with_backing(name, backing_format))  # refuse what does not fit before anything is written
-    # Bitmaps stay true: no cluster changes. What else promises something, we cannot know.
-    header = await clear_autoclear(file, header, maintained=Autoclear.BITMAPS)
-    await rewrite_header(file, header.with_backing(name, backing_format))

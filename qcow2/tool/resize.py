@@ -11,8 +11,9 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.header import read_header, require_uncorrupted
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.disk import open_disk
+from qcow2.library.hostfile import opened
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options, opened
+from qcow2.tool.file import add_log_options
 from qcow2.tool.identity import say
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening

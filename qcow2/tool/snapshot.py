@@ -9,9 +9,11 @@ from qcow2.error import ImageError
 from qcow2.format.header import read_header
 from qcow2.format.snapshot import read_snapshots
 from qcow2.library.disk import open_disk
+from qcow2.library.facts import snapshot_facts
+from qcow2.library.hostfile import opened
 from qcow2.tool.failure import Failure
-from qcow2.tool.file import add_log_options, opened
-from qcow2.tool.info import snapshot_facts, snapshot_lines
+from qcow2.tool.file import add_log_options
+from qcow2.tool.info import snapshot_lines
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 

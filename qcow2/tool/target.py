@@ -14,8 +14,8 @@ from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Disk, open_disk
+from qcow2.library.hostfile import created
 from qcow2.tool.failure import Failure
-from qcow2.tool.file import created
 from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.option import image_options, raw_preallocation

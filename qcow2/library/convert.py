@@ -1,0 +1,63 @@
+"""Copy disks to new images from Python."""
+
+import os
+from contextlib import ExitStack
+
+from qcow2.driver.file import HostFile
+from qcow2.driver.pool import PoolDriver
+from qcow2.engine.create import Options
+from qcow2.engine.image import OpenOptions
+from qcow2.engine.raw import RawImage
+from qcow2.error import ImageError
+from qcow2.format.layout import CompressionType
+from qcow2.job.copy import Manner, copy
+from qcow2.job.newcompressed import NewCompressedImage
+from qcow2.job.newimage import NewImage
+from qcow2.job.pace import Pace
+from qcow2.job.source import Source
+from qcow2.job.target import InPlace, Target
+from qcow2.library.disk import Key, keys_of
+from qcow2.library.hostfile import created
+from qcow2.node.chain import Chain
+
+NTHREADS = 8
+
+
+def convert_image(
+    source: str,
+    target: str,
+    pace: Pace,
+    *,
+    source_format: str,
+    target_format: str,
+    snapshot: str | None,
+    is_compressed: bool,
+    compression: CompressionType,
+    cluster_bits: int,
+    key: Key,
+) -> None:
+    """Let *target* be a new image with the disk of *source*; stable on return.
+
+    Raises: OSError, ImageError, ValueError, Cancelled; a new file is gone then, another one no image.
+    """
+    with ExitStack() as stack:
+        chain = stack.enter_context(Chain())
+        image = chain.open(source, source_format, OpenOptions(snapshot=snapshot, keys=keys_of(key)))
+        for link in image.chain:
+            if os.path.exists(target) and os.path.samefile(link.file.path, target):
+                raise ImageError(target, "the target is the source, or under it")
+        file = stack.enter_context(created(target))
+        options = Options(size=image.size, cluster_bits=cluster_bits, compression=compression)
+        kind = NewCompressedImage if is_compressed else NewImage
+        into: Target = _raw(file, image.size) if target_format == "raw" else kind(file, options)
+        driver = stack.enter_context(PoolDriver(NTHREADS))
+        driver.run(copy(Source.of(image), into, pace, Manner()))
+
+
+def _raw(file: HostFile, size: int) -> InPlace:
+    if file.is_device:
+        if file.size() < size:
+            raise ImageError(file.path, f"the device has {file.size()} bytes, the disk {size}")
+    else:
+        os.ftruncate(file.fd, 0)
+    return InPlace(RawImage(file, size, read_only=False), size, is_zero=not file.is_device, length=size)

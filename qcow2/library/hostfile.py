@@ -1,0 +1,56 @@
+"""Image files of this host, opened or made: locked, unless somebody says that sharing is fine."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from qcow2.driver.file import HostFile
+from qcow2.driver.lock import lock_image
+
+
+@contextmanager
+def opened(path: str, *, writable: bool = False, force_share: bool = False) -> Iterator[HostFile]:
+    """The image file at *path*, locked as QEMU would; with *force_share* read it though others may write.
+
+    Raises: OSError, ImageLocked.
+    """
+    with HostFile.open(path, writable=writable) as file:
+        if not force_share:
+            lock_image(file.fd, path, writable=writable)
+        yield file
+
+
+@contextmanager
+def created(path: str) -> Iterator[HostFile]:
+    """The file at *path*, made if there is none, locked, with its old content; after an error a new one is gone again.
+
+    Raises: OSError, ImageLocked.
+    """
+    is_new = not os.path.lexists(path)
+    try:
+        if is_new:
+            _make(path)
+        with opened(path, writable=True) as file:
+            yield file
+    except _ElsewhereMade as error:
+        raise error.cause from None
+    except BaseException:
+        if is_new:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        raise
+
+
+class _ElsewhereMade(Exception):
+    """Somebody else has made the file meanwhile: it is not ours to remove."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def _make(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    except FileExistsError as error:
+        raise _ElsewhereMade(error) from error

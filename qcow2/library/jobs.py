@@ -1,0 +1,126 @@
+"""Long work from Python: each call returns when it is done; *progress(done, total)*, in bytes, sees how far it is.
+
+What *progress* raises ends the job, and is raised: the image is left as the job's own description says.
+"""
+
+import os
+from contextlib import ExitStack
+
+from qcow2.driver.pool import PoolDriver
+from qcow2.engine.image import OpenOptions
+from qcow2.format.layout import CompressionType
+from qcow2.job import compare as comparison
+from qcow2.job.pace import Pace, Progress
+from qcow2.library.commit import commit_image
+from qcow2.library.convert import convert_image
+from qcow2.library.disk import Key, keys_of
+from qcow2.library.make import PathLike
+from qcow2.library.rebase import rebase_image
+from qcow2.node.chain import Chain
+from qcow2.node.formats import FORMATS
+
+NTHREADS = 4
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    source_format: str = "qcow2",
+    format: str = "qcow2",
+    snapshot: str | None = None,
+    compress: bool = False,
+    compression: str = "zlib",
+    cluster_size: int = 64 << 10,
+    key: Key = None,
+    progress: Progress | None = None,
+    rate: int = 0,
+) -> None:
+    """Copy the disk of *source*, or what it was at *snapshot*, to a new image *target*, as sparse as it can be.
+
+    *rate* is in bytes a second, 0 as fast as it goes. Stable on return; *target* gets its header, or if it is raw its
+    first bytes, last.
+    Raises: ValueError, OSError, ImageError; a new file is gone then.
+    """
+    if format not in ("qcow2", "raw") or source_format not in FORMATS:
+        raise ValueError(f"cannot convert from {source_format!r} to {format!r}")
+    if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
+        raise ValueError(f"cluster_size {cluster_size} is not a power of two from 512 to 2097152")
+    kinds = {kind.name.lower(): kind for kind in CompressionType}
+    if compression not in kinds:
+        raise ValueError(f"compression {compression!r} is not one of {', '.join(kinds)}")
+    convert_image(
+        os.fsdecode(source),
+        os.fsdecode(target),
+        Pace(progress, rate),
+        source_format=source_format,
+        target_format=format,
+        snapshot=snapshot,
+        is_compressed=compress,
+        compression=kinds[compression],
+        cluster_bits=cluster_size.bit_length() - 1,
+        key=key,
+    )
+
+
+def commit(
+    path: PathLike,
+    base: PathLike | None = None,
+    *,
+    empty: bool = True,
+    key: Key = None,
+    progress: Progress | None = None,
+    rate: int = 0,
+) -> None:
+    """Bring what the image at *path* has into its backing file, or into *base* further below; stable on return.
+
+    *empty*: the image has nothing of its own then, if *base* is its backing file. What is between the two is worth
+    nothing any more, but through the image.
+    Raises: OSError, ImageError, ValueError; what the image shows is as before.
+    """
+    below = None if base is None else os.fsdecode(base)
+    commit_image(os.fsdecode(path), below, Pace(progress, rate), empties=empty, key=key)
+
+
+def rebase(
+    path: PathLike,
+    backing: PathLike | None,
+    *,
+    backing_format: str = "qcow2",
+    key: Key = None,
+    progress: Progress | None = None,
+) -> None:
+    """Put the image at *path* over *backing*, or over nothing; what it shows stays the same. Stable on return.
+
+    A relative name starts at the directory of the image, and is recorded as it is.
+    Raises: OSError, ImageError; it is over the old one then.
+    """
+    name = None if backing is None else os.fsdecode(backing)
+    rebase_image(os.fsdecode(path), name, backing_format if name else None, Pace(progress), key=key)
+
+
+def compare(
+    one: PathLike,
+    other: PathLike,
+    *,
+    format: str = "qcow2",
+    other_format: str | None = None,
+    key: Key = None,
+    progress: Progress | None = None,
+) -> int | None:
+    """Offset of the first sector in which the two disks differ; None if they hold the same.
+
+    What one has more than the other must be zeros.
+    Raises: OSError, ImageError.
+    """
+    with ExitStack() as stack:
+        left, right = (
+            stack.enter_context(Chain()).open(os.fsdecode(path), image_format, OpenOptions(keys=keys_of(key)))
+            for path, image_format in ((one, format), (other, other_format or format))
+        )
+        driver = stack.enter_context(PoolDriver(NTHREADS))
+        try:
+            found = driver.run(comparison.compare(left, right, Pace(progress)))
+        except comparison.ReadFailed as failure:
+            raise failure.__cause__ or failure from None
+    return None if found is None else found.guest_offset

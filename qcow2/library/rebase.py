@@ -1,0 +1,67 @@
+"""Give an image another backing file."""
+
+import os
+from contextlib import ExitStack
+
+from qcow2.driver.file import run
+from qcow2.driver.operation import File
+from qcow2.driver.pool import PoolDriver
+from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.raw import RawImage
+from qcow2.error import ImageError
+from qcow2.format.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
+from qcow2.format.layout import Autoclear
+from qcow2.job.pace import Pace
+from qcow2.job.rebase import copy_difference
+from qcow2.library.disk import Disk, Key, keys_of, open_disk
+from qcow2.node.chain import Chain, backing_path
+
+NTHREADS = 8
+
+
+async def change_header(file: File, name: str | None, backing_format: str | None) -> None:
+    """Let the header name another backing file; stable on return. Raises: OSError, ImageError; it is as it was then."""
+    header = await read_header(file)
+    require_uncorrupted(file, header)
+    pack_header(file, header.with_backing(name, backing_format))  # refuse what does not fit before anything is written
+    # Bitmaps stay true: no cluster changes. What else promises something, we cannot know.
+    header = await clear_autoclear(file, header, maintained=Autoclear.BITMAPS)
+    await rewrite_header(file, header.with_backing(name, backing_format))
+
+
+def is_same_file(one: File, other: File) -> bool:
+    """Whether both are the same file of this host."""
+    return os.path.samefile(one.path, other.path)
+
+
+def rebase_image(path: str, name: str | None, backing_format: str | None, pace: Pace, *, key: Key = None) -> None:
+    """Let the image at *path* be over the file *name*, or none, and show what it shows now; stable on return.
+
+    Raises: OSError, ImageError, Cancelled; it is over the old one then.
+    """
+    with ExitStack() as stack:
+        disk = open_disk(path, writable=True, key=key)
+        stack.push(lambda kind, value, traceback: disk.close() if kind else disk.abandon())
+        image = disk.image
+        assert isinstance(image, Image)
+        new = None
+        if name is not None and backing_format is not None:
+            chain = stack.enter_context(Chain())
+            below = backing_path(path, name)
+            _refuse_itself(path, below, disk)
+            new = chain.open(below, backing_format, OpenOptions(keys=keys_of(key)))
+        pack_header(image.file, image.header.with_backing(name, backing_format))  # refuse what does not fit
+        bring_over(disk, image, new, pace)
+        run(change_header(image.file, name, backing_format))
+
+
+def bring_over(disk: Disk, image: Image, new: Image | RawImage | None, pace: Pace) -> None:
+    """Write to *image* what shows through it now and would not with *new* under it; *disk* is clean then."""
+    with PoolDriver(NTHREADS) as driver:
+        driver.run(copy_difference(image, new, pace, is_same_file=is_same_file))
+    disk.clean()  # law 6: all that the new chain needs is stable
+
+
+def _refuse_itself(path: str, below: str, disk: Disk) -> None:
+    if os.path.exists(below) and os.path.samefile(below, path):
+        raise ImageError(disk.files[0].path, "an image cannot be its own backing file")

@@ -1,0 +1,181 @@
+"""The library's wider face: making, copying and comparing images, modes and descriptors, an event loop, fsspec."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+
+import qcow2
+from qcow2.library.filesystem import DiskFileSystem
+from tests.oracle import assert_clean, qemu_img, qemu_io, qemu_read
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    image = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", image, "3M")
+    qemu_io(image, "write -P 7 1M 64k", "write -z 2M 64k")
+    return image
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": 5000},
+        {"size": MIB, "cluster_size": 512, "compat": "0.10"},
+        {"size": MIB, "lazy_refcounts": True, "refcount_bits": 64, "compression": "zstd"},
+        {"size": 3 * MIB, "preallocation": "metadata"},
+        {"size": 3 * MIB, "preallocation": "falloc"},
+        {"size": MIB, "format": "raw", "preallocation": "full"},
+    ],
+)
+def test_images_are_made(tmp_path: Path, options: dict[str, object]) -> None:
+    qcow2.create(tmp_path / "a", **options)  # type: ignore[arg-type]
+    image_format = str(options.get("format", "qcow2"))
+    if image_format == "qcow2":
+        assert_clean(tmp_path / "a")
+    with qcow2.open(tmp_path / "a", format=image_format) as disk:
+        assert disk.size == -(-int(str(options["size"])) // 512) * 512
+        assert disk.read(0, disk.size) == bytes(disk.size)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"size": -1}, {"size": 1, "cluster_size": 1000}, {"size": 1, "format": "vmdk"}, {"size": 1, "compat": "2"}],
+)
+def test_nonsense_is_not_made(tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"size|format|compat"):
+        qcow2.create(tmp_path / "a", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "a").exists()
+
+
+def test_modes_and_descriptors(path: Path) -> None:
+    with qcow2.open(path, "r+") as disk:
+        disk.write(0, b"x")
+    with path.open("rb") as file:
+        for mode in ("r", "rb"):
+            with qcow2.open(file.fileno(), mode) as disk:
+                assert disk.read(0, 1) == b"x"
+                with pytest.raises(OSError, match="read-only"):
+                    disk.write(0, b"y")
+        os.fstat(file.fileno())  # still its owner's
+    with pytest.raises(ValueError, match="mode 'w'"):
+        qcow2.open(path, "w")
+
+
+def test_descriptor_of_an_overlay_finds_its_backing_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qcow2.create(path.with_name("top"), backing="disk")
+    monkeypatch.chdir("/")
+    with path.with_name("top").open("rb") as file, qcow2.open(file.fileno()) as disk:
+        assert disk.read(MIB, 1) == b"\7"
+
+
+def test_copies_are_told_how_far_they_are(path: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    qcow2.convert(path, tmp_path / "raw", format="raw", progress=lambda done, total: told.append((done, total)))
+    assert told[0] == (0, 3 * MIB)
+    assert told[-1] == (3 * MIB, 3 * MIB)
+    assert (tmp_path / "raw").read_bytes() == qemu_read(path)
+    qcow2.convert(tmp_path / "raw", tmp_path / "packed", source_format="raw", compress=True, compression="zstd")
+    assert_clean(tmp_path / "packed")
+    assert qcow2.compare(path, tmp_path / "packed") is None
+    with qcow2.open(path, "r+") as disk:
+        disk.write(2 * MIB + 5, b"x")
+    assert qcow2.compare(path, tmp_path / "raw", other_format="raw") == 2 * MIB
+
+
+def test_progress_that_raises_ends_the_job(path: Path, tmp_path: Path) -> None:
+    def refuse(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qcow2.convert(path, tmp_path / "new", progress=refuse)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(qcow2.ImageError, match="source"):
+        qcow2.convert(path, path)
+
+
+def test_snapshots_are_a_value_that_may_be_called(path: Path) -> None:
+    with qcow2.open(path, "r+") as disk:
+        disk.create_snapshot("one")
+        assert [each.name for each in disk.snapshots] == ["one"]
+        assert disk.snapshots() == disk.snapshots
+        assert disk.info["snapshots"][0]["name"] == "one"
+        assert disk.info["virtual-size"] == len(disk) == 3 * MIB
+
+
+def test_event_loop_goes_on(path: Path) -> None:
+    async def work() -> list[bytes]:
+        async with qcow2.open(path, "r+") as disk:
+            await disk.awrite(0, b"first")
+            await disk.awrite_zeroes(MIB, 512)
+            await disk.adiscard(2 * MIB, MIB)
+            await disk.aflush()
+            target = bytearray(5)
+            await disk.areadinto(0, target)
+            return [bytes(target), *await asyncio.gather(*(disk.aread(MIB + ahead, 1) for ahead in (0, 512)))]
+
+    assert asyncio.run(work()) == [b"first", b"\0", b"\7"]
+    assert_clean(path)
+
+
+def test_fsspec_reads_and_writes(path: Path) -> None:
+    fsspec.register_implementation("qcow2", DiskFileSystem, clobber=True)  # which an installation does: see the recipe
+    with fsspec.open(f"qcow2://{path}", "r+b") as file:
+        file.seek(512)
+        file.write(b"hello")
+    system = fsspec.filesystem("qcow2")
+    assert system.info(str(path)) == {"name": str(path), "size": 3 * MIB, "type": "file"}
+    assert str(path) in system.ls(str(path.parent), detail=False)
+    with system.open(str(path)) as file:
+        assert file.read(517)[512:] == b"hello"
+
+
+def test_fsspec_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fsspec.py").write_text("raise ImportError('none here')\n")
+    code = "import qcow2.library.filesystem"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert "qcow2:// needs fsspec: pip install 'vhost-user-qcow2[fsspec]'" in done.stderr
+
+
+def test_what_there_is_can_be_looked_up() -> None:
+    assert {"create", "open", "convert", "commit", "rebase", "compare", "Disk", "__version__"} <= set(dir(qcow2))
+    for name in qcow2.__all__:
+        assert getattr(qcow2, name) is not None
+    assert "Read" not in dir(qcow2)
+    assert qcow2.create.__doc__ is not None
+
+
+def test_users_code_is_typed(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    code = """
+import qcow2
+
+def size(path: str) -> int:
+    qcow2.create(path, 1 << 20)
+    with qcow2.open(path, "r+") as disk:
+        data: bytes = disk.read(0, 512)
+        disk.write(512, data)
+        return disk.size + len([each.name for each in disk.snapshots])
+
+offset: int | None = qcow2.compare("a", "b")
+qcow2.convert("a", "b", progress=lambda done, total: print(done, total))
+"""
+    (tmp_path / "user.py").write_text(code)
+    root = Path(qcow2.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "user.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n"), done.stdout

@@ -1,0 +1,108 @@
+"""docs/recipes.md as it stands, in a directory that has what it speaks of."""
+
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.oracle import qemu_img
+from tests.program import TIMEOUT, TOOL
+
+TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+RECIPES = {
+    title: re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
+}
+MIB = 1 << 20
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A disk with a partition from 1 MiB on, in which there is text."""
+    qcow2.create(tmp_path / "disk.qcow2", 16 * MIB)
+    with qcow2.open(tmp_path / "disk.qcow2", "r+") as disk:
+        disk.write(446, struct.pack("<8xII", 2048, 4096))
+        disk.write(MIB, b"hello" * 1000)
+        disk.write(16 * MIB - 512, b"last" * 128)
+    qemu_img("convert", "-O", "raw", tmp_path / "disk.qcow2", tmp_path / "copy.raw")
+    return tmp_path
+
+
+def play(title: str, place: Path) -> str:
+    """Follow the recipe; what it prints."""
+    said = ""
+    for language, text in RECIPES[title]:
+        command = [sys.executable, "-W", "error", "-c", text] if language == "python" else ["sh", "-e", "-c", text]
+        environment = {"PATH": f"{TOOL.parent}:/usr/bin:/bin:/usr/sbin:/sbin"}
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        assert (done.returncode, done.stderr if language == "python" else "") == (0, ""), done.stderr
+        said += done.stdout
+    return said
+
+
+def test_partition(place: Path) -> None:
+    play("Read a partition out of an image", place)
+    content = (place / "partition.raw").read_bytes()
+    assert content == (b"hello" * 1000).ljust(4096 * 512, b"\0")
+
+
+@pytest.mark.skipif(shutil.which("debugfs", path="/usr/sbin:/sbin:/usr/bin") is None, reason="no debugfs here")
+def test_file_of_a_file_system(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "hello.txt").write_text("hello\n")
+    subprocess.run(["/sbin/mke2fs", "-q", "-d", "tree", "raw", "8M"], cwd=tmp_path, check=True, timeout=TIMEOUT)
+    qcow2.convert(tmp_path / "raw", tmp_path / "disk.qcow2", source_format="raw")
+    play("Copy a file out of a file system, without a mount", tmp_path)
+    assert (tmp_path / "hello.txt").read_text() == "hello\n"
+
+
+def test_clone(place: Path) -> None:
+    play("A thin clone", place)
+    with qcow2.open(place / "clone.qcow2") as clone:
+        assert clone.read(0, 7) == b"another"
+        assert clone.read(MIB, 5) == b"hello"
+        assert clone.info["backing-filename"] == "disk.qcow2"
+    assert (place / "clone.qcow2").stat().st_size < MIB
+    qcow2.commit(place / "clone.qcow2")
+    with qcow2.open(place / "disk.qcow2") as disk:
+        assert disk.read(0, 7) == b"another"
+    qcow2.rebase(place / "clone.qcow2", None)
+    with qcow2.open(place / "clone.qcow2") as clone:
+        assert "backing-filename" not in clone.info
+        assert clone.read(MIB, 5) == b"hello"
+
+
+def test_shrink(place: Path) -> None:
+    with qcow2.open(place / "disk.qcow2", "r+") as disk:
+        disk.resize(20 << 30)
+    play("Shrink an image", place)
+    with qcow2.open(place / "smaller.qcow2") as disk:
+        assert disk.size == 10 << 30
+
+
+def test_compare(place: Path) -> None:
+    qcow2.create(place / "clone.qcow2", backing="disk.qcow2")
+    with qcow2.open(place / "clone.qcow2", "r+") as clone:
+        clone.write(5 * MIB, b"x")
+    said = play("Compare two disks", place)
+    assert re.fullmatch(r"the same\n\[\(\d+, \d+\)\]\n", said)
+
+
+def test_event_loop(place: Path) -> None:
+    play("Let an event loop go on", place)
+    with qcow2.open(place / "disk.qcow2") as disk:
+        assert disk.read(512, 4) == b"last"
+
+
+def test_fsspec(place: Path) -> None:
+    assert play("A file system image in pandas, pyarrow or dask", place) == "b'hello'\n"
+
+
+def test_every_recipe_has_its_test() -> None:
+    played = set(re.findall(r'play\("(.*?)"', Path(__file__).read_text()))
+    assert played == set(RECIPES)
