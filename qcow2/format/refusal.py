@@ -52,8 +52,10 @@ def refuse_features(file: File, record: HeaderRecord, names: Mapping[tuple[int, 
         raise UnsupportedImage(file.path, f"encryption is not supported: crypt_method {record.crypt_method}")
     if word & Incompatible.EXTERNAL_DATA:
         raise UnsupportedImage(file.path, "incompatible feature is not supported: external data file")
-    if word & Incompatible.EXTENDED_L2:
-        raise UnsupportedImage(file.path, "incompatible feature is not supported: extended L2 entries")
+    least = layout.MIN_CLUSTER_BITS_OF_SUBCLUSTERS
+    if word & Incompatible.EXTENDED_L2 and record.cluster_bits < least:
+        message = f"cluster_bits {record.cluster_bits}, extended L2 entries need {least}"
+        raise UnsupportedImage(file.path, message)
     _refuse_unsupported_compression(file, record)
 
 

@@ -86,7 +86,7 @@ async def _specific_facts(file: File, header: Header) -> Facts:
         "refcount-bits": header.refcount_bits,
         **await _crypto_facts(file, header),
         "corrupt": header.is_corrupt,
-        "extended-l2": False,
+        "extended-l2": header.record.has_subclusters,
     }
     directory = bitmap_directory(file, header)
     if directory is not None and directory.nb_bitmaps:

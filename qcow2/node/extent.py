@@ -21,7 +21,7 @@ class Extent:
     is_zero: bool  # it reads as zeros, as the mapping or the host says; data may, too
     is_data: bool
     is_compressed: bool
-    host_offset: int | None  # in `file`, of data and of zeros that keep their space; None if compressed
+    host_offset: int | None  # in `file`, of data and of what keeps its space without; None if compressed
 
     def is_continued_by(self, other: "Extent") -> bool:
         """Whether *other*, the next one, has the same origin and goes on where this one ends."""
@@ -58,6 +58,13 @@ async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, d
     return extent
 
 
+def _place_of(run: Run) -> int | None:
+    """Where in the file it is, or would be."""
+    if run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
+        return run.host_offset
+    return run.host_offset or None if run.kind == Kind.UNALLOCATED else None
+
+
 def _extent_of(run: Run, image: Image | RawImage, guest_offset: int, depth: int) -> Extent:
     is_data = run.kind in (Kind.DATA, Kind.COMPRESSED)
     return Extent(
@@ -69,5 +76,5 @@ def _extent_of(run: Run, image: Image | RawImage, guest_offset: int, depth: int)
         is_zero=not is_data,
         is_data=is_data,
         is_compressed=run.kind == Kind.COMPRESSED,
-        host_offset=run.host_offset if run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED) else None,
+        host_offset=_place_of(run),
     )

@@ -67,7 +67,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unnamed unknown feature": (lambda path: build(Recipe(size=1 << 20, incompatible=1 << 9), path), "9"),
     "encrypted": (encrypted, "LUKS"),
     "external data file": (lambda path: build(Recipe(size=1 << 20, incompatible=EXTERNAL_DATA), path), "data file"),
-    "extended L2": (lambda path: build(Recipe(size=1 << 20, incompatible=EXTENDED_L2), path), "extended L2"),
+    "subclusters of 256 bytes": (
+        lambda path: build(Recipe(size=1 << 20, cluster_bits=13, incompatible=EXTENDED_L2), path),
+        "extended L2",
+    ),
     "version 4": (with_header(version=4), "version 4"),
     "cluster of 256 bytes": (with_header(cluster_bits=8), "cluster_bits 8"),
     "cluster of 4 MiB": (with_header(cluster_bits=22), "cluster_bits 22"),

@@ -159,7 +159,7 @@ def test_an_enormous_disk_without_tables_reads_as_zeros(tmp_path: Path) -> None:
     assert one.end == "done"
 
 
-def test_extended_l2_is_refused_by_name(tmp_path: Path) -> None:
-    build(Recipe(size=1 << 20, incompatible=EXTENDED_L2), tmp_path / "a")
+def test_subclusters_of_less_than_a_sector_are_refused(tmp_path: Path) -> None:
+    build(Recipe(size=1 << 20, cluster_bits=13, incompatible=EXTENDED_L2), tmp_path / "a")
     (one,) = visit("write", [tmp_path / "a"])
-    assert "extended L2" in one.text
+    assert "extended L2 entries need 14" in one.text
