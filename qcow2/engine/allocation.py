@@ -138,14 +138,22 @@ class Allocator:
         self._cursor = min(self._cursor, cluster)
 
     async def allocate_area(self, nclusters: int) -> range:
-        """Take exactly *nclusters* consecutive host clusters, past everything in the file.
+        """Take exactly *nclusters* consecutive host clusters, past everything in the file; in it where it cannot grow.
 
         They are as any others that are handed out, except that this is stable after the next sync only.
         Raises: OSError; ENOSPC leaks a part of the area at worst. CorruptImage.
         """
+        try:
+            return await self._take_area(nclusters, may_grow=True)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+        return await self._take_area(nclusters, may_grow=False)
+
+    async def _take_area(self, nclusters: int, *, may_grow: bool) -> range:
         while True:
             async with self._refcounts.mutex.hold():
-                area = await self._find_area(nclusters)
+                area = await self._find_area(nclusters, may_grow=may_grow)
                 missing = self._missing_blocks(area)
                 if not missing:
                     await self._prepare(area)
@@ -158,13 +166,17 @@ class Allocator:
                 await self._place_block(index)
         return area
 
-    async def _find_area(self, nclusters: int) -> range:
-        """That many consecutive free clusters past the end of the file."""
-        end = self._geometry.clusters(self._file_size)
-        start = stop = end  # [start, stop) is free
+    async def _find_area(self, nclusters: int, *, may_grow: bool) -> range:
+        """That many consecutive free clusters past the end of the file, or inside it."""
+        start = self._geometry.clusters(self._file_size)
+        limit = start + SEARCHED_CLUSTERS + nclusters
+        if not may_grow:
+            await self._uncounted.look()
+            start, limit = 0, self._file_size >> self._geometry.cluster_bits
+        stop = start  # [start, stop) is free
         while stop - start < nclusters:
-            if start - end > SEARCHED_CLUSTERS:
-                raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
+            if start + nclusters > limit:
+                raise OSError(errno.ENOSPC, f"no {nclusters} clusters in a row are free", self._file.path)
             free = self._uncounted.usable(await self._refcounts.find_free(stop, start + nclusters))
             if free.start > stop:
                 start = free.start

@@ -118,6 +118,10 @@ def test_full_disk_fails_the_tool_in_a_line(full: Path) -> None:
 
 
 TOOL_ON_A_DEVICE = (
+    ("resize", "DEVICE", "5M"),  # with a longer L1 table, if clusters are small
+    ("snapshot", "-c", "one", "DEVICE"),
+    ("snapshot", "-a", "one", "DEVICE"),
+    ("snapshot", "-d", "one", "DEVICE"),
     ("rebase", "-u", "-b", "", "DEVICE"),
     ("check", "-r", "all", "DEVICE"),
     ("map", "DEVICE"),

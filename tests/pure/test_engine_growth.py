@@ -4,10 +4,12 @@ import errno
 
 import pytest
 
+from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.judge.check import check
 from tests.crash.driver import CrashDriver
 from tests.crash.images import KINDS, check_image, open_image, read_all, start
-from tests.engine import Bench, noise, set_up
+from tests.engine import Bench, noise, open_again, set_up
 from tests.pure.test_engine_extent_map import DATA, PUNT, TOP, ZERO, ask
 from tests.pure.test_engine_faults import NEVER, Fault
 
@@ -91,3 +93,39 @@ def test_each_operation_of_growing_may_fail(kind: str, code: int) -> None:
             fail_growth(kind, fault)
         except (AssertionError, OSError) as error:
             raise AssertionError(f"operation {at}, {fault.hit}: {error!r}") from error
+
+
+def test_tables_that_grow_find_room_in_a_file_that_cannot() -> None:
+    """A block device has the length it has: what an image needs in a row is taken from its holes."""
+    bench = set_up(64 * 512)
+    bench.write(0, noise(64 * 512))
+    bench.close()
+    bench.file.resize(bench.file.size + 200 * 512)
+    bench = open_again(bench, writable=True)
+    end = bench.file.size
+
+    def cannot_grow(operation: op.Operation) -> OSError | None:
+        return OSError(errno.ENOSPC, "as told") if isinstance(operation, op.Resize) and operation.nbytes > end else None
+
+    bench.breaker.fault = cannot_grow
+    bench.driver.run(bench.image.grow(4096 * 512))
+    bench.driver.run(bench.image.create_snapshot("one", 0))
+    bench.write(4095 * 512, b"\1" * 512)
+    bench.close()
+    report = CrashDriver().run(check(bench.file))
+    assert (report.check_errors, report.corruptions, report.leaks) == (0, 0, 0)
+    assert bench.reopened_content() == noise(64 * 512) + bytes(4031 * 512) + b"\1" * 512
+
+
+def test_without_room_anywhere_a_disk_does_not_grow_and_goes_on() -> None:
+    bench = set_up(64 * 512)
+    bench.write(0, noise(64 * 512))
+    bench.breaker.fault = lambda operation: (
+        OSError(errno.ENOSPC, "as told") if isinstance(operation, op.Resize) else None
+    )
+    with pytest.raises(OSError, match="free"):
+        bench.driver.run(bench.image.grow(1 << 20))
+    bench.breaker.fault = None
+    bench.write(0, b"\2" * 512)
+    bench.close()
+    assert bench.reopened_content() == b"\2" * 512 + noise(64 * 512)[512:]
