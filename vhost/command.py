@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+    from qcow2.engine.encryption import Keyring
     from qcow2.engine.statistics import Statistics
     from ring.counter import Counters
     from ring.trace import Trace
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from vhost.disk import ImageBackend
     from vhost.endpoint import Endpoint
     from vhost.held import HeldImage
-    from vhost.keys import Keys
     from vhost.option import Options
 
     Control = AbstractContextManager[object]
@@ -170,18 +170,19 @@ def serve_image(options: "Options") -> None:
         print(_stats(counters, held.statistics), flush=True)
 
 
-def _keys(options: "Options") -> "Keys | None":
+def _keys(options: "Options") -> "Keyring | None":
     """What opens encrypted images. From here on nothing that we have in memory gets into a core dump.
 
     Raises: Unavailable.
     """
     if not options.key_fds and not options.key_files:
         return None
+    from qcow2.engine.encryption import Keyring
     from qcow2.plane.cipher import keep_secrets
     from vhost.keys import Keys
 
     keep_secrets()
-    return Keys(options.key_fds, options.key_files)
+    return Keyring(Keys(options.key_fds, options.key_files))
 
 
 @contextmanager

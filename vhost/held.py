@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import qcow2
@@ -11,6 +11,7 @@ from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
 from qcow2.driver.lock import await_transfers, guest_key, lock_transfers
 from qcow2.driver.memory import SharedMemory
+from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
@@ -39,7 +40,7 @@ class HeldImage:
         options: Options,
         progress: Callable[[], Progress | None] = lambda: None,
         on_wait: Callable[[], None] = lambda: None,
-        keys: Callable[[str], Iterable[bytes]] | None = None,
+        keys: Keyring | None = None,
     ) -> None:
         """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
         self.disk: Disk | None = None
@@ -150,6 +151,8 @@ class HeldImage:
         assert disk is not None
         if not isinstance(disk.image, Image):
             raise UnsupportedImage(disk.files[0].path, "a raw image: who opens its path by that format must find one")
+        if disk.image.is_encrypted:
+            raise UnsupportedImage(disk.files[0].path, "encrypted: a new overlay would hold what follows in plain")
         if disk.image.read_only:
             raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
         options = OpenOptions(True, self._options.lazy_refcounts, self._options.cache_size)

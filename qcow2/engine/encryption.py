@@ -3,14 +3,46 @@
 from collections.abc import Callable, Iterable
 
 from qcow2.driver.operation import File
-from qcow2.engine.data import ByGuest, Data
+from qcow2.engine.data import ByGuest, Data, SectorCipher
 from qcow2.error import WrongKey
 from qcow2.format.header import Header
 from qcow2.format.layout import CryptMethod
 from qcow2.format.luks import CipherSpec
 
-Keys = Callable[[str], Iterable[bytes]]  # what may open the image at a path; asked for when it is opened
+NO_KEY = "the image is encrypted, and no key was given"
 LEGACY = CipherSpec("aes", "cbc", "plain64", None, 16)
+
+
+class Keyring:
+    """What opens the encrypted images of a chain, and the ciphers of those it has opened: a second time costs nothing.
+
+    One thread at a time uses it, and the images opened with it.
+    """
+
+    def __init__(self, passphrases: Callable[[str], Iterable[bytes]]) -> None:
+        """*passphrases(path)*: what may open the image at *path*; asked for when it is opened for the first time."""
+        self.passphrases = passphrases
+        self._ciphers: dict[tuple[bytes, bytes, CipherSpec], SectorCipher] = {}
+
+    async def cipher(self, file: File, header: Header) -> SectorCipher:
+        """Of an image with a LUKS header. Raises: WrongKey, UnsupportedImage, CorruptImage."""
+        from qcow2.engine.luks import Vault, wipe  # and with it libcrypto
+        from qcow2.plane.cipher import Cipher
+
+        vault = await Vault.read(file, *header.luks_area)
+        record = vault.luks.record
+        name = record.digest, record.digest_salt, vault.luks.spec
+        if name not in self._ciphers:
+            key = await vault.open(self.require(file.path))
+            self._ciphers[name] = Cipher(file.path, vault.luks.spec, key)
+            wipe(key)
+        return self._ciphers[name]
+
+    def require(self, path: str) -> list[bytes]:
+        """The passphrases. Raises: WrongKey if there are none."""
+        if found := list(self.passphrases(path)):
+            return found
+        raise WrongKey(path, NO_KEY)
 
 
 class Sealed:
@@ -21,14 +53,14 @@ class Sealed:
 
     def encrypt(self, sector: int, data: bytes | bytearray | memoryview) -> bytearray:
         """Raises: WrongKey."""
-        raise WrongKey(self._path, "the image is encrypted, and no key was given")
+        raise WrongKey(self._path, NO_KEY)
 
     def decrypt(self, sector: int, data: bytearray | memoryview) -> None:
         """Raises: WrongKey."""
-        raise WrongKey(self._path, "the image is encrypted, and no key was given")
+        raise WrongKey(self._path, NO_KEY)
 
 
-async def open_data(file: File, header: Header, keys: Keys | None, *, has_data: bool) -> Data:
+async def open_data(file: File, header: Header, keys: Keyring | None, *, has_data: bool) -> Data:
     """Where the data of the image with *header* lies, opened with one of *keys* if it is encrypted.
 
     Raises: WrongKey, UnsupportedImage, CorruptImage.
@@ -37,18 +69,11 @@ async def open_data(file: File, header: Header, keys: Keys | None, *, has_data: 
         return Data(file)
     if not has_data:
         return Data(file, Sealed(file.path))
-    passphrases = [] if keys is None else list(keys(file.path))
-    if not passphrases:
-        raise WrongKey(file.path, "the image is encrypted, and no key was given")
-    from qcow2.plane.cipher import Cipher  # and with it libcrypto
+    if keys is None:
+        raise WrongKey(file.path, NO_KEY)
+    if header.record.crypt_method == CryptMethod.LUKS:
+        return Data(file, await keys.cipher(file, header))
+    from qcow2.plane.cipher import Cipher
 
-    if header.record.crypt_method == CryptMethod.AES:  # nothing tells a wrong key from the right one
-        return ByGuest(file, Cipher(file.path, LEGACY, passphrases[0][:16].ljust(16, b"\0")))
-    from qcow2.engine.luks import Vault, wipe
-
-    vault = await Vault.read(file, *header.luks_area)
-    key = await vault.open(passphrases)
-    try:
-        return Data(file, Cipher(file.path, vault.luks.spec, key))
-    finally:
-        wipe(key)
+    key = keys.require(file.path)[0]  # nothing tells a wrong one from the right one
+    return ByGuest(file, Cipher(file.path, LEGACY, key[:16].ljust(16, b"\0")))

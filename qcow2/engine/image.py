@@ -12,7 +12,7 @@ from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
-from qcow2.engine.encryption import Keys, open_data
+from qcow2.engine.encryption import Keyring, open_data
 from qcow2.engine.expansion import expand_zeros, has_zero_flags
 from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
@@ -56,7 +56,7 @@ class OpenOptions:
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE  # bytes of L2 tables in memory, at most
     snapshot: str | None = None  # read the disk as this one, an id or else a name, holds it
-    keys: Keys | None = None  # what may open it, if it is encrypted
+    keys: Keyring | None = None  # what may open it, if it is encrypted
     has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
 
 

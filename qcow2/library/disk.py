@@ -15,7 +15,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.engine.create import Preallocation
-from qcow2.engine.encryption import Keys
+from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.error import UnsupportedImage
@@ -29,7 +29,7 @@ from qcow2.node.extent import Extent, find_extent, merged
 
 T = TypeVar("T")
 Phrases = bytes | bytearray | Iterable[bytes]
-Key = Phrases | Callable[[str], Phrases] | None
+Key = Phrases | Callable[[str], Phrases] | Keyring | None
 
 log = logging.getLogger("qcow2")
 
@@ -354,16 +354,16 @@ def path_of_descriptor(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def keys_of(key: Key) -> Keys | None:
+def keys_of(key: Key) -> Keyring | None:
     """What the engine asks for keys; None if there is none."""
-    if key is None:
-        return None
+    if key is None or isinstance(key, Keyring):
+        return key
 
     def keys(path: str) -> Iterable[bytes]:
         found = key(path) if callable(key) else key
         return [bytes(found)] if isinstance(found, bytes | bytearray) else found
 
-    return keys
+    return Keyring(keys)
 
 
 def open_disk(

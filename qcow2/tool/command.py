@@ -102,11 +102,13 @@ def _run(words: list[str]) -> int:
     except SystemExit:  # the parser has printed what was asked for
         return 0
     given.secrets = Secrets(getattr(given, "object", []))
-    given.keys = given.secrets.keys if given.secrets else None
+    given.keys = None
     if given.secrets:
+        from qcow2.engine.encryption import Keyring
         from qcow2.plane.cipher import keep_secrets
 
         keep_secrets()
+        given.keys = Keyring(given.secrets.keys)
     status: int = _room(given.command).run_command(given)
     return status
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Preallocation, create
+from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
@@ -67,7 +68,7 @@ def _new(file: HostFile, wish: Wish, base: Image | RawImage | None) -> Iterator[
         raise Failure("a new image that is encrypted and has a backing file: create it, then use -n")
     passphrase = options.encryption.passphrase
     run(create(file, options))
-    image = run(Image.open(file, options=OpenOptions(writable=True, keys=lambda path: [passphrase])))
+    image = run(Image.open(file, options=OpenOptions(writable=True, keys=Keyring(lambda path: [passphrase]))))
     yield InPlace(image, wish.size, is_zero=True)
     run(image.close())
 

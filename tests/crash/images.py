@@ -10,22 +10,27 @@ from tempfile import TemporaryDirectory
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Store
+from qcow2.engine.create import Options, create
+from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.raw import RawImage
 from qcow2.engine.replay import clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.format.header import read_header
+from qcow2.format.luks import CipherSpec, Encryption
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
 from qcow2.plane.linklog import LIMIT, LinkLog, read_log
 from tests.builder import Recipe, build
 from tests.builder.record import MAGIC
-from tests.crash.driver import SimulatedFile
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
 from tests.engine import ORIGIN, waiting
 
+PASSPHRASE = b"key"
+KEYS = Keyring(lambda path: [PASSPHRASE])
 LAZY = 1  # compatible feature bit
 TAG, LOG_CAPACITY = 0xC0FFEE, 8  # of the link log
 LOG_NUMBERS = 20  # of a process's first log, before another must begin
@@ -44,6 +49,7 @@ class Kind:
     backing: bool = False
     beyond: int = -5  # sectors of the backing file past the end of the disk
     fill: Callable[[Recipe], None] = field(default=lambda recipe: None)
+    encrypted: bool = False  # a new image, with data in two clusters
 
     @property
     def cluster_sectors(self) -> int:
@@ -119,6 +125,10 @@ KINDS = {
         Kind("bitmaps", cluster_bits=9, nclusters=150, fill=some_bitmaps),
         Kind("bitmaps-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_bitmaps),
         Kind("bitmaps-backing", cluster_bits=12, nclusters=24, backing=True, fill=some_bitmaps),
+        Kind("encrypted", cluster_bits=10, nclusters=60, encrypted=True),
+        Kind("encrypted-lazy", cluster_bits=10, nclusters=60, encrypted=True, lazy=True, refcount_order=3),
+        Kind("encrypted-backing", cluster_bits=10, nclusters=60, encrypted=True, backing=True),
+        Kind("encrypted-v2", cluster_bits=10, nclusters=60, encrypted=True, version=2),
         Kind("width-1", refcount_order=0, cluster_bits=9, nclusters=100),
         Kind("width-64", refcount_order=6, cluster_bits=9, nclusters=100, fill=some_data),
     )
@@ -131,6 +141,8 @@ def start(name: str) -> Start:
     kind = KINDS[name]
     nbytes = kind.nsectors * SECTOR
     under = content(7, nbytes + kind.beyond * SECTOR) if kind.backing else b""
+    if kind.encrypted:
+        return _encrypted(kind, nbytes, under)
     recipe = Recipe(
         size=nbytes,
         version=kind.version,
@@ -146,6 +158,30 @@ def start(name: str) -> Start:
         image = SimulatedFile.parse(f"{name}.qcow2", path.read_bytes())
     backing = SimulatedFile.parse("base.raw", under) if kind.backing else None
     return Start(image, backing, recipe.contents(under))
+
+
+def _encrypted(kind: Kind, nbytes: int, under: bytes) -> Start:
+    """With a key slot that costs little to open; the builder knows no ciphers, so we make it."""
+    options = Options(
+        nbytes,
+        version=kind.version,
+        cluster_bits=kind.cluster_bits,
+        refcount_order=kind.refcount_order,
+        lazy_refcounts=kind.lazy,
+        backing_name="base.raw" if kind.backing else None,
+        backing_format="raw" if kind.backing else None,
+        encryption=Encryption(CipherSpec("aes", "cbc", "essiv", "sha256", 16), "sha256", PASSPHRASE, 0),
+    )
+    file, driver = SimulatedFile(f"{kind.name}.qcow2", {}, 0), CrashDriver()
+    backing = SimulatedFile.parse("base.raw", under) if kind.backing else None
+    driver.run(create(file, options))
+    image = driver.run(open_image(file, backing))
+    for index in (1, 5):
+        old = content(index, options.cluster_size)
+        driver.run(image.write(index << kind.cluster_bits, MemoryBuffer(memoryview(old))))
+    contents = driver.run(read_all(image))
+    driver.run(image.close())
+    return Start(file, backing, contents)
 
 
 async def open_image(
@@ -165,7 +201,7 @@ async def open_image(
     tags = itertools.count(TAG + life)
     log = LinkLog(file.memory, file, ORIGIN, next(tags), LOG_CAPACITY, renew=lambda: next(tags))
     log.native.first = log.native.next = LIMIT - LOG_NUMBERS
-    image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0), log=log)
+    image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0, keys=KEYS), log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image
 

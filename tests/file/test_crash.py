@@ -11,7 +11,8 @@ from tests.crash.judge import opener, perform
 from tests.crash.workload import Action, random_steps
 
 SMALL = [name for name, kind in KINDS.items() if kind.cluster_bits == 9]
-LARGE = [name for name in KINDS if name not in SMALL]
+RARE = ("encrypted-lazy", "encrypted-v2")  # left to the campaign
+LARGE = [name for name in KINDS if name not in SMALL and name not in RARE]
 
 
 def explore(name: str, seed: int, *, writethrough: bool, stride: int) -> int:
