@@ -231,10 +231,11 @@ def _trace(path: str) -> "Iterator[Trace]":
 
 def _confine(options: "Options") -> None:
     from qcow2.node.chain import chain_paths
+    from qcow2.node.gate import Gate
     from vhost.sandbox import confine
 
     confine(
-        images=chain_paths(options.blk_file, options.format),
+        images=chain_paths(options.blk_file, options.format, Gate(options.allow_files)),
         writable=not options.read_only,
         log_directory=options.link_log,
         sockets=[path for path in (options.socket_path, options.control) if path is not None],

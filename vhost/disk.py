@@ -194,7 +194,8 @@ class ImageBackend:
             self._image.set_slot(file, slot)
         if not self._image.read_only:
             block.set_sync_slot(slots[self._image.file])
-        block.set_extent_map(ExtentMap(*self._image.extent_map))
+        extent_map = self._image.extent_map
+        block.set_extent_map(None if extent_map is None else ExtentMap(*extent_map))
         if self._trace is not None:
             self._begin_trace(self._trace, worker, slots)
         self._driver = self._new_driver(worker, slots, self._trace)

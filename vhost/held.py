@@ -15,7 +15,8 @@ from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
-from qcow2.node.chain import Outline, outline
+from qcow2.node.chain import outline
+from qcow2.node.formats import Outline
 from qcow2.node.overlay import Overlay
 from ring.native import Pointer
 from ring.worker import look_at
@@ -109,6 +110,7 @@ class HeldImage:
             cache_size=options.cache_size,
             log_directory=options.link_log,
             discard_log=options.discard_link_log,
+            allow_files=options.allow_files,
             progress=self._progress(),
             on_wait=self._on_wait,
             key=self._keys,
@@ -247,7 +249,7 @@ class HeldImage:
 
 
 def _outline_of(disk: Disk) -> Outline:
-    return Outline(disk.size, disk.image.geometry.cluster_size if isinstance(disk.image, Image) else 0)
+    return Outline(disk.size, disk.image.capabilities.cluster_size)
 
 
 def describe(error: OSError | ImageError) -> str:
@@ -260,9 +262,9 @@ def describe(error: OSError | ImageError) -> str:
 def _shares_pages(disk: Disk, file: HostFile) -> bool:
     """Whether data and tables lie in one page, which must not be written by O_DIRECT and through the cache."""
     image = disk.image
-    if not (file is disk.files[0] and file.writable and isinstance(image, Image)):
+    nbytes = image.capabilities.cluster_size
+    if not (file is disk.files[0] and file.writable and nbytes):
         return False
-    nbytes = image.geometry.cluster_size
     if nbytes < PAGE:
         log.warning("%s: clusters of %d bytes, less than a page: through the page cache", file.path, nbytes)
     return nbytes < PAGE

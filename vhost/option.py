@@ -1,6 +1,7 @@
 """The daemon's options: parsed once into a record that cannot be wrong."""
 
 import argparse
+import os
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -75,6 +76,7 @@ class Options:
     sandbox: bool = False
     key_fds: tuple[int, ...] = ()
     key_files: tuple[str, ...] = ()
+    allow_files: tuple[str, ...] | None = None  # directories of what images may name; None: anywhere
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,6 +132,7 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         sandbox=given.sandbox,
         key_fds=tuple(given.key_fd),
         key_files=tuple(given.key_file),
+        allow_files=_allowed(given.allow_files, given.blk_file, is_confined=given.sandbox),
     )
 
 
@@ -195,11 +198,25 @@ def _parser() -> Parser:
         help="read a key of encrypted images from this file, a newline at its end included; may be given again",
     )
     add("--sandbox", action="store_true", help="give up every right that serving this image does not need")
+    add(
+        "--allow-files",
+        metavar="DIR",
+        type=_non_empty,
+        action="append",
+        help="what an image names lies beneath it; repeatable (default: anywhere; with --sandbox the image's own)",
+    )
     add("--stats", action="store_true", help="print the counters as one line of JSON at exit")
     add("--trace-io", metavar="FILE", type=_non_empty, help="record requests and I/O in this new file")
     add("--version", action="store_true", help="say which version this is, and exit")
     add("--print-capabilities", action="store_true", help="say what this program can do, as JSON, and exit")
     return parser
+
+
+def _allowed(given: list[str] | None, blk_file: str, *, is_confined: bool) -> tuple[str, ...] | None:
+    """The directories of what images may name: absolute, as they were meant when the daemon started."""
+    if given is None and is_confined:
+        given = [os.path.dirname(os.path.realpath(blk_file))]
+    return None if given is None else tuple(map(os.path.abspath, given))
 
 
 def _non_empty(text: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from qcow2.driver.operation import Allocated, Buffer, File, Read, Resize, Size
+from qcow2.engine.backing import Backing, Capabilities, Place, Seen
 from qcow2.engine.bitmapdirectory import BitmapDirectory
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.changes import Changes
@@ -18,8 +19,7 @@ from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.metadata import active_clusters, snapshot_clusters
-from qcow2.engine.raw import RawImage
-from qcow2.engine.reading import Place, Reader, Seen
+from qcow2.engine.reading import Reader
 from qcow2.engine.root import Root
 from qcow2.engine.shedding import shrunk_size
 from qcow2.engine.stability import Stability
@@ -69,7 +69,7 @@ class Image:
         data: Data,
         header: Header,
         l1: "array[int]",
-        backing: "Image | RawImage | None",
+        backing: "Backing | None",
         options: OpenOptions,
     ) -> None:
         self.file = file
@@ -101,7 +101,7 @@ class Image:
         cls,
         file: File,
         *,
-        backing: "Image | RawImage | None" = None,
+        backing: "Backing | None" = None,
         options: OpenOptions | None = None,
         log: LinkLog | None = None,
     ) -> "Image":
@@ -201,7 +201,7 @@ class Image:
         return self.geometry.size
 
     @property
-    def chain(self) -> "Sequence[Image | RawImage]":
+    def chain(self) -> "Sequence[Backing]":
         """This image and what is under it, top first."""
         return [self, *(self.backing.chain if self.backing is not None else ())]
 
@@ -209,6 +209,11 @@ class Image:
     def extent_map(self) -> ExtentMap:
         """The addresses the worker takes; they answer for the whole chain, as long as this image is referenced."""
         return self._cache.extent_map
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Clusters, snapshots and bitmaps."""
+        return Capabilities(self.geometry.cluster_size, has_snapshots=True, has_bitmaps=True)
 
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""

@@ -1,38 +1,23 @@
 """The read path: each run of the mapping from where it is."""
 
-from enum import Enum
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from qcow2.driver.operation import Buffer
+from qcow2.engine.backing import Backing, Place, Seen
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import ByGuest, Data
 from qcow2.engine.mapping import Mapping
 from qcow2.plane.l2cache import Kind, Run
 
-if TYPE_CHECKING:
-    from qcow2.engine.image import Image
-    from qcow2.engine.raw import RawImage
-
-
 UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA, COMPRESSED = (
     int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA, Kind.COMPRESSED)
 )
-Place = tuple[Data, int]  # of data in one piece: where an image of the chain has its data, the offset there
-
-
-class Seen(Enum):
-    """What a range is that has no place."""
-
-    ZEROS = "the mapping shows that it reads as zeros"
-    PIECES = "not in one piece, or compressed"
 
 
 class Reader:
     """Reads guest bytes of one image and, where it has none, of its backing image."""
 
-    def __init__(
-        self, data: Data, mapping: Mapping, compressed: CompressedClusters, backing: "Image | RawImage | None"
-    ) -> None:
+    def __init__(self, data: Data, mapping: Mapping, compressed: CompressedClusters, backing: "Backing | None") -> None:
         self._data = data
         self._mapping = mapping
         self._compressed = compressed

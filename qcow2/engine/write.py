@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer
 from qcow2.engine.allocation import Allocator
+from qcow2.engine.backing import Place, Seen
 from qcow2.engine.compressed import Payload
 from qcow2.engine.data import Data
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import RangeLocks
-from qcow2.engine.reading import Place, Reader, Seen
+from qcow2.engine.reading import Reader
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
 from qcow2.engine.statistics import Statistics

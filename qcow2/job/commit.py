@@ -6,18 +6,16 @@ sees that. Killed at any moment the overlay shows the same; done once more it en
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.node.extent import find_extent
+from qcow2.node.node import Node
 
 WINDOW = 2 << 20  # bytes
 WIDTH = 8  # windows at a time
 
 
-async def commit(
-    overlay: Image, base: Image | RawImage, pace: Pace, *, width: int = WIDTH, window: int = WINDOW
-) -> None:
+async def commit(overlay: Image, base: Node, pace: Pace, *, width: int = WIDTH, window: int = WINDOW) -> None:
     """Let *base*, which is under *overlay* and writable, hold what *overlay* shows; stable on return.
 
     It is as long as the overlay then, or longer. Images between the two are worth nothing any more, but through the
@@ -31,7 +29,7 @@ async def commit(
 
 
 class _Commit:
-    def __init__(self, overlay: Image, base: Image | RawImage, pace: Pace, width: int, window: int) -> None:
+    def __init__(self, overlay: Image, base: Node, pace: Pace, width: int, window: int) -> None:
         self._overlay = overlay
         self._base = base
         self._depth = next(depth for depth, image in enumerate(overlay.chain) if image is base)

@@ -8,13 +8,12 @@ from enum import Enum
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.job.content import equal_bytes, zero_bytes
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
+from qcow2.node.node import Node
 
 WINDOW = 1 << 20  # bytes compared at a time, of each disk
 WIDTH = 4  # windows at a time
@@ -38,15 +37,13 @@ class Difference:
 class ReadFailed(Exception):
     """The bytes at *guest_offset* of *image* cannot be read; the cause says why."""
 
-    def __init__(self, image: Image | RawImage, guest_offset: int) -> None:
+    def __init__(self, image: Node, guest_offset: int) -> None:
         super().__init__(image.file.path, guest_offset)
         self.path = image.file.path
         self.guest_offset = guest_offset
 
 
-async def compare(
-    one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_strict: bool = False
-) -> Difference | None:
+async def compare(one: Node, other: Node, pace: Pace, *, is_strict: bool = False) -> Difference | None:
     """The first difference; what one disk has more than the other must be zeros.
 
     *is_strict* compares the kinds of extents, too, and stops at the end of the shorter disk.
@@ -56,7 +53,7 @@ async def compare(
 
 
 class _Comparison:
-    def __init__(self, one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_strict: bool) -> None:
+    def __init__(self, one: Node, other: Node, pace: Pace, *, is_strict: bool) -> None:
         self._images = (one, other)
         self._pace = pace
         self._is_strict = is_strict
@@ -97,7 +94,7 @@ class _Comparison:
                 await self._crew.start(self._compare(offset, stop - offset, one, other))
             offset = stop
 
-    async def _walk_tail(self, image: Image | RawImage, offset: int, end: int) -> None:
+    async def _walk_tail(self, image: Node, offset: int, end: int) -> None:
         while offset < end and self._first is None:
             self._pace.require_going()
             extent = await find_extent(image, offset, end - offset)
@@ -126,7 +123,7 @@ class _Comparison:
         self._judge(offset, nbytes, await Compute(lambda: equal_bytes(left, right)))
         self._buffers.extend(pair)
 
-    async def _compare_with_zeros(self, image: Image | RawImage, offset: int, nbytes: int) -> None:
+    async def _compare_with_zeros(self, image: Node, offset: int, nbytes: int) -> None:
         buffer = self._take()
         data = buffer[:nbytes]
         await self._read(image, offset, data)
@@ -136,7 +133,7 @@ class _Comparison:
     def _take(self) -> memoryview:
         return self._buffers.pop() if self._buffers else memoryview(bytearray(WINDOW))
 
-    async def _read(self, image: Image | RawImage, offset: int, target: memoryview) -> None:
+    async def _read(self, image: Node, offset: int, target: memoryview) -> None:
         try:
             await image.read(offset, MemoryBuffer(target))
         except (OSError, ImageError) as error:

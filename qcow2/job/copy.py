@@ -9,13 +9,12 @@ from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, Signal
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.job.content import data_runs, different_units
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.job.source import Content, Source
 from qcow2.job.target import Runs, Target
+from qcow2.node.node import Node
 
 WINDOW = 2 << 20  # bytes; no cluster is larger
 GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more
@@ -33,9 +32,7 @@ class Manner:
     keeps_order: bool = True  # what comes later on the disk comes later in the file
 
 
-async def copy(
-    source: Source, target: Target, pace: Pace, manner: Manner, base: Image | RawImage | None = None
-) -> None:
+async def copy(source: Source, target: Target, pace: Pace, manner: Manner, base: Node | None = None) -> None:
     """Let *target* hold what *source* does; stable on return. Over *base*, if there is one, only what differs from it.
 
     Raises: OSError, ImageError, Cancelled; *target* is not whole then.
@@ -46,9 +43,7 @@ async def copy(
 
 
 class _Copy:
-    def __init__(
-        self, source: Source, target: Target, pace: Pace, manner: Manner, base: Image | RawImage | None
-    ) -> None:
+    def __init__(self, source: Source, target: Target, pace: Pace, manner: Manner, base: Node | None) -> None:
         self._source = source
         self._target = target
         self._pace = pace
@@ -162,9 +157,7 @@ class _Copy:
         runs: Runs = await Compute(partial(data_runs, data, self._manner.sparse_unit))
         return runs
 
-    async def _different(
-        self, base: Image | RawImage, offset: int, data: memoryview, runs: Runs
-    ) -> list[tuple[int, int, Runs]]:
+    async def _different(self, base: Node, offset: int, data: memoryview, runs: Runs) -> list[tuple[int, int, Runs]]:
         """Parts, in units of the target, that are not what shows without them: (start, end, runs inside)."""
         shown = memoryview(bytearray(len(data)))
         inside = max(0, min(len(data), base.size - offset))

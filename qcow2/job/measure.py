@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from qcow2.engine.create import Options, Preallocation, refcount_clusters
 from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.format.bitmap import bitmap_directory, read_bitmaps
 from qcow2.format.layout import ENTRY_SIZE, BitmapRecord
 from qcow2.node.extent import find_extent
+from qcow2.node.node import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ def size_of_empty(options: Options) -> Measures:
     return Measures(full if _is_reserved(options) else full - _data_bytes(options), full, None)
 
 
-async def size_of_copy(options: Options, source: Image | RawImage) -> Measures:
+async def size_of_copy(options: Options, source: Node) -> Measures:
     """An image that *source* is copied to; what it shares with a backing file cannot be told.
 
     Raises: OSError, ImageError.
@@ -63,7 +63,7 @@ def _clusters(nbytes: int, options: Options) -> int:
     return -(-nbytes // options.cluster_size)
 
 
-async def _bytes_with_data(options: Options, source: Image | RawImage) -> int:
+async def _bytes_with_data(options: Options, source: Node) -> int:
     """Of the clusters that hold some."""
     counted = offset = 0
     while offset < source.size:

@@ -7,11 +7,10 @@ from typing import Any
 from qcow2.driver.operation import Compute, File, Write
 from qcow2.engine.compressed import packer
 from qcow2.engine.create import Options
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.job.newimage import NewImage, Place
 from qcow2.job.target import Runs
 from qcow2.native import ffi, lib
+from qcow2.node.node import Node
 
 Packed = dict[int, bytes]  # stream of each cluster of the range that has become smaller
 Streams = list[tuple[int, bytes]]  # with where in the file they are
@@ -21,9 +20,7 @@ MAX_SHARED = 0xFFFF  # streams in one host cluster
 class NewCompressedImage(NewImage):
     """What gets no smaller is as in any image. Memory: 2 bytes for each host cluster, to count who shares it."""
 
-    def __init__(
-        self, file: File, options: Options, backing: Image | RawImage | None = None, *, reads_zeros: bool = True
-    ) -> None:
+    def __init__(self, file: File, options: Options, backing: Node | None = None, *, reads_zeros: bool = True) -> None:
         super().__init__(file, options, backing, reads_zeros=reads_zeros)
         self._most = min(MAX_SHARED, (1 << (1 << options.refcount_order)) - 1)
         self._cursor = 0  # where in the file the next stream may begin; 0: nowhere

@@ -16,10 +16,9 @@ from qcow2.engine.create import (
     refcounts_of_one,
     table_of,
 )
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
 from qcow2.job.target import Runs
+from qcow2.node.node import Node
 from qcow2.plane.entry import bytes_of, l1_entry
 
 Place = list[tuple[int, int, int]]  # (first cluster of the range, after its last, first host cluster)
@@ -28,9 +27,7 @@ Place = list[tuple[int, int, int]]  # (first cluster of the range, after its las
 class NewImage:
     """A `Target` that becomes an image with *options* in *file*, over *backing* if they name one."""
 
-    def __init__(
-        self, file: File, options: Options, backing: Image | RawImage | None = None, *, reads_zeros: bool = True
-    ) -> None:
+    def __init__(self, file: File, options: Options, backing: Node | None = None, *, reads_zeros: bool = True) -> None:
         """*reads_zeros*: what is not written in *file* reads as zeros, as in every file that was emptied."""
         self.unit = options.cluster_size
         self._file = file

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, File
 from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.job.content import different_units
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
+from qcow2.node.node import Node
 
 IsSameFile = Callable[[File, File], bool]
 WINDOW = 2 << 20  # bytes; no cluster is larger
@@ -21,7 +21,7 @@ WINDOW = 2 << 20  # bytes; no cluster is larger
 
 async def copy_difference(
     overlay: Image,
-    new: Image | RawImage | None,
+    new: Node | None,
     pace: Pace,
     *,
     is_same_file: IsSameFile = operator.is_,
@@ -40,7 +40,7 @@ class _Difference:
     def __init__(
         self,
         overlay: Image,
-        new: Image | RawImage | None,
+        new: Node | None,
         pace: Pace,
         is_same_file: IsSameFile,
         width: int,

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.node.extent import find_extent
+from qcow2.node.node import Node
 
 
 class Content(Enum):
@@ -21,7 +20,7 @@ class Content(Enum):
 class Part:
     """*nbytes* of *image*, from *start* on."""
 
-    image: Image | RawImage
+    image: Node
     start: int
     nbytes: int
 
@@ -36,7 +35,7 @@ class Source:
         self.size = sum(part.nbytes for part in parts)
 
     @classmethod
-    def of(cls, *images: Image | RawImage, tells_below: bool = False) -> "Source":
+    def of(cls, *images: Node, tells_below: bool = False) -> "Source":
         """Whole disks."""
         return cls([Part(image, 0, image.size) for image in images], tells_below=tells_below)
 

@@ -4,9 +4,8 @@ from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Resize
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.job.content import data_runs
+from qcow2.node.node import Node
 
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
 FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk
@@ -44,7 +43,7 @@ class Target(Protocol):
 class InPlace:
     """A disk that is there: a raw file, a block device, an image that is written to as its guest would."""
 
-    def __init__(self, image: Image | RawImage, size: int, *, is_zero: bool, length: int | None = None) -> None:
+    def __init__(self, image: Node, size: int, *, is_zero: bool, length: int | None = None) -> None:
         """*size* bytes of it are written, what is behind them reads as zeros at the end.
 
         *is_zero*: all of it reads as zeros now; *length*: which the file gets at the end.

@@ -10,7 +10,8 @@ from qcow2.error import ImageError
 from qcow2.job.commit import WIDTH, commit
 from qcow2.job.pace import Pace
 from qcow2.library.disk import Disk, Key, keys_of
-from qcow2.node.chain import Chain, backing_path, chain_paths
+from qcow2.node.chain import Chain, chain_paths
+from qcow2.node.gate import backing_path
 
 
 class NoBacking(ImageError):
@@ -54,7 +55,7 @@ def commit_image(
     with disk:
         overlay = disk.image
         assert isinstance(overlay, Image)
-        below = overlay.chain[depth]
+        below = chain.nodes[depth]
         try:
             with PoolDriver(WIDTH) as driver:
                 driver.run(commit(overlay, below, pace))

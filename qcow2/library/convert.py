@@ -7,7 +7,6 @@ from qcow2.driver.file import HostFile
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.create import Options
 from qcow2.engine.image import OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.format.layout import CompressionType
 from qcow2.job.copy import Manner, copy
@@ -19,6 +18,7 @@ from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Key, keys_of
 from qcow2.library.hostfile import created
 from qcow2.node.chain import Chain
+from qcow2.node.raw import RawImage
 
 NTHREADS = 8
 

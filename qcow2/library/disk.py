@@ -17,7 +17,6 @@ from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.engine.create import Preallocation
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.library.bitmaps import Bitmaps
@@ -26,6 +25,8 @@ from qcow2.library.file import DiskFile
 from qcow2.library.own_thread import OwnThread
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, find_extent, merged
+from qcow2.node.gate import ANY, Gate
+from qcow2.node.node import Node
 
 T = TypeVar("T")
 Phrases = bytes | bytearray | Iterable[bytes]
@@ -44,7 +45,7 @@ class Disk:
     fork cannot use it, and need not close it.
     """
 
-    def __init__(self, image: Image | RawImage, chain: Chain) -> None:
+    def __init__(self, image: Node, chain: Chain) -> None:
         self.image = image
         self.chain = chain
         self._driver = BlockingDriver()
@@ -378,6 +379,7 @@ def open_disk(
     cache_size: int = DEFAULT_CACHE_SIZE,
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
+    allow_files: Iterable[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Disk:
@@ -385,10 +387,12 @@ def open_disk(
 
     *mode* is "r" or "r+", with or without a "b"; *writable* says the same. A descriptor stays its owner's.
 
-    *format* is "qcow2" or "raw", and never guessed. *snapshot*, an id or else a name, is an internal snapshot to read
-    in place of the disk. *lazy_refcounts* overrides what the image says about writing refcounts only at close.
+    *format* is "qcow2", "raw" or one that was registered (`qcow2.node.formats`), and never guessed.
+    *snapshot*, an id or else a name, is an internal snapshot to read in place of the disk.
+    *lazy_refcounts* overrides what the image says about writing refcounts only at close.
     *key* opens what is encrypted, of the whole chain: bytes as they are, with no newline taken off; several of them, to
     be tried one after the other; or what gives them for the path of an image, called for those that are encrypted.
+    *allow_files* are directories: what an image names has to lie beneath one; None lets images name what they like.
     *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
     What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
     that a killed process left and that is not found there is an error, unless *discard_log* says that it may be lost.
@@ -401,7 +405,8 @@ def open_disk(
     """
     name = path_of_descriptor(path) if isinstance(path, int) else os.fsdecode(path)
     options = OpenOptions(_is_writable(mode, writable), lazy_refcounts, cache_size, snapshot, keys_of(key))
-    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, on_wait=on_wait)
+    gate = ANY if allow_files is None else Gate(tuple(allow_files))
+    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, gate=gate, on_wait=on_wait)
     try:
         return Disk(chain.open(name, format, options), chain)
     except BaseException:

@@ -5,14 +5,13 @@ from typing import Any
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.operation import File, Read
-from qcow2.error import UnsupportedImage
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header, read_header
 from qcow2.format.layout import SECTOR_SIZE, BitmapFlags, CryptMethod
 from qcow2.format.luks import Luks, LuksRecord, SlotRecord, parse_luks
 from qcow2.format.snapshot import Snapshot, read_snapshots
 from qcow2.library.hostfile import opened
-from qcow2.node.formats import FORMATS
+from qcow2.node.formats import format_of
 
 NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]
@@ -20,8 +19,7 @@ Facts = dict[str, Any]
 
 def facts_of(path: str, image_format: str, *, force_share: bool = False) -> Facts:
     """What the image at *path* is, as qemu-img's JSON has it. Raises: OSError, ImageError."""
-    if image_format not in FORMATS:
-        raise UnsupportedImage(path, f"format {image_format!r} is not supported, only {' and '.join(FORMATS)}")
+    format_of(path, image_format)
     with opened(path, force_share=force_share) as file:
         return facts_of_file(file, image_format)
 
@@ -30,10 +28,11 @@ def facts_of_file(file: HostFile, image_format: str) -> Facts:
     """The same of a file that is open already, as it says now."""
     facts: Facts = {"filename": file.path, "format": image_format, "dirty-flag": False}
     facts["actual-size"] = os.fstat(file.fd).st_blocks * 512
-    if image_format == "raw":
-        facts["virtual-size"] = -(-file.size() // SECTOR_SIZE) * SECTOR_SIZE
-    else:
+    known = format_of(file.path, image_format)
+    if known.has_metadata:
         facts.update(run(_qcow2_facts(file)))
+    else:
+        facts["virtual-size"] = known.outline(file).size
     return facts
 
 

@@ -5,11 +5,10 @@ from typing import TypeVar
 
 from qcow2.driver.file import run
 from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
-from qcow2.format.header import read_header
 from qcow2.format.layout import SECTOR_SIZE, CompressionType
 from qcow2.library.hostfile import created, opened
-from qcow2.node.chain import backing_path
-from qcow2.node.formats import FORMATS
+from qcow2.node.formats import FORMATS, format_of
+from qcow2.node.gate import backing_path
 
 T = TypeVar("T")
 
@@ -76,7 +75,7 @@ def create(
 
 def _size_of(path: str, image_format: str) -> int:
     with opened(path) as file:
-        return file.size() if image_format == "raw" else run(read_header(file)).record.size
+        return format_of(path, image_format).outline(file).size
 
 
 def _power(name: str, value: int, low: int, high: int) -> int:

@@ -7,14 +7,15 @@ from qcow2.driver.file import run
 from qcow2.driver.operation import File
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.format.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
 from qcow2.format.layout import Autoclear
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
 from qcow2.library.disk import Disk, Key, keys_of, open_disk
-from qcow2.node.chain import Chain, backing_path
+from qcow2.node.chain import Chain
+from qcow2.node.gate import backing_path
+from qcow2.node.node import Node
 
 NTHREADS = 8
 
@@ -55,7 +56,7 @@ def rebase_image(path: str, name: str | None, backing_format: str | None, pace: 
         run(change_header(image.file, name, backing_format))
 
 
-def bring_over(disk: Disk, image: Image, new: Image | RawImage | None, pace: Pace) -> None:
+def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace) -> None:
     """Write to *image* what shows through it now and would not with *new* under it; *disk* is clean then."""
     with PoolDriver(NTHREADS) as driver:
         driver.run(copy_difference(image, new, pace, is_same_file=is_same_file))

@@ -6,30 +6,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from qcow2.driver.file import HostFile, run
+from qcow2.driver.file import HostFile
 from qcow2.driver.lock import lock_image, show_life
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
-from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.logplace import new_log
-from qcow2.engine.raw import RawImage
-from qcow2.engine.recovery import recover, warn_of_waiting
-from qcow2.error import CorruptImage, ImageError, UnsupportedImage
-from qcow2.format.geometry import Geometry
-from qcow2.format.header import Header, read_header, require_uncorrupted
-from qcow2.format.layout import HEADER_INCOMPATIBLE_OFFSET
+from qcow2.engine.image import OpenOptions
+from qcow2.error import ImageError, UnsupportedImage
 from qcow2.judge.census import Progress
-from qcow2.judge.repair import repair
-from qcow2.node.formats import FORMATS
+from qcow2.node.formats import Outline, format_of
+from qcow2.node.gate import ANY, Gate
+from qcow2.node.node import Node
 
 MAX_DEPTH = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What can be told of an image without opening it."""
-
-    size: int  # of the disk, in bytes
-    cluster_size: int  # 0 for a raw image
+BACKING = "backing file"
 
 
 def outline(path: str, image_format: str) -> Outline:
@@ -37,27 +25,26 @@ def outline(path: str, image_format: str) -> Outline:
 
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
+    known = format_of(path, image_format)
     with HostFile.open(path) as file:
-        if image_format == "raw":
-            return Outline(run(RawImage.open(file)).size, 0)
-        geometry = Geometry.of(run(read_header(file, trust_refcounts=False)).record)
-        return Outline(geometry.size, geometry.cluster_size)
+        return known.outline(file)
 
 
-def chain_paths(path: str, image_format: str) -> list[str]:
+def chain_paths(path: str, image_format: str, gate: Gate = ANY) -> list[str]:
     """The image and what is under it, top first, as their headers say now; no locks are taken.
 
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     paths = [path]
-    while image_format == "qcow2" and len(paths) <= MAX_DEPTH:
-        with HostFile.open(path) as file:
-            header = run(read_header(file, trust_refcounts=False))
-        if header.backing_name is None or header.backing_format is None:
-            break
-        path, image_format = backing_path(path, header.backing_name), header.backing_format
+    file = HostFile.open(path)
+    while True:
+        with file:
+            below = format_of(path, image_format).below(file)
+        if below is None or below.image_format is None or len(paths) > MAX_DEPTH:
+            return paths
+        file = gate.open(path, BACKING, below.name, writable=False)
+        path, image_format = file.path, below.image_format
         paths.append(path)
-    return paths
 
 
 @dataclass
@@ -65,12 +52,14 @@ class Chain:
     """The files of an image and of everything under it; closes them as a context manager."""
 
     files: list[HostFile] = field(default_factory=list)  # top first
+    nodes: list[Node] = field(default_factory=list)  # the same disks, top first
     progress: Progress | None = None  # told how far the repair of a dirty image is
     force_share: bool = False  # read without locks, though others may be writing
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
     discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in
     writable_depth: int = 0  # of the one besides the top that is writable, if that is; 0: none
+    gate: Gate = ANY  # for what the images name
     on_wait: Callable[[], None] = lambda: None  # called while a dead process's transfers keep the image locked
 
     def __enter__(self) -> "Chain":
@@ -89,42 +78,37 @@ class Chain:
             for file in reversed(self.files):
                 stack.callback(file.close)
 
-    def open(self, path: str, image_format: str, options: OpenOptions) -> Image | RawImage:
+    def open(self, path: str, image_format: str, options: OpenOptions) -> Node:
         """Open the image at *path* and what is under it.
 
         Raises: OSError, UnsupportedImage, CorruptImage; for a backing file the text shows the way to it.
         """
-        if image_format not in FORMATS:
-            raise UnsupportedImage(path, f"format {image_format!r} is not supported, only {' and '.join(FORMATS)}")
-        file = self._open_file(path, writable=options.writable)
-        if image_format == "raw":
-            return run(RawImage.open(file, writable=options.writable))
-        if options.writable:
-            recover(file, self.log_directory, discard=self.discard_log)
-        header = run(read_header(file, trust_refcounts=False))
-        backing = self._open_backing(file, header, options)
-        if options.writable and header.is_dirty:
-            self._repair(file, header)
-        log = None
-        if options.writable and file is self.files[0]:
-            log, self.memory = new_log(file, self.log_directory)
-        elif not options.writable and not self.force_share:
-            warn_of_waiting(file, header.log_mark)
-        return run(Image.open(file, backing=backing, options=options, log=log))
+        known = format_of(path, image_format)
+        file = self._hold(path, lambda: HostFile.open(path, writable=options.writable), writable=options.writable)
+        return self._know(known.open(self, file, options))
 
-    def _repair(self, file: HostFile, header: Header) -> None:
-        """Make the refcounts of an image that was not closed cleanly right."""
-        require_uncorrupted(file, header)
-        report = run(repair(file, progress=self.progress))
-        wrong = report.check_errors + report.corruptions
-        if wrong:
-            message = f"not closed cleanly, and {wrong} errors cannot be repaired; see qcow2 check"
-            raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, message)
+    def open_below(self, file: HostFile, name: str, image_format: str, options: OpenOptions) -> Node:
+        """Open what the image in *file*, opened with *options*, names as its backing file. Raises: as `open`."""
+        path = self.gate.way(file.path, BACKING, name)
+        self._refuse_cycle(file, path)
+        known = format_of(path, image_format)
+        is_writable = 0 < self.writable_depth == len(self.files)
+        below = replace(options, writable=is_writable, lazy_refcounts=None, snapshot=None)
+        opened = self._hold(
+            path, lambda: self.gate.open(file.path, BACKING, name, writable=is_writable), writable=is_writable
+        )
+        return self._know(known.open(self, opened, below))
 
-    def _open_file(self, path: str, *, writable: bool) -> HostFile:
+    def _know(self, node: Node) -> Node:
+        """What is under it is known already."""
+        self.nodes.insert(0, node)
+        return node
+
+    def _hold(self, path: str, begin: Callable[[], HostFile], *, writable: bool) -> HostFile:
+        """The file at *path*, which *begin* opens, locked; ours to close."""
         way = " -> ".join(self._way_to(path))
         try:
-            file = HostFile.open(path, writable=writable)
+            file = begin()
             self.files.append(file)
             if not self.force_share:
                 lock_image(file.fd, path, writable=writable, on_wait=self.on_wait)
@@ -133,18 +117,6 @@ class Chain:
             error.filename = way
             raise
         return file
-
-    def _open_backing(self, file: HostFile, header: Header, options: OpenOptions) -> Image | RawImage | None:
-        if header.backing_name is None:
-            return None
-        if header.backing_format is None:
-            message = f"the format of backing file {header.backing_name!r} is not recorded, and never guessed"
-            raise UnsupportedImage(file.path, message)
-        path = backing_path(file.path, header.backing_name)
-        self._refuse_cycle(file, path)
-        is_writable = 0 < self.writable_depth == len(self.files)
-        below = replace(options, writable=is_writable, lazy_refcounts=None, snapshot=None)
-        return self.open(path, header.backing_format, below)
 
     def _way_to(self, path: str) -> list[str]:
         names = [file.path for file in self.files]
@@ -156,18 +128,3 @@ class Chain:
             raise UnsupportedImage(file.path, f"more than {MAX_DEPTH} files in the backing chain")
         if os.path.exists(path) and any(os.path.samestat(os.stat(path), os.fstat(f.fd)) for f in self.files):
             raise ImageError(file.path, f"the backing chain is a cycle: {way} -> {path}")
-
-
-def backing_path(path: str, name: str) -> str:
-    """Where the backing file *name* of the image at *path* is; relative names start at the image's directory.
-
-    As with QEMU, one that begins with "file:" is a file's name as it is: it starts where this process does.
-
-    Raises: UnsupportedImage for what is not the name of a file.
-    """
-    if name.startswith("json:"):
-        raise UnsupportedImage(path, f"backing file {name!r}: json: names are not supported")
-    local = name.removeprefix("file:")
-    if local == name and ":" in name.split("/", 1)[0]:
-        raise UnsupportedImage(path, f"backing file {name!r}: protocol {name.split(':', 1)[0]!r} is not supported")
-    return local if local != name else os.path.join(os.path.dirname(path), name)

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from qcow2.driver.operation import File, Occupied
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
+from qcow2.engine.backing import Backing
 from qcow2.plane.l2cache import Kind, Run
 
 
@@ -44,7 +43,7 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield pending
 
 
-async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:
+async def find_extent(image: Backing, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:
     """Describe the start of the range: a stretch of one origin, not always the longest."""
     run = await image.resolve(guest_offset, nbytes)
     backing = image.backing
@@ -52,7 +51,7 @@ async def find_extent(image: Image | RawImage, guest_offset: int, nbytes: int, d
         inside = min(run.nbytes, backing.size - guest_offset)
         return await find_extent(backing, guest_offset, inside, depth + 1)
     extent = _extent_of(run, image, guest_offset, depth)
-    if run.kind == Kind.DATA and isinstance(image, Image) and await image.is_hollow():
+    if run.kind == Kind.DATA and await image.is_hollow():
         is_data, nbytes = await Occupied(image.file, run.host_offset, run.nbytes)
         return replace(extent, nbytes=nbytes, is_zero=not is_data)
     return extent
@@ -65,7 +64,7 @@ def _place_of(run: Run) -> int | None:
     return run.host_offset or None if run.kind == Kind.UNALLOCATED else None
 
 
-def _extent_of(run: Run, image: Image | RawImage, guest_offset: int, depth: int) -> Extent:
+def _extent_of(run: Run, image: Backing, guest_offset: int, depth: int) -> Extent:
     is_data = run.kind in (Kind.DATA, Kind.COMPRESSED)
     return Extent(
         guest_offset=guest_offset,

@@ -17,7 +17,7 @@ from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.logplace import new_log
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
-from qcow2.node.chain import Chain
+from qcow2.node.chain import BACKING, Chain
 
 
 class Overlay:
@@ -71,6 +71,7 @@ class Overlay:
                 f"its backing file {header.backing_name!r} is named from its directory, which {name!r} would leave"
             )
             raise UnsupportedImage(path, message)
+        self._chain.gate.way(self._path, BACKING, self._backing_name())  # or the next open would be refused
 
     def _is_top(self, path: str) -> bool:
         return os.path.samestat(os.lstat(path), os.fstat(self._top.fd))
@@ -142,6 +143,7 @@ class Overlay:
         past, self._chain.memory = self._chain.memory, self.memory
         self._top.path = self._frozen
         self._chain.files.insert(0, self.file)
+        self._chain.nodes.insert(0, self.image)
         return past
 
     def share_below(self) -> None:

@@ -8,6 +8,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.judge.check import check
 from qcow2.judge.report import Report
 from qcow2.library.hostfile import opened
+from qcow2.node.formats import format_of
 from qcow2.tool.file import add_log_options, print_json, recovered
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, the_image
@@ -36,7 +37,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     Raises: OSError, ImageError, ValueError.
     """
     image = the_image(arguments, writes=arguments.repair is not None)
-    if image.image_format == "raw":
+    if not format_of(image.path, image.image_format).has_metadata:
         say("This image format does not support checks")
         return NO_CHECK
     if arguments.repair and arguments.force_share:

@@ -4,11 +4,10 @@ import argparse
 from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.job.compare import Difference, Found, ReadFailed, compare
 from qcow2.job.pace import Pace
+from qcow2.node.node import Node
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.progress import shown
@@ -55,7 +54,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _compared(one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_strict: bool) -> tuple[list[str], int]:
+def _compared(one: Node, other: Node, pace: Pace, *, is_strict: bool) -> tuple[list[str], int]:
     """What is to be said, and the status."""
     if one.size != other.size and is_strict:
         return ["Strict mode: Image size mismatch!"], DIFFERENT
@@ -73,7 +72,7 @@ def _compared(one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_
             return [*lines, f"Content mismatch at offset {offset}!"], DIFFERENT
 
 
-def _run(one: Image | RawImage, other: Image | RawImage, pace: Pace, *, is_strict: bool) -> Difference | None:
+def _run(one: Node, other: Node, pace: Pace, *, is_strict: bool) -> Difference | None:
     with PoolDriver(nthreads=4) as driver:
         try:
             return driver.run(compare(one, other, pace, is_strict=is_strict))

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.pool import PoolDriver
-from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.job.copy import SPARSE_UNIT, Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
-from qcow2.node.chain import backing_path
 from qcow2.node.formats import FORMATS
+from qcow2.node.gate import backing_path
+from qcow2.node.node import Node
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, named
@@ -138,7 +137,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 @contextmanager
-def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Image | RawImage | None]:
+def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
     """The image that the target is to be over."""
     name, image_format = wish.given.get("backing_file"), wish.given.get("backing_fmt")
     if not name:
@@ -153,7 +152,7 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Image | RawImag
         yield base
 
 
-def _is_backing_of(base: Image | RawImage, image: Image | RawImage) -> bool:
+def _is_backing_of(base: Node, image: Node) -> bool:
     """Whether *image* is directly over the same file, of the same format."""
     below = image.backing
     if below is None or type(below) is not type(base):
@@ -162,9 +161,7 @@ def _is_backing_of(base: Image | RawImage, image: Image | RawImage) -> bool:
 
 
 @contextmanager
-def _target(
-    wish: Wish, images: list[Image | RawImage], base: Image | RawImage | None, arguments: argparse.Namespace
-) -> Iterator[Target]:
+def _target(wish: Wish, images: list[Node], base: Node | None, arguments: argparse.Namespace) -> Iterator[Target]:
     if arguments.no_create:
         with present_target(wish, images, is_zero=arguments.target_is_zero) as target:
             yield target

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, plan, write_header, write_raw, write_tables
-from qcow2.format.header import read_header
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.hostfile import created, opened
-from qcow2.node.chain import backing_path
-from qcow2.node.formats import FORMATS
+from qcow2.node.formats import FORMATS, format_of
+from qcow2.node.gate import backing_path
 from qcow2.tool.identity import default_format
 from qcow2.tool.option import (
     OPTIONS,
@@ -139,7 +138,8 @@ def _backing_size(request: Request) -> int:
     assert request.backing_name is not None
     path = backing_path(request.path, request.backing_name)
     with opened(path) as file:
-        return file.size() if request.backing_format == "raw" else run(read_header(file)).record.size
+        assert request.backing_format is not None  # `_validate_backing` has seen to it
+        return format_of(path, request.backing_format).outline(file).size
 
 
 def _size(request: Request, *, look: bool) -> int:

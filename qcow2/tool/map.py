@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 
 from qcow2.driver.file import BlockingDriver
-from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
+from qcow2.engine.image import OpenOptions
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, find_extent, merged
+from qcow2.node.node import Node
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.quantity import parse_size
@@ -47,7 +47,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def walk(image: Image | RawImage, start: int, end: int) -> Iterator[Extent]:
+def walk(image: Node, start: int, end: int) -> Iterator[Extent]:
     """The extents of the disk from *start* to *end*, in small pieces."""
     driver = BlockingDriver()
     while start < end:

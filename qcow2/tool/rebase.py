@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.file import run
 from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.format.header import pack_header
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.rebase import bring_over, change_header
-from qcow2.node.chain import backing_path
+from qcow2.node.formats import format_of
+from qcow2.node.gate import backing_path
+from qcow2.node.node import Node
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.named import add_format_option, add_image_options, the_image
@@ -46,7 +47,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     image = the_image(arguments)
     arguments.filename = image.path
-    if image.image_format != "qcow2":
+    if not format_of(image.path, image.image_format).has_metadata:
         raise Failure(f"Could not change the backing file to '{arguments.backing or ''}': Operation not supported")
     name, backing_format = arguments.backing or None, arguments.backing_format
     if arguments.backing is None and not arguments.unsafe:
@@ -103,7 +104,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Disk]:
 
 
 @contextmanager
-def _new_backing(arguments: argparse.Namespace, name: str, backing_format: str) -> Iterator[Image | RawImage]:
+def _new_backing(arguments: argparse.Namespace, name: str, backing_format: str) -> Iterator[Node]:
     path = backing_path(arguments.filename, name)
     with ExitStack() as stack:
         try:

@@ -7,11 +7,10 @@ from qcow2.driver.file import run
 from qcow2.engine.create import Preallocation
 from qcow2.engine.growth import grown_size
 from qcow2.engine.shedding import shrunk_size
-from qcow2.format.geometry import Geometry
 from qcow2.format.header import read_header, require_uncorrupted
-from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.disk import open_disk
 from qcow2.library.hostfile import opened
+from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options
 from qcow2.tool.identity import say
@@ -70,14 +69,12 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preallocation) -> int:
     """The size to be; without a lock that lasts, so that the image can be repaired after."""
     with opened(image.path) as file:
-        if image.image_format == "raw":
-            old = -(-file.size() // SECTOR_SIZE) * SECTOR_SIZE
-            size = _wanted(arguments.size, old)
-        else:
+        known = format_of(image.path, image.image_format)
+        old = known.outline(file).size
+        size = _wanted(arguments.size, old)
+        if known.has_metadata:
             header = run(read_header(file, trust_refcounts=False))
             require_uncorrupted(file, header)
-            old = Geometry.of(header.record).size
-            size = _wanted(arguments.size, old)
             (shrunk_size if size < old else grown_size)(file, header, size)
     if size <= old and preallocation is not Preallocation.OFF:
         raise Failure("Preallocation can only be used for growing images")

@@ -11,6 +11,7 @@ from qcow2.format.snapshot import read_snapshots
 from qcow2.library.disk import open_disk
 from qcow2.library.facts import snapshot_facts
 from qcow2.library.hostfile import opened
+from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options
 from qcow2.tool.info import snapshot_lines
@@ -48,7 +49,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         if (name := getattr(arguments, verb)) is not None:
             _change(verb, name, image, arguments)
             return 0
-    if image.image_format == "raw":
+    if not format_of(image.path, image.image_format).has_snapshots:
         return 0
     with opening(image.path), opened(image.path, force_share=arguments.force_share) as file:
         snapshots = run(read_snapshots(file, run(read_header(file, trust_refcounts=False)))).snapshots
@@ -58,7 +59,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -> None:
-    if image.image_format == "raw":
+    if not format_of(image.path, image.image_format).has_snapshots:
         raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
     how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
     with open_disk(image.path, writable=True, **how) as disk:

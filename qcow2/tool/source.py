@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
+from qcow2.engine.image import OpenOptions
 from qcow2.node.chain import Chain
+from qcow2.node.formats import format_of
+from qcow2.node.node import Node
 from qcow2.tool.failure import Failure
 from qcow2.tool.opening import in_qemus_words
 
@@ -35,18 +36,18 @@ def wanted_snapshot(arguments: argparse.Namespace) -> str | None:
 @contextmanager
 def open_source(
     path: str, image_format: str, arguments: argparse.Namespace, snapshot: str | None = None
-) -> Iterator[Image | RawImage]:
+) -> Iterator[Node]:
     """The disk in the image at *path*, or what it was at *snapshot*.
 
     Raises: Failure.
     """
-    if snapshot is not None and image_format == "raw":
+    if snapshot is not None and not format_of(path, image_format).has_snapshots:
         raise Failure("Failed to load snapshot: Device is not accepting snapshots")
     with Chain(force_share=arguments.force_share) as chain:
         yield _open(chain, path, image_format, OpenOptions(snapshot=snapshot, keys=arguments.keys))
 
 
-def _open(chain: Chain, path: str, image_format: str, options: OpenOptions) -> Image | RawImage:
+def _open(chain: Chain, path: str, image_format: str, options: OpenOptions) -> Node:
     with in_qemus_words(path):
         try:
             return chain.open(path, image_format, options)

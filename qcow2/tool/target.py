@@ -9,13 +9,14 @@ from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Preallocation, create
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
+from qcow2.node.node import Node
+from qcow2.node.raw import RawImage
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
@@ -36,7 +37,7 @@ class Wish:
 
 
 @contextmanager
-def new_target(wish: Wish, sources: list[Image | RawImage], base: Image | RawImage | None) -> Iterator[Target]:
+def new_target(wish: Wish, sources: list[Node], base: Node | None) -> Iterator[Target]:
     """A new image, over *base* if there is one; after an error it is gone, or what was there before is no image.
 
     Raises: Failure before the file is touched; ValueError, ImageError.
@@ -53,7 +54,7 @@ def new_target(wish: Wish, sources: list[Image | RawImage], base: Image | RawIma
 
 
 @contextmanager
-def _new(file: HostFile, wish: Wish, base: Image | RawImage | None) -> Iterator[Target]:
+def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
     if wish.image_format != "qcow2":
         yield _new_raw(file, wish)
         return
@@ -86,7 +87,7 @@ def _new_raw(file: HostFile, wish: Wish) -> Target:
 
 
 @contextmanager
-def present_target(wish: Wish, sources: list[Image | RawImage], *, is_zero: bool) -> Iterator[Target]:
+def present_target(wish: Wish, sources: list[Node], *, is_zero: bool) -> Iterator[Target]:
     """The image at the path, which keeps what it is; its content goes.
 
     Raises: Failure before it is touched; OSError, ImageError.
@@ -114,7 +115,7 @@ def warn_of_bitmaps(disk: Disk) -> None:
     disk.image.on_bitmaps_void = lambda: say(text)
 
 
-def refuse_source(path: str, sources: list[Image | RawImage]) -> None:
+def refuse_source(path: str, sources: list[Node]) -> None:
     """Raises: Failure if the target is what is read."""
     if not os.path.exists(path):
         return

@@ -14,13 +14,13 @@ from qcow2.engine.create import Options, create
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.links import LinkPolicy
-from qcow2.engine.raw import RawImage
 from qcow2.engine.replay import clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.format.header import read_header
 from qcow2.format.luks import CipherSpec, Encryption
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
+from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import LIMIT, LinkLog, read_log
 from tests.builder import Recipe, build
 from tests.builder.record import MAGIC

@@ -9,7 +9,6 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Size
 from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
 from qcow2.job import newimage
 from qcow2.job.copy import Manner, copy
@@ -17,6 +16,7 @@ from qcow2.job.newimage import NewImage
 from qcow2.job.pace import Pace
 from qcow2.job.source import Source
 from qcow2.job.target import FIRST_BYTES, InPlace
+from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, Effect, Point, SimulatedFile, points
 from tests.engine import noise
 

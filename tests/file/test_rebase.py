@@ -13,9 +13,9 @@ import qcow2
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
+from qcow2.node.raw import RawImage
 from qcow2.tool.rebase import change_header
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import noise

@@ -12,12 +12,12 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Read, ReadInto, Write, Zero
 from qcow2.engine.growth import grown_size
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.error import CorruptImage, ImageError
 from qcow2.format.header import read_header, require_uncorrupted
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
 from qcow2.judge.report import Report
+from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, SimulatedFile
 
 OPERATIONS = 20_000  # of one step; the bases need at most a few hundred

@@ -11,8 +11,8 @@ import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.engine.raw import RawImage
 from qcow2.format import layout
+from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import Bench, noise, read, set_up
 

@@ -18,7 +18,7 @@ BITS = re.compile(
 )
 OTHERS = {  # bits of other tables, and what is that large for another reason
     "qcow2/format/layout.py": "BITMAP_ENTRY_OFFSET_MASK",
-    "qcow2/engine/raw.py": "FILE_SIZE_MAX",
+    "qcow2/node/raw.py": "FILE_SIZE_MAX",
     "qcow2/tool/quantity.py": "LIMIT",
 }
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from qcow2.driver import operation as op
 from qcow2.engine.image import Image
-from qcow2.engine.raw import RawImage
 from qcow2.error import ImageError
+from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
 from ring.aio import Aio
 from ring.native import lib

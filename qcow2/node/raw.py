@@ -4,6 +4,7 @@ import errno
 from collections.abc import Callable, Sequence
 
 from qcow2.driver.operation import Buffer, File, Occupied, Resize, Size, Sync, Zero
+from qcow2.engine.backing import Capabilities
 from qcow2.engine.data import Data
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.stability import Stability
@@ -21,7 +22,7 @@ class RawImage:
         self.file = file
         self.size = size
         self.read_only = read_only
-        self.backing = None
+        self.backing: None = None
         self.statistics = Statistics()
         self._data = Data(file)
         self._map = RawMap(size)
@@ -51,6 +52,15 @@ class RawImage:
     def extent_map(self) -> ExtentMap:
         """The addresses the worker takes; valid until the image is closed."""
         return self._map.extent_map
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """A disk, and no more."""
+        return Capabilities()
+
+    async def is_hollow(self) -> bool:
+        """No: `resolve` tells holes."""
+        return False
 
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file* is; None takes it back."""

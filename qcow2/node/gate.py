@@ -1,0 +1,77 @@
+"""The gate: every file that an image names is opened here, if the operator's policy lets the image have it.
+
+An image is somebody else's input. Without a policy it has QEMU's rights: whatever the process may open. With one,
+what it names has to lie beneath a directory that is allowed, wherever links and `..` lead; that is asked of the file
+that is open then, so nobody can exchange it in between.
+"""
+
+import os
+from dataclasses import dataclass
+
+from qcow2.driver.file import HostFile
+from qcow2.error import UnsupportedImage
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What images may name."""
+
+    directories: tuple[str, ...] | None = None  # beneath which backing files lie; None: anywhere
+
+    def way(self, namer: str, role: str, name: str) -> str:
+        """The path of the file that the image at *namer* calls *name*; *role* is what for: "backing file".
+
+        Raises: UnsupportedImage for what is not the name of a file, or not allowed.
+        """
+        path = named_path(namer, role, name)
+        self._require_allowed(namer, role, name, os.path.realpath(path))
+        return path
+
+    def open(self, namer: str, role: str, name: str, *, writable: bool) -> HostFile:
+        """Open that file. Raises: UnsupportedImage, OSError."""
+        file = HostFile.open(self.way(namer, role, name), writable=writable)
+        try:
+            self._require_allowed(namer, role, name, _place_of(file))
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _require_allowed(self, namer: str, role: str, name: str, place: str) -> None:
+        if self.directories is None:
+            return
+        allowed = [os.path.realpath(directory) for directory in self.directories]
+        if not any(os.path.commonpath([directory, place]) == directory for directory in allowed):
+            where = " or ".join(allowed) or "any directory"
+            raise UnsupportedImage(namer, f"{role} {name!r} is not allowed: {place} is not in {where}")
+
+
+ANY = Gate()
+
+
+def _place_of(file: HostFile) -> str:
+    """Where the open file is; without a /proc, where its name leads."""
+    try:
+        return os.readlink(f"/proc/self/fd/{file.fd}")
+    except FileNotFoundError:
+        return os.path.realpath(file.path)
+
+
+def named_path(namer: str, role: str, name: str) -> str:
+    """Where the file *name* of the image at *namer* is; relative names start at the image's directory.
+
+    As with QEMU, one that begins with "file:" is a file's name as it is: it starts where this process does.
+
+    Raises: UnsupportedImage for what is not the name of a file.
+    """
+    if name.startswith("json:"):
+        raise UnsupportedImage(namer, f"{role} {name!r}: json: names are not supported")
+    local = name.removeprefix("file:")
+    if local == name and ":" in name.split("/", 1)[0]:
+        raise UnsupportedImage(namer, f"{role} {name!r}: protocol {name.split(':', 1)[0]!r} is not supported")
+    return local if local != name else os.path.join(os.path.dirname(namer), name)
+
+
+def backing_path(namer: str, name: str) -> str:
+    """Where the backing file *name* of the image at *namer* is. Raises: UnsupportedImage."""
+    return named_path(namer, "backing file", name)

@@ -1,0 +1,66 @@
+"""A node: what can be read and written like a disk, whatever its format."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from qcow2.driver.operation import Buffer
+from qcow2.engine.backing import Backing, Capabilities
+from qcow2.engine.links import LinkPolicy
+from qcow2.engine.statistics import Statistics
+
+
+class Node(Backing, Protocol):
+    """An open disk. Its coroutines may run side by side on one scheduler; nothing else may touch it.
+
+    `Image` and `RawImage` are nodes, and whatever a registered format opens (`qcow2.node.formats`).
+    """
+
+    read_only: bool
+    bitmap_problems: list[str]  # why some bitmaps cannot be kept
+    on_failure: Callable[[], None]  # told once, when the node takes no more writes
+    on_bitmaps_void: Callable[[], None]  # told once, at the first change of a disk with bitmaps
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do besides."""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what its file holds is not what the guest reads."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """What has been counted."""
+
+    def set_link_policy(self, policy: LinkPolicy) -> None:
+        """Say when links may wait, if there are any."""
+
+    def fail(self, error: OSError) -> None:
+        """Take no more writes because of *error*."""
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Put *source*, inside the disk, at *guest_offset*; process-safe on return, stable after `flush`."""
+
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        """Make the range read as zeros; *unmap* gives its space back."""
+
+    async def discard(self, guest_offset: int, nbytes: int) -> None:
+        """Give the range's space back as far as that can be; what goes reads as zeros."""
+
+    async def flush(self) -> None:
+        """Make every write that has completed stable."""
+
+    async def grow(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long; stable on return."""
+
+    async def shrink(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long; stable on return."""
+
+    async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
+        """Give the range space now; *writes* writes zeros there."""
+
+    async def settle(self) -> None:
+        """Let the files alone hold all that has completed."""
+
+    async def close(self) -> None:
+        """Leave the disk clean; raises what a failed sync raised."""
