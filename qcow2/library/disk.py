@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
-from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,10 +18,13 @@ from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
+from qcow2.library.awaitable import AwaitableDisk
 from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.facts import Facts, facts_of_file
 from qcow2.library.file import DiskFile
+from qcow2.library.hostfile import path_of_descriptor
 from qcow2.library.own_thread import OwnThread
+from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, find_extent, merged
 from qcow2.node.gate import ANY, Gate
@@ -35,7 +37,7 @@ Key = Phrases | Callable[[str], Phrases] | Keyring | None
 log = logging.getLogger("qcow2")
 
 
-class Disk:
+class Disk(AwaitableDisk):
     """An open image with its chain of files; a context manager that closes it cleanly.
 
     Offsets and sizes are bytes of the virtual disk and need no alignment, except where a method says so.
@@ -144,42 +146,6 @@ class Disk:
         self._require_open()
         image_format = "qcow2" if isinstance(self.image, Image) else "raw"
         return self._thread.call(partial(facts_of_file, self.files[0], image_format))
-
-    async def aread(self, offset: int, nbytes: int) -> bytes:
-        """As `read`; the event loop goes on meanwhile. Calls of one disk take turns, in the order they were made."""
-        return await _aside(self.read, offset, nbytes)
-
-    async def areadinto(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `readinto`; who cancels it must not use *buffer* before the disk is closed."""
-        await _aside(self.readinto, offset, buffer)
-
-    async def awrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """As `write`; one that is cancelled may be written all the same."""
-        await _aside(self.write, offset, data)
-
-    async def awrite_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
-        """As `write_zeroes`."""
-        await _aside(self.write_zeroes, offset, nbytes, unmap=unmap)
-
-    async def adiscard(self, offset: int, nbytes: int) -> None:
-        """As `discard`."""
-        await _aside(self.discard, offset, nbytes)
-
-    async def aflush(self) -> None:
-        """As `flush`."""
-        await _aside(self.flush)
-
-    async def aclose(self) -> None:
-        """As `close`."""
-        await _aside(self.close)
-
-    async def __aenter__(self) -> "Disk":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     def create_snapshot(self, name: str) -> Snapshot:
         """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
@@ -311,22 +277,6 @@ class Disk:
         self.close()
 
 
-async def _aside(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """Call *function* on a thread of the event loop's. Who awaits this has loaded asyncio; nobody else needs it."""
-    result: T = await import_module("asyncio").to_thread(function, *arguments, **named)
-    return result
-
-
-class SnapshotList(tuple[Snapshot, ...]):
-    """Snapshots; to be called, too, for who knows them as what a method returns."""
-
-    __slots__ = ()
-
-    def __call__(self) -> "SnapshotList":
-        """These."""
-        return self
-
-
 def _tell_of_void_bitmaps(path: str) -> None:
     """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
     log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
@@ -341,18 +291,6 @@ def _is_writable(mode: str, writable: bool | None) -> bool:
     if known is None:
         raise ValueError(f"mode {mode!r} is not one of r, rb, r+, rb+; qcow2.create makes new images")
     return known if writable is None else writable
-
-
-def path_of_descriptor(fd: int) -> str:
-    """A path that leads to the file of *fd*: its own, so that names relative to it are found, while it has one.
-
-    Raises: OSError.
-    """
-    status = os.fstat(fd)
-    path = os.readlink(f"/proc/self/fd/{fd}")
-    if os.path.exists(path) and os.path.samestat(os.stat(path), status):
-        return path
-    return f"/proc/self/fd/{fd}"
 
 
 def keys_of(key: Key) -> Keyring | None:

@@ -54,3 +54,15 @@ def _make(path: str) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     except FileExistsError as error:
         raise _ElsewhereMade(error) from error
+
+
+def path_of_descriptor(fd: int) -> str:
+    """A path that leads to the file of *fd*: its own, so that names relative to it are found, while it has one.
+
+    Raises: OSError.
+    """
+    status = os.fstat(fd)
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    if os.path.exists(path) and os.path.samestat(os.stat(path), status):
+        return path
+    return f"/proc/self/fd/{fd}"

@@ -131,6 +131,12 @@ USED_OUTSIDE = {
     "read_trace": "the reading half of trace.py: tests read what a daemon traced",
     "whole_parser": "share/generate.py: man pages and completion",
     "seekable": "io.RawIOBase calls it",
+    "DiskFileSystem": "fsspec finds it by its entry point",
+    **dict.fromkeys(
+        ("aread", "areadinto", "awrite", "awrite_zeroes", "adiscard", "aflush", "aclose", "__aenter__", "__aexit__"),
+        "the library's users: event loops",
+    ),
+    **dict.fromkeys(("protocol", "cachable", "ls", "_strip_protocol", "_open"), "fsspec calls them"),
     **dict.fromkeys(("native_address", "add_head", "IdentityMap"), "the driver's side: for tests and load"),
     **dict.fromkeys(
         ("new_vault", "add_slot", "erase_slot", "free_slot", "new_record", "MODES"), "making encrypted images"
