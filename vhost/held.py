@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 import qcow2
 from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
-from qcow2.driver.lock import await_transfers, guest_key, lock_transfers
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
+from qcow2.lock import await_transfers, guest_key, lock_transfers
 from qcow2.node.chain import outline
 from qcow2.node.formats import Outline
 from qcow2.node.overlay import Overlay

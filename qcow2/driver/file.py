@@ -30,7 +30,7 @@ class HostFile:
     def __init__(self, path: str, fd: int, *, writable: bool) -> None:
         self.path = path
         self.fd = fd
-        self.life_fd = -1  # says that this process lives: see `qcow2.driver.lock`
+        self.life_fd = -1  # says that this process lives: see `qcow2.lock`
         self.writable = writable
         self.is_device = False
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from qcow2.driver.file import HostFile
-from qcow2.driver.lock import lock_image
+from qcow2.lock import lock_image
 
 
 @contextmanager

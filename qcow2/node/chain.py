@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from qcow2.driver.file import HostFile
-from qcow2.driver.lock import lock_image, show_life
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
 from qcow2.engine.image import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.judge.census import Progress
+from qcow2.lock import lock_image, show_life
 from qcow2.node.formats import Outline, format_of
 from qcow2.node.gate import ANY, Gate
 from qcow2.node.node import Node

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import qcow2
-from qcow2.driver.lock import ImageLocked
+from qcow2.lock import ImageLocked
 from tests.builder import Recipe, build
 from tests.crash.explorer import Violation
 from tests.oracle import held_by_qemu, qemu_img

@@ -380,12 +380,12 @@ def image_is_not_locked(patch: Patch) -> None:
 
 def readers_forbid_nothing(patch: Patch) -> None:
     """Law 10: a backing file, or an image served read-only, is written under us."""
-    patch.setattr("qcow2.driver.lock.FORBIDDEN", ())
+    patch.setattr("qcow2.lock.FORBIDDEN", ())
 
 
 def locks_of_others_are_not_looked_for(patch: Patch) -> None:
     """Law 10: ours are taken, and exclude only who comes later and looks."""
-    patch.setattr("qcow2.driver.lock._is_held", lambda fd, path, byte: False)
+    patch.setattr("qcow2.lock._is_held", lambda fd, path, byte: False)
 
 
 def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:

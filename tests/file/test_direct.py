@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2.driver.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, PROCESSES, guest_key
+from qcow2.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, PROCESSES, guest_key
 from tests.blockguest import MIB
 from tests.frontend import IN, OUT, FrontEnd
 from tests.oracle import assert_not_corrupt, qemu_img

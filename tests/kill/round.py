@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from qcow2.driver.lock import is_of_the_dead
+from qcow2.lock import is_of_the_dead
 from tests.frontend import FrontEnd
 from tests.kill.images import Start, make
 from tests.kill.ledger import Ledger

@@ -60,6 +60,7 @@ def test_python_imports_follow_the_arrows() -> None:
 FLOORS = ("tool", "library", "job", "node", "engine", "judge", "plane", "format", "driver")
 ROOTS = {
     "qcow2/error.py",
+    "qcow2/lock.py",
     "qcow2/native.py",
     "qcow2/sources.py",
     "qcow2/_native.pyi",
