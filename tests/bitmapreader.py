@@ -61,6 +61,10 @@ def read_bitmaps(read: Callable[[int, int], bytes]) -> dict[str, Bitmap]:
         assert kind == 1
         name = read(directory + 24 + extra, name_size).decode()
         dirty = _dirty(read, table, nentries, cluster_bits, -(-size >> bits))
+        per_cluster = 8 << cluster_bits
+        if not flags & IN_USE:
+            nbits = -(-size >> bits)
+            assert nentries == max(1, -(-nbits // per_cluster)), "a table of another disk"
         found[name] = Bitmap(name, flags, 1 << bits, dirty)
         directory += 24 + extra + name_size + -(extra + name_size) % 8
     return found

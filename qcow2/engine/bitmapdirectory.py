@@ -6,11 +6,10 @@ the directory, or the header, point at it; what is old is freed after. A merge o
 
 import os
 
-from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.bitmapheader import set_bitmaps
 from qcow2.engine.bitmaps import Bitmaps
-from qcow2.engine.bitmaptable import StoredBitmap, bits_nbytes, table_entries
+from qcow2.engine.bitmaptable import StoredBitmap, bits_nbytes, set_bits, set_runs, table_entries
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
@@ -28,7 +27,6 @@ class BitmapDirectory:
 
     def __init__(
         self,
-        file: File,
         geometry: Geometry,
         allocator: Allocator,
         reaper: Reaper,
@@ -36,7 +34,6 @@ class BitmapDirectory:
         stability: Stability,
         bitmaps: Bitmaps,
     ) -> None:
-        self._file = file
         self._geometry = geometry
         self._allocator = allocator
         self._reaper = reaper
@@ -100,14 +97,14 @@ class BitmapDirectory:
     async def remove(self, name: str) -> None:
         """Forget a bitmap, also one that makes no sense; stable on return. Raises: BitmapError, OSError."""
         gone = self.find(name, is_used=False)
-        freed = self._clusters_of(gone)
+        freed = gone.clusters(self._geometry)
         await self._publish([each.bitmap for each in self._bitmaps.stored if each is not gone])
         await self._reaper.free(freed)
 
     async def clear(self, name: str) -> None:
         """Let no bit of a bitmap be set; stable on return. Raises: BitmapError, OSError."""
         each = self.find(name)
-        freed = self._clusters_of(each)
+        freed = each.clusters(self._geometry)
         area = await self._allocator.allocate_area(self._geometry.clusters(len(each.table) * ENTRY_SIZE))
         offset = area.start << self._geometry.cluster_bits
         try:
@@ -148,21 +145,12 @@ class BitmapDirectory:
             set_bits(wanted, first, last)
         await self._bitmaps.write_all(each, old, bytes(wanted))
 
-    def _clusters_of(self, each: StoredBitmap) -> list[int]:
-        """The clusters of its table and its bits, if the table makes sense; else they leak."""
-        if not each.table:
-            return []
-        geometry, record = self._geometry, each.bitmap.record
-        start = record.table_offset >> geometry.cluster_bits
-        table = range(start, geometry.clusters(record.table_offset + len(each.table) * ENTRY_SIZE))
-        return [*table, *(offset >> geometry.cluster_bits for offset in each.data_clusters())]
-
     async def _publish(self, wanted: list[Bitmap]) -> None:
         """Let the image have these bitmaps, whose tables are written; the old directory is free then."""
         geometry, content = self._geometry, b"".join(bitmap.pack() for bitmap in wanted)
         old = self._bitmaps.directory_clusters()
         if not wanted:
-            await set_bitmaps(self._file, self._root, None)
+            await set_bitmaps(self._root, None)
         else:
             area = await self._allocator.allocate_area(geometry.clusters(len(content)))
             try:
@@ -171,7 +159,7 @@ class BitmapDirectory:
                 await self._root.allow_uncounted()
                 await self._stability.sync()
                 record = BitmapsRecord(len(wanted), 0, len(content), offset)
-                await set_bitmaps(self._file, self._root, record)
+                await set_bitmaps(self._root, record)
             except Exception:
                 if self._stability.error is None:
                     await self._reaper.free(area)
@@ -179,27 +167,3 @@ class BitmapDirectory:
         self._root.broken_promises = layout.PROMISES ^ (layout.Autoclear.BITMAPS if wanted else 0)
         await self._bitmaps.reload()
         await self._reaper.free(old)
-
-
-def set_runs(bits: bytes) -> list[tuple[int, int]]:
-    """Where bits are set: (first, end) of each run, in order."""
-    runs: list[tuple[int, int]] = []
-    for index, byte in enumerate(bits):
-        if not byte:
-            continue
-        for bit in range(8):
-            if byte >> bit & 1:
-                at = index * 8 + bit
-                if runs and runs[-1][1] == at:
-                    runs[-1] = (runs[-1][0], at + 1)
-                else:
-                    runs.append((at, at + 1))
-    return runs
-
-
-def set_bits(bits: bytearray, first: int, last: int) -> None:
-    """Set the bits from *first* to *last*."""
-    start, end = first >> 3, (last >> 3) + 1
-    mask = ((1 << last + 1 - first) - 1) << (first & 7)
-    changed = int.from_bytes(bits[start:end], "little") | mask
-    bits[start:end] = changed.to_bytes(end - start, "little")

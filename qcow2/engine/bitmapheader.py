@@ -1,38 +1,25 @@
-"""The bitmaps extension of the header, put in, changed and taken out: at every death one whole header stands there."""
+"""The bitmaps extension of the header, put in, changed and taken out: one sector decides, so no death finds a half."""
 
 from dataclasses import replace
 
-from qcow2.driver.operation import File
 from qcow2.engine.root import Root
-from qcow2.format.header import Extension, Header, pack_header
+from qcow2.error import UnsupportedImage
+from qcow2.format.header import Extension, Header
 from qcow2.format.layout import EXTENSION, SECTOR_SIZE, Autoclear, BitmapsRecord, ExtensionMagic
 
-END = EXTENSION.pack(ExtensionMagic.END, 0)
 
-
-async def set_bitmaps(file: File, root: Root, record: BitmapsRecord | None) -> None:
+async def set_bitmaps(root: Root, record: BitmapsRecord | None) -> None:
     """Let the header point at the directory *record*, stable, or say that there are no bitmaps; stable on return.
 
     Raises: OSError; UnsupportedImage, before any write, if the header has no room.
     """
     if record is None:
         await root.set_autoclear(Autoclear.BITMAPS, on=False)
-        await _remove(file, root)
+        if root.header.extension(ExtensionMagic.BITMAPS) is not None:
+            await root.rewrite(_with(root.header, None))
         return
-    data = record.pack()
-    offset = _offset(root.header)
-    if root.header.extension(ExtensionMagic.BITMAPS) is None:
-        await _insert(file, root, data)
-    elif _is_in_one_sector(offset + EXTENSION.size, len(data)):
-        await root.rewrite(offset + EXTENSION.size, data, _with(root.header, data))
-    else:  # not in one write: who finds half of it finds no bitmaps
-        await root.set_autoclear(Autoclear.BITMAPS, on=False)
-        await root.rewrite(offset + EXTENSION.size, data, _with(root.header, data))
+    await root.rewrite(_with(root.header, record.pack()))
     await root.set_autoclear(Autoclear.BITMAPS, on=True)
-
-
-def _is_in_one_sector(offset: int, nbytes: int) -> bool:
-    return offset // SECTOR_SIZE == (offset + nbytes - 1) // SECTOR_SIZE
 
 
 def _with(header: Header, data: bytes | None) -> Header:
@@ -49,39 +36,30 @@ def _with(header: Header, data: bytes | None) -> Header:
     )
 
 
-def _offset(header: Header) -> int:
-    """Where the bitmaps extension begins; where the extensions end if there is none."""
+def _data_offset(header: Header) -> int:
+    """Where the data of the bitmaps extension, which there is, begins."""
     offset = header.record.header_length
     for extension in header.extensions:
+        offset += EXTENSION.size
         if extension.magic == ExtensionMagic.BITMAPS:
             break
-        offset += EXTENSION.size + len(extension.data) + -len(extension.data) % 8
+        offset += len(extension.data) + -len(extension.data) % 8
     return offset
 
 
-async def _insert(file: File, root: Root, data: bytes) -> None:
-    """Behind the other extensions. The name of the backing file, if it is in the way, has moved before."""
-    header, start = _with(root.header, data), _offset(root.header)
-    pack_header(file, header)  # raises if it does not fit
-    body = data + END
-    end = start + EXTENSION.size + len(body)
-    name_offset, name_bytes = root.header.record.backing_file_offset, root.header.record.backing_file_size
-    if name_offset and name_offset < end:
-        target = max(end, name_offset + name_bytes)
-        if name_offset < start + EXTENSION.size or target + name_bytes > header.cluster_size:
-            await root.rewrite_all(header)
-            return
-        await root.move_backing_name(target)
-        header = replace(header, record=root.header.record)
-    await root.rewrite(start + EXTENSION.size, body, root.header)
-    await root.rewrite(start, EXTENSION.pack(ExtensionMagic.BITMAPS, len(data)), header)
+async def hoist(root: Root) -> int:
+    """Where the data of the bitmaps extension is, in the first sector: it changes in one write with the disk's size.
 
-
-async def _remove(file: File, root: Root) -> None:
-    old, header = root.header, _with(root.header, None)
-    if old.extension(ExtensionMagic.BITMAPS) is None:
-        return
-    if old.extensions[-1].magic == ExtensionMagic.BITMAPS:
-        await root.rewrite(_offset(old), END, header)  # what follows is no extension
-    else:
-        await root.rewrite_all(header)
+    The feature name table, which is for people, makes room for it if need be.
+    Raises: OSError; UnsupportedImage if other extensions leave no room.
+    """
+    header = root.header
+    if _data_offset(header) + BitmapsRecord.FORMAT.size > SECTOR_SIZE:
+        names = [each for each in header.extensions if each.magic == ExtensionMagic.FEATURE_NAMES]
+        others = [each for each in header.extensions if each.magic != ExtensionMagic.FEATURE_NAMES]
+        header = replace(header, extensions=(*others, *names))
+        if _data_offset(header) + BitmapsRecord.FORMAT.size > SECTOR_SIZE:
+            message = f"header extensions leave the bitmaps no room in the first {SECTOR_SIZE} bytes: remove them first"
+            raise UnsupportedImage(root.file.path, message)
+        await root.rewrite(header)
+    return _data_offset(header)

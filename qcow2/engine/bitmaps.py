@@ -16,14 +16,13 @@ from collections.abc import Iterable, Iterator
 from qcow2.driver.operation import File, Signal, Spawn, Store
 from qcow2.driver.operation import Mark as HeaderMark
 from qcow2.engine.allocation import Allocator
-from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits, table_entries
+from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
 from qcow2.engine.stability import NO_SPACE, Stability
-from qcow2.error import UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.bitmap import bitmap_directory
 from qcow2.format.geometry import Geometry
@@ -122,16 +121,6 @@ class Bitmaps:
             if content != old[start : start + SECTOR_SIZE]:
                 await self._write_bits(each, start, content)
         await self._stability.sync()
-
-    def require_same_tables(self, size: int) -> None:
-        """Raises: UnsupportedImage if a disk of *size* bytes needs a longer table for a bitmap."""
-        for each in self.stored:
-            record = each.bitmap.record
-            if not each.bitmap.is_in_use and record.table_size != table_entries(
-                size, record.granularity_bits, self._geometry
-            ):
-                message = f"size {size} needs a longer table for bitmap {each.bitmap.name!r}: remove it first"
-                raise UnsupportedImage(self._file.path, message)
 
     async def mark(self, guest_offset: int, nbytes: int) -> None:
         """Note that these bytes change; process-safe on return, and not under-reported after a power loss.
@@ -264,7 +253,7 @@ class Bitmaps:
 
     async def _begin(self) -> None:
         """Take the bits of all bitmaps that record into memory; those that cannot be kept are given up first."""
-        await self._give_up()
+        await self.give_up()
         if not self._kept:
             return
         shapes = [self._shape(each) for each in self._kept]
@@ -318,7 +307,7 @@ class Bitmaps:
                 self._stability.fail(error)
             raise
 
-    async def _give_up(self) -> None:
+    async def give_up(self) -> None:
         """Mark those in which nobody can record as worth nothing, stable before the first change."""
         lost = [each for each in self.stored if each.is_kept and each.problem]
         for each in lost:

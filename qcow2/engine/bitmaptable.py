@@ -1,5 +1,6 @@
 """The bitmaps of an image as its file holds them: directory, tables, and the clusters with their bits."""
 
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,16 @@ class StoredBitmap:
     def nbytes(self, size: int) -> int:
         """Bytes of its bits for a disk of *size* bytes."""
         return bits_nbytes(size, self.bitmap.record.granularity_bits)
+
+    def table_clusters(self, geometry: Geometry) -> range:
+        """The clusters of its table, if that makes sense."""
+        start = self.bitmap.record.table_offset
+        end = start + len(self.table) * ENTRY_SIZE
+        return range(start >> geometry.cluster_bits, geometry.clusters(end)) if self.table else range(0)
+
+    def clusters(self, geometry: Geometry) -> list[int]:
+        """The clusters of its table and its bits, if the table makes sense; else they leak."""
+        return [*self.table_clusters(geometry), *(offset >> geometry.cluster_bits for offset in self.data_clusters())]
 
     def data_clusters(self) -> Iterator[int]:
         """Host offsets of the clusters with its bits."""
@@ -161,3 +172,31 @@ def trim(content: bytearray, size: int, granularity_bits: int) -> None:
     nbits = -(-size >> granularity_bits)
     if nbits % 8:
         content[-1] &= (1 << nbits % 8) - 1
+
+
+def set_runs(bits: bytes) -> Iterator[tuple[int, int]]:
+    """Where bits are set: (first, end) of each run, in order."""
+    start = end = 0  # of the run that may go on
+    for found in re.finditer(rb"\xff+|[^\0\xff]", bits):
+        at, byte = found.start() * 8, found[0][0]
+        pieces = (
+            [(at, found.end() * 8)]
+            if byte == 0xFF
+            else [(at + bit, at + bit + 1) for bit in range(8) if byte >> bit & 1]
+        )
+        for first, stop in pieces:
+            if first != end:
+                if end > start:
+                    yield start, end
+                start = first
+            end = stop
+    if end > start:
+        yield start, end
+
+
+def set_bits(bits: bytearray, first: int, last: int) -> None:
+    """Set the bits from *first* to *last*."""
+    start, end = first >> 3, (last >> 3) + 1
+    mask = ((1 << last + 1 - first) - 1) << (first & 7)
+    changed = int.from_bytes(bits[start:end], "little") | mask
+    bits[start:end] = changed.to_bytes(end - start, "little")

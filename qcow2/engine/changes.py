@@ -7,6 +7,7 @@ from contextlib import suppress
 from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.bitmapdirectory import BitmapDirectory
+from qcow2.engine.bitmapfitting import BitmapFitting
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.data import Data
@@ -108,9 +109,8 @@ class Changes:
             bitmaps,
             owned_by_bitmaps,
         )
-        self.bitmap_directory = BitmapDirectory(
-            file, geometry, self._allocator, self._reaper, root, stability, self.bitmaps
-        )
+        self.fitting = BitmapFitting(file, geometry, self._allocator, self._reaper, root, stability, self.bitmaps)
+        self.bitmap_directory = BitmapDirectory(geometry, self._allocator, self._reaper, root, stability, self.bitmaps)
 
     @property
     def may_overwrite(self) -> bool:

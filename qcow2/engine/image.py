@@ -346,13 +346,10 @@ class Image:
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
         changes = await self._alone()
-        old_size, size = self.size, grown_size(self.file, self.header, nbytes)
-        if size != old_size:
+        size = grown_size(self.file, self.header, nbytes)
+        if size != self.size:
             require_sizes(self.file.path, changes.snapshots.table)
-        await changes.bitmaps.settle()
-        changes.bitmaps.require_same_tables(size)
-        await self._guard(changes, changes.grower.grow(size))
-        await changes.bitmaps.mark(old_size, size - old_size)
+        await self._guard(changes, changes.fitting.change(size, changes.grower.grow(size)))
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is past that is gone. Stable on return.
@@ -361,7 +358,8 @@ class Image:
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, then the disk may be the new one.
         """
         changes = await self._alone()
-        await self._guard(changes, changes.shedder.shrink(shrunk_size(self.file, self.header, nbytes)))
+        size = shrunk_size(self.file, self.header, nbytes)
+        await self._guard(changes, changes.fitting.change(size, changes.shedder.shrink(size)))
 
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
         """Give each cluster of the range that holds nothing a place, which is zeros; *writes* writes them, too.
@@ -420,12 +418,8 @@ class Image:
         """
         changes = await self._alone()
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, wanted)
-        if changes.bitmaps.stored and snapshot.disk_size != self.size:
-            message = f"bitmaps of a disk of {self.size} bytes, snapshot {wanted!r} is of {snapshot.disk_size}"
-            raise UnsupportedImage(self.file.path, message)
-        await changes.bitmaps.mark(0, self.size)  # which need not be true yet: it never says too little
-        await changes.bitmaps.settle()
-        await self._guard(changes, changes.snapshots.apply(snapshot))
+        change = changes.snapshots.apply(snapshot)
+        await self._guard(changes, changes.fitting.change(snapshot.disk_size, change, all_dirty=True))
 
     async def delete_snapshot(self, name: str) -> None:
         """Forget the internal snapshot *name*, of several the first; what it alone held is free. Stable on return.

@@ -1,12 +1,21 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
-import os
 from dataclasses import replace
+from typing import NamedTuple
 
+from qcow2.driver.operation import File, Read
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.stability import Stability
 from qcow2.format import layout
-from qcow2.format.header import Header, pack_header
+from qcow2.format.header import Extension, Header, rewrite_header
+from qcow2.format.layout import ExtensionMagic
+
+
+class BitmapsPlace(NamedTuple):
+    """The data of the bitmaps extension, within the first sector, and what it shall be."""
+
+    host_offset: int
+    data: bytes
 
 
 class Root:
@@ -17,8 +26,14 @@ class Root:
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
         self.broken_promises = layout.PROMISES  # the autoclear bits that a change breaks
+        self.next_bitmaps: BitmapsPlace | None = None  # changes together with the disk's size
         self._stability = stability
         self._mutex = Mutex()
+
+    @property
+    def file(self) -> File:
+        """The file of the image."""
+        return self._stability.file
 
     @property
     def has_promises(self) -> bool:
@@ -100,7 +115,7 @@ class Root:
     async def set_disk(self, size: int, host_offset: int, nentries: int) -> None:
         """Let the disk be *size* bytes long and another L1 table, which is stable, map it; stable on return."""
         packed = layout.HEADER_DISK.pack(size, self.header.record.crypt_method, nentries, host_offset)
-        await self._write(layout.HEADER_DISK_OFFSET, packed, size=size, l1_size=nentries, l1_table_offset=host_offset)
+        await self._write_disk(packed, size=size, l1_size=nentries, l1_table_offset=host_offset)
 
     async def set_snapshots(self, nsnapshots: int, host_offset: int) -> None:
         """Let the header point at another snapshot table, which is stable; stable on return."""
@@ -109,7 +124,23 @@ class Root:
 
     async def set_size(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, which its L1 table maps; stable on return."""
-        await self._write(layout.HEADER_SIZE_OFFSET, layout.HEADER_SIZE.pack(nbytes), size=nbytes)
+        await self._write_disk(layout.HEADER_SIZE.pack(nbytes), size=nbytes)
+
+    async def _write_disk(self, packed: bytes, **fields: int) -> None:
+        """Write what begins with the size of the disk, and in the same write where the bitmaps are that fit it."""
+        assert layout.HEADER_DISK_OFFSET == layout.HEADER_SIZE_OFFSET
+        place = self.next_bitmaps
+        if place is not None:
+            start = layout.HEADER_SIZE_OFFSET + len(packed)
+            packed += await Read(self.file, start, place.host_offset - start) + place.data
+        await self._write(layout.HEADER_SIZE_OFFSET, packed, **fields)
+        if place is not None:
+            changed = [
+                Extension(each.magic, place.data) if each.magic == ExtensionMagic.BITMAPS else each
+                for each in self.header.extensions
+            ]
+            self.header = replace(self.header, extensions=tuple(changed))
+            self.next_bitmaps = None
 
     async def set_autoclear(self, bit: int, *, on: bool) -> None:
         """Set or clear one of the autoclear bits beside the mark, stable on return."""
@@ -119,24 +150,14 @@ class Root:
             offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
             await self._write(offset, bytes([changed & layout.PROMISES]), autoclear_features=changed)
 
-    async def move_backing_name(self, host_offset: int) -> None:
-        """Let the name of the backing file be at *host_offset* of the first cluster, clear of where it is; stable."""
-        name = os.fsencode(self.header.backing_name or "")
-        await self._stability.write(host_offset, name)
-        await self._stability.sync()
-        packed = layout.HEADER_BACKING.pack(host_offset, len(name))
-        await self._write(layout.HEADER_BACKING_OFFSET, packed, backing_file_offset=host_offset)
-
-    async def rewrite(self, host_offset: int, packed: bytes, header: Header) -> None:
-        """Write a piece of the first cluster, which says *header* then; stable on return."""
-        await self._stability.write(host_offset, packed)
-        await self._stability.sync()
-        self.header = header
-
-    async def rewrite_all(self, header: Header) -> None:
-        """Write all of the first cluster; stable on return. Not atomic at power loss, as any tool's."""
-        record, packed = pack_header(self._stability.file, header)
-        await self.rewrite(0, packed + bytes(header.cluster_size - len(packed)), replace(header, record=record))
+    async def rewrite(self, header: Header) -> None:
+        """Let the first cluster say what *header* says, no link waits and no bits are live; stable on return."""
+        self._stability.require_trust()
+        try:
+            self.header = await rewrite_header(self.file, header)
+        except OSError as error:
+            self._stability.fail(error)  # nobody knows which header stands there
+            raise
 
     async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
         """Write *packed*, which says *fields*; stable on return.

@@ -5,8 +5,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qcow2.engine.bitmapdirectory import BitmapDirectory, set_runs
-from qcow2.engine.bitmaptable import StoredBitmap
+from qcow2.engine.bitmapdirectory import BitmapDirectory
+from qcow2.engine.bitmaptable import StoredBitmap, set_runs
 from qcow2.engine.image import Image
 from qcow2.error import BitmapError
 

@@ -9,7 +9,7 @@ from tests.bitmapreader import Bitmap, read_bitmaps
 from tests.crash.driver import SimulatedFile
 from tests.crash.explorer import Explorer, Opener, Violation
 from tests.crash.history import SECTOR, History
-from tests.crash.images import KINDS
+from tests.crash.images import BITMAPS
 from tests.crash.judge import opener, perform
 from tests.crash.workload import Step, random_steps
 
@@ -19,7 +19,7 @@ NAMES = {"fine", "coarse"}
 def bitmap_opener(kind: str) -> Opener:
     """As `opener`; the disk is followed by a byte a sector of what the bitmaps say, before and after."""
     base = opener(kind)
-    nsectors = KINDS[kind].nsectors
+    nsectors = BITMAPS[kind].nsectors
 
     def open_(image: SimulatedFile) -> bytes:
         before = said(read_bitmaps(image.read), nsectors)
@@ -82,6 +82,6 @@ def explore(
 ) -> int:
     """Judge the states of a workload, at random if *steps* are not given; how many there were."""
     if steps is None:
-        steps = random_steps(seed, KINDS[kind].nsectors, KINDS[kind].cluster_sectors)
+        steps = random_steps(seed, BITMAPS[kind].nsectors, BITMAPS[kind].cluster_sectors)
     run = perform(kind, steps, seed=seed, writethrough=writethrough)
     return BitmapExplorer(run, bitmap_opener(kind), seed).explore(stride=stride)

@@ -122,9 +122,6 @@ KINDS = {
         Kind("small-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_data),
         Kind("small-backing", cluster_bits=9, nclusters=150, backing=True),
         Kind("longer-backing", nclusters=20, cluster_bits=10, backing=True, beyond=200, fill=some_data),
-        Kind("bitmaps", cluster_bits=9, nclusters=150, fill=some_bitmaps),
-        Kind("bitmaps-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_bitmaps),
-        Kind("bitmaps-backing", cluster_bits=12, nclusters=24, backing=True, fill=some_bitmaps),
         Kind("encrypted", cluster_bits=10, nclusters=60, encrypted=True),
         Kind("encrypted-lazy", cluster_bits=10, nclusters=60, encrypted=True, lazy=True, refcount_order=3),
         Kind("encrypted-backing", cluster_bits=10, nclusters=60, encrypted=True, backing=True),
@@ -135,10 +132,20 @@ KINDS = {
 }
 
 
+BITMAPS = {
+    kind.name: kind
+    for kind in (
+        Kind("bitmaps", cluster_bits=9, nclusters=150, fill=some_bitmaps),
+        Kind("bitmaps-lazy", cluster_bits=9, nclusters=150, lazy=True, fill=some_bitmaps),
+        Kind("bitmaps-backing", cluster_bits=12, nclusters=24, backing=True, fill=some_bitmaps),
+    )
+}
+
+
 @cache
 def start(name: str) -> Start:
     """The image of that kind; copy it before use."""
-    kind = KINDS[name]
+    kind = (KINDS | BITMAPS)[name]
     nbytes = kind.nsectors * SECTOR
     under = content(7, nbytes + kind.beyond * SECTOR) if kind.backing else b""
     if kind.encrypted:

@@ -150,6 +150,22 @@ def test_going_back_to_a_snapshot_reports_all_of_the_disk(tmp_path: Path) -> Non
     require_sound(path)
 
 
+def test_going_back_to_a_snapshot_of_another_size_takes_the_bitmaps_along(tmp_path: Path) -> None:
+    path = with_bitmap(tmp_path / "disk")
+    with qcow2.open(path, writable=True) as disk:
+        disk.create_snapshot("one")
+        disk.resize(100 << 30)
+        disk.create_snapshot("two")
+        disk.apply_snapshot("one")
+        assert list(disk.bitmaps.dirty("b0")) == [(0, 64 << 20)]
+        disk.apply_snapshot("two")
+        disk.bitmaps.clear("b0")
+        disk.write(99 << 30, b"x")
+        assert list(disk.bitmaps.dirty("b0")) == [(99 << 30, 65536)]
+    require_sound(path)
+    assert bitmaps_of(path)["b0"].dirty == {99 << 14}
+
+
 def test_a_bitmap_that_a_dead_qemu_left_stays_as_it_is(tmp_path: Path) -> None:
     path = with_bitmap(tmp_path / "disk")
     subprocess.run(

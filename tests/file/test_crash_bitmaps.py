@@ -7,25 +7,42 @@ import pytest
 
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.image import Image
+from tests.bitmapreader import read_bitmaps
 from tests.crash.bitmaps import explore
-from tests.crash.explorer import Violation
-from tests.crash.images import KINDS
+from tests.crash.driver import SimulatedFile
+from tests.crash.explorer import Explorer, Violation
+from tests.crash.images import BITMAPS
 from tests.crash.mutant import without_syncs
 from tests.crash.workload import Action, random_steps
+from tests.file import test_crash_resize
 
 Patch = pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
-@pytest.mark.parametrize("kind", [name for name in KINDS if name.startswith("bitmaps")])
+@pytest.mark.parametrize("kind", BITMAPS)
 def test_no_death_leaves_a_bitmap_that_says_too_little(kind: str, writethrough: bool) -> None:
-    steps = random_steps(3, KINDS[kind].nsectors, KINDS[kind].cluster_sectors, steps=5)
+    steps = random_steps(3, BITMAPS[kind].nsectors, BITMAPS[kind].cluster_sectors, steps=4, depth=2)
     assert explore(kind, 3, steps=steps, writethrough=writethrough) > 100
 
 
 def test_nor_does_one_after_the_image_was_closed_and_opened() -> None:
     steps = [[Action("write", 3, 2)], [Action("reopen")], [Action("write", 90, 1), Action("discard", 3, 1)]]
     assert explore("bitmaps", 0, steps=steps) > 100
+
+
+@pytest.mark.parametrize("kind", ["bitmaps", "bitmaps-lazy"])
+def test_no_death_while_the_disk_grows_leaves_bitmaps_of_another_size(kind: str) -> None:
+    run = test_crash_resize.perform(kind, [300, 5000], 3, writethrough=True)
+    look = test_crash_resize.sized_opener(kind, test_crash_resize.WATCHED)
+
+    def judged(file: SimulatedFile) -> bytes:
+        assert read_bitmaps(file.read).keys() == {"fine", "coarse"}
+        content = look(file)
+        assert read_bitmaps(file.read).keys() == {"fine", "coarse"}
+        return content
+
+    assert Explorer(run, judged).explore(stride=20) > 50
 
 
 def bit_comes_late(patch: Patch) -> None:

@@ -14,7 +14,7 @@ from qcow2.engine.image import Image
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Explorer, Run, Violation
 from tests.crash.history import SECTOR, History
-from tests.crash.images import KINDS, open_image, start
+from tests.crash.images import BITMAPS, KINDS, open_image, start
 from tests.crash.judge import opener
 from tests.crash.mutant import without_syncs
 from tests.crash.workload import Guest, random_steps
@@ -51,7 +51,7 @@ class GrowingGuest(Guest):
 def perform(kind: str, sizes: list[int], seed: int, *, writethrough: bool, steps: int = 2) -> Run:
     """A random workload on the disk, growth, a workload on the longer disk, and so on."""
     begun = start(kind)
-    old, watched = KINDS[kind].nsectors, min(WATCHED, sizes[-1])
+    old, watched = (KINDS | BITMAPS)[kind].nsectors, min(WATCHED, sizes[-1])
     file = begun.image.copy()
     initial = file.copy()
     driver = CrashDriver(seed)

@@ -155,20 +155,24 @@ def test_snapshots_of_version_2_are_refused_as_by_qemu(tmp_path: Path) -> None:
     assert qemu_img("resize", "-q", path, "2M", check=False).returncode == 1
 
 
-def test_bitmaps_grow_with_the_disk_and_hold_what_is_new(tmp_path: Path) -> None:
-    path = created(tmp_path / "a", SMALL)
-    qemu_img("bitmap", "--add", "-g", "64k", path, "changes")
-    qcow2_tool_ok("resize", path, "2M")
-    assert bitmaps_of(path)["changes"].dirty == set(range(SMALL >> 16, 32))
-    qemu_img("check", "-q", path)
+@pytest.mark.parametrize("granularity", [512, 65536])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_bitmaps_fit_the_disk_and_hold_what_is_new(tmp_path: Path, cluster_size: int, granularity: int) -> None:
+    path = created(tmp_path / "a", SMALL, cluster_size=cluster_size)
+    for name in ("changes", "other"):
+        qemu_img("bitmap", "--add", "-g", granularity, path, name)
+    qemu_img("bitmap", "--add", "--disable", "-g", granularity, path, "off")
     qemu_io(path, "write 0 512")
-    assert bitmaps_of(path)["changes"].is_valid
-
-
-def test_a_bitmap_that_needs_a_longer_table_is_named(tmp_path: Path) -> None:
-    path = created(tmp_path / "a", SMALL)
-    qemu_img("bitmap", "--add", "-g", "512", path, "changes")
-    assert "bitmap 'changes'" in resize_refused(path, "1G")
+    old = {0, *range(SMALL // granularity, (64 << 20) // granularity)}
+    for size, held in (("64M", 64 << 20), ("640k", 640 << 10), ("2M", 2 << 20)):
+        qcow2_tool_ok("resize", "--shrink", path, size)
+        old = {bit for bit in old if bit * granularity < held}
+        if size == "2M":
+            old |= set(range((640 << 10) // granularity, held // granularity))
+        assert [each.dirty for each in bitmaps_of(path).values()] == [old, old, set()]
+        assert_clean(path)
+        qemu_io(path, "write 0 512")
+        assert all(each.is_valid for each in bitmaps_of(path).values())
 
 
 def test_a_size_that_no_l1_table_maps_is_refused_with_the_limit(tmp_path: Path) -> None:
