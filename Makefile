@@ -12,7 +12,7 @@ demo: export PYTHONPATH := $(CURDIR)
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
-test: guest-packages libvirt-packages $(VENV)/installed
+test: guest-packages libvirt-packages systemd-packages $(VENV)/installed
 	$(BIN)/pytest
 
 vm: guest-packages libvirt-packages $(VENV)/installed
@@ -30,6 +30,11 @@ peers: guest-packages $(VENV)/installed
 qtests: guest-packages $(VENV)/installed
 	@test -x "$(QOS_TEST)" || { echo "make qtests: QOS_TEST names no qos-test of QEMU's" >&2; exit 1; }
 	QOS_TEST="$(abspath $(QOS_TEST))" $(BIN)/pytest tests/vm/test_qtests.py
+
+# The systemd units, started and killed by a systemd in namespaces of its own; root.
+.PHONY: units
+units: guest-packages systemd-packages $(VENV)/installed
+	$(BIN)/pytest tests/file/test_systemd.py
 
 # A guest that writes and verifies, ten times to the other host and back.
 migrate: guest-packages $(VENV)/installed
@@ -126,6 +131,10 @@ guest-packages: build-packages
 .PHONY: libvirt-packages
 libvirt-packages: build-packages
 	@.ci/need libvirt || echo "the tests that need libvirt are skipped"
+
+.PHONY: systemd-packages
+systemd-packages: build-packages
+	@.ci/need systemd || echo "the tests that need systemd are skipped"
 
 fuzz-packages: build-packages
 	@.ci/need fuzz
