@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from tests.crash.walk import Count
 from tests.sim.life import NAMED, Tally, Trouble, Violation, World
+from tests.sim.liveness import Longest
 from tests.sim.walk import visit
 
 
@@ -50,11 +51,12 @@ class Plan:
 
 def run(plan: Plan) -> int:
     """Run the histories -> 0, or 1 if one of them broke a promise; that is printed with its seed."""
-    total, count = Tally(), Count()
+    total, count, longest = Tally(), Count(), Longest()
     failed = 0
     for seed in range(plan.first, plan.first + plan.histories):
         world = world_of(seed, plan.sorts)
         fault = _run_one(world, total, count if count.states < plan.states else None)
+        longest.add(world.longest)
         if plan.twice and not fault:
             again = world_of(seed, plan.sorts)
             if _run_one(again, Tally(), None) or again.digest != world.digest:
@@ -65,6 +67,7 @@ def run(plan: Plan) -> int:
             if plan.until_found:
                 break
     print(total)
+    print(longest)
     if plan.states:
         print(count)
     return 1 if failed else 0

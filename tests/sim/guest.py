@@ -15,6 +15,7 @@ from ring.virtqueue import QueueLayout
 from ring.worker import Worker
 from tests.crash.history import SECTOR, ZEROS, Flush, History, Version, pattern
 from tests.sim.kernel import MS, US, Kernel, Violation
+from tests.sim.liveness import AFTERMATH, Liveness
 from virtio.block import UNMAP, RequestType, Status
 
 EMPTY, FULL = -11, -28  # -EAGAIN, -ENOSPC
@@ -39,6 +40,8 @@ class Setup:
     requests: int
     nsectors: int  # of the disk
     hot: int  # sectors, of which most requests want some
+    calm: int  # more requests, once the world is kind
+    polled: bool  # the first queue's driver never kicks
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Asked:
     begun: int  # position in the journal
     posted_at: int
     slot: int
+    overtaken: int = 0
     versions: list[Version] = field(default_factory=list)
     flush: Flush | None = None
 
@@ -100,6 +104,7 @@ class Guest:
         self.history = history
         self.requests = first_request
         self.left = setup.requests
+        self.liveness = Liveness(kernel)
         self.random = random.Random(kernel.random.getrandbits(63))
         self.memory = DriverMemory(1 << 20, guest_address=1 << 20)
         self.queues = [Queue(self.memory, setup) for _ in range(setup.num_queues)]
@@ -133,6 +138,7 @@ class Guest:
 
     def connect(self, worker: Worker) -> None:
         """Give *worker* the rings."""
+        self.liveness.trouble()
         region = InflightRegion(os.dup(self.inflight_fd), 0, self.inflight_bytes, self.setup.num_queues)
         worker.set_memory([self.memory.region()])
         worker.set_inflight(region)
@@ -147,9 +153,10 @@ class Guest:
     def _start(self, worker: Worker, index: int, queue: Queue) -> None:
         kernel = self.kernel
         queue.kick_fd, queue.call_fd, queue.err_fd = (kernel.eventfd() for _ in range(3))
+        queue.kick_fd = -1 if self.setup.polled and index == 0 else queue.kick_fd
         kernel.listeners[queue.call_fd] = lambda: self._harvest(queue)
         worker.set_err(index, queue.err_fd)
-        worker.set_kick(index, queue.kick_fd)
+        worker.set_kick(index, None if queue.kick_fd < 0 else queue.kick_fd)
         worker.set_call(index, queue.call_fd)
         worker.start_queue(index, queue.layout(base=queue.base))
         worker.enable_queue(index)
@@ -158,7 +165,18 @@ class Guest:
 
     @property
     def is_done(self) -> bool:
-        return self.left == 0 and not any(queue.asked for queue in self.queues)
+        return self.left == 0 and self.liveness.is_kind and not any(queue.asked for queue in self.queues)
+
+    def _calm(self) -> None:
+        """The troubles of this life end; once nothing is left of them a few more requests are made."""
+        self.liveness.calm(one for queue in self.queues for one in queue.asked.values())
+        self.kernel.at(AFTERMATH, self._go_on)
+
+    def _go_on(self) -> None:
+        self.liveness.be_kind()
+        self.left = self.setup.calm
+        for queue in self.queues:
+            self._later(queue)
 
     def _later(self, queue: Queue) -> None:
         self.kernel.at(self.random.choice((2, 20, 200)) * US, lambda: self._act(queue))
@@ -168,7 +186,7 @@ class Guest:
         for _ in range(self.random.choice((1, 1, 2, 4))):
             if not self.left or not queue.free or not self._post(queue):
                 break
-        if lib.driver_ring_publish(queue.ring):
+        if lib.driver_ring_publish(queue.ring) and queue.kick_fd >= 0:
             lib_delay = self.random.randrange(100, 20 * US)
             self.kernel.at(lib_delay, lambda: lib.sim_raise(queue.kick_fd))
         if self.left and queue.free:
@@ -191,6 +209,8 @@ class Guest:
         self.requests += 1
         del queue.free[at]
         queue.asked[head] = asked
+        if not self.left and not self.liveness.is_calm:
+            self._calm()
         return True
 
     def _aim(self, kind: str) -> tuple[int, int]:
@@ -271,6 +291,8 @@ class Guest:
         status = self.memory.load(header + 16, 1)[0]
         position = self.kernel.mark(("end", asked.number, status, self.kernel.now))
         self.answered += 1
+        others = [one for other in self.queues if other is not queue for one in other.asked.values()]
+        self.liveness.answered(asked, others)
         if status != Status.OK:
             self.refused += 1
             is_old = asked.begun < self.kernel.life_began and self.kernel.ever_failed  # the answer is the last life's

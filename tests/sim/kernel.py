@@ -121,7 +121,7 @@ class Kernel(Host):
 
     def __init__(self, seed: int, trouble: Trouble) -> None:
         self.random = random.Random(seed)
-        self.trouble = trouble
+        self.trouble = self._troubles = trouble  # now; and in each life at first
         self.journal: list[Entry | Lost] = []
         self.operations = 0
         self.pending: dict[int, SimulatedFile] = {}  # complete and not synced
@@ -152,6 +152,7 @@ class Kernel(Host):
         _kernel = self
         lib.sim_reset(self.random.getrandbits(63) | 1)
         self.state.turn = SPIN
+        self.trouble = self._troubles
         self._events.clear()
         self.listeners.clear()
         self.death = None
@@ -234,8 +235,18 @@ class Kernel(Host):
                 break
         return 0
 
+    def calm(self) -> None:
+        """From now on nothing fails, and nothing takes long but what is under way."""
+        self.trouble = Trouble(
+            short=0, passing=0, slow=0, stall=0, cold=0, punches=self.trouble.punches, far=self.trouble.far
+        )
+        self.is_full = False
+        self.note("calm")
+
     def _fill(self) -> None:
         """The host is full, or has space again."""
+        if not self.trouble.full:
+            return
         self.is_full = not self.is_full
         self.note("full", self.is_full)
         self.at(self.random.randrange(20 * US, 2 * MS), self._fill)

@@ -25,6 +25,7 @@ from tests.crash.sequence import OVERLAYS, SORTS, Sort, beginning
 from tests.crash.walk import Judge
 from tests.sim.guest import Guest, Setup
 from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
+from tests.sim.liveness import Longest
 from vhost.disk import ImageBackend, RingDriver
 from vhost.option import CacheMode
 from virtio.config import MAX_RANGE_SECTORS, Geometry
@@ -161,6 +162,7 @@ class World:
         self.photo: tuple[bytes, bytes] | None = None  # of its memory, at a death
         self.requests = 0
         self.tally = Tally(histories=1)
+        self.longest = Longest()
         self.first = 0  # of the journal, for whoever visits the states of the last life
 
     def _file(self, content: SimulatedFile) -> KernelFile:
@@ -271,10 +273,7 @@ class World:
             assert self.guest is not None
             while not self.guest.is_done and not self._is_told_to_stop:
                 worker.turn()
-            self._drain(worker, self.guest)
-            worker.settle()
-            backend.detach()
-            worker.finish()
+            self._stop(worker, backend, self.guest)
         except OSError as error:
             if not self.kernel.is_dead or error.errno not in (errno.ESHUTDOWN, errno.EIO):
                 raise
@@ -332,6 +331,17 @@ class World:
         self._is_told_to_stop = True
         lib.sim_raise(control_fd)
 
+    def _stop(self, worker: SimulatedWorker, backend: ImageBackend, guest: Guest) -> None:
+        """As the session does."""
+        if not guest.liveness.is_calm:
+            guest.liveness.calm(())
+        began = self.kernel.now
+        self._drain(worker, guest)
+        worker.settle()
+        backend.detach()
+        worker.finish()
+        guest.liveness.stopped(began)
+
     def _drain(self, worker: SimulatedWorker, guest: Guest) -> None:
         """Stop the rings; what was fetched is answered, what was not is the next daemon's."""
         for index, queue in enumerate(guest.queues):
@@ -344,8 +354,9 @@ class World:
 
     def _setup(self) -> Setup:
         draw = self.random
+        num_queues = draw.choice((1, 1, 2, 4))
         return Setup(
-            num_queues=draw.choice((1, 1, 2, 4)),
+            num_queues=num_queues,
             size=draw.choice((32, 64, 128)),
             packed=draw.random() < 0.5,
             event_idx=draw.random() < 0.5,
@@ -354,6 +365,8 @@ class World:
             requests=draw.randrange(150, 300) if self.is_long else draw.randrange(8, 40),
             nsectors=self.sort.nsectors,
             hot=min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
+            calm=num_queues * (draw.choice((4, 4, 8, 120)) if num_queues > 1 else 4),
+            polled=draw.random() < 0.15,
         )
 
     def _retire(self) -> None:
@@ -362,6 +375,7 @@ class World:
         self.requests = self.guest.requests
         self.tally.requests += self.guest.answered
         self.tally.refused += self.guest.refused
+        self.longest.add(self.guest.liveness.longest)
         self.guest.close()
         self.guest = None
 

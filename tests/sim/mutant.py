@@ -271,6 +271,40 @@ MUTANTS = [
             "    } else if (result < 0) {\n        end(worker, number, operation->verb == VERB_WRITE ? 0 : result);",
         ),
     ),
+    Mutant(
+        "answers_of_others_wait_for_the_first_queue",
+        "liveness: every queue gets its share",
+        Edit(
+            "ring/queue.c",
+            "    while (worker->dirty_count) {\n",
+            "    while (worker->dirty_count &&\n"
+            "           (!worker->requests_in_flight || worker->dirty[worker->dirty_count - 1]->index == 0)) {\n",
+        ),
+    ),
+    Mutant(
+        "a_polled_ring_is_forgotten_for_seconds",
+        "liveness: an answer comes soon",
+        Edit("ring/worker.c", "POLL_MILLISECONDS 1 ", "POLL_MILLISECONDS 5000 "),
+    ),
+    Mutant(
+        "a_lone_flush_waits_for_company",
+        "liveness: an answer comes soon, without company",
+        Edit(
+            "ring/commit.c",
+            "if (worker->files[slot].waiting.first && !worker->files[slot].syncing)",
+            "if (worker->files[slot].waiting.first && !worker->files[slot].syncing &&\n"
+            "            (worker->files[slot].waiting.first->next || worker->requests_in_flight < 2))",
+        ),
+    ),
+    Mutant(
+        "drain_does_not_end_with_the_last_answer",
+        "liveness: a stop ends",
+        Edit(
+            "ring/queue.c",
+            "        finish_disabling(worker, queue);\n        finish_drain(worker, queue);\n",
+            "        finish_disabling(worker, queue);\n",
+        ),
+    ),
     # what was wrong once, in the history of these sources
     Mutant(
         "once_a_cancelled_sync_had_failed",
