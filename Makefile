@@ -6,14 +6,23 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard ring/*.[ch] virtio/*.[ch] qcow2/*.[ch] qcow2/plane/*.[ch] */*.cdef) ring/build.py pyproject.toml
 export PYTHON
 
-.PHONY: demo test check vm migrate asan kill threads bench compare install build-packages guest-packages
+# JOBS: test processes beside one another, a processor each.
+JOBS ?= auto
+PYTEST = $(BIN)/pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
+
+.PHONY: demo test deep check vm migrate asan kill threads bench compare install build-packages guest-packages
 
 demo: export PYTHONPATH := $(CURDIR)
 demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
+# Every test; of long campaigns the cases that the commit draws, or SAMPLE_SEED=ANYTHING.
 test: guest-packages libvirt-packages systemd-packages $(VENV)/installed
-	$(BIN)/pytest
+	$(PYTEST) --sample
+
+# All cases of the campaigns of which `make test` runs some.
+deep: guest-packages $(VENV)/installed
+	$(PYTEST) -m sample
 
 vm: guest-packages libvirt-packages $(VENV)/installed
 	$(BIN)/pytest tests/vm
@@ -50,7 +59,7 @@ check: guest-packages $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	MYPYPATH=examples $(BIN)/mypy --strict examples/*.py bench
-	$(BIN)/pytest tests/pure tests/file
+	$(PYTEST) --sample tests/pure tests/file
 
 asan: $(VENV)/installed
 	$(BIN)/python -m ring.build --asan

@@ -1,14 +1,65 @@
-"""The tiers: a test is marked pure, file or vm by the directory it is in."""
+"""The tiers, and which of its tests a run takes.
 
+A test is marked pure, file, border or vm by the directory it is in. Guests come first: who has two processors wants the
+long tests early. With ``--sample``, which `make test` gives, a test marked ``sample(n)`` runs n of its cases, drawn
+by the commit; `make deep` runs all of these.
+"""
+
+import os
+import subprocess
 from pathlib import Path
+from random import Random
 
 import pytest
 
-TIERS = ("pure", "file", "border", "vm")
+TIERS = ("vm", "border", "file", "pure")
+SEED = "SAMPLE_SEED"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", action="store_true", help=f"of long campaigns run the cases that {SEED} draws")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sample"):
+        os.environ.setdefault(SEED, _commit())  # workers inherit it
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"sample: {SEED}={os.environ[SEED]} draws the same again" if config.getoption("--sample") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        tier = item.path.relative_to(Path(__file__).parent).parts[0]
+        tier = tier_of(item)
         if tier in TIERS:
             item.add_marker(tier)
+    items.sort(key=lambda item: TIERS.index(tier_of(item)) if tier_of(item) in TIERS else len(TIERS))
+    if config.getoption("--sample"):
+        left_out = [item for name, cases in _campaigns(items).items() for item in _undrawn(name, cases)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def tier_of(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+def _campaigns(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    campaigns: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            campaigns.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return campaigns
+
+
+def _undrawn(name: str, cases: list[pytest.Item]) -> list[pytest.Item]:
+    marker = cases[0].get_closest_marker("sample")
+    assert marker is not None
+    return Random(f"{os.environ[SEED]} {name}").sample(cases, max(0, len(cases) - marker.args[0]))
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    run = subprocess.run(git, capture_output=True, text=True, timeout=30, check=False)
+    return run.stdout.strip() or "0"

@@ -81,6 +81,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize("words", ROWS)
 @pytest.mark.parametrize("peer", peers(), ids=os.path.basename)
 def test_same_words_make_the_same_disk(images: Path, tmp_path: Path, peer: str, words: str) -> None:

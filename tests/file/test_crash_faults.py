@@ -4,7 +4,6 @@ Of the sequences of two actions here a drawn part, and of their operations every
 """
 
 import random
-from collections import Counter
 
 import pytest
 
@@ -15,16 +14,17 @@ from tests.crash.sequence import SORTS, Sort, sequences
 SEED = 1
 PAIRS = 6  # sequences of two actions, a sort and cache mode
 STRIDE = 15
-outcomes: Counter[str] = Counter()
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("sort", SORTS.values(), ids=lambda sort: sort.name)
 def test_every_operation_of_every_action_may_fail(sort: Sort, cache: str) -> None:
     host = Host(sort, cache)
     for sequence in sequences(sort, 1):
         host.live_with_every_fault(sequence)
-    outcomes.update(host.outcomes)
+    print(host.outcomes)
+    assert len(host.outcomes) == 4  # kinds of ends
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -35,13 +35,5 @@ def test_operations_of_two_actions_may_fail(sort: Sort, cache: str) -> None:
     pairs = list(sequences(sort, 2))
     for sequence in draw.sample(pairs, PAIRS if sort.cluster_bits < 16 else 2):
         host.live_with_every_fault(sequence, first=draw.randint(1, STRIDE), stride=STRIDE)
-    outcomes.update(host.outcomes)
-
-
-def test_enough_faults_were_injected(capsys: pytest.CaptureFixture[str]) -> None:
-    """After the tests above; alone it has nothing to count."""
-    if not outcomes:
-        pytest.skip("the faults are counted when the whole file runs")
-    with capsys.disabled():
-        print(f"\nfaults: {outcomes.total()} injected; {dict(outcomes.most_common())}")
-    assert len(outcomes) == 4
+    print(host.outcomes)
+    assert host.outcomes.total() > 5

@@ -143,12 +143,14 @@ def explore(kind: str, story: str, *, seed: int, steps: int = 1, stride: int = 1
     return Explorer(run, remembering_opener(kind), seed).explore(stride=stride)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("story", STORIES)
 @pytest.mark.parametrize("kind", ["small", "small-lazy", "width-64"])
 def test_every_point_on_small_clusters(kind: str, story: str) -> None:
     assert explore(kind, story, seed=3, stride=7) > 50
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["v2", "v2-backing", "compressed", "compressed-lazy", "snapshot", "snapshot-lazy"])
 def test_points_on_larger_clusters(kind: str) -> None:
     assert explore(kind, "create twice, go back", seed=5, stride=29) > 20

@@ -11,6 +11,8 @@ import pytest
 from tests.frontend import FrontEnd
 from tests.program import Daemon
 
+pytestmark = pytest.mark.xdist_group("daemon garbage")  # one daemon outlives it all
+
 VERSION = 1
 TIMEOUT = 30
 # request, payload, fds: each shape that the protocol knows, from the specification

@@ -35,6 +35,8 @@ from tests.frontend import (
 from tests.packedqueue import PackedQueue
 from tests.program import Daemon
 
+pytestmark = pytest.mark.xdist_group("daemon habits")  # one daemon for many
+
 NO_FD = 0x100
 SET_VRING_ERR = 14
 FLUSH_OUT = 5  # virtio 0.9.5

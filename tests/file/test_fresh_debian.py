@@ -33,6 +33,7 @@ bash -c '. /usr/share/bash-completion/bash_completion; _completion_loader qcow2;
 LIST = "find / -xdev -newer /before ! -type d | grep -vE '^/(proc|root|run|tmp|var)/' || true"
 
 pytestmark = [
+    pytest.mark.xdist_group("fresh debian"),  # one at a time
     pytest.mark.skipif("INSTALL" not in os.environ, reason="takes minutes: make install-test"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who makes a root"),
     pytest.mark.skipif(shutil.which("debootstrap") is None, reason="no debootstrap here"),

@@ -16,6 +16,8 @@ from tests.inflightmodel import SplitModel
 from tests.packedqueue import PackedModel, PackedQueue
 from tests.program import Daemon
 
+pytestmark = pytest.mark.xdist_group("inflight")  # one daemon outlives it all
+
 WORK = [4, [1], 2, [5, 0, 2], 1, [4, 6]]  # the third request stays in flight throughout
 REQUESTS = 9  # two of them nobody fetches
 Model = SplitModel | PackedModel

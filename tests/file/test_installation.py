@@ -11,6 +11,8 @@ import pytest
 
 from tests.program import TIMEOUT
 
+pytestmark = pytest.mark.xdist_group("installation")  # installed once
+
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = pytest.mark.skipif("INSTALL" not in os.environ, reason="takes a while: make install-test")
 

@@ -22,6 +22,8 @@ import pytest
 from tests.frontend import FrontEnd
 from tests.program import DAEMON, TIMEOUT, qcow2_tool_ok
 
+pytestmark = pytest.mark.xdist_group("packaging")  # generated once
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ["vhost-user-qcow2", "qcow2"]
 

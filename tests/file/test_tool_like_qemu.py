@@ -13,6 +13,8 @@ import pytest
 from tests.oracle import assert_clean, peers, qemu_img, qemu_io
 from tests.program import TIMEOUT, TOOL, qcow2_tool_ok
 
+pytestmark = pytest.mark.xdist_group("tool like qemu")  # its images are made once
+
 MIB = 1 << 20
 
 

@@ -41,6 +41,7 @@ dd if=/tmp/data of=/dev/vdb bs=64k conv=fsync
 """
 
 pytestmark = [
+    pytest.mark.xdist_group("libvirt"),  # one at a time
     pytest.mark.skipif(None in map(shutil.which, ("libvirtd", "virtlogd", "virsh")), reason="no libvirt here"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who makes namespaces and acts as other users"),
 ]
