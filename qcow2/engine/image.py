@@ -24,7 +24,7 @@ from qcow2.engine.root import Root
 from qcow2.engine.shedding import shrunk_size
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
-from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage
+from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage, no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header, clear_autoclear, read_header, require_uncorrupted
 from qcow2.format.layout import (
@@ -268,9 +268,15 @@ class Image:
         return changes
 
     async def _guard(self, changes: Changes, change: Coroutine[Any, Any, T]) -> T:
-        """Make *change*; the image is marked corrupt and takes no more if it would hit metadata."""
+        """Make *change*; the image is marked corrupt and takes no more if it would hit metadata.
+
+        Nor does it once memory ran out in the middle: nobody knows how far the change came.
+        """
         try:
             return await change
+        except MemoryError:
+            self._stability.fail(no_memory())
+            raise
         except MetadataOverlap as error:
             await changes.condemn(error)
             raise
@@ -469,7 +475,7 @@ class Image:
         dirty bit then stays.
         """
         if self._changes is not None:
-            await self._changes.settle()
+            await self._guard(self._changes, self._changes.settle())
 
 
 def _require_writable(file: File, header: Header, options: OpenOptions) -> None:

@@ -193,3 +193,19 @@ def test_what_was_never_tried_fails_its_request_alone(kind: Callable[[op.Operati
     bench.close()
     assert bench.reopened_content() == seen
     assert all(seen[cluster * CLUSTER + 512 :][:512] == b"\3" * 512 for cluster in range(1, 40))
+
+
+@pytest.mark.parametrize("kind", [is_metadata, is_sync])
+def test_after_memory_ran_out_in_the_middle_of_a_change_nothing_is_written(
+    kind: Callable[[op.Operation], bool],
+) -> None:
+    """Be it under a program that goes on, and closes the disk: no repair would follow if that were clean."""
+    bench = bench_with_data(lazy=True)
+    bench.breaker.fault = lambda operation: MemoryError() if kind(operation) else None  # type: ignore[return-value]
+    with pytest.raises((MemoryError, OSError)):  # by the request, or by what went on beside it
+        bench.write(CLUSTER, b"\2" * (63 * CLUSTER))
+    bench.breaker.fault = None
+    assert refused(bench) == errno.EIO
+    with pytest.raises(OSError):
+        bench.close()
+    assert is_dirty(bench)
