@@ -16,6 +16,16 @@ class UnsupportedImage(ImageError):
     """Valid, as far as one can tell, but beyond us."""
 
 
+class UnknownFeatures(UnsupportedImage):
+    """The image has incompatible features that nobody here knows: the *names* it gives some, the bits of the others."""
+
+    def __init__(self, path: str, names: list[str], bits: list[int]) -> None:
+        wanted = ", ".join([*names, *(f"bit {bit}" for bit in bits)])
+        super().__init__(path, f"unknown incompatible features: {wanted}")
+        self.names = names
+        self.nameless = sum(1 << bit for bit in bits)
+
+
 class CorruptImage(ImageError):
     """The image contradicts itself; *host_offset* is where the contradiction was read."""
 

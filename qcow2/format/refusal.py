@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from qcow2.driver.operation import File
-from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.error import CorruptImage, UnknownFeatures, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.layout import CompressionType, CryptMethod, HeaderRecord, Incompatible
 
@@ -46,8 +46,9 @@ def refuse_features(file: File, record: HeaderRecord, names: Mapping[tuple[int, 
     unknown = word ^ (word & KNOWN_INCOMPATIBLE)  # `& ~KNOWN` of IntFlags forgets the bits it has never heard of
     if unknown:
         bits = [bit for bit in range(64) if unknown >> bit & 1]
-        wanted = ", ".join(names.get((layout.FeatureNameType.INCOMPATIBLE, bit), f"bit {bit}") for bit in bits)
-        raise UnsupportedImage(file.path, f"unknown incompatible features: {wanted}")
+        named = {bit: name for (kind, bit), name in names.items() if kind == layout.FeatureNameType.INCOMPATIBLE}
+        known = [named[bit] for bit in bits if bit in named]
+        raise UnknownFeatures(file.path, known, [bit for bit in bits if bit not in named])
     if record.crypt_method not in list(CryptMethod):
         raise UnsupportedImage(file.path, f"encryption is not supported: crypt_method {record.crypt_method}")
     if word & Incompatible.EXTERNAL_DATA:

@@ -5,6 +5,7 @@ sees that. Killed at any moment the overlay shows the same; done once more it en
 """
 
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Signal
 from qcow2.engine.image import Image
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
@@ -37,6 +38,8 @@ class _Commit:
         self._window = window
         self._crew = Crew(width)
         self._buffers: list[memoryview] = []  # of no window now
+        self._placed = Signal()  # the window before: what comes later on the disk comes later in the file
+        self._placed.set()
 
     async def run(self) -> None:
         size = self._overlay.size
@@ -49,7 +52,8 @@ class _Commit:
             if extent.depth < self._depth and not extent.is_zero:
                 nbytes = min(nbytes, self._window)
                 await self._pace.wait(nbytes)
-                await self._crew.start(self._copy(offset, nbytes))
+                before, self._placed = self._placed, Signal()
+                await self._crew.start(self._copy(offset, nbytes, before, self._placed))
             elif extent.depth < self._depth:  # also where an image between is too short to show the base
                 nbytes = min(nbytes, 1 << 30)
                 await self._crew.start(self._clear(offset, nbytes))
@@ -58,11 +62,15 @@ class _Commit:
             offset += nbytes
         await self._crew.join()
 
-    async def _copy(self, offset: int, nbytes: int) -> None:
+    async def _copy(self, offset: int, nbytes: int, before: Signal, placed: Signal) -> None:
         buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._window))
         data = MemoryBuffer(buffer[:nbytes])
-        await self._overlay.read(offset, data)
-        await self._base.write(offset, data)
+        try:
+            await self._overlay.read(offset, data)
+            await before.wait()
+            await self._base.write(offset, data)
+        finally:
+            placed.set()
         self._buffers.append(buffer)
         self._pace.advance(nbytes)
 

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, File
+from qcow2.driver.operation import Compute, File, Signal
 from qcow2.engine.image import Image
 from qcow2.job.content import different_units
 from qcow2.job.crew import Crew
@@ -53,6 +53,8 @@ class _Difference:
         self._window = window
         self._unit = overlay.geometry.cluster_size
         self._crew = Crew(width)
+        self._placed = Signal()  # the window before: what comes later on the disk comes later in the file
+        self._placed.set()
 
     async def run(self) -> None:
         size = self._overlay.size
@@ -80,7 +82,8 @@ class _Difference:
         stop = min(stop, bound)
         first = offset - offset % self._unit
         last = min(stop + -stop % self._unit, self._overlay.size)
-        await self._crew.start(self._copy(first, last, stop - offset))
+        before, self._placed = self._placed, Signal()
+        await self._crew.start(self._copy(first, last, stop - offset, before, self._placed))
         return stop
 
     async def _find_new(self, offset: int, end: int) -> Extent | None:
@@ -89,15 +92,20 @@ class _Difference:
             return None
         return await find_extent(self._new, offset, min(end, self._new.size) - offset)
 
-    async def _copy(self, start: int, end: int, nbytes: int) -> None:
+    async def _copy(self, start: int, end: int, nbytes: int, before: Signal, placed: Signal) -> None:
         """Whole clusters, which the overlay does not have."""
-        old, new = memoryview(bytearray(end - start)), memoryview(bytearray(end - start))
-        await self._overlay.read(start, MemoryBuffer(old))
-        inside = 0 if self._new is None else max(0, min(end, self._new.size) - start)
-        if inside and self._new is not None:
-            await self._new.read(start, MemoryBuffer(new[:inside]))
-        for low, high in await Compute(lambda: different_units(old, new, self._unit)):
-            await self._overlay.write(start + low, MemoryBuffer(old[low:high]))
+        try:
+            old, new = memoryview(bytearray(end - start)), memoryview(bytearray(end - start))
+            await self._overlay.read(start, MemoryBuffer(old))
+            inside = 0 if self._new is None else max(0, min(end, self._new.size) - start)
+            if inside and self._new is not None:
+                await self._new.read(start, MemoryBuffer(new[:inside]))
+            different = await Compute(lambda: different_units(old, new, self._unit))
+            await before.wait()
+            for low, high in different:
+                await self._overlay.write(start + low, MemoryBuffer(old[low:high]))
+        finally:
+            placed.set()
         self._pace.advance(nbytes)
 
     def _is_same(self, old: Extent, new: Extent | None) -> bool:

@@ -41,7 +41,7 @@ def run_command(arguments: argparse.Namespace) -> int:
                 path,
                 arguments.base,
                 pace,
-                empties=not arguments.drop,
+                empties=not arguments.drop and arguments.base is None,
                 image_format=image.image_format,
                 log_directory=arguments.link_log,
                 discard_log=arguments.discard_link_log,

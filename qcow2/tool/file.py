@@ -36,19 +36,30 @@ def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
         yield file
 
 
+ORDER = (  # of the keys in what qemu-img prints
+    "image-end-offset compressed-clusters total-clusters corruptions corruptions-fixed check-errors leaks leaks-fixed "
+    "allocated-clusters backing-filename-format snapshots virtual-size icount vm-clock-nsec flags name granularity "
+    "date-sec date-nsec vm-clock-sec id vm-state-size filename cluster-size encrypted format actual-size type "
+    "format-specific data compat compression-type lazy-refcounts bitmaps refcount-bits encrypt data-file data-file-raw "
+    "corrupt extended-l2 required fully-allocated full-backing-filename backing-filename dirty-flag fragmented-clusters"
+)
+RANKS = {key: rank for rank, key in enumerate(ORDER.split())}
+
+
 def print_json(facts: Any) -> None:
     """Print *facts* as JSON; what is no text in a name becomes U+FFFD there, as with qemu-img."""
     print(json.dumps(as_texts(facts), indent=4))
 
 
 def as_texts(facts: Any) -> Any:
-    """*facts* with names that JSON can hold."""
+    """*facts* with names that JSON can hold, in qemu-img's order."""
     match facts:
         case str():
             return facts.encode(errors="surrogateescape").decode(errors="replace")
         case list():
             return [as_texts(each) for each in facts]
         case dict():
-            return {key: as_texts(each) for key, each in facts.items()}
+            known = sorted(facts, key=lambda key: RANKS.get(key, len(RANKS)))
+            return {key: as_texts(facts[key]) for key in known}
         case _:
             return facts

@@ -9,7 +9,9 @@ from qcow2.error import ImageError, UnsupportedImage
 from qcow2.library.facts import Facts, facts_of
 from qcow2.node.chain import MAX_DEPTH
 from qcow2.node.gate import backing_path
+from qcow2.tool.failure import Failure
 from qcow2.tool.file import print_json
+from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.quantity import format_size
@@ -51,6 +53,8 @@ def _follow(chain: list[Facts], force_share: bool) -> None:
         if len(chain) >= MAX_DEPTH:
             raise UnsupportedImage(top, f"more than {MAX_DEPTH} files in the backing chain")
         if os.path.exists(path) and any(os.path.samefile(path, facts["filename"]) for facts in chain):
+            if is_qemu_img():
+                raise Failure(f"Backing file '{path}' creates an infinite loop.")
             raise ImageError(top, f"the backing chain is a cycle: {path} is in it already")
         chain.append(facts_of(path, chain[-1]["backing-filename-format"], force_share=force_share))
 

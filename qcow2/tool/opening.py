@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qcow2.error import ImageError
+from qcow2.error import ImageError, UnknownFeatures
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.stdio import OUTPUT
@@ -33,6 +33,11 @@ def in_qemus_words(path: str) -> Iterator[None]:
         if error.filename == OUTPUT:
             raise
         raise Failure(cannot_open(path, error)) from error
+    except UnknownFeatures as error:
+        rest = [f"Unknown incompatible feature: {error.nameless:x}"] if error.nameless else []
+        raise Failure(
+            f"Could not open '{path}': Unsupported qcow2 feature(s): {', '.join(error.names + rest)}"
+        ) from error
     except ImageError as error:
         reason = str(error).removeprefix(f"{path}: ")
         hint = "; a raw disk needs -f raw" if reason.startswith("not a qcow2 image") else ""

@@ -17,7 +17,7 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"size {text!r} is not a number with at most one of the suffixes k, M, G, T, P, E")
     number, suffix = match.groups()
-    if "." in number and suffix.lower() in ("", "b"):
+    if Fraction(number).denominator > 1 and suffix.lower() in ("", "b"):
         raise ValueError(f"size {text!r} has a fraction of a byte")
     nbytes = int(Fraction(number) * (1 << 10 * max(0, SUFFIXES.find(suffix.lower() or "b"))))
     if nbytes > LIMIT:
