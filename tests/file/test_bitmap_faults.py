@@ -1,0 +1,77 @@
+"""Law 11 on a host that fails: each operation of a workload fails once, and no bitmap says too little then."""
+
+import errno
+import itertools
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from qcow2.driver.operation import Operation, Read, ReadInto, Store, Sync, Write
+from qcow2.error import ImageError
+from tests.crash.bitmaps import bitmap_opener
+from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.crash.history import SECTOR, History
+from tests.crash.images import open_image, start
+from tests.crash.workload import Action, Guest
+
+STEPS = [
+    [Action("write", 3, 2), Action("write", 40, 3)],
+    [Action("discard", 3, 1), Action("flush")],
+    [Action("write", 90, 1)],
+    [Action("reopen")],
+    [Action("write", 5, 1), Action("zero", 41, 1)],
+]
+FAILING = (Read, ReadInto, Write, Sync, Store)
+
+
+class Failing:
+    """Fails the operation number *number* with *error*."""
+
+    def __init__(self, number: int, error: int) -> None:
+        self.number = number
+        self.error = error
+        self.seen = 0
+
+    def __call__(self, operation: Operation) -> OSError | None:
+        if not isinstance(operation, FAILING) or (
+            self.error == errno.ENOSPC and not isinstance(operation, Write | Store)
+        ):
+            return None
+        self.seen += 1
+        return OSError(self.error, "a fault of the test") if self.seen == self.number else None
+
+
+def live(kind: str, fault: Failing) -> tuple[SimulatedFile, History]:
+    """Run the steps as far as they go."""
+    begun = start(kind)
+    file, driver = begun.image.copy(), CrashDriver(2, fault=fault)
+    history = History(begun.contents)
+    with suppress(OSError, ImageError):
+        guest: Any = Guest(driver, driver.run(open_image(file, begun.backing)), history)
+        for number, step in enumerate(STEPS):
+            for action in step:
+                driver.spawn(guest.act(action))
+            driver.finish()
+            if step[0].kind == "reopen":
+                driver.run(guest.image.close())
+                guest.image = driver.run(open_image(file, begun.backing, life=number))
+        driver.run(guest.image.close())
+    return file, history
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("kind", ["bitmaps", "bitmaps-lazy", "bitmaps-backing"])
+def test_no_fault_lets_a_bitmap_say_too_little(kind: str, error: int) -> None:
+    look, nsectors = bitmap_opener(kind), len(start(kind).contents) // SECTOR
+    for number in itertools.count(1):
+        fault = Failing(number, error)
+        file, history = live(kind, fault)
+        if fault.seen < number:
+            break
+        seen = look(file.after_kill())
+        for sector in range(nsectors):
+            if seen[sector * SECTOR : (sector + 1) * SECTOR] != history.before(sector):
+                before, after = seen[nsectors * SECTOR + sector], seen[nsectors * (SECTOR + 1) + sector]
+                assert before & after & 1, f"operation {number}: sector {sector} has changed"
+    assert number > 20
