@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum extent_kind {
@@ -16,11 +17,23 @@ enum extent_kind {
     EXTENT_FRESH = 3, /* for a write: nothing is here, and the map may have a place for it; see below */
 };
 
+/* What stores sectors of 512 bytes encrypted: `context` goes to each call, a sector's number counts from `origin` of the
+ * file. Whole sectors; `to` is `from` or does not overlap it. -> 0, or -errno. */
+struct extent_cipher {
+    int (*encrypt)(void *context, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes);
+    int (*decrypt)(void *context, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes);
+    void *context;
+    uint64_t origin;
+};
+
+#define EXTENT_SECTOR 512
+
 struct extent {
     uint32_t kind;
     uint32_t slot;        /* which of the worker's files */
     uint64_t host_offset; /* EXTENT_DATA only */
     uint64_t nbytes;      /* > 0 and <= what was asked, from guest_offset on */
+    const struct extent_cipher *cipher; /* EXTENT_DATA only; NULL: the bytes are as they are */
 };
 
 /* Lets a map bring its own tables into memory while it translates. `read` fills nbytes from the worker's file `slot`
@@ -89,4 +102,4 @@ struct extent_places {
                  struct extent_writer *writer);
 };
 
-_Static_assert(sizeof(struct extent) == 24, "struct extent is shared between extensions");
+_Static_assert(sizeof(struct extent) == 32, "struct extent is shared between extensions");

@@ -9,6 +9,7 @@
 
 #include "ring/at_once.h"
 #include "ring/gather.h"
+#include "ring/pieces.h"
 #include "ring/share.h"
 #include "ring/worker.h"
 
@@ -51,11 +52,49 @@ void operation_note_latency(struct worker *worker, const struct operation *opera
     histogram_add(operation->data ? &statistics->data : &statistics->metadata, worker->now - operation->waiter.since);
 }
 
+/* ---- encrypted data: what the guest wrote is encrypted in memory of our own, what it reads is decrypted in its own ---- */
+
+static uint64_t cipher_sector(const struct operation *operation, uint64_t done)
+{
+    return (operation->host_offset + done - operation->cipher->origin) / EXTENT_SECTOR;
+}
+
+/* Decrypt all that was read, where it is. Sectors in several pieces go through a buffer. -> 0 or -errno */
+static int decrypt(const struct operation *operation)
+{
+    const struct extent_cipher *cipher = operation->cipher;
+    const struct iovec *data = operation->request->data;
+    uint8_t scattered[EXTENT_SECTOR];
+    uint64_t done = 0;
+    int result = 0;
+
+    while (done < operation->nbytes && result == 0) {
+        struct piece_walk walk = pieces_walk(data, operation->piece.start + done, operation->nbytes - done);
+        uint64_t run = 0, sector = cipher_sector(operation, done);
+        struct iovec stretch;
+
+        if (pieces_next(&walk, &stretch))
+            run = stretch.iov_len - stretch.iov_len % EXTENT_SECTOR;
+        if (run) {
+            result = cipher->decrypt(cipher->context, sector, stretch.iov_base, stretch.iov_base, run);
+        } else {
+            run = EXTENT_SECTOR;
+            pieces_load(data, operation->piece.start + done, run, scattered);
+            result = cipher->decrypt(cipher->context, sector, scattered, scattered, run);
+            pieces_store(data, operation->piece.start + done, run, scattered);
+        }
+        done += run;
+    }
+    return result;
+}
+
 static void end(struct worker *worker, uint32_t number, int result)
 {
     struct operation *operation = &worker->operations[number];
     struct request *request = operation->request;
 
+    if (operation->cipher && operation->verb == VERB_READ && result == 0)
+        result = decrypt(operation);
     worker->grace.in_flight[operation->epoch]--;
     worker->progress = true;
     operation_note_latency(worker, operation);
@@ -109,17 +148,55 @@ static void free_bounce(struct worker *worker, struct operation *operation)
     operation->bounce_nbytes = 0;
 }
 
-/* Let *gather be a copy of its front that O_DIRECT takes. -> 0; -EAGAIN: others have to end first; -ENOMEM. */
-static int bounce(struct worker *worker, struct operation *operation, struct iovec *single, struct gather *gather)
+/* Memory for the front of what is to be written. -> 0; -EAGAIN: others have to end first; -ENOMEM. */
+static int take_bounce(struct worker *worker, struct operation *operation, uint32_t nbytes)
 {
-    uint32_t nbytes = gather->nbytes < BOUNCE_NBYTES ? gather->nbytes : BOUNCE_NBYTES, done = 0;
-
     if (worker->bounce_nbytes && worker->bounce_nbytes + nbytes > BOUNCE_ALL_NBYTES)
         return -EAGAIN;
     if (posix_memalign((void **)&operation->bounce, BOUNCE_ALIGNMENT, nbytes))
         return -ENOMEM;
     operation->bounce_nbytes = nbytes;
     worker->bounce_nbytes += nbytes;
+    return 0;
+}
+
+/* Let *gather be the front of what is left to write, encrypted. -> 0; as take_bounce, < 0; or how that failed. */
+static int encrypt(struct worker *worker, struct operation *operation, struct iovec *single, struct gather *gather)
+{
+    const struct extent_cipher *cipher = operation->cipher;
+    uint64_t left = operation->nbytes - operation->progress;
+    uint32_t nbytes = left < BOUNCE_NBYTES ? left : BOUNCE_NBYTES;
+    int result = take_bounce(worker, operation, nbytes);
+
+    if (result < 0)
+        return result;
+    pieces_load(operation->request->data, operation->piece.start + operation->progress, nbytes, operation->bounce);
+    result = cipher->encrypt(cipher->context, cipher_sector(operation, operation->progress), operation->bounce,
+                             operation->bounce, nbytes);
+    if (result < 0)
+        free_bounce(worker, operation);
+    *single = (struct iovec){operation->bounce, nbytes};
+    *gather = (struct gather){.iovecs = single, .count = 1, .limit = 1, .nbytes = nbytes};
+    return result;
+}
+
+/* What the next submission moves. -> 0 or, as gather_submission and encrypt, < 0. */
+static int gather_transfer(struct worker *worker, struct operation *operation, struct iovec *single,
+                           struct gather *gather)
+{
+    if (operation->cipher && operation->verb == VERB_WRITE)
+        return encrypt(worker, operation, single, gather);
+    return gather_submission(worker, operation, single, gather);
+}
+
+/* Let *gather be a copy of its front that O_DIRECT takes. -> 0 or, as take_bounce, < 0. */
+static int bounce(struct worker *worker, struct operation *operation, struct iovec *single, struct gather *gather)
+{
+    uint32_t nbytes = gather->nbytes < BOUNCE_NBYTES ? gather->nbytes : BOUNCE_NBYTES, done = 0;
+    int result = take_bounce(worker, operation, nbytes);
+
+    if (result < 0)
+        return result;
     for (uint32_t i = 0; done < nbytes; i++) {
         uint64_t run = gather->iovecs[i].iov_len;
         if (run > nbytes - done)
@@ -140,7 +217,7 @@ static int choose_way(struct worker *worker, struct operation *operation, struct
     uint64_t host_offset = operation->host_offset + operation->progress;
 
     operation->direct = operation->data && file->direct_fd >= 0 && gather_is_aligned(gather, file, host_offset);
-    if (operation->direct || !operation->data || file->direct_fd < 0 || operation->verb != VERB_WRITE ||
+    if (operation->direct || operation->bounce || !operation->data || file->direct_fd < 0 || operation->verb != VERB_WRITE ||
         (host_offset | gather->nbytes) & (file->offset_align - 1))
         return 0;
     operation->direct = true;
@@ -157,7 +234,7 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     struct iovec single;
     struct gather gather;
     struct io_uring_sqe *entry;
-    int result = gather_submission(worker, operation, &single, &gather);
+    int result = gather_transfer(worker, operation, &single, &gather);
 
     if (result == 0)
         result = choose_way(worker, operation, &single, &gather);
@@ -168,6 +245,7 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now))
         result = at_once_transfer(worker, operation, &gather);
     if (result != -EAGAIN) {
+        free_bounce(worker, operation);
         transfer_completed(worker, number, result);
         return MOVED;
     }
@@ -221,13 +299,14 @@ static int perform_here(struct worker *worker, uint32_t number)
     if (operation->verb != VERB_READ && operation->verb != VERB_WRITE) {
         prepare_zero(worker, operation, &entry);
     } else {
-        result = gather_submission(worker, operation, &single, &gather);
+        result = gather_transfer(worker, operation, &single, &gather);
         if (result < 0)
             return result;
         prepare_transfer(&entry, operation, &worker->files[operation->slot], &gather);
         operation_trace_transfer(worker, operation, &gather);
     }
     result = host_perform(&entry);
+    free_bounce(worker, operation);
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     return result;
@@ -313,14 +392,16 @@ static void begin_piece(struct worker *worker, uint32_t number, uint32_t flags, 
     begin(worker, number, flags & TRANSFER_WRITE ? VERB_WRITE : VERB_READ, slot, host_offset, piece.nbytes);
 }
 
-void request_transfer(struct worker *worker, struct request *request, bool is_write, uint32_t slot,
-                      uint64_t host_offset, uint64_t start, uint64_t nbytes)
+void request_transfer(struct worker *worker, struct request *request, bool is_write, const struct extent *extent,
+                      uint64_t start)
 {
     uint32_t number = operation_begin(worker, request);
     uint32_t flags = TRANSFER_DATA | (is_write ? TRANSFER_WRITE : TRANSFER_READ);
 
     request->parts++;
-    begin_piece(worker, number, flags, slot, host_offset, (struct piece){request_id(request), start, nbytes});
+    worker->operations[number].cipher = extent->cipher;
+    begin_piece(worker, number, flags, extent->slot, extent->host_offset,
+                (struct piece){request_id(request), start, extent->nbytes});
 }
 
 /* -> 0 if the piece is inside what it names. */
@@ -418,6 +499,8 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
 {
     struct operation *operation = &worker->operations[number];
 
+    if (operation->cipher && operation->verb == VERB_WRITE && result > 0)
+        result -= result % EXTENT_SECTOR; /* the rest of a sector, encrypted anew, would not match its front */
     if (result == -EINVAL && operation->direct) {
         operation->data = false; /* the file system wants more alignment than it says */
         submit(worker, number);

@@ -231,6 +231,7 @@ struct operation {
     uint64_t trace_id; /* of what is in the kernel now */
     uint8_t verb;
     uint8_t epoch;
+    const struct extent_cipher *cipher; /* of a device's transfer; NULL: the bytes are as they are */
     bool data;   /* may go through direct_fd */
     bool direct; /* went through it */
     bool has_turn; /* it has waited for that, see turn.c */
@@ -404,11 +405,11 @@ int worker_clear(struct worker *worker, uint64_t id, uint64_t start, uint64_t nb
 
 /* ---- for devices ---- */
 
-/* Begin moving nbytes of the request's data from `start`; device->end comes after
+/* Begin moving the request's data from `start` to or from the extent; device->end comes after
  * the last part. Bracket all of a request's transfers with hold and release. */
 void request_hold(struct request *request);
-void request_transfer(struct worker *worker, struct request *request, bool is_write, uint32_t slot,
-                      uint64_t host_offset, uint64_t start, uint64_t nbytes);
+void request_transfer(struct worker *worker, struct request *request, bool is_write, const struct extent *extent,
+                      uint64_t start);
 void request_release(struct worker *worker, struct request *request, int result);
 
 /* Write nbytes of the request's data from `start` on this thread. -> 0, -EAGAIN: not now, nothing was written, or

@@ -54,6 +54,17 @@ class TableWriter:
         return self.error
 
 
+def ciphered(extent: Any, data: bytes, how: str) -> bytes:
+    """*data* of *extent*, through its cipher if it has one."""
+    if extent.cipher == ffi.NULL:
+        return data
+    cipher, result = extent.cipher[0], bytearray(data)
+    view = ffi.from_buffer("uint8_t[]", result, require_writable=True)
+    sector = (extent.host_offset - cipher.origin) // 512
+    assert getattr(cipher, how)(cipher.context, sector, view, view, len(data)) == 0
+    return bytes(result)
+
+
 class Plane:
     """Asks *image* where things are and takes places of it, through the addresses the worker gets.
 
@@ -93,7 +104,8 @@ class Plane:
                 return None
             assert extent.kind in (DATA, ZERO)
             file = self._files[extent.slot] if extent.kind == DATA else None
-            content += file.read(extent.host_offset, extent.nbytes) if file else bytes(extent.nbytes)
+            stored = file.read(extent.host_offset, extent.nbytes) if file else bytes(extent.nbytes)
+            content += ciphered(extent, stored, "decrypt")
         return content
 
     def take(self, guest_offset: int, nbytes: int) -> Any:
@@ -120,7 +132,7 @@ class Plane:
         if extent.kind == FRESH:
             return self._write_fresh(guest_offset, data)
         assert extent.slot == TOP
-        self._driver.write_at_once(self._file, extent.host_offset, data)
+        self._driver.write_at_once(self._file, extent.host_offset, ciphered(extent, data, "encrypt"))
         return True
 
     def _write_fresh(self, guest_offset: int, data: bytes) -> bool:

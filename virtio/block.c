@@ -142,8 +142,7 @@ static void serve(struct worker *worker, struct request *request, const struct e
         if (extents[i].kind == EXTENT_ZERO)
             pieces_clear(request->data, start, extents[i].nbytes);
         else
-            request_transfer(worker, request, is_write, extents[i].slot, extents[i].host_offset, start,
-                             extents[i].nbytes);
+            request_transfer(worker, request, is_write, &extents[i], start);
     }
     request_release(worker, request, 0);
 }

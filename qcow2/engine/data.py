@@ -15,6 +15,7 @@ class SectorCipher(Protocol):
 
     def encrypt(self, sector: int, data: bytes | bytearray | memoryview) -> bytearray: ...
     def decrypt(self, sector: int, data: bytearray | memoryview) -> None: ...
+    def exported(self, origin: int) -> tuple[int, object] | None: ...
 
 
 class Data:
@@ -25,6 +26,11 @@ class Data:
         self.file = file
         self._cipher = cipher
         self._origin = origin
+
+    @property
+    def native(self) -> tuple[int, object] | None:
+        """Address and owner of the `struct extent_cipher` by which the data plane may serve it, if it may."""
+        return None if self._cipher is None else self._cipher.exported(self._origin)
 
     @property
     def is_encrypted(self) -> bool:
@@ -70,6 +76,11 @@ class Data:
 
 class ByGuest(Data):
     """Data whose sectors are numbered as the guest's, wherever they lie: crypt_method 1. It is only read."""
+
+    @property
+    def native(self) -> tuple[int, object] | None:
+        """The data plane does not know of such sectors."""
+        return None
 
     async def read(self, host_offset: int, target: Buffer, guest_offset: int = 0) -> None:
         """As `Data.read`."""

@@ -59,6 +59,9 @@ class Sealed:
         """Raises: WrongKey."""
         raise WrongKey(self._path, NO_KEY)
 
+    def exported(self, origin: int) -> None:
+        """Nothing."""
+
 
 async def open_data(file: File, header: Header, keys: Keyring | None, *, has_data: bool) -> Data:
     """Where the data of the image with *header* lies, opened with one of *keys* if it is encrypted.

@@ -91,6 +91,9 @@ class Image:
         )
         compressed = CompressedClusters(file, self.geometry, header.compression_type, self._statistics)
         self._data = data
+        self._native = data.native
+        if self._native is not None:
+            self._cache.set_cipher(*self._native)
         self._reader = Reader(self._data, self._mapping, compressed, backing)
         self._changes: Changes | None = None  # only while writable
         if backing is not None:
@@ -217,7 +220,7 @@ class Image:
 
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""
-        if file is self.file and not self._data.is_encrypted:  # else only Python can tell
+        if file is self.file and (self._native is not None or not self._data.is_encrypted):  # else only Python can tell
             self._slot = slot
             self._cache.set_file(slot, writable=self._may_overwrite())
         elif self.backing is not None:
@@ -244,12 +247,7 @@ class Image:
 
     def _may_overwrite(self) -> bool:
         """Whether the extent map may answer writes: not before the first change has seen to what must come before."""
-        return (
-            self._changes is not None
-            and self._changes.may_overwrite
-            and self._stability.error is None
-            and not self._data.is_encrypted
-        )
+        return self._changes is not None and self._changes.may_overwrite and self._stability.error is None
 
     async def _changing(self) -> Changes:
         changes = self._writable()

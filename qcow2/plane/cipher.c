@@ -99,6 +99,21 @@ int cipher_decrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, 
     return convert(cipher, cipher->decryption, sector, from, to, nbytes);
 }
 
+static int export_encrypt(void *context, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes)
+{
+    return cipher_encrypt(context, sector, from, to, nbytes);
+}
+
+static int export_decrypt(void *context, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes)
+{
+    return cipher_decrypt(context, sector, from, to, nbytes);
+}
+
+void cipher_export(struct cipher *cipher, uint64_t origin, struct extent_cipher *out)
+{
+    *out = (struct extent_cipher){export_encrypt, export_decrypt, cipher, origin};
+}
+
 int secrets_stay_in_memory(void)
 {
     return prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 ? -errno : 0;

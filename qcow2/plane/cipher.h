@@ -4,7 +4,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define CIPHER_SECTOR 512
+#include "ring/extent.h"
+
+#define CIPHER_SECTOR EXTENT_SECTOR
 
 /* What the IV is, as dm-crypt names it; little-endian, filled up with zeros. */
 enum cipher_iv {
@@ -24,6 +26,9 @@ void cipher_destroy(struct cipher *cipher);
 /* Sectors from number `sector` on, whole ones; `to` is `from` or does not overlap it. -> 0, or -EIO. */
 int cipher_encrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes);
 int cipher_decrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes);
+
+/* What a device takes: the cipher, which must outlive it, for a file whose sector 0 is at `origin`. */
+void cipher_export(struct cipher *cipher, uint64_t origin, struct extent_cipher *out);
 
 /* From now on this process leaves no core dump, and nobody but root may look into it. -> 0 or -errno */
 int secrets_stay_in_memory(void);

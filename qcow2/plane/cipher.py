@@ -43,6 +43,12 @@ class Cipher:
             raise UnsupportedImage(path, f"libcrypto has no {name} with a key of {len(key)} bytes")
         self._cipher = ffi.gc(created, lib.cipher_destroy)
 
+    def exported(self, origin: int) -> tuple[int, object]:
+        """The address of a `struct extent_cipher` for a file whose sector 0 is at *origin*, and what keeps it alive."""
+        native = ffi.new("struct extent_cipher *")
+        lib.cipher_export(self._cipher, origin, native)
+        return int(ffi.cast("uintptr_t", native)), (native, self._cipher)
+
     def encrypt(self, sector: int, data: bytes | bytearray | memoryview) -> bytearray:
         """*data*, whole sectors from number *sector* on, as it is stored."""
         stored = bytearray(len(data))

@@ -105,7 +105,7 @@ static struct extent describe_old(struct l2map *map, uint64_t cluster, struct en
     if (run.kind != L2_UNALLOCATED)
         return (struct extent){.kind = EXTENT_PUNT};
     l2map_translate_backing(map, start, nbytes, NULL, &first);
-    if (first.kind == EXTENT_DATA && first.nbytes == nbytes)
+    if (first.kind == EXTENT_DATA && first.nbytes == nbytes && !first.cipher)
         return first;
     under = first;
     for (uint64_t done = 0; under.kind == EXTENT_ZERO && under.nbytes;) {
@@ -181,7 +181,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     struct extent old;
     int copies;
 
-    if (!table || !is_simple(map, cluster, in_cluster, nbytes))
+    if (map->cipher || !table || !is_simple(map, cluster, in_cluster, nbytes))
         return -EAGAIN;
     old = describe_old(map, cluster, &old_entry);
     copies = old.kind == EXTENT_DATA;

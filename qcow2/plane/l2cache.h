@@ -40,6 +40,9 @@ int l2map_error(const struct l2map *map);
 /* What shows where nothing is allocated; has_backing with translate NULL: only Python can tell. */
 void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size);
 
+/* The image's data is stored by this cipher, which is borrowed; NULL: it is as it is. */
+void l2map_set_cipher(struct l2map *map, const struct extent_cipher *cipher);
+
 /* Let the map's places come from the stock, which is borrowed; NULL: it has none. */
 void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced);
 /* Let the map leave the host clusters of entries that it clears there; borrowed. */

@@ -59,6 +59,7 @@ class L2Cache:
         self._metadata: Any = None
         self._backing: object = None
         self._stock: Any = None
+        self._cipher: object = None
         self._freed: Any = None
         self._log: Any = None
         self._dirty: Any = None
@@ -112,6 +113,11 @@ class L2Cache:
         translate, context = extent_map[:2] if extent_map else (0, 0)
         pointers = ffi.cast("extent_translate", translate), ffi.cast("void *", context)
         lib.l2map_set_backing(self._map, True, *pointers, size)
+
+    def set_cipher(self, address: int, owner: object) -> None:
+        """Data is stored by the `struct extent_cipher` at *address*, kept alive by *owner*."""
+        self._cipher = owner
+        lib.l2map_set_cipher(self._map, ffi.cast("struct extent_cipher *", address))
 
     def set_stock(self, stock: Any, unsynced: Any) -> None:
         """Let writes that find nothing take clusters from *stock*, and from *unsynced* for waiting links; borrowed."""

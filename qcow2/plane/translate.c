@@ -29,6 +29,11 @@ int l2map_mark(struct l2map *map, uint64_t guest_offset, uint64_t nbytes)
     return map->dirty ? dirty_bits_set(map->dirty, guest_offset, nbytes) : 0;
 }
 
+void l2map_set_cipher(struct l2map *map, const struct extent_cipher *cipher)
+{
+    map->cipher = cipher;
+}
+
 void l2map_claim(struct l2map *map, uint64_t slice)
 {
     map->claims[slice & (CLAIMS - 1)]++;
@@ -96,12 +101,14 @@ static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nby
         out->kind = EXTENT_DATA;
         out->slot = map->slot;
         out->host_offset = run.host_offset;
+        out->cipher = map->cipher;
     } else if (!is_write && (run.kind == L2_ZERO_PLAIN || run.kind == L2_ZERO_ALLOCATED)) {
         out->kind = EXTENT_ZERO;
     } else if (is_write && (run.kind == L2_UNALLOCATED || run.kind == L2_ZERO_PLAIN)) {
         uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
 
-        out->kind = map->stock && map->writable ? EXTENT_FRESH : EXTENT_PUNT;
+        /* Encrypted, the zeros of a cluster in stock are none: Python completes it. */
+        out->kind = map->stock && map->writable && !map->cipher ? EXTENT_FRESH : EXTENT_PUNT;
         out->nbytes = least(run.nbytes, (UINT64_C(1) << map->cluster_bits) - in_cluster);
     } else if (!is_write && run.kind == L2_UNALLOCATED) {
         l2map_translate_backing(map, guest_offset, run.nbytes, reader, out);
@@ -113,7 +120,7 @@ static int extends(const struct extent *extent, const struct extent *after)
     if (after->kind != extent->kind || extent->kind == EXTENT_PUNT || extent->kind == EXTENT_FRESH)
         return 0;
     return extent->kind == EXTENT_ZERO ||
-           (after->slot == extent->slot && after->host_offset == extent->host_offset + extent->nbytes);
+           (after->slot == extent->slot && after->cipher == extent->cipher && after->host_offset == extent->host_offset + extent->nbytes);
 }
 
 void l2map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,

@@ -1,14 +1,16 @@
 """An encrypted disk, served: the key comes by file or descriptor, and what the guest wrote is nowhere in plain."""
 
+import json
 import os
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qcow2
-from tests.frontend import OUT, FrontEnd
+from tests.frontend import IN, OUT, WRITABLE, FrontEnd
 from tests.oracle import qemu_img
 from tests.program import TIMEOUT, Daemon, complaints, qcow2_tool_ok
 
@@ -130,6 +132,62 @@ def test_a_daemon_with_a_key_leaves_no_core_dump(tmp_path: Path, image: Path, ke
         assert front_end.read(4 << 20, 512) == bytes(512)
         assert os.stat(f"/proc/{daemon.process.pid}/environ").st_uid == 0
         daemon.stop()
+
+
+@pytest.mark.parametrize("options", [(), ("--cache=none",), ("--aio=threads",)])
+def test_sectors_in_many_pieces_are_ciphered_as_a_whole(image: Path, key: Path, options: tuple[str, ...]) -> None:
+    """Buffers that end anywhere: a sector lies in two, three or a hundred of them; the data plane serves it alone."""
+    chance = random.Random(3)
+    with Daemon(image, f"--key-file={key}", "--stats", *options) as daemon:
+        with FrontEnd(daemon.socket_path) as front_end:
+            front_end.write(0, bytes(256 << 10))  # places for what is written over below
+            front_end.flush()
+            for lengths in (
+                [512],
+                [1, 511],
+                [100, 900, 24, 3072, 7, 505],
+                [5] * 100 + [12],
+                [300] * 128,
+                [70_000, 144],
+            ):
+                data = chance.randbytes(sum(lengths))
+                offset = chance.randrange(100) * 512
+                assert pieces(front_end, OUT, offset, lengths, data) == b""
+                assert front_end.read(offset, len(data)) == data
+                assert pieces(front_end, IN, offset, lengths[::-1]) == data
+        daemon.process.terminate()
+        told, _ = daemon.process.communicate(timeout=TIMEOUT)
+    counters = json.loads(told)
+    assert counters["python_requests"] < counters["requests"] // 2
+    with qcow2.open(image, key=KEY) as disk:
+        assert disk.read(offset, len(data)) == data
+
+
+def pieces(front_end: FrontEnd, kind: int, offset: int, lengths: list[int], data: bytes = b"") -> bytes:
+    """One request whose data lies in buffers of *lengths*, apart from each other; what a read found."""
+    queue = front_end.queues[0]
+    taken = sorted(queue.free)[: len(lengths) // 3 + 1]
+    assert taken == list(range(len(taken)))
+    for slot in taken[1:]:
+        queue.free.remove(slot)
+    queue.free.remove(0)
+    chain = [(queue._header_at(0), 16, 0)]
+    queue.bytes[queue._header_at(0) : queue._header_at(0) + 16] = struct.pack("<IIQ", kind, 0, offset // 512)
+    place, places = queue._data_at(0), []
+    for nbytes in lengths:
+        places.append((place, nbytes))
+        chain.append((place, nbytes, 0 if kind == OUT else WRITABLE))
+        place += nbytes + 3
+    done = 0
+    for place, nbytes in places if kind == OUT else []:
+        queue.bytes[place : place + nbytes] = data[done : done + nbytes]
+        done += nbytes
+    chain.append((queue._status_at(0), 1, WRITABLE))
+    queue._publish(0, chain)
+    (completion,) = front_end.wait()
+    queue.free.extend(taken[1:])
+    assert completion.status == 0
+    return b"".join(bytes(queue.bytes[place : place + nbytes]) for place, nbytes in places) if kind == IN else b""
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ SPECIFIED = {
     "virtio_blk_outhdr": Record(16, {"type": 0, "ioprio": 4, "sector": 8}),
     "virtio_blk_discard_write_zeroes": Record(16, {"sector": 0, "num_sectors": 8, "flags": 12}),
     # ring/extent.h, implemented by another extension
-    "extent": Record(24, {"kind": 0, "slot": 4, "host_offset": 8, "nbytes": 16}),
+    "extent": Record(32, {"kind": 0, "slot": 4, "host_offset": 8, "nbytes": 16, "cipher": 24}),
     # ring/operations.py builds these
     "piece": Record(24, {"source": 0, "start": 8, "nbytes": 16}),
 }
