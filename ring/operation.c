@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/uio.h>
 
+#include "ring/assertion.h"
 #include "ring/at_once.h"
 #include "ring/gather.h"
 #include "ring/pieces.h"
@@ -22,6 +23,7 @@ int operation_begin(struct worker *worker, struct request *request)
     if (!request && (worker->free_operations <= WORKER_TRANSFERS_MIN ||
                      !share_allows(worker->python_operations, worker->free_operations - WORKER_TRANSFERS_MIN)))
         return -EBUSY;
+    ASSERT(worker->free_operations && operation->verb == VERB_FREE);
     worker->free_operation = operation->next;
     worker->free_operations--;
     if (request)
@@ -36,10 +38,13 @@ void operation_free(struct worker *worker, uint32_t number)
 {
     struct operation *operation = &worker->operations[number];
 
+    ASSERT(operation->verb != VERB_FREE && worker->free_operations < WORKER_OPERATIONS);
+    ASSERT(operation->request ? operation->request->queue->operations : worker->python_operations);
     if (operation->request)
         operation->request->queue->operations--;
     else
         worker->python_operations--;
+    operation->verb = VERB_FREE;
     operation->next = worker->free_operation;
     worker->free_operation = number;
     worker->free_operations++;
@@ -93,6 +98,8 @@ static void end(struct worker *worker, uint32_t number, int result)
     struct operation *operation = &worker->operations[number];
     struct request *request = operation->request;
 
+    ASSERT(operation->verb > VERB_WAIT && worker->grace.in_flight[operation->epoch]);
+    ASSERT(!operation->bounce && !operation->occupies);
     if (operation->cipher && operation->verb == VERB_READ && result == 0)
         result = decrypt(operation);
     worker->grace.in_flight[operation->epoch]--;
@@ -142,6 +149,7 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
 
 static void free_bounce(struct worker *worker, struct operation *operation)
 {
+    ASSERT(worker->bounce_nbytes >= operation->bounce_nbytes);
     worker->bounce_nbytes -= operation->bounce_nbytes;
     free(operation->bounce);
     operation->bounce = NULL;
@@ -368,6 +376,7 @@ static void begin(struct worker *worker, uint32_t number, enum verb verb, uint32
 {
     struct operation *operation = &worker->operations[number];
 
+    ASSERT(operation->verb == VERB_WAIT && slot < worker->file_count);
     operation->verb = verb;
     operation->slot = slot;
     operation->host_offset = host_offset;
@@ -513,6 +522,7 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
         end(worker, number, -EIO);
     } else {
         operation->progress += result;
+        ASSERT(operation->progress <= operation->nbytes);
         submit(worker, number);
     }
 }
@@ -521,6 +531,7 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
 {
     struct operation *operation = &worker->operations[number];
 
+    ASSERT(worker->submitted && operation->verb > VERB_WAIT);
     worker->submitted--;
     turn_end(worker, operation);
     free_bounce(worker, operation);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <sys/uio.h>
 
+#include "ring/assertion.h"
 #include "ring/share.h"
 #include "ring/worker.h"
 
@@ -30,12 +31,14 @@ static void activate(struct worker *worker, struct queue *queue)
 {
     if (queue->active || !is_served(queue))
         return;
+    ASSERT(worker->active_count < WORKER_QUEUES);
     queue->active = true;
     worker->active[worker->active_count++] = queue;
 }
 
 static void deactivate(struct worker *worker, uint32_t position)
 {
+    ASSERT(position < worker->active_count && worker->active[position]->active);
     worker->active[position]->active = false;
     worker->active[position] = worker->active[--worker->active_count];
 }
@@ -141,6 +144,7 @@ static void finish_drain(struct worker *worker, struct queue *queue)
 
     if (!queue->draining || queue->in_flight || queue->dirty || is_owing(queue))
         return;
+    ASSERT(!queue->operations && !queue->long_requests && !queue->busy_nbytes);
     cancel_kick(worker, queue);
     replace_fd(&queue->kick_fd, -1);
     replace_fd(&queue->call_fd, -1);
@@ -184,6 +188,7 @@ void queues_publish(struct worker *worker)
     while (worker->dirty_count) {
         struct queue *queue = worker->dirty[--worker->dirty_count];
 
+        ASSERT(queue->dirty && queue->started);
         queue->dirty = false;
         publish(worker, queue);
         worker->progress = true;

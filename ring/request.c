@@ -18,6 +18,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     struct request *request = &queue->requests[chain->head];
     uint32_t count = chain->readable_count + chain->writable_count;
 
+    ASSERT(request->state == REQUEST_FREE && queue->started && (count <= INLINE_PIECES || worker->free_long));
     request->waiter.request = request;
     request->queue = queue;
     request->head = chain->head;
@@ -72,10 +73,12 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
     if (worker->log.bits && worker->log.buffers)
         log_buffers(worker, request);
     if (request->pieces != request->inline_pieces) {
+        ASSERT(worker->free_long < LONG_PIECES && queue->long_requests);
         worker->long_free[worker->free_long++] = request->pieces;
         queue->long_requests--;
     }
     ASSERT(request->state != REQUEST_FREE && !request->parts && queue->in_flight && worker->requests_in_flight);
+    ASSERT(!request->followers.first && queue->busy_nbytes >= request->readable_nbytes + request->writable_nbytes);
     request->state = REQUEST_FREE;
     if (request->awaited && --worker->awaited == 0)
         worker_tell(worker, (struct worker_event){.kind = EVENT_IDLE});
@@ -90,6 +93,7 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
     virtqueue_push(&queue->ring, request->head, nbytes);
     queue_has_lost(worker, queue);
     if (!queue->dirty) {
+        ASSERT(worker->dirty_count < WORKER_QUEUES);
         queue->dirty = true;
         worker->dirty[worker->dirty_count++] = queue;
     }

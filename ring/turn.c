@@ -3,6 +3,7 @@
  * Where a file may hang, so may the threads that carry out its operations:
  * io_uring's or ours, of which there are URING_THREADS. Far files share them.
  */
+#include "ring/assertion.h"
 #include "ring/share.h"
 #include "ring/worker.h"
 
@@ -42,6 +43,7 @@ static uint32_t leave(struct worker *worker, struct file *file)
 {
     uint32_t number = file->first_waiting;
 
+    ASSERT(worker->waiting_files && worker->operations[number].verb > VERB_WAIT);
     file->first_waiting = worker->operations[number].next;
     worker->waiting_files -= file->first_waiting == WORKER_OPERATIONS;
     worker->operations[number].has_turn = true;
@@ -67,6 +69,7 @@ void turn_occupy(struct worker *worker, struct file *file)
 
 void turn_vacate(struct worker *worker, struct file *file)
 {
+    ASSERT(file->occupying && worker->far_occupying >= file->occupying);
     file->occupying--;
     worker->far_occupying--;
 }

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ring/assertion.h"
+
 #define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
 
 /* ---- life ---- */
@@ -175,6 +177,7 @@ static int sleep_for_work(struct worker *worker)
 {
     int result;
 
+    ASSERT(!worker->dirty_count && !worker->event_count);
     poll_sleeps(&worker->poll);
     result = uring_wait(&worker->uring, queues_poll(worker) ? POLL_MILLISECONDS : 0);
     poll_woke(&worker->poll);
@@ -196,7 +199,7 @@ int worker_run(struct worker *worker)
             poll_found(&worker->poll);
             continue;
         }
-        if (looks_on(worker) || queues_arm(worker))
+        if (looks_on(worker) || queues_arm(worker) || worker->event_count)
             continue;
         result = sleep_for_work(worker);
         if (result < 0)

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "ring/assertion.h"
 #include "ring/extent.h"
 #include "ring/log.h"
 #include "ring/loss.h"
@@ -216,7 +217,7 @@ struct piece {
     uint64_t nbytes;
 };
 
-enum verb { VERB_READ, VERB_WRITE, VERB_PUNCH, VERB_ZERO_RANGE, VERB_WAIT };
+enum verb { VERB_FREE = 0, VERB_WAIT, VERB_READ, VERB_WRITE, VERB_PUNCH, VERB_ZERO_RANGE };
 
 struct operation {
     struct waiter waiter;
@@ -509,6 +510,7 @@ static inline struct waiter *line_leave(struct line *line)
 /* Move all of `from`, in order, to the empty line `to`. */
 static inline void line_move(struct line *to, struct line *from)
 {
+    ASSERT(!to->first);
     line_init(to);
     for (struct waiter *waiter; (waiter = line_leave(from));)
         line_join(to, waiter);

@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "ring/assertion.h"
 #include "ring/pieces.h"
 
 #define SECTOR 512u
@@ -57,6 +58,7 @@ static void answer(struct worker *worker, struct request *request, uint8_t statu
 /* Wait until all that completed is stable. Whoever comes to that in the same round shares what Python does. */
 static void commit(struct block *block, struct worker *worker, struct request *request)
 {
+    ASSERT(request->state == REQUEST_BUSY && !request->parts && !request->synced);
     request->synced = true;
     if (!block->flush_punts) {
         request_sync(worker, request, block->sync_slot);
@@ -79,6 +81,7 @@ static void end(struct device *device, struct worker *worker, struct request *re
 {
     struct block *block = block_of(device);
 
+    ASSERT(request->state == REQUEST_BUSY && !request->parts);
     for (struct waiter *waiter; (waiter = line_leave(&request->followers));)
         end(device, worker, waiter->request, result);
     if (request == block->flushing)

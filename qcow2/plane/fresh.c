@@ -219,6 +219,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
     uint64_t host_cluster = place->host_offset >> map->cluster_bits;
 
     if (outcome == EXTENT_NAMED) {
+        ASSERT(!l2map_is_locked(map, place->guest_offset >> map->cluster_bits, place->guest_offset >> map->cluster_bits));
         stock->linked++;
         if (place->memory)
             link_waits(map, place);

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "ring/assertion.h"
+
 struct record {
     uint64_t cluster;
     uint64_t old_entry[2];
@@ -27,6 +29,7 @@ uint64_t link_log_record(const struct link_log *log, uint64_t cluster, struct en
         .first = htole64(log->first),
     };
 
+    ASSERT(log->next - log->first < log->capacity);
     made.checksum = htole32(libdeflate_crc32(0, &made, offsetof(struct record, checksum)));
     memcpy(record, &made, sizeof(made));
     return LINK_RECORDS_OFFSET + log->next % log->capacity * LINK_RECORD_NBYTES;
@@ -36,6 +39,7 @@ void link_log_mark(const struct link_log *log, uint64_t sequence, uint8_t mark[L
 {
     uint64_t value = log->mark | (sequence % ((UINT64_C(1) << LINK_STAMP_BITS) - 1) + 1);
 
+    ASSERT(sequence < UINT64_C(1) << LINK_STAMP_BITS);
     for (int i = LINK_MARK_NBYTES; i--; value >>= 8)
         mark[i] = value;
 }

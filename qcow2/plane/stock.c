@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "ring/assertion.h"
+
 void stock_clear(struct stock *stock)
 {
     stock->left = stock->front = stock->nruns = 0;
@@ -29,6 +31,7 @@ uint64_t stock_take(struct stock *stock, uint64_t limit, uint64_t *first)
 
     if (!stock->left)
         return 0;
+    ASSERT(stock->front < stock->nruns && run->first < run->end && stock->left >= run->end - run->first);
     count = run->end - run->first < limit ? run->end - run->first : limit;
     *first = run->first;
     run->first += count;
@@ -42,6 +45,7 @@ void stock_put_back(struct stock *stock, uint64_t cluster)
 {
     if (stock->front && (stock->front == stock->nruns || stock->runs[stock->front].first != cluster + 1))
         stock->front--; /* its run ended with it */
+    ASSERT(stock->front < stock->nruns && cluster < stock->runs[stock->front].end);
     stock->runs[stock->front].first = cluster;
     stock->left++;
 }

@@ -36,6 +36,7 @@ void l2map_set_cipher(struct l2map *map, const struct extent_cipher *cipher)
 
 void l2map_claim(struct l2map *map, uint64_t slice)
 {
+    ASSERT(map->claims[slice & (CLAIMS - 1)] < UINT32_MAX);
     map->claims[slice & (CLAIMS - 1)]++;
 }
 

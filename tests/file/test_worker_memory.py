@@ -271,3 +271,13 @@ def test_hugetlbfs_is_mapped_in_whole_pages_of_its_own() -> None:
             assert count_mappings() == before + 2  # the driver's and the worker's of the guest's own memory
             assert guest.ask(IN, 0, room=512).status == OK
     assert count_mappings() == before
+
+
+def test_a_ring_lost_just_before_the_worker_sleeps_is_told_of_at_once(tmp_path: Path) -> None:
+    """Nothing else wakes the worker: what asks the driver to kick is the first to meet what is gone."""
+    with Guest(queue_size=2048) as guest:
+        lost = guest.queue.layout.device_address & -4096
+        assert guest.queue.layout.driver_address + 4 <= lost
+        os.truncate(guest.memory.fd, lost)
+        os.eventfd_write(guest.queue.kick_fd, 1)
+        assert guest.broken.wait(10)
