@@ -5,7 +5,8 @@ import argparse
 from qcow2.library.amend import Amendment, CannotAmend, amend_image
 from qcow2.library.facts import backing_of
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.keyslots import SLOT_OPTIONS, amend_slots
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.option import COMPATS, OPTIONS, SWITCH, asks_for_help, split_options
@@ -14,6 +15,7 @@ from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import CACHE_MODES
 
 AMENDABLE = ("backing_file", "backing_fmt", "compat", "lazy_refcounts", "refcount_bits", "size")
+SLOT = "encrypt."
 WIDTHS = {str(1 << order): order for order in range(7)}
 
 
@@ -49,6 +51,12 @@ def run_command(arguments: argparse.Namespace) -> int:
     given = _given(arguments.options)
     with opening(image.path):
         _require_backing(image.path, given)
+        slots = {name.removeprefix(SLOT): given.pop(name) for name in list(given) if name.startswith(SLOT)}
+        if slots:
+            with recovered(image.path, arguments) as file:
+                amend_slots(file, slots, arguments.secrets)
+            if not given:
+                return 0
         with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
             how = {
                 "log_directory": arguments.link_log,
@@ -68,13 +76,15 @@ def _print_help(image_format: str) -> None:
     print("Amend options for 'qcow2':")
     for name in AMENDABLE:
         print(f"  {name}={OPTIONS['qcow2'][name]}")
+    for name, caption in SLOT_OPTIONS.items():
+        print(f"  {SLOT}{name}={caption}")
 
 
 def _given(texts: list[str]) -> dict[str, str]:
     """The options. Raises: Failure for one that can be given to a new image only."""
     given = {}
     for name, value in split_options(texts):
-        if name not in AMENDABLE:
+        if name not in AMENDABLE and (not name.startswith(SLOT) or name.removeprefix(SLOT) not in SLOT_OPTIONS):
             raise Failure(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
         given[name] = value
     return given

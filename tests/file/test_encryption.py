@@ -233,3 +233,41 @@ def test_measure_counts_the_header(tmp_path: Path) -> None:
     words = ["--object", "secret,id=s0,data=x", "-O", "qcow2", "-o", LUKS, "--output=json", "--size=4M"]
     measures = json.loads(qcow2_tool_ok("measure", *words))
     assert measures == {"required": 2424832, "fully-allocated": 6619136}  # QEMU 10.0
+
+
+def amend(path: Path, secrets: dict[str, bytes], wanted: str) -> str:
+    """What the tool says; the first secret has to open the image, as all do."""
+    words = []
+    for name, content in secrets.items():
+        (path.parent / name).write_bytes(content)
+        words += ["--object", f"secret,id={name},file={path.parent / name}"]
+    done = qcow2_tool("amend", *words, "-o", wanted, path)
+    assert done.returncode == (1 if done.stderr else 0)
+    return done.stderr
+
+
+def test_key_slots_are_added_and_erased_and_qemu_agrees(tmp_path: Path, secret: list[str]) -> None:
+    path = create(tmp_path / "disk", secret)
+    with qcow2.open(path, key=KEY, writable=True) as disk:
+        disk.write(0, b"kept" * 128)
+    fast = "encrypt.state=active,encrypt.iter-time=10,encrypt.new-secret="
+    assert amend(path, {"a": KEY, "b": b"second"}, f"{fast}b,encrypt.keyslot=7") == ""
+    assert amend(path, {"a": b"second", "c": b"third"}, f"{fast}c") == ""
+    assert "active keyslot 7" in amend(path, {"a": KEY, "c": b"third"}, f"{fast}c,encrypt.keyslot=7")
+    assert "between 0 and 7" in amend(path, {"a": KEY}, "encrypt.state=inactive,encrypt.keyslot=9")
+    assert "already erased" in amend(path, {"a": KEY}, "encrypt.state=inactive,encrypt.keyslot=5")
+    assert "No keyslots match" in amend(path, {"a": KEY, "x": b"x"}, "encrypt.state=inactive,encrypt.old-secret=x")
+    assert "opens no key slot" in amend(path, {"x": b"x"}, "encrypt.state=inactive,encrypt.keyslot=0")
+    assert "state" in amend(path, {"a": KEY}, "encrypt.new-secret=a")
+    (tmp_path / "key").write_bytes(b"second")  # QEMU opens it with what we have added
+    qemu_reads(path, secret, b"kept" * 128 + bytes(SIZE - 512))
+    qemu("qemu-img", "amend", *secret, "-o", "encrypt.state=inactive,encrypt.keyslot=0", "--image-opts", options(path))
+    assert amend(path, {"a": b"second"}, "encrypt.state=inactive,encrypt.old-secret=a") == ""
+    assert "only active keyslot 1" in amend(path, {"a": b"third"}, "encrypt.state=inactive,encrypt.keyslot=1")
+    for key, opens in ((KEY, False), (b"second", False), (b"third", True)):
+        if opens:
+            with qcow2.open(path, key=key) as disk:
+                assert disk.read(0, 512) == b"kept" * 128
+        else:
+            with pytest.raises(WrongKey):
+                qcow2.open(path, key=key)
