@@ -14,13 +14,18 @@ def visit(
     process: "subprocess.Popen[str]", path: Path, features: int = F_FLUSH | F_DISCARD | F_WRITE_ZEROES
 ) -> FrontEnd:
     """Connect to *process* at *path* once it listens there."""
+    wait_for_listener(process, path)
+    return FrontEnd(path, features=features)
+
+
+def wait_for_listener(process: "subprocess.Popen[str]", path: Path) -> None:
+    """Return once *process* listens at *path*."""
     ended = os.pidfd_open(process.pid)
     try:
         while not is_listening(path):
             assert not select.select([ended], [], [], 0.01)[0], "the process ended before it listened"
     finally:
         os.close(ended)
-    return FrontEnd(path, features=features)
 
 
 def is_listening(path: Path) -> bool:
