@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.frontend import FLUSH, IOERR, OK, OUT, SET_VRING_CALL, BackendGone, F
 from tests.listening import visit
 from tests.oracle import assert_clean
 from tests.program import DAEMON, TIMEOUT, TOOL, Daemon, qcow2_tool_ok
+from tests.slowdisk import SlowDisk
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPING = ["SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGPWR", "SIGXCPU"]
@@ -195,6 +197,39 @@ def test_work_that_io_uring_cannot_get_a_thread_for_is_done_all_the_same(image: 
         process.terminate()
         assert process.wait(TIMEOUT) == 0
     assert_clean(image)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, and become the user who may have no more processes")
+def test_work_on_a_far_file_without_a_thread_fails_and_nothing_after_it() -> None:
+    """It may hang, so the worker does not do it; it was never tried, so it ends no writes."""
+    user = 54322
+    with tempfile.TemporaryDirectory(prefix="far-", dir="/var/tmp") as name:
+        place = Path(name)
+        os.chmod(place, 0o777)
+        for part in ("backing", "slow"):
+            (place / part).mkdir()
+        with SlowDisk(place / "backing", place / "slow"):
+            qcow2_tool_ok("create", place / "slow/disk", "64M")
+            os.chmod(place / "backing/disk", 0o666)
+            (place / "disk").symlink_to(place / "slow/disk")
+
+            def limit() -> None:
+                resource.setrlimit(resource.RLIMIT_NPROC, (2, 1000))  # the main thread and the worker
+                os.setgid(user)
+                os.setuid(user)
+
+            with started(place / "disk", "--aio=io_uring", prepare=limit) as process:
+                with visit(process, place / "socket") as guest:
+                    statuses = {guest.do(OUT, number << 20, b"1" * 65536).status for number in range(8)}
+                    assert statuses | {guest.do(FLUSH).status} == {IOERR}
+                    raised = ["prlimit", f"--pid={process.pid}", "--nproc=1000:1000"]
+                    subprocess.run(raised, check=True, user=user, group=user, extra_groups=[])
+                    for number in range(8):
+                        guest.write(number << 20, b"2" * 65536)
+                    guest.flush()
+                process.terminate()
+                assert process.wait(TIMEOUT) == 0
+            assert_clean(place / "slow/disk")
 
 
 # Memory
