@@ -22,7 +22,7 @@ from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
-from qcow2.engine.stability import NO_SPACE, Stability
+from qcow2.engine.stability import Stability, is_harmless
 from qcow2.format import layout
 from qcow2.format.bitmap import bitmap_directory
 from qcow2.format.geometry import Geometry
@@ -303,7 +303,7 @@ class Bitmaps:
         try:
             await Store(self._log.memory, mark=HeaderMark(self._file, MARK_OFFSET, self._log.idle_mark))
         except OSError as error:
-            if error.errno not in NO_SPACE:
+            if not is_harmless(error):
                 self._stability.fail(error)
             raise
 
