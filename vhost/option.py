@@ -104,8 +104,8 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         raise UsageError("--socket-mode and --socket-group are for a --socket-path=PATH")
     if given.socket_group is not None and given.socket_mode is None:
         given.socket_mode = GROUP_MODE
-    if given.format == "raw" and given.lazy_refcounts != "image":
-        raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a raw image has no refcounts")
+    if given.format != "qcow2" and given.lazy_refcounts != "image":
+        raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a {given.format} image has no refcounts")
     if given.incoming and given.trace_io:
         raise UsageError("--incoming and --trace-io: a trace begins with the image")
     return Options(
@@ -162,7 +162,12 @@ def _parser() -> Parser:
     )
     add("--fd", metavar="N", type=_fd, help="use this inherited Unix socket, listening or connected")
     add("--blk-file", metavar="IMAGE", type=_non_empty, required=True, help="the image file or block device")
-    add("--format", choices=["qcow2", "raw"], default="qcow2", help="of the image; never guessed (default: qcow2)")
+    add(
+        "--format",
+        choices=["qcow2", "raw", "luks"],
+        default="qcow2",
+        help="of the image; never guessed (default: qcow2)",
+    )
     add("--read-only", action="store_true", help="let the guest read only")
     add("--cache", choices=[mode.name.lower() for mode in CacheMode], default="writeback", help="default: writeback")
     add("--num-queues", metavar="N", type=_num_queues, default=DEFAULT_QUEUES, help=f"default: {DEFAULT_QUEUES}")

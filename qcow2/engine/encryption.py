@@ -24,12 +24,12 @@ class Keyring:
         self.passphrases = passphrases
         self._ciphers: dict[tuple[bytes, bytes, CipherSpec], SectorCipher] = {}
 
-    async def cipher(self, file: File, header: Header) -> SectorCipher:
-        """Of an image with a LUKS header. Raises: WrongKey, UnsupportedImage, CorruptImage."""
+    async def cipher(self, file: File, host_offset: int, nbytes: int) -> SectorCipher:
+        """By the LUKS header there. Raises: WrongKey, UnsupportedImage, CorruptImage."""
         from qcow2.engine.luks import Vault, wipe  # and with it libcrypto
         from qcow2.plane.cipher import Cipher
 
-        vault = await Vault.read(file, *header.luks_area)
+        vault = await Vault.read(file, host_offset, nbytes)
         record = vault.luks.record
         name = record.digest, record.digest_salt, vault.luks.spec
         if name not in self._ciphers:
@@ -75,7 +75,7 @@ async def open_data(file: File, header: Header, keys: Keyring | None, *, has_dat
     if keys is None:
         raise WrongKey(file.path, NO_KEY)
     if header.record.crypt_method == CryptMethod.LUKS:
-        return Data(file, await keys.cipher(file, header))
+        return Data(file, await keys.cipher(file, *header.luks_area))
     from qcow2.plane.cipher import Cipher
 
     key = keys.require(file.path)[0]  # nothing tells a wrong one from the right one

@@ -80,6 +80,18 @@ def _outline_raw(file: HostFile) -> Outline:
     return Outline(-(-file.size() // SECTOR_SIZE) * SECTOR_SIZE, 0)
 
 
+def _open_luks(chain: "Chain", file: HostFile, options: "OpenOptions") -> "Node":
+    from qcow2.node.luks import LuksImage
+
+    return run(LuksImage.unlock(file, options.keys, writable=options.writable, has_data=options.has_data))
+
+
+def _outline_luks(file: HostFile) -> Outline:
+    from qcow2.node.luks import read_luks
+
+    return Outline(run(read_luks(file))[1], 0)
+
+
 FORMATS: dict[str, Format] = {}
 
 
@@ -92,6 +104,7 @@ def register(image_format: Format) -> None:
 
 register(Format("qcow2", _open_qcow2, _outline_qcow2, _below_qcow2, has_metadata=True, has_snapshots=True))
 register(Format("raw", _open_raw, _outline_raw))
+register(Format("luks", _open_luks, _outline_luks))
 
 
 def format_of(path: str, name: str) -> Format:

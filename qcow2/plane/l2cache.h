@@ -79,11 +79,13 @@ uintptr_t l2map_translate_address(void);
 /* struct extent_places over a struct l2map, in fresh.c and clear.c. */
 uintptr_t l2map_places_address(void);
 
-/* A file that is its own mapping: extent_translate over it. */
+/* A file that is its own mapping, but for what is before the disk: extent_translate over it. */
 struct rawmap {
     uint64_t size;
     uint32_t slot;
     int writable;
+    uint64_t start;                     /* of the disk in the file */
+    const struct extent_cipher *cipher; /* of the data; NULL: it is as it is */
 };
 void rawmap_translate(void *map, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,
                       struct extent *out);

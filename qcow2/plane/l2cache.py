@@ -203,6 +203,12 @@ class RawMap:
         self._map.slot = lib.SLOT_UNKNOWN if slot is None else slot
         self._map.writable = writable
 
+    def set_cipher(self, start: int, address: int, owner: object) -> None:
+        """The disk begins at *start*, stored by the `struct extent_cipher` at *address*, kept alive by *owner*."""
+        self._cipher = owner
+        self._map.start = start
+        self._map.cipher = ffi.cast("struct extent_cipher *", address)
+
     def set_size(self, size: int) -> None:
         """The file is *size* bytes long from now on; the extent map keeps its addresses."""
         self._map.size = size

@@ -158,7 +158,8 @@ void rawmap_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int
     if (map->slot != SLOT_UNKNOWN && (!is_write || map->writable)) {
         out->kind = EXTENT_DATA;
         out->slot = map->slot;
-        out->host_offset = guest_offset;
+        out->host_offset = map->start + guest_offset;
+        out->cipher = map->cipher;
     }
 }
 

@@ -4,10 +4,11 @@ import argparse
 
 from qcow2.library.amend import Amendment, CannotAmend, amend_image
 from qcow2.library.facts import backing_of
+from qcow2.library.hostfile import opened
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.keyslots import SLOT_OPTIONS, amend_slots
-from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.option import COMPATS, OPTIONS, SWITCH, asks_for_help, split_options
 from qcow2.tool.progress import shown
@@ -46,6 +47,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.filename is None:
         raise Failure("Expecting one image file name")
     image = the_image(arguments, writes=True)
+    if image.image_format == "luks":
+        _amend_luks(image, arguments)
+        return 0
     if image.image_format != "qcow2":
         raise Failure(f"Format driver '{image.image_format}' does not support option amendment")
     given = _given(arguments.options)
@@ -54,7 +58,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         slots = {name.removeprefix(SLOT): given.pop(name) for name in list(given) if name.startswith(SLOT)}
         if slots:
             with recovered(image.path, arguments) as file:
-                amend_slots(file, slots, arguments.secrets)
+                amend_slots(file, "qcow2", slots, arguments.secrets)
             if not given:
                 return 0
         with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
@@ -68,6 +72,16 @@ def run_command(arguments: argparse.Namespace) -> int:
             except CannotAmend as error:
                 raise Failure(error.reason) from error
     return 0
+
+
+def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:
+    """It has key slots to change, and nothing else."""
+    given = dict(split_options(arguments.options))
+    for name in given:
+        if name not in SLOT_OPTIONS:
+            raise Failure(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+    with opening(image.path), opened(image.path, writable=True) as file:
+        amend_slots(file, image.image_format, given, arguments.secrets)
 
 
 def _print_help(image_format: str) -> None:

@@ -10,6 +10,7 @@ from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.hostfile import created, opened
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
+from qcow2.tool.encryption import encryption_of
 from qcow2.tool.identity import default_format
 from qcow2.tool.option import (
     OPTIONS,
@@ -69,10 +70,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.filename is None:
         raise ValueError("expecting the name of the image")
     request = _request(arguments)
-    if arguments.format == "raw":
-        _create_raw(request, arguments)
-    else:
-        _create_qcow2(request, arguments)
+    match arguments.format:
+        case "raw":
+            _create_raw(request, arguments)
+        case "luks":
+            _create_luks(request, arguments)
+        case _:
+            _create_qcow2(request, arguments)
     return 0
 
 
@@ -103,6 +107,21 @@ def _create_raw(request: Request, arguments: argparse.Namespace) -> None:
         run(write_raw(file, size, preallocation))
         if preallocation is Preallocation.FALLOC:
             reserve(file, size)
+
+
+def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
+    from qcow2.node.luks import write_luks
+
+    if request.backing_name is not None or request.backing_format is not None:
+        raise ValueError(f"{request.path}: a raw image has no backing file")
+    encryption = encryption_of(request.given, arguments.secrets)
+    assert encryption is not None  # there is no other such image
+    typed = _size(request, look=False)
+    with created(request.path) as file:
+        if not arguments.quiet:
+            said = "".join(f" {name}={text}" for name, text in request.given.items() if name != "size")
+            print(f"Formatting {_quoted(request.path)}, fmt=luks size={typed}{said}", flush=True)
+        run(write_luks(file, encryption, typed + -typed % SECTOR_SIZE))
 
 
 def reserve(file: HostFile, nbytes: int) -> None:

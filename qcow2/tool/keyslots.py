@@ -23,23 +23,28 @@ SLOT_OPTIONS = {
 BELONGS = {"active": ("new-secret", "keyslot", "iter-time"), "inactive": ("old-secret", "keyslot")}
 
 
-def amend_slots(file: HostFile, given: dict[str, str], secrets: Secrets) -> None:
-    """Do what *given*, SLOT_OPTIONS without their prefix, says to the qcow2 image in *file*; stable on return.
+def amend_slots(file: HostFile, image_format: str, given: dict[str, str], secrets: Secrets) -> None:
+    """Do what *given*, SLOT_OPTIONS without their prefix, says to the image in *file*; stable on return.
 
     Raises: Failure, ValueError, OSError, ImageError; the key slots are as before.
     """
     from qcow2.engine.luks import Vault  # and with it libcrypto
     from qcow2.engine.slots import change_slots
 
-    header = run(read_header(file, trust_refcounts=False))
-    if header.record.crypt_method != CryptMethod.LUKS:
-        raise UnsupportedImage(file.path, "not encrypted with LUKS: it has no key slots")
+    host_offset, nbytes = (0, file.size()) if image_format == "luks" else _area(file)
     change = _change(given, secrets)
-    vault = run(Vault.read(file, *header.luks_area))
+    vault = run(Vault.read(file, host_offset, nbytes))
     try:
         run(change_slots(vault, secrets.keys(file.path), change))
     except ValueError as error:
         raise Failure(str(error)) from error
+
+
+def _area(file: HostFile) -> tuple[int, int]:
+    header = run(read_header(file, trust_refcounts=False))
+    if header.record.crypt_method != CryptMethod.LUKS:
+        raise UnsupportedImage(file.path, "not encrypted with LUKS: it has no key slots")
+    return header.luks_area
 
 
 def _change(given: dict[str, str], secrets: Secrets) -> "Addition | Erasure":

@@ -6,12 +6,15 @@ from qcow2.driver.file import run
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.measure import Measures, size_of_copy, size_of_empty, size_of_raw
 from qcow2.node.formats import FORMATS
+from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import print_json
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.option import image_options, parse_options
 from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
+
+UNMAPPED = ("raw", "luks")  # whose files are as long as their disks, and a header
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +58,16 @@ def _measured(arguments: argparse.Namespace) -> Measures:
     if arguments.filename is None:
         size = parse_size(arguments.size)
         size += -size % SECTOR_SIZE
-        return (
-            size_of_raw(size)
-            if arguments.target_format == "raw"
-            else size_of_empty(image_options(given, size, secrets=arguments.secrets))
-        )
+        if arguments.target_format in UNMAPPED:
+            return _of_unmapped(size, given, arguments)
+        return size_of_empty(image_options(given, size, secrets=arguments.secrets))
     image = the_image(arguments)
     with open_source(image.path, image.image_format, arguments, wanted_snapshot(arguments)) as source:
-        if arguments.target_format == "raw":
-            return size_of_raw(source.size)
+        if arguments.target_format in UNMAPPED:
+            return _of_unmapped(source.size, given, arguments)
         return run(size_of_copy(image_options(given, source.size, secrets=arguments.secrets), source))
+
+
+def _of_unmapped(size: int, given: dict[str, str], arguments: argparse.Namespace) -> Measures:
+    encryption = encryption_of(given, arguments.secrets) if arguments.target_format == "luks" else None
+    return size_of_raw(size + (0 if encryption is None else encryption.nbytes))

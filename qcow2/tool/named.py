@@ -118,7 +118,8 @@ def _of_options(given: dict[str, str]) -> Named:
         driver = guessed(path)
     if driver not in FORMATS:
         raise Failure(f"Unknown driver '{driver}'")
-    unknown = [key for key in given if not key.startswith("encrypt.")]
+    own = ("key-secret",) if driver == "luks" else ()
+    unknown = [key for key in given if not key.startswith("encrypt.") and key not in own]
     if unknown:
         raise Failure(f"Block format '{driver}' does not support the option '{unknown[0]}'")
     return Named(path, driver, given)

@@ -15,8 +15,10 @@ from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
+from qcow2.node.luks import LuksImage, write_luks
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
+from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
@@ -55,6 +57,10 @@ def new_target(wish: Wish, sources: list[Node], base: Node | None) -> Iterator[T
 
 @contextmanager
 def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
+    if wish.image_format == "luks":
+        with _new_luks(file, wish) as target:
+            yield target
+        return
     if wish.image_format != "qcow2":
         yield _new_raw(file, wish)
         return
@@ -71,6 +77,16 @@ def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
     run(create(file, options))
     image = run(Image.open(file, options=OpenOptions(writable=True, keys=Keyring(lambda path: [passphrase]))))
     yield InPlace(image, wish.size, is_zero=True)
+    run(image.close())
+
+
+@contextmanager
+def _new_luks(file: HostFile, wish: Wish) -> Iterator[Target]:
+    encryption = encryption_of(wish.given, wish.secrets)
+    assert encryption is not None  # there is no other such image
+    run(write_luks(file, encryption, wish.size))
+    image = run(LuksImage.unlock(file, Keyring(lambda path: [encryption.passphrase]), writable=True))
+    yield InPlace(image, wish.size, is_zero=False)
     run(image.close())
 
 

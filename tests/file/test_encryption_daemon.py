@@ -113,6 +113,22 @@ def test_a_key_comes_by_descriptor_and_is_kept_for_the_next_visit(image: Path, k
         assert disk.read(0, 1024) == b"2" * 512 + (PATTERN[::-1] * 20)[512:1024]
 
 
+@pytest.mark.parametrize("options", [(), ("--cache=none", "--sandbox")])
+def test_a_raw_luks_image_is_served(tmp_path: Path, key: Path, options: tuple[str, ...]) -> None:
+    path, model = tmp_path / "disk.luks", bytearray(SIZE)
+    words = ["--object", f"secret,id=s0,file={key}", "-o", "key-secret=s0,iter-time=10"]
+    qcow2_tool_ok("create", "-q", "-f", "luks", *words, path, str(SIZE))
+    with qcow2.open(path, format="luks", key=KEY, writable=True) as disk:
+        disk.write_zeroes(0, SIZE)
+    with Daemon(path, "--format=luks", f"--key-file={key}", *options) as daemon:
+        with FrontEnd(daemon.socket_path) as front_end:
+            use(front_end, model, 4)
+        daemon.stop()
+    with qcow2.open(path, format="luks", key=KEY) as disk:
+        assert disk.read(0, SIZE) == model
+    assert not holds_pattern(path)
+
+
 def test_a_trace_of_an_encrypted_disk_is_refused(tmp_path: Path, image: Path, key: Path) -> None:
     with Daemon(image, f"--key-file={key}", f"--trace-io={tmp_path}/trace") as daemon:
         _, said = daemon.process.communicate(timeout=TIMEOUT)

@@ -1,0 +1,124 @@
+"""A raw disk behind a LUKS header, or one that is to be."""
+
+from qcow2.driver.buffer import MemoryBuffer, zeroed
+from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync
+from qcow2.engine.data import Data
+from qcow2.engine.encryption import Keyring, Sealed
+from qcow2.error import CorruptImage, WrongKey
+from qcow2.format.layout import SECTOR_SIZE
+from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks
+from qcow2.node.raw import RawImage
+from qcow2.plane.l2cache import Kind, Run
+
+STEP = 1 << 20  # bytes of zeros encrypted at a time
+
+
+async def read_luks(file: File) -> tuple[Luks, int]:
+    """The header at the start of *file*, and the size of the disk behind it. Raises: UnsupportedImage, CorruptImage."""
+    nbytes = await Size(file)
+    luks = parse_luks(file.path, await Read(file, 0, min(LuksRecord.NBYTES, nbytes)), nbytes)
+    if luks.record.payload_offset > nbytes:
+        message = f"LUKS payload at {luks.record.payload_offset}, past the end of the file at {nbytes}"
+        raise CorruptImage(file.path, 0, message)
+    return luks, (nbytes - luks.record.payload_offset) // SECTOR_SIZE * SECTOR_SIZE
+
+
+class LuksImage(RawImage):
+    """A raw image whose bytes are encrypted: what nobody has written is noise, and zeros have to be written."""
+
+    def __init__(self, file: File, data: Data, start: int, size: int, *, read_only: bool) -> None:
+        """The disk begins at *start* of *file*."""
+        super().__init__(file, size, read_only=read_only)
+        self._data = data
+        self._start = start
+        self._native = data.native
+        if self._native is not None:
+            self._map.set_cipher(start, *self._native)
+
+    @classmethod
+    async def unlock(
+        cls, file: File, keys: Keyring | None, *, writable: bool = False, has_data: bool = True
+    ) -> "LuksImage":
+        """The image in *file*, opened with one of *keys*; without *has_data* its data cannot be looked at.
+
+        Raises: WrongKey, UnsupportedImage, CorruptImage.
+        """
+        luks, size = await read_luks(file)
+        start = luks.record.payload_offset
+        if has_data and keys is None:
+            raise WrongKey(file.path, "the image is encrypted, and no key was given")
+        cipher = await keys.cipher(file, 0, await Size(file)) if has_data and keys is not None else Sealed(file.path)
+        return cls(file, Data(file, cipher, origin=start), start, size, read_only=not writable)
+
+    async def resolve(self, guest_offset: int, nbytes: int) -> Run:
+        """Data: a hole of the file is none of the disk."""
+        return Run(Kind.DATA, 1, 0, self._start + guest_offset, nbytes)
+
+    async def find(self, guest_offset: int, nbytes: int) -> tuple[Data, int]:
+        """Where the range is: behind the header."""
+        return self._data, self._start + guest_offset
+
+    async def read(self, guest_offset: int, target: Buffer) -> None:
+        """Fill *target*."""
+        await self._data.read(self._start + guest_offset, target)
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Put *source* at *guest_offset*; process-safe on return. Parts of sectors, are written alone."""
+        self._require_writable()
+        first, end = guest_offset - guest_offset % SECTOR_SIZE, guest_offset + len(source)
+        if first == guest_offset and end % SECTOR_SIZE == 0:
+            await self._data.write(self._start + guest_offset, source)
+            return
+        content = zeroed(end + -end % SECTOR_SIZE - first)
+        await self.read(first, MemoryBuffer(content))
+        content[guest_offset - first : end - first] = source.load()
+        await self._data.write(self._start + first, content)
+
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        """Write zeros; the space stays."""
+        self._require_writable()
+        for start in range(guest_offset, guest_offset + nbytes, STEP):
+            piece = min(STEP, guest_offset + nbytes - start)
+            await self.write(start, MemoryBuffer(zeroed(piece)))
+
+    async def discard(self, guest_offset: int, nbytes: int) -> None:
+        """Nothing: a hole would be noise."""
+        self._require_writable()
+
+    async def grow(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; zeros are written to what is new. Stable on return.
+
+        Raises: ValueError, OSError; a death may leave noise past the old end.
+        """
+        await self._resize(nbytes, grows=True)
+
+    async def shrink(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long, rounded up to a sector; stable on return. Raises: ValueError, OSError."""
+        await self._resize(nbytes, grows=False)
+
+    async def _resize(self, nbytes: int, *, grows: bool) -> None:
+        self._require_writable()
+        old, size = self.size, nbytes + -nbytes % SECTOR_SIZE
+        if nbytes < 0 or (size != old and (size > old) != grows):
+            raise ValueError(f"{self.file.path}: size {nbytes}, the disk has {old} and cannot get there so")
+        await Resize(self.file, self._start + size)
+        self.size = size
+        self._map.set_size(size)
+        if size > old:
+            await self.write_zeroes(old, size - old, unmap=False)
+        await self._stability.sync()
+
+    async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
+        """All of it has space as far as the host gave it."""
+        self._require_writable()
+
+
+async def write_luks(file: File, encryption: Encryption, size: int) -> None:
+    """Make an encrypted raw disk of *size* bytes of whatever *file* holds; it is noise. Stable on return."""
+    from qcow2.engine.luks import new_vault  # and with it libcrypto
+
+    vault = await new_vault(encryption)
+    await Resize(file, 0)
+    await Resize(file, vault.nbytes + size)
+    await vault.write(file, 0)
+    await Sync(file)
