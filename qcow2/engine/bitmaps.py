@@ -10,6 +10,7 @@ kill, with the hot zones whole after a power loss, or if somebody else comes aft
 The image's mark says where the live bits are. Stamp 0: no link waits, only the bits are live.
 """
 
+import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
@@ -32,6 +33,9 @@ from qcow2.plane.dirtybits import NONE, DirtyBits, Shape, pack_live, places
 from qcow2.plane.entry import bytes_of
 from qcow2.plane.linklog import MARK_OFFSET, LinkLog
 
+log = logging.getLogger("qcow2")
+
+AHEAD = 7  # zones that become hot together with one behind a hot one
 SETTLED_MARKS = 64  # changes for each hot zone, on average: then one that saw none cools
 
 
@@ -155,7 +159,10 @@ class Bitmaps:
             if not self._is_live:
                 return
         batch = self._next
-        batch.zones.update(self._dirty.zones_of(guest_offset, nbytes))
+        zones = self._dirty.zones_of(guest_offset, nbytes)
+        batch.zones.update(zones)
+        if zones.start - 1 in self._hot:  # in order, as it seems: each of the next would cost a sync
+            batch.zones.update(range(zones.stop, min(zones.stop + AHEAD, int(self._dirty.native.nzones))))
         if not self._is_running:
             self._is_running = True
             await Spawn(self._run())
@@ -283,7 +290,9 @@ class Bitmaps:
         try:
             is_new = await self._links.begin_log(found[-1])
         except OSError as error:
-            self._links.policy.on_log_lost(error)
+            log.warning(
+                "%s: no shared memory for its bitmaps, to which a kill is a power loss: %s", self._file.path, error
+            )
             return []
         if not is_new and found[-1] > self._log.memory_bytes:
             return []

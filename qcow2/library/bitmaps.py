@@ -9,6 +9,7 @@ from qcow2.engine.bitmapdirectory import BitmapDirectory
 from qcow2.engine.bitmaptable import StoredBitmap, set_runs
 from qcow2.engine.image import Image
 from qcow2.error import BitmapError
+from qcow2.format.bitmap import Bitmap as StoredEntry
 
 if TYPE_CHECKING:
     from qcow2.library.disk import Disk
@@ -102,6 +103,16 @@ class Bitmaps:
         bits: bytes = other._run(lambda: other._image().bitmap_bits(stored))
         granularity_bits = stored.bitmap.record.granularity_bits
         self._change(lambda directory: directory.merge(name, bits, granularity_bits, size))
+
+    def copy(self, bitmap: StoredEntry, bits: bytes, size: int) -> None:
+        """Make a bitmap like one of a disk of *size* bytes, with its *bits*. Raises: BitmapError, OSError."""
+        granularity_bits = bitmap.record.granularity_bits
+
+        async def make(directory: BitmapDirectory) -> None:
+            await directory.add(os.fsdecode(bitmap.raw_name), 1 << granularity_bits, enabled=bitmap.is_enabled)
+            await directory.merge(os.fsdecode(bitmap.raw_name), bits, granularity_bits, size)
+
+        self._change(make)
 
     def _change(self, change: Callable[[BitmapDirectory], Coroutine[Any, Any, None]]) -> None:
         image = self._image()

@@ -64,7 +64,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     granularity = _validated(arguments)
     image, name = the_image(arguments, writes=True), arguments.bitmap
     log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with _opened(image, writable=True, **log) as disk:
+    with opened_without_data(image, writable=True, **log) as disk:
         for action, source in arguments.actions:
             try:
                 _act(disk.bitmaps, name, action, source, granularity, arguments)
@@ -89,7 +89,7 @@ def _validated(arguments: argparse.Namespace) -> int | None:
 
 
 @contextmanager
-def _opened(image: Named, *, writable: bool, **log: Any) -> Iterator[Disk]:
+def opened_without_data(image: Named, *, writable: bool, **log: Any) -> Iterator[Disk]:
     """The image, whose data nobody looks at: no key is needed. Raises: OSError, ImageError, Failure."""
     chain = Chain(**log)
     try:
@@ -111,7 +111,7 @@ def _act(
             bitmaps.add(name, granularity)
         case "merge" if given.source_file is not None:
             other = named(given.source_file, given.source_format, is_options=given.image_opts)
-            with _opened(other, writable=False) as disk:
+            with opened_without_data(other, writable=False) as disk:
                 bitmaps.merge(name, str(source), disk)
         case "merge":
             bitmaps.merge(name, str(source))

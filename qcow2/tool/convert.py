@@ -12,6 +12,7 @@ from qcow2.job.target import Target
 from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
+from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, named
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="accepted; the target is synced at the end")
     parser.add_argument("-c", "--compress", action="store_true", help="compress what is written; a new image only")
+    parser.add_argument("--bitmaps", action="store_true", help="copy the dirty bitmaps, too")
+    parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but for those that cannot be used")
     add_source_options(parser)
     add_snapshot_option(parser)
     parser.add_argument("filenames", nargs="*", metavar="FILE", help="sources, one after the other on one disk; target")
@@ -72,6 +75,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             path, _known_format(arguments.target_format), size, _given(arguments), arguments.compress, arguments.secrets
         )
         _validate_compression(wish, arguments)
+        bitmaps = bitmaps_to_copy(wish, images, arguments)
         below = stack.enter_context(_base(wish, arguments))
         is_shared = below is not None and _is_backing_of(below, images[0])
         source = Source.of(*images, tells_below=is_shared)
@@ -79,6 +83,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate))
         driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS)))
         driver.run(copy(source, target, pace, manner, None if is_shared else below))
+    copy_bitmaps(bitmaps, path)
     return 0
 
 
@@ -110,6 +115,10 @@ def _validate(arguments: argparse.Namespace) -> None:
         raise UsageError("--target-is-zero requires use of -n flag")
     if arguments.backing is not None and len(arguments.filenames) > 2:
         raise UsageError("Having a backing file for the target makes no sense when concatenating multiple input images")
+    if arguments.skip_broken_bitmaps and not arguments.bitmaps:
+        raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
+    if arguments.bitmaps and len(arguments.filenames) > 2:
+        raise UsageError("Copying bitmaps only possible with single source")
     if arguments.no_create and arguments.target_format_options:
         say("warning: -o has no effect when skipping image creation")
 

@@ -130,6 +130,27 @@ def test_zones_in_which_nothing_changes_any_more_cool(tmp_path: Path) -> None:
     qcow2.open(path, writable=True).close()
 
 
+def test_zones_become_hot_ahead_of_changes_that_go_in_order(tmp_path: Path) -> None:
+    path = with_bitmap(tmp_path / "disk")
+    disk = qcow2.open(path, writable=True)
+    for zone in (3, 4):
+        disk.write(zone << 22, b"x")
+    disk.abandon()
+    assert bitmaps_of(path)["b0"].dirty == set(range(3 << 6, 12 << 6))
+    qcow2.open(path, writable=True).close()
+    assert bitmaps_of(path)["b0"].dirty == {3 << 6, 4 << 6}
+
+
+def test_without_shared_memory_a_kill_costs_the_hot_zones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = with_bitmap(tmp_path / "disk")
+    disk = qcow2.open(path, writable=True, log_directory=str(tmp_path / "none"))
+    disk.write(20 << 20, b"x")
+    assert any("no shared memory for its bitmaps" in message for message in caplog.messages)
+    disk.abandon()
+    qcow2.open(path, writable=True, log_directory=str(tmp_path / "none")).close()
+    assert bitmaps_of(path)["b0"].dirty == set(range(20 << 4, 24 << 4))
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     path = with_bitmap(tmp_path / "disk")
     before = path.read_bytes()

@@ -150,6 +150,31 @@ def test_bitmaps_of_what_is_written_to_record_it(images: Path, tmp_path: Path) -
         assert bitmap.dirty
 
 
+def test_bitmaps_are_copied_if_they_can_be(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    qemu_img("create", "-q", "-f", "qcow2", source, "64M")
+    qemu_img("bitmap", "--add", "-g", "4k", source, "one")
+    qemu_io(source, "write 1M 70k")
+    qemu_img("bitmap", "--add", "--disable", source, "two")
+    qcow2_tool_ok("convert", "--bitmaps", "-O", "qcow2", source, tmp_path / "ours")
+    qcow2_tool_ok("convert", "--bitmaps", "-c", "-O", "qcow2", source, tmp_path / "packed")
+    qemu_img("convert", "--bitmaps", "-O", "qcow2", source, tmp_path / "theirs")
+    for name in ("ours", "packed"):
+        assert bitmaps_of(tmp_path / name) == bitmaps_of(tmp_path / "theirs")
+        assert_clean(tmp_path / name)
+    again = qcow2_tool("convert", "--bitmaps", "-n", "-O", "qcow2", source, tmp_path / "ours")
+    assert again.stderr == "qcow2: Failed to create bitmap one: Bitmap already exists: one\n"
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "write 0 512", "-c", "abort", source], capture_output=True, check=False
+    )
+    broken = qcow2_tool("convert", "--bitmaps", "-O", "qcow2", source, tmp_path / "broken")
+    assert "Cannot copy inconsistent bitmap 'one'" in broken.stderr
+    assert not (tmp_path / "broken").exists()
+    words = ["--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2"]
+    skipped = qcow2_tool("convert", *words, source, tmp_path / "broken")
+    assert (skipped.returncode, skipped.stderr.count("Skipping inconsistent bitmap")) == (0, 2)
+
+
 def test_raw_disk_is_never_guessed(images: Path, tmp_path: Path) -> None:
     done = qcow2_tool("convert", "-O", "qcow2", images / "raw", tmp_path / "new")
     assert done.returncode == 1

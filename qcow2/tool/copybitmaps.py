@@ -1,0 +1,61 @@
+"""Dirty bitmaps of the source of `qcow2 convert`, made again in the target once it holds the disk."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qcow2.driver.file import run
+from qcow2.engine.bitmaptable import StoredBitmap
+from qcow2.engine.image import Image
+from qcow2.error import ImageError
+from qcow2.format.bitmap import Bitmap
+from qcow2.node.node import Node
+from qcow2.tool.bitmap import opened_without_data
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import say
+from qcow2.tool.named import Named
+from qcow2.tool.target import Wish
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A bitmap with its bits, and the size of the disk they are of."""
+
+    bitmap: Bitmap
+    bits: bytes
+    size: int
+
+
+def bitmaps_to_copy(wish: Wish, images: Sequence[Node], arguments: argparse.Namespace) -> list[Copied]:
+    """Those of the one source, if they are asked for. Raises: Failure, before the target is touched; OSError."""
+    if not arguments.bitmaps:
+        return []
+    (image,) = images
+    if not isinstance(image, Image):
+        raise Failure("Source lacks bitmap support")
+    if wish.image_format != "qcow2" or wish.given.get("compat") in ("0.10", "v2"):
+        raise Failure(f"Format driver '{wish.image_format}' does not support bitmaps")
+    stored = [each for each in run(image.bitmaps()) if not _is_skipped(each, arguments)]
+    return [Copied(each.bitmap, run(image.bitmap_bits(each)), image.size) for each in stored]
+
+
+def _is_skipped(stored: StoredBitmap, arguments: argparse.Namespace) -> bool:
+    if not stored.bitmap.is_in_use and not stored.problem:
+        return False
+    if not arguments.skip_broken_bitmaps:
+        hint = "try --skip-broken-bitmaps, or remove it: qcow2 bitmap --remove"
+        raise Failure(f"Cannot copy inconsistent bitmap '{stored.bitmap.name}'; {hint}")
+    say(f"warning: Skipping inconsistent bitmap '{stored.bitmap.name}'")
+    return True
+
+
+def copy_bitmaps(copied: list[Copied], path: str) -> None:
+    """Make the bitmaps in the image at *path*. Raises: Failure, OSError, ImageError."""
+    if not copied:
+        return
+    with opened_without_data(Named(path, "qcow2"), writable=True) as disk:
+        for each in copied:
+            try:
+                disk.bitmaps.copy(each.bitmap, each.bits, each.size)
+            except (ImageError, ValueError) as error:
+                raise Failure(f"Failed to create bitmap {each.bitmap.name}: {error}") from error
