@@ -67,7 +67,8 @@ struct extent_place {
     uint8_t mark[EXTENT_MARK_NBYTES]; /* a name in memory counts once these bytes are at mark_offset of the file */
     uint64_t mark_offset;
     uint64_t guest_offset;
-    uint64_t entry[2]; /* for the map */
+    uint64_t entry[2]; /* for the map, */
+    uint64_t is_kept;  /* as is this: whether the place was the guest's before */
 };
 
 enum extent_outcome {

@@ -75,13 +75,19 @@ def set_up(
     cache_size: int = 1 << 20,
     log_capacity: int = 0,
     version: int = 3,
+    has_subclusters: bool = False,
 ) -> Bench:
     """A new image, over a raw *base* if there is one, open for writing; with a link log if that has a capacity."""
     breaker = Breaker()
     driver = CrashDriver(seed, fault=breaker)
     file = SimulatedFile("disk", {}, 0)
     options = Options(
-        size=size, version=version, cluster_bits=cluster_bits, refcount_order=refcount_order, lazy_refcounts=lazy
+        size=size,
+        version=version,
+        cluster_bits=cluster_bits,
+        refcount_order=refcount_order,
+        lazy_refcounts=lazy,
+        has_subclusters=has_subclusters,
     )
     driver.run(create(file, options))
     below = None if base is None else SimulatedFile.parse("base", base)

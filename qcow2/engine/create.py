@@ -48,6 +48,7 @@ class Options:
     cluster_bits: int = 16
     refcount_order: int = 4
     lazy_refcounts: bool = False
+    has_subclusters: bool = False
     compression: CompressionType = CompressionType.ZLIB
     backing_name: str | None = None
     backing_format: str | None = None
@@ -72,7 +73,7 @@ class Options:
     @property
     def entries(self) -> Entries:
         """What its L2 tables will hold."""
-        return Entries(self.cluster_bits, self.version)
+        return Entries(self.cluster_bits, self.version, has_subclusters=self.has_subclusters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,9 @@ def _validate(options: Options) -> None:
         raise ValueError(f"preallocation {options.preallocation.value} is not possible with a backing file")
     if options.version < 3:
         _validate_version_2(options)
+    if options.has_subclusters and options.cluster_bits < layout.MIN_CLUSTER_BITS_OF_SUBCLUSTERS:
+        least = 1 << layout.MIN_CLUSTER_BITS_OF_SUBCLUSTERS
+        raise ValueError(f"extended_l2 on needs clusters of {least} bytes at least, not {options.cluster_size}")
     if options.encryption is not None and options.cluster_size < 1024:  # the header's extensions would not fit
         raise ValueError(f"an encrypted image needs clusters of 1024 bytes at least, not {options.cluster_size}")
 
@@ -184,6 +188,8 @@ def _validate(options: Options) -> None:
 def _validate_version_2(options: Options) -> None:
     if options.lazy_refcounts:
         raise ValueError("lazy_refcounts on is not possible with compat 0.10, needs 1.1")
+    if options.has_subclusters:
+        raise ValueError("extended_l2 on is not possible with compat 0.10, needs 1.1")
     if options.refcount_order != layout.V2_REFCOUNT_ORDER:
         raise ValueError(f"refcount_bits {1 << options.refcount_order} needs compat 1.1, limit 16 in compat 0.10")
     if options.compression is not CompressionType.ZLIB:
@@ -339,7 +345,8 @@ def pack_new_header(
         refcount_table_clusters=table_clusters,
         nb_snapshots=0,
         snapshots_offset=0,
-        incompatible_features=Incompatible.COMPRESSION_TYPE if is_zstd else 0,
+        incompatible_features=(Incompatible.COMPRESSION_TYPE if is_zstd else 0)
+        | (Incompatible.EXTENDED_L2 if options.has_subclusters else 0),
         compatible_features=Compatible.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         refcount_order=options.refcount_order,
         header_length=layout.V2_HEADER_LENGTH if options.version < 3 else layout.V3_HEADER_LENGTH_WITH_COMPRESSION,

@@ -5,7 +5,8 @@ that a power loss may undo. A commit brings the links into the file: `SYNC; link
 to flush waits for another SYNC, which serves the next commit as its first, so a stream of flushes takes one each.
 
 A cluster whose link waits is data, referred to once, and overwritten in place. Whoever would change its entry in any
-other way commits first, so no cluster waits twice.
+other way commits first. A cluster waits again only with subclusters, when more of them become data: the later link
+holds all that the earlier one says.
 """
 
 import errno
@@ -83,7 +84,8 @@ class Links:
         self._beginning = Mutex()
         self._next = Batch()
         self._in_file: list[range] = []  # guest clusters whose links are in the file, though they wait: a commit failed
-        self._unrecorded: dict[int, tuple[Sequence[int], Sequence[int]]] = {}  # old entries and freed, by guest offset
+        # By guest offset: entries, old ones, and what those leave.
+        self._unrecorded: dict[int, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {}
         self._is_running = False
         if log is not None:
             mapping.cache.set_log(log.native)
@@ -101,6 +103,8 @@ class Links:
         if await self._can_wait(len(entries)):
             await self._let_wait(guest_offset, list(old_entries), entries, freed)
             return
+        if self.is_waiting(guest_offset, len(entries)):
+            await self.commit()
         await self._stability.sync()
         await self._mapping.link(guest_offset, entries)
         await self._reaper.free(freed)
@@ -217,20 +221,20 @@ class Links:
             if not is_harmless(error):
                 self._stability.fail(error)
                 raise
-            await self._do_without_log(guest_offset, old_entries, freed, error)
+            await self._do_without_log(guest_offset, (entries, old_entries, freed), error)
         if batch.nclusters > self._limit:
             batch.is_wanted = True
             await self._run()
 
     async def _do_without_log(
-        self, guest_offset: int, old_entries: Sequence[int], freed: Sequence[int], error: OSError
+        self, guest_offset: int, link: tuple[Sequence[int], Sequence[int], Sequence[int]], error: OSError
     ) -> None:
         """Bring a link into the file whose record does not count: the host has no space, or no memory, for the mark.
 
         A commit may not need any. One that fails may have come so far; else it takes the link back.
         Raises: OSError; the entries are then as they were.
         """
-        self._unrecorded[guest_offset] = old_entries, freed
+        self._unrecorded[guest_offset] = link
         try:
             await self.commit()
         except OSError as failure:
@@ -242,11 +246,16 @@ class Links:
         """Let a link of *batch*, whose commit failed, never have been, if neither log nor file has it."""
         if guest_offset not in self._unrecorded or self._is_in_file(guest_offset):
             return False
-        old_entries, freed = self._unrecorded.pop(guest_offset)
+        if self._unrecorded[guest_offset][0] is not entries:
+            return False  # an earlier link of the cluster
+        _, old_entries, freed = self._unrecorded.pop(guest_offset)
         batch.nclusters -= len(entries)
         for cluster in freed:
             batch.freed.remove(cluster)
-        self._mapping.take_back(guest_offset, old_entries)
+        self._mapping.take_back(guest_offset, entries, old_entries)
+        for earlier in (*batch.links, *self._next.links):
+            if earlier[1] is not entries:
+                self._mapping.remember_again(*earlier, guest_offset, old_entries)
         if not self._mapping.holds:
             self.policy.on_waiting(False)
         return True
@@ -332,13 +341,13 @@ class Links:
     async def _write(self, batch: Batch, mark: int) -> None:
         """Bring the links of *batch*, whose data is stable, into the file; the log forgets what came before *mark*."""
         for guest_offset, entries in self._joined(batch.links):
-            await self._mapping.link(guest_offset, entries)
+            await self._mapping.bring(guest_offset, entries)
             first = self._geometry.cluster_of(guest_offset)
             self._in_file.append(range(first, first + len(entries)))
         await self._forget(mark)
         self._in_file.clear()
         for guest_offset, linked in batch.links:
-            self._mapping.release(guest_offset, len(linked))
+            self._mapping.release(guest_offset, linked)
         self._gather()
         if not self._mapping.holds:
             self.policy.on_waiting(False)
@@ -360,20 +369,23 @@ class Links:
         batch.end(error)
 
     def _joined(self, links: list[tuple[int, Sequence[int]]]) -> Iterable[tuple[int, list[int]]]:
-        """The same links in order; those that meet within a slice as one."""
+        """The same links in order, of each cluster the last one; those that meet within a slice as one."""
         bits = self._geometry.cluster_bits
-        start = 0
-        joined: list[int] = []
-        for guest_offset, entries in sorted(links):
-            end = start + (len(joined) << bits)
-            if joined and (
-                guest_offset != end or self._geometry.slice_of(guest_offset) != self._geometry.slice_of(start)
-            ):
+        newest = {
+            cluster: entry
+            for guest_offset, entries in links
+            for cluster, entry in enumerate(entries, guest_offset >> bits)
+        }
+        start, joined = 0, list[int]()
+        for cluster, entry in sorted(newest.items()):
+            guest_offset = cluster << bits
+            meets = guest_offset == start + (len(joined) << bits)
+            if joined and not (meets and self._geometry.slice_of(guest_offset) == self._geometry.slice_of(start)):
                 yield start, joined
                 joined = []
             if not joined:
                 start = guest_offset
-            joined.extend(entries)
+            joined.append(entry)
         if joined:
             yield start, joined
 

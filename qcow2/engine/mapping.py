@@ -174,12 +174,16 @@ class Mapping:
 
         One metadata write; process-safe on return. The caller holds the lock of the clusters.
         """
+        await self.bring(guest_offset, entries)
+        self.cache.update(guest_offset, entries)
+
+    async def bring(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """The same for entries that are held: memory has them already, or what came after."""
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
         await self._stability.write(where, self.entries.pack(entries))
         number = self.geometry.slice_of(guest_offset)
         if number in self._loading:
             self._outdated.add(number)
-        self.cache.update(guest_offset, entries)
 
     def hold(self, guest_offset: int, entries: Sequence[int]) -> None:
         """Let the entries be *entries* in memory, as `link` would; in the file once `link` says the same."""
@@ -194,21 +198,30 @@ class Mapping:
             self.cache.claim(number)
         self._held[number].update(enumerate(entries, self.geometry.cluster_of(guest_offset)))
 
-    def release(self, guest_offset: int, nclusters: int) -> None:
-        """The entries that were held, *nclusters* of one slice, are in the file and need no log."""
+    def release(self, guest_offset: int, entries: Sequence[int]) -> None:
+        """The *entries* that were held, of one slice, are in the file and need no log; what came after is held on."""
         number = self.geometry.slice_of(guest_offset)
-        held = self._held[number]
-        first = self.geometry.cluster_of(guest_offset)
-        for cluster in range(first, first + nclusters):
-            del held[cluster]
-        if not held:
+        held = self._held.get(number, {})
+        for cluster, entry in enumerate(entries, self.geometry.cluster_of(guest_offset)):
+            if held.get(cluster) == entry:
+                del held[cluster]
+        if not held and number in self._held:
             del self._held[number]
             self.cache.unclaim(number)
 
-    def take_back(self, guest_offset: int, old_entries: Sequence[int]) -> None:
-        """Undo a `hold`: the entries are the *old_entries* again, as they still are in the file."""
+    def take_back(self, guest_offset: int, entries: Sequence[int], old_entries: Sequence[int]) -> None:
+        """Undo a `hold` of *entries*: they are the *old_entries* again, as they still are in the file."""
         self.cache.update(guest_offset, old_entries)
-        self.release(guest_offset, len(old_entries))
+        self.release(guest_offset, entries)
+
+    def remember_again(
+        self, guest_offset: int, entries: Sequence[int], taken_back: int, old_entries: Sequence[int]
+    ) -> None:
+        """Hold those of *entries*, which wait, that a `take_back` of *taken_back* has brought to light."""
+        old = dict(enumerate(old_entries, self.geometry.cluster_of(taken_back)))
+        for cluster, entry in enumerate(entries, self.geometry.cluster_of(guest_offset)):
+            if old.get(cluster) == entry:
+                self.remember(cluster << self.geometry.cluster_bits, [entry])
 
     @property
     def holds(self) -> bool:

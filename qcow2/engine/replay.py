@@ -34,13 +34,17 @@ async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     target = await Target.of(file, header)
+    links = list(links)
+    old: dict[int, list[int]] = {}  # a cluster that waits again has been any of them
+    for link in links:
+        old.setdefault(link.cluster, []).append(link.old_entry)
     links, dropped = target.accept(links)
     wanted: list[Link] = []
     for first, group in by_slice(target.geometry, links):
         entries = target.entries.unpack(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
         for link in group:
             entry = entries[link.cluster % len(entries)]
-            if target.entries.is_alike(entry, link.old_entry):
+            if any(target.entries.is_alike(entry, each) for each in old[link.cluster]):
                 wanted.append(link)
             elif entry != link.new_entry:
                 dropped += 1

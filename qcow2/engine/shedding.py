@@ -85,7 +85,7 @@ class Shedder:
         """Zeros in the rest of a cluster, if it is the image's own."""
         if guest_offset < end:
             run = await self._mapping.resolve(guest_offset, end - guest_offset)
-            if run.kind in (Kind.DATA, Kind.COMPRESSED):
+            if self._geometry.has_subclusters or run.kind in (Kind.DATA, Kind.COMPRESSED):
                 await self._zeroer.write_zeroes(guest_offset, end - guest_offset, unmap=False)
 
     async def shed(self, guest_offset: int) -> None:

@@ -15,6 +15,7 @@ from qcow2.engine.reading import Reader
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.root import Root
 from qcow2.engine.statistics import Statistics
+from qcow2.engine.subclusters import Subclusters
 from qcow2.engine.table import Tables
 from qcow2.engine.turns import Turns
 from qcow2.format.geometry import Geometry
@@ -58,6 +59,7 @@ class Writer:
         self._root = root
         self._links = links
         self._statistics = statistics
+        self.subclusters = Subclusters(data, geometry, mapping, reader, allocator, reaper, root, links, statistics)
 
     async def write(self, guest_offset: int, source: Buffer) -> None:
         """Put *source*, which lies inside the disk, at *guest_offset*; process-safe on return.
@@ -87,9 +89,9 @@ class Writer:
             done = 0
             if run.kind not in (MISS, BAD) and hold.was_immediate:
                 done = await self._write_run(run, guest_offset, source.slice(0, run.nbytes))
-            await self._write_held(guest_offset + done, source.slice(done, nbytes - done))
+            await self.write_held(guest_offset + done, source.slice(done, nbytes - done))
 
-    async def _write_held(self, guest_offset: int, source: Buffer) -> None:
+    async def write_held(self, guest_offset: int, source: Buffer) -> None:
         """Write *source* to clusters that are locked."""
         done = 0
         while done < len(source):
@@ -103,7 +105,7 @@ class Writer:
         async with self.locks.hold(self._geometry.cluster_of(start), self._geometry.cluster_of(end - 1)):
             content = await self._old_content(start, end)
             content[guest_offset - start : guest_offset - start + len(source)] = source.load()
-            await self._write_held(start, MemoryBuffer(content))
+            await self.write_held(start, MemoryBuffer(content))
 
     async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
@@ -113,6 +115,9 @@ class Writer:
         source = self._front(source, self._geometry.slice_end(guest_offset) - guest_offset)  # links of one write
         if not self._mapping.has_private_table(guest_offset):
             await self._tables.require_private(guest_offset)
+        if self._geometry.has_subclusters:
+            async with self._copies:
+                return await self.subclusters.write(guest_offset, source)
         if run.kind == ZERO_ALLOCATED and run.copied:
             return await self._write_kept(run, guest_offset, source)
         return await self._write_new(run, guest_offset, source)
@@ -126,6 +131,8 @@ class Writer:
         offset = self._geometry.round_down(guest_offset)
         while offset < end:
             run = await self._mapping.resolve(offset, min(end, self._geometry.slice_end(offset)) - offset)
+            if self._geometry.has_subclusters:
+                run = run._replace(nbytes=min(end - offset, self._geometry.cluster_size))
             taken = run.nbytes
             if run.kind in HOLDS_NOTHING and await self._reader.reads_as_zeros(offset, run.nbytes):
                 taken = min(run.nbytes, await self.place(run, offset, writes=writes))
@@ -134,6 +141,9 @@ class Writer:
     async def place(self, run: Run, guest_offset: int, *, writes: bool) -> int:
         """Link new clusters, as many as come in one piece, for the front of *run*; how many bytes."""
         await self._tables.require_private(guest_offset)
+        if self._geometry.has_subclusters:
+            await self.subclusters.place(guest_offset, writes=writes)
+            return self._geometry.cluster_size
         bits = self._geometry.cluster_bits
         new = await self._allocator.allocate(min(self._geometry.clusters(run.nbytes), MAX_PLACED >> bits or 1))
         try:

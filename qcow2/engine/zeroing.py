@@ -51,7 +51,7 @@ class Zeroer:
         """Let go of the clusters that the range covers, if zeros can be told from the backing file; a hint."""
         first, last = self._covered(guest_offset, guest_offset + nbytes)
         if self._can_say_zero and first < last:
-            await self._clear(first, last, keep=False)
+            await self._clear(first, last, keep=False, is_hint=True)
 
     async def uncover(self, guest_offset: int, end: int) -> None:
         """Map nothing of the range any more, whole clusters of one table: what is below shows. Nobody else acts."""
@@ -59,7 +59,12 @@ class Zeroer:
             run = await self._mapping.resolve(
                 guest_offset, min(end, self._geometry.slice_end(guest_offset)) - guest_offset
             )
-            if run.kind != Kind.UNALLOCATED:
+            if self._geometry.has_subclusters:
+                if self._mapping.has_table(guest_offset):
+                    await self._tables.require_private(guest_offset)
+                    await self._writer.subclusters.uncover(guest_offset)
+                run = run._replace(nbytes=self._geometry.cluster_size)
+            elif run.kind != Kind.UNALLOCATED:
                 await self._tables.require_private(guest_offset)
                 nclusters = self._geometry.clusters(run.nbytes)
                 await self._mapping.link(guest_offset, [0] * nclusters)
@@ -67,9 +72,10 @@ class Zeroer:
             guest_offset += run.nbytes
 
     def _covered(self, guest_offset: int, end: int) -> tuple[int, int]:
-        """Where the clusters inside the range begin and end; the disk's last one may be partial."""
-        last = end if end == self._geometry.size else self._geometry.round_down(end)
-        return self._geometry.round_up(guest_offset), last
+        """Where the clusters, or subclusters, inside the range begin and end; the disk's last one may be partial."""
+        unit = self._geometry.subcluster_size
+        last = end if end == self._geometry.size else end - end % unit
+        return guest_offset + -guest_offset % unit, last
 
     async def _write_zeros(self, guest_offset: int, end: int) -> None:
         """Zeros as data, unless zeros are there."""
@@ -79,7 +85,7 @@ class Zeroer:
             if not await self._reader.reads_as_zeros(start, nbytes):
                 await self._writer.write(start, MemoryBuffer(zeroed(nbytes)))
 
-    async def _clear(self, guest_offset: int, end: int, *, keep: bool) -> None:
+    async def _clear(self, guest_offset: int, end: int, *, keep: bool, is_hint: bool = False) -> None:
         """Clear whole clusters, slice by slice; the lock is never held for longer than that."""
         while guest_offset < end:
             run = await self._mapping.resolve(guest_offset, end - guest_offset)
@@ -89,15 +95,27 @@ class Zeroer:
             stop = min(end, self._geometry.slice_end(guest_offset))
             first, last = self._geometry.cluster_of(guest_offset), self._geometry.cluster_of(stop - 1)
             async with self._writer.locks.hold(first, last):
-                await self._clear_locked(guest_offset, stop, keep=keep)
+                await self._clear_locked(guest_offset, stop, keep=keep, is_hint=is_hint)
             guest_offset = stop
 
-    async def _clear_locked(self, guest_offset: int, end: int, *, keep: bool) -> None:
+    async def _clear_locked(self, guest_offset: int, end: int, *, keep: bool, is_hint: bool) -> None:
+        if self._geometry.has_subclusters:
+            await self._clear_parts(guest_offset, end, keep=keep, is_hint=is_hint)
+            return
         while guest_offset < end:
             run = await self._mapping.resolve(guest_offset, end - guest_offset)
             if not await self._needs_no_change(run, guest_offset, keep=keep):
                 await self._clear_run(run, guest_offset, keep=keep)
             guest_offset += run.nbytes
+
+    async def _clear_parts(self, guest_offset: int, end: int, *, keep: bool, is_hint: bool) -> None:
+        """The same where clusters have subclusters."""
+        await self._tables.require_private(guest_offset)
+        while guest_offset < end:
+            stop = min(end, self._geometry.round_down(guest_offset) + self._geometry.cluster_size)
+            if not await self._writer.subclusters.clear(guest_offset, stop, keep=keep) and not is_hint:
+                await self._writer.write_held(guest_offset, MemoryBuffer(zeroed(stop - guest_offset)))
+            guest_offset = stop
 
     async def _needs_no_change(self, run: Run, guest_offset: int, *, keep: bool) -> bool:
         match run.kind:

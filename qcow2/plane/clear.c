@@ -29,14 +29,14 @@ uint64_t l2map_clears(const struct l2map *map)
     return map->clears;
 }
 
-/* Narrow the range to the clusters that it covers; the disk's last one may be partial. */
+/* Narrow the range to the clusters, or subclusters, that it covers; the disk's last one may be partial. */
 static void narrow(const struct l2map *map, uint64_t *start, uint64_t *end)
 {
-    uint64_t in_cluster = (UINT64_C(1) << map->cluster_bits) - 1;
+    uint64_t in_unit = (UINT64_C(1) << map->format.subcluster_bits) - 1;
 
-    *start = (*start + in_cluster) & ~in_cluster;
+    *start = (*start + in_unit) & ~in_unit;
     if (*end != map->size)
-        *end &= ~in_cluster;
+        *end &= ~in_unit;
 }
 
 /* Whether an entry can say zeros: version 2 has no flag for it, and no entry lets the backing file show. */
@@ -85,11 +85,43 @@ static int add_entry(struct l2map *map, const struct l2_run *run, enum extent_cl
     return 0;
 }
 
+/* Add the entry of a cluster with subclusters, of which those from start to end come to read as zeros. -> 0, or -EAGAIN. */
+static int add_parts(struct l2map *map, uint64_t start, uint64_t end, enum extent_clearing how,
+                     struct clearing *clearing)
+{
+    const struct entry_format *format = &map->format;
+    uint64_t cluster_start = start >> map->cluster_bits << map->cluster_bits;
+    uint32_t first = (uint32_t)((start - cluster_start) >> format->subcluster_bits);
+    uint32_t last = (uint32_t)((end - cluster_start - 1) >> format->subcluster_bits);
+    struct entry entry;
+    struct l2_run run;
+
+    l2map_describe(map, start, 1, &run);
+    if (run.kind == L2_BAD || run.kind == L2_COMPRESSED || (entry_host_offset(run.entry) && !run.copied))
+        return -EAGAIN;
+    entry = entry_zeroed(format, run.entry, first, end == map->size ? ENTRY_SUBCLUSTERS - 1 : last);
+    if (!map->has_backing && !entry_host_offset(entry))
+        entry = run.entry; /* all of it reads as zeros */
+    if (how != EXTENT_KEEP && entry_host_offset(entry) && !entry_data_bits(entry)) {
+        if (free_cluster(map->freed, clearing, entry_host_offset(entry) >> map->cluster_bits) < 0)
+            return -EAGAIN;
+        entry = entry_without_cluster(entry);
+    }
+    clearing->changes |= !entry_is_same(entry, run.entry);
+    entry_put(format, clearing->words, clearing->nentries++, entry);
+    return 0;
+}
+
 static int gather(struct l2map *map, uint64_t start, uint64_t end, enum extent_clearing how, struct clearing *clearing)
 {
     struct l2_run run;
 
     clearing->nfreed = clearing->nentries = clearing->changes = 0;
+    for (uint64_t next; map->format.word_bits && start < end; start = next) {
+        next = least(end, ((start >> map->cluster_bits) + 1) << map->cluster_bits);
+        if (add_parts(map, start, next, how, clearing) < 0)
+            return -EAGAIN;
+    }
     for (; start < end; start += run.nbytes) {
         l2map_describe(map, start, least(end - start, UINT64_C(1) << map->cluster_bits), &run);
         if (add_entry(map, &run, how, clearing) < 0)

@@ -235,9 +235,10 @@ static inline struct entry entry_written(const struct entry_format *format, stru
     return entry;
 }
 
-static inline struct entry entry_without_copied(struct entry entry)
+/* An entry with subclusters, none of them data, without its host cluster. */
+static inline struct entry entry_without_cluster(struct entry entry)
 {
-    entry.word &= ~ENTRY_COPIED;
+    entry.word = 0;
     return entry;
 }
 

@@ -165,6 +165,14 @@ class Entries:
             for entry in entries
         )
 
+    def has_data(self, entry: int) -> bool:
+        """Whether a subcluster of *entry* is data."""
+        return bool(lib.entry_data_bits(native_entry(entry)))
+
+    def without_cluster(self, entry: int) -> int:
+        """*entry*, which has no data, without its host cluster: what it says of zeros stays."""
+        return self._int(lib.entry_without_cluster(native_entry(entry)))
+
     def payload(self, entry: int) -> tuple[int, int]:
         """Host offset and greatest length of the stream that a compressed *entry* names."""
         payload = lib.entry_payload(self.native, native_entry(entry))

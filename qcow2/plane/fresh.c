@@ -89,20 +89,19 @@ int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last)
            has_any(locks->clusters, LOCK_CLUSTERS, first, last);
 }
 
-/* What the backing file, of which the whole cluster shows, has for it: one run of zeros, one of data, or else punt. */
-static struct extent describe_old(struct l2map *map, uint64_t cluster, struct entry *entry)
+/* What the guest sees of nbytes at `start`, all nothing or all zeros in this image: one run of zeros, one of data, or else
+ * punt. */
+static struct extent describe_old(struct l2map *map, uint64_t start, uint64_t nbytes)
 {
-    uint64_t start = cluster << map->cluster_bits, nbytes = UINT64_C(1) << map->cluster_bits;
     struct extent first, under;
     struct l2_run run;
 
     if (nbytes > map->size - start)
         nbytes = map->size - start;
     l2map_describe(map, start, nbytes, &run);
-    *entry = run.entry;
-    if (run.kind == L2_ZERO_PLAIN)
+    if (run.nbytes == nbytes && (run.kind == L2_ZERO_PLAIN || (run.kind == L2_ZERO_ALLOCATED && run.copied)))
         return (struct extent){.kind = EXTENT_ZERO, .nbytes = nbytes};
-    if (run.kind != L2_UNALLOCATED)
+    if (run.kind != L2_UNALLOCATED || run.nbytes < nbytes || (run.host_offset && !run.copied))
         return (struct extent){.kind = EXTENT_PUNT};
     l2map_translate_backing(map, start, nbytes, NULL, &first);
     if (first.kind == EXTENT_DATA && first.nbytes == nbytes && !first.cipher)
@@ -139,6 +138,14 @@ static int take_cluster(struct stock *stock, uint64_t *host_cluster)
     return stock->nspoiled < STOCK_SPOILED && !is_wanted_by_python(stock) && stock_take(stock, 1, host_cluster);
 }
 
+/* A write, all in one cluster, and the subclusters that it touches. */
+struct touched {
+    uint64_t cluster, start; /* guest offset of the first subcluster */
+    uint64_t nbytes;         /* of them */
+    uint32_t first, last;
+    struct entry entry; /* as it is */
+};
+
 static struct entry entry_of_place(const struct extent_place *place)
 {
     return (struct entry){place->entry[0], place->entry[1]};
@@ -156,20 +163,45 @@ static void name_in_table(const struct l2map *map, struct extent_place *place, u
 
 /* A record of it, in the link log. The old content need not be read if all of it is written over. */
 static void name_in_log(struct l2map *map, struct extent_place *place, const struct extent *old,
-                        struct entry old_entry, uint64_t nbytes)
+                        const struct touched *touched, uint64_t nbytes)
 {
-    if (nbytes < old->nbytes) {
+    if (old->kind == EXTENT_DATA && nbytes < old->nbytes) {
         place->old_slot = old->slot;
         place->old_offset = old->host_offset;
         place->old_nbytes = old->nbytes;
-        place->ahead = place->guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
+        place->ahead = place->guest_offset - touched->start;
     }
     place->memory = map->log->memory;
-    place->name_offset = link_log_record(map->log, place->guest_offset >> map->cluster_bits, old_entry,
+    place->name_offset = link_log_record(map->log, touched->cluster, touched->entry,
                                          entry_of_place(place), place->name);
     place->name_nbytes = LINK_RECORD_NBYTES;
     place->mark_offset = LINK_MARK_OFFSET;
     link_log_mark(map->log, map->log->next, place->mark);
+}
+
+static struct touched touch(struct l2map *map, uint64_t guest_offset, uint64_t nbytes)
+{
+    uint32_t unit_bits = map->format.subcluster_bits;
+    struct touched touched = {.cluster = guest_offset >> map->cluster_bits};
+    uint64_t cluster_start = touched.cluster << map->cluster_bits;
+
+    touched.first = (uint32_t)((guest_offset - cluster_start) >> unit_bits);
+    touched.last = (uint32_t)((guest_offset - cluster_start + nbytes - 1) >> unit_bits);
+    touched.start = cluster_start + ((uint64_t)touched.first << unit_bits);
+    touched.nbytes = least((uint64_t)(touched.last + 1 - touched.first) << unit_bits, map->size - touched.start);
+    touched.entry = l2map_entry(map, touched.cluster);
+    return touched;
+}
+
+/* The entry that makes the touched subclusters of the host cluster at host_offset the guest's. One that is zeros, where
+ * zeros showed, is its as a whole. */
+static struct entry entry_after(struct l2map *map, const struct touched *touched, uint64_t host_offset, int is_zeros)
+{
+    if (is_zeros && map->format.word_bits &&
+        describe_old(map, touched->cluster << map->cluster_bits, UINT64_C(1) << map->cluster_bits).kind ==
+                        EXTENT_ZERO)
+        return entry_data(&map->format, host_offset);
+    return entry_written(&map->format, touched->entry, host_offset, touched->first, touched->last);
 }
 
 static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)
@@ -177,27 +209,33 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     struct l2map *map = context;
     uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
     uint64_t table = l2map_private_table(map, cluster), host_cluster;
-    struct entry old_entry, entry;
+    struct touched touched;
+    struct entry entry;
     struct extent old;
-    int copies;
+    int is_kept, waits;
 
     if (map->cipher || !table || !is_simple(map, cluster, in_cluster, nbytes))
         return -EAGAIN;
-    old = describe_old(map, cluster, &old_entry);
-    copies = old.kind == EXTENT_DATA;
-    if (copies ? !map->log || !link_log_has_room(map->log) : old.kind != EXTENT_ZERO)
+    touched = touch(map, guest_offset, nbytes);
+    old = describe_old(map, touched.start, touched.nbytes);
+    is_kept = entry_host_offset(touched.entry) != 0;
+    waits = old.kind == EXTENT_DATA || is_kept; /* in a cluster that is kept may be anything */
+    if (old.kind == EXTENT_PUNT || (waits && (!map->log || !link_log_has_room(map->log))) ||
+        (is_kept && old.kind == EXTENT_ZERO && nbytes < touched.nbytes) || (is_kept && !map->format.word_bits))
         return -EAGAIN;
-    if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))
+    host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
+    if (!is_kept && !take_cluster(waits ? map->unsynced : map->stock, &host_cluster))
         return -EAGAIN;
-    entry = entry_data(&map->format, host_cluster << map->cluster_bits);
+    entry = entry_after(map, &touched, host_cluster << map->cluster_bits, !waits);
     *out = (struct extent_place){
         .slot = map->slot,
         .host_offset = (host_cluster << map->cluster_bits) + in_cluster,
         .guest_offset = guest_offset,
         .entry = {entry.word, entry.bitmap},
+        .is_kept = is_kept,
     };
-    if (copies)
-        name_in_log(map, out, &old, old_entry, nbytes);
+    if (waits)
+        name_in_log(map, out, &old, &touched, nbytes);
     else
         name_in_table(map, out, table + l2map_in_table(map, cluster));
     return 0;
@@ -208,7 +246,10 @@ static void link_waits(struct l2map *map, const struct extent_place *place)
     struct link_log *log = map->log;
 
     ASSERT(log->nlinks < WAITING_LINKS && log->next - log->first < log->capacity);
-    log->links[log->nlinks++] = (struct waiting_link){place->guest_offset >> map->cluster_bits, {place->entry[0], place->entry[1]}};
+    log->links[log->nlinks++] = (struct waiting_link){
+        place->guest_offset >> map->cluster_bits,
+        {place->entry[0], place->entry[1]},
+    };
     log->next++;
 }
 
@@ -220,18 +261,21 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
 
     if (outcome == EXTENT_NAMED) {
         ASSERT(!l2map_is_locked(map, place->guest_offset >> map->cluster_bits, place->guest_offset >> map->cluster_bits));
-        stock->linked++;
+        stock->linked += !place->is_kept;
         if (place->memory)
             link_waits(map, place);
         l2map_update(map, place->guest_offset, place->entry, 1);
         return 0;
     }
     if (outcome == EXTENT_UNTOUCHED) {
-        stock_put_back(stock, host_cluster);
+        if (!place->is_kept)
+            stock_put_back(stock, host_cluster);
         return 0;
     }
-    ASSERT(stock->nspoiled < STOCK_SPOILED);
-    stock->spoiled[stock->nspoiled++] = host_cluster;
+    if (!place->is_kept) {
+        ASSERT(stock->nspoiled < STOCK_SPOILED);
+        stock->spoiled[stock->nspoiled++] = host_cluster;
+    }
     /* Without space an entry is as it was; after anything else nobody knows. */
     if (!error || error == -ENOSPC || error == -EDQUOT)
         return 0;

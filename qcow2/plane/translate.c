@@ -88,6 +88,14 @@ static int load(struct l2map *map, uint64_t slice, struct extent_reader *reader)
     return 1;
 }
 
+/* Whether a write to the run may find a place: in a new cluster, or in a part of its own that is no data yet. */
+static int may_be_fresh(const struct l2map *map, const struct l2_run *run)
+{
+    if (!run->host_offset)
+        return run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_PLAIN;
+    return map->format.word_bits && run->copied && (run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_ALLOCATED);
+}
+
 static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, int is_write,
                           struct extent_reader *reader, struct extent *out)
 {
@@ -105,7 +113,7 @@ static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nby
         out->cipher = map->cipher;
     } else if (!is_write && (run.kind == L2_ZERO_PLAIN || run.kind == L2_ZERO_ALLOCATED)) {
         out->kind = EXTENT_ZERO;
-    } else if (is_write && (run.kind == L2_UNALLOCATED || run.kind == L2_ZERO_PLAIN)) {
+    } else if (is_write && may_be_fresh(map, &run)) {
         uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
 
         /* Encrypted, the zeros of a cluster in stock are none: Python completes it. */

@@ -177,7 +177,7 @@ def _announcement(request: Request, options: Options, size: int) -> str:
     words = [f"Formatting {_quoted(request.path)}, fmt=qcow2"]
     words += [f"{name}={text}" for name, text in request.given.items() if name.startswith("encrypt.")]
     words.append(f"cluster_size={options.cluster_size}")
-    words.append("extended_l2=off")
+    words.append(f"extended_l2={'on' if options.has_subclusters else 'off'}")
     if "preallocation" in request.given:
         words.append(f"preallocation={options.preallocation.value}")
     words += [f"compression_type={options.compression.name.lower()}", f"size={size}"]

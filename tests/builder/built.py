@@ -40,7 +40,7 @@ class Built:
 
     def l2_entry_offset(self, guest_cluster: int) -> int:
         l1_index, l2_index = divmod(guest_cluster, self.recipe.entries_per_table)
-        return self.l2_offsets[l1_index] + 8 * l2_index
+        return self.l2_offsets[l1_index] + self.recipe.entry_size * l2_index
 
     def l2(self, guest_cluster: int) -> int:
         return int.from_bytes(self.peek(self.l2_entry_offset(guest_cluster), 8), "big")

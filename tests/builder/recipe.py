@@ -5,7 +5,7 @@ from typing import Literal
 
 import zstandard
 
-from tests.builder.record import deflate, padded
+from tests.builder.record import EXTENDED_L2, deflate, padded
 
 Layout = Literal["packed", "reversed", "scattered"]
 
@@ -19,6 +19,8 @@ class Cluster:
     at: int | None = None  # host cluster asked for
     host_offset: int = 0  # where it came to lie; for compressed clusters any byte
     nbytes: int = 0  # compressed bytes on the disk
+    data_bits: int = 0xFFFFFFFF  # of an extended entry: the subclusters that are data,
+    zero_bits: int = 0  # and those that are zeros; the others show the backing file
 
     @property
     def is_allocated(self) -> bool:
@@ -60,11 +62,23 @@ class Recipe:
 
     @property
     def entries_per_table(self) -> int:
-        return self.cluster_size // 8
+        return self.cluster_size // self.entry_size
+
+    @property
+    def has_subclusters(self) -> bool:
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def entry_size(self) -> int:
+        return 16 if self.has_subclusters else 8
 
     def data(self, guest_cluster: int, content: bytes, *, at: int | None = None) -> None:
         """Map a guest cluster to a host cluster that holds *content*, at host cluster *at* if given."""
         self.view[guest_cluster] = Cluster("data", content, at)
+
+    def parts(self, guest_cluster: int, content: bytes, *, data: int, zero: int = 0) -> None:
+        """Map to a host cluster that holds *content*, of which only the subclusters of the bits *data* are shown."""
+        self.view[guest_cluster] = Cluster("data", content, data_bits=data, zero_bits=zero)
 
     def zero(self, guest_cluster: int) -> None:
         """Set the zero flag without an allocation."""
@@ -95,6 +109,14 @@ class Recipe:
         seen = bytearray(backing[: self.size].ljust(self.size, b"\0"))
         for index, cluster in self.view.items():
             content = b"" if "zero" in cluster.kind else cluster.content
-            start = index << self.cluster_bits
+            start, unit = index << self.cluster_bits, self.cluster_size // 32
+            if cluster.kind == "data" and self.has_subclusters:
+                for part in range(32):
+                    at = start + part * unit
+                    if cluster.data_bits >> part & 1:
+                        seen[at : at + unit] = content[part * unit : (part + 1) * unit].ljust(unit, b"\0")
+                    elif cluster.zero_bits >> part & 1:
+                        seen[at : at + unit] = bytes(unit)
+                continue
             seen[start : start + self.cluster_size] = content.ljust(self.cluster_size, b"\0")
         return bytes(seen[: self.size])

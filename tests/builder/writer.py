@@ -193,24 +193,37 @@ class _Writer:
             for l1_index, table in view_tables.items():
                 run = table_runs[id(table)]
                 l1[l1_index] = run.host_offset | self._copied(run.host_offset)
-                entries = [0] * self.recipe.entries_per_table
+                words = self.recipe.entry_size // 8
+                entries = [0] * (self.recipe.entries_per_table * words)
                 for l2_index, cluster in table.items():
-                    entries[l2_index] = self._entry(cluster)
+                    entries[l2_index * words] = self._entry(cluster)
+                    if self.recipe.has_subclusters:
+                        entries[l2_index * words + 1] = self._bitmap(cluster)
                 self.pieces[run.host_offset] = struct.pack(f">{len(entries)}Q", *entries)
             self.pieces[l1_run.host_offset] = struct.pack(f">{l1_size}Q", *l1)
 
     def _copied(self, host_offset: int) -> int:
         return COPIED if self.references[host_offset // self.cluster_size] == 1 else 0
 
+    def _bitmap(self, cluster: Cluster) -> int:
+        match cluster.kind:
+            case "zero" | "preallocated zero":
+                return 0xFFFFFFFF << 32
+            case "compressed":
+                return 0
+            case "data":
+                return cluster.zero_bits << 32 | cluster.data_bits
+
     def _entry(self, cluster: Cluster) -> int:
+        zero = 0 if self.recipe.has_subclusters else ZERO
         match cluster.kind:
             case "zero":
-                return ZERO
+                return zero
             case "compressed":
                 bits = 62 - (self.recipe.cluster_bits - 8)
                 return COMPRESSED | self._sectors(cluster) << bits | cluster.host_offset
             case "data" | "preallocated zero" as kind:
-                return cluster.host_offset | self._copied(cluster.host_offset) | (ZERO if kind != "data" else 0)
+                return cluster.host_offset | self._copied(cluster.host_offset) | (zero if kind != "data" else 0)
 
     def _snapshot(self, index: int, l1_offset: int, l1_size: int) -> bytes:
         """A snapshot table entry with the 16 bytes of extra data that version 3 asks for."""
@@ -248,7 +261,7 @@ class _Writer:
         for run in (self.refcount_table, *blocks.values()):
             self._refer(run.host_offset, run.nclusters * self.cluster_size)
         per_block = (self.cluster_size * 8) >> self.recipe.refcount_order
-        table = [0] * (self.refcount_table.nclusters * self.recipe.entries_per_table)
+        table = [0] * (self.refcount_table.nclusters * self.cluster_size // 8)
         for index, run in blocks.items():
             table[index] = run.host_offset
             counts = [self.references[index * per_block + i] for i in range(per_block)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Store
@@ -23,7 +24,7 @@ from qcow2.judge.repair import repair
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import LIMIT, LinkLog, read_log
 from tests.builder import Recipe, build
-from tests.builder.record import MAGIC
+from tests.builder.record import EXTENDED_L2, MAGIC
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
@@ -48,6 +49,7 @@ class Kind:
     refcount_order: int = 4
     backing: bool = False
     beyond: int = -5  # sectors of the backing file past the end of the disk
+    incompatible: int = 0
     fill: Callable[[Recipe], None] = field(default=lambda recipe: None)
     encrypted: bool = False  # a new image, with data in two clusters
 
@@ -106,6 +108,27 @@ def some_bitmaps(recipe: Recipe) -> None:
     recipe.are_bitmaps_clean = True
 
 
+def some_parts(recipe: Recipe) -> None:
+    """Clusters of which a part is data, a part zeros and the rest nothing, beside whole ones and a compressed one."""
+    some_data(recipe)
+    recipe.parts(3, content(3, recipe.cluster_size), data=0x0000FF07, zero=0x000F0030)
+    recipe.parts(8, content(8, recipe.cluster_size), data=0, zero=0x80000001)
+    recipe.compressed(9, content(9, recipe.cluster_size))
+
+
+def shared_parts(recipe: Recipe) -> None:
+    """The same, most of them shared with a snapshot."""
+    some_parts(recipe)
+    recipe.snapshot("kept")
+    recipe.parts(3, content(34, recipe.cluster_size), data=0x00FF0001, zero=0x0000FF00)
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "": {"fill": some_parts},
+    "-lazy": {"fill": some_parts, "lazy": True},
+    "-backing": {"fill": some_parts, "backing": True, "lazy": True},
+    "-snapshot": {"fill": shared_parts, "backing": True},
+}  # with subclusters
 KINDS = {
     kind.name: kind
     for kind in (
@@ -126,6 +149,7 @@ KINDS = {
         Kind("encrypted-lazy", cluster_bits=10, nclusters=60, encrypted=True, lazy=True, refcount_order=3),
         Kind("encrypted-backing", cluster_bits=10, nclusters=60, encrypted=True, backing=True),
         Kind("encrypted-v2", cluster_bits=10, nclusters=60, encrypted=True, version=2),
+        *(Kind(f"parts{name}", cluster_bits=14, incompatible=EXTENDED_L2, **what) for name, what in PARTS.items()),
         Kind("width-1", refcount_order=0, cluster_bits=9, nclusters=100),
         Kind("width-64", refcount_order=6, cluster_bits=9, nclusters=100, fill=some_data),
     )
@@ -155,6 +179,7 @@ def start(name: str) -> Start:
         version=kind.version,
         cluster_bits=kind.cluster_bits,
         refcount_order=kind.refcount_order,
+        incompatible=kind.incompatible,
         compatible=LAZY if kind.lazy else 0,
         backing="base.raw" if kind.backing else None,
     )

@@ -28,6 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.builder import Built, Recipe, build
+from tests.builder.record import EXTENDED_L2
 from tests.crash.driver import SimulatedFile
 from tests.crash.history import SECTOR
 from tests.crash.images import LAZY, content
@@ -53,6 +54,7 @@ class Sort:
     compressed_backing: bool = False  # the backing file is an image of compressed clusters, not raw
     compressed: bool = False
     snapshot: bool = False
+    subclusters: bool = False
     tables: int = 1  # L2 tables before the one of the last ten clusters
 
     @property
@@ -61,8 +63,12 @@ class Sort:
 
     @property
     def per_table(self) -> int:
-        """How many clusters an L2 table maps; a refcount table of one cluster has as many entries."""
-        return (1 << self.cluster_bits) // 8
+        """How many clusters an L2 table maps; without subclusters a refcount table of one has as many entries."""
+        return (1 << self.cluster_bits) // (16 if self.subclusters else 8)
+
+    @property
+    def incompatible(self) -> int:
+        return EXTENDED_L2 if self.subclusters else 0
 
     @property
     def per_block(self) -> int:
@@ -76,7 +82,7 @@ class Sort:
     @property
     def room(self) -> int:
         """Clusters left in a refcount block that is nearly full."""
-        return {9: 40, 10: 60, 16: 3}[self.cluster_bits]
+        return {9: 40, 10: 60, 14: 6, 16: 3}[self.cluster_bits]
 
     def has(self, action: str) -> bool:
         """Whether *action* makes sense."""
@@ -86,7 +92,7 @@ class Sort:
             case "decompress":
                 return self.compressed
             case "table-growth":
-                return self.cluster_bits < 16
+                return self.cluster_bits < 14
             case _:
                 return True
 
@@ -111,6 +117,9 @@ SORTS = {
         Sort("width-1", cluster_bits=9, refcount_order=0),
         Sort("width-64", cluster_bits=9, refcount_order=6),
         Sort("64k", cluster_bits=16),
+        Sort("parts", cluster_bits=14, subclusters=True),
+        Sort("parts-lazy", cluster_bits=14, subclusters=True, backing=True, lazy=True),
+        Sort("parts-snapshot", cluster_bits=14, subclusters=True, backing=True, snapshot=True),
         Sort("64k-backing-lazy", cluster_bits=16, backing=True, lazy=True),
     )
 }
@@ -119,6 +128,7 @@ OVERLAYS = {
     for sort in (
         Sort("overlay", backing=True, backing_clusters=100),
         Sort("overlay-lazy", backing=True, backing_clusters=100, lazy=True),
+        Sort("parts-overlay", cluster_bits=14, subclusters=True, backing=True, backing_clusters=100, lazy=True),
     )
 }  # for copies by a data plane
 MANY_TABLES = {
@@ -214,6 +224,7 @@ def beginning(sort: Sort, full: str) -> Beginning:
         version=sort.version,
         cluster_bits=sort.cluster_bits,
         refcount_order=sort.refcount_order,
+        incompatible=sort.incompatible,
         compatible=LAZY if sort.lazy else 0,
         backing=BACKING if sort.backing else None,
     )
@@ -228,7 +239,8 @@ def beginning(sort: Sort, full: str) -> Beginning:
     if hosts:
         fill_blocks(sort, image, built, hosts[-1])
     nshown = max(SHOWN, sort.backing_clusters)
-    shown = Recipe(size=nshown * cluster_size, version=sort.version, cluster_bits=sort.cluster_bits, view=recipe.view)
+    shown = Recipe(size=nshown * cluster_size, version=sort.version, cluster_bits=sort.cluster_bits)
+    shown.incompatible = sort.incompatible
     shown.view = {index: cluster for index, cluster in recipe.view.items() if index < nshown}
     beyond = {}
     for ahead, _ in enumerate(hosts):
@@ -263,6 +275,8 @@ def fill(sort: Sort, recipe: Recipe) -> None:
     if sort.compressed:
         for index in (4, 5, 6):
             recipe.compressed(index, content(index, size))
+    if sort.subclusters:
+        recipe.parts(7, content(7, size), data=0x00F0FF07, zero=0x0F000030)
     if sort.snapshot:
         recipe.data(4, content(4, size))
         recipe.data(5, content(5, size))

@@ -129,3 +129,61 @@ def test_what_qemu_writes_is_read(tmp_path: Path, cluster: int, chain: str) -> N
     assert our_map(path) == qemu_map(path)
     assert qcow2_tool("check", path).returncode == 0
     assert json.loads(qcow2_tool("info", "--output=json", path).stdout)["format-specific"]["data"]["extended-l2"]
+
+
+def make(path: Path, size: int, cluster: int, *, backing: Path | None = None, more: str = "") -> None:
+    """An image by us."""
+    over = ["-b", backing, "-F", "qcow2"] if backing else []
+    done = qcow2_tool("create", "-q", "-o", f"extended_l2=on,cluster_size={cluster}{more}", *over, path, str(size))
+    assert done.returncode == 0, done.stderr
+
+
+def make_change(disk: qcow2.Disk, change: Change, model: bytearray) -> None:
+    """Make *change*, and say in *model* what the disk holds then."""
+    match change.what:
+        case "write":
+            disk.write(change.offset, bytes([change.byte]) * change.nbytes)
+        case "discard":
+            disk.discard(change.offset, change.nbytes)
+            seen = disk.read(change.offset, change.nbytes)
+            old = model[change.offset : change.offset + change.nbytes]
+            wrong = [i for i in range(0, len(seen), 512) if seen[i : i + 512] not in (old[i : i + 512], bytes(512))]
+            assert not wrong
+            model[change.offset : change.offset + change.nbytes] = seen
+            return
+        case what:
+            disk.write_zeroes(change.offset, change.nbytes, unmap=what == "unmap")
+    change.apply(model)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("chain", ["alone", "overlay", "changed", "snapshot", "lazy"])
+def test_what_we_write_is_what_everybody_reads(tmp_path: Path, cluster: int, chain: str) -> None:
+    size = min(12 * cluster + 3 * 512, 4 << 20)
+    model = bytearray(size)
+    path, base = tmp_path / "image", tmp_path / "base"
+    if chain == "overlay":
+        make(base, size - 5 * 512, cluster)
+        with qcow2.open(str(base), writable=True) as disk:
+            for change in changes(cluster, size - 5 * 512, cluster, 12):
+                make_change(disk, change, model)
+    make(path, size, cluster, backing=base if chain == "overlay" else None)
+    if chain == "changed":
+        for change in (made := changes(cluster + 7, size, cluster, 20, "write zero unmap compress")):
+            change.apply(model)
+        qemu_io(path, *(change.command() for change in made))
+    for turn in range(3):
+        if chain == "snapshot":
+            qemu_img("snapshot", "-c", f"s{turn}", path)
+            (tmp_path / f"s{turn}").write_bytes(model)
+        with qcow2.open(str(path), writable=True, lazy_refcounts=chain == "lazy") as disk:
+            for change in changes(cluster + turn, size, cluster, 30, "write write zero unmap discard"):
+                make_change(disk, change, model)
+                if change.byte % 5 == 0:
+                    disk.flush()
+            assert_same_bytes(disk.read(0, size), model)
+        assert_agreed(path, model)
+    if chain == "snapshot":
+        for turn in range(3):
+            with qcow2.open(str(path), snapshot=f"s{turn}") as disk:
+                assert_same_bytes(disk.read(0, size), (tmp_path / f"s{turn}").read_bytes())

@@ -203,14 +203,14 @@ MUTANTS = [
         "Law 4 and 6: what is handed out is counted, stably",
         Edit(
             "qcow2/plane/fresh.c",
-            "    if (!take_cluster(copies ? map->unsynced : map->stock, &host_cluster))",
-            "    if (!take_cluster(map->unsynced, &host_cluster))",
+            "    if (!is_kept && !take_cluster(waits ? map->unsynced : map->stock, &host_cluster))",
+            "    if (!is_kept && !take_cluster(map->unsynced, &host_cluster))",
         ),
     ),
     Mutant(
         "old_content_is_left_out",
         "Law 3: a copy keeps what is around",
-        Edit("qcow2/plane/fresh.c", "    if (nbytes < old->nbytes) {", "    if (nbytes > old->nbytes) {"),
+        Edit("qcow2/plane/fresh.c", "DATA && nbytes < old->nbytes) {", "DATA && nbytes > old->nbytes) {"),
         ("overlay", "overlay-lazy"),
     ),
     Mutant(
@@ -238,8 +238,8 @@ MUTANTS = [
         "Law 3: a discard covers whole clusters",
         Edit(
             "qcow2/plane/clear.c",
-            "        *end &= ~in_cluster;",
-            "        *end = (*end + in_cluster) & ~in_cluster;",
+            "        *end &= ~in_unit;",
+            "        *end = (*end + in_unit) & ~in_unit;",
         ),
     ),
     Mutant(
