@@ -29,6 +29,7 @@ COMMANDS = {
     "commit": ("commit", "bring what an overlay has into an image under it"),
     "bitmap": ("bitmap", "make, change, merge and remove dirty bitmaps"),
     "amend": ("amend", "change what an image is, not what its disk holds"),
+    "bench": ("bench", "say how long requests over a disk take"),
     "resize": ("resize", "make the disk of an image longer or shorter"),
     "link-logs": ("logs", "list what killed daemons left in memory"),
     "dump-header": ("dump", "show the header with all its extensions"),

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--compress", action="store_true", help="compress what is written; a new image only")
     parser.add_argument("--bitmaps", action="store_true", help="copy the dirty bitmaps, too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but for those that cannot be used")
+    parser.add_argument("--salvage", action="store_true", help="what cannot be read is zeros, and said")
     add_source_options(parser)
     add_snapshot_option(parser)
     parser.add_argument("filenames", nargs="*", metavar="FILE", help="sources, one after the other on one disk; target")
@@ -78,13 +79,17 @@ def run_command(arguments: argparse.Namespace) -> int:
         bitmaps = bitmaps_to_copy(wish, images, arguments)
         below = stack.enter_context(_base(wish, arguments))
         is_shared = below is not None and _is_backing_of(below, images[0])
-        source = Source.of(*images, tells_below=is_shared)
+        source = Source.of(*images, tells_below=is_shared, on_loss=_warn_of_loss if arguments.salvage else None)
         target = stack.enter_context(_target(wish, images, below, arguments))
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate))
         driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS)))
         driver.run(copy(source, target, pace, manner, None if is_shared else below))
     copy_bitmaps(bitmaps, path)
     return 0
+
+
+def _warn_of_loss(offset: int, error: Exception) -> None:
+    say(f"warning: error while reading offset {offset}: {getattr(error, 'strerror', None) or error}")
 
 
 def _known_format(image_format: str) -> str:

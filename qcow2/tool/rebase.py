@@ -16,7 +16,7 @@ from qcow2.node.node import Node
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.named import add_format_option, add_image_options, the_image
-from qcow2.tool.opening import cannot_open
+from qcow2.tool.opening import cannot_open, opening
 from qcow2.tool.option import validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.source import CACHE_MODES, add_source_options, open_source
@@ -60,7 +60,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     else:
         validate_backing(name, backing_format)
     if arguments.unsafe:
-        with recovered(arguments.filename, arguments) as file:
+        with opening(arguments.filename), recovered(arguments.filename, arguments) as file:
             run(change_header(file, name, backing_format))
     else:
         _rebase_safely(arguments, name, backing_format)

@@ -51,7 +51,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     touched.
     """
     if arguments.filename is None or arguments.size is None:
-        raise UsageError("Expecting image file name and size")
+        raise UsageError("Not enough arguments")
     if arguments.preallocation not in PREALLOCATIONS:
         raise Failure(f"Invalid preallocation mode '{arguments.preallocation}'")
     preallocation = PREALLOCATIONS[arguments.preallocation]

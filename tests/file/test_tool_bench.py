@@ -1,0 +1,67 @@
+"""`qcow2 bench` moves what it says, and `convert --salvage` what can be read."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import assert_clean, qemu_img, qemu_io, qemu_read
+from tests.program import qcow2_tool, qcow2_tool_ok
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "a", "1M")
+    return tmp_path / "a"
+
+
+def test_writes_reach_the_disk(path: Path) -> None:
+    words = [
+        "-w",
+        "-c",
+        "30",
+        "-d",
+        "4",
+        "-s",
+        "16k",
+        "-S",
+        "32k",
+        "-o",
+        "64k",
+        "--pattern=0x55",
+        "--flush-interval=10",
+    ]
+    first, second, last = qcow2_tool_ok("bench", *words, path).splitlines()
+    said = "Sending 30 write requests, 16384 bytes each, 4 in parallel (starting at offset 65536, step size 32768)"
+    assert (first, second) == (said, "Sending flush every 10 requests")
+    assert re.fullmatch(r"Run completed in \d+\.\d{3} seconds\.", last)
+    assert_clean(path)
+    expected = b"".join(
+        bytes([0x55 if at >= 65536 and at // 16384 % 2 == 0 else 0]) * 16384 for at in range(0, MIB, 16384)
+    )
+    assert qemu_read(path) == expected
+
+
+def test_reads_change_nothing(path: Path) -> None:
+    before = path.read_bytes()
+    assert qcow2_tool_ok("bench", "-q", "-c", "500", path) == ""
+    assert path.read_bytes() == before
+    assert "do not fit" in qcow2_tool("bench", "-s", "2M", "-d", "1", path).stderr
+
+
+def test_what_cannot_be_read_is_zeros_and_said(path: Path) -> None:
+    qemu_io(path, "write -c -P 6 512k 64k", "write -P 7 0 64k")
+    content = bytearray(path.read_bytes())
+    (entry,) = [int.from_bytes(content[at : at + 8], "big") for at in range(0x40000 + 64, 0x40000 + 72, 8)]
+    place = entry & ((1 << 54) - 1)
+    content[place : place + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    new = path.with_name("new")
+    assert qcow2_tool("convert", "-O", "raw", path, new).returncode == 1
+    done = qcow2_tool("convert", "--salvage", "-O", "raw", path, new)
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 128
+    assert "warning: error while reading offset 524288: " in done.stderr
+    assert new.read_bytes() == (b"\7" * 65536).ljust(MIB, b"\0")

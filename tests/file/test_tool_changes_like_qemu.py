@@ -1,0 +1,163 @@
+"""Command lines that change images, side by side with qemu-img: status, output, complaint, and what images are then."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.file.test_tool_like_qemu import about, adapted, said
+from tests.oracle import assert_clean, peers, qemu_img, qemu_io
+from tests.program import TOOL
+
+CHANGES = ("commit", "resize", "amend", "rebase", "snapshot")
+IMAGES = ("base", "top", "summit", "kept", "old")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("originals")
+    old = os.getcwd()
+    os.chdir(place)
+    qemu_img("create", "-q", "-f", "qcow2", "base", "1M")
+    qemu_io(Path("base"), "write -P 1 0 512k")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top", "2M")
+    qemu_io(Path("top"), "write -P 2 128k 128k", "write -z 256k 64k", "write -P 3 1536k 64k")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "top", "-F", "qcow2", "summit", "2M")
+    qemu_io(Path("summit"), "write -P 4 640k 64k")
+    qemu_img("create", "-q", "-f", "qcow2", "kept", "1M")
+    qemu_io(Path("kept"), "write -P 5 0 64k")
+    qemu_img("snapshot", "-c", "one", "kept")
+    qemu_io(Path("kept"), "write -P 6 64k 64k")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", "old", "1M")
+    qemu_img("create", "-q", "-f", "raw", "raw", "1M")
+    os.chdir(old)
+    return place
+
+
+ROWS = [
+    "commit top",
+    "commit -d top",
+    "commit -q top",
+    "commit -b base summit",
+    "commit -b top summit",
+    "commit -b nosuch summit",
+    "commit base",
+    "commit nosuch",
+    "resize base 2M",
+    "resize base +512k",
+    "resize base 1M",
+    "resize base 512k",
+    "resize --shrink base 512k",
+    "resize --shrink -q base -512k",
+    "resize --shrink base -2M",
+    "resize base",
+    "resize",
+    "resize --preallocation=nosuch base 2M",
+    "resize --preallocation=metadata base 2M",
+    "resize --preallocation=full base 2M",
+    "resize --preallocation=off --shrink base 64k",
+    "resize --shrink --preallocation=full base 64k",
+    "resize -f raw raw 2M",
+    "resize -f raw --shrink raw 64k",
+    "resize kept 2M",
+    "resize --shrink kept 512k",
+    "resize top 3M",
+    "resize old 3M",
+    "resize -f qcow2 nosuch 3M",
+    "amend -o lazy_refcounts=on base",
+    "amend -o compat=0.10 base",
+    "amend -o compat=1.1 old",
+    "amend -o compat=v3,refcount_bits=8 old",
+    "amend -o refcount_bits=64 kept",
+    "amend -o refcount_bits=1 base",
+    "amend -o refcount_bits=16 base",
+    "amend -o compat=0.10,lazy_refcounts=on base",
+    "amend -o compat=0.10,refcount_bits=32 base",
+    "amend -o refcount_bits=32 old",
+    "amend -o lazy_refcounts=on old",
+    "amend -o compat=0.42 base",
+    "amend -o refcount_bits=3 base",
+    "amend -o refcount_bits=128 base",
+    "amend -o size=2M base",
+    "amend -f raw -o size=2M raw",
+    "amend base",
+    "amend",
+    "amend -o lazy_refcounts=on",
+    "amend -o backing_file=base,backing_fmt=qcow2 top",
+    "amend -q -o compat=0.10 kept",
+    "rebase -u -b base -F qcow2 top",
+    "rebase -F qcow2 summit",
+    "rebase -b nosuch -F raw top",
+    "rebase -u -b base top",
+    "rebase -u -b base -F qcow2 nosuch",
+    "snapshot -l kept",
+    "snapshot -c two base",
+    "snapshot -d one kept",
+    "snapshot -d nosuch kept",
+    "snapshot -a one kept",
+    "snapshot -a nosuch kept",
+    "check base",
+    "check -q base",
+    "check --output=json kept",
+    "check -r leaks base",
+    "check -f raw raw",
+    "check nosuch",
+    "info --output=json summit",
+    "info summit",
+    "info --backing-chain top",
+    "info --output=json --backing-chain summit",
+    "info -f raw raw",
+    "info kept",
+    "info nosuch",
+    "map base",
+    "map --output=json kept",
+    "map -f raw raw",
+    "measure -O qcow2 --output=json top",
+    "bench --flush-interval=10 base",
+    "bench -w --flush-interval=10 base",
+    "bench",
+    "bench --pattern=300 -w base",
+]
+DIFFERENT = {  # from both or one, and why: docs/qemu-img.md has the table
+    "rebase -u -b base top": "the message says how to say the format",
+}
+
+
+@pytest.mark.parametrize("words", ROWS)
+@pytest.mark.parametrize("peer", peers(), ids=os.path.basename)
+def test_same_words_change_the_same(originals: Path, tmp_path: Path, peer: str, words: str) -> None:
+    results = []
+    for name, program in (("ours", linked(tmp_path)), ("theirs", peer)):
+        place = tmp_path / name
+        shutil.copytree(originals, place)
+        status, text = said(program, place, words)
+        changed = [place / each for each in IMAGES if each in words.split() and words.split()[0] in CHANGES]
+        results.append((status, adapted(without_times(text), peer), [facts(path) for path in changed]))
+        for path in changed if name == "ours" else ():
+            assert_clean(path)
+    ours, theirs = results
+    assert ours[0] == theirs[0], (ours[1], theirs[1])
+    if words not in DIFFERENT:
+        assert ours[1] == theirs[1]
+    assert ours[2] == theirs[2]
+
+
+def linked(tmp_path: Path) -> Path:
+    """Our tool under qemu-img's name: what was written for that is what is compared."""
+    path = tmp_path / "qemu-img"
+    path.symlink_to(TOOL)
+    return path
+
+
+def without_times(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if "actual-size" not in line and "disk size" not in line)
+
+
+def facts(path: Path) -> tuple[object, ...]:
+    info, extents = about(path, "qcow2")  # also of the chain: what shows through
+    for snapshot in info.get("snapshots", []):  # type: ignore[attr-defined]
+        for key in ("date-sec", "date-nsec"):
+            snapshot.pop(key)
+    return json.dumps(info, sort_keys=True), [(each["start"], each["length"], each["data"]) for each in extents]
