@@ -2,16 +2,20 @@
 
 import json
 import random
+import struct
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import qcow2
+from tests.builder import Built, Recipe, build
+from tests.builder.record import EXTENDED_L2
+from tests.frontend import FrontEnd
 from tests.oracle import assert_same_bytes, peers, qemu_img, qemu_io
-from tests.program import qcow2_tool
+from tests.program import Daemon, qcow2_tool
 
 CLUSTERS = [1 << 14, 1 << 16, 1 << 17, 1 << 21]
 
@@ -187,3 +191,132 @@ def test_what_we_write_is_what_everybody_reads(tmp_path: Path, cluster: int, cha
         for turn in range(3):
             with qcow2.open(str(path), snapshot=f"s{turn}") as disk:
                 assert_same_bytes(disk.read(0, size), (tmp_path / f"s{turn}").read_bytes())
+
+
+BOTH, LOOSE, STREAM = "data and zeros at once", "data but no cluster", "a stream with subclusters"
+DAMAGE: dict[str, Callable[[Built], None]] = {
+    BOTH: lambda built: built.poke(built.l2_entry_offset(0) + 8, struct.pack(">Q", 1 << 32 | 1)),
+    LOOSE: lambda built: built.poke(built.l2_entry_offset(5), struct.pack(">QQ", 0, 1)),
+    STREAM: lambda built: built.poke(built.l2_entry_offset(2) + 8, struct.pack(">Q", 1)),
+}
+
+
+def some_parts(path: Path) -> Built:
+    """An image with whole clusters, parts of one and two streams."""
+    recipe = Recipe(size=10 << 16, incompatible=EXTENDED_L2)
+    recipe.data(0, b"zero" * 16384)
+    recipe.parts(1, b"one." * 16384, data=0xFF, zero=0xFF00)
+    recipe.compressed(2, b"two." * 16384)
+    recipe.compressed(3, b"3333" * 16384)
+    return build(recipe, path)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_check_finds_what_contradicts_itself_and_frees_nothing_of_it(tmp_path: Path, damage: str) -> None:
+    built = some_parts(tmp_path / "image")
+    assert_agreed(built.path, built.recipe.contents())
+    DAMAGE[damage](built)
+    assert qcow2_tool("check", built.path).returncode == 2
+    counts = [built.refcount(cluster << 16) for cluster in range(9)]
+    assert qcow2_tool("check", "-r", "all", built.path).returncode == 2
+    assert [built.refcount(cluster << 16) for cluster in range(9)] == counts
+    if damage == STREAM:  # who reads looks at the stream only
+        assert_same_bytes(read_all(built.path), built.recipe.contents())
+
+
+@pytest.mark.parametrize("damage", [BOTH, LOOSE])
+def test_what_contradicts_itself_is_not_read(tmp_path: Path, damage: str) -> None:
+    built = some_parts(tmp_path / "image")
+    DAMAGE[damage](built)
+    with qcow2.open(str(built.path)) as disk:
+        with pytest.raises(qcow2.CorruptImage):
+            disk.read((5 if damage == LOOSE else 0) << 16, 512)
+        assert disk.read(1 << 16, 4) == b"one."
+
+
+def test_a_disk_that_shrank_and_grew_shows_zeros(tmp_path: Path) -> None:
+    built = some_parts(tmp_path / "image")
+    expected = built.recipe.contents()[: (1 << 16) + 3 * 2048 + 512]
+    done = qcow2_tool("resize", "-q", "--shrink", built.path, str(len(expected)))
+    assert done.returncode == 0, done.stderr
+    with qcow2.open(str(built.path), writable=True) as disk:
+        disk.resize(20 << 16)
+    assert_agreed(built.path, expected.ljust(20 << 16, b"\0"))
+
+
+@pytest.mark.parametrize("options", ["", "preallocation=metadata"])
+def test_a_copy_may_have_subclusters(tmp_path: Path, options: str) -> None:
+    built = some_parts(tmp_path / "image")
+    copy = tmp_path / "copy"
+    wanted = ",".join(filter(None, ["extended_l2=on", options]))
+    done = qcow2_tool("convert", "-O", "qcow2", "-o", wanted, built.path, copy)
+    assert done.returncode == 0, done.stderr
+    assert_agreed(copy, built.recipe.contents())
+    assert json.loads(qcow2_tool("info", "--output=json", copy).stdout)["format-specific"]["data"]["extended-l2"]
+    ours = json.loads(qcow2_tool("measure", "--output=json", "-O", "qcow2", "-o", wanted, "--size", "1G").stdout)
+    assert ours == json.loads(qemu_img("measure", "--output=json", "-O", "qcow2", "-o", wanted, "--size", "1G").stdout)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [("cluster_size=8k", "16384"), ("compat=0.10", "1.1")], ids=["small", "version 2"]
+)
+def test_what_cannot_have_subclusters_says_so(tmp_path: Path, options: str, said: str) -> None:
+    done = qcow2_tool("create", "-o", f"extended_l2=on,{options}", tmp_path / "image", "1M")
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
+def test_an_overlay_is_committed_and_rebased(tmp_path: Path) -> None:
+    size, cluster = 8 << 16, 1 << 16
+    model = bytearray(size)
+    base, path = tmp_path / "base", tmp_path / "image"
+    for file, backing, seed in ((base, None, 1), (path, base, 2)):
+        make(file, size, cluster, backing=backing)
+        with qcow2.open(str(file), writable=True) as disk:
+            for change in changes(seed, size, cluster, 20):
+                make_change(disk, change, model)
+    other = tmp_path / "other"
+    make(other, size, cluster)
+    done = qcow2_tool("rebase", "-b", other, "-F", "qcow2", path)
+    assert done.returncode == 0, done.stderr
+    assert_agreed(path, model)
+    done = qcow2_tool("commit", path)
+    assert done.returncode == 0, done.stderr
+    assert_agreed(other, model)
+    assert_agreed(path, model)
+
+
+@pytest.mark.parametrize("cache", ["writeback", "writethrough"])
+def test_a_daemon_writes_parts_of_clusters_over_a_backing_file_at_once(tmp_path: Path, cache: str) -> None:
+    """Few writes enter Python; killed with links that wait, and started again, it has them all."""
+    size, cluster, block = 64 << 20, 1 << 17, 4096
+    below = random.Random(1).randbytes(1 << 20) * 64
+    (tmp_path / "base").write_bytes(below)
+    path = tmp_path / "image"
+    options = f"extended_l2=on,cluster_size={cluster}"
+    assert qcow2_tool("create", "-q", "-o", options, "-b", tmp_path / "base", "-F", "raw", path).returncode == 0
+    model = bytearray(below)
+    order = random.Random(3).sample(range(size // block), 400)
+    order += [number + 1 for number in order[:200] if number % 32 < 31]
+    with Daemon(path, "--stats", f"--cache={cache}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            for at, number in enumerate(order):
+                data = at.to_bytes(4, "big") * (block // 4)
+                guest.write(number * block, data)
+                model[number * block : (number + 1) * block] = data
+                if at == len(order) // 2:
+                    guest.flush()
+        daemon.kill()
+    with Daemon(path, "--stats", f"--cache={cache}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            for number in order[:300]:
+                data = b"again..." * (block // 8)
+                guest.write(number * block + 512, data[: block - 512])
+                model[number * block + 512 : (number + 1) * block] = data[: block - 512]
+            for number in order:
+                assert guest.read(number * block, block) == model[number * block : (number + 1) * block]
+        daemon.stop()
+        told = json.loads(daemon.process.stdout.read()) if daemon.process.stdout else {}
+    assert told["python_requests"] < 100
+    assert qcow2_tool("check", "-r", "leaks", path).returncode == 0, "what the dead one had set aside"
+    assert_agreed(path, model)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.builder import Recipe, build
-from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
+from tests.builder.record import BACKING_FORMAT, EXTENDED_L2, LAZY_REFCOUNTS
 
 NBYTES = 24 << 20  # of the disk
 BASE_CLUSTER_BITS = 16
@@ -26,8 +26,9 @@ def old_data(draw: random.Random, nbytes: int) -> bytes:
     return b"".join(b"old %12d" % draw.randrange(10**12) * 32 for _ in range(nbytes // 512))
 
 
-def recipe_of(cluster_bits: int, nbytes: int, *, lazy: bool) -> Recipe:
-    return Recipe(size=nbytes, cluster_bits=cluster_bits, compatible=LAZY_REFCOUNTS if lazy else 0)
+def recipe_of(cluster_bits: int, nbytes: int, *, lazy: bool, incompatible: int = 0) -> Recipe:
+    compatible = LAZY_REFCOUNTS if lazy else 0
+    return Recipe(size=nbytes, cluster_bits=cluster_bits, compatible=compatible, incompatible=incompatible)
 
 
 def some_clusters(recipe: Recipe, draw: random.Random, *, compressed: bool) -> None:
@@ -39,22 +40,31 @@ def some_clusters(recipe: Recipe, draw: random.Random, *, compressed: bool) -> N
         (recipe.compressed if compressed else recipe.data)(index, old_data(draw, nbytes))
 
 
-def plain(directory: Path, draw: random.Random, nbytes: int, *, lazy: bool, cluster_bits: int) -> Start:
+def plain(
+    directory: Path, draw: random.Random, nbytes: int, *, lazy: bool, cluster_bits: int, incompatible: int = 0
+) -> Start:
     """Empty, but for a little old data."""
-    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy)
+    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy, incompatible=incompatible)
     for index in range(0, min(64, nbytes // recipe.cluster_size), 3):
         recipe.data(index, old_data(draw, recipe.cluster_size))
     return Start(build(recipe, directory / "a").path, recipe.contents(), lazy, cluster_bits)
 
 
 def overlay(
-    directory: Path, draw: random.Random, nbytes: int, *, lazy: bool, cluster_bits: int, compressed: bool
+    directory: Path,
+    draw: random.Random,
+    nbytes: int,
+    *,
+    lazy: bool,
+    cluster_bits: int,
+    compressed: bool,
+    incompatible: int = 0,
 ) -> Start:
     """Empty over a base image full of old data, which may be compressed."""
     base = recipe_of(BASE_CLUSTER_BITS, nbytes, lazy=False)
     some_clusters(base, draw, compressed=compressed)
     build(base, directory / "base")
-    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy)
+    recipe = recipe_of(cluster_bits, nbytes, lazy=lazy, incompatible=incompatible)
     recipe.backing = "base"
     recipe.extensions = [(BACKING_FORMAT, b"qcow2")]
     contents = base.contents()
@@ -68,7 +78,7 @@ def compressed(directory: Path, draw: random.Random, nbytes: int, *, lazy: bool,
     return Start(build(recipe, directory / "a").path, recipe.contents(), lazy, cluster_bits)
 
 
-KINDS = ("lazy", "accurate", "overlay", "overlay-lazy", "compressed-base", "compressed")
+KINDS = ("lazy", "accurate", "overlay", "overlay-lazy", "compressed-base", "compressed", "parts", "parts-overlay")
 
 
 def make(kind: str, directory: Path, draw: random.Random, nbytes: int = NBYTES) -> Start:
@@ -83,4 +93,11 @@ def make(kind: str, directory: Path, draw: random.Random, nbytes: int = NBYTES) 
             return overlay(directory, draw, nbytes, lazy=draw.random() < 0.5, cluster_bits=bits, compressed=True)
         case "compressed":
             return compressed(directory, draw, nbytes, lazy=draw.random() < 0.5, cluster_bits=bits)
+        case "parts":
+            bits = draw.choice((14, 17))
+            return plain(directory, draw, nbytes, lazy=draw.random() < 0.5, cluster_bits=bits, incompatible=EXTENDED_L2)
+        case "parts-overlay":
+            bits, lazy = draw.choice((14, 17)), draw.random() < 0.5
+            more = {"compressed": False, "incompatible": EXTENDED_L2}
+            return overlay(directory, draw, nbytes, lazy=lazy, cluster_bits=bits, **more)
     raise ValueError(kind)
