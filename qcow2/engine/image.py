@@ -485,8 +485,6 @@ def _require_writable(file: File, header: Header, options: OpenOptions) -> None:
         raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, "not closed cleanly, repair it before writing")
     if header.record.crypt_method == CryptMethod.AES:
         raise UnsupportedImage(file.path, "encrypted with the legacy AES of QEMU, which can be read only")
-    if header.record.crypt_method and header.record.has_subclusters:
-        raise UnsupportedImage(file.path, "encrypted, and with extended L2 entries: it can be read only")
     if options.lazy_refcounts and header.record.version < 3:
         raise UnsupportedImage(file.path, "lazy refcounts need version 3 (compat=1.1)")
 

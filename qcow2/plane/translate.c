@@ -129,7 +129,8 @@ static int extends(const struct extent *extent, const struct extent *after)
     if (after->kind != extent->kind || extent->kind == EXTENT_PUNT || extent->kind == EXTENT_FRESH)
         return 0;
     return extent->kind == EXTENT_ZERO ||
-           (after->slot == extent->slot && after->cipher == extent->cipher && after->host_offset == extent->host_offset + extent->nbytes);
+           (after->slot == extent->slot && after->cipher == extent->cipher &&
+            after->host_offset == extent->host_offset + extent->nbytes);
 }
 
 void l2map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent_reader *reader,

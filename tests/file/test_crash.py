@@ -11,7 +11,7 @@ from tests.crash.judge import opener, perform
 from tests.crash.workload import Action, random_steps
 
 SMALL = [name for name, kind in KINDS.items() if kind.cluster_bits == 9]
-RARE = ("encrypted-lazy", "encrypted-v2")  # left to the campaign
+RARE = ("encrypted-lazy", "encrypted-parts", "encrypted-v2")  # left to the campaign
 LARGE = [name for name in KINDS if name not in SMALL and name not in RARE]
 
 

@@ -21,6 +21,7 @@ CIPHERS = {
     "encrypt.ivgen-hash-alg=sha256",
     "cbc-plain": ",encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain,encrypt.hash-alg=sha1,compat=0.10",
     "small": ",cluster_size=1k,encrypt.cipher-mode=ctr",
+    "subclusters": ",extended_l2=on,cluster_size=16k",
     "preallocated": ",preallocation=metadata",
 }
 
