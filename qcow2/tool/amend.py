@@ -7,6 +7,7 @@ from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.identity import program
 from qcow2.tool.keyslots import SLOT_OPTIONS, amend_slots
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
@@ -79,7 +80,7 @@ def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:
     given = dict(split_options(arguments.options))
     for name in given:
         if name not in SLOT_OPTIONS:
-            raise Failure(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+            raise Failure(f"Invalid parameter '{name}'", hint="This option is only supported for image creation")
     with opening(image.path), opened(image.path, writable=True) as file:
         amend_slots(file, image.image_format, given, arguments.secrets)
 
@@ -99,7 +100,7 @@ def _given(texts: list[str]) -> dict[str, str]:
     given = {}
     for name, value in split_options(texts):
         if name not in AMENDABLE and (not name.startswith(SLOT) or name.removeprefix(SLOT) not in SLOT_OPTIONS):
-            raise Failure(f"Invalid parameter '{name}'\nThis option is only supported for image creation")
+            raise Failure(f"Invalid parameter '{name}'", hint="This option is only supported for image creation")
         given[name] = value
     return given
 
@@ -109,7 +110,7 @@ def _require_backing(path: str, given: dict[str, str]) -> None:
     present = dict(zip(("backing_file", "backing_fmt"), backing_of(path), strict=True))
     for name, value in present.items():
         if name in given and given[name] != (value or ""):
-            raise Failure("Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.")
+            raise Failure("Cannot amend the backing file", hint=f"You can use '{program()} rebase' instead.")
 
 
 def _amendment(given: dict[str, str]) -> Amendment:

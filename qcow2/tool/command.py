@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(_text_of(error))
     except Failure as failure:
         _complain(str(failure))
+        if failure.hint:
+            print(failure.hint, file=sys.stderr)
         return failure.status
     except (UsageError, ImageError, ValueError, StaleExtension) as error:
         return _complain(str(error))

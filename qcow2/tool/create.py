@@ -11,7 +11,8 @@ from qcow2.library.hostfile import created, opened
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
-from qcow2.tool.identity import default_format
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import default_format, is_qemu_img, say
 from qcow2.tool.option import (
     OPTIONS,
     asks_for_help,
@@ -19,9 +20,11 @@ from qcow2.tool.option import (
     parse_options,
     print_help,
     raw_preallocation,
+    split_options,
     validate_backing,
 )
 from qcow2.tool.quantity import parse_size
+from qcow2.tool.refused import NOT_A_SIZE, announcement, before_it_begins, once_it_has_begun
 from qcow2.tool.secret import add_object_option
 
 
@@ -63,12 +66,16 @@ def run_command(arguments: argparse.Namespace) -> int:
     Raises: ValueError, OSError, ImageError; the file is as before, or gone if it was not there.
     """
     if arguments.format not in FORMATS:
+        if is_qemu_img():
+            raise Failure(f"{arguments.filename}: Unknown file format '{arguments.format}'")
         raise ValueError(f"format {arguments.format!r} cannot be created, only {' and '.join(FORMATS)}")
     if asks_for_help(arguments.options):
         print_help(arguments.format)
         return 0
     if arguments.filename is None:
         raise ValueError("expecting the name of the image")
+    if is_qemu_img() and arguments.format == "qcow2":
+        _refuse_in_its_words(arguments)
     request = _request(arguments)
     match arguments.format:
         case "raw":
@@ -78,6 +85,28 @@ def run_command(arguments: argparse.Namespace) -> int:
         case _:
             _create_qcow2(request, arguments)
     return 0
+
+
+def _refuse_in_its_words(arguments: argparse.Namespace) -> None:
+    """Raises: Failure for what `qemu-img` has its own words for."""
+    path = arguments.filename
+    given = dict(split_options(arguments.options))
+    if arguments.size is not None:
+        try:
+            given["size"] = str(parse_size(arguments.size))
+        except ValueError as error:
+            say(NOT_A_SIZE[0])
+            raise Failure(NOT_A_SIZE[1]) from error
+    given |= {} if arguments.backing is None else {"backing_file": arguments.backing}
+    given |= {} if arguments.backing_format is None else {"backing_fmt": arguments.backing_format}
+    text = before_it_begins(path, given)
+    if text is not None and not (arguments.unsafe and "backing" in text):
+        first, _, hint = text.partition("\n")
+        raise Failure(f"{path}: {first}", hint=hint)
+    if "size" in given and (text := once_it_has_begun(given, size := parse_size(given["size"]))) is not None:
+        if not arguments.quiet:
+            print(announcement(path, given, size), flush=True)
+        raise Failure(f"{path}: {text}")
 
 
 def _create_qcow2(request: Request, arguments: argparse.Namespace) -> None:

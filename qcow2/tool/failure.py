@@ -8,6 +8,8 @@ class UsageError(Exception):
 class Failure(Exception):
     """The command has failed; the text says why."""
 
-    def __init__(self, text: str, status: int = 1) -> None:
+    def __init__(self, text: str, status: int = 1, *, hint: str = "") -> None:
+        """*hint* is printed after the line that *text* becomes: words of ours, of one line or more."""
         super().__init__(text)
         self.status = status
+        self.hint = hint

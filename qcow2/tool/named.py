@@ -89,7 +89,8 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
 
 def _parsed(text: str) -> dict[str, str]:
     try:
-        found = json.loads(text.removeprefix("json:"))
+        words = text.removeprefix("json:")
+        found = json.loads(words if '"' in words else words.replace("'", '"'))  # QEMU takes both quotes
     except ValueError as error:
         raise Failure(f"Could not open '{text}': Could not parse the JSON options: {error}") from error
     if not isinstance(found, dict):

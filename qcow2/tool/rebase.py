@@ -15,6 +15,7 @@ from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open, opening
 from qcow2.tool.option import validate_backing
@@ -55,8 +56,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if name is None:
         backing_format = None
     elif backing_format is None:
-        text = "backing format must be specified"
-        raise Failure(f"Could not change the backing file to '{name}': {text}, it is never guessed: -F FMT")
+        text = "backing format must be specified" + ("" if is_qemu_img() else ", it is never guessed: -F FMT")
+        raise Failure(f"Could not change the backing file to '{name}': {text}")
     else:
         validate_backing(name, backing_format)
     if arguments.unsafe:

@@ -1,0 +1,86 @@
+"""What `qemu-img create` says of what it cannot create, for scripts that read it; we say it under its name only."""
+
+import os
+
+from qcow2.engine.create import max_size
+from qcow2.tool.option import COMPATS, OPTIONS, PREALLOCATIONS, SWITCH
+from qcow2.tool.quantity import parse_size
+
+NEWER = "compatibility level 1.1 {} above (use version=v3 or greater)"
+ANY_SIZE = (
+    "Parameter '{}' expects a non-negative number below 2^64\n"
+    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
+)
+NOT_A_SIZE = (
+    "Invalid image size specified. You may use k, M, G, T, P or E suffixes for",
+    "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",
+)
+
+
+def before_it_begins(path: str, given: dict[str, str]) -> str | None:
+    """Its complaint about options that it cannot read, or a backing file that is not there; None if it has none."""
+    for name in given:
+        if name not in OPTIONS["qcow2"]:
+            return f"Invalid parameter '{name}'"
+    for name in ("size", "cluster_size"):
+        if _size(given.get(name, "0")) is None:
+            return ANY_SIZE.format(name)
+    for name in ("lazy_refcounts", "extended_l2", "data_file_raw"):
+        if given.get(name, "off") not in SWITCH:
+            return f"Parameter '{name}' expects 'on' or 'off'"
+    if not (given.get("refcount_bits", "16").lstrip("-").isdigit()):
+        return "Parameter 'refcount_bits' expects a number"
+    backing = given.get("backing_file")
+    if backing and ":" not in backing and not os.path.exists(below := os.path.join(os.path.dirname(path), backing)):
+        return f"Could not open '{below}': No such file or directory\nCould not open backing image."
+    if "size" not in given and not backing:
+        return "Image creation needs a size parameter"
+    if backing and not given.get("backing_fmt"):
+        return "Backing file specified without backing format"
+    return None
+
+
+def once_it_has_begun(given: dict[str, str], size: int) -> str | None:
+    """Its complaint about an image that cannot be; None if we do not know it."""
+    version = COMPATS.get(given.get("compat", "1.1"))
+    cluster_size, bits = _size(given.get("cluster_size", "64k")) or 0, int(given.get("refcount_bits", "16"))
+    preallocation = given.get("preallocation", "off")
+    if version is None:
+        return f"Parameter 'version' does not accept value '{given['compat']}'"
+    if preallocation not in PREALLOCATIONS:
+        return f"Parameter 'preallocation' does not accept value '{preallocation}'"
+    if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
+        return "Cluster size must be a power of two between 512 and 2048k"
+    if given.get("backing_fmt") and not given.get("backing_file"):
+        return "Backing format cannot be used without backing file"
+    if given.get("backing_file") and preallocation != "off" and not SWITCH[given.get("extended_l2", "off")]:
+        return "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+    if version < 3 and SWITCH[given.get("lazy_refcounts", "off")]:
+        return f"Lazy refcounts only supported with {NEWER.format('and')}"
+    if bits < 1 or bits > 64 or bits & (bits - 1):
+        return "Refcount width must be a power of two and may not exceed 64 bits"
+    if version < 3 and bits != 16:
+        return f"Different refcount widths than 16 bits require {NEWER.format('or')}"
+    if version < 3 and given.get("compression_type", "zlib") != "zlib":
+        return f"Non-zlib compression type is only supported with {NEWER.format('and')}"
+    if size > max_size(cluster_size.bit_length() - 1):
+        return "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
+    return None
+
+
+def announcement(path: str, given: dict[str, str], size: int) -> str:
+    """Its line about what it begins to make, sound or not."""
+    words = [f"Formatting '{path}', fmt=qcow2", f"cluster_size={_size(given.get('cluster_size', '64k'))}"]
+    words.append(f"extended_l2={given.get('extended_l2', 'off')}")
+    words += [f"preallocation={given['preallocation']}"] if "preallocation" in given else []
+    words += [f"compression_type={given.get('compression_type', 'zlib')}", f"size={size}"]
+    words += [f"{name}={given[name]}" for name in ("compat", "backing_file", "backing_fmt") if name in given]
+    words.append(f"lazy_refcounts={given.get('lazy_refcounts', 'off')}")
+    return " ".join([*words, f"refcount_bits={given.get('refcount_bits', '16')}"])
+
+
+def _size(text: str) -> int | None:
+    try:
+        return parse_size(text)
+    except ValueError:
+        return None
