@@ -10,11 +10,13 @@ from qcow2.engine.bitmapdirectory import BitmapDirectory
 from qcow2.engine.bitmapfitting import BitmapFitting
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap
+from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
 from qcow2.engine.growth import Grower
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.metadata import table_limit
+from qcow2.engine.packing import Packer
 from qcow2.engine.reading import Reader
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
@@ -48,6 +50,7 @@ class Changes:
         stability: Stability,
         statistics: Statistics,
         log: LinkLog | None,
+        compressed: CompressedClusters,
         *,
         file_size: int,
         snapshots: SnapshotTable,
@@ -74,6 +77,20 @@ class Changes:
         tables = Tables(file, geometry, mapping, self._allocator, self._reaper, root, stability, statistics)
         self.writer = Writer(
             data, geometry, mapping, reader, tables, self._allocator, self._reaper, root, self.links, statistics
+        )
+        self.packer = Packer(
+            file,
+            geometry,
+            mapping,
+            tables,
+            self._allocator,
+            self._reaper,
+            refcounts,
+            root,
+            self.links,
+            stability,
+            self.writer,
+            compressed,
         )
         has_backing = backing_size is not None
         self.zeroer = Zeroer(
@@ -131,6 +148,7 @@ class Changes:
         """Bring the disk in the state of a clean close."""
         await self.links.close()
         await self.bitmaps.settle()
+        await self.packer.settle()
         await self._allocator.collect()
         await self._reaper.drain()
         self.require_trust()

@@ -144,6 +144,7 @@ class _Unpacking:
         self.ended = Signal()
         self.content: Content = b""
         self.error: BaseException | None = None
+        self.is_of_before = False  # another payload has come to lie there meanwhile
 
 
 class CompressedClusters:
@@ -155,6 +156,7 @@ class CompressedClusters:
         self._file = file
         self._geometry = geometry
         self._entries = Entries.of(geometry)
+        self.compression_type = compression_type
         self._unpack = UNPACK[compression_type]
         self._statistics = statistics
         self._kept: OrderedDict[int, Content] = OrderedDict()
@@ -212,8 +214,15 @@ class CompressedClusters:
         finally:
             del self._under_way[entry]
             unpacking.ended.set()
-        self._keep(entry, content)
+        if not unpacking.is_of_before:
+            self._keep(entry, content)
         return content
+
+    def forget(self, entry: int) -> None:
+        """A new payload lies where *entry* says, which nothing refers to yet."""
+        self._kept.pop(entry, None)
+        if (unpacking := self._under_way.get(entry)) is not None:
+            unpacking.is_of_before = True
 
     def _keep(self, entry: int, content: Content) -> None:
         self._kept[entry] = content

@@ -35,6 +35,7 @@ from qcow2.format.layout import (
     CryptMethod,
     ExtensionMagic,
     HeaderRecord,
+    Incompatible,
 )
 from qcow2.format.refusal import l1_entries
 from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_sizes
@@ -89,7 +90,9 @@ class Image:
         self._mapping = Mapping(
             file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self._statistics
         )
-        compressed = CompressedClusters(file, self.geometry, header.compression_type, self._statistics)
+        self._compressed = compressed = CompressedClusters(
+            file, self.geometry, header.compression_type, self._statistics
+        )
         self._data = data
         self._native = data.native
         if self._native is not None:
@@ -157,6 +160,7 @@ class Image:
             self._stability,
             self._statistics,
             log if record.version >= 3 else None,  # version 2 has no place for the tag
+            self._compressed,
             file_size=file_size,
             snapshots=snapshots,
             owned_by_snapshots=owned_by_snapshots,
@@ -319,6 +323,20 @@ class Image:
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, len(source))
         await self._guard(changes, changes.writer.write(guest_offset, source))
+
+    async def write_compressed(self, guest_offset: int, source: memoryview) -> None:
+        """As `write`, of whole clusters, the disk's last one as long as it is; those that become smaller compressed.
+
+        Raises: ValueError, UnsupportedImage; OSError, CorruptImage; then nothing, a part or all of it is written.
+        """
+        if self._data.is_encrypted or self.header.record.incompatible_features & Incompatible.EXTERNAL_DATA:
+            raise UnsupportedImage(self.file.path, "no compressed clusters if it is encrypted or has a data file")
+        end, size = guest_offset + len(source), self.geometry.cluster_size
+        if guest_offset % size or (end % size and end != self.size):
+            raise ValueError(f"{len(source)} bytes at {guest_offset} are not whole clusters of {size} bytes")
+        changes = await self._changing()
+        await changes.bitmaps.mark(guest_offset, len(source))
+        await self._guard(changes, changes.packer.write(guest_offset, source))
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""

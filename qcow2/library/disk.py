@@ -104,6 +104,16 @@ class Disk(AwaitableDisk):
         self._require_inside(offset, len(view))
         self._run(lambda: self.image.write(offset, MemoryBuffer(view)))
 
+    def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """As `write`, compressed: *data* is whole clusters, the disk's last as long as it is; noise stays as it is.
+
+        Raises: ValueError if they are not, or not inside the disk; UnsupportedImage, OSError.
+        """
+        view = memoryview(data).cast("B")
+        self._require_inside(offset, len(view))
+        image = self._qcow2("compressed clusters")
+        self._run(lambda: image.write_compressed(offset, view))
+
     def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
         """Make *nbytes* at *offset* read as zeros; *unmap* gives their space back."""
         self._require_inside(offset, nbytes)
@@ -172,18 +182,12 @@ class Disk(AwaitableDisk):
     @property
     def bitmaps(self) -> Bitmaps:
         """The persistent dirty bitmaps of the image."""
-        return Bitmaps(self._bitmap_image, self._run)
+        return Bitmaps(partial(self._qcow2, "bitmaps"), self._run)
 
-    def _bitmap_image(self) -> Image:
+    def _qcow2(self, what: str = "internal snapshots") -> Image:
         self._require_open()
         if not isinstance(self.image, Image):
-            raise UnsupportedImage(self._path, "a raw image has no bitmaps")
-        return self.image
-
-    def _qcow2(self) -> Image:
-        self._require_open()
-        if not isinstance(self.image, Image):
-            raise UnsupportedImage(self._path, "a raw image has no internal snapshots")
+            raise UnsupportedImage(self._path, f"a raw image has no {what}")
         return self.image
 
     def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:

@@ -1,0 +1,173 @@
+"""Compressed writes: whole guest clusters, their payloads packed one behind the other into shared host clusters.
+
+A payload takes no more than the rest of the host cluster that the cursor is in, else it begins a new one. The cursor
+holds a reference of its own, so its cluster cannot become free under it; a death leaves that as a leak. Payloads and
+counts are stable before entries lead to them: one sync for as many clusters as are written together.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute, File, Write
+from qcow2.engine.allocation import Allocator
+from qcow2.engine.compressed import CompressedClusters, packer
+from qcow2.engine.links import Links
+from qcow2.engine.mapping import Mapping
+from qcow2.engine.rangelock import Mutex
+from qcow2.engine.reaper import Reaper
+from qcow2.engine.refcount import Refcounts
+from qcow2.engine.root import Root
+from qcow2.engine.stability import Stability
+from qcow2.engine.table import Tables
+from qcow2.engine.write import Writer
+from qcow2.format.geometry import Geometry
+
+STEP_BYTES = 4 << 20  # compressed at a time, within a slice
+
+
+class Packer:
+    """Writes compressed clusters of one image."""
+
+    def __init__(
+        self,
+        file: File,
+        geometry: Geometry,
+        mapping: Mapping,
+        tables: Tables,
+        allocator: Allocator,
+        reaper: Reaper,
+        refcounts: Refcounts,
+        root: Root,
+        links: Links,
+        stability: Stability,
+        writer: Writer,
+        compressed: CompressedClusters,
+    ) -> None:
+        self._file = file
+        self._geometry = geometry
+        self._mapping = mapping
+        self._tables = tables
+        self._allocator = allocator
+        self._reaper = reaper
+        self._refcounts = refcounts
+        self._root = root
+        self._links = links
+        self._stability = stability
+        self._writer = writer
+        self._compressed = compressed
+        self._mutex = Mutex()
+        self._host: int | None = None  # the cluster that the cursor is in, which counts one for it
+        self._inside = 0
+        self._has_own_count = False
+
+    async def write(self, guest_offset: int, source: memoryview) -> None:
+        """Put *source*, whole clusters but for the disk's last one, at *guest_offset*.
+
+        Those that get no smaller are written as ever. Process-safe on return.
+        Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
+        """
+        size, done = self._geometry.cluster_size, 0
+        while done < len(source):
+            start = guest_offset + done
+            room = min(max(size, STEP_BYTES), self._geometry.slice_end(start) - start)
+            clusters = [source[at : at + size] for at in range(done, min(done + room, len(source)), size)]
+            streams = await Compute(partial(self._pack, clusters))
+            await self._write_slice(start, clusters, streams)
+            done += sum(map(len, clusters))
+
+    def _pack(self, clusters: Sequence[memoryview]) -> list[bytes]:
+        pack, size = packer(self._compressed.compression_type), self._geometry.cluster_size
+        return [pack(each if len(each) == size else memoryview(bytes(each).ljust(size, b"\0"))) for each in clusters]
+
+    async def _write_slice(self, guest_offset: int, clusters: Sequence[memoryview], streams: Sequence[bytes]) -> None:
+        """Write clusters of one slice; each run of *streams* is linked together."""
+        first, size = 0, self._geometry.cluster_size
+        while first < len(clusters):
+            end = first
+            while end < len(clusters) and streams[end]:
+                end += 1
+            where = guest_offset + first * size
+            if end > first:
+                await self._write_streams(where, streams[first:end])
+            else:
+                end += 1
+                await self._writer.write(where, MemoryBuffer(clusters[first]))
+            first = end
+
+    async def _write_streams(self, guest_offset: int, streams: Sequence[bytes]) -> None:
+        first = self._geometry.cluster_of(guest_offset)
+        async with self._writer.locks.hold(first, first + len(streams) - 1):
+            await self._tables.require_private(guest_offset)
+            if self._links.is_waiting(guest_offset, len(streams)):
+                await self._links.commit()
+            old = await self._old_clusters(guest_offset, len(streams))
+            taken: list[int] = []
+            try:
+                entries = [await self._put(stream, taken) for stream in streams]
+                await self._root.allow_uncounted()
+                await self._stability.sync()
+                for entry in entries:
+                    self._compressed.forget(entry)
+                await self._mapping.link(guest_offset, entries)
+            except Exception:
+                await self._reaper.free(taken)
+                raise
+            await self._reaper.free(old)
+
+    async def _old_clusters(self, guest_offset: int, nclusters: int) -> list[int]:
+        """The host clusters that the guest clusters refer to now."""
+        end = min(guest_offset + (nclusters << self._geometry.cluster_bits), self._geometry.size)
+        old: list[int] = []
+        while guest_offset < end:
+            run = await self._mapping.resolve(guest_offset, end - guest_offset)
+            old += self._writer.host_clusters(run, self._geometry.clusters(run.nbytes))
+            guest_offset += run.nbytes
+        return old
+
+    async def _put(self, stream: bytes, taken: list[int]) -> int:
+        """Write *stream* to a place of its own; the entry that leads to it. Its host cluster is counted, in *taken*."""
+        async with self._mutex.hold():
+            if not await self._shares(len(stream)):
+                await self._begin()
+            assert self._host is not None
+            host_offset = (self._host << self._geometry.cluster_bits) + self._inside
+            taken.append(self._host)
+            self._inside += len(stream)
+            if not self._has_own_count:
+                self._host = None
+        entry = self._mapping.entries.descriptor(host_offset, len(stream))
+        await Write(self._file, host_offset, stream)  # not a byte more: the next one of the sector may be under way
+        return entry
+
+    async def _shares(self, nbytes: int) -> bool:
+        """Whether the cursor's cluster has room, and counts one more now."""
+        if self._host is None or self._inside + nbytes > self._geometry.cluster_size:
+            return False
+        return await self._count()
+
+    async def _count(self) -> bool:
+        assert self._host is not None
+        try:
+            async with self._refcounts.mutex.hold():
+                await self._refcounts.add([self._host], 1)
+        except OverflowError:
+            return False
+        return True
+
+    async def _begin(self) -> None:
+        """Let the cursor be at the start of a new cluster, counted for the payload, and for the cursor if it can be."""
+        await self._leave()
+        (self._host,) = await self._allocator.allocate(1)
+        self._inside = 0
+        self._has_own_count = await self._count()
+
+    async def _leave(self) -> None:
+        host, self._host = self._host, None
+        if host is not None:
+            await self._reaper.free([host])
+
+    async def settle(self) -> None:
+        """Give the cursor's reference back."""
+        async with self._mutex.hold():
+            await self._leave()

@@ -1,0 +1,119 @@
+"""Compressed writes of the library: packed into shared clusters, read by QEMU, sound at every death."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.packing import Packer
+from tests.crash.driver import CrashDriver, points
+from tests.crash.explorer import subsets
+from tests.crash.images import check_image, open_image, read_all, start
+from tests.crash.mutant import without_syncs
+from tests.oracle import assert_clean, qemu_img, qemu_read
+
+NCLUSTERS = 60
+
+
+def text(draw: random.Random, nbytes: int) -> bytes:
+    """What becomes smaller, or not."""
+    if draw.random() < 0.2:
+        return draw.randbytes(nbytes)
+    return (b"%07d " % draw.randrange(10_000_000) * (nbytes // 8 + 1))[:nbytes]
+
+
+@pytest.mark.parametrize("options", ["", "compression_type=zstd", "refcount_bits=1", "refcount_bits=2", "compat=0.10"])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_random_writes_compressed_and_not_are_what_qemu_reads(tmp_path: Path, cluster_size: int, options: str) -> None:
+    path, draw = tmp_path / "disk", random.Random(cluster_size)
+    size = NCLUSTERS * cluster_size - 512 * (cluster_size > 512)
+    given = ",".join(filter(None, [f"cluster_size={cluster_size}", options]))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", given, path, str(size))
+    content = bytearray(size)
+    for _ in range(2):
+        with qcow2.open(path, writable=True) as disk:
+            for _ in range(25):
+                start = draw.randrange(NCLUSTERS) * cluster_size
+                nbytes = min(draw.randrange(1, 8) * cluster_size, size - start)
+                kind = draw.choice(["packed", "packed", "write", "discard"])
+                if kind == "packed":
+                    data = b"".join(text(draw, min(cluster_size, nbytes - at)) for at in range(0, nbytes, cluster_size))
+                    disk.write_compressed(start, data)
+                elif kind == "write":
+                    start, data = start + 100, text(draw, nbytes - 200)
+                    disk.write(start, data)
+                else:
+                    data = bytes(nbytes)
+                    disk.write_zeroes(start, nbytes)
+                content[start : start + len(data)] = data
+            assert disk.read(0, size) == content
+        assert qemu_read(path) == bytes(content)
+        assert_clean(path)
+
+
+def test_payloads_share_host_clusters(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "64M")
+    before = path.stat().st_size
+    with qcow2.open(path, writable=True) as disk:
+        for cluster in range(100):
+            disk.write_compressed(cluster << 16, b"%06d" % cluster * 10000 + bytes(5536))
+    assert path.stat().st_size < before + (6 << 16)
+    assert_clean(path)
+
+
+def test_what_are_not_whole_clusters_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    with qcow2.open(path, writable=True) as disk:
+        for offset, nbytes in ((0, 512), (512, 65536), (0, 65536 + 512)):
+            with pytest.raises(ValueError, match="whole clusters"):
+                disk.write_compressed(offset, bytes(nbytes))
+
+
+@pytest.mark.parametrize("kind", ["small", "small-lazy", "small-backing", "snapshot", "compressed", "width-1"])
+def test_every_death_leaves_each_cluster_as_it_was_or_as_it_is_written(kind: str) -> None:
+    assert explore(kind) > 20
+
+
+def test_an_entry_that_comes_before_its_payload_is_stable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_syncs(monkeypatch, Packer)
+    with pytest.raises((AssertionError, qcow2.CorruptImage)):
+        explore("small")
+
+
+def explore(kind: str) -> int:
+    """Judge what deaths among compressed writes leave; how many there were."""
+    begun = start(kind)
+    file, driver = begun.image.copy(), CrashDriver(1)
+    image = driver.run(open_image(file, begun.backing))
+    size = image.geometry.cluster_size
+    old = driver.run(read_all(image))
+    initial, first = file.copy(), len(driver.journal)
+    writes = [(0, b"a" * 4 * size), (2 * size, b"b" * size), (9 * size, b"c" * 2 * size)]
+    allowed = [{old[at * size : (at + 1) * size]} for at in range(12)]
+    for offset, data in writes:
+        driver.run(image.write_compressed(offset, memoryview(data)))
+        for at in range(offset // size, (offset + len(data)) // size):
+            allowed[at].add(data[:size])
+    driver.run(image.write(3 * size, MemoryBuffer(memoryview(b"d" * size))))
+    allowed[3].add(b"d" * size)
+    driver.run(image.close())
+    draw, states = random.Random(0), 0
+    for point in points(driver.journal[first:], initial, file):
+        parts = [((n, i), part) for n, effect in point.pending for i, part in enumerate(effect.tear())]
+        for state in (point.after_kill(), *(point.keep(e for _, e in some) for some in subsets(parts, 3, draw))):
+            states += 1
+            after = CrashDriver()
+            opened = after.run(open_image(state, begun.backing))
+            after.run(check_image(state))
+            seen = after.run(read_all(opened))
+            assert all(seen[at * size : (at + 1) * size] in allowed[at] for at in range(12)), point.position
+    assert states > 20
+    assert (
+        driver.run(read_all(driver.run(open_image(file, begun.backing))))[: 4 * size]
+        == b"a" * 2 * size + b"b" * size + b"d" * size
+    )
+    return states
