@@ -230,13 +230,17 @@ def _trace(path: str) -> "Iterator[Trace]":
 
 
 def _confine(options: "Options") -> None:
-    from qcow2.node.chain import chain_paths
-    from qcow2.node.gate import Gate
+    from qcow2.node.chain import chain_places
+    from vhost.held import gate_of
     from vhost.sandbox import confine
 
+    places = chain_places(options.blk_file, options.format, gate_of(options), options.data_file)
+    images = [path for path, _ in places]
+    data_files = [path for _, path in places if path is not None]
+    changed = () if options.read_only else (images[0], places[0][1])
     confine(
-        images=chain_paths(options.blk_file, options.format, Gate(options.allow_files)),
-        writable=not options.read_only,
+        images=images + data_files,
+        changed=[path for path in changed if path is not None],
         log_directory=options.link_log,
         sockets=[path for path in (options.socket_path, options.control) if path is not None],
     )

@@ -193,7 +193,7 @@ class ImageBackend:
         for file, slot in slots.items():
             self._image.set_slot(file, slot)
         if not self._image.read_only:
-            block.set_sync_slot(slots[self._image.file])
+            block.set_sync_slot(slots[self._image.data_file])
         extent_map = self._image.extent_map
         block.set_extent_map(None if extent_map is None else ExtentMap(*extent_map))
         if self._trace is not None:
@@ -237,6 +237,7 @@ class ImageBackend:
     def detach(self) -> None:
         self._block.set_extent_map(None)
         self._block.set_sync_slot(None)
+        self._block.set_flush_punts(False)
         for file in self._files:
             self._image.set_slot(file, None)
             self._worker.remove_file(self._slots.pop(file))

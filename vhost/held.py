@@ -17,6 +17,7 @@ from qcow2.error import UnsupportedImage
 from qcow2.lock import await_transfers, guest_key, lock_transfers
 from qcow2.node.chain import outline
 from qcow2.node.formats import Outline
+from qcow2.node.gate import Gate
 from qcow2.node.overlay import Overlay
 from ring.native import Pointer
 from ring.worker import look_at
@@ -110,7 +111,8 @@ class HeldImage:
             cache_size=options.cache_size,
             log_directory=options.link_log,
             discard_log=options.discard_link_log,
-            allow_files=options.allow_files,
+            data_file=options.data_file,
+            allow_files=gate_of(options),
             progress=self._progress(),
             on_wait=self._on_wait,
             key=self._keys,
@@ -246,6 +248,12 @@ class HeldImage:
                 closing.callback(self._stack.close)
         except OSError as error:  # what matters was synced
             log.warning("%s: closing it: %s", self._options.blk_file, error.strerror)
+
+
+def gate_of(options: Options) -> Gate:
+    """What the images may name. What is written to is not to lie anywhere, if nobody said where."""
+    own = (os.path.dirname(os.path.realpath(options.blk_file)),)
+    return Gate(options.allow_files, own if options.allow_files is None else options.allow_files)
 
 
 def _outline_of(disk: Disk) -> Outline:

@@ -76,6 +76,7 @@ class Options:
     sandbox: bool = False
     key_fds: tuple[int, ...] = ()
     key_files: tuple[str, ...] = ()
+    data_file: str | None = None  # what the image's data is in, whatever it says
     allow_files: tuple[str, ...] | None = None  # directories of what images may name; None: anywhere
 
 
@@ -132,6 +133,7 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         sandbox=given.sandbox,
         key_fds=tuple(given.key_fd),
         key_files=tuple(given.key_file),
+        data_file=given.data_file,
         allow_files=_allowed(given.allow_files, given.blk_file, is_confined=given.sandbox),
     )
 
@@ -162,6 +164,7 @@ def _parser() -> Parser:
     )
     add("--fd", metavar="N", type=_fd, help="use this inherited Unix socket, listening or connected")
     add("--blk-file", metavar="IMAGE", type=_non_empty, required=True, help="the image file or block device")
+    add("--data-file", metavar="PATH", type=_non_empty, help="the image's external data file, whatever it names itself")
     add(
         "--format",
         choices=["qcow2", "raw", "luks"],

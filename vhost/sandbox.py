@@ -25,24 +25,23 @@ log = logging.getLogger("vhost")
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def confine(*, images: list[str], writable: bool, log_directory: str, sockets: list[str]) -> None:
+def confine(*, images: list[str], changed: list[str], log_directory: str, sockets: list[str]) -> None:
     """Confine this thread, and those it starts, for good.
 
-    *images* is the chain, the one that may be *writable* first. What lies in *log_directory* is all its own,
+    *images* are the files of the chain, of which *changed* are written to. What lies in *log_directory* is all its own,
     others beside it may be found, and not opened.
     *sockets* are removed at the end. Says what the kernel has no means for. Raises: OSError.
     """
     parents = [os.path.dirname(os.path.abspath(path)) for path in sockets]
     wanted = [(image, os.R_OK) for image in images] + [(parent, os.W_OK | os.X_OK) for parent in parents]
-    if writable:
-        wanted += [(images[0], os.R_OK | os.W_OK)]
+    wanted += [(path, os.R_OK | os.W_OK) for path in changed]
     for path in drop_capabilities(wanted):
         log.warning("%s: root may use it only by overriding permissions: CAP_DAC_OVERRIDE is kept", path)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "no_new_privs")
     rules = [(image, Access.READ_FILE | Access.IOCTL_DEV) for image in images]
-    if writable:
-        rules += [(images[0], Access.CHANGE), (log_directory, KEEP_LOG)]
+    if changed:
+        rules += [*((path, Access.CHANGE) for path in changed), (log_directory, KEEP_LOG)]
         rules += [(os.path.dirname(os.path.abspath(log_directory)), FIND_LOGS)]
     rules += [(parent, Access.REMOVE_FILE) for parent in parents]
     _restrict_files([*rules, *_of_the_interpreter()])

@@ -34,6 +34,10 @@ class Backing(Protocol):
     file: File
 
     @property
+    def data_file(self) -> File:
+        """The file that its data lies in, which need not be `file`."""
+
+    @property
     def backing(self) -> "Backing | None":
         """What shows where this one has nothing."""
 

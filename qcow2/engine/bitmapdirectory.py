@@ -164,6 +164,6 @@ class BitmapDirectory:
                 if self._stability.error is None:
                     await self._reaper.free(area)
                 raise
-        self._root.broken_promises = layout.PROMISES ^ (layout.Autoclear.BITMAPS if wanted else 0)
+        self._root.broken_promises = self._root.breakable ^ (layout.Autoclear.BITMAPS if wanted else 0)
         await self._bitmaps.reload()
         await self._reaper.free(old)

@@ -94,7 +94,16 @@ class Changes:
         )
         has_backing = backing_size is not None
         self.zeroer = Zeroer(
-            geometry, mapping, reader, self.writer, tables, self.links, self._reaper, has_backing=has_backing
+            geometry,
+            mapping,
+            reader,
+            self.writer,
+            tables,
+            self.links,
+            self._reaper,
+            has_backing=has_backing,
+            data_file=data.file,
+            is_raw=root.header.record.has_raw_data,
         )
         self.grower = Grower(
             geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0

@@ -1,5 +1,6 @@
 """A new image: tables first, made stable, then the sector that makes the file an image."""
 
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Options:
     backing_format: str | None = None
     preallocation: Preallocation = Preallocation.OFF
     encryption: Encryption | None = None
+    data_file_name: str | None = None  # of the file that the data is in
+    data_file_raw: bool = False  # which as a raw image is the same disk
 
     @property
     def luks_bytes(self) -> int:
@@ -73,7 +76,17 @@ class Options:
     @property
     def entries(self) -> Entries:
         """What its L2 tables will hold."""
-        return Entries(self.cluster_bits, self.version, has_subclusters=self.has_subclusters)
+        return Entries(
+            self.cluster_bits,
+            self.version,
+            has_subclusters=self.has_subclusters,
+            is_identity=self.data_file_name is not None,
+        )
+
+    @property
+    def mapped_clusters(self) -> int:
+        """How many guest clusters are mapped from the start: all or none."""
+        return _clusters(self.size, self.cluster_size) if self.preallocation is not Preallocation.OFF else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +151,8 @@ def plan(options: Options) -> Plan:
     cluster_size = options.cluster_size
     l1_size = max(1, l1_entries(options.size, options.cluster_bits, options.entries.nbytes))
     l1_clusters = _clusters(l1_size * layout.ENTRY_SIZE, cluster_size)
-    is_preallocated = options.preallocation is not Preallocation.OFF
-    data_clusters = _clusters(options.size, cluster_size) if is_preallocated else 0
-    l2_clusters = _clusters(data_clusters * options.entries.nbytes, cluster_size)
+    data_clusters = options.mapped_clusters if options.data_file_name is None else 0
+    l2_clusters = _clusters(options.mapped_clusters * options.entries.nbytes, cluster_size)
     counted = 1 + l1_clusters + options.luks_clusters + l2_clusters + data_clusters
     table_clusters, block_clusters = refcount_clusters(options, counted)
     return Plan(options, table_clusters, block_clusters, l1_size, l1_clusters, l2_clusters, data_clusters)
@@ -174,6 +186,10 @@ def _validate(options: Options) -> None:
     limit = max_size(options.cluster_bits, options.entries.nbytes)
     if not 0 <= options.size <= limit:
         raise ValueError(f"size {options.size}, limit {limit} with clusters of {options.cluster_size} bytes")
+    if options.data_file_name is not None:
+        _validate_data_file(options)
+    elif options.data_file_raw:
+        raise ValueError("data-file-raw requires data-file")
     if options.backing_name is not None and options.preallocation is not Preallocation.OFF:
         raise ValueError(f"preallocation {options.preallocation.value} is not possible with a backing file")
     if options.version < 3:
@@ -183,6 +199,22 @@ def _validate(options: Options) -> None:
         raise ValueError(f"extended_l2 on needs clusters of {least} bytes at least, not {options.cluster_size}")
     if options.encryption is not None and options.cluster_size < 1024:  # the header's extensions would not fit
         raise ValueError(f"an encrypted image needs clusters of 1024 bytes at least, not {options.cluster_size}")
+
+
+def _validate_data_file(options: Options) -> None:
+    if options.version < 3:
+        text = "External data files are only supported with compatibility level 1.1 and above"
+        raise ValueError(f"{text} (use version=v3 or greater)")
+    if options.data_file_raw and options.backing_name is not None:
+        raise ValueError("Backing file and data-file-raw cannot be used at the same time")
+    if options.has_subclusters:
+        raise ValueError("extended_l2 with an external data file is not supported")
+    if options.encryption is not None:
+        raise ValueError("encryption with an external data file is not supported")
+    if options.data_file_raw and options.preallocation is not Preallocation.METADATA:
+        raise ValueError(f"data-file-raw has preallocation metadata, not {options.preallocation.value}")
+    if options.preallocation in (Preallocation.FALLOC, Preallocation.FULL):
+        raise ValueError(f"preallocation {options.preallocation.value} of an external data file is not supported")
 
 
 def _validate_version_2(options: Options) -> None:
@@ -264,9 +296,10 @@ def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
     yield plan.l1_offset, l1 + bytes(plan.l1_size * layout.ENTRY_SIZE - len(l1))
     entries = plan.options.entries
     per_table = plan.cluster_size // entries.nbytes
-    for first in range(0, plan.data_clusters, per_table):
-        count = min(per_table, plan.data_clusters - first)
-        data_offset = plan.data_offset + first * plan.cluster_size
+    start = plan.data_offset if plan.options.data_file_name is None else 0
+    for first in range(0, plan.options.mapped_clusters, per_table):
+        count = min(per_table, plan.options.mapped_clusters - first)
+        data_offset = start + first * plan.cluster_size
         host_offset = plan.l2_offset + first // per_table * plan.cluster_size
         made = entries.data(data_offset, count)
         if plan.options.encryption:  # zeros are none there
@@ -346,8 +379,10 @@ def pack_new_header(
         nb_snapshots=0,
         snapshots_offset=0,
         incompatible_features=(Incompatible.COMPRESSION_TYPE if is_zstd else 0)
-        | (Incompatible.EXTENDED_L2 if options.has_subclusters else 0),
+        | (Incompatible.EXTENDED_L2 if options.has_subclusters else 0)
+        | (Incompatible.EXTERNAL_DATA if options.data_file_name is not None else 0),
         compatible_features=Compatible.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        autoclear_features=layout.Autoclear.RAW_EXTERNAL_DATA if options.data_file_raw else 0,
         refcount_order=options.refcount_order,
         header_length=layout.V2_HEADER_LENGTH if options.version < 3 else layout.V3_HEADER_LENGTH_WITH_COMPRESSION,
         compression_type=options.compression,
@@ -357,6 +392,8 @@ def pack_new_header(
     if options.encryption is not None:
         data = layout.CRYPTO.pack(luks_offset, options.luks_bytes)
         extensions = (Extension(ExtensionMagic.CRYPTO, data), *extensions)
+    if options.data_file_name is not None:
+        extensions = (Extension(ExtensionMagic.DATA_FILE, os.fsencode(options.data_file_name)), *extensions)
     header = Header(record, later_fields, extensions, None)
     return pack_header(file, header.with_backing(options.backing_name, options.backing_format))[1]
 

@@ -63,13 +63,15 @@ class Sealed:
         """Nothing."""
 
 
-async def open_data(file: File, header: Header, keys: Keyring | None, *, has_data: bool) -> Data:
+async def open_data(
+    file: File, header: Header, keys: Keyring | None, *, has_data: bool, data_file: File | None = None
+) -> Data:
     """Where the data of the image with *header* lies, opened with one of *keys* if it is encrypted.
 
     Raises: WrongKey, UnsupportedImage, CorruptImage.
     """
     if header.record.crypt_method == CryptMethod.NONE:
-        return Data(file)
+        return Data(file if data_file is None else data_file)
     if not has_data:
         return Data(file, Sealed(file.path))
     if keys is None:

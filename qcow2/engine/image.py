@@ -85,7 +85,7 @@ class Image:
         self._told_void = False
         self._slot: int | None = None
         self._is_hollow: bool | None = None  # nobody has asked yet
-        self._stability = Stability(file, self._statistics, self._refuse_writes)
+        self._stability = Stability(file, self._statistics, self._refuse_writes, data.file)
         self._cache = L2Cache(self.geometry, options.cache_size)
         self._mapping = Mapping(
             file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self._statistics
@@ -108,21 +108,24 @@ class Image:
         file: File,
         *,
         backing: "Backing | None" = None,
+        data_file: File | None = None,
         options: OpenOptions | None = None,
         log: LinkLog | None = None,
     ) -> "Image":
-        """Open the image in *file*, already locked, over *backing*, already open.
+        """Open the image in *file*, already locked, over *backing*, already open; its data may be in *data_file*.
 
         For writing it must not be dirty: repair it first. Links may wait in *log*, if it is given, until `flush`.
         Raises: UnsupportedImage, CorruptImage.
         """
         options = options or OpenOptions()
         header = await read_header(file)
+        if header.record.has_data_file and data_file is None:
+            raise UnsupportedImage(file.path, "its data is in an external data file, which is not open")
         if options.writable:
             _require_writable(file, header, options)
         if options.snapshot is not None:
             header = await _header_of(file, header, options.snapshot)
-        data = await open_data(file, header, options.keys, has_data=options.has_data)
+        data = await open_data(file, header, options.keys, has_data=options.has_data, data_file=data_file)
         record = header.record
         l1 = words_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
         image = cls(file, data, header, l1, backing, options)
@@ -159,7 +162,7 @@ class Image:
             table,
             self._stability,
             self._statistics,
-            log if record.version >= 3 else None,  # version 2 has no place for the tag
+            log if record.version >= 3 and not record.has_data_file else None,  # version 2 has no place for the tag
             self._compressed,
             file_size=file_size,
             snapshots=snapshots,
@@ -218,15 +221,23 @@ class Image:
         return self._cache.extent_map
 
     @property
+    def data_file(self) -> File:
+        """The image's own, or its external data file."""
+        return self._data.file
+
+    @property
     def capabilities(self) -> Capabilities:
         """Clusters, snapshots and bitmaps."""
-        return Capabilities(self.geometry.cluster_size, has_snapshots=True, has_bitmaps=True)
+        has_snapshots = not self.geometry.has_data_file
+        return Capabilities(self.geometry.cluster_size, has_snapshots=has_snapshots, has_bitmaps=True)
 
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""
         if file is self.file and (self._native is not None or not self._data.is_encrypted):  # else only Python can tell
             self._slot = slot
             self._cache.set_file(slot, writable=self._may_overwrite())
+        elif file is self._data.file and file is not self.file:
+            self._cache.set_data_file(slot)
         elif self.backing is not None:
             self.backing.set_slot(file, slot)
 
@@ -234,6 +245,9 @@ class Image:
         """Say when links may wait, and who is told about it; at first they may always."""
         if self._changes is not None:
             self._changes.links.policy = policy
+        if self._changes is not None and self.geometry.has_data_file:  # no links wait, but one sync is not all
+            self._stability.on_unsynced = policy.on_waiting
+            policy.on_waiting(True)
 
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*; reads go on, close leaves the dirty bit."""
@@ -367,6 +381,7 @@ class Image:
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
+        self._require_own_data("resized")
         changes = await self._alone()
         size = grown_size(self.file, self.header, nbytes)
         if size != self.size:
@@ -379,6 +394,7 @@ class Image:
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, then the disk may be the new one.
         """
+        self._require_own_data("resized")
         changes = await self._alone()
         size = shrunk_size(self.file, self.header, nbytes)
         await self._guard(changes, changes.fitting.change(size, changes.shedder.shrink(size)))
@@ -388,6 +404,7 @@ class Image:
 
         Nothing else is under way. Raises: OSError, CorruptImage; then a part of them has one.
         """
+        self._require_own_data("preallocated")
         changes = await self._alone()
         await self._guard(changes, changes.writer.preallocate(guest_offset, nbytes, writes=writes))
 
@@ -429,6 +446,7 @@ class Image:
         Nothing else is under way. A death at any moment leaves the old snapshots or the new one besides.
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if the refcounts are too narrow.
         """
+        self._require_own_data("kept in internal snapshots")
         changes = await self._alone()
         return await self._guard(changes, changes.snapshots.create(name, date_ns))
 
@@ -477,6 +495,10 @@ class Image:
         await changes.links.commit()
         await changes.bitmaps.settle()
         await self._guard(changes, change(changes.bitmap_directory))
+
+    def _require_own_data(self, what: str) -> None:
+        if self.geometry.has_data_file:
+            raise UnsupportedImage(self.file.path, f"a disk in an external data file cannot be {what}")
 
     async def _alone(self) -> Changes:
         """What changes the image; no link waits, and nobody else is about to change anything."""

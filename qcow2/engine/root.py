@@ -25,7 +25,8 @@ class Root:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
-        self.broken_promises = layout.PROMISES  # the autoclear bits that a change breaks
+        self.breakable = layout.PROMISES ^ header.kept_promises
+        self.broken_promises = self.breakable  # the autoclear bits that a change breaks
         self.next_bitmaps: BitmapsPlace | None = None  # changes together with the disk's size
         self._stability = stability
         self._mutex = Mutex()

@@ -26,8 +26,14 @@ class Stability:
     success may hide that. What was never tried has not failed, and a write that lacks space is harmless.
     """
 
-    def __init__(self, file: File, statistics: Statistics, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, file: File, statistics: Statistics, on_failure: Callable[[], None], data_file: File | None = None
+    ) -> None:
+        """*data_file*: another one, in which the data lies that the metadata leads to."""
         self.file = file
+        self.on_unsynced: Callable[[bool], None] = lambda is_unsynced: None  # whether metadata may not be stable
+        self._data_file = None if data_file is file else data_file
+        self._nwrites = 0
         self.error: OSError | None = None
         self._statistics = statistics
         self._on_failure = on_failure
@@ -53,13 +59,19 @@ class Stability:
             if not is_harmless(error):
                 self.fail(error)
             raise
+        finally:
+            self._nwrites += 1  # a sync that began before is none for it
+            self.on_unsynced(True)
         self.require_trust()
 
     async def sync(self) -> None:
         """Make everything that has completed stable. Raises: OSError; the image may be written on if it is NotTried."""
         self.require_trust()
         self._statistics.syncs += 1
+        nwrites = self._nwrites
         try:
+            if self._data_file is not None:
+                await Sync(self._data_file)
             await Sync(self.file)
         except NotTried:
             raise
@@ -67,3 +79,5 @@ class Stability:
             self.fail(error)
             raise
         self.require_trust()
+        if nwrites == self._nwrites:
+            self.on_unsynced(False)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import Buffer
+from qcow2.driver.operation import Buffer, Zero
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.backing import Place, Seen
 from qcow2.engine.compressed import Payload
@@ -109,7 +109,7 @@ class Writer:
 
     async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""
-        if run.kind == DATA and run.copied:
+        if run.kind == DATA and (run.copied or self._geometry.has_data_file):
             await self._data.write(run.host_offset, source)
             return len(source)
         source = self._front(source, self._geometry.slice_end(guest_offset) - guest_offset)  # links of one write
@@ -118,6 +118,8 @@ class Writer:
         if self._geometry.has_subclusters:
             async with self._copies:
                 return await self.subclusters.write(guest_offset, source)
+        if self._geometry.has_data_file:
+            return await self._write_own_place(run, guest_offset, source)
         if run.kind == ZERO_ALLOCATED and run.copied:
             return await self._write_kept(run, guest_offset, source)
         return await self._write_new(run, guest_offset, source)
@@ -175,6 +177,27 @@ class Writer:
         host_offset = run.host_offset - head
         await self._data.write(host_offset, zeroed(head), source, zeroed(tail))
         await self._link_over(run, first, last - first + 1, host_offset)
+        return len(source)
+
+    async def _write_own_place(self, run: Run, guest_offset: int, source: Buffer) -> int:
+        """Write clusters of the external data file, in which anything may be, whole, and link them.
+
+        Their content is stable before that: else the guest would see what was there after a power loss (law 3).
+        A raw file shows zeros where no entry leads, and still does while they are linked: then it is written in place.
+        """
+        bits = self._geometry.cluster_bits
+        first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
+        own = range(first, last + 1)
+        if self._root.header.record.has_raw_data:
+            await Zero(self._data.file, first << bits, len(own) << bits)
+            await self._link_over(run, first, len(own), first << bits)
+            await self._data.write(guest_offset, source)
+        else:
+            place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
+            async with self._copies:
+                await self._copy(place, guest_offset, source, own)
+            await self._link_over(run, first, len(own), first << bits)
+        self._statistics.clusters_allocated += len(own)
         return len(source)
 
     async def _write_new(self, run: Run, guest_offset: int, source: Buffer) -> int:
@@ -266,7 +289,9 @@ class Writer:
         await self._links.link(first << self._geometry.cluster_bits, old_entries, entries, freed)
 
     def host_clusters(self, run: Run, nclusters: int) -> Sequence[int]:
-        """The host clusters that the first *nclusters* guest clusters of *run* refer to."""
+        """The host clusters that the first *nclusters* guest clusters of *run* refer to, and count."""
+        if self._geometry.has_data_file:
+            return ()
         match run.kind:
             case Kind.DATA | Kind.ZERO_ALLOCATED:
                 start = self._geometry.cluster_of(run.host_offset)

@@ -1,6 +1,9 @@
 """Write-zeroes and discard: entries that say zeros instead of data that holds them."""
 
+from contextlib import suppress
+
 from qcow2.driver.buffer import MemoryBuffer, zeroed
+from qcow2.driver.operation import File, Zero
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reading import Reader
@@ -25,7 +28,12 @@ class Zeroer:
         reaper: Reaper,
         *,
         has_backing: bool,
+        data_file: File,
+        is_raw: bool,
     ) -> None:
+        """*is_raw*: the *data_file*, a file of its own, is to be the same disk as a raw image at any time."""
+        self._data_file = data_file
+        self._is_raw = is_raw
         self._geometry = geometry
         self._mapping = mapping
         self._reader = reader
@@ -39,6 +47,9 @@ class Zeroer:
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; clusters it covers are let go with *unmap*, kept without if they can be."""
         end = guest_offset + nbytes
+        if self._is_raw:
+            await self._zero_in_place(guest_offset, end)
+            return
         first, last = self._covered(guest_offset, end)
         if not self._can_say_zero or first >= last:
             await self._write_zeros(guest_offset, end)
@@ -49,6 +60,9 @@ class Zeroer:
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the clusters that the range covers, if zeros can be told from the backing file; a hint."""
+        if self._is_raw:
+            await self._zero_in_place(guest_offset, guest_offset + nbytes)
+            return
         first, last = self._covered(guest_offset, guest_offset + nbytes)
         if self._can_say_zero and first < last:
             await self._clear(first, last, keep=False, is_hint=True)
@@ -70,6 +84,19 @@ class Zeroer:
                 await self._mapping.link(guest_offset, [0] * nclusters)
                 await self._reaper.free(self._writer.host_clusters(run, nclusters))
             guest_offset += run.nbytes
+
+    async def _zero_in_place(self, guest_offset: int, end: int) -> None:
+        """Zeros in the data file, which is the same disk as a raw image, and in no entry; the host decides on space.
+
+        What an entry of another writer's calls zeros is zeros there, too.
+        """
+        while guest_offset < end:
+            stop = min(end, self._geometry.slice_end(guest_offset))
+            async with self._writer.locks.hold(
+                self._geometry.cluster_of(guest_offset), self._geometry.cluster_of(stop - 1)
+            ):
+                await Zero(self._data_file, guest_offset, stop - guest_offset)
+            guest_offset = stop
 
     def _covered(self, guest_offset: int, end: int) -> tuple[int, int]:
         """Where the clusters, or subclusters, inside the range begin and end; the disk's last one may be partial."""
@@ -139,4 +166,7 @@ class Zeroer:
             await self._mapping.link(guest_offset, entries.moved(entries.zeroed(run.entry, 0, 0), nclusters))
             return
         await self._mapping.link(guest_offset, [entries.zeros] * nclusters)
+        if self._geometry.has_data_file and run.kind != Kind.UNALLOCATED:
+            with suppress(OSError):  # the host keeps its space, nothing else is lost: the entry tells
+                await Zero(self._data_file, guest_offset, run.nbytes)
         await self._reaper.free(self._writer.host_clusters(run, nclusters))

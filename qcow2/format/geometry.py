@@ -15,6 +15,7 @@ class Geometry:
     cluster_bits: int
     cluster_size: int
     has_subclusters: bool
+    has_data_file: bool  # data is in a file of its own, each cluster where it would be in a raw disk
     subcluster_size: int  # the cluster's where it has none
     entry_size: int  # of an L2 table, bytes
     size: int  # guest bytes, a multiple of 512
@@ -35,6 +36,7 @@ class Geometry:
             cluster_bits=bits,
             cluster_size=1 << bits,
             has_subclusters=record.has_subclusters,
+            has_data_file=record.has_data_file,
             subcluster_size=(1 << bits) // (SUBCLUSTERS if record.has_subclusters else 1),
             entry_size=entry_size,
             size=record.size // SECTOR_SIZE * SECTOR_SIZE,  # as QEMU rounds

@@ -9,6 +9,7 @@ from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout, refusal
 from qcow2.format.layout import (
     LOG_MARK_SHIFT,
+    Autoclear,
     Compatible,
     CompressionType,
     CryptMethod,
@@ -80,6 +81,17 @@ class Header:
             return 0, 0
         host_offset, nbytes = layout.CRYPTO.unpack_from(data)
         return host_offset, nbytes
+
+    @property
+    def data_file_name(self) -> str | None:
+        """The recorded name of the external data file; None if there is none, or whoever opens it has to say."""
+        data = self.extension(ExtensionMagic.DATA_FILE)
+        return None if data is None or not self.record.has_data_file else os.fsdecode(data)
+
+    @property
+    def kept_promises(self) -> int:
+        """The autoclear bits that hold whatever we write: that the external data file is a raw image."""
+        return int(Autoclear.RAW_EXTERNAL_DATA) if self.record.has_data_file else 0
 
     @property
     def backing_format(self) -> str | None:
@@ -327,7 +339,7 @@ async def clear_autoclear(file: File, header: Header, *, maintained: int = 0) ->
 
     For the first writable open; stable on return.
     """
-    word = header.record.autoclear_features & int(maintained)
+    word = header.record.autoclear_features & (int(maintained) | header.kept_promises)
     if word == header.record.autoclear_features:
         return header
     await Write(file, layout.HEADER_AUTOCLEAR_OFFSET, layout.FEATURE_WORD.pack(word))

@@ -119,6 +119,16 @@ class HeaderRecord:
         return bool(self.incompatible_features & Incompatible.EXTENDED_L2)
 
     @property
+    def has_data_file(self) -> bool:
+        """Whether the guest's data is in a file of its own."""
+        return bool(self.incompatible_features & Incompatible.EXTERNAL_DATA)
+
+    @property
+    def has_raw_data(self) -> bool:
+        """Whether that file, read as a raw image, is the same disk."""
+        return self.has_data_file and bool(self.autoclear_features & Autoclear.RAW_EXTERNAL_DATA)
+
+    @property
     def entry_size(self) -> int:
         """Bytes of an entry of an L2 table."""
         return EXTENDED_ENTRY_SIZE if self.has_subclusters else ENTRY_SIZE

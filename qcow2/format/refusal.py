@@ -52,12 +52,24 @@ def refuse_features(file: File, record: HeaderRecord, names: Mapping[tuple[int, 
     if record.crypt_method not in list(CryptMethod):
         raise UnsupportedImage(file.path, f"encryption is not supported: crypt_method {record.crypt_method}")
     if word & Incompatible.EXTERNAL_DATA:
-        raise UnsupportedImage(file.path, "incompatible feature is not supported: external data file")
+        _refuse_beside_data_file(file, record)
     least = layout.MIN_CLUSTER_BITS_OF_SUBCLUSTERS
     if word & Incompatible.EXTENDED_L2 and record.cluster_bits < least:
         message = f"cluster_bits {record.cluster_bits}, extended L2 entries need {least}"
         raise UnsupportedImage(file.path, message)
     _refuse_unsupported_compression(file, record)
+
+
+def _refuse_beside_data_file(file: File, record: HeaderRecord) -> None:
+    """Refuse what an image with an external data file cannot have, or not with us."""
+    if record.incompatible_features & Incompatible.EXTENDED_L2:
+        raise UnsupportedImage(file.path, "extended L2 entries with an external data file are not supported")
+    if record.crypt_method != CryptMethod.NONE:
+        raise UnsupportedImage(file.path, "encryption with an external data file is not supported")
+    if record.nb_snapshots:
+        raise UnsupportedImage(file.path, "internal snapshots with an external data file are not supported")
+    if record.has_raw_data and record.backing_file_offset:
+        raise UnsupportedImage(file.path, "a raw external data file and a backing file contradict each other")
 
 
 def validate_tables(file: File, record: HeaderRecord, file_size: int, *, trust_refcounts: bool) -> None:

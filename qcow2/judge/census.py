@@ -33,6 +33,9 @@ class Census:
     old_structure: "array[int]" = field(
         default_factory=lambda: array("Q")
     )  # the clusters counted for the refcount table and for each block, sound or not
+    table_index: dict[int, int] = field(
+        default_factory=dict
+    )  # of the last L1 entry that names it, by an L2 table's cluster
     snapshots: tuple[Snapshot, ...] = ()  # that the table could be read of
     must_complete_snapshots: bool = False  # one of them lacks what version 3 asks for
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
@@ -136,7 +139,12 @@ def _begin(file: File, header: Header, file_size: int, report: Report) -> Census
     plausible += plausible // 32 + MIN_SLACK
     tally = Tally(
         min(plausible, MAX_CLUSTERS + MIN_SLACK),
-        Entries(record.cluster_bits, record.version, has_subclusters=record.has_subclusters),
+        Entries(
+            record.cluster_bits,
+            record.version,
+            has_subclusters=record.has_subclusters,
+            is_identity=record.has_data_file,
+        ),
         file_size,
     )
     return Census(file, header, file_size, tally, report)
@@ -157,6 +165,7 @@ async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, 
         if table_offset := l1_table(entry):
             if Role.ACTIVE in role and census.tally.has(census.cluster_of(table_offset), Role.ACTIVE):
                 report.corruption(f"{what} entry {index} shares its L2 table at {table_offset:#x} with an earlier one")
+            census.table_index[census.cluster_of(table_offset)] = index
             census.add(f"L2 table of {what} entry {index}", table_offset, census.cluster_size, role, weight)
 
 
@@ -280,6 +289,9 @@ def _count_block(census: Census, index: int, entry: int) -> int:
 
 async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
     table = await Read(census.file, table_offset, census.cluster_size)
+    if census.record.has_data_file:
+        _judge_identity(census, table_offset, table)
+        return
     found = census.tally.add_l2(table, weight)
     if census.tally.has(census.cluster_of(table_offset), Role.ACTIVE):
         census.report.allocated_clusters += found.allocated
@@ -288,6 +300,20 @@ async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
     for index in found.suspects:
         where = f"L2 entry {index} at {table_offset + index * census.record.entry_size:#x}"
         _judge_l2_entry(census, where, census.tally.entries.at(table, index))
+
+
+def _judge_identity(census: Census, table_offset: int, table: bytes) -> None:
+    """Say which entries of a table lead elsewhere in the data file than to their own place: they count nothing here."""
+    report, entries = census.report, census.tally.entries
+    per_table = census.cluster_size // census.record.entry_size
+    first = census.table_index[census.cluster_of(table_offset)] * per_table
+    whole = entries.data(first << census.record.cluster_bits, per_table)
+    for index, (entry, own) in enumerate(zip(entries.unpack(table), whole, strict=True)):
+        if entry in (own, entries.zeroed(own, 0, 0)):
+            report.allocated_clusters += 1
+        elif entry not in (0, entries.zeros):
+            where = f"L2 entry {index} at {table_offset + index * census.record.entry_size:#x}"
+            report.corruption(f"{where} is {entries.text(entry)}, which is not its own place in the data file")
 
 
 def _judge_l2_entry(census: Census, where: str, entry: int) -> None:

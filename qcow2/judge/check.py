@@ -134,6 +134,8 @@ async def miscopied(census: Census, *, counted: bool) -> AsyncIterator[Miscopied
         data = await Read(census.file, host_offset, min(census.cluster_size, l1_bytes - start))
         if indexes := census.tally.miscopied(data, is_l1=True, counted=counted):
             yield Miscopied("L1 table", host_offset, data, indexes, L1_ENTRIES)
+    if record.has_data_file:  # no refcount is of its clusters
+        return
     for cluster in census.tally.clusters(Role.ACTIVE):
         host_offset = cluster << record.cluster_bits
         data = await Read(census.file, host_offset, census.cluster_size)

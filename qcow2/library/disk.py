@@ -65,7 +65,7 @@ class Disk(AwaitableDisk):
     @property
     def files(self) -> list[HostFile]:
         """The open host files, the image's own first, then what is under it."""
-        return self.chain.files
+        return self.chain.files + self.chain.data_files
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Return the *nbytes* at *offset*.
@@ -309,6 +309,13 @@ def keys_of(key: Key) -> Keyring | None:
     return Keyring(keys)
 
 
+def _gate_of(allowed: Iterable[str] | Gate | None) -> Gate:
+    if allowed is None or isinstance(allowed, Gate):
+        return ANY if allowed is None else allowed
+    directories = tuple(allowed)
+    return Gate(directories, directories)
+
+
 def open_disk(
     path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | int,
     mode: str = "r",
@@ -321,7 +328,8 @@ def open_disk(
     cache_size: int = DEFAULT_CACHE_SIZE,
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
-    allow_files: Iterable[str] | None = None,
+    data_file: str | None = None,
+    allow_files: Iterable[str] | Gate | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Disk:
@@ -334,6 +342,7 @@ def open_disk(
     *lazy_refcounts* overrides what the image says about writing refcounts only at close.
     *key* opens what is encrypted, of the whole chain: bytes as they are, with no newline taken off; several of them, to
     be tried one after the other; or what gives them for the path of an image, called for those that are encrypted.
+    *data_file* is the external data file of the image, whatever it names itself.
     *allow_files* are directories: what an image names has to lie beneath one; None lets images name what they like.
     *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
     What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
@@ -347,8 +356,14 @@ def open_disk(
     """
     name = path_of_descriptor(path) if isinstance(path, int) else os.fsdecode(path)
     options = OpenOptions(_is_writable(mode, writable), lazy_refcounts, cache_size, snapshot, keys_of(key))
-    gate = ANY if allow_files is None else Gate(tuple(allow_files))
-    chain = Chain(progress=progress, log_directory=log_directory, discard_log=discard_log, gate=gate, on_wait=on_wait)
+    chain = Chain(
+        data_file=data_file,
+        progress=progress,
+        log_directory=log_directory,
+        discard_log=discard_log,
+        gate=_gate_of(allow_files),
+        on_wait=on_wait,
+    )
     try:
         return Disk(chain.open(name, format, options), chain)
     except BaseException:

@@ -87,6 +87,7 @@ async def _specific_facts(file: File, header: Header) -> Facts:
         "compression-type": compression,
         "lazy-refcounts": header.has_lazy_refcounts,
         "refcount-bits": header.refcount_bits,
+        **_data_file_facts(header),
         **await _crypto_facts(file, header),
         "corrupt": header.is_corrupt,
         "extended-l2": header.record.has_subclusters,
@@ -95,6 +96,13 @@ async def _specific_facts(file: File, header: Header) -> Facts:
     if directory is not None and directory.nb_bitmaps:
         facts["bitmaps"] = [_bitmap_facts(bitmap) for bitmap in await read_bitmaps(file, directory)]
     return facts
+
+
+def _data_file_facts(header: Header) -> Facts:
+    if not header.record.has_data_file:
+        return {}
+    name = header.data_file_name
+    return ({} if name is None else {"data-file": name}) | {"data-file-raw": header.record.has_raw_data}
 
 
 async def _crypto_facts(file: File, header: Header) -> Facts:

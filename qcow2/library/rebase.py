@@ -7,7 +7,7 @@ from qcow2.driver.file import run
 from qcow2.driver.operation import File
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.error import ImageError
+from qcow2.error import ImageError, UnsupportedImage
 from qcow2.format.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
 from qcow2.format.layout import Autoclear
 from qcow2.job.pace import Pace
@@ -24,6 +24,8 @@ async def change_header(file: File, name: str | None, backing_format: str | None
     """Let the header name another backing file; stable on return. Raises: OSError, ImageError; it is as it was then."""
     header = await read_header(file)
     require_uncorrupted(file, header)
+    if name is not None and header.record.has_raw_data:
+        raise UnsupportedImage(file.path, "its raw external data file is the whole disk: nothing can show through it")
     pack_header(file, header.with_backing(name, backing_format))  # refuse what does not fit before anything is written
     # Bitmaps stay true: no cluster changes. What else promises something, we cannot know.
     header = await clear_autoclear(file, header, maintained=Autoclear.BITMAPS)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 
 from qcow2.driver.file import HostFile
@@ -13,11 +14,10 @@ from qcow2.error import ImageError, UnsupportedImage
 from qcow2.judge.census import Progress
 from qcow2.lock import lock_image, show_life
 from qcow2.node.formats import Outline, format_of
-from qcow2.node.gate import ANY, Gate
+from qcow2.node.gate import ANY, BACKING, DATA, Gate
 from qcow2.node.node import Node
 
 MAX_DEPTH = 100
-BACKING = "backing file"
 
 
 def outline(path: str, image_format: str) -> Outline:
@@ -35,22 +35,34 @@ def chain_paths(path: str, image_format: str, gate: Gate = ANY) -> list[str]:
 
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
-    paths = [path]
+    return [path for path, _ in chain_places(path, image_format, gate)]
+
+
+def chain_places(
+    path: str, image_format: str, gate: Gate = ANY, data_file: str | None = None
+) -> list[tuple[str, str | None]]:
+    """The same, each with the file its data is in if that is another one; *data_file* is the top's, if it is said."""
+    places: list[tuple[str, str | None]] = []
     file = HostFile.open(path)
     while True:
+        known = format_of(path, image_format)
         with file:
-            below = format_of(path, image_format).below(file)
-        if below is None or below.image_format is None or len(paths) > MAX_DEPTH:
-            return paths
+            below, data = known.below(file), known.data(file)
+        if data is not None:
+            data = data_file if data_file is not None and not places else gate.way(path, DATA, data)
+        places.append((path, data))
+        if below is None or below.image_format is None or len(places) > MAX_DEPTH:
+            return places
         file = gate.open(path, BACKING, below.name, writable=False)
         path, image_format = file.path, below.image_format
-        paths.append(path)
 
 
 @dataclass
 class Chain:
     """The files of an image and of everything under it; closes them as a context manager."""
 
+    data_file: str | None = None  # what the top's data is in, whatever it says; None: as it says
+    data_files: list[HostFile] = field(default_factory=list)  # that images have besides
     files: list[HostFile] = field(default_factory=list)  # top first
     nodes: list[Node] = field(default_factory=list)  # the same disks, top first
     progress: Progress | None = None  # told how far the repair of a dirty image is
@@ -75,7 +87,7 @@ class Chain:
         with ExitStack() as stack:  # one that cannot be closed keeps none of the others open
             if self.memory is not None:
                 stack.callback(self.memory.close)
-            for file in reversed(self.files):
+            for file in reversed([*self.files, *self.data_files]):
                 stack.callback(file.close)
 
     def open(self, path: str, image_format: str, options: OpenOptions) -> Node:
@@ -99,17 +111,33 @@ class Chain:
         )
         return self._know(known.open(self, opened, below))
 
+    def open_data_file(self, file: HostFile, name: str | None, options: OpenOptions) -> HostFile:
+        """Open what the image in *file*, opened with *options*, calls its data file. Raises: as `open`."""
+        is_writable = options.writable
+        if file is self.files[0] and self.data_file is not None:
+            path = self.data_file
+            begin = partial(HostFile.open, path, writable=is_writable)
+        elif name:
+            path = self.gate.way(file.path, DATA, name)
+            self._refuse_cycle(file, path)
+            begin = partial(self.gate.open, file.path, DATA, name, writable=is_writable)
+        else:
+            raise UnsupportedImage(file.path, "it does not say which its external data file is")
+        return self._hold(path, begin, writable=is_writable, among=self.data_files)
+
     def _know(self, node: Node) -> Node:
         """What is under it is known already."""
         self.nodes.insert(0, node)
         return node
 
-    def _hold(self, path: str, begin: Callable[[], HostFile], *, writable: bool) -> HostFile:
-        """The file at *path*, which *begin* opens, locked; ours to close."""
+    def _hold(
+        self, path: str, begin: Callable[[], HostFile], *, writable: bool, among: list[HostFile] | None = None
+    ) -> HostFile:
+        """The file at *path*, which *begin* opens, locked; ours to close with those it is *among*."""
         way = " -> ".join(self._way_to(path))
         try:
             file = begin()
-            self.files.append(file)
+            (self.files if among is None else among).append(file)
             if not self.force_share:
                 lock_image(file.fd, path, writable=writable, on_wait=self.on_wait)
                 file.life_fd = show_life(path, file.fd)
@@ -126,5 +154,7 @@ class Chain:
         way = " -> ".join(self._way_to(path))
         if len(self.files) >= MAX_DEPTH:
             raise UnsupportedImage(file.path, f"more than {MAX_DEPTH} files in the backing chain")
-        if os.path.exists(path) and any(os.path.samestat(os.stat(path), os.fstat(f.fd)) for f in self.files):
+        if os.path.exists(path) and any(
+            os.path.samestat(os.stat(path), os.fstat(f.fd)) for f in [*self.files, *self.data_files]
+        ):
             raise ImageError(file.path, f"the backing chain is a cycle: {way} -> {path}")

@@ -52,7 +52,7 @@ async def find_extent(image: Backing, guest_offset: int, nbytes: int, depth: int
         return await find_extent(backing, guest_offset, inside, depth + 1)
     extent = _extent_of(run, image, guest_offset, depth)
     if run.kind == Kind.DATA and await image.is_hollow():
-        is_data, nbytes = await Occupied(image.file, run.host_offset, run.nbytes)
+        is_data, nbytes = await Occupied(image.data_file, run.host_offset, run.nbytes)
         return replace(extent, nbytes=nbytes, is_zero=not is_data)
     return extent
 
@@ -70,7 +70,7 @@ def _extent_of(run: Run, image: Backing, guest_offset: int, depth: int) -> Exten
         guest_offset=guest_offset,
         nbytes=run.nbytes,
         depth=depth,
-        file=image.file,
+        file=image.data_file,
         is_present=run.kind != Kind.UNALLOCATED,
         is_zero=not is_data,
         is_data=is_data,

@@ -43,6 +43,7 @@ class Format:
     open: "Callable[[Chain, HostFile, OpenOptions], Node]"  # the file is locked
     outline: Callable[[HostFile], Outline]  # without a lock: others may be writing
     below: Callable[[HostFile], Below | None] = lambda file: None
+    data: Callable[[HostFile], str | None] = lambda file: None  # the name of the file that data is in; "": it has none
     has_metadata: bool = False  # refcounts and tables, that can be checked and counted lazily
     has_snapshots: bool = False
 
@@ -66,6 +67,13 @@ def _below_qcow2(file: HostFile) -> Below | None:
 
     header = run(read_header(file, trust_refcounts=False))
     return None if header.backing_name is None else Below(header.backing_name, header.backing_format)
+
+
+def _data_qcow2(file: HostFile) -> str | None:
+    from qcow2.format.header import read_header
+
+    header = run(read_header(file, trust_refcounts=False))
+    return (header.data_file_name or "") if header.record.has_data_file else None
 
 
 def _open_raw(chain: "Chain", file: HostFile, options: "OpenOptions") -> "Node":
@@ -102,7 +110,7 @@ def register(image_format: Format) -> None:
     FORMATS[image_format.name] = image_format
 
 
-register(Format("qcow2", _open_qcow2, _outline_qcow2, _below_qcow2, has_metadata=True, has_snapshots=True))
+register(Format("qcow2", _open_qcow2, _outline_qcow2, _below_qcow2, _data_qcow2, has_metadata=True, has_snapshots=True))
 register(Format("raw", _open_raw, _outline_raw))
 register(Format("luks", _open_luks, _outline_luks))
 

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 
+BACKING, DATA = "backing file", "data file"
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
     """What images may name."""
 
     directories: tuple[str, ...] | None = None  # beneath which backing files lie; None: anywhere
+    data_directories: tuple[str, ...] | None = None  # the same of data files, which an image has written to
 
     def way(self, namer: str, role: str, name: str) -> str:
-        """The path of the file that the image at *namer* calls *name*; *role* is what for: "backing file".
+        """The path of the file that the image at *namer* calls *name*; *role* is BACKING or DATA.
 
         Raises: UnsupportedImage for what is not the name of a file, or not allowed.
         """
@@ -38,9 +41,10 @@ class Gate:
         return file
 
     def _require_allowed(self, namer: str, role: str, name: str, place: str) -> None:
-        if self.directories is None:
+        directories = self.data_directories if role == DATA else self.directories
+        if directories is None:
             return
-        allowed = [os.path.realpath(directory) for directory in self.directories]
+        allowed = [os.path.realpath(directory) for directory in directories]
         if not any(os.path.commonpath([directory, place]) == directory for directory in allowed):
             where = " or ".join(allowed) or "any directory"
             raise UnsupportedImage(namer, f"{role} {name!r} is not allowed: {place} is not in {where}")
@@ -74,4 +78,4 @@ def named_path(namer: str, role: str, name: str) -> str:
 
 def backing_path(namer: str, name: str) -> str:
     """Where the backing file *name* of the image at *namer* is. Raises: UnsupportedImage."""
-    return named_path(namer, "backing file", name)
+    return named_path(namer, BACKING, name)

@@ -17,7 +17,8 @@ from qcow2.engine.logplace import new_log
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
 from qcow2.lock import lock_image, share_image, show_life
-from qcow2.node.chain import BACKING, Chain
+from qcow2.node.chain import Chain
+from qcow2.node.gate import BACKING
 
 
 class Overlay:
@@ -56,6 +57,8 @@ class Overlay:
             raise ValueError(f"{name!r} is not the name of a file")
         if header.record.crypt_method:
             raise UnsupportedImage(path, "encrypted: what is written over it would not be")
+        if header.record.has_data_file:
+            raise UnsupportedImage(path, "its external data file could not be shared with other overlays")
         if not stat.S_ISREG(os.stat(self._path).st_mode):
             raise UnsupportedImage(path, "not a regular file: nothing can take its name")
         if not os.path.samestat(os.stat(self._path), os.fstat(self._top.fd)):

@@ -23,6 +23,7 @@ def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
         recover(file, chain.log_directory, discard=chain.discard_log)
     header = run(read_header(file, trust_refcounts=False))
     backing = _open_backing(chain, file, header, options)
+    data_file = None if not header.record.has_data_file else chain.open_data_file(file, header.data_file_name, options)
     if options.writable and header.is_dirty:
         _repair(file, header, chain.progress)
     log = None
@@ -30,7 +31,7 @@ def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
         log, chain.memory = new_log(file, chain.log_directory)
     elif not options.writable and not chain.force_share:
         warn_of_waiting(file, header.log_mark)
-    return run(Image.open(file, backing=backing, options=options, log=log))
+    return run(Image.open(file, backing=backing, data_file=data_file, options=options, log=log))
 
 
 def _open_backing(chain: "Chain", file: HostFile, header: Header, options: OpenOptions) -> Node | None:

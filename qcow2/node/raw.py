@@ -54,6 +54,11 @@ class RawImage:
         return self._map.extent_map
 
     @property
+    def data_file(self) -> File:
+        """The file."""
+        return self.file
+
+    @property
     def capabilities(self) -> Capabilities:
         """A disk, and no more."""
         return Capabilities()

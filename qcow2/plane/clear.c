@@ -50,7 +50,7 @@ static int is_simple(struct l2map *map, uint64_t first, uint64_t last)
 {
     uint64_t slice = first >> map->slice_bits;
 
-    return map->freed && map->writable && map->slot != SLOT_UNKNOWN && last >> map->slice_bits == slice &&
+    return map->freed && map->writable && !map->format.is_identity && map->slot != SLOT_UNKNOWN && last >> map->slice_bits == slice &&
            l2map_find(map, slice) != NONE && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last);
 }
 

@@ -24,6 +24,7 @@ struct entry_format {
     uint32_t version;
     uint32_t subcluster_bits; /* log2 of the bytes; cluster_bits where a cluster has none */
     uint32_t word_bits;       /* log2 of the words of an L2 entry */
+    uint32_t is_identity;     /* data is in a file of its own, each cluster where it would be in a raw disk */
 };
 
 struct entry {
@@ -159,10 +160,16 @@ static inline int entry_is_askew(const struct entry_format *format, struct entry
     return (entry_host_offset(entry) & ((UINT64_C(1) << format->cluster_bits) - 1)) != 0;
 }
 
+/* Whether a standard entry names a host cluster; in a file of its own the first one is at 0. */
+static inline int entry_has_cluster(const struct entry_format *format, struct entry entry)
+{
+    return entry_host_offset(entry) || (format->is_identity && entry_is_copied(entry));
+}
+
 /* What a standard entry says of one of its subclusters. */
 static inline enum l2_kind entry_kind(const struct entry_format *format, struct entry entry, uint32_t subcluster)
 {
-    int is_kept = entry_host_offset(entry) != 0;
+    int is_kept = entry_has_cluster(format, entry);
 
     if (!format->word_bits) {
         if (entry.word & ENTRY_ZERO)

@@ -48,12 +48,17 @@ def native_entry(entry: int) -> Any:
 class Entries:
     """The entries of L2 tables of images with one geometry."""
 
-    def __init__(self, cluster_bits: int, version: int, *, has_subclusters: bool = False) -> None:
+    def __init__(
+        self, cluster_bits: int, version: int, *, has_subclusters: bool = False, is_identity: bool = False
+    ) -> None:
+        """*is_identity*: data is in a file of its own, each cluster where it would be in a raw disk."""
         subcluster_bits = cluster_bits - (lib.ENTRY_SUBCLUSTER_BITS if has_subclusters else 0)
         self.native: Any = ffi.new(
-            "struct entry_format *", (cluster_bits, version, subcluster_bits, 1 if has_subclusters else 0)
+            "struct entry_format *",
+            (cluster_bits, version, subcluster_bits, 1 if has_subclusters else 0, is_identity),
         )
         self.has_subclusters = has_subclusters
+        self.is_identity = is_identity
         self.nbytes = 16 if has_subclusters else 8  # of one
         self.zeros = self._int(lib.entry_zeros(self.native))  # without a host cluster; 0 in version 2
         self._cluster_bits = cluster_bits
@@ -62,7 +67,12 @@ class Entries:
     @classmethod
     def of(cls, geometry: Geometry) -> "Entries":
         """Those of an image with *geometry*."""
-        return cls(geometry.cluster_bits, geometry.version, has_subclusters=geometry.has_subclusters)
+        return cls(
+            geometry.cluster_bits,
+            geometry.version,
+            has_subclusters=geometry.has_subclusters,
+            is_identity=geometry.has_data_file,
+        )
 
     @staticmethod
     def _int(entry: Any) -> int:
@@ -102,7 +112,8 @@ class Entries:
 
     def moved(self, entry: int, nclusters: int) -> list[int]:
         """*entry* and those of the clusters that follow its own in the file."""
-        step = 1 << self._cluster_bits if self.host_offset(entry) else 0
+        is_placed = self.host_offset(entry) or (self.is_identity and self.is_copied(entry))
+        step = 1 << self._cluster_bits if is_placed else 0
         return [entry + ahead * step for ahead in range(nclusters)]
 
     def zeroed(self, entry: int, first: int, last: int) -> int:

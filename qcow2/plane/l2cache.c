@@ -18,7 +18,7 @@ struct l2map *l2map_create(const struct entry_format *format, uint64_t size, uin
     map->cluster_bits = format->cluster_bits;
     map->table_bits = format->cluster_bits - entry_format_bits(format);
     map->slice_bits = least(map->table_bits, MAX_SLICE_BITS - format->word_bits);
-    map->slot = SLOT_UNKNOWN;
+    map->slot = map->data_slot = SLOT_UNKNOWN;
     if (l2map_resize(map, size, nslots) < 0) {
         free(map);
         return NULL;
@@ -88,7 +88,15 @@ void l2map_set_file_end(struct l2map *map, uint64_t file_end)
 void l2map_set_file(struct l2map *map, uint32_t slot, int writable)
 {
     map->slot = slot;
+    if (!map->format.is_identity)
+        map->data_slot = slot;
     map->writable = writable;
+}
+
+void l2map_set_data_file(struct l2map *map, uint32_t slot)
+{
+    ASSERT(map->format.is_identity);
+    map->data_slot = slot;
 }
 
 int l2map_fail(struct l2map *map, int result)
@@ -224,23 +232,36 @@ static void describe_compressed(const struct l2map *map, struct entry entry, str
         run->kind = L2_BAD;
 }
 
-/* Classify one entry from `subcluster` on. What no image may hold makes it bad, as does a cluster that is not aligned,
- * does not exist or is metadata. */
-static void describe_entry(const struct l2map *map, struct entry entry, uint32_t subcluster, struct l2_run *run)
+/* Whether the host cluster that a standard entry of the guest cluster names cannot be its own. */
+static int is_misplaced(const struct l2map *map, struct entry entry, uint64_t guest_cluster)
+{
+    uint64_t offset = entry_host_offset(entry), cluster = offset >> map->cluster_bits;
+
+    if (!entry_has_cluster(&map->format, entry))
+        return 0;
+    if (map->format.is_identity)
+        return offset != guest_cluster << map->cluster_bits;
+    return entry_is_askew(&map->format, entry) || offset >= map->file_end || holds_metadata(map, cluster, cluster);
+}
+
+/* Classify the entry of a guest cluster from `subcluster` on. What no image may hold makes it bad, as does a cluster
+ * that is not aligned, does not exist or is metadata, and in a file of its own one that is not where the guest's is. */
+static void describe_entry(const struct l2map *map, struct entry entry, uint64_t guest_cluster, uint32_t subcluster,
+                           struct l2_run *run)
 {
     uint64_t offset = entry_host_offset(entry);
-    uint64_t cluster = offset >> map->cluster_bits;
 
     run->entry = entry;
     if (entry_is_compressed(entry)) {
         describe_compressed(map, entry, run);
+        if (map->format.is_identity)
+            run->kind = L2_BAD;
         return;
     }
     run->copied = entry_is_copied(entry);
     run->host_offset = offset;
     run->kind = entry_kind(&map->format, entry, subcluster);
-    if (entry_is_bad(&map->format, entry) || (offset && (entry_is_askew(&map->format, entry) ||
-                                                         offset >= map->file_end || holds_metadata(map, cluster, cluster))))
+    if (entry_is_bad(&map->format, entry) || is_misplaced(map, entry, guest_cluster))
         run->kind = L2_BAD;
 }
 
@@ -308,8 +329,8 @@ static int describe_missing_table(const struct l2map *map, uint64_t guest_offset
 
 /* Let `run`, which describes the first entry from `subcluster` on, be as long as it is one; the clusters that `words`
  * begin with end at `end`, counted from the first one's start. -> where it ends, counted likewise. */
-static uint64_t extend(const struct l2map *map, const uint64_t *words, uint32_t subcluster, uint64_t end,
-                       const struct l2_run *run)
+static uint64_t extend(const struct l2map *map, const uint64_t *words, uint64_t cluster, uint32_t subcluster,
+                       uint64_t end, const struct l2_run *run)
 {
     const struct entry_format *format = &map->format;
     uint32_t whole = entry_subclusters(format), same = entry_same_kind(format, run->entry, subcluster);
@@ -321,7 +342,7 @@ static uint64_t extend(const struct l2map *map, const uint64_t *words, uint32_t 
     while (ahead << map->cluster_bits < end) {
         struct l2_run after;
 
-        describe_entry(map, entry_of(format, words, ahead), 0, &after);
+        describe_entry(map, entry_of(format, words, ahead), cluster + ahead, 0, &after);
         if (!continues(map, run, &after, ahead))
             break;
         same = entry_same_kind(format, after.entry, 0);
@@ -351,8 +372,8 @@ void l2map_describe(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, s
     if (slot == NONE)
         return;
     words = slice_words(map, slot) + (index << map->format.word_bits);
-    describe_entry(map, entry_of(&map->format, words, 0), subcluster, out);
-    out->nbytes = least(nbytes, extend(map, words, subcluster, in_cluster + nbytes, out) - in_cluster);
-    if (out->host_offset && out->kind != L2_COMPRESSED && out->kind != L2_BAD)
+    describe_entry(map, entry_of(&map->format, words, 0), cluster, subcluster, out);
+    out->nbytes = least(nbytes, extend(map, words, cluster, subcluster, in_cluster + nbytes, out) - in_cluster);
+    if ((out->host_offset || out->kind == L2_DATA || out->kind == L2_ZERO_ALLOCATED) && out->kind != L2_COMPRESSED && out->kind != L2_BAD)
         out->host_offset += in_cluster;
 }

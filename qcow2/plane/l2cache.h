@@ -35,6 +35,8 @@ void l2map_set_metadata(struct l2map *map, const uint64_t *clusters, size_t nclu
 void l2map_set_file_end(struct l2map *map, uint64_t file_end);
 /* The worker's number of the image's file; writable: overwrites in place may be answered. */
 void l2map_set_file(struct l2map *map, uint32_t slot, int writable);
+/* The worker's number of the file that data lies in, where that is another one. */
+void l2map_set_data_file(struct l2map *map, uint32_t slot);
 /* Why the map has stopped to write entries, and marks of the log, itself: errno, 0 while none has failed. */
 int l2map_error(const struct l2map *map);
 /* What shows where nothing is allocated; has_backing with translate NULL: only Python can tell. */

@@ -102,6 +102,10 @@ class L2Cache:
         """Say which of the worker's files this is, and whether overwrites in place may be answered."""
         lib.l2map_set_file(self._map, lib.SLOT_UNKNOWN if slot is None else slot, writable)
 
+    def set_data_file(self, slot: int | None) -> None:
+        """Say which of the worker's files data lies in, of an image where that is another one."""
+        lib.l2map_set_data_file(self._map, lib.SLOT_UNKNOWN if slot is None else slot)
+
     @property
     def error(self) -> int:
         """errno of an entry, or a mark of the log, that the extent map could not write; 0: it wrote them all."""

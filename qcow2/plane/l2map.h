@@ -25,6 +25,7 @@ struct l2map {
     uint64_t file_end;
 
     uint32_t slot;
+    uint32_t data_slot; /* of the file that data lies in: the same, but where is_identity */
     const struct extent_cipher *cipher; /* of the data; NULL: it is as it is */
     int writable;
     int error; /* errno of a write of an entry, or of the log's mark, that failed */

@@ -106,9 +106,9 @@ static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nby
         l2map_describe(map, guest_offset, nbytes, &run);
     memset(out, 0, sizeof(*out));
     out->nbytes = run.nbytes;
-    if (run.kind == L2_DATA && map->slot != SLOT_UNKNOWN && (!is_write || (map->writable && run.copied))) {
+    if (run.kind == L2_DATA && map->data_slot != SLOT_UNKNOWN && (!is_write || (map->writable && run.copied))) {
         out->kind = EXTENT_DATA;
-        out->slot = map->slot;
+        out->slot = map->data_slot;
         out->host_offset = run.host_offset;
         out->cipher = map->cipher;
     } else if (!is_write && (run.kind == L2_ZERO_PLAIN || run.kind == L2_ZERO_ALLOCATED)) {
@@ -116,8 +116,8 @@ static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nby
     } else if (is_write && may_be_fresh(map, &run)) {
         uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
 
-        /* Encrypted, the zeros of a cluster in stock are none: Python completes it. */
-        out->kind = map->stock && map->writable && !map->cipher ? EXTENT_FRESH : EXTENT_PUNT;
+        /* Encrypted, the zeros of a cluster in stock are none: Python completes it. In a file of its own data has no choice. */
+        out->kind = map->stock && map->writable && !map->cipher && !map->format.is_identity ? EXTENT_FRESH : EXTENT_PUNT;
         out->nbytes = least(run.nbytes, (UINT64_C(1) << map->cluster_bits) - in_cluster);
     } else if (!is_write && run.kind == L2_UNALLOCATED) {
         l2map_translate_backing(map, guest_offset, run.nbytes, reader, out);

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, plan, write_header, write_raw, write_tables
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.hostfile import created, opened
+from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
@@ -114,7 +116,10 @@ def _create_qcow2(request: Request, arguments: argparse.Namespace) -> None:
     size = _size(request, look=not arguments.unsafe)
     options = image_options(request.given, size, request.given.get("size"), arguments.secrets)
     whole = plan(options)
-    with created(request.path) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(created(request.path))
+        if options.data_file_name is not None:
+            stack.enter_context(new_data_file(request.path, options, request.given.get("data_file_use")))
         if not arguments.quiet:
             print(_announcement(request, options, size), flush=True)
         run(write_tables(file, whole))
@@ -194,6 +199,8 @@ def _size(request: Request, *, look: bool) -> int:
     """Of the disk, as it was typed; else as the backing file's, which is looked at in any case if *look*."""
     backing_size = _backing_size(request) if look and request.backing_name is not None else None
     typed = request.given.get("size")
+    if typed is None and request.given.get("data_file_use") == KEEP and request.given.get("data_file"):
+        return data_file_size(request.path, request.given["data_file"])
     if typed is not None:
         return parse_size(typed)
     if backing_size is None:
@@ -214,6 +221,10 @@ def _announcement(request: Request, options: Options, size: int) -> str:
         words.append(f"compat={request.given['compat']}")
     if options.backing_name is not None:
         words += [f"backing_file={options.backing_name}", f"backing_fmt={options.backing_format}"]
+    if options.data_file_name is not None:
+        words.append(f"data_file={options.data_file_name}")
+        if options.data_file_raw:
+            words.append("data_file_raw=on")
     words.append(f"lazy_refcounts={'on' if options.lazy_refcounts else 'off'}")
     words.append(f"refcount_bits={1 << options.refcount_order}")
     return " ".join(words)

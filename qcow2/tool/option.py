@@ -24,6 +24,9 @@ OPTIONS = {
         "extended_l2": "<bool (on/off)> - Extended L2 tables",
         "lazy_refcounts": "<bool (on/off)> - Postpone refcount updates",
         "preallocation": "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)",
+        "data_file": "<str>        - File name of an external data file",
+        "data_file_raw": "<bool (on/off)> - The external data file must stay valid as a raw image",
+        "data_file_use": "<str>    - What to do with one that exists: keep its content, or empty it",
         "encrypt.format": "<str>   - Encrypt the image, format choices: 'aes', 'luks'",
         **captions("encrypt."),
         "refcount_bits": "<num>    - Width of a reference count entry in bits",
@@ -85,6 +88,7 @@ def image_options(
     limit = max_size(cluster_bits)
     if size + -size % SECTOR_SIZE > limit:
         raise ValueError(f"size {typed or size} is too large, limit {limit} with cluster_size {1 << cluster_bits}")
+    is_raw_data = _choice(given, "data_file_raw", "off", SWITCH)
     return Options(
         size=size + -size % SECTOR_SIZE,
         version=_choice(given, "compat", "1.1", COMPATS),
@@ -95,7 +99,9 @@ def image_options(
         compression=_choice(given, "compression_type", "zlib", {kind.name.lower(): kind for kind in CompressionType}),
         backing_name=given.get("backing_file") or None,
         backing_format=given.get("backing_fmt") or None,
-        preallocation=_choice(given, "preallocation", "off", PREALLOCATIONS),
+        preallocation=_choice(given, "preallocation", "metadata" if is_raw_data else "off", PREALLOCATIONS),
+        data_file_name=given.get("data_file") or None,
+        data_file_raw=is_raw_data,
         encryption=encryption_of(given, secrets, "encrypt."),
     )
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Preallocation, create
+from qcow2.engine.create import Options, Preallocation, create
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.error import ImageError
@@ -15,6 +15,7 @@ from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
+from qcow2.library.newdata import KEEP, new_data_file
 from qcow2.node.luks import LuksImage, write_luks
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
@@ -65,6 +66,9 @@ def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
         yield _new_raw(file, wish)
         return
     options = image_options(wish.given, wish.size, secrets=wish.secrets)
+    if options.data_file_name is not None:
+        yield from _new_with_data_file(file, wish, options, base)
+        return
     if options.encryption is None:
         kind = NewCompressedImage if wish.is_compressed else NewImage
         yield kind(file, options, base, reads_zeros=not file.is_device)
@@ -88,6 +92,19 @@ def _new_luks(file: HostFile, wish: Wish) -> Iterator[Target]:
     image = run(LuksImage.unlock(file, Keyring(lambda path: [encryption.passphrase]), writable=True))
     yield InPlace(image, wish.size, is_zero=False)
     run(image.close())
+
+
+def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Iterator[Target]:
+    if wish.is_compressed:
+        raise Failure("Compression not supported with an external data file")
+    if base is not None:
+        raise Failure("a new image that has an external data file and a backing file: create it, then use -n")
+    use = wish.given.get("data_file_use")
+    with new_data_file(wish.path, options, use) as data_file:
+        run(create(file, options))
+        image = run(Image.open(file, data_file=data_file, options=OpenOptions(writable=True)))
+        yield InPlace(image, wish.size, is_zero=use != KEEP)
+        run(image.close())
 
 
 def _new_raw(file: HostFile, wish: Wish) -> Target:

@@ -109,7 +109,7 @@ ATTEMPTS = """
 import contextlib, ctypes, mmap, os, signal, socket, sys
 from vhost.sandbox import confine, seal
 image, logs, others, somebody, path = sys.argv[1:]
-confine(images=[image], writable=True, log_directory=logs, sockets=[])
+confine(images=[image], changed=[image], log_directory=logs, sockets=[])
 seal()
 libc = ctypes.CDLL(None, use_errno=True)
 
