@@ -119,10 +119,10 @@ class Packer:
         """The host clusters that the guest clusters refer to now."""
         end = min(guest_offset + (nclusters << self._geometry.cluster_bits), self._geometry.size)
         old: list[int] = []
-        while guest_offset < end:
-            run = await self._mapping.resolve(guest_offset, end - guest_offset)
-            old += self._writer.host_clusters(run, self._geometry.clusters(run.nbytes))
-            guest_offset += run.nbytes
+        size = self._geometry.cluster_size
+        for start in range(guest_offset, end, size):  # one by one: with subclusters a run may be a part of one
+            run = await self._mapping.resolve(start, min(size, end - start))
+            old += self._writer.subclusters.host_clusters(run.entry)
         return old
 
     async def _put(self, stream: bytes, taken: list[int]) -> int:

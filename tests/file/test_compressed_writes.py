@@ -24,8 +24,13 @@ def text(draw: random.Random, nbytes: int) -> bytes:
     return (b"%07d " % draw.randrange(10_000_000) * (nbytes // 8 + 1))[:nbytes]
 
 
-@pytest.mark.parametrize("options", ["", "compression_type=zstd", "refcount_bits=1", "refcount_bits=2", "compat=0.10"])
-@pytest.mark.parametrize("cluster_size", [512, 65536])
+OPTIONS = ["", "compression_type=zstd", "refcount_bits=1", "refcount_bits=2", "compat=0.10"]
+
+
+@pytest.mark.parametrize(
+    ("cluster_size", "options"),
+    [(size, options) for size in (512, 65536) for options in OPTIONS] + [(16384, "extended_l2=on")],
+)
 def test_random_writes_compressed_and_not_are_what_qemu_reads(tmp_path: Path, cluster_size: int, options: str) -> None:
     path, draw = tmp_path / "disk", random.Random(cluster_size)
     size = NCLUSTERS * cluster_size - 512 * (cluster_size > 512)
