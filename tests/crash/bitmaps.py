@@ -1,8 +1,10 @@
 """Law 11 by enumeration: whatever a death leaves, no bitmap says too little; after a kill it says exactly enough.
 
+`python -m tests.crash.bitmaps FIRST LAST` explores random workloads of these seeds on every kind of image.
 Judged are the bitmaps as the file has them, which is what another program finds, and as our next open leaves them.
 """
 
+import sys
 from collections.abc import Sequence
 
 from tests.bitmapreader import Bitmap, read_bitmaps
@@ -85,3 +87,19 @@ def explore(
         steps = random_steps(seed, BITMAPS[kind].nsectors, BITMAPS[kind].cluster_sectors)
     run = perform(kind, steps, seed=seed, writethrough=writethrough)
     return BitmapExplorer(run, bitmap_opener(kind), seed).explore(stride=stride)
+
+
+def main(first: str, last: str) -> None:
+    """Explore the workloads of the seeds from *first* up to *last*."""
+    total = 0
+    for seed in range(int(first), int(last)):
+        for kind in BITMAPS:
+            for writethrough in (False, True):
+                states = explore(kind, seed, writethrough=writethrough)
+                total += states
+                print(f"{kind} seed={seed} writethrough={writethrough}: {states} states", flush=True)
+    print(f"{total} states, no violation")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
