@@ -1,4 +1,7 @@
-"""Compile the load generator when it is older than its sources; it is no part of the installed product."""
+"""Compile the driver's side and the load generator when they are older than their sources.
+
+They are no part of the installed product.
+"""
 
 import contextlib
 import io
@@ -8,11 +11,11 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from ring.build import FLAGS, emit_wrapper
+from ring.build import DRIVER_SIDE, FLAGS, emit_wrapper
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("bench/content.c", "bench/load.c", "bench/pattern.c", "ring/driver.c", "ring/driver_packed.c")
-READ_BY_THE_COMPILER = ("bench/*.[ch]", "bench/native.cdef", "ring/*.h", "ring/driver*.c", "bench/build.py")
+SOURCES = (*DRIVER_SIDE, "bench/content.c", "bench/load.c", "bench/pattern.c")
+READ_BY_THE_COMPILER = ("bench/*.[ch]", "bench/native.cdef", "ring/*.h", "bench/build.py")
 
 
 def build() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
-from ring.driver import DriverMemory, DriverQueue
+from bench.driver import DriverMemory, DriverQueue
 from vhost.message import (
     U64,
     ConfigWindow,

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 #include "bench/histogram.h"
-#include "ring/driver.h"
+#include "bench/driver.h"
 
 enum load_kind { LOAD_READ, LOAD_WRITE, LOAD_FLUSH, LOAD_DISCARD, LOAD_WRITE_ZEROES, LOAD_KINDS };
 

@@ -3,9 +3,12 @@
 import socket
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
-from ring.driver import Buffer, DriverMemory, DriverQueue
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the driver's side is no part of what is installed
+
+from bench.driver import Buffer, DriverMemory, DriverQueue
 from vhost.message import U64, Header, MemoryTable, Region, Request, VhostFeature, VringAddress, VringState
 from virtio.block import RequestType, Status
 from virtio.feature import BlockFeature, RingFeature

@@ -42,6 +42,7 @@ SANITIZERS = {
 }
 SOURCES = ("*/*.h", "*/*.c", "*/*.cdef", "*/plane/*.h", "*/plane/*.c")
 FUZZ = ROOT / "tests" / "fuzz"
+DRIVER_SIDE = ("bench/driver.c", "bench/driver_packed.c", "bench/identity.c")  # for tests and load alone
 
 
 def emit_wrapper(module: str, target: Path) -> None:
@@ -75,9 +76,11 @@ class BuildNative(build_ext):
 
 
 def native_sources() -> list[str]:
-    """List the C sources of all extensions, as `pyproject.toml` does."""
+    """List the C sources of all extensions, as `pyproject.toml` does, and of the driver's side, which drives them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    return [source for ext in project["tool"]["setuptools"]["ext-modules"] for source in ext["sources"]]
+    return [source for ext in project["tool"]["setuptools"]["ext-modules"] for source in ext["sources"]] + [
+        *DRIVER_SIDE
+    ]
 
 
 def run_sanitized(directory: Path, option: str) -> None:

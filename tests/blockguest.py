@@ -10,10 +10,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple
 
+from bench.driver import Buffer, Completion, DriverMemory, DriverQueue, IdentityMap
 from ring.aio import Aio
 from ring.counter import Counters
-from ring.driver import Buffer, Completion, DriverMemory, DriverQueue
-from ring.extent import IdentityMap
 from ring.memory import MemoryRegion
 from ring.request import Request
 from ring.worker import Worker

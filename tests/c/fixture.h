@@ -10,8 +10,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "ring/driver.h"
-#include "ring/identity.h"
+#include "bench/driver.h"
+#include "bench/identity.h"
 #include "ring/worker.h"
 #include "virtio/block.h"
 

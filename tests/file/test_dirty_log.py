@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import Buffer, DriverMemory
+from bench.driver import Buffer, DriverMemory
 from ring.memory import MemoryRegion
 from ring.request import Request
 from tests.blockguest import FLUSH, GET_ID, IN, IOERR, MIB, OK, OUT, Guest

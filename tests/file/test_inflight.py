@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import wait_readable
+from bench.driver import wait_readable
 from tests.builder import Recipe, build
 from tests.frontend import GET_ID, OK, QUEUE_SIZE, SET_VRING_ENABLE, BackendGone, FrontEnd, Queue
 from tests.inflightmodel import SplitModel

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.driver import Buffer, DriverQueue
 from ring.aio import Aio
-from ring.driver import Buffer, DriverQueue
 from ring.request import Request
 from tests import slowdisk
 from tests.blockguest import FLUSH, IN, MIB, OK, Guest

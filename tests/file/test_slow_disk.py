@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import DriverMemory, DriverQueue
+from bench.driver import DriverMemory, DriverQueue
 from tests import slowdisk
 from tests.blockguest import FLUSH, IN, MIB, OK, OUT, Guest
 from tests.frontend import FrontEnd

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ring.driver import Buffer, DriverQueue, wait_readable
+from bench.driver import Buffer, DriverQueue, wait_readable
 from ring.request import Request
 from tests.blockguest import IN, IOERR, MIB, OK, Guest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import Buffer, DriverMemory
+from bench.driver import Buffer, DriverMemory
 from ring.memory import MemoryRegion
 from ring.request import Request
 from tests.blockguest import IN, MIB, OK, OUT, Guest, open_pipe

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ring.driver import DriverQueue, wait_readable
+from bench.driver import DriverQueue, wait_readable
 from ring.request import Request
 from tests.blockguest import FLUSH, IN, MIB, OK, OUT, Guest
 

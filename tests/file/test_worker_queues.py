@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import Completion, DriverQueue
+from bench.driver import Completion, DriverQueue
 from ring.native import Pointer
 from ring.request import Request
 from ring.virtqueue import QueueLayout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ring.driver import Buffer
+from bench.driver import Buffer
 from ring.request import Request
 from tests.blockguest import DISCARD, FLUSH, GET_ID, IN, IOERR, MIB, OK, OUT, UNSUPP, UNTOUCHED, WRITE_ZEROES, Guest
 from virtio.native import NativeBlock

@@ -197,13 +197,15 @@ static void watched_begin(struct device *device, struct worker *worker, struct r
 }
 
 /* An image that is fragmented as its context says, and sometimes wrong. */
-static void fragmented(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write, struct extent *out)
+static void fragmented(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
+                       struct extent_reader *reader, struct extent *out)
 {
     uint8_t kind = *(uint8_t *)context;
     uint64_t cell = guest_offset >> 10;
     uint64_t left = 1024 - guest_offset % 1024;
 
-    *out = (struct extent){EXTENT_DATA, 0, guest_offset % LIMIT, left < nbytes ? left : nbytes};
+    *out = (struct extent){
+        .kind = EXTENT_DATA, .host_offset = guest_offset % LIMIT, .nbytes = left < nbytes ? left : nbytes};
     switch ((kind + cell * 7) % 11) {
     case 1:
     case 2:
@@ -612,8 +614,10 @@ static void init_block(const struct setup *setup)
     memcpy(world.block.serial, setup->rest, sizeof(setup->rest));
     if (!(setup->flags & NO_SYNC_SLOT))
         world.block.sync_slot = setup->map >> 1 & 1;
+    extent_translate translate = fragmented; /* of that type, before it travels as a number */
+
     if (!(setup->flags & NO_MAP))
-        block_set_extent_map(&world.block, (uintptr_t)fragmented, (uintptr_t)&world.setup.map, 0);
+        block_set_extent_map(&world.block, (uintptr_t)translate, (uintptr_t)&world.setup.map, 0);
 }
 
 /* The memory that a front-end shares besides the guest's: what is in flight, with or without a past, and the log. */

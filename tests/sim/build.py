@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from cffi import FFI
 
-from ring.build import FLAGS
+from ring.build import DRIVER_SIDE, FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / ".cache" / "sim"
@@ -78,8 +78,9 @@ def load(edits: Iterable[Edit] = ()) -> None:
 
 def _edited(edits: Iterable[Edit]) -> dict[str, str]:
     names = [path.relative_to(ROOT) for room in ("ring", "virtio", "qcow2") for path in (ROOT / room).rglob("*.[ch]")]
-    names += [Path("tests/sim/host.c"), Path("tests/sim/host.h")]
-    names += [Path(f"{room}/native.cdef") for room in LIBRARIES] + [Path("tests/sim/native.cdef")]
+    names += [Path("tests/sim/host.c"), Path("tests/sim/host.h"), *map(Path, DRIVER_SIDE)]
+    names += [path.relative_to(ROOT) for path in (ROOT / "bench").glob("*.h")]
+    names += [Path(f"{place}/native.cdef") for place in (*LIBRARIES, "tests/sim", "bench")]
     sources = {str(name): (ROOT / name).read_text() for name in names}
     for file, old, new in edits:
         if sources[file].count(old) != 1:
@@ -99,7 +100,9 @@ def _link(room: str, sources: dict[str, str], place: Path, target: Path) -> None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extensions = project["tool"]["setuptools"]["ext-modules"]
     listed = next(one["sources"] for one in extensions if one["name"] == f"{room}._native")
-    files = [name for name in listed if name not in REPLACED] + (["tests/sim/host.c"] if room == "ring" else [])
+    files = [name for name in listed if name not in REPLACED]
+    if room == "ring":
+        files += ["tests/sim/host.c", *DRIVER_SIDE]
     headers = _hash(*(text for name, text in sorted(sources.items()) if name.endswith(".h")))
     wrapper = _wrapper(room, sources)
     jobs = [(name, sources[name]) for name in files] + [(f"{room}_native.c", wrapper)]
@@ -130,8 +133,8 @@ def _wrapper(room: str, sources: dict[str, str]) -> str:
     declarations = sources[f"{room}/native.cdef"]
     includes = f'#include "{room}/native.h"'
     if room == "ring":
-        declarations += sources["tests/sim/native.cdef"]
-        includes += '\n#include "tests/sim/host.h"'
+        declarations += sources["tests/sim/native.cdef"] + _driver_side(sources["bench/native.cdef"])
+        includes += '\n#include "tests/sim/host.h"\n#include "bench/driver.h"\n#include "bench/identity.h"'
     ffi.cdef(declarations)
     ffi.set_source(f"{room}._native", includes)
     path = CACHE / f"wrapper-{room}-{os.getpid()}.c"
@@ -140,6 +143,10 @@ def _wrapper(room: str, sources: dict[str, str]) -> str:
     text = path.read_text()
     path.unlink()
     return text
+
+
+def _driver_side(declarations: str) -> str:
+    return declarations.partition("/* driver.h,")[2].partition("*/")[2].partition("/* load.h */")[0]
 
 
 def _cc() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ring.driver import DriverMemory
+from bench.driver import DriverMemory
 from ring.inflight import InflightRegion, inflight_nbytes
 from ring.memory import Mapping, MemoryRegion
 from ring.native import NULL, ffi, lib

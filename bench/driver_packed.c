@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "ring/driver.h"
+#include "bench/driver.h"
 #include "ring/packed.h"
 #include "ring/shared.h"
 

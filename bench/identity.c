@@ -1,4 +1,4 @@
-#include "ring/identity.h"
+#include "bench/identity.h"
 
 void identity_map_translate(void *context, uint64_t guest_offset, uint64_t nbytes, int is_write,
                             struct extent_reader *reader, struct extent *out)

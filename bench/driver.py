@@ -1,4 +1,4 @@
-"""The driver's side: guest memory of one's own and virtqueues in it, for tests, examples and load."""
+"""The driver's side: guest memory of one's own and virtqueues in it, and the map of a raw file: for tests and load."""
 
 import os
 import select
@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from bench.native import ffi, lib
+from ring.extent import ExtentMap
 from ring.memory import Mapping, MemoryRegion
-from ring.native import NULL, Pointer, check, ffi, lib
+from ring.native import NULL, Pointer, check
+from ring.native import lib as ring_lib
 from ring.virtqueue import QueueLayout
 
 EMPTY = -11  # -EAGAIN: no chain came back
@@ -110,7 +113,7 @@ class DriverQueue:
         )
         self._ring: Pointer = ffi.new("struct driver_ring *")
         self._nbytes: Any = ffi.new("uint32_t *")
-        flags = lib.RING_EVENT_IDX * event_idx | lib.RING_PACKED * packed
+        flags = ring_lib.RING_EVENT_IDX * event_idx | ring_lib.RING_PACKED * packed
         lib.driver_ring_init(self._ring, memory.host(self.address, lib.driver_ring_nbytes(size)), size, flags, base)
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -182,3 +185,17 @@ def wait_readable(fd: int, timeout: float) -> None:
     if not select.select([fd], [], [], timeout)[0]:
         raise TimeoutError(f"no notification within {timeout} s")
     os.eventfd_read(fd)
+
+
+class IdentityMap:
+    """A raw file: guest offset is host offset, within the first *nbytes* of the file in *slot*."""
+
+    def __init__(self, *, slot: int, nbytes: int, writable: bool) -> None:
+        self._context: Pointer = ffi.new(
+            "struct identity_map *", {"nbytes": nbytes, "slot": slot, "writable": writable}
+        )
+
+    @property
+    def extent_map(self) -> ExtentMap:
+        """The map's addresses; borrowed, keep this object while a worker uses them."""
+        return ExtentMap(lib.identity_map_translate_address(), int(ffi.cast("uintptr_t", self._context)))

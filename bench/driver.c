@@ -1,4 +1,4 @@
-#include "ring/driver.h"
+#include "bench/driver.h"
 
 #include <errno.h>
 #include <linux/virtio_ring.h>
