@@ -194,6 +194,7 @@ LONGER = {
     "qcow2/engine/image.py": "the door of the engine: each public operation once",
     "qcow2/engine/allocation.py": "places, reservations and what comes back of them",
     "qcow2/library/disk.py": "the door of the library: each operation once",
+    "qcow2/engine/create.py": "all that a new image has",
     "vhost/session.py": "a handler for each message of the protocol",
 }
 
@@ -211,7 +212,12 @@ def test_c_is_less_than_half_of_python() -> None:
     assert filled_lines(in_rooms(C)) < 0.5 * filled_lines(in_rooms(PYTHON))
 
 
-PUSHED = {"docs: lists are lists again", "node: one protocol for disks, formats by name, a gate for what images name"}
+PUSHED = {  # before anybody ran this
+    "docs: lists are lists again",
+    "docs: say that a resize gives up",
+    "engine: a mark of live bitmaps that was never tried ends nothing, too",
+    "node: one protocol for disks, formats by name, a gate for what images name",
+}
 
 
 def test_the_last_commits_say_what_and_why() -> None:
