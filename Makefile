@@ -21,7 +21,7 @@ test: guest-packages libvirt-packages systemd-packages $(VENV)/installed
 	$(PYTEST) --sample
 
 # All cases of the campaigns of which `make test` runs some.
-deep: guest-packages $(VENV)/installed
+deep: guest-packages libvirt-packages $(VENV)/installed
 	$(PYTEST) -m sample
 
 vm: guest-packages libvirt-packages $(VENV)/installed

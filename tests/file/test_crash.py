@@ -22,7 +22,7 @@ def explore(name: str, seed: int, *, writethrough: bool, stride: int) -> int:
     return Explorer(run, opener(name), seed).explore(stride=stride)
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("seed", [0, 2])

@@ -27,6 +27,7 @@ def test_four_queues_write_and_verify_in_writethrough(boot: Boot, serve: Serve, 
     run("qemu-img", "check", lazy_image)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cache", ["none", "directsync", "unsafe"])
 def test_cache_mode_verifies(boot: Boot, serve: Serve, lazy_image: Path, cache: str) -> None:
     job = f"""

@@ -69,6 +69,7 @@ def wait_until_at_work(guest: Guest) -> None:
         line = guest.wait_for("", PATIENCE)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("cache", "ring", "queues"), ALL if "KILLS" in os.environ else SOME)
 def test_guest_outlives_its_daemons(
     boot: Boot, serve: Serve, lazy_image: Path, cache: str, ring: str, queues: int
