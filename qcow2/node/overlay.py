@@ -96,11 +96,13 @@ class Overlay:
 
     def _make_image(self, options: OpenOptions) -> Image:
         header = self.below.header
+        self._chain.gate.way(self._top.path, BACKING, self._backing_name())  # or the next one could not open it
         wanted = Options(
             size=self.below.size,
             cluster_bits=header.record.cluster_bits,
             refcount_order=header.record.refcount_order,
             lazy_refcounts=header.has_lazy_refcounts,
+            has_subclusters=header.record.has_subclusters,
             compression=header.compression_type,
             backing_name=self._backing_name(),
             backing_format="qcow2",
@@ -110,9 +112,10 @@ class Overlay:
         return run(Image.open(self.file, backing=self.below, options=options, log=log))
 
     def _backing_name(self) -> str:
-        """From the directory of both, if it is one; a colon in it is none of a protocol."""
+        """From the directory of both, if it is one, also for who comes by a link; a colon in it is no protocol's."""
         directory, base = os.path.split(self._frozen)
-        if not os.path.samefile(directory, os.path.dirname(self._path)):
+        namers = (self._path, os.path.abspath(self._top.path))
+        if not all(os.path.samefile(directory, os.path.dirname(namer)) for namer in namers):
             return self._frozen
         return f"./{base}" if ":" in base else base
 

@@ -133,6 +133,27 @@ def test_daemon_killed_after_a_snapshot_is_followed_by_one_with_its_command_line
     assert_clean(image.with_name("frozen"))
 
 
+def test_overlay_has_subclusters_if_the_image_has(image: Path) -> None:
+    qcow2_tool_ok("create", "-o", "extended_l2=on,cluster_size=128k", image, str(SIZE))
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        freeze(image, "frozen")
+        guest.write(BLOCK, b"b" * BLOCK)
+        daemon.stop()
+    assert_clean(image)
+    assert content(image)[: 2 * BLOCK] == b"a" * BLOCK + b"b" * BLOCK
+    assert json.loads(qemu_img("info", "--output=json", image).stdout)["format-specific"]["data"]["extended-l2"]
+
+
+def test_frozen_name_must_be_one_that_the_next_daemon_may_open(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "allowed").mkdir()
+    with start(image, f"--allow-files={tmp_path}/allowed") as daemon:
+        with FrontEnd(daemon.socket_path):
+            pass
+        assert "is not allowed" in refusal(image, "frozen")
+        freeze(image, "allowed/frozen")
+
+
 def test_name_left_by_a_death_in_between_is_taken(image: Path) -> None:
     os.link(image, image.with_name("frozen"))
     image.with_name(".disk.qcow2.overlay").write_bytes(b"half of one")
@@ -160,15 +181,17 @@ def test_frozen_image_may_be_read_by_others_while_the_guest_writes(image: Path) 
     assert image.with_name("copy").read_bytes()[:BLOCK] == b"a" * BLOCK
 
 
-def test_snapshot_without_a_guest_and_through_a_link(image: Path) -> None:
-    link = image.with_name("link")
-    link.symlink_to("disk.qcow2")
+@pytest.mark.parametrize("place", ["link", "elsewhere/link"])
+def test_snapshot_without_a_guest_and_through_a_link(image: Path, place: str) -> None:
+    link = image.parent / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(image)
     with start(link) as daemon:
         with FrontEnd(daemon.socket_path) as guest:
             guest.write(0, b"a" * BLOCK)
         freeze(link, "frozen")
     assert link.is_symlink()
-    assert (backing(image), content(image)[:BLOCK]) == ("frozen", b"a" * BLOCK)
+    assert content(image)[:BLOCK] == content(link)[:BLOCK] == b"a" * BLOCK
 
 
 def test_what_is_refused_changes_nothing(image: Path, tmp_path: Path) -> None:
