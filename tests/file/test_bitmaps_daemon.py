@@ -1,6 +1,7 @@
 """Bitmaps under a real daemon, whose data plane serves most requests: exact after a stop and after SIGKILL."""
 
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import qcow2
 from tests.bitmapreader import bitmaps_of
 from tests.frontend import FrontEnd
 from tests.oracle import qemu_img, qemu_read
-from tests.program import Daemon
+from tests.program import DAEMON, Daemon
 
 SIZE = 24 << 20
 GRANULARITIES = {"fine": 512, "cluster": 65536, "coarse": 1 << 20}
@@ -101,3 +102,16 @@ def test_a_copy_of_what_a_bitmap_reports_brings_an_old_copy_up_to_date(tmp_path:
             start = bit * bitmap.granularity
             copy[start : start + bitmap.granularity] = now[start : start + bitmap.granularity]
         assert bytes(copy) == now, name
+
+
+def test_a_live_snapshot_freezes_the_bitmaps_with_the_disk(tmp_path: Path) -> None:
+    image, frozen = made(tmp_path / "disk", over=None), tmp_path / "frozen"
+    guest = Guest(5)
+    control = f"{tmp_path}/control"
+    with Daemon(image, f"--control={control}") as daemon, FrontEnd(daemon.socket_path) as front:
+        guest.work(front, 60)
+        subprocess.run([DAEMON, "ctl", f"--control={control}", "snapshot", frozen.name], check=True, timeout=60)
+        Guest(6).work(front, 60)
+        daemon.stop()
+    guest.judge(frozen)
+    assert not bitmaps_of(image)
