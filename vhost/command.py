@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["ctl"]:
         from qcow2.tool.interruption import run_to_end
-        from vhost.ctl import main as control
+        from vhost.controlclient import main as control
 
         return run_to_end(lambda: control(arguments[1:]))
     from vhost.option import UsageError, parse
@@ -193,8 +193,8 @@ def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device, Ta
     if options.control is None:
         yield lambda device, take_snapshot: nullcontext()
         return
-    from vhost.commands import Commands
-    from vhost.control import Control
+    from vhost.controlcommands import Commands
+    from vhost.controlsocket import Control
     from vhost.endpoint import listen
 
     image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}

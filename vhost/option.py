@@ -140,7 +140,7 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
 
 def whole_parser() -> Parser:
     """Options and subcommands together, for manual and completion."""
-    from vhost.ctl import parser as ctl_parser  # which imports us
+    from vhost.controlclient import parser as ctl_parser  # which imports us
 
     parser = _parser()
     commands = parser.add_subparsers(metavar="COMMAND")

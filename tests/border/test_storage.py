@@ -61,7 +61,7 @@ def test_full_disk_fails_requests_and_the_daemon_lives(full: Path, cache: str) -
     ballast = full / "ballast"
     ballast.write_bytes(b"x" * MIB)
     held: dict[int, bytes] = {}
-    with Daemon(full / "disk", f"--cache={cache}", "--sandbox") as daemon:
+    with Daemon(full / "disk", f"--cache={cache}", "--sandbox", f"--allow-files={full.parent}") as daemon:
         with FrontEnd(daemon.socket_path) as front_end:
             for turn in range(128):
                 data = bytes([turn]) * 4096

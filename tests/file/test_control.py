@@ -259,7 +259,7 @@ def test_client_without_a_descriptor_for_it_is_served_once_there_is_one(daemon: 
 
 BROKEN = """
 import socket, sys
-from vhost.control import Control
+from vhost.controlsocket import Control
 
 class Broken:
     def run(self, request):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from ring.thread import start_deaf
-from vhost.commands import COMMANDS, VERSION, CommandError, Commands
+from vhost.controlcommands import COMMANDS, VERSION, CommandError, Commands
 from vhost.device import die
 from vhost.endpoint import Door
 
