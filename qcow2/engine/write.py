@@ -191,6 +191,7 @@ class Writer:
         if self._root.header.record.has_raw_data:
             await Zero(self._data.file, first << bits, len(own) << bits)
             await self._link_over(run, first, len(own), first << bits)
+            await self._links.flush()  # else a power loss may keep the write and not the entry
             await self._data.write(guest_offset, source)
         else:
             place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
