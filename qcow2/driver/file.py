@@ -94,29 +94,38 @@ class BlockingDriver:
         ended: list[Task] = []
         self._scheduler.spawn(coroutine, ended.append)
         self._scheduler.run()
-        if not ended:
-            coroutine.close()
-            raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
-        error = ended[0].take_error()
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # whose traceback has this frame
-        result: T = ended[0].result
-        return result
+        return result_of(coroutine, ended)
 
     def _start(self, task: Task, operation: op.Operation) -> None:
-        value, error = outcome(operation)
-        if error is None:
-            self._scheduler.resume(task, value)
-        else:
-            self._scheduler.fail(task, error)
+        go_on(self._scheduler, task, *outcome(operation))
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run *coroutine* to its end on a blocking driver of its own."""
     return BlockingDriver().run(coroutine)
+
+
+def result_of(coroutine: Coroutine[Any, Any, T], ended: list[Task]) -> T:
+    """What *coroutine*, whose task is in *ended* if it has ended, returned; nobody is left to do anything for it."""
+    if not ended:
+        coroutine.close()
+        raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
+    error = ended[0].take_error()
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # whose traceback has this frame
+    result: T = ended[0].result
+    return result
+
+
+def go_on(scheduler: Scheduler, task: Task, value: Any, error: BaseException | None) -> None:
+    """Let *task* go on with the outcome of its operation."""
+    if error is None:
+        scheduler.resume(task, value)
+    else:
+        scheduler.fail(task, error)
 
 
 def outcome(operation: op.Operation) -> tuple[Any, BaseException | None]:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from qcow2.driver import operation as op
-from qcow2.driver.file import outcome
+from qcow2.driver.file import go_on, outcome, result_of
 from qcow2.driver.task import Scheduler, Task
 
 T = TypeVar("T")
@@ -47,27 +47,14 @@ class PoolDriver:
             self.close()
             self._under_way = 0
             raise
-        if not ended:
-            coroutine.close()
-            raise RuntimeError("the coroutine waits for a signal that nobody is left to set")
-        error = ended[0].take_error()
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # whose traceback has this frame
-        result: T = ended[0].result
-        return result
+        return result_of(coroutine, ended)
 
     def _complete(self) -> None:
         """Let those go on whose operation is done."""
         while True:
             task, value, error = self._done.get()
             self._under_way -= 1
-            if error is None:
-                self._scheduler.resume(task, value)
-            else:
-                self._scheduler.fail(task, error)
+            go_on(self._scheduler, task, value, error)
             if self._done.empty():
                 break
         if not self._under_way:
@@ -83,11 +70,7 @@ class PoolDriver:
             self._under_way += 1
             self._work.put((task, operation))
         else:
-            value, error = outcome(operation)
-            if error is None:
-                self._scheduler.resume(task, value)
-            else:
-                self._scheduler.fail(task, error)
+            go_on(self._scheduler, task, *outcome(operation))
 
     def _has_threads(self) -> bool:
         """Start them with the first one's work; they take no signals. Where there are none, we do it."""
