@@ -206,6 +206,7 @@ int worker_run(struct worker *worker)
             return result;
     }
     worker->delivered = worker->event_count;
+    worker->round++;
     worker->counters->crossings++;
     worker->counters->python_events += worker->event_count;
     return worker->event_count;

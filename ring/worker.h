@@ -254,6 +254,7 @@ struct grace {
 struct worker {
     struct uring uring;
     struct device *device;
+    uint64_t round; /* grows each time worker_run returns to Python */
     struct worker_counters *counters;
     struct poll poll;
     struct worker_statistics statistics;

@@ -62,11 +62,11 @@ static void commit(struct block *block, struct worker *worker, struct request *r
     request->synced = true;
     if (!block->flush_punts) {
         request_sync(worker, request, block->sync_slot);
-    } else if (block->flushing && block->flushing_since == worker->counters->crossings) {
+    } else if (block->flushing && block->flushing_since == worker->round) {
         line_join(&block->flushing->followers, &request->waiter);
     } else {
         block->flushing = request;
-        block->flushing_since = worker->counters->crossings;
+        block->flushing_since = worker->round;
         request_punt(worker, request, VIRTIO_BLK_T_FLUSH);
     }
 }

@@ -31,7 +31,7 @@ struct block {
     void *context;
     const struct extent_places *places; /* NULL: what has no place yet goes to Python */
     struct request *flushing;           /* that Python is told to flush for, */
-    uint64_t flushing_since;            /* in this round, of the worker's `crossings`: others may follow */
+    uint64_t flushing_since;            /* the worker's round then: others may follow within it */
 };
 
 void block_init(struct block *block);
