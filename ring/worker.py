@@ -331,9 +331,9 @@ class Worker:
         check(lib.worker_drain_queue(self._native, index), f"queue {index}")
         self._draining[index] = done
 
-    def settle(self) -> None:
+    def quiesce(self) -> None:
         """Return once no request and no operation is under way. For functions given to `call` only."""
-        with self._settled():
+        with self._quiesced():
             pass
 
     def run_alone(self, begin: Callable[[Callable[[T], None]], None], is_late: Callable[[], bool]) -> T:
@@ -344,7 +344,7 @@ class Worker:
         Raises: TimeoutError if *is_late()* before it has begun.
         """
         results: list[T] = []
-        with self._settled(is_late):
+        with self._quiesced(is_late):
             begin(results.append)
             while not results:
                 self._turn()
@@ -561,7 +561,7 @@ class Worker:
         lib.worker_pause(self._native, 0)
 
     @contextmanager
-    def _settled(self, is_late: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def _quiesced(self, is_late: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Fetch nothing new; what is in flight has ended at the beginning. Raises: TimeoutError if it *is_late()*."""
         lib.worker_pause(self._native, 1)
         try:

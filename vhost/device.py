@@ -151,10 +151,10 @@ class Device:
 
     def _detach(self) -> None:
         if self.is_attached:
-            self.worker.call(self._settle_and_detach)
+            self.worker.call(self._quiesce_and_detach)
 
-    def _settle_and_detach(self) -> None:
-        self.worker.settle()
+    def _quiesce_and_detach(self) -> None:
+        self.worker.quiesce()
         self.is_attached = False
         self.backend.detach()
 

@@ -146,7 +146,7 @@ class _Copy:
             placed.set()
             self._under_way.discard(offset)
         self._buffers.append(buffer)
-        await self._target.settle(min(self._under_way, default=offset))
+        await self._target.advance(min(self._under_way, default=offset))
         self._pace.advance(nbytes)
 
     async def _runs(self, data: memoryview) -> Runs:

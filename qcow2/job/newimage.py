@@ -143,7 +143,7 @@ class NewImage:
                 await self._write_table(offset // span)
             offset = stop
 
-    async def settle(self, offset: int) -> None:
+    async def advance(self, offset: int) -> None:
         """Write the tables that are complete."""
         span = self._per_table * self.unit
         for index in [index for index in self._tables if (index + 1) * span <= offset]:

@@ -33,7 +33,7 @@ class Target(Protocol):
     async def zero(self, offset: int, nbytes: int) -> None:
         """Let this range read as zeros."""
 
-    async def settle(self, offset: int) -> None:
+    async def advance(self, offset: int) -> None:
         """Nothing below *offset* comes any more, and nothing of it is under way."""
 
     async def finish(self) -> None:
@@ -93,7 +93,7 @@ class InPlace:
         if data:
             await self._image.write(offset, MemoryBuffer(data))
 
-    async def settle(self, offset: int) -> None:
+    async def advance(self, offset: int) -> None:
         """Nothing waits but the first bytes."""
 
     async def finish(self) -> None:

@@ -337,7 +337,7 @@ class World:
             guest.liveness.calm(())
         began = self.kernel.now
         self._drain(worker, guest)
-        worker.settle()
+        worker.quiesce()
         backend.detach()
         worker.finish()
         guest.liveness.stopped(began)
