@@ -64,11 +64,23 @@ def test_every_death_under_many_requests_in_flight(name: str, tmp_path: Path) ->
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("what", ["plane-40x8", "clear-40x8"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("sort", [SORTS["512-lazy"], *OVERLAYS.values()], ids=lambda sort: sort.name)
+@pytest.mark.parametrize(
+    "sort", [SORTS["512-lazy"], OVERLAYS["overlay"], OVERLAYS["overlay-lazy"]], ids=lambda sort: sort.name
+)
 def test_every_death_while_a_data_plane_serves_what_needs_no_decision(
     sort: Sort, cache: str, what: str, tmp_path: Path
 ) -> None:
     workload = Workload(sort, cache, SEED, what)
+    scene = scene_of(workload, tmp_path)
+    explore(workload, scene)
+    print(scene.count)
+    assert enough(scene.count)
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("what", ["plane-10x4", "clear-10x4"])
+def test_every_death_while_a_data_plane_serves_subclusters(what: str, tmp_path: Path) -> None:
+    workload = Workload(OVERLAYS["parts-overlay"], "writeback", SEED, what)
     scene = scene_of(workload, tmp_path)
     explore(workload, scene)
     print(scene.count)
