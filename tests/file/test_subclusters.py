@@ -320,3 +320,21 @@ def test_a_daemon_writes_parts_of_clusters_over_a_backing_file_at_once(tmp_path:
     assert told["python_requests"] < 100
     assert qcow2_tool("check", "-r", "leaks", path).returncode == 0, "what the dead one had set aside"
     assert_agreed(path, model)
+
+
+def test_parts_of_an_encrypted_disk(tmp_path: Path) -> None:
+    """What is not written of a new cluster is no zeros there, so each part is completed."""
+    path, raw, size = tmp_path / "image", tmp_path / "model", 10 << 16
+    secret = ("--object", "secret,id=s,data=abc123")
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,extended_l2=on"
+    assert qcow2_tool("create", "-q", *secret, "-o", options, path, str(size)).returncode == 0
+    model = bytearray(size)
+    for turn in range(2):
+        with qcow2.open(str(path), writable=True, key=b"abc123") as disk:
+            for change in changes(turn, size, 1 << 16, 40, "write write zero unmap discard"):
+                make_change(disk, change, model)
+            assert_same_bytes(disk.read(0, size), model)
+    assert qcow2_tool("check", path).returncode == 0
+    raw.write_bytes(model)
+    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    qemu_img("compare", "-q", *secret, "--image-opts", image, f"driver=raw,file.filename={raw}")
