@@ -1,9 +1,7 @@
 """Workloads by name, run and walked; what a line that a failure printed means.
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
-`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`, or while a data plane serves what
-needs no decision, `plane-REQUESTSxDEPTH`; most requests are reads in `scan-REQUESTSxDEPTH`, and many are discards and
-zeros in `clear-REQUESTSxDEPTH`. A state is
+`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
 DEATH is `kill`, `power`, or `restored MOMENT`: a copy of the file, made at that moment with KEPT, is put back after a
 kill.
@@ -21,17 +19,11 @@ from tests.crash.images import open_image
 from tests.crash.opening import look
 from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning, fullness, sequences, steps_of
 from tests.crash.walk import Judge, Scene, Walk, recovery
-from tests.crash.workload import MOST_READ, Action, Guest, random_action, simple_actions
-from tests.plane import Plane
+from tests.crash.workload import MOST_READ, Action, Guest, random_action
 
 CACHES = ("writeback", "writethrough")
 NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
-KINDS = ("random-", "read-", "plane-", "scan-", "clear-")
-SERVED = {  # by a data plane, where it can: the shares of reads, and of discards and zeros in the rest
-    "plane": {"reads": 0.15, "discards": 0.0},
-    "scan": {"reads": 0.95, "discards": 0.0},
-    "clear": {"reads": 0.15, "discards": 0.4},
-}
+KINDS = ("random-", "read-")
 WRITERS_A_READER = 4
 RESTORED = "restored "  # the death after which a copy, made at the moment that follows, is put back
 
@@ -70,8 +62,7 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
     beyond = {**begun.beyond, SIZE: size_sector(workload.sort.nsectors * 512)}
     history = History(begun.contents, writethrough=writethrough, beyond=beyond)
     image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
-    plane = Plane(driver, image, file, begun.backing) if workload.what.partition("-")[0] in SERVED else None
-    guest = Guest(driver, image, history, plane)
+    guest = Guest(driver, image, history)
     last = 0
     if workload.sequence:
         for step in steps_of(workload.sort, workload.sequence):
@@ -112,10 +103,7 @@ def run_at_random(workload: Workload, driver: CrashDriver, guest: Guest) -> None
             first = draw.randrange(sort.nsectors)
             await guest.act(Action("read", first, min(draw.randint(1, MOST_READ), sort.nsectors - first)))
 
-    if kind in SERVED:
-        actions = simple_actions(draw, sort.nsectors, sort.cluster_sectors, requests, **SERVED[kind])
-    else:
-        actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
+    actions = [random_action(draw, nsectors, sort.cluster_sectors) for _ in range(requests)]
     for index in range(depth):
         driver.spawn(stream(actions[index::depth]))
     for _ in range(depth // WRITERS_A_READER if kind == "read" else 0):

@@ -3,14 +3,14 @@
 The only code that patches the engine: a mutant is the point of it.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from qcow2.driver.file import run
-from qcow2.driver.operation import Grace, Spawn, Store
+from qcow2.driver.operation import Spawn, Store
 from qcow2.engine import recovery
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.image import Image
@@ -24,8 +24,7 @@ from qcow2.engine.stability import Stability
 from qcow2.engine.write import Writer
 from qcow2.native import ffi, lib
 from qcow2.plane.entry import l1_table
-from qcow2.plane.l2cache import L2Cache
-from qcow2.plane.linklog import NOTHING, STAMP_BITS, FoundLog, Link, LinkLog
+from qcow2.plane.linklog import STAMP_BITS, FoundLog, LinkLog
 from tests.crash.driver import CrashDriver, simulated
 
 Patch = pytest.MonkeyPatch
@@ -143,16 +142,6 @@ def newest_record_counts_whatever_the_mark_says(patch: Patch) -> None:
     links_at = FoundLog.links_at
     modulus = (1 << STAMP_BITS) - 1
     patch.setattr(FoundLog, "links_at", lambda self, stamp: links_at(self, self.newest() % modulus + 1))
-
-
-def part_of_what_waited_will_do(patch: Patch) -> None:
-    """Law 1: records that later ones have overwritten are not missed."""
-
-    def links_at(self: FoundLog, stamp: int) -> list[Link]:
-        known = [record for number, record in sorted(self.records.items()) if number < stamp]
-        return [Link(*record[:3]) for record in known if record[3] >= known[-1][4] and record[0] != NOTHING]
-
-    patch.setattr(FoundLog, "links_at", links_at)
 
 
 def log_counts_though_the_image_names_none(patch: Patch) -> None:
@@ -388,70 +377,6 @@ def locks_of_others_are_not_looked_for(patch: Patch) -> None:
     patch.setattr("qcow2.lock._is_held", lambda fd, path, byte: False)
 
 
-def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:
-    """Law 2."""
-    patch.setattr(Links, "_gather", lambda self: None)
-
-
-def data_plane_takes_unsynced_clusters(patch: Patch) -> None:
-    """Law 3: for data that is linked at once."""
-    set_stock = L2Cache.set_stock
-    patch.setattr(L2Cache, "set_stock", lambda self, stock, unsynced: set_stock(self, unsynced, unsynced))
-
-
-def data_plane_sees_no_locks(patch: Patch) -> None:
-    """Law 3: it changes an entry that the engine is about to change."""
-    patch.setattr(L2Cache, "lock", lambda self, first, last: None)
-    patch.setattr(L2Cache, "unlock", lambda self, first, last: None)
-
-
-def data_plane_clears_entries_that_wait(patch: Patch) -> None:
-    """Law 3: the link that waits for its commit comes after the discard, and leads to a cluster that is free."""
-    patch.setattr(L2Cache, "claim", lambda self, slice_number: None)
-    patch.setattr(L2Cache, "unclaim", lambda self, slice_number: None)
-
-
-def data_plane_frees_without_a_sync(patch: Patch) -> None:
-    """Laws 4 and 5: what it frees while a batch is being synced joins that batch."""
-
-    async def release(self: Reaper, batch: list[int]) -> None:
-        await self._stability.sync()
-        await Grace()
-        self._gather()
-        batch += self._waiting
-        self._waiting = []
-        await self._count_down(sorted(batch))
-
-    patch.setattr(Reaper, "_release", release)
-
-
-def data_plane_loads_slices_of_waiting_links(patch: Patch) -> None:
-    """Law 3: the file does not know of them yet."""
-    remember, release = Mapping.remember, Mapping.release
-
-    def remember_alone(self: Mapping, guest_offset: int, entries: Sequence[int]) -> None:
-        number = self.geometry.slice_of(guest_offset)
-        is_known = number in self._held
-        remember(self, guest_offset, entries)
-        if not is_known:
-            self.cache.unclaim(number)
-
-    def release_alone(self: Mapping, guest_offset: int, nclusters: int) -> None:
-        number = self.geometry.slice_of(guest_offset)
-        release(self, guest_offset, nclusters)
-        if number not in self._held:
-            self.cache.claim(number)
-
-    patch.setattr(Mapping, "remember", remember_alone)
-    patch.setattr(Mapping, "release", release_alone)
-
-
-def data_plane_loads_while_the_engine_does(patch: Patch) -> None:
-    """Law 3: what the engine has read a while ago undoes what was linked since. No link waits where that is found."""
-    patch.setattr(L2Cache, "claim", lambda self, slice_number: None)
-    patch.setattr(L2Cache, "unclaim", lambda self, slice_number: None)
-
-
 FOUND_BY: dict[Mutant, str] = {
     flush_does_nothing: "512/writeback/1/overwrite+flush",
     copy_is_linked_before_it_is_stable: "backing/writethrough/1/copy",
@@ -462,7 +387,6 @@ FOUND_BY: dict[Mutant, str] = {
     mark_is_not_renewed: "backing/writeback/1/copy+copy",
     mark_comes_before_its_record: "backing/writeback/1/copy",
     newest_record_counts_whatever_the_mark_says: "backing/writeback/1/copy+discard",
-    part_of_what_waited_will_do: "overlay/writeback/1/plane-40x8",
     log_counts_though_the_image_names_none: "between opened-by-another-program",
     missing_log_is_ignored: "between opened-by-one-who-sees-no-log",
     log_is_removed_by_a_stranger: "between copy-opened-first",
@@ -478,13 +402,6 @@ FOUND_BY: dict[Mutant, str] = {
     freed_before_the_link_is_gone: "compressed/writethrough/1/decompress+decompress+decompress",
     reserved_without_a_sync: "512/writeback/1/allocate",
     block_is_written_after_its_pointer: "width-64/writeback/1/block",
-    links_of_the_data_plane_are_not_taken_over: "overlay/writeback/1/plane-40x8",
-    data_plane_takes_unsynced_clusters: "overlay/writeback/1/plane-40x8",
-    data_plane_sees_no_locks: "overlay/writeback/5/plane-40x8",
-    data_plane_clears_entries_that_wait: "overlay/writeback/7/clear-40x8",
-    data_plane_frees_without_a_sync: "overlay/writeback/3/clear-40x8",
-    data_plane_loads_slices_of_waiting_links: "live many-tables-overlay/writeback/1/scan-6000x8",
-    data_plane_loads_while_the_engine_does: "live many-tables/writeback/1/scan-6000x64",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
     failed_sync_is_forgotten: "faults 512/writeback/allocate+flush",
     failed_sync_is_tried_again: "faults 512/writeback/allocate+flush",

@@ -10,7 +10,6 @@ from qcow2.driver.buffer import MemoryBuffer
 from tests.crash.driver import CrashDriver
 from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
-from tests.plane import DISCARD, KEEP, UNMAP, Plane
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,8 @@ Step = Sequence[Action]  # actions under way at the same time
 class Guest:
     """Sends actions to an image and keeps the history that judges it."""
 
-    def __init__(self, driver: CrashDriver, image: Any, history: History, plane: Plane | None = None) -> None:
-        """With *plane* what changes data is the engine's only if that does not serve it."""
+    def __init__(self, driver: CrashDriver, image: Any, history: History) -> None:
         self.driver = driver
-        self.plane = plane
         self.image = image
         self.history = history
         self.requests = 0
@@ -57,8 +54,8 @@ class Guest:
     def _actions(self) -> dict[str, Callable[[Action], Awaitable[None]]]:
         return {
             "write": self._write,
-            "zero": partial(self._zero, how=UNMAP),
-            "keep": partial(self._zero, how=KEEP),
+            "zero": partial(self._zero, unmap=True),
+            "keep": partial(self._zero, unmap=False),
             "discard": self._discard,
             "flush": self._flush,
             "read": self._read,
@@ -85,29 +82,18 @@ class Guest:
     async def _write(self, action: Action) -> None:
         sectors = range(action.sector, action.sector + action.nsectors)
         contents = {sector: pattern(self.requests, sector) for sector in sectors}
-        await self._change(action, contents, self._put(action.sector * SECTOR, b"".join(contents.values())))
+        data = MemoryBuffer(memoryview(bytearray(b"".join(contents.values()))))
+        await self._change(action, contents, self.image.write(action.sector * SECTOR, data))
 
-    async def _put(self, guest_offset: int, data: bytes) -> None:
-        if self.plane is None or not self.plane.write(guest_offset, data):
-            await self.image.write(guest_offset, MemoryBuffer(memoryview(bytearray(data))))
-
-    async def _zero(self, action: Action, *, how: int) -> None:
+    async def _zero(self, action: Action, *, unmap: bool) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
-        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, how)
+        change = self.image.write_zeroes(action.sector * SECTOR, action.nsectors * SECTOR, unmap=unmap)
         await self._change(action, contents, change)
 
     async def _discard(self, action: Action) -> None:
         contents = {sector: bytes(SECTOR) for sector in range(action.sector, action.sector + action.nsectors)}
-        change = self._clear(action.sector * SECTOR, action.nsectors * SECTOR, DISCARD)
+        change = self.image.discard(action.sector * SECTOR, action.nsectors * SECTOR)
         await self._change(action, contents, change, binding=False)
-
-    async def _clear(self, guest_offset: int, nbytes: int, how: int) -> None:
-        if self.plane is not None and self.plane.clear(guest_offset, nbytes, how):
-            return
-        if how == DISCARD:
-            await self.image.discard(guest_offset, nbytes)
-        else:
-            await self.image.write_zeroes(guest_offset, nbytes, unmap=how == UNMAP)
 
     async def _flush(self, action: Action) -> None:
         flush = Flush(self._note(("begin", self.requests, action)))
@@ -118,19 +104,12 @@ class Guest:
     async def _read(self, action: Action) -> None:
         """Judged at once: each sector shows what some moment of the read allows."""
         begun = self._note(("begin", self.requests, action))
-        target = await self._get(action.sector * SECTOR, action.nsectors * SECTOR)
+        target = bytearray(action.nsectors * SECTOR)
+        await self.image.read(action.sector * SECTOR, MemoryBuffer(memoryview(target)))
         ended = self._note(("acked", action))
         for index in range(action.nsectors):
-            found = target[index * SECTOR : (index + 1) * SECTOR]
+            found = bytes(target[index * SECTOR : (index + 1) * SECTOR])
             self.require_shown(action.sector + index, found, begun, ended)
-
-    async def _get(self, guest_offset: int, nbytes: int) -> bytes:
-        found = None if self.plane is None else self.plane.read(guest_offset, nbytes)
-        if found is not None:
-            return found
-        target = bytearray(nbytes)
-        await self.image.read(guest_offset, MemoryBuffer(memoryview(target)))
-        return bytes(target)
 
     def require_shown(self, sector: int, found: bytes, begun: int, ended: int) -> None:
         """Raises: Violation if a read between these positions must not have *found* that."""
@@ -169,32 +148,3 @@ def random_action(draw: random.Random, nsectors: int, cluster_sectors: int) -> A
         count = draw.randint(1, max(2, cluster_sectors))
         first = draw.randrange(nsectors)
     return Action(kind, first, min(count, nsectors - first))
-
-
-def simple_actions(
-    draw: random.Random, nsectors: int, cluster_sectors: int, count: int, *, reads: float, discards: float
-) -> list[Action]:
-    """Reads, writes mostly within a cluster, discards and zeros of one, which a data plane may serve.
-
-    Often the next is to the same cluster.
-    """
-    actions: list[Action] = []
-    cluster = 0
-    while len(actions) < count:
-        if draw.random() < reads:
-            first = draw.randrange(nsectors)
-            actions.append(Action("read", first, min(draw.randint(1, MOST_READ), nsectors - first)))
-        elif draw.random() < 0.15:
-            actions.append(Action("flush"))
-        elif draw.random() < 0.1:
-            actions.append(random_action(draw, nsectors, cluster_sectors))
-        else:
-            cluster = cluster if draw.random() < 0.3 else draw.randrange(nsectors // cluster_sectors)
-            if discards and draw.random() < discards:
-                kind = draw.choices(["discard", "zero", "keep"], [2, 1, 1])[0]
-                actions.append(Action(kind, cluster * cluster_sectors, cluster_sectors))
-                continue
-            start = draw.randrange(cluster_sectors)
-            nwritten = draw.randint(1, cluster_sectors - start)
-            actions.append(Action("write", cluster * cluster_sectors + start, nwritten))
-    return actions

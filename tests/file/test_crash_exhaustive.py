@@ -14,7 +14,7 @@ import pytest
 from tests.crash.campaign import CACHES, Workload, explore, parse, replay, run_workload, scene_of, sequences_of
 from tests.crash.explorer import Violation
 from tests.crash.mutant import newest_record_counts_whatever_the_mark_says
-from tests.crash.sequence import ACTIONS, OVERLAYS, SORTS, Sort, beginning
+from tests.crash.sequence import ACTIONS, SORTS, Sort, beginning
 from tests.crash.walk import Count, Walk
 
 SEED = 1
@@ -55,32 +55,6 @@ def test_every_death_leaves_what_the_laws_allow(sort: Sort, cache: str, tmp_path
 @pytest.mark.parametrize("name", ["512", "512-lazy", "backing-lazy"])
 def test_every_death_under_many_requests_in_flight(name: str, tmp_path: Path) -> None:
     workload = Workload(SORTS[name], "writeback", SEED, "random-20x8")
-    scene = scene_of(workload, tmp_path)
-    explore(workload, scene)
-    print(scene.count)
-    assert enough(scene.count)
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("what", ["plane-40x8", "clear-40x8"])
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(
-    "sort", [SORTS["512-lazy"], OVERLAYS["overlay"], OVERLAYS["overlay-lazy"]], ids=lambda sort: sort.name
-)
-def test_every_death_while_a_data_plane_serves_what_needs_no_decision(
-    sort: Sort, cache: str, what: str, tmp_path: Path
-) -> None:
-    workload = Workload(sort, cache, SEED, what)
-    scene = scene_of(workload, tmp_path)
-    explore(workload, scene)
-    print(scene.count)
-    assert enough(scene.count)
-
-
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("what", ["plane-10x4", "clear-10x4"])
-def test_every_death_while_a_data_plane_serves_subclusters(what: str, tmp_path: Path) -> None:
-    workload = Workload(OVERLAYS["parts-overlay"], "writeback", SEED, what)
     scene = scene_of(workload, tmp_path)
     explore(workload, scene)
     print(scene.count)

@@ -10,7 +10,7 @@ from qcow2.error import CorruptImage
 from qcow2.native import ffi, lib
 from tests.crash.driver import SimulatedFile
 from tests.engine import Bench, noise, open_again, set_up
-from tests.plane import TableReader
+from tests.extents import TableReader
 
 pytestmark = pytest.mark.pure
 

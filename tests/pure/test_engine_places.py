@@ -10,7 +10,7 @@ from qcow2.driver.operation import Grace, Operation, Sync, Write
 from qcow2.judge.check import check
 from qcow2.native import ffi, lib
 from tests.engine import Bench, noise, open_again, set_up
-from tests.plane import KEEP, SPOILED, UNMAP, UNTOUCHED, Plane
+from tests.extents import KEEP, SPOILED, UNMAP, UNTOUCHED, Plane
 
 pytestmark = pytest.mark.pure
 

@@ -10,7 +10,7 @@ from qcow2.driver.operation import Operation, Read, Write
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.native import ffi, lib
 from tests.engine import Bench, noise, open_again, set_up
-from tests.plane import BASE, DATA, FRESH, PUNT, TOP, ZERO, Plane, TableReader
+from tests.extents import BASE, DATA, FRESH, PUNT, TOP, ZERO, Plane, TableReader
 from tests.pure.test_engine_extent_map import ask, patchwork, read_through
 
 pytestmark = pytest.mark.pure

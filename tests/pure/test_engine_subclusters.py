@@ -9,7 +9,7 @@ from qcow2.engine.replay import replay
 from qcow2.format.header import read_header
 from qcow2.judge.check import check
 from tests.engine import Bench, set_up, waiting
-from tests.plane import DISCARD, KEEP, UNMAP, Plane
+from tests.extents import DISCARD, KEEP, UNMAP, Plane
 
 BITS = 14
 CLUSTER, UNIT = 1 << BITS, 1 << BITS - 5

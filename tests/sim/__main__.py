@@ -7,6 +7,8 @@ import time
 from tests.sim.build import load
 from tests.sim.mutant import BY_NAME
 
+MANY = 10_000_000  # states
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim")
@@ -18,10 +20,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
     mutant = BY_NAME.get(options.mutant)
-    load([mutant.edit] if mutant else [])
+    load([mutant.edit] if mutant and mutant.edit else [])
     from tests.sim.campaign import Plan, run
     from tests.sim.life import NAMED
+    from tests.sim.patch import apply
 
+    if mutant and not mutant.edit:
+        apply(mutant.name)
     began = time.monotonic()
     status = run(
         Plan(
@@ -29,8 +34,9 @@ def main(arguments: list[str]) -> int:
             options.histories,
             options.sort or (mutant and mutant.sorts) or [*NAMED],
             twice=options.twice,
-            states=options.states,
+            states=MANY if mutant and mutant.walks else options.states,
             until_found=mutant is not None,
+            is_full=mutant is not None and mutant.is_full,
         )
     )
     print(f"{time.monotonic() - began:.1f} s")

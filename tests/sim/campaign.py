@@ -11,12 +11,12 @@ from tests.sim.liveness import Longest
 from tests.sim.walk import visit
 
 
-def world_of(seed: int, sorts: Sequence[str]) -> World:
-    """The history of *seed*."""
+def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False) -> World:
+    """The history of *seed*; *is_full*, on a host without space, whatever that says."""
     draw = random.Random(seed)
     sort = NAMED[sorts[seed % len(sorts)]]
     is_long = seed % 8 == 5
-    match seed % 8:
+    match 7 if is_full else seed % 8:
         case 7:
             trouble = Trouble(full=True)
         case 3:
@@ -47,6 +47,7 @@ class Plan:
     twice: bool = False  # and compared
     states: int = 0  # of deaths in last lives, to be visited
     until_found: bool = False
+    is_full: bool = False
 
 
 def run(plan: Plan) -> int:
@@ -54,11 +55,11 @@ def run(plan: Plan) -> int:
     total, count, longest = Tally(), Count(), Longest()
     failed = 0
     for seed in range(plan.first, plan.first + plan.histories):
-        world = world_of(seed, plan.sorts)
+        world = world_of(seed, plan.sorts, is_full=plan.is_full)
         fault = _run_one(world, total, count if count.states < plan.states else None)
         longest.add(world.longest)
         if plan.twice and not fault:
-            again = world_of(seed, plan.sorts)
+            again = world_of(seed, plan.sorts, is_full=plan.is_full)
             if _run_one(again, Tally(), None) or again.digest != world.digest:
                 fault = "a second run of this seed is another history"
         if fault:

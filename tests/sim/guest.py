@@ -24,7 +24,11 @@ TABLE_NBYTES = 16 * 32
 PATIENCE = 20_000 * MS  # a request that takes longer, once the world is kind, is lost
 HEADER = struct.Struct("<IIQ")
 RANGE = struct.Struct("<QII")
-KINDS = {"write": 48, "read": 18, "flush": 12, "discard": 8, "zero": 8, "keep": 6}
+MIXES = {
+    "plane": {"write": 48, "read": 18, "flush": 12, "discard": 8, "zero": 8, "keep": 6},
+    "clear": {"write": 36, "read": 10, "flush": 10, "discard": 24, "zero": 10, "keep": 10},
+    "scan": {"write": 12, "read": 80, "flush": 3, "discard": 3, "zero": 1, "keep": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Setup:
     requests: int
     nsectors: int  # of the disk
     hot: int  # sectors, of which most requests want some
+    cluster_sectors: int
+    mix: dict[str, int]  # kinds of requests, and how often of their sum
     calm: int  # more requests, once the world is kind
     polled: bool  # the first queue's driver never kicks
 
@@ -194,7 +200,7 @@ class Guest:
 
     def _post(self, queue: Queue) -> bool:
         """Post a request; False: the ring is full."""
-        kind = self.random.choices([*KINDS], [*KINDS.values()])[0]
+        kind = self.random.choices([*self.setup.mix], [*self.setup.mix.values()])[0]
         sector, nsectors = self._aim(kind)
         at = self.random.randrange(len(queue.free))
         asked = Asked(self.requests + 1, kind, sector, nsectors, 0, self.kernel.now, queue.free[at])
@@ -216,6 +222,9 @@ class Guest:
     def _aim(self, kind: str) -> tuple[int, int]:
         if kind == "flush":
             return 0, 0
+        whole = self.setup.cluster_sectors
+        if kind in ("discard", "zero", "keep") and whole <= DATA_NBYTES // SECTOR and self.random.random() < 0.5:
+            return self.random.randrange(self.setup.hot // whole) * whole, whole
         reach = self.setup.hot if self.random.random() < 0.85 else self.setup.nsectors
         most = DATA_NBYTES // SECTOR if self.random.random() < 0.3 else 6
         sector = self.random.randrange(reach)

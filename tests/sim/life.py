@@ -21,9 +21,9 @@ from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.history import SIZE, History, size_sector
 from tests.crash.images import LOG_CAPACITY, open_image
 from tests.crash.opening import Seen, look, open_state
-from tests.crash.sequence import OVERLAYS, SORTS, Sort, beginning
+from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning
 from tests.crash.walk import Judge
-from tests.sim.guest import Guest, Setup
+from tests.sim.guest import MIXES, Guest, Setup
 from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
 from tests.sim.liveness import Longest
 from vhost.disk import ImageBackend, RingDriver
@@ -31,7 +31,7 @@ from vhost.option import CacheMode
 from virtio.config import MAX_RANGE_SECTORS, Geometry
 from virtio.native import NativeBlock
 
-NAMED = {**SORTS, **OVERLAYS}
+NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
 logging.getLogger("vhost").setLevel(logging.CRITICAL)
 
 
@@ -355,6 +355,8 @@ class World:
     def _setup(self) -> Setup:
         draw = self.random
         num_queues = draw.choice((1, 1, 2, 4))
+        scans = self.sort.tables > 1
+        mix = "scan" if scans else draw.choice(("plane", "plane", "clear"))
         return Setup(
             num_queues=num_queues,
             size=draw.choice((32, 64, 128)),
@@ -364,7 +366,9 @@ class World:
             depth=draw.choice((1, 2, 6, 6)),
             requests=draw.randrange(150, 300) if self.is_long else draw.randrange(8, 40),
             nsectors=self.sort.nsectors,
-            hot=min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
+            hot=self.sort.nsectors if scans else min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
+            cluster_sectors=self.sort.cluster_sectors,
+            mix=MIXES[mix],
             calm=num_queues * (draw.choice((4, 4, 8, 120)) if num_queues > 1 else 4),
             polled=draw.random() < 0.15,
         )

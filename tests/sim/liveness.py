@@ -8,7 +8,7 @@ from tests.sim.kernel import MS, Kernel, Violation
 
 AFTERMATH = 150 * MS  # after the last trouble; what was slow, or waited for that, has ended
 SOON = 50 * MS  # in a kind world, where an operation takes 0.4 of them
-OVERTAKEN = 200  # by requests of other queues that came later
+OVERTAKEN = 150  # by requests of its kind, of other queues, that came later
 STOP = 150 * MS
 
 
@@ -78,14 +78,16 @@ class Liveness:
         if took > SOON:
             raise Violation(f"request {one.number} ({one.kind}) took {took} ns in a kind world")
         for other in others:
-            if other.posted_at < one.posted_at:
+            if other.kind == one.kind and other.posted_at < one.posted_at:
                 other.overtaken += 1
                 self._require_fair(other)
 
     def _require_fair(self, one: Waiting) -> None:
         self.longest.overtaken = max(self.longest.overtaken, one.overtaken)
         if one.overtaken > OVERTAKEN:
-            raise Violation(f"request {one.number} ({one.kind}) waits, and {one.overtaken} of other queues came later")
+            raise Violation(
+                f"request {one.number} ({one.kind}) waits, and {one.overtaken} of its kind came later on other queues"
+            )
 
     def stopped(self, since: int) -> None:
         """What was told to stop at *since* has stopped. Raises: Violation."""

@@ -1,6 +1,7 @@
 """Faults put into the C on purpose: each must be found by a history, named by its law.
 
-A mutant is an edit of the source at build time; what ships knows nothing of it.
+A mutant is an edit of the source at build time; what ships knows nothing of it. One without is a patch of the engine,
+of the same name in `tests/sim/patch.py`.
 """
 
 from typing import NamedTuple
@@ -13,8 +14,10 @@ class Mutant(NamedTuple):
 
     name: str
     law: str
-    edit: Edit
+    edit: Edit | None = None
     sorts: tuple[str, ...] = ()  # of image, on which it is found sooner
+    is_full: bool = False  # it takes a host that is full for a while
+    walks: bool = False  # it is found among the deaths in last lives
 
 
 MUTANTS = [
@@ -192,7 +195,19 @@ MUTANTS = [
             "    return map->claims[slice & (CLAIMS - 1)] || has_new_link(map, slice);",
             "    return 0;",
         ),
+        ("overlay", "many-tables-overlay"),
     ),
+    Mutant(
+        "claims_of_the_engine_are_not_seen",
+        "Law 3: what the engine has read a while ago undoes nothing that was linked since",
+        Edit(
+            "qcow2/plane/translate.c",
+            "    return map->claims[slice & (CLAIMS - 1)] || has_new_link(map, slice);",
+            "    return has_new_link(map, slice);",
+        ),
+        ("many-tables", "many-tables-overlay"),
+    ),
+    Mutant("links_of_the_data_plane_are_not_taken_over", "Law 2", sorts=("overlay", "overlay-lazy")),
     Mutant(
         "cluster_is_handed_out_twice",
         "Law 3",
@@ -328,6 +343,15 @@ MUTANTS = [
         "once_the_maps_error_went_nowhere",
         "Law 7: a close after a lost entry or mark is no clean one; until 42cbc66",
         Edit("qcow2/plane/l2cache.c", "    map->error = -result;\n", ""),
+    ),
+    Mutant(
+        "once_a_link_outlived_its_cluster", "Law 3; until 092c940", sorts=("overlay", "compressed-base"), is_full=True
+    ),
+    Mutant(
+        "once_two_links_waited_for_each_other",
+        "liveness; until a6876b3",
+        sorts=("overlay", "compressed-base"),
+        is_full=True,
     ),
 ]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
