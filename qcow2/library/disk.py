@@ -26,7 +26,7 @@ from qcow2.library.hostfile import path_of_descriptor
 from qcow2.library.own_thread import OwnThread
 from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
-from qcow2.node.extent import Extent, find_extent, merged
+from qcow2.node.extent import Extent, extents_of
 from qcow2.node.gate import ANY, Gate
 from qcow2.node.node import Node
 
@@ -192,13 +192,8 @@ class Disk(AwaitableDisk):
 
     def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
         """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
-        return merged(self._pieces(offset, offset + self._require_inside(offset, nbytes)))
-
-    def _pieces(self, offset: int, end: int) -> Iterator[Extent]:
-        while offset < end:
-            extent = self._run(partial(find_extent, self.image, offset, end - offset))
-            yield extent
-            offset += extent.nbytes
+        end = offset + self._require_inside(offset, nbytes)
+        return extents_of(self.image, offset, end, self._run)
 
     def clean(self) -> None:
         """Leave the image clean on the disk, and no link log; its files stay open, and it is read from then on only.

@@ -1,11 +1,15 @@
 """Where each stretch of the disk comes from, through the whole chain: what `map` shows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from qcow2.driver.operation import File, Occupied
 from qcow2.engine.backing import Backing
 from qcow2.plane.l2cache import Kind, Run
+
+MAX_STEP = 1 << 40  # bytes asked for at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,21 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
             pending = extent
     if pending is not None:
         yield pending
+
+
+def extents_of(
+    image: Backing, start: int, end: int, run: Callable[[Callable[[], Coroutine[Any, Any, Extent]]], Extent]
+) -> Iterator[Extent]:
+    """The extents of the disk from *start* to *end*, as long as possible; *run* runs what its argument begins."""
+
+    def pieces() -> Iterator[Extent]:
+        offset = start
+        while offset < end:
+            extent = run(partial(find_extent, image, offset, min(end - offset, MAX_STEP)))
+            yield extent
+            offset += extent.nbytes
+
+    return merged(pieces())
 
 
 async def find_extent(image: Backing, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:

@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from qcow2.driver.file import BlockingDriver
 from qcow2.engine.image import OpenOptions
 from qcow2.node.chain import Chain
-from qcow2.node.extent import Extent, find_extent, merged
-from qcow2.node.node import Node
+from qcow2.node.extent import Extent, extents_of
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.quantity import parse_size
-
-MAX_STEP = 1 << 40  # bytes asked for at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,21 +36,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         with opening(wanted.path):
             image = chain.open(wanted.path, wanted.image_format, OpenOptions(has_data=False))
         end = image.size if length is None else min(image.size, start + length)
-        extents = merged(walk(image, start, end))
+        driver = BlockingDriver()
+        extents = extents_of(image, start, end, lambda begin: driver.run(begin()))
         if arguments.output == "json":
             _print_json(extents)
         else:
             _print_table(wanted.path, extents)
     return 0
-
-
-def walk(image: Node, start: int, end: int) -> Iterator[Extent]:
-    """The extents of the disk from *start* to *end*, in small pieces."""
-    driver = BlockingDriver()
-    while start < end:
-        extent = driver.run(find_extent(image, start, min(end - start, MAX_STEP)))
-        yield extent
-        start += extent.nbytes
 
 
 def _print_json(extents: Iterator[Extent]) -> None:
