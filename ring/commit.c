@@ -3,7 +3,7 @@
 #include <stddef.h>
 
 #include "ring/assertion.h"
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 #define LONE_REQUESTS 64 /* that no other queue came between: only one is in use */
 #define QUICK_SYNCS 8    /* in a row: the next will be one, too */

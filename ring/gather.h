@@ -1,7 +1,7 @@
 /* What an operation moves next: its pieces, past what is done, as iovecs. */
 #pragma once
 
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 struct gather {
     struct iovec *iovecs; /* NULL: only count */

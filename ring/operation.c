@@ -12,7 +12,7 @@
 #include "ring/gather.h"
 #include "ring/pieces.h"
 #include "ring/share.h"
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 /* Python's are one who shares among the queues, each of which saw to it in time that there is one for its request. */
 int operation_begin(struct worker *worker, struct request *request)

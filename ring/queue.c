@@ -7,7 +7,7 @@
 
 #include "ring/assertion.h"
 #include "ring/share.h"
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 #define FETCH_MAX 128         /* chains of one queue before the others have their turn */
 #define FETCH_SUBMIT 4        /* every so many chains the disk has something to do beside us */

@@ -5,7 +5,7 @@
 
 #include "ring/assertion.h"
 #include "ring/pieces.h"
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 static void count_lone(struct worker *worker, uint16_t queue)
 {

@@ -5,7 +5,7 @@
  */
 #include "ring/assertion.h"
 #include "ring/share.h"
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 #define FAR_THREADS (URING_THREADS - 2) /* near files need some, too */
 

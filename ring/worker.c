@@ -1,4 +1,4 @@
-#include "ring/worker.h"
+#include "ring/inside.h"
 
 #include <errno.h>
 #include <poll.h>

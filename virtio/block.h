@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #include "ring/extent.h"
-#include "ring/worker.h"
+#include "ring/device.h"
 
 #define BLOCK_SERIAL_NBYTES 20 /* VIRTIO_BLK_ID_BYTES */
 #define BLOCK_NO_SLOT UINT32_MAX

@@ -12,7 +12,7 @@
 
 #include "bench/driver.h"
 #include "bench/identity.h"
-#include "ring/worker.h"
+#include "ring/inside.h"
 #include "virtio/block.h"
 
 #define CHECK(claim)                                                                                                   \
