@@ -54,6 +54,17 @@ class TableWriter:
         return self.error
 
 
+def ciphered(extent: Any, data: bytes, how: str) -> bytes:
+    """*data* of *extent*, through its cipher if it has one."""
+    if extent.cipher == ffi.NULL:
+        return data
+    cipher, result = extent.cipher[0], bytearray(data)
+    view = ffi.from_buffer("uint8_t[]", result, require_writable=True)
+    sector = (extent.host_offset - cipher.origin) // 512
+    assert getattr(cipher, how)(cipher.context, sector, view, view, len(data)) == 0
+    return bytes(result)
+
+
 class Plane:
     """Asks *image* where things are and takes places of it, through the addresses the worker gets.
 
@@ -84,6 +95,19 @@ class Plane:
         assert 0 < extent.nbytes <= nbytes
         return extent
 
+    def read(self, guest_offset: int, nbytes: int) -> bytes | None:
+        """The guest's bytes; None: it punts."""
+        content = b""
+        while len(content) < nbytes:
+            extent = self.translate(guest_offset + len(content), nbytes - len(content), is_write=False)
+            if extent.kind == PUNT:
+                return None
+            assert extent.kind in (DATA, ZERO)
+            file = self._files[extent.slot] if extent.kind == DATA else None
+            stored = file.read(extent.host_offset, extent.nbytes) if file else bytes(extent.nbytes)
+            content += ciphered(extent, stored, "decrypt")
+        return content
+
     def take(self, guest_offset: int, nbytes: int) -> Any:
         """A place, or None: only Python can."""
         place = ffi.new("struct extent_place *")
@@ -108,7 +132,7 @@ class Plane:
         if extent.kind == FRESH:
             return self._write_fresh(guest_offset, data)
         assert extent.slot == TOP
-        self._driver.write_at_once(self._file, extent.host_offset, data)
+        self._driver.write_at_once(self._file, extent.host_offset, ciphered(extent, data, "encrypt"))
         return True
 
     def _write_fresh(self, guest_offset: int, data: bytes) -> bool:
