@@ -60,6 +60,8 @@ def build(edits: Iterable[Edit] = ()) -> dict[str, Path]:
         _write(place / "include", sources)
         for room, path in ((name.partition(".")[0], path) for name, path in modules.items()):
             _link(room, sources, place, path)
+    for path in modules.values():
+        os.utime(path)  # it is of these sources, whenever they were touched: `qcow2.sources` goes by times
     return modules
 
 
