@@ -54,6 +54,8 @@ class BitmapDirectory:
 
     async def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
         """Make an empty bitmap; stable on return. Raises: BitmapError, UnsupportedImage, OSError."""
+        if not self._geometry.size:
+            raise BitmapError("a disk of 0 bytes has no bitmaps: QEMU would not open it")
         bits = self._granularity_bits(granularity)
         self._require_new(name, bits)
         nentries = table_entries(self._geometry.size, bits, self._geometry)

@@ -18,7 +18,7 @@ from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, ExtensionMagic
 from qcow2.plane.entry import bytes_of, l1_shared, l1_table
 from qcow2.plane.l2cache import Kind
 
@@ -35,6 +35,8 @@ def shrunk_size(file: File, header: Header, nbytes: int) -> int:
     if record.nb_snapshots and record.version < 3:
         message = f"{record.nb_snapshots} internal snapshots in an image of version 2: it cannot be resized"
         raise UnsupportedImage(file.path, message)
+    if not size and header.extension(ExtensionMagic.BITMAPS) is not None:
+        raise UnsupportedImage(file.path, "a disk of 0 bytes has no bitmaps: QEMU would not open it")
     return size
 
 

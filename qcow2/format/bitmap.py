@@ -51,6 +51,8 @@ def bitmap_directory(file: File, header: Header) -> BitmapsRecord | None:
     if record.directory_size > layout.MAX_BITMAP_DIRECTORY_BYTES:
         message = f"bitmap directory of {record.directory_size} bytes, limit {layout.MAX_BITMAP_DIRECTORY_BYTES}"
         raise CorruptImage(file.path, 0, message)
+    if record.directory_offset + record.directory_size > (1 << 63) - 1:
+        raise CorruptImage(file.path, 0, f"bitmap directory at {record.directory_offset:#x} leaves the file")
     return record
 
 

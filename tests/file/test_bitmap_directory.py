@@ -253,3 +253,31 @@ def _buffer(data: bytes) -> Any:
     from qcow2.driver.buffer import MemoryBuffer
 
     return MemoryBuffer(memoryview(data))
+
+
+def test_disk_of_no_bytes_gets_and_keeps_no_bitmap(tmp_path: Path) -> None:
+    empty, small = tmp_path / "empty", tmp_path / "small"
+    qcow2_tool_ok("create", empty, "0")
+    qcow2_tool_ok("create", small, "1M")
+    qcow2_tool_ok("bitmap", "--add", small, "b")
+    for arguments in (("bitmap", "--add", empty, "b"), ("resize", "--shrink", small, "0")):
+        done = qcow2_tool(*arguments)
+        assert (done.returncode, "a disk of 0 bytes has no bitmaps" in done.stderr) == (1, True)
+    qemu_img("info", empty)
+    qemu_img("info", small)
+
+
+@pytest.mark.parametrize("offset", [(1 << 63) | 65536, (1 << 64) - 65536])
+def test_directory_beyond_any_file(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "disk"
+    qcow2_tool_ok("create", path, "1M")
+    qcow2_tool_ok("bitmap", "--add", path, "b")
+    content = bytearray(path.read_bytes())
+    extension = content.index(bytes.fromhex("23852875"))
+    content[extension + 24 : extension + 32] = offset.to_bytes(8, "big")
+    path.write_bytes(content)
+    for command in ("info", "check"):
+        assert "Traceback" not in qcow2_tool(command, path).stderr
+    assert "leaves the file" in qcow2_tool("bitmap", "--clear", path, "b").stderr
+    with qcow2.open(path) as disk:
+        assert disk.read(0, 512) == bytes(512)

@@ -170,3 +170,15 @@ def look(file: SimulatedFile, bases: dict[str, SimulatedFile]) -> tuple[bytes, s
     target = bytearray(image.size)
     driver.run(image.read(0, MemoryBuffer(memoryview(target))))
     return bytes(target), name
+
+
+def test_rebase_that_would_change_snapshots_is_refused(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qcow2_tool_ok("create", base, "1M")
+    qcow2_tool_ok("create", "-b", base, "-F", "qcow2", top)
+    qcow2_tool_ok("snapshot", "-c", "one", top)
+    before = top.read_bytes()
+    done = qcow2_tool("rebase", "-b", "", top)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "1 internal snapshots would show another disk: delete them first" in done.stderr
+    assert top.read_bytes() == before
