@@ -146,6 +146,9 @@ def perform(operation: op.Operation) -> Any:
         if error.filename is None and isinstance(file := getattr(operation, "file", None), HostFile):
             error.filename = file.path
         raise
+    except OverflowError as error:  # an image may name any place
+        path = file.path if isinstance(file := getattr(operation, "file", None), HostFile) else None
+        raise OSError(errno.EOVERFLOW, "no file reaches as far as 2^63 bytes", path) from error
 
 
 def _perform(operation: op.Operation) -> Any:

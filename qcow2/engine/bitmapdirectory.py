@@ -85,6 +85,8 @@ class BitmapDirectory:
         nbytes = len(os.fsencode(name))
         if not nbytes:
             raise BitmapError("Bitmap name cannot be empty")
+        if "\0" in name:
+            raise BitmapError(f"Bitmap name {name!r} has a zero byte")
         if nbytes > layout.MAX_BITMAP_NAME_BYTES:
             raise BitmapError(f"Name length exceeds maximum ({layout.MAX_BITMAP_NAME_BYTES} characters)")
         if self._geometry.version < 3:

@@ -76,11 +76,13 @@ def new_snapshot(
 ) -> Snapshot:
     """What *table* would say of another snapshot, without VM state, whose L1 table is at *l1_offset*.
 
-    Raises: ValueError for a name that is too long, or none.
+    Raises: ValueError for a name that is too long, or none, or has a zero byte.
     """
     nbytes = len(os.fsencode(name))
     if not 0 < nbytes <= MAX_NAME_BYTES:
         raise ValueError(f"snapshot name of {nbytes} bytes, limit {MAX_NAME_BYTES}, and not empty")
+    if "\0" in name:
+        raise ValueError(f"snapshot name {name!r} has a zero byte")
     numbers = [int(each.id) for each in table.snapshots if each.id.isascii() and each.id.isdigit()]
     snapshot_id = str(max(numbers, default=0) + 1)
     extra = SNAPSHOT_EXTRA.pack(0, disk_size, 0)

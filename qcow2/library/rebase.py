@@ -47,7 +47,7 @@ def rebase_image(path: str, name: str | None, backing_format: str | None, pace: 
         stack.push(lambda kind, value, traceback: disk.close() if kind else disk.abandon())
         image = disk.image
         assert isinstance(image, Image)
-        _refuse_snapshots(image)
+        refuse_snapshots(image)
         new = None
         if name is not None and backing_format is not None:
             chain = stack.enter_context(Chain())
@@ -66,8 +66,8 @@ def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace) -> None:
     disk.clean()  # law 6: all that the new chain needs is stable
 
 
-def _refuse_snapshots(image: Image) -> None:
-    """What snapshots show through is not brought over: they would hold another disk from now on."""
+def refuse_snapshots(image: Image) -> None:
+    """What snapshots show through is not brought over: they would hold another disk. Raises: UnsupportedImage."""
     if count := image.header.record.nb_snapshots:
         raise UnsupportedImage(
             image.file.path, f"{count} internal snapshots would show another disk: delete them first"

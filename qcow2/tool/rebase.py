@@ -9,7 +9,7 @@ from qcow2.engine.image import Image
 from qcow2.error import ImageError
 from qcow2.format.header import pack_header
 from qcow2.library.disk import Disk, open_disk
-from qcow2.library.rebase import bring_over, change_header
+from qcow2.library.rebase import bring_over, change_header, refuse_snapshots
 from qcow2.node.formats import format_of
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
@@ -74,6 +74,7 @@ def _rebase_safely(arguments: argparse.Namespace, name: str | None, backing_form
         disk = stack.enter_context(_opened(arguments))
         image = disk.image
         assert isinstance(image, Image)
+        refuse_snapshots(image)
         new = None
         if name is not None and backing_format is not None:
             new = stack.enter_context(_new_backing(arguments, name, backing_format))

@@ -74,3 +74,13 @@ def test_a_failure_names_the_file(tmp_path: Path) -> None:
             with pytest.raises(OSError) as raised:
                 run(_do(operation))
             assert raised.value.filename == file.path
+
+
+def test_place_beyond_any_file_is_an_error_of_the_host(tmp_path: Path) -> None:
+    async def read() -> bytes:
+        return await op.Read(file, 1 << 63, 8)
+
+    with HostFile.open(str(tmp_path / "f"), create=True) as file:
+        with pytest.raises(OSError, match="no file reaches as far") as caught:
+            run(read())
+        assert caught.value.filename == file.path

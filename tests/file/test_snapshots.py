@@ -185,6 +185,8 @@ def test_a_name_that_is_not_there(tmp_path: Path) -> None:
                 act("two")
         with pytest.raises(ValueError, match="256 bytes, limit 255"):
             disk.create_snapshot("n" * 256)
+        with pytest.raises(ValueError, match="has a zero byte"):
+            disk.create_snapshot("a\0b")
         with pytest.raises(FileNotFoundError):
             disk.delete_snapshot("1")  # an id, which only `apply_snapshot` takes
         disk.apply_snapshot("1")
