@@ -53,7 +53,7 @@ END
 # launchers DIRECTORY: one for each of the programs that pyproject.toml names.
 launchers() {
     mkdir -p "$1"
-    sed -n 's/^\(.*\) = \(.*\):\(.*\)$/\1 \2 \3/p' "$stage$library"/vhost_user_qcow2-*.dist-info/entry_points.txt |
+    sed -n '/^\[console_scripts\]/,/^\[[^c]/s/^\(.*\) = \(.*\):\(.*\)$/\1 \2 \3/p' "$stage$library"/vhost_user_qcow2-*.dist-info/entry_points.txt |
         while read -r program module function; do
             launcher "$module" "$function" >"$1/$program"
             chmod 755 "$1/$program"

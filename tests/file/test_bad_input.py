@@ -163,6 +163,8 @@ def test_a_bad_image_is_refused_by_the_tool(tmp_path: Path, command: str, kind: 
     make(path)
     if command == "check" and kind in ("truncated", "too many snapshots"):
         pytest.skip("what is lost is what check reports")
+    if command == "check" and kind == "external data file":
+        pytest.skip("check looks at no data: where it is need not be known")
     before = sha256(path)
     line = one_line(qcow2_tool(command, path), "qcow2")
     assert word in line

@@ -22,7 +22,16 @@ from tests.fuzz.verdict import Verdict, explain, ours, qemus
 MUTANTS = 800
 COMPARED = 300
 MEMORY_LIMIT = 64 << 10  # KiB that the process may grow by over all mutants; their files have 10 to 700 KiB
-NOUNS = ["magic", "qcow2 version", "incompatible feature", "encryption", "snapshot", "header extension", "backing file"]
+NOUNS = [
+    "magic",
+    "qcow2 version",
+    "incompatible feature",
+    "encryption",
+    "snapshot",
+    "header extension",
+    "backing file",
+    "data file",
+]
 
 
 @pytest.mark.parametrize("number", range(BASES))

@@ -204,5 +204,6 @@ def about(path: Path, image_format: str) -> tuple[dict[str, object], list[dict[s
 def test_options_that_are_asked_for_are_those_that_qemu_knows(image_format: str) -> None:
     ours = qcow2_tool_ok("create", "-f", image_format, "-o", "help").splitlines()
     assert ours[0] == f"Supported {image_format} options:"
-    assert set(ours[1:]) <= {*qemu_img("create", "-f", image_format, "-o", "help", "new").stdout.splitlines()}
+    theirs = qemu_img("create", "-f", image_format, "-o", "help", "new").stdout.splitlines()
+    assert {line for line in ours[1:] if "data_file_use" not in line} <= {*theirs}  # QEMU empties a file unasked
     assert ours == qcow2_tool_ok("create", "-f", image_format, "-o", "?", "new").splitlines()
