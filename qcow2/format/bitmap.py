@@ -1,6 +1,7 @@
 """The bitmap directory: where the persistent bitmaps of an image lie, read with every length checked."""
 
 from dataclasses import dataclass
+from sys import maxsize
 
 from qcow2.driver.operation import File, Read
 from qcow2.error import CorruptImage
@@ -51,7 +52,7 @@ def bitmap_directory(file: File, header: Header) -> BitmapsRecord | None:
     if record.directory_size > layout.MAX_BITMAP_DIRECTORY_BYTES:
         message = f"bitmap directory of {record.directory_size} bytes, limit {layout.MAX_BITMAP_DIRECTORY_BYTES}"
         raise CorruptImage(file.path, 0, message)
-    if record.directory_offset + record.directory_size > (1 << 63) - 1:
+    if record.directory_offset + record.directory_size > maxsize:  # the largest offset
         raise CorruptImage(file.path, 0, f"bitmap directory at {record.directory_offset:#x} leaves the file")
     return record
 
