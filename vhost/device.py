@@ -189,21 +189,31 @@ class Device:
                 if not was_attached:
                     self._let_go()
 
-    def exchange(self, begin: Begin, swap: Callable[[], None], patience: float = PATIENCE_SECONDS) -> str:
+    def exchange(
+        self,
+        begin: Begin,
+        swap: Callable[[], None],
+        on_attached: Callable[[], None],
+        patience: float = PATIENCE_SECONDS,
+    ) -> str:
         """While requests wait and none is under way: *begin(done)*, then *swap()* with the backend detached.
 
+        *on_attached()* comes before the first request of what was swapped in. All three on the worker.
         What *done* is given is returned; unless that is empty nothing is swapped. While `holding`. Where requests under
         way have not ended after *patience* seconds nothing is begun, and the others go on.
         """
-        return _alone(self.worker, lambda is_late: self._exchange(begin, swap, is_late), patience)
+        return _alone(self.worker, lambda is_late: self._exchange(begin, swap, on_attached, is_late), patience)
 
-    def _exchange(self, begin: Begin, swap: Callable[[], None], is_late: Callable[[], bool]) -> str:
+    def _exchange(
+        self, begin: Begin, swap: Callable[[], None], on_attached: Callable[[], None], is_late: Callable[[], bool]
+    ) -> str:
         refusal = self.worker.run_alone(begin, is_late)
         if not refusal:
             try:
                 self.backend.detach()
                 swap()
                 self.backend.attach(self.worker, self.block)
+                on_attached()
             except BaseException as error:  # neither the old nor the new is there; the next process has the new
                 die(error)
         return refusal

@@ -49,16 +49,15 @@ class Snapshots:
             self._flush()  # so that the one that requests wait for finds little to do
             overlay.name_frozen()
             refusal = self._device.exchange(
-                lambda done: self._begin(overlay, done), lambda: past.append(self._held.adopt_overlay(overlay))
+                lambda done: self._begin(overlay, done),
+                lambda: past.append(self._held.adopt_overlay(overlay)),
+                lambda: _fail_if_unstable(overlay),
             )
             if refusal:
                 raise SnapshotRefused(refusal)
         except BaseException:
             self._held.discard_overlay(overlay)
             raise
-        if overlay.sync_error is not None:
-            error = overlay.sync_error
-            self._device.worker.call(lambda: overlay.image.fail(error))
         return self._retire(overlay, past[0])
 
     def _flush(self) -> None:
@@ -84,7 +83,16 @@ class Snapshots:
         outcome: Future[str] = Future()
         self._device.worker.call(lambda: self._backend.retire(overlay.below, outcome.set_result))
         failure = self._device.worker.wait(outcome)
-        overlay.share_below()
-        if memory is not None and memory.is_made and not failure:
-            memory.remove()
+        try:
+            overlay.share_below()
+            if memory is not None and memory.is_made and not failure:
+                memory.remove()
+        except OSError as error:  # the snapshot is taken all the same
+            failure = failure or describe(error)
         return failure
+
+
+def _fail_if_unstable(overlay: Overlay) -> None:
+    """No FLUSH may be answered as if the new name would survive a power loss."""
+    if overlay.sync_error is not None:
+        overlay.image.fail(overlay.sync_error)

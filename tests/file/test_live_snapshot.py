@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from tests.frontend import FrontEnd, Queue
+from tests.frontend import FLUSH, IOERR, FrontEnd, Queue
 from tests.load import Load
 from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.packedqueue import PackedQueue
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
-from tests.realfault.death import dying
+from tests.realfault.death import dying, forgetful
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -253,3 +253,17 @@ def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, a
     assert content(image.with_name("frozen")) == expected(load)
     assert content(image) == b"z" * BLOCK + expected(load)[BLOCK:]
     assert_clean(image)
+
+
+def test_names_that_are_not_stable_let_no_flush_succeed(image: Path) -> None:
+    """The first sync is that of the name for what is frozen, and refuses; after the second the overlay is served."""
+    with start(image, under=forgetful(1)) as daemon, FrontEnd(daemon.socket_path) as guest:
+        assert "Input/output error" in refusal(image, "frozen")
+        guest.write(0, b"a" * BLOCK)
+        guest.flush()
+        daemon.stop()
+    assert not image.with_name("frozen").exists()
+    with start(image, under=forgetful(2)) as daemon, FrontEnd(daemon.socket_path) as guest:
+        freeze(image, "frozen")
+        assert guest.read(0, BLOCK) == b"a" * BLOCK
+        assert guest.do(FLUSH).status == IOERR

@@ -20,3 +20,8 @@ def library() -> Path:
 def dying(at: int, after: str) -> list[str]:
     """What runs a daemon that is killed before call *at*, from 1 on, since it removed a name that ends in *after*."""
     return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}", f"DEATH_AFTER={after}"]
+
+
+def forgetful(at: int) -> list[str]:
+    """What runs a daemon whose *at*-th sync of a directory, from 1 on, fails."""
+    return ["env", f"LD_PRELOAD={library()}", f"FSYNC_FAILS={at}"]
