@@ -19,7 +19,7 @@ from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
 if TYPE_CHECKING:
     from qcow2.library.disk import Disk
     from qcow2.library.disk import open_disk as open
-    from qcow2.library.jobs import commit, compare, convert, rebase
+    from qcow2.library.jobs import commit, compare, convert, rebase, stream
     from qcow2.library.make import create
 
     __version__: str
@@ -37,6 +37,7 @@ __all__ = [
     "create",
     "open",
     "rebase",
+    "stream",
 ]
 LATER = {
     "Disk": ("disk", "Disk"),
@@ -46,6 +47,7 @@ LATER = {
     "compare": ("jobs", "compare"),
     "convert": ("jobs", "convert"),
     "rebase": ("jobs", "rebase"),
+    "stream": ("jobs", "stream"),
 }  # module of the library, name there
 
 

@@ -12,6 +12,7 @@ from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
+from qcow2.engine.fetching import Fetcher
 from qcow2.engine.growth import Grower
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
@@ -105,6 +106,7 @@ class Changes:
             data_file=data.file,
             is_raw=root.header.record.has_raw_data,
         )
+        self.fetcher = Fetcher(geometry, mapping, self.writer, self.zeroer)
         self.grower = Grower(
             geometry, mapping, self._allocator, self._reaper, root, self.zeroer, stability, backing_size or 0
         )
@@ -142,6 +144,11 @@ class Changes:
     def may_overwrite(self) -> bool:
         """Whether data may be overwritten: no promise of the header is broken by it, and no flag that is wrong hit."""
         return not self.root.has_promises and not self.uncounted.is_due
+
+    def set_backing(self, size: int | None) -> None:
+        """Something else shows through now, *size* bytes long; None: nothing does."""
+        self.zeroer.set_backing(has_backing=size is not None)
+        self.grower.backing_size = size or 0
 
     def require_trust(self) -> None:
         """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""

@@ -23,7 +23,8 @@ Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 
 CACHE_BYTES = 4 << 20
 UNPACKING_BYTES = 32 << 20  # of streams and clusters under way, at most
-DEFLATE_LEVEL = 6
+LEVELS = {CompressionType.ZLIB: range(1, 13), CompressionType.ZSTD: range(1, 20)}  # of libdeflate and zstd
+DEFAULT_LEVELS = {CompressionType.ZLIB: 6, CompressionType.ZSTD: 3}
 ZSTD_WINDOW_LOG = 27  # the library's own limit, and QEMU's; of the window only as much is touched as a cluster has
 
 
@@ -102,23 +103,36 @@ UNPACK: dict[CompressionType, Callable[[bytes, int], Content]] = {
 }
 
 
-def deflate(cluster: memoryview) -> bytes:
+def deflate(level: int, cluster: memoryview) -> bytes:
     """Compress a cluster to a raw deflate stream; none if that is no shorter.
 
     Its window is up to 32 KiB, which the format allows and QEMU reads, though it writes 4 KiB itself.
     """
     stream = ffi.new("uint8_t[]", len(cluster) - 1)
-    nbytes = check(
-        lib.deflate_cluster(ffi.from_buffer("uint8_t[]", cluster), len(cluster), DEFLATE_LEVEL, stream, len(stream))
-    )
+    nbytes = check(lib.deflate_cluster(ffi.from_buffer("uint8_t[]", cluster), len(cluster), level, stream, len(stream)))
     return bytes(ffi.buffer(stream, nbytes))
 
 
-def packer(compression_type: CompressionType) -> Callable[[memoryview], bytes]:
-    """What compresses clusters, on one thread, one after the other; an empty stream says that it got no shorter."""
+def level_of(compression_type: CompressionType, level: int | None) -> int:
+    """*level* if there is such a one; None is the default. Raises: ValueError."""
+    if level is None:
+        return DEFAULT_LEVELS[compression_type]
+    levels = LEVELS[compression_type]
+    if level not in levels:
+        name = compression_type.name.lower()
+        raise ValueError(f"{name} compression level {level} is not in {levels.start} to {levels.stop - 1}")
+    return level
+
+
+def packer(compression_type: CompressionType, level: int | None = None) -> Callable[[memoryview], bytes]:
+    """What compresses clusters, on one thread, one after the other; an empty stream says that it got no shorter.
+
+    Raises: ValueError for a level that there is not.
+    """
+    level = level_of(compression_type, level)
     if compression_type is CompressionType.ZLIB:
-        return deflate
-    compress = _zstd_compress()
+        return partial(deflate, level)
+    compress = _zstd_compress(level)
 
     def pack(cluster: memoryview) -> bytes:
         stream = compress(cluster)
@@ -127,14 +141,14 @@ def packer(compression_type: CompressionType) -> Callable[[memoryview], bytes]:
     return pack
 
 
-def _zstd_compress() -> Callable[[memoryview], bytes]:
+def _zstd_compress(level: int) -> Callable[[memoryview], bytes]:
     if sys.version_info >= (3, 14):
         from compression import zstd
 
-        return zstd.compress
+        return partial(zstd.compress, level=level)
     import zstandard
 
-    return zstandard.ZstdCompressor().compress
+    return zstandard.ZstdCompressor(level=level).compress
 
 
 class _Unpacking:

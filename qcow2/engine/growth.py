@@ -61,7 +61,7 @@ class Grower:
         self._root = root
         self._zeroer = zeroer
         self._stability = stability
-        self._backing_size = backing_size
+        self.backing_size = backing_size  # of what shows through now
 
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, as `grown_size` said; stable on return.
@@ -72,7 +72,7 @@ class Grower:
         if nbytes == old_size:
             return
         # What the old tables map past the old end, or the backing file holds there, must not show.
-        reach = max(self._backing_size, len(self._mapping.l1) << self._geometry.table_bits)
+        reach = max(self.backing_size, len(self._mapping.l1) << self._geometry.table_bits)
         await self._require_l1(l1_entries(nbytes, self._geometry.cluster_bits, self._geometry.entry_size))
         self._geometry.size = nbytes
         try:

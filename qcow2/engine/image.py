@@ -11,7 +11,7 @@ from qcow2.engine.backing import Backing, Capabilities, Place, Seen
 from qcow2.engine.bitmapdirectory import BitmapDirectory
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.changes import Changes
-from qcow2.engine.compressed import CompressedClusters
+from qcow2.engine.compressed import CompressedClusters, level_of
 from qcow2.engine.data import Data
 from qcow2.engine.encryption import Keyring, open_data
 from qcow2.engine.expansion import expand_zeros, has_zero_flags
@@ -26,7 +26,7 @@ from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage, no_memory
 from qcow2.format.geometry import Geometry
-from qcow2.format.header import Header, clear_autoclear, read_header, require_uncorrupted
+from qcow2.format.header import Header, clear_autoclear, header_over, read_header, require_uncorrupted
 from qcow2.format.layout import (
     ENTRY_SIZE,
     HEADER_INCOMPATIBLE_OFFSET,
@@ -338,19 +338,33 @@ class Image:
         await changes.bitmaps.mark(guest_offset, len(source))
         await self._guard(changes, changes.writer.write(guest_offset, source))
 
-    async def write_compressed(self, guest_offset: int, source: memoryview) -> None:
+    def require_compressible(self) -> None:
+        """Raises: UnsupportedImage if it can have no compressed clusters."""
+        if self._data.is_encrypted or self.header.record.incompatible_features & Incompatible.EXTERNAL_DATA:
+            raise UnsupportedImage(self.file.path, "no compressed clusters if it is encrypted or has a data file")
+
+    async def write_compressed(self, guest_offset: int, source: memoryview, level: int | None = None) -> None:
         """As `write`, of whole clusters, the disk's last one as long as it is; those that become smaller compressed.
 
         Raises: ValueError, UnsupportedImage; OSError, CorruptImage; then nothing, a part or all of it is written.
         """
-        if self._data.is_encrypted or self.header.record.incompatible_features & Incompatible.EXTERNAL_DATA:
-            raise UnsupportedImage(self.file.path, "no compressed clusters if it is encrypted or has a data file")
+        self.require_compressible()
+        level = level_of(self._compressed.compression_type, level)
         end, size = guest_offset + len(source), self.geometry.cluster_size
         if guest_offset % size or (end % size and end != self.size):
             raise ValueError(f"{len(source)} bytes at {guest_offset} are not whole clusters of {size} bytes")
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, len(source))
-        await self._guard(changes, changes.packer.write(guest_offset, source))
+        await self._guard(changes, changes.packer.write(guest_offset, source, level))
+
+    async def fetch(self, guest_offset: int, nbytes: int, content: memoryview | None = None) -> None:
+        """Let the image itself have *content*, what shows through it in the range, or zeros if that is what does.
+
+        Where it has anything, also what was written meanwhile, that stays: the disk is the same, so no bitmap knows.
+        Raises: OSError, CorruptImage; then a part of it is the image's.
+        """
+        changes = await self._changing()
+        await self._guard(changes, changes.fetcher.fetch(guest_offset, nbytes, content))
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
@@ -434,6 +448,32 @@ class Image:
         """
         changes = await self._alone()
         await self._guard(changes, changes.shedder.shed(0))
+
+    async def put_over(self, backing: "Backing | None", name: str | None, backing_format: str | None) -> None:
+        """Let *backing*, open, show through, and the header say so by *name*; stable on return.
+
+        Nothing else is under way. The disk is the same over it, says the caller: what that takes is stable first.
+        Raises: UnsupportedImage, before anything has changed; OSError, then nobody knows which one the header names.
+        """
+        self.refuse_snapshots()
+        changes = await self._alone()
+        header = header_over(self.file, changes.root.header, name, backing_format)
+        await changes.bitmaps.settle()
+        await changes.links.flush()
+        await changes.root.rewrite(header)
+        self.backing = backing
+        self._reader.set_backing(backing)
+        if backing is None:
+            self._cache.clear_backing()
+        else:
+            self._cache.set_backing(backing.extent_map, backing.size, backing)
+        changes.set_backing(None if backing is None else backing.size)
+
+    def refuse_snapshots(self) -> None:
+        """Internal snapshots show what is below, too, and nothing is fetched for them. Raises: UnsupportedImage."""
+        if count := self.header.record.nb_snapshots:
+            message = f"{count} internal snapshots would show another disk: delete them first"
+            raise UnsupportedImage(self.file.path, message)
 
     async def snapshots(self) -> tuple[Snapshot, ...]:
         """The internal snapshots, in the order of their table. Raises: UnsupportedImage, CorruptImage, OSError."""

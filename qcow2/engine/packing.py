@@ -1,15 +1,16 @@
 """Compressed writes: whole guest clusters, their payloads packed one behind the other into shared host clusters.
 
-A payload takes no more than the rest of the host cluster that the cursor is in, else it begins a new one. The cursor
-holds a reference of its own, so its cluster cannot become free under it; a death leaves that as a leak. Payloads and
-counts are stable before entries lead to them: one sync for as many clusters as are written together.
+A payload that is longer than the rest of the host cluster that the cursor is in goes on in the next one, if that is
+free, else it begins a new one. The cursor holds a reference of its own, so its cluster cannot become free under it; a
+death leaves that as a leak. Payloads and counts are stable before entries lead to them: one sync for as many clusters
+as are written together.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, File, Write
+from qcow2.driver.operation import Compute, File, Signal, Spawn, Write
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.compressed import CompressedClusters, packer
 from qcow2.engine.links import Links
@@ -23,7 +24,8 @@ from qcow2.engine.table import Tables
 from qcow2.engine.write import Writer
 from qcow2.format.geometry import Geometry
 
-STEP_BYTES = 4 << 20  # compressed at a time, within a slice
+STEP_BYTES = 4 << 20  # linked together, within a slice
+PART_BYTES = 256 << 10  # compressed in one go, beside others
 
 
 class Packer:
@@ -59,9 +61,8 @@ class Packer:
         self._mutex = Mutex()
         self._host: int | None = None  # the cluster that the cursor is in, which counts one for it
         self._inside = 0
-        self._has_own_count = False
 
-    async def write(self, guest_offset: int, source: memoryview) -> None:
+    async def write(self, guest_offset: int, source: memoryview, level: int | None = None) -> None:
         """Put *source*, whole clusters but for the disk's last one, at *guest_offset*.
 
         Those that get no smaller are written as ever. Process-safe on return.
@@ -72,12 +73,36 @@ class Packer:
             start = guest_offset + done
             room = min(max(size, STEP_BYTES), self._geometry.slice_end(start) - start)
             clusters = [source[at : at + size] for at in range(done, min(done + room, len(source)), size)]
-            streams = await Compute(partial(self._pack, clusters))
+            streams = await self._packed(clusters, level)
             await self._write_slice(start, clusters, streams)
             done += sum(map(len, clusters))
 
-    def _pack(self, clusters: Sequence[memoryview]) -> list[bytes]:
-        pack, size = packer(self._compressed.compression_type), self._geometry.cluster_size
+    async def _packed(self, clusters: Sequence[memoryview], level: int | None) -> list[bytes]:
+        """The streams of *clusters*, compressed in parts side by side, where the driver has threads."""
+        npart = max(1, PART_BYTES // self._geometry.cluster_size)
+        parts = [clusters[first : first + npart] for first in range(0, len(clusters), npart)]
+        streams: dict[int, list[bytes]] = {}
+        errors: list[BaseException] = []
+        ended = Signal()
+
+        async def pack(index: int) -> None:
+            try:
+                streams[index] = await Compute(partial(self._pack, parts[index], level))
+            except BaseException as error:  # raised below, when nobody uses *clusters* any more
+                errors.append(error)
+            if len(streams) + len(errors) == len(parts):
+                ended.set()
+
+        for index in range(1, len(parts)):
+            await Spawn(pack(index))
+        await pack(0)
+        await ended.wait()
+        if errors:
+            raise errors[0]
+        return [stream for index in range(len(parts)) for stream in streams[index]]
+
+    def _pack(self, clusters: Sequence[memoryview], level: int | None) -> list[bytes]:
+        pack, size = packer(self._compressed.compression_type, level), self._geometry.cluster_size
         return [pack(each if len(each) == size else memoryview(bytes(each).ljust(size, b"\0"))) for each in clusters]
 
     async def _write_slice(self, guest_offset: int, clusters: Sequence[memoryview], streams: Sequence[bytes]) -> None:
@@ -128,39 +153,37 @@ class Packer:
     async def _put(self, stream: bytes, taken: list[int]) -> int:
         """Write *stream* to a place of its own; the entry that leads to it. Its host cluster is counted, in *taken*."""
         async with self._mutex.hold():
-            if not await self._shares(len(stream)):
-                await self._begin()
-            assert self._host is not None
-            host_offset = (self._host << self._geometry.cluster_bits) + self._inside
-            taken.append(self._host)
-            self._inside += len(stream)
-            if not self._has_own_count:
-                self._host = None
+            host_offset = await self._take(len(stream), taken)
         entry = self._mapping.entries.descriptor(host_offset, len(stream))
         await Write(self._file, host_offset, stream)  # not a byte more: the next one of the sector may be under way
         return entry
 
-    async def _shares(self, nbytes: int) -> bool:
-        """Whether the cursor's cluster has room, and counts one more now."""
-        if self._host is None or self._inside + nbytes > self._geometry.cluster_size:
-            return False
-        return await self._count()
+    async def _take(self, nbytes: int, taken: list[int]) -> int:
+        """Where in the file *nbytes* go; their host clusters are counted for them, in *taken*."""
+        host, inside, bits = self._host, self._inside, self._geometry.cluster_bits
+        rest = 0 if host is None else self._geometry.cluster_size - inside
+        if host is not None and nbytes <= rest and await self._count(host):
+            taken.append(host)
+            self._inside += nbytes
+            return (host << bits) + inside
+        (new,) = await self._allocator.allocate(1)
+        taken.append(new)
+        goes_on = host is not None and 0 < rest < nbytes and new == host + 1 and await self._count(host)
+        if goes_on and host is not None:
+            taken.append(host)
+        await self._leave()
+        if await self._count(new):  # for the cursor
+            self._host, self._inside = new, nbytes - rest if goes_on else nbytes
+        return ((new << bits) - rest) if goes_on else new << bits
 
-    async def _count(self) -> bool:
-        assert self._host is not None
+    async def _count(self, host: int) -> bool:
+        """Count *host* once more; False if its refcount is too narrow."""
         try:
             async with self._refcounts.mutex.hold():
-                await self._refcounts.add([self._host], 1)
+                await self._refcounts.add([host], 1)
         except OverflowError:
             return False
         return True
-
-    async def _begin(self) -> None:
-        """Let the cursor be at the start of a new cluster, counted for the payload, and for the cursor if it can be."""
-        await self._leave()
-        (self._host,) = await self._allocator.allocate(1)
-        self._inside = 0
-        self._has_own_count = await self._count()
 
     async def _leave(self) -> None:
         host, self._host = self._host, None

@@ -23,6 +23,10 @@ class Reader:
         self._compressed = compressed
         self._backing = backing
 
+    def set_backing(self, backing: "Backing | None") -> None:
+        """Let *backing* show through from now on."""
+        self._backing = backing
+
     async def read(self, guest_offset: int, target: Buffer) -> None:
         """Fill *target*, which lies inside the disk.
 

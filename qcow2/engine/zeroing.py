@@ -13,6 +13,8 @@ from qcow2.engine.write import Writer
 from qcow2.format.geometry import Geometry
 from qcow2.plane.l2cache import Kind, Run
 
+STEP = 2 << 20  # bytes of zeros in memory; no cluster is larger
+
 
 class Zeroer:
     """Makes guest ranges read as zeros, and gives their host clusters back."""
@@ -41,8 +43,12 @@ class Zeroer:
         self._tables = tables
         self._links = links
         self._reaper = reaper
+        self.set_backing(has_backing=has_backing)
+
+    def set_backing(self, *, has_backing: bool) -> None:
+        """Say whether anything shows where the image has nothing."""
         # Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows.
-        self._can_say_zero = geometry.version >= 3 or not has_backing
+        self._can_say_zero = self._geometry.version >= 3 or not has_backing
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; clusters it covers are let go with *unmap*, kept without if they can be."""
@@ -85,6 +91,17 @@ class Zeroer:
                 await self._reaper.free(self._writer.host_clusters(run, nclusters))
             guest_offset += run.nbytes
 
+    async def cover(self, guest_offset: int, end: int) -> None:
+        """Say zeros, or hold them where version 2 cannot, for a run of one slice that maps nothing; it is locked."""
+        if not self._can_say_zero:
+            for start in range(guest_offset, end, STEP):
+                await self._writer.write_held(start, MemoryBuffer(zeroed(min(STEP, end - start))))
+        elif self._geometry.has_subclusters:
+            await self._clear_parts(guest_offset, end, keep=False, is_hint=False)
+        else:
+            run = await self._mapping.resolve(guest_offset, end - guest_offset)
+            await self._clear_run(run, guest_offset, keep=False)
+
     async def _zero_in_place(self, guest_offset: int, end: int) -> None:
         """Zeros in the data file, which is the same disk as a raw image, and in no entry; the host decides on space.
 
@@ -106,9 +123,8 @@ class Zeroer:
 
     async def _write_zeros(self, guest_offset: int, end: int) -> None:
         """Zeros as data, unless zeros are there."""
-        step = max(self._geometry.cluster_size, 1 << 20)
-        for start in range(guest_offset, end, step):
-            nbytes = min(step, end - start)
+        for start in range(guest_offset, end, STEP):
+            nbytes = min(STEP, end - start)
             if not await self._reader.reads_as_zeros(start, nbytes):
                 await self._writer.write(start, MemoryBuffer(zeroed(nbytes)))
 

@@ -248,6 +248,15 @@ def pack_header(file: File, header: Header) -> tuple[HeaderRecord, bytes]:
     return record, packed
 
 
+def header_over(file: File, header: Header, name: str | None, backing_format: str | None) -> Header:
+    """*header* with another backing file, or none. Raises: UnsupportedImage if that cannot be."""
+    if name is not None and header.record.has_raw_data:
+        raise UnsupportedImage(file.path, "its raw external data file is the whole disk: nothing can show through it")
+    changed = header.with_backing(name, backing_format)
+    pack_header(file, changed)
+    return changed
+
+
 def _pack_extension(extension: Extension) -> bytes:
     data = extension.data
     return layout.EXTENSION.pack(extension.magic, len(data)) + data + bytes(_padded(len(data)) - len(data))

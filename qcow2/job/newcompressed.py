@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from qcow2.driver.operation import Compute, File, Write
-from qcow2.engine.compressed import packer
+from qcow2.engine.compressed import level_of, packer
 from qcow2.engine.create import Options
 from qcow2.job.newimage import NewImage, Place
 from qcow2.job.target import Runs
@@ -20,8 +20,18 @@ MAX_SHARED = 0xFFFF  # streams in one host cluster
 class NewCompressedImage(NewImage):
     """What gets no smaller is as in any image. Memory: 2 bytes for each host cluster, to count who shares it."""
 
-    def __init__(self, file: File, options: Options, backing: Node | None = None, *, reads_zeros: bool = True) -> None:
+    def __init__(
+        self,
+        file: File,
+        options: Options,
+        backing: Node | None = None,
+        *,
+        level: int | None = None,
+        reads_zeros: bool = True,
+    ) -> None:
+        """As of any new image. Raises: ValueError if there is no such *level*."""
         super().__init__(file, options, backing, reads_zeros=reads_zeros)
+        self._level = level_of(options.compression, level)
         self._most = min(MAX_SHARED, (1 << (1 << options.refcount_order)) - 1)
         self._cursor = 0  # where in the file the next stream may begin; 0: nowhere
         self._shared = array("H")  # for each host cluster how many streams; 0: no stream's, counted once
@@ -34,7 +44,7 @@ class NewCompressedImage(NewImage):
 
     def _compress(self, data: memoryview, clusters: list[int]) -> Packed:
         packed = {}
-        pack = packer(self._options.compression)
+        pack = packer(self._options.compression, self._level)
         for index in clusters:
             content = data[index * self.unit : (index + 1) * self.unit]
             if len(content) < self.unit:  # the disk's last one

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, File, Signal
 from qcow2.engine.image import Image
-from qcow2.job.content import different_units
+from qcow2.job.content import data_runs, different_units
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
@@ -25,15 +25,17 @@ async def copy_difference(
     pace: Pace,
     *,
     is_same_file: IsSameFile = operator.is_,
+    is_compressed: bool = False,
     width: int = 8,
     window: int = WINDOW,
 ) -> None:
-    """Write to *overlay* what shows through it and would not with *new* in the place of its backing file; not stable.
+    """Let *overlay* have what shows through it and would not with *new* in the place of its backing file; not stable.
 
-    What both chains have at one place of a file that *is_same_file* in both is not read.
+    What both chains have at one place of a file that *is_same_file* in both is not read. Unless *is_compressed*, others
+    may write to *overlay* meanwhile.
     Raises: OSError, ImageError, Cancelled.
     """
-    await _Difference(overlay, new, pace, is_same_file, width, window).run()
+    await _Difference(overlay, new, pace, is_same_file, is_compressed, width, window).run()
 
 
 class _Difference:
@@ -43,6 +45,7 @@ class _Difference:
         new: Node | None,
         pace: Pace,
         is_same_file: IsSameFile,
+        is_compressed: bool,
         width: int,
         window: int,
     ) -> None:
@@ -50,6 +53,7 @@ class _Difference:
         self._new = new
         self._pace = pace
         self._is_same_file = is_same_file
+        self._is_compressed = is_compressed
         self._window = window
         self._unit = overlay.geometry.cluster_size
         self._crew = Crew(width)
@@ -57,10 +61,9 @@ class _Difference:
         self._placed.set()
 
     async def run(self) -> None:
-        size = self._overlay.size
-        self._pace.begin(size)
+        self._pace.begin(self._overlay.size)
         offset = 0
-        while offset < size:
+        while offset < (size := self._overlay.size):
             self._pace.require_going()
             old = await find_extent(self._overlay, offset, size - offset)
             stop = offset + old.nbytes
@@ -103,10 +106,22 @@ class _Difference:
             different = await Compute(lambda: different_units(old, new, self._unit))
             await before.wait()
             for low, high in different:
-                await self._overlay.write(start + low, MemoryBuffer(old[low:high]))
+                await self._bring(start + low, old[low:high])
         finally:
             placed.set()
         self._pace.advance(nbytes)
+
+    async def _bring(self, offset: int, content: memoryview) -> None:
+        """Data as data, zeros as zeros."""
+        stop = 0
+        for start, end in [*data_runs(content, self._unit), (len(content), len(content))]:
+            if stop < start:
+                await self._overlay.fetch(offset + stop, start - stop)
+            if self._is_compressed and start < end:
+                await self._overlay.write_compressed(offset + start, content[start:end])
+            elif start < end:
+                await self._overlay.fetch(offset + start, end - start, content[start:end])
+            stop = end
 
     def _is_same(self, old: Extent, new: Extent | None) -> bool:
         """Whether no bytes need be looked at."""

@@ -4,6 +4,8 @@ from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Resize
+from qcow2.engine.compressed import level_of
+from qcow2.engine.image import Image
 from qcow2.job.content import data_runs
 from qcow2.node.node import Node
 
@@ -53,12 +55,12 @@ class InPlace:
         self._size = size
         self._is_zero = is_zero
         self._length = length
-        self._first = bytearray(FIRST_BYTES)
+        self._first = bytearray(FIRST_BYTES)  # written last
 
     async def begin(self) -> None:
         """Take away the first bytes of what was there."""
         if not self._is_zero:
-            await self._image.write_zeroes(0, min(FIRST_BYTES, self._size), unmap=True)
+            await self._image.write_zeroes(0, min(len(self._first), self._size), unmap=True)
             await self._image.flush()
 
     async def pack(self, data: memoryview, runs: Runs) -> None:
@@ -85,13 +87,16 @@ class InPlace:
             await self._image.write_zeroes(offset, nbytes, unmap=True)
 
     async def _write(self, offset: int, data: memoryview) -> None:
-        if offset < FIRST_BYTES:
-            nwaiting = min(len(data), FIRST_BYTES - offset)
+        if offset < len(self._first):
+            nwaiting = min(len(data), len(self._first) - offset)
             self._first[offset : offset + nwaiting] = data[:nwaiting]
             offset += nwaiting
             data = data[nwaiting:]
         if data:
-            await self._image.write(offset, MemoryBuffer(data))
+            await self._store(offset, data)
+
+    async def _store(self, offset: int, data: memoryview) -> None:
+        await self._image.write(offset, MemoryBuffer(data))
 
     async def advance(self, offset: int) -> None:
         """Nothing waits but the first bytes."""
@@ -103,6 +108,38 @@ class InPlace:
             await Resize(self._image.file, self._length)
         await self._image.flush()
         first = memoryview(self._first)
-        for start, end in data_runs(first, SPARSE_UNIT):
-            await self._image.write(start, MemoryBuffer(first[start : min(end, self._size)]))
+        for start, end in data_runs(first, max(SPARSE_UNIT, self.unit)):
+            await self._store(start, first[start : min(end, self._size)])
         await self._image.flush()
+
+
+class CompressedInPlace(InPlace):
+    """A qcow2 image that is there, written to in compressed clusters: those that hold anything."""
+
+    def __init__(self, image: Image, size: int, level: int | None = None, *, is_zero: bool) -> None:
+        """As of a disk that is there. Raises: UnsupportedImage if *image* can have none; ValueError for the *level*."""
+        super().__init__(image, size, is_zero=is_zero)
+        image.require_compressible()
+        self.unit = image.geometry.cluster_size
+        self._qcow2 = image
+        self._level = level_of(image.header.compression_type, level)
+        self._first = bytearray(max(FIRST_BYTES, self.unit))
+
+    async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
+        """Whole clusters of what holds anything."""
+        whole: Runs = []
+        for start, end in runs:
+            low, high = start - start % self.unit, min(end + -end % self.unit, len(data))
+            if whole and low <= whole[-1][1]:
+                low = whole.pop()[0]
+            whole.append((low, high))
+        await super().put(offset, data, whole, place)
+
+    async def _store(self, offset: int, data: memoryview) -> None:
+        """The last cluster of a source that is shorter is as in any image."""
+        end = offset + len(data)
+        whole = len(data) if end == self._qcow2.size else len(data) - end % self.unit
+        if whole:
+            await self._qcow2.write_compressed(offset, data[:whole], self._level)
+        if whole < len(data):
+            await self._qcow2.write(offset + whole, MemoryBuffer(data[whole:]))

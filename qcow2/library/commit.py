@@ -45,7 +45,7 @@ def commit_image(
     the two is worth nothing any more, but through the image.
     Raises: OSError, ImageError, ValueError, Cancelled; what the image shows is as before.
     """
-    depth = _depth_of(path, image_format, base)
+    depth = depth_of(path, image_format, base)
     chain = Chain(log_directory=log_directory, discard_log=discard_log, writable_depth=depth)
     try:
         disk = Disk(chain.open(path, image_format, OpenOptions(writable=True, keys=keys_of(key))), chain)
@@ -65,7 +65,7 @@ def commit_image(
             run(overlay.empty())
 
 
-def _depth_of(path: str, image_format: str, base: str | None) -> int:
+def depth_of(path: str, image_format: str, base: str | None) -> int:
     """Where in the chain of *path* the file *base* is; relative names start at the image's directory, as with QEMU."""
     below = chain_paths(path, image_format)[1:]
     if not below:

@@ -33,6 +33,7 @@ def convert_image(
     snapshot: str | None,
     is_compressed: bool,
     compression: CompressionType,
+    level: int | None,
     cluster_bits: int,
     key: Key,
 ) -> None:
@@ -48,8 +49,13 @@ def convert_image(
                 raise ImageError(target, "the target is the source, or under it")
         file = stack.enter_context(created(target))
         options = Options(size=image.size, cluster_bits=cluster_bits, compression=compression)
-        kind = NewCompressedImage if is_compressed else NewImage
-        into: Target = _raw(file, image.size) if target_format == "raw" else kind(file, options)
+        into: Target
+        if target_format == "raw":
+            into = _raw(file, image.size)
+        elif is_compressed:
+            into = NewCompressedImage(file, options, level=level)
+        else:
+            into = NewImage(file, options)
         driver = stack.enter_context(PoolDriver(NTHREADS))
         driver.run(copy(Source.of(image), into, pace, Manner()))
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.driver.pool import PoolDriver
 from qcow2.engine.create import Preallocation
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
@@ -104,15 +105,16 @@ class Disk(AwaitableDisk):
         self._require_inside(offset, len(view))
         self._run(lambda: self.image.write(offset, MemoryBuffer(view)))
 
-    def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def write_compressed(self, offset: int, data: bytes | bytearray | memoryview, *, level: int | None = None) -> None:
         """As `write`, compressed: *data* is whole clusters, the disk's last as long as it is; noise stays as it is.
 
+        Many clusters are compressed side by side. *level* is 1 to 12 of zlib, 1 to 19 of zstd.
         Raises: ValueError if they are not, or not inside the disk; UnsupportedImage, OSError.
         """
         view = memoryview(data).cast("B")
         self._require_inside(offset, len(view))
         image = self._qcow2("compressed clusters")
-        self._run(lambda: image.write_compressed(offset, view))
+        self._run(lambda: image.write_compressed(offset, view, level), nthreads=os.cpu_count() or 1)
 
     def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
         """Make *nbytes* at *offset* read as zeros; *unmap* gives their space back."""
@@ -229,12 +231,15 @@ class Disk(AwaitableDisk):
         if self.chain.memory is not None and self.chain.memory.is_made:
             self.chain.memory.remove()
 
-    def _run(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run the coroutine that *begin* makes to its end, in this disk's turn."""
+    def _run(self, begin: Callable[[], Coroutine[Any, Any, T]], *, nthreads: int = 0) -> T:
+        """Run the coroutine that *begin* makes to its end, in this disk's turn; *nthreads* help where it takes long."""
 
         def run() -> T:
             self._require_open()  # it may have been closed while this call waited for its turn
-            return self._driver.run(begin())
+            if not nthreads:
+                return self._driver.run(begin())
+            with PoolDriver(nthreads) as driver:
+                return driver.run(begin())
 
         if not self._thread.is_ours:
             raise OSError(errno.EBADF, "the disk was opened by the parent process", self._path)

@@ -16,6 +16,7 @@ from qcow2.library.convert import convert_image
 from qcow2.library.disk import Key, keys_of
 from qcow2.library.make import PathLike
 from qcow2.library.rebase import rebase_image
+from qcow2.library.stream import stream_image
 from qcow2.node.chain import Chain
 from qcow2.node.formats import FORMATS
 
@@ -31,6 +32,7 @@ def convert(
     snapshot: str | None = None,
     compress: bool = False,
     compression: str = "zlib",
+    level: int | None = None,
     cluster_size: int = 64 << 10,
     key: Key = None,
     progress: Progress | None = None,
@@ -38,7 +40,8 @@ def convert(
 ) -> None:
     """Copy the disk of *source*, or what it was at *snapshot*, to a new image *target*, as sparse as it can be.
 
-    *rate* is in bytes a second, 0 as fast as it goes. Stable on return; *target* gets its header, or if it is raw its
+    *level* is of the compression: 1 to 12 of zlib, 1 to 19 of zstd. *rate* is in bytes a second, 0 as fast as it goes.
+    Stable on return; *target* gets its header, or if it is raw its
     first bytes, last.
     Raises: ValueError, OSError, ImageError; a new file is gone then.
     """
@@ -58,6 +61,7 @@ def convert(
         snapshot=snapshot,
         is_compressed=compress,
         compression=kinds[compression],
+        level=level,
         cluster_bits=cluster_size.bit_length() - 1,
         key=key,
     )
@@ -87,16 +91,28 @@ def rebase(
     backing: PathLike | None,
     *,
     backing_format: str = "qcow2",
+    compress: bool = False,
     key: Key = None,
     progress: Progress | None = None,
 ) -> None:
     """Put the image at *path* over *backing*, or over nothing; what it shows stays the same. Stable on return.
 
-    A relative name starts at the directory of the image, and is recorded as it is.
+    *compress*: what is copied into it is compressed. A relative name starts at the directory of the image, and is
+    recorded as it is.
     Raises: OSError, ImageError; it is over the old one then.
     """
     name = None if backing is None else os.fsdecode(backing)
-    rebase_image(os.fsdecode(path), name, backing_format if name else None, Pace(progress), key=key)
+    pace = Pace(progress)
+    rebase_image(os.fsdecode(path), name, backing_format if name else None, pace, is_compressed=compress, key=key)
+
+
+def stream(path: PathLike, base: PathLike | None = None, *, key: Key = None, progress: Progress | None = None) -> None:
+    """Copy into the image at *path* what shows through it, and put it over *base*, one further below, or nothing.
+
+    Stable on return. What was between is no longer needed by this image.
+    Raises: OSError, ImageError; it is over the old chain then.
+    """
+    stream_image(os.fsdecode(path), None if base is None else os.fsdecode(base), Pace(progress), key=key)
 
 
 def compare(

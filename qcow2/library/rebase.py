@@ -7,8 +7,8 @@ from qcow2.driver.file import run
 from qcow2.driver.operation import File
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.image import Image, OpenOptions
-from qcow2.error import ImageError, UnsupportedImage
-from qcow2.format.header import clear_autoclear, pack_header, read_header, require_uncorrupted, rewrite_header
+from qcow2.error import ImageError
+from qcow2.format.header import clear_autoclear, header_over, read_header, require_uncorrupted, rewrite_header
 from qcow2.format.layout import Autoclear
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
@@ -24,9 +24,7 @@ async def change_header(file: File, name: str | None, backing_format: str | None
     """Let the header name another backing file; stable on return. Raises: OSError, ImageError; it is as it was then."""
     header = await read_header(file)
     require_uncorrupted(file, header)
-    if name is not None and header.record.has_raw_data:
-        raise UnsupportedImage(file.path, "its raw external data file is the whole disk: nothing can show through it")
-    pack_header(file, header.with_backing(name, backing_format))  # refuse what does not fit before anything is written
+    header_over(file, header, name, backing_format)  # refuse what cannot be before anything is written
     # Bitmaps stay true: no cluster changes. What else promises something, we cannot know.
     header = await clear_autoclear(file, header, maintained=Autoclear.BITMAPS)
     await rewrite_header(file, header.with_backing(name, backing_format))
@@ -37,7 +35,15 @@ def is_same_file(one: File, other: File) -> bool:
     return os.path.samefile(one.path, other.path)
 
 
-def rebase_image(path: str, name: str | None, backing_format: str | None, pace: Pace, *, key: Key = None) -> None:
+def rebase_image(
+    path: str,
+    name: str | None,
+    backing_format: str | None,
+    pace: Pace,
+    *,
+    is_compressed: bool = False,
+    key: Key = None,
+) -> None:
     """Let the image at *path* be over the file *name*, or none, and show what it shows now; stable on return.
 
     Raises: OSError, ImageError, Cancelled; it is over the old one then.
@@ -47,31 +53,25 @@ def rebase_image(path: str, name: str | None, backing_format: str | None, pace: 
         stack.push(lambda kind, value, traceback: disk.close() if kind else disk.abandon())
         image = disk.image
         assert isinstance(image, Image)
-        refuse_snapshots(image)
+        image.refuse_snapshots()
+        if is_compressed:
+            image.require_compressible()
         new = None
         if name is not None and backing_format is not None:
             chain = stack.enter_context(Chain())
             below = backing_path(path, name)
             _refuse_itself(path, below, disk)
             new = chain.open(below, backing_format, OpenOptions(keys=keys_of(key)))
-        pack_header(image.file, image.header.with_backing(name, backing_format))  # refuse what does not fit
-        bring_over(disk, image, new, pace)
+        header_over(image.file, image.header, name, backing_format)  # refuse what does not fit
+        bring_over(disk, image, new, pace, is_compressed=is_compressed)
         run(change_header(image.file, name, backing_format))
 
 
-def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace) -> None:
+def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace, *, is_compressed: bool = False) -> None:
     """Write to *image* what shows through it now and would not with *new* under it; *disk* is clean then."""
     with PoolDriver(NTHREADS) as driver:
-        driver.run(copy_difference(image, new, pace, is_same_file=is_same_file))
+        driver.run(copy_difference(image, new, pace, is_same_file=is_same_file, is_compressed=is_compressed))
     disk.clean()  # law 6: all that the new chain needs is stable
-
-
-def refuse_snapshots(image: Image) -> None:
-    """What snapshots show through is not brought over: they would hold another disk. Raises: UnsupportedImage."""
-    if count := image.header.record.nb_snapshots:
-        raise UnsupportedImage(
-            image.file.path, f"{count} internal snapshots would show another disk: delete them first"
-        )
 
 
 def _refuse_itself(path: str, below: str, disk: Disk) -> None:

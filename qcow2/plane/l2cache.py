@@ -118,6 +118,11 @@ class L2Cache:
         pointers = ffi.cast("extent_translate", translate), ffi.cast("void *", context)
         lib.l2map_set_backing(self._map, True, *pointers, size)
 
+    def clear_backing(self) -> None:
+        """Let unallocated clusters read as zeros."""
+        lib.l2map_set_backing(self._map, False, ffi.NULL, ffi.NULL, 0)
+        self._backing = None
+
     def set_cipher(self, address: int, owner: object) -> None:
         """Data is stored by the `struct extent_cipher` at *address*, kept alive by *owner*."""
         self._cipher = owner

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="accepted; the target is synced at the end")
-    parser.add_argument("-c", "--compress", action="store_true", help="compress what is written; a new image only")
+    parser.add_argument("-c", "--compress", action="store_true", help="compress what is written")
+    parser.add_argument("--compression-level", metavar="N", help="zlib: 1 to 12 (6); zstd: 1 to 19 (3)")
     parser.add_argument("--bitmaps", action="store_true", help="copy the dirty bitmaps, too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but for those that cannot be used")
     parser.add_argument("--salvage", action="store_true", help="what cannot be read is zeros, and said")
@@ -73,7 +74,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         ]
         size = sum(image.size for image in images)
         wish = Wish(
-            path, _known_format(arguments.target_format), size, _given(arguments), arguments.compress, arguments.secrets
+            path,
+            _known_format(arguments.target_format),
+            size,
+            _given(arguments),
+            arguments.compress,
+            _level(arguments),
+            arguments.secrets,
         )
         _validate_compression(wish, arguments)
         bitmaps = bitmaps_to_copy(wish, images, arguments)
@@ -135,8 +142,17 @@ def _validate_compression(wish: Wish, arguments: argparse.Namespace) -> None:
         raise Failure("Compression not supported for this file format")
     if wish.given.get("preallocation", "off") != "off":
         raise Failure("Compression and preallocation not supported at the same time")
-    if arguments.no_create:
-        raise Failure("compressed clusters can be written to a new image only, not with -n")
+
+
+def _level(arguments: argparse.Namespace) -> int | None:
+    text: str | None = arguments.compression_level
+    if text is None:
+        return None
+    if not arguments.compress:
+        raise UsageError("--compression-level requires -c")
+    if not (text.isascii() and text.isdigit()):
+        raise Failure(f"Invalid compression level '{text}'")
+    return int(text)
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, str]:

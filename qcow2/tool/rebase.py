@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from qcow2.driver.file import run
 from qcow2.engine.image import Image
 from qcow2.error import ImageError
-from qcow2.format.header import pack_header
+from qcow2.format.header import header_over
 from qcow2.library.disk import Disk, open_disk
-from qcow2.library.rebase import bring_over, change_header, refuse_snapshots
+from qcow2.library.rebase import bring_over, change_header
 from qcow2.node.formats import format_of
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-u", "--unsafe", action="store_true", help="change the header only, look at no backing file")
     parser.add_argument("-b", "--backing", metavar="FILE", help='the new backing file, "" for none')
     parser.add_argument("-F", "-B", "--backing-format", metavar="FMT", help="its format")
+    parser.add_argument("-c", "--compress", action="store_true", help="compress what is copied")
     parser.add_argument("-t", "--cache", choices=CACHE_MODES, help="accepted; the image is synced")
     add_source_options(parser)
     add_log_options(parser)
@@ -74,14 +75,16 @@ def _rebase_safely(arguments: argparse.Namespace, name: str | None, backing_form
         disk = stack.enter_context(_opened(arguments))
         image = disk.image
         assert isinstance(image, Image)
-        refuse_snapshots(image)
+        image.refuse_snapshots()
+        if arguments.compress:
+            image.require_compressible()
         new = None
         if name is not None and backing_format is not None:
             new = stack.enter_context(_new_backing(arguments, name, backing_format))
             refuse_source(arguments.filename, [new])
-        pack_header(image.file, image.header.with_backing(name, backing_format))  # refuse what does not fit
+        header_over(image.file, image.header, name, backing_format)  # refuse what does not fit
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet))
-        bring_over(disk, image, new, pace)
+        bring_over(disk, image, new, pace, is_compressed=arguments.compress)
         run(change_header(image.file, name, backing_format))
 
 

@@ -12,7 +12,7 @@ from qcow2.engine.image import Image, OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import InPlace, Target
+from qcow2.job.target import CompressedInPlace, InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
 from qcow2.library.newdata import KEEP, new_data_file
@@ -36,6 +36,7 @@ class Wish:
     size: int
     given: dict[str, str]  # options of creation
     is_compressed: bool = False
+    level: int | None = None  # of the compression; None: the default
     secrets: Secrets = field(default_factory=lambda: Secrets([]))
 
 
@@ -70,8 +71,10 @@ def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
         yield from _new_with_data_file(file, wish, options, base)
         return
     if options.encryption is None:
-        kind = NewCompressedImage if wish.is_compressed else NewImage
-        yield kind(file, options, base, reads_zeros=not file.is_device)
+        if wish.is_compressed:
+            yield NewCompressedImage(file, options, base, level=wish.level, reads_zeros=not file.is_device)
+        else:
+            yield NewImage(file, options, base, reads_zeros=not file.is_device)
         return
     if wish.is_compressed:
         raise Failure("Compression and encryption not supported at the same time")
@@ -130,7 +133,11 @@ def present_target(wish: Wish, sources: list[Node], *, is_zero: bool) -> Iterato
         warn_of_bitmaps(disk)
         if disk.size < wish.size:
             raise Failure("output file is smaller than input file")
-        yield InPlace(disk.image, wish.size, is_zero=is_zero)
+        if wish.is_compressed:
+            assert isinstance(disk.image, Image)
+            yield CompressedInPlace(disk.image, wish.size, wish.level, is_zero=is_zero)
+        else:
+            yield InPlace(disk.image, wish.size, is_zero=is_zero)
 
 
 def _opened(wish: Wish) -> Disk:

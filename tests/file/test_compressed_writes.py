@@ -13,6 +13,7 @@ from tests.crash.explorer import subsets
 from tests.crash.images import check_image, open_image, read_all, start
 from tests.crash.mutant import without_syncs
 from tests.oracle import assert_clean, qemu_img, qemu_read
+from tests.program import qcow2_tool_ok
 
 NCLUSTERS = 60
 
@@ -67,6 +68,45 @@ def test_payloads_share_host_clusters(tmp_path: Path) -> None:
             disk.write_compressed(cluster << 16, b"%06d" % cluster * 10000 + bytes(5536))
     assert path.stat().st_size < before + (6 << 16)
     assert_clean(path)
+
+
+def test_payloads_go_on_in_the_next_host_cluster(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "64M")
+    before, draw = path.stat().st_size, random.Random(1)
+    content = b"".join(draw.randbytes(40 << 10) + bytes(24 << 10) for _ in range(64))
+    with qcow2.open(path, writable=True) as disk:
+        disk.write_compressed(0, content)
+    assert path.stat().st_size < before + (64 * 41 << 10) + (3 << 16)
+    assert qemu_read(path)[: len(content)] == content
+    assert_clean(path)
+    with qcow2.open(path, writable=True) as disk:
+        disk.discard(0, disk.size)
+    assert_clean(path)
+
+
+@pytest.mark.parametrize(("compression", "levels"), [("zlib", (1, 12)), ("zstd", (1, 19))])
+def test_levels(tmp_path: Path, compression: str, levels: tuple[int, int]) -> None:
+    content = b"".join(b"%x " % (number * number) for number in range(40_000)).ljust(512 << 10, b"\0")[: 512 << 10]
+    source = tmp_path / "source"
+    source.write_bytes(content)
+    sizes = []
+    for level in levels:
+        path = tmp_path / str(level)
+        qcow2.create(path, size=len(content), compression=compression)
+        with qcow2.open(path, writable=True) as disk:
+            disk.write_compressed(0, content, level=level)
+            with pytest.raises(ValueError, match=f"{compression} compression level 0 is not in"):
+                disk.write_compressed(0, content, level=0)
+        words = ("-c", "--compression-level", str(level), "-o", f"compression_type={compression}")
+        qcow2_tool_ok("convert", "-f", "raw", "-O", "qcow2", *words, source, tmp_path / "new")
+        qcow2.convert(
+            source, tmp_path / "other", source_format="raw", compress=True, compression=compression, level=level
+        )
+        assert (tmp_path / "new").stat().st_size == (tmp_path / "other").stat().st_size
+        assert qemu_read(path) == qemu_read(tmp_path / "new") == content
+        sizes.append((path.stat().st_size, (tmp_path / "new").stat().st_size))
+    assert sizes[0] > sizes[1]
 
 
 def test_what_are_not_whole_clusters_is_refused(tmp_path: Path) -> None:

@@ -163,6 +163,31 @@ def test_every_moment_shows_the_old_disk(seed: int) -> None:
     assert names == {"old", "new"}
 
 
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_what_is_copied_is_compressed_if_asked_for(tmp_path: Path, compression: str) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"".join(b"%07d " % number for number in range(100_000)) + bytes(300_512))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"compression_type={compression}", "-b", base, "-F", "raw", top)
+    qemu_io(top, "write -P 1 100k 512")
+    before = qemu_read(top)
+    qcow2_tool_ok("rebase", "-c", "-b", "", top)
+    assert qemu_read(top) == before
+    assert_clean(top)
+    extents = json.loads(qcow2_tool_ok("map", "--output=json", top))
+    assert [each["compressed"] for each in extents if each["data"]] == [True, False, True]
+    assert top.stat().st_size < len(before) // 2
+
+
+def test_no_compressed_copies_where_there_can_be_none(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"x" * MIB)
+    qcow2_tool_ok("create", "-o", f"data_file={tmp_path / 'data'}", "-b", base, "-F", "raw", top)
+    before = top.read_bytes()
+    done = qcow2_tool("rebase", "-c", "-b", "", top)
+    assert (done.returncode, "no compressed clusters" in done.stderr) == (1, True)
+    assert top.read_bytes() == before
+
+
 def look(file: SimulatedFile, bases: dict[str, SimulatedFile]) -> tuple[bytes, str]:
     driver = CrashDriver()
     name = driver.run(Image.open(file.copy())).header.backing_name
