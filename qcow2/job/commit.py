@@ -9,6 +9,7 @@ from qcow2.driver.operation import Signal
 from qcow2.engine.image import Image
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
+from qcow2.job.visible import require_hidden
 from qcow2.node.extent import find_extent
 from qcow2.node.node import Node
 
@@ -21,19 +22,22 @@ async def commit(overlay: Image, base: Node, pace: Pace, *, width: int = WIDTH, 
 
     It is as long as the overlay then, or longer. Images between the two are worth nothing any more, but through the
     overlay.
-    Raises: OSError, ImageError, ValueError, Cancelled.
+    Raises: UnsupportedImage, before anything has changed, if an internal snapshot of *overlay* sees what would.
+    OSError, ImageError, ValueError, Cancelled.
     """
+    depth = next(depth for depth, image in enumerate(overlay.chain) if image is base)
+    await require_hidden(overlay, base, depth)
     if base.size < overlay.size:
         await base.grow(overlay.size)
-    await _Commit(overlay, base, pace, width, window).run()
+    await _Commit(overlay, base, depth, pace, width, window).run()
     await base.flush()
 
 
 class _Commit:
-    def __init__(self, overlay: Image, base: Node, pace: Pace, width: int, window: int) -> None:
+    def __init__(self, overlay: Image, base: Node, depth: int, pace: Pace, width: int, window: int) -> None:
         self._overlay = overlay
         self._base = base
-        self._depth = next(depth for depth, image in enumerate(overlay.chain) if image is base)
+        self._depth = depth
         self._pace = pace
         self._window = window
         self._crew = Crew(width)

@@ -22,7 +22,7 @@ from qcow2.judge.repair import repair
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.moments import states_together
 from tests.engine import noise
-from tests.file.test_rebase import format_of
+from tests.file.test_rebase import format_of, scribble
 from tests.file.test_rebase import image as random_image
 from tests.oracle import assert_clean, assert_not_corrupt, held_by_qemu, qemu_img, qemu_io, qemu_read, read_header
 from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
@@ -68,6 +68,52 @@ def test_snapshots_of_the_overlay_keep_what_they_hold(tmp_path: Path) -> None:
     assert qemu_read(top) == qemu_read(base) == before
     assert qemu_read(top, snapshot="one") == b"\1" * MIB
     assert_clean(top)
+
+
+def test_what_a_snapshot_sees_of_the_base_is_not_changed(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu_img("create", "-q", "-f", "qcow2", base, "1M")
+    qemu_io(base, "write -P 1 0 1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    qemu_img("snapshot", "-c", "one", top)
+    qemu_io(top, "write -P 2 256k 64k")
+    before = base.read_bytes(), top.read_bytes()
+    for words in ((), ("-d",), ("-b", base)):
+        done = qcow2_tool("commit", *words, top)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"internal snapshot 'one' would show another disk: at {256 << 10} it sees {base}" in done.stderr
+    assert (base.read_bytes(), top.read_bytes()) == before
+    with pytest.raises(qcow2.UnsupportedImage, match="'one' would show another disk"):
+        qcow2.commit(top)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_commit_with_snapshots_is_refused_or_changes_none(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    chain = [random_image(draw, tmp_path / "0", None, draw.choice((MIB, 3 * MIB)))]
+    chain.append(random_image(draw, tmp_path / "1", chain[0], draw.choice((MIB, 3 * MIB))))
+    top, size = tmp_path / "2", draw.choice((MIB, 3 * MIB))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", chain[1], "-F", format_of(chain[1]), top, str(size))
+    scribble(draw, top, size, "qcow2")
+    qemu_img("snapshot", "-c", "one", top)
+    for _ in range(draw.randrange(3)):
+        start = draw.randrange(700 << 10) >> 9 << 9
+        qemu_io(top, draw.choice(("write -P 9 {} 512", "write -z {} 64k", "discard {} 300k")).format(start))
+    now, then = qemu_read(top), qemu_read(top, snapshot="one")
+    words = draw.choice([(), ("-d",), ("-b", chain[0])])
+    qcow2_tool("commit", *words, top)
+    assert (qemu_read(top), qemu_read(top, snapshot="one")) == (now, then)
+
+
+def test_a_snapshot_that_would_see_a_longer_base_counts(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu_img("create", "-q", "-f", "raw", base, "64k")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top, "1M")
+    qemu_img("snapshot", "-c", "one", top)
+    qcow2_tool_ok("commit", top)  # zeros grow
+    qemu_io(top, "write -P 2 512k 64k")
+    done = qcow2_tool("commit", top)
+    assert (done.returncode, f"at {512 << 10} it sees {base}" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
