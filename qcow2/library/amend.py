@@ -4,16 +4,27 @@ Each step leaves a whole image that shows the same disk: contents first, while t
 then one sector of the header.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qcow2.driver.file import HostFile, run
+from qcow2.driver.file import run
 from qcow2.driver.memory import DEFAULT_DIRECTORY
+from qcow2.driver.operation import File
 from qcow2.engine.create import feature_names
 from qcow2.engine.image import Image
 from qcow2.error import ImageError
-from qcow2.format.header import Header, clear_autoclear, read_header, rewrite_header, set_lazy_refcounts
+from qcow2.format.header import (
+    Extension,
+    clear_autoclear,
+    pack_header,
+    read_header,
+    require_uncorrupted,
+    rewrite_header,
+    set_lazy_refcounts,
+)
 from qcow2.format.layout import (
+    PROMISES,
     V2_REFCOUNT_ORDER,
     Autoclear,
     CompressionType,
@@ -23,7 +34,7 @@ from qcow2.format.layout import (
 from qcow2.judge.check import judge
 from qcow2.judge.repair import change_width, repair
 from qcow2.judge.report import Report
-from qcow2.library.disk import Disk, Key, open_disk
+from qcow2.library.disk import Key, open_disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +72,22 @@ def amend_image(
     with open_disk(path, writable=True, log_directory=log_directory, discard_log=discard_log, key=key) as disk:
         image = disk.image
         assert isinstance(image, Image)
-        _validate(disk, image.header, wanted)
+        run(require_amendable(image, wanted))
         tell(0, 3)
-        if wanted.size is not None and wanted.size != image.size:
-            disk.resize(wanted.size)
-        if wanted.version == 2 and image.header.record.version > 2:
-            run(image.expand_zeros())
+        run(prepare(image, wanted))
         disk.clean()
         tell(1, 3)
-        file = disk.files[0]
-        _amend_header(file, run(read_header(file)), wanted, lambda: tell(2, 3))
+        run(amend_header(image.file, wanted, lambda: tell(2, 3)))
         tell(3, 3)
         disk.abandon()  # it is clean, and its header is not the one it was opened with
 
 
-def _validate(disk: Disk, header: Header, wanted: Amendment) -> None:
-    path, record = disk.files[0].path, header.record
+async def require_amendable(image: Image, wanted: Amendment) -> None:
+    """Raises: CannotAmend if *image* cannot be what is *wanted*."""
+    path, record = image.file.path, image.header.record
     version = wanted.version or record.version
     order = record.refcount_order if wanted.refcount_order is None else wanted.refcount_order
-    if wanted.size is not None and wanted.size < disk.size:
+    if wanted.size is not None and wanted.size < image.size:
         raise CannotAmend(path, "a smaller size would lose what is past it; see resize --shrink")
     if version < 3 and wanted.lazy_refcounts:
         text = "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)"
@@ -90,47 +98,80 @@ def _validate(disk: Disk, header: Header, wanted: Amendment) -> None:
             raise CannotAmend(path, f"{text} (use compat=1.1 or greater)")
         raise CannotAmend(path, "compat=0.10 requires refcount_bits=16")
     if version < record.version:
-        _require_old_enough(disk, header)
+        await _require_old_enough(image)
 
 
-def _require_old_enough(disk: Disk, header: Header) -> None:
+async def _require_old_enough(image: Image) -> None:
     """Raises: CannotAmend if the image has what version 2 does not."""
-    path, word = disk.files[0].path, header.record.incompatible_features
+    path, header = image.file.path, image.header
+    word = header.record.incompatible_features
     if word & Incompatible.EXTERNAL_DATA:
         raise CannotAmend(path, "Cannot downgrade an image with a data file")
     if rest := word ^ (word & int(Incompatible.COMPRESSION_TYPE | Incompatible.DIRTY)):
         raise CannotAmend(path, f"Cannot downgrade an image with incompatible features {rest:#x} set")
     if header.extension(ExtensionMagic.BITMAPS) is not None:
         raise CannotAmend(path, "Cannot downgrade an image with persistent bitmaps: remove them first")
-    if any(snapshot.disk_size != disk.size for snapshot in disk.snapshots()):
+    if any(snapshot.disk_size != image.size for snapshot in await image.snapshots()):
         raise CannotAmend(path, "Internal snapshots prevent downgrade of image")
     if header.compression_type is not CompressionType.ZLIB:
         report = Report()
-        run(judge(disk.files[0], report))
+        await judge(image.file, report)
         if report.compressed_clusters or header.record.nb_snapshots:
             raise CannotAmend(
                 path, "Cannot downgrade an image with zstd compression type and existing compressed clusters"
             )
 
 
-def _amend_header(file: HostFile, header: Header, wanted: Amendment, tell: Callable[[], None]) -> None:
+async def prepare(image: Image, wanted: Amendment) -> None:
+    """What comes before another header: the disk's length, zeros said as version 2 can. It is to be closed then."""
+    if wanted.size is not None and wanted.size != image.size:
+        await image.grow(wanted.size)
+    if wanted.version == 2 and image.header.record.version > 2:
+        await image.expand_zeros()
+
+
+async def amend_header(file: File, wanted: Amendment, tell: Callable[[], None] = lambda: None) -> None:
+    """Let the header of a clean image say what is *wanted*; stable on return. *tell* is called half-way."""
+    header = await read_header(file)
     version = wanted.version or header.record.version
     if version > header.record.version:
         newer = header.with_version(version)
-        header = run(
-            rewrite_header(
-                file, replace(newer, extensions=(*newer.extensions, *feature_names(version, newer.cluster_size)))
-            )
-        )
+        extensions = (*newer.extensions, *feature_names(version, newer.cluster_size))
+        header = await rewrite_header(file, replace(newer, extensions=extensions))
         if header.record.nb_snapshots:  # version 3 wants more said of each
-            run(repair(file))
+            await repair(file)
     if wanted.lazy_refcounts is not None and version >= 3:
-        header = run(set_lazy_refcounts(file, header, is_lazy=wanted.lazy_refcounts))
+        header = await set_lazy_refcounts(file, header, is_lazy=wanted.lazy_refcounts)
     tell()
     if wanted.refcount_order not in (None, header.record.refcount_order):
         assert wanted.refcount_order is not None
-        run(change_width(file, wanted.refcount_order))
-    header = run(read_header(file))
+        await change_width(file, wanted.refcount_order)
+    header = await read_header(file)
     if version < header.record.version:
-        header = run(clear_autoclear(file, header, maintained=Autoclear(0)))
-        run(rewrite_header(file, header.with_version(version)))
+        header = await clear_autoclear(file, header, maintained=Autoclear(0))
+        await rewrite_header(file, header.with_version(version))
+
+
+async def name_data_file(file: File, name: str | None, *, is_raw: bool | None) -> None:
+    """Let the header call the external data file *name*, if that is "" nothing; None: as it does. Stable on return.
+
+    Unless *is_raw*, it need not be the same disk as a raw image any more. Nobody looks at the data.
+    Raises: CannotAmend, UnsupportedImage before anything has changed; OSError.
+    """
+    header = await read_header(file)
+    require_uncorrupted(file, header)
+    record = header.record
+    if name is not None and not record.has_data_file:
+        raise CannotAmend(file.path, "data-file can only be set for images that use an external data file")
+    if is_raw and not record.has_raw_data:
+        raise CannotAmend(file.path, "data-file-raw cannot be set on existing images")
+    if is_raw is False and record.has_raw_data:
+        record = replace(record, autoclear_features=record.autoclear_features ^ Autoclear.RAW_EXTERNAL_DATA)
+    extensions = header.extensions
+    if name is not None:
+        extensions = tuple(each for each in extensions if each.magic != ExtensionMagic.DATA_FILE)
+    if name:
+        extensions = (Extension(ExtensionMagic.DATA_FILE, os.fsencode(name)), *extensions)
+    header = replace(header, record=record, extensions=extensions)
+    pack_header(file, header)
+    await rewrite_header(file, await clear_autoclear(file, header, maintained=PROMISES))

@@ -2,7 +2,8 @@
 
 import argparse
 
-from qcow2.library.amend import Amendment, CannotAmend, amend_image
+from qcow2.driver.file import run
+from qcow2.library.amend import Amendment, CannotAmend, amend_image, name_data_file
 from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
 from qcow2.tool.failure import Failure, UsageError
@@ -16,7 +17,8 @@ from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import CACHE_MODES
 
-AMENDABLE = ("backing_file", "backing_fmt", "compat", "lazy_refcounts", "refcount_bits", "size")
+DATA_FILE = ("data_file", "data_file_raw")
+AMENDABLE = ("backing_file", "backing_fmt", "compat", *DATA_FILE, "lazy_refcounts", "refcount_bits", "size")
 SLOT = "encrypt."
 WIDTHS = {str(1 << order): order for order in range(7)}
 
@@ -60,8 +62,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         if slots:
             with recovered(image.path, arguments) as file:
                 amend_slots(file, "qcow2", slots, arguments.secrets)
-            if not given:
-                return 0
+        if data := {name: given.pop(name) for name in DATA_FILE if name in given}:
+            _amend_data_file(image.path, data, arguments)
+        if not given and (slots or data):
+            return 0
         with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
             how = {
                 "log_directory": arguments.link_log,
@@ -73,6 +77,18 @@ def run_command(arguments: argparse.Namespace) -> int:
             except CannotAmend as error:
                 raise Failure(error.reason) from error
     return 0
+
+
+def _amend_data_file(path: str, given: dict[str, str], arguments: argparse.Namespace) -> None:
+    """Only the header changes: the new file holds what the old one did, says the user."""
+    raw = given.get("data_file_raw")
+    if raw is not None and raw not in SWITCH:
+        raise Failure("Parameter 'data_file_raw' expects 'on' or 'off'")
+    with recovered(path, arguments) as file:
+        try:
+            run(name_data_file(file, given.get("data_file"), is_raw=None if raw is None else SWITCH[raw]))
+        except CannotAmend as error:
+            raise Failure(error.reason) from error
 
 
 def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:

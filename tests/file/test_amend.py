@@ -101,6 +101,27 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path, words: st
     assert_clean(path)
 
 
+def test_the_data_file_gets_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "data_file=old,data_file_raw=on", "a", "1M")
+    qemu_io(Path("a"), "write -P 7 0 64k")
+    before = qemu_read(Path("a"))
+    Path("old").rename("new")
+    qcow2_tool_ok("amend", "-o", "data_file=new,data_file_raw=off", "a")
+    assert qemu_read(Path("a")) == before
+    facts = json.loads(qemu_img("info", "--output=json", "a").stdout)["format-specific"]["data"]
+    assert (facts["data-file"], facts["data-file-raw"]) == ("new", False)
+    qemu_img("create", "-q", "-f", "qcow2", "b", "1M")
+    for path, words, said in (
+        ("b", "data_file=new", "data-file can only be set for images that use an external data file"),
+        ("a", "data_file_raw=on", "data-file-raw cannot be set on existing images"),
+    ):
+        content = Path(path).read_bytes()
+        done = qcow2_tool("amend", "-o", words, path)
+        assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+        assert Path(path).read_bytes() == content
+
+
 def seen(file: SimulatedFile, kind: str) -> bytes:
     driver = CrashDriver()
     disk = driver.run(open_image(file, start(kind).backing))
