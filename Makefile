@@ -17,7 +17,7 @@ demo: guest-packages $(VENV)/installed
 	@$(BIN)/python examples/demo.py
 
 # Every test; of long campaigns the cases that the commit draws, or SAMPLE_SEED=ANYTHING.
-test: guest-packages libvirt-packages systemd-packages $(VENV)/installed
+test: guest-packages libvirt-packages systemd-packages nbd-packages $(VENV)/installed
 	$(PYTEST) --sample
 
 # All cases of the campaigns of which `make test` runs some.
@@ -54,7 +54,7 @@ migrate: guest-packages $(VENV)/installed
 reconnect: guest-packages $(VENV)/installed
 	KILLS=50 $(BIN)/pytest -s tests/vm/test_reconnect.py
 
-check: guest-packages $(VENV)/installed $(VENV)/installed-dev
+check: guest-packages nbd-packages $(VENV)/installed $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -144,6 +144,10 @@ libvirt-packages: build-packages
 .PHONY: systemd-packages
 systemd-packages: build-packages
 	@.ci/need systemd || echo "the tests that need systemd are skipped"
+
+.PHONY: nbd-packages
+nbd-packages: build-packages
+	@.ci/need nbd || echo "the tests that need libnbd's programs are skipped"
 
 fuzz-packages: build-packages
 	@.ci/need fuzz

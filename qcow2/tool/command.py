@@ -31,6 +31,7 @@ COMMANDS = {
     "amend": ("amend", "change what an image is, not what its disk holds"),
     "bench": ("bench", "say how long requests over a disk take"),
     "resize": ("resize", "make the disk of an image longer or shorter"),
+    "serve-nbd": ("servenbd", "offer a disk to NBD clients"),
     "link-logs": ("logs", "list what killed daemons left in memory"),
     "dump-header": ("dump", "show the header with all its extensions"),
 }

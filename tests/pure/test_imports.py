@@ -57,7 +57,7 @@ def test_python_imports_follow_the_arrows() -> None:
 
 
 # Of qcow2, highest first; imports go down, and C is included by no floor but its own.
-FLOORS = ("tool", "library", "job", "node", "engine", "judge", "plane", "format", "driver")
+FLOORS = ("tool", "library", "job", "nbd", "node", "engine", "judge", "plane", "format", "driver")
 ROOTS = {
     "qcow2/error.py",
     "qcow2/lock.py",

@@ -1,0 +1,162 @@
+"""Shared driver: threads run coroutines of one engine side by side, each performing the operations of its own.
+
+The engine is stepped under a lock, by whichever thread has something to tell it. An operation that may take a while is
+performed outside that lock, by the thread whose coroutine awaits it: nobody waits for another thread to wake up. What
+the engine spawned belongs to no caller; a few threads of the driver's perform that.
+"""
+
+import signal
+import threading
+from collections.abc import Coroutine
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from qcow2.driver import operation as op
+from qcow2.driver.file import go_on, outcome
+from qcow2.driver.task import Scheduler, Task
+
+T = TypeVar("T")
+
+NHELPERS = 4
+AT_ONCE = (op.Store, op.Size, op.Allocated)  # a Store is done before anything else happens
+
+
+class _Seat:
+    """Where a thread waits for the next thing to do for its coroutine."""
+
+    __slots__ = ("operation", "task", "turn")
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()  # released when there is something to do
+        self.turn.acquire()
+        self.task: Task | None = None
+        self.operation: op.Operation | None = None
+
+    def end(self, task: Task) -> None:
+        self.task, self.operation = task, None
+        self.turn.release()
+
+
+class SharedDriver:
+    """Runs coroutines of the engine for any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the scheduler, and with it of the engine
+        self._idle = threading.Condition(self._lock)
+        self._scheduler = Scheduler(self._start)
+        self._seats: dict[Task, _Seat] = {}
+        self._under_way: set[Task] = set()  # whose operation is being performed
+        self._graces: list[tuple[Task, set[Task]]] = []  # each waits for the transfers that it found under way
+        self._work: SimpleQueue[tuple[Task, op.Operation] | None] = SimpleQueue()
+        self._helpers: list[threading.Thread] = []
+        self._bug: BaseException | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Return the result of *coroutine*, raise what it raises; what it spawned may go on."""
+        seat = _Seat()
+        with self._lock:
+            if self._bug is not None:
+                coroutine.close()
+                raise RuntimeError("the engine is broken") from self._bug
+            self._seats[self._scheduler.spawn(coroutine, seat.end)] = seat
+            self._step()
+        while True:
+            seat.turn.acquire()
+            operation, task = seat.operation, seat.task
+            if operation is None:
+                break
+            assert task is not None
+            self._perform(task, operation)
+        assert task is not None
+        with self._lock:
+            del self._seats[task]
+        error = task.take_error()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # whose traceback has this frame
+        result: T = task.result
+        return result
+
+    def _step(self) -> None:
+        try:
+            self._scheduler.run()
+        except BaseException as error:  # of what was spawned, which ends its own errors: a bug of ours
+            self._bug = error
+            raise
+
+    def _start(self, task: Task, operation: op.Operation) -> None:
+        """Have *operation* performed by whoever has *task*; under the lock."""
+        if isinstance(operation, AT_ONCE):
+            go_on(self._scheduler, task, *outcome(operation))
+            return
+        if isinstance(operation, op.Grace):
+            self._begin_grace(task)
+            return
+        self._under_way.add(task)
+        seat = self._seats.get(task)
+        if seat is not None:
+            seat.task, seat.operation = task, operation
+            seat.turn.release()
+        else:
+            self._start_helper()
+            self._work.put((task, operation))
+
+    def _begin_grace(self, task: Task) -> None:
+        if self._under_way:
+            self._graces.append((task, set(self._under_way)))
+        else:
+            self._scheduler.resume(task)
+
+    def _perform(self, task: Task, operation: op.Operation) -> None:
+        value, error = outcome(operation)
+        with self._lock:
+            self._under_way.discard(task)
+            if self._graces:
+                self._end_graces(task)
+            go_on(self._scheduler, task, value, error)
+            self._step()
+            if not self._under_way:
+                self._idle.notify_all()
+
+    def _end_graces(self, task: Task) -> None:
+        waiting, self._graces = self._graces, []
+        for grace, transfers in waiting:
+            transfers.discard(task)
+            if transfers:
+                self._graces.append((grace, transfers))
+            else:
+                self._scheduler.resume(grace)
+
+    # -- for what was spawned
+
+    def _start_helper(self) -> None:
+        if len(self._helpers) == NHELPERS:
+            return
+        thread = threading.Thread(target=self._help, name="qcow2 helper", daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            thread.start()
+            self._helpers.append(thread)
+        except RuntimeError:  # a limit; the operation waits for one of the others
+            if not self._helpers:
+                raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _help(self) -> None:
+        while (work := self._work.get()) is not None:
+            self._perform(*work)
+            del work  # and with it what it refers to
+
+    def close(self) -> None:
+        """Wait until nothing is under way, and end the threads; nobody runs anything any more."""
+        with self._lock:
+            while self._under_way:
+                self._idle.wait()
+        for _ in self._helpers:
+            self._work.put(None)
+        for thread in self._helpers:
+            thread.join()
+        self._helpers.clear()

@@ -1,0 +1,138 @@
+"""`qcow2 serve-nbd`: offer a disk to NBD clients, as qemu-nbd does."""
+
+import argparse
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from qcow2.driver.shared import SharedDriver
+from qcow2.engine.image import OpenOptions
+from qcow2.nbd.export import Cache, Export, Terms
+from qcow2.nbd.listening import inherited, listening_on_path, listening_on_port
+from qcow2.nbd.server import Server
+from qcow2.node.chain import Chain
+from qcow2.node.node import Node
+from qcow2.tool.failure import UsageError
+from qcow2.tool.file import add_log_options
+from qcow2.tool.interruption import ENDS
+from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.source import wanted_snapshot
+
+PORT = 10809
+ADDRESS = "localhost"  # a disk without a password is not for the whole network unless somebody says so
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `qcow2 serve-nbd`."""
+    add_format_option(parser)
+    add_image_options(parser)
+    add_log_options(parser)
+    parser.add_argument("-k", "--socket", metavar="PATH", help="listen on a Unix socket there")
+    parser.add_argument("-p", "--port", type=int, metavar="PORT", help=f"listen on this TCP port (default: {PORT})")
+    parser.add_argument("-b", "--bind", metavar="ADDRESS", help=f"listen on this address (default: {ADDRESS})")
+    parser.add_argument("-r", "--read-only", action="store_true", help="let nobody write")
+    parser.add_argument("-x", "--export-name", default="", metavar="NAME", help="what clients ask for (default: '')")
+    parser.add_argument("-D", "--description", default="", metavar="TEXT", help="what clients are told of it")
+    parser.add_argument(
+        "-l", "--snapshot", "--snapshot-id", "--load-snapshot", metavar="SNAPSHOT", help="an id or a name; read-only"
+    )
+    parser.add_argument(
+        "-B", "--bitmap", action="append", default=[], metavar="NAME", help="let clients ask what this bitmap holds"
+    )
+    parser.add_argument("-e", "--shared", type=int, default=1, metavar="N", help="clients at once, 0: any number")
+    parser.add_argument("-t", "--persistent", action="store_true", help="go on when the last client has left")
+    parser.add_argument(
+        "--cache", choices=[each.value for each in Cache], default="writeback", help="as with --cache of qemu-nbd"
+    )
+    parser.add_argument(
+        "--tls-creds", metavar="DIR", help="of server-cert.pem, server-key.pem, ca-cert.pem: nothing without TLS"
+    )
+    parser.add_argument(
+        "--tls-verify-peer", choices=("on", "off"), default="on", help="clients need a certificate too (default: on)"
+    )
+    parser.add_argument("--pid-file", metavar="PATH", help="write the process id there once clients may come")
+    parser.add_argument("filename", metavar="FILE", help="the image")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes, or the last client has left.
+
+    Raises: UsageError, Failure, OSError, ImageError.
+    """
+    _validate(arguments)
+    with ExitStack() as stack:
+        stop_fd = stack.enter_context(_stopped_by_signals())
+        driver, node = stack.enter_context(_opened(arguments))
+        is_shared = arguments.shared != 1
+        terms = Terms(
+            arguments.export_name, arguments.description, is_shared, Cache(arguments.cache), tuple(arguments.bitmap)
+        )
+        export = Export(node, driver, terms)
+        tls = None
+        if arguments.tls_creds is not None:
+            from qcow2.nbd.tls import server_context
+
+            tls = server_context(arguments.tls_creds, verifies=arguments.tls_verify_peer == "on")
+        listeners = _listeners(arguments, stack)
+        if arguments.pid_file is not None:
+            with open(arguments.pid_file, "w", encoding="ascii") as file:
+                print(os.getpid(), file=file)
+        Server(export, listeners, limit=arguments.shared, tls=tls, persists=arguments.persistent).run(stop_fd)
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    if arguments.socket is not None and (arguments.port is not None or arguments.bind is not None):
+        raise UsageError("--socket and --port or --bind exclude each other")
+    if arguments.shared < 0:
+        raise UsageError(f"--shared={arguments.shared} is not a number of clients")
+    if not 0 <= (arguments.port or 0) < 1 << 16:
+        raise UsageError(f"--port={arguments.port} is not a port")
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[int]:
+    """A descriptor that is readable once a signal has asked us to end."""
+    stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    before = {number: signal.getsignal(number) for number in ENDS}
+    for number in ENDS:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os.eventfd_write(stop_fd, 1))
+    try:
+        yield stop_fd
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(stop_fd)
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[tuple[SharedDriver, Node]]:
+    """The disk, left clean at the end. Raises: Failure, OSError, ImageError."""
+    image = the_image(arguments, writes=not arguments.read_only)
+    snapshot = wanted_snapshot(arguments)
+    writes = not arguments.read_only and snapshot is None
+    with Chain(log_directory=arguments.link_log, discard_log=arguments.discard_link_log) as chain:
+        options = OpenOptions(writes, snapshot=snapshot, keys=arguments.keys)
+        node = chain.open(image.path, image.image_format, options)
+        driver = SharedDriver()
+        try:
+            yield driver, node
+        finally:
+            driver.run(node.close())
+            driver.close()
+            if chain.memory is not None and chain.memory.is_made:
+                chain.memory.remove()
+
+
+def _listeners(arguments: argparse.Namespace, stack: ExitStack) -> list[socket.socket]:
+    """Raises: OSError naming the address."""
+    if arguments.socket is not None:
+        return [stack.enter_context(listening_on_path(arguments.socket))]
+    given = inherited()
+    if given and arguments.port is None and arguments.bind is None:
+        return [stack.enter_context(listener) for listener in given]
+    port = PORT if arguments.port is None else arguments.port
+    return stack.enter_context(listening_on_port(arguments.bind or ADDRESS, port))

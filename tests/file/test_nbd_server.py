@@ -1,0 +1,419 @@
+"""`qcow2 serve-nbd` as a program: who may come, how it ends, what a hostile client can do, and a kill cannot."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests import nbdclient as nbd
+from tests.nbdclient import Client, NbdError, Server
+from tests.oracle import assert_not_corrupt, qemu_img
+from tests.program import TIMEOUT, TOOL, qcow2_tool
+from tests.slowdisk import FSYNC, SlowDisk
+
+SIZE = 8 << 20
+CLUSTER = 64 << 10
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2.create(path, SIZE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An empty disk, for as many clients as like to come."""
+    path = tmp_path_factory.mktemp("served") / "disk.qcow2"
+    qcow2.create(path, SIZE)
+    with Server(path, "-t", "-e", "0") as server:
+        yield server
+        server.stop()
+    assert_not_corrupt(path)
+
+
+def fd_count(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+# -- coming and going
+
+
+def test_it_ends_with_its_last_client(image: Path) -> None:
+    with Server(image, "-e", "0") as server:
+        with server.client(), server.client():
+            pass
+        server.end()
+
+
+def test_who_only_asks_does_not_end_it(image: Path) -> None:
+    with Server(image) as server:
+        with server.client(waits=True) as client:
+            client.greet()
+            client.option(nbd.ABORT)
+        with server.client() as client:
+            client.write(0, b"x")
+        server.end()
+
+
+def test_a_persistent_server_ends_by_a_signal(image: Path) -> None:
+    with Server(image, "-t") as server:
+        for _ in range(3):
+            with server.client() as client:
+                client.write(0, b"x")
+        server.stop()
+    assert_not_corrupt(image)
+
+
+def test_the_end_leaves_the_image_clean_under_a_client(image: Path) -> None:
+    with Server(image) as server, server.client() as client:
+        client.write(12345, b"x" * CLUSTER)
+        server.stop()
+        assert client.is_dropped()
+    with qcow2.open(image) as disk:
+        assert disk.read(12345, CLUSTER) == b"x" * CLUSTER
+    assert_not_corrupt(image)
+
+
+def test_a_second_client_waits_for_the_first_to_leave(image: Path) -> None:
+    with Server(image, "-t") as server:
+        with server.client() as first:
+            assert not first.flags & 1 << 8  # CAN_MULTI_CONN
+            with server.client(waits=True) as second:
+                first.write(0, b"x")
+                second.socket.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    second.receive(1)
+                second.socket.setblocking(True)
+                first.socket.close()
+                second.greet()
+
+
+def test_sixty_four_clients(image: Path) -> None:
+    with Server(image, "-e", "64", "-t") as server:
+        clients = [server.client() for _ in range(64)]
+        assert clients[0].flags & 1 << 8
+        for number, client in enumerate(clients):
+            client.send(nbd.WRITE, number * 4096, 4096, data=bytes([number]) * 4096)
+        assert [client.reply().error for client in clients] == [0] * 64
+        clients[7].request(nbd.FLUSH)
+        for number, client in enumerate(clients):
+            other = (number + 13) % 64
+            assert client.read(other * 4096, 4096) == bytes([other]) * 4096
+            client.socket.close()
+        server.stop()
+    assert_not_corrupt(image)
+
+
+def test_a_path_of_its_own(image: Path, tmp_path: Path) -> None:
+    path, pid_file = tmp_path / "sock", tmp_path / "pid"
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(path))
+    os.mkfifo(pid_file)
+    command = [TOOL, "serve-nbd", "-k", path, "-t", "--pid-file", pid_file, image]
+    with subprocess.Popen(command) as process:
+        assert int(pid_file.read_text()) == process.pid
+        with Client(path) as client:
+            assert client.read(0, 10) == bytes(10)
+            second = qcow2_tool("serve-nbd", "-r", "-k", path, image)
+            assert second.returncode == 1
+            assert str(path) in second.stderr or str(image) in second.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 0
+    assert not path.exists()
+
+
+def test_tcp(image: Path, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    os.mkfifo(pid_file)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [TOOL, "serve-nbd", "-b", "127.0.0.1", "-p", str(port), "--pid-file", pid_file, image]
+    with subprocess.Popen(command) as process:
+        pid_file.read_text()
+        said = qemu_img("info", f"nbd://127.0.0.1:{port}").stdout
+        assert "8 MiB" in said
+        assert process.wait(TIMEOUT) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-k", "a", "-p", "1"], "exclude"),
+        (["-p", "70000"], "70000"),
+        (["-e", "-1"], "-1"),
+        (["-B", "none"], "none"),
+        (["--tls-creds", "nowhere"], "nowhere"),
+        (["-l", "none"], "none"),
+        (["-k", "x" * 200], "x" * 200),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(image: Path, options: list[str], said: str) -> None:
+    done = qcow2_tool("serve-nbd", *options, image)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert said in done.stderr
+
+
+def test_an_image_in_use_is_refused(image: Path) -> None:
+    with Server(image) as server, server.client():
+        done = qcow2_tool("serve-nbd", image)
+        assert done.returncode == 1
+        assert str(image) in done.stderr
+
+
+# -- TLS
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, a server and a client, all known by it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here to make certificates")
+    place = tmp_path_factory.mktemp("tls")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=place, check=True, capture_output=True, timeout=TIMEOUT)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca-cert.pem", "-subj", "/CN=authority", "-days", "9")
+    for who in ("server", "client"):
+        openssl("req", *key, "-keyout", f"{who}-key.pem", "-out", f"{who}.csr", "-subj", f"/CN={who}")
+        signed = ("-CA", "ca-cert.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "9")
+        openssl("x509", "-req", "-in", f"{who}.csr", *signed, "-out", f"{who}-cert.pem")
+    return place
+
+
+def test_nothing_is_said_without_tls(image: Path, certificates: Path) -> None:
+    with Server(image, "-t", "--tls-creds", str(certificates)) as server:
+        with server.client(waits=True) as client:
+            client.greet()
+            assert client.option(nbd.LIST)[0][0] == nbd.TLS_REQD
+            with pytest.raises(NbdError, match=str(nbd.TLS_REQD)):
+                client.go()
+            client.send_option(nbd.EXPORT_NAME)
+            assert client.is_dropped()
+
+
+def test_tls_in_the_middle_of_the_negotiation(image: Path, certificates: Path) -> None:
+    context = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
+    context.check_hostname = False
+    context.load_cert_chain(certificates / "client-cert.pem", certificates / "client-key.pem")
+    data = os.urandom(3 << 20)
+    with Server(image, "--tls-creds", str(certificates)) as server, server.client(waits=True) as client:
+        client.greet()
+        assert client.option(nbd.STARTTLS) == [(nbd.ACK, b"")]
+        with context.wrap_socket(client.socket) as client.socket:
+            assert client.option(nbd.STARTTLS)[0][0] == nbd.INVALID
+            client.option(nbd.STRUCTURED)
+            client.go()
+            cookies = {
+                client.send(nbd.WRITE, number << 18, 1 << 18, data=data[number << 18 :][: 1 << 18])
+                for number in range(12)
+            }
+            assert {client.reply().cookie for _ in range(12)} == cookies
+            assert client.read(0, 3 << 20) == data
+
+
+@pytest.mark.parametrize("verifies", ["on", "off"])
+def test_a_client_without_a_certificate(image: Path, certificates: Path, verifies: str) -> None:
+    context = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
+    context.check_hostname = False
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # whose handshake says at once that it failed
+    options = ("--tls-creds", str(certificates), "--tls-verify-peer", verifies)
+    with Server(image, "-t", *options) as server, server.client(waits=True) as client:
+        client.greet()
+        client.option(nbd.STARTTLS)
+        if verifies == "on":
+            with pytest.raises(OSError):
+                context.wrap_socket(client.socket)
+        else:
+            with context.wrap_socket(client.socket) as client.socket:
+                client.go()
+                assert client.size == SIZE
+
+
+def test_tls_that_nobody_offers(served: Server) -> None:
+    with served.client(waits=True) as client:
+        client.greet()
+        assert client.option(nbd.STARTTLS)[0][0] == nbd.POLICY
+
+
+# -- hostile clients
+
+
+def no_magic(client: Client) -> None:
+    client.socket.sendall(bytes(28))
+
+
+def huge_write(client: Client) -> None:
+    client.send(nbd.WRITE, 0, (32 << 20) + 1)
+
+
+def half_a_request(client: Client) -> None:
+    client.socket.sendall(struct.pack(">IHH", 0x25609513, 0, 0))
+    client.socket.shutdown(socket.SHUT_WR)
+
+
+def half_a_write(client: Client) -> None:
+    client.send(nbd.WRITE, 0, 5 << 20, data=bytes(3 << 20))
+    client.socket.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("attack", [no_magic, huge_write, half_a_request, half_a_write])
+def test_who_breaks_the_protocol_loses_its_connection_only(served: Server, attack: Callable[[Client], None]) -> None:
+    with served.client() as other:
+        with served.client() as client:
+            attack(client)
+            assert client.is_dropped()
+        other.write(0, b"x")
+        assert other.read(0, 1) == b"x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        struct.pack(">I", 4),  # flags nobody knows
+        struct.pack(">I8sII", 3, b"IHAVEOPs", 3, 0),
+        struct.pack(">I8sII", 3, b"IHAVEOPT", 3, 1 << 20),
+        struct.pack(">I8sII", 0, b"IHAVEOPT", 7, 0),  # GO of a client that is not "fixed"
+    ],
+)
+def test_a_negotiation_that_makes_no_sense_ends(served: Server, words: bytes) -> None:
+    with served.client(waits=True) as client:
+        client.receive(18)
+        client.socket.sendall(words)
+        assert client.is_dropped()
+
+
+@pytest.mark.parametrize(
+    ("option", "data"),
+    [
+        (nbd.LIST, b"x"),
+        (nbd.STRUCTURED, b"x"),
+        (nbd.GO, b""),
+        (nbd.GO, struct.pack(">I", 1 << 31)),
+        (nbd.GO, struct.pack(">IHH", 0, 2, 1)),
+        (nbd.INFO, struct.pack(">IHHH", 0, 1, 1, 1)),
+        (nbd.SET_CONTEXTS, struct.pack(">II", 0, 1 << 31)),
+        (nbd.SET_CONTEXTS, struct.pack(">III", 0, 1, 5)),
+        (nbd.LIST_CONTEXTS, struct.pack(">III", 0, 0, 0)),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused(served: Server, option: int, data: bytes) -> None:
+    with served.client(waits=True) as client:
+        client.greet()
+        if option != nbd.STRUCTURED:
+            client.option(nbd.STRUCTURED)
+        assert [kind for kind, _ in client.option(option, data)] == [nbd.INVALID]
+        client.go()
+
+
+def test_who_reads_no_replies_keeps_nobody_waiting(image: Path) -> None:
+    with Server(image, "-t", "-e", "0") as server, server.client() as other:
+        with server.client() as deaf:
+            deaf.write(0, b"x" * (4 << 20))
+            for _ in range(40):
+                deaf.send(nbd.READ, 0, 4 << 20)
+            other.write(SIZE - 1, b"y")
+            assert other.read(SIZE - 1, 1) == b"y"
+            server.stop()
+
+
+def test_no_client_leaves_a_descriptor_behind(image: Path) -> None:
+    with Server(image, "-t", "-e", "0") as server:
+        with server.client() as first:
+            before = fd_count(server.process.pid)
+            for number in range(20):
+                client = server.client(waits=number % 2 == 1)
+                client.socket.close()
+            first.read(0, 1)
+            with server.client():  # let in after all of those, which have left or are about to
+                pass
+            for _ in range(2000):
+                if fd_count(server.process.pid) == before:
+                    break
+                first.read(0, 1)
+            assert fd_count(server.process.pid) == before
+
+
+# -- what is stable, and what a kill takes
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "flushes"),
+    [((), 0, True), ((), nbd.FUA, False), (("--cache=writethrough",), 0, False)],
+    ids=["flush", "fua", "writethrough"],
+)
+def test_an_answer_waits_for_the_sync_that_it_promises(
+    tmp_path: Path, options: tuple[str, ...], flags: int, flushes: bool
+) -> None:
+    """And other requests of the same client do not wait for it."""
+    (tmp_path / "backing").mkdir()
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "backing" / "disk").write_bytes(b"x" * SIZE)
+    with SlowDisk(tmp_path / "backing", tmp_path / "slow") as disk:
+        (tmp_path / "link").symlink_to(disk.path / "disk")
+        with Server(tmp_path / "link", "-f", "raw", *options) as server, server.client() as client:
+            client.read(0, 1)
+            with disk.holding(FSYNC):
+                if flushes:
+                    client.write(0, b"y")
+                    promise = client.send(nbd.FLUSH)
+                else:
+                    promise = client.send(nbd.WRITE, 0, 1, flags, data=b"y")
+                disk.wait_for_one()
+                read = client.send(nbd.READ, 1, 1)
+                assert client.reply(1, 1).cookie == read
+            assert client.reply().cookie == promise
+            client.send(nbd.DISC)
+            server.end()
+    assert (tmp_path / "backing" / "disk").read_bytes() == b"y" + b"x" * (SIZE - 1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_answered_survives_a_kill(tmp_path: Path, seed: int) -> None:
+    """Over a backing file, whose links wait in memory; also in the middle of requests nobody has answered."""
+    base, top = tmp_path / "base", tmp_path / "top.qcow2"
+    base.write_bytes(b"b" * SIZE)
+    qcow2.create(top, backing=base, backing_format="raw")
+    rng = random.Random(seed)
+    model = bytearray(b"b" * SIZE)
+    with Server(top, "-e", "0", "-t") as server:
+        clients = [server.client() for _ in range(3)]
+        for number in range(rng.randrange(20, 60)):
+            offset, byte = rng.randrange(SIZE - CLUSTER), bytes([number])
+            nbytes = rng.choice((1, 512, 4096, CLUSTER))
+            flags = nbd.FUA if rng.random() < 0.1 else 0
+            client = rng.choice(clients)
+            if rng.random() < 0.2:
+                client.request(nbd.WRITE_ZEROES, offset, nbytes, flags=flags)
+                byte = b"\0"
+            else:
+                client.write(offset, byte * nbytes, flags)
+            model[offset : offset + nbytes] = byte * nbytes
+            if rng.random() < 0.1:
+                client.request(nbd.FLUSH)
+        last = [(number * CLUSTER * 8 + 777, bytes([200 + number]) * 9999) for number in range(3)]
+        for client, (offset, data) in zip(clients, last, strict=True):
+            client.send(nbd.WRITE, offset, len(data), data=data)
+        server.process.kill()
+        server.process.wait(TIMEOUT)
+        for client in clients:
+            client.socket.close()
+    with qcow2.open(top, "r+") as disk:  # as the next process does, which brings back what the log holds
+        found = bytearray(disk.read(0, SIZE))
+    for offset, data in last:
+        model[offset : offset + len(data)] = found[offset : offset + len(data)] = bytes(len(data))
+    assert found == model
+    assert_not_corrupt(top)
