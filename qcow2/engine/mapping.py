@@ -177,6 +177,22 @@ class Mapping:
         await self.bring(guest_offset, entries)
         self.cache.update(guest_offset, entries)
 
+    async def link_stable(self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int]) -> None:
+        """As `link`, for *entries* that show the same as the *old_entries*; nobody sees them before they are stable.
+
+        What was written before is stable first. Raises: OSError; then memory has the entries as they were.
+        """
+        await self._stability.sync()
+        self.hold(guest_offset, old_entries)  # also if the slice is read again
+        try:
+            await self.bring(guest_offset, entries)
+        except OSError:
+            self.release(guest_offset, old_entries)
+            raise
+        await self._stability.sync()  # if it fails the file says what memory must not
+        self.hold(guest_offset, entries)
+        self.release(guest_offset, entries)
+
     async def bring(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The same for entries that are held: memory has them already, or what came after."""
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)

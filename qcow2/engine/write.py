@@ -183,15 +183,17 @@ class Writer:
         """Write clusters of the external data file, in which anything may be, whole, and link them.
 
         Their content is stable before that: else the guest would see what was there after a power loss (law 3).
-        A raw file shows zeros where no entry leads, and still does while they are linked: then it is written in place.
+        A raw file shows zeros where no entry leads, and still does while they are linked. It is written in place, by
+        others too, once the entries are stable: else a power loss may keep what is written and not the entry.
         """
         bits = self._geometry.cluster_bits
         first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
         own = range(first, last + 1)
         if self._root.header.record.has_raw_data:
             await Zero(self._data.file, first << bits, len(own) << bits)
-            await self._link_over(run, first, len(own), first << bits)
-            await self._links.flush()  # else a power loss may keep the write and not the entry
+            old_entries = self._mapping.entries.moved(run.entry, len(own))
+            entries = self._mapping.entries.data(first << bits, len(own))
+            await self._mapping.link_stable(first << bits, old_entries, entries)
             await self._data.write(guest_offset, source)
         else:
             place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
