@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from bench.case import EXTRAS, ROWS, Case, UnknownCase, select
+from bench.case import EXTRAS, FEATURES, ROWS, Case, UnknownCase, select
 from bench.ceiling import measure_ceilings
 from bench.comparison import Arena, Comparison
 from bench.load import LoadFailure
@@ -47,7 +47,7 @@ def main() -> int:
 
 def chosen(patterns: list[str]) -> list[Case]:
     """The cases meant by the words of the command line; a sweep's name means all its points."""
-    singles = (*ROWS, *EXTRAS)
+    singles = (*ROWS, *EXTRAS, *FEATURES)
     points = tuple(case for sweep in SWEEPS for _, case in sweep.points)
     if patterns == ["all"]:
         return [*singles, *points]

@@ -12,7 +12,7 @@ from bench.counting import TRACE, Ending, leave_qemu, read_trace, stop_ours
 from bench.idle import idle_share
 from bench.load import Job
 from bench.measurement import Command, Measurement, measure
-from bench.recipe import Kitchen, Recipe
+from bench.recipe import Kitchen, Recipe, data_path
 from bench.server import Aio, Service, our_command, qemu_command
 from vhost.option import CacheMode
 
@@ -84,7 +84,7 @@ class Arena:
             return Comparison(case, aio, trials, tuple(ours), tuple(theirs), traced)
         finally:
             for image in images.values():
-                image.unlink(missing_ok=True)
+                self._kitchens[case.on_tmpfs].remove(image)
 
     def watch_idle(self, seconds: float) -> dict[str, float]:
         """The share of one core that each server takes while it is connected and idle."""
@@ -116,7 +116,9 @@ class Arena:
     ) -> Measurement:
         """One run of one server; *images* are those that live on, by name. Raises: ServerFailure, LoadFailure."""
         image = self._image(case, contestant, images)
-        service = Service(image, case.cache, case.job.queues, case.writable, case.options)
+        key = self._kitchens[case.on_tmpfs].key if case.recipe.is_encrypted else None
+        data_file = data_path(image) if case.recipe.has_data_file else None
+        service = Service(image, case.cache, case.job.queues, case.writable, case.options, data_file, key)
         command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731
         job = replace(case.job, seed=next(self._seeds))  # or a run would find the pages warm that the last one touched
         os.sync()  # what was written before is no part of this run
@@ -125,7 +127,7 @@ class Arena:
             return measure(command, job, warm_up=warming, seconds=seconds, end=contestant.end)
         finally:
             if case.images is Images.PER_RUN:
-                images.pop(contestant.name).unlink()
+                self._kitchens[case.on_tmpfs].remove(images.pop(contestant.name))
 
     def _image(self, case: Case, contestant: Contestant, images: dict[str, Path]) -> Path:
         """The image of this run; entered in *images* before it is made, so that half an image is removed, too."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 CHUNK = 1 << 20
+KEY = b"the key of the encrypted images"
 COMPRESSIBLE = bytes(b"0123456789abcdef"[byte & 15] for byte in range(256))  # four bits of news in a byte
 
 
@@ -16,6 +17,7 @@ class Recipe:
     """How to make one image.
 
     The base, if any, is full of data: of *base_nbytes*, compressed or not, under *chain* overlays, the image included.
+    Data may be in a file of its own, raw if the options say so, or encrypted; *nbitmaps* bitmaps record.
     """
 
     nbytes: int
@@ -24,6 +26,9 @@ class Recipe:
     base_nbytes: int = 0
     base_is_compressed: bool = False
     chain: int = 1
+    has_data_file: bool = False
+    is_encrypted: bool = False
+    nbitmaps: int = 0
     name: str = field(kw_only=True)
 
 
@@ -38,21 +43,50 @@ class Kitchen:
         """Where the image called *name* is, or will be."""
         return self._directory / f"{name}.qcow2"
 
+    @property
+    def key(self) -> Path:
+        """The file with the key of encrypted images."""
+        path = self._directory / "key"
+        if not path.exists():
+            path.write_bytes(KEY)
+        return path
+
     def make(self, recipe: Recipe, name: str) -> None:
         """A new image called *name*. Raises: CalledProcessError."""
         image = self.path(name)
-        if recipe.is_filled:
-            template = self._template(f"filled-{recipe.nbytes}", lambda path: self._fill(path, recipe.nbytes))
+        if recipe.is_filled and recipe.has_data_file:
+            self._fill(image, recipe)
+        elif recipe.is_filled:
+            what = f"{recipe.nbytes}-{recipe.options}-{recipe.is_encrypted}".replace("/", "-")
+            template = self._template(f"filled-{what}", lambda path: self._fill(path, recipe))
             run("cp", "--sparse=always", template, image)
         elif recipe.base_nbytes:
             overlay(self._base(recipe), recipe.options, image)
         else:
-            run("qemu-img", "create", "-q", "-f", "qcow2", "-o", recipe.options, image, recipe.nbytes)
+            run("qemu-img", "create", "-q", "-f", "qcow2", *self._options(recipe, image), image, recipe.nbytes)
+        for number in range(recipe.nbitmaps):
+            run("qemu-img", "bitmap", "--add", image, f"bitmap{number}")
+
+    def remove(self, image: Path) -> None:
+        """*image* and its data file, as far as they are there."""
+        image.unlink(missing_ok=True)
+        data_path(image).unlink(missing_ok=True)
+
+    def _options(self, recipe: Recipe, image: Path) -> list[str]:
+        """What qemu-img is told of the format."""
+        options, words = [recipe.options], []
+        if recipe.has_data_file:
+            options.append(f"data_file={data_path(image)}")
+        if recipe.is_encrypted:
+            options.append("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10")
+            words = ["--object", f"secret,id=key,file={self.key}"]
+        return [*words, "-o", ",".join(options)]
 
     def _base(self, recipe: Recipe) -> Path:
         nbytes, compressed = recipe.base_nbytes, recipe.base_is_compressed
         name = f"base-{nbytes}{'-compressed' if compressed else ''}"
-        base = self._template(name, lambda path: self._fill(path, nbytes, compressed=compressed))
+        plain = Recipe(nbytes, name=name)
+        base = self._template(name, lambda path: self._fill(path, plain, compressed=compressed))
         for depth in range(1, recipe.chain):
             base = self._template(f"{name}-{depth}", partial(overlay, base, recipe.options))
         return base
@@ -64,18 +98,25 @@ class Kitchen:
             self._templates[name] = path
         return self._templates[name]
 
-    def _fill(self, path: Path, nbytes: int, *, compressed: bool = False) -> None:
+    def _fill(self, path: Path, recipe: Recipe, *, compressed: bool = False) -> None:
         raw = path.with_suffix(".raw")
         try:
             with raw.open("wb") as file:
-                for _ in range(0, nbytes, CHUNK):
+                for _ in range(0, recipe.nbytes, CHUNK):
                     data = os.urandom(CHUNK)
                     file.write(data.translate(COMPRESSIBLE) if compressed else data)
-            options = ["-c"] if compressed else []
+            options = [*(["-c"] if compressed else []), *self._options(recipe, path)]
             run("qemu-img", "convert", "-q", "-W", "-f", "raw", "-O", "qcow2", *options, raw, path)
         finally:
             raw.unlink(missing_ok=True)
         warm(path)
+        if recipe.has_data_file:
+            warm(data_path(path))
+
+
+def data_path(image: Path) -> Path:
+    """Where the data of *image* is if that is a file of its own."""
+    return image.with_suffix(".data")
 
 
 def overlay(base: Path, options: str, image: Path) -> None:

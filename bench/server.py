@@ -41,6 +41,8 @@ class Service:
     queues: int = 1
     writable: bool = True
     options: tuple[str, ...] = ()  # of ours
+    data_file: Path | None = None
+    key: Path | None = None  # of an encrypted image
 
 
 def our_command(service: Service, fd: int) -> list[str]:
@@ -54,6 +56,7 @@ def our_command(service: Service, fd: int) -> list[str]:
         f"--num-queues={service.queues}",
         "--stats",
         *([] if service.writable else ["--read-only"]),
+        *([] if service.key is None else [f"--key-file={service.key}"]),
         *service.options,
     ]
 
@@ -66,11 +69,19 @@ def qemu_command(service: Service, fd: int, aio: Aio) -> list[str]:
     node = f"cache.direct={direct},cache.no-flush={no_flush},read-only={read_only},discard=unmap"
     writable = "on" if service.writable else "off"
     writethrough = "off" if service.cache.writeback else "on"
+    file, disk, more = f"driver=file,aio={aio.value},{node}", f"driver=qcow2,node-name=disk,file=file,{node}", []
+    if service.data_file is not None:
+        more += ["--blockdev", f"{file},node-name=data,filename={service.data_file}"]
+        disk += ",data-file=data"
+    if service.key is not None:
+        more += ["--object", f"secret,id=key,file={service.key}"]
+        disk += ",encrypt.format=luks,encrypt.key-secret=key"
     return [
         "qemu-storage-daemon",
         *("--object", "iothread,id=iothread"),
-        *("--blockdev", f"driver=file,node-name=file,filename={service.image},aio={aio.value},{node}"),
-        *("--blockdev", f"driver=qcow2,node-name=disk,file=file,{node}"),
+        *("--blockdev", f"{file},node-name=file,filename={service.image}"),
+        *more,
+        *("--blockdev", disk),
         "--export",
         f"vhost-user-blk,id=export,node-name=disk,addr.type=fd,addr.str={fd},iothread=iothread,"
         f"writable={writable},writethrough={writethrough},num-queues={service.queues}",
