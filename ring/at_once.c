@@ -140,7 +140,7 @@ static int64_t read_now(struct worker *worker, struct operation *operation, uint
     return operation->progress;
 }
 
-/* Read nbytes into the worker's buffer; past the end of the file are zeros. -> 0, or -EAGAIN. */
+/* Read nbytes into the worker's buffer; past the end of the file are zeros. -> 0, or < 0: now it cannot. */
 static int read_old(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes)
 {
     struct operation operation = {.verb = VERB_READ, .slot = slot, .host_offset = host_offset, .nbytes = nbytes};
@@ -207,6 +207,50 @@ static bool gather_copy(struct worker *worker, const struct request *request, co
     return true;
 }
 
+static int sectors_of(const struct extent_cipher *cipher, uint64_t host_offset, uint64_t nbytes, uint64_t *first)
+{
+    *first = (host_offset - cipher->origin) / EXTENT_SECTOR;
+    return (host_offset - cipher->origin) % EXTENT_SECTOR || nbytes % EXTENT_SECTOR ? -EAGAIN : 0;
+}
+
+/* Let what is elsewhere be in the worker's buffer. -> 0, or < 0: now it cannot. */
+static int load_old(struct worker *worker, const struct request_copy *copy)
+{
+    const struct extent_cipher *cipher = copy->old_cipher;
+    uint64_t sector;
+    int result;
+
+    if (copy->old_slot == EXTENT_NO_SLOT) {
+        memset(worker->old, 0, copy->nbytes);
+        return 0;
+    }
+    if (!at_once_allows(&worker->files[copy->old_slot], copy->nbytes, worker->now))
+        return -EAGAIN;
+    result = read_old(worker, copy->old_slot, copy->old_offset, copy->nbytes);
+    if (result == 0 && cipher)
+        result = sectors_of(cipher, copy->old_offset, copy->nbytes, &sector);
+    if (result == 0 && cipher)
+        result = cipher->decrypt(cipher->context, sector, worker->old, worker->old, copy->nbytes);
+    return result;
+}
+
+/* Let *gather be the whole stretch, encrypted in the worker's buffer. -> 0, or < 0: now it cannot. */
+static int encrypt_copy(struct worker *worker, const struct request *request, const struct request_copy *copy,
+                        uint64_t start, uint64_t nbytes, struct gather *gather)
+{
+    const struct extent_cipher *cipher = copy->cipher;
+    uint64_t sector;
+    int result = sectors_of(cipher, copy->host_offset, copy->nbytes, &sector);
+
+    if (result < 0)
+        return result;
+    pieces_load(request->data, start, nbytes, worker->old + copy->ahead);
+    gather->iovecs[0] = (struct iovec){worker->old, copy->nbytes};
+    gather->count = 1;
+    gather->nbytes = copy->nbytes;
+    return cipher->encrypt(cipher->context, sector, worker->old, worker->old, copy->nbytes);
+}
+
 int request_copy_at_once(struct worker *worker, struct request *request, const struct request_copy *copy,
                          uint64_t start, uint64_t nbytes)
 {
@@ -217,15 +261,15 @@ int request_copy_at_once(struct worker *worker, struct request *request, const s
     int result;
 
     operation.host_offset = copy->host_offset;
-    if (!worker_has_slot(worker, copy->slot) || !worker_has_slot(worker, copy->old_slot) || file->direct_fd >= 0 ||
-        copy->nbytes > sizeof(worker->old) || !gather_copy(worker, request, copy, start, nbytes, &gather))
+    if (!worker_has_slot(worker, copy->slot) || file->direct_fd >= 0 || copy->nbytes > sizeof(worker->old) ||
+        (copy->old_slot != EXTENT_NO_SLOT && !worker_has_slot(worker, copy->old_slot)) ||
+        (!copy->cipher && !gather_copy(worker, request, copy, start, nbytes, &gather)))
         return -EAGAIN;
     if (file->error)
         return -EIO;
     worker->now = pace_now();
-    if (!at_once_allows(file, copy->nbytes, worker->now) ||
-        !at_once_allows(&worker->files[copy->old_slot], copy->nbytes, worker->now) ||
-        read_old(worker, copy->old_slot, copy->old_offset, copy->nbytes) < 0)
+    if (!at_once_allows(file, copy->nbytes, worker->now) || load_old(worker, copy) < 0 ||
+        (copy->cipher && encrypt_copy(worker, request, copy, start, nbytes, &gather) < 0))
         return -EAGAIN;
     operation.waiter.since = worker->now;
     result = at_once_transfer(worker, &operation, &gather);

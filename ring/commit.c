@@ -169,6 +169,7 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
         turn_vacate(worker, file);
     worker->progress = true;
     file->syncing = false;
+    file->dirty += untried ? file->syncing_dirty : 0;
     file->syncing_dirty = 0;
     file->quick_syncs = worker->now - file->sync_began < PACE_STALL_NS ? file->quick_syncs + 1 : 0;
     if (worker->trace)

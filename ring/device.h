@@ -18,11 +18,13 @@ int request_write_at_once(struct worker *worker, struct request *request, uint32
 /* A whole stretch of a file, of which a part of a request's data replaces what is elsewhere. */
 struct request_copy {
     uint32_t slot;
-    uint32_t old_slot;
+    uint32_t old_slot; /* EXTENT_NO_SLOT: what is elsewhere are zeros */
     uint64_t host_offset;
     uint64_t old_offset;
     uint64_t nbytes; /* of the stretch */
     uint64_t ahead;  /* of them, before the request's */
+    const struct extent_cipher *cipher; /* of the stretch, of what is elsewhere; NULL: the bytes are as they are */
+    const struct extent_cipher *old_cipher;
 };
 
 /* Read the old bytes, write them with nbytes of the request's data from `start` in their midst, on this thread.
@@ -69,6 +71,12 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
 static inline bool worker_has_slot(const struct worker *worker, uint32_t slot)
 {
     return slot < worker->file_count && worker->files[slot].fd >= 0;
+}
+
+/* All that was written to it, by whomever, is stable. */
+static inline bool worker_slot_is_stable(const struct worker *worker, uint32_t slot)
+{
+    return !worker->files[slot].dirty && !worker->files[slot].syncing;
 }
 
 /* An fdatasync of the file failed: it takes no more writes. */

@@ -50,16 +50,20 @@ typedef void (*extent_translate)(void *context, uint64_t guest_offset, uint64_t 
                                  struct extent_reader *reader, struct extent *out);
 
 #define EXTENT_NAME_NBYTES 64
+#define EXTENT_NO_SLOT UINT32_MAX
 #define EXTENT_MARK_NBYTES 7
 
 /* A place that the map has set aside for bytes which have none. */
 struct extent_place {
     uint32_t slot;
-    uint32_t old_slot;
+    uint32_t old_slot;    /* EXTENT_NO_SLOT: the old bytes are zeros */
+    uint32_t name_slot;   /* of the name, or of its mark */
     uint64_t host_offset; /* the bytes are written here, */
-    uint64_t old_nbytes;  /* in the midst of so many from old_offset of old_slot on; 0: around them are zeros */
+    uint64_t old_nbytes;  /* in the midst of so many from old_offset of old_slot on; 0: nothing is written around them */
     uint64_t old_offset;
     uint64_t ahead;       /* of old_nbytes, those that come before */
+    const struct extent_cipher *cipher;     /* of what is written, old_nbytes then; NULL: the bytes are as they are */
+    const struct extent_cipher *old_cipher; /* of the old bytes */
     uint8_t *memory;      /* NULL: the file; or memory that outlives the process, a SYNC then is no FLUSH */
     uint64_t name_offset; /* then, in there, this makes the place the guest's */
     uint32_t name_nbytes;

@@ -314,6 +314,8 @@ static int perform_here(struct worker *worker, uint32_t number)
         operation_trace_transfer(worker, operation, &gather);
     }
     result = host_perform(&entry);
+    if (operation->verb == VERB_WRITE && !operation->direct && result > 0)
+        worker->files[operation->slot].dirty += result;
     free_bounce(worker, operation);
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);

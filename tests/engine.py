@@ -8,13 +8,20 @@ from qcow2.driver.boot import Boot
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation
 from qcow2.engine.create import Options, create
+from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
+from qcow2.format.luks import CipherSpec, Encryption
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link, LinkLog, Mark, Origin, read_log
 from tests.crash.driver import CrashDriver, SimulatedFile
 
 ORIGIN, TAG = Origin(Boot(0, bytes(16)), 0, 0, b"disk"), 0xBEEF  # of the link log
 MARK = slice(MARK_OFFSET, MARK_OFFSET + len(NO_MARK))  # of the header
+PASSPHRASE = b"key"
+ENCRYPTION = Encryption(
+    CipherSpec("aes", "cbc", "essiv", "sha256", 16), "sha256", PASSPHRASE, 0
+)  # costs little to open
+KEYS = Keyring(lambda path: [PASSPHRASE])
 Fault = Callable[[Operation], OSError | None]
 
 
@@ -37,6 +44,7 @@ class Bench:
     file: SimulatedFile
     base: SimulatedFile | None
     image: Image
+    data: SimulatedFile | None = None  # an external data file
 
     def write(self, guest_offset: int, data: bytes) -> None:
         self.driver.run(self.image.write(guest_offset, MemoryBuffer(memoryview(data))))
@@ -54,7 +62,8 @@ class Bench:
         """What a reader finds that knows nothing but the files."""
         driver = CrashDriver()
         backing = driver.run(RawImage.open(self.base)) if self.base else None
-        image = driver.run(Image.open(self.file.copy(), backing=backing))
+        options = OpenOptions(keys=KEYS)
+        image = driver.run(Image.open(self.file.copy(), backing=backing, data_file=self.data, options=options))
         return read(driver, image, 0, image.size)
 
 
@@ -76,8 +85,13 @@ def set_up(
     log_capacity: int = 0,
     version: int = 3,
     has_subclusters: bool = False,
+    encrypted: bool = False,
+    data: bytes | None = None,
 ) -> Bench:
-    """A new image, over a raw *base* if there is one, open for writing; with a link log if that has a capacity."""
+    """A new image, over a raw *base* if there is one, open for writing; with a link log if that has a capacity.
+
+    Its data is in a file of its own if there is *data*, what that holds at first.
+    """
     breaker = Breaker()
     driver = CrashDriver(seed, fault=breaker)
     file = SimulatedFile("disk", {}, 0)
@@ -88,6 +102,8 @@ def set_up(
         refcount_order=refcount_order,
         lazy_refcounts=lazy,
         has_subclusters=has_subclusters,
+        encryption=ENCRYPTION if encrypted else None,
+        data_file_name=None if data is None else "data",
     )
     driver.run(create(file, options))
     below = None if base is None else SimulatedFile.parse("base", base)
@@ -96,9 +112,10 @@ def set_up(
         below.writable = False
         backing = driver.run(RawImage.open(below))
     log = LinkLog(file.memory, file, ORIGIN, TAG, log_capacity, renew=lambda: TAG + 1) if log_capacity else None
-    opened = OpenOptions(writable=True, cache_size=cache_size)
-    image = driver.run(Image.open(file, backing=backing, options=opened, log=log))
-    return Bench(driver, breaker, file, below, image)
+    opened = OpenOptions(writable=True, cache_size=cache_size, keys=KEYS)
+    own = None if data is None else SimulatedFile.parse("data", data)
+    image = driver.run(Image.open(file, backing=backing, data_file=own, options=opened, log=log))
+    return Bench(driver, breaker, file, below, image, own)
 
 
 def open_again(bench: Bench, *, writable: bool = False) -> Bench:

@@ -5,11 +5,12 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qcow2.driver.operation import Buffer
 from qcow2.engine.image import Image
-from qcow2.native import ffi
+from qcow2.native import ffi, lib
 from tests.crash.driver import CrashDriver, SimulatedFile
 
-TOP, BASE = 3, 4
+TOP, BASE, OWN = 3, 4, 5
 COLD = 1 / 4  # of the tables
 PUNT, DATA, ZERO, FRESH = 0, 1, 2, 3
 UNTOUCHED, SPOILED, NAMED = 0, 1, 2
@@ -54,13 +55,13 @@ class TableWriter:
         return self.error
 
 
-def ciphered(extent: Any, data: bytes, how: str) -> bytes:
-    """*data* of *extent*, through its cipher if it has one."""
-    if extent.cipher == ffi.NULL:
+def ciphered(native: Any, host_offset: int, data: bytes, how: str) -> bytes:
+    """*data* at *host_offset*, through the cipher *native* if there is one."""
+    if native == ffi.NULL:
         return data
-    cipher, result = extent.cipher[0], bytearray(data)
+    cipher, result = native[0], bytearray(data)
     view = ffi.from_buffer("uint8_t[]", result, require_writable=True)
-    sector = (extent.host_offset - cipher.origin) // 512
+    sector = (host_offset - cipher.origin) // 512
     assert getattr(cipher, how)(cipher.context, sector, view, view, len(data)) == 0
     return bytes(result)
 
@@ -71,17 +72,27 @@ class Plane:
     Some of the tables that it wants to read are not in the page cache.
     """
 
-    def __init__(self, driver: CrashDriver, image: Image, file: SimulatedFile, base: SimulatedFile | None) -> None:
+    def __init__(
+        self,
+        driver: CrashDriver,
+        image: Image,
+        file: SimulatedFile,
+        base: SimulatedFile | None,
+        data: SimulatedFile | None = None,
+    ) -> None:
+        """*data*: the file that the data of *image* is in, if that is not its own."""
         image.set_slot(file, TOP)
         if base is not None:
             image.set_slot(base, BASE)
-            file.memory.address = 1  # of no use to the engine, which only hands it on
+        if data is not None:
+            image.set_slot(data, OWN)
+        file.memory.address = 1  # of no use to the engine, which only hands it on
         translate, context, places = image.extent_map
         draw = random.Random(0)
         self._driver = driver
         self._file = file
-        self._base = base
-        self._files = {TOP: file} if base is None else {TOP: file, BASE: base}
+        by_slot = {TOP: file, BASE: base, OWN: data}
+        self._files = {slot: one for slot, one in by_slot.items() if one is not None}
         self.tables = TableReader(self._files, lambda: draw.random() < COLD)
         self.writer = TableWriter(driver, file)
         self._translate = ffi.cast("extent_translate", translate)
@@ -105,7 +116,7 @@ class Plane:
             assert extent.kind in (DATA, ZERO)
             file = self._files[extent.slot] if extent.kind == DATA else None
             stored = file.read(extent.host_offset, extent.nbytes) if file else bytes(extent.nbytes)
-            content += ciphered(extent, stored, "decrypt")
+            content += ciphered(extent.cipher, extent.host_offset, stored, "decrypt")
         return content
 
     def take(self, guest_offset: int, nbytes: int) -> Any:
@@ -131,16 +142,17 @@ class Plane:
             return False
         if extent.kind == FRESH:
             return self._write_fresh(guest_offset, data)
-        assert extent.slot == TOP
-        self._driver.write_at_once(self._file, extent.host_offset, ciphered(extent, data, "encrypt"))
+        assert extent.slot == (OWN if OWN in self._files else TOP)
+        stored = ciphered(extent.cipher, extent.host_offset, data, "encrypt")
+        self._driver.write_at_once(self._files[extent.slot], extent.host_offset, stored)
         return True
 
     def _write_fresh(self, guest_offset: int, data: bytes) -> bool:
         place = self.take(guest_offset, len(data))
         if place is None:
             return False
-        assert place.slot == TOP
-        self._driver.write_at_once(self._file, place.host_offset - place.ahead, self._filled(place, data))
+        assert (place.slot, place.name_slot) == (OWN if OWN in self._files else TOP, TOP)
+        self._driver.write_at_once(self._files[place.slot], place.host_offset - place.ahead, self._filled(place, data))
         name = bytes(ffi.buffer(place.name)[: place.name_nbytes])
         if place.memory:
             self._driver.store(self._file.memory, place.name_offset, name)
@@ -154,7 +166,46 @@ class Plane:
         """*data* in the midst of what was there."""
         if not place.old_nbytes:
             return data
-        assert self._base is not None
-        assert place.old_slot == BASE
-        old = self._base.read(place.old_offset, place.old_nbytes)
-        return old[: place.ahead] + data + old[place.ahead + len(data) :]
+        old = bytes(place.old_nbytes)
+        if place.old_slot != lib.EXTENT_NO_SLOT:
+            assert place.old_slot == BASE
+            stored = self._files[BASE].read(place.old_offset, place.old_nbytes)
+            old = ciphered(place.old_cipher, place.old_offset, stored, "decrypt")
+        whole = old[: place.ahead] + data + old[place.ahead + len(data) :]
+        return ciphered(place.cipher, place.host_offset - place.ahead, whole, "encrypt")
+
+
+class Served:
+    """An image beside a data plane: a change that the extent map can make alone it makes, else the engine."""
+
+    def __init__(self, image: Image, plane: Plane) -> None:
+        self._image = image
+        self._plane = plane
+        self.served = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._image, name)
+
+    async def write(self, guest_offset: int, source: Buffer) -> None:
+        """Cluster by cluster; where one cannot be written at once the engine writes all."""
+        size, data, done = self._image.geometry.cluster_size, source.load(), 0
+        while done < len(data):
+            nbytes = min(len(data) - done, size - (guest_offset + done) % size)
+            if not self._plane.write(guest_offset + done, data[done : done + nbytes]):
+                await self._image.write(guest_offset, source)
+                return
+            self.served += 1
+            done += nbytes
+
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        if not self._clear(guest_offset, nbytes, UNMAP if unmap else KEEP):
+            await self._image.write_zeroes(guest_offset, nbytes, unmap=unmap)
+
+    async def discard(self, guest_offset: int, nbytes: int) -> None:
+        if not self._clear(guest_offset, nbytes, DISCARD):
+            await self._image.discard(guest_offset, nbytes)
+
+    def _clear(self, guest_offset: int, nbytes: int, how: int) -> bool:
+        is_served = self._plane.clear(guest_offset, nbytes, how)
+        self.served += is_served
+        return is_served

@@ -193,7 +193,8 @@ class ImageBackend:
         for file, slot in slots.items():
             self._image.set_slot(file, slot)
         if not self._image.read_only:
-            block.set_sync_slot(slots[self._image.data_file])
+            names = self._image.file
+            block.set_sync_slot(slots[self._image.data_file], None if names is self._image.data_file else slots[names])
         extent_map = self._image.extent_map
         block.set_extent_map(None if extent_map is None else ExtentMap(*extent_map))
         if self._trace is not None:

@@ -23,7 +23,9 @@ static struct block *block_of(struct device *device)
 /* No success may hide that a write to the image or a sync has failed. */
 static bool takes_no_writes(const struct block *block, const struct worker *worker)
 {
-    return block->failed || (worker_has_slot(worker, block->sync_slot) && worker_slot_failed(worker, block->sync_slot));
+    return block->failed ||
+           (worker_has_slot(worker, block->sync_slot) && worker_slot_failed(worker, block->sync_slot)) ||
+           (worker_has_slot(worker, block->names_slot) && worker_slot_failed(worker, block->names_slot));
 }
 
 static void trace(const struct block *block, struct worker *worker, struct request *request)
@@ -55,11 +57,13 @@ static void answer(struct worker *worker, struct request *request, uint8_t statu
     request_complete(worker, request, nbytes < UINT32_MAX ? (uint32_t)nbytes : UINT32_MAX);
 }
 
+enum { NOT_SYNCED = 0, SYNCED, SYNCED_NAMES };
+
 /* Wait until all that completed is stable. Whoever comes to that in the same round shares what Python does. */
 static void commit(struct block *block, struct worker *worker, struct request *request)
 {
     ASSERT(request->state == REQUEST_BUSY && !request->parts && !request->synced);
-    request->synced = true;
+    request->synced = SYNCED;
     if (!block->flush_punts) {
         request_sync(worker, request, block->sync_slot);
     } else if (block->flushing && block->flushing_since == worker->round) {
@@ -69,6 +73,17 @@ static void commit(struct block *block, struct worker *worker, struct request *r
         block->flushing_since = worker->round;
         request_punt(worker, request, VIRTIO_BLK_T_FLUSH);
     }
+}
+
+/* The data is stable: wait for what leads to it, if that is in a file of its own and not stable. -> whether it waits */
+static bool commit_names(struct block *block, struct worker *worker, struct request *request)
+{
+    if (request->synced != SYNCED || !worker_has_slot(worker, block->names_slot) ||
+        worker_slot_is_stable(worker, block->names_slot))
+        return false;
+    request->synced = SYNCED_NAMES;
+    request_sync(worker, request, block->names_slot);
+    return true;
 }
 
 static bool modifies(const struct request *request)
@@ -96,6 +111,8 @@ static void end(struct device *device, struct worker *worker, struct request *re
         commit(block, worker, request);
         return;
     }
+    if (commit_names(block, worker, request))
+        return;
     if (request->type == VIRTIO_BLK_T_IN)
         worker->counters->read_bytes += request->nbytes;
     else if (request->type == VIRTIO_BLK_T_OUT)
@@ -160,6 +177,8 @@ static int fill_place(struct worker *worker, struct request *request, const stru
         .old_offset = place->old_offset,
         .nbytes = place->old_nbytes,
         .ahead = place->ahead,
+        .cipher = place->cipher,
+        .old_cipher = place->old_cipher,
     };
 
     if (place->old_nbytes)
@@ -172,9 +191,9 @@ static int name_place(struct block *block, struct worker *worker, const struct e
     int result;
 
     if (!place->memory)
-        return worker_write_entry(worker, place->slot, place->name_offset, place->name, place->name_nbytes);
+        return worker_write_entry(worker, place->name_slot, place->name_offset, place->name, place->name_nbytes);
     worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);
-    result = worker_write_entry(worker, place->slot, place->mark_offset, place->mark, sizeof(place->mark));
+    result = worker_write_entry(worker, place->name_slot, place->mark_offset, place->mark, sizeof(place->mark));
     if (result == 0)
         block->flush_punts = true;
     return result;
@@ -432,6 +451,7 @@ void block_init(struct block *block)
         .device = {.begin = begin, .end = end},
         .block_size = SECTOR,
         .sync_slot = BLOCK_NO_SLOT,
+        .names_slot = BLOCK_NO_SLOT,
     };
 }
 

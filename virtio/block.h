@@ -22,6 +22,7 @@ struct block {
     uint32_t max_discard_sectors;      /* 0: DISCARD is not supported */
     uint32_t max_write_zeroes_sectors; /* 0: WRITE_ZEROES is not supported */
     uint32_t sync_slot;                /* the file that FLUSH syncs; BLOCK_NO_SLOT: Python flushes */
+    uint32_t names_slot; /* the one that it syncs then, if it is not stable; BLOCK_NO_SLOT: all is in one file */
     bool read_only;
     bool writethrough;
     bool flush_punts;                 /* an fdatasync alone would not make all that completed stable: ask Python */

@@ -74,9 +74,13 @@ class NativeBlock:
         """Answer every change and FLUSH with IOERR from now on, also those in flight."""
         self._block.failed = True
 
-    def set_sync_slot(self, slot: int | None) -> None:
-        """FLUSH and writethrough sync the file in *slot*; with None both are left to Python."""
+    def set_sync_slot(self, slot: int | None, names: int | None = None) -> None:
+        """FLUSH and writethrough sync the file in *slot*, then the one in *names* that leads to its data.
+
+        Without *names* all is in one file; without *slot* both are left to Python.
+        """
         self._block.sync_slot = NO_SLOT if slot is None else slot
+        self._block.names_slot = NO_SLOT if names is None else names
 
     def set_extent_map(self, extent_map: ExtentMap | None) -> None:
         """Serve reads and writes over *extent_map*, whose owner must outlive its use; None leaves them to Python."""

@@ -3,10 +3,13 @@
 from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import Buffer, File, ReadInto, Write
+from qcow2.driver.operation import Buffer, File, Occupied, ReadInto, Size, Sync, Write
 from qcow2.error import no_memory
+from qcow2.format.geometry import Geometry
 from qcow2.format.layout import SECTOR_SIZE
+from qcow2.plane.untouched import Untouched
 
+STRETCHES = 1 << 16  # of a data file that are looked at for holes
 Piece = bytes | bytearray | memoryview | Buffer
 
 
@@ -86,6 +89,27 @@ class ByGuest(Data):
         """As `Data.read`."""
         assert self._cipher is not None
         await self._decipher(self._cipher, host_offset, target, guest_offset // SECTOR_SIZE)
+
+
+async def find_untouched(file: File, geometry: Geometry) -> Untouched:
+    """The clusters of the data *file* that are zeros: its holes, and what lies past its end; stable on return.
+
+    Of a file in very many pieces not all are found. Nobody writes to it meanwhile. Raises: OSError.
+    """
+    untouched, end = Untouched(geometry.clusters(geometry.size)), min(await Size(file), geometry.size)
+    untouched.add(range(geometry.clusters(end), geometry.clusters(geometry.size)))
+    offset = 0
+    for _ in range(STRETCHES):
+        if offset >= end:
+            break
+        is_data, nbytes = await Occupied(file, offset, end - offset)
+        stop = offset + nbytes
+        if not is_data:
+            last = geometry.clusters(stop) if stop == end else geometry.cluster_of(stop)
+            untouched.add(range(geometry.clusters(offset), last))
+        offset = stop
+    await Sync(file)  # a hole may be newer than what is on the disk
+    return untouched
 
 
 def _bytes_of(piece: Piece) -> bytes | bytearray | memoryview:

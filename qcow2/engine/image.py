@@ -12,7 +12,7 @@ from qcow2.engine.bitmapdirectory import BitmapDirectory
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import CompressedClusters, level_of
-from qcow2.engine.data import Data
+from qcow2.engine.data import Data, find_untouched
 from qcow2.engine.encryption import Keyring, open_data
 from qcow2.engine.expansion import expand_zeros, has_zero_flags
 from qcow2.engine.growth import grown_size
@@ -152,6 +152,8 @@ class Image:
         is_lazy = header.has_lazy_refcounts if options.lazy_refcounts is None else options.lazy_refcounts
         root = Root(header, self._stability, is_lazy=is_lazy)
         bitmaps, owned_by_bitmaps = await self._load_bitmaps(root)
+        if record.has_data_file and not record.has_raw_data:
+            self._cache.set_untouched(await find_untouched(self._data.file, self.geometry))
         return Changes(
             self.file,
             self._data,
@@ -245,9 +247,6 @@ class Image:
         """Say when links may wait, and who is told about it; at first they may always."""
         if self._changes is not None:
             self._changes.links.policy = policy
-        if self._changes is not None and self.geometry.has_data_file:  # no links wait, but one sync is not all
-            self._stability.on_unsynced = policy.on_waiting
-            policy.on_waiting(True)
 
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*; reads go on, close leaves the dirty bit."""

@@ -31,9 +31,7 @@ class Stability:
     ) -> None:
         """*data_file*: another one, in which the data lies that the metadata leads to."""
         self.file = file
-        self.on_unsynced: Callable[[bool], None] = lambda is_unsynced: None  # whether metadata may not be stable
         self._data_file = None if data_file is file else data_file
-        self._nwrites = 0
         self.error: OSError | None = None
         self._statistics = statistics
         self._on_failure = on_failure
@@ -59,16 +57,12 @@ class Stability:
             if not is_harmless(error):
                 self.fail(error)
             raise
-        finally:
-            self._nwrites += 1  # a sync that began before is none for it
-            self.on_unsynced(True)
         self.require_trust()
 
     async def sync(self) -> None:
         """Make everything that has completed stable. Raises: OSError; the image may be written on if it is NotTried."""
         self.require_trust()
         self._statistics.syncs += 1
-        nwrites = self._nwrites
         try:
             if self._data_file is not None:
                 await Sync(self._data_file)
@@ -79,5 +73,3 @@ class Stability:
             self.fail(error)
             raise
         self.require_trust()
-        if nwrites == self._nwrites:
-            self.on_unsynced(False)

@@ -196,12 +196,25 @@ class Writer:
             await self._mapping.link_stable(first << bits, old_entries, entries)
             await self._data.write(guest_offset, source)
         else:
-            place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
-            async with self._copies:
-                await self._copy(place, guest_offset, source, own)
-            await self._link_over(run, first, len(own), first << bits)
+            await self._write_where_it_is(run, guest_offset, source, own)
         self._statistics.clusters_allocated += len(own)
         return len(source)
+
+    async def _write_where_it_is(self, run: Run, guest_offset: int, source: Buffer, own: range) -> None:
+        """The same where entries alone tell what is shown. What is untouched is stable zeros: it is linked at once."""
+        bits, untouched = self._geometry.cluster_bits, self._mapping.cache.untouched
+        assert untouched is not None
+        self._allocator.allow_links()
+        place = await self._place_of_old(run, own.start << bits, min(own.stop << bits, self._geometry.size))
+        is_zeros = place is Seen.ZEROS and run.kind in HOLDS_NOTHING and untouched.has(own)
+        untouched.forget(own)
+        if is_zeros:
+            await self._data.write(guest_offset, source)
+            await self._link(run, own.start, len(own), own.start << bits)
+            return
+        async with self._copies:
+            await self._copy(place, guest_offset, source, own)
+        await self._link_over(run, own.start, len(own), own.start << bits)
 
     async def _write_new(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write to newly allocated clusters, as many as come in one piece, and link them; the old ones are freed."""

@@ -50,8 +50,8 @@ static int is_simple(struct l2map *map, uint64_t first, uint64_t last)
 {
     uint64_t slice = first >> map->slice_bits;
 
-    return map->freed && map->writable && !map->format.is_identity && map->slot != SLOT_UNKNOWN && last >> map->slice_bits == slice &&
-           l2map_find(map, slice) != NONE && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last);
+    return map->freed && map->writable && (!map->format.is_identity || map->untouched) && map->slot != SLOT_UNKNOWN &&
+           last >> map->slice_bits == slice && l2map_find(map, slice) != NONE && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last);
 }
 
 static int free_cluster(struct freed *freed, struct clearing *clearing, uint64_t host_cluster)
@@ -73,6 +73,8 @@ static int add_entry(struct l2map *map, const struct l2_run *run, enum extent_cl
         entry = entry_zeros(format);
     } else if (run->kind == L2_DATA || run->kind == L2_ZERO_ALLOCATED) {
         if (how == EXTENT_KEEP && !run->copied)
+            return -EAGAIN;
+        if (how != EXTENT_KEEP && map->format.is_identity) /* the space is given back at once */
             return -EAGAIN;
         if (how != EXTENT_KEEP && free_cluster(map->freed, clearing, run->host_offset >> map->cluster_bits) < 0)
             return -EAGAIN;

@@ -22,6 +22,11 @@ void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsyn
     map->unsynced = unsynced;
 }
 
+void l2map_set_untouched(struct l2map *map, struct untouched *untouched)
+{
+    map->untouched = untouched;
+}
+
 void l2map_set_log(struct l2map *map, struct link_log *log)
 {
     map->log = log;
@@ -104,7 +109,7 @@ static struct extent describe_old(struct l2map *map, uint64_t start, uint64_t nb
     if (run.kind != L2_UNALLOCATED || run.nbytes < nbytes || (run.host_offset && !run.copied))
         return (struct extent){.kind = EXTENT_PUNT};
     l2map_translate_backing(map, start, nbytes, NULL, &first);
-    if (first.kind == EXTENT_DATA && first.nbytes == nbytes && !first.cipher)
+    if (first.kind == EXTENT_DATA && first.nbytes == nbytes)
         return first;
     under = first;
     for (uint64_t done = 0; under.kind == EXTENT_ZERO && under.nbytes;) {
@@ -161,16 +166,27 @@ static void name_in_table(const struct l2map *map, struct extent_place *place, u
     memcpy(place->name, words, place->name_nbytes);
 }
 
-/* A record of it, in the link log. The old content need not be read if all of it is written over. */
-static void name_in_log(struct l2map *map, struct extent_place *place, const struct extent *old,
+/* What is written around the nbytes: all that the entry will name, unless that is zeros already. The old content need
+ * not be read if all of it is written over. */
+static void fill_around(const struct l2map *map, struct extent_place *place, const struct extent *old,
                         const struct touched *touched, uint64_t nbytes)
 {
+    place->cipher = map->cipher;
+    place->old_slot = EXTENT_NO_SLOT;
+    if (nbytes == touched->nbytes && !map->cipher)
+        return;
+    place->old_nbytes = touched->nbytes;
+    place->ahead = place->guest_offset - touched->start;
     if (old->kind == EXTENT_DATA && nbytes < old->nbytes) {
         place->old_slot = old->slot;
         place->old_offset = old->host_offset;
-        place->old_nbytes = old->nbytes;
-        place->ahead = place->guest_offset - touched->start;
+        place->old_cipher = old->cipher;
     }
+}
+
+/* A record of it, in the link log. */
+static void name_in_log(struct l2map *map, struct extent_place *place, const struct touched *touched)
+{
     place->memory = map->log->memory;
     place->name_offset = link_log_record(map->log, touched->cluster, touched->entry,
                                          entry_of_place(place), place->name);
@@ -204,6 +220,26 @@ static struct entry entry_after(struct l2map *map, const struct touched *touched
     return entry_written(&map->format, touched->entry, host_offset, touched->first, touched->last);
 }
 
+/* The bytes of a whole subcluster, or of several, can be encrypted: the disk does not end in the last one. */
+static int is_whole(const struct l2map *map, const struct touched *touched)
+{
+    return touched->nbytes == (uint64_t)(touched->last + 1 - touched->first) << map->format.subcluster_bits;
+}
+
+/* In a file of its own data has one place, which is zeros if it is untouched. */
+static int take_own_place(struct l2map *map, const struct touched *touched, const struct extent *old, uint64_t table,
+                          struct extent_place *out)
+{
+    struct entry entry = entry_data(&map->format, touched->cluster << map->cluster_bits);
+
+    if (old->kind != EXTENT_ZERO || entry_has_cluster(&map->format, touched->entry) || !map->untouched ||
+        !untouched_has(map->untouched, touched->cluster, touched->cluster))
+        return -EAGAIN;
+    out->entry[0] = entry.word;
+    name_in_table(map, out, table + l2map_in_table(map, touched->cluster));
+    return 0;
+}
+
 static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)
 {
     struct l2map *map = context;
@@ -214,28 +250,36 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     struct extent old;
     int is_kept, waits;
 
-    if (map->cipher || !table || !is_simple(map, cluster, in_cluster, nbytes))
+    if (!table || !is_simple(map, cluster, in_cluster, nbytes))
         return -EAGAIN;
     touched = touch(map, guest_offset, nbytes);
     old = describe_old(map, touched.start, touched.nbytes);
+    *out = (struct extent_place){
+        .slot = map->data_slot,
+        .name_slot = map->slot,
+        .host_offset = guest_offset,
+        .guest_offset = guest_offset,
+    };
+    if (map->format.is_identity)
+        return take_own_place(map, &touched, &old, table, out);
     is_kept = entry_host_offset(touched.entry) != 0;
-    waits = old.kind == EXTENT_DATA || is_kept; /* in a cluster that is kept may be anything */
+    /* In a cluster that is kept may be anything, and the zeros of a new one are none once they are decrypted. */
+    waits = old.kind == EXTENT_DATA || is_kept || map->cipher;
     if (old.kind == EXTENT_PUNT || (waits && (!map->log || !link_log_has_room(map->log))) ||
-        (is_kept && old.kind == EXTENT_ZERO && nbytes < touched.nbytes) || (is_kept && !map->format.word_bits))
+        (map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
         return -EAGAIN;
     host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
     if (!is_kept && !take_cluster(waits ? map->unsynced : map->stock, &host_cluster))
         return -EAGAIN;
     entry = entry_after(map, &touched, host_cluster << map->cluster_bits, !waits);
-    *out = (struct extent_place){
-        .slot = map->slot,
-        .host_offset = (host_cluster << map->cluster_bits) + in_cluster,
-        .guest_offset = guest_offset,
-        .entry = {entry.word, entry.bitmap},
-        .is_kept = is_kept,
-    };
+    out->host_offset = (host_cluster << map->cluster_bits) + in_cluster;
+    out->entry[0] = entry.word;
+    out->entry[1] = entry.bitmap;
+    out->is_kept = is_kept;
     if (waits)
-        name_in_log(map, out, &old, &touched, nbytes);
+        fill_around(map, out, &old, &touched, nbytes);
+    if (waits)
+        name_in_log(map, out, &touched);
     else
         name_in_table(map, out, table + l2map_in_table(map, cluster));
     return 0;
@@ -258,6 +302,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
     struct l2map *map = context;
     struct stock *stock = place->memory ? map->unsynced : map->stock;
     uint64_t host_cluster = place->host_offset >> map->cluster_bits;
+    int is_new = !place->is_kept && !map->format.is_identity;
 
     if (outcome == EXTENT_NAMED) {
         ASSERT(!l2map_is_locked(map, place->guest_offset >> map->cluster_bits, place->guest_offset >> map->cluster_bits));
@@ -268,11 +313,13 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
         return 0;
     }
     if (outcome == EXTENT_UNTOUCHED) {
-        if (!place->is_kept)
+        if (is_new)
             stock_put_back(stock, host_cluster);
         return 0;
     }
-    if (!place->is_kept) {
+    if (map->untouched)
+        untouched_forget(map->untouched, host_cluster, host_cluster);
+    if (is_new) {
         ASSERT(stock->nspoiled < STOCK_SPOILED);
         stock->spoiled[stock->nspoiled++] = host_cluster;
     }

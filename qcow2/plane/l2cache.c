@@ -191,6 +191,8 @@ void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *word
     uint64_t cluster = guest_offset >> map->cluster_bits;
     uint32_t slot = l2map_find(map, cluster >> map->slice_bits);
 
+    if (map->untouched && n)
+        untouched_forget(map->untouched, cluster, cluster + n - 1);
     if (slot != NONE)
         memcpy(slice_words(map, slot) + (in_slice(map, cluster) << map->format.word_bits), words,
                (n << map->format.word_bits) * sizeof(*words));

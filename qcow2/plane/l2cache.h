@@ -20,6 +20,7 @@ struct stock;
 struct freed;
 struct link_log;
 struct dirty_bits;
+struct untouched;
 
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
 struct l2map *l2map_create(const struct entry_format *format, uint64_t size, uint32_t nslots);
@@ -49,6 +50,9 @@ void l2map_set_cipher(struct l2map *map, const struct extent_cipher *cipher);
 void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced);
 /* Let the map leave the host clusters of entries that it clears there; borrowed. */
 void l2map_set_freed(struct l2map *map, struct freed *freed);
+/* Let the map write to clusters of the data file that are untouched, which is borrowed; NULL: the file is raw, no entry
+ * is the map's to change. */
+void l2map_set_untouched(struct l2map *map, struct untouched *untouched);
 /* Links over what the backing file shows may wait in this log; borrowed. */
 void l2map_set_log(struct l2map *map, struct link_log *log);
 /* Let the map note what changes there, before it changes; borrowed. NULL: no bitmap records. */

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from qcow2.format.geometry import Geometry
 from qcow2.native import Pointer, check, ffi, lib
 from qcow2.plane.entry import WORD_BITS, Entries
+from qcow2.plane.untouched import Untouched
 
 MIN_SLOTS = 64
 
@@ -63,6 +64,7 @@ class L2Cache:
         self._freed: Any = None
         self._log: Any = None
         self._dirty: Any = None
+        self.untouched: Untouched | None = None  # of an external data file that is not raw
 
     @property
     def extent_map(self) -> ExtentMap:
@@ -137,6 +139,11 @@ class L2Cache:
         """Let the extent map leave the host clusters of entries that it clears in *freed*, which is borrowed."""
         self._freed = freed
         lib.l2map_set_freed(self._map, freed)
+
+    def set_untouched(self, untouched: Untouched) -> None:
+        """Let the extent map link *untouched* clusters of the data file; one is so until its entry changes."""
+        self.untouched = untouched
+        lib.l2map_set_untouched(self._map, untouched.native)
 
     def set_log(self, log: Any) -> None:
         """Let links of the extent map's wait in *log*, a `struct link_log`, which is borrowed."""

@@ -6,6 +6,7 @@
 #include "qcow2/plane/l2cache.h"
 #include "qcow2/plane/linklog.h"
 #include "qcow2/plane/stock.h"
+#include "qcow2/plane/untouched.h"
 
 #define MAX_SLICE_BITS 9 /* 512 words, 4 KiB */
 #define CLAIMS 4096 /* a power of two */
@@ -38,6 +39,7 @@ struct l2map {
     struct stock *unsynced; /* clusters for links that wait in the log */
     struct link_log *log;   /* NULL: none may */
     struct freed *freed;    /* NULL: only Python frees clusters */
+    struct untouched *untouched; /* of a data file; NULL: its entries are Python's */
     struct dirty_bits *dirty; /* NULL: no bitmap records */
     struct range_locks locks;
     uint64_t loads;          /* slices that translate has loaded */

@@ -88,10 +88,11 @@ static int load(struct l2map *map, uint64_t slice, struct extent_reader *reader)
     return 1;
 }
 
-/* Whether a write to the run may find a place: in a new cluster, or in a part of its own that is no data yet. */
+/* Whether a write to the run may find a place: in a new cluster, or in a part of its own that is no data yet; in a file
+ * of its own data has no choice. */
 static int may_be_fresh(const struct l2map *map, const struct l2_run *run)
 {
-    if (!run->host_offset)
+    if (!run->host_offset || map->format.is_identity)
         return run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_PLAIN;
     return map->format.word_bits && run->copied && (run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_ALLOCATED);
 }
@@ -116,8 +117,7 @@ static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nby
     } else if (is_write && may_be_fresh(map, &run)) {
         uint64_t in_cluster = guest_offset & ((UINT64_C(1) << map->cluster_bits) - 1);
 
-        /* Encrypted, the zeros of a cluster in stock are none: Python completes it. In a file of its own data has no choice. */
-        out->kind = map->stock && map->writable && !map->cipher && !map->format.is_identity ? EXTENT_FRESH : EXTENT_PUNT;
+        out->kind = map->stock && map->writable && (!map->format.is_identity || map->untouched) ? EXTENT_FRESH : EXTENT_PUNT;
         out->nbytes = least(run.nbytes, (UINT64_C(1) << map->cluster_bits) - in_cluster);
     } else if (!is_write && run.kind == L2_UNALLOCATED) {
         l2map_translate_backing(map, guest_offset, run.nbytes, reader, out);

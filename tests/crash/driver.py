@@ -407,13 +407,23 @@ def look(operation: Read | ReadInto) -> bytes:
     return simulated(operation.file).read(operation.host_offset, nbytes)
 
 
+def occupied(operation: Occupied) -> tuple[bool, int]:
+    """Whether sectors are there, which is all that this host knows of holes."""
+    sectors, end = simulated(operation.file).sectors, operation.host_offset + operation.nbytes
+    sector = operation.host_offset // SECTOR
+    is_data, sector = sector in sectors, sector + 1
+    while sector * SECTOR < end and (sector in sectors) == is_data:
+        sector += 1
+    return is_data, min(sector * SECTOR, end) - operation.host_offset
+
+
 def perform(done: InFlight) -> Any:
     """The result of an operation that completes now."""
     match done.operation:
         case Size() | Allocated():
             return simulated(done.operation.file).size
         case Occupied():
-            return True, done.operation.nbytes
+            return occupied(done.operation)
         case Read():
             return look(done.operation) if done.is_late else done.value
         case ReadInto():

@@ -12,13 +12,11 @@ from typing import Any
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Store
 from qcow2.engine.create import Options, create
-from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image, OpenOptions
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.replay import clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.format.header import read_header
-from qcow2.format.luks import CipherSpec, Encryption
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
 from qcow2.node.raw import RawImage
@@ -28,10 +26,8 @@ from tests.builder.record import EXTENDED_L2, MAGIC
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR
-from tests.engine import ORIGIN, waiting
+from tests.engine import ENCRYPTION, KEYS, ORIGIN, waiting
 
-PASSPHRASE = b"key"
-KEYS = Keyring(lambda path: [PASSPHRASE])
 LAZY = 1  # compatible feature bit
 TAG, LOG_CAPACITY = 0xC0FFEE, 8  # of the link log
 LOG_NUMBERS = 20  # of a process's first log, before another must begin
@@ -204,7 +200,7 @@ def _encrypted(kind: Kind, nbytes: int, under: bytes) -> Start:
         has_subclusters=bool(kind.incompatible & EXTENDED_L2),
         backing_name="base.raw" if kind.backing else None,
         backing_format="raw" if kind.backing else None,
-        encryption=Encryption(CipherSpec("aes", "cbc", "essiv", "sha256", 16), "sha256", PASSPHRASE, 0),
+        encryption=ENCRYPTION,
     )
     file, driver = SimulatedFile(f"{kind.name}.qcow2", {}, 0), CrashDriver()
     backing = SimulatedFile.parse("base.raw", under) if kind.backing else None

@@ -10,15 +10,21 @@ from tests.crash.explorer import Run, Violation
 from tests.crash.history import History
 from tests.crash.images import check_image, open_image, read_all, start
 from tests.crash.workload import Guest, Step
+from tests.extents import Plane, Served
 
 
-def perform(kind: str, steps: Sequence[Step], *, seed: int, writethrough: bool) -> Run:
-    """Run *steps* on an image of *kind*: the actions of a step side by side, completing in the seed's order."""
+def perform(kind: str, steps: Sequence[Step], *, seed: int, writethrough: bool, at_once: bool = False) -> Run:
+    """Run *steps* on an image of *kind*: the actions of a step side by side, completing in the seed's order.
+
+    *at_once*: what the extent map can do alone it does.
+    """
     begun = start(kind)
     file = begun.image.copy()
     initial = file.copy()
     driver = CrashDriver(seed)
     image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
+    if at_once:
+        image = Served(image, Plane(driver, image, file, begun.backing))
     guest = Guest(driver, image, History(begun.contents, writethrough=writethrough))
     for step in steps:
         for action in step:

@@ -27,12 +27,15 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.create import Options, create
 from tests.builder import Built, Recipe, build
 from tests.builder.record import EXTENDED_L2
-from tests.crash.driver import SimulatedFile
+from tests.crash.driver import CrashDriver, SimulatedFile, SimulatedMemory
 from tests.crash.history import SECTOR
-from tests.crash.images import LAZY, content
+from tests.crash.images import LAZY, content, open_image, read_all
 from tests.crash.workload import Action, Step
+from tests.engine import ENCRYPTION
 
 BACKING = "base"
 SHOWN = 14  # guest clusters that may hold something at first
@@ -55,6 +58,7 @@ class Sort:
     compressed: bool = False
     snapshot: bool = False
     subclusters: bool = False
+    encrypted: bool = False  # made by us: the builder knows no ciphers
     tables: int = 1  # L2 tables before the one of the last ten clusters
 
     @property
@@ -129,6 +133,9 @@ OVERLAYS = {
         Sort("overlay", backing=True, backing_clusters=100),
         Sort("overlay-lazy", backing=True, backing_clusters=100, lazy=True),
         Sort("parts-overlay", cluster_bits=14, subclusters=True, backing=True, backing_clusters=100, lazy=True),
+        Sort("encrypted", encrypted=True, lazy=True),
+        Sort("encrypted-overlay", encrypted=True, backing=True, backing_clusters=100),
+        Sort("encrypted-parts", cluster_bits=14, encrypted=True, subclusters=True, backing=True, backing_clusters=100),
     )
 }  # for copies by a data plane
 MANY_TABLES = {
@@ -217,6 +224,8 @@ class Beginning:
 @cache
 def beginning(sort: Sort, full: str) -> Beginning:
     """The image; copy it before use."""
+    if sort.encrypted:
+        return encrypted_beginning(sort)
     size = sort.nsectors * SECTOR
     cluster_size = 1 << sort.cluster_bits
     recipe = Recipe(
@@ -249,6 +258,32 @@ def beginning(sort: Sort, full: str) -> Beginning:
         for index in range(sort.cluster_sectors):
             beyond[first + index] = data[index * SECTOR : (index + 1) * SECTOR]
     return Beginning(image, backing_of(sort, under), shown.contents(under), beyond)
+
+
+def encrypted_beginning(sort: Sort) -> Beginning:
+    """The same for one that is encrypted: data, a zero cluster and one that keeps its host cluster."""
+    size, driver = 1 << sort.cluster_bits, CrashDriver()
+    file = SimulatedFile("image.qcow2", {}, 0)
+    backing = backing_of(sort, content(7, sort.backing_clusters * size - SECTOR) if sort.backing else b"")
+    options = Options(
+        sort.nsectors * SECTOR,
+        cluster_bits=sort.cluster_bits,
+        lazy_refcounts=sort.lazy,
+        has_subclusters=sort.subclusters,
+        backing_name=BACKING if sort.backing else None,
+        backing_format="raw" if sort.backing else None,
+        encryption=ENCRYPTION,
+    )
+    driver.run(create(file, options))
+    image = driver.run(open_image(file, backing))
+    for index in (0, 1, 3):
+        driver.run(image.write(index * size, MemoryBuffer(memoryview(bytearray(content(index, size))))))
+    driver.run(image.write_zeroes(2 * size, size, unmap=True))
+    driver.run(image.write_zeroes(3 * size, size, unmap=False))
+    contents = driver.run(read_all(image))
+    driver.run(image.close())
+    file.memory = SimulatedMemory()
+    return Beginning(file, backing, contents[: max(SHOWN, sort.backing_clusters) * size], {})
 
 
 def backing_of(sort: Sort, under: bytes) -> SimulatedFile | None:

@@ -10,6 +10,7 @@ import pytest
 
 import qcow2
 from tests.frontend import FrontEnd
+from tests.oracle import peers
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool, qcow2_tool_ok
 
 MIB = 1 << 20
@@ -33,17 +34,18 @@ def io(path: Path, *commands: str) -> None:
     qemu("qemu-io", "-f", "qcow2", *(word for command in commands for word in ("-c", command)), path, cwd=path.parent)
 
 
-def shown_to_qemu(path: Path) -> bytes:
+def shown_to_qemu(path: Path, peer: str = "qemu-img") -> bytes:
     copy = path.with_suffix(".copy")
-    qemu("qemu-img", "convert", "-O", "raw", path, copy, cwd=path.parent)
+    qemu(peer, "convert", "-O", "raw", path, copy, cwd=path.parent)
     return copy.read_bytes()
 
 
 def assert_sound(path: Path, model: bytes, *, is_raw: bool) -> None:
-    """Both judges say so, and see the model; a raw data file is the model itself."""
+    """All judges say so, and see the model; a raw data file is the model itself."""
     qcow2_tool_ok("check", path)
-    qemu("qemu-img", "check", path, cwd=path.parent)
-    assert shown_to_qemu(path) == model
+    for peer in peers():
+        qemu(peer, "check", path, cwd=path.parent)
+        assert shown_to_qemu(path, peer) == model
     with qcow2.open(path) as disk:
         assert disk.read(0, SIZE) == model
     if is_raw:

@@ -11,6 +11,7 @@ import pytest
 
 import qcow2
 from qcow2 import ImageError, WrongKey
+from tests.oracle import peers
 from tests.program import qcow2_tool, qcow2_tool_ok
 
 KEY = b"correct horse\n"  # the newline is part of it
@@ -60,11 +61,12 @@ def create_by_qemu(path: Path, secret: list[str], wanted: str = LUKS) -> Path:
 
 
 def qemu_reads(path: Path, secret: list[str], content: bytes) -> None:
-    """QEMU finds the image sound, and exactly *content* on the disk."""
-    qemu("qemu-img", "check", "-q", *secret, "--image-opts", options(path))
+    """Each QEMU finds the image sound, and exactly *content* on the disk."""
     plain = path.with_suffix(".plain")
     plain.write_bytes(content)
-    qemu("qemu-img", "compare", *secret, "--image-opts", f"driver=raw,file.filename={plain}", options(path))
+    for peer in peers():
+        qemu(peer, "check", "-q", *secret, "--image-opts", options(path))
+        qemu(peer, "compare", *secret, "--image-opts", f"driver=raw,file.filename={plain}", options(path))
 
 
 def qemu_writes(path: Path, secret: list[str], *commands: str) -> None:
