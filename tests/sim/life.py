@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qcow2.driver import operation as op
-from qcow2.engine.image import Image
+from qcow2.engine.image import Image, OpenOptions
 from qcow2.error import ImageError
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
@@ -23,6 +23,7 @@ from tests.crash.images import LOG_CAPACITY, open_image
 from tests.crash.opening import Seen, look, open_state
 from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning
 from tests.crash.walk import Judge
+from tests.engine import KEYS
 from tests.sim.guest import MIXES, Guest, Setup
 from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
 from tests.sim.liveness import Longest
@@ -490,4 +491,4 @@ async def open_again(file: SimulatedFile, backing: SimulatedFile | None) -> Imag
     if backing is not None:
         is_image = backing.read(0, 4) == MAGIC.to_bytes(4, "big")
         base = await (Image.open(backing) if is_image else RawImage.open(backing))
-    return await Image.open(file, backing=base)
+    return await Image.open(file, backing=base, options=OpenOptions(keys=KEYS))
