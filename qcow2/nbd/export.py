@@ -51,6 +51,17 @@ class Piece:
     file: HostFile | None = None  # which it can be sent from as it is, at `host_offset`
     host_offset: int = 0
 
+    def is_at_hand(self) -> bool:
+        """Whether its ends are in the page cache, so that it probably is; where the host cannot tell it is not."""
+        if self.file is None:
+            return False
+        try:
+            for host_offset in (self.host_offset, self.host_offset + self.nbytes - 1):
+                os.preadv(self.file.fd, [bytearray(1)], host_offset, os.RWF_NOWAIT)
+        except OSError:
+            return False
+        return True
+
 
 class Context(Protocol):
     """Something that BLOCK_STATUS tells about each byte of the disk."""

@@ -1,14 +1,17 @@
 """The first half of a connection: what the client wants, and what it is told of the export."""
 
-import ssl
 from dataclasses import dataclass, field
 from struct import Struct
+from typing import TYPE_CHECKING
 
 from qcow2.nbd import wire
 from qcow2.nbd.error import ProtocolViolation
 from qcow2.nbd.export import MAX_REQUEST, MIN_BLOCK, PREFERRED_BLOCK, Export
-from qcow2.nbd.stream import Stream, TlsStream
+from qcow2.nbd.stream import Stream
 from qcow2.nbd.wire import Answer, Handshake, Info, Option
+
+if TYPE_CHECKING:
+    import ssl
 
 MAX_OPTION = 64 << 10  # bytes of data
 MAX_NAME = 4096  # bytes of a name, as the protocol says
@@ -34,7 +37,7 @@ class Agreement:
 class Negotiation:
     """Talks with the client of *stream* about *export*; with *tls* nothing is said before it is in use."""
 
-    def __init__(self, stream: Stream, export: Export, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, stream: Stream, export: Export, tls: "ssl.SSLContext | None") -> None:
         self.stream = stream
         self._export = export
         self._tls = tls
@@ -121,6 +124,8 @@ class Negotiation:
             raise _Refused(Answer.ERR_POLICY, "the server has no TLS")
         if self.stream.is_encrypted:
             raise _Refused(Answer.ERR_INVALID, "TLS is in use")
+        from qcow2.nbd.tls import TlsStream  # and with it OpenSSL
+
         self._reply(Option.STARTTLS, Answer.ACK)
         encrypted = TlsStream(self.stream, self._tls)
         encrypted.shake_hands()

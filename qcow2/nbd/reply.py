@@ -1,5 +1,7 @@
 """What a client is answered: simple replies, or structured ones of several chunks."""
 
+from collections.abc import Callable
+
 from qcow2.error import ImageError
 from qcow2.nbd import wire
 from qcow2.nbd.error import ClientGone
@@ -53,18 +55,20 @@ class Replies:
         self._export.read(offset, memory)
         self._send(self._header(cookie, offset, len(memory), DONE), memory)
 
-    def read(self, cookie: int, offset: int, nbytes: int, memory: memoryview) -> None:
-        """Send *nbytes* from *offset*, by way of *memory*, which may be less.
+    def read(self, cookie: int, offset: int, nbytes: int, memory: memoryview, before_wait: Callable[[], None]) -> None:
+        """Send *nbytes* from *offset*, by way of *memory*, which may be less; *before_wait()* if that may take a while.
 
         Raises: ClientGone; OSError, ImageError: no end was sent.
         """
         if not self._is_structured:
+            before_wait()
             self._read_simply(cookie, offset, nbytes, memory)
         elif 0 < nbytes <= SMALL:
+            before_wait()
             self.read_whole(cookie, offset, memory[:nbytes])
         else:
             for start in range(offset, offset + nbytes, len(memory)):
-                self._read_pieces(cookie, start, min(len(memory), offset + nbytes - start), memory)
+                self._read_pieces(cookie, start, min(len(memory), offset + nbytes - start), memory, before_wait)
             self.done(cookie)
 
     def _read_simply(self, cookie: int, offset: int, nbytes: int, memory: memoryview) -> None:
@@ -82,14 +86,19 @@ class Replies:
                     raise ClientGone from None
                 self._stream.send(part)
 
-    def _read_pieces(self, cookie: int, offset: int, nbytes: int, memory: memoryview) -> None:
+    def _read_pieces(
+        self, cookie: int, offset: int, nbytes: int, memory: memoryview, before_wait: Callable[[], None]
+    ) -> None:
         for piece in self._export.pieces(offset, nbytes):
             if piece.is_zero:
                 magic, kind = wire.STRUCTURED_REPLY_MAGIC, Chunk.OFFSET_HOLE
                 self._send(wire.HOLE_CHUNK.pack(magic, 0, kind, cookie, 12, offset, piece.nbytes))
             elif piece.file is not None and piece.nbytes > SMALL and not self._stream.is_encrypted:
+                if not piece.is_at_hand():
+                    before_wait()
                 self._send_file(cookie, offset, piece, memory)
             else:
+                before_wait()
                 part = memory[: piece.nbytes]
                 self._export.read(offset, part)
                 self._send(self._header(cookie, offset, len(part), 0), part)

@@ -5,16 +5,19 @@ import os
 import select
 import signal
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from qcow2.nbd.connection import Connection
 from qcow2.nbd.error import ClientGone, ProtocolViolation
 from qcow2.nbd.export import Export
 from qcow2.nbd.negotiation import Negotiation
 from qcow2.nbd.stream import Stream
+
+if TYPE_CHECKING:
+    import ssl
 
 NEGOTIATION_SECONDS = 10.0  # for all of it
 ENDING_SECONDS = 2.0  # in which clients have to read their last replies
@@ -37,7 +40,7 @@ class Server:
         listeners: Sequence[socket.socket],
         *,
         limit: int = 0,
-        tls: ssl.SSLContext | None = None,
+        tls: "ssl.SSLContext | None" = None,
         persists: bool = False,
     ) -> None:
         self._export = export
