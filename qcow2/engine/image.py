@@ -164,7 +164,7 @@ class Image:
             table,
             self._stability,
             self._statistics,
-            log if record.version >= 3 and not record.has_data_file else None,  # version 2 has no place for the tag
+            log if record.version >= 3 else None,  # version 2 has no place for the tag
             self._compressed,
             file_size=file_size,
             snapshots=snapshots,
@@ -246,7 +246,8 @@ class Image:
     def set_link_policy(self, policy: LinkPolicy) -> None:
         """Say when links may wait, and who is told about it; at first they may always."""
         if self._changes is not None:
-            self._changes.links.policy = policy
+            has_log = policy.has_log and not self.geometry.has_data_file
+            self._changes.links.policy = replace(policy, has_log=has_log)
 
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*; reads go on, close leaves the dirty bit."""

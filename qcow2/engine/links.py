@@ -30,7 +30,7 @@ MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay 
 class LinkPolicy:
     """What an image's owner decides about waiting links, and wants to know."""
 
-    has_log: bool = True  # not if nobody cares for barriers
+    has_log: bool = True  # not if nobody cares for barriers, or data in a file of its own comes first anyway
     may_wait: Callable[[], bool] = lambda: True  # the engine's own; in writethrough that would only be more work
     on_waiting: Callable[[bool], None] = lambda is_waiting: None  # whether a sync is no flush: links wait
     on_log_lost: Callable[[OSError], None] = lambda error: None  # there can be no log, so none will wait
@@ -73,7 +73,7 @@ class Links:
         stability: Stability,
         log: LinkLog | None,
     ) -> None:
-        self.policy = LinkPolicy()
+        self.policy = LinkPolicy(has_log=not geometry.has_data_file)
         self.before_renewal: Callable[[], Coroutine[Any, Any, None]] = _nothing  # what else is in the log leaves it
         self._geometry = geometry
         self._mapping = mapping
@@ -150,7 +150,7 @@ class Links:
 
     @property
     def log(self) -> LinkLog | None:
-        """Where links wait; None if none may."""
+        """Where links wait, and live bits are; None if there is none."""
         return self._log
 
     @property

@@ -113,6 +113,20 @@ def test_after_a_kill_another_program_finds_whole_zones_and_no_more(tmp_path: Pa
     assert bitmaps_of(path)["b0"].dirty == {0, *range(20 << 4, 24 << 4)}
 
 
+@pytest.mark.parametrize("more", ["", ",data_file_raw=on"], ids=["entries tell", "raw"])
+def test_a_kill_costs_no_bit_of_an_image_with_a_data_file(tmp_path: Path, more: str) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data'}{more}", path, "16M")
+    qemu_img("bitmap", "--add", path, "b0")
+    disk = qcow2.open(path, writable=True)
+    disk.write(5 << 20, b"x")
+    disk.discard(13 << 20, 1 << 17)
+    disk.abandon()
+    assert bitmaps_of(path)["b0"].dirty == {*range(4 << 4, 8 << 4), *range(12 << 4, 16 << 4)}
+    qcow2.open(path, writable=True).close()
+    assert bitmaps_of(path)["b0"].dirty == {5 << 4, 13 << 4, (13 << 4) + 1}
+
+
 def test_zones_in_which_nothing_changes_any_more_cool(tmp_path: Path) -> None:
     path = with_bitmap(tmp_path / "disk")
     disk = qcow2.open(path, writable=True)
