@@ -52,6 +52,9 @@ struct table_writer worker_table_writer(struct worker *worker);
 /* Write metadata on this thread, however long that takes. -> 0 or how it failed. */
 int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
 
+/* The same for up to 8 bytes from an offset that 8 divides; cheap where it is done often. */
+int worker_write_word(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
+
 /* Put bytes into memory that outlives the process, and record that. */
 void worker_store_memory(struct worker *worker, uint8_t *memory, uint64_t offset, const void *bytes, uint32_t nbytes);
 

@@ -7,10 +7,12 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "ring/loss.h"
 #include "ring/threads.h"
 
 uint64_t host_now(void)
@@ -80,6 +82,24 @@ int host_perform(const struct io_uring_sqe *entry)
 void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes)
 {
     memcpy(memory, bytes, nbytes);
+}
+
+uint64_t *host_map_page(int fd, uint32_t *losses)
+{
+    void *page = mmap(NULL, HOST_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    if (page == MAP_FAILED)
+        return NULL;
+    if (loss_expect(page, HOST_PAGE, HOST_PAGE, losses) == 0)
+        return page;
+    munmap(page, HOST_PAGE);
+    return NULL;
+}
+
+void host_unmap_page(uint64_t *page)
+{
+    loss_forget(page);
+    munmap(page, HOST_PAGE);
 }
 
 /* Whether O_DIRECT reads 512 bytes at 512. */

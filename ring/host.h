@@ -32,6 +32,12 @@ int host_perform(const struct io_uring_sqe *entry);
 /* Put bytes into memory that outlives this process, and not the host. */
 void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes);
 
+#define HOST_PAGE 4096u
+
+/* The file's first page, shared with the page cache; *losses counts those in it (loss.h). -> NULL: not to be had */
+uint64_t *host_map_page(int fd, uint32_t *losses);
+void host_unmap_page(uint64_t *page);
+
 /* What O_DIRECT on the file wants, powers of two. */
 struct host_alignment {
     uint32_t memory;

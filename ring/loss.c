@@ -13,6 +13,7 @@ struct mapping {
     uintptr_t start;
     uint64_t nbytes; /* 0: unused; written last, read first */
     uint64_t page;
+    uint32_t *counter;
 };
 
 uint32_t loss_counter;
@@ -28,10 +29,15 @@ static bool replace_page(uintptr_t at)
         uint64_t nbytes = __atomic_load_n(&mappings[i].nbytes, __ATOMIC_ACQUIRE);
         uintptr_t start = __atomic_load_n(&mappings[i].start, __ATOMIC_RELAXED);
         uint64_t page = __atomic_load_n(&mappings[i].page, __ATOMIC_RELAXED);
+        uint32_t *counter = __atomic_load_n(&mappings[i].counter, __ATOMIC_RELAXED);
 
-        if (at >= start && at - start < nbytes)
-            return mmap((void *)(at & ~(page - 1)), page, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+        if (at < start || at - start >= nbytes)
+            continue;
+        if (mmap((void *)(at & ~(page - 1)), page, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
+            return false;
+        __atomic_add_fetch(counter, 1, __ATOMIC_RELAXED);
+        return true;
     }
     return false;
 }
@@ -41,9 +47,7 @@ static void handle(int number, siginfo_t *info, void *context)
     int error = errno;
 
     (void)context;
-    if (replace_page((uintptr_t)info->si_addr))
-        __atomic_add_fetch(&loss_counter, 1, __ATOMIC_RELAXED);
-    else
+    if (!replace_page((uintptr_t)info->si_addr))
         sigaction(number, &before, NULL); /* not ours: the instruction faults again, for whoever was there before us */
     errno = error;
 }
@@ -56,7 +60,7 @@ static void install(void)
     sigaction(SIGBUS, &action, &before);
 }
 
-int loss_expect(void *mapping, uint64_t nbytes, uint64_t page)
+int loss_expect(void *mapping, uint64_t nbytes, uint64_t page, uint32_t *counter)
 {
     static pthread_once_t installed = PTHREAD_ONCE_INIT;
     int result = -ENOMEM;
@@ -68,6 +72,7 @@ int loss_expect(void *mapping, uint64_t nbytes, uint64_t page)
             continue;
         __atomic_store_n(&mappings[i].start, (uintptr_t)mapping, __ATOMIC_RELAXED);
         __atomic_store_n(&mappings[i].page, page, __ATOMIC_RELAXED);
+        __atomic_store_n(&mappings[i].counter, counter, __ATOMIC_RELAXED);
         __atomic_store_n(&mappings[i].nbytes, nbytes, __ATOMIC_RELEASE);
         result = 0;
     }

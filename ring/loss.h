@@ -9,11 +9,12 @@
 
 #include <stdint.h>
 
-/* Expect losses in a mapping, of pages of so many bytes, until `loss_forget`. -> 0; -ENOMEM: too many mappings. */
-int loss_expect(void *mapping, uint64_t nbytes, uint64_t page);
+/* Expect losses in a mapping, of pages of so many bytes, until `loss_forget`; *counter counts them.
+ * -> 0; -ENOMEM: too many mappings. */
+int loss_expect(void *mapping, uint64_t nbytes, uint64_t page, uint32_t *counter);
 void loss_forget(void *mapping);
 
-extern uint32_t loss_counter;
+extern uint32_t loss_counter; /* of memory shared with a front-end */
 
 static inline uint32_t loss_count(void)
 {

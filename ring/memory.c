@@ -52,7 +52,7 @@ int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address
     if (mapping == MAP_FAILED)
         return -errno;
     madvise(mapping, length, MADV_DONTDUMP);
-    if (loss_expect(mapping, length, page) < 0) {
+    if (loss_expect(mapping, length, page, &loss_counter) < 0) {
         munmap(mapping, length);
         return -ENOMEM;
     }

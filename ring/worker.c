@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "ring/assertion.h"
+#include "ring/word.h"
 
 #define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
 
@@ -225,6 +226,8 @@ void worker_close(struct worker *worker)
         queue_close(worker, &worker->queues[i]);
     worker_set_log_call(worker, -1);
     uring_deinit(&worker->uring);
+    for (uint32_t slot = 0; slot < worker->file_count; slot++)
+        word_forget(&worker->files[slot]);
     worker->file_count = 0;
     worker->free_operation = WORKER_OPERATIONS;
 }
@@ -358,5 +361,6 @@ int worker_is_near(struct worker *worker, uint32_t slot)
 
 void worker_remove_file(struct worker *worker, uint32_t slot)
 {
+    word_forget(&worker->files[slot]);
     worker->files[slot].fd = -1;
 }

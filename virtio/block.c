@@ -193,7 +193,7 @@ static int name_place(struct block *block, struct worker *worker, const struct e
     if (!place->memory)
         return worker_write_entry(worker, place->name_slot, place->name_offset, place->name, place->name_nbytes);
     worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);
-    result = worker_write_entry(worker, place->name_slot, place->mark_offset, place->mark, sizeof(place->mark));
+    result = worker_write_word(worker, place->name_slot, place->mark_offset, place->mark, sizeof(place->mark));
     if (result == 0)
         block->flush_punts = true;
     return result;

@@ -81,6 +81,27 @@ def test_full_disk_fails_requests_and_the_daemon_lives(full: Path, cache: str) -
     assert_not_corrupt(full / "disk")
 
 
+def test_a_header_whose_page_is_gone_fails_a_request_and_the_daemon_lives(full: Path) -> None:
+    """The log's mark is stored in a mapping of it: without space that is SIGBUS, and nothing is lost."""
+    image, ballast = full / "disk", full / "ballast"
+    with Daemon(image, "--cache=writeback") as daemon, FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(0, b"0" * 4096)
+        with image.open("r+b") as file:
+            header = file.read(4096)
+            _run("fallocate", "--punch-hole", "--length", "4096", image)
+            free = os.statvfs(full).f_bavail * os.statvfs(full).f_frsize
+            ballast.write_bytes(b"x" * (free - 65536))  # room for the cluster, not for the mark
+            assert front_end.do(OUT, 131072, b"1" * 4096).status == IOERR
+            ballast.unlink()
+            os.pwrite(file.fileno(), header, 0)
+        front_end.write(262144, b"2" * 4096)
+        front_end.flush()
+        daemon.stop()
+    with qcow2.open(str(image)) as disk:
+        assert [disk.read(turn * 131072, 1) for turn in range(3)] == [b"0", b"b", b"2"]
+    assert_not_corrupt(image)
+
+
 def test_full_disk_kills_nothing_that_the_library_wrote(full: Path) -> None:
     held: list[int] = []
     with qcow2.open(str(full / "disk"), writable=True) as disk:

@@ -143,6 +143,16 @@ TWICE(ssize_t, pwritev2, pwritev64v2, (int fd, const struct iovec *iovecs, int c
     return code ? fail_write(fd, iovecs, offset, code) : REAL(pwritev2)(fd, iovecs, count, offset, flags);
 }
 
+/* The header is written by calls alone, which can fail. */
+TWICE(void *, mmap, mmap64, (void *at, size_t nbytes, int protection, int flags, int fd, off_t offset))
+{
+    if (told && fd >= 0 && is_image(fd)) {
+        errno = ENODEV;
+        return MAP_FAILED;
+    }
+    return REAL(mmap)(at, nbytes, protection, flags, fd, offset);
+}
+
 TWICE(int, fallocate, fallocate64, (int fd, int mode, off_t offset, off_t nbytes))
 {
     int code = fate(fd, mode & FALLOC_FL_PUNCH_HOLE ? PUNCH : RESERVE);

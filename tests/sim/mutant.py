@@ -69,8 +69,8 @@ MUTANTS = [
         "Law 1: a record counts once the mark names it",
         Edit(
             "virtio/block.c",
-            "    result = worker_write_entry(worker, place->name_slot, place->mark_offset,",
-            "    result = !worker ? 0 : 0 && worker_write_entry(worker, place->name_slot, place->mark_offset,",
+            "    result = worker_write_word(worker, place->name_slot, place->mark_offset,",
+            "    result = !worker ? 0 : 0 && worker_write_word(worker, place->name_slot, place->mark_offset,",
         ),
         ("overlay", "overlay-lazy"),
     ),
