@@ -13,6 +13,7 @@ from qcow2.driver.operation import File, Resize, Signal, Spawn, Zero
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import NO_SPACE, Stability
 from qcow2.engine.statistics import Statistics
@@ -198,16 +199,13 @@ class Allocator:
     async def _place_block(self, index: int) -> None:
         """Make refcount block *index* in a cluster of the run, so that all that it counts stays free."""
         cluster = await self.allocate(1)
-        try:
+        async with Rollback(self._reaper.free, cluster):
             await self._root.allow_uncounted()
             async with self._refcounts.mutex.hold():
                 if not self._refcounts.has_block(index):
                     await self._refcounts.link_block(index, cluster.start)
                     self._mapping.own_metadata(cluster)
                     return
-        except Exception:
-            await self._reaper.free(cluster)
-            raise
         await self._reaper.free(cluster)  # the run that was reserved ahead has needed the block, too
 
     async def _refill(self, nclusters: int) -> None:

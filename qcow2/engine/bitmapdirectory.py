@@ -11,6 +11,7 @@ from qcow2.engine.bitmapheader import set_bitmaps
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap, bits_nbytes, set_bits, set_runs, table_entries
 from qcow2.engine.reaper import Reaper
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.error import BitmapError
@@ -60,16 +61,12 @@ class BitmapDirectory:
         self._require_new(name, bits)
         nentries = table_entries(self._geometry.size, bits, self._geometry)
         area = await self._allocator.allocate_area(self._geometry.clusters(nentries * ENTRY_SIZE))
-        try:
+        async with Rollback(self._reaper.free, area):
             raw_name = os.fsencode(name)
             offset, flags = area.start << self._geometry.cluster_bits, int(BitmapFlags.AUTO) if enabled else 0
             record = BitmapRecord(offset, nentries, flags, layout.BITMAP_TYPE_DIRTY, bits, len(raw_name), 0)
             bitmap = Bitmap(record, name, 0, b"", raw_name)
             await self._publish([*(each.bitmap for each in self._bitmaps.stored), bitmap])
-        except Exception:
-            if self._stability.error is None:
-                await self._reaper.free(area)
-            raise
 
     def _granularity_bits(self, granularity: int | None) -> int:
         if not granularity:
@@ -111,15 +108,11 @@ class BitmapDirectory:
         freed = each.clusters(self._geometry)
         area = await self._allocator.allocate_area(self._geometry.clusters(len(each.table) * ENTRY_SIZE))
         offset = area.start << self._geometry.cluster_bits
-        try:
+        async with Rollback(self._reaper.free, area):
             await self._root.allow_uncounted()
             await self._stability.sync()
             where = each.bitmap.host_offset + layout.BITMAP_TABLE_OFFSET
             await self._stability.write(where, layout.FEATURE_WORD.pack(offset))
-        except Exception:
-            if self._stability.error is None:
-                await self._reaper.free(area)
-            raise
         await self._stability.sync()
         await self._bitmaps.reload()
         await self._reaper.free(freed)
@@ -157,17 +150,13 @@ class BitmapDirectory:
             await set_bitmaps(self._root, None)
         else:
             area = await self._allocator.allocate_area(geometry.clusters(len(content)))
-            try:
+            async with Rollback(self._reaper.free, area):
                 offset = area.start << geometry.cluster_bits
                 await self._stability.write(offset, content)
                 await self._root.allow_uncounted()
                 await self._stability.sync()
                 record = BitmapsRecord(len(wanted), 0, len(content), offset)
                 await set_bitmaps(self._root, record)
-            except Exception:
-                if self._stability.error is None:
-                    await self._reaper.free(area)
-                raise
         self._root.broken_promises = self._root.breakable ^ (layout.Autoclear.BITMAPS if wanted else 0)
         await self._bitmaps.reload()
         await self._reaper.free(old)

@@ -22,6 +22,7 @@ from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability, is_harmless
 from qcow2.format import layout
@@ -244,13 +245,10 @@ class Bitmaps:
         """A cluster for bits that are all zero: it is stable zeros, so what points at it changes nothing."""
         cluster = await self._allocator.allocate(1)
         host_offset = cluster.start << self._geometry.cluster_bits
-        try:
+        async with Rollback(self._reaper.free, cluster):
             await self._root.allow_uncounted()
             where = each.bitmap.record.table_offset + index * ENTRY_SIZE
             await self._stability.write(where, bytes_of([host_offset]))
-        except Exception:
-            await self._reaper.free(cluster)
-            raise
         each.table[index] = host_offset
         self.owned.append(cluster.start)
         self._mapping.own_metadata(cluster)

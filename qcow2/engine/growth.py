@@ -9,6 +9,7 @@ from qcow2.driver.operation import File
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reaper import Reaper
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.engine.zeroing import Zeroer
@@ -91,11 +92,8 @@ class Grower:
         if nentries <= len(self._mapping.l1):
             return
         area = await self._allocator.allocate_area(self._geometry.clusters(nentries * ENTRY_SIZE))
-        try:
+        async with Rollback(self._reaper.free, area):
             await self._move_l1(nentries, area)
-        except Exception:
-            await self._reaper.free(area)
-            raise
 
     async def _move_l1(self, nentries: int, area: range) -> None:
         """Let *area*, zeros, be the L1 table; the old one is freed once the header is stable without it."""

@@ -18,6 +18,7 @@ from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.engine.table import Tables
@@ -128,16 +129,13 @@ class Packer:
                 await self._links.commit()
             old = await self._old_clusters(guest_offset, len(streams))
             taken: list[int] = []
-            try:
+            async with Rollback(self._reaper.free, taken):
                 entries = [await self._put(stream, taken) for stream in streams]
                 await self._root.allow_uncounted()
                 await self._stability.sync()
                 for entry in entries:
                     self._compressed.forget(entry)
                 await self._mapping.link(guest_offset, entries)
-            except Exception:
-                await self._reaper.free(taken)
-                raise
             await self._reaper.free(old)
 
     async def _old_clusters(self, guest_offset: int, nclusters: int) -> list[int]:

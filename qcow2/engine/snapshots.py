@@ -15,6 +15,7 @@ from qcow2.engine.mapping import Mapping
 from qcow2.engine.metadata import snapshot_clusters
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.error import CorruptImage, UnsupportedImage
@@ -64,7 +65,7 @@ class Snapshots:
         tree = await self.count(l1)
         await self._require_room(tree)
         areas: list[range] = []
-        try:
+        async with Rollback(self._undo, areas):
             areas.append(await self._write_area(bytes_of(l1)))
             offset = areas[0].start << self._geometry.cluster_bits
             snapshot = new_snapshot(self.table, name, date_ns, offset, len(l1), self._geometry.size)
@@ -73,9 +74,6 @@ class Snapshots:
             await self._root.begin_unsound()
             await self._share(l1)
             await self._raise(tree)
-        except Exception:
-            await self._undo(areas)
-            raise
         await self._publish(table, areas[-1])
         await self._root.end_unsound()
         return snapshot
@@ -92,14 +90,11 @@ class Snapshots:
         tree, old = await self.count(l1), await self.count(self._mapping.l1)
         await self._require_room(tree)
         areas: list[range] = []
-        try:
+        async with Rollback(self._undo, areas):
             areas.append(await self._write_area(bytes_of(l1)))
             await self._root.begin_unsound()
             await self._share(l1, is_active=False)
             await self._raise(tree)
-        except Exception:
-            await self._undo(areas)
-            raise
         await self._switch(snapshot, l1, areas[0])
         await self.let_go(old)
         await self._root.end_unsound()
@@ -110,12 +105,9 @@ class Snapshots:
         tree = await self.count(l1)
         table = SnapshotTable.of([each for each in self.table.snapshots if each is not snapshot], self._file.path)
         area = await self._write_area(pack_snapshots(table.snapshots))
-        try:
+        async with Rollback(self._undo, [area]):
             await self._root.begin_unsound()
             await self._stability.sync()
-        except Exception:
-            await self._undo([area])
-            raise
         await self._publish(table, area)
         await self._reaper.free(self._clusters(snapshot.record.l1_table_offset, len(l1) * ENTRY_SIZE))
         await self.let_go(tree)

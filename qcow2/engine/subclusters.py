@@ -16,6 +16,7 @@ from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reading import Reader
 from qcow2.engine.reaper import Reaper
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.statistics import Statistics
 from qcow2.format.geometry import Geometry
@@ -118,7 +119,7 @@ class Subclusters:
         allocate = self._allocator.allocate if shows_zeros else self._allocator.allocate_unsynced
         new = await allocate(len(old))
         source = source.slice(0, min(len(source), start + (len(new) << bits) - guest_offset))
-        try:
+        async with Rollback(self._reaper.free, new):
             if shows_zeros:
                 await self._data.write((new.start << bits) + guest_offset - start, source)
                 entries = self._entries.data(new.start << bits, len(new))
@@ -133,9 +134,6 @@ class Subclusters:
                 await self._mapping.link(start, entries)
             else:
                 await self._links.link(start, old[: len(new)], entries, ())
-        except Exception:
-            await self._reaper.free(new)
-            raise
         self._statistics.clusters_allocated += len(new)
         return len(source)
 
@@ -169,7 +167,7 @@ class Subclusters:
         is_stream = self._entries.is_compressed(entry)
         new = await self._allocator.allocate_unsynced(1)
         host_offset = new.start << bits
-        try:
+        async with Rollback(self._reaper.free, new):
             if is_stream:
                 changed = self._entries.data(host_offset)[0]
                 content = await self._content(start, start + self._geometry.cluster_size)
@@ -183,9 +181,6 @@ class Subclusters:
             await self._root.allow_uncounted()
             self._allocator.allow_links()
             await self._links.link(start, [entry], [changed], self.host_clusters(entry))
-        except Exception:
-            await self._reaper.free(new)
-            raise
         self._statistics.clusters_allocated += 1
 
     async def _write_over(self, host_offset: int, content: memoryview, ahead: int, source: Buffer) -> None:
@@ -209,7 +204,7 @@ class Subclusters:
         bits = self._geometry.cluster_bits
         old = await self._entry(guest_offset)
         new = await self._allocator.allocate(1)
-        try:
+        async with Rollback(self._reaper.free, new):
             if writes or self._data.is_encrypted:
                 await self._data.write(new.start << bits, bytes(self._geometry.cluster_size))
             await self._root.allow_uncounted()
@@ -219,9 +214,6 @@ class Subclusters:
                 await self._links.link(guest_offset, [old], entries, ())
             else:
                 await self._mapping.link(guest_offset, entries)
-        except Exception:
-            await self._reaper.free(new)
-            raise
         self._statistics.clusters_allocated += 1
 
     async def clear(self, guest_offset: int, end: int, *, keep: bool) -> bool:

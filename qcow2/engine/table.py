@@ -4,6 +4,7 @@ from qcow2.driver.operation import File, Read, Signal
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reaper import Reaper
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
@@ -50,11 +51,8 @@ class Tables:
         signal = self._under_way[index] = Signal()
         try:
             new = await self._allocator.allocate(1)
-            try:
+            async with Rollback(self._reaper.free, new):
                 await self._fill_and_point(guest_offset, new.start << self._geometry.cluster_bits)
-            except Exception:
-                await self._reaper.free(new)
-                raise
         finally:
             del self._under_way[index]
             signal.set()

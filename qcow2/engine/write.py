@@ -13,6 +13,7 @@ from qcow2.engine.mapping import Mapping
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.engine.reading import Reader
 from qcow2.engine.reaper import Reaper
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.statistics import Statistics
 from qcow2.engine.subclusters import Subclusters
@@ -148,16 +149,13 @@ class Writer:
             return self._geometry.cluster_size
         bits = self._geometry.cluster_bits
         new = await self._allocator.allocate(min(self._geometry.clusters(run.nbytes), MAX_PLACED >> bits or 1))
-        try:
+        async with Rollback(self._reaper.free, new):
             if writes or self._data.is_encrypted:
                 await self._data.write(new.start << bits, bytes(len(new) << bits))
             await self._root.allow_uncounted()
             self._allocator.allow_links()
             link = self._link_over if self._data.is_encrypted else self._link
             await link(run, guest_offset >> bits, len(new), new.start << bits)
-        except Exception:
-            await self._reaper.free(new)
-            raise
         self._statistics.clusters_allocated += len(new)
         return len(new) << bits
 
@@ -227,7 +225,7 @@ class Writer:
         new = await allocate(last - first + 1)
         source = self._front(source, (first + len(new) << bits) - guest_offset)
         host_offset = new.start << bits
-        try:
+        async with Rollback(self._reaper.free, new):
             await self._fill(place, guest_offset, source, new)
             await self._root.allow_uncounted()
             self._allocator.allow_links()
@@ -235,9 +233,6 @@ class Writer:
                 await self._link_over(run, first, len(new), host_offset)
             else:
                 await self._link(run, first, len(new), host_offset)
-        except Exception:
-            await self._reaper.free(new)
-            raise
         self._statistics.clusters_allocated += len(new)
         return len(source)
 
