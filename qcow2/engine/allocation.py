@@ -9,17 +9,15 @@ import errno
 import os
 from contextlib import suppress
 
-from qcow2.driver.operation import File, Resize, Signal, Spawn, Zero
-from qcow2.engine.mapping import Mapping
+from qcow2.driver.operation import Resize, Signal, Spawn, Zero
+from qcow2.engine.opened import Opened
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import NO_SPACE, Stability
-from qcow2.engine.statistics import Statistics
+from qcow2.engine.stability import NO_SPACE
 from qcow2.engine.uncounted import Uncounted
 from qcow2.error import CorruptImage, ImageError, MetadataOverlap, NotTried, no_memory
-from qcow2.format.geometry import Geometry
 from qcow2.plane.stock import Stock
 
 NO_ROOM = (*NO_SPACE, errno.EFBIG)
@@ -35,31 +33,27 @@ class Allocator:
 
     def __init__(
         self,
-        file: File,
-        geometry: Geometry,
-        refcounts: Refcounts,
+        opened: Opened,
         root: Root,
-        mapping: Mapping,
-        reaper: Reaper,
-        stability: Stability,
-        statistics: Statistics,
-        file_size: int,
+        refcounts: Refcounts,
         uncounted: Uncounted,
+        reaper: Reaper,
+        file_size: int,
     ) -> None:
-        self._file = file
-        self._geometry = geometry
+        self._file = opened.file
+        self._geometry = opened.geometry
         self._refcounts = refcounts
         self._root = root
-        self._mapping = mapping
+        self._mapping = opened.mapping
         self._reaper = reaper
-        self._stability = stability
-        self._statistics = statistics
+        self._stability = opened.stability
+        self._statistics = opened.statistics
         self._uncounted = uncounted
         self._file_size = file_size
         self._opened_size = file_size  # what was in the file before us is not cut off
         self._stock = Stock()  # reserved, not yet handed out
         self._unsynced = Stock()  # reserved, but stable after the next sync only
-        mapping.cache.set_stock(self._stock.native, self._unsynced.native)
+        opened.mapping.cache.set_stock(self._stock.native, self._unsynced.native)
         self._under_way: Signal | None = None  # of the reservation in progress
         self._gathering: Signal | None = None  # of the one for `allocate_unsynced`
         self._cursor = 0  # no cluster below it is free, as far as is known

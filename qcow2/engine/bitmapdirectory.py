@@ -6,40 +6,27 @@ the directory, or the header, point at it; what is old is freed after. A merge o
 
 import os
 
-from qcow2.engine.allocation import Allocator
 from qcow2.engine.bitmapheader import set_bitmaps
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap, bits_nbytes, set_bits, set_runs, table_entries
-from qcow2.engine.reaper import Reaper
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability
+from qcow2.engine.space import Space
 from qcow2.error import BitmapError
 from qcow2.format import layout
 from qcow2.format.bitmap import Bitmap
-from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE, BitmapFlags, BitmapRecord, BitmapsRecord
 
 DEFAULT_GRANULARITY_BITS = (12, 16)  # of a cluster, but no less and no more than these
 
 
-class BitmapDirectory:
+class BitmapDirectory(Part):
     """Changes the bitmaps of one image that is open for writing."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        stability: Stability,
-        bitmaps: Bitmaps,
-    ) -> None:
-        self._geometry = geometry
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
-        self._stability = stability
+    def __init__(self, opened: Opened, root: Root, space: Space, bitmaps: Bitmaps) -> None:
+        super().__init__(opened, root, space)
         self._bitmaps = bitmaps
 
     def find(self, name: str, *, is_used: bool = True) -> StoredBitmap:

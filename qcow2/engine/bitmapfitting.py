@@ -9,18 +9,17 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qcow2.driver.operation import File, Read
-from qcow2.engine.allocation import Allocator
+from qcow2.driver.operation import Read
 from qcow2.engine.bitmapheader import hoist
 from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap, set_bits, table_entries
-from qcow2.engine.reaper import Reaper
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.root import BitmapsPlace, Root
-from qcow2.engine.stability import Stability
+from qcow2.engine.space import Space
 from qcow2.error import UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.bitmap import Bitmap
-from qcow2.format.geometry import Geometry
 from qcow2.format.layout import BITMAP_ENTRY_ALL_ONES, BitmapsRecord
 from qcow2.plane.entry import bytes_of
 
@@ -33,25 +32,11 @@ class Fitted:
     left: list[int] = field(default_factory=list)
 
 
-class BitmapFitting:
+class BitmapFitting(Part):
     """Fits the bitmaps of one image to its disk, while nothing else is under way."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        stability: Stability,
-        bitmaps: Bitmaps,
-    ) -> None:
-        self._file = file
-        self._geometry = geometry
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
-        self._stability = stability
+    def __init__(self, opened: Opened, root: Root, space: Space, bitmaps: Bitmaps) -> None:
+        super().__init__(opened, root, space)
         self._bitmaps = bitmaps
 
     async def change(self, size: int, change: Coroutine[Any, Any, None], *, all_dirty: bool = False) -> None:

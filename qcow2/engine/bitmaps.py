@@ -14,20 +14,19 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
-from qcow2.driver.operation import File, Signal, Spawn, Store
 from qcow2.driver.operation import Mark as HeaderMark
-from qcow2.engine.allocation import Allocator
+from qcow2.driver.operation import Signal, Spawn, Store
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping
+from qcow2.engine.opened import Found, Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rangelock import Mutex
-from qcow2.engine.reaper import Reaper
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability, is_harmless
+from qcow2.engine.space import Space
+from qcow2.engine.stability import is_harmless
 from qcow2.format import layout
 from qcow2.format.bitmap import bitmap_directory
-from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, BitmapFlags
 from qcow2.native import ffi
 from qcow2.plane.dirtybits import NONE, DirtyBits, Shape, pack_live, places
@@ -51,32 +50,15 @@ class Batch:
         self.error: Exception | None = None
 
 
-class Bitmaps:
-    """The bitmaps of one image that is open for writing; *stored* and *owned* are as `load_bitmaps` found them."""
+class Bitmaps(Part):
+    """The bitmaps of one image that is open for writing."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        mapping: Mapping,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        links: Links,
-        stability: Stability,
-        stored: list[StoredBitmap],
-        owned: "array[int]",
-    ) -> None:
-        self.stored = stored
-        self.owned = owned
-        self._file = file
-        self._geometry = geometry
-        self._mapping = mapping
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
+    def __init__(self, opened: Opened, root: Root, space: Space, links: Links, found: Found) -> None:
+        super().__init__(opened, root, space)
+        self.stored = found.bitmaps
+        self.owned = found.owned_by_bitmaps
+        self.problems = found.bitmap_problems
         self._links = links
-        self._stability = stability
         self._log: LinkLog | None = None  # in whose memory the live bits are
         self._kept: list[StoredBitmap] = []
         self._dirty = DirtyBits()

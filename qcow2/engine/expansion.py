@@ -7,8 +7,7 @@ from array import array
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import File, Read
-from qcow2.engine.mapping import Mapping
-from qcow2.engine.reading import Reader
+from qcow2.engine.opened import Opened
 from qcow2.engine.write import Writer
 from qcow2.engine.zeroing import Zeroer
 from qcow2.format.geometry import Geometry
@@ -16,17 +15,15 @@ from qcow2.plane.entry import Entries, l1_table
 from qcow2.plane.l2cache import Kind, Run
 
 
-async def expand_zeros(
-    geometry: Geometry, mapping: Mapping, reader: Reader, writer: Writer, zeroer: Zeroer, *, has_backing: bool
-) -> None:
+async def expand_zeros(opened: Opened, writer: Writer, zeroer: Zeroer) -> None:
     """Let no cluster of the disk have the zero flag: none it is, or one that holds zeros. Nobody else acts."""
-    offset = 0
+    geometry, offset = opened.geometry, 0
     while offset < geometry.size:
-        run = await mapping.resolve(offset, min(geometry.size, geometry.slice_end(offset)) - offset)
+        run = await opened.mapping.resolve(offset, min(geometry.size, geometry.slice_end(offset)) - offset)
         match run.kind:
             case Kind.ZERO_ALLOCATED:
                 await writer.write(offset, MemoryBuffer(memoryview(bytes(run.nbytes))))
-            case Kind.ZERO_PLAIN if has_backing:
+            case Kind.ZERO_PLAIN if opened.reader.backing is not None:
                 run = await _placed(run, offset, writer)
             case Kind.ZERO_PLAIN:
                 await zeroer.uncover(offset, offset + run.nbytes)

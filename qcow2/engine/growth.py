@@ -6,12 +6,11 @@ A death between these steps leaves the old disk: a longer table maps it as well,
 from array import array
 
 from qcow2.driver.operation import File
-from qcow2.engine.allocation import Allocator
-from qcow2.engine.mapping import Mapping
-from qcow2.engine.reaper import Reaper
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability
+from qcow2.engine.space import Space
 from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
 from qcow2.format.geometry import Geometry
@@ -41,28 +40,12 @@ def grown_size(file: File, header: Header, nbytes: int) -> int:
     return size
 
 
-class Grower:
+class Grower(Part):
     """Makes the disk of one image longer, while nothing else is under way."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        mapping: Mapping,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        zeroer: Zeroer,
-        stability: Stability,
-        backing_size: int,
-    ) -> None:
-        self._geometry = geometry
-        self._mapping = mapping
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
+    def __init__(self, opened: Opened, root: Root, space: Space, zeroer: Zeroer) -> None:
+        super().__init__(opened, root, space)
         self._zeroer = zeroer
-        self._stability = stability
-        self.backing_size = backing_size  # of what shows through now
 
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, as `grown_size` said; stable on return.
@@ -73,7 +56,8 @@ class Grower:
         if nbytes == old_size:
             return
         # What the old tables map past the old end, or the backing file holds there, must not show.
-        reach = max(self.backing_size, len(self._mapping.l1) << self._geometry.table_bits)
+        below = self._reader.backing
+        reach = max(0 if below is None else below.size, len(self._mapping.l1) << self._geometry.table_bits)
         await self._require_l1(l1_entries(nbytes, self._geometry.cluster_bits, self._geometry.entry_size))
         self._geometry.size = nbytes
         try:

@@ -4,7 +4,7 @@ import errno
 from array import array
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from qcow2.driver.operation import Allocated, Buffer, File, Read, Resize, Size
 from qcow2.engine.backing import Backing, Capabilities, Place, Seen
@@ -19,12 +19,13 @@ from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.metadata import active_clusters, snapshot_clusters
+from qcow2.engine.opened import Found, Opened
 from qcow2.engine.reading import Reader
 from qcow2.engine.root import Root
 from qcow2.engine.shedding import shrunk_size
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
-from qcow2.error import CorruptImage, MetadataOverlap, UnsupportedImage, no_memory
+from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header, clear_autoclear, header_over, read_header, require_uncorrupted
 from qcow2.format.layout import (
@@ -44,9 +45,6 @@ from qcow2.plane.l2cache import ExtentMap, L2Cache, Run
 from qcow2.plane.linklog import LinkLog
 
 DEFAULT_CACHE_SIZE = 32 << 20
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +83,18 @@ class Image:
         self._told_void = False
         self._slot: int | None = None
         self._is_hollow: bool | None = None  # nobody has asked yet
-        self._stability = Stability(file, self._statistics, self._refuse_writes, data.file)
+        self._stability = stability = Stability(file, self._statistics, self._refuse_writes, data.file)
         self._cache = L2Cache(self.geometry, options.cache_size)
-        self._mapping = Mapping(
-            file, self.geometry, self._cache, l1, header.record.l1_table_offset, self._stability, self._statistics
+        self._mapping = mapping = Mapping(
+            file, self.geometry, self._cache, l1, header.record.l1_table_offset, stability, self._statistics
         )
-        self._compressed = compressed = CompressedClusters(
-            file, self.geometry, header.compression_type, self._statistics
-        )
+        compressed = CompressedClusters(file, self.geometry, header.compression_type, self._statistics)
         self._data = data
         self._native = data.native
         if self._native is not None:
             self._cache.set_cipher(*self._native)
-        self._reader = Reader(self._data, self._mapping, compressed, backing)
+        self._reader = reader = Reader(data, mapping, compressed, backing)
+        self._opened = Opened(file, data, self.geometry, mapping, reader, compressed, stability, self._statistics)
         self._changes: Changes | None = None  # only while writable
         if backing is not None:
             self._cache.set_backing(backing.extent_map, backing.size, backing)
@@ -154,25 +151,9 @@ class Image:
         bitmaps, owned_by_bitmaps = await self._load_bitmaps(root)
         if record.has_data_file and not record.has_raw_data:
             self._cache.set_untouched(await find_untouched(self._data.file, self.geometry))
-        return Changes(
-            self.file,
-            self._data,
-            self.geometry,
-            self._mapping,
-            self._reader,
-            root,
-            table,
-            self._stability,
-            self._statistics,
-            log if record.version >= 3 else None,  # version 2 has no place for the tag
-            self._compressed,
-            file_size=file_size,
-            snapshots=snapshots,
-            owned_by_snapshots=owned_by_snapshots,
-            bitmaps=bitmaps,
-            owned_by_bitmaps=owned_by_bitmaps,
-            backing_size=None if self.backing is None else self.backing.size,
-        )
+        problems = self.bitmap_problems
+        found = Found(file_size, table, snapshots, owned_by_snapshots, bitmaps, owned_by_bitmaps, problems)
+        return Changes(self._opened, root, found, log if record.version >= 3 else None)  # else no place for the tag
 
     async def _load_bitmaps(self, root: Root) -> "tuple[list[StoredBitmap], array[int]]":
         """The bitmaps that are kept from now on; none if they cannot be found: the first change voids them."""
@@ -283,20 +264,6 @@ class Image:
             self._cache.set_file(self._slot, writable=self._may_overwrite())
         return changes
 
-    async def _guard(self, changes: Changes, change: Coroutine[Any, Any, T]) -> T:
-        """Make *change*; the image is marked corrupt and takes no more if it would hit metadata.
-
-        Nor does it once memory ran out in the middle: nobody knows how far the change came.
-        """
-        try:
-            return await change
-        except MemoryError:
-            self._stability.fail(no_memory())
-            raise
-        except MetadataOverlap as error:
-            await changes.condemn(error)
-            raise
-
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Describe the longest run at *guest_offset* that this image, without its backing file, maps in one way."""
         return await self._mapping.resolve(guest_offset, nbytes)
@@ -336,7 +303,7 @@ class Image:
         """
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, len(source))
-        await self._guard(changes, changes.writer.write(guest_offset, source))
+        await changes.guard(changes.writer.write(guest_offset, source))
 
     def require_compressible(self) -> None:
         """Raises: UnsupportedImage if it can have no compressed clusters."""
@@ -349,13 +316,13 @@ class Image:
         Raises: ValueError, UnsupportedImage; OSError, CorruptImage; then nothing, a part or all of it is written.
         """
         self.require_compressible()
-        level = level_of(self._compressed.compression_type, level)
+        level = level_of(self.header.compression_type, level)
         end, size = guest_offset + len(source), self.geometry.cluster_size
         if guest_offset % size or (end % size and end != self.size):
             raise ValueError(f"{len(source)} bytes at {guest_offset} are not whole clusters of {size} bytes")
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, len(source))
-        await self._guard(changes, changes.packer.write(guest_offset, source, level))
+        await changes.guard(changes.packer.write(guest_offset, source, level))
 
     async def fetch(self, guest_offset: int, nbytes: int, content: memoryview | None = None) -> None:
         """Let the image itself have *content*, what shows through it in the range, or zeros if that is what does.
@@ -364,19 +331,19 @@ class Image:
         Raises: OSError, CorruptImage; then a part of it is the image's.
         """
         changes = await self._changing()
-        await self._guard(changes, changes.fetcher.fetch(guest_offset, nbytes, content))
+        await changes.guard(changes.fetcher.fetch(guest_offset, nbytes, content))
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, nbytes)
-        await self._guard(changes, changes.zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap))
+        await changes.guard(changes.zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap))
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, nbytes)
-        await self._guard(changes, changes.zeroer.discard(guest_offset, nbytes))
+        await changes.guard(changes.zeroer.discard(guest_offset, nbytes))
 
     async def flush(self) -> None:
         """Make every write that has completed stable."""
@@ -400,7 +367,7 @@ class Image:
         size = grown_size(self.file, self.header, nbytes)
         if size != self.size:
             require_sizes(self.file.path, changes.snapshots.table)
-        await self._guard(changes, changes.fitting.change(size, changes.grower.grow(size)))
+        await changes.guard(changes.fitting.change(size, changes.grower.grow(size)))
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is past that is gone. Stable on return.
@@ -411,7 +378,7 @@ class Image:
         self._require_own_data("resized")
         changes = await self._alone()
         size = shrunk_size(self.file, self.header, nbytes)
-        await self._guard(changes, changes.fitting.change(size, changes.shedder.shrink(size)))
+        await changes.guard(changes.fitting.change(size, changes.shedder.shrink(size)))
 
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
         """Give each cluster of the range that holds nothing a place, which is zeros; *writes* writes them, too.
@@ -420,7 +387,7 @@ class Image:
         """
         self._require_own_data("preallocated")
         changes = await self._alone()
-        await self._guard(changes, changes.writer.preallocate(guest_offset, nbytes, writes=writes))
+        await changes.guard(changes.writer.preallocate(guest_offset, nbytes, writes=writes))
 
     async def expand_zeros(self) -> None:
         """Let nothing say zeros that version 2 cannot say so; the disk is as it was. Nothing else is under way.
@@ -434,9 +401,7 @@ class Image:
                 message = f"snapshot {snapshot.name!r} has zero clusters, which version 2 does not know"
                 raise UnsupportedImage(self.file.path, message)
         changes = await self._alone()
-        has_backing = self.backing is not None
-        parts = self.geometry, self._mapping, self._reader, changes.writer, changes.zeroer
-        await self._guard(changes, expand_zeros(*parts, has_backing=has_backing))
+        await changes.guard(expand_zeros(self._opened, changes.writer, changes.zeroer))
         await changes.links.commit()
         if await has_zero_flags(self.file, self.geometry, self._mapping.l1):
             raise UnsupportedImage(self.file.path, "there are zero clusters past the end of the disk")
@@ -447,7 +412,7 @@ class Image:
         Nothing else is under way. Raises: OSError, CorruptImage; then some clusters are here still.
         """
         changes = await self._alone()
-        await self._guard(changes, changes.shedder.shed(0))
+        await changes.guard(changes.shedder.shed(0))
 
     async def put_over(self, backing: "Backing | None", name: str | None, backing_format: str | None) -> None:
         """Let *backing*, open, show through, and the header say so by *name*; stable on return.
@@ -462,12 +427,11 @@ class Image:
         await changes.links.flush()
         await changes.root.rewrite(header)
         self.backing = backing
-        self._reader.set_backing(backing)
+        self._reader.backing = backing
         if backing is None:
             self._cache.clear_backing()
         else:
             self._cache.set_backing(backing.extent_map, backing.size, backing)
-        changes.set_backing(None if backing is None else backing.size)
 
     def refuse_snapshots(self) -> None:
         """Internal snapshots show what is below, too, and nothing is fetched for them. Raises: UnsupportedImage."""
@@ -488,7 +452,7 @@ class Image:
         """
         self._require_own_data("kept in internal snapshots")
         changes = await self._alone()
-        return await self._guard(changes, changes.snapshots.create(name, date_ns))
+        return await changes.guard(changes.snapshots.create(name, date_ns))
 
     async def apply_snapshot(self, wanted: str) -> None:
         """Go back to the internal snapshot of the id, or else the name, *wanted*; stable on return.
@@ -499,7 +463,7 @@ class Image:
         changes = await self._alone()
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, wanted)
         change = changes.snapshots.apply(snapshot)
-        await self._guard(changes, changes.fitting.change(snapshot.disk_size, change, all_dirty=True))
+        await changes.guard(changes.fitting.change(snapshot.disk_size, change, all_dirty=True))
 
     async def delete_snapshot(self, name: str) -> None:
         """Forget the internal snapshot *name*, of several the first; what it alone held is free. Stable on return.
@@ -508,7 +472,7 @@ class Image:
         """
         changes = await self._alone()
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, name, by_id=False)
-        await self._guard(changes, changes.snapshots.delete(snapshot))
+        await changes.guard(changes.snapshots.delete(snapshot))
 
     async def bitmaps(self) -> list[StoredBitmap]:
         """The persistent bitmaps, in the order of their directory. Raises: CorruptImage, OSError."""
@@ -534,7 +498,7 @@ class Image:
             changes.require_trust()
         await changes.links.commit()
         await changes.bitmaps.settle()
-        await self._guard(changes, change(changes.bitmap_directory))
+        await changes.guard(change(changes.bitmap_directory))
 
     def _require_own_data(self, what: str) -> None:
         if self.geometry.has_data_file:
@@ -553,7 +517,7 @@ class Image:
         dirty bit then stays.
         """
         if self._changes is not None:
-            await self._guard(self._changes, self._changes.settle())
+            await self._changes.guard(self._changes.settle())
 
 
 def _require_writable(file: File, header: Header, options: OpenOptions) -> None:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2.driver.operation import Signal, Spawn
-from qcow2.engine.mapping import Mapping
+from qcow2.engine.opened import Opened
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
-from qcow2.engine.stability import Stability, is_harmless
+from qcow2.engine.stability import is_harmless
 from qcow2.error import no_memory
-from qcow2.format.geometry import Geometry
 from qcow2.plane.linklog import Link, LinkLog
 
 MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay or a pause may have to write them all
@@ -65,20 +64,13 @@ class Batch:
 class Links:
     """The waiting links of one image, and the one task that commits them."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        mapping: Mapping,
-        reaper: Reaper,
-        stability: Stability,
-        log: LinkLog | None,
-    ) -> None:
-        self.policy = LinkPolicy(has_log=not geometry.has_data_file)
+    def __init__(self, opened: Opened, reaper: Reaper, log: LinkLog | None) -> None:
+        self.policy = LinkPolicy(has_log=not opened.geometry.has_data_file)
         self.before_renewal: Callable[[], Coroutine[Any, Any, None]] = _nothing  # what else is in the log leaves it
-        self._geometry = geometry
-        self._mapping = mapping
+        self._geometry = opened.geometry
+        self._mapping = opened.mapping
         self._reaper = reaper
-        self._stability = stability
+        self._stability = opened.stability
         self._log = log  # None: no link may wait
         self._has_begun = False
         self._beginning = Mutex()
@@ -88,9 +80,9 @@ class Links:
         self._unrecorded: dict[int, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {}
         self._is_running = False
         if log is not None:
-            mapping.cache.set_log(log.native)
-            mapping.before_load = self._gather
-        self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES >> geometry.cluster_bits)
+            opened.mapping.cache.set_log(log.native)
+            opened.mapping.before_load = self._gather
+        self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES >> opened.geometry.cluster_bits)
 
     async def link(
         self, guest_offset: int, old_entries: Iterable[int], entries: Sequence[int], freed: Sequence[int]

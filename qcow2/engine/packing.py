@@ -10,55 +10,31 @@ from collections.abc import Sequence
 from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, File, Signal, Spawn, Write
-from qcow2.engine.allocation import Allocator
-from qcow2.engine.compressed import CompressedClusters, packer
+from qcow2.driver.operation import Compute, Signal, Spawn, Write
+from qcow2.engine.compressed import packer
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rangelock import Mutex
-from qcow2.engine.reaper import Reaper
-from qcow2.engine.refcount import Refcounts
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability
+from qcow2.engine.space import Space
 from qcow2.engine.table import Tables
 from qcow2.engine.write import Writer
-from qcow2.format.geometry import Geometry
 
 STEP_BYTES = 4 << 20  # linked together, within a slice
 PART_BYTES = 256 << 10  # compressed in one go, beside others
 
 
-class Packer:
+class Packer(Part):
     """Writes compressed clusters of one image."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        mapping: Mapping,
-        tables: Tables,
-        allocator: Allocator,
-        reaper: Reaper,
-        refcounts: Refcounts,
-        root: Root,
-        links: Links,
-        stability: Stability,
-        writer: Writer,
-        compressed: CompressedClusters,
-    ) -> None:
-        self._file = file
-        self._geometry = geometry
-        self._mapping = mapping
+    def __init__(self, opened: Opened, root: Root, space: Space, links: Links, tables: Tables, writer: Writer) -> None:
+        super().__init__(opened, root, space)
         self._tables = tables
-        self._allocator = allocator
-        self._reaper = reaper
-        self._refcounts = refcounts
-        self._root = root
         self._links = links
-        self._stability = stability
         self._writer = writer
-        self._compressed = compressed
+        self._compressed = opened.compressed
         self._mutex = Mutex()
         self._host: int | None = None  # the cluster that the cursor is in, which counts one for it
         self._inside = 0

@@ -21,11 +21,7 @@ class Reader:
         self._data = data
         self._mapping = mapping
         self._compressed = compressed
-        self._backing = backing
-
-    def set_backing(self, backing: "Backing | None") -> None:
-        """Let *backing* show through from now on."""
-        self._backing = backing
+        self.backing = backing  # what shows through now
 
     async def read(self, guest_offset: int, target: Buffer) -> None:
         """Fill *target*, which lies inside the disk.
@@ -63,9 +59,9 @@ class Reader:
 
     async def _read_backing(self, guest_offset: int, target: Buffer) -> None:
         """What shows through: the backing image, and zeros past its end."""
-        inside = 0 if self._backing is None else max(0, min(len(target), self._backing.size - guest_offset))
-        if inside and self._backing is not None:
-            await self._backing.read(guest_offset, target.slice(0, inside))
+        inside = 0 if self.backing is None else max(0, min(len(target), self.backing.size - guest_offset))
+        if inside and self.backing is not None:
+            await self.backing.read(guest_offset, target.slice(0, inside))
         if inside < len(target):
             target.slice(inside, len(target) - inside).zero()
 
@@ -85,11 +81,11 @@ class Reader:
 
     async def _find_backing(self, guest_offset: int, nbytes: int) -> Place | Seen:
         """The same of what shows through where this image has nothing."""
-        if self._backing is None or guest_offset >= self._backing.size:
+        if self.backing is None or guest_offset >= self.backing.size:
             return Seen.ZEROS
-        if guest_offset + nbytes > self._backing.size:
+        if guest_offset + nbytes > self.backing.size:
             return Seen.PIECES
-        return await self._backing.find(guest_offset, nbytes)
+        return await self.backing.find(guest_offset, nbytes)
 
     async def reads_as_zeros(self, guest_offset: int, nbytes: int) -> bool:
         """Whether the mapping alone, through the whole chain, shows that the range reads as zeros."""
@@ -106,6 +102,6 @@ class Reader:
             return True
         if run.kind != Kind.UNALLOCATED:
             return False
-        if self._backing is None or guest_offset >= self._backing.size:
+        if self.backing is None or guest_offset >= self.backing.size:
             return True
-        return await self._backing.reads_as_zeros(guest_offset, min(run.nbytes, self._backing.size - guest_offset))
+        return await self.backing.reads_as_zeros(guest_offset, min(run.nbytes, self.backing.size - guest_offset))

@@ -9,13 +9,11 @@ import errno
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from qcow2.driver.operation import File, Grace, Signal, Spawn, Zero
+from qcow2.driver.operation import Grace, Signal, Spawn, Zero
+from qcow2.engine.opened import Opened
 from qcow2.engine.refcount import Refcounts
-from qcow2.engine.stability import Stability
-from qcow2.engine.statistics import Statistics
 from qcow2.engine.uncounted import Uncounted
 from qcow2.error import CorruptImage, no_memory
-from qcow2.format.geometry import Geometry
 from qcow2.native import ffi
 
 STEP = 2048  # references taken at a time: requests go on in between
@@ -25,22 +23,14 @@ MAX_WAITING = 1 << 18  # clusters: with more the extent map frees no others, so 
 class Reaper:
     """One background task that releases whatever has gathered, batch by batch."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        refcounts: Refcounts,
-        uncounted: Uncounted,
-        stability: Stability,
-        statistics: Statistics,
-    ) -> None:
+    def __init__(self, opened: Opened, refcounts: Refcounts, uncounted: Uncounted) -> None:
         self.on_free: Callable[[int], None] = lambda cluster: None  # told the lowest that is free again
-        self._file = file
-        self._geometry = geometry
+        self._file = opened.file
+        self._geometry = opened.geometry
         self._refcounts = refcounts
         self._uncounted = uncounted
-        self._stability = stability
-        self._statistics = statistics
+        self._stability = opened.stability
+        self._statistics = opened.statistics
         self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
         self._waiting: list[int] = []
         self._under_way: Signal | None = None

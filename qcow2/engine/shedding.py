@@ -8,15 +8,14 @@ stable. When a disk is shortened nobody looks past its end: its size goes first,
 from array import array
 
 from qcow2.driver.operation import File
-from qcow2.engine.allocation import Allocator
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.root import Root
 from qcow2.engine.snapshots import Snapshots
-from qcow2.engine.stability import Stability
+from qcow2.engine.space import Space
 from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
-from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, ExtensionMagic
 from qcow2.plane.entry import bytes_of, l1_shared, l1_table
@@ -40,28 +39,16 @@ def shrunk_size(file: File, header: Header, nbytes: int) -> int:
     return size
 
 
-class Shedder:
+class Shedder(Part):
     """Takes mappings away from one image, while nothing else is under way."""
 
     def __init__(
-        self,
-        geometry: Geometry,
-        mapping: Mapping,
-        zeroer: Zeroer,
-        links: Links,
-        snapshots: Snapshots,
-        allocator: Allocator,
-        root: Root,
-        stability: Stability,
+        self, opened: Opened, root: Root, space: Space, links: Links, zeroer: Zeroer, snapshots: Snapshots
     ) -> None:
-        self._geometry = geometry
-        self._mapping = mapping
+        super().__init__(opened, root, space)
         self._zeroer = zeroer
         self._links = links
         self._snapshots = snapshots
-        self._allocator = allocator
-        self._root = root
-        self._stability = stability
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, as `shrunk_size` said; stable on return. A death leaves the old or the new.

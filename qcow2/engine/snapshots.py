@@ -9,17 +9,14 @@ copy at worst. Each change is one write of the header; what it points at is stab
 from array import array
 from collections.abc import Iterator
 
-from qcow2.driver.operation import File, Read, Size
-from qcow2.engine.allocation import Allocator
-from qcow2.engine.mapping import Mapping
+from qcow2.driver.operation import Read, Size
 from qcow2.engine.metadata import snapshot_clusters
-from qcow2.engine.reaper import Reaper
-from qcow2.engine.refcount import Refcounts
+from qcow2.engine.opened import Found, Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability
+from qcow2.engine.space import Space
 from qcow2.error import CorruptImage, UnsupportedImage
-from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.format.refusal import l1_entries
 from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots, require_sizes
@@ -29,32 +26,13 @@ from qcow2.plane.tally import Role, Tally
 STEP = 1 << 16  # references that are let go of at a time
 
 
-class Snapshots:
-    """The snapshots of one image that is open for writing; *owned* are the clusters of their tables."""
+class Snapshots(Part):
+    """The snapshots of one image that is open for writing."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        mapping: Mapping,
-        allocator: Allocator,
-        reaper: Reaper,
-        refcounts: Refcounts,
-        root: Root,
-        stability: Stability,
-        table: SnapshotTable,
-        owned: "array[int]",
-    ) -> None:
-        self.table = table
-        self._file = file
-        self._geometry = geometry
-        self._mapping = mapping
-        self._allocator = allocator
-        self._reaper = reaper
-        self._refcounts = refcounts
-        self._root = root
-        self._stability = stability
-        self._owned = owned
+    def __init__(self, opened: Opened, root: Root, space: Space, found: Found) -> None:
+        super().__init__(opened, root, space)
+        self.table = found.snapshots
+        self._owned = found.owned_by_snapshots
 
     async def create(self, name: str, date_ns: int) -> Snapshot:
         """Keep what the disk holds as the snapshot *name*, made *date_ns* nanoseconds after 1970; stable on return.

@@ -9,45 +9,23 @@ from collections.abc import Sequence
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer
-from qcow2.engine.allocation import Allocator
 from qcow2.engine.compressed import Payload
-from qcow2.engine.data import Data
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping
-from qcow2.engine.reading import Reader
-from qcow2.engine.reaper import Reaper
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.statistics import Statistics
-from qcow2.format.geometry import Geometry
+from qcow2.engine.space import Space
 from qcow2.plane.l2cache import Kind
 
 
-class Subclusters:
+class Subclusters(Part):
     """Changes clusters part by part. Whoever calls holds their locks, and has made their table private."""
 
-    def __init__(
-        self,
-        data: Data,
-        geometry: Geometry,
-        mapping: Mapping,
-        reader: Reader,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        links: Links,
-        statistics: Statistics,
-    ) -> None:
-        self._data = data
-        self._geometry = geometry
-        self._mapping = mapping
-        self._entries = mapping.entries
-        self._reader = reader
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
+    def __init__(self, opened: Opened, root: Root, space: Space, links: Links) -> None:
+        super().__init__(opened, root, space)
+        self._entries = opened.mapping.entries
         self._links = links
-        self._statistics = statistics
 
     async def write(self, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source*, which lies in one slice; how many bytes."""

@@ -1,38 +1,18 @@
 """L2 tables: a new one where there is none, a copy where a snapshot shares it."""
 
-from qcow2.driver.operation import File, Read, Signal
-from qcow2.engine.allocation import Allocator
-from qcow2.engine.mapping import Mapping
-from qcow2.engine.reaper import Reaper
+from qcow2.driver.operation import Read, Signal
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability
-from qcow2.engine.statistics import Statistics
-from qcow2.format.geometry import Geometry
+from qcow2.engine.space import Space
 
 
-class Tables:
+class Tables(Part):
     """Makes sure that an L2 entry can be changed."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        mapping: Mapping,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        stability: Stability,
-        statistics: Statistics,
-    ) -> None:
-        self._file = file
-        self._geometry = geometry
-        self._mapping = mapping
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
-        self._stability = stability
-        self._statistics = statistics
+    def __init__(self, opened: Opened, root: Root, space: Space) -> None:
+        super().__init__(opened, root, space)
         self._under_way: dict[int, Signal] = {}  # by L1 index
 
     async def require_private(self, guest_offset: int) -> None:

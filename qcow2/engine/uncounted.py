@@ -11,13 +11,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 
-from qcow2.driver.operation import File, Grace, Read
-from qcow2.engine.mapping import Mapping
+from qcow2.driver.operation import Grace, Read
+from qcow2.engine.opened import Opened
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.root import Root
-from qcow2.engine.stability import Stability
 from qcow2.error import CorruptImage, ImageError, no_memory
-from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.judge.census import Census, take_census
 from qcow2.judge.check import is_table_alone, miscopied
@@ -32,25 +30,15 @@ MAX_UNASKED_TABLES = 4096  # one read each
 class Uncounted:
     """Knows which clusters count too low; *nclusters* had the file as it was opened."""
 
-    def __init__(
-        self,
-        file: File,
-        geometry: Geometry,
-        mapping: Mapping,
-        refcounts: Refcounts,
-        root: Root,
-        stability: Stability,
-        nclusters: int,
-        ntables: int,
-    ) -> None:
-        self._file = file
-        self._geometry = geometry
+    def __init__(self, opened: Opened, root: Root, refcounts: Refcounts, nclusters: int, ntables: int) -> None:
+        self._file = opened.file
+        self._geometry = opened.geometry
         self._refcounts = refcounts
         self._root = root
-        self._stability = stability
+        self._stability = opened.stability
         self._nclusters = nclusters
-        self._mapping = mapping
-        self._is_cheap = ntables <= min(MAX_UNASKED_TABLES, MAX_UNASKED_BYTES // geometry.cluster_size)
+        self._mapping = opened.mapping
+        self._is_cheap = ntables <= min(MAX_UNASKED_TABLES, MAX_UNASKED_BYTES // opened.geometry.cluster_size)
         self._is_known = False
         self._starts: array[int] = array("Q")  # of the runs that count too low, ascending
         self._stops: array[int] = array("Q")

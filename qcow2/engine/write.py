@@ -4,22 +4,18 @@ from collections.abc import Sequence
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, Zero
-from qcow2.engine.allocation import Allocator
 from qcow2.engine.backing import Place, Seen
 from qcow2.engine.compressed import Payload
-from qcow2.engine.data import Data
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
 from qcow2.engine.rangelock import RangeLocks
-from qcow2.engine.reading import Reader
-from qcow2.engine.reaper import Reaper
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.statistics import Statistics
+from qcow2.engine.space import Space
 from qcow2.engine.subclusters import Subclusters
 from qcow2.engine.table import Tables
 from qcow2.engine.turns import Turns
-from qcow2.format.geometry import Geometry
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.l2cache import Kind, Run
 
@@ -32,35 +28,16 @@ MAX_PLACED = 4 << 20  # bytes of clusters that are given a place at a time
 HOLDS_NOTHING = (UNALLOCATED, ZERO_PLAIN)
 
 
-class Writer:
+class Writer(Part):
     """Writes guest bytes of one image. `locks` are on guest clusters: who changes an entry holds its cluster's."""
 
-    def __init__(
-        self,
-        data: Data,
-        geometry: Geometry,
-        mapping: Mapping,
-        reader: Reader,
-        tables: Tables,
-        allocator: Allocator,
-        reaper: Reaper,
-        root: Root,
-        links: Links,
-        statistics: Statistics,
-    ) -> None:
-        self.locks = RangeLocks(mapping.cache)
-        self._copies = Turns(max(4, COPY_BYTES // geometry.cluster_size))
-        self._data = data
-        self._geometry = geometry
-        self._mapping = mapping
-        self._reader = reader
+    def __init__(self, opened: Opened, root: Root, space: Space, links: Links, tables: Tables) -> None:
+        super().__init__(opened, root, space)
+        self.locks = RangeLocks(opened.mapping.cache)
+        self._copies = Turns(max(4, COPY_BYTES // opened.geometry.cluster_size))
         self._tables = tables
-        self._allocator = allocator
-        self._reaper = reaper
-        self._root = root
         self._links = links
-        self._statistics = statistics
-        self.subclusters = Subclusters(data, geometry, mapping, reader, allocator, reaper, root, links, statistics)
+        self.subclusters = Subclusters(opened, root, space, links)
 
     async def write(self, guest_offset: int, source: Buffer) -> None:
         """Put *source*, which lies inside the disk, at *guest_offset*; process-safe on return.

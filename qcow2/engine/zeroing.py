@@ -3,52 +3,34 @@
 from contextlib import suppress
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import File, Zero
+from qcow2.driver.operation import Zero
 from qcow2.engine.links import Links
-from qcow2.engine.mapping import Mapping
-from qcow2.engine.reading import Reader
-from qcow2.engine.reaper import Reaper
+from qcow2.engine.opened import Opened
+from qcow2.engine.part import Part
+from qcow2.engine.root import Root
+from qcow2.engine.space import Space
 from qcow2.engine.table import Tables
 from qcow2.engine.write import Writer
-from qcow2.format.geometry import Geometry
 from qcow2.plane.l2cache import Kind, Run
 
 STEP = 2 << 20  # bytes of zeros in memory; no cluster is larger
 
 
-class Zeroer:
+class Zeroer(Part):
     """Makes guest ranges read as zeros, and gives their host clusters back."""
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        mapping: Mapping,
-        reader: Reader,
-        writer: Writer,
-        tables: Tables,
-        links: Links,
-        reaper: Reaper,
-        *,
-        has_backing: bool,
-        data_file: File,
-        is_raw: bool,
-    ) -> None:
-        """*is_raw*: the *data_file*, a file of its own, is to be the same disk as a raw image at any time."""
-        self._data_file = data_file
-        self._is_raw = is_raw
-        self._geometry = geometry
-        self._mapping = mapping
-        self._reader = reader
+    def __init__(self, opened: Opened, root: Root, space: Space, links: Links, tables: Tables, writer: Writer) -> None:
+        super().__init__(opened, root, space)
+        self._data_file = opened.data.file
+        self._is_raw = root.header.record.has_raw_data  # it is to be the same disk as a raw image at any time
         self._writer = writer
         self._tables = tables
         self._links = links
-        self._reaper = reaper
-        self.set_backing(has_backing=has_backing)
 
-    def set_backing(self, *, has_backing: bool) -> None:
-        """Say whether anything shows where the image has nothing."""
-        # Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows.
-        self._can_say_zero = self._geometry.version >= 3 or not has_backing
+    @property
+    def _can_say_zero(self) -> bool:
+        """Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows."""
+        return self._geometry.version >= 3 or self._reader.backing is None
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; clusters it covers are let go with *unmap*, kept without if they can be."""
