@@ -9,7 +9,8 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation
 from qcow2.engine.create import Options, create
 from qcow2.engine.encryption import Keyring
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.format.luks import CipherSpec, Encryption
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link, LinkLog, Mark, Origin, read_log

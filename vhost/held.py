@@ -11,7 +11,8 @@ from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.encryption import Keyring
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
 from qcow2.lock import await_transfers, guest_key, lock_transfers

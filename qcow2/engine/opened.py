@@ -1,4 +1,4 @@
-"""What travels together in the engine: the parts of an open image, and what was in its file."""
+"""What travels together: how to open an image, the parts of an open one, and what was in its file."""
 
 from array import array
 from dataclasses import dataclass
@@ -7,12 +7,27 @@ from qcow2.driver.operation import File
 from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
+from qcow2.engine.encryption import Keyring
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reading import Reader
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.format.geometry import Geometry
 from qcow2.format.snapshot import SnapshotTable
+
+DEFAULT_CACHE_SIZE = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How to open an image."""
+
+    writable: bool = False
+    lazy_refcounts: bool | None = None  # None: as the image says
+    cache_size: int = DEFAULT_CACHE_SIZE  # bytes of L2 tables in memory, at most
+    snapshot: str | None = None  # read the disk as this one, an id or else a name, holds it
+    keys: Keyring | None = None  # what may open it, if it is encrypted
+    has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What internal snapshots see of the files below: a commit to one of those must not change it under them."""
 
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.node.extent import Extent, find_extent

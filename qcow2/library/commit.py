@@ -5,7 +5,8 @@ import os
 from qcow2.driver.file import run
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.driver.pool import PoolDriver
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.commit import WIDTH, commit
 from qcow2.job.pace import Pace

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from qcow2.driver.file import HostFile
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.create import Options
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.layout import CompressionType
 from qcow2.job.copy import Manner, copy

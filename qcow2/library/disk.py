@@ -16,7 +16,8 @@ from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.create import Preallocation
 from qcow2.engine.encryption import Keyring
-from qcow2.engine.image import DEFAULT_CACHE_SIZE, Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.library.awaitable import AwaitableDisk

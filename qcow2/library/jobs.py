@@ -7,7 +7,7 @@ import os
 from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.format.layout import CompressionType
 from qcow2.job import compare as comparison
 from qcow2.job.pace import Pace, Progress

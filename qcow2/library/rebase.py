@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from qcow2.driver.file import run
 from qcow2.driver.operation import File
 from qcow2.driver.pool import PoolDriver
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.header import clear_autoclear, header_over, read_header, require_uncorrupted, rewrite_header
 from qcow2.format.layout import Autoclear

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.judge.census import Progress
 from qcow2.lock import lock_image, show_life

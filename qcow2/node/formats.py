@@ -11,7 +11,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.error import UnsupportedImage
 
 if TYPE_CHECKING:
-    from qcow2.engine.image import OpenOptions
+    from qcow2.engine.opened import OpenOptions
     from qcow2.node.chain import Chain
     from qcow2.node.node import Node
 

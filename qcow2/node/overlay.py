@@ -12,8 +12,9 @@ from contextlib import ExitStack, suppress
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.create import Options, create
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
 from qcow2.engine.logplace import new_log
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
 from qcow2.lock import lock_image, share_image, show_life

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
 from qcow2.engine.logplace import new_log
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.recovery import recover, warn_of_waiting
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.header import Header, read_header, require_uncorrupted

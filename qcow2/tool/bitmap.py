@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.disk import Disk

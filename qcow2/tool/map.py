@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 
 from qcow2.driver.file import BlockingDriver
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, extents_of
 from qcow2.tool.named import add_format_option, add_image_options, the_image

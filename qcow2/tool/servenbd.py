@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.shared import SharedDriver
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.nbd.export import Cache, Export, Terms
 from qcow2.nbd.listening import inherited, listening_on_path, listening_on_port
 from qcow2.nbd.server import Server

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, create
 from qcow2.engine.encryption import Keyring
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.judge.check import check
 from qcow2.judge.report import Report

@@ -13,7 +13,8 @@ import pytest
 import qcow2
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.create import Options, create
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.stability import Stability
 from qcow2.job.commit import commit
 from qcow2.job.pace import Pace

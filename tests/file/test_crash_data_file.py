@@ -7,8 +7,9 @@ import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.create import Options, Preallocation, create
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
 from qcow2.engine.mapping import Mapping
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.write import Writer
 from qcow2.judge.check import check
 from tests.crash.driver import CrashDriver, Effect, Point, SimulatedFile, points

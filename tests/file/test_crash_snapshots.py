@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.snapshots import Snapshots
 from qcow2.error import ImageError
 from qcow2.judge.check import judge

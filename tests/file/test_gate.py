@@ -8,7 +8,8 @@ import pytest
 
 import qcow2
 from qcow2.driver.file import HostFile
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.node.chain import Chain
 from qcow2.node.formats import FORMATS, Format, Outline, register
 from qcow2.node.node import Node

@@ -12,7 +12,8 @@ import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.task import Task
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from tests.builder import Recipe, build
 from tests.builder.record import LAZY_REFCOUNTS
 from tests.latecomer import Latecomer, MemoryFile

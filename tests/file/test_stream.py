@@ -12,7 +12,8 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Spawn
 from qcow2.engine.create import Options, create
 from qcow2.engine.fetching import Fetcher
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.stability import Stability
 from qcow2.job.pace import Pace
 from qcow2.job.stream import stream

@@ -11,7 +11,8 @@ from typing import Any
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Read, ReadInto, Write, Zero
 from qcow2.engine.growth import grown_size
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import CorruptImage, ImageError
 from qcow2.format.header import read_header, require_uncorrupted
 from qcow2.judge.check import check

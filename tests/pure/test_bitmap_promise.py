@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.format import layout
 from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, SimulatedFile, points

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from qcow2.driver.operation import Operation, Read, Write
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.native import ffi, lib
 from tests.engine import Bench, noise, open_again, set_up
 from tests.extents import BASE, DATA, FRESH, PUNT, TOP, ZERO, Plane, TableReader

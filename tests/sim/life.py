@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from qcow2.driver import operation as op
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
