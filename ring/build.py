@@ -6,12 +6,14 @@ programs of `tests/c` with the thread sanitizer.
 """
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ FUZZ = ROOT / "tests" / "fuzz"
 DRIVER_SIDE = ("bench/driver.c", "bench/driver_packed.c", "bench/identity.c")  # for tests and load alone
 
 
+def expanded(cdef: str, read: Callable[[str], str]) -> str:
+    """The declarations *cdef*, with those of the headers that it includes, which *read* gives, in their places."""
+    return re.sub(r'#include "(.+)"\n', lambda found: re.sub("(?m)^#.*\n", "", read(found[1])), cdef)
+
+
 def emit_wrapper(module: str, target: Path) -> None:
     """Write the C file that exposes the declarations of `room/name.cdef`, for the *module* `room._name`.
 
@@ -54,7 +61,8 @@ def emit_wrapper(module: str, target: Path) -> None:
     # Read as a file: nothing of ours can be imported before it is built.
     fingerprint = runpy.run_path(str(ROOT / "qcow2" / "sources.py"))["fingerprint"]()
     ffi = FFI()
-    ffi.cdef((ROOT / room / f"{name}.cdef").read_text() + "\n#define NATIVE_SOURCES ...\n")
+    cdef = expanded((ROOT / room / f"{name}.cdef").read_text(), lambda header: (ROOT / header).read_text())
+    ffi.cdef(cdef + "\n#define NATIVE_SOURCES ...\n")
     ffi.set_source(module, f'#define NATIVE_SOURCES {fingerprint}\n#include "{room}/{name}.h"')
     target.parent.mkdir(parents=True, exist_ok=True)
     ffi.emit_c_code(str(target))

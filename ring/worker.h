@@ -13,11 +13,13 @@
 #include <stdint.h>
 
 #include "ring/assertion.h"
+#include "ring/counters.h"
+#include "ring/counters.h"
 #include "ring/extent.h"
-#include "ring/log.h"
-#include "ring/loss.h"
 #include "ring/histogram.h"
 #include "ring/host.h"
+#include "ring/log.h"
+#include "ring/loss.h"
 #include "ring/memory.h"
 #include "ring/pace.h"
 #include "ring/poll.h"
@@ -62,32 +64,6 @@ struct worker_event {
     uint64_t nbytes;
 };
 _Static_assert(sizeof(struct worker_event) == 40, "EVENT in ring/worker.py");
-
-/* All u64; read by other threads while the worker counts. */
-struct worker_counters {
-    uint64_t requests;
-    uint64_t reads;
-    uint64_t writes;
-    uint64_t flushes;
-    uint64_t discards;
-    uint64_t write_zeroes;
-    uint64_t other_requests;
-    uint64_t read_bytes;
-    uint64_t written_bytes;
-    uint64_t failed_requests;
-    uint64_t python_requests;
-    uint64_t python_events;
-    uint64_t crossings;
-    uint64_t kicks;
-    uint64_t calls;
-    uint64_t syncs;
-    uint64_t sync_waiters;
-    uint64_t batches;
-    uint64_t immediate; /* transfers done without io_uring */
-    uint64_t stalls;    /* of them, those that made the worker wait too long */
-    uint64_t immediate_syncs; /* done on the worker's thread */
-    uint64_t polls;     /* rounds that looked for work instead of sleeping */
-};
 
 /* Read by other threads, too. What takes how long, as of worker->now, a clock that is read a few times a round. */
 struct queue_statistics {

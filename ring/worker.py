@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from ring.aio import Aio
-from ring.counter import Counters, snapshot
+from ring.counter import Counters
 from ring.host import HOST, Host
 from ring.inflight import InflightRegion
 from ring.memory import Mapping, MemoryRegion, map_regions, native_table
@@ -189,7 +189,7 @@ class Worker:
     @property
     def counters(self) -> Counters:
         """What was counted so far; also after `stop`."""
-        return snapshot(self._counters)
+        return Counters(self._counters)
 
     @property
     def statistics(self) -> Statistics:

@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 PROGRAM = "vhost-user-qcow2"
 PROGRESS_SECONDS = 5
+STATS = (
+    "requests",
+    "reads",
+    "writes",
+    "flushes",
+    "discards",
+    "write_zeroes",
+    "python_requests",
+    "crossings",
+    "immediate",
+    "stalls",
+    "syncs",
+)
 CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
 
 
@@ -319,17 +332,7 @@ def _stats(counters: "Counters", statistics: "Statistics") -> str:
 
     return json.dumps(
         {
-            "requests": counters.requests,
-            "reads": counters.reads,
-            "writes": counters.writes,
-            "flushes": counters.flushes,
-            "discards": counters.discards,
-            "write_zeroes": counters.write_zeroes,
-            "python_requests": counters.python_requests,
-            "crossings": counters.crossings,
-            "immediate": counters.immediate,
-            "stalls": counters.stalls,
-            "syncs": counters.syncs,
+            **{name: getattr(counters, name) for name in STATS},
             "metadata_writes": statistics.metadata_writes,
             "clusters_allocated": statistics.clusters_allocated,
             "bytes_read": counters.read_bytes,

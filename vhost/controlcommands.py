@@ -7,7 +7,6 @@ Everything here runs on the control socket's own thread. It reaches the data pla
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
 from typing import Any
 
 from ring.statistics import Histogram
@@ -79,7 +78,7 @@ class Commands:
         """Every counter, and the latencies."""
         statistics = self._device.worker.statistics
         return {
-            "counters": asdict(self._device.worker.counters),
+            "counters": vars(self._device.worker.counters),
             "stages": {name: _as_json(getattr(statistics, name)) for name in ("data", "metadata", "sync")},
             "queues": {
                 str(index): {

@@ -1,7 +1,6 @@
 """Counters and latencies as OpenMetrics text, for whoever scrapes them."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from ring.counter import Counters
 from ring.statistics import Histogram, Statistics
@@ -13,7 +12,7 @@ FIRST_BOUND, LAST_BOUND = 10, 36  # 2**i ns: from 1 us to 69 s
 def open_metrics(counters: Counters, statistics: Statistics) -> str:
     """The exposition, from `# TYPE` to `# EOF`."""
     lines: list[str] = []
-    for name, value in asdict(counters).items():
+    for name, value in vars(counters).items():
         lines += [f"# TYPE {PREFIX}_{name} counter", f"{PREFIX}_{name}_total {value}"]
     lines.append(f"# TYPE {PREFIX}_stage_seconds histogram")
     for stage in ("data", "metadata", "sync"):

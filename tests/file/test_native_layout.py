@@ -11,7 +11,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 import ring._native
-from ring.counter import FIELDS
+from ring.counter import NAMES
 from ring.trace import RECORD, Flag, Kind
 from ring.worker import EVENT
 
@@ -145,4 +145,4 @@ def test_kinds_and_flags_of_a_trace_are_the_compilers() -> None:
 
 
 def test_counters_are_the_fields_of_the_frozen_record() -> None:
-    assert records()["worker_counters"] == Record(8 * len(FIELDS), {name: 8 * i for i, name in enumerate(FIELDS)})
+    assert records()["worker_counters"] == Record(8 * len(NAMES), {name: 8 * i for i, name in enumerate(NAMES)})

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from cffi import FFI
 
-from ring.build import DRIVER_SIDE, FLAGS
+from ring.build import DRIVER_SIDE, FLAGS, expanded
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / ".cache" / "sim"
@@ -137,7 +137,7 @@ def _wrapper(room: str, sources: dict[str, str]) -> str:
     if room == "ring":
         declarations += sources["tests/sim/native.cdef"] + _driver_side(sources["bench/native.cdef"])
         includes += '\n#include "tests/sim/host.h"\n#include "bench/driver.h"\n#include "bench/identity.h"'
-    ffi.cdef(declarations)
+    ffi.cdef(expanded(declarations, sources.__getitem__))
     ffi.set_source(f"{room}._native", includes)
     path = CACHE / f"wrapper-{room}-{os.getpid()}.c"
     path.parent.mkdir(parents=True, exist_ok=True)
