@@ -1,5 +1,6 @@
-"""Who carries out the worker's I/O."""
+"""How a worker runs: who carries out its I/O, and how long it looks for more of it."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -13,3 +14,14 @@ class Aio(Enum):
     AUTO = "auto"
     IO_URING = "io_uring"
     THREADS = "threads"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker runs."""
+
+    aio: Aio = Aio.AUTO
+    poll_us: int = 0  # look at the rings for up to so long before the thread sleeps, as long as that pays off
+
+
+PLAIN = WorkerOptions()

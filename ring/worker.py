@@ -20,7 +20,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from ring.aio import Aio
+from ring.aio import PLAIN, Aio, WorkerOptions
 from ring.counter import Counters
 from ring.host import HOST, Host
 from ring.inflight import InflightRegion
@@ -37,6 +37,7 @@ from ring.virtqueue import QueueLayout
 T = TypeVar("T")
 
 NUDGE_SECONDS = 0.1  # between the nudges of one who waits for the worker thread
+POOL_THREADS = 2
 
 EVENT = struct.Struct("=IiQIIQQ")  # struct worker_event: kind, result, id, type, flags, offset, nbytes
 REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE, QUIET = 1, 2, 3, 4, 5, 6, 7, 8  # enum worker_event_kind
@@ -57,10 +58,8 @@ class Worker:
         self,
         device: NativeDevice,
         on_request: Callable[[Request], None],
+        options: WorkerOptions = PLAIN,
         *,
-        aio: Aio = Aio.AUTO,
-        poll_us: int = 0,
-        pool_threads: int = 2,
         on_queue_broken: Callable[[int, str], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
         host: Host = HOST,
@@ -70,20 +69,19 @@ class Worker:
         *on_request(request)* begins a request, on the worker thread. *on_queue_broken(index, fault)* tells, on the
         worker thread, of a queue that was stopped because its ring is nonsense; its err fd has been signalled.
         *on_death(error)* is called on the dying worker thread if anything raised there: a bug of ours, and the
-        process cannot go on serving. The rings are looked at for up to *poll_us* before the thread sleeps, as long as
-        that pays off. `stop` raises that error too. Once started, `aio` says what is used and
-        `io_uring_refusal` why it is threads if *aio* left that open.
+        process cannot go on serving. `stop` raises that error too. Once started, `aio` says what is used and
+        `io_uring_refusal` why it is threads if the *options* left that open.
         """
-        self.aio = aio
-        self._poll_us = poll_us
+        self.aio = options.aio
+        self._poll_us = options.poll_us
         self.io_uring_refusal: OSError | None = None
         self._device = device
         self._on_request = on_request
         self._on_queue_broken = on_queue_broken
         self._on_death = on_death
         self._host = host
-        self._pool = host.pool(pool_threads, "compute")
-        self._host_pool = host.pool(pool_threads, "host")
+        self._pool = host.pool(POOL_THREADS, "compute")
+        self._host_pool = host.pool(POOL_THREADS, "host")
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
         self._started: Future[None] = new_future()
         self._lock = threading.Lock()  # guards _open, and the control fd while it is written

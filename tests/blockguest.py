@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from bench.driver import Buffer, Completion, DriverMemory, DriverQueue, IdentityMap
-from ring.aio import Aio
+from ring.aio import Aio, WorkerOptions
 from ring.counter import Counters
 from ring.memory import MemoryRegion
 from ring.request import Request
@@ -107,8 +107,7 @@ class Guest:
                 Worker(
                     self.block,
                     self._on_request,
-                    aio=self._aio,
-                    poll_us=self._poll_us,
+                    WorkerOptions(self._aio, self._poll_us),
                     on_queue_broken=self._note_fault,
                 )
             )

@@ -170,8 +170,7 @@ def serve_image(options: "Options") -> None:
                 stop_fd,
                 num_queues=options.num_queues,
                 writeback=options.cache.writeback,
-                aio=options.aio,
-                poll_us=options.poll_us,
+                worker=options.worker,
                 control=_sealed(control_of) if options.sandbox else control_of,
                 on_ready=lambda: manager.tell("READY=1"),
             )

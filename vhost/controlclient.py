@@ -6,10 +6,9 @@ import socket
 import sys
 from typing import Any
 
-from vhost.option import PROGRAM, Parser, UsageError
+from vhost.option import PROGRAM, Parser, UsageError, size_of
 
 GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
-KIBI = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
 def parser() -> Parser:
@@ -23,7 +22,12 @@ def parser() -> Parser:
     commands.add_parser("stats", help="counters and latencies as JSON")
     commands.add_parser("metrics", help="counters and latencies as OpenMetrics text")
     resize = commands.add_parser("resize", help="let the disk grow while it is used")
-    resize.add_argument("size", metavar="SIZE", type=_size, help="the new size in bytes, or with a suffix as in 20G")
+    resize.add_argument(
+        "size",
+        metavar="SIZE",
+        type=lambda text: size_of(text, "20G"),
+        help="the new size in bytes, or with a suffix as in 20G",
+    )
     snapshot = commands.add_parser(
         "snapshot", help="freeze what the disk holds in a file; an overlay is served from now on"
     )
@@ -92,11 +96,3 @@ def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
 def _complain(text: str) -> int:
     print(f"{PROGRAM}: ctl: {' '.join(text.split())}", file=sys.stderr)
     return 1
-
-
-def _size(text: str) -> int:
-    shift = KIBI.get(text[-1:].lower(), 0)
-    digits = text[:-1] if shift else text
-    if not (digits.isascii() and digits.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20G")
-    return int(digits) << shift

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from ring.aio import Aio
+from ring.aio import PLAIN, WorkerOptions
 from ring.counter import Counters
 from vhost.channel import Channel, Hangup
 from vhost.connection import Connection
@@ -27,8 +27,7 @@ def run(
     *,
     num_queues: int,
     writeback: bool,
-    aio: Aio = Aio.AUTO,
-    poll_us: int = 0,
+    worker: WorkerOptions = PLAIN,
     control: Callable[[Device], AbstractContextManager[object]] = lambda device: nullcontext(),
     on_ready: Callable[[], None] = lambda: None,
 ) -> Counters:
@@ -39,7 +38,7 @@ def run(
     Raises: EndpointError.
     """
     with (
-        Device(backend, num_queues=num_queues, writeback=writeback, aio=aio, poll_us=poll_us) as device,
+        Device(backend, num_queues=num_queues, writeback=writeback, worker=worker) as device,
         control(device),
     ):
         endpoint.begin()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
-from ring.aio import Aio
+from ring.aio import PLAIN, WorkerOptions
 from ring.memory import REGIONS_MAX
 from ring.worker import Worker
 from vhost.session import Offer, Session
@@ -41,16 +41,13 @@ class Device:
     `resize` is for any thread; the rest is the control thread's.
     """
 
-    def __init__(
-        self, backend: Backend, *, num_queues: int, writeback: bool, aio: Aio = Aio.AUTO, poll_us: int = 0
-    ) -> None:
+    def __init__(self, backend: Backend, *, num_queues: int, writeback: bool, worker: WorkerOptions = PLAIN) -> None:
         self.backend = backend
         self.block = _native_block(backend)
         self.worker = Worker(
             self.block,
             backend.start,
-            aio=aio,
-            poll_us=poll_us,
+            worker,
             on_queue_broken=_tell_of_broken_queue,
             on_death=die,
         )

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-import qcow2
 from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
@@ -16,7 +15,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
 from qcow2.lock import await_transfers, guest_key, lock_transfers
-from qcow2.node.chain import outline
+from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import Gate
 from qcow2.node.overlay import Overlay
@@ -52,7 +51,7 @@ class HeldImage:
         self._options = options
         self._progress = progress
         self._on_wait = on_wait
-        self._keys = keys
+        self._opening = OpenOptions(not options.read_only, options.lazy_refcounts, options.cache_size, keys=keys)
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
         self._stack = ExitStack()
@@ -104,20 +103,15 @@ class HeldImage:
 
     def _open(self) -> Disk:
         options = self._options
-        disk = qcow2.open(
-            options.blk_file,
-            writable=not options.read_only,
-            format=options.format,
-            lazy_refcounts=options.lazy_refcounts,
-            cache_size=options.cache_size,
+        chain = Chain(
+            data_file=options.data_file,
+            progress=self._progress(),
             log_directory=options.link_log,
             discard_log=options.discard_link_log,
-            data_file=options.data_file,
-            allow_files=gate_of(options),
-            progress=self._progress(),
+            gate=gate_of(options),
             on_wait=self._on_wait,
-            key=self._keys,
         )
+        disk = Disk.of(chain, options.blk_file, options.format, self._opening)
         try:
             if options.cache.direct:
                 files = [file for file in disk.files if not _shares_pages(disk, file)]
@@ -160,8 +154,7 @@ class HeldImage:
             raise UnsupportedImage(disk.files[0].path, "encrypted: a new overlay would hold what follows in plain")
         if disk.image.read_only:
             raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
-        options = OpenOptions(True, self._options.lazy_refcounts, self._options.cache_size)
-        overlay = Overlay(disk.chain, disk.image, name, options)
+        overlay = Overlay(disk.chain, disk.image, name, self._opening)
         try:
             self._prepare_direct(overlay)
         except BaseException:

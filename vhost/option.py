@@ -3,11 +3,11 @@
 import argparse
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NoReturn
 
-from ring.aio import Aio
+from ring.aio import Aio, WorkerOptions
 
 PROGRAM = "vhost-user-qcow2"
 QUEUES_MAX = 256  # a ring index has 8 bits on the wire
@@ -21,6 +21,7 @@ GROUP_MODE = 0o660
 GROUP_LIMIT = (1 << 32) - 1  # which would mean: leave it
 DEFAULT_LINK_LOG = "/dev/shm"
 SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
+LAZY_REFCOUNTS = {"on": True, "off": False, "image": None}
 
 
 class UsageError(Exception):
@@ -79,6 +80,11 @@ class Options:
     data_file: str | None = None  # what the image's data is in, whatever it says
     allow_files: tuple[str, ...] | None = None  # directories of what images may name; None: anywhere
 
+    @property
+    def worker(self) -> WorkerOptions:
+        """How the worker runs."""
+        return WorkerOptions(self.aio, self.poll_us)
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line of ours."""
@@ -109,33 +115,12 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a {given.format} image has no refcounts")
     if given.incoming and given.trace_io:
         raise UsageError("--incoming and --trace-io: a trace begins with the image")
-    return Options(
-        blk_file=given.blk_file,
-        socket_path=given.socket_path,
-        fd=given.fd,
-        socket_mode=given.socket_mode,
-        socket_group=given.socket_group,
-        format=given.format,
-        read_only=given.read_only,
-        cache=CacheMode[given.cache.upper()],
-        num_queues=given.num_queues,
-        serial=given.serial,
-        lazy_refcounts={"on": True, "off": False, "image": None}[given.lazy_refcounts],
-        cache_size=given.cache_size,
-        link_log=given.link_log,
-        discard_link_log=given.discard_link_log,
-        stats=given.stats,
-        trace_io=given.trace_io,
-        incoming=given.incoming,
-        aio=Aio(given.aio),
-        poll_us=given.poll_us,
-        control=given.control,
-        sandbox=given.sandbox,
-        key_fds=tuple(given.key_fd),
-        key_files=tuple(given.key_file),
-        data_file=given.data_file,
-        allow_files=_allowed(given.allow_files, given.blk_file, is_confined=given.sandbox),
-    )
+    given.cache = CacheMode[given.cache.upper()]
+    given.lazy_refcounts = LAZY_REFCOUNTS[given.lazy_refcounts]
+    given.aio = Aio(given.aio)
+    given.key_fds, given.key_files = tuple(given.key_fds), tuple(given.key_files)
+    given.allow_files = _allowed(given.allow_files, given.blk_file, is_confined=given.sandbox)
+    return Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
 
 
 def whole_parser() -> Parser:
@@ -176,9 +161,15 @@ def _parser() -> Parser:
     add("--num-queues", metavar="N", type=_num_queues, default=DEFAULT_QUEUES, help=f"default: {DEFAULT_QUEUES}")
     add("--serial", metavar="TEXT", type=_serial, default="", help=f"what the guest sees, up to {SERIAL_MAX} bytes")
     add("--lazy-refcounts", choices=["on", "off", "image"], default="image", help="default: as the image says")
-    add("--cache-size", metavar="SIZE", type=_cache_size, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
+    add("--cache-size", metavar="SIZE", type=_cached_bytes, default=DEFAULT_CACHE_SIZE, help="L2 cache (default: 32M)")
     add("--incoming", action="store_true", help="a guest will migrate here: take the image when its rings start")
-    add("--poll-us", metavar="N", type=_poll_us, default=DEFAULT_POLL_US, help=f"default: {DEFAULT_POLL_US}; 0: never")
+    add(
+        "--poll-us",
+        metavar="N",
+        type=_pause,
+        default=DEFAULT_POLL_US,
+        help=f"default: {DEFAULT_POLL_US}; 0: never",
+    )
     add("--control", metavar="PATH", type=_non_empty, help="listen for commands on this Unix socket; see ctl")
     add("--aio", choices=[aio.value for aio in Aio], default="auto", help="default: threads only without io_uring")
     add(
@@ -191,6 +182,7 @@ def _parser() -> Parser:
     add("--discard-link-log", action="store_true", help="lose the writes in a log that is missing or does not count")
     add(
         "--key-fd",
+        dest="key_fds",
         metavar="N",
         type=_fd,
         action="append",
@@ -199,6 +191,7 @@ def _parser() -> Parser:
     )
     add(
         "--key-file",
+        dest="key_files",
         metavar="PATH",
         type=_non_empty,
         action="append",
@@ -263,7 +256,7 @@ def _group(text: str) -> int:
         raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
 
 
-def _poll_us(text: str) -> int:
+def _pause(text: str) -> int:
     if not text.isdecimal() or int(text) > POLL_US_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of microseconds from 0 to {POLL_US_MAX}")
     return int(text)
@@ -283,12 +276,17 @@ def _serial(text: str) -> str:
     return text
 
 
-def _cache_size(text: str) -> int:
+def size_of(text: str, example: str) -> int:
+    """Bytes of a size as people write it. Raises: ArgumentTypeError with the *example*."""
     shift = SUFFIXES.get(text[-1:].lower(), 0)
     digits = text[:-1] if shift else text
     if not (digits.isascii() and digits.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32M")
-    nbytes = int(digits) << shift
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as {example}")
+    return int(digits) << shift
+
+
+def _cached_bytes(text: str) -> int:
+    nbytes = size_of(text, "32M")
     if not CACHE_SIZE_MIN <= nbytes <= CACHE_SIZE_MAX:
         raise argparse.ArgumentTypeError(f"{nbytes} bytes are not between {CACHE_SIZE_MIN} and {CACHE_SIZE_MAX}")
     return nbytes

@@ -48,12 +48,7 @@ def commit_image(
     """
     depth = depth_of(path, image_format, base)
     chain = Chain(log_directory=log_directory, discard_log=discard_log, writable_depth=depth)
-    try:
-        disk = Disk(chain.open(path, image_format, OpenOptions(writable=True, keys=keys_of(key))), chain)
-    except BaseException:
-        chain.close()
-        raise
-    with disk:
+    with Disk.of(chain, path, image_format, OpenOptions(writable=True, keys=keys_of(key))) as disk:
         overlay = disk.image
         assert isinstance(overlay, Image)
         below = chain.nodes[depth]

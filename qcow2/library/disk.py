@@ -59,6 +59,18 @@ class Disk(AwaitableDisk):
             log.warning("%s: %s", self._path, problem)
         image.on_bitmaps_void = partial(_tell_of_void_bitmaps, self._path)  # no cycle: a dropped disk ends at once
 
+    @classmethod
+    def of(cls, chain: Chain, path: str, image_format: str, options: OpenOptions) -> "Disk":
+        """The image at *path*, and what is under it, opened by *chain*, which is the disk's to close from now on.
+
+        Raises: OSError, ImageError; *chain* is closed then.
+        """
+        try:
+            return cls(chain.open(path, image_format, options), chain)
+        except BaseException:
+            chain.close()
+            raise
+
     @property
     def size(self) -> int:
         """Length of the virtual disk in bytes."""
@@ -310,13 +322,6 @@ def keys_of(key: Key) -> Keyring | None:
     return Keyring(keys)
 
 
-def _gate_of(allowed: Iterable[str] | Gate | None) -> Gate:
-    if allowed is None or isinstance(allowed, Gate):
-        return ANY if allowed is None else allowed
-    directories = tuple(allowed)
-    return Gate(directories, directories)
-
-
 def open_disk(
     path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | int,
     mode: str = "r",
@@ -330,7 +335,7 @@ def open_disk(
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
     data_file: str | None = None,
-    allow_files: Iterable[str] | Gate | None = None,
+    allow_files: Iterable[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Disk:
@@ -362,11 +367,7 @@ def open_disk(
         progress=progress,
         log_directory=log_directory,
         discard_log=discard_log,
-        gate=_gate_of(allow_files),
+        gate=ANY if allow_files is None else Gate(*2 * [tuple(allow_files)]),
         on_wait=on_wait,
     )
-    try:
-        return Disk(chain.open(name, format, options), chain)
-    except BaseException:
-        chain.close()
-        raise
+    return Disk.of(chain, name, format, options)

@@ -46,9 +46,9 @@ class ExtentMap(NamedTuple):
 class L2Cache:
     """Owner of a struct l2map and of the arrays it borrows."""
 
-    def __init__(self, geometry: Geometry, cache_size: int) -> None:
+    def __init__(self, geometry: Geometry, nbytes: int) -> None:
         self._geometry = geometry
-        self._cache_size = cache_size
+        self._nbytes = nbytes
         nslots = self._slots()
         self.entries = Entries.of(geometry)
         created = lib.l2map_create(self.entries.native, geometry.size, nslots)
@@ -75,7 +75,7 @@ class L2Cache:
     def _slots(self) -> int:
         """How many slices to hold: no more than the disk has."""
         slices = -(-self._geometry.size >> self._geometry.slice_bits)
-        return max(MIN_SLOTS, min(self._cache_size // self._geometry.slice_bytes, slices))
+        return max(MIN_SLOTS, min(self._nbytes // self._geometry.slice_bytes, slices))
 
     def resize(self) -> None:
         """The disk's size has changed; the cache is empty after, the extent map keeps its addresses."""

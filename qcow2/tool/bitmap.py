@@ -91,14 +91,9 @@ def _validated(arguments: argparse.Namespace) -> int | None:
 @contextmanager
 def opened_without_data(image: Named, *, writable: bool, **log: Any) -> Iterator[Disk]:
     """The image, whose data nobody looks at: no key is needed. Raises: OSError, ImageError, Failure."""
-    chain = Chain(**log)
-    try:
-        with opening(image.path):
-            options = OpenOptions(writable=writable, has_data=False)
-            disk = Disk(chain.open(image.path, image.image_format, options), chain)
-    except BaseException:
-        chain.close()
-        raise
+    with opening(image.path):
+        options = OpenOptions(writable=writable, has_data=False)
+        disk = Disk.of(Chain(**log), image.path, image.image_format, options)
     with disk:
         yield disk
 

@@ -19,7 +19,7 @@ from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.pool import PoolDriver
 from qcow2.driver.task import Task
-from ring.aio import Aio
+from ring.aio import Aio, WorkerOptions
 from ring.worker import Worker
 from tests.crash.driver import CrashDriver, SimulatedFile
 from vhost.disk import RingDriver
@@ -64,7 +64,7 @@ def pool(path: Path) -> Iterator[Rig]:
 @contextmanager
 def ring(path: Path, aio: Aio = Aio.AUTO) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
-        with Worker(NativeBlock(size=0), lambda request: None, aio=aio) as worker:
+        with Worker(NativeBlock(size=0), lambda request: None, WorkerOptions(aio)) as worker:
             slot = worker.call(lambda: worker.add_file(file.fd))
             driver = RingDriver(worker, {file: slot}, None)
             run = partial(run_on_worker, worker, driver)

@@ -12,7 +12,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
-from ring.aio import Aio
+from ring.aio import Aio, WorkerOptions
 from ring.native import lib
 from ring.worker import Worker, look_at
 from tests.builder.record import MAGIC
@@ -265,7 +265,11 @@ class World:
         cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
         backend = ImageBackend(held, cache=cache, driver=SimulatedDriver)
         worker = SimulatedWorker(
-            block, backend.start, aio=Aio.IO_URING, host=self.kernel, on_queue_broken=self._tell_of_broken_queue
+            block,
+            backend.start,
+            WorkerOptions(Aio.IO_URING),
+            host=self.kernel,
+            on_queue_broken=self._tell_of_broken_queue,
         )
         worker.open()
         try:
