@@ -5,9 +5,8 @@ sees that. Killed at any moment the overlay shows the same; done once more it en
 """
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Signal
 from qcow2.engine.image import Image
-from qcow2.job.crew import Crew
+from qcow2.job.crew import Buffers, Crew, Order, Turn
 from qcow2.job.pace import Pace
 from qcow2.job.visible import require_hidden
 from qcow2.node.extent import find_extent
@@ -41,9 +40,8 @@ class _Commit:
         self._pace = pace
         self._window = window
         self._crew = Crew(width)
-        self._buffers: list[memoryview] = []  # of no window now
-        self._placed = Signal()  # the window before: what comes later on the disk comes later in the file
-        self._placed.set()
+        self._buffers = Buffers(window)
+        self._order = Order()
 
     async def run(self) -> None:
         size = self._overlay.size
@@ -56,8 +54,7 @@ class _Commit:
             if extent.depth < self._depth and not extent.is_zero:
                 nbytes = min(nbytes, self._window)
                 await self._pace.wait(nbytes)
-                before, self._placed = self._placed, Signal()
-                await self._crew.start(self._copy(offset, nbytes, before, self._placed))
+                await self._crew.start(self._copy(offset, nbytes, self._order.next()))
             elif extent.depth < self._depth:  # also where an image between is too short to show the base
                 nbytes = min(nbytes, 1 << 30)
                 await self._crew.start(self._clear(offset, nbytes))
@@ -66,16 +63,14 @@ class _Commit:
             offset += nbytes
         await self._crew.join()
 
-    async def _copy(self, offset: int, nbytes: int, before: Signal, placed: Signal) -> None:
-        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._window))
+    async def _copy(self, offset: int, nbytes: int, turn: Turn) -> None:
+        buffer = self._buffers.take()
         data = MemoryBuffer(buffer[:nbytes])
-        try:
+        with turn:
             await self._overlay.read(offset, data)
-            await before.wait()
+            await turn.come()
             await self._base.write(offset, data)
-        finally:
-            placed.set()
-        self._buffers.append(buffer)
+        self._buffers.give(buffer)
         self._pace.advance(nbytes)
 
     async def _clear(self, offset: int, nbytes: int) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, Signal
+from qcow2.driver.operation import Compute
 from qcow2.job.content import data_runs, different_units
-from qcow2.job.crew import Crew
+from qcow2.job.crew import Buffers, Crew, Order, Turn
 from qcow2.job.pace import Pace
 from qcow2.job.source import Content, Source
 from qcow2.job.target import Runs, Target
@@ -50,12 +50,11 @@ class _Copy:
         self._manner = manner
         self._base = base
         self._crew = Crew(manner.width)
-        self._buffers: list[memoryview] = []  # of no window now
+        self._buffers = Buffers(manner.window)
         self._under_way: set[int] = set()  # where those windows begin
         self._position = 0
         self._known = (Content.ZEROS, 0)  # the extent that was found last, and its end
-        self._placed = Signal()  # the window before
-        self._placed.set()
+        self._order = Order()
 
     async def run(self) -> None:
         size = self._source.size
@@ -116,38 +115,36 @@ class _Copy:
 
     async def _begin_window(self, offset: int, nbytes: int) -> None:
         await self._pace.wait(nbytes)
-        before, placed = self._placed, Signal()
-        self._placed = placed
         self._under_way.add(offset)
-        try:
-            await self._crew.start(self._copy(offset, nbytes, before, placed))
-        except BaseException:
-            placed.set()
-            raise
+        await self._crew.start(self._copy(offset, nbytes, self._order.next()))
 
-    async def _copy(self, offset: int, nbytes: int, before: Signal, placed: Signal) -> None:
-        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(self._manner.window))
+    async def _copy(self, offset: int, nbytes: int, turn: Turn) -> None:
+        buffer = self._buffers.take()
         data = buffer[:nbytes]
         try:
-            await self._source.read(offset, data)
-            runs = await self._runs(data)
-            parts = [(0, nbytes, runs)] if self._base is None else await self._different(self._base, offset, data, runs)
-            packed = [await self._target.pack(data[start:end], inside) for start, end, inside in parts]
-            if self._manner.keeps_order:
-                await before.wait()
-            places = [
-                self._target.place(offset + start, end - start, inside, known)
-                for (start, end, inside), known in zip(parts, packed, strict=True)
-            ]
-            placed.set()
-            for (start, end, inside), place in zip(parts, places, strict=True):
-                await self._target.put(offset + start, data[start:end], inside, place)
+            with turn:
+                await self._place(offset, data, turn)
         finally:
-            placed.set()
             self._under_way.discard(offset)
-        self._buffers.append(buffer)
+        self._buffers.give(buffer)
         await self._target.advance(min(self._under_way, default=offset))
         self._pace.advance(nbytes)
+
+    async def _place(self, offset: int, data: memoryview, turn: Turn) -> None:
+        """Fill *data*, and put what the target needs of it there."""
+        await self._source.read(offset, data)
+        runs = await self._runs(data)
+        parts = [(0, len(data), runs)] if self._base is None else await self._different(self._base, offset, data, runs)
+        packed = [await self._target.pack(data[start:end], inside) for start, end, inside in parts]
+        if self._manner.keeps_order:
+            await turn.come()
+        places = [
+            self._target.place(offset + start, end - start, inside, known)
+            for (start, end, inside), known in zip(parts, packed, strict=True)
+        ]
+        turn.give_way()
+        for (start, end, inside), place in zip(parts, places, strict=True):
+            await self._target.put(offset + start, data[start:end], inside, place)
 
     async def _runs(self, data: memoryview) -> Runs:
         if not self._manner.sparse_unit:

@@ -52,3 +52,58 @@ class Crew:
                 raise error
             finally:
                 del error  # whose traceback has this frame
+
+
+class Turn:
+    """A piece's place in an `Order`; a context that gives way to the next one, at its end at the latest."""
+
+    def __init__(self, before: Signal) -> None:
+        self._before = before
+        self.passed = Signal()
+
+    def __enter__(self) -> None:
+        """The piece has begun."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.passed.set()
+
+    async def come(self) -> None:
+        """Return once all pieces before have given way."""
+        await self._before.wait()
+
+    def give_way(self) -> None:
+        """Let the next one come."""
+        self.passed.set()
+
+
+class Order:
+    """Lets pieces that are side by side do one thing one after the other, in the order in which they were begun.
+
+    So what comes later on the disk comes later in the file.
+    """
+
+    def __init__(self) -> None:
+        self._last = Signal()
+        self._last.set()
+
+    def next(self) -> Turn:
+        """The turn of a piece that begins now."""
+        turn = Turn(self._last)
+        self._last = turn.passed
+        return turn
+
+
+class Buffers:
+    """Memory for pieces, *nbytes* each; as many as there are at a time."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._unused: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """One for a piece, which gives it back if it comes to a good end."""
+        return self._unused.pop() if self._unused else memoryview(bytearray(self._nbytes))
+
+    def give(self, buffer: memoryview) -> None:
+        """Nobody uses *buffer* now."""
+        self._unused.append(buffer)

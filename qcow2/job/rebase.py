@@ -7,10 +7,10 @@ import operator
 from collections.abc import Callable
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, File, Signal
+from qcow2.driver.operation import Compute, File
 from qcow2.engine.image import Image
 from qcow2.job.content import data_runs, different_units
-from qcow2.job.crew import Crew
+from qcow2.job.crew import Crew, Order, Turn
 from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
@@ -57,8 +57,7 @@ class _Difference:
         self._window = window
         self._unit = overlay.geometry.cluster_size
         self._crew = Crew(width)
-        self._placed = Signal()  # the window before: what comes later on the disk comes later in the file
-        self._placed.set()
+        self._order = Order()
 
     async def run(self) -> None:
         self._pace.begin(self._overlay.size)
@@ -85,8 +84,7 @@ class _Difference:
         stop = min(stop, bound)
         first = offset - offset % self._unit
         last = min(stop + -stop % self._unit, self._overlay.size)
-        before, self._placed = self._placed, Signal()
-        await self._crew.start(self._copy(first, last, stop - offset, before, self._placed))
+        await self._crew.start(self._copy(first, last, stop - offset, self._order.next()))
         return stop
 
     async def _find_new(self, offset: int, end: int) -> Extent | None:
@@ -95,20 +93,18 @@ class _Difference:
             return None
         return await find_extent(self._new, offset, min(end, self._new.size) - offset)
 
-    async def _copy(self, start: int, end: int, nbytes: int, before: Signal, placed: Signal) -> None:
+    async def _copy(self, start: int, end: int, nbytes: int, turn: Turn) -> None:
         """Whole clusters, which the overlay does not have."""
-        try:
+        with turn:
             old, new = memoryview(bytearray(end - start)), memoryview(bytearray(end - start))
             await self._overlay.read(start, MemoryBuffer(old))
             inside = 0 if self._new is None else max(0, min(end, self._new.size) - start)
             if inside and self._new is not None:
                 await self._new.read(start, MemoryBuffer(new[:inside]))
             different = await Compute(lambda: different_units(old, new, self._unit))
-            await before.wait()
+            await turn.come()
             for low, high in different:
                 await self._bring(start + low, old[low:high])
-        finally:
-            placed.set()
         self._pace.advance(nbytes)
 
     async def _bring(self, offset: int, content: memoryview) -> None:
