@@ -3,17 +3,27 @@
 Read from the DWARF of the compiled extension.
 """
 
+import io
+import re
 import struct
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
+import qcow2._native
 import ring._native
+from qcow2.plane.l2cache import Kind as RunKind
+from qcow2.plane.tally import Role
+from ring import operations, worker
 from ring.counter import NAMES
+from ring.memory import REGIONS_MAX
 from ring.trace import RECORD, Flag, Kind
 from ring.worker import EVENT
+from vhost.option import QUEUES_MAX, SERIAL_MAX
 
 
 class Record(NamedTuple):
@@ -27,28 +37,29 @@ class Record(NamedTuple):
 def records() -> dict[str, Record]:
     """Every named struct of the data plane's extension."""
     found: dict[str, Record] = {}
-    with open(ring._native.__file__, "rb") as file:
-        for unit in ELFFile(file).get_dwarf_info().iter_CUs():  # type: ignore[no-untyped-call]
-            for entry in unit.iter_DIEs():
-                if (
-                    entry.tag == "DW_TAG_structure_type"
-                    and {"DW_AT_name", "DW_AT_byte_size"} <= entry.attributes.keys()
-                ):
-                    found[entry.attributes["DW_AT_name"].value.decode()] = describe(entry)
+    for entry in entries(ring._native.__file__):
+        if entry.tag == "DW_TAG_structure_type" and {"DW_AT_name", "DW_AT_byte_size"} <= entry.attributes.keys():
+            found[entry.attributes["DW_AT_name"].value.decode()] = describe(entry)
     return found
 
 
-def enumerators(name: str) -> dict[str, int]:
-    """The constants of an enum of the data plane's extension."""
-    with open(ring._native.__file__, "rb") as file:
-        for unit in ELFFile(file).get_dwarf_info().iter_CUs():  # type: ignore[no-untyped-call]
-            for entry in unit.iter_DIEs():
-                if entry.tag == "DW_TAG_enumeration_type" and name_of(entry) == name:
-                    return {
-                        child.attributes["DW_AT_name"].value.decode(): child.attributes["DW_AT_const_value"].value
-                        for child in entry.iter_children()
-                    }
+def enumerators(name: str, extension: ModuleType = ring._native) -> dict[str, int]:
+    """The constants of an enum of an extension."""
+    for entry in entries(extension.__file__ or ""):
+        if entry.tag == "DW_TAG_enumeration_type" and name_of(entry) == name:
+            return {
+                child.attributes["DW_AT_name"].value.decode(): child.attributes["DW_AT_const_value"].value
+                for child in entry.iter_children()
+            }
     raise LookupError(name)
+
+
+@cache
+def entries(path: str) -> list[Any]:
+    """What DWARF says of each thing in a compiled file."""
+    with open(path, "rb") as file:
+        elf = ELFFile(io.BytesIO(file.read()))
+    return [entry for unit in elf.get_dwarf_info().iter_CUs() for entry in unit.iter_DIEs()]  # type: ignore[no-untyped-call]
 
 
 def name_of(entry: Any) -> str | None:
@@ -139,9 +150,49 @@ def test_record_is_what_python_packs(name: str) -> None:
     assert records()[name] == Record(packed.size, offsets)
 
 
-def test_kinds_and_flags_of_a_trace_are_the_compilers() -> None:
-    assert enumerators("trace_kind") == {f"TRACE_{kind.name}": kind for kind in Kind}
-    assert enumerators("trace_flag") == {f"TRACE_{flag.name}": flag for flag in Flag}
+MIRRORED: dict[str, tuple[ModuleType, dict[str, int]]] = {
+    "trace_kind": (ring._native, {f"TRACE_{kind.name}": kind for kind in Kind}),
+    "trace_flag": (ring._native, {f"TRACE_{flag.name}": flag for flag in Flag}),
+    "worker_event_kind": (
+        ring._native,
+        {
+            f"EVENT_{name}": getattr(worker, name)
+            for name in ("REQUEST", "DONE", "CONTROL", "DRAINED", "BROKEN", "SYNC_FAILED", "IDLE", "QUIET")
+        },
+    ),
+    "transfer_flag": (
+        ring._native,
+        {f"TRANSFER_{name}": getattr(operations, name) for name in ("READ", "WRITE", "DATA")},
+    ),
+    "l2_kind": (qcow2._native, {f"L2_{kind.name}": kind for kind in RunKind}),
+}
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_numbers_that_python_repeats_are_the_compilers(name: str) -> None:
+    extension, numbers = MIRRORED[name]
+    assert enumerators(name, extension) == numbers
+
+
+def test_roles_that_python_repeats_are_the_compilers() -> None:
+    """Each side has some of its own: no bit has two meanings."""
+    compiled = enumerators("tally_role", qcow2._native)
+    repeated = {f"TALLY_{role.name}": int(role) for role in Role}
+    assert {name: number for name, number in compiled.items() if name in repeated}.items() <= repeated.items()
+    assert not {number for name, number in repeated.items() if name not in compiled} & set(compiled.values())
+
+
+LIMITS = [
+    ("ring/memory.h", "GUEST_REGIONS_MAX", REGIONS_MAX),
+    ("ring/worker.h", "WORKER_QUEUES", QUEUES_MAX),
+    ("virtio/block.h", "BLOCK_SERIAL_NBYTES", SERIAL_MAX),
+]
+
+
+@pytest.mark.parametrize(("header", "name", "number"), LIMITS)
+def test_limits_that_python_repeats_are_those_of_the_headers(header: str, name: str, number: int) -> None:
+    text = (Path(__file__).parents[2] / header).read_text()
+    assert re.findall(rf"#define {name} (\d+)", text) == [str(number)]
 
 
 def test_counters_are_the_fields_of_the_frozen_record() -> None:
