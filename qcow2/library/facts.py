@@ -34,7 +34,7 @@ def facts_of_file(file: HostFile, image_format: str) -> Facts:
         facts.update(run(_qcow2_facts(file)))
     else:
         facts["virtual-size"] = known.outline(file).size
-    if image_format == "luks":
+    if known.has_key_slots:
         luks = run(read_luks(file))[0]
         facts |= {"encrypted": True, "format-specific": {"type": "luks", "data": luks_facts(luks)}}
     return facts

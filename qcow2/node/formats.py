@@ -46,6 +46,7 @@ class Format:
     data: Callable[[HostFile], str | None] = lambda file: None  # the name of the file that data is in; "": it has none
     has_metadata: bool = False  # refcounts and tables, that can be checked and counted lazily
     has_snapshots: bool = False
+    has_key_slots: bool = False  # at the start of the file, and all of the disk is encrypted
 
 
 def _open_qcow2(chain: "Chain", file: HostFile, options: "OpenOptions") -> "Node":
@@ -112,7 +113,7 @@ def register(image_format: Format) -> None:
 
 register(Format("qcow2", _open_qcow2, _outline_qcow2, _below_qcow2, _data_qcow2, has_metadata=True, has_snapshots=True))
 register(Format("raw", _open_raw, _outline_raw))
-register(Format("luks", _open_luks, _outline_luks))
+register(Format("luks", _open_luks, _outline_luks, has_key_slots=True))
 
 
 def format_of(path: str, name: str) -> Format:

@@ -6,6 +6,7 @@ from qcow2.driver.file import run
 from qcow2.library.amend import Amendment, CannotAmend, amend_image, name_data_file
 from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
+from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, recovered
 from qcow2.tool.identity import program
@@ -50,10 +51,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.filename is None:
         raise Failure("Expecting one image file name")
     image = the_image(arguments, writes=True)
-    if image.image_format == "luks":
+    known = format_of(image.path, image.image_format)
+    if known.has_key_slots:
         _amend_luks(image, arguments)
         return 0
-    if image.image_format != "qcow2":
+    if not known.has_metadata:
         raise Failure(f"Format driver '{image.image_format}' does not support option amendment")
     given = _given(arguments.options)
     with opening(image.path):

@@ -138,7 +138,7 @@ def _validate(arguments: argparse.Namespace) -> None:
 def _validate_compression(wish: Wish, arguments: argparse.Namespace) -> None:
     if not wish.is_compressed:
         return
-    if wish.image_format != "qcow2":
+    if not FORMATS[wish.image_format].has_metadata:
         raise Failure("Compression not supported for this file format")
     if wish.given.get("preallocation", "off") != "off":
         raise Failure("Compression and preallocation not supported at the same time")
@@ -175,7 +175,7 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
         return
     if not image_format:
         raise Failure("Use of backing file requires explicit backing format")
-    if wish.image_format != "qcow2":
+    if not FORMATS[wish.image_format].has_metadata:
         raise Failure(f"Backing file not supported for file format '{wish.image_format}'")
     validate_backing(name, image_format)
     with open_source(backing_path(wish.path, name), image_format, arguments) as base:

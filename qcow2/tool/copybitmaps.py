@@ -9,6 +9,7 @@ from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.image import Image
 from qcow2.error import ImageError
 from qcow2.format.bitmap import Bitmap
+from qcow2.node.formats import format_of
 from qcow2.node.node import Node
 from qcow2.tool.bitmap import opened_without_data
 from qcow2.tool.failure import Failure
@@ -33,7 +34,7 @@ def bitmaps_to_copy(wish: Wish, images: Sequence[Node], arguments: argparse.Name
     (image,) = images
     if not isinstance(image, Image):
         raise Failure("Source lacks bitmap support")
-    if wish.image_format != "qcow2" or wish.given.get("compat") in ("0.10", "v2"):
+    if not format_of(wish.path, wish.image_format).has_metadata or wish.given.get("compat") in ("0.10", "v2"):
         raise Failure(f"Format driver '{wish.image_format}' does not support bitmaps")
     stored = [each for each in run(image.bitmaps()) if not _is_skipped(each, arguments)]
     return [Copied(each.bitmap, run(image.bitmap_bits(each)), image.size) for each in stored]

@@ -6,6 +6,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import read_header
 from qcow2.format.layout import CryptMethod
+from qcow2.node.formats import format_of
 from qcow2.tool.encryption import parse_iter_time
 from qcow2.tool.failure import Failure
 from qcow2.tool.secret import Secrets
@@ -31,7 +32,7 @@ def amend_slots(file: HostFile, image_format: str, given: dict[str, str], secret
     from qcow2.engine.luks import Vault  # and with it libcrypto
     from qcow2.engine.slots import change_slots
 
-    host_offset, nbytes = (0, file.size()) if image_format == "luks" else _area(file)
+    host_offset, nbytes = (0, file.size()) if format_of(file.path, image_format).has_key_slots else _area(file)
     change = _change(given, secrets)
     vault = run(Vault.read(file, host_offset, nbytes))
     try:

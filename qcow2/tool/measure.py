@@ -14,8 +14,6 @@ from qcow2.tool.option import image_options, parse_options
 from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
-UNMAPPED = ("raw", "luks")  # whose files are as long as their disks, and a header
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 measure`."""
@@ -58,16 +56,16 @@ def _measured(arguments: argparse.Namespace) -> Measures:
     if arguments.filename is None:
         size = parse_size(arguments.size)
         size += -size % SECTOR_SIZE
-        if arguments.target_format in UNMAPPED:
+        if not FORMATS[arguments.target_format].has_metadata:
             return _of_unmapped(size, given, arguments)
         return size_of_empty(image_options(given, size, secrets=arguments.secrets))
     image = the_image(arguments)
     with open_source(image.path, image.image_format, arguments, wanted_snapshot(arguments)) as source:
-        if arguments.target_format in UNMAPPED:
+        if not FORMATS[arguments.target_format].has_metadata:
             return _of_unmapped(source.size, given, arguments)
         return run(size_of_copy(image_options(given, source.size, secrets=arguments.secrets), source))
 
 
 def _of_unmapped(size: int, given: dict[str, str], arguments: argparse.Namespace) -> Measures:
-    encryption = encryption_of(given, arguments.secrets) if arguments.target_format == "luks" else None
+    encryption = encryption_of(given, arguments.secrets) if FORMATS[arguments.target_format].has_key_slots else None
     return size_of_raw(size + (0 if encryption is None else encryption.nbytes))

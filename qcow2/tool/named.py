@@ -119,7 +119,7 @@ def _of_options(given: dict[str, str]) -> Named:
         driver = guessed(path)
     if driver not in FORMATS:
         raise Failure(f"Unknown driver '{driver}'")
-    own = ("key-secret",) if driver == "luks" else ()
+    own = ("key-secret",) if FORMATS[driver].has_key_slots else ()
     unknown = [key for key in given if not key.startswith("encrypt.") and key not in own]
     if unknown:
         raise Failure(f"Block format '{driver}' does not support the option '{unknown[0]}'")

@@ -17,6 +17,7 @@ from qcow2.job.target import CompressedInPlace, InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
 from qcow2.library.newdata import KEEP, new_data_file
+from qcow2.node.formats import format_of
 from qcow2.node.luks import LuksImage, write_luks
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
@@ -60,11 +61,12 @@ def new_target(wish: Wish, sources: list[Node], base: Node | None) -> Iterator[T
 
 @contextmanager
 def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
-    if wish.image_format == "luks":
+    known = format_of(wish.path, wish.image_format)
+    if known.has_key_slots:
         with _new_luks(file, wish) as target:
             yield target
         return
-    if wish.image_format != "qcow2":
+    if not known.has_metadata:
         yield _new_raw(file, wish)
         return
     options = image_options(wish.given, wish.size, secrets=wish.secrets)
