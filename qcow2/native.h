@@ -12,6 +12,7 @@
 #include "qcow2/plane/l2cache.h"
 #include "qcow2/plane/linklog.h"
 #include "qcow2/plane/refcount.h"
+#include "qcow2/plane/space.h"
 #include "qcow2/plane/stock.h"
 #include "qcow2/plane/tally.h"
 #include "qcow2/plane/untouched.h"

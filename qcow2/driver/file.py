@@ -318,6 +318,6 @@ def _reserve(file: HostFile, nbytes: int) -> None:
     if nbytes <= size:
         return
     result = lib.reserve_space(file.fd, size, nbytes - size)
-    if result in (-errno.ENOSPC, -errno.EDQUOT):
+    if lib.lacks_space(result):
         os.ftruncate(file.fd, size)  # gives back what there was
         check(result)

@@ -15,12 +15,11 @@ from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import NO_SPACE
+from qcow2.engine.stability import lacks_space
 from qcow2.engine.uncounted import Uncounted
 from qcow2.error import CorruptImage, ImageError, MetadataOverlap, NotTried, no_memory
 from qcow2.plane.stock import Stock
 
-NO_ROOM = (*NO_SPACE, errno.EFBIG)
 FIRST_RUN_BYTES = 256 << 10
 MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
 MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
@@ -95,7 +94,7 @@ class Allocator:
         try:
             self._unsynced.add(await self._reserve_what_fits(max(nclusters, self._run_length())))
         except OSError as error:
-            if error.errno not in NO_ROOM or not self._stock:
+            if not _lacks_room(error) or not self._stock:
                 raise
             self._unsynced.add([self._stock.take(nclusters)])
         finally:
@@ -141,7 +140,7 @@ class Allocator:
         try:
             return await self._take_area(nclusters, may_grow=True)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if not _lacks_room(error):
                 raise
         return await self._take_area(nclusters, may_grow=False)
 
@@ -224,7 +223,7 @@ class Allocator:
             try:
                 extents = await self._reserve_what_fits(wanted)
             except OSError as error:
-                if error.errno not in NO_ROOM or not self._unsynced:
+                if not _lacks_room(error) or not self._unsynced:
                     raise
                 extents = self._unsynced.take_all()
             try:
@@ -246,7 +245,7 @@ class Allocator:
             try:
                 return await self._reserve(fewer) or []
             except OSError as error:
-                if error.errno not in NO_ROOM:
+                if not _lacks_room(error):
                     raise
                 if fewer == 1:
                     extents = await self._reserve(wanted, may_grow=False)
@@ -402,3 +401,8 @@ class Allocator:
             contradiction = OSError(errno.EIO, str(error), self._file.path)
             self._stability.fail(contradiction)
             raise contradiction from error
+
+
+def _lacks_room(error: OSError) -> bool:
+    """Whether there is no space, or the file is as long as one can be."""
+    return error.errno == errno.EFBIG or lacks_space(error)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from qcow2.driver.operation import File, Sync, Write
 from qcow2.engine.statistics import Statistics
 from qcow2.error import NotTried
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+from qcow2.native import lib
 
 
 def is_harmless(error: OSError) -> bool:
@@ -16,7 +15,12 @@ def is_harmless(error: OSError) -> bool:
     Nothing was tried, or space was lacking: it lies inside one cluster, nothing that depends on it has happened yet,
     and its caller leaves memory as it was.
     """
-    return isinstance(error, NotTried) or error.errno in NO_SPACE
+    return isinstance(error, NotTried) or lacks_space(error)
+
+
+def lacks_space(error: OSError) -> bool:
+    """Whether the host had no room, or the quota none: the rule is `qcow2/plane/space.h`."""
+    return bool(lib.lacks_space(-(error.errno or 0)))
 
 
 class Stability:

@@ -27,11 +27,6 @@ class Zeroer(Part):
         self._tables = tables
         self._links = links
 
-    @property
-    def _can_say_zero(self) -> bool:
-        """Version 2 has no zero flag: without an entry a cluster reads as zeros, unless a backing file shows."""
-        return self._geometry.version >= 3 or self._reader.backing is None
-
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; clusters it covers are let go with *unmap*, kept without if they can be."""
         end = guest_offset + nbytes
@@ -39,7 +34,7 @@ class Zeroer(Part):
             await self._zero_in_place(guest_offset, end)
             return
         first, last = self._covered(guest_offset, end)
-        if not self._can_say_zero or first >= last:
+        if not self._mapping.cache.can_say_zeros or first >= last:
             await self._write_zeros(guest_offset, end)
             return
         await self._write_zeros(guest_offset, first)
@@ -52,7 +47,7 @@ class Zeroer(Part):
             await self._zero_in_place(guest_offset, guest_offset + nbytes)
             return
         first, last = self._covered(guest_offset, guest_offset + nbytes)
-        if self._can_say_zero and first < last:
+        if self._mapping.cache.can_say_zeros and first < last:
             await self._clear(first, last, keep=False, is_hint=True)
 
     async def uncover(self, guest_offset: int, end: int) -> None:
@@ -75,7 +70,7 @@ class Zeroer(Part):
 
     async def cover(self, guest_offset: int, end: int) -> None:
         """Say zeros, or hold them where version 2 cannot, for a run of one slice that maps nothing; it is locked."""
-        if not self._can_say_zero:
+        if not self._mapping.cache.can_say_zeros:
             for start in range(guest_offset, end, STEP):
                 await self._writer.write_held(start, MemoryBuffer(zeroed(min(STEP, end - start))))
         elif self._geometry.has_subclusters:

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "qcow2/plane/l2map.h"
+#include "qcow2/plane/space.h"
 #include "ring/assertion.h"
 
 /* What becomes of the entries of a range. */
@@ -39,10 +40,15 @@ static void narrow(const struct l2map *map, uint64_t *start, uint64_t *end)
         *end &= ~in_unit;
 }
 
-/* Whether an entry can say zeros: version 2 has no flag for it, and no entry lets the backing file show. */
-static int can_say_zeros(const struct l2map *map, enum extent_clearing how)
+int l2map_can_say_zeros(const struct l2map *map)
 {
-    return map->format.version >= 3 || (!map->has_backing && how != EXTENT_KEEP);
+    return map->format.version >= 3 || !map->has_backing;
+}
+
+/* The same, and keep its cluster, which takes the flag. */
+static int can_say_how(const struct l2map *map, enum extent_clearing how)
+{
+    return l2map_can_say_zeros(map) && (map->format.version >= 3 || how != EXTENT_KEEP);
 }
 
 /* Whether the entries from cluster first to last, all in one slice, are what the file says and nobody's. */
@@ -157,7 +163,7 @@ int l2map_clear(void *context, uint64_t guest_offset, uint64_t nbytes, enum exte
     int result;
 
     narrow(map, &start, &end);
-    if (!can_say_zeros(map, how) || (how != EXTENT_DISCARD && (start != guest_offset || end != guest_offset + nbytes)))
+    if (!can_say_how(map, how) || (how != EXTENT_DISCARD && (start != guest_offset || end != guest_offset + nbytes)))
         return -EAGAIN;
     if (l2map_mark(map, guest_offset, nbytes) < 0)
         return -EAGAIN;
@@ -175,7 +181,7 @@ int l2map_clear(void *context, uint64_t guest_offset, uint64_t nbytes, enum exte
         map->clears++;
         return 0;
     }
-    if (result == -EAGAIN || result == -ENOSPC || result == -EDQUOT)
+    if (result == -EAGAIN || lacks_space(result))
         return -EAGAIN; /* the entries are as they were */
     return l2map_fail(map, result); /* nobody knows what they are */
 }

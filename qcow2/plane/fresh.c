@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "qcow2/plane/l2map.h"
+#include "qcow2/plane/space.h"
 #include "ring/assertion.h"
 
 void l2map_set_stock(struct l2map *map, struct stock *stock, struct stock *unsynced)
@@ -324,7 +325,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
         stock->spoiled[stock->nspoiled++] = host_cluster;
     }
     /* Without space an entry is as it was; after anything else nobody knows. */
-    if (!error || error == -ENOSPC || error == -EDQUOT)
+    if (!error || lacks_space(error))
         return 0;
     return l2map_fail(map, error);
 }

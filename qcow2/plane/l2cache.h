@@ -43,6 +43,9 @@ int l2map_error(const struct l2map *map);
 /* What shows where nothing is allocated; has_backing with translate NULL: only Python can tell. */
 void l2map_set_backing(struct l2map *map, int has_backing, extent_translate translate, void *context, uint64_t size);
 
+/* Whether an entry can say zeros: version 2 has no flag for it, and no entry lets the backing file show. */
+int l2map_can_say_zeros(const struct l2map *map);
+
 /* The image's data is stored by this cipher, which is borrowed; NULL: it is as it is. */
 void l2map_set_cipher(struct l2map *map, const struct extent_cipher *cipher);
 

@@ -113,6 +113,11 @@ class L2Cache:
         """errno of an entry, or a mark of the log, that the extent map could not write; 0: it wrote them all."""
         return int(lib.l2map_error(self._map))
 
+    @property
+    def can_say_zeros(self) -> bool:
+        """Whether an entry can: not in version 2, which has no flag for it, over a backing file."""
+        return bool(lib.l2map_can_say_zeros(self._map))
+
     def set_backing(self, extent_map: ExtentMap | None, size: int, owner: object) -> None:
         """Let unallocated clusters show what *extent_map*, kept alive by *owner*, says; None: only Python can tell."""
         self._backing = owner
