@@ -94,7 +94,7 @@ enum extent_clearing {
 };
 
 /* What a map offers besides for EXTENT_FRESH, and for discards and zeros; a map without it has none. `take`
- * sets a place aside: -> 0, or -EAGAIN, only Python can. `settle` says what came
+ * sets a place aside: -> 0, or -EAGAIN, only Python can. `conclude` says what came
  * of it; nothing else is asked of the map in between. error: of the name's
  * write, else 0. -> 0, or < 0: the image takes no more writes.
  *
@@ -102,7 +102,7 @@ enum extent_clearing {
  * more writes. */
 struct extent_places {
     int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out);
-    int (*settle)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);
+    int (*conclude)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);
     int (*clear)(void *context, uint64_t guest_offset, uint64_t nbytes, enum extent_clearing how,
                  struct extent_writer *writer);
 };

@@ -126,8 +126,8 @@ class Plane:
         assert result in (0, AGAIN)
         return place if result == 0 else None
 
-    def settle(self, place: Any, outcome: int, error: int = 0) -> int:
-        return int(self._places.settle(self._context, place, outcome, error))
+    def conclude(self, place: Any, outcome: int, error: int = 0) -> int:
+        return int(self._places.conclude(self._context, place, outcome, error))
 
     def clear(self, guest_offset: int, nbytes: int, how: int = DISCARD) -> bool:
         """A discard, or zeros that give the space back or keep it; False: it punts."""
@@ -159,7 +159,7 @@ class Plane:
             self._driver.write_at_once(self._file, place.mark_offset, bytes(ffi.buffer(place.mark)))
         else:
             self._driver.write_at_once(self._file, place.name_offset, name)
-        assert self.settle(place, NAMED) == 0
+        assert self.conclude(place, NAMED) == 0
         return True
 
     def _filled(self, place: Any, data: bytes) -> bytes:

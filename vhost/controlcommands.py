@@ -62,7 +62,7 @@ class Commands:
         session = device.session
         return {
             **self._describe(),
-            "size": device.backend.geometry.size,
+            "size": device.backend.properties.size,
             "aio": device.worker.aio.value,
             "cache": "writethrough" if device.block.writethrough else "writeback",
             "forced-writethrough": device.block.is_forced,
@@ -102,7 +102,7 @@ class Commands:
             self._device.resize(size)
         except ResizeRefused as refusal:
             raise CommandError(str(refusal)) from refusal
-        return {"size": self._device.backend.geometry.size}
+        return {"size": self._device.backend.properties.size}
 
     def snapshot(self, name: object) -> dict[str, Any]:
         """Freeze what the disk holds as the file *name*; what is served becomes an overlay of it."""

@@ -134,7 +134,7 @@ class Device:
             self.backend.lease.take()
         self.worker.call(self._attach_backend)
         self._offer = self._current_offer()
-        self.block.set_size(self.backend.geometry.size)  # no request is there that could ask for it
+        self.block.set_size(self.backend.properties.size)  # no request is there that could ask for it
 
     def _let_go(self) -> None:
         if self.backend.lease is not None:
@@ -243,13 +243,13 @@ class Device:
             self.backend.grow(nbytes, done)
 
         refusal = self.worker.run_alone(begin, is_late)
-        self.block.set_size(self.backend.geometry.size)
+        self.block.set_size(self.backend.properties.size)
         return refusal
 
     def _current_offer(self) -> Offer:
-        geometry = self.backend.geometry
-        config = block_config(geometry, num_queues=self._num_queues, wce=self._writeback)
-        features = offered_features(read_only=geometry.read_only)
+        properties = self.backend.properties
+        config = block_config(properties, num_queues=self._num_queues, wce=self._writeback)
+        features = offered_features(read_only=properties.read_only)
         return Offer(features, self._num_queues, REGIONS_MAX, config.pack())
 
 
@@ -262,13 +262,13 @@ def _alone(worker: Worker, function: Callable[[Callable[[], bool]], str], patien
 
 
 def _native_block(backend: Backend) -> NativeBlock:
-    geometry = backend.geometry
-    limit = 0 if geometry.read_only else MAX_RANGE_SECTORS
+    properties = backend.properties
+    limit = 0 if properties.read_only else MAX_RANGE_SECTORS
     return NativeBlock(
-        size=geometry.size,
-        block_size=geometry.block_size,
-        read_only=geometry.read_only,
-        serial=geometry.serial,
+        size=properties.size,
+        block_size=properties.block_size,
+        read_only=properties.read_only,
+        serial=properties.serial,
         max_discard_sectors=limit,
         max_write_zeroes_sectors=limit,
     )

@@ -23,7 +23,7 @@ from vhost.admission import Admission
 from vhost.held import HeldImage, describe
 from vhost.option import CacheMode
 from virtio.block import UNMAP, RequestType, Status
-from virtio.config import Geometry
+from virtio.config import Properties
 from virtio.native import NativeBlock
 
 log = logging.getLogger("vhost")
@@ -181,9 +181,9 @@ class ImageBackend:
         self._told: set[str] = set()
 
     @property
-    def geometry(self) -> Geometry:
+    def properties(self) -> Properties:
         """What the driver learns about the disk."""
-        return self._held.geometry
+        return self._held.properties
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
         assert self._held.disk is not None

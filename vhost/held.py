@@ -23,7 +23,7 @@ from ring.native import Pointer
 from ring.worker import look_at
 from vhost.option import Options
 from virtio.block import Unavailable
-from virtio.config import Geometry
+from virtio.config import Properties
 
 PAGE = 4096
 Progress = Callable[[int, int], None]
@@ -73,10 +73,10 @@ class HeldImage:
         return self.disk is not None and self.disk.image.is_encrypted
 
     @property
-    def geometry(self) -> Geometry:
+    def properties(self) -> Properties:
         """What a driver learns about the disk; as it was when last looked at, if the image is not held."""
         known = self._outline if self.disk is None else _outline_of(self.disk)
-        return Geometry(
+        return Properties(
             size=known.size,
             physical_block_size=PAGE,
             optimal_io_size=known.cluster_size if known.cluster_size >= PAGE else 0,

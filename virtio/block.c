@@ -212,11 +212,11 @@ static bool write_fresh(struct block *block, struct worker *worker, struct reque
         return false;
     result = fill_place(worker, request, &place, start, nbytes);
     if (result < 0) {
-        places->settle(block->context, &place, result == -EAGAIN ? EXTENT_UNTOUCHED : EXTENT_SPOILED, 0);
+        places->conclude(block->context, &place, result == -EAGAIN ? EXTENT_UNTOUCHED : EXTENT_SPOILED, 0);
         return false;
     }
     result = name_place(block, worker, &place);
-    if (places->settle(block->context, &place, result < 0 ? EXTENT_SPOILED : EXTENT_NAMED, result) < 0)
+    if (places->conclude(block->context, &place, result < 0 ? EXTENT_SPOILED : EXTENT_NAMED, result) < 0)
         block->failed = true;
     return result == 0;
 }

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ring.request import Request
 from ring.worker import Worker
-from virtio.config import SECTOR, Geometry
+from virtio.config import SECTOR, Properties
 from virtio.native import SERIAL_MAX, NativeBlock
 
 EIO = 5
@@ -92,7 +92,7 @@ class Lease(Protocol):
         """
 
     def look(self) -> None:
-        """Bring the geometry up to date without taking hold. Raises: Unavailable."""
+        """Bring the properties up to date without taking hold. Raises: Unavailable."""
 
     def let_go(self) -> None:
         """Leave it, clean and stable, to others; what cannot be left so stays held."""
@@ -108,7 +108,7 @@ class Backend(Protocol):
     def lease(self) -> Lease | None: ...
 
     @property
-    def geometry(self) -> Geometry: ...
+    def properties(self) -> Properties: ...
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
         """Before the first request: register files, tell *block* its extent map and the file to sync."""
@@ -135,7 +135,7 @@ class DeviceBackend:
     def __init__(self, device: BlockDevice) -> None:
         """Raises: ValueError if the device describes itself impossibly."""
         _check(device)
-        self.geometry = Geometry(
+        self.properties = Properties(
             size=device.size,
             block_size=device.block_size,
             read_only=device.read_only,

@@ -11,7 +11,7 @@ WCE_OFFSET = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class Properties:
     """What a driver learns about a disk; sizes in bytes."""
 
     size: int
@@ -52,14 +52,14 @@ class BlockConfig:
         return self.LAYOUT.pack(*astuple(self))
 
 
-def block_config(geometry: Geometry, *, num_queues: int, wce: bool) -> BlockConfig:
-    """The configuration space that describes *geometry*."""
-    logical = geometry.block_size
-    physical = max(geometry.physical_block_size, logical)
-    granularity = max(geometry.optimal_io_size, logical)
-    writable = int(not geometry.read_only)
+def block_config(properties: Properties, *, num_queues: int, wce: bool) -> BlockConfig:
+    """The configuration space that describes *properties*."""
+    logical = properties.block_size
+    physical = max(properties.physical_block_size, logical)
+    granularity = max(properties.optimal_io_size, logical)
+    writable = int(not properties.read_only)
     return BlockConfig(
-        capacity=geometry.size // SECTOR,
+        capacity=properties.size // SECTOR,
         size_max=0,
         seg_max=SEG_MAX,
         cylinders=0,
@@ -69,7 +69,7 @@ def block_config(geometry: Geometry, *, num_queues: int, wce: bool) -> BlockConf
         physical_block_exp=(physical // logical).bit_length() - 1,
         alignment_offset=0,
         min_io_size=physical // logical,
-        opt_io_size=geometry.optimal_io_size // logical,
+        opt_io_size=properties.optimal_io_size // logical,
         wce=int(wce),
         num_queues=num_queues,
         max_discard_sectors=writable * MAX_RANGE_SECTORS,

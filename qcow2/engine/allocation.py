@@ -221,17 +221,17 @@ class Allocator:
         """Reserve, make it stable and put it into the stock; without room, what was meant for copies."""
         try:
             try:
-                extents = await self._reserve_what_fits(wanted)
+                areas = await self._reserve_what_fits(wanted)
             except OSError as error:
                 if not _lacks_room(error) or not self._unsynced:
                     raise
-                extents = self._unsynced.take_all()
+                areas = self._unsynced.take_all()
             try:
                 await self._stability.sync()
             except NotTried:
-                self._unsynced.add(extents)
+                self._unsynced.add(areas)
                 raise
-            self._stock.add(extents)
+            self._stock.add(areas)
             self._low = len(self._stock) // 2
         finally:
             self._under_way = None
@@ -248,10 +248,10 @@ class Allocator:
                 if not _lacks_room(error):
                     raise
                 if fewer == 1:
-                    extents = await self._reserve(wanted, may_grow=False)
-                    if extents is None:
+                    areas = await self._reserve(wanted, may_grow=False)
+                    if areas is None:
                         raise
-                    return extents
+                    return areas
             fewer = max(1, fewer // 4)
 
     def _run_length(self) -> int:
@@ -271,16 +271,16 @@ class Allocator:
         try:
             async with self._refcounts.mutex.hold():
                 found = await self._find(wanted, may_grow=may_grow)
-                for extent in found:
-                    await self._prepare(extent)
-                for extent in found:  # all of them are inside the file now, and a larger refcount table past them
-                    counted += [await self._count(extent)]
+                for area in found:
+                    await self._prepare(area)
+                for area in found:  # all of them are inside the file now, and a larger refcount table past them
+                    counted += [await self._count(area)]
         except OSError:
             if found:
                 self.reuse(found[0].start)
             if not any(counted):
                 raise
-        return [extent for extent in counted if extent] if found else None
+        return [area for area in counted if area] if found else None
 
     async def _find(self, wanted: int, *, may_grow: bool) -> list[range]:
         """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
@@ -306,18 +306,18 @@ class Allocator:
         found: list[range] = []
         while wanted and first < end:
             free = await self._refcounts.find_free(first, end)
-            extent = self._uncounted.usable(free)[:wanted]
-            self._require_no_metadata(range(free.start, extent.stop))
-            first = extent.stop
-            if extent:
-                found.append(extent)
-                wanted -= len(extent)
+            area = self._uncounted.usable(free)[:wanted]
+            self._require_no_metadata(range(free.start, area.stop))
+            first = area.stop
+            if area:
+                found.append(area)
+                wanted -= len(area)
         return found, first
 
-    async def _prepare(self, extent: range) -> None:
-        """Make *extent* part of the file and zeros. Past the end of a file everything is."""
+    async def _prepare(self, area: range) -> None:
+        """Make *area* part of the file and zeros. Past the end of a file everything is."""
         bits = self._geometry.cluster_bits
-        start, stop = extent.start << bits, extent.stop << bits
+        start, stop = area.start << bits, area.stop << bits
         if start < self._file_size:
             await Zero(self._file, start, min(stop, self._file_size) - start)
         await self._extend(stop)
@@ -329,17 +329,17 @@ class Allocator:
             self._file_size = nbytes
             self._mapping.set_file_end(nbytes)
 
-    async def _count(self, extent: range) -> range:
-        """Count one reference to each cluster of *extent*; what is left of it if its refcount block had to be made."""
-        index = self._refcounts.block_of(extent.start)
+    async def _count(self, area: range) -> range:
+        """Count one reference to each cluster of *area*; what is left of it if its refcount block had to be made."""
+        index = self._refcounts.block_of(area.start)
         if index >= len(self._refcounts.table):
             await self._grow_table(index)
         if not self._refcounts.has_block(index):
-            await self._refcounts.create_block(index, extent.start)
-            self._mapping.own_metadata(extent[:1])
-            extent = extent[1:]
-        await self._refcounts.add(extent, 1)
-        return extent
+            await self._refcounts.create_block(index, area.start)
+            self._mapping.own_metadata(area[:1])
+            area = area[1:]
+        await self._refcounts.add(area, 1)
+        return area
 
     async def _grow_table(self, index: int) -> None:
         """Move the refcount table to where it has room for entry *index*.
@@ -361,7 +361,7 @@ class Allocator:
         self._mapping.disown_metadata(old)
         await self._reaper.free(old)
 
-    async def settle(self) -> None:
+    async def close(self) -> None:
         """Give what was reserved in vain back, write all refcounts, cut the file after its last used cluster.
 
         Nothing else is under way. Process-safe on return.
@@ -379,7 +379,7 @@ class Allocator:
             self._mapping.set_file_end(nbytes)
 
     async def cut_off(self) -> None:
-        """Let the file be cut at the next `settle` after what is used, also of what was in it when it was opened.
+        """Let the file be cut at the next `close` after what is used, also of what was in it when it was opened.
 
         Unless it is not known what is used.
         """
@@ -395,8 +395,8 @@ class Allocator:
         Raises: OSError, also if the image referred to such a cluster, free as it was, and has let go of it meanwhile.
         """
         try:
-            for extent in [*self._stock.take_all(), *self._unsynced.take_all()]:
-                await self._refcounts.add(extent, -1)
+            for area in [*self._stock.take_all(), *self._unsynced.take_all()]:
+                await self._refcounts.add(area, -1)
         except OverflowError as error:
             contradiction = OSError(errno.EIO, str(error), self._file.path)
             self._stability.fail(contradiction)

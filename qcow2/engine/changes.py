@@ -72,14 +72,14 @@ class Changes:
             self._stability.fail(OSError(errno.EIO, str(error)))
             raise
 
-    async def settle(self) -> None:
+    async def close(self) -> None:
         """Bring the disk in the state of a clean close."""
         await self.links.close()
         await self.bitmaps.settle()
-        await self.packer.settle()
+        await self.packer.close()
         await self._space.allocator.collect()
         await self._space.reaper.drain()
         self.require_trust()
-        await self._space.allocator.settle()
+        await self._space.allocator.close()
         await self._stability.sync()
         await self.root.mark_clean()

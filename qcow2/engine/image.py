@@ -332,4 +332,4 @@ class Image(ReadableImage):
         dirty bit then stays.
         """
         if self._changes is not None:
-            await self._changes.guard(self._changes.settle())
+            await self._changes.guard(self._changes.close())

@@ -164,7 +164,7 @@ class Packer(Part):
         if host is not None:
             await self._reaper.free([host])
 
-    async def settle(self) -> None:
+    async def close(self) -> None:
         """Give the cursor's reference back."""
         async with self._mutex.hold():
             await self._leave()

@@ -101,9 +101,9 @@ class Reaper:
     async def _punch(self, clusters: list[int]) -> None:
         """Give the space of *clusters* back; whether they read as zeros is seen to when they are allocated."""
         bits = self._geometry.cluster_bits
-        for extent in consecutive(clusters):
+        for area in consecutive(clusters):
             try:
-                await Zero(self._file, extent.start << bits, len(extent) << bits)
+                await Zero(self._file, area.start << bits, len(area) << bits)
             except OSError:
                 return  # the host keeps its space, nothing else is lost
 

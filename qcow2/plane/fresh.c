@@ -298,7 +298,7 @@ static void link_waits(struct l2map *map, const struct extent_place *place)
     log->next++;
 }
 
-static int settle(void *context, const struct extent_place *place, enum extent_outcome outcome, int error)
+static int conclude(void *context, const struct extent_place *place, enum extent_outcome outcome, int error)
 {
     struct l2map *map = context;
     struct stock *stock = place->memory ? map->unsynced : map->stock;
@@ -330,7 +330,7 @@ static int settle(void *context, const struct extent_place *place, enum extent_o
     return l2map_fail(map, error);
 }
 
-static const struct extent_places places = {take, settle, l2map_clear};
+static const struct extent_places places = {take, conclude, l2map_clear};
 
 uintptr_t l2map_places_address(void)
 {

@@ -27,11 +27,11 @@ class Stock:
         """With *low* clusters left the extent map leaves a write to Python, which then can reserve more in time."""
         self.native.low = max(0, low - self._nmore)
 
-    def add(self, extents: Iterable[range]) -> None:
+    def add(self, areas: Iterable[range]) -> None:
         """These clusters are ready, too."""
-        for extent in extents:
-            self._more.append(extent)
-            self._nmore += len(extent)
+        for area in areas:
+            self._more.append(area)
+            self._nmore += len(area)
         self._shift()
 
     def take(self, nclusters: int) -> range:
@@ -48,10 +48,10 @@ class Stock:
 
     def take_all(self) -> list[range]:
         """Everything there is."""
-        extents = []
+        areas = []
         while self:
-            extents.append(self.take(len(self)))
-        return extents
+            areas.append(self.take(len(self)))
+        return areas
 
     def take_spoiled(self) -> list[int]:
         """Clusters that the extent map took in vain and may have written to."""

@@ -4,11 +4,11 @@ import struct
 
 import pytest
 
-from virtio.config import BlockConfig, Geometry, block_config, read_window
+from virtio.config import BlockConfig, Properties, block_config, read_window
 from virtio.feature import BlockFeature, RingFeature, caches_writes, offered_features, unknown_bits
 
 GIB = 1 << 30
-DISK = Geometry(size=10 * GIB, optimal_io_size=65536)
+DISK = Properties(size=10 * GIB, optimal_io_size=65536)
 
 # virtio 1.2, 5.2.4, field by field: name, offset, struct format, value for DISK with 4 queues and wce on
 FIELDS = [
@@ -46,12 +46,12 @@ def test_space_ends_after_write_zeroes_may_unmap() -> None:
 
 
 def test_read_only_disk_has_nothing_to_discard_or_zero() -> None:
-    config = block_config(Geometry(size=GIB, read_only=True), num_queues=1, wce=True)
+    config = block_config(Properties(size=GIB, read_only=True), num_queues=1, wce=True)
     assert (config.max_discard_sectors, config.max_write_zeroes_sectors, config.write_zeroes_may_unmap) == (0, 0, 0)
 
 
 def test_large_blocks_are_their_own_physical_blocks() -> None:
-    config = block_config(Geometry(size=GIB, block_size=4096), num_queues=1, wce=True)
+    config = block_config(Properties(size=GIB, block_size=4096), num_queues=1, wce=True)
     assert (config.blk_size, config.physical_block_exp, config.min_io_size) == (4096, 0, 1)
 
 

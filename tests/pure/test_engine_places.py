@@ -93,7 +93,7 @@ def test_a_plane_keeps_off_clusters_that_the_engine_has_locked() -> None:
         if isinstance(operation, Write) and operation.data:
             locked, free = plane.take(5 * CLUSTER), plane.take(9 * CLUSTER)
             seen.append((locked is not None, free is not None))
-            plane.settle(free, UNTOUCHED)
+            plane.conclude(free, UNTOUCHED)
 
     bench.breaker.fault = look
     bench.write(4 * CLUSTER, noise(3 * CLUSTER))
@@ -113,7 +113,7 @@ def test_a_plane_keeps_off_locked_clusters_alone_however_many_there_are() -> Non
     lib.l2map_unlock(l2map, *locked.pop())
     place = plane.take(CLUSTER)
     assert place is not None
-    plane.settle(place, UNTOUCHED)
+    plane.conclude(place, UNTOUCHED)
     assert [plane.take(cluster * CLUSTER) for cluster in (40, 80, 215, 231, 1024, 1056, 1057)] == [None] * 7
     for first, last in locked:
         lib.l2map_unlock(l2map, first, last)
@@ -142,7 +142,7 @@ def test_the_engine_fills_the_stock_again() -> None:
 def test_an_untouched_place_is_the_next_one() -> None:
     _, plane = started()
     place = plane.take(CLUSTER)
-    plane.settle(place, UNTOUCHED)
+    plane.conclude(place, UNTOUCHED)
     again = plane.take(2 * CLUSTER)
     assert again.host_offset == place.host_offset
 
@@ -151,7 +151,7 @@ def test_a_spoiled_place_is_reaped() -> None:
     bench, plane = started()
     place = plane.take(CLUSTER)
     bench.file.write(place.host_offset, noise(100))
-    assert plane.settle(place, SPOILED) == 0
+    assert plane.conclude(place, SPOILED) == 0
     bench.write(2 * CLUSTER, noise(CLUSTER))
     assert bench.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
     bench.close()
@@ -161,7 +161,7 @@ def test_a_spoiled_place_is_reaped() -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_an_entry_without_space_loses_nothing(number: int) -> None:
     bench, plane = started()
-    assert plane.settle(plane.take(CLUSTER), SPOILED, -number) == 0
+    assert plane.conclude(plane.take(CLUSTER), SPOILED, -number) == 0
     bench.write(CLUSTER, noise(CLUSTER))
     bench.close()
     assert bench.reopened_content()[CLUSTER : 2 * CLUSTER] == noise(CLUSTER)
@@ -170,7 +170,7 @@ def test_an_entry_without_space_loses_nothing(number: int) -> None:
 
 def test_an_entry_that_could_not_be_written_ends_all_writes() -> None:
     bench, plane = started()
-    assert plane.settle(plane.take(CLUSTER), SPOILED, -errno.EIO) == -errno.EIO
+    assert plane.conclude(plane.take(CLUSTER), SPOILED, -errno.EIO) == -errno.EIO
     assert plane.take(2 * CLUSTER) is None
     with pytest.raises(OSError, match="no more writes"):
         bench.write(0, noise(CLUSTER, seed=1))

@@ -24,7 +24,7 @@ from vhost.message import (
     VringState,
 )
 from vhost.session import PROTOCOL_FEATURES, Offer, Session
-from virtio.config import Geometry, block_config
+from virtio.config import Properties, block_config
 from virtio.feature import BlockFeature, RingFeature, offered_features
 
 FEATURES = offered_features(read_only=False)
@@ -91,7 +91,7 @@ class FrontEnd:
 
 
 def make(*, read_only: bool = False, wce: bool = True, num_queues: int = 4) -> FrontEnd:
-    config = block_config(Geometry(size=1 << 30, read_only=read_only), num_queues=num_queues, wce=wce)
+    config = block_config(Properties(size=1 << 30, read_only=read_only), num_queues=num_queues, wce=wce)
     offer = Offer(offered_features(read_only=read_only), num_queues, 3, config.pack())
     return FrontEnd(Session(offer, wce=wce))
 
@@ -644,7 +644,7 @@ def test_new_owner_has_no_log(front_end: FrontEnd) -> None:
 
 def grow(front_end: FrontEnd) -> list[Effect]:
     """The disk becomes twice as long; what the session wants done about it."""
-    config = block_config(Geometry(size=2 << 30), num_queues=4, wce=True).pack()
+    config = block_config(Properties(size=2 << 30), num_queues=4, wce=True).pack()
     front_end.session.offer = replace(front_end.session.offer, config=config)
     return list(front_end.session.tell_config_change())
 

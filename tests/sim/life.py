@@ -30,7 +30,7 @@ from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Troub
 from tests.sim.liveness import Longest
 from vhost.disk import ImageBackend, RingDriver
 from vhost.option import CacheMode
-from virtio.config import MAX_RANGE_SECTORS, Geometry
+from virtio.config import MAX_RANGE_SECTORS, Properties
 from virtio.native import NativeBlock
 
 NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
@@ -113,7 +113,7 @@ class HeldSimulation:
         self.disk = SimpleNamespace(image=image, files=files)
         self.direct_fds: dict[KernelFile, int] = {}
         self.traits = {file: look_at(file.fd) for file in files}
-        self.geometry = Geometry(size=size)
+        self.properties = Properties(size=size)
 
 
 @dataclass
