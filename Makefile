@@ -90,6 +90,11 @@ fuzz: fuzz-packages $(VENV)/installed-fuzz
 crash: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 1000000)
 
+# CHAINS: options, such as CHAINS="--chains 50 --work commit"; a thousand chains for each piece of work without it.
+.PHONY: chains
+chains: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.chains $(CHAINS)
+
 # SIMULATE: options, such as SIMULATE="--seed 5000 --histories 10000 --states 1000000"; a thousand histories without it.
 .PHONY: simulate
 simulate: $(VENV)/installed
@@ -118,6 +123,11 @@ bench: guest-packages $(VENV)/installed-bench
 .PHONY: crowd
 crowd: guest-packages $(VENV)/installed-bench
 	$(BIN)/python -m bench.crowd $(CROWD)
+
+# TOOL: cases and options, such as TOOL="compare --peer /path/of/qemu-img --pairs 5": the tool beside qemu-img.
+.PHONY: bench-tool
+bench-tool: guest-packages $(VENV)/installed
+	$(BIN)/python -m bench.tool $(TOOL)
 
 compare: guest-packages $(VENV)/installed-bench
 	PYTHONPATH=examples $(BIN)/python -m bench.guest $(COMPARE)

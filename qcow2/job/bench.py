@@ -25,28 +25,53 @@ class Load:
 
 async def bench(image: Node, load: Load, pace: Pace) -> None:
     """Do as *load* says, at the end of the disk from its start again. Raises: OSError, ImageError, Cancelled."""
-    crew = Crew(load.depth)
-    buffers = [memoryview(bytearray([load.pattern]) * load.nbytes) for _ in range(load.depth)]
     pace.begin(load.count)
-    offset = load.offset
-
-    async def one(where: int) -> None:
-        buffer = buffers.pop()
-        if load.writes:
-            await image.write(where, MemoryBuffer(buffer))
-        else:
-            await image.read(where, MemoryBuffer(buffer))
-        buffers.append(buffer)
-        pace.advance(1)
-
-    for number in range(1, load.count + 1):
-        pace.require_going()
-        await crew.start(one(offset))
-        offset += load.step
-        if offset + load.nbytes > image.size:
-            offset = load.offset if load.offset + load.nbytes <= image.size else 0
-        if load.flush_interval and number % load.flush_interval == 0:
-            if load.drains:
-                await crew.join()
+    requests = _Requests(image, load, pace)
+    step = load.flush_interval if load.flush_interval and load.drains else load.count
+    for first in range(0, load.count, step or 1):
+        await requests.run(min(load.count - first, step))
+        if load.flush_interval and load.drains and first + step <= load.count:
             await image.flush()
-    await crew.join()
+
+
+class _Requests:
+    """As many at a time as the load is deep: each of so many loops makes one after the other."""
+
+    def __init__(self, image: Node, load: Load, pace: Pace) -> None:
+        self._image = image
+        self._load = load
+        self._pace = pace
+        self._offset = load.offset
+        self._begun = 0  # since the start
+        self._last = 0
+
+    async def run(self, count: int) -> None:
+        """Make *count* more, and return when all have ended."""
+        crew = Crew(self._load.depth)
+        self._last = self._begun + count
+        for _ in range(min(count, self._load.depth)):
+            await crew.start(self._loop())
+        await crew.join()
+
+    async def _loop(self) -> None:
+        load, image = self._load, self._image
+        buffer = MemoryBuffer(memoryview(bytearray([load.pattern]) * load.nbytes))
+        flushes = load.flush_interval if not load.drains else 0
+        while self._begun < self._last:
+            self._pace.require_going()
+            self._begun += 1
+            number, offset = self._begun, self._next()
+            if load.writes:
+                await image.write(offset, buffer)
+            else:
+                await image.read(offset, buffer)
+            if flushes and number % flushes == 0:
+                await image.flush()
+            self._pace.advance(1)
+
+    def _next(self) -> int:
+        load, offset = self._load, self._offset
+        self._offset += load.step
+        if self._offset + load.nbytes > self._image.size:
+            self._offset = load.offset if load.offset + load.nbytes <= self._image.size else 0
+        return offset

@@ -54,8 +54,8 @@ class _Difference:
         self._pace = pace
         self._is_same_file = is_same_file
         self._is_compressed = is_compressed
-        self._window = window
         self._unit = overlay.geometry.cluster_size
+        self._window = max(window, self._unit)
         self._crew = Crew(width)
         self._order = Order()
 

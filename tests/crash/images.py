@@ -224,7 +224,7 @@ async def open_image(
     of the process; the cache is as small as can be.
     """
     base = None if backing is None else await _open_backing(backing)
-    await _replay_log(file)
+    await replay_log(file)
     if (await read_header(file, trust_refcounts=False)).is_dirty:
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
@@ -241,7 +241,7 @@ async def _open_backing(file: SimulatedFile) -> Image | RawImage:
     return await (Image.open(file) if file.read(0, 4) == MAGIC.to_bytes(4, "big") else RawImage.open(file))
 
 
-async def _replay_log(file: SimulatedFile) -> None:
+async def replay_log(file: SimulatedFile) -> None:
     """Bring what the shared memory holds into the file, and clear the memory; after a power loss there is nothing."""
     content = bytes(file.memory.content)
     header = await read_header(file, trust_refcounts=False)

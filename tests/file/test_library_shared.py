@@ -4,12 +4,15 @@
 ``DISK_SEEDS=200`` interrupts so many programs, 40 times each.
 """
 
+import asyncio
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,51 @@ def test_threads_share_a_disk(overlay: Path) -> None:
     with qcow2.open(overlay, writable=True) as disk:
         end = time.monotonic() + SECONDS
         threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (wrong, failures) == ([], [])
+    with qcow2.open(overlay) as disk:
+        assert all(disk.read(block * BLOCK, BLOCK) == data for block, data in held.items())
+    assert_not_corrupt(overlay)
+
+
+async def work_in_a_loop(disk: qcow2.Disk, first: int, end: float, wrong: list[str]) -> dict[int, bytes]:
+    """The same deeds as two tasks of an event loop; what their blocks hold."""
+    held = dict[int, bytes]()
+
+    async def one(number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() < end:
+            block = draw.randrange(BLOCKS) * THREADS + number
+            if draw.random() < 0.5:
+                held[block] = b"%7d." % draw.randrange(10_000_000) * (BLOCK // 8)
+                await disk.awrite(block * BLOCK, held[block])
+            elif await disk.aread(block * BLOCK, BLOCK) != held.get(block, b"b" * BLOCK):
+                wrong.append(f"block {block} of task {number}")
+
+    await asyncio.gather(one(first), one(first + 1))
+    return held
+
+
+def test_two_threads_and_an_event_loop_share_a_disk(overlay: Path) -> None:
+    wrong, held, failures = list[str](), dict[int, bytes](), list[BaseException]()
+
+    def run(deeds: Callable[[], dict[int, bytes]]) -> None:
+        try:
+            held.update(deeds())
+        except BaseException as error:
+            failures.append(error)
+
+    with qcow2.open(overlay, writable=True) as disk:
+        end = time.monotonic() + SECONDS
+        everybody: list[Callable[[], dict[int, bytes]]] = [
+            partial(work, disk, 0, end, wrong),
+            partial(work, disk, 1, end, wrong),
+            lambda: asyncio.run(work_in_a_loop(disk, 2, end, wrong)),
+        ]
+        threads = [threading.Thread(target=run, args=(deeds,)) for deeds in everybody]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,0 +1,241 @@
+"""``python -m bench.tool``: the `qcow2` tool and the library beside qemu-img, pair after pair on the same images.
+
+``--peer`` names the other qemu-img (11.1 for the figures of docs/speed.md), ``--place`` a directory on the disk that is
+meant; warm means that sources are in the page cache. Each row is the median of what they took and of the ratios.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import qcow2
+
+OURS = str(Path(sys.executable).parent / "qcow2")
+MIB = 1 << 20
+Words = list[str]
+
+
+@dataclass
+class Place:
+    """Where images are made, each once."""
+
+    root: Path
+    peer: str
+    nbytes: int  # of the disk that is converted
+    made: set[str] = field(default_factory=set)
+
+    def qemu(self, *words: str) -> None:
+        subprocess.run([self.peer, *words], cwd=self.root, check=True, stdout=subprocess.DEVNULL)
+
+    def once(self, name: str, make: Callable[[Path], None]) -> str:
+        if name not in self.made:
+            make(self.root / name)
+            self.made.add(name)
+        return name
+
+    def half(self) -> str:
+        """A raw disk, half of it holes: a stretch of data that is half text, half noise, then a hole as long."""
+        return self.once("half.raw", self._make_half)
+
+    def _make_half(self, path: Path) -> None:
+        with path.open("wb") as file:
+            for offset in range(0, self.nbytes, 2 * MIB):
+                file.seek(offset)
+                text = b"".join(b"%015d\n" % (offset + number) for number in range(MIB // 32))
+                file.write(text + os.urandom(MIB - len(text)))
+            file.truncate(self.nbytes)
+
+    def image(self) -> str:
+        def make(path: Path) -> None:
+            self.qemu("convert", "-f", "raw", "-O", "qcow2", self.half(), str(path))
+
+        return self.once("half.qcow2", make)
+
+    def full(self) -> str:
+        """100 GiB that are all allocated, in a sparse file."""
+
+        def make(path: Path) -> None:
+            self.qemu("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path.name, "100G")
+
+        return self.once("full", make)
+
+    def uncounted(self) -> str:
+        """The same, all refcounts 2."""
+
+        def make(path: Path) -> None:
+            subprocess.run(["cp", "--sparse=always", str(self.root / self.full()), str(path)], check=True)
+            with path.open("r+b") as file:
+                header = file.read(64)
+                table, clusters = int.from_bytes(header[48:56], "big"), int.from_bytes(header[56:60], "big")
+                file.seek(table)
+                blocks = file.read(clusters << 16)
+                for at in range(0, len(blocks), 8):
+                    if block := int.from_bytes(blocks[at : at + 8], "big"):
+                        file.seek(block)
+                        counts = file.read(1 << 16)
+                        file.seek(block)
+                        file.write(counts.replace(b"\0\1", b"\0\2"))
+
+        return self.once("uncounted", make)
+
+    def sparse(self) -> str:
+        """1 TiB with a little in many places."""
+
+        def make(path: Path) -> None:
+            self.qemu("create", "-q", "-f", "qcow2", path.name, "1T")
+            with qcow2.open(path, writable=True) as disk:
+                for number in range(20_000):
+                    disk.write(number * (disk.size // 20_000) // 4096 * 4096, b"x" * 4096)
+
+        return self.once("sparse", make)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, of ours and of theirs, and what comes before each run, uncounted."""
+
+    name: str
+    wanted: str
+    ours: Callable[[Place], Words]
+    theirs: Callable[[Place], Words]
+    before: Callable[[Place], None] = lambda place: None
+
+
+def conversion(name: str, wanted: str, source: Callable[[Place], str], *words: str) -> Case:
+    """As fast as each program can."""
+
+    def line(place: Place, *more: str) -> Words:
+        return ["convert", *words, *more, source(place), "out"]
+
+    def forget(place: Place) -> None:
+        (place.root / "out").unlink(missing_ok=True)
+
+    return Case(name, wanted, lambda place: line(place, "-W"), lambda place: line(place, "-m", "16", "-W"), forget)
+
+
+def same(
+    name: str, wanted: str, words: Callable[[Place], Words], before: Callable[[Place], None] = lambda place: None
+) -> Case:
+    """The same words for both."""
+    return Case(name, wanted, words, words, before)
+
+
+def break_again(place: Place) -> None:
+    """A fresh copy of the image whose counts are wrong."""
+    subprocess.run(["cp", "--sparse=always", place.uncounted(), "broken"], cwd=place.root, check=True)
+
+
+RAW, QCOW2 = ("-f", "raw", "-O", "qcow2"), ("-f", "qcow2", "-O", "raw")
+CASES = [
+    conversion("convert raw -> qcow2", ">= 1.2", Place.half, *RAW),
+    conversion("convert qcow2 -> raw", ">= 1.2", Place.image, *QCOW2),
+    conversion("convert -c zlib", ">= 1.5", Place.half, "-c", *RAW),
+    conversion("convert -c zstd", ">= 1.5", Place.half, "-c", *RAW, "-o", "compression_type=zstd"),
+    same("compare", ">= 1.2", lambda p: ["compare", "-f", "raw", "-F", "qcow2", p.half(), p.image()]),
+    same("check 100 GiB", ">= 1", lambda p: ["check", "-f", "qcow2", p.full()]),
+    same("check -r all", ">= 1", lambda p: ["check", "-q", "-f", "qcow2", "-r", "all", "broken"], break_again),
+    same("map sparse", ">= 0.5", lambda p: ["map", "-f", "qcow2", "--output=json", p.sparse()]),
+    same("info", "<= 0.1 s", lambda p: ["info", "-f", "qcow2", p.image()]),
+    same("bench reads", "", lambda p: ["bench", "-f", "qcow2", p.image()]),
+    same("bench writes", "", lambda p: ["bench", "-f", "qcow2", "-w", p.image()]),
+]
+
+
+def seconds(program: str, words: Words, place: Place) -> float:
+    started = time.perf_counter()
+    done = subprocess.run([program, *words], cwd=place.root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    took = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{program} {' '.join(words)}: exit {done.returncode}: {done.stderr.decode()[-500:]}")
+    return took
+
+
+def row(case: Case, place: Place, count: int) -> str:
+    """A line of the table: the medians of *count* pairs, after one that warms up."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    for number in range(count + 1):
+        for program, words, kept in ((OURS, case.ours, ours), (place.peer, case.theirs, theirs)):
+            line = words(place)
+            case.before(place)
+            took = seconds(program, line, place)
+            if number:
+                kept.append(took)
+    ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
+    medians = f"{statistics.median(ours):.3f} s | {statistics.median(theirs):.3f} s | {statistics.median(ratios):.2f}"
+    return f"| {case.name} | {medians} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | {case.wanted} |"
+
+
+def reads(place: Place, count: int) -> list[str]:
+    """`Disk.read` of a warm image, in GB/s."""
+    lines = []
+    with qcow2.open(place.root / place.image()) as disk:
+        for nbytes in (64 << 10, 256 << 10, MIB, 4 * MIB):
+            end = min(disk.size - nbytes, 1 << 30)
+            starts = range(0, end, 2 * MIB)  # of the stretches of data
+            offsets = [offset for start in starts for offset in range(start, start + MIB, nbytes)]
+            rates = []
+            for number in range(count + 1):
+                started = time.perf_counter()
+                for offset in offsets:
+                    disk.read(offset, nbytes)
+                if number:
+                    rates.append(len(offsets) * nbytes / (time.perf_counter() - started) / 1e9)
+            lines.append(f"| Disk.read {nbytes >> 10} KiB | {statistics.median(rates):.2f} GB/s | - | - | >= 1 GB/s |")
+    return lines
+
+
+def memory(place: Place) -> list[str]:
+    """Resident memory at most, of disks of 1 TiB."""
+    lines = []
+    for words in (
+        ["map", "-f", "qcow2", "--output=json", place.sparse()],
+        ["check", "-f", "qcow2", place.sparse()],
+        ["convert", "-f", "qcow2", "-O", "qcow2", place.sparse(), "out"],
+        ["compare", "-f", "qcow2", "-F", "qcow2", place.sparse(), place.sparse()],
+    ):
+        found = [_peak(program, words, place) for program in (OURS, place.peer)]
+        lines.append(f"| {words[0]} of 1 TiB, memory | {found[0] >> 10} MiB | {found[1] >> 10} MiB | - | bounded |")
+    return lines
+
+
+def _peak(program: str, words: Words, place: Place) -> int:
+    child = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+    child += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run(
+        [sys.executable, "-c", child, program, *words], cwd=place.root, check=True, capture_output=True
+    )
+    return int(done.stdout)
+
+
+def main() -> int:
+    """Print a table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tool", description=__doc__)
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(case.name for case in CASES)}, reads, memory")
+    parser.add_argument("--peer", default="qemu-img", help="the other program")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--size", type=int, default=4, help="GiB of the disk that is converted (default: 4)")
+    parser.add_argument("--place", help="where the images are made (default: the temporary directory)")
+    given = parser.parse_args()
+    with TemporaryDirectory(dir=given.place) as directory:
+        place = Place(Path(directory), given.peer, given.size << 30)
+        print("| case | ours | qemu-img | times as fast | wanted |\n|---|---|---|---|---|", flush=True)
+        for case in CASES:
+            if not given.cases or case.name in given.cases:
+                print(row(case, place, given.pairs), flush=True)
+        if not given.cases or "reads" in given.cases:
+            print("\n".join(reads(place, given.pairs)), flush=True)
+        if not given.cases or "memory" in given.cases:
+            print("\n".join(memory(place)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
