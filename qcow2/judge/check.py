@@ -118,7 +118,7 @@ L1_ENTRIES = Entries(16, 3)  # as far as flags go, those of every L1 table
 class Miscopied:
     """A piece of an active table, at most a cluster, with entries whose COPIED flag is wrong."""
 
-    what: str
+    is_l1: bool
     host_offset: int
     data: bytes
     indexes: list[int]
@@ -133,14 +133,14 @@ async def miscopied(census: Census, *, counted: bool) -> AsyncIterator[Miscopied
         host_offset = record.l1_table_offset + start
         data = await Read(census.file, host_offset, min(census.cluster_size, l1_bytes - start))
         if indexes := census.tally.miscopied(data, is_l1=True, counted=counted):
-            yield Miscopied("L1 table", host_offset, data, indexes, L1_ENTRIES)
+            yield Miscopied(True, host_offset, data, indexes, L1_ENTRIES)
     if record.has_data_file:  # no refcount is of its clusters
         return
     for cluster in census.tally.clusters(Role.ACTIVE):
         host_offset = cluster << record.cluster_bits
         data = await Read(census.file, host_offset, census.cluster_size)
         if indexes := census.tally.miscopied(data, is_l1=False, counted=counted):
-            yield Miscopied("L2 table", host_offset, data, indexes, census.tally.entries)
+            yield Miscopied(False, host_offset, data, indexes, census.tally.entries)
 
 
 def is_table_alone(census: Census, cluster: int) -> bool:
@@ -157,8 +157,17 @@ async def _judge_copied(census: Census) -> None:
             continue
         for index in found.indexes:
             entry = found.entries.at(found.data, index)
-            flag = "set" if found.entries.is_copied(entry) else "not set"
-            where = f"{found.what} entry at {found.host_offset + index * found.entries.nbytes:#x}"
-            census.report.corruption(
-                f"{where} is {found.entries.text(entry)}: copied flag {flag}, which its refcount contradicts"
-            )
+            word = found.entries.pack([entry])[:ENTRY_SIZE].hex().lstrip("0")
+            count = await _stored_count(census, census.cluster_of(found.entries.host_offset(entry)))
+            if found.is_l1:
+                number = (found.host_offset - census.record.l1_table_offset) // ENTRY_SIZE + index
+                what = f"L2 cluster: l1_index={number} l1_entry={word}"
+            else:
+                what = f"data cluster: l2_entry={word}"
+            census.report.corruption(f"OFLAG_COPIED {what} refcount={count}")
+
+
+async def _stored_count(census: Census, cluster: int) -> int:
+    """What the refcounts say of *cluster*."""
+    index, inside = divmod(cluster, census.per_block)
+    return stored_refcount(await read_block(census, index), census.record.refcount_order, inside)

@@ -60,7 +60,7 @@ def _opened(path: str, arguments: argparse.Namespace) -> AbstractContextManager[
 
 
 def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
-    said = Findings()
+    said = Findings(is_kept=arguments.repair is not None)
     progress = _show_progress if not arguments.quiet and sys.stderr.isatty() else None
     if arguments.repair is None:
         report = run(check(file, say=said.say, progress=progress))
@@ -70,26 +70,41 @@ def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
         report = run(repair(file, RepairMode(arguments.repair), say=said.say, progress=progress))
     if progress is not None:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    said.end()
+    said.end(report)
     return report
 
 
 class Findings:
-    """Prints one line for each finding, up to a limit."""
+    """Prints one line for each finding, up to a limit; *is_kept*: at the end, when it is known what was put right."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_kept: bool) -> None:
         self._count = 0
+        self._kept: list[str] | None = [] if is_kept else None
 
     def say(self, line: str) -> None:
         """Print *line*."""
         self._count += 1
-        if self._count <= MAX_LINES:
+        if self._count > MAX_LINES:
+            return
+        if self._kept is None:
             print(line, file=sys.stderr)
+        else:
+            self._kept.append(line)
 
-    def end(self) -> None:
-        """Tell how much was not printed."""
+    def end(self, report: Report) -> None:
+        """Print what was kept, and tell how much was not printed."""
+        for line in self._kept or ():
+            print(_outcome(line, report), file=sys.stderr)
         if self._count > MAX_LINES:
             print(f"... and {self._count - MAX_LINES} more findings", file=sys.stderr)
+
+
+def _outcome(line: str, report: Report) -> str:
+    """*line* of a finding as qemu-img says it of one that a repair has put right."""
+    verb, _, rest = line.partition(" ")
+    is_of_repair = rest.startswith(("cluster ", "OFLAG_COPIED "))
+    is_fixed = report.leaks_fixed if verb == "Leaked" else report.corruptions_fixed and not report.corruptions
+    return f"Repairing {rest}" if is_fixed and is_of_repair else line
 
 
 def _show_progress(done: int, total: int) -> None:
@@ -128,6 +143,7 @@ def _lines(report: Report) -> list[str]:
     if report.corruptions_fixed or report.leaks_fixed:
         lines += ["The following inconsistencies were found and repaired:", ""]
         lines += [f"    {report.leaks_fixed} leaked clusters", f"    {report.corruptions_fixed} corruptions", ""]
+        lines.append("Double checking the fixed image now...")
     if not (report.corruptions or report.leaks or report.check_errors):
         lines.append("No errors were found on the image.")
     if report.corruptions:
