@@ -1,4 +1,4 @@
-"""Run the coverage-guided fuzzers, one after the other: `python -m tests.fuzz [--minutes N] [--keep] [ring] [images]`.
+"""Run the coverage-guided fuzzers, one after the other: `python -m tests.fuzz [--minutes N] [--keep] [TARGET...]`.
 
 They start from the corpus of the tree and go on from `.cache/fuzz`; a finding ends the run and is left there.
 --keep writes the smallest set of inputs with the same coverage back into the tree.
@@ -21,7 +21,11 @@ SANITIZERS = [
     "-fno-omit-frame-pointer",
 ]
 COVERAGE = ["-fprofile-instr-generate", "-fcoverage-mapping"]
-LIMITS = {"ring": ["-max_len=3200", "-timeout=20"], "images": ["-max_len=289", "-timeout=60", "-rss_limit_mb=1024"]}
+LIMITS = {
+    "ring": ["-max_len=3200", "-timeout=20"],
+    "images": ["-max_len=289", "-timeout=60", "-rss_limit_mb=1024"],
+    "nbd": ["-max_len=440", "-timeout=60", "-rss_limit_mb=1024"],
+}
 
 
 def build_ring(*, coverage: bool = False) -> list[str]:
@@ -38,7 +42,7 @@ def build_ring(*, coverage: bool = False) -> list[str]:
 
 def command_of(target: str) -> list[str]:
     """How to run *target*, but for libFuzzer's options."""
-    return build_ring() if target == "ring" else [sys.executable, "-m", "tests.fuzz.images"]
+    return build_ring() if target == "ring" else [sys.executable, "-m", f"tests.fuzz.{target}"]
 
 
 def fuzz(target: str, minutes: float) -> int:
@@ -83,7 +87,9 @@ def _llvm(tool: str) -> str:
 def main() -> int:
     """Run what the command line asks for; 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=[*LIMITS], metavar="TARGET", help="ring, images; default: both")
+    parser.add_argument(
+        "targets", nargs="*", default=[*LIMITS], metavar="TARGET", help="ring, images, nbd; default: all"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="for each target")
     parser.add_argument("--keep", action="store_true", help="write the corpus back into the tree")
     parser.add_argument("--coverage", action="store_true", help="only report what the corpus of ring reaches in the C")
