@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """List the logs, or remove some.
+    """List the logs, or remove some; 1 if one cannot be read.
 
     Raises: ValueError for a tag that is not there or is in use, OSError.
     """
@@ -42,12 +42,20 @@ def run_command(arguments: argparse.Namespace) -> int:
         _remove(tag, logs, arguments.link_log)
     if arguments.remove:
         return 0
-    facts = [facts for tag, memory in logs.items() if (facts := _facts_of(tag, memory)) is not None]
+    facts, status = [], 0
+    for tag, memory in logs.items():
+        try:
+            facts.append(_facts_of(tag, memory))
+        except FileNotFoundError:  # gone since it was listed
+            pass
+        except OSError as error:
+            say(f"{memory.path}: {error.strerror}")
+            status = 1
     if arguments.output == "json":
         print_json([asdict(each) for each in facts])
     for each in facts if arguments.output == "human" else ():
         print(f"{each.tag}  {each.state:8}  {each.waiting:6} waiting  {each.image}")
-    return 0
+    return status
 
 
 def _remove(tag: str, logs: dict[str, SharedMemory], directory: str) -> None:
@@ -60,20 +68,14 @@ def _remove(tag: str, logs: dict[str, SharedMemory], directory: str) -> None:
     remove_log(logs[tag])
 
 
-def _facts_of(tag: str, memory: SharedMemory) -> LogFacts | None:
-    """What is said of a log; nothing of one that is gone since it was listed."""
-    try:
-        found = read_log(memory.load(lambda user: True))
-        if found is None:
-            return LogFacts(tag, memory.path, "", 0, "no log")
-        image = os.fsdecode(found.origin.path)
-        state = "in use" if is_in_use(memory.path) else _state_of(image, found.tag)
-        return LogFacts(tag, memory.path, image, found.waiting(), state)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        say(f"{memory.path}: {error.strerror}")
-        return None
+def _facts_of(tag: str, memory: SharedMemory) -> LogFacts:
+    """What is said of a log. Raises: OSError; FileNotFoundError if it is gone."""
+    found = read_log(memory.load(lambda user: True))
+    if found is None:
+        return LogFacts(tag, memory.path, "", 0, "no log")
+    image = os.fsdecode(found.origin.path)
+    state = "in use" if is_in_use(memory.path) else _state_of(image, found.tag)
+    return LogFacts(tag, memory.path, image, found.waiting(), state)
 
 
 def _state_of(image: str, tag: int) -> str:

@@ -389,6 +389,17 @@ def test_logs_are_listed_and_removed_unless_they_are_in_use(image: Path, logs: P
     assert "no link log ffffff" in qcow2_tool("link-logs", f"--link-log={logs}", "--remove", "ffffff").stderr
 
 
+def test_log_that_cannot_be_read_is_named_and_the_list_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "qcow2-links-000001").mkdir()
+    (tmp_path / "qcow2-links-000002").write_bytes(b"none")
+    (tmp_path / "qcow2-links-000002").chmod(0o600)
+    (tmp_path / "qcow2-links-000003").symlink_to("000003")
+    done = qcow2_tool("link-logs", f"--link-log={tmp_path}")
+    assert done.returncode == 1
+    assert [word in done.stderr for word in ("000001", "000002", "000003")] == [True, False, True]
+    assert "000002" in done.stdout
+
+
 def test_readers_say_that_they_do_not_show_all(
     image: Path, logs: Path, base: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
