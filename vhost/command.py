@@ -100,15 +100,17 @@ def _serve(options: "Options") -> int:
     from qcow2.tool.stdio import occupy
     from vhost.endpoint import EndpointError
     from vhost.limits import raise_descriptor_limit
+    from vhost.signals import stop_signals
     from vhost.stderr import Stderr
     from virtio.block import Unavailable
 
     try:
         occupy()
-        require_current(ring._native)
-        logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", handlers=[Stderr()])
-        raise_descriptor_limit()
-        serve_image(options)
+        with stop_signals(is_last=True) as stop_fd:
+            require_current(ring._native)
+            logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", handlers=[Stderr()])
+            raise_descriptor_limit()
+            serve_image(options, stop_fd)
     except (EndpointError, Unavailable, StaleExtension) as error:
         return _complain(str(error))
     except OSError as error:
@@ -124,8 +126,8 @@ def _complain(text: str) -> int:
     return 1
 
 
-def serve_image(options: "Options") -> None:
-    """Serve an image as *options* say until SIGTERM or SIGINT, and close it cleanly.
+def serve_image(options: "Options", stop_fd: int) -> None:
+    """Serve an image as *options* say until *stop_fd* is readable, at SIGTERM or SIGINT, and close it cleanly.
 
     The socket's path comes first: one that cannot be used leaves the image untouched. It listens last. A signal ends a
     repair too, which the next open begins anew.
@@ -137,12 +139,10 @@ def serve_image(options: "Options") -> None:
     from vhost.daemon import run
     from vhost.disk import ImageBackend
     from vhost.held import HeldImage
-    from vhost.signals import stop_signals
     from vhost.systemd import ServiceManager
     from virtio.block import Unavailable
 
     with ExitStack() as stack:
-        stop_fd = stack.enter_context(stop_signals())
         manager = stack.enter_context(ServiceManager())
         endpoint = stack.enter_context(_endpoint(options))
         control = stack.enter_context(_control(options, stop_fd))

@@ -18,10 +18,11 @@ STRAY = (
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[int]:
+def stop_signals(*, is_last: bool = False) -> Iterator[int]:
     """An eventfd that becomes readable at a signal that asks us to end. Main thread only.
 
-    SIGHUP is left ignored if it is: nohup(1) says so.
+    SIGHUP is left ignored if it is: nohup(1) says so. With *is_last* the process ends after this: those signals ask for
+    no more than that, and are ignored from then on, so that its status says how it went.
     """
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -35,7 +36,8 @@ def stop_signals() -> Iterator[int]:
     try:
         yield stop_fd
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if not is_last:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, previous in before.items():
-            signal.signal(number, previous)
+            signal.signal(number, signal.SIG_IGN if is_last else previous)
         os.close(stop_fd)

@@ -158,6 +158,22 @@ def test_missing_image_is_named_and_no_socket_stays(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_signal_at_the_end_does_not_hide_how_it_went(image: Path, tmp_path: Path) -> None:
+    """From the line that says why until the process is gone; and after a clean end."""
+    path = tmp_path / "socket"
+    with start(f"--socket-path={path}", f"--blk-file={tmp_path}/absent") as failing:
+        assert failing.stderr is not None
+        assert "absent" in failing.stderr.readline()
+        while failing.poll() is None:
+            failing.terminate()
+    with start(f"--socket-path={path}", f"--blk-file={image}") as serving:
+        with visit(serving, path):
+            pass
+        while serving.poll() is None:
+            serving.terminate()
+    assert (failing.returncode, serving.returncode) == (1, 0)
+
+
 def test_format_is_not_guessed(image: Path, tmp_path: Path) -> None:
     assert refuses(run(f"--blk-file={image}", f"--socket-path={tmp_path}/a.sock"), str(image), "qcow2")
 
