@@ -1,7 +1,8 @@
 """Allocation: host clusters handed out from a reserved run; growing the file and the refcounts under it.
 
 Every cluster handed out is counted (accurate: stable on the disk; lazy: in memory), lies inside the file's stable
-length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync. Who
+length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync. In an
+encrypted image it is what decrypts to zeros, so whoever wants one for metadata says so, and waits for a sync. Who
 syncs before the link anyway takes clusters of which all this is true after that sync only, and does not wait for one.
 """
 
@@ -23,6 +24,7 @@ from qcow2.plane.stock import Stock
 FIRST_RUN_BYTES = 256 << 10
 MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
 MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
+BLANK_BYTES = 256 << 10  # encrypted at a time
 SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
 SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
 
@@ -40,6 +42,10 @@ class Allocator:
         file_size: int,
     ) -> None:
         self._file = opened.file
+        self._data = opened.data
+        self._encrypts = (
+            opened.data.is_encrypted and opened.data.native is not None
+        )  # without its key nobody writes data
         self._geometry = opened.geometry
         self._refcounts = refcounts
         self._root = root
@@ -58,7 +64,7 @@ class Allocator:
         self._cursor = 0  # no cluster below it is free, as far as is known
         self._low = 0  # at so many the next reservation begins
         self._next_bytes = FIRST_RUN_BYTES
-        self._max_bytes = MAX_LAZY_RUN_BYTES if root.is_lazy else MAX_RUN_BYTES
+        self._max_bytes = MAX_LAZY_RUN_BYTES if root.is_lazy and not self._encrypts else MAX_RUN_BYTES
 
     async def allocate(self, nclusters: int) -> range:
         """Take at least one and at most *nclusters* consecutive host clusters.
@@ -72,6 +78,15 @@ class Allocator:
         taken = self._stock.take(nclusters)
         if len(self._stock) <= self._low and self._under_way is None:
             await Spawn(self._reserve_ahead(self._begin()))
+        return taken
+
+    async def allocate_zeros(self) -> range:
+        """Take one host cluster as from `allocate`, which holds zeros as they are: for metadata."""
+        taken = await self.allocate(1)
+        if self._encrypts:
+            async with Rollback(self._reaper.free, taken):
+                await Zero(self._file, taken.start << self._geometry.cluster_bits, self._geometry.cluster_size)
+                await self._stability.sync()
         return taken
 
     async def allocate_unsynced(self, nclusters: int) -> range:
@@ -191,7 +206,7 @@ class Allocator:
 
     async def _place_block(self, index: int) -> None:
         """Make refcount block *index* in a cluster of the run, so that all that it counts stays free."""
-        cluster = await self.allocate(1)
+        cluster = await self.allocate_zeros()
         async with Rollback(self._reaper.free, cluster):
             await self._root.allow_uncounted()
             async with self._refcounts.mutex.hold():
@@ -227,9 +242,12 @@ class Allocator:
                     raise
                 areas = self._unsynced.take_all()
             try:
+                for area in areas:
+                    await self._blank(area)
                 await self._stability.sync()
-            except NotTried:
-                self._unsynced.add(areas)
+            except OSError as error:
+                if isinstance(error, NotTried) or _lacks_room(error):
+                    self._unsynced.add(areas)
                 raise
             self._stock.add(areas)
             self._low = len(self._stock) // 2
@@ -237,6 +255,17 @@ class Allocator:
             self._under_way = None
             self._stock.keep(self._low)
             ended.set()
+
+    async def _blank(self, area: range) -> None:
+        """Let *area* decrypt to zeros, if the image is encrypted."""
+        if not self._encrypts:
+            return
+        bits = self._geometry.cluster_bits
+        offset, end = area.start << bits, area.stop << bits
+        while offset < end:
+            nbytes = min(BLANK_BYTES, end - offset)
+            await self._data.write(offset, bytes(nbytes))
+            offset += nbytes
 
     async def _reserve_what_fits(self, wanted: int) -> list[range]:
         """Reserve *wanted* clusters; on a host with hardly any room left fewer, or what is free inside the file."""

@@ -225,7 +225,7 @@ class Bitmaps(Part):
 
     async def _allocate(self, each: StoredBitmap, index: int) -> int:
         """A cluster for bits that are all zero: it is stable zeros, so what points at it changes nothing."""
-        cluster = await self._allocator.allocate(1)
+        cluster = await self._allocator.allocate_zeros()
         host_offset = cluster.start << self._geometry.cluster_bits
         async with Rollback(self._reaper.free, cluster):
             await self._root.allow_uncounted()

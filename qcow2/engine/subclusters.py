@@ -93,7 +93,7 @@ class Subclusters(Part):
         old = await self._empty_entries(guest_offset, len(source), entry)
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(old) << bits), size)
-        shows_zeros = not self._data.is_encrypted and await self._reader.reads_as_zeros(start, end - start)
+        shows_zeros = await self._reader.reads_as_zeros(start, end - start)
         allocate = self._allocator.allocate if shows_zeros else self._allocator.allocate_unsynced
         new = await allocate(len(old))
         source = source.slice(0, min(len(source), start + (len(new) << bits) - guest_offset))
@@ -180,18 +180,13 @@ class Subclusters(Part):
         if self.host_clusters(await self._entry(guest_offset)):
             return
         bits = self._geometry.cluster_bits
-        old = await self._entry(guest_offset)
         new = await self._allocator.allocate(1)
         async with Rollback(self._reaper.free, new):
-            if writes or self._data.is_encrypted:
+            if writes:
                 await self._data.write(new.start << bits, bytes(self._geometry.cluster_size))
             await self._root.allow_uncounted()
             self._allocator.allow_links()
-            entries = self._entries.data(new.start << bits)
-            if self._data.is_encrypted:
-                await self._links.link(guest_offset, [old], entries, ())
-            else:
-                await self._mapping.link(guest_offset, entries)
+            await self._mapping.link(guest_offset, self._entries.data(new.start << bits))
         self._statistics.clusters_allocated += 1
 
     async def clear(self, guest_offset: int, end: int, *, keep: bool) -> bool:

@@ -30,7 +30,7 @@ class Tables(Part):
     async def _make_private(self, index: int, guest_offset: int) -> None:
         signal = self._under_way[index] = Signal()
         try:
-            new = await self._allocator.allocate(1)
+            new = await self._allocator.allocate_zeros()
             async with Rollback(self._reaper.free, new):
                 await self._fill_and_point(guest_offset, new.start << self._geometry.cluster_bits)
         finally:

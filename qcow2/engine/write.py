@@ -127,12 +127,11 @@ class Writer(Part):
         bits = self._geometry.cluster_bits
         new = await self._allocator.allocate(min(self._geometry.clusters(run.nbytes), MAX_PLACED >> bits or 1))
         async with Rollback(self._reaper.free, new):
-            if writes or self._data.is_encrypted:
+            if writes:
                 await self._data.write(new.start << bits, bytes(len(new) << bits))
             await self._root.allow_uncounted()
             self._allocator.allow_links()
-            link = self._link_over if self._data.is_encrypted else self._link
-            await link(run, guest_offset >> bits, len(new), new.start << bits)
+            await self._link(run, guest_offset >> bits, len(new), new.start << bits)
         self._statistics.clusters_allocated += len(new)
         return len(new) << bits
 
@@ -196,8 +195,7 @@ class Writer(Part):
         bits = self._geometry.cluster_bits
         first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
         place = await self._place_of_old(run, first << bits, min(last + 1 << bits, self._geometry.size))
-        # Before the data is stable the cluster's zeros, encrypted, would be read as noise.
-        covers_something = place is not Seen.ZEROS or self._data.is_encrypted
+        covers_something = place is not Seen.ZEROS
         allocate = self._allocator.allocate_unsynced if covers_something else self._allocator.allocate
         new = await allocate(last - first + 1)
         source = self._front(source, (first + len(new) << bits) - guest_offset)
@@ -217,9 +215,9 @@ class Writer(Part):
         """Write *source*, and what the guest saw in the rest of its first and last cluster, to the clusters *new*.
 
         If it saw anything but zeros, which they hold already, it must not see zeros after a power loss: everything must
-        be stable then before it is linked (law 3). Encrypted, they do not hold what reads as zeros: all is written.
+        be stable then before it is linked (law 3).
         """
-        if place is Seen.ZEROS and not self._data.is_encrypted:
+        if place is Seen.ZEROS:
             host_offset = new.start << self._geometry.cluster_bits
             await self._data.write(host_offset + guest_offset % self._geometry.cluster_size, source)
             return

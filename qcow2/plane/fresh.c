@@ -172,8 +172,6 @@ static void name_in_table(const struct l2map *map, struct extent_place *place, u
 static void fill_around(const struct l2map *map, struct extent_place *place, const struct extent *old,
                         const struct touched *touched, uint64_t nbytes)
 {
-    place->cipher = map->cipher;
-    place->old_slot = EXTENT_NO_SLOT;
     if (nbytes == touched->nbytes && !map->cipher)
         return;
     place->old_nbytes = touched->nbytes;
@@ -264,10 +262,9 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     if (map->format.is_identity)
         return take_own_place(map, &touched, &old, table, out);
     is_kept = entry_host_offset(touched.entry) != 0;
-    /* In a cluster that is kept may be anything, and the zeros of a new one are none once they are decrypted. */
-    waits = old.kind == EXTENT_DATA || is_kept || map->cipher;
+    waits = old.kind == EXTENT_DATA || is_kept; /* in a cluster that is kept may be anything */
     if (old.kind == EXTENT_PUNT || (waits && (!map->log || !link_log_has_room(map->log))) ||
-        (map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
+        (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
         return -EAGAIN;
     host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
     if (!is_kept && !take_cluster(waits ? map->unsynced : map->stock, &host_cluster))
@@ -277,6 +274,9 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     out->entry[0] = entry.word;
     out->entry[1] = entry.bitmap;
     out->is_kept = is_kept;
+    out->cipher = map->cipher;
+    out->old_slot = EXTENT_NO_SLOT;
+    out->old_nbytes = map->cipher ? nbytes : 0; /* they are written through a buffer */
     if (waits)
         fill_around(map, out, &old, &touched, nbytes);
     if (waits)

@@ -88,10 +88,31 @@ def test_engine_and_extent_map_keep_one_disk(options: dict[str, Any], least: int
     assert_sound(bench)
 
 
-def test_a_place_of_an_encrypted_image_is_written_whole_and_waits() -> None:
-    _, plane = started(encrypted=True)
+def test_a_place_of_an_encrypted_image_holds_what_decrypts_to_zeros() -> None:
+    bench, plane = started(encrypted=True)
+    place = plane.take(3 * CLUSTER + 512, 512)
+    assert (place.old_nbytes, place.ahead, bool(place.memory)) == (512, 0, False)
+    assert any(bench.file.read(place.host_offset - 512, 512))
+    assert plane.write(3 * CLUSTER + 512, noise(512))
+    assert bench.read(3 * CLUSTER, 1536) == bytes(512) + noise(512) + bytes(512)
+
+
+def test_a_copy_into_an_encrypted_image_is_written_whole_and_waits() -> None:
+    _, plane = started(encrypted=True, base=noise(SIZE, seed=9))
     place = plane.take(3 * CLUSTER + 512, 512)
     assert (place.old_nbytes, place.ahead, bool(place.memory)) == (CLUSTER, 512, True)
+
+
+def test_new_tables_of_an_encrypted_image_are_zeros() -> None:
+    bench = set_up(4 << 20, cluster_bits=10, encrypted=True)
+    model = bytearray(4 << 20)
+    for number in range(60):  # an L2 table maps 128 KiB
+        offset = number * (64 << 10)
+        bench.write(offset, noise(512, seed=number))
+        model[offset : offset + 512] = noise(512, seed=number)
+    bench.close()
+    assert bench.reopened_content() == model
+    assert_sound(bench)
 
 
 def test_an_untouched_place_of_a_data_file_takes_the_bytes_alone() -> None:
