@@ -3,7 +3,19 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vhost.client import Control, ControlError
     from virtio.block import Backend, BlockDevice
+
+__all__ = ["Control", "ControlError", "serve"]
+
+
+def __getattr__(name: str) -> object:
+    """The client of a control socket comes when it is asked for, so that importing the package stays cheap."""
+    if name not in ("Control", "ControlError"):
+        raise AttributeError(f"module 'vhost' has no attribute {name!r}")
+    from vhost import client
+
+    return getattr(client, name)
 
 
 def serve(device: "BlockDevice | Backend", *, socket_path: str, num_queues: int = 128, writeback: bool = True) -> None:

@@ -162,7 +162,7 @@ def serve_image(options: "Options", stop_fd: int) -> None:
             backend = ImageBackend(held, cache=options.cache, trace=trace)
 
             def control_of(device: "Device") -> "Control":
-                return control(device, _snapshots(options, device, backend, held))
+                return control(device, backend, held, _snapshots(options, device, backend, held))
 
             counters = run(
                 backend,
@@ -198,22 +198,36 @@ def _keys(options: "Options") -> "Keyring | None":
 
 
 @contextmanager
-def _control(options: "Options", stop_fd: int) -> "Iterator[Callable[[Device, TakeSnapshot], Control]]":
+def _control(
+    options: "Options", stop_fd: int
+) -> "Iterator[Callable[[Device, ImageBackend, HeldImage, TakeSnapshot], Control]]":
     """What makes a control socket of a device, if there is to be one; the path is taken here and now."""
     from contextlib import nullcontext
 
     if options.control is None:
-        yield lambda device, take_snapshot: nullcontext()
+        yield lambda device, backend, held, take_snapshot: nullcontext()
         return
     from vhost.controlcommands import Commands
     from vhost.controlsocket import Control
     from vhost.endpoint import listen
+    from vhost.event import Event
+    from vhost.jobcommands import JobCommands
+    from vhost.jobs import Jobs
 
     image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}
     with listen(options.control, mode=0o600, at_once=False) as endpoint:
-        yield lambda device, take_snapshot: Control(
-            endpoint.unix_socket, Commands(device, stop_fd, lambda: image, take_snapshot)
-        )
+
+        @contextmanager
+        def begin(
+            device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "TakeSnapshot"
+        ) -> "Iterator[None]":
+            jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
+            commands = Commands(device, stop_fd, lambda: image, take_snapshot, JobCommands(device, backend, held, jobs))
+            backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
+            with Control(endpoint.unix_socket, commands), jobs:
+                yield
+
+        yield begin
 
 
 def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "TakeSnapshot":

@@ -2,13 +2,14 @@
 
 import argparse
 import json
-import socket
 import sys
 from typing import Any
 
+from vhost.client import Control, ControlError
+from vhost.ctljob import add_commands, run_command
 from vhost.option import PROGRAM, Parser, UsageError, size_of
 
-GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
+JOB_COMMANDS = ("stream", "events", "job")
 
 
 def parser() -> Parser:
@@ -32,11 +33,12 @@ def parser() -> Parser:
         "snapshot", help="freeze what the disk holds in a file; an overlay is served from now on"
     )
     snapshot.add_argument("name", metavar="NAME", help="the file to freeze it in, beside the image")
+    actions = add_commands(commands, lambda text: size_of(text, "50M"))
     commands.add_parser("flush", help="make every completed write stable")
     cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
     cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")
     commands.add_parser("quit", help="end the daemon as SIGTERM does")
-    for command in commands.choices.values():
+    for command in [*commands.choices.values(), *actions]:
         command.add_argument("--control", metavar="PATH", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
@@ -55,42 +57,22 @@ def main(arguments: list[str]) -> int:
         request = parse(arguments)
     except UsageError as error:
         return _complain(str(error))
-    path = request.pop("control")
     try:
-        answer = ask(path, request)
-    except TimeoutError:
-        answer = {}
-    except OSError as error:
-        return _complain(f"{path or repr(path)}: {error.strerror or error}")
-    except ValueError:
-        answer = {}
-    if "error" in answer:
-        return _complain(answer["error"])
-    if "result" not in answer:
-        return _complain(f"{path}: no daemon of ours answers there, or it ended before it answered")
-    result = answer["result"]
-    if result is not None:
-        print(
-            result if isinstance(result, str) else json.dumps(result, indent=2),
-            end="" if request["command"] == "metrics" else "\n",
-        )
+        with Control(request.pop("control")) as control:
+            if request["command"] in JOB_COMMANDS:
+                return run_command(control, request)
+            _show(request["command"], control.ask(**request))
+    except ControlError as error:
+        return _complain(str(error))
     return 0
 
 
-def ask(path: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Send one request to the daemon at *path* and return its answer. Raises: OSError, ValueError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(GREETING_TIMEOUT)
-        connection.connect(path)
-        with connection.makefile("rwb") as lines:
-            json.loads(lines.readline())  # the greeting
-            connection.settimeout(None)
-            lines.write(json.dumps(request).encode() + b"\n")
-            lines.flush()
-            answer = json.loads(lines.readline())
-    if not isinstance(answer, dict):
-        raise ValueError("the answer is not an object")
-    return answer
+def _show(command: str, result: Any) -> None:
+    if result is not None:
+        print(
+            result if isinstance(result, str) else json.dumps(result, indent=2),
+            end="" if command == "metrics" else "\n",
+        )
 
 
 def _complain(text: str) -> int:

@@ -11,6 +11,9 @@ from typing import Any
 
 from ring.statistics import Histogram
 from vhost.device import Device, ResizeRefused
+from vhost.event import Event
+from vhost.jobcommands import JobCommands
+from vhost.jobs import JobRefused
 from vhost.metrics import open_metrics
 from vhost.snapshot import SnapshotRefused
 from virtio.block import Unavailable
@@ -36,11 +39,14 @@ class Commands:
         stop_fd: int,
         describe: Callable[[], dict[str, Any]],
         take_snapshot: Callable[[str], str],
+        jobs: JobCommands,
     ) -> None:
         self._device = device
         self._take_snapshot = take_snapshot
         self._stop_fd = stop_fd
         self._describe = describe
+        self.jobs = jobs
+        self.on_event: Callable[[Event], None] = lambda event: None
 
     def run(self, request: dict[str, Any]) -> Any:
         """Do what *request* asks for and return the result. Raises: CommandError."""
@@ -48,11 +54,14 @@ class Commands:
         command = COMMANDS.get(name) if isinstance(name, str) else None
         if command is None:
             raise CommandError(f"unknown command {name!r}, known are {', '.join(COMMANDS)}")
-        wanted = ARGUMENTS.get(str(name), ())
-        if set(arguments) != set(wanted):
-            raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}")
+        wanted, options = ARGUMENTS.get(str(name), ()), OPTIONS.get(str(name), ())
+        if set(arguments) - set(options) != set(wanted):
+            also = f" and perhaps {', '.join(options)}" if options else ""
+            raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}{also}")
         try:
-            return command(self, **arguments)
+            return command(self, **{key.replace("-", "_"): value for key, value in arguments.items()})
+        except JobRefused as refusal:
+            raise CommandError(str(refusal)) from refusal
         except RuntimeError:
             raise CommandError("the daemon is ending") from None
 
@@ -108,11 +117,14 @@ class Commands:
         """Freeze what the disk holds as the file *name*; what is served becomes an overlay of it."""
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
+        self.jobs.require_none()
         try:
             failure = self._take_snapshot(name)
         except SnapshotRefused as refusal:
             raise CommandError(str(refusal)) from refusal
-        return {"snapshot": name, **({"not-closed-cleanly": failure} if failure else {})}
+        taken = {"snapshot": name, **({"not-closed-cleanly": failure} if failure else {})}
+        self.on_event(Event("snapshot", taken))
+        return taken
 
     def flush(self) -> None:
         """Make every write completed before now stable."""
@@ -144,11 +156,26 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "metrics": Commands.metrics,
     "resize": Commands.resize,
     "snapshot": Commands.snapshot,
+    "stream": lambda commands, **options: commands.jobs.stream(**options),
+    "job-list": lambda commands: commands.jobs.job_list(),
+    "job-pause": lambda commands, job: commands.jobs.job_pause(job),
+    "job-resume": lambda commands, job: commands.jobs.job_resume(job),
+    "job-cancel": lambda commands, job: commands.jobs.job_cancel(job),
+    "job-set-rate": lambda commands, job, rate: commands.jobs.job_set_rate(job, rate),
     "flush": Commands.flush,
     "set-cache": Commands.set_cache,
     "quit": Commands.quit,
 }
-ARGUMENTS = {"resize": ("size",), "snapshot": ("name",), "set-cache": ("mode",)}
+ARGUMENTS = {
+    "resize": ("size",),
+    "snapshot": ("name",),
+    "set-cache": ("mode",),
+    "job-pause": ("job",),
+    "job-resume": ("job",),
+    "job-cancel": ("job",),
+    "job-set-rate": ("job", "rate"),
+}
+OPTIONS = {"stream": ("base", "rate", "on-error")}  # which may be left out
 
 
 def _as_json(histogram: Histogram) -> dict[str, Any]:

@@ -10,17 +10,22 @@ import os
 import select
 import socket
 import threading
+from collections import deque
 from types import TracebackType
 from typing import Any
 
 from ring.thread import start_deaf
+from vhost import event
 from vhost.controlcommands import COMMANDS, VERSION, CommandError, Commands
 from vhost.device import die
 from vhost.endpoint import Door
+from vhost.event import Event
 
 LINE_MAX = 64 << 10
+UNSENT_MAX = 1 << 20  # bytes that wait for one who does not read the events it asked for
 CLIENTS_MAX = 16
-GREETING = {"vhost-user-qcow2": {"version": VERSION, "commands": list(COMMANDS)}}
+SUBSCRIBE = "subscribe"  # which concerns the connection alone
+GREETING = {"vhost-user-qcow2": {"version": VERSION, "commands": [*COMMANDS, SUBSCRIBE]}}
 
 
 class Client:
@@ -32,6 +37,7 @@ class Client:
         self.received = bytearray()
         self.unsent = bytearray(_line(GREETING))
         self.is_leaving = False  # once it has read what is unsent
+        self.wants: frozenset[str] = frozenset()  # events by their names
 
     def send(self) -> None:
         """Send what it takes now. Raises: OSError if it is gone."""
@@ -45,6 +51,16 @@ class Client:
             if not data:
                 raise ConnectionResetError
             self.received += data
+
+    def subscribe(self, request: dict[str, Any]) -> list[str]:
+        """Want the events that *request* names from now on, or all; -> what is wanted. Raises: CommandError."""
+        names = request.get("events", list(event.NAMES))
+        if not isinstance(names, list) or not all(name in event.NAMES for name in names):
+            raise CommandError(f"{names!r} is no list of {', '.join(event.NAMES)}")
+        if request.keys() - {"command", "id", "events"}:
+            raise CommandError(f"{SUBSCRIBE} takes no arguments and perhaps events")
+        self.wants |= frozenset(names)
+        return sorted(self.wants)
 
     def next_line(self) -> bytes | None:
         """The next complete line, if there is one."""
@@ -63,11 +79,16 @@ class Control:
         self._listener = listener
         self._commands = commands
         self._clients: dict[int, Client] = {}
+        self._events: deque[Event] = deque()
         self._thread = threading.Thread(target=self._main, name="control", daemon=True)
         self._stop_fd = -1
+        self._event_fd = -1
+        self._telling = threading.Lock()  # guards what any thread may use: the events, and their fd
 
     def __enter__(self) -> "Control":
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._commands.on_event = self.tell
         self._door = Door(self._listener, self._stop_fd)
         start_deaf(self._thread)
         return self
@@ -78,6 +99,16 @@ class Control:
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
         os.close(self._stop_fd)
+        with self._telling:
+            os.close(self._event_fd)
+            self._event_fd = -1
+
+    def tell(self, event: Event) -> None:
+        """Send *event* to those who want it; for any thread."""
+        with self._telling:
+            if self._event_fd >= 0:
+                self._events.append(event)
+                os.eventfd_write(self._event_fd, 1)
 
     def _main(self) -> None:
         try:
@@ -90,6 +121,9 @@ class Control:
             ready = self._wait()
             if self._stop_fd in ready:
                 break
+            if self._event_fd in ready:
+                os.eventfd_read(self._event_fd)
+            self._tell_events()
             for fd in ready & self._clients.keys():
                 self._serve(self._clients[fd])
             if self._listener.fileno() in ready:
@@ -101,9 +135,23 @@ class Control:
         poll = select.poll()
         poll.register(self._stop_fd, select.POLLIN)
         poll.register(self._listener, select.POLLIN)
+        poll.register(self._event_fd, select.POLLIN)
         for fd, client in self._clients.items():
             poll.register(fd, select.POLLOUT if client.unsent else select.POLLIN)
         return {fd for fd, _ in poll.poll()}
+
+    def _tell_events(self) -> None:
+        while self._events:
+            told = self._events.popleft()
+            line = _line({"event": told.name, "data": told.data})
+            for client in [client for client in self._clients.values() if told.name in client.wants]:
+                client.unsent += line
+                if len(client.unsent) > UNSENT_MAX:
+                    self._drop(client)
+
+    def _drop(self, client: Client) -> None:
+        del self._clients[client.socket.fileno()]
+        client.socket.close()
 
     def _accept(self) -> None:
         connection = self._door.open()
@@ -129,14 +177,13 @@ class Control:
             if client.is_leaving and not client.unsent:
                 raise ConnectionResetError
         except OSError:
-            del self._clients[client.socket.fileno()]
-            client.socket.close()
+            self._drop(client)
 
     def _answer(self, client: Client, line: bytes) -> None:
-        client.unsent += _line(self._reply(line))
+        client.unsent += _line(self._reply(client, line))
         client.send()
 
-    def _reply(self, line: bytes) -> dict[str, Any]:
+    def _reply(self, client: Client, line: bytes) -> dict[str, Any]:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -145,6 +192,8 @@ class Control:
             return {"error": "not a JSON object"}
         tag = {"id": request["id"]} if "id" in request else {}
         try:
+            if request.get("command") == SUBSCRIBE:
+                return {**tag, "result": client.subscribe(request)}
             return {**tag, "result": self._commands.run(request)}
         except (CommandError, OSError) as error:
             return {**tag, "error": str(error)}

@@ -56,6 +56,8 @@ class Device:
         self._writeback = writeback
         self.is_attached = False
         self.session: Session | None = None  # of the front-end that is here
+        self.on_alone: Callable[[], None] = lambda: None  # on the worker, before it awaits all that is under way
+        self.on_shared: Callable[[], None] = lambda: None  # on the worker, once work may go on beside requests
         self._was_taken = False
         self._lock = threading.Lock()  # guards what is done to the backend as a whole
         self._offer = self._current_offer()
@@ -108,8 +110,9 @@ class Device:
 
         Raises: Unavailable.
         """
-        if self.is_attached and self.backend.lease is not None:  # which only this thread takes and lets go
-            self.backend.lease.admit(memory)
+        with self._lock:
+            if self.is_attached and self.backend.lease is not None:
+                self.backend.lease.admit(memory)
 
     def let_go(self) -> None:
         """Leave it to others, if it was ever taken: no ring runs."""
@@ -145,12 +148,14 @@ class Device:
         """On the worker, which alone changes `is_attached`: what it runs next may rely on it."""
         self.backend.attach(self.worker, self.block)
         self.is_attached = True
+        self.on_shared()
 
     def _detach(self) -> None:
         if self.is_attached:
             self.worker.call(self._quiesce_and_detach)
 
     def _quiesce_and_detach(self) -> None:
+        self.on_alone()
         self.worker.quiesce()
         self.is_attached = False
         self.backend.detach()
@@ -186,6 +191,12 @@ class Device:
                 if not was_attached:
                     self._let_go()
 
+    @contextmanager
+    def keeping(self) -> Iterator[bool]:
+        """Nobody takes what is under the backend, or lets it go, meanwhile; whether it is held. For any thread."""
+        with self._lock:
+            yield self.is_attached
+
     def exchange(
         self,
         begin: Begin,
@@ -196,15 +207,15 @@ class Device:
         """While requests wait and none is under way: *begin(done)*, then *swap()* with the backend detached.
 
         *on_attached()* comes before the first request of what was swapped in. All three on the worker.
-        What *done* is given is returned; unless that is empty nothing is swapped. While `holding`. Where requests under
-        way have not ended after *patience* seconds nothing is begun, and the others go on.
+        What *done* is given is returned; unless that is empty nothing is swapped. While `holding`, or `keeping` what is
+        held. Where requests under way have not ended after *patience* seconds nothing is begun, and the others go on.
         """
         return _alone(self.worker, lambda is_late: self._exchange(begin, swap, on_attached, is_late), patience)
 
     def _exchange(
         self, begin: Begin, swap: Callable[[], None], on_attached: Callable[[], None], is_late: Callable[[], bool]
     ) -> str:
-        refusal = self.worker.run_alone(begin, is_late)
+        refusal = self._run_alone(begin, is_late)
         if not refusal:
             try:
                 self.backend.detach()
@@ -242,9 +253,16 @@ class Device:
         def begin(done: Callable[[str], None]) -> None:
             self.backend.grow(nbytes, done)
 
-        refusal = self.worker.run_alone(begin, is_late)
+        refusal = self._run_alone(begin, is_late)
         self.block.set_size(self.backend.properties.size)
         return refusal
+
+    def _run_alone(self, begin: Begin, is_late: Callable[[], bool]) -> str:
+        self.on_alone()
+        try:
+            return self.worker.run_alone(begin, is_late)
+        finally:
+            self.on_shared()
 
     def _current_offer(self) -> Offer:
         properties = self.backend.properties

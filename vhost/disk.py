@@ -179,6 +179,7 @@ class ImageBackend:
         self._trace = trace
         self._slots: dict[op.File, int] = {}
         self._told: set[str] = set()
+        self.on_problem: Callable[[str], None] = lambda text: None  # told, on the worker, what is logged as an error
 
     @property
     def properties(self) -> Properties:
@@ -257,6 +258,10 @@ class ImageBackend:
             on_end()
 
         self._driver.run(self._serve(request), end)
+
+    def run(self, coroutine: Coroutine[Any, Any, None], on_end: Callable[[Task], None]) -> None:
+        """Begin *coroutine*, which works on the image beside requests or while they wait; *on_end(task)* is last."""
+        self._driver.run(coroutine, on_end)
 
     def flush(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
@@ -338,6 +343,7 @@ class ImageBackend:
         if text not in self._told and len(self._told) < 100:
             self._told.add(text)
             log.error("%s", text)
+            self.on_problem(text)
 
 
 def _refusal(error: BaseException) -> str:

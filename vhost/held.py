@@ -3,8 +3,9 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from functools import partial
 
 from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
@@ -17,7 +18,8 @@ from qcow2.error import UnsupportedImage
 from qcow2.lock import await_transfers, guest_key, lock_transfers
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
-from qcow2.node.gate import Gate
+from qcow2.node.gate import BACKING, Gate
+from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
 from ring.native import Pointer
 from ring.worker import look_at
@@ -54,7 +56,6 @@ class HeldImage:
         self._opening = OpenOptions(not options.read_only, options.lazy_refcounts, options.cache_size, keys=keys)
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
-        self._stack = ExitStack()
         self._memory: set[tuple[int, int]] = set()  # of the guest, files by device and inode
 
     def __enter__(self) -> "HeldImage":
@@ -115,12 +116,20 @@ class HeldImage:
         try:
             if options.cache.direct:
                 files = [file for file in disk.files if not _shares_pages(disk, file)]
-                self.direct_fds = self._stack.enter_context(_direct_descriptors(files))
+                self.direct_fds = _open_all_direct(files)
             self.traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in disk.files}
         except OSError:
+            self._close_direct()
             disk.close()
             raise
         return disk
+
+    def _close_direct(self) -> None:
+        """Raises: OSError, the last of those that closing them raised."""
+        with ExitStack() as closing:
+            for fd in self.direct_fds.values():
+                closing.callback(os.close, fd)
+            self.direct_fds = {}
 
     def admit(self, memory: Collection[tuple[int, int]]) -> None:
         """Return once no daemon that died reads into the guest's *memory*, files by device and inode.
@@ -185,11 +194,27 @@ class HeldImage:
         """Hold *overlay*, which has taken its name; the worker has nothing of the image. -> as `Overlay.adopt`."""
         assert self.disk is not None
         self._past += overlay.below.statistics
-        if (fd := self.direct_fds.get(overlay.file)) is not None:
-            self._stack.callback(os.close, fd)
         past = overlay.adopt()
         self.disk.image = overlay.image
         return past
+
+    def require_nameable(self, name: str | None) -> None:
+        """Whether the next one to open the image may open *name* as its backing file. Raises: UnsupportedImage."""
+        assert self.disk is not None
+        if name is not None:
+            self.disk.chain.gate.way(self.disk.files[0].path, BACKING, name)
+
+    def drop_between(self, base: Node | None) -> list[Callable[[], None]]:
+        """Forget what the image, which is over *base* by now or over nothing, had above that. -> what closes it."""
+        assert self.disk is not None
+        closing: list[Callable[[], None]] = []
+        for file in self.disk.chain.drop_between(base):
+            self.traits.pop(file)
+            fd = self.direct_fds.pop(file, -1)
+            if fd >= 0:
+                closing.append(partial(os.close, fd))
+            closing.append(file.close)
+        return closing
 
     def look(self) -> None:
         """Read the size of an image that is not held, without a lock: another process may be writing it.
@@ -235,11 +260,11 @@ class HeldImage:
         self._past += disk.image.statistics
         self._outline = _outline_of(disk)
         self.disk = None
-        self.direct_fds, self.traits = {}, {}
+        self.traits = {}
         try:
             with ExitStack() as closing:
                 closing.callback(disk.abandon)  # last: with it go the locks
-                closing.callback(self._stack.close)
+                closing.callback(self._close_direct)
         except OSError as error:  # what matters was synced
             log.warning("%s: closing it: %s", self._options.blk_file, error.strerror)
 
@@ -272,9 +297,8 @@ def _shares_pages(disk: Disk, file: HostFile) -> bool:
     return nbytes < PAGE
 
 
-@contextmanager
-def _direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
-    """A second descriptor of each file that bypasses the page cache.
+def _open_all_direct(files: list[HostFile]) -> dict[HostFile, int]:
+    """A second descriptor of each file that bypasses the page cache, the caller's to close.
 
     Raises: OSError naming the file whose file system cannot do that.
     """
@@ -284,7 +308,8 @@ def _direct_descriptors(files: list[HostFile]) -> Iterator[dict[HostFile, int]]:
             descriptors[file] = _open_direct(file)
             opened.callback(os.close, descriptors[file])
             lock_transfers(descriptors[file], file.path, writable=file.writable)
-        yield descriptors
+        opened.pop_all()
+        return descriptors
 
 
 def _open_direct(file: HostFile) -> int:

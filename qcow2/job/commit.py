@@ -44,6 +44,10 @@ class _Commit:
         self._order = Order()
 
     async def run(self) -> None:
+        async with self._crew:
+            await self._walk()
+
+    async def _walk(self) -> None:
         size = self._overlay.size
         self._pace.begin(size)
         offset = 0
@@ -61,7 +65,6 @@ class _Commit:
             else:
                 self._pace.advance(nbytes)
             offset += nbytes
-        await self._crew.join()
 
     async def _copy(self, offset: int, nbytes: int, turn: Turn) -> None:
         buffer = self._buffers.take()

@@ -57,6 +57,10 @@ class _Copy:
         self._order = Order()
 
     async def run(self) -> None:
+        async with self._crew:
+            await self._walk()
+
+    async def _walk(self) -> None:
         size = self._source.size
         self._pace.begin(size)
         while self._position < size:
@@ -71,7 +75,6 @@ class _Copy:
             else:
                 self._pace.advance(stop - offset)
             self._position = stop
-        await self._crew.join()
 
     async def _find(self, offset: int) -> tuple[Content, int]:
         """What is at *offset*, and where that ends."""

@@ -1,6 +1,7 @@
 """Pieces of a job side by side: few at a time, none left behind."""
 
 from collections.abc import Coroutine
+from types import TracebackType
 from typing import Any
 
 from qcow2.driver.operation import Signal, Spawn
@@ -8,12 +9,27 @@ from qcow2.engine.turns import Turns
 
 
 class Crew:
-    """Runs pieces, at most *width* at a time. The first error of one ends the job: no piece is started after."""
+    """Runs pieces, at most *width* at a time. The first error of one ends the job: no piece is started after.
+
+    An async context manager: leaving it waits for all pieces, and raises the first error of one, unless it is left by
+    another error: whoever is told that the job has ended may rely on that.
+    """
 
     def __init__(self, width: int) -> None:
         self._turns = Turns(width)
         self._under_way: set[Signal] = set()
         self._error: BaseException | None = None
+
+    async def __aenter__(self) -> "Crew":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._under_way:
+            await next(iter(self._under_way)).wait()
+        if error is None:
+            await self.join()
 
     async def start(self, piece: Coroutine[Any, Any, None]) -> None:
         """Begin *piece* as soon as there is a place.

@@ -60,6 +60,10 @@ class _Difference:
         self._order = Order()
 
     async def run(self) -> None:
+        async with self._crew:
+            await self._walk()
+
+    async def _walk(self) -> None:
         self._pace.begin(self._overlay.size)
         offset = 0
         while offset < (size := self._overlay.size):
@@ -71,7 +75,6 @@ class _Difference:
             else:
                 self._pace.advance(stop - offset)
             offset = stop
-        await self._crew.join()
 
     async def _look_below(self, old: Extent, offset: int, end: int) -> int:
         """Begin what has to be done with the front of a stretch that comes from below; where that ends."""
@@ -84,6 +87,7 @@ class _Difference:
         stop = min(stop, bound)
         first = offset - offset % self._unit
         last = min(stop + -stop % self._unit, self._overlay.size)
+        await self._pace.wait(last - first)
         await self._crew.start(self._copy(first, last, stop - offset, self._order.next()))
         return stop
 

@@ -125,6 +125,15 @@ class Chain:
             raise UnsupportedImage(file.path, "it does not say which its external data file is")
         return self._hold(path, begin, writable=is_writable, among=self.data_files)
 
+    def drop_between(self, base: Node | None) -> list[HostFile]:
+        """Forget what is between the top, which does not show it any more, and *base*; its files, open."""
+        depth = len(self.nodes) if base is None else next(i for i, node in enumerate(self.nodes) if node is base)
+        gone = self.nodes[1:depth]
+        own, others = self.files[1:depth], [file for file in self.data_files if any(file is n.data_file for n in gone)]
+        del self.nodes[1:depth], self.files[1:depth]
+        self.data_files = [file for file in self.data_files if file not in others]
+        return [*own, *others]
+
     def _know(self, node: Node) -> Node:
         """What is under it is known already."""
         self.nodes.insert(0, node)

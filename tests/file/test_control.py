@@ -64,7 +64,23 @@ def test_greeting_says_version_and_commands(daemon: Daemon, control: Path) -> No
         assert json.loads(lines.readline()) == {
             "vhost-user-qcow2": {
                 "version": 1,
-                "commands": ["status", "stats", "metrics", "resize", "snapshot", "flush", "set-cache", "quit"],
+                "commands": [
+                    "status",
+                    "stats",
+                    "metrics",
+                    "resize",
+                    "snapshot",
+                    "stream",
+                    "job-list",
+                    "job-pause",
+                    "job-resume",
+                    "job-cancel",
+                    "job-set-rate",
+                    "flush",
+                    "set-cache",
+                    "quit",
+                    "subscribe",
+                ],
             }
         }
 

@@ -17,7 +17,14 @@ MAY_IMPORT = {
     "vhost": {"vhost", "virtio", "ring"},
     "qcow2": {"qcow2"},
 }
-GLUE = {"vhost/disk.py", "vhost/held.py", "vhost/snapshot.py", "vhost/command.py"}  # where an image meets a device
+GLUE = {  # where an image meets a device
+    "vhost/disk.py",
+    "vhost/held.py",
+    "vhost/snapshot.py",
+    "vhost/jobs.py",
+    "vhost/streaming.py",
+    "vhost/command.py",
+}
 NEUTRAL = {"ring/extent.h", "ring/assertion.h"}  # the seam between a device and an image; what both rely on
 COMPOSITION = {"ring/native.h"}  # what the extension's wrapper includes: all of the data plane
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)

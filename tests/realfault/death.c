@@ -1,6 +1,7 @@
 /* A host on which a process dies: preloaded into the daemon, it kills it before one call that changes files.
  *
- * DEATH says which, from 1 on, counted from the first unlink of a name that ends in DEATH_AFTER.
+ * DEATH says which, from 1 on, counted from the first unlink of a name that ends in DEATH_AFTER, or without that from
+ * its start.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,6 +22,14 @@ static void begin(const char *path)
     size_t nbytes = strlen(path);
 
     if (after && at && left < 0 && nbytes >= strlen(after) && !strcmp(path + nbytes - strlen(after), after))
+        left = atol(at);
+}
+
+__attribute__((constructor)) static void begin_at_once(void)
+{
+    const char *at = getenv("DEATH");
+
+    if (at && !getenv("DEATH_AFTER"))
         left = atol(at);
 }
 

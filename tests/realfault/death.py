@@ -22,6 +22,11 @@ def dying(at: int, after: str) -> list[str]:
     return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}", f"DEATH_AFTER={after}"]
 
 
+def dying_from_start(at: int) -> list[str]:
+    """The same, counted from its start."""
+    return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}"]
+
+
 def forgetful(at: int) -> list[str]:
     """What runs a daemon whose *at*-th sync of a directory, from 1 on, fails."""
     return ["env", f"LD_PRELOAD={library()}", f"FSYNC_FAILS={at}"]

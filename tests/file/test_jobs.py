@@ -1,0 +1,294 @@
+"""Long work on a disk that a guest uses: what it leaves, who may stop it, and what a death in it costs."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qcow2
+from tests.frontend import BackendGone, FrontEnd
+from tests.load import Load
+from tests.oracle import assert_clean, assert_not_corrupt, qemu_img, qemu_io
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+from tests.realfault.death import dying_from_start
+from vhost import Control, ControlError
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+BLOCK = 4096
+BASE, MID = bytes([1]) * SIZE, bytes([2]) * (2 * MIB)
+SHOWN = bytes([1]) * MIB + MID + bytes(MIB) + bytes([1]) * (SIZE - 4 * MIB)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("chain")
+    make_chain(directory)
+    return directory
+
+
+@pytest.fixture
+def top(chain: Path, tmp_path: Path) -> Path:
+    for file in chain.iterdir():
+        shutil.copy(file, tmp_path)
+    return tmp_path / "top"
+
+
+def make_chain(directory: Path, options: str = "") -> Path:
+    """An empty top over mid, which has data and zeros, over base, which is full."""
+    more = ["-o", options] if options else []
+    base, mid, top = (directory / name for name in ("base", "mid", "top"))
+    qcow2_tool_ok("create", base, str(SIZE))
+    qemu_io(base, f"write -P 1 0 {SIZE}")
+    qcow2_tool_ok("create", "-b", "base", "-F", "qcow2", mid)
+    qemu_io(mid, f"write -P 2 {MIB} {2 * MIB}")
+    qemu_io(mid, f"write -z {3 * MIB} {MIB}")
+    qcow2_tool_ok("create", "-b", "mid", "-F", "qcow2", *more, top)
+    return top
+
+
+def start(image: Path, *options: str, under: Sequence[str] = ()) -> Daemon:
+    return Daemon(image, f"--control={image}.control", *options, under=under)
+
+
+def control(image: Path) -> Control:
+    return Control(f"{image}.control")
+
+
+def ctl(image: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(DAEMON), "ctl", f"--control={image}.control", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def content(image: Path) -> bytes:
+    with qcow2.open(image) as disk:
+        return disk.read(0, disk.size)
+
+
+def expected(load: Load) -> bytes:
+    disk = bytearray(load.base)
+    for block, data in load.held.items():
+        disk[block * BLOCK : (block + 1) * BLOCK] = data
+    return bytes(disk)
+
+
+def backing(image: Path) -> str | None:
+    info = qemu_img("info", "-U", "--output=json", image).stdout
+    name: str | None = json.loads(info).get("backing-filename")
+    return name
+
+
+def open_files(daemon: Daemon) -> set[str]:
+    directory = f"/proc/{daemon.process.pid}/fd"
+    return {os.path.basename(os.readlink(f"{directory}/{fd}")) for fd in os.listdir(directory)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "base"),
+    [
+        ("--cache=writeback", "extended_l2=on", "base"),
+        ("--cache=writethrough", "lazy_refcounts=on", None),
+        ("--cache=none", "", "base"),
+        ("--aio=threads", "cluster_size=2M", None),
+        ("--sandbox", "compat=0.10", "base"),
+    ],
+)
+def test_stream_beside_a_guest_that_writes(tmp_path: Path, mode: str, options: str, base: str | None) -> None:
+    top = make_chain(tmp_path, options)
+    with start(top, mode) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
+        load.run(50)
+        job = client.stream(base)
+        while not client.job(job.job).has_ended:
+            load.run(10)
+        assert client.job(job.job).state == "completed", client.job(job.job)
+        load.run(50)
+        load.drain()
+        assert open_files(daemon) & {"base", "mid", "top"} == {"top"} | ({base} if base else set())
+        daemon.stop()
+    assert backing(top) == base
+    assert_clean(top)
+    (tmp_path / "mid").unlink()
+    assert content(top) == expected(load)
+
+
+def test_only_one_job_at_a_time_and_what_else_is_refused(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+        for base in ("nowhere", "top", "mid"):
+            with pytest.raises(ControlError, match=base):
+                client.stream(base)
+        with pytest.raises(ControlError, match="'hope' is none of report"):
+            client.stream(on_error="hope")
+        with pytest.raises(ControlError, match="there is no job 1"):
+            client.cancel(1)
+        job = client.stream(rate=1)
+        with pytest.raises(ControlError, match="job 1 is under way: stream"):
+            client.stream()
+        with pytest.raises(ControlError, match="job 1 is under way: stream"):
+            client.snapshot("frozen")
+        client.cancel(job.job)
+        assert client.wait(job.job).state == "cancelled"
+        assert client.cancel(job.job).state == "cancelled"
+        for refused in (client.pause, client.resume, lambda number: client.set_rate(number, 0)):
+            with pytest.raises(ControlError, match="job 1 has ended: cancelled"):
+                refused(job.job)
+        assert client.wait(client.stream().job).state == "completed"
+        with pytest.raises(ControlError, match="has no backing file"):
+            client.stream()
+        with pytest.raises(ControlError, match="job 2 has ended: completed"):
+            client.cancel(2)
+    assert backing(top) is None
+
+
+def test_job_is_paused_slowed_and_goes_on(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.stream(rate=1).job
+        assert client.pause(job).state == client.pause(job).state == "paused"
+        guest.write(0, b"w" * BLOCK)  # a job that rests keeps nobody waiting
+        assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
+        assert client.set_rate(job, 0).rate == 0
+        assert not client.job(job).has_ended
+        client.resume(job)
+        ended = client.wait(job)
+        assert (ended.state, ended.done, ended.total, ended.error) == ("completed", SIZE, SIZE, "")
+        daemon.stop()
+    assert content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
+    assert_clean(top)
+
+
+def test_job_makes_room_for_a_resize(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.stream(rate=1).job
+        assert client.resize(2 * SIZE) == guest.size == 2 * SIZE
+        assert client.job(job).state in ("waiting", "running")
+        client.set_rate(job, 0)
+        assert client.wait(job).state == "completed"
+        daemon.stop()
+    assert content(top) == SHOWN + bytes(SIZE)
+    assert_clean(top)
+
+
+def test_job_waits_while_the_image_is_let_go(top: Path) -> None:
+    with start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            client.subscribe("job")
+            job = client.stream(rate=1).job
+            base = guest.stop_queue()
+            assert_clean(top)  # which others may have now
+            while (event := client.next_event(TIMEOUT)) and event.data["state"] != "waiting":
+                assert event.data["job"] == job
+            client.set_rate(job, 0)
+            guest.start_queue(base)
+            assert client.wait(job).state == "completed"
+        daemon.stop()
+    assert backing(top) is None
+    assert content(top) == SHOWN
+
+
+def test_daemon_that_ends_ends_its_job(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        client.stream(rate=1)
+        guest.write(0, b"w" * BLOCK)
+        daemon.stop()
+    assert backing(top) == "mid"
+    assert content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
+    assert_clean(top)
+
+
+def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
+    limit = ["prlimit", f"--fsize={2 * MIB}:", "--"]
+    with start(top, under=limit) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        failed = client.wait(client.stream().job)
+        assert (failed.state, failed.error) == ("failed", f"{top}: File too large")
+        job = client.stream(on_error="stop").job
+        client.subscribe("job")
+        while (event := client.next_event(TIMEOUT)) and event.data["state"] != "paused":
+            assert event is not None
+        assert client.job(job).error == f"{top}: File too large"
+        assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
+        subprocess.run(["prlimit", f"--pid={daemon.process.pid}", "--fsize=unlimited:"], check=True)
+        client.resume(job)
+        assert client.wait(job).state == "completed"
+        daemon.stop()
+    assert content(top) == SHOWN
+    assert_clean(top)
+
+
+@pytest.mark.parametrize("at", [3, 9, 15, 18, 20, 22, 24, 26])
+def test_death_before_any_call_leaves_the_same_disk(top: Path, at: int) -> None:
+    """Before the *at*-th call that changes a file; the next daemon can stream what is left."""
+    with start(top, "--aio=threads", under=dying_from_start(at)) as daemon, FrontEnd(daemon.socket_path) as guest:
+        try:
+            guest.write(0, b"w" * BLOCK)
+            with control(top) as client:
+                assert client.wait(client.stream().job).state == "completed"
+            daemon.process.terminate()
+        except (ControlError, BackendGone):
+            pass
+        assert daemon.process.wait(TIMEOUT) in (-signal.SIGKILL, 0)
+    with qcow2.open(top, writable=True) as disk:  # which also brings in what waits in its log
+        shown = disk.read(0, SIZE)
+    assert shown[:BLOCK] in (b"w" * BLOCK, SHOWN[:BLOCK])
+    assert shown[BLOCK:] == SHOWN[BLOCK:]
+    if backing(top) is not None:
+        with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+            assert client.wait(client.stream().job).state == "completed"
+            daemon.stop()
+    assert backing(top) is None
+    assert content(top) == shown
+    assert_not_corrupt(top)
+
+
+@pytest.mark.parametrize("option", ["--read-only", "--trace-io=trace", "--format=raw"])
+def test_daemon_that_may_not_stream(top: Path, tmp_path: Path, option: str) -> None:
+    with start(top, option.replace("=trace", f"={tmp_path}/trace")) as daemon, FrontEnd(daemon.socket_path):
+        with control(top) as client, pytest.raises(ControlError, match=r"read-only|--trace-io|a raw image"):
+            client.stream()
+
+
+def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as teller, control(top) as client:
+        teller.subscribe("job", "snapshot")
+        job = client.wait(client.stream().job)
+        client.snapshot("frozen")
+        heard: list[Any] = []
+        while len(heard) < 3:
+            event = teller.next_event(TIMEOUT)
+            assert event is not None
+            heard.append((event.name, event.data.get("state", event.data.get("snapshot"))))
+        assert heard == [("job", "running"), ("job", "completed"), ("snapshot", "frozen")]
+        assert job == client.jobs()[0]
+        with pytest.raises(ControlError, match="weather"):
+            teller.subscribe("weather")
+
+
+def test_ctl_shows_jobs_to_people_and_to_programs(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path):
+        begun = ctl(top, "stream", "--rate=1", "--json")
+        assert json.loads(begun.stdout)["job"] == 1
+        assert ctl(top, "job", "list").stdout.startswith("job 1: stream, ")
+        assert json.loads(ctl(top, "job", "set-rate", "1", "4G", "--json").stdout)["rate"] == 4 << 30
+        done = ctl(top, "job", "wait", "1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "job 1: stream, completed, 100.0 % of 8 MiB, at most 4 GiB/s\n"
+        refused = ctl(top, "job", "cancel", "1")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr == "vhost-user-qcow2: ctl: job 1 has ended: completed\n"
+
+
+def test_ctl_draws_a_bar_on_a_terminal(top: Path) -> None:
+    ours, theirs = pty.openpty()
+    with start(top) as daemon, FrontEnd(daemon.socket_path):
+        command = [str(DAEMON), "ctl", f"--control={top}.control", "stream", "--wait"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, check=True, timeout=TIMEOUT)
+    os.close(theirs)
+    said = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert said.splitlines()[-1] == f"stream [{'#' * 30}] 100.0 % completed"

@@ -1,0 +1,235 @@
+"""The client of a daemon's control socket, for programs: `vhost.Control`."""
+
+import json
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
+STEP = 0.5  # seconds between two looks at how far a job is
+ENDED = ("completed", "failed", "cancelled")
+
+
+class ControlError(Exception):
+    """The daemon does not do what it was asked for, or there is none; one line says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """How it stands with a job of a daemon."""
+
+    job: int
+    kind: str
+    about: dict[str, Any]  # what was asked for
+    state: str  # running, paused, waiting, completed, failed or cancelled
+    done: int  # bytes
+    total: int
+    rate: int  # bytes a second; 0: as fast as it goes
+    on_error: str
+    error: str  # the last one; empty if there was none
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its state is for good."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a daemon tells unasked."""
+
+    name: str  # job, snapshot or error
+    data: Any
+
+
+class Control:
+    """A conversation with the daemon whose control socket is at *path*; a context manager. For one thread.
+
+    All methods raise ControlError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.version = 0  # of the protocol, once it is entered
+        self.commands: tuple[str, ...] = ()
+        self._received = bytearray()
+        self._events: deque[Event] = deque()
+
+    def __enter__(self) -> "Control":
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with self._about_daemon():
+                self._socket.settimeout(GREETING_TIMEOUT)
+                self._socket.connect(self.path)
+                greeting = self._line(monotonic() + GREETING_TIMEOUT).get("vhost-user-qcow2", {})
+                self.version, self.commands = greeting.get("version", 0), tuple(greeting.get("commands", ()))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._socket.close()
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """The result of one command, the arguments as docs/control.md names them."""
+        self.send(command, **arguments)
+        return self.receive()
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send one command; `receive` gets its result. Answers come in the order of what was sent."""
+        request = {"command": command, **{key.replace("_", "-"): value for key, value in arguments.items()}}
+        with self._about_daemon():
+            self._socket.settimeout(None)
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+
+    def receive(self) -> Any:
+        """The result of the oldest command that was sent and is not answered."""
+        with self._about_daemon():
+            while True:
+                answer = self._line(None)
+                if "error" in answer and "event" not in answer:
+                    raise ControlError(answer["error"])
+                if not self._keep_event(answer):
+                    return answer["result"]
+
+    def status(self) -> dict[str, Any]:
+        """What is served, how, and to whom."""
+        return dict(self.ask("status"))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and latencies."""
+        return dict(self.ask("stats"))
+
+    def metrics(self) -> str:
+        """The same as OpenMetrics text."""
+        return str(self.ask("metrics"))
+
+    def resize(self, nbytes: int) -> int:
+        """Let the disk grow. -> its size."""
+        return int(self.ask("resize", size=nbytes)["size"])
+
+    def snapshot(self, name: str) -> None:
+        """Freeze what the disk holds as the file *name*."""
+        self.ask("snapshot", name=name)
+
+    def flush(self) -> None:
+        """Make every completed write stable."""
+        self.ask("flush")
+
+    def set_cache(self, mode: str) -> None:
+        """Demand writethrough, or leave the mode to the guest with writeback."""
+        self.ask("set-cache", mode=mode)
+
+    def quit(self) -> None:
+        """End the daemon."""
+        self.ask("quit")
+
+    def stream(self, base: str | None = None, *, rate: int = 0, on_error: str = "report") -> Job:
+        """Begin to pull what is above *base*, or all that is below, into the image."""
+        return self._job("stream", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
+
+    def jobs(self) -> list[Job]:
+        """The one under way, and those that ended last."""
+        return [_job_of(each) for each in self.ask("job-list")]
+
+    def job(self, number: int) -> Job:
+        """How it stands with one."""
+        for job in self.jobs():
+            if job.job == number:
+                return job
+        raise ControlError(f"there is no job {number}")
+
+    def pause(self, number: int) -> Job:
+        """Let a job move nothing until `resume`."""
+        return self._job("job-pause", job=number)
+
+    def resume(self, number: int) -> Job:
+        """Let it go on."""
+        return self._job("job-resume", job=number)
+
+    def cancel(self, number: int) -> Job:
+        """Let it end at its next piece."""
+        return self._job("job-cancel", job=number)
+
+    def set_rate(self, number: int, rate: int) -> Job:
+        """Let it move at most *rate* bytes a second; 0: as many as it can."""
+        return self._job("job-set-rate", job=number, rate=rate)
+
+    def wait(self, number: int, progress: Callable[[Job], None] = lambda job: None) -> Job:
+        """How a job ended, once it has; *progress* is told meanwhile."""
+        self.subscribe("job")
+        while True:
+            job = self.job(number)
+            progress(job)
+            if job.has_ended:
+                return job
+            self.next_event(STEP)
+
+    def subscribe(self, *names: str) -> None:
+        """Have events of these names told from now on; none: all."""
+        self.ask("subscribe", **({"events": list(names)} if names else {}))
+
+    def next_event(self, seconds: float | None = None) -> Event | None:
+        """The next event, which is waited for; None after so many *seconds* without one."""
+        deadline = None if seconds is None else monotonic() + seconds
+        while not self._events:
+            with self._about_daemon():
+                try:
+                    self._keep_event(self._line(deadline))
+                except TimeoutError:
+                    return None
+        return self._events.popleft()
+
+    def events(self) -> Iterator[Event]:
+        """Each event that comes, until the daemon ends."""
+        while True:
+            event = self.next_event()
+            assert event is not None
+            yield event
+
+    def _job(self, command: str, **arguments: Any) -> Job:
+        return _job_of(self.ask(command, **arguments))
+
+    def _keep_event(self, line: dict[str, Any]) -> bool:
+        if "event" not in line:
+            return False
+        self._events.append(Event(line["event"], line.get("data")))
+        return True
+
+    def _line(self, deadline: float | None) -> dict[str, Any]:
+        """Raises: TimeoutError, OSError; ValueError if it is none of ours."""
+        while b"\n" not in self._received:
+            if deadline is not None and deadline <= monotonic():
+                raise TimeoutError
+            self._socket.settimeout(None if deadline is None else max(deadline - monotonic(), 0.001))
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise ValueError("the daemon has ended")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise ValueError("not an object")
+        return answer
+
+    @contextmanager
+    def _about_daemon(self) -> Iterator[None]:
+        try:
+            yield
+        except (TimeoutError, ConnectionResetError, BrokenPipeError, ValueError, KeyError, TypeError):
+            text = f"{self.path}: no daemon of ours answers there, or it ended before it answered"
+            raise ControlError(text) from None
+        except OSError as error:
+            raise ControlError(f"{self.path or repr(self.path)}: {error.strerror or error}") from None
+
+
+def _job_of(record: dict[str, Any]) -> Job:
+    """What a daemon tells of a job; a later one may tell more."""
+    known = {key.replace("-", "_"): value for key, value in record.items()}
+    return Job(**{field: known[field] for field in Job.__dataclass_fields__})

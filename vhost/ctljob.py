@@ -1,0 +1,117 @@
+"""`vhost-user-qcow2 ctl stream`, `job` and `events`: begin long work on a disk, look at it, and wait for it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from vhost.client import Control, ControlError, Job
+from vhost.event import NAMES
+from vhost.policy import OnError
+
+WIDTH = 30  # of a progress bar
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argparse.ArgumentParser]:
+    """Declare the command lines of jobs. -> those of their actions."""
+    stream = commands.add_parser("stream", help="pull what the image shows of its backing files into it")
+    stream.add_argument("--base", metavar="FILE", help="only what is above this file of its chain")
+    stream.add_argument("--rate", metavar="RATE", type=parse_size, default=0, help="bytes a second, as in 50M")
+    stream.add_argument("--on-error", choices=[*OnError], default=OnError.REPORT, help="what becomes of the job then")
+    stream.add_argument("--wait", action="store_true", help="wait until it has ended, and show how far it is")
+    events = commands.add_parser("events", help="print what happens as lines of JSON until the daemon ends")
+    events.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(NAMES)}; else all")
+    job = commands.add_parser("job", help="long work on the disk: list, wait, pause, resume, cancel, set-rate")
+    actions = job.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="the one under way, and those that ended last")
+    wait = actions.add_parser("wait", help="wait until it has ended; a bar shows how far it is on a terminal")
+    pause = actions.add_parser("pause", help="let it move nothing for now")
+    resume = actions.add_parser("resume", help="let it go on")
+    cancel = actions.add_parser("cancel", help="let it end; what it has done stays")
+    rate = actions.add_parser("set-rate", help="let it move so many bytes a second")
+    for one in (wait, pause, resume, cancel, rate):
+        one.add_argument("job", metavar="JOB", type=int, help="its number")
+    rate.add_argument("rate", metavar="RATE", type=parse_size, help="bytes a second, as in 50M; 0: as fast as it goes")
+    parsers = [listing, wait, pause, resume, cancel, rate]
+    for one in (stream, *parsers):
+        one.add_argument("--json", action="store_true", help="print JSON")
+    return parsers
+
+
+def run_command(control: Control, request: dict[str, Any]) -> int:
+    """Do what a command line of `add_commands` asks for; the exit status. Raises: ControlError."""
+    match request:
+        case {"command": "events", "names": names}:
+            return _print_events(control, names)
+        case {"command": "stream", "base": base, "rate": rate, "on_error": on_error}:
+            return _begun(control, control.stream(base, rate=rate, on_error=on_error), request)
+        case {"action": "list"}:
+            return _show_all(control.jobs(), is_json=request["json"])
+        case {"action": "wait", "job": number}:
+            return _wait(control, number, is_json=request["json"])
+        case {"action": "set-rate", "job": number, "rate": rate}:
+            return _show(control.set_rate(number, rate), is_json=request["json"])
+        case {"action": "pause" | "resume" | "cancel" as action, "job": number}:
+            return _show(getattr(control, action)(number), is_json=request["json"])
+    raise AssertionError(f"unparsed {request}")
+
+
+def _begun(control: Control, job: Job, request: dict[str, Any]) -> int:
+    return _wait(control, job.job, is_json=request["json"]) if request["wait"] else _show(job, is_json=request["json"])
+
+
+def _print_events(control: Control, names: list[str]) -> int:
+    control.subscribe(*names)
+    for event in control.events():
+        print(json.dumps({"event": event.name, "data": event.data}), flush=True)
+    return 0
+
+
+def _show_all(jobs: list[Job], *, is_json: bool) -> int:
+    if is_json:
+        print(json.dumps([asdict(job) for job in jobs], indent=2))
+    else:
+        for job in jobs:
+            print(_described(job))
+    return 0
+
+
+def _show(job: Job, *, is_json: bool) -> int:
+    print(json.dumps(asdict(job), indent=2) if is_json else _described(job))
+    return 0
+
+
+def _wait(control: Control, number: int, *, is_json: bool) -> int:
+    has_bar = sys.stderr is not None and sys.stderr.isatty()
+    job = control.wait(number, _show_bar if has_bar else lambda job: None)
+    if has_bar:
+        print(file=sys.stderr)
+    if job.state != "completed" and not is_json:
+        raise ControlError(f"job {number} {job.state}{': ' if job.error else ''}{job.error}")
+    _show(job, is_json=is_json)
+    return int(job.state != "completed")
+
+
+def _show_bar(job: Job) -> None:
+    part = job.done / job.total if job.total else float(job.state == "completed")
+    bar = ("#" * round(part * WIDTH)).ljust(WIDTH)
+    print(f"\r{job.kind} [{bar}] {100 * part:5.1f} % {job.state:<9}", end="", file=sys.stderr, flush=True)
+
+
+def _described(job: Job) -> str:
+    """A job on one line."""
+    percent = f"{100 * job.done / job.total:.1f} % of {_quantity(job.total)}" if job.total else "nothing yet"
+    rate = f", at most {_quantity(job.rate)}/s" if job.rate else ""
+    error = f", last error: {job.error}" if job.error else ""
+    return f"job {job.job}: {job.kind}, {job.state}, {percent}{rate}{error}"
+
+
+def _quantity(nbytes: float) -> str:
+    for unit in UNITS[:-1]:
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} {UNITS[-1]}"

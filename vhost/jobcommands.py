@@ -1,0 +1,80 @@
+"""What the control socket may ask of jobs; documented in docs/control.md."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vhost.device import Device
+from vhost.disk import ImageBackend
+from vhost.held import HeldImage
+from vhost.jobs import JobRefused, Jobs, Report, Work
+from vhost.policy import OnError
+from vhost.streaming import Streaming
+
+RATE_LIMIT = 1 << 63
+
+
+class JobCommands:
+    """Starts jobs on the image of *held*, which is under *device* as *backend*, and has them looked after."""
+
+    def __init__(self, device: Device, backend: ImageBackend, held: HeldImage, jobs: Jobs) -> None:
+        self._device = device
+        self._backend = backend
+        self._held = held
+        self._jobs = jobs
+
+    def require_none(self) -> None:
+        """Raises: JobRefused while a job is under way."""
+        self._jobs.require_none()
+
+    def stream(self, base: object = None, rate: object = 0, on_error: object = "report") -> dict[str, Any]:
+        """Pull what is above *base* in the chain, or all that is below the image, into the image."""
+        if not (base is None or (isinstance(base, str) and base)):
+            raise JobRefused(f"{base!r} is not the name of a file")
+        return self._start(lambda: Streaming(self._device, self._backend, self._held, base), rate, on_error)
+
+    def _start(self, work: Callable[[], Work], rate: object, on_error: object) -> dict[str, Any]:
+        nbytes = _rate(rate)
+        policy = _policy(on_error)
+        return self._jobs.start(work, rate=nbytes, on_error=policy).as_json()
+
+    def job_list(self) -> list[dict[str, Any]]:
+        """The job under way, and those that ended last."""
+        return [report.as_json() for report in self._jobs.reports()]
+
+    def job_pause(self, job: object) -> dict[str, Any]:
+        """Let it move nothing for now."""
+        return self._told(self._jobs.pause, job)
+
+    def job_resume(self, job: object) -> dict[str, Any]:
+        """Let it go on."""
+        return self._told(self._jobs.resume, job)
+
+    def job_cancel(self, job: object) -> dict[str, Any]:
+        """Let it end."""
+        return self._told(self._jobs.cancel, job)
+
+    def job_set_rate(self, job: object, rate: object) -> dict[str, Any]:
+        """Let it move at most *rate* bytes a second."""
+        return self._jobs.set_rate(_number(job), _rate(rate)).as_json()
+
+    @staticmethod
+    def _told(command: Callable[[int], Report], job: object) -> dict[str, Any]:
+        return command(_number(job)).as_json()
+
+
+def _number(job: object) -> int:
+    if not isinstance(job, int) or isinstance(job, bool):
+        raise JobRefused(f"{job!r} is not the number of a job")
+    return job
+
+
+def _rate(rate: object) -> int:
+    if not isinstance(rate, int) or isinstance(rate, bool) or not 0 <= rate < RATE_LIMIT:
+        raise JobRefused(f"{rate!r} is not a rate in bytes a second")
+    return rate
+
+
+def _policy(on_error: object) -> OnError:
+    if not isinstance(on_error, str) or on_error not in tuple(OnError):
+        raise JobRefused(f"{on_error!r} is none of {', '.join(OnError)}")
+    return OnError(on_error)
