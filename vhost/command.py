@@ -277,7 +277,7 @@ def _with_private_logs(options: "Options") -> "Iterator[Options]":
     """A sandboxed daemon reaches no link log but its own."""
     from dataclasses import replace
 
-    from qcow2.engine.logplace import private_directory
+    from qcow2.node.logplace import private_directory
 
     if not options.sandbox or options.read_only:
         yield options

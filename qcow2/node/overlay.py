@@ -13,13 +13,13 @@ from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
-from qcow2.engine.logplace import new_log
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
 from qcow2.lock import lock_image, share_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
+from qcow2.node.logplace import new_log
 
 
 class Overlay:

@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.image import Image
-from qcow2.engine.logplace import new_log
 from qcow2.engine.opened import OpenOptions
-from qcow2.engine.recovery import recover, warn_of_waiting
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.header import Header, read_header, require_uncorrupted
 from qcow2.format.layout import HEADER_INCOMPATIBLE_OFFSET
 from qcow2.judge.census import Progress
 from qcow2.judge.repair import repair
+from qcow2.node.logplace import new_log
 from qcow2.node.node import Node
+from qcow2.node.recovery import recover, warn_of_waiting
 
 if TYPE_CHECKING:
     from qcow2.node.chain import Chain

@@ -8,8 +8,8 @@ from typing import Any
 
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
-from qcow2.engine.recovery import recover
 from qcow2.library.hostfile import opened
+from qcow2.node.recovery import recover
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory, is_in_use
-from qcow2.engine.logplace import NAME, all_logs, remove_log
 from qcow2.error import ImageError
 from qcow2.format.header import read_header
+from qcow2.node.logplace import NAME, all_logs, remove_log
 from qcow2.plane.linklog import Mark, read_log
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import say

@@ -11,7 +11,6 @@ import pytest
 
 from qcow2.driver.file import run
 from qcow2.driver.operation import Spawn, Store
-from qcow2.engine import recovery
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.image import Image
 from qcow2.engine.links import Links
@@ -23,6 +22,7 @@ from qcow2.engine.root import Root
 from qcow2.engine.stability import Stability
 from qcow2.engine.write import Writer
 from qcow2.native import ffi, lib
+from qcow2.node import recovery
 from qcow2.plane.entry import l1_table
 from qcow2.plane.linklog import STAMP_BITS, FoundLog, LinkLog
 from tests.crash.driver import CrashDriver, simulated
@@ -169,7 +169,7 @@ def log_is_removed_by_a_stranger(patch: Patch) -> None:
 
 def every_log_has_one_tag(patch: Patch) -> None:
     """Laws 1 and 3: the log of a later process passes for that of an earlier one."""
-    patch.setattr("qcow2.engine.logplace.os.urandom", lambda nbytes: bytes(nbytes))
+    patch.setattr("qcow2.node.logplace.os.urandom", lambda nbytes: bytes(nbytes))
 
 
 def log_forgets_before_the_links_are_written(patch: Patch) -> None:

@@ -97,6 +97,16 @@ def test_imports_within_qcow2_go_down() -> None:
     assert wrong == []
 
 
+NO_HOST = ("job", "engine", "judge", "plane", "format")
+HOST = re.compile(r"qcow2\.driver\.(file|memory|pool|shared)\b")
+
+
+def test_who_decides_knows_no_host_file() -> None:
+    """A file is a key there: who opens, locks and registers one is above, who moves its bytes in `driver`."""
+    paths = [path for floor in NO_HOST for path in sorted((ROOT / "qcow2" / floor).glob("*.py"))]
+    assert [path.name for path in paths if HOST.search(path.read_text())] == []
+
+
 def test_each_module_of_qcow2_is_on_a_floor() -> None:
     outside = {str(path.relative_to(ROOT)) for path in (ROOT / "qcow2").glob("*.py*")}
     assert outside == ROOTS | DOORS

@@ -8,11 +8,11 @@ import stat
 from qcow2.driver.boot import this_boot
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory, is_in_use
-from qcow2.engine.logplace import all_logs, find_log, origin_of, remove_log
 from qcow2.engine.replay import are_in, clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
+from qcow2.node.logplace import all_logs, find_log, origin_of, remove_log
 from qcow2.plane.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
 
 log = logging.getLogger("qcow2")
