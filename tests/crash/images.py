@@ -216,7 +216,12 @@ def _encrypted(kind: Kind, nbytes: int, under: bytes) -> Start:
 
 
 async def open_image(
-    file: SimulatedFile, backing: SimulatedFile | None, *, writethrough: bool = False, life: int = 0
+    file: SimulatedFile,
+    backing: SimulatedFile | None,
+    *,
+    data: SimulatedFile | None = None,
+    writethrough: bool = False,
+    life: int = 0,
 ) -> Image:
     """Open for writing over the backing file, as the daemon does: the link log replayed, then repaired if it is dirty.
 
@@ -232,7 +237,8 @@ async def open_image(
     tags = itertools.count(TAG + life)
     log = LinkLog(file.memory, file, ORIGIN, next(tags), LOG_CAPACITY, renew=lambda: next(tags))
     log.native.first = log.native.next = LIMIT - LOG_NUMBERS
-    image = await Image.open(file, backing=base, options=OpenOptions(writable=True, cache_size=0, keys=KEYS), log=log)
+    options = OpenOptions(writable=True, cache_size=0, keys=KEYS)
+    image = await Image.open(file, backing=base, data_file=data, options=options, log=log)
     image.set_link_policy(LinkPolicy(may_wait=lambda: not writethrough))
     return image
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, Operation, Read, ReadInto, Resize, Size, Store, Write, Zero
+from qcow2.driver.operation import Compute, Occupied, Operation, Read, ReadInto, Resize, Size, Store, Write, Zero
 from qcow2.driver.task import Scheduler, Task
 from qcow2.engine.image import Image
 from qcow2.error import ImageError
@@ -13,7 +13,7 @@ from qcow2.judge.check import check
 from qcow2.judge.repair import repair
 from qcow2.judge.report import Report
 from qcow2.plane.l2cache import Kind
-from tests.crash.driver import SimulatedFile, effect_of, simulated, simulated_memory
+from tests.crash.driver import SimulatedFile, effect_of, occupied, simulated, simulated_memory
 from tests.crash.explorer import Violation
 from tests.crash.history import SECTOR, SIZE, ZEROS, size_sector
 from tests.crash.images import check_image, open_image
@@ -63,6 +63,8 @@ class DirectDriver:
                 return None
             case Compute():
                 return operation.function()
+            case Occupied():
+                return occupied(operation)
             case _:
                 return None
 
@@ -80,15 +82,15 @@ class Opened:
 _names: dict[bytes, bytes] = {}  # one object for each content: many states show the same
 
 
-def open_state(file: SimulatedFile, backing: SimulatedFile | None) -> Opened:
-    """Open *file*, which a death left, read all of it and close it.
+def open_state(file: SimulatedFile, backing: SimulatedFile | None, data: SimulatedFile | None = None) -> Opened:
+    """Open *file*, which a death left, read all of it and close it; its data may be in *data*.
 
     Raises: Violation if it does not open, if our check objects, or if a second repair has something left to do.
     """
     driver = DirectDriver()
     try:
         was_dirty = is_dirty(file)
-        image = driver.run(open_image(file, backing))
+        image = driver.run(open_image(file, backing, data=data))
         was_recovered = driver.changes > 0
         leaks = require_sound(driver, file, again=was_dirty)
         changes = driver.changes

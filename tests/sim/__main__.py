@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     mutant = BY_NAME.get(options.mutant)
     load([mutant.edit] if mutant and mutant.edit else [])
     from tests.sim.campaign import Plan, run
-    from tests.sim.life import NAMED
+    from tests.sim.image import NAMED
     from tests.sim.patch import apply
 
     if mutant and not mutant.edit:

@@ -4,19 +4,26 @@ import random
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import lcm
 
 from tests.crash.walk import Count
-from tests.sim.life import NAMED, Tally, Trouble, Violation, World
+from tests.sim.image import NAMED
+from tests.sim.kernel import Trouble, Violation
+from tests.sim.life import Tally, World
 from tests.sim.liveness import Longest
 from tests.sim.walk import visit
+
+TROUBLES = 8  # sorts of them
+TOLD = 50  # histories, of a walk over many
 
 
 def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False) -> World:
     """The history of *seed*; *is_full*, on a host without space, whatever that says."""
     draw = random.Random(seed)
-    sort = NAMED[sorts[seed % len(sorts)]]
-    is_long = seed % 8 == 5
-    match 7 if is_full else seed % 8:
+    turn = seed + seed // lcm(len(sorts), TROUBLES)  # so that each sort meets each trouble
+    sort = NAMED[sorts[turn % len(sorts)]]
+    is_long = seed % TROUBLES == 5
+    match 7 if is_full else seed % TROUBLES:
         case 7:
             trouble = Trouble(full=True)
         case 3:
@@ -26,7 +33,7 @@ def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False) -> World
         case 1:
             trouble = Trouble(short=0.25, passing=0.25, cold=0.4)
         case _:
-            trouble = Trouble(punches=seed % 8 != 6)
+            trouble = Trouble(punches=seed % TROUBLES != 6)
     return World(
         seed,
         sort,
@@ -55,6 +62,8 @@ def run(plan: Plan) -> int:
     total, count, longest = Tally(), Count(), Longest()
     failed = 0
     for seed in range(plan.first, plan.first + plan.histories):
+        if plan.until_found:
+            print(f"history {seed}", flush=True)  # for whoever counts them, should this process not come to its end
         world = world_of(seed, plan.sorts, is_full=plan.is_full)
         fault = _run_one(world, total, count if count.states < plan.states else None)
         longest.add(world.longest)
@@ -67,6 +76,8 @@ def run(plan: Plan) -> int:
             print(f"seed {seed}: {world.sort.name}, writethrough={world.writethrough}: {fault}", flush=True)
             if plan.until_found:
                 break
+        if plan.states and total.histories % TOLD == 0:
+            print(f"so far: {total}, {count}", flush=True)
     print(total)
     print(longest)
     if plan.states:
@@ -79,7 +90,7 @@ def _run_one(world: World, total: Tally, count: Count | None) -> str:
     fault = ""
     try:
         world.run()
-        if count is not None:
+        if count is not None and world.is_walkable:
             count.add(visit(world))
     except Violation as error:
         fault = str(error)

@@ -27,8 +27,11 @@ RANGE = struct.Struct("<QII")
 MIXES = {
     "plane": {"write": 48, "read": 18, "flush": 12, "discard": 8, "zero": 8, "keep": 6},
     "clear": {"write": 36, "read": 10, "flush": 10, "discard": 24, "zero": 10, "keep": 10},
+    "spread": {"write": 64, "read": 10, "flush": 16, "discard": 6, "zero": 2, "keep": 2},
     "scan": {"write": 12, "read": 80, "flush": 3, "discard": 3, "zero": 1, "keep": 1},
 }
+NEAR = 8  # sectors
+WIDE = ("spread", "scan")  # aim at the whole disk: most clusters are met for the first time
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Setup:
     requests: int
     nsectors: int  # of the disk
     hot: int  # sectors, of which most requests want some
+    near: float  # how often a request wants what is near the last one's, of 1
     cluster_sectors: int
     mix: dict[str, int]  # kinds of requests, and how often of their sum
     calm: int  # more requests, once the world is kind
@@ -121,6 +125,7 @@ class Guest:
         self.control_fd = -1
         self.is_closing = False
         self.answered = self.refused = 0
+        self.aimed = 0
         self.started = False
 
     def close(self) -> None:
@@ -228,6 +233,9 @@ class Guest:
         reach = self.setup.hot if self.random.random() < 0.85 else self.setup.nsectors
         most = DATA_NBYTES // SECTOR if self.random.random() < 0.3 else 6
         sector = self.random.randrange(reach)
+        if self.setup.near and self.random.random() < self.setup.near:
+            sector = min(max(0, self.aimed + self.random.randint(-NEAR, NEAR)), self.setup.nsectors - 1)
+        self.aimed = sector
         return sector, self.random.randrange(1, 1 + min(most, self.setup.nsectors - sector))
 
     def _note(self, asked: Asked) -> None:

@@ -8,32 +8,29 @@ from typing import Any
 
 from qcow2.driver import operation as op
 from qcow2.engine.image import Image
-from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
-from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
 from ring.aio import Aio, WorkerOptions
 from ring.native import lib
 from ring.worker import Worker, look_at
-from tests.builder.record import MAGIC
-from tests.crash.driver import Completed, CrashDriver, Effect, Issued, SimulatedFile, Synced
+from tests.crash.driver import Completed, CrashDriver, SimulatedFile
 from tests.crash.explorer import Run
 from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.history import SIZE, History, size_sector
 from tests.crash.images import LOG_CAPACITY, open_image
 from tests.crash.opening import Seen, look, open_state
-from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning
+from tests.crash.sequence import Sort
 from tests.crash.walk import Judge
-from tests.engine import KEYS
-from tests.sim.guest import MIXES, Guest, Setup
+from tests.sim.guest import MIXES, WIDE, Guest, Setup
+from tests.sim.image import files_of, open_again
 from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
 from tests.sim.liveness import Longest
+from tests.sim.units import Contents, Units
 from vhost.disk import ImageBackend, RingDriver
 from vhost.option import CacheMode
 from virtio.config import MAX_RANGE_SECTORS, Properties
 from virtio.native import NativeBlock
 
-NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
 logging.getLogger("vhost").setLevel(logging.CRITICAL)
 
 
@@ -146,18 +143,18 @@ class World:
         self.kernel = Kernel(seed, trouble)
         SimulatedDriver.kernel = self.kernel
         self.random = self.kernel.random
-        begun = beginning(sort, "room")
+        files = files_of(sort)
+        begun = files.begun
         self.file = self._file(begun.image)
-        self.files = [self.file]
-        self.backing: KernelFile | None = None
-        if begun.backing is not None:
-            self.backing = self._file(begun.backing)
+        self.data = None if files.data is None else self._file(files.data)
+        self.written = [file for file in (self.file, self.data) if file is not None]
+        self.backing = None if begun.backing is None else self._file(begun.backing)
+        if self.backing is not None:
             self.backing.writable = False
-            self.files.append(self.backing)
         memory = KernelMemory(RECORDS_OFFSET + LOG_CAPACITY * RECORD_BYTES)
         self.file.memory = memory
         self.kernel.memories.append(memory)
-        self.initial: SimulatedFile = self.file.copy()  # stable when the journal began
+        self.initial = self._copies()  # stable when the journal began
         beyond = {**begun.beyond, SIZE: size_sector(sort.nsectors * 512)}
         self.history = History(begun.contents, writethrough=writethrough, beyond=beyond)
         self.guest: Guest | None = None
@@ -171,6 +168,9 @@ class World:
         file = KernelFile(content.path, dict(content.sectors), content.size)
         self.kernel.add_file(file)
         return file
+
+    def _copies(self) -> Contents:
+        return {file: file.copy() for file in self.written}
 
     @property
     def digest(self) -> str:
@@ -229,7 +229,8 @@ class World:
 
     def _open(self, life: int, *, dies_at: int | None) -> Image:
         image = self._through(
-            open_image(self.file, self.backing, writethrough=self.writethrough, life=life), dies_at=dies_at
+            open_image(self.file, self.backing, data=self.data, writethrough=self.writethrough, life=life),
+            dies_at=dies_at,
         )
         assert isinstance(image, Image)
         self._judge(self._through(look(image)), power=False)
@@ -261,7 +262,8 @@ class World:
             max_discard_sectors=MAX_RANGE_SECTORS,
             max_write_zeroes_sectors=MAX_RANGE_SECTORS,
         )
-        held: Any = HeldSimulation(image, self.files, self.sort.nsectors * 512)
+        files = [*self.written, *([] if self.backing is None else [self.backing])]
+        held: Any = HeldSimulation(image, files, self.sort.nsectors * 512)
         cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
         backend = ImageBackend(held, cache=cache, driver=SimulatedDriver)
         worker = SimulatedWorker(
@@ -308,7 +310,7 @@ class World:
             raise Dead from None  # it says so; what it leaves is as after a death
         if block.takes_no_writes:
             raise Violation("writes have ended, and the image closes as if nothing had happened")
-        self._judge(self._through(look(self._through(open_again(self.file, self.backing)))), power=False)
+        self._judge(self._through(look(self._through(open_again(self.file, self.backing, self.data)))), power=False)
 
     def _meet(self, worker: SimulatedWorker, *, is_last: bool) -> None:
         """The guest is there: a new one, or one that has waited for the daemon."""
@@ -362,7 +364,7 @@ class World:
         draw = self.random
         num_queues = draw.choice((1, 1, 2, 4))
         scans = self.sort.tables > 1
-        mix = "scan" if scans else draw.choice(("plane", "plane", "clear"))
+        mix = "scan" if scans else draw.choice(("plane", "plane", "clear", "spread"))
         return Setup(
             num_queues=num_queues,
             size=draw.choice((32, 64, 128)),
@@ -372,7 +374,8 @@ class World:
             depth=draw.choice((1, 2, 6, 6)),
             requests=draw.randrange(150, 300) if self.is_long else draw.randrange(8, 40),
             nsectors=self.sort.nsectors,
-            hot=self.sort.nsectors if scans else min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
+            hot=self.sort.nsectors if mix in WIDE else min(self.sort.nsectors, 24 * self.sort.cluster_sectors),
+            near=0.3 if mix in WIDE else 0,
             cluster_sectors=self.sort.cluster_sectors,
             mix=MIXES[mix],
             calm=num_queues * (draw.choice((4, 4, 8, 120)) if num_queues > 1 else 4),
@@ -398,35 +401,35 @@ class World:
         else:
             self._kill(units)
 
-    def _units(self) -> "Units":
-        units = Units(self.initial.copy())
+    def _units(self) -> Units:
+        units = Units(self.initial)
         for entry in self.kernel.journal:
-            units.take(entry, self.file)
+            units.take(entry)
         return units
 
-    def _kill(self, units: "Units") -> None:
+    def _kill(self, units: Units) -> None:
         """The page cache stays; of what was in flight any part has come to it."""
         self.tally.kills += 1
         for number in sorted(units.in_flight):
             is_kept = self.random.random() < 0.5
             entry = Completed(number, is_late=True) if is_kept else Lost(number)
             self.kernel.journal.append(entry)
-            units.take(entry, self.file)
-        self._become(units.file(list(units.pending.values())))
+            units.take(entry)
+        self._become(units.after(units.pending.values()))
         self.kernel.pending.clear()
-        self.kernel.pending.update(dict.fromkeys(units.pending, self.file))
+        self.kernel.pending.update({number: effect.file for number, effect in units.pending.items()})
         self.kernel.note("killed", [*units.pending])
         if self.guest is not None and self.photo is not None:
             self.guest.restore(self.photo)
             self.photo = None
 
-    def _lose_power(self, units: "Units") -> None:
+    def _lose_power(self, units: Units) -> None:
         """What was stable stays, of the rest any part; the guest is gone."""
         self.tally.power_losses += 1
         parts = [part for effect in units.pending.values() for part in effect.tear()]
         share = self.random.choice((0.0, 0.2, 0.5, 0.8, 1.0))
         kept = [part for part in parts if self.random.random() < share]
-        self._become(units.file(kept))
+        self._become(units.after(kept))
         self.kernel.note("power", len(parts), len(kept))
         memory = self.kernel.memories[0]
         memory.store(0, bytes(len(memory.content)))
@@ -435,65 +438,28 @@ class World:
         seen = self._seen_after_power()
         self.kernel.journal.clear()
         self.kernel.pending.clear()
-        self.initial = self.file.copy()
+        self.initial = self._copies()
         self.history = History(b"", writethrough=self.writethrough, beyond={**seen, SIZE: seen[SIZE]})
 
     def _seen_after_power(self) -> Seen:
         """Judge what is left, on a copy."""
         try:
-            opened = open_state(self.file.copy(), self.backing)
+            opened = open_state(self.file.copy(), self.backing, None if self.data is None else self.data.copy())
         except CrashViolation as error:
             raise Violation(str(error)) from error
         self._judge(opened.seen, power=True)
         return opened.seen
 
-    def _become(self, file: SimulatedFile) -> None:
-        self.file.sectors, self.file.size = file.sectors, file.size
+    def _become(self, files: Contents) -> None:
+        for file, content in files.items():
+            file.sectors, file.size = content.sectors, content.size
+
+    @property
+    def is_walkable(self) -> bool:
+        """Whether the explorer, which knows one file, can visit the deaths."""
+        return self.data is None
 
     def as_run(self) -> Run:
         """The last life, for the explorer."""
         journal: Any = self.kernel.journal
-        return Run(f"sim/{self.sort.name}/{self.seed}", self.initial, self.file, journal, self.history)
-
-
-class Units:
-    """What of a journal is stable, pending and in flight."""
-
-    def __init__(self, stable: SimulatedFile) -> None:
-        self.stable = stable
-        self.pending: dict[int, Effect] = {}  # in the order they took effect
-        self.in_flight: set[int] = set()
-
-    def take(self, entry: object, file: SimulatedFile) -> None:
-        match entry:
-            case Issued(number, effect):
-                self.pending[number] = effect
-                self.in_flight.add(number)
-            case Completed(number, is_late) if number in self.pending:
-                self.in_flight.discard(number)
-                if is_late:
-                    self.pending[number] = self.pending.pop(number)
-            case Lost(number):
-                self.in_flight.discard(number)
-                del self.pending[number]
-            case Synced(synced, numbers) if synced is file:
-                for number in [number for number in self.pending if number in numbers]:
-                    self.pending.pop(number).apply(self.stable)
-            case _:
-                pass
-
-    def file(self, effects: list[Effect]) -> SimulatedFile:
-        """The stable file after *effects*."""
-        file = self.stable.copy()
-        for effect in effects:
-            effect.apply(file)
-        return file
-
-
-async def open_again(file: SimulatedFile, backing: SimulatedFile | None) -> Image:
-    """As a reader."""
-    base: Any = None
-    if backing is not None:
-        is_image = backing.read(0, 4) == MAGIC.to_bytes(4, "big")
-        base = await (Image.open(backing) if is_image else RawImage.open(backing))
-    return await Image.open(file, backing=base, options=OpenOptions(keys=KEYS))
+        return Run(f"sim/{self.sort.name}/{self.seed}", self.initial[self.file], self.file, journal, self.history)
