@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.create import Options, create
-from qcow2.engine.image import Image, OpenOptions
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.format.header import read_header
 from qcow2.format.layout import CompressionType
 from qcow2.judge.repair import repair

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import qcow2
 from qcow2.driver.shared import SharedDriver
-from qcow2.engine.image import OpenOptions
+from qcow2.engine.opened import OpenOptions
 from qcow2.nbd.connection import Connection
 from qcow2.nbd.error import ClientGone, ProtocolViolation
 from qcow2.nbd.export import Export, Terms
