@@ -4,8 +4,8 @@ import json
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -227,6 +227,40 @@ class Control:
             raise ControlError(text) from None
         except OSError as error:
             raise ControlError(f"{self.path or repr(self.path)}: {error.strerror or error}") from None
+
+
+def snapshot_together(paths: Sequence[str | os.PathLike[str]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Freeze the disks of the daemons at *paths* as *names* at one instant, or none of them. -> as of `snapshot`, each.
+
+    Raises: ControlError.
+    """
+    with ExitStack() as stack:
+        controls = [stack.enter_context(Control(path)) for path in paths]
+        try:
+            _ask_each(controls, "snapshot-begin", [{"name": name} for name in names])
+            for _ in ("requests wait", "the overlays have their names"):
+                _ask_each(controls, "snapshot-next", [{}] * len(controls))
+            return _ask_each(controls, "snapshot-next", [{}] * len(controls))
+        except ControlError:
+            for control in controls:
+                with suppress(ControlError):  # of who has not begun, or is done
+                    control.ask("snapshot-cancel")
+            raise
+
+
+def _ask_each(controls: Sequence[Control], command: str, arguments: Sequence[dict[str, str]]) -> list[Any]:
+    """Ask all at once, and wait for all. Raises: ControlError, the first one."""
+    results, errors = [], []
+    for control, given in zip(controls, arguments, strict=True):
+        control.send(command, **given)
+    for control in controls:
+        try:
+            results.append(control.receive())
+        except ControlError as error:
+            errors.append(ControlError(f"{control.path}: {str(error).removeprefix(f'{control.path}: ')}"))
+    if errors:
+        raise errors[0]
+    return results
 
 
 def _job_of(record: dict[str, Any]) -> Job:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from vhost.endpoint import Endpoint
     from vhost.held import HeldImage
     from vhost.option import Options
+    from vhost.together import Take
 
     Control = AbstractContextManager[object]
-    TakeSnapshot = Callable[[str], str]
 
 PROGRAM = "vhost-user-qcow2"
 PROGRESS_SECONDS = 5
@@ -200,7 +200,7 @@ def _keys(options: "Options") -> "Keyring | None":
 @contextmanager
 def _control(
     options: "Options", stop_fd: int
-) -> "Iterator[Callable[[Device, ImageBackend, HeldImage, TakeSnapshot], Control]]":
+) -> "Iterator[Callable[[Device, ImageBackend, HeldImage, Take], Control]]":
     """What makes a control socket of a device, if there is to be one; the path is taken here and now."""
     from contextlib import nullcontext
 
@@ -219,7 +219,7 @@ def _control(
 
         @contextmanager
         def begin(
-            device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "TakeSnapshot"
+            device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "Take"
         ) -> "Iterator[None]":
             jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
             commands = Commands(device, stop_fd, lambda: image, take_snapshot, JobCommands(device, backend, held, jobs))
@@ -230,15 +230,14 @@ def _control(
         yield begin
 
 
-def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "TakeSnapshot":
-    """Takes a snapshot of the image, or says which option rules that out."""
-    from vhost.snapshot import SnapshotRefused, Snapshots
+def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "Take":
+    """Takes a snapshot of the image, or says that it may not."""
+    from vhost.snapshot import Pace, SnapshotRefused, Snapshots
 
-    def refuse(name: str) -> str:
-        raise SnapshotRefused(f"no snapshot: a daemon with {' and '.join(reasons)} keeps to the files it has")
+    def refuse(name: str, pace: Pace) -> str:
+        raise SnapshotRefused("no snapshot: a daemon with --trace-io keeps to the files it has")
 
-    reasons = [option for option, given in (("--sandbox", options.sandbox), ("--trace-io", options.trace_io)) if given]
-    return refuse if reasons else Snapshots(device, backend, held).take
+    return refuse if options.trace_io is not None else Snapshots(device, backend, held).take
 
 
 @contextmanager

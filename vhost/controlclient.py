@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from vhost.client import Control, ControlError
+from vhost.client import Control, ControlError, snapshot_together
 from vhost.ctljob import add_commands, run_command
 from vhost.option import PROGRAM, Parser, UsageError, size_of
 
@@ -17,7 +17,13 @@ def parser() -> Parser:
     parser = Parser(
         prog=f"{PROGRAM} ctl", allow_abbrev=False, description="Ask a running daemon through its control socket."
     )
-    parser.add_argument("--control", metavar="PATH", help="the daemon's --control socket")
+    parser.add_argument(
+        "--control",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="the daemon's --control socket; `snapshot` of several disks takes several",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("status", help="what is served, how, and to whom")
     commands.add_parser("stats", help="counters and latencies as JSON")
@@ -32,38 +38,55 @@ def parser() -> Parser:
     snapshot = commands.add_parser(
         "snapshot", help="freeze what the disk holds in a file; an overlay is served from now on"
     )
-    snapshot.add_argument("name", metavar="NAME", help="the file to freeze it in, beside the image")
+    snapshot.add_argument(
+        "name", metavar="NAME", nargs="+", help="the file to freeze it in, beside the image; one for each --control"
+    )
     actions = add_commands(commands, lambda text: size_of(text, "50M"))
     commands.add_parser("flush", help="make every completed write stable")
     cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
     cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")
     commands.add_parser("quit", help="end the daemon as SIGTERM does")
     for command in [*commands.choices.values(), *actions]:
-        command.add_argument("--control", metavar="PATH", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        command.add_argument(
+            "--control",
+            metavar="PATH",
+            action="extend",
+            nargs=1,
+            default=argparse.SUPPRESS,
+            dest="more",
+            help=argparse.SUPPRESS,
+        )
     return parser
 
 
-def parse(arguments: list[str]) -> dict[str, Any]:
-    """What *arguments* ask for, "control" included. Raises: UsageError."""
+def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The sockets of the daemons that *arguments* name, and what they are asked for. Raises: UsageError."""
     request = vars(parser().parse_args(arguments))
-    if request["control"] is None:
+    paths = [*request.pop("control"), *request.pop("more", ())]
+    if not paths:
         raise UsageError("the following arguments are required: --control")
-    return request
+    wanted = len(request["name"]) if request["command"] == "snapshot" else 1
+    if len(paths) != wanted:
+        raise UsageError(f"{len(paths)} of --control, {wanted} wanted: a snapshot has a NAME for each disk")
+    return paths, request
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; the exit status."""
     try:
-        request = parse(arguments)
-    except UsageError as error:
-        return _complain(str(error))
-    try:
-        with Control(request.pop("control")) as control:
+        paths, request = parse(arguments)
+        if len(paths) > 1:
+            _show("snapshot", {"snapshots": snapshot_together(paths, request["name"])})
+            return 0
+        with Control(paths[0]) as control:
             if request["command"] in JOB_COMMANDS:
                 return run_command(control, request)
+            if request["command"] == "snapshot":
+                (request["name"],) = request["name"]
             _show(request["command"], control.ask(**request))
-    except ControlError as error:
-        return _complain(str(error))
+    except (UsageError, ControlError) as error:
+        print(f"{PROGRAM}: ctl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -73,8 +96,3 @@ def _show(command: str, result: Any) -> None:
             result if isinstance(result, str) else json.dumps(result, indent=2),
             end="" if command == "metrics" else "\n",
         )
-
-
-def _complain(text: str) -> int:
-    print(f"{PROGRAM}: ctl: {' '.join(text.split())}", file=sys.stderr)
-    return 1

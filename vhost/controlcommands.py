@@ -15,7 +15,8 @@ from vhost.event import Event
 from vhost.jobcommands import JobCommands
 from vhost.jobs import JobRefused
 from vhost.metrics import open_metrics
-from vhost.snapshot import SnapshotRefused
+from vhost.snapshot import Pace, SnapshotRefused, SnapshotUnstable
+from vhost.together import Steps, Take
 from virtio.block import Unavailable
 
 VERSION = 1
@@ -38,18 +39,20 @@ class Commands:
         device: Device,
         stop_fd: int,
         describe: Callable[[], dict[str, Any]],
-        take_snapshot: Callable[[str], str],
+        take_snapshot: Take,
         jobs: JobCommands,
     ) -> None:
         self._device = device
+        self._steps: Steps | None = None  # of a snapshot that is under way
+        self._leader: object = None  # who says when they are taken
         self._take_snapshot = take_snapshot
         self._stop_fd = stop_fd
         self._describe = describe
         self.jobs = jobs
         self.on_event: Callable[[Event], None] = lambda event: None
 
-    def run(self, request: dict[str, Any]) -> Any:
-        """Do what *request* asks for and return the result. Raises: CommandError."""
+    def run(self, request: dict[str, Any], client: object) -> Any:
+        """Do what *request* of *client* asks for and return the result. Raises: CommandError."""
         name, arguments = request.get("command"), {key: request[key] for key in request if key not in ("command", "id")}
         command = COMMANDS.get(name) if isinstance(name, str) else None
         if command is None:
@@ -58,12 +61,27 @@ class Commands:
         if set(arguments) - set(options) != set(wanted):
             also = f" and perhaps {', '.join(options)}" if options else ""
             raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}{also}")
+        if self._steps is not None and self._steps.is_over and name not in STEPS:  # nobody let it go on
+            self._steps = None
+        if name in STEPS and (self._steps is None or client is not self._leader):
+            raise CommandError("no snapshot of this client is under way")
+        if name not in (*STEPS, *LOOKS) and self._steps is not None:
+            raise CommandError("a snapshot of several disks is under way")
+        self._leader = client if name == "snapshot-begin" else self._leader
         try:
             return command(self, **{key.replace("-", "_"): value for key, value in arguments.items()})
-        except JobRefused as refusal:
+        except (JobRefused, SnapshotRefused, SnapshotUnstable) as refusal:
             raise CommandError(str(refusal)) from refusal
         except RuntimeError:
             raise CommandError("the daemon is ending") from None
+        finally:
+            if self._steps is not None and self._steps.is_over:
+                self._steps = None
+
+    def leave(self, client: object) -> None:
+        """*client* is gone: the snapshot that it led is called off."""
+        if self._steps is not None and client is self._leader:
+            self.snapshot_cancel()
 
     def status(self) -> dict[str, Any]:
         """What is served, how, and to whom."""
@@ -118,10 +136,29 @@ class Commands:
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
         self.jobs.require_none()
-        try:
-            failure = self._take_snapshot(name)
-        except SnapshotRefused as refusal:
-            raise CommandError(str(refusal)) from refusal
+        return self._taken(name, self._take_snapshot(name, Pace()))
+
+    def snapshot_begin(self, name: object) -> None:
+        """The same, one step after the other, with other disks at one instant: make the overlay."""
+        if not isinstance(name, str):
+            raise CommandError(f"{name!r} is not the name of a file")
+        self.jobs.require_none()
+        self._steps = Steps(self._take_snapshot, name)
+        self._steps.begin()
+
+    def snapshot_next(self) -> dict[str, Any] | None:
+        """Let requests wait; then let the overlay have its name; then go on, and say what was done."""
+        assert self._steps is not None
+        failure = self._steps.go_on()
+        return None if failure is None else self._taken(self._steps.name, failure)
+
+    def snapshot_cancel(self) -> None:
+        """Let the disk go on as it was."""
+        assert self._steps is not None
+        self._steps.call_off()
+        self._steps = None
+
+    def _taken(self, name: str, failure: str) -> dict[str, Any]:
         taken = {"snapshot": name, **({"not-closed-cleanly": failure} if failure else {})}
         self.on_event(Event("snapshot", taken))
         return taken
@@ -156,6 +193,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "metrics": Commands.metrics,
     "resize": Commands.resize,
     "snapshot": Commands.snapshot,
+    "snapshot-begin": Commands.snapshot_begin,
+    "snapshot-next": Commands.snapshot_next,
+    "snapshot-cancel": Commands.snapshot_cancel,
     "stream": lambda commands, **options: commands.jobs.stream(**options),
     "job-list": lambda commands: commands.jobs.job_list(),
     "job-pause": lambda commands, job: commands.jobs.job_pause(job),
@@ -169,6 +209,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 ARGUMENTS = {
     "resize": ("size",),
     "snapshot": ("name",),
+    "snapshot-begin": ("name",),
     "set-cache": ("mode",),
     "job-pause": ("job",),
     "job-resume": ("job",),
@@ -176,6 +217,9 @@ ARGUMENTS = {
     "job-set-rate": ("job", "rate"),
 }
 OPTIONS = {"stream": ("base", "rate", "on-error")}  # which may be left out
+
+LOOKS = ("status", "stats", "metrics")  # which wait for nobody
+STEPS = ("snapshot-next", "snapshot-cancel")
 
 
 def _as_json(histogram: Histogram) -> dict[str, Any]:

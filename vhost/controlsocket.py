@@ -130,6 +130,7 @@ class Control:
                 self._accept()
         for client in self._clients.values():
             client.socket.close()
+            self._commands.leave(client)
 
     def _wait(self) -> set[int]:
         poll = select.poll()
@@ -152,6 +153,7 @@ class Control:
     def _drop(self, client: Client) -> None:
         del self._clients[client.socket.fileno()]
         client.socket.close()
+        self._commands.leave(client)
 
     def _accept(self) -> None:
         connection = self._door.open()
@@ -194,7 +196,7 @@ class Control:
         try:
             if request.get("command") == SUBSCRIBE:
                 return {**tag, "result": client.subscribe(request)}
-            return {**tag, "result": self._commands.run(request)}
+            return {**tag, "result": self._commands.run(request, client)}
         except (CommandError, OSError) as error:
             return {**tag, "error": str(error)}
         except MemoryError:

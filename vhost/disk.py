@@ -14,6 +14,7 @@ from qcow2.driver.task import Scheduler, Task
 from qcow2.engine.image import Image
 from qcow2.engine.links import LinkPolicy
 from qcow2.error import NotTried, no_memory
+from qcow2.node.overlay import Overlay
 from ring.extent import ExtentMap
 from ring.operations import Piece
 from ring.request import GuestSlice, Request
@@ -22,6 +23,7 @@ from ring.worker import Worker
 from vhost.admission import Admission
 from vhost.held import HeldImage, describe
 from vhost.option import CacheMode
+from vhost.problem import problem_of, refusal_of
 from virtio.block import UNMAP, RequestType, Status
 from virtio.config import Properties
 from virtio.native import NativeBlock
@@ -41,6 +43,10 @@ class RingDriver:
     def run(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[Task], None]) -> None:
         """Begin *coroutine*; *on_end(task)* is called on the worker thread, perhaps before this returns."""
         self._scheduler.spawn(coroutine, on_end)
+        self._scheduler.run()
+
+    def go_on(self) -> None:
+        """Let run what waited for a signal that was set."""
         self._scheduler.run()
 
     def _start(self, task: Task, operation: op.Operation) -> None:
@@ -180,6 +186,8 @@ class ImageBackend:
         self._slots: dict[op.File, int] = {}
         self._told: set[str] = set()
         self.on_problem: Callable[[str], None] = lambda text: None  # told, on the worker, what is logged as an error
+        self._links_wait = False
+        self._past_is_stable: op.Signal | None = None  # what FLUSH waits for after a snapshot
 
     @property
     def properties(self) -> Properties:
@@ -213,7 +221,7 @@ class ImageBackend:
                 # Not where a barrier costs nothing, nor where the mark in the image could hang this thread.
                 has_log=self._cache.sync and worker.is_near(slots[self._image.file]),
                 may_wait=lambda: not block.writethrough,
-                on_waiting=block.set_flush_punts,
+                on_waiting=self._set_links_wait,
                 on_log_lost=self._tell_of_lost_log,
             )
         )
@@ -237,6 +245,7 @@ class ImageBackend:
         worker.set_trace(trace)
 
     def detach(self) -> None:
+        self._links_wait = False
         self._block.set_extent_map(None)
         self._block.set_sync_slot(None)
         self._block.set_flush_punts(False)
@@ -264,20 +273,57 @@ class ImageBackend:
         self._driver.run(coroutine, on_end)
 
     def flush(self, done: Callable[[int], None]) -> None:
-        self._driver.run(self._image.flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
+        self._driver.run(self._flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
     def settle(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._image.settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
+    async def _flush(self) -> None:
+        if self._past_is_stable is not None:
+            await self._past_is_stable.wait()
+        await self._image.flush()
+
+    def _set_links_wait(self, they_do: bool) -> None:
+        self._links_wait = they_do
+        self._block.set_flush_punts(self._links_wait or self._past_is_stable is not None)
+
+    def bring_links(self, image: Image, done: Callable[[str], None]) -> None:
+        """*done("")* once the file of *image* alone holds it, which need not be stable, or what failed."""
+        self._driver.run(image.bring_links(), lambda task: done(problem_of(task.take_error())))
+
+    def defer_flushes(self, overlay: Overlay, done: Callable[[str], None]) -> None:
+        """Let no FLUSH succeed before the name of *overlay*, which is served now, and what is below it are stable.
+
+        Then *done("")*; or *done* of what failed, and no more writes are taken.
+        """
+        problems: list[str] = []
+
+        def ended(error: BaseException | None) -> None:
+            problems.append(problem_of(error))
+            if len(problems) == 2:
+                self._end_deferring(overlay, "; ".join(filter(None, problems)), done)
+
+        self._past_is_stable = op.Signal()
+        self._set_links_wait(self._links_wait)
+        overlay.below.on_failure = lambda: None  # which is told here
+        self._driver.run(overlay.below.flush(), lambda task: ended(task.take_error()))
+        is_near = self._worker.is_near(self._slots[overlay.file])
+        run = self._worker.compute if is_near else self._worker.call_host  # that one needs a thread
+        run(overlay.sync_names, lambda _, error: ended(error))
+
+    def _end_deferring(self, overlay: Overlay, problem: str, done: Callable[[str], None]) -> None:
+        assert self._past_is_stable is not None
+        if problem:
+            overlay.image.fail(OSError(errno.EIO, problem))
+        opened, self._past_is_stable = self._past_is_stable, None
+        self._set_links_wait(self._links_wait or overlay.image.has_waiting_links)  # the extent map's own, too
+        opened.set()
+        self._driver.go_on()
+        done(problem)
+
     def retire(self, image: Image, done: Callable[[str], None]) -> None:
         """Leave *image*, which was on top and is only read now, clean on the disk: *done("")*, or what failed."""
-        image.on_failure = lambda: None  # which is not that of the disk
-
-        def end(task: Task) -> None:
-            error = task.take_error()
-            done("" if error is None else _refusal(no_memory() if isinstance(error, MemoryError) else error))
-
-        self._driver.run(image.close(), end)
+        self._driver.run(image.close(), lambda task: done(problem_of(task.take_error())))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
         def end(task: Task) -> None:
@@ -285,7 +331,7 @@ class ImageBackend:
             if isinstance(error, MemoryError):
                 error = no_memory()
                 self._image.fail(error)
-            done("" if error is None else _refusal(error))
+            done("" if error is None else refusal_of(error))
 
         self._driver.run(self._image.grow(nbytes), end)
 
@@ -301,7 +347,7 @@ class ImageBackend:
                 unmap = bool(request.flags & UNMAP)
                 await self._image.write_zeroes(request.offset, request.nbytes, unmap=unmap)
             case RequestType.FLUSH:
-                await self._image.flush()
+                await self._flush()
             case _:
                 return Status.UNSUPP
         return Status.OK
@@ -344,12 +390,3 @@ class ImageBackend:
             self._told.add(text)
             log.error("%s", text)
             self.on_problem(text)
-
-
-def _refusal(error: BaseException) -> str:
-    """Why what was asked of the image was not done, on one line."""
-    if isinstance(error, OSError | ImageError):
-        return describe(error)
-    if isinstance(error, ValueError):
-        return str(error)
-    raise error

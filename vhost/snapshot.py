@@ -1,7 +1,8 @@
 """An external snapshot of the disk while a guest uses it: the file that is served becomes an overlay.
 
 The overlay is made, and all is made stable once, while requests go on. What is left for the moment in which they wait
-is another flush, two names, and the change of the map. What it was is then closed cleanly behind the guest's back.
+is to bring into the file the links that wait again, a rename, and the change of the map. That what was written before,
+and the name, become stable is what only a FLUSH waits for. What the disk was is then closed behind the guest's back.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,17 @@ class SnapshotRefused(Exception):
     """The disk goes on as it was; one line says why."""
 
 
+class SnapshotUnstable(Exception):
+    """The snapshot is taken, and may not survive a power loss: the disk takes no more writes. One line says why."""
+
+
+class Pace:
+    """Where a snapshot stops until it may go on: nowhere, if it is that of one disk alone."""
+
+    def stop(self) -> None:
+        """The overlay is made; then: requests wait; then: it has its name. Raises: SnapshotRefused: call it off."""
+
+
 class Snapshots:
     """Takes snapshots of the image of *held*, which is under *device* as *backend*. For one thread at a time."""
 
@@ -28,56 +40,80 @@ class Snapshots:
         self._backend = backend
         self._held = held
 
-    def take(self, name: str) -> str:
-        """Freeze what the disk holds now as the file *name*, as seen from the directory of the image.
+    def take(self, name: str, pace: Pace) -> str:
+        """Freeze what the disk holds now as the file *name*, as seen from the directory of the image; stable on return.
 
         -> what went wrong when that was closed, if anything did: its content is whole then, and stable.
-        Raises: SnapshotRefused.
+        Raises: SnapshotRefused, SnapshotUnstable.
         """
         try:
             with self._device.holding():
-                return self._take(name)
+                return self._take(name, pace)
         except (OSError, ImageError) as error:
             raise SnapshotRefused(describe(error)) from error
         except (ValueError, Unavailable) as error:
             raise SnapshotRefused(str(error)) from error
 
-    def _take(self, name: str) -> str:
+    def _take(self, name: str, pace: Pace) -> str:
         overlay = self._held.prepare_overlay(name)
         past: list[SharedMemory | None] = []
+        stable: Future[str] = Future()
         try:
-            self._flush()  # so that the one that requests wait for finds little to do
             overlay.name_frozen()
+            self._flush()  # so that the pause finds few links that wait
+            pace.stop()
             refusal = self._device.exchange(
-                lambda done: self._begin(overlay, done),
+                lambda done: self._begin(overlay, pace, done),
                 lambda: past.append(self._held.adopt_overlay(overlay)),
-                lambda: _fail_if_unstable(overlay),
+                lambda: self._backend.defer_flushes(overlay, stable.set_result),
             )
             if refusal:
                 raise SnapshotRefused(refusal)
         except BaseException:
             self._held.discard_overlay(overlay)
             raise
-        return self._retire(overlay, past[0])
+        problem = self._device.worker.wait(stable)
+        failure = self._retire(overlay, past[0])
+        if problem:
+            raise SnapshotUnstable(
+                f"{name} is there, but may not survive a power loss, and no more is written: {problem}"
+            )
+        return failure
 
     def _flush(self) -> None:
+        """Raises: SnapshotRefused."""
         outcome: Future[int] = Future()
         self._device.flush(outcome.set_result)
-        self._device.worker.wait(outcome)  # if it failed, the next one will
+        if self._device.worker.wait(outcome) < 0:
+            raise SnapshotRefused("what the disk holds cannot be made stable")
 
-    def _begin(self, overlay: Overlay, done: Callable[[str], None]) -> None:
-        def flushed(result: int) -> None:
-            if result < 0:
-                done("what the disk holds cannot be made stable")
+    def _begin(self, overlay: Overlay, pace: Pace, done: Callable[[str], None]) -> None:
+        """Nothing is made stable here: a FLUSH waits for that, other requests do not."""
+
+        def switch() -> None:
+            pace.stop()
+            overlay.switch()
+            try:
+                pace.stop()
+            except SnapshotRefused:
+                overlay.switch_back()
+                raise
+
+        def brought(problem: str) -> None:
+            if problem:
+                done(problem)
             else:
-                self._device.worker.call_host(overlay.switch, switched)
+                self._device.worker.call_host(switch, switched)
 
         def switched(_: None, error: BaseException | None) -> None:
-            if error is not None and not isinstance(error, OSError):
+            if error is None or isinstance(error, SnapshotRefused):
+                done(str(error or ""))
+            elif isinstance(error, OSError):
+                done(describe(error))
+            else:
                 raise error
-            done("" if error is None else describe(error))
 
-        self._backend.flush(flushed)
+        self._backend.bring_links(overlay.below, brought)
 
     def _retire(self, overlay: Overlay, memory: SharedMemory | None) -> str:
         outcome: Future[str] = Future()
@@ -90,9 +126,3 @@ class Snapshots:
         except OSError as error:  # the snapshot is taken all the same
             failure = failure or describe(error)
         return failure
-
-
-def _fail_if_unstable(overlay: Overlay) -> None:
-    """No FLUSH may be answered as if the new name would survive a power loss."""
-    if overlay.sync_error is not None:
-        overlay.image.fail(overlay.sync_error)

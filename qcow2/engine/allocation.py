@@ -89,6 +89,11 @@ class Allocator:
                 await self._stability.sync()
         return taken
 
+    async def stock_up(self) -> None:
+        """Have something to hand out at once. Raises: as `allocate`."""
+        if not self._stock:
+            await self._refill(1)
+
     async def allocate_unsynced(self, nclusters: int) -> range:
         """Take clusters as from `allocate` that keep its promises after the next sync only.
 

@@ -56,6 +56,12 @@ class Changes:
         """Raises: OSError(EIO) if the image takes no more writes, be it the extent map that has found out why."""
         self._space.allocator.require_links()
 
+    async def make_ready(self) -> None:
+        """Have clusters that may be linked, so that the next write waits for no sync. Raises: OSError."""
+        await self.root.allow_uncounted()
+        await self._space.allocator.stock_up()
+        self._space.allocator.allow_links()
+
     async def guard(self, change: Coroutine[Any, Any, T]) -> T:
         """Make *change*; the image is marked corrupt and takes no more if it would hit metadata.
 

@@ -171,6 +171,24 @@ class Image(ReadableImage):
             await self._changes.links.commit()
             await self._changes.bitmaps.settle()
 
+    @property
+    def has_waiting_links(self) -> bool:
+        """Whether a sync alone would not make all stable that has completed."""
+        return self._changes is not None and self._changes.links.has_waiting
+
+    async def bring_links(self) -> None:
+        """Let the file alone hold the disk: no link waits after. Process-safe, and perhaps not stable.
+
+        Raises: OSError, also if the image takes no more writes.
+        """
+        await self._writable().links.commit()
+        self._writable()
+
+    async def make_ready(self) -> None:
+        """Do now, stable on return, what the first write would wait for. Raises: OSError, CorruptImage."""
+        changes = await self._changing()
+        await changes.guard(changes.make_ready())
+
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is new reads as zeros. Stable on return.
 

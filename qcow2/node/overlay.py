@@ -25,7 +25,7 @@ from qcow2.node.logplace import new_log
 class Overlay:
     """An empty image over the top of a chain: open, locked, stable, and under a name that nobody uses.
 
-    `name_frozen`, then `switch`, then `adopt`; or, before `switch`, `discard`.
+    `name_frozen`, then `switch`, then `adopt` and `sync_names`; or, before `switch`, `discard`.
     """
 
     def __init__(self, chain: Chain, below: Image, name: str, options: OpenOptions) -> None:
@@ -34,7 +34,6 @@ class Overlay:
         Raises: OSError, FileExistsError if something else has that name; UnsupportedImage; ValueError.
         """
         self.below = below
-        self.sync_error: OSError | None = None
         self._chain = chain
         self._top = chain.files[0]
         self._path = os.path.realpath(self._top.path)
@@ -43,8 +42,7 @@ class Overlay:
         self._temporary = os.path.join(directory, f".{base}.overlay")
         self._was_named = False
         self._require_names(name, below.header)
-        with suppress(FileNotFoundError):
-            os.unlink(self._temporary)  # of a process that died in between
+        _remove(self._temporary)  # of a process that died in between
         self.file, self.memory = self._make_file(), SharedMemory("", 0)
         try:
             self.image = self._make_image(options)
@@ -110,7 +108,9 @@ class Overlay:
         )
         run(create(self.file, wanted))
         log, self.memory = new_log(self.file, self._chain.log_directory)
-        return run(Image.open(self.file, backing=self.below, options=options, log=log))
+        image = run(Image.open(self.file, backing=self.below, options=options, log=log))
+        run(image.make_ready())
+        return image
 
     def _backing_name(self) -> str:
         """From the directory of both, if it is one, also for who comes by a link; a colon in it is no protocol's."""
@@ -132,15 +132,26 @@ class Overlay:
         _sync_directory(self._frozen)
 
     def switch(self) -> None:
-        """Take the name of what is below, whose content is stable. Raises: OSError, and then nothing has changed.
+        """Take the name of what is below. Raises: OSError, and then nothing has changed.
 
-        If that is not stable, `sync_error` says why: no write may be acknowledged as stable from now on.
+        That need not be stable, nor what is below: who says that a write is stable waits for both (`sync_names`).
         """
         os.rename(self._temporary, self._path)
-        try:
-            _sync_directory(self._path)
-        except OSError as error:
-            self.sync_error = error
+
+    def switch_back(self) -> None:
+        """Undo `switch`, before `adopt`. Stable on return, or the new name stays, which the overlay may need.
+
+        Raises: OSError; a restart then finds the overlay, over what is served.
+        """
+        was_named, self._was_named = self._was_named, False
+        os.link(self._frozen, self._temporary, follow_symlinks=False)
+        os.rename(self._temporary, self._path)
+        _sync_directory(self._path)
+        self._was_named = was_named
+
+    def sync_names(self) -> None:
+        """Make the name that was taken stable. Raises: OSError."""
+        _sync_directory(self._path)
 
     def adopt(self) -> SharedMemory | None:
         """Make the overlay the top of the chain. -> where the log of what is below lies, of no use once that is closed.
@@ -162,9 +173,14 @@ class Overlay:
         with ExitStack() as stack:  # one that fails keeps none of the others
             if self._was_named and self._is_top(self._frozen):
                 stack.callback(os.unlink, self._frozen)
-            stack.callback(os.unlink, self._temporary)
+            stack.callback(_remove, self._temporary)
             stack.callback(self.file.close)
             stack.callback(self.memory.close)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _sync_directory(path: str) -> None:

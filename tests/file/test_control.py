@@ -70,6 +70,9 @@ def test_greeting_says_version_and_commands(daemon: Daemon, control: Path) -> No
                     "metrics",
                     "resize",
                     "snapshot",
+                    "snapshot-begin",
+                    "snapshot-next",
+                    "snapshot-cancel",
                     "stream",
                     "job-list",
                     "job-pause",
@@ -278,7 +281,7 @@ import socket, sys
 from vhost.controlsocket import Control
 
 class Broken:
-    def run(self, request):
+    def run(self, request, client):
         raise LookupError("a bug of ours")
 
 listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)

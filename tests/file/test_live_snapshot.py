@@ -7,17 +7,20 @@ import stat
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import qcow2
-from tests.frontend import FLUSH, IOERR, FrontEnd, Queue
+from tests.frontend import FLUSH, IN, IOERR, OK, OUT, FrontEnd, Queue
 from tests.load import Load
 from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.packedqueue import PackedQueue
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
-from tests.realfault.death import dying, forgetful
+from tests.realfault.death import dying, forgetful, waiting
+from vhost.controlclient import ControlError
+from vhost.controlclient import Daemon as Conversation
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -230,7 +233,7 @@ def test_daemon_that_may_not(image: Path, tmp_path: Path, option: str) -> None:
     assert not image.with_name("frozen").exists()
 
 
-@pytest.mark.parametrize("at", [1, 13, 15, 16, 17, 18])
+@pytest.mark.parametrize("at", [1, 17, 20, 22, 24, 26])
 def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, at: int) -> None:
     """Before the *at*-th call that changes a file or a name; the next daemon can take a snapshot that is not there."""
     base = image.rename(image.with_name("base"))
@@ -255,8 +258,38 @@ def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, a
     assert_clean(image)
 
 
+@pytest.mark.parametrize("promise", ["FLUSH", "write"])
+def test_only_a_promise_waits_for_the_new_name(image: Path, promise: str) -> None:
+    """While the second sync of the directory, which is that of the new name, takes its time, other requests go on."""
+    pipe = image.with_name("pipe")
+    os.mkfifo(pipe)
+    cache = "--cache=writeback" if promise == "FLUSH" else "--cache=writethrough"
+    with start(image, cache, under=waiting(2, pipe)) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        taker = threading.Thread(target=freeze, args=(image, "frozen"))
+        taker.start()
+        with pipe.open("wb"):  # the sync has begun
+            assert not image.samefile(image.with_name("frozen"))
+            if promise == "FLUSH":
+                guest.write(BLOCK, b"b" * BLOCK)
+                asked = guest.submit(FLUSH)
+            else:
+                asked = guest.submit(OUT, BLOCK, b"b" * BLOCK)
+            for _ in range(100):
+                guest.submit(IN, 0, nbytes=BLOCK)
+                (read,) = guest.wait()
+                assert (read.slot != asked, read.data) == (True, b"a" * BLOCK)
+        (kept,) = guest.wait()
+        assert (kept.slot, kept.status) == (asked, OK)
+        taker.join()
+        guest.flush()
+        daemon.stop()
+    assert content(image)[: 2 * BLOCK] == b"a" * BLOCK + b"b" * BLOCK
+    assert content(image.with_name("frozen"))[: 2 * BLOCK] == b"a" * BLOCK + bytes(BLOCK)
+
+
 def test_names_that_are_not_stable_let_no_flush_succeed(image: Path) -> None:
-    """The first sync is that of the name for what is frozen, and refuses; after the second the overlay is served."""
+    """The first sync is that of the name for what is frozen, and refuses; before the second the overlay is served."""
     with start(image, under=forgetful(1)) as daemon, FrontEnd(daemon.socket_path) as guest:
         assert "Input/output error" in refusal(image, "frozen")
         guest.write(0, b"a" * BLOCK)

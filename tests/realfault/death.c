@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -58,15 +59,29 @@ CALL(ssize_t, pwritev64v2, (int fd, const struct iovec *iovecs, int count, off_t
      (fd, iovecs, count, offset, flags))
 CALL(ssize_t, pwritev64, (int fd, const struct iovec *iovecs, int count, off_t offset), (fd, iovecs, count, offset))
 
-/* Of directories alone: files have fdatasync. FSYNC_FAILS says which one does not reach the disk, from 1 on. */
+static void wait_for_end_of(const char *path)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    char byte;
+
+    while (read(fd, &byte, 1) > 0)
+        ;
+    close(fd);
+}
+
+/* Of directories alone: files have fdatasync. FSYNC_FAILS says which one does not reach the disk, from 1 on; FSYNC_WAITS
+ * which one waits, until who has opened the pipe FSYNC_PIPE for writing closes it. */
 int fsync(int fd)
 {
     static atomic_long count;
     int (*next)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
-    const char *fails = getenv("FSYNC_FAILS");
+    const char *fails = getenv("FSYNC_FAILS"), *waits = getenv("FSYNC_WAITS");
+    long number = ++count;
 
     die_or_go_on();
-    if (fails && ++count == atol(fails)) {
+    if (waits && number == atol(waits))
+        wait_for_end_of(getenv("FSYNC_PIPE"));
+    if (fails && number == atol(fails)) {
         errno = EIO;
         return -1;
     }

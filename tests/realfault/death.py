@@ -30,3 +30,8 @@ def dying_from_start(at: int) -> list[str]:
 def forgetful(at: int) -> list[str]:
     """What runs a daemon whose *at*-th sync of a directory, from 1 on, fails."""
     return ["env", f"LD_PRELOAD={library()}", f"FSYNC_FAILS={at}"]
+
+
+def waiting(at: int, pipe: Path) -> list[str]:
+    """What runs a daemon whose *at*-th sync of a directory ends once who has opened *pipe* for writing closes it."""
+    return ["env", f"LD_PRELOAD={library()}", f"FSYNC_WAITS={at}", f"FSYNC_PIPE={pipe}"]
