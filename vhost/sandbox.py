@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vhost import landlock
@@ -19,17 +19,20 @@ from vhost.seccomp import forbid_new_rings, restrict_calls
 
 PR_SET_NO_NEW_PRIVS = 38
 KEEP_LOG = Access.CHANGE | Access.READ_DIR | Access.MAKE_REG | Access.REMOVE_FILE
+NAME_FILES = Access.CHANGE | Access.READ_DIR | Access.MAKE_REG | Access.REMOVE_FILE
 FIND_LOGS = Access.READ_DIR | Access.REMOVE_DIR  # an empty one
 
 log = logging.getLogger("vhost")
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def confine(*, images: list[str], changed: list[str], log_directory: str, sockets: list[str]) -> None:
+def confine(
+    *, images: list[str], changed: list[str], log_directory: str, sockets: list[str], directories: Sequence[str] = ()
+) -> None:
     """Confine this thread, and those it starts, for good.
 
     *images* are the files of the chain, of which *changed* are written to. What lies in *log_directory* is all its own,
-    others beside it may be found, and not opened.
+    others beside it may be found, and not opened. So is all that lies in *directories*, where snapshots are taken.
     *sockets* are removed at the end. Says what the kernel has no means for. Raises: OSError.
     """
     parents = [os.path.dirname(os.path.abspath(path)) for path in sockets]
@@ -43,6 +46,7 @@ def confine(*, images: list[str], changed: list[str], log_directory: str, socket
     if changed:
         rules += [*((path, Access.CHANGE) for path in changed), (log_directory, KEEP_LOG)]
         rules += [(os.path.dirname(os.path.abspath(log_directory)), FIND_LOGS)]
+    rules += [(path, NAME_FILES) for path in directories]
     rules += [(parent, Access.REMOVE_FILE) for parent in parents]
     _restrict_files([*rules, *_of_the_interpreter()])
 

@@ -73,7 +73,9 @@ def backing(image: Path) -> str | None:
     return name
 
 
-@pytest.mark.parametrize("option", ["--cache=writeback", "--cache=writethrough", "--cache=none", "--aio=threads"])
+@pytest.mark.parametrize(
+    "option", ["--cache=writeback", "--cache=writethrough", "--cache=none", "--aio=threads", "--sandbox"]
+)
 def test_three_snapshots_hold_what_the_disk_held(image: Path, option: str) -> None:
     moments = []
     with start(image, option) as daemon, FrontEnd(daemon.socket_path) as guest:
@@ -134,6 +136,26 @@ def test_daemon_killed_after_a_snapshot_is_followed_by_one_with_its_command_line
         daemon.stop()
     assert_clean(image)
     assert_clean(image.with_name("frozen"))
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_sandboxed_daemon_names_files_in_the_directory_of_the_image_and_takes_them_again(
+    image: Path, tmp_path: Path, cache: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    options = ("--sandbox", f"--cache={cache}")
+    with start(image, *options) as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            assert "cross-device" in refusal(image, "elsewhere/f")
+            guest.write(0, b"a" * BLOCK)
+            freeze(image, "frozen")
+            guest.write(BLOCK, b"b" * BLOCK)
+        with FrontEnd(daemon.socket_path) as guest:  # nobody held the image in between
+            assert guest.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
+            freeze(image, "again")
+        daemon.stop()
+    assert [backing(image), backing(image.with_name("again"))] == ["again", "frozen"]
+    assert_clean(image)
 
 
 def test_overlay_has_subclusters_if_the_image_has(image: Path) -> None:
@@ -218,7 +240,7 @@ def test_what_is_refused_changes_nothing(image: Path, tmp_path: Path) -> None:
     assert left == {"disk.qcow2", "frozen", "taken", "elsewhere"}
 
 
-@pytest.mark.parametrize("option", ["--read-only", "--sandbox", "--trace-io=trace", "--format=raw"])
+@pytest.mark.parametrize("option", ["--read-only", "--trace-io=trace", "--format=raw"])
 def test_daemon_that_may_not(image: Path, tmp_path: Path, option: str) -> None:
     with start(image, option.replace("=trace", f"={tmp_path}/trace")) as daemon:
         with FrontEnd(daemon.socket_path):  # once it answers, the control socket is there
@@ -226,7 +248,6 @@ def test_daemon_that_may_not(image: Path, tmp_path: Path, option: str) -> None:
         said = refusal(image, "frozen")
     assert {
         "--read-only": "opened read-only",
-        "--sandbox": "--sandbox keeps to the files it has",
         "--trace-io=trace": "--trace-io keeps to the files it has",
         "--format=raw": "a raw image",
     }[option] in said
@@ -297,6 +318,99 @@ def test_names_that_are_not_stable_let_no_flush_succeed(image: Path) -> None:
         daemon.stop()
     assert not image.with_name("frozen").exists()
     with start(image, under=forgetful(2)) as daemon, FrontEnd(daemon.socket_path) as guest:
-        freeze(image, "frozen")
+        assert "may not survive a power loss" in refusal(image, "frozen")
         assert guest.read(0, BLOCK) == b"a" * BLOCK
         assert guest.do(FLUSH).status == IOERR
+
+
+# Several disks
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if not path.is_socket()}
+
+
+def together(images: Sequence[Path], name: str) -> subprocess.CompletedProcess[str]:
+    controls = [f"--control={image}.control" for image in images]
+    command = [DAEMON, "ctl", *controls, "snapshot", *[f"{image.stem}-{name}" for image in images]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{letter}.qcow2" for letter in "abc"]
+    for path in paths:
+        qcow2_tool_ok("create", "-o", "compat=1.1,lazy_refcounts=on", path, str(SIZE))
+    return paths
+
+
+def test_disks_are_frozen_at_one_instant(images: list[Path]) -> None:
+    """A guest writes each number to one disk after the other: no disk may hold a later one than the disk before it."""
+    with ExitStack() as stack:
+        daemons = [stack.enter_context(start(image, "--sandbox")) for image in images]
+        guests = [stack.enter_context(FrontEnd(daemon.socket_path)) for daemon in daemons]
+        outcomes: list[subprocess.CompletedProcess[str]] = []
+        taker = threading.Thread(target=lambda: outcomes.extend(together(images, f"{i}") for i in range(4)))
+        taker.start()
+        number = 0
+        while taker.is_alive():
+            number += 1
+            for guest in guests:
+                guest.write(0, number.to_bytes(8) * (BLOCK // 8))
+        assert [(done.returncode, done.stderr) for done in outcomes] == [(0, "")] * 4
+        assert json.loads(outcomes[0].stdout) == {"snapshots": [{"snapshot": f"{letter}-0"} for letter in "abc"]}
+        for daemon in daemons:
+            daemon.stop()
+    for i in range(4):
+        held = [int.from_bytes(content(image.with_name(f"{image.stem}-{i}"))[:8]) for image in images]
+        assert held == sorted(held, reverse=True)
+        assert held[0] - held[-1] <= 1
+    for image in images:
+        assert_clean(image)
+
+
+def test_what_one_disk_refuses_no_disk_does(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "c-frozen").write_text("precious")
+    with ExitStack() as stack:
+        daemons = [stack.enter_context(start(image)) for image in images]
+        guests = [stack.enter_context(FrontEnd(daemon.socket_path)) for daemon in daemons]
+        done = together(images, "frozen")
+        assert done.returncode == 1
+        assert f"{images[2]}.control: {tmp_path}/c-frozen: File exists" in done.stderr
+        assert names_in(tmp_path) == {"a.qcow2", "b.qcow2", "c.qcow2", "c-frozen"}
+        for guest in guests:
+            guest.write(0, b"a" * BLOCK)
+        (tmp_path / "c-frozen").unlink()
+        assert together(images, "frozen").returncode == 0
+        for daemon in daemons:
+            daemon.stop()
+    assert [backing(image) for image in images] == ["a-frozen", "b-frozen", "c-frozen"]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_client_that_leaves_calls_its_snapshot_off(image: Path, steps: int) -> None:
+    """After *steps*: when the overlay is made, when requests wait, when it has its name."""
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        with Conversation(f"{image}.control") as client:
+            client.ask({"command": "snapshot-begin", "name": "frozen"})
+            for _ in range(steps):
+                client.ask({"command": "snapshot-next"})
+            with Conversation(f"{image}.control") as other:
+                for command in ("flush", "snapshot-next", "snapshot-cancel", "quit"):
+                    with pytest.raises(ControlError, match="under way"):
+                        other.ask({"command": command})
+                assert other.ask({"command": "status"})["connected"]
+        guest.write(BLOCK, b"b" * BLOCK)
+        guest.flush()
+        while names_in(image.parent) != {"disk.qcow2"}:
+            pass
+        daemon.kill()
+    assert content(image)[: 2 * BLOCK] == b"a" * BLOCK + b"b" * BLOCK
+
+
+def test_each_disk_wants_a_name(images: list[Path]) -> None:
+    command = [DAEMON, "ctl", "--control=a", "snapshot", "--control=b", "one"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert "2 of --control, 1 wanted" in done.stderr
