@@ -21,9 +21,8 @@ from ring.request import GuestSlice, Request
 from ring.trace import Trace
 from ring.worker import Worker
 from vhost.admission import Admission
-from vhost.held import HeldImage, describe
+from vhost.held import HeldImage, describe, problem_of, refusal_of
 from vhost.option import CacheMode
-from vhost.problem import problem_of, refusal_of
 from virtio.block import UNMAP, RequestType, Status
 from virtio.config import Properties
 from virtio.native import NativeBlock

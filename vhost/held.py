@@ -14,7 +14,7 @@ from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
-from qcow2.error import UnsupportedImage
+from qcow2.error import UnsupportedImage, no_memory
 from qcow2.lock import await_transfers, guest_key, lock_transfers
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
@@ -284,6 +284,20 @@ def describe(error: OSError | ImageError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error)
+
+
+def problem_of(error: BaseException | None) -> str:
+    """What went wrong, on one line; nothing if nothing did."""
+    return "" if error is None else refusal_of(no_memory() if isinstance(error, MemoryError) else error)
+
+
+def refusal_of(error: BaseException) -> str:
+    """Why what was asked of the image was not done, on one line."""
+    if isinstance(error, OSError | ImageError):
+        return describe(error)
+    if isinstance(error, ValueError):
+        return str(error)
+    raise error
 
 
 def _shares_pages(disk: Disk, file: HostFile) -> bool:

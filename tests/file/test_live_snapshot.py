@@ -19,8 +19,7 @@ from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.packedqueue import PackedQueue
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
 from tests.realfault.death import dying, forgetful, waiting
-from vhost.controlclient import ControlError
-from vhost.controlclient import Daemon as Conversation
+from vhost.client import Control, ControlError
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -392,15 +391,15 @@ def test_client_that_leaves_calls_its_snapshot_off(image: Path, steps: int) -> N
     """After *steps*: when the overlay is made, when requests wait, when it has its name."""
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         guest.write(0, b"a" * BLOCK)
-        with Conversation(f"{image}.control") as client:
-            client.ask({"command": "snapshot-begin", "name": "frozen"})
+        with Control(f"{image}.control") as client:
+            client.ask("snapshot-begin", name="frozen")
             for _ in range(steps):
-                client.ask({"command": "snapshot-next"})
-            with Conversation(f"{image}.control") as other:
+                client.ask("snapshot-next")
+            with Control(f"{image}.control") as other:
                 for command in ("flush", "snapshot-next", "snapshot-cancel", "quit"):
                     with pytest.raises(ControlError, match="under way"):
-                        other.ask({"command": command})
-                assert other.ask({"command": "status"})["connected"]
+                        other.ask(command)
+                assert other.status()["connected"]
         guest.write(BLOCK, b"b" * BLOCK)
         guest.flush()
         while names_in(image.parent) != {"disk.qcow2"}:
