@@ -95,6 +95,11 @@ crash: guest-packages $(VENV)/installed
 chains: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.chains $(CHAINS)
 
+# FEATURE: features and options, such as FEATURE="bitmaps --states 5000"; a hundred thousand states of each without it.
+.PHONY: crash-features
+crash-features: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.crash.features $(FEATURE)
+
 # SIMULATE: options, such as SIMULATE="--seed 5000 --histories 10000 --states 1000000"; a thousand histories without it.
 .PHONY: simulate
 simulate: $(VENV)/installed
