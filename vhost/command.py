@@ -211,18 +211,22 @@ def _control(
     from vhost.controlsocket import Control
     from vhost.endpoint import listen
     from vhost.event import Event
+    from vhost.exports import Exports
     from vhost.jobcommands import JobCommands
     from vhost.jobs import Jobs
 
     image = {"image": options.blk_file, "format": options.format, "read-only": options.read_only}
-    with listen(options.control, mode=0o600, at_once=False) as endpoint:
+    refusal = "no export: a daemon with --sandbox starts no other program" if options.sandbox else ""
+    exports = Exports(options.blk_file, options.allow_files, refusal)
+    with listen(options.control, mode=0o600, at_once=False) as endpoint, exports:
 
         @contextmanager
         def begin(
             device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "Take"
         ) -> "Iterator[None]":
             jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
-            commands = Commands(device, stop_fd, lambda: image, take_snapshot, JobCommands(device, backend, held, jobs))
+            on_jobs = JobCommands(device, backend, held, jobs)
+            commands = Commands(device, stop_fd, lambda: image, take_snapshot, on_jobs, exports)
             backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
             with Control(endpoint.unix_socket, commands), jobs:
                 yield

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from vhost.client import Control, ControlError, snapshot_together
+from vhost.ctlexport import add_export, request_of
 from vhost.ctljob import add_commands, run_command
 from vhost.option import PROGRAM, Parser, UsageError, size_of
 
@@ -41,12 +42,13 @@ def parser() -> Parser:
     snapshot.add_argument(
         "name", metavar="NAME", nargs="+", help="the file to freeze it in, beside the image; one for each --control"
     )
+    exports = add_export(commands)
     actions = add_commands(commands, lambda text: size_of(text, "50M"))
     commands.add_parser("flush", help="make every completed write stable")
     cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
     cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")
     commands.add_parser("quit", help="end the daemon as SIGTERM does")
-    for command in [*commands.choices.values(), *actions]:
+    for command in [*commands.choices.values(), *exports, *actions]:
         command.add_argument(
             "--control",
             metavar="PATH",
@@ -68,7 +70,7 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     wanted = len(request["name"]) if request["command"] == "snapshot" else 1
     if len(paths) != wanted:
         raise UsageError(f"{len(paths)} of --control, {wanted} wanted: a snapshot has a NAME for each disk")
-    return paths, request
+    return paths, request_of(request) if request["command"] == "export" else request
 
 
 def main(arguments: list[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from ring.statistics import Histogram
 from vhost.device import Device, ResizeRefused
 from vhost.event import Event
+from vhost.exports import ExportRefused, Exports
 from vhost.jobcommands import JobCommands
 from vhost.jobs import JobRefused
 from vhost.metrics import open_metrics
@@ -41,6 +42,7 @@ class Commands:
         describe: Callable[[], dict[str, Any]],
         take_snapshot: Take,
         jobs: JobCommands,
+        exports: Exports,
     ) -> None:
         self._device = device
         self._steps: Steps | None = None  # of a snapshot that is under way
@@ -49,6 +51,7 @@ class Commands:
         self._stop_fd = stop_fd
         self._describe = describe
         self.jobs = jobs
+        self.exports = exports
         self.on_event: Callable[[Event], None] = lambda event: None
 
     def run(self, request: dict[str, Any], client: object) -> Any:
@@ -70,7 +73,7 @@ class Commands:
         self._leader = client if name == "snapshot-begin" else self._leader
         try:
             return command(self, **{key.replace("-", "_"): value for key, value in arguments.items()})
-        except (JobRefused, SnapshotRefused, SnapshotUnstable) as refusal:
+        except (JobRefused, ExportRefused, SnapshotRefused, SnapshotUnstable) as refusal:
             raise CommandError(str(refusal)) from refusal
         except RuntimeError:
             raise CommandError("the daemon is ending") from None
@@ -196,6 +199,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "snapshot-begin": Commands.snapshot_begin,
     "snapshot-next": Commands.snapshot_next,
     "snapshot-cancel": Commands.snapshot_cancel,
+    "export-start": lambda commands, **options: commands.exports.start(**options),
+    "export-stop": lambda commands, file: commands.exports.stop(file),
+    "export-list": lambda commands: commands.exports.list(),
     "stream": lambda commands, **options: commands.jobs.stream(**options),
     "job-list": lambda commands: commands.jobs.job_list(),
     "job-pause": lambda commands, job: commands.jobs.job_pause(job),
@@ -210,13 +216,18 @@ ARGUMENTS = {
     "resize": ("size",),
     "snapshot": ("name",),
     "snapshot-begin": ("name",),
+    "export-start": ("file",),
+    "export-stop": ("file",),
     "set-cache": ("mode",),
     "job-pause": ("job",),
     "job-resume": ("job",),
     "job-cancel": ("job",),
     "job-set-rate": ("job", "rate"),
 }
-OPTIONS = {"stream": ("base", "rate", "on-error")}  # which may be left out
+OPTIONS = {  # which may be left out
+    "export-start": ("socket", "address", "port", "bitmaps", "certificates"),
+    "stream": ("base", "rate", "on-error"),
+}
 
 LOOKS = ("status", "stats", "metrics")  # which wait for nobody
 STEPS = ("snapshot-next", "snapshot-cancel")

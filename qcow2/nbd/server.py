@@ -55,28 +55,29 @@ class Server:
         self._was_used = False
         self._is_stopping = False
 
-    def run(self, stop_fd: int) -> None:
-        """Serve until *stop_fd* is readable, or nobody is left to serve; every client has left on return."""
+    def run(self, *stop_fds: int) -> None:
+        """Serve until one of *stop_fds* is readable, or nobody is left to serve; every client has left on return."""
         for listener in self._listeners:
             listener.setblocking(False)
         try:
             while not self._is_over():
-                for listener in self._wait(stop_fd):
+                for listener in self._wait(stop_fds):
                     self._let_in(listener)
         finally:
             self._stop()
             os.close(self._changed_fd)
 
-    def _wait(self, stop_fd: int) -> list[socket.socket]:
+    def _wait(self, stop_fds: Sequence[int]) -> list[socket.socket]:
         """Where somebody knocks, and may come in."""
         poll = select.poll()
-        poll.register(stop_fd, select.POLLIN)
+        for stop_fd in stop_fds:
+            poll.register(stop_fd, select.POLLIN)
         poll.register(self._changed_fd, select.POLLIN)
         if not self._limit or len(self._clients) < self._limit:
             for listener in self._listeners:
                 poll.register(listener, select.POLLIN)
         ready = {fd for fd, _ in poll.poll()}
-        if stop_fd in ready:
+        if ready.intersection(stop_fds):
             self._is_stopping = True
             return []
         if self._changed_fd in ready:

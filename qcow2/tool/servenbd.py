@@ -13,6 +13,7 @@ from qcow2.nbd.export import Cache, Export, Terms
 from qcow2.nbd.listening import inherited, listening_on_path, listening_on_port
 from qcow2.nbd.server import Server
 from qcow2.node.chain import Chain
+from qcow2.node.gate import Gate
 from qcow2.node.node import Node
 from qcow2.tool.failure import UsageError
 from qcow2.tool.file import add_log_options
@@ -52,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tls-verify-peer", choices=("on", "off"), default="on", help="clients need a certificate too (default: on)"
     )
+    parser.add_argument(
+        "--allow-files",
+        metavar="DIR",
+        action="append",
+        help="what the image names lies beneath it; repeatable (default: anywhere)",
+    )
+    parser.add_argument("--end-with-input", action="store_true", help="end when standard input does")
     parser.add_argument("--pid-file", metavar="PATH", help="write the process id there once clients may come")
     parser.add_argument("filename", metavar="FILE", help="the image")
 
@@ -79,7 +87,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         if arguments.pid_file is not None:
             with open(arguments.pid_file, "w", encoding="ascii") as file:
                 print(os.getpid(), file=file)
-        Server(export, listeners, limit=arguments.shared, tls=tls, persists=arguments.persistent).run(stop_fd)
+        stop_fds = (stop_fd, 0) if arguments.end_with_input else (stop_fd,)
+        Server(export, listeners, limit=arguments.shared, tls=tls, persists=arguments.persistent).run(*stop_fds)
     return 0
 
 
@@ -100,6 +109,7 @@ def _stopped_by_signals() -> Iterator[int]:
     for number in ENDS:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os.eventfd_write(stop_fd, 1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)  # by a parent of many threads
     try:
         yield stop_fd
     finally:
@@ -114,7 +124,9 @@ def _opened(arguments: argparse.Namespace) -> Iterator[tuple[SharedDriver, Node]
     image = the_image(arguments, writes=not arguments.read_only)
     snapshot = wanted_snapshot(arguments)
     writes = not arguments.read_only and snapshot is None
-    with Chain(log_directory=arguments.link_log, discard_log=arguments.discard_link_log) as chain:
+    allowed = None if arguments.allow_files is None else tuple(arguments.allow_files)
+    gate, log = Gate(allowed, allowed), arguments.link_log
+    with Chain(log_directory=log, discard_log=arguments.discard_link_log, gate=gate) as chain:
         options = OpenOptions(writes, snapshot=snapshot, keys=arguments.keys)
         node = chain.open(image.path, image.image_format, options)
         driver = SharedDriver()

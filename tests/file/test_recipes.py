@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from tests.frontend import FrontEnd
 from tests.oracle import qemu_img
-from tests.program import TIMEOUT, TOOL
+from tests.program import TIMEOUT, TOOL, Daemon
 
 TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
 RECIPES = {
@@ -101,6 +102,20 @@ def test_event_loop(place: Path) -> None:
 
 def test_fsspec(place: Path) -> None:
     assert play("A file system image in pandas, pyarrow or dask", place) == "b'hello'\n"
+
+
+@pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="no libnbd-bin here")
+def test_pull(place: Path) -> None:
+    play("Pull a disk over NBD", place)
+    assert (place / "pulled.raw").read_bytes() == (place / "copy.raw").read_bytes()
+
+
+def test_backup_of_a_disk_in_use(place: Path) -> None:
+    control = f"--control={place / 'disk.control'}"
+    with Daemon(place / "disk.qcow2", control) as daemon, FrontEnd(daemon.socket_path) as guest:
+        play("Back up a disk that is in use", place)
+        guest.write(0, b"w" * 4096)
+    assert (place / "monday.raw").read_bytes() == (place / "copy.raw").read_bytes()
 
 
 def test_every_recipe_has_its_test() -> None:

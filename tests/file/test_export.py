@@ -1,0 +1,161 @@
+"""`ctl export`: a frozen point in time of a disk over NBD, while the guest writes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qcow2
+from tests.frontend import FrontEnd
+from tests.load import Load
+from tests.nbdclient import Client
+from tests.oracle import assert_clean, qemu_img, qemu_io
+from tests.program import DAEMON, TIMEOUT, Daemon
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+BLOCK = 4096
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2.create(path, SIZE)
+    return path
+
+
+def start(image: Path, *options: str) -> Daemon:
+    return Daemon(image, f"--control={image}.control", *options)
+
+
+def ctl(image: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [DAEMON, "ctl", f"--control={image}.control", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def ctl_ok(image: Path, *words: str | Path) -> Any:
+    done = ctl(image, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout) if done.stdout else None
+
+
+def expected(load: Load) -> bytes:
+    disk = bytearray(load.base or bytes(SIZE))
+    for block, data in load.held.items():
+        disk[block * BLOCK : (block + 1) * BLOCK] = data
+    return bytes(disk)
+
+
+def end(daemon: Daemon) -> str:
+    daemon.process.send_signal(signal.SIGTERM)
+    _, said = daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 0
+    return said
+
+
+def test_what_was_frozen_is_pulled_while_the_guest_writes(image: Path, tmp_path: Path) -> None:
+    qemu_img("bitmap", "--add", image, "b0")
+    path = tmp_path / "monday.sock"
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        load = Load(guest, SIZE // BLOCK, zeroes=True)
+        load.run(200)
+        load.drain()
+        then = expected(load)
+        ctl_ok(image, "snapshot", "monday.qcow2")
+        told = ctl_ok(image, "export", "start", "monday.qcow2", "--socket", path, "--bitmap", "b0")
+        assert told == {"export": "monday.qcow2", "uri": f"nbd+unix:///?socket={path}", "running": True}
+        assert ctl_ok(image, "export", "list") == [told]
+        load.run(100)
+        qemu_img("convert", "-O", "raw", told["uri"], tmp_path / "copy")
+        load.run(100)
+        load.drain()
+        assert (tmp_path / "copy").read_bytes() == then
+        with Client(path, contexts=("qemu:dirty-bitmap:b0",)) as client:
+            assert client.flags & 2
+            assert client.read(0, SIZE) == then
+            dirty = client.status(0, SIZE)["qemu:dirty-bitmap:b0"]
+            assert any(flags for _, flags in dirty)
+        assert ctl_ok(image, "export", "stop", "monday.qcow2") is None
+        assert not path.exists()
+        assert ctl_ok(image, "export", "list") == []
+        assert "Traceback" not in end(daemon)
+    with qcow2.open(image) as disk:
+        assert disk.read(0, SIZE) == expected(load)
+    assert_clean(image)
+
+
+def test_no_export_outlives_the_daemon(image: Path, tmp_path: Path) -> None:
+    qemu_io(image, "write -P 7 0 64k")
+    for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        path = tmp_path / f"{number}.sock"
+        with start(image) as daemon, FrontEnd(daemon.socket_path):
+            ctl_ok(image, "snapshot", f"{number}.qcow2")
+            ctl_ok(image, "export", "start", f"{number}.qcow2", "--socket", path)
+            with Client(path) as client:
+                assert client.read(0, 1) == b"\7"
+                daemon.process.send_signal(how)
+                daemon.process.wait(TIMEOUT)
+                assert client.is_dropped()
+
+
+def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sock"
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"x" * 512)
+        for words, said in [
+            (("start", "none.qcow2", "--socket", path), "none.qcow2: No such file"),
+            (("start", image.name, "--socket", path), "disk.qcow2"),  # which is written to
+            (("stop", "none.qcow2"), "none.qcow2 is not exported"),
+            (("start", "none.qcow2", "--port", "70000"), "70000 is not a port"),
+            (("start", "none.qcow2"), "one of the arguments --socket --port is required"),
+        ]:
+            done = ctl(image, "export", *words)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+            assert said in done.stderr
+        guest.write(0, b"y" * 512)
+        assert guest.read(0, 512) == b"y" * 512
+        ctl_ok(image, "snapshot", "one.qcow2")
+        ctl_ok(image, "export", "start", "one.qcow2", "--socket", path)
+        again = ctl(image, "export", "start", "one.qcow2", "--socket", tmp_path / "other")
+        assert "one.qcow2 is exported already" in again.stderr
+        end(daemon)
+
+
+def test_a_policy_holds_for_exports_too(image: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    qcow2.create(elsewhere / "base.qcow2", SIZE)
+    qcow2.create(tmp_path / "other.qcow2", backing=elsewhere / "base.qcow2")
+    (tmp_path / "images").mkdir()
+    with start(image, f"--allow-files={tmp_path / 'images'}") as daemon, FrontEnd(daemon.socket_path):
+        done = ctl(image, "export", "start", "other.qcow2", "--socket", tmp_path / "sock")
+        assert "is not allowed" in done.stderr
+        end(daemon)
+
+
+def test_a_sandboxed_daemon_starts_no_program(image: Path, tmp_path: Path) -> None:
+    with start(image, "--sandbox") as daemon, FrontEnd(daemon.socket_path):
+        done = ctl(image, "export", "start", "one.qcow2", "--socket", tmp_path / "sock")
+        assert "--sandbox starts no other program" in done.stderr
+        end(daemon)
+
+
+@pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="no libnbd-bin here")
+def test_nbdcopy_pulls_an_export(image: Path, tmp_path: Path) -> None:
+    qemu_io(image, "write -P 7 1M 3M")
+    with qcow2.open(image) as disk:
+        then = disk.read(0, SIZE)
+    copy = tmp_path / "copy"
+    copy.touch()
+    with start(image) as daemon, FrontEnd(daemon.socket_path):
+        ctl_ok(image, "snapshot", "one.qcow2")
+        told = ctl_ok(image, "export", "start", "one.qcow2", "--socket", tmp_path / "sock")
+        subprocess.run(["nbdcopy", told["uri"], copy], check=True, timeout=TIMEOUT)
+        end(daemon)
+    assert copy.read_bytes() == then
+    assert os.path.exists(tmp_path / "one.qcow2")

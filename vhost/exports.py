@@ -1,0 +1,200 @@
+"""Frozen images offered over NBD beside a disk that is served: each by a `qcow2 serve-nbd` process of its own.
+
+What clients of an export do costs the guest nothing but processor time: that process has the image read-only, no guest
+memory and nothing of the data plane. It ends when its standard input does, so no export outlives the daemon.
+"""
+
+import logging
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ring.thread import start_deaf
+
+PROGRAM = "import sys; from qcow2.tool import program; sys.exit(program())"
+ENDING_SECONDS = 10.0
+
+log = logging.getLogger("vhost")
+
+
+class ExportRefused(Exception):
+    """There is no such export, or none can be made; one line says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where clients come to: a Unix socket, or a port of an address."""
+
+    socket: str | None
+    address: str = "localhost"
+    port: int = 0
+
+    @property
+    def options(self) -> list[str]:
+        """Of `qcow2 serve-nbd`."""
+        if self.socket is not None:
+            return [f"--socket={self.socket}"]
+        return [f"--bind={self.address}", f"--port={self.port}"]
+
+    def uri(self, scheme: str) -> str:
+        """As clients take it."""
+        if self.socket is not None:
+            return f"{scheme}+unix:///?socket={self.socket}"
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{scheme}://{address}:{self.port}"
+
+
+class _Export:
+    """One process, and a thread that passes on what it says."""
+
+    def __init__(self, file: str, uri: str, command: list[str]) -> None:
+        self.uri = uri
+        self._file = file
+        self._said = ""
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._listener = threading.Thread(target=self._listen, name="export", daemon=True)
+        start_deaf(self._listener)
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._said = line.strip()
+            log.warning("export of %s: %s", self._file, self._said)
+
+    def wait_until_ready(self) -> None:
+        """Return once clients may come. Raises: ExportRefused."""
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            self.end()
+            raise ExportRefused(self._said.removeprefix("qcow2: ") or "the export has ended before it began")
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still be used."""
+        return self._process.poll() is None
+
+    def tell_to_end(self) -> None:
+        """Its clients get what they are owed, and no more."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def end(self) -> None:
+        """Return once it is gone."""
+        self.tell_to_end()
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join()
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._process.stdout.close()
+        self._process.stderr.close()
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ExportRefused(f"{name} is a text, not {value!r}")
+    return value
+
+
+def _texts(values: object, name: str) -> list[str]:
+    if not isinstance(values, list | tuple):
+        raise ExportRefused(f"{name} are a list of texts, not {values!r}")
+    return [_text(value, name) for value in values]
+
+
+def _place_of(socket: object, address: object, port: object) -> Place:
+    if (socket is None) == (port == 0):
+        raise ExportRefused("either socket or port says where clients come to")
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
+        raise ExportRefused(f"{port!r} is not a port")
+    return Place(None if socket is None else _text(socket, "socket"), _text(address, "address"), port)
+
+
+class Exports:
+    """The exports of one daemon, which serves *image*; a context manager that ends them. For one thread at a time.
+
+    *allowed*: directories beneath which lies what exported images name; None: anywhere. *refusal*: why there are none.
+    """
+
+    def __init__(self, image: str, allowed: tuple[str, ...] | None, refusal: str = "") -> None:
+        self._image = Path(image)
+        self._allowed = allowed or ()
+        self._refusal = refusal
+        self._exports: dict[str, _Export] = {}
+
+    def start(
+        self,
+        file: object,
+        socket: object = None,
+        address: object = "localhost",
+        port: object = 0,
+        bitmaps: object = (),
+        certificates: object = None,
+    ) -> dict[str, Any]:
+        """Offer *file*, a qcow2 image as seen from the directory of the image, which nobody writes to.
+
+        At *socket*, a path, or *port* of *address*; with *certificates*, a directory, nothing is said without TLS.
+        Raises: ExportRefused.
+        """
+        file, names = _text(file, "file"), _texts(bitmaps, "bitmaps")
+        place = _place_of(socket, address, port)
+        directory = None if certificates is None else _text(certificates, "certificates")
+        return self._start(file, place, names, directory)
+
+    def _start(self, file: str, place: Place, bitmaps: list[str], certificates: str | None) -> dict[str, Any]:
+        if self._refusal:
+            raise ExportRefused(self._refusal)
+        if file in self._exports and self._exports[file].is_alive:
+            raise ExportRefused(f"{file} is exported already")
+        self._forget(file)
+        options = ["--read-only", "--persistent", "--shared=0", "--end-with-input", "--pid-file=/dev/stdout"]
+        options += [f"--bitmap={name}" for name in bitmaps]
+        options += [f"--allow-files={directory}" for directory in self._allowed]
+        options += [f"--tls-creds={certificates}"] if certificates is not None else []
+        path = self._image.resolve().parent / file
+        command = [sys.executable, "-P", "-c", PROGRAM, "serve-nbd", *options, *place.options, "--", str(path)]
+        uri = place.uri("nbds" if certificates is not None else "nbd")
+        try:
+            export = _Export(file, uri, command)
+        except OSError as error:
+            raise ExportRefused(f"{sys.executable}: {error.strerror}") from error
+        export.wait_until_ready()
+        self._exports[file] = export
+        return self._describe(file)
+
+    def stop(self, file: object) -> None:
+        """End the export of *file*; its clients are cut off. Raises: ExportRefused if there is none."""
+        file = _text(file, "file")
+        if file not in self._exports:
+            raise ExportRefused(f"{file} is not exported")
+        self._forget(file)
+
+    def list(self) -> list[dict[str, Any]]:
+        """What is exported, and was and has ended by itself."""
+        return [self._describe(file) for file in self._exports]
+
+    def _describe(self, file: str) -> dict[str, Any]:
+        export = self._exports[file]
+        return {"export": file, "uri": export.uri, "running": export.is_alive}
+
+    def _forget(self, file: str) -> None:
+        export = self._exports.pop(file, None)
+        if export is not None:
+            export.end()
+
+    def __enter__(self) -> "Exports":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for export in self._exports.values():
+            export.tell_to_end()
+        for export in self._exports.values():
+            export.end()
