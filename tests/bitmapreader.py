@@ -28,18 +28,21 @@ class Bitmap:
         return {bit * per_granule + index for bit in self.dirty for index in range(per_granule)}
 
 
-def bitmaps_of(path: Path) -> dict[str, Bitmap]:
-    """The bitmaps of the image at *path* by name; none if a program without them has written to it."""
+def bitmaps_of(path: Path, *, is_padded: bool = False) -> dict[str, Bitmap]:
+    """The bitmaps of the image at *path* by name; none if a program without them has written to it.
+
+    *is_padded*: there may be bits past the end of the disk, as QEMU makes them of an entry that says all ones.
+    """
     with path.open("rb") as file:
 
         def read(offset: int, nbytes: int) -> bytes:
             file.seek(offset)
             return file.read(nbytes).ljust(nbytes, b"\0")
 
-        return read_bitmaps(read)
+        return read_bitmaps(read, is_padded=is_padded)
 
 
-def read_bitmaps(read: Callable[[int, int], bytes]) -> dict[str, Bitmap]:
+def read_bitmaps(read: Callable[[int, int], bytes], *, is_padded: bool = False) -> dict[str, Bitmap]:
     """The bitmaps of the image that *read(offset, nbytes)* shows."""
     header = read(0, 112)
     (cluster_bits,), (size,) = struct.unpack_from(">I", header, 20), struct.unpack_from(">Q", header, 24)
@@ -60,7 +63,7 @@ def read_bitmaps(read: Callable[[int, int], bytes]) -> dict[str, Bitmap]:
         table, nentries, flags, kind, bits, name_size, extra = struct.unpack(">QIIBBHI", read(directory, 24))
         assert kind == 1
         name = read(directory + 24 + extra, name_size).decode()
-        dirty = _dirty(read, table, nentries, cluster_bits, -(-size >> bits))
+        dirty = _dirty(read, table, nentries, cluster_bits, -(-size >> bits), is_padded=is_padded)
         per_cluster = 8 << cluster_bits
         if not flags & IN_USE:
             nbits = -(-size >> bits)
@@ -71,7 +74,7 @@ def read_bitmaps(read: Callable[[int, int], bytes]) -> dict[str, Bitmap]:
 
 
 def _dirty(
-    read: Callable[[int, int], bytes], table: int, nentries: int, cluster_bits: int, nbits: int
+    read: Callable[[int, int], bytes], table: int, nentries: int, cluster_bits: int, nbits: int, *, is_padded: bool
 ) -> frozenset[int]:
     dirty: set[int] = set()
     per_cluster = 8 << cluster_bits
@@ -84,5 +87,6 @@ def _dirty(
             for at, byte in enumerate(content):
                 if byte:
                     dirty.update(index * per_cluster + at * 8 + bit for bit in range(8) if byte >> bit & 1)
-    assert not dirty or max(dirty) < nbits, "a bit past the end of the disk"
-    return frozenset(dirty)
+    inside = frozenset(bit for bit in dirty if bit < nbits)
+    assert is_padded or inside == dirty, "a bit past the end of the disk"
+    return inside

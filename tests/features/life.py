@@ -125,7 +125,7 @@ class Life:
             self._judge_bitmaps()
 
     def _judge_bitmaps(self) -> None:
-        found = bitmaps_of(self.files.path)
+        found = bitmaps_of(self.files.path, is_padded=True)
         assert [*found] == [*self.model.bitmaps]
         for name, wanted in self.model.bitmaps.items():
             seen = found[name]

@@ -143,8 +143,8 @@ class QemuAtWork:
                 return shape.refcount_bits >= 16
             case "apply-snapshot":  # refused with bitmaps
                 return not model.bitmaps
-            case "grow":  # noise
-                return "luks" not in shape.features
+            case "grow":  # noise; not over a base without zero clusters
+                return "luks" not in shape.features and not (shape.version == 2 and shape.base)
         return True
 
     def apply(self, step: Step) -> None:
