@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qcow2.error import no_memory
+from qcow2.native import ffi
 
 
 def zeroed(nbytes: int) -> memoryview:
@@ -11,6 +12,18 @@ def zeroed(nbytes: int) -> memoryview:
         return memoryview(bytearray(nbytes))
     except MemoryError:
         raise no_memory() from None
+
+
+def fillable(nbytes: int) -> tuple[bytes, memoryview]:
+    """A bytes object of zeros, and its memory, to be filled before anybody else sees the object.
+
+    A bytearray that is copied at the end takes two allocations, which glibc gives back to the kernel each time: a read
+    of 1 MiB took 1.1 ms in place of 0.15, for page faults of a virtual machine.
+    """
+    if nbytes < 2:  # those objects are everybody's
+        raise ValueError(f"{nbytes} bytes have no memory of their own")
+    content = bytes(nbytes)
+    return content, memoryview(ffi.buffer(ffi.from_buffer(content), nbytes))
 
 
 @dataclass(frozen=True, slots=True)

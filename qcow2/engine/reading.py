@@ -9,6 +9,7 @@ from qcow2.engine.data import ByGuest, Data
 from qcow2.engine.mapping import Mapping
 from qcow2.plane.l2cache import Kind, Run
 
+UNKNOWN = int(Kind.MISS), int(Kind.BAD)
 UNALLOCATED, ZERO_PLAIN, ZERO_ALLOCATED, DATA, COMPRESSED = (
     int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED, Kind.DATA, Kind.COMPRESSED)
 )
@@ -28,16 +29,22 @@ class Reader:
 
         Each piece is what the image held at one moment between call and return.
         """
-        done = 0
-        while done < len(target):
-            run = await self._mapping.resolve(guest_offset + done, len(target) - done)
-            if run.kind == COMPRESSED and not self._compressed.is_at_hand(run.entry):
+        done, nbytes = 0, len(target)
+        while done < nbytes:
+            start = guest_offset + done
+            run = self._mapping.known(start, nbytes - done)
+            if run.kind in UNKNOWN:
+                run = await self._mapping.resolve(start, nbytes - done)
+            # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
+            if run.kind == DATA:
+                part = target if run.nbytes == nbytes else target.slice(done, run.nbytes)
+                await self._data.read(run.host_offset, part, start)
+            elif run.kind == COMPRESSED and not self._compressed.is_at_hand(run.entry):
                 async with self._compressed.turn(run.entry):
-                    run = await self._mapping.resolve(guest_offset + done, len(target) - done)  # it may be another now
-                    await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
+                    run = await self._mapping.resolve(start, nbytes - done)  # it may be another now
+                    await self._read_run(run, start, target.slice(done, run.nbytes))
             else:
-                # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
-                await self._read_run(run, guest_offset + done, target.slice(done, run.nbytes))
+                await self._read_run(run, start, target.slice(done, run.nbytes))
             done += run.nbytes
 
     async def _read_run(self, run: Run, guest_offset: int, target: Buffer) -> None:

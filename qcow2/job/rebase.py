@@ -10,7 +10,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, File
 from qcow2.engine.image import Image
 from qcow2.job.content import data_runs, different_units
-from qcow2.job.crew import Crew, Order, Turn
+from qcow2.job.crew import Buffers, Crew, Order, Turn
 from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
@@ -57,6 +57,7 @@ class _Difference:
         self._unit = overlay.geometry.cluster_size
         self._window = max(window, self._unit)
         self._crew = Crew(width)
+        self._buffers = Buffers(self._window + self._unit)  # a window may begin in a cluster, and end in one
         self._order = Order()
 
     async def run(self) -> None:
@@ -100,15 +101,19 @@ class _Difference:
     async def _copy(self, start: int, end: int, nbytes: int, turn: Turn) -> None:
         """Whole clusters, which the overlay does not have."""
         with turn:
-            old, new = memoryview(bytearray(end - start)), memoryview(bytearray(end - start))
+            pair = self._buffers.take(), self._buffers.take()
+            old, new = (buffer[: end - start] for buffer in pair)
             await self._overlay.read(start, MemoryBuffer(old))
             inside = 0 if self._new is None else max(0, min(end, self._new.size) - start)
             if inside and self._new is not None:
                 await self._new.read(start, MemoryBuffer(new[:inside]))
+            new[inside:] = bytes(len(new) - inside)
             different = await Compute(lambda: different_units(old, new, self._unit))
             await turn.come()
             for low, high in different:
                 await self._bring(start + low, old[low:high])
+        for buffer in pair:
+            self._buffers.give(buffer)
         self._pace.advance(nbytes)
 
     async def _bring(self, offset: int, content: memoryview) -> None:

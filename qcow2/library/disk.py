@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.buffer import MemoryBuffer, fillable
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.driver.pool import PoolDriver
@@ -86,9 +86,13 @@ class Disk(AwaitableDisk):
 
         Raises: ValueError if they are not inside the disk; OSError, CorruptImage.
         """
-        target = bytearray(self._require_inside(offset, nbytes))
-        self._run(lambda: self.image.read(offset, MemoryBuffer(memoryview(target))))
-        return bytes(target)
+        if self._require_inside(offset, nbytes) < 2:
+            small = bytearray(nbytes)
+            self._run(lambda: self.image.read(offset, MemoryBuffer(memoryview(small))))
+            return bytes(small)
+        content, memory = fillable(nbytes)
+        self._run(lambda: self.image.read(offset, MemoryBuffer(memory)))
+        return content
 
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill *buffer*, anything writable, from *offset* on. Raises: as `read`."""

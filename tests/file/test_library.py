@@ -151,3 +151,15 @@ def test_program_that_closes_no_disk_ends(path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
     with qcow2.open(str(path), writable=True) as disk:
         assert disk.read(0, 1) == b"x"
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 2, 511, 70_000])
+def test_what_is_read_is_an_object_of_its_own(tmp_path: Path, nbytes: int) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    with qcow2.open(path, writable=True) as disk:
+        disk.write(65_000, b"\xa7" * 80_000)
+        read = disk.read(65_000, nbytes)
+        disk.write(65_000, b"x" * 80_000)
+        assert (read, hash(read)) == (b"\xa7" * nbytes, hash(b"\xa7" * nbytes))
+    assert (bytes(1), bytes(2), b"") == (b"\0", b"\0\0", bytes(0))
