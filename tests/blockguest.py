@@ -79,9 +79,7 @@ class Guest:
         aio: Aio = Aio.AUTO,
         regions: Callable[[DriverMemory], list[MemoryRegion]] = lambda memory: [memory.region()],
     ) -> None:
-        self.block = block or NativeBlock(
-            size=size, serial="guest", max_discard_sectors=32768, max_write_zeroes_sectors=32768
-        )
+        self.block = block or NativeBlock(size=size, serial="guest", max_range_sectors=32768)
         self.faults: list[str] = []
         self.sync_errors: list[int] = []
         self.slot = -1

@@ -287,8 +287,7 @@ def _native_block(backend: Backend) -> NativeBlock:
         block_size=properties.block_size,
         read_only=properties.read_only,
         serial=properties.serial,
-        max_discard_sectors=limit,
-        max_write_zeroes_sectors=limit,
+        max_range_sectors=limit,
     )
 
 

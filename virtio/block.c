@@ -302,13 +302,13 @@ static void get_id(const struct block *block, struct worker *worker, struct requ
 
 /* -> the status that a discard or write-zeroes deserves before it is begun. */
 static uint8_t check_segment(const struct block *block, const struct request *request,
-                             const struct virtio_blk_discard_write_zeroes *segment, uint32_t max_sectors)
+                             const struct virtio_blk_discard_write_zeroes *segment)
 {
     uint32_t flags = request->type == VIRTIO_BLK_T_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0;
 
     if (segment->flags & ~flags)
         return VIRTIO_BLK_S_UNSUPP;
-    if (block->read_only || segment->num_sectors > max_sectors ||
+    if (block->read_only || segment->num_sectors > block->max_range_sectors ||
         !is_inside(block, sector_offset(segment->sector), (uint64_t)segment->num_sectors * SECTOR))
         return VIRTIO_BLK_S_IOERR;
     return VIRTIO_BLK_S_OK;
@@ -331,17 +331,17 @@ static bool clear_at_once(struct block *block, struct worker *worker, const stru
     return result == 0;
 }
 
-static void clear_range(struct block *block, struct worker *worker, struct request *request, uint32_t max_sectors)
+static void clear_range(struct block *block, struct worker *worker, struct request *request)
 {
     struct virtio_blk_discard_write_zeroes segment;
     uint64_t payload = request->readable_nbytes - sizeof(struct virtio_blk_outhdr);
     uint8_t status = VIRTIO_BLK_S_UNSUPP;
 
-    if (max_sectors && payload < sizeof(segment)) {
+    if (block->max_range_sectors && payload < sizeof(segment)) {
         status = VIRTIO_BLK_S_IOERR;
-    } else if (max_sectors && payload == sizeof(segment)) {
+    } else if (block->max_range_sectors && payload == sizeof(segment)) {
         status = load(request, sizeof(struct virtio_blk_outhdr), &segment, sizeof(segment))
-                     ? check_segment(block, request, &segment, max_sectors)
+                     ? check_segment(block, request, &segment)
                      : VIRTIO_BLK_S_IOERR;
     }
     if (status == VIRTIO_BLK_S_OK && takes_no_writes(block, worker))
@@ -413,11 +413,11 @@ static void dispatch(struct block *block, struct worker *worker, struct request 
         break;
     case VIRTIO_BLK_T_DISCARD:
         worker->counters->discards++;
-        clear_range(block, worker, request, block->max_discard_sectors);
+        clear_range(block, worker, request);
         break;
     case VIRTIO_BLK_T_WRITE_ZEROES:
         worker->counters->write_zeroes++;
-        clear_range(block, worker, request, block->max_write_zeroes_sectors);
+        clear_range(block, worker, request);
         break;
     default:
         worker->counters->other_requests++;

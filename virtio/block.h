@@ -19,8 +19,7 @@ struct block {
     struct device device; /* first: the worker knows only this */
     uint64_t size;        /* bytes */
     uint32_t block_size;
-    uint32_t max_discard_sectors;      /* 0: DISCARD is not supported */
-    uint32_t max_write_zeroes_sectors; /* 0: WRITE_ZEROES is not supported */
+    uint32_t max_range_sectors; /* of a DISCARD or WRITE_ZEROES; 0: there are none */
     uint32_t sync_slot;                /* the file that FLUSH syncs; BLOCK_NO_SLOT: Python flushes */
     uint32_t names_slot; /* the one that it syncs then, if it is not stable; BLOCK_NO_SLOT: all is in one file */
     bool read_only;

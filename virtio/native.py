@@ -19,8 +19,7 @@ class NativeBlock:
         block_size: int = 512,
         read_only: bool = False,
         serial: str = "",
-        max_discard_sectors: int = 0,
-        max_write_zeroes_sectors: int = 0,
+        max_range_sectors: int = 0,
     ) -> None:
         """Describe a disk of *size* bytes; a limit of 0 sectors answers that request type with UNSUPP.
 
@@ -36,8 +35,7 @@ class NativeBlock:
         self._block.block_size = block_size
         self._block.read_only = read_only
         ffi.memmove(self._block.serial, encoded, len(encoded))
-        self._block.max_discard_sectors = max_discard_sectors
-        self._block.max_write_zeroes_sectors = max_write_zeroes_sectors
+        self._block.max_range_sectors = max_range_sectors
         self.set_sync_slot(None)
         self._wanted = self.is_forced = False  # writethrough: by the guest, by whoever controls the daemon
 

@@ -65,7 +65,7 @@ static inline void fixture_init(struct fixture *fixture, bool use_threads)
     fixture->control_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     block_init(&fixture->block);
     fixture->block.size = DISK_NBYTES;
-    fixture->block.max_discard_sectors = fixture->block.max_write_zeroes_sectors = 32768;
+    fixture->block.max_range_sectors = 32768;
     fixture->worker = worker_create(&fixture->block.device, fixture->control_fd, &fixture->counters, use_threads,
                                     &error);
     CHECK(fixture->worker);

@@ -201,7 +201,7 @@ def test_barrier_bit_is_ignored(guest: Guest, disk: Path) -> None:
 
 
 def test_read_only_disk_refuses_to_change() -> None:
-    block = NativeBlock(size=MIB, read_only=True, max_discard_sectors=8, max_write_zeroes_sectors=8)
+    block = NativeBlock(size=MIB, read_only=True, max_range_sectors=8)
     segment = bytes(8) + (1).to_bytes(8, "little")
     with Guest(block=block) as guest:
         answers = [
@@ -241,7 +241,7 @@ def test_get_id_never_gives_more_than_twenty_bytes() -> None:
 @pytest.mark.parametrize(("nsectors", "status"), [(32768, OK), (32769, IOERR)])
 @pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
 def test_one_segment_has_a_limit(type: int, nsectors: int, status: int) -> None:
-    block = NativeBlock(size=64 * MIB, max_discard_sectors=32768, max_write_zeroes_sectors=32768)
+    block = NativeBlock(size=64 * MIB, max_range_sectors=32768)
     with Guest(block=block) as guest:
         assert guest.ask(type, 0, data=bytes(8) + nsectors.to_bytes(8, "little")).status == status
 

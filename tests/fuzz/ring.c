@@ -608,7 +608,7 @@ static void init_block(const struct setup *setup)
     world.block.device.begin = watched_begin;
     world.block.size = (setup->disk_sectors % (LIMIT / 512) + 1) * 512ull;
     world.block.block_size = setup->flags & BIG_BLOCKS ? 4096 : 512;
-    world.block.max_discard_sectors = world.block.max_write_zeroes_sectors = setup->map & 1 ? 0 : 128;
+    world.block.max_range_sectors = setup->map & 1 ? 0 : 128;
     world.block.writethrough = setup->flags & WRITETHROUGH;
     world.block.read_only = setup->flags & READ_ONLY;
     memcpy(world.block.serial, setup->rest, sizeof(setup->rest));

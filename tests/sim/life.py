@@ -259,8 +259,7 @@ class World:
     def _serve(self, image: Image, *, is_last: bool) -> None:
         block = Block(
             size=self.sort.nsectors * 512,
-            max_discard_sectors=MAX_RANGE_SECTORS,
-            max_write_zeroes_sectors=MAX_RANGE_SECTORS,
+            max_range_sectors=MAX_RANGE_SECTORS,
         )
         files = [*self.written, *([] if self.backing is None else [self.backing])]
         held: Any = HeldSimulation(image, files, self.sort.nsectors * 512)
