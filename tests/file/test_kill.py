@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kill.campaign import CACHES, DIRECT
+from tests.kill.features import FEATURES
 from tests.kill.images import KINDS
 from tests.kill.round import Round
 from tests.kill.throttle import NoThrottle, throttle
@@ -15,7 +16,7 @@ from tests.kill.throttle import NoThrottle, throttle
 
 @pytest.mark.sample(6)
 @pytest.mark.parametrize("cache", [cache for cache in CACHES if cache not in DIRECT])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FEATURES])
 def test_what_a_killed_daemon_acknowledged_is_there(tmp_path: Path, kind: str, cache: str) -> None:
     killed = Round(tmp_path, kind, cache, seed=7, kills=2)
     killed.run()

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 
 from tests.kill.campaign import CACHES, DIRECT, run_round
+from tests.kill.features import FEATURES
 from tests.kill.images import KINDS
 from tests.kill.round import Tally
 from tests.kill.throttle import NoThrottle, Throttle, throttle
@@ -23,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
     parser.add_argument("--kills", type=int, default=240, help="at least so many in all (default: 240)")
     parser.add_argument("--seed", type=int, default=0, help="draws everything (default: 0)")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="only images of this kind")
+    parser.add_argument("--kind", choices=[*KINDS, *FEATURES], action="append", help="only images of this kind")
     parser.add_argument("--cache", choices=CACHES, action="append", help="only this cache mode")
     given = parser.parse_args()
     with ExitStack() as stack:
@@ -42,7 +43,7 @@ def _slow_disk(stack: ExitStack, caches: set[str]) -> Throttle | None:
 
 
 def _kill(given: argparse.Namespace, slow: Throttle | None) -> int:
-    pairs = [(kind, cache) for kind in given.kind or KINDS for cache in given.cache or CACHES]
+    pairs = [(kind, cache) for kind in given.kind or (*KINDS, *FEATURES) for cache in given.cache or CACHES]
     began = time.monotonic()
     total = Tally()
     for kind, cache in pairs:

@@ -3,9 +3,12 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, EXTENDED_L2, LAZY_REFCOUNTS
+from tests.kill.ledger import Ledger
+from tests.oracle import qemu_check, qemu_read
 
 NBYTES = 24 << 20  # of the disk
 BASE_CLUSTER_BITS = 16
@@ -19,6 +22,22 @@ class Start:
     contents: bytes
     lazy: bool
     cluster_bits: int
+
+    @property
+    def options(self) -> list[str]:
+        """What its daemons are told of it."""
+        return []
+
+    def read(self) -> bytes:
+        """All of the disk, as QEMU reads it."""
+        return qemu_read(self.path)
+
+    def check(self) -> tuple[int, dict[str, Any]]:
+        """Exit code and report of QEMU's check."""
+        return qemu_check(self.path)
+
+    def judge(self, ledger: Ledger) -> None:
+        """What else there is, once the image is closed. Raises: AssertionError."""
 
 
 def old_data(draw: random.Random, nbytes: int) -> bytes:

@@ -47,6 +47,8 @@ class Ledger:
         self.contents = bytearray(contents)  # acknowledged
         self.possible: dict[int, set[bytes]] = {}  # sector: what may be there instead
         self.version = 0
+        self.begun: set[int] = set()  # sectors that were ever asked to change
+        self.acknowledged: set[int] = set()  # of them, which were written or zeroed
 
     @property
     def nsectors(self) -> int:
@@ -59,12 +61,14 @@ class Ledger:
 
     def begin(self, first: int, content: bytes) -> None:
         """*content* may be on the disk from now on, sector by sector."""
+        self.begun.update(range(first, first + len(content) // SECTOR))
         for index in range(len(content) // SECTOR):
             one = content[index * SECTOR : (index + 1) * SECTOR]
             self.possible.setdefault(first + index, set()).add(one)
 
     def acknowledge(self, first: int, content: bytes) -> None:
         """*content* is on the disk, and nothing else."""
+        self.acknowledged.update(range(first, first + len(content) // SECTOR))
         self.contents[first * SECTOR : first * SECTOR + len(content)] = content
         for sector in range(first, first + len(content) // SECTOR):
             self.possible.pop(sector, None)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from qcow2.lock import is_of_the_dead
 from tests.frontend import FrontEnd
-from tests.kill.images import Start, make
+from tests.kill import features, images
+from tests.kill.images import NBYTES, Start
 from tests.kill.ledger import Ledger
 from tests.kill.load import Load
 from tests.kill.throttle import Throttle
-from tests.oracle import assert_same_bytes, qemu_check, qemu_read
+from tests.oracle import assert_same_bytes
 from tests.program import TIMEOUT, Daemon, qcow2_tool
 
 LEAK_MAX = 16 << 20  # bytes of one death: a run in use, one reserved ahead, one for copies, what was about to be freed
@@ -59,9 +60,10 @@ class Round:
     ) -> None:
         self.tally = Tally()
         self._draw = random.Random(f"{seed} {kind} {cache}")
-        self._start: Start = make(kind, directory, self._draw)
+        make = features.make if kind in features.FEATURES else images.make
+        self._start: Start = make(kind, directory, self._draw, NBYTES)
         self._ledger = Ledger(self._start.contents)
-        self._options = [f"--cache={cache}", "--num-queues=4", f"--aio={self._draw.choice(AIO)}"]
+        self._options = [f"--cache={cache}", "--num-queues=4", f"--aio={self._draw.choice(AIO)}", *self._start.options]
         self._kills = kills
         self._slow = slow
         self._holding: threading.Timer | None = None  # ends the holding
@@ -137,7 +139,8 @@ class Round:
                     self._ledger.settle(read_all(guest, len(self._ledger.contents)))
                 closed = self._close(daemon)
             self._judge_image()
-        assert_same_bytes(qemu_read(self._start.path), self._ledger.contents)
+        assert_same_bytes(self._start.read(), self._ledger.contents)
+        self._start.judge(self._ledger)
 
     def _close(self, daemon: Daemon) -> bool:
         """Ask it to end; now and then kill it while it does. Whether it was faster."""
@@ -162,7 +165,7 @@ class Round:
         bit was set: no repair follows.
         """
         wait_for_the_kernel(self._start.path)
-        code, report = qemu_check(self._start.path)
+        code, report = self._start.check()
         leaks = int(report.get("leaks", 0))
         limit = self.tally.kills * LEAK_MAX >> self._start.cluster_bits
         if code not in (0, 3) or (leaks > limit and not links_wait):
