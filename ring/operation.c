@@ -151,7 +151,10 @@ static void free_bounce(struct worker *worker, struct operation *operation)
 {
     ASSERT(worker->bounce_nbytes >= operation->bounce_nbytes);
     worker->bounce_nbytes -= operation->bounce_nbytes;
-    free(operation->bounce);
+    if (operation->bounce && worker->idle_bounces < IDLE_BOUNCES)
+        worker->bounces[worker->idle_bounces++] = operation->bounce;
+    else
+        free(operation->bounce);
     operation->bounce = NULL;
     operation->bounce_nbytes = 0;
 }
@@ -161,7 +164,9 @@ static int take_bounce(struct worker *worker, struct operation *operation, uint3
 {
     if (worker->bounce_nbytes && worker->bounce_nbytes + nbytes > BOUNCE_ALL_NBYTES)
         return -EAGAIN;
-    if (posix_memalign((void **)&operation->bounce, BOUNCE_ALIGNMENT, nbytes))
+    if (worker->idle_bounces)
+        operation->bounce = worker->bounces[--worker->idle_bounces];
+    else if (posix_memalign((void **)&operation->bounce, BOUNCE_ALIGNMENT, BOUNCE_NBYTES))
         return -ENOMEM;
     operation->bounce_nbytes = nbytes;
     worker->bounce_nbytes += nbytes;

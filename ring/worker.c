@@ -234,6 +234,8 @@ void worker_close(struct worker *worker)
 
 void worker_free(struct worker *worker)
 {
+    for (uint32_t i = 0; i < worker->idle_bounces; i++)
+        free(worker->bounces[i]);
     free(worker->events);
     free(worker->long_pieces);
     free(worker);

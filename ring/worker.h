@@ -36,6 +36,7 @@
 #define WORKER_TABLES 16 /* reads on this thread that an extent map may ask for to translate one request */
 #define WORKER_BUSY_NBYTES (1ull << 30) /* fetching waits while requests hold so much: drains end in time */
 #define WORKER_AT_ONCE 256 /* see worker.at_once */
+#define IDLE_BOUNCES 16 /* buffers that are kept: faulting one in costs more than encrypting what it holds */
 #define INLINE_PIECES 18        /* of a request: the header, 64 KiB in pages, the status */
 #define LONG_PIECES 256         /* requests with more pieces than that, at once */
 
@@ -276,6 +277,8 @@ struct worker {
     uint32_t far_occupying; /* of all far files */
     uint32_t waiting_files; /* with operations that wait for their turn */
     uint64_t bounce_nbytes; /* of all operations */
+    uint32_t idle_bounces;
+    uint8_t *bounces[IDLE_BOUNCES]; /* the idle ones */
     uint32_t stalled; /* list of operations that the kernel would not take yet */
     struct grace grace;
 
