@@ -46,6 +46,8 @@ class SharedDriver:
         self._scheduler = Scheduler(self._start)
         self._seats: dict[Task, _Seat] = {}
         self._under_way: set[Task] = set()  # whose operation is being performed
+        self._syncs: dict[op.File, list[Task]] = {}  # for each file that is being synced: who waits for the next one
+        self._joined: dict[Task, list[Task]] = {}  # who is served by the sync that a task performs
         self._graces: list[tuple[Task, set[Task]]] = []  # each waits for the transfers that it found under way
         self._work: SimpleQueue[tuple[Task, op.Operation] | None] = SimpleQueue()
         self._helpers: list[threading.Thread] = []
@@ -94,6 +96,12 @@ class SharedDriver:
         if isinstance(operation, op.Grace):
             self._begin_grace(task)
             return
+        if isinstance(operation, op.Sync):
+            self._begin_sync(task, operation)
+        else:
+            self._hand_out(task, operation)
+
+    def _hand_out(self, task: Task, operation: op.Operation) -> None:
         self._under_way.add(task)
         seat = self._seats.get(task)
         if seat is not None:
@@ -102,6 +110,23 @@ class SharedDriver:
         else:
             self._start_helper()
             self._work.put((task, operation))
+
+    def _begin_sync(self, task: Task, operation: op.Sync) -> None:
+        """One that is under way began too early to serve *task*; all who come during it share the next."""
+        if operation.file in self._syncs:
+            self._syncs[operation.file].append(task)
+        else:
+            self._syncs[operation.file] = []
+            self._hand_out(task, operation)
+
+    def _end_sync(self, task: Task, operation: op.Sync, error: BaseException | None) -> None:
+        for joined in self._joined.pop(task, ()):
+            go_on(self._scheduler, joined, None, error)
+        waiting = self._syncs.pop(operation.file)
+        if waiting:
+            self._syncs[operation.file] = []
+            self._joined[waiting[0]] = waiting[1:]
+            self._hand_out(waiting[0], operation)
 
     def _begin_grace(self, task: Task) -> None:
         if self._under_way:
@@ -116,6 +141,8 @@ class SharedDriver:
             if self._graces:
                 self._end_graces(task)
             go_on(self._scheduler, task, value, error)
+            if isinstance(operation, op.Sync):
+                self._end_sync(task, operation, error)
             self._step()
             if not self._under_way:
                 self._idle.notify_all()

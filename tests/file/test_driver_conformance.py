@@ -18,6 +18,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.pool import PoolDriver
+from qcow2.driver.shared import SharedDriver
 from qcow2.driver.task import Task
 from ring.aio import Aio, WorkerOptions
 from ring.worker import Worker
@@ -62,6 +63,14 @@ def pool(path: Path) -> Iterator[Rig]:
 
 
 @contextmanager
+def side_by_side(path: Path) -> Iterator[Rig]:
+    driver = SharedDriver()
+    with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
+        yield Rig(file, driver.run, path.read_bytes, memory, partial(memory.load, lambda user: True))
+        driver.close()
+
+
+@contextmanager
 def ring(path: Path, aio: Aio = Aio.AUTO) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
         with Worker(NativeBlock(size=0), lambda request: None, WorkerOptions(aio)) as worker:
@@ -91,7 +100,10 @@ def crash(path: Path) -> Iterator[Rig]:
     yield Rig(file, driver.run, file.content, file.memory, lambda: bytes(file.memory.content))
 
 
-@pytest.fixture(params=[blocking, pool, ring, threads, crash], ids=["blocking", "pool", "ring", "threads", "crash"])
+@pytest.fixture(
+    params=[blocking, pool, side_by_side, ring, threads, crash],
+    ids=["blocking", "pool", "shared", "ring", "threads", "crash"],
+)
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     path = tmp_path / "file"
     path.write_bytes(CONTENT)

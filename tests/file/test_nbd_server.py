@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import qcow2
 from tests import nbdclient as nbd
 from tests.nbdclient import Client, NbdError, Server
+from tests.nbdzone import Zone
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.program import TIMEOUT, TOOL, qcow2_tool
 from tests.slowdisk import FSYNC, SlowDisk
@@ -381,39 +383,60 @@ def test_an_answer_waits_for_the_sync_that_it_promises(
     assert (tmp_path / "backing" / "disk").read_bytes() == b"y" + b"x" * (SIZE - 1)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_what_was_answered_survives_a_kill(tmp_path: Path, seed: int) -> None:
-    """Over a backing file, whose links wait in memory; also in the middle of requests nobody has answered."""
-    base, top = tmp_path / "base", tmp_path / "top.qcow2"
-    base.write_bytes(b"b" * SIZE)
-    qcow2.create(top, backing=base, backing_format="raw")
-    rng = random.Random(seed)
-    model = bytearray(b"b" * SIZE)
+def test_flushes_share_a_sync_that_began_after_all_of_them(tmp_path: Path) -> None:
+    (tmp_path / "backing").mkdir()
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "backing" / "disk").write_bytes(bytes(SIZE))
+    with SlowDisk(tmp_path / "backing", tmp_path / "slow") as disk:
+        (tmp_path / "link").symlink_to(disk.path / "disk")
+        with Server(tmp_path / "link", "-f", "raw", "-e", "0") as server, server.client() as first:
+            first.read(0, 1)
+            others = [server.client() for _ in range(5)]
+            with disk.holding(FSYNC):
+                first.send(nbd.FLUSH)
+                disk.wait_for_one()
+                flushes = [client.send(nbd.FLUSH) for client in others]
+                for client in others:
+                    assert client.read(0, 1) == b"\0"  # so its flush has been received, and is not served
+                with disk.holding(FSYNC):  # the sync under way ends, another one does not
+                    disk.wait_for_one()
+                    assert not first.reply().error
+                    for client in others:
+                        assert client.read(0, 1) == b"\0"
+                    with disk.holding(FSYNC):  # this one ends; a third would not
+                        assert [client.reply().cookie for client in others] == flushes
+            for client in (first, *others):
+                client.socket.close()
+            server.end()
+
+
+@pytest.mark.parametrize("kind", ["overlay", "lazy"])
+def test_what_was_answered_survives_a_kill(tmp_path: Path, kind: str) -> None:
+    """Of clients side by side, eight requests each; over a backing file links wait in memory, too."""
+    top = tmp_path / "top.qcow2"
+    if kind == "overlay":
+        (tmp_path / "base").write_bytes(b"b" * SIZE)
+        qcow2.create(top, backing=tmp_path / "base", backing_format="raw")
+    else:
+        qcow2.create(top, SIZE, lazy_refcounts=True)
+    zones = [Zone(start, SIZE // 4, b"b" if kind == "overlay" else b"\0") for start in range(0, SIZE, SIZE // 4)]
     with Server(top, "-e", "0", "-t") as server:
-        clients = [server.client() for _ in range(3)]
-        for number in range(rng.randrange(20, 60)):
-            offset, byte = rng.randrange(SIZE - CLUSTER), bytes([number])
-            nbytes = rng.choice((1, 512, 4096, CLUSTER))
-            flags = nbd.FUA if rng.random() < 0.1 else 0
-            client = rng.choice(clients)
-            if rng.random() < 0.2:
-                client.request(nbd.WRITE_ZEROES, offset, nbytes, flags=flags)
-                byte = b"\0"
-            else:
-                client.write(offset, byte * nbytes, flags)
-            model[offset : offset + nbytes] = byte * nbytes
-            if rng.random() < 0.1:
-                client.request(nbd.FLUSH)
-        last = [(number * CLUSTER * 8 + 777, bytes([200 + number]) * 9999) for number in range(3)]
-        for client, (offset, data) in zip(clients, last, strict=True):
-            client.send(nbd.WRITE, offset, len(data), data=data)
+        clients = [server.client() for _ in zones]
+        threads = [
+            threading.Thread(target=zone.use, args=(client, random.Random(f"{kind} {zone.start}")))
+            for zone, client in zip(zones, clients, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        while sum(zone.nanswered for zone in zones) < 300 and any(thread.is_alive() for thread in threads):
+            zones[0].progress.acquire()
         server.process.kill()
-        server.process.wait(TIMEOUT)
+        for thread in threads:
+            thread.join()
         for client in clients:
             client.socket.close()
+    assert [zone.failure for zone in zones] == [None] * len(zones)
     with qcow2.open(top, "r+") as disk:  # as the next process does, which brings back what the log holds
-        found = bytearray(disk.read(0, SIZE))
-    for offset, data in last:
-        model[offset : offset + len(data)] = found[offset : offset + len(data)] = bytes(len(data))
-    assert found == model
+        for zone in zones:
+            zone.compare(disk.read(zone.start, zone.nbytes))
     assert_not_corrupt(top)
