@@ -8,7 +8,7 @@ from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.file import add_log_options, how_to_open, recovered
 from qcow2.tool.identity import program
 from qcow2.tool.keyslots import SLOT_OPTIONS, amend_slots
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
@@ -69,13 +69,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         if not given and (slots or data):
             return 0
         with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
-            how = {
-                "log_directory": arguments.link_log,
-                "discard_log": arguments.discard_link_log,
-                "key": arguments.keys,
-            }
             try:
-                amend_image(image.path, _amendment(given), tell=pace.tell, **how)
+                amend_image(image.path, _amendment(given), tell=pace.tell, **how_to_open(arguments))
             except CannotAmend as error:
                 raise Failure(error.reason) from error
     return 0

@@ -8,7 +8,7 @@ from qcow2.error import ImageError
 from qcow2.job.bench import Load, bench
 from qcow2.library.disk import open_disk
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import in_qemus_words
 from qcow2.tool.progress import shown
@@ -50,9 +50,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise UsageError("Expecting one image file name")
     load = _load(arguments)
     image = the_image(arguments, writes=load.writes)
-    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
     with in_qemus_words(image.path):
-        disk = open_disk(image.path, writable=load.writes, format=image.image_format, **how)
+        disk = open_disk(image.path, writable=load.writes, format=image.image_format, **how_to_open(arguments))
     with disk:
         if load.nbytes > disk.size:
             raise Failure(f"{image.path}: requests of {load.nbytes} bytes do not fit the disk of {disk.size}")

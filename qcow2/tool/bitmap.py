@@ -11,7 +11,7 @@ from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.disk import Disk
 from qcow2.node.chain import Chain
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, log_of
 from qcow2.tool.named import Named, add_format_option, add_image_options, named, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.quantity import parse_size
@@ -63,8 +63,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise UsageError("Expecting filename and bitmap name")
     granularity = _validated(arguments)
     image, name = the_image(arguments, writes=True), arguments.bitmap
-    log = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
-    with opened_without_data(image, writable=True, **log) as disk:
+    with opened_without_data(image, writable=True, **log_of(arguments)) as disk:
         for action, source in arguments.actions:
             try:
                 _act(disk.bitmaps, name, action, source, granularity, arguments)

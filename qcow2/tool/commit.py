@@ -5,7 +5,7 @@ import argparse
 from qcow2.error import ImageError
 from qcow2.library.commit import NoBacking, NotInChain, commit_image
 from qcow2.tool.failure import Failure
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.progress import shown
@@ -43,9 +43,7 @@ def run_command(arguments: argparse.Namespace) -> int:
                 pace,
                 empties=not arguments.drop and arguments.base is None,
                 image_format=image.image_format,
-                log_directory=arguments.link_log,
-                discard_log=arguments.discard_link_log,
-                key=arguments.keys,
+                **how_to_open(arguments),
             )
         except NoBacking as error:
             raise Failure("Image does not have a backing file") from error

@@ -25,6 +25,16 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def log_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_log_options` was told, as whoever opens an image takes it."""
+    return {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log}
+
+
+def how_to_open(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same, and the keys that were given."""
+    return {**log_of(arguments), "key": arguments.keys}
+
+
 @contextmanager
 def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
     """The image file at *path*, locked for writing, with what a killed daemon left in its link log brought in.

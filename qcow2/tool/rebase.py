@@ -14,7 +14,7 @@ from qcow2.node.formats import format_of
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options, recovered
+from qcow2.tool.file import add_log_options, how_to_open, recovered
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open, opening
@@ -92,9 +92,8 @@ def _rebase_safely(arguments: argparse.Namespace, name: str | None, backing_form
 def _opened(arguments: argparse.Namespace) -> Iterator[Disk]:
     """The image, which is closed as ever if something fails."""
     path = arguments.filename
-    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
     try:
-        disk = open_disk(path, writable=True, **how)
+        disk = open_disk(path, writable=True, **how_to_open(arguments))
     except OSError as error:
         raise Failure(cannot_open(path, error)) from error
     except ImageError as error:

@@ -12,7 +12,7 @@ from qcow2.library.disk import open_disk
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.identity import say
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
@@ -58,8 +58,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     image = the_image(arguments, writes=True)
     with opening(image.path):
         size = _validated(image, arguments, preallocation)
-    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
-    with open_disk(image.path, writable=True, format=image.image_format, **how) as disk:
+    with open_disk(image.path, writable=True, format=image.image_format, **how_to_open(arguments)) as disk:
         disk.resize(size, shrink=arguments.shrink, preallocation=preallocation)
     if not arguments.quiet:
         print("Image resized.")

@@ -16,7 +16,7 @@ from qcow2.node.chain import Chain
 from qcow2.node.gate import Gate
 from qcow2.node.node import Node
 from qcow2.tool.failure import UsageError
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, log_of
 from qcow2.tool.interruption import ENDS
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.source import wanted_snapshot
@@ -125,8 +125,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[tuple[SharedDriver, Node]
     snapshot = wanted_snapshot(arguments)
     writes = not arguments.read_only and snapshot is None
     allowed = None if arguments.allow_files is None else tuple(arguments.allow_files)
-    gate, log = Gate(allowed, allowed), arguments.link_log
-    with Chain(log_directory=log, discard_log=arguments.discard_link_log, gate=gate) as chain:
+    with Chain(gate=Gate(allowed, allowed), **log_of(arguments)) as chain:
         options = OpenOptions(writes, snapshot=snapshot, keys=arguments.keys)
         node = chain.open(image.path, image.image_format, options)
         driver = SharedDriver()

@@ -13,7 +13,7 @@ from qcow2.library.facts import snapshot_facts
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure
-from qcow2.tool.file import add_log_options
+from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.info import snapshot_lines
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
@@ -61,8 +61,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -> None:
     if not format_of(image.path, image.image_format).has_snapshots:
         raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
-    how = {"log_directory": arguments.link_log, "discard_log": arguments.discard_link_log, "key": arguments.keys}
-    with open_disk(image.path, writable=True, **how) as disk:
+    with open_disk(image.path, writable=True, **how_to_open(arguments)) as disk:
         try:
             getattr(disk, f"{verb}_snapshot")(name)
         except FileNotFoundError as error:
