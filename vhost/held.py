@@ -15,7 +15,7 @@ from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage, no_memory
-from qcow2.lock import await_transfers, guest_key, lock_transfers
+from qcow2.lock import await_transfers, guest_key, lock_transfers, share_image
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
@@ -189,6 +189,13 @@ class HeldImage:
         """Serve what was served. Raises: OSError."""
         self._forget_direct(overlay)
         overlay.discard()
+
+    def share_below(self, overlay: Overlay) -> None:
+        """Let others read what is below *overlay*, which is closed: other overlays may be over it. Raises: OSError."""
+        for file in overlay.files_below:
+            share_image(file.fd)
+            if file in self.direct_fds:
+                share_image(self.direct_fds[file])
 
     def adopt_overlay(self, overlay: Overlay) -> SharedMemory | None:
         """Hold *overlay*, which has taken its name; the worker has nothing of the image. -> as `Overlay.adopt`."""

@@ -120,7 +120,7 @@ class Snapshots:
         self._device.worker.call(lambda: self._backend.retire(overlay.below, outcome.set_result))
         failure = self._device.worker.wait(outcome)
         try:
-            overlay.share_below()
+            self._held.share_below(overlay)
             if memory is not None and memory.is_made and not failure:
                 memory.remove()
         except OSError as error:  # the snapshot is taken all the same

@@ -16,7 +16,7 @@ from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
-from qcow2.lock import lock_image, share_image, show_life
+from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
 from qcow2.node.logplace import new_log
@@ -56,8 +56,8 @@ class Overlay:
             raise ValueError(f"{name!r} is not the name of a file")
         if header.record.crypt_method:
             raise UnsupportedImage(path, "encrypted: what is written over it would not be")
-        if header.record.has_data_file:
-            raise UnsupportedImage(path, "its external data file could not be shared with other overlays")
+        if header.record.has_data_file and (self._chain.data_file is not None or not header.data_file_name):
+            raise UnsupportedImage(path, "frozen, it would have to name its data file itself")
         if not stat.S_ISREG(os.stat(self._path).st_mode):
             raise UnsupportedImage(path, "not a regular file: nothing can take its name")
         if not os.path.samestat(os.stat(self._path), os.fstat(self._top.fd)):
@@ -68,11 +68,10 @@ class Overlay:
         )
         if is_ours or (os.path.lexists(self._frozen) and not self._is_top(self._frozen)):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._frozen)
-        if has_moved and header.backing_name is not None and not os.path.isabs(header.backing_name):
-            message = (
-                f"its backing file {header.backing_name!r} is named from its directory, which {name!r} would leave"
-            )
-            raise UnsupportedImage(path, message)
+        for what, named in (("backing", header.backing_name), ("data", header.data_file_name)):
+            if has_moved and named is not None and not os.path.isabs(named):
+                message = f"its {what} file {named!r} is named from its directory, which {name!r} would leave"
+                raise UnsupportedImage(path, message)
         self._chain.gate.way(self._path, BACKING, self._backing_name())  # or the next open would be refused
 
     def _is_top(self, path: str) -> bool:
@@ -164,9 +163,10 @@ class Overlay:
         self._chain.nodes.insert(0, self.image)
         return past
 
-    def share_below(self) -> None:
-        """Let others read what is below, which is closed: other overlays may be over it. Raises: OSError."""
-        share_image(self._top.fd)
+    @property
+    def files_below(self) -> set[HostFile]:
+        """Those that what is below was written to."""
+        return {self._top, *(file for file in self._chain.data_files if file is self.below.data_file)}
 
     def discard(self) -> None:
         """Remove the overlay and the new name; `switch` has not been called, or has failed."""

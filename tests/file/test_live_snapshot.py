@@ -196,13 +196,32 @@ def test_overlay_is_as_accessible_as_the_image_was(image: Path) -> None:
     assert stat.S_IMODE(image.stat().st_mode) == 0o640
 
 
-def test_frozen_image_may_be_read_by_others_while_the_guest_writes(image: Path) -> None:
-    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_frozen_image_may_be_read_by_others_while_the_guest_writes(image: Path, cache: str) -> None:
+    with start(image, f"--cache={cache}") as daemon, FrontEnd(daemon.socket_path) as guest:
         guest.write(0, b"a" * BLOCK)
         freeze(image, "frozen")
         qemu_img("convert", "-O", "raw", str(image.with_name("frozen")), str(image.with_name("copy")))
         guest.write(0, b"b" * BLOCK)
     assert image.with_name("copy").read_bytes()[:BLOCK] == b"a" * BLOCK
+
+
+@pytest.mark.parametrize("options", ["data_file=data", "data_file=data,data_file_raw=on"])
+def test_data_file_stays_that_of_what_is_frozen(image: Path, tmp_path: Path, options: str) -> None:
+    qcow2_tool_ok("create", "-o", options.replace("=data", f"={tmp_path}/data", 1), image, str(SIZE))
+    with start(image, f"--data-file={tmp_path}/data") as daemon, FrontEnd(daemon.socket_path):
+        assert "name its data file itself" in refusal(image, "frozen")
+    with start(image, "--sandbox") as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        freeze(image, "frozen")
+        guest.write(BLOCK, b"b" * BLOCK)
+        qemu_img("convert", "-O", "raw", str(image.with_name("frozen")), str(tmp_path / "copy"))
+        daemon.stop()
+    assert content(image)[: 2 * BLOCK] == b"a" * BLOCK + b"b" * BLOCK
+    assert content(image.with_name("frozen"))[: 2 * BLOCK] == b"a" * BLOCK + bytes(BLOCK)
+    assert (tmp_path / "copy").read_bytes() == content(image.with_name("frozen"))
+    assert_clean(image)
+    assert_clean(image.with_name("frozen"))
 
 
 @pytest.mark.parametrize("place", ["link", "elsewhere/link"])
