@@ -1,8 +1,11 @@
 """Whoever changes the C sees here which mutants of the simulator have to follow."""
 
+import re
+
 import pytest
 
 from tests.sim.build import ROOT
+from tests.sim.hunt import DURABILITY, TABLE, fault_of
 from tests.sim.mutant import MUTANTS, Mutant
 from tests.sim.patch import PATCHES
 
@@ -16,3 +19,18 @@ def test_a_mutant_finds_what_it_breaks(mutant: Mutant) -> None:
 
 def test_a_mutant_without_an_edit_is_a_patch_of_the_engine() -> None:
     assert {one.name for one in MUTANTS if not one.edit} == {patch.__name__ for patch in PATCHES}
+
+
+def test_the_table_in_the_documentation_is_of_these_mutants_and_workloads() -> None:
+    rows = re.findall(
+        r"^\| (\w+) \| ([^|]+) \| ([^|]+) \| \d+ \| ", TABLE.findall(DURABILITY.read_text())[0], re.MULTILINE
+    )
+    assert rows == [(one.name, one.law, one.workload) for one in MUTANTS]
+
+
+def test_what_was_wrong_is_said_without_what_differs() -> None:
+    stdout = "history 7\nseed 7: v2-backing, writethrough=False: read 9: sector 81 shows b'R00'\nTally(histories=8)\n"
+    assert fault_of(stdout, "") == "read N: sector N shows ..."
+    assert fault_of("history 7\n", "/tmp/include/ring/x.c:3: not so: a == 1 || b\n") == (
+        r"assertion in ring/x.c: `a == 1 \|\| b`"
+    )

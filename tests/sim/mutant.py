@@ -19,6 +19,12 @@ class Mutant(NamedTuple):
     is_full: bool = False  # it takes a host that is full for a while
     walks: bool = False  # it is found among the deaths in last lives
 
+    @property
+    def workload(self) -> str:
+        """What finds it."""
+        sorts = ", ".join(self.sorts) or "all sorts"
+        return sorts + ", full host" * self.is_full + ", deaths walked" * self.walks
+
 
 MUTANTS = [
     Mutant(
@@ -45,6 +51,7 @@ MUTANTS = [
         "flush_forgets_waiting_links",
         "Law 2: a sync is no flush while links wait",
         Edit("virtio/block.c", "    if (!block->flush_punts) {", "    if (block) {"),
+        ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "followers_never_leave",
@@ -92,6 +99,12 @@ MUTANTS = [
             "        operation->progress += result;\n        ASSERT",
             "        operation->progress = operation->nbytes;\n        ASSERT",
         ),
+    ),
+    Mutant(
+        "rest_of_an_encrypted_write_is_taken_for_its_start",
+        "Law 1: a transfer is carried through",
+        Edit("ring/operation.c", "cipher_sector(operation, operation->progress), ", "cipher_sector(operation, 0), "),
+        ("encrypted", "encrypted-overlay", "encrypted-parts"),
     ),
     Mutant(
         "cancelled_work_is_done",
@@ -209,6 +222,39 @@ MUTANTS = [
     ),
     Mutant("links_of_the_data_plane_are_not_taken_over", "Law 2", sorts=("overlay", "overlay-lazy")),
     Mutant(
+        "one_of_two_files_is_synced",
+        "Law 2",
+        Edit("virtio/block.c", "    if (request->synced != SYNCED || ", "    if (request->synced == SYNCED || "),
+        ("data-file", "data-file-overlay"),
+    ),
+    Mutant(
+        "what_was_written_once_is_taken_for_zeros",
+        "Law 3: in a data file a place is zeros only if it was a hole",
+        Edit(
+            "qcow2/plane/fresh.c",
+            "        !untouched_has(map->untouched, touched->cluster, touched->cluster))",
+            "        (!map && !untouched_has(map->untouched, touched->cluster, touched->cluster)))",
+        ),
+        ("data-file", "data-file-overlay"),
+    ),
+    Mutant(
+        "clusters_of_encrypted_images_are_not_blanked",
+        "Law 3: what is around a fresh write decrypts to zeros",
+        sorts=("encrypted", "encrypted-overlay"),
+    ),
+    Mutant(
+        "data_plane_frees_without_a_sync",
+        "Laws 4 and 5: what is freed after a sync has begun waits for the next",
+        sorts=("512", "accurate"),
+        walks=True,
+    ),
+    Mutant(
+        "part_of_what_waited_will_do",
+        "Law 1: records that later ones have overwritten are missed",
+        sorts=("overlay", "overlay-lazy"),
+        walks=True,
+    ),
+    Mutant(
         "cluster_is_handed_out_twice",
         "Law 3",
         Edit("qcow2/plane/stock.c", "    run->first += count;", "    run->first += count - (run->first % 16 == 5);"),
@@ -238,6 +284,7 @@ MUTANTS = [
         "cleared_slice_keeps_waiting_links",
         "Law 3: entries that wait are not cleared",
         Edit("qcow2/plane/clear.c", "!l2map_is_claimed(map, slice) && ", ""),
+        ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "freed_cluster_stays_mapped",

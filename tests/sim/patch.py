@@ -4,7 +4,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from qcow2.driver.operation import Grace, Zero
+from qcow2.engine.allocation import Allocator
 from qcow2.engine.links import Links
+from qcow2.engine.reaper import Reaper
+from qcow2.plane.linklog import NOTHING, FoundLog, Link
 
 Patch = pytest.MonkeyPatch
 Waiting = tuple[Sequence[int], Sequence[int], Sequence[int]]  # entries, old entries, freed clusters
@@ -13,6 +17,41 @@ Waiting = tuple[Sequence[int], Sequence[int], Sequence[int]]  # entries, old ent
 def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:
     """A commit leaves them out."""
     patch.setattr(Links, "_gather", lambda self: None)
+
+
+def clusters_of_encrypted_images_are_not_blanked(patch: Patch) -> None:
+    """They are zeros, which decrypt to anything."""
+
+    async def blank(self: Allocator, area: range) -> None:
+        await Zero(self._file, area.start << self._geometry.cluster_bits, len(area) << self._geometry.cluster_bits)
+
+    patch.setattr(Allocator, "_blank", blank)
+
+
+def data_plane_frees_without_a_sync(patch: Patch) -> None:
+    """What the data plane frees while a batch is being synced joins that batch."""
+
+    async def release(self: Reaper, batch: list[int]) -> None:
+        await self._stability.sync()
+        await Grace()
+        self._gather()
+        batch += self._waiting
+        self._waiting = []
+        await self._count_down(sorted(batch))
+
+    patch.setattr(Reaper, "_release", release)
+
+
+def part_of_what_waited_will_do(patch: Patch) -> None:
+    """Of the links that waited at a moment those will do that are still there."""
+
+    def links_at(self: FoundLog, stamp: int) -> list[Link] | None:
+        known = [record for number, record in sorted(self.records.items()) if number < stamp]
+        if not known:
+            return None if stamp else []
+        return [Link(*record[:3]) for record in known if record[3] >= known[-1][4] and record[0] != NOTHING]
+
+    patch.setattr(FoundLog, "links_at", links_at)
 
 
 def once_a_link_outlived_its_cluster(patch: Patch) -> None:
@@ -56,6 +95,9 @@ def once_two_links_waited_for_each_other(patch: Patch) -> None:
 
 PATCHES: list[Callable[[Patch], None]] = [
     links_of_the_data_plane_are_not_taken_over,
+    clusters_of_encrypted_images_are_not_blanked,
+    data_plane_frees_without_a_sync,
+    part_of_what_waited_will_do,
     once_a_link_outlived_its_cluster,
     once_two_links_waited_for_each_other,
 ]
