@@ -24,7 +24,9 @@ Content: TypeAlias = bytes | bytearray  # of a cluster; nobody changes it
 CACHE_BYTES = 4 << 20
 UNPACKING_BYTES = 32 << 20  # of streams and clusters under way, at most
 LEVELS = {CompressionType.ZLIB: range(1, 13), CompressionType.ZSTD: range(1, 20)}  # of libdeflate and zstd
-DEFAULT_LEVELS = {CompressionType.ZLIB: 6, CompressionType.ZSTD: 3}
+# Level 4 of libdeflate makes streams 3 to 6 % shorter than qemu-img's (zlib's 6 with a window of 4 KiB) in 0.4 of its
+# time, level 6 another 3 % in 0.6 (programs and texts of Debian 12).
+DEFAULT_LEVELS = {CompressionType.ZLIB: 4, CompressionType.ZSTD: 3}
 ZSTD_WINDOW_LOG = 27  # the library's own limit, and QEMU's; of the window only as much is touched as a cluster has
 
 

@@ -12,7 +12,6 @@ from qcow2.format.luks import Luks, LuksRecord, SlotRecord, parse_luks
 from qcow2.format.snapshot import Snapshot, read_snapshots
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
-from qcow2.node.luks import read_luks
 
 NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]
@@ -35,6 +34,8 @@ def facts_of_file(file: HostFile, image_format: str) -> Facts:
     else:
         facts["virtual-size"] = known.outline(file).size
     if known.has_key_slots:
+        from qcow2.node.luks import read_luks  # and with it the engine
+
         luks = run(read_luks(file))[0]
         facts |= {"encrypted": True, "format-specific": {"type": "luks", "data": luks_facts(luks)}}
     return facts

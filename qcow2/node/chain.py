@@ -14,10 +14,8 @@ from qcow2.error import ImageError, UnsupportedImage
 from qcow2.judge.census import Progress
 from qcow2.lock import lock_image, show_life
 from qcow2.node.formats import Outline, format_of
-from qcow2.node.gate import ANY, BACKING, DATA, Gate
+from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate
 from qcow2.node.node import Node
-
-MAX_DEPTH = 100
 
 
 def outline(path: str, image_format: str) -> Outline:

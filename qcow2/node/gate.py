@@ -12,6 +12,7 @@ from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 
 BACKING, DATA = "backing file", "data file"
+MAX_DEPTH = 100  # files of a chain
 
 
 @dataclass(frozen=True, slots=True)

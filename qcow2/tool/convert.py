@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="accepted; the target is synced at the end")
     parser.add_argument("-c", "--compress", action="store_true", help="compress what is written")
-    parser.add_argument("--compression-level", metavar="N", help="zlib: 1 to 12 (6); zstd: 1 to 19 (3)")
+    parser.add_argument("--compression-level", metavar="N", help="zlib: 1 to 12 (4); zstd: 1 to 19 (3)")
     parser.add_argument("--bitmaps", action="store_true", help="copy the dirty bitmaps, too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but for those that cannot be used")
     parser.add_argument("--salvage", action="store_true", help="what cannot be read is zeros, and said")

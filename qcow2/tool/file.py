@@ -9,7 +9,6 @@ from typing import Any
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.library.hostfile import opened
-from qcow2.node.recovery import recover
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +40,8 @@ def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
 
     Raises: OSError, ImageError.
     """
+    from qcow2.node.recovery import recover  # and with it the engine
+
     with opened(path, writable=True) as file:
         recover(file, arguments.link_log, discard=arguments.discard_link_log)
         yield file

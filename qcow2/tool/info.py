@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.library.facts import Facts, facts_of
-from qcow2.node.chain import MAX_DEPTH
-from qcow2.node.gate import backing_path
+from qcow2.node.gate import MAX_DEPTH, backing_path
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import is_qemu_img
