@@ -155,7 +155,8 @@ class Exports:
         if file in self._exports and self._exports[file].is_alive:
             raise ExportRefused(f"{file} is exported already")
         self._forget(file)
-        options = ["--read-only", "--persistent", "--shared=0", "--end-with-input", "--pid-file=/dev/stdout"]
+        options = ["--read-only", "--persistent", "--shared=0", "--allocation-depth"]
+        options += ["--end-with-input", "--pid-file=/dev/stdout"]
         options += [f"--bitmap={name}" for name in bitmaps]
         options += [f"--allow-files={directory}" for directory in self._allowed]
         options += [f"--tls-creds={certificates}"] if certificates is not None else []

@@ -40,6 +40,7 @@ class Terms:
     is_shared: bool = False  # with more than one client at a time
     cache: Cache = Cache.WRITEBACK
     bitmaps: tuple[str, ...] = ()  # whose bits clients may ask for
+    tells_depth: bool = False  # which file of the chain has what
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ class Export:
         self._node = node
         self._driver = driver
         self._terms = terms
-        self.contexts: list[Context] = [_Allocation(node, driver)]
+        self.contexts: list[Context] = [_Extents(b"base:allocation", _allocation, node, driver)]
+        if terms.tells_depth:
+            self.contexts.append(_Extents(b"qemu:allocation-depth", _depth, node, driver))
         self.contexts += [_bitmap_of(node, driver, name) for name in terms.bitmaps]
         self._sendable = _sendable_files(node) if node.read_only else set()
 
@@ -173,12 +176,22 @@ def _sendable_files(node: Node) -> "set[object]":
     }
 
 
-class _Allocation:
-    """`base:allocation`: what is a hole, and what reads as zeros."""
+def _allocation(extent: Extent) -> int:
+    """What is a hole, and what reads as zeros."""
+    return (0 if extent.is_data else Allocation.HOLE) | (Allocation.ZERO if extent.is_zero else 0)
 
-    name = b"base:allocation"
 
-    def __init__(self, node: Node, driver: SharedDriver) -> None:
+def _depth(extent: Extent) -> int:
+    """Which file of the chain tells, 1 for the image itself; 0: none does."""
+    return extent.depth + 1 if extent.is_present else 0
+
+
+class _Extents:
+    """A context that is in the mapping: *flags* of each extent."""
+
+    def __init__(self, name: bytes, flags: Callable[[Extent], int], node: Node, driver: SharedDriver) -> None:
+        self.name = name
+        self._flags = flags
         self._node = node
         self._driver = driver
 
@@ -191,13 +204,13 @@ class _Allocation:
         end = offset + nbytes
         while offset < end:
             extent = await find_extent(self._node, offset, end - offset)
-            flags = (0 if extent.is_data else Allocation.HOLE) | (Allocation.ZERO if extent.is_zero else 0)
+            flags = int(self._flags(extent))
             if found and found[-1][1] == flags:
                 found[-1] = (found[-1][0] + extent.nbytes, flags)
             elif len(found) == MAX_EXTENTS:
                 break
             else:
-                found.append((extent.nbytes, int(flags)))
+                found.append((extent.nbytes, flags))
             offset += extent.nbytes
         return found
 

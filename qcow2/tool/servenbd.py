@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-B", "--bitmap", action="append", default=[], metavar="NAME", help="let clients ask what this bitmap holds"
     )
+    parser.add_argument(
+        "-A", "--allocation-depth", action="store_true", help="let clients ask which file of the chain has what"
+    )
     parser.add_argument("-e", "--shared", type=int, default=1, metavar="N", help="clients at once, 0: any number")
     parser.add_argument("-t", "--persistent", action="store_true", help="go on when the last client has left")
     parser.add_argument(
@@ -75,7 +78,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         driver, node = stack.enter_context(_opened(arguments))
         is_shared = arguments.shared != 1
         terms = Terms(
-            arguments.export_name, arguments.description, is_shared, Cache(arguments.cache), tuple(arguments.bitmap)
+            arguments.export_name,
+            arguments.description,
+            is_shared,
+            Cache(arguments.cache),
+            tuple(arguments.bitmap),
+            arguments.allocation_depth,
         )
         export = Export(node, driver, terms)
         tls = None

@@ -89,6 +89,30 @@ def test_what_was_frozen_is_pulled_while_the_guest_writes(image: Path, tmp_path:
     assert_clean(image)
 
 
+def test_what_changed_since_the_last_snapshot_is_all_that_is_pulled(image: Path, tmp_path: Path) -> None:
+    path, context = tmp_path / "sock", "qemu:allocation-depth"
+    backup, moments, pulled = bytearray(SIZE), [], []
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        load = Load(guest, SIZE // BLOCK, zeroes=True)
+        for name, nrequests in (("monday", 150), ("tuesday", 20)):
+            load.run(nrequests)
+            load.drain()
+            moments.append(expected(load))
+            ctl_ok(image, "snapshot", name)
+            ctl_ok(image, "export", "start", name, "--socket", path)
+            with Client(path, contexts=(context,)) as client:
+                offset = 0
+                for nbytes, depth in client.status(0, SIZE)[context]:
+                    if depth == 1:
+                        backup[offset : offset + nbytes] = client.read(offset, nbytes)
+                        pulled.append((name, nbytes))
+                    offset += nbytes
+            ctl_ok(image, "export", "stop", name)
+            assert backup == moments[-1]
+        end(daemon)
+    assert sum(nbytes for name, nbytes in pulled if name == "tuesday") < SIZE // 2
+
+
 def test_no_export_outlives_the_daemon(image: Path, tmp_path: Path) -> None:
     qemu_io(image, "write -P 7 0 64k")
     for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):

@@ -14,6 +14,7 @@ from tests.program import TIMEOUT
 
 SIZE = 20 << 20
 CLUSTER = 64 << 10
+PYTHON = "/usr/bin/python3"  # whose libnbd no virtual environment sees
 needs_libnbd = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="no libnbd-bin here")
 
 
@@ -164,3 +165,63 @@ def test_nbdcopy_both_ways(image: Path, tmp_path: Path, options: tuple[str, ...]
         server.end()
     assert content_of(back) == content_of(image)
     assert_not_corrupt(back)
+
+
+@needs_libnbd
+def test_nbdinfo_tells_which_file_has_what(image: Path) -> None:
+    with Server(image, "-r", "-A") as server:
+        said = json.loads(run("nbdinfo", "--map=qemu:allocation-depth", "--json", server.uri))
+        server.end()
+    depths = {each["offset"]: each["type"] for each in said}
+    wanted = {0: 0, 1 << 20: 2, 2 << 20: 1, (2 << 20) + 2 * CLUSTER: 2, 3 << 20: 1, (3 << 20) + CLUSTER: 2, 4 << 20: 0}
+    assert depths == {**wanted, 5 << 20: 2, (5 << 20) + CLUSTER: 0, 15 << 20: 1, 16 << 20: 0, SIZE - CLUSTER: 1}
+
+
+def has_libnbd() -> bool:
+    return subprocess.run([PYTHON, "-c", "import nbd; nbd.NBD"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_libnbd(), reason="no libnbd for /usr/bin/python3 here")
+def test_libnbd_and_its_strict_checks(image: Path) -> None:
+    """What a backup program in Python does: one connection, everything that the export says it can."""
+    before = content_of(image)
+    with Server(image, "-A") as server:
+        said = json.loads(run(PYTHON, "-c", LIBNBD, server.uri))
+        server.end()
+    after = content_of(image)
+    assert said["can"] == [True] * 8
+    assert said["sizes"] == [1, 4096, 32 << 20]
+    assert bytes.fromhex(said["read"]) == before[2 << 20 :][:200]
+    assert said["flags"] == [[CLUSTER, 0], [(2 << 20) - CLUSTER, 3]]
+    assert said["depth"] == [[CLUSTER, 1], [(2 << 20) - CLUSTER, 0]]
+    assert after[7 << 20 :][:200] == b"x" * 100 + bytes(100)
+    assert after[15 << 20 :][: 1 << 20] == bytes(1 << 20)
+
+
+LIBNBD = """
+import json, sys, nbd
+h = nbd.NBD()
+h.add_meta_context("base:allocation")
+h.add_meta_context("qemu:allocation-depth")
+h.connect_uri(sys.argv[1])
+found = {"can": [h.can_flush(), h.can_fua(), h.can_trim(), h.can_zero(), h.can_fast_zero(), h.can_df(), h.can_cache(),
+                 h.get_structured_replies_negotiated()]}
+found["sizes"] = [h.get_block_size(n) for n in (nbd.SIZE_MINIMUM, nbd.SIZE_PREFERRED, nbd.SIZE_MAXIMUM)]
+chunks = bytearray(200)
+def take(data, offset, status, error):
+    chunks[offset - (2 << 20):offset - (2 << 20) + len(data)] = data
+h.pread_structured(200, 2 << 20, take, nbd.CMD_FLAG_DF)
+found["read"] = bytes(chunks).hex()
+h.pwrite(b"x" * 100, 7 << 20, nbd.CMD_FLAG_FUA)
+h.zero(1 << 20, 15 << 20, nbd.CMD_FLAG_FAST_ZERO | nbd.CMD_FLAG_NO_HOLE)
+h.trim(1 << 20, 16 << 20, nbd.CMD_FLAG_FUA)
+h.cache(1 << 20, 0, 0)
+h.flush()
+told = {}
+def tell(context, offset, entries, error):
+    told[context] = [[length, flags] for length, flags in zip(entries[::2], entries[1::2])]
+h.block_status(2 << 20, 7 << 20, tell)
+found["flags"], found["depth"] = told["base:allocation"], told["qemu:allocation-depth"]
+h.shutdown()
+print(json.dumps(found))
+"""
