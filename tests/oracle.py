@@ -16,9 +16,9 @@ from tests.builder.record import HEADER_FIELDS, V2_FIELDS
 TIMEOUT = 60
 
 
-def qemu_img(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run qemu-img; a failure raises with what it said unless *check* is false."""
-    command = ["qemu-img", *map(str, arguments)]
+def qemu_img(*arguments: str | Path, check: bool = True, program: str = "qemu-img") -> subprocess.CompletedProcess[str]:
+    """Run qemu-img, or that of one of `peers`; a failure raises with what it said unless *check* is false."""
+    command = [program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
