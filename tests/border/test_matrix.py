@@ -123,7 +123,7 @@ def assert_refused(world: str, status: int, said: str) -> None:
     assert TOLD.search(said), f"{world}: no word of why"
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("world", WORLDS)
 def test_daemon(world: str, place: Path) -> None:
     """Flushed and acknowledged writes outlive its death, and the next life in the same world ends cleanly."""
@@ -145,7 +145,7 @@ def test_daemon(world: str, place: Path) -> None:
     assert_not_corrupt(place / "disk")
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("world", WORLDS)
 def test_library(world: str, place: Path) -> None:
     """The same through `import qcow2`: a process that dies, and the next one."""
@@ -163,7 +163,7 @@ def test_library(world: str, place: Path) -> None:
     assert_not_corrupt(place / "disk")
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("world", WORLDS)
 def test_tool(world: str, place: Path) -> None:
     """Each command that changes an image, after a death that left a link log; then nothing acknowledged is missing."""

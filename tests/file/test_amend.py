@@ -22,6 +22,7 @@ from tests.program import qcow2_tool, qcow2_tool_ok
 MIB = 1 << 20
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", range(6))
 def test_there_and_back_again(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

@@ -141,6 +141,7 @@ def test_a_bad_image_is_refused_by_the_library(tmp_path: Path, kind: str) -> Non
     assert sha256(path) == before
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("kind", {**BAD_IMAGES, **BAD_FOR_WRITERS})
 def test_a_bad_image_is_refused_by_the_daemon(tmp_path: Path, kind: str) -> None:
     make, word = {**BAD_IMAGES, **BAD_FOR_WRITERS}[kind]

@@ -62,6 +62,7 @@ class Guest:
         assert all(bitmap.is_valid for bitmap in found.values())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("cache", ["writeback", "writethrough", "unsafe"])
 @pytest.mark.parametrize("over", [False, True], ids=["alone", "overlay"])
 def test_bitmaps_are_exact_after_a_stop_and_after_a_kill(tmp_path: Path, cache: str, over: bool) -> None:

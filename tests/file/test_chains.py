@@ -9,6 +9,7 @@ from tests.chains.work import WORK
 from tests.crash.explorer import Violation
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("work", WORK)
 def test_the_guest_sees_the_same_disk(work: str, part: int) -> None:

@@ -31,6 +31,7 @@ from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
 MIB = 1 << 20
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", range(8))
 def test_any_chain_into_any_of_its_images(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

@@ -44,6 +44,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("options", [(), ("--sandbox", "--cache=none")])
 @pytest.mark.parametrize("name", PLACES)
 def test_daemon_serves(image: Path, name: str, options: tuple[str, ...]) -> None:

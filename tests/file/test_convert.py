@@ -82,7 +82,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.sample(30)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("words", ROWS)
 @pytest.mark.parametrize("peer", peers(), ids=os.path.basename)
 def test_same_words_make_the_same_disk(images: Path, tmp_path: Path, peer: str, words: str) -> None:
@@ -138,6 +138,7 @@ def test_target_that_is_there_gets_the_disk_and_zeros_after_it(
         assert_clean(target)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("words", [(), ("--target-is-zero",), ("-m", "1"), ("-W",)], ids=str)
 @pytest.mark.parametrize("cluster_size", ["4k", "64k", "1M"])
 def test_target_that_is_there_is_written_compressed(
@@ -232,6 +233,7 @@ def test_backing_file_that_is_not_the_sources_gives_the_right_disk(tmp_path: Pat
     assert qemu_read(old) == bytes(MIB)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", range(4))
 def test_any_disk_comes_through_any_format(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

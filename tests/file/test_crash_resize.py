@@ -85,7 +85,7 @@ def explore(
     return Explorer(run, sized_opener(kind, min(WATCHED, sizes[-1])), seed).explore(stride=stride)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
 @pytest.mark.parametrize("kind", KINDS_OF_1K)
 def test_every_point_of_growing_twice(kind: str, writethrough: bool) -> None:

@@ -229,6 +229,7 @@ def test_two_images_do_not_share_a_data_file(tmp_path: Path) -> None:
         qcow2.open(other, writable=True)
 
 
+@pytest.mark.sample(3)
 @RAW
 @pytest.mark.parametrize("options", [("--sandbox",), ("--cache=writethrough",), ("--cache=none", "--aio=threads")])
 def test_a_daemon_serves_it(tmp_path: Path, is_raw: bool, options: tuple[str, ...]) -> None:

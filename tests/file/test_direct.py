@@ -30,6 +30,7 @@ def overlay(base: Path, name: str, cluster_size: int = 65536) -> Path:
     return path
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cluster_size", [512, 2048, 4096, 65536])
 @pytest.mark.parametrize("cache", ["none", "directsync"])
 def test_requests_of_sectors_from_odd_addresses(base: Path, cluster_size: int, cache: str) -> None:

@@ -133,6 +133,7 @@ def test_reading_ends_well(tmp_path: Path, action: str, damage: str) -> None:
     no_visit_failed(visit(action, images(tmp_path, islice(DAMAGES[damage](), 0, None, every))))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("action", WRITERS)
 def test_writing_ends_well(tmp_path: Path, action: str, damage: str) -> None:

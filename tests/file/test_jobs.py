@@ -221,6 +221,7 @@ def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
     assert_clean(top)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("at", [3, 9, 15, 18, 20, 22, 24, 26])
 def test_death_before_any_call_leaves_the_same_disk(top: Path, at: int) -> None:
     """Before the *at*-th call that changes a file; the next daemon can stream what is left."""

@@ -14,7 +14,7 @@ from tests.kill.round import Round
 from tests.kill.throttle import NoThrottle, throttle
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cache", [cache for cache in CACHES if cache not in DIRECT])
 @pytest.mark.parametrize("kind", [*KINDS, *FEATURES])
 def test_what_a_killed_daemon_acknowledged_is_there(tmp_path: Path, kind: str, cache: str) -> None:

@@ -140,6 +140,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.sample(25)
 @pytest.mark.parametrize("words", ROWS)
 @pytest.mark.parametrize("peer", peers(), ids=os.path.basename)
 def test_same_words_change_the_same(originals: Path, tmp_path: Path, peer: str, words: str) -> None:

@@ -194,6 +194,7 @@ CREATIONS = [
 ]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("words", CREATIONS)
 def test_same_words_create_the_same(images: Path, tmp_path: Path, words: str) -> None:
     results = []
