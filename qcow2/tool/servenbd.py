@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.shared import SharedDriver
@@ -62,47 +62,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="what the image names lies beneath it; repeatable (default: anywhere)",
     )
+    parser.add_argument("--fork", action="store_true", help="go on in the background once clients may come")
     parser.add_argument("--end-with-input", action="store_true", help="end when standard input does")
     parser.add_argument("--pid-file", metavar="PATH", help="write the process id there once clients may come")
     parser.add_argument("filename", metavar="FILE", help="the image")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Serve until a signal comes, or the last client has left.
+    """Serve until a signal comes, or the last client has left; with --fork return once clients may come.
 
     Raises: UsageError, Failure, OSError, ImageError.
     """
     _validate(arguments)
+    if not arguments.fork:
+        _serve(arguments, lambda: None)
+        return 0
+    ready_fd, tell_fd = os.pipe()
+    server = os.fork()  # before there is anything that a child could not have: locks, threads
+    if server:
+        os.close(tell_fd)
+        return 0 if os.read(ready_fd, 1) else max(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]), 1)
+    os.close(ready_fd)
+    os.setsid()
+    _serve(arguments, lambda: _leave_terminal(tell_fd))
+    return 0
+
+
+def _leave_terminal(tell_fd: int) -> None:
+    """Nobody reads what we say any more; who waits at *tell_fd* need not."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nowhere, fd)
+    os.close(nowhere)
+    os.write(tell_fd, b"1")
+    os.close(tell_fd)
+
+
+def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> None:
     with ExitStack() as stack:
         stop_fd = stack.enter_context(_stopped_by_signals())
-        driver, node = stack.enter_context(_opened(arguments))
-        is_shared = arguments.shared != 1
-        terms = Terms(
-            arguments.export_name,
-            arguments.description,
-            is_shared,
-            Cache(arguments.cache),
-            tuple(arguments.bitmap),
-            arguments.allocation_depth,
-        )
-        export = Export(node, driver, terms)
         tls = None
         if arguments.tls_creds is not None:
             from qcow2.nbd.tls import server_context
 
             tls = server_context(arguments.tls_creds, verifies=arguments.tls_verify_peer == "on")
+        driver, node = stack.enter_context(_opened(arguments))
+        export = Export(node, driver, _terms(arguments))
         listeners = _listeners(arguments, stack)
         if arguments.pid_file is not None:
             with open(arguments.pid_file, "w", encoding="ascii") as file:
                 print(os.getpid(), file=file)
+        on_ready()
         stop_fds = (stop_fd, 0) if arguments.end_with_input else (stop_fd,)
         Server(export, listeners, limit=arguments.shared, tls=tls, persists=arguments.persistent).run(*stop_fds)
-    return 0
+
+
+def _terms(arguments: argparse.Namespace) -> Terms:
+    return Terms(
+        name=arguments.export_name,
+        description=arguments.description,
+        is_shared=arguments.shared != 1,
+        cache=Cache(arguments.cache),
+        bitmaps=tuple(arguments.bitmap),
+        tells_depth=arguments.allocation_depth,
+    )
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     if arguments.socket is not None and (arguments.port is not None or arguments.bind is not None):
         raise UsageError("--socket and --port or --bind exclude each other")
+    if arguments.fork and arguments.end_with_input:
+        raise UsageError("--fork and --end-with-input exclude each other")
     if arguments.shared < 0:
         raise UsageError(f"--shared={arguments.shared} is not a number of clients")
     if not 0 <= (arguments.port or 0) < 1 << 16:

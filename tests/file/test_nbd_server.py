@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -133,6 +134,19 @@ def test_a_path_of_its_own(image: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT) == 0
     assert not path.exists()
+
+
+def test_a_server_in_the_background(image: Path, tmp_path: Path) -> None:
+    path, pid_file = tmp_path / "sock", tmp_path / "pid"
+    assert qcow2_tool("serve-nbd", "--fork", "-k", path, "--pid-file", pid_file, image).returncode == 0
+    server = os.pidfd_open(int(pid_file.read_text()))
+    with Client(path) as client:
+        client.write(0, b"x")
+    assert select.select([server], [], [], TIMEOUT)[0]  # its last client has left
+    os.close(server)
+    assert not path.exists()
+    failed = qcow2_tool("serve-nbd", "--fork", "-k", path, "-B", "none", image)
+    assert (failed.returncode, failed.stderr) == (1, "qcow2: Dirty bitmap 'none' not found\n")
 
 
 def test_tcp(image: Path, tmp_path: Path) -> None:
