@@ -181,7 +181,7 @@ $(BIN)/python: | build-packages
 # Editable, so only a change of the compiled half or of the dependencies needs another run.
 $(VENV)/installed: $(NATIVE) | $(BIN)/python
 	@echo "building the C extensions and installing into $(VENV): this project, pytest, pyelftools, hypothesis"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@flock share/install.sh $(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/installed

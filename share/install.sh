@@ -61,6 +61,9 @@ launchers() {
 }
 
 build() {
+    # One build at a time in this clone: setuptools copies out of `build` what another one would just delete.
+    exec 9<share/install.sh
+    flock 9
     # Or modules that are gone would come along.
     [ ! -d build ] || find build -name '*.py' -delete
     "$BUILDER" -m pip install -q --disable-pip-version-check --no-build-isolation --target="$stage$library" .

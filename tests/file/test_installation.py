@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,3 +98,13 @@ def test_installing_again_leaves_no_file_of_before(installed: Installed) -> None
     installed.make("install")
     assert not installed.below(old).exists()
     installed.program("qcow2", "--version")
+
+
+@DEEP
+def test_two_installs_of_one_clone_at_once(tmp_path: Path) -> None:
+    """Each deletes, builds and copies in the same `build`."""
+    places = [Installed(tmp_path / name, "/usr/local") for name in ("one", "two")]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda place: place.make("install"), places))
+    for place in places:
+        place.program("qcow2", "--version")
