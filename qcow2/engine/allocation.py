@@ -24,6 +24,7 @@ from qcow2.plane.stock import Stock
 FIRST_RUN_BYTES = 256 << 10
 MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
 MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
+MAX_LAZY_BLANK_BYTES = 16 << 20  # of an encrypted one they are written
 BLANK_BYTES = 256 << 10  # encrypted at a time
 SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
 SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
@@ -43,9 +44,8 @@ class Allocator:
     ) -> None:
         self._file = opened.file
         self._data = opened.data
-        self._encrypts = (
-            opened.data.is_encrypted and opened.data.native is not None
-        )  # without its key nobody writes data
+        has_key = opened.data.native is not None  # without it nobody writes data
+        self._encrypts = opened.data.is_encrypted and has_key
         self._geometry = opened.geometry
         self._refcounts = refcounts
         self._root = root
@@ -64,7 +64,8 @@ class Allocator:
         self._cursor = 0  # no cluster below it is free, as far as is known
         self._low = 0  # at so many the next reservation begins
         self._next_bytes = FIRST_RUN_BYTES
-        self._max_bytes = MAX_LAZY_RUN_BYTES if root.is_lazy and not self._encrypts else MAX_RUN_BYTES
+        most_if_lazy = MAX_LAZY_BLANK_BYTES if self._encrypts else MAX_LAZY_RUN_BYTES
+        self._max_bytes = most_if_lazy if root.is_lazy else MAX_RUN_BYTES
 
     async def allocate(self, nclusters: int) -> range:
         """Take at least one and at most *nclusters* consecutive host clusters.
