@@ -40,6 +40,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """A frozen image that a daemon offers over NBD."""
+
+    file: str
+    uri: str
+    is_running: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """What a daemon tells unasked."""
 
@@ -117,6 +126,32 @@ class Control:
     def snapshot(self, name: str) -> None:
         """Freeze what the disk holds as the file *name*."""
         self.ask("snapshot", name=name)
+
+    def export_start(
+        self,
+        file: str,
+        *,
+        socket: str | os.PathLike[str] | None = None,
+        port: int = 0,
+        address: str = "localhost",
+        bitmaps: Sequence[str] = (),
+        certificates: str | os.PathLike[str] | None = None,
+    ) -> Export:
+        """Offer the frozen image *file* over NBD, at *socket* or *port*; with *certificates* nothing without TLS."""
+        place: dict[str, Any] = {"port": port, "address": address}
+        if socket is not None:
+            place = {"socket": os.path.abspath(socket)}
+        if certificates is not None:
+            place["certificates"] = os.path.abspath(certificates)
+        return _export_of(self.ask("export-start", file=file, bitmaps=list(bitmaps), **place))
+
+    def export_stop(self, file: str) -> None:
+        """End it; who still reads is cut off."""
+        self.ask("export-stop", file=file)
+
+    def exports(self) -> list[Export]:
+        """What is exported, and was and has ended by itself."""
+        return [_export_of(each) for each in self.ask("export-list")]
 
     def flush(self) -> None:
         """Make every completed write stable."""
@@ -261,6 +296,10 @@ def _ask_each(controls: Sequence[Control], command: str, arguments: Sequence[dic
     if errors:
         raise errors[0]
     return results
+
+
+def _export_of(said: dict[str, Any]) -> Export:
+    return Export(said["export"], said["uri"], said["running"])
 
 
 def _job_of(record: dict[str, Any]) -> Job:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import qcow2
+import vhost
 from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.nbdclient import Client
@@ -98,8 +99,11 @@ def test_what_changed_since_the_last_snapshot_is_all_that_is_pulled(image: Path,
             load.run(nrequests)
             load.drain()
             moments.append(expected(load))
-            ctl_ok(image, "snapshot", name)
-            ctl_ok(image, "export", "start", name, "--socket", path)
+            with vhost.Control(f"{image}.control") as control:
+                control.snapshot(name)
+                export = control.export_start(name, socket=path)
+                assert control.exports() == [export]
+                assert (export.file, export.uri, export.is_running) == (name, f"nbd+unix:///?socket={path}", True)
             with Client(path, contexts=(context,)) as client:
                 offset = 0
                 for nbytes, depth in client.status(0, SIZE)[context]:
@@ -107,7 +111,8 @@ def test_what_changed_since_the_last_snapshot_is_all_that_is_pulled(image: Path,
                         backup[offset : offset + nbytes] = client.read(offset, nbytes)
                         pulled.append((name, nbytes))
                     offset += nbytes
-            ctl_ok(image, "export", "stop", name)
+            with vhost.Control(f"{image}.control") as control:
+                control.export_stop(name)
             assert backup == moments[-1]
         end(daemon)
     assert sum(nbytes for name, nbytes in pulled if name == "tuesday") < SIZE // 2
