@@ -18,7 +18,7 @@ import signal
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -82,6 +82,33 @@ def share_image(fd: int) -> None:
     """Keep of a writer's locks what a reader has. Raises: OSError."""
     for permission in (Permission.WRITE, Permission.RESIZE):
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, 0, USES + permission, 1, 0))
+
+
+def let_write(fd: int, path: str, readers: Sequence[int]) -> None:
+    """Lock the open image for writing beside *readers*, descriptions of our own, which forbid that no more then.
+
+    At no moment may anybody else write. Raises: ImageLocked, OSError; the readers have what they had.
+    """
+    _try_to_lock(fd, path, writable=False)
+    for reader in readers:
+        _allow(reader)
+    try:
+        _try_to_lock(fd, path, writable=True)
+    except OSError:
+        be_read_again(readers)
+        raise
+
+
+def be_read_again(readers: Sequence[int]) -> None:
+    """Let *readers* forbid writing again, while the description that wrote still does. Raises: OSError."""
+    for reader in readers:
+        for permission in FORBIDDEN:
+            _share(reader, "", FORBIDS + permission)
+
+
+def _allow(fd: int) -> None:
+    for permission in FORBIDDEN:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, 0, FORBIDS + permission, 1, 0))
 
 
 def is_of_the_dead(fd: int, path: str) -> bool:

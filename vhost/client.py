@@ -169,6 +169,10 @@ class Control:
         """Begin to pull what is above *base*, or all that is below, into the image."""
         return self._job("stream", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
 
+    def commit(self, base: str | None = None, *, rate: int = 0, on_error: str = "report") -> Job:
+        """Begin to bring what is between the image and *base*, or its backing file's, into that."""
+        return self._job("commit", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
+
     def jobs(self) -> list[Job]:
         """The one under way, and those that ended last."""
         return [_job_of(each) for each in self.ask("job-list")]

@@ -203,6 +203,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export-stop": lambda commands, file: commands.exports.stop(file),
     "export-list": lambda commands: commands.exports.list(),
     "stream": lambda commands, **options: commands.jobs.stream(**options),
+    "commit": lambda commands, **options: commands.jobs.commit(**options),
     "job-list": lambda commands: commands.jobs.job_list(),
     "job-pause": lambda commands, job: commands.jobs.job_pause(job),
     "job-resume": lambda commands, job: commands.jobs.job_resume(job),
@@ -227,6 +228,7 @@ ARGUMENTS = {
 OPTIONS = {  # which may be left out
     "export-start": ("socket", "address", "port", "bitmaps", "certificates"),
     "stream": ("base", "rate", "on-error"),
+    "commit": ("base", "rate", "on-error"),
 }
 
 LOOKS = ("status", "stats", "metrics")  # which wait for nobody

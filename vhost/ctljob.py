@@ -19,9 +19,12 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     """Declare the command lines of jobs. -> those of their actions."""
     stream = commands.add_parser("stream", help="pull what the image shows of its backing files into it")
     stream.add_argument("--base", metavar="FILE", help="only what is above this file of its chain")
-    stream.add_argument("--rate", metavar="RATE", type=parse_size, default=0, help="bytes a second, as in 50M")
-    stream.add_argument("--on-error", choices=[*OnError], default=OnError.REPORT, help="what becomes of the job then")
-    stream.add_argument("--wait", action="store_true", help="wait until it has ended, and show how far it is")
+    commit = commands.add_parser("commit", help="bring what is frozen under the image into the file under that")
+    commit.add_argument("--base", metavar="FILE", help="into this file of its chain")
+    for one in (stream, commit):
+        one.add_argument("--rate", metavar="RATE", type=parse_size, default=0, help="bytes a second, as in 50M")
+        one.add_argument("--on-error", choices=[*OnError], default=OnError.REPORT, help="what becomes of the job then")
+        one.add_argument("--wait", action="store_true", help="wait until it has ended, and show how far it is")
     events = commands.add_parser("events", help="print what happens as lines of JSON until the daemon ends")
     events.add_argument("names", metavar="NAME", nargs="*", help=f"{', '.join(NAMES)}; else all")
     job = commands.add_parser("job", help="long work on the disk: list, wait, pause, resume, cancel, set-rate")
@@ -36,7 +39,7 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
         one.add_argument("job", metavar="JOB", type=int, help="its number")
     rate.add_argument("rate", metavar="RATE", type=parse_size, help="bytes a second, as in 50M; 0: as fast as it goes")
     parsers = [listing, wait, pause, resume, cancel, rate]
-    for one in (stream, *parsers):
+    for one in (stream, commit, *parsers):
         one.add_argument("--json", action="store_true", help="print JSON")
     return parsers
 
@@ -46,8 +49,8 @@ def run_command(control: Control, request: dict[str, Any]) -> int:
     match request:
         case {"command": "events", "names": names}:
             return _print_events(control, names)
-        case {"command": "stream", "base": base, "rate": rate, "on_error": on_error}:
-            return _begun(control, control.stream(base, rate=rate, on_error=on_error), request)
+        case {"command": "stream" | "commit" as command, "base": base, "rate": rate, "on_error": on_error}:
+            return _begun(control, getattr(control, command)(base, rate=rate, on_error=on_error), request)
         case {"action": "list"}:
             return _show_all(control.jobs(), is_json=request["json"])
         case {"action": "wait", "job": number}:

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from qcow2 import ImageError
@@ -14,6 +15,7 @@ from qcow2.driver.task import Scheduler, Task
 from qcow2.engine.image import Image
 from qcow2.engine.links import LinkPolicy
 from qcow2.error import NotTried, no_memory
+from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
 from ring.extent import ExtentMap
 from ring.operations import Piece
@@ -231,7 +233,7 @@ class ImageBackend:
             file.fd,
             direct_fd=direct_fd,
             sync=self._cache.sync,
-            on_sync_failed=self._sync_failed,
+            on_sync_failed=partial(self._sync_failed, file),
             traits=self._held.traits[file],
         )
 
@@ -320,8 +322,8 @@ class ImageBackend:
         self._driver.go_on()
         done(problem)
 
-    def retire(self, image: Image, done: Callable[[str], None]) -> None:
-        """Leave *image*, which was on top and is only read now, clean on the disk: *done("")*, or what failed."""
+    def retire(self, image: Node, done: Callable[[str], None]) -> None:
+        """Leave *image*, which was written and is only read now, clean on the disk: *done("")*, or what failed."""
         self._driver.run(image.close(), lambda task: done(problem_of(task.take_error())))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
@@ -369,8 +371,11 @@ class ImageBackend:
         self._tell(describe(error))
         return Status.IOERR
 
-    def _sync_failed(self, number: int) -> None:
-        self._image.fail(OSError(number, f"sync failed: {os.strerror(number)}"))
+    def _sync_failed(self, file: HostFile, number: int) -> None:
+        """What lies in *file* takes no more writes: the image, or one below it that a job writes."""
+        assert self._held.disk is not None
+        below = [node for node in self._held.disk.chain.nodes[1:] if file is node.file]
+        (below or [self._image])[0].fail(OSError(number, f"sync failed: {os.strerror(number)}"))
 
     def _refuse_writes(self) -> None:
         """A metadata write or a sync failed: no success of the data plane may hide it."""

@@ -21,13 +21,14 @@ from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
+from qcow2.node.reopened import Reopened
 from ring.native import Pointer
 from ring.worker import look_at
+from vhost.direct import PAGE, open_all_direct, open_direct, shares_pages
 from vhost.option import Options
 from virtio.block import Unavailable
 from virtio.config import Properties
 
-PAGE = 4096
 Progress = Callable[[int, int], None]
 
 log = logging.getLogger("vhost")
@@ -115,8 +116,8 @@ class HeldImage:
         disk = Disk.of(chain, options.blk_file, options.format, self._opening)
         try:
             if options.cache.direct:
-                files = [file for file in disk.files if not _shares_pages(disk, file)]
-                self.direct_fds = _open_all_direct(files)
+                files = [file for file in disk.files if not shares_pages(disk, file)]
+                self.direct_fds = open_all_direct(files)
             self.traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in disk.files}
         except OSError:
             self._close_direct()
@@ -174,7 +175,7 @@ class HeldImage:
 
     def _prepare_direct(self, overlay: Overlay) -> None:
         if self._options.cache.direct and overlay.image.geometry.cluster_size >= PAGE:
-            self.direct_fds[overlay.file] = fd = _open_direct(overlay.file)
+            self.direct_fds[overlay.file] = fd = open_direct(overlay.file)
             lock_transfers(fd, overlay.file.path, writable=True)
             self._await_reads(overlay.file, self.direct_fds, self._memory)
         self.traits[overlay.file] = look_at(overlay.file.fd, self.direct_fds.get(overlay.file, -1))
@@ -192,7 +193,10 @@ class HeldImage:
 
     def share_below(self, overlay: Overlay) -> None:
         """Let others read what is below *overlay*, which is closed: other overlays may be over it. Raises: OSError."""
-        for file in overlay.files_below:
+        self._share(overlay.files_below)
+
+    def _share(self, files: Collection[HostFile]) -> None:
+        for file in files:
             share_image(file.fd)
             if file in self.direct_fds:
                 share_image(self.direct_fds[file])
@@ -205,6 +209,53 @@ class HeldImage:
         self.disk.image = overlay.image
         return past
 
+    @property
+    def written_below(self) -> Node | None:
+        """The disk under the image that is written as well, if one is."""
+        return None if self.disk is None else self.disk.chain.written_below
+
+    def prepare_writer(self, node: Node, nbytes: int) -> Reopened:
+        """*node*, a disk under the image, opened for writing, and made *nbytes* long if it is shorter.
+
+        As yet it changes nothing of what is served. Raises: OSError, UnsupportedImage, CorruptImage, ValueError.
+        """
+        assert self.disk is not None
+        chain = self.disk.chain
+        old = next(file for file, each in zip(chain.files, chain.nodes, strict=True) if each is node)
+        readers = [old.fd, *([self.direct_fds[old]] if old in self.direct_fds else [])]
+        options = OpenOptions(writable=True, lazy_refcounts=False, cache_size=self._opening.cache_size)
+        opened = Reopened(chain, node, readers, nbytes, options)
+        try:
+            if old in self.direct_fds and (opened.node.capabilities.cluster_size or PAGE) >= PAGE:
+                self.direct_fds = {**self.direct_fds, opened.file: (fd := open_direct(opened.file))}
+                lock_transfers(fd, opened.file.path, writable=True)
+                self._await_reads(opened.file, {opened.file: fd}, self._memory)
+            self.traits[opened.file] = look_at(opened.file.fd, self.direct_fds.get(opened.file, -1))
+        except BaseException:
+            self.discard_writer(opened)
+            raise
+        return opened
+
+    def discard_writer(self, opened: Reopened) -> None:
+        """Serve what was served. Raises: OSError."""
+        for close in self._forget_files([opened.file]):
+            close()
+        opened.discard()
+
+    def adopt_writer(self, opened: Reopened) -> list[Callable[[], None]]:
+        """Let *opened* be in the chain; the worker has nothing of the image. -> what closes the one that was there."""
+        old = opened.adopt()
+        return [*self._forget_files([old]), old.close]
+
+    def share(self, node: Node) -> None:
+        """Let others read *node*, a disk under the image that was written, and is closed. Raises: OSError."""
+        assert self.disk is not None
+        chain = self.disk.chain
+        if chain.written_below is node:
+            chain.written_below = None
+        file = next(file for file, each in zip(chain.files, chain.nodes, strict=True) if each is node)
+        self._share([file])
+
     def require_nameable(self, name: str | None) -> None:
         """Whether the next one to open the image may open *name* as its backing file. Raises: UnsupportedImage."""
         assert self.disk is not None
@@ -214,14 +265,15 @@ class HeldImage:
     def drop_between(self, base: Node | None) -> list[Callable[[], None]]:
         """Forget what the image, which is over *base* by now or over nothing, had above that. -> what closes it."""
         assert self.disk is not None
-        closing: list[Callable[[], None]] = []
-        for file in self.disk.chain.drop_between(base):
-            self.traits.pop(file)
-            fd = self.direct_fds.pop(file, -1)
-            if fd >= 0:
-                closing.append(partial(os.close, fd))
-            closing.append(file.close)
-        return closing
+        files = self.disk.chain.drop_between(base)
+        return [*self._forget_files(files), *(file.close for file in files)]
+
+    def _forget_files(self, files: Collection[HostFile]) -> list[Callable[[], None]]:
+        """No worker has them. -> what closes their second descriptors."""
+        gone = [fd for file, fd in self.direct_fds.items() if file in files]
+        self.direct_fds = {file: fd for file, fd in self.direct_fds.items() if file not in files}
+        self.traits = {file: traits for file, traits in self.traits.items() if file not in files}
+        return [partial(os.close, fd) for fd in gone]
 
     def look(self) -> None:
         """Read the size of an image that is not held, without a lock: another process may be writing it.
@@ -305,50 +357,3 @@ def refusal_of(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return str(error)
     raise error
-
-
-def _shares_pages(disk: Disk, file: HostFile) -> bool:
-    """Whether data and tables lie in one page, which must not be written by O_DIRECT and through the cache."""
-    image = disk.image
-    nbytes = image.capabilities.cluster_size
-    if not (file is disk.files[0] and file.writable and nbytes):
-        return False
-    if nbytes < PAGE:
-        log.warning("%s: clusters of %d bytes, less than a page: through the page cache", file.path, nbytes)
-    return nbytes < PAGE
-
-
-def _open_all_direct(files: list[HostFile]) -> dict[HostFile, int]:
-    """A second descriptor of each file that bypasses the page cache, the caller's to close.
-
-    Raises: OSError naming the file whose file system cannot do that.
-    """
-    with ExitStack() as opened:
-        descriptors = {}
-        for file in files:
-            descriptors[file] = _open_direct(file)
-            opened.callback(os.close, descriptors[file])
-            lock_transfers(descriptors[file], file.path, writable=file.writable)
-        opened.pop_all()
-        return descriptors
-
-
-def _open_direct(file: HostFile) -> int:
-    access = os.O_RDWR if file.writable else os.O_RDONLY
-    try:
-        return _reopen(file, access | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        message = f"cannot be opened with O_DIRECT, as this --cache mode needs: {error.strerror}"
-        raise OSError(error.errno, message, file.path) from None
-
-
-def _reopen(file: HostFile, flags: int) -> int:
-    """Open once more what *file* is, whatever its name leads to now; without a /proc, what it still names."""
-    try:
-        return os.open(f"/proc/self/fd/{file.fd}", flags)
-    except FileNotFoundError:
-        fd = os.open(file.path, flags)
-    if not os.path.samestat(os.fstat(fd), os.fstat(file.fd)):
-        os.close(fd)
-        raise OSError(errno.ESTALE, "another file has this name by now", file.path)
-    return fd

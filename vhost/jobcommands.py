@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+from vhost.committing import Committing
 from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
 from vhost.jobs import JobRefused, Jobs, Report, Work
 from vhost.policy import OnError
+from vhost.servedchain import ServedChain
 from vhost.streaming import Streaming
 
 RATE_LIMIT = 1 << 63
@@ -17,9 +19,7 @@ class JobCommands:
     """Starts jobs on the image of *held*, which is under *device* as *backend*, and has them looked after."""
 
     def __init__(self, device: Device, backend: ImageBackend, held: HeldImage, jobs: Jobs) -> None:
-        self._device = device
-        self._backend = backend
-        self._held = held
+        self._served = ServedChain(device, backend, held)
         self._jobs = jobs
 
     def require_none(self) -> None:
@@ -30,7 +30,13 @@ class JobCommands:
         """Pull what is above *base* in the chain, or all that is below the image, into the image."""
         if not (base is None or (isinstance(base, str) and base)):
             raise JobRefused(f"{base!r} is not the name of a file")
-        return self._start(lambda: Streaming(self._device, self._backend, self._held, base), rate, on_error)
+        return self._start(lambda: Streaming(self._served, base), rate, on_error)
+
+    def commit(self, base: object = None, rate: object = 0, on_error: object = "report") -> dict[str, Any]:
+        """Bring what is between the image and *base*, or its backing file's, into that."""
+        if not (base is None or (isinstance(base, str) and base)):
+            raise JobRefused(f"{base!r} is not the name of a file")
+        return self._start(lambda: Committing(self._served, base), rate, on_error)
 
     def _start(self, work: Callable[[], Work], rate: object, on_error: object) -> dict[str, Any]:
         nbytes = _rate(rate)

@@ -6,13 +6,14 @@ to make room, ends at its next piece, and is begun again once the disk goes on; 
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from qcow2 import ImageError
 from qcow2.driver.task import Task
@@ -52,23 +53,34 @@ class RoomWanted(Exception):
     """The disk is not held any more, or was asked for by others: the job is begun again later."""
 
 
-class Work(Protocol):
+class Work(ABC):
     """What a job does."""
 
     kind: str
     about: dict[str, Any]  # what was asked for
 
+    def prepare(self) -> None:  # noqa: B027, most need nothing
+        """What comes before it is begun, each time, on the job's thread.
+
+        Raises: OSError, ImageError, ValueError, RoomWanted.
+        """
+
+    @abstractmethod
     def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
         """The work on the disk, on its thread while the image is held; done again, it goes on where it was.
 
         Raises: OSError, ImageError, ValueError.
         """
 
+    @abstractmethod
     def finish(self) -> None:
         """What is left once that has ended, on the job's thread; nothing has begun if it raises.
 
         Raises: OSError, ImageError, ValueError, RoomWanted.
         """
+
+    def leave(self) -> None:  # noqa: B027
+        """What is left where the job has ended, finished or not, on its thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +296,9 @@ class Jobs:
         try:
             self._look_after(job)
         except RuntimeError as error:  # the worker has ended; the daemon does, or has died of something else
-            self._end(job, State.CANCELLED, str(error))
+            with self._changed:
+                self._current = None
+                self._turn(job, State.CANCELLED, str(error))
         except BaseException as error:
             die(error)
 
@@ -315,6 +329,7 @@ class Jobs:
             return job.reins
 
     def _go(self, job: Job, reins: Reins) -> None:
+        job.work.prepare()
         outcome: Future[BaseException | None] = new_future()
         outcome.add_done_callback(lambda _: self._notice(job))
         self._device.worker.post(partial(self._begin, job, reins, outcome))
@@ -369,6 +384,7 @@ class Jobs:
         return False
 
     def _end(self, job: Job, state: State, error: str = "") -> None:
+        job.work.leave()
         with self._changed:
             self._current = None
             self._turn(job, state, error)

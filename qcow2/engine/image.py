@@ -259,6 +259,10 @@ class Image(ReadableImage):
         await changes.bitmaps.settle()
         await changes.links.flush()
         await changes.root.rewrite(header)
+        self.show_below(backing)
+
+    def show_below(self, backing: "Backing | None") -> None:
+        """Let *backing* show through from now on; the header says what it says. Nothing is under way."""
         self.backing = backing
         self._reader.backing = backing
         if backing is None:

@@ -219,6 +219,9 @@ class Disk(AwaitableDisk):
 
         Raises: OSError if a write or sync failed, now or before.
         """
+        below, self.chain.written_below = self.chain.written_below, None
+        if below is not None:
+            self._run(below.close)
         self._run(self.image.close)
         self._remove_log()
 

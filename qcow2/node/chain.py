@@ -68,6 +68,7 @@ class Chain:
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
     discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in
+    written_below: Node | None = None  # one under the top that is written, and not closed yet
     writable_depth: int = 0  # of the one besides the top that is writable, if that is; 0: none
     gate: Gate = ANY  # for what the images name
     on_wait: Callable[[], None] = lambda: None  # called while a dead process's transfers keep the image locked

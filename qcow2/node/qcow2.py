@@ -35,6 +35,19 @@ def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
     return run(Image.open(file, backing=backing, data_file=data_file, options=options, log=log))
 
 
+def reopen_qcow2(image: Image, file: HostFile, options: OpenOptions) -> Image:
+    """The *image*, which is only read, once more in *file*, for writing. Raises: OSError, ImageError.
+
+    Writes that wait in its link log would change what shows: those who read it see it without them.
+    """
+    header = run(read_header(file, trust_refcounts=False))
+    if header.log_mark:
+        raise UnsupportedImage(file.path, "writes wait in its link log: open it for writing once, by itself")
+    if header.is_dirty:
+        _repair(file, header, None)
+    return run(Image.open(file, backing=image.backing, options=options))
+
+
 def _open_backing(chain: "Chain", file: HostFile, header: Header, options: OpenOptions) -> Node | None:
     if header.backing_name is None:
         return None

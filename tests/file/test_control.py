@@ -77,6 +77,7 @@ def test_greeting_says_version_and_commands(daemon: Daemon, control: Path) -> No
                     "export-stop",
                     "export-list",
                     "stream",
+                    "commit",
                     "job-list",
                     "job-pause",
                     "job-resume",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
 
 
 @pytest.mark.sample(4)
-@pytest.mark.parametrize("at", [3, 9, 15, 18, 20, 22, 24, 26])
+@pytest.mark.parametrize("at", [2, 8, 10, 11, 12, 13, 15, 20])
 def test_death_before_any_call_leaves_the_same_disk(top: Path, at: int) -> None:
     """Before the *at*-th call that changes a file; the next daemon can stream what is left."""
     with start(top, "--aio=threads", under=dying_from_start(at)) as daemon, FrontEnd(daemon.socket_path) as guest:
@@ -248,10 +249,11 @@ def test_death_before_any_call_leaves_the_same_disk(top: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("option", ["--read-only", "--trace-io=trace", "--format=raw"])
-def test_daemon_that_may_not_stream(top: Path, tmp_path: Path, option: str) -> None:
+def test_daemon_that_may_not(top: Path, tmp_path: Path, option: str) -> None:
     with start(top, option.replace("=trace", f"={tmp_path}/trace")) as daemon, FrontEnd(daemon.socket_path):
-        with control(top) as client, pytest.raises(ControlError, match=r"read-only|--trace-io|a raw image"):
-            client.stream()
+        for command in ("stream", "commit"):
+            with control(top) as client, pytest.raises(ControlError, match=r"read-only|--trace-io|a raw image"):
+                client.ask(command)
 
 
 def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
@@ -293,3 +295,117 @@ def test_ctl_draws_a_bar_on_a_terminal(top: Path) -> None:
     said = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert said.splitlines()[-1] == f"stream [{'#' * 30}] 100.0 % completed"
+
+
+@pytest.mark.parametrize("mode", ["--cache=writeback", "--cache=none", "--aio=threads", "--sandbox"])
+def test_commit_beside_a_guest_that_writes(top: Path, tmp_path: Path, mode: str) -> None:
+    with start(top, mode) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
+        load.run(50)
+        job = client.commit()
+        while not client.job(job.job).has_ended:
+            load.run(10)
+        assert client.job(job.job).state == "completed", client.job(job.job)
+        assert open_files(daemon) & {"base", "mid", "top"} == {"top", "base"}
+        assert_clean(tmp_path / "base")  # which others may read
+        load.run(50)
+        load.drain()
+        with pytest.raises(ControlError, match="nothing is between"):
+            client.commit()
+        daemon.stop()
+    assert backing(top) == "base"
+    (tmp_path / "mid").unlink()
+    assert content(top) == expected(load)
+    assert content(tmp_path / "base") == SHOWN
+    assert_clean(top)
+
+
+@pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+def test_snapshots_are_committed_one_after_the_other(tmp_path: Path, base_format: str) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qcow2_tool_ok("create", "-f", base_format, base, "1M")  # shorter than what comes over it
+    qcow2_tool_ok("create", "-b", "base", "-F", base_format, top, str(SIZE))
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        load = Load(guest, SIZE // BLOCK, base=bytes(SIZE))
+        for name in ("monday", "tuesday"):
+            load.run(60)
+            load.drain()
+            client.snapshot(name)
+            load.run(10)
+            assert client.wait(client.commit().job).state == "completed"
+            assert open_files(daemon) & {"base", "monday", "tuesday", "top"} == {"top", "base"}
+        load.drain()
+        daemon.stop()
+    assert backing(top) == "base"
+    assert content(top) == expected(load)
+
+
+def test_one_frozen_disk_is_committed_to_another_past_the_page_cache(top: Path, tmp_path: Path) -> None:
+    with start(top, "--cache=none") as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        for name in ("monday", "tuesday"):
+            guest.write(0, name.encode().ljust(BLOCK))
+            client.snapshot(name)
+        assert_clean(tmp_path / "monday")  # which others may read
+        assert client.wait(client.commit("monday").job).state == "completed"
+        guest.write(BLOCK, b"wednesday".ljust(BLOCK))
+        assert guest.read(0, BLOCK) == b"tuesday".ljust(BLOCK)
+        daemon.stop()
+    assert backing(top) == "monday"
+    assert content(top) == b"tuesday".ljust(BLOCK) + b"wednesday".ljust(BLOCK) + SHOWN[2 * BLOCK :]
+
+
+def test_commit_that_is_given_up_leaves_the_chain_as_it_was(top: Path, tmp_path: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.commit(rate=1).job
+        queue = guest.stop_queue()
+        assert_clean(tmp_path / "base")  # let go, and closed
+        guest.start_queue(queue)
+        assert client.cancel(job).job == job
+        assert client.wait(job).state == "cancelled"
+        assert_clean(tmp_path / "base")
+        assert open_files(daemon) & {"base", "mid", "top"} == {"base", "mid", "top"}
+        assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
+        assert client.wait(client.commit().job).state == "completed"
+        daemon.stop()
+    assert backing(top) == "base"
+    assert content(top) == SHOWN
+
+
+def test_commit_to_what_others_use_is_refused(top: Path, tmp_path: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        with qcow2.open(tmp_path / "base"):
+            failed = client.wait(client.commit().job)
+            assert failed.state == "failed"
+            assert "is another process using the image?" in failed.error
+            assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
+        with pytest.raises(OSError, match="write"):
+            qcow2.open(tmp_path / "base", writable=True)  # it is read, as before
+    assert backing(top) == "mid"
+
+
+def test_commit_never_shows_what_was_hidden(tmp_path: Path) -> None:
+    for name, words in (("base", ["8M"]), ("mid", ["-b", "base", "-F", "qcow2", "4M"]), ("top", ["-b", "mid", "8M"])):
+        more = ["-F", "qcow2"] if name == "top" else []
+        qcow2_tool_ok("create", *words[:-1], *more, tmp_path / name, words[-1])
+    with start(tmp_path / "top") as daemon, FrontEnd(daemon.socket_path), control(tmp_path / "top") as client:
+        with pytest.raises(ControlError, match="is shorter than"):
+            client.commit()
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("at", [2, 5, 7, 8, 9, 10, 11, 12])
+def test_death_in_a_commit_leaves_the_same_disk(top: Path, tmp_path: Path, at: int) -> None:
+    with start(top, "--aio=threads", under=dying_from_start(at)) as daemon, FrontEnd(daemon.socket_path):
+        with suppress(ControlError, BackendGone), control(top) as client:
+            assert client.wait(client.commit().job).state == "completed"
+        daemon.process.terminate()
+        assert daemon.process.wait(TIMEOUT) in (-signal.SIGKILL, 0)
+    assert content(top) == SHOWN
+    assert_not_corrupt(tmp_path / "base")
+    if backing(top) == "mid":
+        with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+            assert client.wait(client.commit().job).state == "completed"
+            daemon.stop()
+    assert backing(top) == "base"
+    assert content(top) == content(tmp_path / "base") == SHOWN
+    assert_not_corrupt(top)

@@ -20,9 +20,12 @@ MAY_IMPORT = {
 GLUE = {  # where an image meets a device
     "vhost/disk.py",
     "vhost/held.py",
+    "vhost/direct.py",
     "vhost/snapshot.py",
     "vhost/jobs.py",
     "vhost/streaming.py",
+    "vhost/committing.py",
+    "vhost/servedchain.py",
     "vhost/command.py",
 }
 NEUTRAL = {"ring/extent.h", "ring/assertion.h"}  # the seam between a device and an image; what both rely on
