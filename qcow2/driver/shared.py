@@ -5,8 +5,11 @@ performed outside that lock, by the thread whose coroutine awaits it: nobody wai
 the engine spawned belongs to no caller; a few threads of the driver's perform that.
 """
 
+import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Coroutine
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -51,15 +54,11 @@ class SharedDriver:
         self._graces: list[tuple[Task, set[Task]]] = []  # each waits for the transfers that it found under way
         self._work: SimpleQueue[tuple[Task, op.Operation] | None] = SimpleQueue()
         self._helpers: list[threading.Thread] = []
-        self._bug: BaseException | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of *coroutine*, raise what it raises; what it spawned may go on."""
         seat = _Seat()
         with self._lock:
-            if self._bug is not None:
-                coroutine.close()
-                raise RuntimeError("the engine is broken") from self._bug
             self._seats[self._scheduler.spawn(coroutine, seat.end)] = seat
             self._step()
         while True:
@@ -84,9 +83,8 @@ class SharedDriver:
     def _step(self) -> None:
         try:
             self._scheduler.run()
-        except BaseException as error:  # of what was spawned, which ends its own errors: a bug of ours
-            self._bug = error
-            raise
+        except BaseException as error:  # of what was spawned, which ends its own errors: a bug of ours, or no memory
+            _die(error)
 
     def _start(self, task: Task, operation: op.Operation) -> None:
         """Have *operation* performed by whoever has *task*; under the lock."""
@@ -138,9 +136,9 @@ class SharedDriver:
         value, error = outcome(operation)
         with self._lock:
             self._under_way.discard(task)
+            go_on(self._scheduler, task, value, error)
             if self._graces:
                 self._end_graces(task)
-            go_on(self._scheduler, task, value, error)
             if isinstance(operation, op.Sync):
                 self._end_sync(task, operation, error)
             self._step()
@@ -187,3 +185,12 @@ class SharedDriver:
         for thread in self._helpers:
             thread.join()
         self._helpers.clear()
+
+
+def _die(error: BaseException) -> None:
+    """Others wait for what will never be: the process ends loudly, the image as after a crash."""
+    try:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    finally:  # whoever reads it or not
+        os._exit(os.EX_SOFTWARE)
