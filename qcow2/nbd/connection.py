@@ -242,7 +242,7 @@ class Connection:
     def _read(self, request: Request, memory: memoryview, turn: _Turn) -> None:
         if request.nbytes > MAX_REQUEST:
             raise OSError(errno.EINVAL, f"a READ of {request.nbytes} bytes, limit {MAX_REQUEST}")
-        if request.flags & CommandFlag.DF:
+        if request.flags & CommandFlag.DF and request.nbytes:
             if request.nbytes > STEP:
                 raise OSError(errno.EOVERFLOW, f"a READ of {request.nbytes} bytes in one piece, limit {STEP}")
             turn.pass_on()
