@@ -179,13 +179,20 @@ static int encrypt(struct worker *worker, struct operation *operation, struct io
     const struct extent_cipher *cipher = operation->cipher;
     uint64_t left = operation->nbytes - operation->progress;
     uint32_t nbytes = left < BOUNCE_NBYTES ? left : BOUNCE_NBYTES;
+    struct piece_walk walk = pieces_walk(operation->request->data, operation->piece.start + operation->progress, nbytes);
+    const uint8_t *from;
+    struct iovec whole;
     int result = take_bounce(worker, operation, nbytes);
 
     if (result < 0)
         return result;
-    pieces_load(operation->request->data, operation->piece.start + operation->progress, nbytes, operation->bounce);
-    result = cipher->encrypt(cipher->context, cipher_sector(operation, operation->progress), operation->bounce,
-                             operation->bounce, nbytes);
+    from = operation->bounce;
+    if (pieces_next(&walk, &whole) && whole.iov_len == nbytes)
+        from = whole.iov_base; /* in one piece it need not be copied */
+    else
+        pieces_load(operation->request->data, operation->piece.start + operation->progress, nbytes, operation->bounce);
+    result = cipher->encrypt(cipher->context, cipher_sector(operation, operation->progress), from, operation->bounce,
+                             nbytes);
     if (result < 0)
         free_bounce(worker, operation);
     *single = (struct iovec){operation->bounce, nbytes};
