@@ -85,8 +85,7 @@ class Header:
     @property
     def data_file_name(self) -> str | None:
         """The recorded name of the external data file; None if there is none, or whoever opens it has to say."""
-        data = self.extension(ExtensionMagic.DATA_FILE)
-        return None if data is None or not self.record.has_data_file else os.fsdecode(data)
+        return self._name(ExtensionMagic.DATA_FILE) if self.record.has_data_file else None
 
     @property
     def kept_promises(self) -> int:
@@ -96,8 +95,12 @@ class Header:
     @property
     def backing_format(self) -> str | None:
         """The recorded format of the backing file."""
-        data = self.extension(ExtensionMagic.BACKING_FORMAT)
-        return None if data is None else os.fsdecode(data)
+        return self._name(ExtensionMagic.BACKING_FORMAT)
+
+    def _name(self, magic: int) -> str | None:
+        """What the last extension with *magic* says: of several QEMU goes by that."""
+        said = [extension.data for extension in self.extensions if extension.magic == magic]
+        return os.fsdecode(said[-1]) if said else None
 
     def extension(self, magic: int) -> bytes | None:
         """The data of the first extension with *magic*."""

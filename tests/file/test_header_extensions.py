@@ -141,3 +141,16 @@ def test_created_images_carry_the_feature_names(tmp_path: Path) -> None:
     table = dict(read_header(tmp_path / "a").extensions)[FEATURE_NAMES]
     assert b"dirty bit" in table
     assert b"lazy refcounts" in table
+
+
+def test_of_two_formats_the_last_one_counts_as_with_qemu(bases: Path) -> None:
+    path = bases / "a"
+    recipe = Recipe(size=1 << 20, backing="base")
+    recipe.extensions = [(BACKING_FORMAT, b"raw"), (BACKING_FORMAT, b"qcow2")]
+    build(recipe, path)
+    theirs = json.loads(qemu_img("info", "--output=json", path).stdout)
+    with qcow2.open(path) as disk:
+        assert disk.info["backing-filename-format"] == theirs["backing-filename-format"] == "qcow2"
+        assert disk.chain.nodes[1].size == 1 << 20
+    qcow2_tool_ok("rebase", "-u", "-b", "other", "-F", "raw", path)
+    assert [data for kind, data in read_header(path).extensions if kind == BACKING_FORMAT] == [b"raw"]
