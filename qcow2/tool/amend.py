@@ -7,6 +7,7 @@ from qcow2.library.amend import Amendment, CannotAmend, amend_image, name_data_f
 from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
+from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open, recovered
 from qcow2.tool.identity import program
@@ -16,7 +17,6 @@ from qcow2.tool.opening import opening
 from qcow2.tool.option import COMPATS, OPTIONS, SWITCH, asks_for_help, split_options
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
-from qcow2.tool.source import CACHE_MODES
 
 DATA_FILE = ("data_file", "data_file_raw")
 AMENDABLE = ("backing_file", "backing_fmt", "compat", *DATA_FILE, "lazy_refcounts", "refcount_bits", "size")

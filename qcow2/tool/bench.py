@@ -7,13 +7,13 @@ from qcow2.driver.pool import PoolDriver
 from qcow2.error import ImageError
 from qcow2.job.bench import Load, bench
 from qcow2.library.disk import open_disk
+from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import in_qemus_words
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
-from qcow2.tool.source import CACHE_MODES
 
 MAX_DEPTH = 1024
 MAX_BYTES = 1 << 30  # of buffers

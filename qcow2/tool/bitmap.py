@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, caption in {
         "add": "make the bitmap",
         "remove": "forget it, also if it cannot be used",
+        "remove-all": "forget every bitmap; none is named",
         "clear": "let nothing in it be dirty",
         "enable": "record changes from now on",
         "disable": "record no more",
@@ -59,8 +60,11 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError.
     """
-    if arguments.filename is None or arguments.bitmap is None:
+    is_of_one = any(action != "remove-all" for action, _ in arguments.actions) or not arguments.actions
+    if arguments.filename is None or (is_of_one and arguments.bitmap is None):
         raise UsageError("Expecting filename and bitmap name")
+    if not is_of_one and arguments.bitmap is not None:
+        raise UsageError("Expecting filename")
     granularity = _validated(arguments)
     image, name = the_image(arguments, writes=True), arguments.bitmap
     with opened_without_data(image, writable=True, **log_of(arguments)) as disk:
@@ -103,6 +107,9 @@ def _act(
     match action:
         case "add":
             bitmaps.add(name, granularity)
+        case "remove-all":
+            for each in list(bitmaps):
+                bitmaps.remove(each.name)
         case "merge" if given.source_file is not None:
             other = named(given.source_file, given.source_format, is_options=given.image_opts)
             with opened_without_data(other, writable=False) as disk:

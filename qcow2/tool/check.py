@@ -9,6 +9,7 @@ from qcow2.judge.check import check
 from qcow2.judge.report import Report
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
+from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.file import add_log_options, print_json, recovered
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, the_image
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("-r", "--repair", choices=["leaks", "all"], help="put right what is wrong")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
+    parser.add_argument("-T", "--cache", choices=CACHE_MODES, help=CACHE_IS_THE_HOSTS)
     add_image_options(parser)
     add_log_options(parser)
     parser.add_argument("filename")

@@ -4,13 +4,13 @@ import argparse
 
 from qcow2.error import ImageError
 from qcow2.library.commit import NoBacking, NotInChain, commit_image
+from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
-from qcow2.tool.source import CACHE_MODES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--strict", action="store_true", help="compare sizes and kinds of extents, too")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    add_source_options(parser)
+    add_source_options(parser, "--cache")
     parser.add_argument("filenames", nargs="*", metavar="FILE")
 
 

@@ -12,6 +12,7 @@ from qcow2.job.target import Target
 from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
+from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import say
@@ -19,7 +20,7 @@ from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
-from qcow2.tool.source import CACHE_MODES, add_snapshot_option, add_source_options, open_source, wanted_snapshot
+from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 
 MAX_SPARSE = 16 << 20  # bytes
@@ -31,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 convert`."""
     add_format_option(parser, "-f", "--source-format", of="of the sources")
     add_image_options(parser)
-    parser.add_argument("-O", "--target-format", default="raw", metavar="FMT", help="of the target: raw or qcow2")
+    parser.add_argument("-O", "--target-format", metavar="FMT", help="of the target: raw (the default), qcow2 or luks")
+    parser.add_argument(
+        "--target-image-opts", action="store_true", help="with -n: the target's name is such a list, too"
+    )
     parser.add_argument("-o", "--target-format-options", action="append", default=[], metavar="OPTIONS", help="or help")
     parser.add_argument("-n", "--no-create", action="store_true", help="write to an image that is there")
     parser.add_argument("-B", "-b", "--backing", metavar="FILE", help="share with it what the source has from below")
@@ -40,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-is-zero", action="store_true", help="with -n: all of it reads as zeros already")
     parser.add_argument("-m", "--parallel", metavar="N", default="8", help="windows at a time")
     parser.add_argument("-W", "--oob-writes", action="store_true", help="the target's file need not be in order")
+    parser.add_argument(
+        "-C", "--copy-range-offloading", action="store_true", help="accepted; what is read is looked at"
+    )
     parser.add_argument("-r", "--rate-limit", metavar="RATE", help="bytes a second")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
@@ -59,6 +66,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError.
     """
+    if arguments.target_image_opts:
+        _name_target(arguments)
+    elif arguments.target_format is None:
+        arguments.target_format = "raw"
     if asks_for_help(arguments.target_format_options):
         print_help(_known_format(arguments.target_format))
         return 0
@@ -95,6 +106,16 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _name_target(arguments: argparse.Namespace) -> None:
+    """Take the list of options that names the target apart. Raises: Failure, UsageError."""
+    if not arguments.no_create:
+        raise UsageError("--target-image-opts requires use of -n flag")
+    if not arguments.filenames:
+        raise UsageError("Must specify image file name")
+    target = named(arguments.filenames[-1], arguments.target_format, is_options=True)
+    arguments.filenames[-1], arguments.target_format = target.path, target.image_format
+
+
 def _warn_of_loss(offset: int, error: Exception) -> None:
     say(f"warning: error while reading offset {offset}: {getattr(error, 'strerror', None) or error}")
 
@@ -123,6 +144,10 @@ def _validate(arguments: argparse.Namespace) -> None:
         raise UsageError("Must specify image file name")
     if arguments.snapshot is not None and len(arguments.filenames) > 2:
         raise UsageError("No support for concatenating multiple snapshot")
+    if arguments.copy_range_offloading and arguments.sparse_size is not None:
+        raise UsageError("Cannot enable copy offloading when -S is used")
+    if arguments.copy_range_offloading and arguments.compress:
+        raise UsageError("Cannot enable copy offloading when -c is used")
     if arguments.target_is_zero and not arguments.no_create:
         raise UsageError("--target-is-zero requires use of -n flag")
     if arguments.backing is not None and len(arguments.filenames) > 2:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.library.facts import Facts, facts_of
 from qcow2.node.gate import MAX_DEPTH, backing_path
+from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import is_qemu_img
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("--backing-chain", action="store_true", help="and of every image under it")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
+    parser.add_argument("-t", "--cache", choices=CACHE_MODES, help=CACHE_IS_THE_HOSTS)
     parser.add_argument("filename")
 
 

@@ -13,6 +13,7 @@ from qcow2.library.rebase import bring_over, change_header
 from qcow2.node.formats import format_of
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
+from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open, recovered
 from qcow2.tool.identity import is_qemu_img
@@ -20,7 +21,7 @@ from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open, opening
 from qcow2.tool.option import validate_backing
 from qcow2.tool.progress import shown
-from qcow2.tool.source import CACHE_MODES, add_source_options, open_source
+from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import refuse_source, warn_of_bitmaps
 
 NTHREADS = 8
@@ -32,12 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     add_format_option(parser)
     add_image_options(parser)
-    parser.add_argument("-u", "--unsafe", action="store_true", help="change the header only, look at no backing file")
+    parser.add_argument(
+        "-u",
+        "--unsafe",
+        "--backing-unsafe",
+        action="store_true",
+        help="change the header only, look at no backing file",
+    )
     parser.add_argument("-b", "--backing", metavar="FILE", help='the new backing file, "" for none')
     parser.add_argument("-F", "-B", "--backing-format", metavar="FMT", help="its format")
     parser.add_argument("-c", "--compress", action="store_true", help="compress what is copied")
     parser.add_argument("-t", "--cache", choices=CACHE_MODES, help="accepted; the image is synced")
-    add_source_options(parser)
+    add_source_options(parser, "--backing-cache")
     add_log_options(parser)
     parser.add_argument("filename")
 

@@ -8,16 +8,15 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.node.chain import Chain
 from qcow2.node.formats import format_of
 from qcow2.node.node import Node
+from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.failure import Failure
 from qcow2.tool.opening import in_qemus_words
 
-CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
-
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what every command has that reads disks."""
+def add_source_options(parser: argparse.ArgumentParser, cache: str = "--source-cache") -> None:
+    """Declare what every command has that reads disks; *cache* is the long name of -T."""
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
-    parser.add_argument("-T", "--source-cache", choices=CACHE_MODES, help="accepted; the host's page cache is used")
+    parser.add_argument("-T", cache, dest="source_cache", choices=CACHE_MODES, help=CACHE_IS_THE_HOSTS)
 
 
 def add_snapshot_option(parser: argparse.ArgumentParser) -> None:

@@ -126,6 +126,13 @@ def test_what_qemu_made_is_changed_by_the_tool_and_what_the_tool_made_by_qemu(tm
     qemu_img("bitmap", "--remove", path, "theirs")
     qcow2_tool_ok("bitmap", "--remove", path, "ours")
     assert not bitmaps_of(path)
+    qcow2_tool_ok("bitmap", "--add", other, "another")
+    copy = tmp_path / "copy"
+    copy.write_bytes(other.read_bytes())
+    qcow2_tool_ok("bitmap", "--remove-all", copy)
+    assert not bitmaps_of(copy)
+    assert_clean(copy)
+    qcow2_tool_ok("bitmap", "--remove", other, "another")
     assert bitmaps_of(other)["merged"].dirty == {16}
     assert_clean(path)
     assert_clean(other)

@@ -65,6 +65,11 @@ ROWS = [
     "convert -m 0 data new",
     "convert --target-is-zero data new",
     "convert -n -O qcow2 data new",
+    "convert -C -O qcow2 data new",
+    "convert -C -S 4k -O raw data new",
+    "convert -C -c -O qcow2 data new",
+    "convert --target-image-opts data new",
+    "convert -n --target-image-opts -O qcow2 data driver=qcow2,file.filename=new",
     "convert -O raw -B data -F qcow2 top new",
     "convert -O qcow2 -B data top new",
     "dd if=summit of=new",
@@ -153,6 +158,14 @@ def test_target_that_is_there_is_written_compressed(
     assert_clean(target)
     kinds = {each["compressed"] for each in json.loads(qcow2_tool_ok("map", "--output=json", target)) if each["data"]}
     assert kinds == {True}
+
+
+def test_target_may_be_a_list_of_options(images: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a,b"
+    qemu_img("create", "-q", "-f", "qcow2", target, "1M")
+    name = f"driver=qcow2,file.driver=file,file.filename={str(target).replace(',', ',,')}"
+    qcow2_tool_ok("convert", "-n", "--target-image-opts", images / "data", name)
+    assert qemu_read(target) == qemu_read(images / "data")
 
 
 def test_last_cluster_of_a_shorter_source_is_not_compressed(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ ROWS = [
     "snapshot -a nosuch kept",
     "check base",
     "check -q base",
+    "check -T none base",
     "check --output=json kept",
     "check -r leaks base",
     "check -f raw raw",
