@@ -80,6 +80,12 @@ features: guest-packages $(VENV)/installed
 	$(if $(QEMU_BIN),,tests/vm/peers 11.1)
 	QEMU_BIN=$(or $(QEMU_BIN),$(CURDIR)/.cache/qemu/11.1/programs) $(BIN)/python -m tests.features $(FEATURES)
 
+# DAMAGE: features and options, such as DAMAGE="bitmaps --damages 50"; 200 broken words of each without it. QEMU_BIN: as above.
+.PHONY: damage
+damage: guest-packages $(VENV)/installed
+	$(if $(QEMU_BIN),,tests/vm/peers 11.1)
+	QEMU_BIN=$(or $(QEMU_BIN),$(CURDIR)/.cache/qemu/11.1/programs) $(BIN)/python -m tests.features.damage $(DAMAGE)
+
 # FUZZ: targets and options, such as FUZZ="ring --minutes 60"; ten minutes each without it.
 .PHONY: fuzz fuzz-packages
 fuzz: fuzz-packages $(VENV)/installed-fuzz

@@ -93,8 +93,11 @@ class Qemu:
         version = self.run("qemu-img", "--version").split()[2]
         self.name = f"QEMU {'.'.join(re.findall('[0-9]+', version)[:2])}"
 
+    def program(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
     def run(self, program: str, *words: str, codes: tuple[int, ...] = (0,)) -> str:
-        command = [os.path.join(self._directory, program), *words]
+        command = [self.program(program), *words]
         for _ in range(20):
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
             if "accurate CPU usage" not in done.stderr:  # it could not measure how slow a key has to be
