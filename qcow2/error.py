@@ -50,6 +50,9 @@ class NotTried(OSError):
     """The host lacked something that an operation needs before it begins: nothing has happened, so nothing is lost."""
 
 
+NO_MEMORY = os.strerror(errno.ENOMEM)  # which takes memory from the C library
+
+
 def no_memory() -> OSError:
     """What an operation fails with that finds no memory to begin."""
-    return NotTried(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return NotTried(errno.ENOMEM, NO_MEMORY)

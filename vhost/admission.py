@@ -29,10 +29,18 @@ class Admission(Generic[R]):
         self._changed: deque[int] = deque()  # queues to look at
         self._is_beginning = False
 
-    def offer(self, request: R) -> None:
-        """Begin *request* when it is its turn."""
-        self._waiting.setdefault(request.queue, deque()).append(request)
+    def offer(self, request: R) -> bool:
+        """Begin *request* when it is its turn. False: there is no memory to let it wait, and it is forgotten."""
+        waiting = self._waiting.get(request.queue)
+        try:
+            if waiting is not None:
+                waiting.append(request)
+            else:
+                self._waiting[request.queue] = deque((request,))
+        except MemoryError:
+            return False
         self._look_at(request.queue)
+        return True
 
     def end(self, queue: int) -> None:
         """A request of *queue* has ended, perhaps while it was being begun."""

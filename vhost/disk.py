@@ -257,8 +257,8 @@ class ImageBackend:
     def start(self, request: Request) -> None:
         if request.type == RequestType.FLUSH:  # one for many, and it holds no buffer
             self._begin(request, lambda: None)
-        else:
-            self._admission.offer(request)
+        elif not self._admission.offer(request):
+            request.finish(Status.IOERR)
 
     def _begin(self, request: Request, on_end: Callable[[], None]) -> None:
         changes = request.type != RequestType.IN
