@@ -122,8 +122,8 @@ def set_up(
 def open_again(bench: Bench, *, writable: bool = False) -> Bench:
     """The same files in the hands of a new image; the old one was not closed."""
     driver = CrashDriver(fault=bench.breaker)
-    image = driver.run(Image.open(bench.file, options=OpenOptions(writable=writable)))
-    return Bench(driver, bench.breaker, bench.file, bench.base, image)
+    image = driver.run(Image.open(bench.file, data_file=bench.data, options=OpenOptions(writable=writable)))
+    return Bench(driver, bench.breaker, bench.file, bench.base, image, bench.data)
 
 
 def mark_of(file: SimulatedFile) -> Mark:

@@ -80,6 +80,8 @@ class L2Cache:
     def resize(self) -> None:
         """The disk's size has changed; the cache is empty after, the extent map keeps its addresses."""
         check(lib.l2map_resize(self._map, self._geometry.size, self._slots()))
+        if self.untouched is not None:  # entries may have gone with their tables, and what was data be nobody's
+            self.untouched.clear()
 
     def set_l1(self, l1: "array[int]") -> None:
         """Borrow *l1*, the entries in host order; call again before its length changes."""

@@ -24,6 +24,10 @@ class Untouched:
         """Whether all of them do, still."""
         return bool(lib.untouched_has(self.native, clusters.start, clusters.stop - 1))
 
+    def clear(self) -> None:
+        """From now on anything may be in any cluster."""
+        ffi.memmove(self._bits, bytes(len(self._bits)), len(self._bits))
+
     def forget(self, clusters: range) -> None:
         """From now on anything may be in them."""
         lib.untouched_forget(self.native, clusters.start, clusters.stop - 1)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qcow2.judge.check import check
-from tests.engine import Bench, noise, set_up
+from tests.engine import Bench, noise, open_again, set_up
 from tests.extents import DISCARD, KEEP, UNMAP, Plane
 
 pytestmark = pytest.mark.pure
@@ -141,3 +141,27 @@ def test_zeros_of_a_data_file_are_entries_and_its_space_goes_with_a_punch() -> N
     assert bench.data is not None
     assert bench.data.read(3 * CLUSTER, CLUSTER) == noise(CLUSTER)
     assert not plane.write(3 * CLUSTER, noise(512)), "in what is kept may be anything"
+
+
+def test_what_went_with_its_table_is_not_untouched() -> None:
+    """A cluster of zeros is data, and its place a hole; it is written in place, and then all tables go."""
+    bench, _ = started(data=b"")
+    bench.write(3 * CLUSTER, bytes(CLUSTER))
+    bench.close()
+    bench = open_again(bench, writable=True)
+    bench.write(3 * CLUSTER, noise(CLUSTER))
+    bench.driver.run(bench.image.empty())
+    bench.write(3 * CLUSTER, noise(512))
+    assert bench.read(3 * CLUSTER, CLUSTER) == noise(512) + bytes(CLUSTER - 512)
+
+
+def test_what_was_discarded_is_not_untouched() -> None:
+    bench, _ = started(data=b"")
+    bench.write(3 * CLUSTER, bytes(CLUSTER))
+    bench.close()
+    bench = open_again(bench, writable=True)
+    plane = Plane(bench.driver, bench.image, bench.file, None, bench.data)
+    bench.write(3 * CLUSTER, noise(CLUSTER))
+    assert plane.clear(3 * CLUSTER, CLUSTER, KEEP)
+    bench.driver.run(bench.image.discard(3 * CLUSTER, CLUSTER))
+    assert plane.take(3 * CLUSTER, 512) is None
