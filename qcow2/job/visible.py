@@ -8,11 +8,15 @@ from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
 
+class SeenBySnapshot(UnsupportedImage):
+    """An internal snapshot shows what would change."""
+
+
 async def require_hidden(overlay: Image, base: Node, depth: int) -> None:
     """Return if no internal snapshot of *overlay* sees what a commit writes to *base*, *depth* files below.
 
     Only mappings are looked at: what a commit would write over the same bytes counts as a change.
-    Raises: UnsupportedImage by the name of the snapshot; OSError, CorruptImage.
+    Raises: SeenBySnapshot, which names it; OSError, CorruptImage.
     """
     for snapshot in await overlay.snapshots():
         options = OpenOptions(snapshot=snapshot.id, has_data=False)
@@ -42,8 +46,8 @@ async def _is_zero_already(base: Node, now: Extent, nbytes: int) -> bool:
     return inside <= 0 or await base.reads_as_zeros(now.guest_offset, inside)
 
 
-def _refusal(overlay: Image, snapshot: Snapshot, base: Node, offset: int) -> UnsupportedImage:
+def _refusal(overlay: Image, snapshot: Snapshot, base: Node, offset: int) -> SeenBySnapshot:
     where = f"at {offset} it sees {base.file.path}, which would change"
-    return UnsupportedImage(
+    return SeenBySnapshot(
         overlay.file.path, f"internal snapshot {snapshot.name!r} would show another disk: {where}; delete it first"
     )

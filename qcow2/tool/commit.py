@@ -3,6 +3,7 @@
 import argparse
 
 from qcow2.error import ImageError
+from qcow2.job.visible import SeenBySnapshot
 from qcow2.library.commit import NoBacking, NotInChain, commit_image
 from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure
@@ -49,6 +50,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             raise Failure("Image does not have a backing file") from error
         except NotInChain as error:
             raise Failure(f"Did not find '{arguments.base}' in the backing chain of '{path}'") from error
+        except SeenBySnapshot as error:
+            raise Failure(str(error)) from error
         except OSError as error:
             raise Failure(cannot_open(path, error)) from error
         except ImageError as error:
