@@ -118,6 +118,16 @@ def test_backup_of_a_disk_in_use(place: Path) -> None:
     assert (place / "monday.raw").read_bytes() == (place / "copy.raw").read_bytes()
 
 
+def test_what_was_tried_is_kept(place: Path) -> None:
+    control = f"--control={place / 'disk.control'}"
+    with Daemon(place / "disk.qcow2", control) as daemon, FrontEnd(daemon.socket_path) as guest:
+        play("Try something, and keep it", place)
+        guest.write(0, b"w" * 4096)
+        daemon.stop()
+    with qcow2.open(place / "disk.qcow2") as disk:
+        assert disk.read(0, disk.size) == b"w" * 4096 + (place / "copy.raw").read_bytes()[4096:]
+
+
 def test_every_recipe_has_its_test() -> None:
     played = set(re.findall(r'play\("(.*?)"', Path(__file__).read_text()))
     assert played == set(RECIPES)
