@@ -14,7 +14,7 @@ from tests.sim.liveness import Longest
 from tests.sim.walk import visit
 
 TROUBLES = 8  # sorts of them
-TOLD = 50  # histories, of a walk over many
+TOLD = 10  # histories, of a walk over many
 
 
 def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False) -> World:

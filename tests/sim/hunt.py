@@ -20,6 +20,7 @@ DURABILITY = ROOT / "docs" / "durability.md"
 HEAD = "| mutant | breaks | workload | histories | shows as |\n|---|---|---|---|---|\n"
 TABLE = re.compile(re.escape(HEAD) + r"(?:\|.*\n)*")
 PATIENCE = 3600  # seconds
+SOUND = 32  # histories without a mutant
 SHOWN = 90  # characters of what is said
 
 
@@ -43,6 +44,11 @@ def hunt(mutant: Mutant, histories: int) -> Found | None:
     if not run or done.returncode in (-SIGINT, -SIGTERM, -SIGKILL):
         raise ValueError(f"{mutant.name} was not tried: {done.stderr}")
     return Found(run, fault_of(done.stdout, done.stderr))
+
+
+def require_sound() -> None:
+    """Raises: CalledProcessError if histories without a mutant fail, too: then nothing is a find."""
+    subprocess.run([sys.executable, "-m", "tests.sim", "--histories", str(SOUND)], cwd=ROOT, check=True)
 
 
 def fault_of(stdout: str, stderr: str) -> str:
@@ -87,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true", help=f"into the table of {DURABILITY.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     mutants = [BY_NAME[name] for name in options.names] or MUTANTS
+    require_sound()
     with ThreadPoolExecutor(options.jobs) as pool:
         lines = pool.map(lambda mutant: told(mutant, options.histories), mutants)
         rows = {mutant.name: line for mutant, line in zip(mutants, lines, strict=True) if line}

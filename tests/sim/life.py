@@ -107,7 +107,7 @@ class HeldSimulation:
     """In place of `vhost.held.HeldImage`."""
 
     def __init__(self, image: Image, files: list[KernelFile], size: int) -> None:
-        self.disk = SimpleNamespace(image=image, files=files)
+        self.disk = SimpleNamespace(image=image, files=files, chain=SimpleNamespace(nodes=[image]))
         self.direct_fds: dict[KernelFile, int] = {}
         self.traits = {file: look_at(file.fd) for file in files}
         self.properties = Properties(size=size)
