@@ -47,7 +47,7 @@ class SlowDisk:
 
     def __enter__(self) -> "SlowDisk":
         command = [sys.executable, "-m", "tests.slowdisk", self._backing, self.path, *map(str, self._lacks)]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         refusal = self._read_line()
         if refusal:
             self.__exit__()
@@ -59,11 +59,11 @@ class SlowDisk:
 
     def _read_line(self) -> str:
         assert self._server.stdout
-        return self._server.stdout.readline().rstrip()
+        return self._server.stdout.readline().decode().rstrip()  # no more than a line, or `select` would miss the next
 
     def _tell(self, *words: int | str) -> None:
         assert self._server.stdin
-        print(*words, file=self._server.stdin, flush=True)
+        self._server.stdin.write(" ".join(map(str, words)).encode() + b"\n")
         while self._read_line() != "so be it":  # but that something is held, which nobody asked about
             assert self._server.poll() is None
 
