@@ -18,6 +18,7 @@ from qcow2.engine.create import Preallocation
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
+from qcow2.engine.packing import PART_BYTES
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.library.awaitable import AwaitableDisk
@@ -131,7 +132,8 @@ class Disk(AwaitableDisk):
         view = memoryview(data).cast("B")
         self._require_inside(offset, len(view))
         image = self._qcow2("compressed clusters")
-        self._run(lambda: image.write_compressed(offset, view, level), nthreads=os.cpu_count() or 1)
+        nthreads = os.cpu_count() or 1 if len(view) > PART_BYTES else 0
+        self._run(lambda: image.write_compressed(offset, view, level), nthreads=nthreads)
 
     def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
         """Make *nbytes* at *offset* read as zeros; *unmap* gives their space back."""
