@@ -47,6 +47,8 @@ def bitmap_directory(file: File, header: Header) -> BitmapsRecord | None:
     if len(data) != BitmapsRecord.FORMAT.size:
         raise CorruptImage(file.path, 0, f"bitmaps extension of {len(data)} bytes, not {BitmapsRecord.FORMAT.size}")
     record = BitmapsRecord.parse(data)
+    if record.reserved:
+        raise CorruptImage(file.path, 0, f"bitmaps extension: reserved field is {record.reserved:#x}, not 0")
     if record.nb_bitmaps > layout.MAX_BITMAPS:
         raise CorruptImage(file.path, 0, f"{record.nb_bitmaps} bitmaps, limit {layout.MAX_BITMAPS}")
     if record.directory_size > layout.MAX_BITMAP_DIRECTORY_BYTES:

@@ -1,6 +1,7 @@
 """Persistent dirty bitmaps are kept through every change, every death, and other programs; judged by an own reader."""
 
 import random
+import struct
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from qcow2.format import layout
 from tests.bitmapreader import AUTO, IN_USE, bitmaps_of
 from tests.builder import Recipe, build
 from tests.oracle import qemu_img, qemu_io
+from tests.program import qcow2_tool
 
 SIZE = (9 << 20) + 1536
 
@@ -125,6 +127,20 @@ def test_a_kill_costs_no_bit_of_an_image_with_a_data_file(tmp_path: Path, more: 
     assert bitmaps_of(path)["b0"].dirty == {*range(4 << 4, 8 << 4), *range(12 << 4, 16 << 4)}
     qcow2.open(path, writable=True).close()
     assert bitmaps_of(path)["b0"].dirty == {5 << 4, 13 << 4, (13 << 4) + 1}
+
+
+def test_an_extension_of_a_kind_that_nobody_knows_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = with_bitmap(tmp_path / "disk")
+    content = bytearray(path.read_bytes())
+    where = content.index(struct.pack(">II", 0x23852875, 24)) + 8
+    content[where + 4 : where + 8] = struct.pack(">I", 0x200)
+    path.write_bytes(content)
+    done = qcow2_tool("check", path)
+    assert (done.returncode, "reserved field is 0x200, not 0" in done.stdout + done.stderr) == (1, True)
+    assert subprocess.run(["qemu-img", "check", "-q", path], capture_output=True, check=False).returncode == 1
+    with qcow2.open(path, writable=True) as disk:
+        assert "reserved field is 0x200, not 0" in caplog.text
+        assert disk.read(0, 512) == bytes(512)
 
 
 def test_zones_in_which_nothing_changes_any_more_cool(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ class Featured(Start):
     files: Files
 
     @property
+    def paths(self) -> list[Path]:
+        return [self.path, *([self.files.data] if self.files.shape.has_data_file else [])]
+
+    @property
     def options(self) -> list[str]:
         return [f"--key-file={self.path.with_name('key')}"]
 

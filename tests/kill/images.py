@@ -24,6 +24,11 @@ class Start:
     cluster_bits: int
 
     @property
+    def paths(self) -> list[Path]:
+        """The files that a daemon has locked."""
+        return [self.path]
+
+    @property
     def options(self) -> list[str]:
         """What its daemons are told of it."""
         return []

@@ -164,7 +164,8 @@ class Round:
         A cluster whose link waits in the log seems to leak, too. A lazy image leaks what was freed before its dirty
         bit was set: no repair follows.
         """
-        wait_for_the_kernel(self._start.path)
+        for path in self._start.paths:
+            wait_for_the_kernel(path)
         code, report = self._start.check()
         leaks = int(report.get("leaks", 0))
         limit = self.tally.kills * LEAK_MAX >> self._start.cluster_bits
