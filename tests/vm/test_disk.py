@@ -96,7 +96,7 @@ def test_guest_reset_keeps_the_disk(boot: Boot, serve: Serve, lazy_image: Path) 
 def test_paused_guest_goes_on_where_it_was(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     job = f"""
         {MAKE_FILE_SYSTEM}
-        {FIO} --rw=randwrite --bs=4k --size=64M --rate_iops=4000 --iodepth=16 --eta=always --eta-newline=1
+        {FIO} --rw=randwrite --bs=4k --size=16M --rate_iops=1000 --iodepth=16 --eta=always --eta-newline=1
         umount /mnt
     """
     with serve(lazy_image) as daemon:
