@@ -108,7 +108,7 @@ def verdict(command: list[str]) -> int:
             traceback.print_exc()
             return -1
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except subprocess.TimeoutExpired:
         return -1
     return done.returncode if done.returncode in (0, 1, 2, 3) and "Traceback" not in done.stderr else -1
