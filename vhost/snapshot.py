@@ -16,6 +16,8 @@ from vhost.disk import ImageBackend
 from vhost.held import HeldImage, describe
 from virtio.block import Unavailable
 
+FLUSHES = 4  # before the pause, which so finds few links that wait: each has what came during the one before
+
 
 class SnapshotRefused(Exception):
     """The disk goes on as it was; one line says why."""
@@ -60,7 +62,8 @@ class Snapshots:
         stable: Future[str] = Future()
         try:
             overlay.name_frozen()
-            self._flush()  # so that the pause finds few links that wait
+            for _ in range(FLUSHES):
+                self._flush()
             pace.stop()
             refusal = self._device.exchange(
                 lambda done: self._begin(overlay, pace, done),
