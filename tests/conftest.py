@@ -6,6 +6,7 @@ by the commit; `make deep` runs all of these.
 """
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 from random import Random
@@ -21,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup, or behind a shell's "&"
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if config.getoption("--sample"):
         os.environ.setdefault(SEED, _commit())  # workers inherit it
 

@@ -335,7 +335,7 @@ def link_without_a_record_waits_on(patch: Patch) -> None:
 
 def lack_of_space_ends_all_writes(patch: Patch) -> None:
     """Law 7: a full host is no reason to distrust it."""
-    patch.setattr("qcow2.engine.stability.NO_SPACE", ())
+    patch.setattr("qcow2.engine.stability.lacks_space", lambda error: False)
 
 
 def tables_are_wherever_the_header_says(patch: Patch) -> None:
