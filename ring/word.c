@@ -6,10 +6,11 @@
 #include "ring/device.h"
 #include "ring/host.h"
 
-/* A file that may hang must not do so in a page fault. One that could not be mapped is not asked again. */
+/* A file that may hang must not do so in a page fault; and a store takes no lock of the file's, so it may not meet
+ * O_DIRECT in its page. One that could not be mapped is not asked again. */
 static bool is_mapped(struct file *file)
 {
-    if (!file->word && !file->word_refused && file->storage == STORAGE_NEAR)
+    if (!file->word && !file->word_refused && file->storage == STORAGE_NEAR && file->direct_fd < 0)
         file->word = host_map_page(file->fd, &file->word_losses);
     file->word_refused = !file->word;
     return file->word;
