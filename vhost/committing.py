@@ -15,7 +15,7 @@ from qcow2.job.commit import commit
 from qcow2.job.pace import Pace
 from qcow2.node.node import Node
 from ring.thread import new_future
-from vhost.jobs import RoomWanted, Work
+from vhost.job import RoomWanted, Work
 from vhost.servedchain import ServedChain, close_all
 
 WIDTH = 4  # windows at a time, which is not to keep requests waiting

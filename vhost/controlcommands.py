@@ -13,8 +13,8 @@ from ring.statistics import Histogram
 from vhost.device import Device, ResizeRefused
 from vhost.event import Event
 from vhost.exports import ExportRefused, Exports
+from vhost.job import JobRefused
 from vhost.jobcommands import JobCommands
-from vhost.jobs import JobRefused
 from vhost.metrics import open_metrics
 from vhost.snapshot import Pace, SnapshotRefused, SnapshotUnstable
 from vhost.together import Steps, Take

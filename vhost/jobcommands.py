@@ -7,7 +7,8 @@ from vhost.committing import Committing
 from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
-from vhost.jobs import JobRefused, Jobs, Report, Work
+from vhost.job import JobRefused, Report, Work
+from vhost.jobs import Jobs
 from vhost.policy import OnError
 from vhost.servedchain import ServedChain
 from vhost.streaming import Streaming

@@ -6,130 +6,26 @@ to make room, ends at its next piece, and is begun again once the disk goes on; 
 """
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 from qcow2 import ImageError
 from qcow2.driver.task import Task
 from qcow2.error import no_memory
-from qcow2.job.pace import Cancelled, Pace
+from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from ring.thread import new_future, start_deaf
 from vhost.device import Device, die
 from vhost.disk import ImageBackend
 from vhost.held import describe
+from vhost.job import ENDED, Job, JobRefused, Report, RoomWanted, State, Work
 from vhost.policy import OnError, is_final
 
 REMEMBERED = 32  # jobs that have ended
 LOOK_SECONDS = 0.05  # between two looks of a job that a rate keeps waiting
 RETRY_SECONDS = 1.0  # until a job that ignores errors is begun again
-
-
-class State(StrEnum):
-    """How it stands with a job; the last three are for good."""
-
-    RUNNING = "running"
-    PAUSED = "paused"  # until it is told to go on
-    WAITING = "waiting"  # for the disk, which is not held, or not now
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-ENDED = (State.COMPLETED, State.FAILED, State.CANCELLED)
-
-
-class JobRefused(Exception):
-    """Nothing was begun or changed; one line says why."""
-
-
-class RoomWanted(Exception):
-    """The disk is not held any more, or was asked for by others: the job is begun again later."""
-
-
-class Work(ABC):
-    """What a job does."""
-
-    kind: str
-    about: dict[str, Any]  # what was asked for
-
-    def prepare(self) -> None:  # noqa: B027, most need nothing
-        """What comes before it is begun, each time, on the job's thread.
-
-        Raises: OSError, ImageError, ValueError, RoomWanted.
-        """
-
-    @abstractmethod
-    def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
-        """The work on the disk, on its thread while the image is held; done again, it goes on where it was.
-
-        Raises: OSError, ImageError, ValueError.
-        """
-
-    @abstractmethod
-    def finish(self) -> None:
-        """What is left once that has ended, on the job's thread; nothing has begun if it raises.
-
-        Raises: OSError, ImageError, ValueError, RoomWanted.
-        """
-
-    def leave(self) -> None:  # noqa: B027
-        """What is left where the job has ended, finished or not, on its thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What is told of a job."""
-
-    job: int
-    kind: str
-    about: dict[str, Any]
-    state: State
-    done: int  # bytes; less again if it was begun again
-    total: int
-    rate: int
-    on_error: OnError
-    error: str  # the last one
-
-    def as_json(self) -> dict[str, Any]:
-        """For the control socket."""
-        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
-
-
-class Job:
-    """One job; its fields are guarded by the lock of `Jobs`, but for what `Reins` says."""
-
-    def __init__(self, number: int, work: Work, rate: int, on_error: OnError) -> None:
-        self.number = number
-        self.work = work
-        self.rate = rate
-        self.on_error = on_error
-        self.state = State.WAITING
-        self.error = ""
-        self.is_paused = False
-        self.is_cancelled = False
-        self.is_stirred = False  # something of it was changed
-        self.reins = Reins()
-
-    def report(self) -> Report:
-        reins = self.reins
-        return Report(
-            self.number,
-            self.work.kind,
-            self.work.about,
-            self.state,
-            reins.done,
-            reins.total,
-            self.rate,
-            self.on_error,
-            self.error,
-        )
 
 
 class Jobs:
@@ -209,12 +105,11 @@ class Jobs:
             return self._find(number).report()
 
     def pause(self, number: int) -> Report:
-        """Let it move nothing until `resume`. Raises: JobRefused if it has ended."""
+        """Let it move nothing, nor finish, until `resume`. Raises: JobRefused if it has ended."""
         with self._changed:
             job = self._find_going(number)
             job.is_paused = job.reins.is_held = True
-            if job.state is State.RUNNING:
-                self._turn(job, State.PAUSED)
+            self._turn(job, job.standing)
             return job.report()
 
     def resume(self, number: int) -> Report:
@@ -222,6 +117,7 @@ class Jobs:
         with self._changed:
             job = self._find_going(number)
             job.is_paused = job.reins.is_held = False
+            self._turn(job, job.standing)
             self._stir(job)
             return job.report()
 
@@ -307,8 +203,9 @@ class Jobs:
             try:
                 self._go(job, reins)
             except (Cancelled, RoomWanted):
-                continue
+                self._stand_back(job)
             except (OSError, ImageError, ValueError) as error:
+                self._stand_back(job)
                 if self._is_over(job, error):
                     return
             else:
@@ -316,16 +213,22 @@ class Jobs:
                 return
         self._end(job, State.CANCELLED)
 
+    def _stand_back(self, job: Job) -> None:
+        """The attempt is over, the job is not yet."""
+        with self._changed:
+            job.is_begun = job.is_finishing = False
+
     def _await_room(self, job: Job) -> Reins | None:
         """What it is begun with, once it may be; None if it was cancelled first."""
         with self._changed:
             while not job.is_cancelled and (job.is_paused or not self._has_room):
-                self._turn(job, State.PAUSED if job.is_paused else State.WAITING)
+                self._turn(job, job.standing)
                 self._changed.wait()
             if job.is_cancelled:
                 return None
             job.reins = Reins(job.rate)
-            self._turn(job, State.RUNNING)
+            job.is_begun = True
+            self._turn(job, job.standing)
             return job.reins
 
     def _go(self, job: Job, reins: Reins) -> None:
@@ -338,12 +241,21 @@ class Jobs:
             self._device.worker.post(partial(self._wake, reins))
         error = outcome.result()
         if error is None:
+            self._await_leave(job)
             job.work.finish()
         else:
             try:
                 raise no_memory() if isinstance(error, MemoryError) else error
             finally:
                 del error
+
+    def _await_leave(self, job: Job) -> None:
+        """All is moved; whoever paused it meanwhile finds it as it was. Raises: Cancelled."""
+        with self._changed:
+            self._changed.wait_for(lambda: not job.is_paused or job.is_cancelled)
+            if job.is_cancelled:
+                raise Cancelled
+            job.is_finishing = True
 
     def _begin(self, job: Job, reins: Reins, outcome: "Future[BaseException | None]") -> None:
         """On the worker."""
@@ -364,7 +276,7 @@ class Jobs:
     def _await_stirring(self, job: Job, outcome: "Future[BaseException | None]") -> None:
         with self._changed:
             if not outcome.done():
-                self._turn(job, State.PAUSED if job.is_paused else State.RUNNING)
+                self._turn(job, job.standing)
             self._changed.wait_for(lambda: job.is_stirred, LOOK_SECONDS if job.rate else None)
             job.is_stirred = False
 

@@ -17,7 +17,7 @@ from qcow2.node.node import Node
 from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
-from vhost.jobs import RoomWanted
+from vhost.job import RoomWanted
 
 
 class ServedChain:

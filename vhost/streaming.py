@@ -7,7 +7,7 @@ from qcow2.engine.image import Image
 from qcow2.job.pace import Pace
 from qcow2.job.stream import stream
 from qcow2.node.node import Node
-from vhost.jobs import Work
+from vhost.job import Work
 from vhost.servedchain import ServedChain
 
 WIDTH = 4  # windows at a time, which is not to keep requests waiting

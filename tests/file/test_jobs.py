@@ -86,6 +86,13 @@ def backing(image: Path) -> str | None:
     return name
 
 
+def await_state(client: Control, state: str) -> None:
+    """Until an event tells of it."""
+    while (event := client.next_event(TIMEOUT)) is not None and event.data["state"] != state:
+        pass
+    assert event is not None
+
+
 def open_files(daemon: Daemon) -> set[str]:
     directory = f"/proc/{daemon.process.pid}/fd"
     return {os.path.basename(os.readlink(f"{directory}/{fd}")) for fd in os.listdir(directory)}
@@ -181,10 +188,10 @@ def test_job_waits_while_the_image_is_let_go(top: Path) -> None:
         with FrontEnd(daemon.socket_path) as guest, control(top) as client:
             client.subscribe("job")
             job = client.stream(rate=1).job
+            await_state(client, "running")
             base = guest.stop_queue()
             assert_clean(top)  # which others may have now
-            while (event := client.next_event(TIMEOUT)) and event.data["state"] != "waiting":
-                assert event.data["job"] == job
+            await_state(client, "waiting")
             client.set_rate(job, 0)
             guest.start_queue(base)
             assert client.wait(job).state == "completed"
@@ -210,8 +217,7 @@ def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
         assert (failed.state, failed.error) == ("failed", f"{top}: File too large")
         job = client.stream(on_error="stop").job
         client.subscribe("job")
-        while (event := client.next_event(TIMEOUT)) and event.data["state"] != "paused":
-            assert event is not None
+        await_state(client, "paused")
         assert client.job(job).error == f"{top}: File too large"
         assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
         subprocess.run(["prlimit", f"--pid={daemon.process.pid}", "--fsize=unlimited:"], check=True)

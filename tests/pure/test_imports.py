@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import TIMEOUT
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("ring", "virtio", "vhost", "qcow2")
 MAY_IMPORT = {
@@ -22,6 +24,7 @@ GLUE = {  # where an image meets a device
     "vhost/held.py",
     "vhost/direct.py",
     "vhost/snapshot.py",
+    "vhost/job.py",
     "vhost/jobs.py",
     "vhost/streaming.py",
     "vhost/committing.py",
@@ -145,7 +148,7 @@ def test_printing_capabilities_loads_nothing_heavy() -> None:
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "sys.exit(f'loaded {loaded}' if loaded or status else 0)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == 0, run.stderr
 
 
@@ -157,5 +160,5 @@ def test_what_only_looks_does_without_the_engine(command: str) -> None:
         "loaded = [name for name in sys.modules if name.startswith('qcow2.engine')]\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == 0, run.stderr

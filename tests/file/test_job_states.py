@@ -1,0 +1,75 @@
+"""How it stands with a job is told with the answer, whatever its thread has come to."""
+
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from qcow2.driver.operation import Compute
+from qcow2.job.pace import Pace
+from tests.frontend import FrontEnd
+from tests.program import TIMEOUT, qcow2_tool_ok
+from tests.served import serve
+from vhost.job import State, Work
+from vhost.jobs import Jobs
+from vhost.policy import OnError
+
+
+class Gated(Work):
+    """Has moved all once it is let go."""
+
+    kind = "gated"
+
+    def __init__(self) -> None:
+        self.about: dict[str, Any] = {}
+        self.has_begun, self.gate, self.has_moved = (threading.Event() for _ in range(3))
+        self.is_finished = False
+
+    def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
+        return self._move()
+
+    async def _move(self) -> None:
+        self.has_begun.set()
+        await Compute(self.gate.wait)
+        self.has_moved.set()
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_every_answer_tells_how_it_stands(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[State] = SimpleQueue()
+    with serve(tmp_path / "image") as served:
+        device = served.device
+        with Jobs(device, device.backend, lambda report: told.put(report.state)) as jobs:
+
+            def start() -> tuple[Gated, int]:
+                work = Gated()
+                report = jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+                assert report.state == "waiting"
+                return work, report.job
+
+            work, job = start()  # while nobody uses the disk
+            assert jobs.pause(job).state == jobs.pause(job).state == "paused"
+            assert jobs.resume(job).state == "waiting"
+            with FrontEnd(served.socket_path):
+                assert work.has_begun.wait(TIMEOUT)
+                assert jobs.pause(job).state == "paused"
+                work.gate.set()
+                assert work.has_moved.wait(TIMEOUT)
+                assert not work.is_finished  # what is paused does not finish either
+                assert jobs.resume(job).state == "running"
+                while told.get(timeout=TIMEOUT) != "completed":
+                    pass
+                assert work.is_finished
+
+                work, job = start()
+                assert work.has_begun.wait(TIMEOUT)
+                jobs.pause(job)
+                work.gate.set()
+                assert jobs.cancel(job).state == "paused"
+                while told.get(timeout=TIMEOUT) != "cancelled":
+                    pass
+                assert not work.is_finished

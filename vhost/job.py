@@ -1,0 +1,121 @@
+"""One job: what it does, how it stands with it, and what is told of that."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from qcow2.job.pace import Pace
+from qcow2.job.reins import Reins
+from vhost.policy import OnError
+
+
+class State(StrEnum):
+    """How it stands with a job; the last three are for good."""
+
+    RUNNING = "running"
+    PAUSED = "paused"  # until it is told to go on
+    WAITING = "waiting"  # for the disk, which is not held, or not now
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = (State.COMPLETED, State.FAILED, State.CANCELLED)
+
+
+class JobRefused(Exception):
+    """Nothing was begun or changed; one line says why."""
+
+
+class RoomWanted(Exception):
+    """The disk is not held any more, or was asked for by others: the job is begun again later."""
+
+
+class Work(ABC):
+    """What a job does."""
+
+    kind: str
+    about: dict[str, Any]  # what was asked for
+
+    def prepare(self) -> None:  # noqa: B027, most need nothing
+        """What comes before it is begun, each time, on the job's thread.
+
+        Raises: OSError, ImageError, ValueError, RoomWanted.
+        """
+
+    @abstractmethod
+    def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
+        """The work on the disk, on its thread while the image is held; done again, it goes on where it was.
+
+        Raises: OSError, ImageError, ValueError.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """What is left once that has ended, on the job's thread; nothing has begun if it raises.
+
+        Raises: OSError, ImageError, ValueError, RoomWanted.
+        """
+
+    def leave(self) -> None:  # noqa: B027
+        """What is left where the job has ended, finished or not, on its thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is told of a job."""
+
+    job: int
+    kind: str
+    about: dict[str, Any]
+    state: State
+    done: int  # bytes; less again if it was begun again
+    total: int
+    rate: int
+    on_error: OnError
+    error: str  # the last one
+
+    def as_json(self) -> dict[str, Any]:
+        """For the control socket."""
+        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
+
+
+class Job:
+    """One job; its fields are guarded by the lock of `vhost.jobs.Jobs`, but for what `Reins` says."""
+
+    def __init__(self, number: int, work: Work, rate: int, on_error: OnError) -> None:
+        self.number = number
+        self.work = work
+        self.rate = rate
+        self.on_error = on_error
+        self.state = State.WAITING
+        self.error = ""
+        self.is_paused = False
+        self.is_begun = False  # an attempt is under way
+        self.is_finishing = False  # at what nothing holds up
+        self.is_cancelled = False
+        self.is_stirred = False  # something of it was changed
+        self.reins = Reins()
+
+    @property
+    def standing(self) -> State:
+        """Its state while it has not ended."""
+        if self.is_paused and not self.is_finishing:
+            return State.PAUSED
+        return State.RUNNING if self.is_begun else State.WAITING
+
+    def report(self) -> Report:
+        reins = self.reins
+        return Report(
+            self.number,
+            self.work.kind,
+            self.work.about,
+            self.state,
+            reins.done,
+            reins.total,
+            self.rate,
+            self.on_error,
+            self.error,
+        )
