@@ -8,7 +8,7 @@ Equal disks are opened once, in all runs from one image; each is judged wherever
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -156,14 +156,14 @@ class Walk:
         self._losses: dict[int, Disk] | None = {self._base.identity(): self._base}  # None: too many
         self._copies = Copies(seed)
 
-    def visit(self, first: int = 0) -> None:
-        """Judge the states at every position of the journal past *first*.
+    def visit(self, first: int = 0, only: Container[int] | None = None) -> None:
+        """Judge the states at every position of the journal past *first*, or those of *only*.
 
         Raises: Violation; its message is what `replay` takes.
         """
         for position, entry in enumerate(self.run.journal, 1):
             is_power = self._take(entry)
-            if position > first:
+            if position > first and (only is None or position in only):
                 self.scene.count.moments += 1
                 self._draw = random.Random(self._seed * 1_000_003 + position)
                 if is_power:

@@ -8,6 +8,7 @@ from tests.sim.build import load
 from tests.sim.mutant import BY_NAME
 
 MANY = 10_000_000  # states
+MOMENTS = 40  # so that no long life takes all of the states
 
 
 def main(arguments: list[str]) -> int:
@@ -16,6 +17,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--histories", type=int, default=100)
     parser.add_argument("--sort", action="append", help="of image; all in turns without it")
     parser.add_argument("--states", type=int, default=0, help="of deaths in last lives, to be visited")
+    parser.add_argument(
+        "--moments", type=int, default=MOMENTS, help="of one last life at which it may die; 0: all, which may be many"
+    )
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
@@ -35,6 +39,7 @@ def main(arguments: list[str]) -> int:
             options.sort or (mutant and mutant.sorts) or [*NAMED],
             twice=options.twice,
             states=MANY if mutant and mutant.walks else options.states,
+            moments=0 if mutant else options.moments,
             until_found=mutant is not None,
             is_full=mutant is not None and mutant.is_full,
         )

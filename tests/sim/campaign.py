@@ -53,6 +53,7 @@ class Plan:
     sorts: Sequence[str]
     twice: bool = False  # and compared
     states: int = 0  # of deaths in last lives, to be visited
+    moments: int = 0  # of one last life, at most; 0: all
     until_found: bool = False
     is_full: bool = False
 
@@ -65,11 +66,11 @@ def run(plan: Plan) -> int:
         if plan.until_found:
             print(f"history {seed}", flush=True)  # for whoever counts them, should this process not come to its end
         world = world_of(seed, plan.sorts, is_full=plan.is_full)
-        fault = _run_one(world, total, count if count.states < plan.states else None)
+        fault = _run_one(world, total, count if count.states < plan.states else None, plan.moments)
         longest.add(world.longest)
         if plan.twice and not fault:
             again = world_of(seed, plan.sorts, is_full=plan.is_full)
-            if _run_one(again, Tally(), None) or again.digest != world.digest:
+            if _run_one(again, Tally()) or again.digest != world.digest:
                 fault = "a second run of this seed is another history"
         if fault:
             failed += 1
@@ -85,13 +86,13 @@ def run(plan: Plan) -> int:
     return 1 if failed else 0
 
 
-def _run_one(world: World, total: Tally, count: Count | None) -> str:
+def _run_one(world: World, total: Tally, count: Count | None = None, moments: int = 0) -> str:
     """What was wrong."""
     fault = ""
     try:
         world.run()
         if count is not None and world.is_walkable:
-            count.add(visit(world))
+            count.add(visit(world, moments))
     except Violation as error:
         fault = str(error)
     except Exception:

@@ -1,5 +1,7 @@
 """Every death in the last life of a history, as the crash explorer visits it."""
 
+import random
+
 from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.walk import Count, Scene, Walk
 from tests.sim.kernel import Lost, Violation
@@ -20,11 +22,16 @@ class LifeWalk(Walk):
         return False
 
 
-def visit(world: World) -> Count:
-    """Judge what each death in the last life leaves. Raises: Violation; its message names the state."""
-    scene = Scene(world.backing)
+def visit(world: World, most: int) -> Count:
+    """Judge what each death in the last life leaves; at *most* so many moments, drawn by the seed; 0: at all.
+
+    Raises: Violation; its message names the state.
+    """
+    scene, run = Scene(world.backing), world.as_run()
+    moments = range(world.first + 1, len(run.journal) + 1)
+    drawn = frozenset(random.Random(world.seed).sample(moments, most)) if 0 < most < len(moments) else None
     try:
-        LifeWalk(world.as_run(), scene, world.seed).visit(world.first)
+        LifeWalk(run, scene, world.seed).visit(world.first, drawn)
     except CrashViolation as error:
         raise Violation(str(error)) from error
     return scene.count
