@@ -16,6 +16,7 @@ from ring.counter import Counters
 from ring.memory import MemoryRegion
 from ring.request import Request
 from ring.worker import Worker
+from tests.patience import TIMEOUT
 from virtio.native import NativeBlock
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13  # virtio 1.2, 5.2.6
@@ -212,14 +213,14 @@ class Guest:
             done.set()
 
         self.worker.call(lambda: self.worker.drain_queue(index, finish))
-        assert done.wait(10)
+        assert done.wait(TIMEOUT)
         return drained[0]
 
     def disable(self, index: int = 0) -> None:
         """Disable a queue and wait until nothing of it is in flight."""
         done = threading.Event()
         self.worker.call(lambda: self.worker.disable_queue(index, done.set))
-        assert done.wait(10)
+        assert done.wait(TIMEOUT)
 
     @property
     def counters(self) -> Counters:

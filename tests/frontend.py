@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import TIMEOUT
+
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 VERSION_1 = 1 << 32
@@ -46,7 +48,6 @@ DATA_START = 1 << 17
 ZONE = DATA_START + SLOTS * DATA_BYTES  # the memory of one queue: rings, headers and status bytes, data
 GUEST_ADDRESS = 0x4000_0000
 USER_ADDRESS = 0x7000_0000_0000
-TIMEOUT = 30
 
 
 class BackendGone(Exception):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests.patience import TIMEOUT
+
 TOOL = Path(sys.executable).with_name("qcow2")
 DAEMON = Path(sys.executable).with_name("vhost-user-qcow2")
-TIMEOUT = 60
 SERIAL = itertools.count()
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import TIMEOUT
+
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 14, 15, 16
 STATFS, RELEASE, FSYNC, FLUSH, INIT, CREATE, INTERRUPT, DESTROY = 17, 18, 20, 25, 26, 35, 36, 38
 BATCH_FORGET, FALLOCATE = 42, 43
@@ -55,7 +57,7 @@ class SlowDisk:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._server.communicate(timeout=30)
+        self._server.communicate(timeout=TIMEOUT)
 
     def _read_line(self) -> str:
         assert self._server.stdout
@@ -87,7 +89,7 @@ class SlowDisk:
     def wait_for_one(self) -> None:
         """Return once an operation is held."""
         assert self._server.stdout
-        assert select.select([self._server.stdout], [], [], 30)[0], "nothing was held"
+        assert select.select([self._server.stdout], [], [], TIMEOUT)[0], "nothing was held"
         assert self._read_line() == "held"
 
 

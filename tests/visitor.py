@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tests.patience import TIMEOUT
+
 ADDRESS_SPACE = 1 << 30
-SECONDS = 10
+SECONDS = 10  # of a processor, for one image
 PROBE = 1 << 16
 
 
@@ -34,7 +36,7 @@ class Visit:
 def visit(action: str, paths: Sequence[Path]) -> list[Visit]:
     """Visit each image for *action*, one of `ACTIONS`, in a process of its own."""
     command = [sys.executable, "-m", "tests.visitor", action, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + len(paths))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT + len(paths))
     visits = [Visit(**json.loads(line)) for line in done.stdout.splitlines()]
     assert len(visits) == len(paths), (
         f"{action} of {paths[len(visits)]}: exit {done.returncode}: {done.stderr[-2000:]}, after {visits[-1:]}"
@@ -114,7 +116,7 @@ ACTIONS: dict[str, Callable[[str], None]] = {
 def _end_of(action: str, path: str) -> Visit:
     import qcow2
 
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         ACTIONS[action](path)
         return Visit(path, "done", "")
@@ -123,7 +125,7 @@ def _end_of(action: str, path: str) -> Visit:
     except BaseException:
         return Visit(path, "failed", traceback.format_exc())
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main(action: str, *paths: str) -> None:

@@ -23,7 +23,7 @@ class BackendFailure(Failure):
 class Backend:
     """The program *command*, which listens at *socket_path*. Leaving the context kills it if stop() did not end it."""
 
-    def __init__(self, command: Sequence[str | Path], socket_path: Path, *, start_timeout: float = 30) -> None:
+    def __init__(self, command: Sequence[str | Path], socket_path: Path, *, start_timeout: float = 300) -> None:
         self.socket_path = socket_path
         self._command = [os.fspath(word) for word in command]
         self._start_timeout = start_timeout
@@ -44,7 +44,7 @@ class Backend:
     ) -> None:
         self._end()
 
-    def stop(self, timeout: float = 60) -> dict[str, Any]:
+    def stop(self, timeout: float = 300) -> dict[str, Any]:
         """Send SIGTERM, insist on exit status 0, return the counters the program printed last (empty if none)."""
         self.process.send_signal(signal.SIGTERM)
         try:

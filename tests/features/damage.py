@@ -27,6 +27,7 @@ from tests.features.ours import open_disk
 from tests.features.qemu import Files, Qemu
 from tests.features.shape import draw_shape
 from tests.oracle import Header, read_header
+from tests.patience import TIMEOUT
 from tests.program import TOOL
 
 FEATURES = ("subclusters", "data-file", "data-file-raw", "encrypted", "snapshots", "bitmaps", "compressed")
@@ -108,7 +109,7 @@ def verdict(command: list[str]) -> int:
             traceback.print_exc()
             return -1
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return -1
     return done.returncode if done.returncode in (0, 1, 2, 3) and "Traceback" not in done.stderr else -1

@@ -3,16 +3,15 @@
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.features.model import Bits, Model
 from tests.features.shape import Shape
 from tests.features.step import Step
+from tests.oracle import ask_qemu
 
 KEY = b"a key\nof two lines"
-TIMEOUT = 120
 MAY = {
     "write",
     "zero",
@@ -98,10 +97,7 @@ class Qemu:
 
     def run(self, program: str, *words: str, codes: tuple[int, ...] = (0,)) -> str:
         command = [self.program(program), *words]
-        for _ in range(20):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-            if "accurate CPU usage" not in done.stderr:  # it could not measure how slow a key has to be
-                break
+        done = ask_qemu(command)
         if done.returncode not in codes:
             raise AssertionError(
                 f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

@@ -16,6 +16,7 @@ from bench.latency import Histogram
 from bench.load import Job, Kind, Load, LoadFailure, Order, memory_nbytes
 from bench.ratio import Ratio
 from bench.server import Server, connect, listen
+from tests.patience import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -24,7 +25,7 @@ DAEMON = Path(sysconfig.get_path("scripts"), "vhost-user-qcow2")
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def processes_on(directory: Path) -> list[str]:
@@ -58,7 +59,7 @@ def image(tmp_path: Path) -> Path:
 
 def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
     where = ("--directory", tmp_path / "images", "--tmpfs", tmp_path, "--output", tmp_path / "out")
-    run = bench("writeback-fresh-32", "--pairs=1", "--seconds=0.1", "--no-ceiling", *where)
+    run = bench("writeback-fresh-32", "--pairs=1", "--seconds=0.2", "--no-ceiling", *where)
     assert run.returncode == 0, run.stderr
     (case,) = json.loads((tmp_path / "out/results.json").read_text())["cases"]
     assert case["ours"][0]["requests"] > 0
@@ -71,15 +72,15 @@ def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     images = tmp_path / "images"
     where = ("--directory", images, "--tmpfs", tmp_path, "--output", tmp_path / "out")
-    assert bench("writeback-fresh-32", "--pairs=1", "--seconds=0.1", "--no-ceiling", *where).returncode == 0
+    assert bench("writeback-fresh-32", "--pairs=1", "--seconds=0.2", "--no-ceiling", *where).returncode == 0
     assert list(images.iterdir()) == []
 
 
 def test_a_crowd_comes_on_as_many_queues_as_it_needs(tmp_path: Path) -> None:
-    options = ("--passes=1", "--seconds=0.05", "--ring=1", "--largest=2")
+    options = ("--passes=1", "--seconds=0.2", "--ring=1", "--largest=2")
     where = ("--directory", tmp_path / "images", "--plot", tmp_path / "plot.svg")
     command = [sys.executable, "-m", "bench.crowd", "fresh", *options, *map(str, where)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == 0, run.stderr
     assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("| 1 ", "| 2 "))] == ["1", "2"]
     assert list((tmp_path / "images").iterdir()) == []
@@ -90,12 +91,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     images = tmp_path / "images"
     images.mkdir()
     where = ("--directory", images, "--tmpfs", images, "--output", tmp_path / "out")
-    command = [sys.executable, "-m", "bench", "writeback-fresh-32", "--seconds=30", "--no-ceiling", *map(str, where)]
+    command = [sys.executable, "-m", "bench", "writeback-fresh-32", "--seconds=300", "--no-ceiling", *map(str, where)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert any("1/1" in line for line in run.stdout)  # from now on there are images, soon servers
         run.send_signal(number)
-        run.communicate(timeout=60)
+        run.communicate(timeout=TIMEOUT)
     assert run.returncode == status
     assert list(images.iterdir()) == []
     assert processes_on(images) == []
@@ -110,25 +111,31 @@ def test_verified_load_reads_what_it_wrote(image: Path) -> None:
     job = Job(MIB, read_percent=50, depth=8, queues=2, flush_every=16, verify=True)
     with loaded(image, job) as load:
         load.run(0.1)
-        outcome = load.outcome()
+        while not (outcome := load.outcome()).flushes or outcome.writes in (0, outcome.requests):
+            load.run(0.1)
     assert 0 < outcome.writes < outcome.requests
     assert outcome.flushes > 0
     assert outcome.latencies.total == outcome.requests
 
 
+def look_until_wrong(load: Load) -> None:
+    while load.run(0.1):
+        load.outcome()
+
+
 def test_bytes_changed_behind_the_server_are_seen(image: Path) -> None:
     with loaded(image, Job(MIB, read_percent=50, depth=8, verify=True)) as load:
-        load.run(0.1)
+        while load.outcome().writes < 100:
+            load.run(0.1)
         image.write_bytes(bytes(MIB))
-        load.run(0.1)
         with pytest.raises(LoadFailure, match="reads returned wrong data"):
-            load.outcome()
+            look_until_wrong(load)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_every_stride_is_visited_once(image: Path, kind: Kind) -> None:
     with loaded(image, Job(MIB, kind=kind, depth=4, order=Order.ONCE, stride=16384)) as load:
-        assert not load.run(30)
+        assert not load.run(TIMEOUT)
         assert load.outcome().writes == MIB // 16384
     if kind is Kind.WRITE:
         data = image.read_bytes()
@@ -137,7 +144,8 @@ def test_every_stride_is_visited_once(image: Path, kind: Kind) -> None:
 
 def test_sequential_writes_cover_the_disk(image: Path) -> None:
     with loaded(image, Job(MIB, order=Order.SEQUENTIAL, block_size=65536, depth=4)) as load:
-        load.run(0.05)
+        while load.outcome().writes < 2 * MIB // 65536:
+            load.run(0.05)
     data = image.read_bytes()
     assert all(any(data[at : at + 512]) for at in range(0, MIB, 512))
 

@@ -10,6 +10,7 @@ import qcow2
 from tests.bitmapreader import bitmaps_of
 from tests.frontend import FrontEnd
 from tests.oracle import qemu_img, qemu_read
+from tests.patience import TIMEOUT
 from tests.program import DAEMON, Daemon
 
 SIZE = 24 << 20
@@ -111,7 +112,7 @@ def test_a_live_snapshot_freezes_the_bitmaps_with_the_disk(tmp_path: Path) -> No
     control = f"{tmp_path}/control"
     with Daemon(image, f"--control={control}") as daemon, FrontEnd(daemon.socket_path) as front:
         guest.work(front, 60)
-        subprocess.run([DAEMON, "ctl", f"--control={control}", "snapshot", frozen.name], check=True, timeout=60)
+        subprocess.run([DAEMON, "ctl", f"--control={control}", "snapshot", frozen.name], check=True, timeout=TIMEOUT)
         Guest(6).work(front, 60)
         daemon.stop()
     guest.judge(frozen)

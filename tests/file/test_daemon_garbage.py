@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 from tests.frontend import FrontEnd
+from tests.patience import TIMEOUT
 from tests.program import Daemon
 
 pytestmark = pytest.mark.xdist_group("daemon garbage")  # one daemon outlives it all
 
 VERSION = 1
-TIMEOUT = 30
 # request, payload, fds: each shape that the protocol knows, from the specification
 MESSAGES = [
     (1, b"", 0),  # GET_FEATURES

@@ -33,6 +33,7 @@ from tests.frontend import (
     Queue,
 )
 from tests.packedqueue import PackedQueue
+from tests.patience import TIMEOUT
 from tests.program import Daemon
 
 pytestmark = pytest.mark.xdist_group("daemon habits")  # one daemon for many
@@ -74,7 +75,7 @@ def test_driver_that_neither_kicks_nor_wants_calls_is_served(image: Path, queue_
     with Daemon(image) as daemon, FrontEnd(daemon.socket_path, queue_type=queue_type) as guest:
         guest.tell(SET_VRING_CALL, struct.pack("<Q", NO_FD))
         guest.tell(SET_VRING_KICK, struct.pack("<Q", NO_FD))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT
         for _ in range(5):
             guest.submit(GET_ID, nbytes=20)
             while not (done := guest.reap()):

@@ -215,7 +215,8 @@ def test_a_signal_ends_a_repair_which_the_next_open_finishes(tmp_path: Path, num
         assert "repairing" in process.stderr.readline()
         process.send_signal(number)
         _, said = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode, said) == (0, "")
+    assert process.returncode == 0
+    assert all("repairing, " in line for line in said.splitlines()), said  # on a busy machine it says how far it is
     with qcow2.open(str(image), writable=True) as disk:
         assert disk.read(0, 512) == bytes(512)
     assert qcow2_tool("check", image).returncode == 0

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tests.frontend import IN, OK, FrontEnd
+from tests.patience import TIMEOUT
 from vhost.daemon import run
 from vhost.endpoint import listen
 from virtio.block import BlockDevice, DeviceBackend
@@ -23,7 +24,7 @@ class SlowDevice(BlockDevice):
 
     def read(self, offset: int, nbytes: int) -> bytes:
         self.entered.set()
-        assert self.let_go.wait(30)
+        assert self.let_go.wait(TIMEOUT)
         return bytes(nbytes)
 
 
@@ -50,9 +51,9 @@ def test_visitors_are_refused_while_the_last_request_is_finished(tmp_path: Path)
         stack.callback(device.let_go.set)
         guest = stack.enter_context(FrontEnd(path))
         guest.submit(IN, 0, nbytes=512)
-        assert device.entered.wait(30)
+        assert device.entered.wait(TIMEOUT)
         os.eventfd_write(stop_fd, 1)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + TIMEOUT
         while not is_refused(path):
             assert time.monotonic() < deadline
         assert not guest.reap()

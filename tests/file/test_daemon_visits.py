@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.frontend import GET_FEATURES, VERSION, FrontEnd
+from tests.patience import TIMEOUT
 from tests.program import Daemon
 
 VISITS = 1000
@@ -134,7 +135,7 @@ def resident_kib(daemon: Daemon) -> int:
 
 def connect(daemon: Daemon) -> socket.socket:
     visitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    visitor.settimeout(30)
+    visitor.settimeout(TIMEOUT)
     visitor.connect(str(daemon.socket_path))
     return visitor
 

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.measurement import Measurement
+from tests.patience import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -77,7 +78,7 @@ def test_picture_is_svg_with_a_bar_for_each_server(theirs: float | None) -> None
 
 
 def test_race_counts_both_servers_and_leaves_no_image(tmp_path: Path) -> None:
-    race = run_race(tmp_path, lambda line: None, seconds=0.1)
+    race = run_race(tmp_path, lambda line: None, seconds=0.3)
     assert race.theirs is not None, race.absence
     for run in race.runs:
         assert run.measured.iops > 0
@@ -90,9 +91,9 @@ def test_without_qemu_storage_daemon_ours_is_shown_and_the_lack_is_one_line(tmp_
     programs.mkdir()
     for name in ("qemu-img", "setpriv"):
         (programs / name).symlink_to(Path("/usr/bin", name))
-    command = [sys.executable, "-c", RACE, tmp_path, "0.1"]
+    command = [sys.executable, "-c", RACE, tmp_path, "0.3"]
     environment = {**ENVIRONMENT, "PATH": str(programs)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert sum(THEIRS in line for line in lines) == 1
@@ -109,31 +110,31 @@ def processes_on(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    with started(tmp_path, seconds=30) as run:
+    with started(tmp_path, seconds=300) as run:
         run.send_signal(number)
-        run.communicate(timeout=60)
+        run.communicate(timeout=TIMEOUT)
     assert run.returncode != 0
     assert list(tmp_path.iterdir()) == []
     assert processes_on(tmp_path) == []
 
 
 def test_what_a_killed_demo_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
-    with started(tmp_path, seconds=30) as run:
+    with started(tmp_path, seconds=300) as run:
         run.kill()
     assert os.listdir(tmp_path / "demo") == ["race.qcow2"]
-    with started(tmp_path, seconds=0.1) as run:
-        run.communicate(timeout=60)
+    with started(tmp_path, seconds=0.3) as run:
+        run.communicate(timeout=TIMEOUT)
     assert os.listdir(tmp_path) == ["demo.svg"]
 
 
 def test_a_second_demo_leaves_the_first_alone(tmp_path: Path) -> None:
-    with started(tmp_path, seconds=30) as first:
-        with started(tmp_path, seconds=0.1) as second:
-            _, said = second.communicate(timeout=60)
+    with started(tmp_path, seconds=300) as first:
+        with started(tmp_path, seconds=0.3) as second:
+            _, said = second.communicate(timeout=TIMEOUT)
         assert "another demo is at work" in said
         assert os.listdir(tmp_path / "demo") == ["race.qcow2"]
         first.terminate()
-        first.communicate(timeout=60)
+        first.communicate(timeout=TIMEOUT)
 
 
 @contextmanager

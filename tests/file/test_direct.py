@@ -12,6 +12,7 @@ from qcow2.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, PROCESSES, guest_key
 from tests.blockguest import MIB
 from tests.frontend import IN, OUT, FrontEnd
 from tests.oracle import assert_not_corrupt, qemu_img
+from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool_ok
 
 SIZE = 4 * MIB
@@ -100,7 +101,7 @@ def test_daemon_does_not_wait_for_one_that_lives(base: Path) -> None:
         for byte in (OURS, LIVES + os.getpid(), 101, 201):
             lock(fd, byte)
         with Daemon(image) as daemon:
-            _, said = daemon.process.communicate(timeout=60)
+            _, said = daemon.process.communicate(timeout=TIMEOUT)
             assert daemon.process.returncode == 1
             assert "is another process using the image?" in said
     finally:

@@ -23,6 +23,7 @@ from qcow2.driver.task import Task
 from ring.aio import Aio, WorkerOptions
 from ring.worker import Worker
 from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.patience import TIMEOUT
 from vhost.disk import RingDriver
 from virtio.native import NativeBlock
 
@@ -87,7 +88,7 @@ def threads(path: Path) -> AbstractContextManager[Rig]:
 def run_on_worker(worker: Worker, driver: RingDriver, coroutine: Coroutine[Any, Any, Any]) -> Any:
     ended: Future[Task] = Future()
     worker.call(lambda: driver.run(coroutine, ended.set_result))
-    task = ended.result(timeout=30)
+    task = ended.result(timeout=TIMEOUT)
     if task.error is not None:
         raise task.error
     return task.result

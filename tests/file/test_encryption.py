@@ -11,7 +11,7 @@ import pytest
 
 import qcow2
 from qcow2 import ImageError, WrongKey
-from tests.oracle import peers
+from tests.oracle import ask_qemu, peers
 from tests.program import qcow2_tool, qcow2_tool_ok
 
 KEY = b"correct horse\n"  # the newline is part of it
@@ -34,11 +34,8 @@ def secret(tmp_path: Path) -> list[str]:
 
 
 def qemu(program: str, *arguments: str) -> str:
-    """What it prints; QEMU 7.2 now and then cannot measure its own processor time."""
-    for _ in range(50):
-        done = subprocess.run([program, *arguments], capture_output=True, text=True)
-        if "accurate CPU usage" not in done.stderr:
-            break
+    """What it prints."""
+    done = ask_qemu([program, *arguments])
     assert done.returncode == 0, done.stderr
     return done.stdout
 

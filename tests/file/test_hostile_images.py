@@ -1,6 +1,6 @@
 """No image, however crafted, makes a visitor crash, hang or take memory without bound: it is read, or refused.
 
-The visitor lives in 1 GiB of address space and has ten seconds an image; see `tests.visitor`.
+The visitor lives in 1 GiB of address space and has ten seconds of a processor an image; see `tests.visitor`.
 """
 
 import random

@@ -32,6 +32,7 @@ from tests.oracle import (
     qemu_read,
     read_header,
 )
+from tests.patience import TIMEOUT
 from tests.program import Daemon
 from tests.workload import Model, random_steps
 
@@ -147,7 +148,7 @@ def test_a_table_that_cannot_grow_leaves_the_old_one_in_charge(
 def fill_until_full(path: Path, limit: int, end: str) -> int:
     """Write sectors in a process whose files may not exceed *limit*; how many were acknowledged."""
     command = [sys.executable, "-c", FILL_UNTIL_FULL, str(path), str(limit), end]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == (-9 if end == "kill" else 0), done.stderr
     return len(done.stdout.splitlines())
 
@@ -357,7 +358,7 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path: Path) -> None:
         "        disk.read(place, 512)\n"
         "    print(resident() - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2048
 

@@ -34,6 +34,7 @@ from tests.frontend import (
 )
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, qemu_check, qemu_img, read_header
+from tests.patience import TIMEOUT
 from tests.program import Daemon
 
 SIZE = 32 << 20
@@ -486,7 +487,7 @@ def test_two_daemons_share_a_base_but_not_an_overlay(tmp_path: Path) -> None:
         with FrontEnd(one.socket_path, features=features) as first, FrontEnd(two.socket_path) as second:
             assert first.read(65536, BLOCK) == second.read(65536, BLOCK) == base[65536 : 65536 + BLOCK]
             with Daemon(path) as three:
-                three.process.wait(60)
+                three.process.wait(TIMEOUT)
                 assert three.process.returncode == 1
 
 

@@ -12,6 +12,7 @@ from tests.builder import Recipe, build
 from tests.builder.record import LAZY_REFCOUNTS
 from tests.frontend import FrontEnd
 from tests.oracle import assert_clean, assert_same_disk, qemu_check, qemu_img, read_header, sha256
+from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool, qcow2_tool_ok
 
 SIZE = 16 << 20
@@ -39,7 +40,7 @@ def crashed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A lazy image whose writer was killed after it had allocated and flushed."""
     path = lazy_image(tmp_path)
     if request.param == "library":
-        done = subprocess.run([sys.executable, "-c", ALLOCATE_AND_DIE, path], timeout=60, capture_output=True)
+        done = subprocess.run([sys.executable, "-c", ALLOCATE_AND_DIE, path], timeout=TIMEOUT, capture_output=True)
         assert done.returncode == -9, done.stderr
         return path
     with Daemon(path) as daemon, FrontEnd(daemon.socket_path) as guest:
@@ -104,7 +105,7 @@ def test_an_image_that_qemu_left_dirty_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "a"
     qemu_img("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", path, str(SIZE))
     commands = ["-c", "write -P 7 0 1M", "-c", "flush", "-c", "sigraise 9"]
-    subprocess.run(["qemu-io", "-f", "qcow2", *commands, path], capture_output=True, timeout=60)
+    subprocess.run(["qemu-io", "-f", "qcow2", *commands, path], capture_output=True, timeout=TIMEOUT)
     assert read_header(path).is_dirty
     with qcow2.open(str(path), writable=True) as disk:
         assert disk.read(0, 1 << 20) == b"\7" * (1 << 20)

@@ -11,6 +11,7 @@ import pytest
 import qcow2
 from qcow2.engine.image import Image
 from tests.frontend import F_CONFIG_WCE, F_FLUSH, BackendGone, FrontEnd
+from tests.patience import TIMEOUT
 from tests.program import Daemon, complaints, qcow2_tool_ok
 from tests.served import serve
 
@@ -145,13 +146,13 @@ def test_front_end_that_cannot_flush_may_wait_for_the_image(pair: tuple[Daemon, 
 
 def test_daemon_without_incoming_needs_the_image_at_its_start(image: Path) -> None:
     with Daemon(image) as first, FrontEnd(first.socket_path), Daemon(image) as second:
-        assert second.process.wait(30) == 1
+        assert second.process.wait(TIMEOUT) == 1
 
 
 def test_incoming_daemon_needs_an_image_all_the_same(image: Path) -> None:
     image.unlink()
     with Daemon(image, "--incoming") as daemon:
-        assert daemon.process.wait(30) == 1
+        assert daemon.process.wait(TIMEOUT) == 1
 
 
 def test_image_that_grew_elsewhere_has_the_new_size(image: Path) -> None:

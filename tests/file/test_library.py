@@ -11,6 +11,7 @@ import pytest
 
 import qcow2
 from tests.oracle import assert_clean, assert_same_disk, qemu_img, qemu_io
+from tests.patience import TIMEOUT
 
 SIZE = 10 << 20
 
@@ -148,7 +149,7 @@ def test_a_small_cache_serves_a_large_disk(tmp_path: Path) -> None:
 
 def test_program_that_closes_no_disk_ends(path: Path) -> None:
     program = "import sys, qcow2; disk = qcow2.open(sys.argv[1], writable=True); disk.write(0, b'x'); disk.flush()"
-    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=TIMEOUT)
     with qcow2.open(str(path), writable=True) as disk:
         assert disk.read(0, 1) == b"x"
 

@@ -19,6 +19,7 @@ import pytest
 
 import qcow2
 from tests.oracle import assert_not_corrupt, qemu_img
+from tests.patience import TIMEOUT
 
 SECONDS = float(os.environ.get("DISK_SECONDS", "3"))
 THREADS = 8
@@ -173,14 +174,14 @@ disk.close()
 
 
 def test_an_interrupt_of_the_first_call_leaves_no_signal_blocked(overlay: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL, overlay], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL, overlay], capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("DISK_SEEDS", "4"))))
 def test_interrupts_at_any_moment_leave_the_disk_going(overlay: Path, seed: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, overlay, str(seed)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", INTERRUPTED, overlay, str(seed)], capture_output=True, text=True, timeout=TIMEOUT
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert_not_corrupt(overlay)

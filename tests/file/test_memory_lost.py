@@ -21,6 +21,7 @@ from tests.frontend import (
     FrontEnd,
 )
 from tests.inflightmodel import SplitModel
+from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool_ok
 
 SET_VRING_ERR = 14
@@ -76,14 +77,14 @@ class Guest(FrontEnd):
         return slot
 
     def wait_until_broken(self) -> None:
-        assert select.select(self.errs[:1], [], [], 30)[0]
+        assert select.select(self.errs[:1], [], [], TIMEOUT)[0]
 
     def read_beside(self) -> None:
         """The other queue goes on."""
         queue = self.queues[1]
         queue.submit(IN, 0, nbytes=512)
         while not (done := list(queue.reap())):
-            assert select.select([queue.call], [], [], 30)[0]
+            assert select.select([queue.call], [], [], TIMEOUT)[0]
             os.eventfd_read(queue.call)
         assert [one.status for one in done] == [OK]
 

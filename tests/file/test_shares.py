@@ -13,6 +13,7 @@ from ring.aio import Aio
 from ring.request import Request
 from tests import slowdisk
 from tests.blockguest import FLUSH, IN, MIB, OK, Guest
+from tests.patience import TIMEOUT
 from tests.slowdisk import SlowDisk
 
 KIB = 1 << 10
@@ -53,7 +54,7 @@ def write_beside(guest: Guest, fd: int, nbytes: int) -> None:
         guest.worker.write(guest.worker.add_file(fd), 0, [bytes(nbytes)], lambda result: written.set())
 
     guest.worker.call(begin)
-    assert written.wait(20)
+    assert written.wait(TIMEOUT)
 
 
 @pytest.mark.parametrize("aio", [Aio.AUTO, Aio.THREADS])
@@ -107,12 +108,12 @@ def hoarding(post: Callable[[Guest, DriverQueue], None], count: int) -> Iterator
         post(guest, other)
         other.kick()
         with came:
-            assert came.wait_for(lambda: any(request.queue == 1 for request in held), 20)
+            assert came.wait_for(lambda: any(request.queue == 1 for request in held), TIMEOUT)
         yield held
         answered = 0
         while answered <= count:
             with came:
-                assert came.wait_for(lambda answered=answered: len(held) > answered, 20)
+                assert came.wait_for(lambda answered=answered: len(held) > answered, TIMEOUT)
                 ready, answered = held[answered:], len(held)
             guest.worker.call(lambda ready=ready: [request.finish(OK) for request in ready])
 

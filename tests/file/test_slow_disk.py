@@ -11,6 +11,7 @@ from bench.driver import DriverMemory, DriverQueue
 from tests import slowdisk
 from tests.blockguest import FLUSH, IN, MIB, OK, OUT, Guest
 from tests.frontend import FrontEnd
+from tests.patience import TIMEOUT
 from tests.program import qcow2_tool_ok
 from tests.served import serve
 from tests.slowdisk import SlowDisk
@@ -115,7 +116,7 @@ def test_zeros_are_written_without_asking_a_slow_disk_for_its_length(tmp_path: P
             zeroed = threading.Event()
             with disk.holding(slowdisk.GETATTR):
                 guest.worker.call(lambda: guest.worker.zero(guest.slot, 4096, 65536, lambda _: zeroed.set()))
-                assert zeroed.wait(10)
+                assert zeroed.wait(TIMEOUT)
             assert os.fstat(fd).st_size == 8192
         os.close(fd)
     assert (backing / "disk").read_bytes() == b"x" * 4096 + bytes(4096)

@@ -15,6 +15,7 @@ from tests.builder import Built, Recipe, build
 from tests.builder.record import EXTENDED_L2
 from tests.frontend import FrontEnd
 from tests.oracle import assert_same_bytes, peers, qemu_img, qemu_io
+from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool
 
 CLUSTERS = [1 << 14, 1 << 16, 1 << 17, 1 << 21]
@@ -102,7 +103,7 @@ def assert_agreed(path: Path, model: bytes | bytearray) -> None:
     raw.write_bytes(model)
     for peer in peers():
         for words in (["compare", "-q", "-f", "qcow2", "-F", "raw", path, raw], ["check", "-f", "qcow2", path]):
-            done = subprocess.run([peer, *map(str, words)], capture_output=True, text=True, timeout=60)
+            done = subprocess.run([peer, *map(str, words)], capture_output=True, text=True, timeout=TIMEOUT)
             assert done.returncode == 0, done.stdout + done.stderr
     done = qcow2_tool("check", path)
     assert done.returncode == 0, done.stdout + done.stderr

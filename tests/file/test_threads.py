@@ -132,6 +132,6 @@ def test_worker_keeps_its_promises_without_io_uring(name: str) -> None:
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=240
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stdout

@@ -12,6 +12,7 @@ from tests.blockguest import FLUSH, IOERR, OK, OUT, Guest
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
 from tests.frontend import DISCARD, FrontEnd
+from tests.patience import TIMEOUT
 from tests.program import Daemon
 
 SIZE = 16 << 20
@@ -128,7 +129,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     path = build(Recipe(size=SIZE), tmp_path / "a").path
     before = path.read_bytes()
     with Daemon(path, f"--trace-io={path}") as daemon:
-        assert daemon.process.wait(30) == 1
+        assert daemon.process.wait(TIMEOUT) == 1
         assert daemon.process.stderr is not None
         assert "File exists" in daemon.process.stderr.read()
     assert path.read_bytes() == before

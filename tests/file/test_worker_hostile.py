@@ -10,6 +10,7 @@ import pytest
 from bench.driver import Buffer, DriverQueue, wait_readable
 from ring.request import Request
 from tests.blockguest import IN, IOERR, MIB, OK, Guest
+from tests.patience import TIMEOUT
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # virtio 1.2, 2.7.5
 
@@ -107,7 +108,7 @@ def test_ring_that_lies_breaks_its_queue(name: str) -> None:
     with Guest() as guest:
         attack(guest)
         wait_readable(guest.queue.err_fd, 10)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         assert guest.faults == [fault]
 
 
@@ -118,7 +119,7 @@ def test_head_posted_again_in_flight_breaks_the_queue() -> None:
         guest.queue.add_head(posted.head)
         guest.queue.kick()
         wait_readable(guest.queue.err_fd, 10)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         guest.worker.call(lambda: held[0].finish(OK))
         assert guest.faults == ["a head is posted again while it is in flight"]
 
@@ -138,7 +139,7 @@ def test_other_queue_is_served_after_one_broke() -> None:
     with Guest() as guest, DriverQueue(guest.memory, 8) as other:
         guest.worker.call(lambda: guest.start_queue(1, other))
         head_past_the_table(guest)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         posted = guest.post(IN, room=512, queue=other)
         other.kick()
         assert guest.answer(posted, other.wait()[0]).status == OK
@@ -147,7 +148,7 @@ def test_other_queue_is_served_after_one_broke() -> None:
 def test_broken_queue_is_not_read_again() -> None:
     with Guest() as guest:
         head_past_the_table(guest)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         guest.post(IN, room=512)
         os.eventfd_write(guest.queue.kick_fd, 1)
         guest.worker.call(lambda: None)
@@ -157,7 +158,7 @@ def test_broken_queue_is_not_read_again() -> None:
 def test_broken_queue_serves_again_once_restarted() -> None:
     with Guest() as guest, DriverQueue(guest.memory, 8) as fresh:
         head_past_the_table(guest)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         assert guest.drain() == 0
         guest.worker.call(lambda: guest.start_queue(0, fresh))
         posted = guest.post(IN, room=512, queue=fresh)
@@ -205,12 +206,12 @@ def test_requests_wait_while_those_of_their_queue_move_half_a_gib() -> None:
             post_long_read(guest, 64)
         guest.queue.kick()
         for _ in range(2):
-            assert seen.acquire(timeout=10)
+            assert seen.acquire(timeout=TIMEOUT)
         guest.worker.call(lambda: None)
         assert len(held) == 2
         guest.worker.call(lambda: [request.finish(OK) for request in held])
         for _ in range(2):
-            assert seen.acquire(timeout=10)
+            assert seen.acquire(timeout=TIMEOUT)
         guest.worker.call(lambda: [request.finish(OK) for request in held[2:]])
         guest.queue.wait(4)
 
@@ -220,7 +221,7 @@ def test_kick_that_cannot_be_polled_breaks_the_queue() -> None:
         reader, writer = os.pipe()
         os.close(writer)
         guest.worker.call(lambda: guest.worker.set_kick(0, reader))
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         assert guest.faults == ["the kick is not an eventfd, or is closed"]
 
 

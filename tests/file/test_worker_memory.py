@@ -11,6 +11,7 @@ from bench.driver import Buffer, DriverMemory
 from ring.memory import MemoryRegion
 from ring.request import Request
 from tests.blockguest import IN, MIB, OK, OUT, Guest, open_pipe
+from tests.patience import TIMEOUT
 
 SEAM = 8 * MIB + 1234  # between two regions, page aligned neither in the file nor in the guest
 
@@ -126,7 +127,7 @@ def test_removing_a_region_waits_for_the_request_in_it() -> None:
         guest.memory.allocate(SEAM)
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        assert arrived.wait(10)
+        assert arrived.wait(TIMEOUT)
 
         def remove() -> None:
             def let_go() -> None:
@@ -139,7 +140,7 @@ def test_removing_a_region_waits_for_the_request_in_it() -> None:
             removed.set()
 
         guest.worker.call(remove)
-        assert removed.wait(10)
+        assert removed.wait(TIMEOUT)
         assert guest.queue.wait()[0].nbytes == 513
     assert order == ["finished", "removed"]
 
@@ -159,10 +160,10 @@ def test_removing_a_region_waits_for_a_transfer_in_c() -> None:
         guest.queue.kick()
         guest.wait_for_requests(1)
         guest.worker.post(remove)
-        assert begun.wait(10)
+        assert begun.wait(TIMEOUT)
         assert not removed.is_set()
         feed.write(bytes(512))
-        assert removed.wait(10)
+        assert removed.wait(TIMEOUT)
         assert guest.queue.wait()[0].nbytes == 513
 
 
@@ -199,7 +200,7 @@ def test_answer_given_just_before_the_ring_goes_is_published() -> None:
     with Guest(on_request=hold) as guest:
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        assert arrived.wait(10)
+        assert arrived.wait(TIMEOUT)
 
         def finish_and_remove() -> None:
             held[0].finish(OK)
@@ -225,10 +226,10 @@ def test_removing_the_region_of_a_ring_waits_for_its_requests() -> None:
         guest.queue.kick()
         guest.wait_for_requests(1)
         guest.worker.post(remove)
-        assert begun.wait(10)
+        assert begun.wait(TIMEOUT)
         assert not removed.is_set()
         feed.write(bytes(512))
-        assert removed.wait(10)
+        assert removed.wait(TIMEOUT)
         assert guest.queue.wait()[0].nbytes == 513
 
 
@@ -280,4 +281,4 @@ def test_a_ring_lost_just_before_the_worker_sleeps_is_told_of_at_once(tmp_path: 
         assert guest.queue.layout.driver_address + 4 <= lost
         os.truncate(guest.memory.fd, lost)
         os.eventfd_write(guest.queue.kick_fd, 1)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)

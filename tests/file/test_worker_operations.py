@@ -18,6 +18,7 @@ from ring.host import Host
 from ring.request import Request
 from ring.worker import Worker
 from tests.blockguest import IN, MIB, OK, OUT, UNTOUCHED, Guest, open_pipe
+from tests.patience import TIMEOUT
 from virtio.native import NativeBlock
 
 
@@ -46,7 +47,7 @@ def wait_for(guest: Guest, begin: Callable[[Callable[[int], None]], None]) -> in
         done.set()
 
     guest.worker.call(lambda: begin(finish))
-    assert done.wait(10)
+    assert done.wait(TIMEOUT)
     return results[0]
 
 
@@ -103,7 +104,7 @@ def test_short_reads_are_continued() -> None:
         guest.worker.call(lambda: guest.worker.read(guest.slot, 0, [memoryview(target)[:4], target], finish))
         for part in (b"abc", b"def", b"ghi", b"jklm"):
             feed.write(part)
-        assert done.wait(10)
+        assert done.wait(TIMEOUT)
     assert results == [0]
     assert bytes(target) == b"efghijklm"
 
@@ -221,7 +222,7 @@ def test_more_operations_than_the_pool_holds_all_end(guest: Guest) -> None:
             guest.worker.write(guest.slot, index, [bytes([index % 256])], note)
 
     guest.worker.call(begin)
-    assert done.wait(30)
+    assert done.wait(TIMEOUT)
     assert set(results) == {0}
 
 
@@ -237,7 +238,7 @@ def test_operations_begun_from_done_go_on_for_ever_without_recursion(guest: Gues
             done.set()
 
     guest.worker.call(lambda: next_one(0))
-    assert done.wait(30)
+    assert done.wait(TIMEOUT)
 
 
 # grace
@@ -269,7 +270,7 @@ def test_grace_waits_for_what_was_in_flight_and_only_for_that() -> None:
         guest.worker.call(lambda: None)
         assert order == []
         feed_first.write(b"x")
-        assert came.wait(10)
+        assert came.wait(TIMEOUT)
         feed_second.write(b"x")
     assert order == ["earlier read", "grace", "later read"]
 
@@ -285,7 +286,7 @@ def test_grace_waits_for_a_transfer_of_the_fast_path() -> None:
         guest.worker.call(lambda: None)
         assert not came.is_set()
         feed.write(bytes(512))
-        assert came.wait(10)
+        assert came.wait(TIMEOUT)
 
 
 def test_second_grace_does_not_ride_on_the_first() -> None:
@@ -311,10 +312,10 @@ def test_second_grace_does_not_ride_on_the_first() -> None:
         guest.worker.call(lambda: begin(guest, guest.slot, 0))
         guest.worker.call(lambda: begin(guest, slot, 1))
         pipes[0][1].write(b"x")
-        assert came[0].wait(10)
+        assert came[0].wait(TIMEOUT)
         assert not came[1].is_set()
         pipes[1][1].write(b"x")
-        assert came[1].wait(10)
+        assert came[1].wait(TIMEOUT)
     assert order == ["read 0", "grace 0", "read 1", "grace 1"]
 
 
@@ -424,7 +425,7 @@ def test_without_a_thread_computations_are_done_here_and_what_may_hang_never() -
     with Worker(NativeBlock(size=0), lambda request: None, host=host) as worker:
         worker.call(lambda: worker.compute(lambda: ran.append("computed") or 1, end))
         worker.call(lambda: worker.call_host(lambda: ran.append("entered the host") or 2, end))
-        assert done.wait(10)
+        assert done.wait(TIMEOUT)
     for pool in host.pools:
         for function in pool.kept:
             function()
@@ -446,7 +447,7 @@ def test_compute_runs_elsewhere_and_answers_here(guest: Guest) -> None:
     worker_thread = guest.worker.call(threading.get_ident)
     guest.worker.call(lambda: guest.worker.compute(threading.get_ident, end))
     guest.worker.call(lambda: guest.worker.compute(lambda: 1 // 0, end))
-    assert done.wait(10)
+    assert done.wait(TIMEOUT)
     assert threads == [worker_thread] * 2
     assert (None, ZeroDivisionError) in answers
     assert (worker_thread, type(None)) not in answers

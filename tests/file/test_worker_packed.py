@@ -12,6 +12,7 @@ import pytest
 from bench.driver import DriverQueue, wait_readable
 from ring.request import Request
 from tests.blockguest import FLUSH, IN, MIB, OK, OUT, Guest
+from tests.patience import TIMEOUT
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # virtio 1.2, 2.8.6
 AVAILABLE, USED = 1 << 7, 1 << 15
@@ -241,7 +242,7 @@ def test_ring_that_lies_breaks_its_queue(name: str) -> None:
         guest.memory.store(HEADER, struct.pack("<IIQ", IN, 0, 0))
         attack(guest)
         wait_readable(guest.queue.err_fd, 10)
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         assert guest.faults == [fault]
         guest.worker.call(lambda: [request.finish(OK) for request in held])
 
@@ -259,6 +260,6 @@ def test_driver_that_turns_flags_round_gets_no_more_than_its_ring() -> None:
                 guest.memory.store(at + 16 * (2 * number % 4 + index), struct.pack("<QIHH", *cells[index]))
             os.eventfd_write(guest.queue.kick_fd, 1)
             guest.wait_for_requests(min(number + 1, 2))
-        assert guest.broken.wait(10)
+        assert guest.broken.wait(TIMEOUT)
         assert guest.faults == ["more descriptors are available than the ring has"]
         guest.worker.call(lambda: [request.finish(OK) for request in held])

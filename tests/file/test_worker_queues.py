@@ -15,6 +15,7 @@ from ring.request import Request
 from ring.virtqueue import QueueLayout
 from ring.worker import Worker
 from tests.blockguest import FLUSH, IN, IOERR, MIB, OK, Guest, open_pipe
+from tests.patience import TIMEOUT
 
 
 def is_signalled(fd: int) -> bool:
@@ -123,7 +124,7 @@ def test_disabled_queue_has_nothing_in_flight() -> None:
         guest.worker.call(lambda: guest.worker.disable_queue(0, look))
         assert not quiet.is_set()
         feed.write(bytes(512))
-        assert quiet.wait(10)
+        assert quiet.wait(TIMEOUT)
         assert seen[0] is not None
 
 
@@ -136,7 +137,7 @@ def test_who_waits_for_a_disabled_queue_is_released_when_it_is_enabled() -> None
         released = threading.Event()
         guest.worker.call(lambda: guest.worker.disable_queue(0, released.set))
         guest.worker.call(lambda: guest.worker.enable_queue(0))
-        assert released.wait(10)
+        assert released.wait(TIMEOUT)
 
 
 def test_ring_without_a_kick_is_polled() -> None:
@@ -245,10 +246,10 @@ def test_drain_waits_for_a_request_in_python() -> None:
     with Guest(on_request=hold) as guest:
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        assert arrived.wait(10)
+        assert arrived.wait(TIMEOUT)
         guest.worker.call(lambda: guest.worker.drain_queue(0, note))
         guest.worker.call(finish)
-        assert drained.wait(10)
+        assert drained.wait(TIMEOUT)
         assert guest.queue.poll() is not None
     assert order == ["finished", "drained at 1"]
 
@@ -267,13 +268,13 @@ def test_drain_waits_for_the_last_request() -> None:
         guest.post(IN, 0, room=512)
         guest.post(IN, 0, room=512)
         guest.queue.kick()
-        assert full.wait(10)
+        assert full.wait(TIMEOUT)
         guest.worker.call(lambda: guest.worker.drain_queue(0, lambda base: drained.set()))
         guest.worker.call(lambda: held[0].finish(OK))
         guest.worker.call(lambda: None)
         assert not drained.is_set()
         guest.worker.call(lambda: held[1].finish(OK))
-        assert drained.wait(10)
+        assert drained.wait(TIMEOUT)
 
 
 def test_drain_waits_for_a_transfer_in_c() -> None:
@@ -287,7 +288,7 @@ def test_drain_waits_for_a_transfer_in_c() -> None:
         guest.worker.call(lambda: None)
         assert not drained.is_set()
         feed.write(bytes(512))
-        assert drained.wait(10)
+        assert drained.wait(TIMEOUT)
         completion = guest.queue.poll()
         assert completion is not None
         assert completion.nbytes == 513
@@ -369,7 +370,7 @@ def test_python_may_finish_requests_in_any_order() -> None:
     with Guest(on_request=hold) as guest:
         posted = [guest.post(FLUSH if index % 2 else IN, 0, room=0 if index % 2 else 512) for index in range(16)]
         guest.queue.kick()
-        assert full.wait(10)
+        assert full.wait(TIMEOUT)
 
         def finish() -> None:
             for index, request in enumerate(reversed(held)):

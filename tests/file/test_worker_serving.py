@@ -10,6 +10,7 @@ import pytest
 from bench.driver import Buffer
 from ring.request import Request
 from tests.blockguest import DISCARD, FLUSH, GET_ID, IN, IOERR, MIB, OK, OUT, UNSUPP, UNTOUCHED, WRITE_ZEROES, Guest
+from tests.patience import TIMEOUT
 from virtio.native import NativeBlock
 
 
@@ -113,12 +114,12 @@ def test_long_chains_wait_until_the_worker_has_room() -> None:
     with Guest(on_request=hold, queue_size=256) as guest:
         posted = [guest.post(IN, 0, room=4096, cuts=range(0, 4096, 128), indirect=True) for _ in range(200)]
         guest.queue.kick()
-        assert full.wait(10)
+        assert full.wait(TIMEOUT)
         guest.worker.call(lambda: None)
         assert len(held) == 128
         full.clear()
         guest.worker.call(lambda: [request.finish(OK) for request in held[:72]])
-        assert full.wait(10)
+        assert full.wait(TIMEOUT)
         guest.worker.call(lambda: [request.finish(OK) for request in held[72:]])
         assert len(guest.queue.wait(200)) == len(posted)
 

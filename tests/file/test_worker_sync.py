@@ -10,6 +10,7 @@ import pytest
 
 from ring.request import Request
 from tests.blockguest import DISCARD, FLUSH, IN, IOERR, MIB, OK, OUT, WRITE_ZEROES, Guest
+from tests.patience import TIMEOUT
 
 SEGMENT = (8).to_bytes(8, "little") + (8).to_bytes(8, "little")
 
@@ -41,7 +42,7 @@ def wait_for_operation(guest: Guest, begin: str, *arguments: object) -> int:
         done.set()
 
     guest.worker.call(lambda: getattr(guest.worker, begin)(*arguments, finish))
-    assert done.wait(10)
+    assert done.wait(TIMEOUT)
     return results[0]
 
 
@@ -185,7 +186,7 @@ def test_write_in_flight_when_a_sync_fails_is_an_error(fd: int) -> None:
         break_syncs(fd)
         written, flushed = guest.post(OUT, 0, data=bytes(512)), guest.post(FLUSH)
         guest.queue.kick()
-        assert arrived.wait(10)
+        assert arrived.wait(TIMEOUT)
         assert guest.answer(flushed, guest.queue.wait()[0]).status == IOERR
         guest.worker.call(lambda: held[0].finish(OK))
         assert guest.answer(written, guest.queue.wait()[0]).status == IOERR

@@ -10,8 +10,8 @@ from qcow2.judge.check import check
 from qcow2.judge.report import Report
 from tests.crash.driver import SimulatedFile
 from tests.fuzz.trial import attempt, run
+from tests.patience import TIMEOUT
 
-TIMEOUT = 60
 STATUS = {0: "clean", 2: "corrupt", 3: "leaks"}
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import TIMEOUT
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("ring", "virtio", "vhost", "qcow2")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -225,7 +227,7 @@ def test_c_is_less_than_half_of_python() -> None:
 
 def test_the_last_commits_say_what_and_why() -> None:
     log = ["git", "-C", str(ROOT), "log", "--no-merges", "-30", "--format=%s%x00%b%x01"]
-    run = subprocess.run(log, capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(log, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if run.returncode:
         pytest.skip("the sources are no clone of git's")
     commits = [commit.strip().split("\0") for commit in run.stdout.split("\1") if commit.strip()]
