@@ -12,6 +12,7 @@ import qcow2
 from ring.trace import read_trace
 from tests.crash.driver import SimulatedFile
 from tests.crash.recorded import Recorded, adapt
+from tests.patience import TIMEOUT
 from tests.vm.tool import make_image, run
 
 Boot = Callable[..., Guest]
@@ -54,7 +55,7 @@ def record(boot: Boot, serve: Serve, directory: Path, *, mib: int, writes: int) 
             disks += vhost_user_disk(daemons[-1].socket_path, queues=QUEUES)
             jobs.append(job_on(f"vd{letter}", writes, make="true" if kind.overlay else "mkfs.ext4 -q"))
         with boot("".join(jobs), disks, cpus=QUEUES) as guest:
-            guest.finish(600)
+            guest.finish(TIMEOUT)
         for daemon in daemons:
             daemon.stop()
     return {name: load(directory, name, base) for name in KINDS}

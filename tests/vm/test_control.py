@@ -7,13 +7,14 @@ from typing import Any
 
 from guest import installed_program, vhost_user_disk
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
 
 # The host grows the disk once it has noted the counters, to which firmware and kernel have added by then.
 JOB = """
     echo waiting
     until test $(cat /sys/block/vda/size) = 4194304; do sleep 0.1; done
-    fio --name=job --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --size=64M --io_size=24M \
+    fio --name=job --filename=/dev/vda --ioengine=libaio --direct=1 --rw=randrw --bs=4k --size=64M --io_size=8M \
         --iodepth=16 --output-format=json --output=/tmp/log
     grep -E '"(io_bytes|total_ios)"' /tmp/log | tr -d '",:\\n' > /tmp/totals
     echo totals $(cat /tmp/totals)
@@ -30,16 +31,16 @@ def test_statistics_add_up_to_what_fio_says(boot: Boot, serve: Serve, lazy_image
     control = tmp_path / "control"
     with serve(lazy_image, f"--control={control}") as daemon:
         with boot(JOB, vhost_user_disk(daemon.socket_path)) as guest:
-            guest.wait_for("waiting", 60)
+            guest.wait_for("waiting", TIMEOUT)
             before = ctl(control, "stats")["counters"]
             ctl(control, "resize", "2G")
-            guest.wait_for("+ fio ", 60)
+            guest.wait_for("+ fio ", TIMEOUT)
             during = [before["requests"]]
             while len(during) < 5 or during[-1] == before["requests"]:
                 during.append(ctl(control, "stats")["counters"]["requests"])
-            totals = guest.wait_for("echo totals ", 120).split()
+            totals = guest.wait_for("echo totals ", TIMEOUT).split()
             stats = ctl(control, "stats")
-            guest.finish(60)
+            guest.finish(TIMEOUT)
         daemon.stop()
     counters = stats["counters"]
     assert [*during, counters["requests"]] == sorted([*during, counters["requests"]])

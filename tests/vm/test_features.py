@@ -12,6 +12,7 @@ from guest import vhost_user_disk
 import qcow2 as library
 from tests.bitmapreader import bitmaps_of
 from tests.oracle import assert_same_bytes
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
 from tests.vm.tool import digest, make_image, qcow2, run
 
@@ -127,7 +128,7 @@ def bitmaps(raw: Path) -> Served:
     return Served(top, after=copy, job=JOB.replace("fstrim /mnt", "sync"))  # what is trimmed has changed, too
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [subclusters, raw_data_file, encrypted, bitmaps], ids=lambda kind: kind.__name__)
 def test_guest_lives_on(
     boot: Boot, serve: Serve, tmp_path: Path, file_system: Path, kind: Callable[[Path], Served]
@@ -136,7 +137,7 @@ def test_guest_lives_on(
     before = [digest(path) for path in served.unchanged]
     with serve(served.path, *served.options) as daemon:
         with boot(served.job, vhost_user_disk(daemon.socket_path, queues=2), cpus=2) as guest:
-            sums = guest.finish(120).files["sums"]
+            sums = guest.finish(TIMEOUT).files["sums"]
         daemon.stop()
     qcow2("check", served.path)
     name = ["--image-opts", *served.secrets, served.name] if served.name else [served.path]

@@ -1,26 +1,29 @@
 """The guest machinery itself tells what went wrong."""
 
-import pytest
-from guest import GuestFailure
+from pathlib import Path
 
+import pytest
+from guest import Guest, GuestFailure, Kernel
+
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot
 
 
 def test_failing_job_is_named_with_the_console(boot: Boot) -> None:
     with boot("echo about to fail; false; echo not reached", []) as guest:
         with pytest.raises(GuestFailure, match=r"failed with status 1\n(.*\n)*  \| about to fail"):
-            guest.finish(60)
+            guest.finish(TIMEOUT)
 
 
-def test_kernel_panic_ends_the_wait(boot: Boot) -> None:
-    with boot("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger", []) as guest:
+def test_kernel_panic_ends_the_wait(kernel: Kernel, tmp_path: Path) -> None:
+    (tmp_path / "nothing").write_bytes(bytes(512))  # to start from
+    with Guest(kernel, tmp_path / "nothing", "true") as guest:
         with pytest.raises(GuestFailure, match=r"gave up: .*Kernel panic"):
-            guest.finish(60)
+            guest.finish(TIMEOUT)
 
 
 def test_guest_that_hangs_is_stopped(boot: Boot) -> None:
-    with boot("echo waiting; sleep 1000", []) as guest:
-        guest.wait_for("waiting", 60)
+    with boot("true", ["-S"]) as guest:  # it waits for a word of ours before its first instruction
         with pytest.raises(GuestFailure, match="not done after 1 s"):
             guest.finish(1)
 

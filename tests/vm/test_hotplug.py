@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
 from tests.vm.tool import run
 
@@ -30,7 +31,7 @@ def test_unplugged_disk_may_be_plugged_again(boot: Boot, serve: Serve, lazy_imag
         path = str(daemon.socket_path)
         disk = ["-chardev", f"socket,id=disk,path={path}", "-device", "vhost-user-blk-pci,chardev=disk,id=disk"]
         with boot(job, disk) as guest:
-            guest.wait_for("filled", 60)
+            guest.wait_for("filled", TIMEOUT)
             guest.unplug("disk")
             if reconnects:
                 guest.command("chardev-remove", id="disk")
@@ -38,6 +39,6 @@ def test_unplugged_disk_may_be_plugged_again(boot: Boot, serve: Serve, lazy_imag
                 backend = {"type": "socket", "data": {"addr": address, "server": False}}
                 guest.command("chardev-add", id="disk", backend=backend)
             guest.command("device_add", driver="vhost-user-blk-pci", chardev="disk", id="disk")
-            guest.finish(60)
+            guest.finish(TIMEOUT)
         daemon.stop()
     run("qemu-img", "check", lazy_image)

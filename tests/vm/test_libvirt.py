@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from guest import Backend, Kernel, installed_program
 
+from tests.patience import TIMEOUT
 from tests.vm.tool import make_image, run
 
 SCRIPT = Path(__file__).with_name("libvirt.sh")
 NOBODY = 65534
-TIMEOUT = 150
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 # The shell, process 1 of the namespace, buries every QEMU: libvirt waits for that.
 WORLD = [*NAMESPACES, "sh", "-c", '"$@" & wait $!', "sh"]

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from guest import Backend, Guest, vhost_user_disk
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
 from tests.vm.tool import run
 
-DIMMS = 32  # and no message of vhost-user holds more than 8 regions at a time
+DIMMS = 12  # and no message of vhost-user holds more than 8 regions at a time
 MIB = 1 << 20
 FLAG = "/sys/bus/pci/devices/0000:00:1e.0"  # a device whose removal tells the job to end
 BEFORE_MIB, DIMM_MIB = 512, 128
@@ -17,7 +18,7 @@ JOB = f"""
     mount /dev/vda /mnt
     round=0
     while test -e {FLAG}; do
-        fio --name=job --directory=/mnt --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-256k --size=8M \\
+        fio --name=job --directory=/mnt --ioengine=libaio --direct=1 --rw=randrw --bsrange=4k-256k --size=4M \\
             --iodepth=16 --verify=crc32c --verify_fatal=1 --output=/tmp/log
         round=$((round + 1))
         echo "round $round with $(sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo) in all"
@@ -47,7 +48,7 @@ def wait_for_memory(guest: Guest, at_least_mib: int, at_most_mib: int) -> None:
     """Return once a round of load has been verified with so much memory in the guest."""
     kib = -1
     while not at_least_mib << 10 <= kib <= at_most_mib << 10:
-        kib = int(guest.wait_for(" in all", 120).split()[-3])
+        kib = int(guest.wait_for(" in all", TIMEOUT).split()[-3])
 
 
 def count_regions(daemon: Backend) -> int:
@@ -61,7 +62,7 @@ def test_memory_comes_and_goes_under_load(boot: Boot, serve: Serve, lazy_image: 
         memory = ["-m", f"{BEFORE_MIB}M,slots={DIMMS},maxmem=8G"]
         flag = ["-device", "virtio-rng-pci,id=flag,addr=0x1e"]
         with boot(JOB, [*disk, *flag, *memory]) as guest:
-            guest.wait_for("round 1", 60)
+            guest.wait_for("round 1", TIMEOUT)
             regions = count_regions(daemon)
             for number in range(DIMMS):
                 plug(guest, number)
@@ -72,6 +73,6 @@ def test_memory_comes_and_goes_under_load(boot: Boot, serve: Serve, lazy_image: 
             wait_for_memory(guest, 0, BEFORE_MIB)
             assert count_regions(daemon) == regions
             guest.unplug("flag")
-            guest.finish(120)
+            guest.finish(TIMEOUT)
         daemon.stop()
     run("qemu-img", "check", lazy_image)

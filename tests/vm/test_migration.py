@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from guest import Backend, Guest, installed_program, vhost_user_disk
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot
 from tests.vm.tool import run
 
 MIGRATIONS = int(os.environ.get("MIGRATIONS", "2"))
-PATIENCE = 240  # seconds for one migration under load, on a machine that emulates three processors on two
 FLAG = "/sys/bus/pci/devices/0000:00:1e.0"  # a device whose removal tells the job to end
 FIO = "fio --directory=/mnt --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --output=/tmp/log"
 # The reader's buffers are written by nobody but the device: a page that it did not log is an old one after the move.
@@ -115,7 +115,7 @@ class Hosts:
     def finish(self) -> None:
         """Let the guest end its job, in which it verifies what it has written last, and both daemons after it."""
         self.guest.unplug("flag")
-        self.guest.finish(PATIENCE)
+        self.guest.finish(TIMEOUT)
         for daemon in self.daemons:
             daemon.stop()
         run("qemu-img", "check", self._image)
@@ -136,17 +136,19 @@ WAYS = {
 @pytest.fixture(params=WAYS if MIGRATIONS > 2 else ["writeback", "packed rings"])
 def hosts(request: pytest.FixtureRequest, boot: Boot, lazy_image: Path) -> Iterator[Hosts]:
     with Hosts(boot, lazy_image, *WAYS[request.param]) as running:
-        running.guest.wait_for("verified 1", PATIENCE)
+        running.guest.wait_for("verified 1", TIMEOUT)
         yield running
 
 
+@pytest.mark.sample(1)
 def test_guest_moves_back_and_forth_and_what_it_wrote_verifies(hosts: Hosts) -> None:
     for _move in range(MIGRATIONS):
         hosts.move()
-        hosts.guest.wait_for("verified", PATIENCE)
+        hosts.guest.wait_for("verified", TIMEOUT)
     hosts.finish()
 
 
+@pytest.mark.sample(1)
 def test_guest_stays_when_its_migration_is_cancelled(hosts: Hosts) -> None:
     hosts.cancel("active")
     hosts.cancel("pre-switchover")  # its rings have stopped, its daemon has let go of the image

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from guest import vhost_user_disk
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import ROOT, Boot, Serve
 from tests.vm.test_reconnect import wait_until_connected
 from tests.vm.tool import make_image, run
@@ -62,13 +63,13 @@ def test_guest_of_another_qemu_outlives_its_daemon(
             *vhost_user_disk(packed.socket_path, queues=2, packed=True, reconnect=1),
         ]
         with boot(job, disks, cpus=2) as guest:
-            guest.wait_for("filled", 120)
+            guest.wait_for("filled", TIMEOUT)
             for daemon in (split, packed):
                 daemon.process.kill()
                 daemon.process.wait()
             with serve(images[0]) as next_split, serve(images[1]) as next_packed:
                 wait_until_connected(guest)
-                guest.finish(240)
+                guest.finish(TIMEOUT)
                 next_split.stop()
                 next_packed.stop()
     for image in images:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from guest import find_program, installed_program
 
+from tests.patience import TIMEOUT
+
 PROGRAM = os.environ.get("QOS_TEST", "")
 TESTS = ("basic", "indirect", "idx", "nxvirtq", "hotplug", "multiqueue")
 MODES = ("", "--cache=none", "--sandbox")
@@ -43,7 +45,13 @@ def test_qtest_of_qemu_passes(environment: dict[str, str], tmp_path: Path, name:
 
 def _run(command: list[str], environment: dict[str, str], directory: Path) -> str:
     done = subprocess.run(
-        command, env=environment, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        command,
+        env=environment,
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from guest import Backend, vhost_user_disk
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import ROOT, Boot
 
 
@@ -20,5 +21,5 @@ def test_guest_makes_a_file_system_on_the_ram_disk_example(boot: Boot, tmp_path:
     socket_path = tmp_path / "ram.sock"
     with Backend([sys.executable, ROOT / "examples" / "ramdisk.py", socket_path], socket_path) as disk:
         with boot(job, vhost_user_disk(disk.socket_path)) as guest:
-            guest.finish(60)
+            guest.finish(TIMEOUT)
         disk.stop()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from guest import vhost_user_disk
 
+from tests.patience import TIMEOUT
 from tests.served import serve
 from tests.vm.conftest import Boot
 from tests.vm.tool import run
@@ -16,7 +17,7 @@ def test_guest_sees_its_disk_grow_under_load(boot: Boot, lazy_image: Path) -> No
         mkfs.ext4 -q /dev/vda
         mount /dev/vda /mnt
         fio --name=job --directory=/mnt --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --size=8M --iodepth=16 \\
-            --time_based --runtime=8 --verify=crc32c --verify_fatal=1 --output=/tmp/log --eta=always --eta-newline=1 &
+            --time_based --runtime=4 --verify=crc32c --verify_fatal=1 --output=/tmp/log --eta=always --eta-newline=1 &
         until test $(cat /sys/block/vda/size) = {3 * GIB // 512}; do sleep 0.1; done
         wait $!
         umount /mnt
@@ -30,9 +31,9 @@ def test_guest_sees_its_disk_grow_under_load(boot: Boot, lazy_image: Path) -> No
     """
     with serve(lazy_image) as served:
         with boot(job, vhost_user_disk(served.socket_path)) as guest:
-            guest.wait_for("IOPS", 60)
+            guest.wait_for("IOPS", TIMEOUT)
             served.device.resize(3 * GIB)
-            guest.finish(90)
+            guest.finish(TIMEOUT)
     run("qemu-img", "check", lazy_image)
 
 
@@ -40,8 +41,8 @@ def test_guest_whose_disk_grew_while_it_was_paused_sees_it_when_it_goes_on(boot:
     job = f"echo waiting; until test $(cat /sys/block/vda/size) = {3 * GIB // 512}; do sleep 0.1; done"
     with serve(lazy_image) as served:
         with boot(job, vhost_user_disk(served.socket_path)) as guest:
-            guest.wait_for("waiting", 60)
+            guest.wait_for("waiting", TIMEOUT)
             guest.command("stop")
             served.device.resize(3 * GIB)
             guest.command("cont")
-            guest.finish(60)
+            guest.finish(TIMEOUT)

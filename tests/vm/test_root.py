@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from guest import Tree, root_tree, vhost_user_disk, write_directory
 
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
 from tests.vm.tool import digest, make_image, run
 
@@ -50,7 +51,7 @@ def test_guest_installs_files_on_an_overlay_of_a_compressed_base(
 
     with serve(overlay, "--cache=writeback") as daemon:
         with boot(INSTALL, vhost_user_disk(daemon.socket_path), root="/dev/vda") as guest:
-            sums = guest.finish(90).files["sums"]
+            sums = guest.finish(TIMEOUT).files["sums"]
         daemon.stop()
 
     run("qemu-img", "check", overlay)

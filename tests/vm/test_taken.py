@@ -5,6 +5,7 @@ from pathlib import Path
 from guest import Guest, reconnect_option
 
 import qcow2
+from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
 from tests.vm.tool import run
 
@@ -27,13 +28,13 @@ def test_guest_waits_until_the_image_is_free_again(boot: Boot, serve: Serve, laz
     with serve(lazy_image) as daemon:
         socket = f"socket,id=disk,path={daemon.socket_path},{reconnect_option(1)}"
         with boot(job, ["-chardev", socket, "-device", "vhost-user-blk-pci,chardev=disk"]) as guest:
-            guest.wait_for("IOPS", 60)
+            guest.wait_for("IOPS", TIMEOUT)
             guest.command("stop")
             with qcow2.open(str(lazy_image), writable=True) as taken:
                 assert not taken.image.read_only
                 guest.command("cont")
                 while is_connected(guest):
                     pass
-            guest.finish(120)
+            guest.finish(TIMEOUT)
         daemon.stop()
     run("qemu-img", "check", lazy_image)

@@ -1,10 +1,11 @@
 """The host's tools, run to success: ours make the images, QEMU's and e2fsprogs' judge them."""
 
 import hashlib
-import subprocess
 from pathlib import Path
 
 from guest import find_program, installed_program
+
+from tests.oracle import ask_qemu
 
 PACKAGES = {"qemu-img": "qemu-utils", "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs", "debugfs": "e2fsprogs"}
 
@@ -20,7 +21,7 @@ def qcow2(*arguments: str | Path) -> str:
 
 
 def _succeed(program: Path, *arguments: str | Path) -> str:
-    done = subprocess.run([program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = ask_qemu([program, *arguments])
     command = " ".join([program.name, *map(str, arguments)])
     assert done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
