@@ -152,32 +152,51 @@ def perform(operation: op.Operation) -> Any:
 
 
 def _perform(operation: op.Operation) -> Any:
-    match operation:
-        case op.Read():
-            return _read(_host(operation.file), operation.host_offset, operation.nbytes)
-        case op.ReadInto():
-            return _read_into(_host(operation.file), operation.host_offset, operation.target)
-        case op.Write():
-            return _write(_host(operation.file), operation.host_offset, [_bytes_of(p) for p in operation.pieces])
-        case op.Zero():
-            return _zero(_host(operation.file), operation.host_offset, operation.nbytes)
-        case op.Resize():
-            return _resize(_host(operation.file), operation.nbytes, reserve=operation.reserve)
-        case op.Sync():
-            return os.fdatasync(_host(operation.file).fd)
-        case op.Size():
-            return _host(operation.file).size()
-        case op.Allocated():
-            return _allocated(_host(operation.file))
-        case op.Occupied():
-            return _occupied(_host(operation.file), operation.host_offset, operation.nbytes)
-        case op.Store():
-            return store(operation, _write_mark, lambda offset, data: None)
-        case op.Grace():
-            return None
-        case op.Compute():
-            return operation.function()
-    raise TypeError(f"not an operation: {operation!r}")
+    performer = PERFORMERS.get(type(operation))
+    if performer is None:
+        raise TypeError(f"not an operation: {operation!r}")
+    return performer(operation)
+
+
+PERFORMERS: dict[type[op.Operation], Callable[[Any], Any]] = {  # looked up for each: a match would try them in turn
+    op.Read: lambda each: _read(_host(each.file), each.host_offset, each.nbytes),
+    op.ReadInto: lambda each: _read_into(_host(each.file), each.host_offset, each.target),
+    op.Write: lambda each: _write(_host(each.file), each.host_offset, [_bytes_of(p) for p in each.pieces]),
+    op.Zero: lambda each: _zero(_host(each.file), each.host_offset, each.nbytes),
+    op.Resize: lambda each: _resize(_host(each.file), each.nbytes, reserve=each.reserve),
+    op.Sync: lambda each: os.fdatasync(_host(each.file).fd),
+    op.Size: lambda each: _host(each.file).size(),
+    op.Allocated: lambda each: _allocated(_host(each.file)),
+    op.Occupied: lambda each: _occupied(_host(each.file), each.host_offset, each.nbytes),
+    op.Store: lambda each: store(each, _write_mark, lambda offset, data: None),
+    op.Grace: lambda each: None,
+    op.Compute: lambda each: each.function(),
+    op.Together: lambda each: _together(each),
+    op.CopyRange: lambda each: _copy_range(each, _host(each.file), _host(each.target)),
+}
+NO_OFFLOAD = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+
+
+def _together(operation: op.Together) -> Any:
+    for each in operation.operations:
+        perform(each)
+    return operation.function()
+
+
+def _copy_range(operation: op.CopyRange, source: HostFile, target: HostFile) -> bool:
+    done = 0
+    while done < operation.nbytes:
+        places = operation.host_offset + done, operation.target_offset + done
+        try:
+            count = os.copy_file_range(source.fd, target.fd, operation.nbytes - done, *places)
+        except OSError as error:
+            if error.errno in NO_OFFLOAD:
+                return False
+            raise
+        if not count:  # past the end of the source
+            return False
+        done += count
+    return True
 
 
 def _host(file: op.File) -> HostFile:

@@ -230,6 +230,35 @@ class Compute(Operation):
         self.function = function
 
 
+class CopyRange(Operation):
+    """Have the host copy *nbytes* of *file* to another one, where it may share them -> whether it could.
+
+    If not, a part of them may be there. Only files of the host can be given. Stable after the next Sync of *target*.
+    """
+
+    __slots__ = ("file", "host_offset", "nbytes", "target", "target_offset")
+
+    def __init__(self, file: File, host_offset: int, target: File, target_offset: int, nbytes: int) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.target = target
+        self.target_offset = target_offset
+        self.nbytes = nbytes
+
+
+class Together(Operation):
+    """Each of *operations*, one after the other, then the result of *function*, as of `Compute`.
+
+    None comes after one that fails. A driver with threads does all of it on one.
+    """
+
+    __slots__ = ("function", "operations")
+
+    def __init__(self, operations: Sequence[ReadInto | Write], function: Callable[[], Any] = lambda: None) -> None:
+        self.operations = operations
+        self.function = function
+
+
 class Spawn(Operation):
     """Start *coroutine* as a task of its own beside the caller; returns at once.
 

@@ -23,14 +23,16 @@ LONG_TRANSFER = 64 << 10  # bytes; less is done before a thread wakes up
 class PoolDriver:
     """Runs coroutines of the engine to their end; a context manager that ends its threads."""
 
-    def __init__(self, nthreads: int) -> None:
+    def __init__(self, nthreads: int, *, syncs: bool = True) -> None:
+        """Unless it *syncs* it leaves to the host when what was written is stable: a power loss may keep any of it."""
         self._nthreads = nthreads
+        self._syncs = syncs
         self._threads: list[threading.Thread] = []
         self._work: SimpleQueue[tuple[Task, op.Operation] | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Task, Any, BaseException | None]] = SimpleQueue()
         self._under_way = 0
         self._graces: list[Task] = []
-        self._scheduler = Scheduler(self._start)
+        self._scheduler = Scheduler(self._start, joins=True)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of *coroutine*; everything it spawned has ended too, or waits for another run.
@@ -66,6 +68,8 @@ class PoolDriver:
     def _start(self, task: Task, operation: op.Operation) -> None:
         if isinstance(operation, op.Grace) and self._under_way:
             self._graces.append(task)
+        elif isinstance(operation, op.Sync) and not self._syncs:
+            self._scheduler.resume(task)
         elif _takes_long(operation) and self._has_threads():
             self._under_way += 1
             self._work.put((task, operation))
@@ -118,7 +122,13 @@ def _takes_long(operation: op.Operation) -> bool:
             return sum(map(len, pieces)) >= LONG_TRANSFER
         case op.Read(nbytes=nbytes):
             return nbytes >= LONG_TRANSFER
-        case op.Zero() | op.Sync() | op.Compute():
+        case op.Together(operations=operations):
+            return sum(map(_nbytes, operations)) >= LONG_TRANSFER
+        case op.Zero() | op.Sync() | op.Compute() | op.CopyRange():
             return True
         case _:
             return False
+
+
+def _nbytes(operation: op.ReadInto | op.Write) -> int:
+    return len(operation.target) if isinstance(operation, op.ReadInto) else sum(map(len, operation.pieces))

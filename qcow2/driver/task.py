@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from qcow2.driver.operation import Operation, Spawn, Wait
+from qcow2.driver.operation import Compute, Operation, Spawn, Together, Wait
 
 
 class Task:
@@ -34,8 +34,10 @@ class Scheduler:
     then `run`. It may do so from within *start*.
     """
 
-    def __init__(self, start: Callable[[Task, Operation], None]) -> None:
+    def __init__(self, start: Callable[[Task, Operation], None], *, joins: bool = False) -> None:
+        """*joins*: *start* takes what is to be done `Together` as one; else it gets one after the other."""
         self._start = start
+        self._joins = joins
         self._ready: deque[tuple[Task, Any, BaseException | None]] = deque()
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], on_done: Callable[[Task], None] | None = None) -> Task:
@@ -75,8 +77,18 @@ class Scheduler:
         elif isinstance(operation, Spawn):
             self.spawn(operation.coroutine)
             self.resume(task)
+        elif isinstance(operation, Together) and not self._joins:
+            self.spawn(_apart(operation), lambda ended: self._go_on(task, ended))
         else:
             self._start(task, operation)
+
+    def _go_on(self, task: Task, ended: Task) -> None:
+        """With what became of a part of it."""
+        error = ended.take_error()
+        if error is None:
+            self.resume(task, ended.result)
+        else:
+            self.fail(task, error)
 
     def _end(self, task: Task, result: Any, error: BaseException | None) -> None:
         task.done = True
@@ -86,3 +98,9 @@ class Scheduler:
             task.on_done(task)
         elif error is not None:
             raise error
+
+
+async def _apart(operation: Together) -> Any:
+    for each in operation.operations:
+        await each
+    return await Compute(operation.function)

@@ -3,15 +3,19 @@
 Windows of both disks are compared side by side; the lowest difference counts.
 """
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute
+from qcow2.driver.operation import Compute, Together
 from qcow2.error import ImageError
 from qcow2.job.content import equal_bytes, zero_bytes
 from qcow2.job.crew import Crew
 from qcow2.job.pace import Pace
+from qcow2.job.source import whole
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
@@ -118,17 +122,30 @@ class _Comparison:
             return
         pair = self._take(), self._take()
         left, right = (buffer[:nbytes] for buffer in pair)
-        await self._read(self._images[0], offset, left)
-        await self._read(self._images[1], offset, right)
-        self._judge(offset, nbytes, await Compute(lambda: equal_bytes(left, right)))
+        self._judge(offset, nbytes, await self._look(offset, self._images, (left, right), equal_bytes))
         self._buffers.extend(pair)
 
     async def _compare_with_zeros(self, image: Node, offset: int, nbytes: int) -> None:
         buffer = self._take()
-        data = buffer[:nbytes]
-        await self._read(image, offset, data)
-        self._judge(offset, nbytes, await Compute(lambda: zero_bytes(data)))
+        self._judge(offset, nbytes, await self._look(offset, [image], [buffer[:nbytes]], zero_bytes))
         self._buffers.append(buffer)
+
+    async def _look(
+        self, offset: int, images: Sequence[Node], views: Sequence[memoryview], function: Callable[..., int]
+    ) -> int:
+        """What *function* says of the *views*, once they hold what the *images* have from *offset* on."""
+        pairs = list(zip(images, views, strict=True))
+        readings = [await whole(image, offset, view) for image, view in pairs]
+        at_once = [reading for reading in readings if reading is not None]
+        found: int
+        if len(at_once) == len(pairs):
+            with suppress(OSError):  # of which of them shows when they are read one after the other
+                found = await Together(at_once, partial(function, *views))
+                return found
+        for image, view in pairs:
+            await self._read(image, offset, view)
+        found = await Compute(partial(function, *views))
+        return found
 
     def _take(self) -> memoryview:
         return self._buffers.pop() if self._buffers else memoryview(bytearray(WINDOW))

@@ -4,11 +4,14 @@ Windows are under way side by side, as many as the crew is wide; the walk over t
 one window for each place in the crew, and what the target keeps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute
+from qcow2.error import ImageError
 from qcow2.job.content import data_runs, different_units
 from qcow2.job.crew import Buffers, Crew, Order, Turn
 from qcow2.job.pace import Pace
@@ -18,7 +21,6 @@ from qcow2.node.node import Node
 
 WINDOW = 2 << 20  # bytes; no cluster is larger
 GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more
-SMALL = 128 << 10  # bytes that are looked through before a thread wakes up
 SPARSE_UNIT = 4096
 
 
@@ -30,16 +32,29 @@ class Manner:
     width: int = 8  # windows at a time
     window: int = WINDOW  # bytes read at a time, no less than a cluster
     keeps_order: bool = True  # what comes later on the disk comes later in the file
+    offloads: bool = False  # let the host copy what it can: data of the source stays data, whatever it is
 
 
 async def copy(source: Source, target: Target, pace: Pace, manner: Manner, base: Node | None = None) -> None:
     """Let *target* hold what *source* does; stable on return. Over *base*, if there is one, only what differs from it.
 
-    Raises: OSError, ImageError, Cancelled; *target* is not whole then.
+    Raises: CopyFailed, Cancelled, OSError, ImageError; *target* is not whole then.
     """
     await target.begin()
     await _Copy(source, target, pace, manner, base).run()
     await target.finish()
+
+
+class CopyFailed(Exception):
+    """What could not be done, and where on the disk, in qemu-img's words; the cause says why."""
+
+
+@contextmanager
+def _blamed(what: str, offset: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ImageError) as error:
+        raise CopyFailed(f"error while {what} {offset}") from error
 
 
 class _Copy:
@@ -80,7 +95,8 @@ class _Copy:
         """What is at *offset*, and where that ends."""
         content, end = self._known
         if offset >= end:
-            content, nbytes = await self._source.find(offset)
+            with _blamed("reading block status at offset", offset):
+                content, nbytes = await self._source.find(offset)
             if content is Content.ZEROS and not self._manner.sparse_unit:
                 content = Content.DATA
             end = offset + nbytes
@@ -135,8 +151,10 @@ class _Copy:
 
     async def _place(self, offset: int, data: memoryview, turn: Turn) -> None:
         """Fill *data*, and put what the target needs of it there."""
-        await self._source.read(offset, data)
-        runs = await self._runs(data)
+        if self._manner.offloads and self._base is None and await self._offload(offset, data, turn):
+            return
+        with _blamed("reading at byte", offset):
+            runs = await self._source.look(offset, data, partial(self._runs, data))
         parts = [(0, len(data), runs)] if self._base is None else await self._different(self._base, offset, data, runs)
         packed = [await self._target.pack(data[start:end], inside) for start, end, inside in parts]
         if self._manner.keeps_order:
@@ -146,16 +164,31 @@ class _Copy:
             for (start, end, inside), known in zip(parts, packed, strict=True)
         ]
         turn.give_way()
-        for (start, end, inside), place in zip(parts, places, strict=True):
-            await self._target.put(offset + start, data[start:end], inside, place)
+        with _blamed("writing at byte", offset):
+            for (start, end, inside), place in zip(parts, places, strict=True):
+                await self._target.put(offset + start, data[start:end], inside, place)
 
-    async def _runs(self, data: memoryview) -> Runs:
-        if not self._manner.sparse_unit:
-            return [(0, len(data))]
-        if len(data) <= SMALL:
-            return data_runs(data, self._manner.sparse_unit)
-        runs: Runs = await Compute(partial(data_runs, data, self._manner.sparse_unit))
-        return runs
+    async def _offload(self, offset: int, data: memoryview, turn: Turn) -> bool:
+        """Have the host copy what *data* has room for; false, nothing is done, if the source has it in pieces."""
+        there = await self._source.whole(offset, data)
+        if there is None:
+            return False
+        runs: Runs = [(0, len(data))]
+        if self._manner.keeps_order:
+            await turn.come()
+        place = self._target.place(offset, len(data), runs, None)
+        turn.give_way()
+        with _blamed("writing at byte", offset):
+            could = await self._target.take(offset, len(data), place, there)
+        if not could:
+            with _blamed("reading at byte", offset):
+                await there
+            with _blamed("writing at byte", offset):
+                await self._target.put(offset, data, runs, place)
+        return True
+
+    def _runs(self, data: memoryview) -> Runs:
+        return data_runs(data, self._manner.sparse_unit) if self._manner.sparse_unit else [(0, len(data))]
 
     async def _different(self, base: Node, offset: int, data: memoryview, runs: Runs) -> list[tuple[int, int, Runs]]:
         """Parts, in units of the target, that are not what shows without them: (start, end, runs inside)."""

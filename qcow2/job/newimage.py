@@ -6,7 +6,7 @@ refcount is 1, and none need be kept. Memory is bounded: an L2 table goes to the
 
 from array import array
 
-from qcow2.driver.operation import File, Resize, Sync, Write, Zero
+from qcow2.driver.operation import CopyRange, File, ReadInto, Resize, Sync, Together, Write, Zero
 from qcow2.engine.create import (
     Options,
     Preallocation,
@@ -114,18 +114,37 @@ class NewImage:
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write what is not zeros; whole clusters where the file may hold anything."""
         assert isinstance(place, list)
+        writes: list[Write] = []
         for low, high, host in place:
             start, end = low * self.unit - offset, high * self.unit - offset
             if self._writes_all:
-                await self._write(host, 0, data[start:end], bytes(max(0, end - len(data))))
+                writes.append(self._writing(host, 0, data[start:end], bytes(max(0, end - len(data)))))
                 continue
             for run_start, run_end in runs:
                 if run_start < end and start < run_end:
                     part = data[max(run_start, start) : min(run_end, end)]
-                    await self._write(host, max(run_start - start, 0), part)
+                    writes.append(self._writing(host, max(run_start - start, 0), part))
+        if writes:
+            await Together(writes)
+
+    async def take(self, offset: int, nbytes: int, place: object, there: ReadInto) -> bool:
+        """To its clusters."""
+        assert isinstance(place, list)
+        if self._writes_all:
+            return False
+        for low, high, host in place:
+            ahead = low * self.unit - offset
+            rest = min(nbytes, high * self.unit - offset) - ahead
+            target_offset = host << self._options.cluster_bits
+            if not await CopyRange(there.file, there.host_offset + ahead, self._file, target_offset, rest):
+                return False
+        return True
+
+    def _writing(self, host: int, ahead: int, *pieces: memoryview | bytes) -> Write:
+        return Write(self._file, (host << self._options.cluster_bits) + ahead, *pieces, data=True)
 
     async def _write(self, host: int, ahead: int, *pieces: memoryview | bytes) -> None:
-        await Write(self._file, (host << self._options.cluster_bits) + ahead, *pieces, data=True)
+        await self._writing(host, ahead, *pieces)
 
     async def zero(self, offset: int, nbytes: int) -> None:
         """Leave it out, unless something would show or it shall have its clusters."""

@@ -3,15 +3,28 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TypeVar
 
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Compute, ReadInto, Together
+from qcow2.engine.backing import Seen
 from qcow2.error import ImageError
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.node.extent import find_extent
 from qcow2.node.node import Node
 
 UNKNOWN = 64 << 10  # bytes that are looked at where nobody can say what is there
+SMALL = 128 << 10  # bytes that are looked through before a thread wakes up
 OnLoss = Callable[[int, Exception], None]
+T = TypeVar("T")
+
+
+async def whole(image: Node, guest_offset: int, target: memoryview) -> ReadInto | None:
+    """What fills *target* from the disk at once, if that is as it is in one piece of a file; nobody writes to it."""
+    place = await image.find(guest_offset, len(target))
+    if isinstance(place, Seen) or place[0].is_encrypted:
+        return None
+    return ReadInto(place[0].file, place[1], MemoryBuffer(target), data=True)
 
 
 class Content(Enum):
@@ -80,6 +93,22 @@ class Source:
             await self._read_part(part, inside, front, offset)
             offset += len(front)
             target = target[len(front) :]
+
+    async def look(self, offset: int, target: memoryview, function: Callable[[], T]) -> T:
+        """Fill *target* from *offset* on, then the result of *function*, which looks at it. Raises: as `read`."""
+        reading = None if self._on_loss is not None else await self.whole(offset, target)
+        looked: T
+        if reading is not None:
+            looked = await Together([reading], function)
+            return looked
+        await self.read(offset, target)
+        looked = function() if len(target) <= SMALL else await Compute(function)
+        return looked
+
+    async def whole(self, offset: int, target: memoryview) -> ReadInto | None:
+        """What fills *target* at once, where all of it lies in one piece."""
+        part, inside = self._locate(offset)
+        return await whole(part.image, part.start + inside, target) if inside + len(target) <= part.nbytes else None
 
     async def _read_part(self, part: Part, inside: int, target: memoryview, offset: int) -> None:
         """Read from *inside* of *part* on; with `on_loss` as much of it as can be read, by halves."""

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Resize
+from qcow2.driver.operation import CopyRange, File, Read, ReadInto, Resize, Sync, Write
 from qcow2.engine.compressed import level_of
 from qcow2.engine.image import Image
 from qcow2.job.content import data_runs
@@ -13,6 +13,7 @@ Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
 FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk
 SPARSE_UNIT = 4096
 SECTOR = 512
+MAGIC_BYTES = 4
 
 
 class Target(Protocol):
@@ -31,6 +32,9 @@ class Target(Protocol):
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write *data*, of which only *runs* are not zeros, at the *place* decided on."""
+
+    async def take(self, offset: int, nbytes: int, place: object, there: ReadInto) -> bool:
+        """Have the host copy what *there* would read to the *place* decided on; false: it cannot, `put` has to."""
 
     async def zero(self, offset: int, nbytes: int) -> None:
         """Let this range read as zeros."""
@@ -78,6 +82,13 @@ class InPlace:
             stop = end
         await self._fill(offset + stop, len(data) - stop)
 
+    async def take(self, offset: int, nbytes: int, place: object, there: ReadInto) -> bool:
+        """If it is a raw file, and none of this has to wait."""
+        if self._length is None or offset < len(self._first):
+            return False
+        could: bool = await CopyRange(there.file, there.host_offset, self._image.file, offset, nbytes)
+        return could
+
     async def zero(self, offset: int, nbytes: int) -> None:
         """If it may be anything else."""
         await self._fill(offset, nbytes)
@@ -111,6 +122,33 @@ class InPlace:
         for start, end in data_runs(first, max(SPARSE_UNIT, self.unit)):
             await self._store(start, first[start : min(end, self._size)])
         await self._image.flush()
+
+
+class InNew(InPlace):
+    """A new image in *file* that is none until it holds all of the disk: its first bytes, the magic, come last."""
+
+    def __init__(self, file: File, image: Node, size: int, *, is_zero: bool) -> None:
+        """*image* is open, and closed when the disk is in it."""
+        super().__init__(image, size, is_zero=is_zero)
+        self._file = file
+        self._first = bytearray()  # of the disk: none has to wait
+        self._magic = b""
+
+    async def begin(self) -> None:
+        """Take the magic away."""
+        self._magic = await Read(self._file, 0, MAGIC_BYTES)
+        await self._write_magic(bytes(MAGIC_BYTES))
+
+    async def finish(self) -> None:
+        """Close the image; once that is stable, make it one."""
+        await super().finish()
+        await self._image.close()
+        await Sync(self._file)
+        await self._write_magic(self._magic)
+
+    async def _write_magic(self, magic: bytes) -> None:
+        await Write(self._file, 0, magic)
+        await Sync(self._file)
 
 
 class CompressedInPlace(InPlace):

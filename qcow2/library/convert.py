@@ -9,7 +9,7 @@ from qcow2.engine.create import Options
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.layout import CompressionType
-from qcow2.job.copy import Manner, copy
+from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.pace import Pace
@@ -57,7 +57,10 @@ def convert_image(
         else:
             into = NewImage(file, options)
         driver = stack.enter_context(PoolDriver(NTHREADS))
-        driver.run(copy(Source.of(image), into, pace, Manner()))
+        try:
+            driver.run(copy(Source.of(image), into, pace, Manner()))
+        except CopyFailed as failure:
+            raise failure.__cause__ or failure from None
 
 
 def _raw(file: HostFile, size: int) -> InPlace:

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.pool import PoolDriver
-from qcow2.job.copy import SPARSE_UNIT, Manner, copy
+from qcow2.job.copy import SPARSE_UNIT, CopyFailed, Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
 from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
-from qcow2.tool.cache import CACHE_MODES
+from qcow2.tool.cache import CACHE_MODES, UNSAFE
 from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
-from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.failure import Failure, UsageError, reason_of
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
@@ -45,12 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--parallel", metavar="N", default="8", help="windows at a time")
     parser.add_argument("-W", "--oob-writes", action="store_true", help="the target's file need not be in order")
     parser.add_argument(
-        "-C", "--copy-range-offloading", action="store_true", help="accepted; what is read is looked at"
+        "-C",
+        "--copy-range-offloading",
+        action="store_true",
+        help="let the host copy what it can, and look at none of it",
     )
     parser.add_argument("-r", "--rate-limit", metavar="RATE", help="bytes a second")
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="accepted; the target is synced at the end")
+    parser.add_argument("-t", "--target-cache", choices=CACHE_MODES, help="unsafe: what is written is not synced")
     parser.add_argument("-c", "--compress", action="store_true", help="compress what is written")
     parser.add_argument("--compression-level", metavar="N", help="zlib: 1 to 12 (4); zstd: 1 to 19 (3)")
     parser.add_argument("--bitmaps", action="store_true", help="copy the dirty bitmaps, too")
@@ -100,8 +103,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         source = Source.of(*images, tells_below=is_shared, on_loss=_warn_of_loss if arguments.salvage else None)
         target = stack.enter_context(_target(wish, images, below, arguments))
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate))
-        driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS)))
-        driver.run(copy(source, target, pace, manner, None if is_shared else below))
+        syncs = arguments.target_cache != UNSAFE
+        driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS), syncs=syncs))
+        try:
+            driver.run(copy(source, target, pace, manner, None if is_shared else below))
+        except CopyFailed as failure:
+            raise Failure(f"{failure}: {reason_of(failure)}") from failure
     copy_bitmaps(bitmaps, path)
     return 0
 
@@ -134,7 +141,7 @@ def _manner(arguments: argparse.Namespace) -> Manner:
     width = int(arguments.parallel) if arguments.parallel.isascii() and arguments.parallel.isdigit() else 0
     if not 1 <= width <= MAX_WIDTH:
         raise UsageError(f"Invalid number of coroutines specified. Must be between 1 and {MAX_WIDTH}.")
-    return Manner(sparse, width, keeps_order=not arguments.oob_writes)
+    return Manner(sparse, width, keeps_order=not arguments.oob_writes, offloads=arguments.copy_range_offloading)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
@@ -148,6 +155,8 @@ def _validate(arguments: argparse.Namespace) -> None:
         raise UsageError("Cannot enable copy offloading when -S is used")
     if arguments.copy_range_offloading and arguments.compress:
         raise UsageError("Cannot enable copy offloading when -c is used")
+    if arguments.copy_range_offloading and arguments.salvage:
+        raise UsageError("Cannot use copy offloading in salvaging mode")
     if arguments.target_is_zero and not arguments.no_create:
         raise UsageError("--target-is-zero requires use of -n flag")
     if arguments.backing is not None and len(arguments.filenames) > 2:

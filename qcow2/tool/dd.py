@@ -5,11 +5,11 @@ from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
 from qcow2.format.layout import SECTOR_SIZE
-from qcow2.job.copy import Manner, copy
+from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.pace import Pace
 from qcow2.job.source import Part, Source
 from qcow2.node.formats import FORMATS
-from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.failure import Failure, UsageError, reason_of
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.quantity import parse_size
@@ -60,7 +60,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         wish = Wish(given["of"], arguments.output_format, nbytes + -nbytes % SECTOR_SIZE, {}, secrets=arguments.secrets)
         target = stack.enter_context(new_target(wish, [image], None))
         driver = stack.enter_context(PoolDriver(NTHREADS))
-        driver.run(copy(Source([Part(image, skip, nbytes)]), target, Pace(), Manner()))
+        try:
+            driver.run(copy(Source([Part(image, skip, nbytes)]), target, Pace(), Manner()))
+        except CopyFailed as failure:
+            what = "writing to output" if "writing" in str(failure) else "reading from input"
+            raise Failure(f"error while {what} image file: {reason_of(failure)}") from failure
     return 0
 
 

@@ -13,3 +13,9 @@ class Failure(Exception):
         super().__init__(text)
         self.status = status
         self.hint = hint
+
+
+def reason_of(failure: Exception) -> str:
+    """Why: what the host says, or the image."""
+    cause = failure.__cause__ or failure
+    return getattr(cause, "strerror", None) or str(cause)

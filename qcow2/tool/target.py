@@ -13,7 +13,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import CompressedInPlace, InPlace, Target
+from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
 from qcow2.library.newdata import KEEP, new_data_file
@@ -63,8 +63,7 @@ def new_target(wish: Wish, sources: list[Node], base: Node | None) -> Iterator[T
 def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
     known = format_of(wish.path, wish.image_format)
     if known.has_key_slots:
-        with _new_luks(file, wish) as target:
-            yield target
+        yield _new_luks(file, wish)
         return
     if not known.has_metadata:
         yield _new_raw(file, wish)
@@ -72,45 +71,44 @@ def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
     options = image_options(wish.given, wish.size, secrets=wish.secrets)
     if options.data_file_name is not None:
         yield from _new_with_data_file(file, wish, options, base)
-        return
-    if options.encryption is None:
-        if wish.is_compressed:
-            yield NewCompressedImage(file, options, base, level=wish.level, reads_zeros=not file.is_device)
-        else:
-            yield NewImage(file, options, base, reads_zeros=not file.is_device)
-        return
+    elif options.encryption is not None:
+        yield _new_encrypted(file, wish, options, base)
+    elif wish.is_compressed:
+        yield NewCompressedImage(file, options, base, level=wish.level, reads_zeros=not file.is_device)
+    else:
+        yield NewImage(file, options, base, reads_zeros=not file.is_device)
+
+
+def _new_encrypted(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Target:
     if wish.is_compressed:
         raise Failure("Compression and encryption not supported at the same time")
-    if base is not None:
-        raise Failure("a new image that is encrypted and has a backing file: create it, then use -n")
-    passphrase = options.encryption.passphrase
+    assert options.encryption is not None
+    keys = _only(options.encryption.passphrase)
     run(create(file, options))
-    image = run(Image.open(file, options=OpenOptions(writable=True, keys=Keyring(lambda path: [passphrase]))))
-    yield InPlace(image, wish.size, is_zero=True)
-    run(image.close())
+    image = run(Image.open(file, backing=base, options=OpenOptions(writable=True, keys=keys)))
+    return InNew(file, image, wish.size, is_zero=base is None)
 
 
-@contextmanager
-def _new_luks(file: HostFile, wish: Wish) -> Iterator[Target]:
+def _only(passphrase: bytes) -> Keyring:
+    return Keyring(lambda path: [passphrase])
+
+
+def _new_luks(file: HostFile, wish: Wish) -> Target:
     encryption = encryption_of(wish.given, wish.secrets)
     assert encryption is not None  # there is no other such image
     run(write_luks(file, encryption, wish.size))
-    image = run(LuksImage.unlock(file, Keyring(lambda path: [encryption.passphrase]), writable=True))
-    yield InPlace(image, wish.size, is_zero=False)
-    run(image.close())
+    image = run(LuksImage.unlock(file, _only(encryption.passphrase), writable=True))
+    return InNew(file, image, wish.size, is_zero=False)
 
 
 def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Iterator[Target]:
     if wish.is_compressed:
         raise Failure("Compression not supported with an external data file")
-    if base is not None:
-        raise Failure("a new image that has an external data file and a backing file: create it, then use -n")
     use = wish.given.get("data_file_use")
     with new_data_file(wish.path, options, use) as data_file:
         run(create(file, options))
-        image = run(Image.open(file, data_file=data_file, options=OpenOptions(writable=True)))
-        yield InPlace(image, wish.size, is_zero=use != KEEP)
-        run(image.close())
+        image = run(Image.open(file, backing=base, data_file=data_file, options=OpenOptions(writable=True)))
+        yield InNew(file, image, wish.size, is_zero=use != KEEP and base is None)
 
 
 def _new_raw(file: HostFile, wish: Wish) -> Target:
@@ -134,6 +132,8 @@ def present_target(wish: Wish, sources: list[Node], *, is_zero: bool) -> Iterato
     refuse_source(wish.path, sources)
     with _opened(wish) as disk:
         warn_of_bitmaps(disk)
+        if is_zero and disk.image.backing is not None:
+            raise Failure("Cannot use --target-is-zero when the destination image has a backing file")
         if disk.size < wish.size:
             raise Failure("output file is smaller than input file")
         if wish.is_compressed:

@@ -250,6 +250,22 @@ def test_compute_gives_its_error(rig: Rig) -> None:
         rig.run(do(op.Compute(lambda: 1 // 0)))
 
 
+def test_operations_together_are_done_in_turn(rig: Rig) -> None:
+    target = bytearray(100_000)
+    steps = [op.Write(rig.file, 0, b"w" * len(target)), op.ReadInto(rig.file, 0, MemoryBuffer(memoryview(target)))]
+    assert rig.run(do(op.Together(steps, lambda: target.count(b"w")))) == len(target)
+    assert rig.run(do(op.Together(steps))) is None
+
+
+def test_none_comes_after_one_that_fails(rig: Rig) -> None:
+    if isinstance(rig.file, SimulatedFile):
+        pytest.skip("a simulated file has no largest offset")
+    steps = [op.Write(rig.file, (1 << 63) - 1, b"xy"), op.Write(rig.file, 0, b"w")]
+    with pytest.raises(OSError, match=r"."):
+        rig.run(do(op.Together(steps, lambda: 1 // 0)))
+    assert rig.content() == CONTENT
+
+
 def test_impossible_offset_is_an_error_at_the_await(rig: Rig) -> None:
     async def attempt() -> int:
         try:
