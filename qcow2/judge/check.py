@@ -37,6 +37,7 @@ async def check(file: File, *, say: Callable[[str], None] | None = None, progres
 async def judge(file: File, report: Report, progress: Progress | None = None) -> Verdict:
     """Check the image and keep the counts."""
     header = await read_header(file, trust_refcounts=False)
+    report.is_dirty = header.is_dirty
     census = await take_census(file, header, report, progress)
     verdict = Verdict(census)
     await _compare(verdict)
@@ -91,24 +92,24 @@ def _compare_block(census: Census, block: bytes | None, first: int) -> bool:
 
     Counts past the end of the file cost nothing: clusters reserved there by a writer that died are no finding.
     """
-    is_wrong = False
+    report, order = census.report, census.record.refcount_order
+    found = census.tally.sum_differences(block, order, first, census.per_block, census.file_clusters)
+    report.corruptions += found.too_low
+    report.leaks += found.too_high
+    if found.too_low or found.too_high:
+        _say_differences(census, block, first)
+    return found.differing > 0
+
+
+def _say_differences(census: Census, block: bytes | None, first: int) -> None:
+    """Name the clusters that a block counts wrong, as long as anybody listens."""
     order = census.record.refcount_order
-    if census.report.say is None:
-        found = census.tally.sum_differences(block, order, first, census.per_block, census.file_clusters)
-        census.report.corruptions += found.too_low
-        census.report.leaks += found.too_high
-        return found.differing > 0
     for cluster in census.tally.differing(block, order, first, census.per_block):
-        is_wrong = True
-        if cluster >= census.file_clusters:
-            continue
+        if cluster >= census.file_clusters or census.report.say is None:
+            return
         stored, counted = stored_refcount(block, order, cluster - first), census.tally.count(cluster)
-        text = f"cluster {cluster} refcount={stored} reference={counted}"
-        if stored < counted:
-            census.report.corruption(text)
-        else:
-            census.report.leak(text)
-    return is_wrong
+        kind = "ERROR" if stored < counted else "Leaked"
+        census.report.tell(f"{kind} cluster {cluster} refcount={stored} reference={counted}")
 
 
 L1_ENTRIES = Entries(16, 3)  # as far as flags go, those of every L1 table
@@ -152,10 +153,10 @@ def is_table_alone(census: Census, cluster: int) -> bool:
 
 async def _judge_copied(census: Census) -> None:
     async for found in miscopied(census, counted=False):
-        if census.report.say is None:
-            census.report.corruptions += len(found.indexes)
-            continue
+        census.report.corruptions += len(found.indexes)
         for index in found.indexes:
+            if census.report.say is None:
+                break
             entry = found.entries.at(found.data, index)
             word = found.entries.pack([entry])[:ENTRY_SIZE].hex().lstrip("0")
             count = await _stored_count(census, census.cluster_of(found.entries.host_offset(entry)))
@@ -164,7 +165,7 @@ async def _judge_copied(census: Census) -> None:
                 what = f"L2 cluster: l1_index={number} l1_entry={word}"
             else:
                 what = f"data cluster: l2_entry={word}"
-            census.report.corruption(f"OFLAG_COPIED {what} refcount={count}")
+            census.report.tell(f"ERROR OFLAG_COPIED {what} refcount={count}")
 
 
 async def _stored_count(census: Census, cluster: int) -> int:

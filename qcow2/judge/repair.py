@@ -68,6 +68,7 @@ async def repair(
     after.leaks_fixed = max(0, found.leaks - after.leaks)
     if not after.corruptions and not after.check_errors:
         await mark_repaired(file, await read_header(file))
+        after.is_dirty = False
         if found.leaks or before.census.header.is_dirty:
             await _cut_tail(file, after.image_end_offset)
     return after
@@ -147,10 +148,7 @@ async def _correct_copied(census: Census, *, counted: bool = True) -> None:
         if not is_table_alone(census, census.cluster_of(found.host_offset)):
             continue
         new = bytearray(found.data)
-        for index in found.indexes:
-            at = index * found.entries.nbytes
-            entry = found.entries.flipped(found.entries.at(found.data, index))
-            new[at : at + found.entries.nbytes] = found.entries.pack([entry])
+        found.entries.flip(new, found.indexes)
         await _write_difference(census.file, found.host_offset, found.data, new)
     await Sync(census.file)
 

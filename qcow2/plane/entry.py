@@ -120,6 +120,11 @@ class Entries:
         """The same host cluster, if there is one, and zeros in the subclusters from *first* to *last*."""
         return self._int(lib.entry_zeroed(self.native, native_entry(entry), first, last))
 
+    def unwritten(self, entry: int) -> int:
+        """The same host cluster, with nothing said of any subcluster."""
+        assert self.has_subclusters
+        return entry & WORD
+
     def written(self, entry: int, host_offset: int, first: int, last: int) -> int:
         """The host cluster at *host_offset* with data in the subclusters *first* to *last*, else what *entry* says."""
         return self._int(lib.entry_written(self.native, native_entry(entry), host_offset, first, last))
@@ -155,6 +160,11 @@ class Entries:
     def flipped(self, entry: int) -> int:
         """*entry* with the other COPIED flag."""
         return entry ^ COPIED
+
+    def flip(self, table: bytearray, indexes: Iterable[int]) -> None:
+        """Give these entries of a table, as it is in the file, the other COPIED flag: the first bit of each."""
+        for index in indexes:
+            table[index * self.nbytes] ^= COPIED >> WORD_BITS - 8
 
     def shared(self, table: bytes) -> bytes:
         """A table as it is in the file, its clusters referred to by others, too."""

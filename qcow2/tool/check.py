@@ -6,17 +6,17 @@ from contextlib import AbstractContextManager
 
 from qcow2.driver.file import HostFile, run
 from qcow2.judge.check import check
-from qcow2.judge.report import Report
+from qcow2.judge.report import MAX_LINES, Report
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.file import add_log_options, print_json, recovered
-from qcow2.tool.identity import say
+from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 
-MAX_LINES = 10_000  # of findings; what an image says of itself must not fill a disk with log
 IN_THE_DARK = "not all references can be found: clusters that seem to leak may be in use, and are kept by a repair"
+NOT_CLOSED = "not closed cleanly: the next writable open repairs this"
 NO_CHECK = 63  # qemu-img's status for a format that has none
 
 
@@ -52,6 +52,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         print("\n".join(_lines(report)))
     if report.is_dark:
         say(f"{image.path}: {IN_THE_DARK}")
+    elif report.is_dirty and not report.check_errors and not is_qemu_img():
+        say(f"{image.path}: {NOT_CLOSED}")
     return _status(report)
 
 
@@ -77,28 +79,25 @@ def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
 
 
 class Findings:
-    """Prints one line for each finding, up to a limit; *is_kept*: at the end, when it is known what was put right."""
+    """Prints one line for each finding; *is_kept*: at the end, when it is known what was put right."""
 
     def __init__(self, *, is_kept: bool) -> None:
-        self._count = 0
         self._kept: list[str] | None = [] if is_kept else None
 
     def say(self, line: str) -> None:
         """Print *line*."""
-        self._count += 1
-        if self._count > MAX_LINES:
-            return
         if self._kept is None:
             print(line, file=sys.stderr)
         else:
             self._kept.append(line)
 
     def end(self, report: Report) -> None:
-        """Print what was kept, and tell how much was not printed."""
+        """Print what was kept, and tell how much was not said."""
         for line in self._kept or ():
             print(_outcome(line, report), file=sys.stderr)
-        if self._count > MAX_LINES:
-            print(f"... and {self._count - MAX_LINES} more findings", file=sys.stderr)
+        fixed = report.corruptions_fixed + report.leaks_fixed
+        if (rest := report.corruptions + report.leaks + report.check_errors + fixed - MAX_LINES) > 0:
+            print(f"... and {rest} more findings", file=sys.stderr)
 
 
 def _outcome(line: str, report: Report) -> str:
