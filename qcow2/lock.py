@@ -12,7 +12,6 @@ killed ends late if a thread of its waits for storage that hangs, so whoever fin
 
 import errno
 import fcntl
-import logging
 import os
 import signal
 import struct
@@ -31,8 +30,6 @@ PROCESSES = 1 << 22  # as many as Linux numbers
 PATIENCE = 1.0  # seconds
 RETRY_INTERVAL = 0.01
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; this machine's alignment
-
-log = logging.getLogger("qcow2")
 
 
 class Permission(IntEnum):
@@ -72,7 +69,7 @@ def lock_image(fd: int, path: str, *, writable: bool, on_wait: Callable[[], None
             if is_late and not is_worth_it:
                 raise
         if is_worth_it and not is_told:
-            log.warning("%s: waiting for the last transfers of a process that died", path)
+            _tell_who_waits(path, "transfers")
             is_told = True
         on_wait()
         time.sleep(RETRY_INTERVAL)
@@ -178,7 +175,7 @@ def await_transfers(fd: int, life_fd: int, path: str, key: int, on_wait: Callabl
     lives = GUESTS_LIVE + key * PROCESSES
     while _is_held(fd, path, GUESTS + key) and not _has_the_living(life_fd, path, lives):
         if not is_told:
-            log.warning("%s: waiting for the last reads of a process that died", path)
+            _tell_who_waits(path, "reads")
             is_told = True
         on_wait()
         time.sleep(RETRY_INTERVAL)
@@ -252,3 +249,9 @@ def _held(fd: int, path: str, start: int, end: int) -> Iterator[int]:
     yield from held
     yield from _held(fd, path, start, held.start)
     yield from _held(fd, path, held.stop, end)
+
+
+def _tell_who_waits(path: str, what: str) -> None:
+    import logging  # which takes longer than most locks
+
+    logging.getLogger("qcow2").warning("%s: waiting for the last %s of a process that died", path, what)

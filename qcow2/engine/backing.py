@@ -38,6 +38,10 @@ class Backing(Protocol):
         """The file that its data lies in, which need not be `file`."""
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether what its file holds is not what the guest reads."""
+
+    @property
     def backing(self) -> "Backing | None":
         """What shows where this one has nothing."""
 

@@ -190,8 +190,9 @@ def _validate(options: Options) -> None:
         _validate_data_file(options)
     elif options.data_file_raw:
         raise ValueError("data-file-raw requires data-file")
-    if options.backing_name is not None and options.preallocation is not Preallocation.OFF:
-        raise ValueError(f"preallocation {options.preallocation.value} is not possible with a backing file")
+    if options.backing_name is not None and options.mapped_clusters and not options.has_subclusters:
+        text = f"preallocation {options.preallocation.value} is not possible with a backing file"
+        raise ValueError(f"{text}, unless extended_l2 is on")
     if options.version < 3:
         _validate_version_2(options)
     if options.has_subclusters and options.cluster_bits < layout.MIN_CLUSTER_BITS_OF_SUBCLUSTERS:
@@ -211,10 +212,8 @@ def _validate_data_file(options: Options) -> None:
         raise ValueError("extended_l2 with an external data file is not supported")
     if options.encryption is not None:
         raise ValueError("encryption with an external data file is not supported")
-    if options.data_file_raw and options.preallocation is not Preallocation.METADATA:
-        raise ValueError(f"data-file-raw has preallocation metadata, not {options.preallocation.value}")
-    if options.preallocation in (Preallocation.FALLOC, Preallocation.FULL):
-        raise ValueError(f"preallocation {options.preallocation.value} of an external data file is not supported")
+    if options.data_file_raw and options.preallocation is Preallocation.OFF:
+        raise ValueError("data-file-raw has preallocation metadata at least, not off")
 
 
 def _validate_version_2(options: Options) -> None:
@@ -262,7 +261,7 @@ async def write_tables(file: File, plan: Plan) -> None:
 
         await (await new_vault(plan.options.encryption)).write(file, plan.luks_offset)
     if plan.options.preallocation is Preallocation.FULL:
-        await _write_zeros(file, plan.data_offset, plan.end_offset)
+        await write_zeros(file, plan.data_offset, plan.end_offset)
 
 
 async def write_header(file: File, plan: Plan) -> None:
@@ -279,11 +278,12 @@ async def write_raw(file: File, size: int, preallocation: Preallocation) -> None
     await Zero(file, 0, size)  # a device's
     await Resize(file, size)
     if preallocation is Preallocation.FULL:
-        await _write_zeros(file, 0, size)
+        await write_zeros(file, 0, size)
     await Sync(file)
 
 
-async def _write_zeros(file: File, start: int, end: int) -> None:
+async def write_zeros(file: File, start: int, end: int) -> None:
+    """Zeros that take their space. Raises: OSError."""
     for host_offset in range(start, end, len(ZERO_PIECE)):
         await Write(file, host_offset, memoryview(ZERO_PIECE)[: end - host_offset])
 
@@ -302,7 +302,9 @@ def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
         data_offset = start + first * plan.cluster_size
         host_offset = plan.l2_offset + first // per_table * plan.cluster_size
         made = entries.data(data_offset, count)
-        if plan.options.encryption:  # zeros are none there
+        if plan.options.backing_name is not None:  # which shows until something is written
+            made = [entries.unwritten(entry) for entry in made]
+        elif plan.options.encryption:  # zeros are none there
             made = [entries.zeroed(entry, 0, 0) for entry in made]
         yield host_offset, entries.pack(made)
 

@@ -13,7 +13,7 @@ from qcow2.engine.reading import Reader
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.format.geometry import Geometry
-from qcow2.format.snapshot import SnapshotTable
+from qcow2.format.snapshot import Choice, SnapshotTable
 
 DEFAULT_CACHE_SIZE = 32 << 20
 
@@ -25,7 +25,7 @@ class OpenOptions:
     writable: bool = False
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE  # bytes of L2 tables in memory, at most
-    snapshot: str | None = None  # read the disk as this one, an id or else a name, holds it
+    snapshot: str | Choice | None = None  # read the disk as this one, an id or else a name, holds it
     keys: Keyring | None = None  # what may open it, if it is encrypted
     has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
 

@@ -22,7 +22,7 @@ from qcow2.format.layout import (
     HeaderRecord,
 )
 from qcow2.format.refusal import l1_entries
-from qcow2.format.snapshot import find_snapshot, read_snapshots
+from qcow2.format.snapshot import Choice, find_snapshot, read_snapshots
 from qcow2.plane.entry import words_of
 from qcow2.plane.linklog import LinkLog
 
@@ -98,7 +98,7 @@ def _require_writable(file: File, header: Header, options: OpenOptions) -> None:
         raise UnsupportedImage(file.path, "lazy refcounts need version 3 (compat=1.1)")
 
 
-async def _header_of(file: File, header: Header, wanted: str) -> Header:
+async def _header_of(file: File, header: Header, wanted: str | Choice) -> Header:
     """*header* as if the disk were what the snapshot *wanted* holds. Raises: FileNotFoundError, CorruptImage."""
     snapshot = find_snapshot(file.path, await read_snapshots(file, header), wanted)
     record = snapshot.record

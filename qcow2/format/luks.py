@@ -3,12 +3,10 @@
 Spec: LUKS On-Disk Format Specification 1.2.3.
 """
 
-import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
-from uuid import uuid4
 
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.layout import SECTOR_SIZE, values_of
@@ -183,12 +181,16 @@ def validate_spec(path: str, spec: CipherSpec) -> None:
         raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: essiv, and nothing else, goes with a hash")
     if spec.iv_hash is not None:
         require_hash(path, spec.iv_hash)
+        import hashlib  # and with it OpenSSL
+
         if hashlib.new(spec.iv_hash).digest_size not in ESSIV_KEY_BYTES:
             raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: no AES key is as long as this hash")
 
 
 def require_hash(path: str, name: str) -> None:
     """Raises: UnsupportedImage for a hash that there is not, or that this OpenSSL does not give."""
+    import hashlib
+
     if name not in HASHES or name not in hashlib.algorithms_available:
         raise UnsupportedImage(path, f"hash {name!r} is not supported")
     try:
@@ -247,6 +249,8 @@ class Encryption:
 
     def new_record(self, *, is_detached: bool = False) -> LuksRecord:
         """A header without any key, of an image of its own: where QEMU has its parts."""
+        from uuid import uuid4
+
         sectors = -(-self.spec.key_bytes * STRIPES // SECTOR_SIZE)
         area = sectors + -sectors % AREA_ALIGNMENT
         slots = tuple(

@@ -91,13 +91,25 @@ def new_snapshot(
     return Snapshot(record, snapshot_id, name, 0, disk_size, 0, extra)
 
 
-def find_snapshot(path: str, table: SnapshotTable, wanted: str, *, by_id: bool = True) -> Snapshot:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The first snapshot that has this id, this name, or both."""
+
+    id: str | None = None
+    name: str | None = None
+
+    def is_met_by(self, snapshot: Snapshot) -> bool:
+        """Whether *snapshot* has what is asked for."""
+        return self.id in (None, snapshot.id) and self.name in (None, snapshot.name)
+
+
+def find_snapshot(path: str, table: SnapshotTable, wanted: str | Choice, *, by_id: bool = True) -> Snapshot:
     """The first snapshot whose id, with *by_id*, or else whose name is *wanted*.
 
     Raises: FileNotFoundError.
     """
-    found = [each for each in table.snapshots if by_id and each.id == wanted]
-    found += [each for each in table.snapshots if each.name == wanted]
+    choices = [wanted] if isinstance(wanted, Choice) else [Choice(id=wanted)] * by_id + [Choice(name=wanted)]
+    found = [each for choice in choices for each in table.snapshots if choice.is_met_by(each)]
     if not found:
         raise FileNotFoundError(errno.ENOENT, f"snapshot {wanted!r} not found", path)
     return found[0]

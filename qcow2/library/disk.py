@@ -25,7 +25,7 @@ from qcow2.library.awaitable import AwaitableDisk
 from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.facts import Facts, facts_of_file
 from qcow2.library.file import DiskFile
-from qcow2.library.hostfile import path_of_descriptor
+from qcow2.library.hostfile import path_of_descriptor, reserve
 from qcow2.library.own_thread import OwnThread
 from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
@@ -149,21 +149,24 @@ class Disk(AwaitableDisk):
         """Make everything written so far survive a power loss."""
         self._run(lambda: self.image.flush())
 
-    def resize(self, nbytes: int, *, shrink: bool = False, preallocation: Preallocation = Preallocation.OFF) -> None:
+    def resize(self, nbytes: int, *, shrink: bool = False, preallocation: Preallocation | str = "off") -> None:
         """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros. It survives a power loss.
 
         A disk gets shorter only with *shrink*: what is past its end is lost. *preallocation* is for what is new.
         Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage; OSError.
         """
         self._require_inside(0, 0)
+        kind = Preallocation(preallocation)
         if shrink and nbytes < self.size:
             self._run(lambda: self.image.shrink(nbytes))
             return
-        end = self.size
+        end, file_end = self.size, self.files[0].size()
         self._run(lambda: self.image.grow(nbytes))
-        if preallocation is not Preallocation.OFF and end < self.size:
-            writes = preallocation is Preallocation.FULL
+        if kind is not Preallocation.OFF and end < self.size:
+            writes = kind is Preallocation.FULL
             self._run(lambda: self.image.preallocate(end, self.size - end, writes=writes))
+            if kind is Preallocation.FALLOC:
+                reserve(self.files[0], file_end)
 
     @property
     def snapshots(self) -> "SnapshotList":
@@ -175,8 +178,7 @@ class Disk(AwaitableDisk):
     def info(self) -> Facts:
         """What the image is, as its file says now: the keys and values of `qcow2 info --output=json`."""
         self._require_open()
-        image_format = "qcow2" if isinstance(self.image, Image) else "raw"
-        return self._thread.call(partial(facts_of_file, self.files[0], image_format))
+        return self._thread.call(partial(facts_of_file, self.files[0], self.chain.image_format))
 
     def create_snapshot(self, name: str) -> Snapshot:
         """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
@@ -211,9 +213,9 @@ class Disk(AwaitableDisk):
             raise UnsupportedImage(self._path, f"a raw image has no {what}")
         return self.image
 
-    def extents(self, offset: int, nbytes: int) -> Iterator[Extent]:
-        """Tell where the *nbytes* at *offset* come from, in stretches as long as possible."""
-        end = offset + self._require_inside(offset, nbytes)
+    def extents(self, offset: int = 0, nbytes: int | None = None) -> Iterator[Extent]:
+        """Tell where the *nbytes* at *offset*, or all from there on, come from, in stretches as long as possible."""
+        end = offset + self._require_inside(offset, max(0, self.size - offset) if nbytes is None else nbytes)
         return extents_of(self.image, offset, end, self._run)
 
     def clean(self) -> None:

@@ -1,17 +1,19 @@
 """What an image is: the facts that `info` prints, under the names that qemu-img's JSON gives them."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.operation import File, Read
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header, read_header
-from qcow2.format.layout import SECTOR_SIZE, BitmapFlags, CryptMethod
-from qcow2.format.luks import Luks, LuksRecord, SlotRecord, parse_luks
+from qcow2.format.layout import SECTOR_SIZE, SUBCLUSTERS, BitmapFlags, CryptMethod
 from qcow2.format.snapshot import Snapshot, read_snapshots
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
+
+if TYPE_CHECKING:
+    from qcow2.format.luks import Luks, SlotRecord
 
 NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]
@@ -39,6 +41,22 @@ def facts_of_file(file: HostFile, image_format: str) -> Facts:
         luks = run(read_luks(file))[0]
         facts |= {"encrypted": True, "format-specific": {"type": "luks", "data": luks_facts(luks)}}
     return facts
+
+
+def limits_of(facts: Facts) -> dict[str, int]:
+    """How requests to the disk of *facts* are best aligned, in bytes, under qemu-img's names."""
+    limits = {
+        "request-alignment": SECTOR_SIZE if facts.get("encrypted") else 1,
+        "min-mem-alignment": 1,
+        "opt-mem-alignment": os.sysconf("SC_PAGE_SIZE"),
+        "max-iov": os.sysconf("SC_IOV_MAX"),
+    }
+    cluster_size = facts.get("cluster-size")
+    if cluster_size is not None:
+        has_subclusters = facts["format-specific"]["data"].get("extended-l2", False)
+        limits["write-zeroes-alignment"] = cluster_size // (SUBCLUSTERS if has_subclusters else 1)
+        limits["discard-alignment"] = cluster_size
+    return limits
 
 
 def backing_of(path: str) -> tuple[str | None, str | None]:
@@ -111,13 +129,15 @@ async def _crypto_facts(file: File, header: Header) -> Facts:
         case CryptMethod.AES:
             return {"encrypt": {"format": "aes"}}
         case CryptMethod.LUKS:
+            from qcow2.format.luks import LuksRecord, parse_luks
+
             host_offset, nbytes = header.luks_area
             start = await Read(file, host_offset, LuksRecord.NBYTES)
             return {"encrypt": luks_facts(parse_luks(file.path, start, nbytes, host_offset)) | {"format": "luks"}}
     return {}
 
 
-def luks_facts(luks: Luks) -> Facts:
+def luks_facts(luks: "Luks") -> Facts:
     """What can be told of an encrypted disk without its key."""
     facts: Facts = {"ivgen-alg": luks.spec.iv_generator, "detached-header": luks.record.payload_sector == 0}
     if luks.spec.iv_hash is not None:
@@ -133,7 +153,7 @@ def luks_facts(luks: Luks) -> Facts:
     }
 
 
-def _slot_facts(slot: SlotRecord) -> Facts:
+def _slot_facts(slot: "SlotRecord") -> Facts:
     facts: Facts = {"active": slot.is_enabled}
     if slot.is_enabled:
         facts["iters"] = slot.iterations

@@ -67,6 +67,14 @@ class DiskFile(io.RawIOBase):
         self._position += nbytes
         return nbytes
 
+    def readall(self) -> bytes:
+        """What is left of the disk, at once."""
+        self._require_open()
+        start = min(self._position, self._disk.size)
+        content = self._disk.read(start, self._disk.size - start)
+        self._position = max(self._position, start + len(content))
+        return content
+
     def write(self, data: Any) -> int:
         """Write the front of *data* that fits; how many bytes that were.
 

@@ -66,3 +66,10 @@ def path_of_descriptor(fd: int) -> str:
     if os.path.exists(path) and os.path.samestat(os.stat(path), status):
         return path
     return f"/proc/self/fd/{fd}"
+
+
+def reserve(file: HostFile, start: int = 0) -> None:
+    """Have the host set space aside for all of *file* from *start* on. Raises: OSError."""
+    nbytes = file.size() - start
+    if nbytes > 0 and not file.is_device:
+        os.posix_fallocate(file.fd, start, nbytes)

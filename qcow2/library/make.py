@@ -6,7 +6,7 @@ from typing import TypeVar
 from qcow2.driver.file import run
 from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
 from qcow2.format.layout import SECTOR_SIZE, CompressionType
-from qcow2.library.hostfile import created, opened
+from qcow2.library.hostfile import created, opened, reserve
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 
@@ -49,8 +49,13 @@ def create(
     if format == "raw":
         if below is not None:
             raise ValueError(f"{name}: a raw image has no backing file")
+        kind = _chosen(
+            "preallocation", preallocation, {each: Preallocation(each) for each in ("off", "falloc", "full")}
+        )
         with created(name) as file:
-            run(write_raw(file, size, Preallocation(preallocation)))
+            run(write_raw(file, size, kind))
+            if kind is Preallocation.FALLOC:
+                reserve(file)
         return
     options = Options(
         size=size,
@@ -68,8 +73,8 @@ def create(
     whole = plan(options)
     with created(name) as file:
         run(write_tables(file, whole))
-        if options.preallocation is Preallocation.FALLOC and not file.is_device:
-            os.posix_fallocate(file.fd, 0, whole.end_offset)
+        if options.preallocation is Preallocation.FALLOC:
+            reserve(file)
         run(write_header(file, whole))
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qcow2.driver.file import HostFile, run
-from qcow2.driver.operation import Resize, Sync, Zero
-from qcow2.engine.create import Options
-from qcow2.library.hostfile import created, opened
+from qcow2.driver.operation import Resize, Sync
+from qcow2.engine.create import Options, Preallocation, write_raw, write_zeros
+from qcow2.library.hostfile import created, opened, reserve
 from qcow2.node.gate import DATA, named_path
 
 KEEP, EMPTY = "keep", "empty"
@@ -30,7 +30,10 @@ def new_data_file(image_path: str, options: Options, use: str | None) -> Iterato
     path = named_path(image_path, DATA, options.data_file_name)
     _validate(image_path, path, options, use)
     with created(path) as file:
-        run(_prepare(file, options.size, keeps=use == KEEP))
+        old_size = file.size() if use == KEEP else 0
+        run(_prepare(file, options, old_size))
+        if options.preallocation is Preallocation.FALLOC:
+            reserve(file)
         yield file
 
 
@@ -49,11 +52,13 @@ def _validate(image_path: str, path: str, options: Options, use: str | None) -> 
         raise ValueError(f"data_file_use={KEEP} needs data_file_raw=on: else the image would not show what is there")
 
 
-async def _prepare(file: HostFile, size: int, *, keeps: bool) -> None:
-    """Let *file* be a raw disk of *size* bytes at least."""
-    if not keeps:
-        await Resize(file, 0)
-        await Zero(file, 0, size)  # a device's
-    if file.size() < size:
-        await Resize(file, size)
+async def _prepare(file: HostFile, options: Options, old_size: int) -> None:
+    """Let *file*, of which *old_size* bytes are kept, be a raw disk of *options*' size at least."""
+    if not old_size:
+        await write_raw(file, options.size, options.preallocation)
+        return
+    if old_size < options.size:
+        await Resize(file, options.size)
+        if options.preallocation is Preallocation.FULL:
+            await write_zeros(file, old_size, options.size)
     await Sync(file)

@@ -63,6 +63,7 @@ class Chain:
     data_files: list[HostFile] = field(default_factory=list)  # that images have besides
     files: list[HostFile] = field(default_factory=list)  # top first
     nodes: list[Node] = field(default_factory=list)  # the same disks, top first
+    image_format: str = "qcow2"  # of the top
     progress: Progress | None = None  # told how far the repair of a dirty image is
     force_share: bool = False  # read without locks, though others may be writing
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
@@ -95,6 +96,7 @@ class Chain:
         Raises: OSError, UnsupportedImage, CorruptImage; for a backing file the text shows the way to it.
         """
         known = format_of(path, image_format)
+        self.image_format = image_format
         file = self._hold(path, lambda: HostFile.open(path, writable=options.writable), writable=options.writable)
         return self._know(known.open(self, file, options))
 

@@ -1,19 +1,21 @@
 """Where each stretch of the disk comes from, through the whole chain: what `map` shows."""
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from qcow2.driver.operation import File, Occupied
 from qcow2.engine.backing import Backing
 from qcow2.plane.l2cache import Kind, Run
 
 MAX_STEP = 1 << 40  # bytes asked for at once
+BATCH = 256  # stretches found in one go
+UNALLOCATED, ZERO_ALLOCATED, DATA, COMPRESSED = (
+    int(kind) for kind in (Kind.UNALLOCATED, Kind.ZERO_ALLOCATED, Kind.DATA, Kind.COMPRESSED)
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A stretch of guest bytes with one origin."""
 
     guest_offset: int
@@ -24,13 +26,12 @@ class Extent:
     is_zero: bool  # it reads as zeros, as the mapping or the host says; data may, too
     is_data: bool
     is_compressed: bool
-    host_offset: int | None  # in `file`, of data and of what keeps its space without; None if compressed
+    host_offset: int | None  # in `file`, of data and of what keeps its space without; None if it is not there as it is
 
     def is_continued_by(self, other: "Extent") -> bool:
         """Whether *other*, the next one, has the same origin and goes on where this one ends."""
         host_offset = None if self.host_offset is None else self.host_offset + self.nbytes
-        moved = replace(self, guest_offset=other.guest_offset, nbytes=other.nbytes, host_offset=host_offset)
-        return other == moved
+        return other.host_offset == host_offset and other[2:8] == self[2:8]
 
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
@@ -38,7 +39,7 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
     pending: Extent | None = None
     for extent in extents:
         if pending is not None and pending.is_continued_by(extent):
-            pending = replace(pending, nbytes=pending.nbytes + extent.nbytes)
+            pending = pending._replace(nbytes=pending.nbytes + extent.nbytes)
         else:
             if pending is not None:
                 yield pending
@@ -47,52 +48,66 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield pending
 
 
+Found = Coroutine[Any, Any, list[Extent]]
+
+
 def extents_of(
-    image: Backing, start: int, end: int, run: Callable[[Callable[[], Coroutine[Any, Any, Extent]]], Extent]
+    image: Backing, start: int, end: int, run: Callable[[Callable[[], Found]], list[Extent]]
 ) -> Iterator[Extent]:
     """The extents of the disk from *start* to *end*, as long as possible; *run* runs what its argument begins."""
 
     def pieces() -> Iterator[Extent]:
         offset = start
         while offset < end:
-            extent = run(partial(find_extent, image, offset, min(end - offset, MAX_STEP)))
-            yield extent
-            offset += extent.nbytes
+            found = run(partial(_batch, image, offset, end))
+            yield from found
+            offset = found[-1].guest_offset + found[-1].nbytes
 
     return merged(pieces())
+
+
+async def _batch(image: Backing, guest_offset: int, end: int) -> list[Extent]:
+    found: list[Extent] = []
+    while guest_offset < end and len(found) < BATCH:
+        extent = await find_extent(image, guest_offset, min(end - guest_offset, MAX_STEP))
+        found.append(extent)
+        guest_offset += extent.nbytes
+    return found
 
 
 async def find_extent(image: Backing, guest_offset: int, nbytes: int, depth: int = 0) -> Extent:
     """Describe the start of the range: a stretch of one origin, not always the longest."""
     run = await image.resolve(guest_offset, nbytes)
-    backing = image.backing
-    if run.kind == Kind.UNALLOCATED and backing is not None and guest_offset < backing.size:
-        inside = min(run.nbytes, backing.size - guest_offset)
-        return await find_extent(backing, guest_offset, inside, depth + 1)
+    if run.kind == UNALLOCATED:
+        backing = image.backing
+        if backing is not None and guest_offset < backing.size:
+            inside = min(run.nbytes, backing.size - guest_offset)
+            return await find_extent(backing, guest_offset, inside, depth + 1)
     extent = _extent_of(run, image, guest_offset, depth)
-    if run.kind == Kind.DATA and await image.is_hollow():
+    if run.kind == DATA and await image.is_hollow():
         is_data, nbytes = await Occupied(image.data_file, run.host_offset, run.nbytes)
-        return replace(extent, nbytes=nbytes, is_zero=not is_data)
+        return extent._replace(nbytes=nbytes, is_zero=not is_data)
     return extent
 
 
 def _place_of(run: Run) -> int | None:
     """Where in the file it is, or would be."""
-    if run.kind in (Kind.DATA, Kind.ZERO_ALLOCATED):
+    if run.kind in (DATA, ZERO_ALLOCATED):
         return run.host_offset
-    return run.host_offset or None if run.kind == Kind.UNALLOCATED else None
+    return run.host_offset or None if run.kind == UNALLOCATED else None
 
 
 def _extent_of(run: Run, image: Backing, guest_offset: int, depth: int) -> Extent:
-    is_data = run.kind in (Kind.DATA, Kind.COMPRESSED)
+    kind = run.kind
+    is_data = kind in (DATA, COMPRESSED)
     return Extent(
-        guest_offset=guest_offset,
-        nbytes=run.nbytes,
-        depth=depth,
-        file=image.data_file,
-        is_present=run.kind != Kind.UNALLOCATED,
-        is_zero=not is_data,
-        is_data=is_data,
-        is_compressed=run.kind == Kind.COMPRESSED,
-        host_offset=_place_of(run),
+        guest_offset,
+        run.nbytes,
+        depth,
+        image.data_file,
+        kind != UNALLOCATED,
+        not is_data,
+        is_data,
+        kind == COMPRESSED,
+        None if image.is_encrypted else _place_of(run),
     )

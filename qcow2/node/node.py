@@ -25,10 +25,6 @@ class Node(Backing, Protocol):
         """What it can do besides."""
 
     @property
-    def is_encrypted(self) -> bool:
-        """Whether what its file holds is not what the guest reads."""
-
-    @property
     def statistics(self) -> Statistics:
         """What has been counted."""
 

@@ -6,7 +6,7 @@ from qcow2.driver.file import run
 from qcow2.library.amend import Amendment, CannotAmend, amend_image, name_data_file
 from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
-from qcow2.node.formats import format_of
+from qcow2.node.formats import FORMATS, format_of
 from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open, recovered
@@ -93,19 +93,26 @@ def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:
     given = dict(split_options(arguments.options))
     for name in given:
         if name not in SLOT_OPTIONS:
-            raise Failure(f"Invalid parameter '{name}'", hint="This option is only supported for image creation")
+            raise _unknown(name, "luks")
     with opening(image.path), opened(image.path, writable=True) as file:
         amend_slots(file, image.image_format, given, arguments.secrets)
 
 
+def _unknown(name: str, image_format: str) -> Failure:
+    is_for_creation = name in OPTIONS[image_format]
+    hint = "This option is only supported for image creation" if is_for_creation else ""
+    return Failure(f"Invalid parameter '{name}'", hint=hint)
+
+
 def _print_help(image_format: str) -> None:
-    if image_format != "qcow2":
+    known = FORMATS.get(image_format)
+    if known is None or not (known.has_metadata or known.has_key_slots):
         raise Failure(f"Format driver '{image_format}' does not support option amendment")
-    print("Amend options for 'qcow2':")
-    for name in AMENDABLE:
+    print(f"Amend options for '{image_format}':")
+    for name in AMENDABLE if known.has_metadata else ():
         print(f"  {name}={OPTIONS['qcow2'][name]}")
     for name, caption in SLOT_OPTIONS.items():
-        print(f"  {SLOT}{name}={caption}")
+        print(f"  {SLOT if known.has_metadata else ''}{name}={caption}")
 
 
 def _given(texts: list[str]) -> dict[str, str]:
@@ -113,7 +120,7 @@ def _given(texts: list[str]) -> dict[str, str]:
     given = {}
     for name, value in split_options(texts):
         if name not in AMENDABLE and (not name.startswith(SLOT) or name.removeprefix(SLOT) not in SLOT_OPTIONS):
-            raise Failure(f"Invalid parameter '{name}'", hint="This option is only supported for image creation")
+            raise _unknown(name, "qcow2")
         given[name] = value
     return given
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from qcow2.error import ImageError
 from qcow2.sources import StaleExtension
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.identity import say
+from qcow2.tool.identity import QEMU_IMG, SPOKEN, is_qemu_img, say
 from qcow2.tool.secret import Secrets
 from qcow2.tool.stdio import OUTPUT, name_output, occupy
 
@@ -57,6 +57,10 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
+        if is_qemu_img():
+            from qcow2.tool.usage import in_its_words
+
+            raise in_its_words(message)
         raise UsageError(message)
 
 
@@ -67,7 +71,8 @@ class Version(argparse.Action):
         """Print it and exit."""
         import qcow2
 
-        print(f"qcow2 version {qcow2.__version__}")
+        own = f"qcow2 version {qcow2.__version__}"
+        print(f"{QEMU_IMG} version {SPOKEN} ({own})" if is_qemu_img() else own)
         parser.exit()
 
 
@@ -94,7 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
         if failure.hint:
             print(failure.hint, file=sys.stderr)
         return failure.status
-    except (UsageError, ImageError, ValueError, StaleExtension) as error:
+    except UsageError as error:
+        _complain(str(error))
+        if is_qemu_img():
+            print(f"Try '{QEMU_IMG} --help' for more information", file=sys.stderr)
+        return 1
+    except (ImageError, ValueError, StaleExtension) as error:
         return _complain(str(error))
     except MemoryError:
         return _complain("out of memory")

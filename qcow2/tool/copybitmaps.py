@@ -13,7 +13,7 @@ from qcow2.node.formats import format_of
 from qcow2.node.node import Node
 from qcow2.tool.bitmap import opened_without_data
 from qcow2.tool.failure import Failure
-from qcow2.tool.identity import say
+from qcow2.tool.identity import program, say
 from qcow2.tool.named import Named
 from qcow2.tool.target import Wish
 
@@ -44,8 +44,8 @@ def _is_skipped(stored: StoredBitmap, arguments: argparse.Namespace) -> bool:
     if not stored.bitmap.is_in_use and not stored.problem:
         return False
     if not arguments.skip_broken_bitmaps:
-        hint = "try --skip-broken-bitmaps, or remove it: qcow2 bitmap --remove"
-        raise Failure(f"Cannot copy inconsistent bitmap '{stored.bitmap.name}'; {hint}")
+        hint = f"Try --skip-broken-bitmaps, or use '{program()} bitmap --remove' to delete it"
+        raise Failure(f"Cannot copy inconsistent bitmap '{stored.bitmap.name}'", hint=hint)
     say(f"warning: Skipping inconsistent bitmap '{stored.bitmap.name}'")
     return True
 

@@ -5,10 +5,10 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from qcow2.driver.file import HostFile, run
+from qcow2.driver.file import run
 from qcow2.engine.create import Options, Preallocation, plan, write_header, write_raw, write_tables
 from qcow2.format.layout import SECTOR_SIZE
-from qcow2.library.hostfile import created, opened
+from qcow2.library.hostfile import created, opened, reserve
 from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
@@ -124,7 +124,7 @@ def _create_qcow2(request: Request, arguments: argparse.Namespace) -> None:
             print(_announcement(request, options, size), flush=True)
         run(write_tables(file, whole))
         if options.preallocation is Preallocation.FALLOC:
-            reserve(file, whole.end_offset)
+            reserve(file)
         run(write_header(file, whole))
 
 
@@ -140,7 +140,7 @@ def _create_raw(request: Request, arguments: argparse.Namespace) -> None:
             print(f"Formatting {_quoted(request.path)}, fmt=raw size={typed}{said}", flush=True)
         run(write_raw(file, size, preallocation))
         if preallocation is Preallocation.FALLOC:
-            reserve(file, size)
+            reserve(file)
 
 
 def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
@@ -156,12 +156,6 @@ def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
             said = "".join(f" {name}={text}" for name, text in request.given.items() if name != "size")
             print(f"Formatting {_quoted(request.path)}, fmt=luks size={typed}{said}", flush=True)
         run(write_luks(file, encryption, typed + -typed % SECTOR_SIZE))
-
-
-def reserve(file: HostFile, nbytes: int) -> None:
-    """Have the host set space aside for all of *file*."""
-    if nbytes and not file.is_device:
-        os.posix_fallocate(file.fd, 0, nbytes)
 
 
 def _request(arguments: argparse.Namespace) -> Request:

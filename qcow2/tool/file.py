@@ -1,7 +1,6 @@
 """Opening image files for the tool: locked, unless the user says that sharing is fine."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +47,7 @@ def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
 
 
 ORDER = (  # of the keys in what qemu-img prints
+    "limits write-zeroes-alignment request-alignment min-mem-alignment discard-alignment opt-mem-alignment max-iov "
     "image-end-offset compressed-clusters total-clusters corruptions corruptions-fixed check-errors leaks leaks-fixed "
     "allocated-clusters backing-filename-format snapshots virtual-size icount vm-clock-nsec flags name granularity "
     "date-sec date-nsec vm-clock-sec id vm-state-size filename cluster-size encrypted format actual-size type "
@@ -59,6 +59,8 @@ RANKS = {key: rank for rank, key in enumerate(ORDER.split())}
 
 def print_json(facts: Any) -> None:
     """Print *facts* as JSON; what is no text in a name becomes U+FFFD there, as with qemu-img."""
+    import json
+
     print(json.dumps(as_texts(facts), indent=4))
 
 
@@ -70,7 +72,11 @@ def as_texts(facts: Any) -> Any:
         case list():
             return [as_texts(each) for each in facts]
         case dict():
-            known = sorted(facts, key=lambda key: RANKS.get(key, len(RANKS)))
-            return {key: as_texts(facts[key]) for key in known}
+            return {key: as_texts(value) for key, value in ordered(facts).items()}
         case _:
             return facts
+
+
+def ordered(facts: dict[str, Any]) -> dict[str, Any]:
+    """*facts* in qemu-img's order."""
+    return dict(sorted(facts.items(), key=lambda each: RANKS.get(each[0], len(RANKS))))

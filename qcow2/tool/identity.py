@@ -7,6 +7,7 @@ import os
 import sys
 
 QEMU_IMG = "qemu-img"
+SPOKEN = "7.2.0"  # the version whose words we use, for scripts that ask before they use an option
 
 
 def is_qemu_img() -> bool:

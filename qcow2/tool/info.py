@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable
 
 from qcow2.error import ImageError, UnsupportedImage
-from qcow2.library.facts import Facts, facts_of
+from qcow2.library.facts import Facts, facts_of, limits_of
 from qcow2.node.gate import MAX_DEPTH, backing_path
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.failure import Failure
-from qcow2.tool.file import print_json
+from qcow2.tool.file import ordered, print_json
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backing-chain", action="store_true", help="and of every image under it")
     parser.add_argument("-U", "--force-share", action="store_true", help="though others may be writing to it")
     parser.add_argument("-t", "--cache", choices=CACHE_MODES, help=CACHE_IS_THE_HOSTS)
+    parser.add_argument("--limits", action="store_true", help="and how requests are best aligned")
     parser.add_argument("filename")
 
 
@@ -38,6 +39,9 @@ def run_command(arguments: argparse.Namespace) -> int:
         chain = [facts_of(image.path, image.image_format, force_share=arguments.force_share)]
         if arguments.backing_chain:
             _follow(chain, arguments.force_share)
+    if arguments.limits:
+        for facts in chain:
+            facts["limits"] = limits_of(facts)
     if arguments.output == "json":
         print_json(chain if arguments.backing_chain else chain[0])
     else:
@@ -76,6 +80,8 @@ def _lines(facts: Facts) -> list[str]:
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")
     lines += _backing_lines(facts)
+    if "limits" in facts:
+        lines += ["Block limits:", *_specific_lines(ordered(facts["limits"]))]
     if "snapshots" in facts:
         lines += snapshot_lines(facts["snapshots"])
     if "format-specific" in facts:

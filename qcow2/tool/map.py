@@ -1,13 +1,14 @@
 """`qcow2 map`: which image of a chain holds each part of the disk, and where."""
 
 import argparse
-import json
 from collections.abc import Iterator
 
 from qcow2.driver.file import BlockingDriver
 from qcow2.engine.opened import OpenOptions
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, extents_of
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.quantity import parse_size
@@ -41,43 +42,38 @@ def run_command(arguments: argparse.Namespace) -> int:
         if arguments.output == "json":
             _print_json(extents)
         else:
-            _print_table(wanted.path, extents)
+            _print_table(extents)
     return 0
+
+
+WORDS = ("false", "true")  # of JSON
 
 
 def _print_json(extents: Iterator[Extent]) -> None:
     """One line an extent, keys in qemu-img's order."""
     lead = "["
     for extent in extents:
-        facts: dict[str, int] = {
-            "start": extent.guest_offset,
-            "length": extent.nbytes,
-            "depth": extent.depth,
-            "present": extent.is_present,
-            "zero": extent.is_zero,
-            "data": extent.is_data,
-            "compressed": extent.is_compressed,
-        }
-        if extent.host_offset is not None:
-            facts["offset"] = extent.host_offset
-        words = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in facts.items())
-        print(f"{lead}{{ {words}}}", end="")
+        start, nbytes, depth, _, is_present, is_zero, is_data, is_compressed, host_offset = extent
+        place = "" if host_offset is None else f', "offset": {host_offset}'
+        print(
+            f'{lead}{{ "start": {start}, "length": {nbytes}, "depth": {depth}, "present": {WORDS[is_present]}, '
+            f'"zero": {WORDS[is_zero]}, "data": {WORDS[is_data]}, "compressed": {WORDS[is_compressed]}{place}}}',
+            end="",
+        )
         lead = ",\n"
     print("]" if lead != "[" else "[]")
 
 
-def _print_table(path: str, extents: Iterator[Extent]) -> None:
-    """Only what can be read from the file as it is.
-
-    Raises: ValueError at a compressed cluster, which cannot.
-    """
+def _print_table(extents: Iterator[Extent]) -> None:
+    """Only what can be read from the file as it is. Raises: Failure at what cannot."""
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
     for extent in extents:
         if not extent.is_data or extent.is_zero:
             continue
         start, host_offset = extent.guest_offset, extent.host_offset
         if host_offset is None:
-            raise ValueError(f"{path}: compressed cluster at {start:#x} has no place in the file; use --output=json")
+            hint = "" if is_qemu_img() else f"the first is at {start:#x}: use --output=json"
+            raise Failure("File contains external, encrypted or compressed clusters.", hint=hint)
         print(f"{_hex(start):<16}{_hex(extent.nbytes):<16}{_hex(host_offset):<16}{extent.file.path}")
 
 

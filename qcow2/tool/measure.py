@@ -10,7 +10,7 @@ from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import print_json
 from qcow2.tool.named import add_format_option, add_image_options, the_image
-from qcow2.tool.option import image_options, parse_options
+from qcow2.tool.option import asks_for_help, image_options, parse_options, print_help
 from qcow2.tool.quantity import parse_size
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
@@ -33,12 +33,15 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError.
     """
+    if arguments.target_format not in FORMATS:
+        raise Failure(f"Block driver '{arguments.target_format}' does not support size measurement")
+    if asks_for_help(arguments.options):
+        print_help(arguments.target_format)
+        return 0
     if arguments.size is not None and arguments.filename is not None:
         raise UsageError("--size N cannot be used together with a filename.")
     if arguments.size is None and arguments.filename is None:
         raise UsageError("Either --size N or one filename must be specified.")
-    if arguments.target_format not in FORMATS:
-        raise Failure(f"Block driver '{arguments.target_format}' does not support size measurement")
     measures = _measured(arguments)
     if arguments.output == "json":
         facts = {} if measures.bitmaps is None else {"bitmaps": measures.bitmaps}

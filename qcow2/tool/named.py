@@ -1,13 +1,13 @@
 """The image that a command line names: a path and a format; with --image-opts, or as json:{...}, all by their names."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from qcow2.node.formats import FORMATS
+from qcow2.tool.commas import split_commas
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.secret import add_object_option
@@ -81,13 +81,15 @@ def guessed(path: str, *, writes: bool = False) -> str:
 
 def _split(text: str) -> Iterator[tuple[str, str]]:
     """`name=value,name=value`; a comma in a value is doubled."""
-    for part in text.replace(",,", "\0").split(","):
-        name, equals, value = part.replace("\0", ",").partition("=")
+    for part in split_commas(text):
+        name, equals, value = part.partition("=")
         if name:
             yield (name, value) if equals else ("driver", name)
 
 
 def _parsed(text: str) -> dict[str, str]:
+    import json
+
     try:
         words = text.removeprefix("json:")
         found = json.loads(words if '"' in words else words.replace("'", '"'))  # QEMU takes both quotes
@@ -99,6 +101,8 @@ def _parsed(text: str) -> dict[str, str]:
 
 
 def _flat(facts: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str]]:
+    import json
+
     for key, value in facts.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{lead}{key}.")

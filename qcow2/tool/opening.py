@@ -40,8 +40,9 @@ def in_qemus_words(path: str) -> Iterator[None]:
         ) from error
     except ImageError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        hint = "; a raw disk needs -f raw" if reason.startswith("not a qcow2 image") else ""
-        raise Failure(f"Could not open '{path}': {reason}{hint}") from error
+        if reason.startswith("not a qcow2 image"):
+            reason = "Image is not in qcow2 format" if is_qemu_img() else f"{reason}; a raw disk needs -f raw"
+        raise Failure(f"Could not open '{path}': {reason}") from error
 
 
 def cannot_open(path: str, error: OSError) -> str:

@@ -89,6 +89,9 @@ def image_options(
     if size + -size % SECTOR_SIZE > limit:
         raise ValueError(f"size {typed or size} is too large, limit {limit} with cluster_size {1 << cluster_bits}")
     is_raw_data = _choice(given, "data_file_raw", "off", SWITCH)
+    preallocation = _choice(given, "preallocation", "off", PREALLOCATIONS)
+    if is_raw_data and preallocation is Preallocation.OFF:  # there is no other way to say that all of it is data
+        preallocation = Preallocation.METADATA
     return Options(
         size=size + -size % SECTOR_SIZE,
         version=_choice(given, "compat", "1.1", COMPATS),
@@ -99,7 +102,7 @@ def image_options(
         compression=_choice(given, "compression_type", "zlib", {kind.name.lower(): kind for kind in CompressionType}),
         backing_name=given.get("backing_file") or None,
         backing_format=given.get("backing_fmt") or None,
-        preallocation=_choice(given, "preallocation", "metadata" if is_raw_data else "off", PREALLOCATIONS),
+        preallocation=preallocation,
         data_file_name=given.get("data_file") or None,
         data_file_raw=is_raw_data,
         encryption=encryption_of(given, secrets, "encrypt."),

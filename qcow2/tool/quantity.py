@@ -1,7 +1,6 @@
 """Sizes as people write and read them."""
 
 import re
-from fractions import Fraction
 
 SUFFIXES = "bkmgtpe"
 LIMIT = (1 << 63) - 512
@@ -17,9 +16,11 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"size {text!r} is not a number with at most one of the suffixes k, M, G, T, P, E")
     number, suffix = match.groups()
-    if Fraction(number).denominator > 1 and suffix.lower() in ("", "b"):
+    whole, _, part = number.partition(".")
+    exponent = max(0, SUFFIXES.find(suffix.lower() or "b"))
+    if part.strip("0") and not exponent:
         raise ValueError(f"size {text!r} has a fraction of a byte")
-    nbytes = int(Fraction(number) * (1 << 10 * max(0, SUFFIXES.find(suffix.lower() or "b"))))
+    nbytes = (int(whole + part) << 10 * exponent) // int("1" + "0" * len(part))
     if nbytes > LIMIT:
         raise ValueError(f"size {text!r} is more than the limit of {LIMIT} bytes")
     return nbytes

@@ -1,9 +1,6 @@
 """`--object secret,...`: the keys of encrypted images, as qemu-img takes them. What they hold is never printed."""
 
 import argparse
-import base64
-import binascii
-import json
 from collections.abc import Iterable
 
 from qcow2.tool.commas import split_commas
@@ -34,6 +31,9 @@ class Secrets:
             content = given["data"].encode(errors="surrogateescape")
         if given.get("format", "raw") == "raw":
             return content
+        import base64
+        import binascii
+
         try:
             return base64.b64decode(b"".join(content.split()), validate=True)
         except binascii.Error as error:
@@ -78,6 +78,8 @@ def _parse(text: str) -> dict[str, str]:
 
 def _fields(text: str) -> dict[str, str]:
     if text.startswith("{"):
+        import json
+
         try:
             given = json.loads(text)
         except ValueError:

@@ -3,17 +3,19 @@
 import argparse
 import errno
 import os
+from collections.abc import Sequence
 
 from qcow2.driver.file import run
 from qcow2.error import ImageError
 from qcow2.format.header import read_header
-from qcow2.format.snapshot import read_snapshots
+from qcow2.format.snapshot import Snapshot, read_snapshots
 from qcow2.library.disk import open_disk
 from qcow2.library.facts import snapshot_facts
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options, how_to_open
+from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.info import snapshot_lines
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
@@ -62,6 +64,8 @@ def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -
     if not format_of(image.path, image.image_format).has_snapshots:
         raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
     with open_disk(image.path, writable=True, **how_to_open(arguments)) as disk:
+        if not is_qemu_img():
+            _say_which(verb, name, disk.snapshots)
         try:
             getattr(disk, f"{verb}_snapshot")(name)
         except FileNotFoundError as error:
@@ -69,3 +73,13 @@ def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -
         except (OSError, ImageError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise Failure(f"Could not {verb} snapshot {name!r}: {reason}") from error
+
+
+def _say_which(verb: str, name: str, snapshots: Sequence[Snapshot]) -> None:
+    """Say so where *name* is, or will be, that of several."""
+    same = [each for each in snapshots if each.name == name]
+    meant = [each for each in snapshots if verb == "apply" and each.id == name] + same
+    if verb == "create" and same:
+        say(f"warning: {len(same)} snapshots are named {name!r} already: -a and -d take the first, of id {same[0].id}")
+    elif verb != "create" and len(meant) > 1 and meant[0] is not meant[-1]:
+        say(f"warning: {len(meant)} snapshots answer to {name!r}: this is about the one of id {meant[0].id}")

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qcow2.engine.opened import OpenOptions
+from qcow2.format.snapshot import Choice
 from qcow2.node.chain import Chain
 from qcow2.node.formats import format_of
 from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
-from qcow2.tool.failure import Failure
+from qcow2.tool.commas import split_commas
+from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.opening import in_qemus_words
 
 
@@ -24,17 +26,20 @@ def add_snapshot_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help="of the source: an id or a name")
 
 
-def wanted_snapshot(arguments: argparse.Namespace) -> str | None:
-    """The id or name, which may be said in QEMU's long way."""
+def wanted_snapshot(arguments: argparse.Namespace) -> str | Choice | None:
+    """An id or else a name; or, said in QEMU's long way, which of the two it is, or both. Raises: UsageError."""
     wanted: str | None = arguments.snapshot
-    for lead in ("snapshot.name=", "snapshot.id="):
-        wanted = wanted.removeprefix(lead) if wanted is not None else None
-    return wanted
+    if wanted is None or not wanted.startswith("snapshot."):
+        return wanted
+    given = dict(part.partition("=")[::2] for part in split_commas(wanted))
+    if unknown := set(given) - {"snapshot.id", "snapshot.name"}:
+        raise UsageError(f"Failed in parsing snapshot param '{wanted}': unknown {min(unknown)}")
+    return Choice(given.get("snapshot.id"), given.get("snapshot.name"))
 
 
 @contextmanager
 def open_source(
-    path: str, image_format: str, arguments: argparse.Namespace, snapshot: str | None = None
+    path: str, image_format: str, arguments: argparse.Namespace, snapshot: str | Choice | None = None
 ) -> Iterator[Node]:
     """The disk in the image at *path*, or what it was at *snapshot*.
 

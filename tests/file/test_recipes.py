@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,17 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def play(title: str, place: Path) -> str:
-    """Follow the recipe; what it prints."""
+def play(title: str, place: Path, between: Callable[[], None] = lambda: None, *, hurries: bool = False) -> str:
+    """Follow the recipe; what it prints. Between two of its pieces something else happens.
+
+    *hurries*: a key takes no seconds to find.
+    """
     said = ""
-    for language, text in RECIPES[title]:
+    for number, (language, text) in enumerate(RECIPES[title]):
+        if number:
+            between()
+        if hurries:
+            text = re.sub(r"encrypt\.(key|new)-secret=", r"encrypt.iter-time=10,\g<0>", text)
         command = [sys.executable, "-W", "error", "-c", text] if language == "python" else ["sh", "-e", "-c", text]
         environment = {"PATH": f"{TOOL.parent}:/usr/bin:/bin:/usr/sbin:/sbin"}
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -76,6 +84,29 @@ def test_clone(place: Path) -> None:
     with qcow2.open(place / "clone.qcow2") as clone:
         assert "backing-filename" not in clone.info
         assert clone.read(MIB, 5) == b"hello"
+
+
+def test_incremental_backup(place: Path) -> None:
+    def change() -> None:
+        with qcow2.open(place / "disk.qcow2", "r+") as disk:
+            disk.write(5 * MIB, b"new" * 100_000)
+
+    play("Incremental backup with a bitmap", place, change)
+    assert qcow2.compare(place / "disk.qcow2", place / "monday.qcow2") is None
+    assert (place / "monday.qcow2").stat().st_size < MIB
+    with qcow2.open(place / "disk.qcow2") as disk:
+        assert list(disk.bitmaps.dirty("backup")) == []
+
+
+def test_encryption(place: Path) -> None:
+    for name in ("old", "new"):
+        (place / f"{name}.key").write_text(f"{name} passphrase")
+    play("Encrypt a disk, and encrypt it anew", place, hurries=True)
+    for name in ("encrypted.qcow2", "anew.qcow2"):
+        with qcow2.open(place / name, key=b"new passphrase") as disk:
+            assert disk.read(0, disk.size) == (place / "copy.raw").read_bytes()
+        with pytest.raises(qcow2.WrongKey):
+            qcow2.open(place / name, key=b"old passphrase")
 
 
 def test_shrink(place: Path) -> None:
