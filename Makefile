@@ -188,6 +188,7 @@ $(BIN)/python: | build-packages
 $(VENV)/installed: $(NATIVE) | $(BIN)/python
 	@echo "building the C extensions and installing into $(VENV): this project, pytest, pyelftools, hypothesis"
 	@flock share/install.sh $(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -m compileall -q ring virtio qcow2 vhost
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/installed

@@ -5,6 +5,7 @@ long tests early. With ``--sample``, which `make test` gives, a test marked ``sa
 by the commit; `make deep` runs all of these.
 """
 
+import compileall
 import os
 import signal
 import subprocess
@@ -22,11 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        _compile()
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup, or behind a shell's "&"
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if config.getoption("--sample"):
         os.environ.setdefault(SEED, _commit())  # workers inherit it
+
+
+def _compile() -> None:
+    """Make the bytecode, which each program that a test starts makes anew where Python is told to write none."""
+    for room in ("ring", "virtio", "qcow2", "vhost", "tests"):
+        compileall.compile_dir(Path(__file__).parents[1] / room, quiet=2)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
