@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 NUDGE_SECONDS = 0.1  # between the nudges of one who waits for the worker thread
 POOL_THREADS = 2
+QUIET_TURNS = 256  # of the loop, until requests are held up though work that they do not wait for is under way
 
 EVENT = struct.Struct("=IiQIIQQ")  # struct worker_event: kind, result, id, type, flags, offset, nbytes
 REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE, QUIET = 1, 2, 3, 4, 5, 6, 7, 8  # enum worker_event_kind
@@ -342,6 +343,7 @@ class Worker:
         Raises: TimeoutError if *is_late()* before it has begun.
         """
         results: list[T] = []
+        self._await_quiet(is_late)
         with self._quiesced(is_late):
             begin(results.append)
             while not results:
@@ -567,6 +569,13 @@ class Worker:
             yield
         finally:
             lib.worker_pause(self._native, 0)
+
+    def _await_quiet(self, is_late: Callable[[], bool]) -> None:
+        """Serve on until no operation of Python's is under way, if that is soon: requests need not wait for those."""
+        for _ in range(QUIET_TURNS):
+            if is_late() or not (self._operations.in_flight or self._computing):
+                return
+            self._turn()
 
     def _finish_all(self, is_late: Callable[[], bool] = lambda: False) -> None:
         while lib.worker_requests_in_flight(self._native) or self._operations.in_flight or self._computing:

@@ -277,12 +277,17 @@ class ImageBackend:
         self._driver.run(self._flush(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
     def settle(self, done: Callable[[int], None]) -> None:
-        self._driver.run(self._image.settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
+        self._driver.run(self._settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
 
     async def _flush(self) -> None:
         if self._past_is_stable is not None:
             await self._past_is_stable.wait()
         await self._image.flush()
+
+    async def _settle(self) -> None:
+        if self._past_is_stable is not None:
+            await self._past_is_stable.wait()
+        await self._image.settle()
 
     def _set_links_wait(self, they_do: bool) -> None:
         self._links_wait = they_do
@@ -307,12 +312,20 @@ class ImageBackend:
         self._past_is_stable = op.Signal()
         self._set_links_wait(self._links_wait)
         overlay.below.on_failure = lambda: None  # which is told here
+        overlay.below.set_link_policy(LinkPolicy())  # a FLUSH waits for all of it
         self._driver.run(overlay.below.flush(), lambda task: ended(task.take_error()))
         is_near = self._worker.is_near(self._slots[overlay.file])
         run = self._worker.compute if is_near else self._worker.call_host  # that one needs a thread
         run(overlay.sync_names, lambda _, error: ended(error))
 
     def _end_deferring(self, overlay: Overlay, problem: str, done: Callable[[str], None]) -> None:
+        if problem:
+            self._go_on_after(overlay, problem, done)
+        else:
+            forgetting = overlay.image.forget_below()
+            self._driver.run(forgetting, lambda task: self._go_on_after(overlay, problem_of(task.take_error()), done))
+
+    def _go_on_after(self, overlay: Overlay, problem: str, done: Callable[[str], None]) -> None:
         assert self._past_is_stable is not None
         if problem:
             overlay.image.fail(OSError(errno.EIO, problem))

@@ -1,8 +1,9 @@
 """An external snapshot of the disk while a guest uses it: the file that is served becomes an overlay.
 
 The overlay is made, and all is made stable once, while requests go on. What is left for the moment in which they wait
-is to bring into the file the links that wait again, a rename, and the change of the map. That what was written before,
-and the name, become stable is what only a FLUSH waits for. What the disk was is then closed behind the guest's back.
+is a rename, and the change of the map. Links of what is frozen wait on, and the overlay's own log says so: a kill loses
+none. That what was written before, and the name, become stable is what only a FLUSH waits for. What the disk was is
+then closed behind the guest's back.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,6 @@ from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage, describe
 from virtio.block import Unavailable
-
-FLUSHES = 4  # before the pause, which so finds few links that wait: each has what came during the one before
 
 
 class SnapshotRefused(Exception):
@@ -62,8 +61,7 @@ class Snapshots:
         stable: Future[str] = Future()
         try:
             overlay.name_frozen()
-            for _ in range(FLUSHES):
-                self._flush()
+            self._flush()
             pace.stop()
             refusal = self._device.exchange(
                 lambda done: self._begin(overlay, pace, done),
@@ -116,7 +114,15 @@ class Snapshots:
             else:
                 raise error
 
-        self._backend.bring_links(overlay.below, brought)
+        try:
+            may_wait = overlay.let_links_wait()
+        except OSError as error:
+            done(describe(error))
+            return
+        if may_wait:
+            brought("")
+        else:
+            self._backend.bring_links(overlay.below, brought)
 
     def _retire(self, overlay: Overlay, memory: SharedMemory | None) -> str:
         outcome: Future[str] = Future()

@@ -91,9 +91,12 @@ class Allocator:
         return taken
 
     async def stock_up(self) -> None:
-        """Have something to hand out at once. Raises: as `allocate`."""
+        """Have as much to hand out at once as those want who write a lot. Raises: as `allocate`."""
+        self._next_bytes = max(self._next_bytes, MAX_RUN_BYTES)
         if not self._stock:
             await self._refill(1)
+        if not self._unsynced:
+            await self._gather(1)
 
     async def allocate_unsynced(self, nclusters: int) -> range:
         """Take clusters as from `allocate` that keep its promises after the next sync only.

@@ -176,6 +176,28 @@ class Image(ReadableImage):
         """Whether a sync alone would not make all stable that has completed."""
         return self._changes is not None and self._changes.links.has_waiting
 
+    @property
+    def lets_links_wait(self) -> bool:
+        """Whether what it writes over something else may wait in a link log."""
+        return self._changes is not None and self._changes.links.may_wait
+
+    async def begin_log(self) -> None:
+        """Have a link log before a link wants to wait, if one is to be had."""
+        await self._writable().links.begin_early()
+
+    async def lie_over(self, below: "Image") -> bool:
+        """See to it that links of *below*, which is under this image, may wait on: a kill loses none. Process-safe.
+
+        False: they may not, `bring_links` must come first. Nothing is under way.
+        Raises: OSError; then it is as it was, or takes no more writes.
+        """
+        links, log = self._writable().links, below._writable().links.log
+        return not below.has_waiting_links or log is None or await links.name_below(log.tag)
+
+    async def forget_below(self) -> None:
+        """No link of what is below waits any more, which is stable. Raises: OSError, as `lie_over`."""
+        await self._writable().links.name_below(0)
+
     async def bring_links(self) -> None:
         """Let the file alone hold the disk: no link waits after. Process-safe, and perhaps not stable.
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.driver.operation import Signal, Spawn
+from qcow2.driver.operation import Spawn
+from qcow2.engine.batch import Batch
 from qcow2.engine.opened import Opened
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
@@ -37,28 +38,6 @@ class LinkPolicy:
 
 async def _nothing() -> None:
     """Nothing else is in the log."""
-
-
-class Batch:
-    """Links that are committed together, and those who wait for it."""
-
-    __slots__ = ("error", "freed", "is_flushed", "is_wanted", "linked", "links", "nclusters", "stable")
-
-    def __init__(self) -> None:
-        self.links: list[tuple[int, Sequence[int]]] = []  # guest offset, entries of one slice
-        self.nclusters = 0
-        self.freed: list[int] = []  # host clusters that they leave
-        self.is_wanted = False
-        self.is_flushed = False  # somebody waits for `stable`
-        self.linked = Signal()
-        self.stable = Signal()
-        self.error: OSError | None = None
-
-    def end(self, error: OSError | None = None) -> None:
-        """Let everybody go on, with *error* if it failed."""
-        self.error = error
-        self.linked.set()
-        self.stable.set()
 
 
 class Links:
@@ -108,8 +87,8 @@ class Links:
                 await self._begin(self._log)
             elif self._log.is_lost:
                 await self._give_up(self._log)
-            elif not self.policy.may_wait():
-                return False
+            elif not self.policy.may_wait() or (self._log.below and self._log.is_used_up(nclusters)):
+                return False  # another log would not name what is below
             elif self._log.is_used_up(nclusters):
                 await self._begin_another(self._log, nclusters)
             elif self._log.room < nclusters:
@@ -166,9 +145,39 @@ class Links:
                 self._log.open()
             return True
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether links wait now, with a log."""
+        return self._log is not None and self.policy.has_log and self.policy.may_wait()
+
+    async def begin_early(self) -> None:
+        """Have a log, if one is to be had, before a link waits."""
+        if self._log is not None and self.policy.has_log:
+            await self._begin(self._log)
+
+    async def name_below(self, tag: int) -> bool:
+        """Let whoever opens the image after a kill bring in what waits in the log *tag* of what is below; 0: nothing.
+
+        Process-safe on return; False if it is not, for want of a log that has begun.
+        Raises: OSError; then it is as it was, or takes no more writes.
+        """
+        if self._log is None or not self._has_begun or self._log.is_lost:
+            return False
+        if tag == self._log.below:
+            return True
+        try:
+            await self._log.name_below(tag, has_waiting=self.has_waiting)
+        except OSError as error:
+            if not is_harmless(error):
+                self._stability.fail(error)
+            raise
+        return True
+
     def end_log(self) -> None:
         """Let the next log be one with a tag of its own, if nothing is in this one."""
-        if self._log is not None and self._has_begun and not self._log.has_live and not self.has_waiting:
+        if self._log is None or not self._has_begun or self.has_waiting:
+            return
+        if not self._log.has_live and not self._log.below:
             self._log.close()
             self._log.renew()
             self._has_begun = False

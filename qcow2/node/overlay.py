@@ -20,6 +20,7 @@ from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
 from qcow2.node.logplace import new_log
+from qcow2.node.recovery import remove_logs_of
 
 
 class Overlay:
@@ -42,7 +43,7 @@ class Overlay:
         self._temporary = os.path.join(directory, f".{base}.overlay")
         self._was_named = False
         self._require_names(name, below.header)
-        _remove(self._temporary)  # of a process that died in between
+        self._remove_what_died()
         self.file, self.memory = self._make_file(), SharedMemory("", 0)
         try:
             self.image = self._make_image(options)
@@ -74,6 +75,14 @@ class Overlay:
                 raise UnsupportedImage(path, message)
         self._chain.gate.way(self._path, BACKING, self._backing_name())  # or the next open would be refused
 
+    def _remove_what_died(self) -> None:
+        """An overlay that another process has made, which died before that had its name."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with suppress(OSError):
+            with HostFile(self._top.path, os.open(self._temporary, flags), writable=False) as left:
+                remove_logs_of(left, self._chain.log_directory)
+        _remove(self._temporary)
+
     def _is_top(self, path: str) -> bool:
         return os.path.samestat(os.lstat(path), os.fstat(self._top.fd))
 
@@ -92,10 +101,10 @@ class Overlay:
             raise
         return file
 
-    def _make_image(self, options: OpenOptions) -> Image:
+    def _wanted(self) -> Options:
+        """What it is like: as what is below."""
         header = self.below.header
-        self._chain.gate.way(self._top.path, BACKING, self._backing_name())  # or the next one could not open it
-        wanted = Options(
+        return Options(
             size=self.below.size,
             cluster_bits=header.record.cluster_bits,
             refcount_order=header.record.refcount_order,
@@ -105,11 +114,20 @@ class Overlay:
             backing_name=self._backing_name(),
             backing_format="qcow2",
         )
-        run(create(self.file, wanted))
+
+    def _make_image(self, options: OpenOptions) -> Image:
+        self._chain.gate.way(self._top.path, BACKING, self._backing_name())  # or the next one could not open it
+        run(create(self.file, self._wanted()))
         log, self.memory = new_log(self.file, self._chain.log_directory)
         image = run(Image.open(self.file, backing=self.below, options=options, log=log))
-        run(image.make_ready())
+        run(self._get_ready(image))
         return image
+
+    async def _get_ready(self, image: Image) -> None:
+        """Do now what the first write would wait for."""
+        await image.make_ready()
+        if self.below.lets_links_wait:
+            await image.begin_log()
 
     def _backing_name(self) -> str:
         """From the directory of both, if it is one, also for who comes by a link; a colon in it is no protocol's."""
@@ -129,6 +147,13 @@ class Overlay:
         ):  # or `switch` would take the last name
             raise FileExistsError(errno.EEXIST, "is no second name of the image", self._frozen)
         _sync_directory(self._frozen)
+
+    def let_links_wait(self) -> bool:
+        """Whether links of what is below may wait past the `switch`: who opens the overlay after a kill brings them in.
+
+        Nothing is under way. Raises: OSError, and then nothing has changed.
+        """
+        return bool(run(self.image.lie_over(self.below)))
 
     def switch(self) -> None:
         """Take the name of what is below. Raises: OSError, and then nothing has changed.
@@ -175,7 +200,7 @@ class Overlay:
                 stack.callback(os.unlink, self._frozen)
             stack.callback(_remove, self._temporary)
             stack.callback(self.file.close)
-            stack.callback(self.memory.close)
+            stack.callback(self.memory.remove if self.memory.is_made else self.memory.close)
 
 
 def _remove(path: str) -> None:

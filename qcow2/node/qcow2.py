@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
     """The image in *file*, which is locked. Raises: OSError, UnsupportedImage, CorruptImage."""
     if options.writable:
-        recover(file, chain.log_directory, discard=chain.discard_log)
+        recover(file, chain.log_directory, gate=chain.gate, discard=chain.discard_log, on_wait=chain.on_wait)
     header = run(read_header(file, trust_refcounts=False))
     backing = _open_backing(chain, file, header, options)
     data_file = None if not header.record.has_data_file else chain.open_data_file(file, header.data_file_name, options)

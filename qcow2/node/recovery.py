@@ -4,6 +4,7 @@ import logging
 import os
 import pwd
 import stat
+from collections.abc import Callable
 
 from qcow2.driver.boot import this_boot
 from qcow2.driver.file import HostFile, run
@@ -12,6 +13,8 @@ from qcow2.engine.replay import are_in, clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
+from qcow2.lock import lock_image
+from qcow2.node.gate import ANY, BACKING, Gate
 from qcow2.node.logplace import all_logs, find_log, origin_of, remove_log
 from qcow2.plane.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
 
@@ -26,9 +29,18 @@ class _Unusable(Exception):
     """Why the log does not do."""
 
 
-def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
+def recover(
+    file: HostFile,
+    directory: str,
+    *,
+    gate: Gate = ANY,
+    discard: bool = False,
+    on_wait: Callable[[], None] = lambda: None,
+) -> None:
     """Bring the links that a killed process left waiting into the image in *file*, locked for writing.
 
+    So it does with those of the image below, if the process died right after it had put *file* over that; that comes
+    first, since *file* is what tells. *gate* opens that image, and *on_wait* is called while it is locked.
     With *discard* the image goes on without a log that is missing, cannot be read or is of another state. So it does,
     with a line, if the host was started anew since: that is a power loss, as far as memory goes.
     Raises: LogNotFound; OSError if links cannot be written, the log stays then; ImageError.
@@ -38,6 +50,11 @@ def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
         _look_for_leftovers(file, header, directory)
         return
     mark = Mark.parse(header.log_mark)
+    below = _below_that_waits(file, header, directory, gate, discard=discard)
+    if below is not None:
+        with gate.open(file.path, BACKING, below, writable=True) as opened:
+            lock_image(opened.fd, opened.path, writable=True, on_wait=on_wait)
+            recover(opened, directory, gate=gate, discard=discard, on_wait=on_wait)
     memory = find_log(mark.tag, directory)
     try:
         found, links = _waiting(file, mark, memory)
@@ -55,6 +72,31 @@ def recover(file: HostFile, directory: str, *, discard: bool = False) -> None:
         log.warning("%s: %d clusters that were never flushed are lost", file.path, outcome.dropped)
     if memory is not None and _is_of(file, found):
         remove_log(memory)
+
+
+def _below_that_waits(file: HostFile, header: Header, directory: str, gate: Gate, *, discard: bool) -> str | None:
+    """What the image calls the one below, if links of that wait, too, as the image's own log says.
+
+    It is looked at without a lock: while it has a writer, what its header says is of no account.
+    """
+    name = header.backing_name
+    if name is None or header.backing_format != "qcow2":
+        return None
+    with gate.open(file.path, BACKING, name, writable=False) as below:
+        mark = Mark.parse(run(read_header(below, trust_refcounts=False)).log_mark)
+    if not mark.stamp or mark.tag != _tag_below(file, Mark.parse(header.log_mark), directory, discard=discard):
+        return None
+    return name
+
+
+def _tag_below(file: HostFile, mark: Mark, directory: str, *, discard: bool) -> int:
+    """Whose links may wait below the image, by its own log; 0: nobody's, or nobody knows and that is accepted."""
+    try:
+        found, _ = _waiting(file, mark, find_log(mark.tag, directory))
+    except _Unusable as problem:
+        _go_on_without(file, mark, directory, str(problem), discard=discard)
+        return 0
+    return found.below
 
 
 def warn_of_waiting(file: HostFile, word: int) -> None:
@@ -116,6 +158,13 @@ def _look_for_leftovers(file: HostFile, header: Header, directory: str) -> None:
                 file.path,
                 memory.path,
             )
+
+
+def remove_logs_of(file: HostFile, directory: str) -> None:
+    """Remove the logs that dead processes left for *file*, which is worth nothing itself."""
+    for memory in all_logs(directory):
+        if _load_own(file, memory) is not None:
+            remove_log(memory)
 
 
 def _load_own(file: HostFile, memory: SharedMemory) -> FoundLog | None:

@@ -9,6 +9,9 @@ record by its number (the stamp). A record counts once the mark names it, and th
 before anything else happens. So the mark of an image that is restored or copied back, from whatever moment, names the
 links that waited at that moment, or a record that is gone: never a later one. No link waits: no mark. Before its
 numbers run out of stamps a log ends, and another with a tag of its own begins.
+
+An image that was put over another one (`ctl snapshot`) says in its own log whose links may still wait below it. That
+counts as its log does: while its header has a mark. So whoever else has written to it since has ended that.
 """
 
 import struct
@@ -27,10 +30,12 @@ MAGIC = b"qcow2LNK"
 VERSION = 3
 HEADER = struct.Struct("<8sIIIIQ16sQQ")  # magic, version, tag, capacity, bytes of the path; boot; device, inode; path
 CHECKSUM = struct.Struct("<I")  # of the header and the path, behind them
+BELOW = struct.Struct("<II")  # the tag of the log of what is below, 0 if none of its links wait; checksum
 RECORD = struct.Struct("<QQQQQQQ")  # guest cluster, old entry, new entry, sequence number, first live one; checksum
 RECORDS_OFFSET: int = lib.LINK_RECORDS_OFFSET
 RECORD_BYTES: int = lib.LINK_RECORD_NBYTES
-MAX_PATH = RECORDS_OFFSET - HEADER.size - CHECKSUM.size
+BELOW_OFFSET = RECORDS_OFFSET - BELOW.size
+MAX_PATH = BELOW_OFFSET - HEADER.size - CHECKSUM.size
 WAITING = struct.Struct("=QQQ")  # a struct waiting_link
 CAPACITY = 65536  # records
 MIN_CAPACITY = 4
@@ -93,6 +98,7 @@ class LinkLog:
     ) -> None:
         self.capacity = capacity
         self.has_live = False  # live bits of bitmaps are behind the records: the mark stays while no link waits
+        self.below = 0  # the tag of the log of what is below, where links wait as well: the same
         self.memory_bytes = 0
         self.native: Any = ffi.new("struct link_log *", {"capacity": capacity})
         self._renew = renew
@@ -123,8 +129,8 @@ class LinkLog:
 
     @property
     def idle_mark(self) -> bytes:
-        """What the header says while no link waits: stamp 0 if there are live bits, else nothing at all."""
-        return int(self.native.mark).to_bytes(len(NO_MARK), "big") if self.has_live else NO_MARK
+        """What the header says while no link waits: stamp 0 if the log says anything else, else nothing at all."""
+        return int(self.native.mark).to_bytes(len(NO_MARK), "big") if self.has_live or self.below else NO_MARK
 
     @property
     def path(self) -> str:
@@ -194,6 +200,20 @@ class LinkLog:
         stored.undo = undo
         return stored
 
+    def name_below(self, tag: int, *, has_waiting: bool) -> Store:
+        """Say, once awaited, that links of what is below wait in the log *tag*, 0: that none does any more.
+
+        *has_waiting*: links wait here, so that the mark is of their record.
+        """
+        past, self.below = self.below, tag
+        number = struct.pack("<I", tag)
+
+        def undo() -> None:
+            self.below = past
+
+        mark = None if has_waiting else HeaderMark(self._file, MARK_OFFSET, self.idle_mark)
+        return Store(self._memory, (BELOW_OFFSET, BELOW.pack(tag, zlib.crc32(number))), mark=mark, undo=undo)
+
     def _store(self, parts: list[tuple[int, bytes]], before: int, mark: bytes) -> Store:
         def undo() -> None:
             self.native.next = before
@@ -221,6 +241,7 @@ class FoundLog(NamedTuple):
     origin: Origin
     records: dict[int, tuple[int, ...]]  # by sequence number
     live: LiveBits | None = None
+    below: int = 0  # the tag of the log of what is below, where links wait as well
 
     def newest(self) -> int:
         """The number of the newest record, whether it counts or not; 0 if there is none."""
@@ -265,9 +286,13 @@ def read_log(content: bytes) -> FoundLog | None:
     if CHECKSUM.unpack_from(content, end)[0] != zlib.crc32(content[:end]):
         return None
     origin = Origin(Boot(began, boot_id), device, inode, content[HEADER.size : end])
-    return FoundLog(
-        tag, origin, _valid_records(content, capacity), parse_live(memoryview(content)[live_offset(capacity) :])
-    )
+    live = parse_live(memoryview(content)[live_offset(capacity) :])
+    return FoundLog(tag, origin, _valid_records(content, capacity), live, _tag_below(content))
+
+
+def _tag_below(content: bytes) -> int:
+    tag, checksum = BELOW.unpack_from(content, BELOW_OFFSET)
+    return int(tag) if checksum == zlib.crc32(content[BELOW_OFFSET : BELOW_OFFSET + 4]) else 0
 
 
 def _valid_records(content: bytes, capacity: int) -> dict[int, tuple[int, ...]]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory, is_in_use
 from qcow2.error import ImageError
-from qcow2.format.header import read_header
+from qcow2.format.header import Header, read_header
+from qcow2.node.gate import backing_path
 from qcow2.node.logplace import NAME, all_logs, remove_log
 from qcow2.plane.linklog import Mark, read_log
 from qcow2.tool.file import print_json
@@ -22,7 +23,7 @@ class LogFacts:
     path: str
     image: str  # what it was made for; it may have been moved since
     waiting: int  # links, each of a cluster that was written and never flushed
-    state: str  # "in use", "needed": the image names it, "stale": the image is there and does not, "unknown"
+    state: str  # "in use", "needed": the image or what is below names it, "stale": neither does, "unknown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,10 +80,18 @@ def _facts_of(tag: str, memory: SharedMemory) -> LogFacts:
 
 
 def _state_of(image: str, tag: int) -> str:
-    """What the image at the place where the log was made says now."""
+    """What the image where the log was made says now, or the one below: a snapshot may have moved it there."""
     try:
-        with HostFile.open(image) as file:
-            word = run(read_header(file, trust_refcounts=False)).log_mark
+        header = _header_of(image)
+        headers = [header]
+        if header.backing_name is not None and header.backing_format == "qcow2":
+            headers.append(_header_of(backing_path(image, header.backing_name)))
     except (OSError, ImageError):
         return "unknown"
-    return "needed" if word and Mark.parse(word).tag == tag else "stale"
+    marks = [Mark.parse(header.log_mark) for header in headers if header.log_mark]
+    return "needed" if any(mark.tag == tag for mark in marks) else "stale"
+
+
+def _header_of(image: str) -> Header:
+    with HostFile.open(image) as file:
+        return run(read_header(file, trust_refcounts=False))

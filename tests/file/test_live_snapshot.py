@@ -7,7 +7,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tests.load import Load
 from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.packedqueue import PackedQueue
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
-from tests.realfault.death import dying, forgetful, waiting
+from tests.realfault.death import dying, dying_once_renamed, forgetful, waiting
 from vhost.client import Control, ControlError
 
 MIB = 1 << 20
@@ -295,6 +295,56 @@ def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, a
     assert content(image.with_name("frozen")) == expected(load)
     assert content(image) == b"z" * BLOCK + expected(load)[BLOCK:]
     assert_clean(image)
+
+
+def die_with_links_below(image: Path, at: int) -> Load:
+    """Let a daemon die of a snapshot while links wait, before the *at*-th call once the overlay has its name."""
+    base = image.rename(image.with_name("base"))
+    qemu_io(base, f"write -P 1 0 {SIZE}")
+    qcow2_tool_ok("create", "-b", base, "-F", "qcow2", "-o", "lazy_refcounts=on", image, str(SIZE))
+    dying = dying_once_renamed(at, ".overlay")
+    with start(image, "--aio=threads", under=dying) as daemon, FrontEnd(daemon.socket_path) as guest:
+        load = Load(guest, SIZE // BLOCK, seed=at, base=b"\1" * SIZE)
+        with Control(f"{image}.control") as client:
+            client.ask("snapshot-begin", name="frozen")
+            load.run(100)
+            load.drain()
+            client.ask("snapshot-next")
+            with suppress(ControlError):
+                client.ask("snapshot-next")
+                client.ask("snapshot-next")
+        assert daemon.process.wait(TIMEOUT) == -signal.SIGKILL
+    assert not image.samefile(image.with_name("frozen"))
+    return load
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_links_that_wait_below_are_brought_in_after_a_death(image: Path, at: int) -> None:
+    load = die_with_links_below(image, at)
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"z" * BLOCK)
+        daemon.stop()
+    assert content(image.with_name("frozen")) == expected(load)
+    assert content(image) == b"z" * BLOCK + expected(load)[BLOCK:]
+    assert_clean(image)
+
+
+def test_check_of_an_overlay_brings_in_what_waits_below(image: Path) -> None:
+    load = die_with_links_below(image, 1)
+    qcow2_tool_ok("check", "-r", "all", image)
+    assert content(image.with_name("frozen")) == expected(load)
+
+
+def test_links_below_an_overlay_that_others_have_written_are_left_alone(image: Path) -> None:
+    """Whoever does not know of logs has seen the disk without them, and clears the mark as he begins to write."""
+    load = die_with_links_below(image, 1)
+    qemu_io(image, f"write -P 2 0 {BLOCK}")
+    seen = content(image)
+    assert seen[BLOCK:] != expected(load)[BLOCK:]
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        assert guest.read(BLOCK, 64 * BLOCK) == seen[BLOCK : 65 * BLOCK]
+        daemon.stop()
+    assert content(image) == seen
 
 
 @pytest.mark.parametrize("promise", ["FLUSH", "write"])

@@ -196,6 +196,7 @@ LONGER = {
     "qcow2/engine/allocation.py": "places, reservations and what comes back of them",
     "qcow2/library/disk.py": "the door of the library: each operation once",
     "qcow2/engine/create.py": "all that a new image has",
+    "vhost/disk.py": "an image's operations on a worker, and its requests: two halves of one driver",
     "vhost/session.py": "a handler for each message of the protocol",
 }
 

@@ -1,7 +1,7 @@
 /* A host on which a process dies: preloaded into the daemon, it kills it before one call that changes files.
  *
- * DEATH says which, from 1 on, counted from the first unlink of a name that ends in DEATH_AFTER, or without that from
- * its start.
+ * DEATH says which, from 1 on, counted from the first unlink of a name that ends in DEATH_AFTER, or once a name that ends
+ * in DEATH_RENAMED was given away, or without either from its start.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,9 +17,9 @@
 
 static atomic_long left = -1; /* calls until death; below 0: not begun, or over */
 
-static void begin(const char *path)
+static void begin(const char *which, const char *path)
 {
-    const char *after = getenv("DEATH_AFTER"), *at = getenv("DEATH");
+    const char *after = getenv(which), *at = getenv("DEATH");
     size_t nbytes = strlen(path);
 
     if (after && at && left < 0 && nbytes >= strlen(after) && !strcmp(path + nbytes - strlen(after), after))
@@ -30,7 +30,7 @@ __attribute__((constructor)) static void begin_at_once(void)
 {
     const char *at = getenv("DEATH");
 
-    if (at && !getenv("DEATH_AFTER"))
+    if (at && !getenv("DEATH_AFTER") && !getenv("DEATH_RENAMED"))
         left = atol(at);
 }
 
@@ -50,7 +50,6 @@ static void die_or_go_on(void)
     }
 
 CALL(int, linkat, (int from, const char *old, int to, const char *new, int flags), (from, old, to, new, flags))
-CALL(int, rename, (const char *old, const char *new), (old, new))
 CALL(int, fdatasync, (int fd), (fd))
 CALL(int, ftruncate64, (int fd, off_t nbytes), (fd, nbytes))
 CALL(int, fallocate64, (int fd, int mode, off_t offset, off_t nbytes), (fd, mode, offset, nbytes))
@@ -92,7 +91,18 @@ int unlink(const char *path)
 {
     int (*next)(const char *) = (int (*)(const char *))dlsym(RTLD_NEXT, "unlink");
 
-    begin(path);
+    begin("DEATH_AFTER", path);
     die_or_go_on();
     return next(path);
+}
+
+int rename(const char *old, const char *new)
+{
+    int (*next)(const char *, const char *) = (int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename");
+    int result;
+
+    die_or_go_on();
+    result = next(old, new);
+    begin("DEATH_RENAMED", old);
+    return result;
 }

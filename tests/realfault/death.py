@@ -22,6 +22,11 @@ def dying(at: int, after: str) -> list[str]:
     return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}", f"DEATH_AFTER={after}"]
 
 
+def dying_once_renamed(at: int, old: str) -> list[str]:
+    """The same, counted from when a name that ends in *old* was given away."""
+    return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}", f"DEATH_RENAMED={old}"]
+
+
 def dying_from_start(at: int) -> list[str]:
     """The same, counted from its start."""
     return ["env", f"LD_PRELOAD={library()}", f"DEATH={at}"]

@@ -1,0 +1,27 @@
+"""A batch of links that wait: what one commit brings into the file."""
+
+from collections.abc import Sequence
+
+from qcow2.driver.operation import Signal
+
+
+class Batch:
+    """Links that are committed together, and those who wait for it."""
+
+    __slots__ = ("error", "freed", "is_flushed", "is_wanted", "linked", "links", "nclusters", "stable")
+
+    def __init__(self) -> None:
+        self.links: list[tuple[int, Sequence[int]]] = []  # guest offset, entries of one slice
+        self.nclusters = 0
+        self.freed: list[int] = []  # host clusters that they leave
+        self.is_wanted = False
+        self.is_flushed = False  # somebody waits for `stable`
+        self.linked = Signal()
+        self.stable = Signal()
+        self.error: OSError | None = None
+
+    def end(self, error: OSError | None = None) -> None:
+        """Let everybody go on, with *error* if it failed."""
+        self.error = error
+        self.linked.set()
+        self.stable.set()
