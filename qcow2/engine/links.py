@@ -195,11 +195,10 @@ class Links:
         links = [] if self._log is None else self._log.take_waiting()
         if links and not self._mapping.holds:
             self.policy.on_waiting(True)
-        for cluster, entry in links:
-            guest_offset = cluster << self._geometry.cluster_bits
-            self._next.links.append((guest_offset, [entry]))
-            self._mapping.remember(guest_offset, [entry])
+        bits = self._geometry.cluster_bits
+        self._next.links.extend([(cluster << bits, (entry,)) for cluster, entry in links])
         self._next.nclusters += len(links)
+        self._mapping.remember_all(links)
 
     async def _let_wait(
         self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
@@ -341,14 +340,15 @@ class Links:
 
     async def _write(self, batch: Batch, mark: int) -> None:
         """Bring the links of *batch*, whose data is stable, into the file; the log forgets what came before *mark*."""
-        for guest_offset, entries in self._joined(batch.links):
+        joined = list(self._joined(batch.links))
+        for guest_offset, entries in joined:
             await self._mapping.bring(guest_offset, entries)
             first = self._geometry.cluster_of(guest_offset)
             self._in_file.append(range(first, first + len(entries)))
         await self._forget(mark)
         self._in_file.clear()
-        for guest_offset, linked in batch.links:
-            self._mapping.release(guest_offset, linked)
+        for guest_offset, entries in joined:
+            self._mapping.release(guest_offset, entries)
         self._gather()
         if not self._mapping.holds:
             self.policy.on_waiting(False)
@@ -372,23 +372,21 @@ class Links:
     def _joined(self, links: list[tuple[int, Sequence[int]]]) -> Iterable[tuple[int, list[int]]]:
         """The same links in order, of each cluster the last one; those that meet within a slice as one."""
         bits = self._geometry.cluster_bits
+        in_slice = 1 << self._geometry.slice_bits - bits
         newest = {
             cluster: entry
             for guest_offset, entries in links
             for cluster, entry in enumerate(entries, guest_offset >> bits)
         }
         start, joined = 0, list[int]()
-        for cluster, entry in sorted(newest.items()):
-            guest_offset = cluster << bits
-            meets = guest_offset == start + (len(joined) << bits)
-            if joined and not (meets and self._geometry.slice_of(guest_offset) == self._geometry.slice_of(start)):
-                yield start, joined
-                joined = []
-            if not joined:
-                start = guest_offset
-            joined.append(entry)
+        for cluster in sorted(newest):
+            if cluster != start + len(joined) or not cluster % in_slice:
+                if joined:
+                    yield start << bits, joined
+                start, joined = cluster, []
+            joined.append(newest[cluster])
         if joined:
-            yield start, joined
+            yield start << bits, joined
 
     async def _forget(self, mark: int) -> None:
         assert self._log is not None  # links waited

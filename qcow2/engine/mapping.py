@@ -214,6 +214,17 @@ class Mapping:
             self.cache.claim(number)
         self._held[number].update(enumerate(entries, self.geometry.cluster_of(guest_offset)))
 
+    def remember_all(self, links: Iterable[tuple[int, int]]) -> None:
+        """`remember` many: guest clusters and their entries."""
+        in_slice = self.geometry.slice_bits - self.geometry.cluster_bits
+        for cluster, entry in links:
+            number = cluster >> in_slice
+            held = self._held.get(number)
+            if held is None:
+                held = self._held[number] = {}
+                self.cache.claim(number)
+            held[cluster] = entry
+
     def release(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The *entries* that were held, of one slice, are in the file and need no log; what came after is held on."""
         number = self.geometry.slice_of(guest_offset)
