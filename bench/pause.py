@@ -1,7 +1,8 @@
 """`python -m bench.pause`: how long a guest's requests take while snapshots of its disk are taken, ours and QEMU's.
 
-4 KiB random writes at depth 32, page cache warm. Of each snapshot the slowest request counts, and beside it the slowest
-one of as long a time right before.
+Or, with `--action`, while something else is done to it that makes requests wait, ours alone. 4 KiB random writes at
+depth 32, page cache warm. Of each snapshot the slowest request counts, and beside it the slowest one of as long a time
+right before.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,12 @@ STEP = 0.01  # seconds, between two looks whether the snapshot is taken
 AFTER = 0.05  # seconds that count as well
 
 Take = Callable[[str], None]
+ACTIONS: dict[str, Callable[[Control, str], object]] = {
+    "snapshot": lambda control, name: control.snapshot(name),
+    "snapshot-with-bitmaps": lambda control, name: control.snapshot(name, carry_bitmaps=True),
+    "snapshot-internal": lambda control, name: control.internal_snapshots.create(name),
+    "bitmap-add": lambda control, name: control.bitmaps.add(name),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +51,15 @@ class Found:
 
 
 @contextmanager
-def ours(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
-    """Our daemon: its address, and what takes a snapshot."""
+def ours(image: Path, stack: ExitStack, action: str) -> Iterator[tuple[str, Take]]:
+    """Our daemon: its address, and what acts on it."""
     listening, address = listen()
     service = Service(image, CacheMode.WRITEBACK, options=(f"--control={image}.control",))
     stack.enter_context(Server(our_command(service, listening.fileno()), listening))
 
     def take(name: str) -> None:
         with Control(f"{image}.control") as control:
-            control.snapshot(name)
+            ACTIONS[action](control, name)
 
     yield address, take
 
@@ -142,12 +150,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pause", description=__doc__)
     parser.add_argument("--snapshots", type=int, default=100, help="%(default)s")
     parser.add_argument("--directory", type=Path, default=Path(".cache"), help="images go here (%(default)s)")
+    parser.add_argument("--action", choices=ACTIONS, default="snapshot", help="%(choices)s (%(default)s)")
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
-    for name, server in (("ours", ours), ("QEMU's", qemus)):
+    servers: list[tuple[str, Callable[..., Any]]] = [("ours", partial(ours, action=given.action))]
+    for name, server in [*servers, *([("QEMU's", qemus)] if given.action == "snapshot" else [])]:
         with tempfile.TemporaryDirectory(dir=given.directory, prefix="pause-") as directory:
             found = measure(given.snapshots, server, Path(directory).resolve())
-        print(told(f"{name}, slowest request in a snapshot", found.slowest))
+        print(told(f"{name}, slowest request in a {given.action}", found.slowest))
         print(told(f"{name}, slowest request right before", found.before))
         print(told(f"{name}, the command", found.commands), flush=True)
     return 0

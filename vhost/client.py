@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from vhost.clientbitmaps import LiveBitmaps
+from vhost.clientsnapshots import InternalSnapshots
+
 GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
 STEP = 0.5  # seconds between two looks at how far a job is
 ENDED = ("completed", "failed", "cancelled")
@@ -123,9 +126,19 @@ class Control:
         """Let the disk grow. -> its size."""
         return int(self.ask("resize", size=nbytes)["size"])
 
-    def snapshot(self, name: str) -> None:
-        """Freeze what the disk holds as the file *name*."""
-        self.ask("snapshot", name=name)
+    def snapshot(self, name: str, *, bitmap_add: Sequence[str] = (), carry_bitmaps: bool = False) -> None:
+        """Freeze what the disk holds as the file *name*; what is served then has those bitmaps, or carries all over."""
+        self.ask("snapshot", name=name, **_given(bitmap_add=list(bitmap_add), carry_bitmaps=carry_bitmaps))
+
+    @property
+    def bitmaps(self) -> LiveBitmaps:
+        """The dirty bitmaps of the disk."""
+        return LiveBitmaps(self.ask)
+
+    @property
+    def internal_snapshots(self) -> InternalSnapshots:
+        """Those inside the image."""
+        return InternalSnapshots(self.ask)
 
     def export_start(
         self,
@@ -268,15 +281,18 @@ class Control:
             raise ControlError(f"{self.path or repr(self.path)}: {error.strerror or error}") from None
 
 
-def snapshot_together(paths: Sequence[str | os.PathLike[str]], names: Sequence[str]) -> list[dict[str, Any]]:
+def snapshot_together(
+    paths: Sequence[str | os.PathLike[str]], names: Sequence[str], **bitmaps: Any
+) -> list[dict[str, Any]]:
     """Freeze the disks of the daemons at *paths* as *names* at one instant, or none of them. -> as of `snapshot`, each.
 
+    *bitmaps* are as of `Control.snapshot`, for each.
     Raises: ControlError.
     """
     with ExitStack() as stack:
         controls = [stack.enter_context(Control(path)) for path in paths]
         try:
-            _ask_each(controls, "snapshot-begin", [{"name": name} for name in names])
+            _ask_each(controls, "snapshot-begin", [{"name": name, **_given(**bitmaps)} for name in names])
             for _ in ("requests wait", "the overlays have their names"):
                 _ask_each(controls, "snapshot-next", [{}] * len(controls))
             return _ask_each(controls, "snapshot-next", [{}] * len(controls))
@@ -287,7 +303,12 @@ def snapshot_together(paths: Sequence[str | os.PathLike[str]], names: Sequence[s
             raise
 
 
-def _ask_each(controls: Sequence[Control], command: str, arguments: Sequence[dict[str, str]]) -> list[Any]:
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that say something: a daemon of an earlier version need not know the others."""
+    return {name: value for name, value in options.items() if value}
+
+
+def _ask_each(controls: Sequence[Control], command: str, arguments: Sequence[dict[str, Any]]) -> list[Any]:
     """Ask all at once, and wait for all. Raises: ControlError, the first one."""
     results, errors = [], []
     for control, given in zip(controls, arguments, strict=True):

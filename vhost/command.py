@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from qcow2.engine.statistics import Statistics
     from ring.counter import Counters
     from ring.trace import Trace
+    from vhost.controlcommands import TakeSnapshot
     from vhost.device import Device
     from vhost.disk import ImageBackend
     from vhost.endpoint import Endpoint
     from vhost.held import HeldImage
     from vhost.option import Options
-    from vhost.together import Take
 
     Control = AbstractContextManager[object]
 
@@ -200,7 +200,7 @@ def _keys(options: "Options") -> "Keyring | None":
 @contextmanager
 def _control(
     options: "Options", stop_fd: int
-) -> "Iterator[Callable[[Device, ImageBackend, HeldImage, Take], Control]]":
+) -> "Iterator[Callable[[Device, ImageBackend, HeldImage, TakeSnapshot], Control]]":
     """What makes a control socket of a device, if there is to be one; the path is taken here and now."""
     from contextlib import nullcontext
 
@@ -212,6 +212,7 @@ def _control(
     from vhost.endpoint import listen
     from vhost.event import Event
     from vhost.exports import Exports
+    from vhost.imagecommands import ImageCommands
     from vhost.jobcommands import JobCommands
     from vhost.jobs import Jobs
 
@@ -222,11 +223,12 @@ def _control(
 
         @contextmanager
         def begin(
-            device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "Take"
+            device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "TakeSnapshot"
         ) -> "Iterator[None]":
             jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
             on_jobs = JobCommands(device, backend, held, jobs)
-            commands = Commands(device, stop_fd, lambda: image, take_snapshot, on_jobs, exports)
+            on_image = ImageCommands(device, backend, held)
+            commands = Commands(device, stop_fd, lambda: image, take_snapshot, on_jobs, exports, on_image)
             backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
             with Control(endpoint.unix_socket, commands), jobs:
                 yield
@@ -234,11 +236,12 @@ def _control(
         yield begin
 
 
-def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "Take":
+def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "TakeSnapshot":
     """Takes a snapshot of the image, or says that it may not."""
+    from vhost.overlaybitmaps import OverlayBitmaps
     from vhost.snapshot import Pace, SnapshotRefused, Snapshots
 
-    def refuse(name: str, pace: Pace) -> str:
+    def refuse(name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
         raise SnapshotRefused("no snapshot: a daemon with --trace-io keeps to the files it has")
 
     return refuse if options.trace_io is not None else Snapshots(device, backend, held).take

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from vhost.client import Control, ControlError, snapshot_together
+from vhost.ctlbitmap import add_bitmap, add_snapshot_internal, run_bitmap, run_snapshot_internal
 from vhost.ctlexport import add_export, request_of
 from vhost.ctljob import add_commands, run_command
 from vhost.option import PROGRAM, Parser, UsageError, size_of
@@ -42,13 +43,18 @@ def parser() -> Parser:
     snapshot.add_argument(
         "name", metavar="NAME", nargs="+", help="the file to freeze it in, beside the image; one for each --control"
     )
+    snapshot.add_argument(
+        "--bitmap-add", metavar="BITMAP", action="append", default=[], help="which the overlay has, empty"
+    )
+    snapshot.add_argument("--carry-bitmaps", action="store_true", help="the overlay has those of the image, too")
     exports = add_export(commands)
+    images = [*add_bitmap(commands, lambda text: size_of(text, "64K")), *add_snapshot_internal(commands)]
     actions = add_commands(commands, lambda text: size_of(text, "50M"))
     commands.add_parser("flush", help="make every completed write stable")
     cache = commands.add_parser("set-cache", help="demand writethrough, or leave the mode to the guest again")
     cache.add_argument("mode", choices=["writeback", "writethrough"], help="the mode")
     commands.add_parser("quit", help="end the daemon as SIGTERM does")
-    for command in [*commands.choices.values(), *exports, *actions]:
+    for command in [*commands.choices.values(), *exports, *images, *actions]:
         command.add_argument(
             "--control",
             metavar="PATH",
@@ -78,13 +84,19 @@ def main(arguments: list[str]) -> int:
     try:
         paths, request = parse(arguments)
         if len(paths) > 1:
-            _show("snapshot", {"snapshots": snapshot_together(paths, request["name"])})
+            del request["command"]
+            _show("snapshot", {"snapshots": snapshot_together(paths, request.pop("name"), **request)})
             return 0
         with Control(paths[0]) as control:
             if request["command"] in JOB_COMMANDS:
                 return run_command(control, request)
+            if request["command"] == "bitmap":
+                return run_bitmap(control, request, lambda text: size_of(text, "64K"))
+            if request["command"] == "snapshot-internal":
+                return run_snapshot_internal(control, request)
             if request["command"] == "snapshot":
                 (request["name"],) = request["name"]
+                request = {key: value for key, value in request.items() if value or key == "name"}
             _show(request["command"], control.ask(**request))
     except (UsageError, ControlError) as error:
         print(f"{PROGRAM}: ctl: {' '.join(str(error).split())}", file=sys.stderr)

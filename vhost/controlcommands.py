@@ -6,23 +6,26 @@ Everything here runs on the control socket's own thread. It reaches the data pla
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from ring.statistics import Histogram
 from vhost.device import Device, ResizeRefused
 from vhost.event import Event
 from vhost.exports import ExportRefused, Exports
+from vhost.imagecommands import ImageCommands, ImageRefused
 from vhost.job import JobRefused
 from vhost.jobcommands import JobCommands
 from vhost.metrics import open_metrics
+from vhost.overlaybitmaps import OverlayBitmaps
 from vhost.snapshot import Pace, SnapshotRefused, SnapshotUnstable
-from vhost.together import Steps, Take
-from virtio.block import Unavailable
+from vhost.together import Steps
 
 VERSION = 1
 SECTOR = 512
 SIZE_LIMIT = 1 << 63
+
+
+TakeSnapshot = Callable[[str, Pace, OverlayBitmaps], str]
 
 
 class CommandError(Exception):
@@ -40,9 +43,10 @@ class Commands:
         device: Device,
         stop_fd: int,
         describe: Callable[[], dict[str, Any]],
-        take_snapshot: Take,
+        take_snapshot: TakeSnapshot,
         jobs: JobCommands,
         exports: Exports,
+        image: ImageCommands,
     ) -> None:
         self._device = device
         self._steps: Steps | None = None  # of a snapshot that is under way
@@ -52,6 +56,7 @@ class Commands:
         self._describe = describe
         self.jobs = jobs
         self.exports = exports
+        self.image = image
         self.on_event: Callable[[Event], None] = lambda event: None
 
     def run(self, request: dict[str, Any], client: object) -> Any:
@@ -73,7 +78,7 @@ class Commands:
         self._leader = client if name == "snapshot-begin" else self._leader
         try:
             return command(self, **{key.replace("-", "_"): value for key, value in arguments.items()})
-        except (JobRefused, ExportRefused, SnapshotRefused, SnapshotUnstable) as refusal:
+        except (JobRefused, ExportRefused, ImageRefused, SnapshotRefused, SnapshotUnstable) as refusal:
             raise CommandError(str(refusal)) from refusal
         except RuntimeError:
             raise CommandError("the daemon is ending") from None
@@ -134,19 +139,21 @@ class Commands:
             raise CommandError(str(refusal)) from refusal
         return {"size": self._device.backend.properties.size}
 
-    def snapshot(self, name: object) -> dict[str, Any]:
+    def snapshot(self, name: object, **bitmaps: object) -> dict[str, Any]:
         """Freeze what the disk holds as the file *name*; what is served becomes an overlay of it."""
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
+        wanted = _overlay_bitmaps(**bitmaps)
         self.jobs.require_none()
-        return self._taken(name, self._take_snapshot(name, Pace()))
+        return self._taken(name, self._take_snapshot(name, Pace(), wanted))
 
-    def snapshot_begin(self, name: object) -> None:
+    def snapshot_begin(self, name: object, **bitmaps: object) -> None:
         """The same, one step after the other, with other disks at one instant: make the overlay."""
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
+        wanted = _overlay_bitmaps(**bitmaps)
         self.jobs.require_none()
-        self._steps = Steps(self._take_snapshot, name)
+        self._steps = Steps(lambda name, pace: self._take_snapshot(name, pace, wanted), name)
         self._steps.begin()
 
     def snapshot_next(self) -> dict[str, Any] | None:
@@ -166,15 +173,14 @@ class Commands:
         self.on_event(Event("snapshot", taken))
         return taken
 
+    def snapshot_internal(self, action: Callable[..., Any], **arguments: Any) -> Any:
+        """*action* of the image, which no job is to see."""
+        self.jobs.require_none()
+        return action(**arguments)
+
     def flush(self) -> None:
         """Make every write completed before now stable."""
-        outcome: Future[int] = Future()
-        try:
-            self._device.flush(outcome.set_result)
-        except Unavailable as unavailable:
-            raise CommandError(str(unavailable)) from unavailable
-        result = self._device.worker.wait(outcome)
-        if result < 0:
+        if (result := self._device.flush_now()) < 0:
             raise CommandError(os.strerror(-result))
 
     def set_cache(self, mode: object) -> None:
@@ -199,6 +205,18 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "snapshot-begin": Commands.snapshot_begin,
     "snapshot-next": Commands.snapshot_next,
     "snapshot-cancel": Commands.snapshot_cancel,
+    "snapshot-internal-list": lambda commands: commands.image.snapshot_internal_list(),
+    "snapshot-internal-create": lambda commands, name: commands.snapshot_internal(
+        commands.image.snapshot_internal_create, name=name
+    ),
+    "snapshot-internal-delete": lambda commands, name: commands.snapshot_internal(
+        commands.image.snapshot_internal_delete, name=name
+    ),
+    "snapshot-internal-apply": lambda commands, name: commands.snapshot_internal(
+        commands.image.snapshot_internal_apply, name=name
+    ),
+    "bitmap-list": lambda commands: commands.image.bitmap_list(),
+    "bitmap-change": lambda commands, actions: commands.image.bitmap_change(actions),
     "export-start": lambda commands, **options: commands.exports.start(**options),
     "export-stop": lambda commands, file: commands.exports.stop(file),
     "export-list": lambda commands: commands.exports.list(),
@@ -217,6 +235,10 @@ ARGUMENTS = {
     "resize": ("size",),
     "snapshot": ("name",),
     "snapshot-begin": ("name",),
+    "snapshot-internal-create": ("name",),
+    "snapshot-internal-delete": ("name",),
+    "snapshot-internal-apply": ("name",),
+    "bitmap-change": ("actions",),
     "export-start": ("file",),
     "export-stop": ("file",),
     "set-cache": ("mode",),
@@ -226,6 +248,8 @@ ARGUMENTS = {
     "job-set-rate": ("job", "rate"),
 }
 OPTIONS = {  # which may be left out
+    "snapshot": ("bitmap-add", "carry-bitmaps"),
+    "snapshot-begin": ("bitmap-add", "carry-bitmaps"),
     "export-start": ("socket", "address", "port", "bitmaps", "certificates"),
     "stream": ("base", "rate", "on-error"),
     "commit": ("base", "rate", "on-error"),
@@ -233,6 +257,15 @@ OPTIONS = {  # which may be left out
 
 LOOKS = ("status", "stats", "metrics")  # which wait for nobody
 STEPS = ("snapshot-next", "snapshot-cancel")
+
+
+def _overlay_bitmaps(bitmap_add: object = (), carry_bitmaps: object = False) -> OverlayBitmaps:
+    """Raises: CommandError."""
+    if not isinstance(bitmap_add, list | tuple) or not all(isinstance(name, str) for name in bitmap_add):
+        raise CommandError(f"{bitmap_add!r} is not a list of names of bitmaps")
+    if not isinstance(carry_bitmaps, bool):
+        raise CommandError(f"carry-bitmaps is true or false, not {carry_bitmaps!r}")
+    return OverlayBitmaps(tuple(bitmap_add), carry_bitmaps)
 
 
 def _as_json(histogram: Histogram) -> dict[str, Any]:

@@ -106,13 +106,14 @@ def _show_bar(job: Job) -> None:
 
 def _described(job: Job) -> str:
     """A job on one line."""
-    percent = f"{100 * job.done / job.total:.1f} % of {_quantity(job.total)}" if job.total else "nothing yet"
-    rate = f", at most {_quantity(job.rate)}/s" if job.rate else ""
+    percent = f"{100 * job.done / job.total:.1f} % of {quantity(job.total)}" if job.total else "nothing yet"
+    rate = f", at most {quantity(job.rate)}/s" if job.rate else ""
     error = f", last error: {job.error}" if job.error else ""
     return f"job {job.job}: {job.kind}, {job.state}, {percent}{rate}{error}"
 
 
-def _quantity(nbytes: float) -> str:
+def quantity(nbytes: float) -> str:
+    """For people."""
     for unit in UNITS[:-1]:
         if nbytes < 1024:
             return f"{nbytes:.4g} {unit}"

@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -168,13 +169,22 @@ class Device:
         """
         try:
             with self.holding():
-                refusal = _alone(self.worker, lambda is_late: self._grow(nbytes, is_late), patience)
-                self._offer = self._current_offer()
+                refusal = self.alone(lambda done: self.backend.grow(nbytes, done), patience)
         except Unavailable as unavailable:
             raise ResizeRefused(str(unavailable)) from unavailable
         if refusal:
             raise ResizeRefused(refusal)
         os.eventfd_write(self.changed_fd, 1)
+
+    def alone(self, begin: Begin, patience: float = PATIENCE_SECONDS) -> str:
+        """*begin(done)*, on the worker, while requests wait and none is under way; -> what *done* is given.
+
+        Stable is what *begin* says it is. While `holding`. Where requests under way have not ended after *patience*
+        seconds nothing is begun, and the others go on.
+        """
+        refusal = _alone(self.worker, lambda is_late: self._change(begin, is_late), patience)
+        self._offer = self._current_offer()
+        return refusal
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -240,6 +250,12 @@ class Device:
 
         self.worker.call(begin)
 
+    def flush_now(self) -> int:
+        """The same, and wait for it -> 0 | -errno."""
+        outcome: Future[int] = Future()
+        self.flush(outcome.set_result)
+        return self.worker.wait(outcome)
+
     def force_writethrough(self, forced: bool) -> None:
         """Make every write stable before it is acknowledged, whatever the guest chose, or leave it to the guest.
 
@@ -247,12 +263,8 @@ class Device:
         """
         self.worker.call(lambda: self.block.force_writethrough(forced))
 
-    def _grow(self, nbytes: int, is_late: Callable[[], bool]) -> str:
-        """On the worker: the backend's refusal, or nothing."""
-
-        def begin(done: Callable[[str], None]) -> None:
-            self.backend.grow(nbytes, done)
-
+    def _change(self, begin: Begin, is_late: Callable[[], bool]) -> str:
+        """On the worker: the refusal, or nothing; the disk may have another size."""
         refusal = self._run_alone(begin, is_late)
         self.block.set_size(self.backend.properties.size)
         return refusal

@@ -23,7 +23,7 @@ from ring.request import GuestSlice, Request
 from ring.trace import Trace
 from ring.worker import Worker
 from vhost.admission import Admission
-from vhost.held import HeldImage, describe, problem_of, refusal_of
+from vhost.held import HeldImage, describe, problem_of
 from vhost.option import CacheMode
 from virtio.block import UNMAP, RequestType, Status
 from virtio.config import Properties
@@ -269,7 +269,7 @@ class ImageBackend:
 
         self._driver.run(self._serve(request), end)
 
-    def run(self, coroutine: Coroutine[Any, Any, None], on_end: Callable[[Task], None]) -> None:
+    def run(self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[Task], None]) -> None:
         """Begin *coroutine*, which works on the image beside requests or while they wait; *on_end(task)* is last."""
         self._driver.run(coroutine, on_end)
 
@@ -340,14 +340,18 @@ class ImageBackend:
         self._driver.run(image.close(), lambda task: done(problem_of(task.take_error())))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
+        self.change(self._image.grow(nbytes), done)
+
+    def change(self, change: Coroutine[Any, Any, None], done: Callable[[str], None]) -> None:
+        """Await *change* of the image while nothing else is under way: *done("")*, or what failed."""
+
         def end(task: Task) -> None:
             error = task.take_error()
             if isinstance(error, MemoryError):
-                error = no_memory()
-                self._image.fail(error)
-            done("" if error is None else refusal_of(error))
+                self._image.fail(no_memory())
+            done(problem_of(error))
 
-        self._driver.run(self._image.grow(nbytes), end)
+        self._driver.run(change, end)
 
     async def _serve(self, request: Request) -> int:
         match request.type:

@@ -11,10 +11,12 @@ from concurrent.futures import Future
 
 from qcow2 import ImageError
 from qcow2.driver.memory import SharedMemory
+from qcow2.driver.task import Task
 from qcow2.node.overlay import Overlay
 from vhost.device import Device
 from vhost.disk import ImageBackend
-from vhost.held import HeldImage, describe
+from vhost.held import HeldImage, describe, problem_of
+from vhost.overlaybitmaps import Found, OverlayBitmaps
 from virtio.block import Unavailable
 
 
@@ -41,30 +43,32 @@ class Snapshots:
         self._backend = backend
         self._held = held
 
-    def take(self, name: str, pace: Pace) -> str:
+    def take(self, name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
         """Freeze what the disk holds now as the file *name*, as seen from the directory of the image; stable on return.
 
+        What is served from then on has those *bitmaps*.
         -> what went wrong when that was closed, if anything did: its content is whole then, and stable.
         Raises: SnapshotRefused, SnapshotUnstable.
         """
         try:
             with self._device.holding():
-                return self._take(name, pace)
+                return self._take(name, pace, bitmaps)
         except (OSError, ImageError) as error:
             raise SnapshotRefused(describe(error)) from error
         except (ValueError, Unavailable) as error:
             raise SnapshotRefused(str(error)) from error
 
-    def _take(self, name: str, pace: Pace) -> str:
+    def _take(self, name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
         overlay = self._held.prepare_overlay(name)
         past: list[SharedMemory | None] = []
         stable: Future[str] = Future()
         try:
+            bitmaps.add(overlay.image)
             overlay.name_frozen()
             self._flush()
             pace.stop()
             refusal = self._device.exchange(
-                lambda done: self._begin(overlay, pace, done),
+                lambda done: self._begin(overlay, pace, bitmaps, done),
                 lambda: past.append(self._held.adopt_overlay(overlay)),
                 lambda: self._backend.defer_flushes(overlay, stable.set_result),
             )
@@ -83,15 +87,14 @@ class Snapshots:
 
     def _flush(self) -> None:
         """Raises: SnapshotRefused."""
-        outcome: Future[int] = Future()
-        self._device.flush(outcome.set_result)
-        if self._device.worker.wait(outcome) < 0:
+        if self._device.flush_now() < 0:
             raise SnapshotRefused("what the disk holds cannot be made stable")
 
-    def _begin(self, overlay: Overlay, pace: Pace, done: Callable[[str], None]) -> None:
-        """Nothing is made stable here: a FLUSH waits for that, other requests do not."""
+    def _begin(self, overlay: Overlay, pace: Pace, bitmaps: OverlayBitmaps, done: Callable[[str], None]) -> None:
+        """Nothing is made stable here but bitmaps: a FLUSH waits for that, other requests do not."""
 
-        def switch() -> None:
+        def switch(found: Found) -> None:
+            bitmaps.carry(overlay.image, found)
             pace.stop()
             overlay.switch()
             try:
@@ -104,18 +107,23 @@ class Snapshots:
             if problem:
                 done(problem)
             else:
-                self._device.worker.call_host(switch, switched)
+                self._backend.run(bitmaps.look(overlay.below), looked)
+
+        def looked(task: Task) -> None:
+            error = task.take_error()
+            if error is not None:
+                done(problem_of(error))
+            else:
+                self._device.worker.call_host(lambda: switch(task.result), switched)
 
         def switched(_: None, error: BaseException | None) -> None:
             if error is None or isinstance(error, SnapshotRefused):
                 done(str(error or ""))
-            elif isinstance(error, OSError):
-                done(describe(error))
             else:
-                raise error
+                done(problem_of(error))
 
         try:
-            may_wait = overlay.let_links_wait()
+            may_wait = not bitmaps.are_carried and overlay.let_links_wait()
         except OSError as error:
             done(describe(error))
             return

@@ -15,13 +15,13 @@ PROGRAMS = {"mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "fio": "fio"}
 MOUNT_POINTS = ("proc", "sys", "dev", "tmp", "run", "mnt", "newroot")
 
 
-def initramfs(kernel: Kernel, path: Path) -> Path:
-    """Write the guest's first file system to *path* and return it.
+def initramfs(kernel: Kernel, path: Path, more: Iterable[Path] = ()) -> Path:
+    """Write the guest's first file system to *path* and return it; in it are *more* programs.
 
     Most of its 85 MiB are the 60 libraries that Debian's fio loads; they cost a boot about 0.6 s.
     """
     tree = root_tree()
-    _add_programs(tree, [find_program(name, package) for name, package in PROGRAMS.items()])
+    _add_programs(tree, [*(find_program(name, package) for name, package in PROGRAMS.items()), *more])
     _add_modules(tree, insertion_order(kernel.modules, MODULES))
     with path.open("wb") as out:
         write_cpio(tree, out)

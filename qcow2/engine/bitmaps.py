@@ -13,10 +13,12 @@ The image's mark says where the live bits are. Stamp 0: no link waits, only the 
 import logging
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from qcow2.driver.operation import Mark as HeaderMark
 from qcow2.driver.operation import Signal, Spawn, Store
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
+from qcow2.engine.frozenbitmap import Follower, FrozenBitmap
 from qcow2.engine.links import Links
 from qcow2.engine.opened import Found, Opened
 from qcow2.engine.part import Part
@@ -61,7 +63,9 @@ class Bitmaps(Part):
         self._links = links
         self._log: LinkLog | None = None  # in whose memory the live bits are
         self._kept: list[StoredBitmap] = []
+        self._frozen: dict[bytes, FrozenBitmap] = {}  # by name
         self._dirty = DirtyBits()
+        self._live: list[Any] = []  # where the live ones are
         self._places: list[int] = []  # of the live bits, where the next process finds them in the log's memory
         self._is_live = False
         self._is_mirrored = False  # they are there besides, each change of them stored
@@ -100,14 +104,6 @@ class Bitmaps(Part):
             return range(0)
         start = found.directory_offset >> self._geometry.cluster_bits
         return range(start, self._geometry.clusters(found.directory_offset + found.directory_size))
-
-    async def write_all(self, each: StoredBitmap, old: bytes, wanted: bytes) -> None:
-        """Let the image have the bits *wanted* of a bitmap, where they differ from *old*; stable on return."""
-        for start in range(0, len(wanted), SECTOR_SIZE):
-            content = wanted[start : start + SECTOR_SIZE]
-            if content != old[start : start + SECTOR_SIZE]:
-                await self._write_bits(each, start, content)
-        await self._stability.sync()
 
     async def mark(self, guest_offset: int, nbytes: int) -> None:
         """Note that these bytes change; process-safe on return, and not under-reported after a power loss.
@@ -252,9 +248,51 @@ class Bitmaps(Part):
         else:
             bits = [window + place for place in self._places]
         self._is_mirrored = bool(self._places) and window is None
-        self._dirty.begin(self._geometry.size, [shape.granularity_bits for shape in shapes], bits)
+        self._live = bits
+        self._dirty.begin(self._geometry.size)
+        self._record()
         self._hot.clear()
         self._is_live = True
+
+    def _record(self) -> None:
+        """From now on changes are noted in the bitmaps that are kept, and in what follows those that are frozen."""
+        followers = [each.follower for each in self._frozen.values() if each.follower is not None]
+        for follower in followers:
+            follower.fit(self._geometry.size)
+        granularities = [each.bitmap.record.granularity_bits for each in self._kept]
+        self._dirty.record(
+            [*granularities, *(follower.granularity_bits for follower in followers)],
+            [*self._live, *(follower.bits for follower in followers)],
+        )
+
+    # -- frozen
+
+    async def freeze(self, each: StoredBitmap) -> FrozenBitmap:
+        """Hold what a bitmap says now, while it records on; nobody has frozen it. Raises: OSError."""
+        async with self._turn.hold():
+            bits = await self.read_bits(each)
+            record, name = each.bitmap.record, each.bitmap.raw_name
+            frozen = FrozenBitmap(name, bits, record.granularity_bits, self._geometry.size)
+            if each.is_kept:
+                frozen.follower = Follower(record.granularity_bits, self._geometry.size)
+            self._frozen[name] = frozen
+            if self._is_live:
+                self._record()
+        return frozen
+
+    def is_frozen(self, raw_name: bytes) -> bool:
+        """Whether somebody has frozen the bitmap of that name."""
+        return raw_name in self._frozen
+
+    def holds(self, frozen: FrozenBitmap) -> bool:
+        """Whether *frozen* was frozen here, and is still."""
+        return self._frozen.get(frozen.raw_name) is frozen
+
+    def thaw(self, frozen: FrozenBitmap) -> None:
+        """Forget what followed; the bitmap itself has it all."""
+        del self._frozen[frozen.raw_name]
+        if self._is_live:
+            self._record()
 
     def _shape(self, each: StoredBitmap) -> Shape:
         record = each.bitmap.record
@@ -333,6 +371,6 @@ class Bitmaps(Part):
                 self._log.has_live = False
                 await self._write_mark()
             self._dirty.end()
-            self._places = []
+            self._places, self._live = [], []
             self._is_live = self._is_mirrored = False
             self._links.end_log()

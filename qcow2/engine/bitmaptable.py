@@ -32,6 +32,11 @@ class StoredBitmap:
         """Whether every change of the disk has to be recorded in it."""
         return self.bitmap.is_enabled and not self.bitmap.is_in_use
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether what it says can be relied on."""
+        return not self.bitmap.is_in_use and not self.problem
+
     def set_record(self, **fields: int) -> None:
         """The *fields* of its directory entry are others now."""
         self.bitmap = replace(self.bitmap, record=replace(self.bitmap.record, **fields))
@@ -192,6 +197,13 @@ def set_runs(bits: bytes) -> Iterator[tuple[int, int]]:
             end = stop
     if end > start:
         yield start, end
+
+
+def dirty_bytes(bits: bytes, granularity_bits: int, size: int) -> int:
+    """How much of a disk of *size* bytes the bits report."""
+    last = size - 1 >> granularity_bits
+    past_end = (last + 1 << granularity_bits) - size if bits and bits[last >> 3] >> (last & 7) & 1 else 0
+    return (int.from_bytes(bits, "little").bit_count() << granularity_bits) - past_end
 
 
 def set_bits(bits: bytearray, first: int, last: int) -> None:

@@ -2,26 +2,27 @@
 
 import errno
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from qcow2.driver.operation import Buffer, File, Read, Resize, Size
 from qcow2.engine.backing import Backing
-from qcow2.engine.bitmapdirectory import BitmapDirectory
+from qcow2.engine.bitmapdirectory import Change
+from qcow2.engine.bitmapplan import BitmapPlan
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import level_of
 from qcow2.engine.data import Data
 from qcow2.engine.encryption import open_data
 from qcow2.engine.expansion import expand_zeros, has_zero_flags
+from qcow2.engine.frozenbitmap import FrozenBitmap
 from qcow2.engine.growth import grown_size
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.opening import open_changes, open_header
 from qcow2.engine.readable import ReadableImage
 from qcow2.engine.shedding import shrunk_size
-from qcow2.error import UnsupportedImage
+from qcow2.error import BitmapError, UnsupportedImage
 from qcow2.format.header import Header, header_over
 from qcow2.format.layout import ENTRY_SIZE, Autoclear, Incompatible
 from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_sizes
@@ -346,9 +347,10 @@ class Image(ReadableImage):
             return await self._changes.bitmaps.read_bits(stored)
         return await stored_bits(self.file, self.geometry, stored)
 
-    async def change_bitmaps(self, change: Callable[[BitmapDirectory], Coroutine[Any, Any, None]]) -> None:
-        """Let *change* do something to the directory of bitmaps. Nothing else is under way.
+    async def change_bitmaps(self, change: Change) -> None:
+        """Let *change* plan which bitmaps there are, and then have them; stable on return. Nothing else is under way.
 
+        A death leaves what was, or all that was planned.
         Raises: BitmapError, UnsupportedImage, CorruptImage, OSError.
         """
         changes = self._writable()
@@ -357,7 +359,42 @@ class Image(ReadableImage):
             changes.require_trust()
         await changes.links.commit()
         await changes.bitmaps.settle()
-        await changes.guard(change(changes.bitmap_directory))
+        changes.links.end_log()  # which has no room for their bits if it was begun without
+        await changes.guard(changes.bitmap_directory.change(change))
+
+    async def freeze_bitmap(self, name: str) -> FrozenBitmap:
+        """Hold what a bitmap says now, while it records on; of one moment, if no request is under way.
+
+        Nobody removes, clears or merges into it before `thaw_bitmap`. A death, or `close`, thaws it as not copied.
+        Raises: BitmapError, OSError.
+        """
+        changes = self._writable()
+        return await changes.bitmaps.freeze(BitmapPlan(self.geometry, changes.bitmaps).find_stored(name))
+
+    def is_frozen_bitmap(self, stored: StoredBitmap) -> bool:
+        """Whether one of `bitmaps` is frozen."""
+        return self._changes is not None and self._changes.bitmaps.is_frozen(stored.bitmap.raw_name)
+
+    async def thaw_bitmap(self, frozen: FrozenBitmap, *, is_copied: bool) -> None:
+        """Let a bitmap say what has changed since it was frozen, if what it said *is_copied*; else that, too.
+
+        Stable on return. If it is copied nothing else is under way.
+        Raises: BitmapError if the image was closed since; OSError, after which it is as not copied.
+        """
+        bitmaps = self._writable().bitmaps
+        if not bitmaps.holds(frozen):
+            if is_copied:
+                raise BitmapError(f"Bitmap '{frozen.name}' is not frozen any more")
+            return
+
+        async def keep_since(plan: BitmapPlan) -> None:
+            plan.replace_bits(frozen.raw_name, frozen.since(self.size))
+
+        try:
+            if is_copied:
+                await self.change_bitmaps(keep_since)
+        finally:
+            bitmaps.thaw(frozen)
 
     def _require_own_data(self, what: str) -> None:
         if self.geometry.has_data_file:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qcow2.engine.bitmapdirectory import BitmapDirectory
+from qcow2.engine.bitmapdirectory import Change
 from qcow2.engine.bitmaptable import StoredBitmap, set_runs
 from qcow2.engine.image import Image
 from qcow2.error import BitmapError
@@ -41,8 +41,8 @@ class Bitmaps:
         """Raises: UnsupportedImage, CorruptImage, OSError."""
         for stored in self._stored():
             record = stored.bitmap.record
-            is_valid = not stored.bitmap.is_in_use and not stored.problem
-            yield Bitmap(os.fsdecode(stored.bitmap.raw_name), 1 << record.granularity_bits, stored.is_kept, is_valid)
+            name = os.fsdecode(stored.bitmap.raw_name)
+            yield Bitmap(name, 1 << record.granularity_bits, stored.is_kept, stored.is_usable)
 
     def _stored(self) -> list[StoredBitmap]:
         image = self._image()
@@ -52,7 +52,7 @@ class Bitmaps:
     def _find(self, name: str) -> StoredBitmap:
         for stored in self._stored():
             if stored.bitmap.raw_name == os.fsencode(name):
-                if stored.bitmap.is_in_use or stored.problem:
+                if not stored.is_usable:
                     raise BitmapError(f"Bitmap '{name}' is inconsistent and cannot be used")
                 return stored
         raise BitmapError(f"Dirty bitmap '{name}' not found")
@@ -73,23 +73,23 @@ class Bitmaps:
 
         Raises: BitmapError, UnsupportedImage, OSError.
         """
-        self._change(lambda directory: directory.add(name, granularity, enabled=enabled))
+        self._change(lambda plan: plan.add(name, granularity, enabled=enabled))
 
     def remove(self, name: str) -> None:
         """Forget a bitmap, valid or not. Raises: BitmapError, OSError."""
-        self._change(lambda directory: directory.remove(name))
+        self._change(lambda plan: plan.remove(name))
 
     def clear(self, name: str) -> None:
         """Let nothing be dirty. Raises: BitmapError, OSError."""
-        self._change(lambda directory: directory.clear(name))
+        self._change(lambda plan: plan.clear(name))
 
     def enable(self, name: str) -> None:
         """Record from now on. Raises: BitmapError, OSError."""
-        self._change(lambda directory: directory.enable(name, on=True))
+        self._change(lambda plan: plan.enable(name, on=True))
 
     def disable(self, name: str) -> None:
         """Record no more. Raises: BitmapError, OSError."""
-        self._change(lambda directory: directory.enable(name, on=False))
+        self._change(lambda plan: plan.enable(name, on=False))
 
     def merge(self, name: str, source: str, disk: "Disk | None" = None) -> None:
         """Let *name* report what the bitmap *source*, of this disk or of *disk*, reports, too.
@@ -102,18 +102,12 @@ class Bitmaps:
         stored, size = other._find(source), other._image().size
         bits: bytes = other._run(lambda: other._image().bitmap_bits(stored))
         granularity_bits = stored.bitmap.record.granularity_bits
-        self._change(lambda directory: directory.merge(name, bits, granularity_bits, size))
+        self._change(lambda plan: plan.merge(name, bits, granularity_bits, size))
 
     def copy(self, bitmap: StoredEntry, bits: bytes, size: int) -> None:
         """Make a bitmap like one of a disk of *size* bytes, with its *bits*. Raises: BitmapError, OSError."""
-        granularity_bits = bitmap.record.granularity_bits
+        self._change(lambda plan: plan.copy(bitmap, bits, size))
 
-        async def make(directory: BitmapDirectory) -> None:
-            await directory.add(os.fsdecode(bitmap.raw_name), 1 << granularity_bits, enabled=bitmap.is_enabled)
-            await directory.merge(os.fsdecode(bitmap.raw_name), bits, granularity_bits, size)
-
-        self._change(make)
-
-    def _change(self, change: Callable[[BitmapDirectory], Coroutine[Any, Any, None]]) -> None:
+    def _change(self, change: Change) -> None:
         image = self._image()
         self._run(lambda: image.change_bitmaps(change))

@@ -75,19 +75,22 @@ class DirtyBits:
         self._bitmaps: Any = None
         self._bits: list[Any] = []
 
-    def begin(self, size: int, granularities: Sequence[int], bits: list[Any]) -> None:
-        """Record the changes of a disk of *size* bytes in *bits*, cffi pointers to the bits of each bitmap."""
+    def begin(self, size: int) -> None:
+        """Have cold zones for a disk of *size* bytes, whose changes are to be noted in no bitmap yet."""
         self.end()
         self.native.zone_bits = zone_bits(size)
         nzones = -(-size >> zone_bits(size))
         self._zones = ffi.new("uint8_t[]", nzones)
-        self._bitmaps = ffi.new("struct live_bitmap[]", len(bits))
-        self._bits = bits
-        for bitmap, granularity_bits, place in zip(self._bitmaps, granularities, bits, strict=True):
-            bitmap.bits, bitmap.granularity_bits = place, granularity_bits
-        self.native.zones, self.native.bitmaps = self._zones, self._bitmaps
-        self.native.nbitmaps, self.native.nmarks = len(bits), 0
+        self.native.zones, self.native.nmarks = self._zones, 0
         self.native.nzones = nzones
+
+    def record(self, granularities: Sequence[int], bits: list[Any]) -> None:
+        """Note changes in *bits* from now on, cffi pointers to the bits of each bitmap."""
+        bitmaps = ffi.new("struct live_bitmap[]", len(bits))
+        for bitmap, granularity_bits, place in zip(bitmaps, granularities, bits, strict=True):
+            bitmap.bits, bitmap.granularity_bits = place, granularity_bits
+        self.native.bitmaps, self.native.nbitmaps = bitmaps, len(bits)
+        self._bitmaps, self._bits = bitmaps, bits
 
     def end(self) -> None:
         """Every zone is cold, and the bits are given back."""

@@ -33,9 +33,9 @@ def bitmap_opener(kind: str) -> Opener:
 
 def said(bitmaps: dict[str, Bitmap], nsectors: int) -> bytes:
     """For each sector: 1 if it is in every bitmap, 2 if it is in the fine one."""
-    if bitmaps.keys() != NAMES or not all(bitmap.is_valid for bitmap in bitmaps.values()):
+    if not bitmaps.keys() >= NAMES or not all(bitmap.is_valid for bitmap in bitmaps.values()):
         raise Violation(f"bitmaps {bitmaps} are not {NAMES}, all valid")
-    dirty = [bitmap.sectors() for bitmap in bitmaps.values()]
+    dirty = [bitmaps[name].sectors() for name in NAMES]
     every, fine = set.intersection(*dirty), bitmaps["fine"].sectors()
     return bytes((sector in every) | (sector in fine) << 1 for sector in range(nsectors))
 

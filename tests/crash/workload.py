@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.bitmapdirectory import Change
 from tests.crash.driver import CrashDriver
 from tests.crash.explorer import Violation, name
 from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sector
@@ -14,11 +15,11 @@ from tests.crash.history import SECTOR, SIZE, Flush, History, pattern, size_sect
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One request of the guest: *kind* is write, zero, keep, discard, flush, read, grow or reopen.
+    """One request of the guest: *kind* is write, zero, keep, discard, flush, read, grow, bitmaps or reopen.
 
     Sectors are of 512 bytes. Zeros give the space back, or keep it.
 
-    The first sector of a grow is the length of the disk after it.
+    The first sector of a grow is the length of the disk after it, that of bitmaps a number in BITMAP_CHANGES.
     """
 
     kind: str
@@ -29,6 +30,12 @@ class Action:
         return f"{self.kind}({self.sector},{self.nsectors})" if self.nsectors else self.kind
 
 
+BITMAP_CHANGES: dict[int, Change] = {
+    1: lambda plan: plan.add("extra", 1024, enabled=True),
+    2: lambda plan: plan.merge_own("coarse", "fine"),
+    3: lambda plan: plan.remove("extra"),
+}
+FREEZE, THAW = 4, 5  # the bitmap of single sectors; it is not copied
 MOST_READ = 64  # sectors; what takes longer may show more
 Step = Sequence[Action]  # actions under way at the same time
 
@@ -42,6 +49,7 @@ class Guest:
         self.history = history
         self.requests = 0
         self.failures: list[OSError] = []
+        self.frozen: Any = None  # a bitmap
 
     async def act(self, action: Action) -> None:
         """Perform one action; an OSError ends it without acknowledgement."""
@@ -60,6 +68,7 @@ class Guest:
             "flush": self._flush,
             "read": self._read,
             "grow": self._grow,
+            "bitmaps": self._change_bitmaps,
             "reopen": self._nothing,
         }
 
@@ -116,6 +125,15 @@ class Guest:
         shown = self.history.shown(sector, begun, ended)
         if found not in shown:
             raise Violation(f"a read finds {name(found)} in sector {sector}, allowed are {sorted(map(name, shown))}")
+
+    async def _change_bitmaps(self, action: Action) -> None:
+        """Alone in its step; those that there are at the start are there all the time."""
+        if action.sector == FREEZE:
+            self.frozen = await self.image.freeze_bitmap("fine")
+        elif action.sector == THAW:
+            await self.image.thaw_bitmap(self.frozen, is_copied=False)
+        else:
+            await self.image.change_bitmaps(BITMAP_CHANGES[action.sector])
 
     async def _grow(self, action: Action) -> None:
         """The size is judged as one more sector, stable as soon as growth is acknowledged."""

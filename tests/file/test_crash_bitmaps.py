@@ -13,7 +13,7 @@ from tests.crash.driver import SimulatedFile
 from tests.crash.explorer import Explorer, Violation
 from tests.crash.images import BITMAPS
 from tests.crash.mutant import without_syncs
-from tests.crash.workload import Action, random_steps
+from tests.crash.workload import BITMAP_CHANGES, FREEZE, THAW, Action, random_steps
 from tests.file import test_crash_resize
 
 Patch = pytest.MonkeyPatch
@@ -29,6 +29,15 @@ def test_no_death_leaves_a_bitmap_that_says_too_little(kind: str, writethrough: 
 def test_nor_does_one_after_the_image_was_closed_and_opened() -> None:
     steps = [[Action("write", 3, 2)], [Action("reopen")], [Action("write", 90, 1), Action("discard", 3, 1)]]
     assert explore("bitmaps", 0, steps=steps) > 100
+
+
+@pytest.mark.parametrize("kind", BITMAPS)
+def test_nor_does_one_while_bitmaps_come_and_go(kind: str) -> None:
+    """Between requests, whose links and zones are as those left them."""
+    requests = iter(random_steps(5, BITMAPS[kind].nsectors, BITMAPS[kind].cluster_sectors, steps=6, depth=2))
+    changes = ([Action("bitmaps", number)] for number in (*BITMAP_CHANGES, FREEZE, THAW))
+    steps = [step for change in changes for step in (next(requests), change)]
+    assert explore(kind, 5, steps=[*steps, next(requests)], stride=3) > 100
 
 
 @pytest.mark.parametrize("kind", ["bitmaps", "bitmaps-lazy"])

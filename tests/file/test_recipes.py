@@ -5,15 +5,16 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 import qcow2
 from tests.frontend import FrontEnd
-from tests.oracle import qemu_img
+from tests.oracle import assert_clean, qemu_img
 from tests.program import TIMEOUT, TOOL, Daemon
+from vhost import Control
 
 TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
 RECIPES = {
@@ -35,13 +36,20 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def play(title: str, place: Path, between: Callable[[], None] = lambda: None, *, hurries: bool = False) -> str:
-    """Follow the recipe; what it prints. Between two of its pieces something else happens.
+def play(
+    title: str,
+    place: Path,
+    between: Callable[[], None] = lambda: None,
+    *,
+    hurries: bool = False,
+    steps: Sequence[int] = (),
+) -> str:
+    """Follow the recipe, or those of its *steps*; what it prints. Between two of its pieces something else happens.
 
     *hurries*: a key takes no seconds to find.
     """
     said = ""
-    for number, (language, text) in enumerate(RECIPES[title]):
+    for number, (language, text) in enumerate([RECIPES[title][step] for step in steps] or RECIPES[title]):
         if number:
             between()
         if hurries:
@@ -159,6 +167,57 @@ def test_what_was_tried_is_kept(place: Path) -> None:
         assert disk.read(0, disk.size) == b"w" * 4096 + (place / "copy.raw").read_bytes()[4096:]
 
 
+def await_leaving(place: Path) -> None:
+    with Control(place / "disk.control") as control:
+        while control.status()["connected"]:
+            pass
+
+
+@pytest.mark.parametrize("it_fails", [True, False])
+def test_upgrade(place: Path, it_fails: bool) -> None:
+    title = "Upgrade a guest, and go back if it fails"
+    with Daemon(place / "disk.qcow2", f"--control={place / 'disk.control'}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            play("Upgrade a guest, and go back if it fails", place, steps=[0])
+            guest.write(0, b"w" * 4096)
+            if not it_fails:
+                play(title, place, steps=[2])
+        if it_fails:
+            await_leaving(place)
+            play(title, place, steps=[1])
+        with FrontEnd(daemon.socket_path) as guest:
+            was = (place / "copy.raw").read_bytes()[:4096]
+            assert guest.read(0, 4096) == (was if it_fails else b"w" * 4096)
+        daemon.stop()
+    with qcow2.open(place / "disk.qcow2") as disk:
+        assert not disk.snapshots
+    assert_clean(place / "disk.qcow2")
+
+
+def test_clone_of_a_disk_in_use(place: Path) -> None:
+    control = f"--control={place / 'disk.control'}"
+    with Daemon(place / "disk.qcow2", control) as daemon, FrontEnd(daemon.socket_path) as guest:
+        play("Clone a disk that is in use", place)
+        guest.write(0, b"w" * 4096)
+        with qcow2.open(place / "clone.qcow2", "r+") as clone:
+            clone.write(MIB, b"clone")
+        assert guest.read(MIB, 4096)[:5] == b"hello"
+        daemon.stop()
+    was = (place / "copy.raw").read_bytes()
+    for name, wanted in (("clone.qcow2", was[:MIB] + b"clone" + was[MIB + 5 :]), ("copy.qcow2", was)):
+        with qcow2.open(place / name) as disk:
+            assert disk.read(0, disk.size) == wanted
+
+
+def test_what_has_changed_since(place: Path) -> None:
+    control = f"--control={place / 'disk.control'}"
+    with Daemon(place / "disk.qcow2", control) as daemon, FrontEnd(daemon.socket_path) as guest:
+        play("Know what has changed since", place, steps=[0])
+        guest.write(MIB, b"w" * 4096)
+        assert play("Know what has changed since", place, steps=[1]) == "{'monday': 0, 'tuesday': 65536}\n"
+
+
 def test_every_recipe_has_its_test() -> None:
-    played = set(re.findall(r'play\("(.*?)"', Path(__file__).read_text()))
+    tests = (Path(__file__), Path(__file__).parents[1] / "vm" / "test_agent.py")
+    played = {title for test in tests for title in re.findall(r'play\("(.*?)"', test.read_text())}
     assert played == set(RECIPES)

@@ -29,6 +29,9 @@ GLUE = {  # where an image meets a device
     "vhost/streaming.py",
     "vhost/committing.py",
     "vhost/servedchain.py",
+    "vhost/imagecommands.py",
+    "vhost/bitmapaction.py",
+    "vhost/overlaybitmaps.py",
     "vhost/command.py",
 }
 NEUTRAL = {"ring/extent.h", "ring/assertion.h"}  # the seam between a device and an image; what both rely on

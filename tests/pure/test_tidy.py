@@ -193,6 +193,7 @@ LONGER = {
     "ring/threads.c": "the second implementation of uring.c, with its own queue and threads",
     "ring/operation.c": "an operation's whole life",
     "virtio/block.c": "one device",
+    "qcow2/engine/image.py": "the door of the engine: each operation once",
     "qcow2/engine/allocation.py": "places, reservations and what comes back of them",
     "qcow2/library/disk.py": "the door of the library: each operation once",
     "qcow2/engine/create.py": "all that a new image has",

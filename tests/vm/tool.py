@@ -7,7 +7,13 @@ from guest import find_program, installed_program
 
 from tests.oracle import ask_qemu
 
-PACKAGES = {"qemu-img": "qemu-utils", "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs", "debugfs": "e2fsprogs"}
+PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "mke2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "dumpe2fs": "e2fsprogs",
+}
 
 
 def run(name: str, *arguments: str | Path) -> str:
