@@ -51,6 +51,7 @@ FRESH = Recipe(64 * GIB, LAZY, name="fresh, lazy refcounts, 64 GiB")
 FRESH_ACCURATE = Recipe(64 * GIB, ACCURATE, name="fresh, accurate refcounts, 64 GiB")
 FILLED = Recipe(GIB, is_filled=True, name="1 GiB, all written")
 OVERLAY = Recipe(2 * GIB, LAZY, base_nbytes=2 * GIB, name="overlay on 2 GiB, lazy refcounts")
+SMALL_OVERLAY = Recipe(GIB, LAZY, base_nbytes=GIB, name="overlay on 1 GiB, lazy refcounts")
 COMPRESSED = Recipe(512 * MIB, base_nbytes=512 * MIB, base_is_compressed=True, name="overlay on 512 MiB compressed")
 FALLOCATED = Recipe(8 * GIB, "compat=1.1,preallocation=falloc", name="8 GiB, preallocated")
 PARTS = "extended_l2=on,cluster_size=128k"
@@ -306,6 +307,34 @@ EXTRAS = (
         Images.PER_SERVER,
         CacheMode.NONE,
         limit="direct overwrite, depth 32",
+    ),
+    Case(
+        "direct-fresh-32",
+        "cache=none, fresh lazy image, 4 KiB random writes, depth 32",
+        FRESH,
+        Job(FRESH.nbytes, depth=32),
+        Images.PER_RUN,
+        CacheMode.NONE,
+        target=3,
+    ),
+    Case(
+        "direct-fresh-1",
+        "cache=none, fresh lazy image, 4 KiB random writes, depth 1",
+        FRESH,
+        Job(FRESH.nbytes),
+        Images.PER_RUN,
+        CacheMode.NONE,
+    ),
+    *(
+        Case(
+            f"overlay-tmpfs-{depth}",
+            f"overlay on tmpfs, writeback, a 4 KiB write to each cluster of the base, depth {depth}",
+            SMALL_OVERLAY,
+            Job(SMALL_OVERLAY.nbytes, order=Order.ONCE, depth=depth),
+            Images.PER_RUN,
+            on_tmpfs=True,
+        )
+        for depth in (1, 32)
     ),
     Case(
         "huge-read-32",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bench.case import FILLED, FRESH, GIB, KIB, LAZY, TIB, Case, Images
+from bench.case import FILLED, FRESH, GIB, KIB, SMALL_OVERLAY, TIB, Case, Images
 from bench.load import Job, Kind, Order
 from bench.recipe import Recipe
 from vhost.option import CacheMode
@@ -17,7 +17,6 @@ CHAINS = (1, 2, 4, 8, 16)
 MAPPED = Recipe(
     8 * GIB, "compat=1.1,lazy_refcounts=on,preallocation=metadata", name="8 GiB, all mapped, lazy refcounts"
 )
-SMALL_OVERLAY = Recipe(GIB, LAZY, base_nbytes=GIB, name="overlay on 1 GiB, lazy refcounts")
 
 
 @dataclass(frozen=True, slots=True)

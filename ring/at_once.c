@@ -10,7 +10,7 @@
 
 bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now)
 {
-    return file->storage == STORAGE_NEAR && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
+    return storage_is_near(file->storage) && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
 }
 
 /* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */
@@ -22,7 +22,7 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
 
     operation_trace_transfer(worker, operation, gather);
     if (operation->verb == VERB_READ)
-        result = host_read_cached(file->fd, gather->iovecs, gather->count, host_offset);
+        result = host_read_cached(file->fd, gather->iovecs, gather->count, host_offset, file->storage == STORAGE_MEMORY);
     else
         result = host_write(file->fd, gather->iovecs, gather->count, host_offset);
     if (worker->trace && operation->trace_id)

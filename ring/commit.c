@@ -77,7 +77,7 @@ static bool is_lone(struct worker *worker, const struct file *file)
 {
     const struct waiter *waiter = file->waiting.first;
 
-    return file->storage == STORAGE_NEAR && file->quick_syncs >= QUICK_SYNCS && worker->lone_count >= LONE_REQUESTS &&
+    return storage_is_near(file->storage) && file->quick_syncs >= QUICK_SYNCS && worker->lone_count >= LONE_REQUESTS &&
            worker->requests_in_flight == 1 && !worker->submitted && !worker->dirty_count && !waiter->next &&
            pace_allows(&file->sync_pace, worker->now = pace_now());
 }

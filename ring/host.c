@@ -25,12 +25,13 @@ uint64_t host_now(void)
 
 /* ---- files ---- */
 
-int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset)
+/* tmpfs knows no RWF_NOWAIT (Linux 6.18). */
+int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset, bool is_memory)
 {
     ssize_t result;
 
     do
-        result = preadv2(fd, iovecs, (int)count, host_offset, RWF_NOWAIT);
+        result = preadv2(fd, iovecs, (int)count, host_offset, is_memory ? 0 : RWF_NOWAIT);
     while (result < 0 && errno == EINTR);
     if (result < 0)
         return errno == EOPNOTSUPP ? -EAGAIN : -errno;

@@ -15,8 +15,9 @@ struct io_uring_sqe;
 /* ns of a clock that only goes forward. */
 uint64_t host_now(void);
 
-/* Read what is in the page cache. -> bytes, 0 at the end of the file, or -errno; -EAGAIN: it would wait. */
-int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset);
+/* Read what is in the page cache. A file in memory is: what of it is swapped out is waited for. -> bytes, 0 at the end of
+ * the file, or -errno; -EAGAIN: it would wait. */
+int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset, bool is_memory);
 /* Write to the page cache; the host may make the writer wait. -> bytes, or -errno. */
 int64_t host_write(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset);
 /* fdatasync; waits for the disk. -> 0 or -errno */

@@ -17,9 +17,11 @@
 
 /* Overlayfs is not among them: it tells nobody what lies under it. */
 static const uint32_t NEAR[] = {
-    TMPFS_MAGIC,    RAMFS_MAGIC,    HUGETLBFS_MAGIC, EXT4_SUPER_MAGIC, XFS_MAGIC, BTRFS_SUPER_MAGIC, F2FS_SUPER_MAGIC,
-    BCACHEFS_MAGIC, MSDOS_SUPER_MAGIC, EXFAT_MAGIC,  JFS_MAGIC,        NTFS3_MAGIC, ZFS_MAGIC,
+    EXT4_SUPER_MAGIC, XFS_MAGIC, BTRFS_SUPER_MAGIC, F2FS_SUPER_MAGIC, BCACHEFS_MAGIC, MSDOS_SUPER_MAGIC, EXFAT_MAGIC,
+    JFS_MAGIC,        NTFS3_MAGIC, ZFS_MAGIC,
 };
+
+static const uint32_t MEMORY[] = {TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGIC};
 
 /* Disks whose other end is on a network. */
 static const unsigned int FAR_MAJORS[] = {43 /* nbd */, 147 /* drbd */};
@@ -30,6 +32,14 @@ static enum storage storage_of_disk(dev_t disk)
         if (major(disk) == FAR_MAJORS[i])
             return STORAGE_FAR;
     return STORAGE_NEAR;
+}
+
+static bool has(const uint32_t *magics, size_t count, uint32_t magic)
+{
+    for (size_t i = 0; i < count; i++)
+        if (magics[i] == magic)
+            return true;
+    return false;
 }
 
 enum storage storage_of(int fd)
@@ -43,9 +53,9 @@ enum storage storage_of(int fd)
         return storage_of_disk(st.st_rdev);
     if (!S_ISREG(st.st_mode))
         return STORAGE_STREAM;
-    if (fstatfs(fd, &fs) == 0)
-        for (size_t i = 0; i < sizeof(NEAR) / sizeof(*NEAR); i++)
-            if ((uint32_t)fs.f_type == NEAR[i])
-                return STORAGE_NEAR;
-    return STORAGE_FAR;
+    if (fstatfs(fd, &fs) < 0)
+        return STORAGE_FAR;
+    if (has(MEMORY, sizeof(MEMORY) / sizeof(*MEMORY), (uint32_t)fs.f_type))
+        return STORAGE_MEMORY;
+    return has(NEAR, sizeof(NEAR) / sizeof(*NEAR), (uint32_t)fs.f_type) ? STORAGE_NEAR : STORAGE_FAR;
 }

@@ -10,7 +10,7 @@
  * O_DIRECT in its page. One that could not be mapped is not asked again. */
 static bool is_mapped(struct file *file)
 {
-    if (!file->word && !file->word_refused && file->storage == STORAGE_NEAR && file->direct_fd < 0)
+    if (!file->word && !file->word_refused && storage_is_near(file->storage) && file->direct_fd < 0)
         file->word = host_map_page(file->fd, &file->word_losses);
     file->word_refused = !file->word;
     return file->word;

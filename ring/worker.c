@@ -358,7 +358,7 @@ int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync, cons
 
 int worker_is_near(struct worker *worker, uint32_t slot)
 {
-    return worker_has_slot(worker, slot) && worker->files[slot].storage == STORAGE_NEAR;
+    return worker_has_slot(worker, slot) && storage_is_near(worker->files[slot].storage);
 }
 
 void worker_remove_file(struct worker *worker, uint32_t slot)

@@ -317,7 +317,7 @@ static int64_t perform(uint32_t job, uint8_t opcode, int fd, uint64_t offset, ui
     return result;
 }
 
-int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset)
+int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uint64_t host_offset, bool is_memory)
 {
     uint32_t job = new_job(0, iovecs, count);
 
