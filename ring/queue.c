@@ -9,7 +9,8 @@
 #include "ring/share.h"
 #include "ring/inside.h"
 
-#define FETCH_MAX 128         /* chains of one queue before the others have their turn */
+#define FETCH_ALONE 128       /* chains of one queue between two looks at what else there is to do, */
+#define FETCH_TURN 32         /* and before the others have their turn: one that is refilled meanwhile would not end */
 #define FETCH_SUBMIT 4        /* every so many chains the disk has something to do beside us */
 #define FETCH_PUBLISH 16      /* every so many the driver hears what is done, to work beside us, and a sync may start */
 #define FETCH_EVENTS_MAX 256  /* let Python catch up before popping more for it */
@@ -217,7 +218,9 @@ static void share_work(struct worker *worker, uint32_t count)
 
 static void fetch(struct worker *worker, struct queue *queue)
 {
-    for (uint32_t count = 0; count < FETCH_MAX && is_served(queue) && has_room(worker, queue); count++) {
+    uint32_t most = worker->active_count > 1 ? FETCH_TURN : FETCH_ALONE;
+
+    for (uint32_t count = 0; count < most && is_served(queue) && has_room(worker, queue); count++) {
         int result = virtqueue_pop(&queue->ring, &worker->memory, &worker->chain);
 
         if (queue_has_lost(worker, queue))
