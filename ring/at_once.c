@@ -121,6 +121,11 @@ int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offse
     return worker->files[slot].error ? -EIO : write_now(worker, &operation);
 }
 
+bool worker_allows_entry(struct worker *worker, uint32_t slot, uint32_t nbytes)
+{
+    return worker_has_slot(worker, slot) && at_once_allows(&worker->files[slot], nbytes, worker->now = pace_now());
+}
+
 /* Read as far as the file goes. -> bytes; -EAGAIN: not all of it is in the page cache, or it cannot be read. */
 static int64_t read_now(struct worker *worker, struct operation *operation, uint8_t *to)
 {
@@ -177,11 +182,8 @@ static int write_table(struct extent_writer *writer, uint32_t slot, uint64_t hos
 {
     struct worker *worker = ((struct table_writer *)writer)->worker;
 
-    worker->now = pace_now();
-    if (!worker_has_slot(worker, slot) ||
-        !at_once_allows(&worker->files[slot], nbytes, worker->now))
-        return -EAGAIN;
-    return worker_write_entry(worker, slot, host_offset, bytes, nbytes);
+    return worker_allows_entry(worker, slot, nbytes) ? worker_write_entry(worker, slot, host_offset, bytes, nbytes)
+                                                     : -EAGAIN;
 }
 
 struct table_writer worker_table_writer(struct worker *worker)

@@ -15,22 +15,17 @@ void request_release(struct worker *worker, struct request *request, int result)
 int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
                           uint64_t start, uint64_t nbytes);
 
-/* A whole stretch of a file, of which a part of a request's data replaces what is elsewhere. */
-struct request_copy {
-    uint32_t slot;
-    uint32_t old_slot; /* EXTENT_NO_SLOT: what is elsewhere are zeros */
-    uint64_t host_offset;
-    uint64_t old_offset;
-    uint64_t nbytes; /* of the stretch */
-    uint64_t ahead;  /* of them, before the request's */
-    const struct extent_cipher *cipher; /* of the stretch, of what is elsewhere; NULL: the bytes are as they are */
-    const struct extent_cipher *old_cipher;
-};
-
 /* Read the old bytes, write them with nbytes of the request's data from `start` in their midst, on this thread.
  * -> 0, -EAGAIN: not now, nothing was written, or how it failed, perhaps in the middle. */
 int request_copy_at_once(struct worker *worker, struct request *request, const struct request_copy *copy,
                          uint64_t start, uint64_t nbytes);
+
+#define REQUEST_COPY_NBYTES (256u << 10)
+
+/* The same through the kernel, of at most so many bytes; as request_transfer, device->end comes after the last part,
+ * and *copy is borrowed until then. */
+void request_copy(struct worker *worker, struct request *request, const struct request_copy *copy, uint64_t start,
+                  uint64_t nbytes);
 
 /* What a device lends its extent map for one request: reads on this thread of what is in the page cache. */
 struct table_reader {
@@ -48,6 +43,13 @@ struct table_writer {
 };
 
 struct table_writer worker_table_writer(struct worker *worker);
+
+/* Whether metadata may be written on this thread: it is not known to hold it up. */
+bool worker_allows_entry(struct worker *worker, uint32_t slot, uint32_t nbytes);
+
+/* Write metadata, which is borrowed until device->end comes; as request_transfer. */
+void request_write_entry(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
+                         const void *bytes, uint32_t nbytes);
 
 /* Write metadata on this thread, however long that takes. -> 0 or how it failed. */
 int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes);
@@ -76,10 +78,22 @@ static inline bool worker_has_slot(const struct worker *worker, uint32_t slot)
     return slot < worker->file_count && worker->files[slot].fd >= 0;
 }
 
+/* Data goes by O_DIRECT, never on this thread. */
+static inline bool worker_slot_is_direct(const struct worker *worker, uint32_t slot)
+{
+    return worker->files[slot].direct_fd >= 0;
+}
+
 /* All that was written to it, by whomever, is stable. */
 static inline bool worker_slot_is_stable(const struct worker *worker, uint32_t slot)
 {
     return !worker->files[slot].dirty && !worker->files[slot].syncing;
+}
+
+/* Whether another request may begin transfers, as a fetched one may: fetching sees to it. */
+static inline bool worker_has_operations(const struct worker *worker)
+{
+    return worker->free_operations >= WORKER_TRANSFERS_MIN;
 }
 
 /* An fdatasync of the file failed: it takes no more writes. */

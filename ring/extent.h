@@ -72,7 +72,8 @@ struct extent_place {
     uint64_t mark_offset;
     uint64_t guest_offset;
     uint64_t entry[2]; /* for the map, */
-    uint64_t is_kept;  /* as is this: whether the place was the guest's before */
+    uint64_t old_entry[2]; /* as are these: what was there before, */
+    uint64_t is_kept;      /* and whether the place was the guest's then */
 };
 
 enum extent_outcome {
@@ -93,15 +94,23 @@ enum extent_clearing {
     EXTENT_KEEP,    /* zeros, and keep the space */
 };
 
+#define EXTENT_HELD 48 /* places that are held at a time, at most */
+
 /* What a map offers besides for EXTENT_FRESH, and for discards and zeros; a map without it has none. `take`
- * sets a place aside: -> 0, or -EAGAIN, only Python can. `conclude` says what came
- * of it; nothing else is asked of the map in between. error: of the name's
+ * sets a place aside: -> 0; -EAGAIN: only Python can; -EBUSY: one for these bytes is held. `conclude` says what came
+ * of it; nothing else is asked of the map in between, unless the place is held. error: of the name's
  * write, else 0. -> 0, or < 0: the image takes no more writes.
+ *
+ * `hold` keeps a place while its bytes are on their way: until `conclude` nobody else gets one for them, and whoever
+ * changes their entry waits. `find` says how it is named now: -> 0, or
+ * -EAGAIN: it is not, so it has to be given up as spoiled.
  *
  * `clear` lets the range read as zeros. -> 0; -EAGAIN: nothing has changed, only Python can; else the image takes no
  * more writes. */
 struct extent_places {
     int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out);
+    void (*hold)(void *context, const struct extent_place *place);
+    int (*find)(void *context, struct extent_place *place);
     int (*conclude)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);
     int (*clear)(void *context, uint64_t guest_offset, uint64_t nbytes, enum extent_clearing how,
                  struct extent_writer *writer);

@@ -93,12 +93,16 @@ static int decrypt(const struct operation *operation)
     return result;
 }
 
+static void free_bounce(struct worker *worker, struct operation *operation);
+
 static void end(struct worker *worker, uint32_t number, int result)
 {
     struct operation *operation = &worker->operations[number];
     struct request *request = operation->request;
 
     ASSERT(operation->verb > VERB_WAIT && worker->grace.in_flight[operation->epoch]);
+    if (operation->copy)
+        free_bounce(worker, operation);
     ASSERT(!operation->bounce && !operation->occupies);
     if (operation->cipher && operation->verb == VERB_READ && result == 0)
         result = decrypt(operation);
@@ -140,12 +144,22 @@ void operation_trace_transfer(struct worker *worker, struct operation *operation
 }
 
 static void transfer_completed(struct worker *worker, uint32_t number, int result);
+static void finish(struct worker *worker, uint32_t number);
 
 /* ---- O_DIRECT: a page is never written both by it and through the page cache ---- */
 
 #define BOUNCE_NBYTES (256u << 10)    /* of one submission */
 #define BOUNCE_ALL_NBYTES (16u << 20) /* of all that are under way */
 #define BOUNCE_ALIGNMENT 4096u
+
+_Static_assert(REQUEST_COPY_NBYTES <= BOUNCE_NBYTES, "a copy is bounced as a whole");
+
+/* What is copied stays until all of it is written. */
+static void drop_bounce(struct worker *worker, struct operation *operation)
+{
+    if (!operation->copy)
+        free_bounce(worker, operation);
+}
 
 static void free_bounce(struct worker *worker, struct operation *operation)
 {
@@ -200,10 +214,31 @@ static int encrypt(struct worker *worker, struct operation *operation, struct io
     return result;
 }
 
+/* Let *gather be what is left to move of a copy, which is in memory of ours as a whole. -> 0 or, as take_bounce, < 0. */
+static int gather_copy(struct worker *worker, struct operation *operation, struct iovec *single,
+                       struct gather *gather)
+{
+    int result = operation->bounce ? 0 : take_bounce(worker, operation, operation->nbytes);
+
+    if (result < 0)
+        return result;
+    *single = (struct iovec){operation->bounce + operation->progress, operation->nbytes - operation->progress};
+    *gather = (struct gather){.iovecs = single, .count = 1, .limit = 1, .nbytes = single->iov_len};
+    return 0;
+}
+
+/* It has nothing to read. */
+static bool copies_zeros(const struct operation *operation)
+{
+    return operation->copy && operation->verb == VERB_READ && operation->copy->old_slot == EXTENT_NO_SLOT;
+}
+
 /* What the next submission moves. -> 0 or, as gather_submission and encrypt, < 0. */
 static int gather_transfer(struct worker *worker, struct operation *operation, struct iovec *single,
                            struct gather *gather)
 {
+    if (operation->copy)
+        return gather_copy(worker, operation, single, gather);
     if (operation->cipher && operation->verb == VERB_WRITE)
         return encrypt(worker, operation, single, gather);
     return gather_submission(worker, operation, single, gather);
@@ -256,6 +291,11 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     struct io_uring_sqe *entry;
     int result = gather_transfer(worker, operation, &single, &gather);
 
+    if (result == 0 && copies_zeros(operation)) {
+        memset(operation->bounce, 0, operation->nbytes);
+        finish(worker, number);
+        return MOVED;
+    }
     if (result == 0)
         result = choose_way(worker, operation, &single, &gather);
     if (result < 0)
@@ -265,13 +305,13 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     if (!operation->direct && at_once_allows(file, gather.nbytes, worker->now))
         result = at_once_transfer(worker, operation, &gather);
     if (result != -EAGAIN) {
-        free_bounce(worker, operation);
+        drop_bounce(worker, operation);
         transfer_completed(worker, number, result);
         return MOVED;
     }
     entry = turn_is_now(worker, operation) ? uring_entry(&worker->uring) : NULL;
     if (!entry) {
-        free_bounce(worker, operation);
+        drop_bounce(worker, operation);
         return turn_is_now(worker, operation) ? -EAGAIN : WAITS;
     }
     prepare_transfer(entry, operation, file, &gather);
@@ -328,10 +368,50 @@ static int perform_here(struct worker *worker, uint32_t number)
     result = host_perform(&entry);
     if (operation->verb == VERB_WRITE && !operation->direct && result > 0)
         worker->files[operation->slot].dirty += result;
-    free_bounce(worker, operation);
+    drop_bounce(worker, operation);
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     return result;
+}
+
+static void submit(struct worker *worker, uint32_t number);
+
+/* The old bytes are in memory of ours: put the request's among them, and write all. */
+static void write_copy(struct worker *worker, uint32_t number)
+{
+    struct operation *operation = &worker->operations[number];
+    const struct request_copy *copy = operation->copy;
+    const struct extent_cipher *old_cipher = copy->old_cipher, *cipher = copy->cipher;
+    int result = 0;
+
+    if (old_cipher && copy->old_slot != EXTENT_NO_SLOT)
+        result = old_cipher->decrypt(old_cipher->context, (copy->old_offset - old_cipher->origin) / EXTENT_SECTOR,
+                                     operation->bounce, operation->bounce, copy->nbytes);
+    pieces_load(operation->request->data, operation->piece.start, operation->piece.nbytes,
+                operation->bounce + copy->ahead);
+    if (result == 0 && cipher)
+        result = cipher->encrypt(cipher->context, (copy->host_offset - cipher->origin) / EXTENT_SECTOR,
+                                 operation->bounce, operation->bounce, copy->nbytes);
+    operation->verb = VERB_WRITE;
+    operation->slot = copy->slot;
+    operation->host_offset = copy->host_offset;
+    operation->progress = 0;
+    operation->data = true;
+    if (result < 0)
+        end(worker, number, result);
+    else
+        submit(worker, number);
+}
+
+/* All of it was moved: that is its end, or a copy has been read. */
+static void finish(struct worker *worker, uint32_t number)
+{
+    const struct operation *operation = &worker->operations[number];
+
+    if (operation->copy && operation->verb == VERB_READ)
+        write_copy(worker, number);
+    else
+        end(worker, number, 0);
 }
 
 /* Hand it to the kernel, for the first time or to go on. */
@@ -346,7 +426,7 @@ static void submit(struct worker *worker, uint32_t number)
         return;
     }
     if (operation->progress == operation->nbytes) {
-        end(worker, number, 0);
+        finish(worker, number);
         return;
     }
     result = is_transfer ? submit_transfer(worker, number) : submit_zero(worker, number);
@@ -425,6 +505,30 @@ void request_transfer(struct worker *worker, struct request *request, bool is_wr
     worker->operations[number].cipher = extent->cipher;
     begin_piece(worker, number, flags, extent->slot, extent->host_offset,
                 (struct piece){request_id(request), start, extent->nbytes});
+}
+
+void request_write_entry(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
+                         const void *bytes, uint32_t nbytes)
+{
+    uint32_t number = operation_begin(worker, request);
+
+    request->parts++;
+    begin_piece(worker, number, TRANSFER_WRITE, slot, host_offset, (struct piece){PIECE_HOST, (uintptr_t)bytes, nbytes});
+}
+
+void request_copy(struct worker *worker, struct request *request, const struct request_copy *copy, uint64_t start,
+                  uint64_t nbytes)
+{
+    uint32_t number = operation_begin(worker, request);
+    struct operation *operation = &worker->operations[number];
+
+    ASSERT(copy->nbytes && copy->nbytes <= REQUEST_COPY_NBYTES && copy->ahead + nbytes <= copy->nbytes);
+    request->parts++;
+    operation->copy = copy;
+    operation->piece = (struct piece){request_id(request), start, nbytes};
+    operation->data = true;
+    begin(worker, number, VERB_READ, copy->old_slot == EXTENT_NO_SLOT ? copy->slot : copy->old_slot, copy->old_offset,
+          copy->nbytes);
 }
 
 /* -> 0 if the piece is inside what it names. */
@@ -530,8 +634,11 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
     } else if (result < 0) {
         end(worker, number, result);
     } else if (result == 0 && operation->verb == VERB_READ) {
-        gather_zero_rest(worker, operation);
-        end(worker, number, 0);
+        if (operation->copy)
+            memset(operation->bounce + operation->progress, 0, operation->nbytes - operation->progress);
+        else
+            gather_zero_rest(worker, operation);
+        finish(worker, number);
     } else if (result == 0) {
         end(worker, number, -EIO);
     } else {
@@ -548,7 +655,7 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
     ASSERT(worker->submitted && operation->verb > VERB_WAIT);
     worker->submitted--;
     turn_end(worker, operation);
-    free_bounce(worker, operation);
+    drop_bounce(worker, operation);
     if (operation->verb == VERB_WRITE && !operation->direct && result > 0)
         worker->files[operation->slot].dirty += result; /* again: an fdatasync may have started meanwhile */
     if (worker->trace && operation->trace_id)

@@ -42,6 +42,8 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     request->parts = 0;
     request->error = 0;
     request->synced = false;
+    request->then = 0;
+    request->flight = 0;
     line_init(&request->followers);
     request->traced = false;
     queue->in_flight++;

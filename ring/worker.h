@@ -121,6 +121,8 @@ struct request {
     uint8_t synced; /* for the device: it waited in a sync already */
     uint8_t traced;  /* its end is recorded, too */
     uint8_t awaited; /* somebody waits for its end */
+    uint8_t then;    /* for the device: what is left to do when its parts have ended */
+    uint16_t flight; /* for the device: the first of its flights; 0: none */
     struct iovec inline_pieces[INLINE_PIECES];
 };
 
@@ -200,6 +202,18 @@ struct piece {
     uint64_t nbytes;
 };
 
+/* A whole stretch of a file, of which a part of a request's data replaces what is elsewhere. */
+struct request_copy {
+    uint32_t slot;
+    uint32_t old_slot; /* EXTENT_NO_SLOT: what is elsewhere are zeros */
+    uint64_t host_offset;
+    uint64_t old_offset;
+    uint64_t nbytes; /* of the stretch */
+    uint64_t ahead;  /* of them, before the request's */
+    const struct extent_cipher *cipher; /* of the stretch, of what is elsewhere; NULL: the bytes are as they are */
+    const struct extent_cipher *old_cipher;
+};
+
 enum verb { VERB_FREE = 0, VERB_WAIT, VERB_READ, VERB_WRITE, VERB_PUNCH, VERB_ZERO_RANGE };
 
 struct operation {
@@ -222,7 +236,8 @@ struct operation {
     bool occupies; /* counts in file.occupying */
     uint32_t next;
     uint32_t bounce_nbytes;
-    uint8_t *bounce; /* NULL: none; what O_DIRECT writes in place of pieces that do not suit it */
+    uint8_t *bounce; /* NULL: none; what O_DIRECT writes in place of pieces that do not suit it, or what is copied */
+    const struct request_copy *copy; /* NULL: none; else the request's part of it is `piece` */
 };
 
 /* Two epochs: a grace closes one and waits until nothing begun in it is left. */

@@ -15,7 +15,7 @@ COLD = 1 / 4  # of the tables
 PUNT, DATA, ZERO, FRESH = 0, 1, 2, 3
 UNTOUCHED, SPOILED, NAMED = 0, 1, 2
 DISCARD, UNMAP, KEEP = 0, 1, 2
-AGAIN = -errno.EAGAIN
+AGAIN, BUSY = -errno.EAGAIN, -errno.EBUSY
 WRITE = "int(*)(struct extent_writer *, uint32_t, uint64_t, void const *, uint32_t)"
 
 
@@ -89,6 +89,7 @@ class Plane:
         file.memory.address = 1  # of no use to the engine, which only hands it on
         translate, context, places = image.extent_map
         draw = random.Random(0)
+        self.answer = 0  # of the last `take`
         self._driver = driver
         self._file = file
         by_slot = {TOP: file, BASE: base, OWN: data}
@@ -120,11 +121,26 @@ class Plane:
         return content
 
     def take(self, guest_offset: int, nbytes: int) -> Any:
-        """A place, or None: only Python can."""
+        """A place, or None: only Python can, or one is held."""
         place = ffi.new("struct extent_place *")
-        result = self._places.take(self._context, guest_offset, nbytes, place)
-        assert result in (0, AGAIN)
-        return place if result == 0 else None
+        self.answer = self._places.take(self._context, guest_offset, nbytes, place)
+        assert self.answer in (0, AGAIN, BUSY)
+        return place if self.answer == 0 else None
+
+    def hold(self, place: Any) -> None:
+        """Its bytes take a while."""
+        self._places.hold(self._context, place)
+
+    def land(self, place: Any, data: bytes) -> bool:
+        """The bytes of a place that is held are there: name it; False: it has to be given up."""
+        stored = ciphered(place.cipher, place.host_offset, data, "encrypt")
+        self._driver.write_at_once(self._files[place.slot], place.host_offset, stored)
+        if self._places.find(self._context, place) == AGAIN:
+            self.conclude(place, SPOILED)
+            return False
+        name = bytes(ffi.buffer(place.name, place.name_nbytes))
+        self._driver.write_at_once(self._files[place.name_slot], place.name_offset, name)
+        return self.conclude(place, NAMED) == 0
 
     def conclude(self, place: Any, outcome: int, error: int = 0) -> int:
         return int(self._places.conclude(self._context, place, outcome, error))

@@ -9,6 +9,7 @@
 #include "ring/pieces.h"
 
 #define SECTOR 512u
+#define WAITING_MAX 256u /* who comes then is Python's: all may come to be at once, and its events have an end */
 #define FLUSH_OUT 5u /* a FLUSH of legacy drivers, virtio 0.9.5 */
 #define TRANSFER_NBYTES_MAX INT32_MAX /* as QEMU: one request must not hold up a drain for minutes */
 
@@ -92,13 +93,10 @@ static bool modifies(const struct request *request)
            request->type == VIRTIO_BLK_T_WRITE_ZEROES;
 }
 
-static void end(struct device *device, struct worker *worker, struct request *request, int result)
+static void finish(struct block *block, struct worker *worker, struct request *request, int result)
 {
-    struct block *block = block_of(device);
-
-    ASSERT(request->state == REQUEST_BUSY && !request->parts);
     for (struct waiter *waiter; (waiter = line_leave(&request->followers));)
-        end(device, worker, waiter->request, result);
+        finish(block, worker, waiter->request, result);
     if (request == block->flushing)
         block->flushing = NULL;
     if (result == 0 && request->type != VIRTIO_BLK_T_IN && takes_no_writes(block, worker))
@@ -155,7 +153,6 @@ static void serve(struct worker *worker, struct request *request, const struct e
     bool is_write = request->type == VIRTIO_BLK_T_OUT;
     uint64_t start = 0;
 
-    request_hold(request);
     for (int i = 0; i < count; start += extents[i++].nbytes) {
         if (extents[i].kind == EXTENT_FRESH)
             continue; /* done */
@@ -164,73 +161,67 @@ static void serve(struct worker *worker, struct request *request, const struct e
         else
             request_transfer(worker, request, is_write, &extents[i], start);
     }
-    request_release(worker, request, 0);
 }
 
-static int fill_place(struct worker *worker, struct request *request, const struct extent_place *place, uint64_t start,
-                      uint64_t nbytes)
-{
-    struct request_copy copy = {
-        .slot = place->slot,
-        .old_slot = place->old_slot,
-        .host_offset = place->host_offset - place->ahead,
-        .old_offset = place->old_offset,
-        .nbytes = place->old_nbytes,
-        .ahead = place->ahead,
-        .cipher = place->cipher,
-        .old_cipher = place->old_cipher,
-    };
+/* What is left to do of a request when its parts have ended. */
+enum then { THEN_END = 0, THEN_PUNT, THEN_WAIT };
 
-    if (place->old_nbytes)
-        return request_copy_at_once(worker, request, &copy, start, nbytes);
-    return request_write_at_once(worker, request, place->slot, place->host_offset, start, nbytes);
-}
-
+/* Once a name is in memory alone, a SYNC of the file is no FLUSH. */
 static int name_place(struct block *block, struct worker *worker, const struct extent_place *place)
 {
-    int result;
+    int result = place_name(worker, place);
 
-    if (!place->memory)
-        return worker_write_entry(worker, place->name_slot, place->name_offset, place->name, place->name_nbytes);
-    worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);
-    result = worker_write_word(worker, place->name_slot, place->mark_offset, place->mark, sizeof(place->mark));
-    if (result == 0)
+    if (result == 0 && place->memory)
         block->flush_punts = true;
     return result;
 }
 
+static struct place_map map_of(const struct block *block)
+{
+    return (struct place_map){block->places, block->context};
+}
+
 /* Write nbytes from `start` of the request where nothing is yet: the bytes, then what makes them the guest's. One
- * sequence on this thread, so nothing is ever half done when somebody else looks. -> false: only Python can. */
-static bool write_fresh(struct block *block, struct worker *worker, struct request *request, uint64_t start,
-                        uint64_t nbytes)
+ * sequence on this thread, so nothing is ever half done when somebody else looks; or a flight, whose place is held. */
+static enum then write_fresh(struct block *block, struct worker *worker, struct request *request, uint64_t start,
+                             uint64_t nbytes)
 {
     const struct extent_places *places = block->places;
     struct extent_place place;
     int result = places->take(block->context, request->offset + start, nbytes, &place);
 
     if (result < 0)
-        return false;
-    result = fill_place(worker, request, &place, start, nbytes);
+        return result == -EBUSY ? THEN_WAIT : THEN_PUNT;
+    result = place_fill(worker, request, &place, start, nbytes);
+    if (result == -EAGAIN && flight_suits(worker, &place, nbytes)) {
+        if (!block->flights.first_free) {
+            places->conclude(block->context, &place, EXTENT_UNTOUCHED, 0);
+            return THEN_WAIT;
+        }
+        flight_begin(&block->flights, map_of(block), worker, request, &place, start, nbytes);
+        return THEN_END;
+    }
     if (result < 0) {
         places->conclude(block->context, &place, result == -EAGAIN ? EXTENT_UNTOUCHED : EXTENT_SPOILED, 0);
-        return false;
+        return THEN_PUNT;
     }
     result = name_place(block, worker, &place);
     if (places->conclude(block->context, &place, result < 0 ? EXTENT_SPOILED : EXTENT_NAMED, result) < 0)
         block->failed = true;
-    return result == 0;
+    return result == 0 ? THEN_END : THEN_PUNT;
 }
 
-/* -> false: a part that has no place yet is left to Python, which then writes all of the request. */
-static bool write_all_fresh(struct block *block, struct worker *worker, struct request *request,
-                            const struct extent *extents, int count)
+/* If a part that has no place yet cannot have one, all of the request is written anew: by Python, or later. */
+static enum then write_all_fresh(struct block *block, struct worker *worker, struct request *request,
+                                 const struct extent *extents, int count)
 {
+    enum then then = THEN_END;
     uint64_t start = 0;
 
-    for (int i = 0; i < count; start += extents[i++].nbytes)
-        if (extents[i].kind == EXTENT_FRESH && !write_fresh(block, worker, request, start, extents[i].nbytes))
-            return false;
-    return true;
+    for (int i = 0; i < count && then == THEN_END; start += extents[i++].nbytes)
+        if (extents[i].kind == EXTENT_FRESH)
+            then = write_fresh(block, worker, request, start, extents[i].nbytes);
+    return then;
 }
 
 static void begin_transfer(struct block *block, struct worker *worker, struct request *request)
@@ -238,10 +229,75 @@ static void begin_transfer(struct block *block, struct worker *worker, struct re
     struct extent extents[WORKER_TRANSFERS_MIN];
     int count = block->translate ? resolve(block, worker, request, extents) : 0;
 
-    if (count && write_all_fresh(block, worker, request, extents, count))
+    request->error = 0;
+    request_hold(request);
+    request->then = count ? write_all_fresh(block, worker, request, extents, count) : THEN_PUNT;
+    if (request->then == THEN_END)
         serve(worker, request, extents, count);
+    request_release(worker, request, 0);
+}
+
+static void await_flight(struct block *block, struct request *request)
+{
+    line_join(&block->waiting, &request->waiter);
+    block->nwaiting++;
+}
+
+/* Begin those anew that waited for a flight to end. Ends of flights in the midst of that leave it to whoever began. */
+static void wake(struct block *block, struct worker *worker)
+{
+    if (block->waking || !block->waiting.first)
+        return;
+    block->waking = true;
+    do {
+        struct line ready;
+
+        line_init(&ready);
+        line_move(&ready, &block->waiting);
+        block->nwaiting = 0;
+        for (struct waiter *waiter; (waiter = line_leave(&ready));) {
+            if (worker_has_operations(worker))
+                begin_transfer(block, worker, waiter->request);
+            else
+                request_punt(worker, waiter->request, waiter->request->type);
+        }
+    } while (block->waiting.first && !block->flights.count);
+    block->waking = false;
+}
+
+/* All parts of the request have ended: its transfers, its sync, or Python's. */
+static void end(struct device *device, struct worker *worker, struct request *request, int result)
+{
+    struct block *block = block_of(device);
+    bool flew = request->flight;
+    enum then then = request->then;
+
+    ASSERT(request->state == REQUEST_BUSY && !request->parts);
+    if (flew) {
+        struct landing landing = flights_land(&block->flights, map_of(block), worker, request, result);
+
+        block->failed |= landing.failed;
+        block->flush_punts |= landing.waits;
+        if (landing.gave_up && then == THEN_END)
+            then = THEN_PUNT;
+        if (landing.goes_on) {
+            request->then = then;
+            request->error = 0;
+            request_hold(request);
+            flights_name(&block->flights, worker, request);
+            request_release(worker, request, 0);
+            return;
+        }
+    }
+    request->then = THEN_END;
+    if (then == THEN_END)
+        finish(block, worker, request, result);
+    else if (then == THEN_WAIT && block->nwaiting < WAITING_MAX)
+        await_flight(block, request);
     else
         request_punt(worker, request, request->type);
+    if (!block->flights.count || flew)
+        wake(block, worker);
 }
 
 /* Whole logical blocks, thus whole sectors, of this disk. */
@@ -355,7 +411,7 @@ static void clear_range(struct block *block, struct worker *worker, struct reque
     request->nbytes = (uint64_t)segment.num_sectors * SECTOR;
     trace(block, worker, request);
     if (clear_at_once(block, worker, request))
-        end(&block->device, worker, request, 0);
+        finish(block, worker, request, 0);
     else
         request_punt(worker, request, request->type);
 }
@@ -453,6 +509,8 @@ void block_init(struct block *block)
         .sync_slot = BLOCK_NO_SLOT,
         .names_slot = BLOCK_NO_SLOT,
     };
+    flights_init(&block->flights);
+    line_init(&block->waiting);
 }
 
 void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address,

@@ -11,6 +11,7 @@
 
 #include "ring/extent.h"
 #include "ring/device.h"
+#include "virtio/place.h"
 
 #define BLOCK_SERIAL_NBYTES 20 /* VIRTIO_BLK_ID_BYTES */
 #define BLOCK_NO_SLOT UINT32_MAX
@@ -32,6 +33,10 @@ struct block {
     const struct extent_places *places; /* NULL: what has no place yet goes to Python */
     struct request *flushing;           /* that Python is told to flush for, */
     uint64_t flushing_since;            /* the worker's round then: others may follow within it */
+    struct flights flights;
+    struct line waiting; /* writes that meet a place that is held, or cannot hold another one */
+    uint32_t nwaiting;
+    bool waking; /* they are begun anew */
 };
 
 void block_init(struct block *block);

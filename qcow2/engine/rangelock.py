@@ -9,16 +9,20 @@ neighbours that it does not overlap.
 from collections import deque
 from typing import Protocol
 
-from qcow2.driver.operation import Signal
+from qcow2.driver.operation import Grace, Signal
 
 NARROW = 32  # numbers that a hold takes one by one, or blocks
 BLOCK_BITS = 9  # of a block: the clusters of the largest slice, within which wide holds stay
 
 
 class Watcher(Protocol):
-    """Somebody who is no coroutine, and is told of each range from when it is asked for to when it is given back."""
+    """Somebody who is no coroutine, and is told of each range from when it is asked for to when it is given back.
+
+    It may be there itself, with something begun before that, and begins nothing more.
+    """
 
     def lock(self, first: int, last: int) -> None: ...
+    def is_there(self, first: int, last: int) -> bool: ...
     def unlock(self, first: int, last: int) -> None: ...
 
 
@@ -26,6 +30,10 @@ class Nobody:
     """Watches nothing."""
 
     def lock(self, first: int, last: int) -> None: ...
+    def is_there(self, first: int, last: int) -> bool:
+        """Begins nothing."""
+        return False
+
     def unlock(self, first: int, last: int) -> None: ...
 
 
@@ -131,8 +139,8 @@ class Hold:
         self._locks = locks
         self._received: Signal | None = None
         self._missing = locks.join(self, first, last)
-        self.was_immediate = not self._missing  # nothing else ran between asking and holding
         locks.watcher.lock(first, last)
+        self.was_immediate = not self._missing  # nothing else ran between asking and holding
 
     def receive(self) -> None:
         """One of the places waited for is ours now."""
@@ -144,6 +152,10 @@ class Hold:
         if self._missing:
             self._received = Signal()
             await self._received.wait()
+        watcher = self._locks.watcher
+        while watcher.is_there(self._first, self._last):
+            self.was_immediate = False
+            await Grace()  # of its transfers, which may be followed by others
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

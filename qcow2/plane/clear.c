@@ -57,7 +57,8 @@ static int is_simple(struct l2map *map, uint64_t first, uint64_t last)
     uint64_t slice = first >> map->slice_bits;
 
     return map->freed && map->writable && (!map->format.is_identity || map->untouched) && map->slot != SLOT_UNKNOWN &&
-           last >> map->slice_bits == slice && l2map_find(map, slice) != NONE && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last);
+           last >> map->slice_bits == slice && l2map_find(map, slice) != NONE && !l2map_is_claimed(map, slice) && !l2map_is_locked(map, first, last) &&
+           !l2map_holds(map, first, last);
 }
 
 static int free_cluster(struct freed *freed, struct clearing *clearing, uint64_t host_cluster)

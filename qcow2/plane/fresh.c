@@ -69,6 +69,14 @@ static void count_range(struct l2map *map, uint64_t first, uint64_t last, uint32
         add(locks->covered, LOCK_BLOCKS, first_block, last_block, by);
 }
 
+int l2map_holds(const struct l2map *map, uint64_t first, uint64_t last)
+{
+    for (uint32_t i = 0; i < map->nheld; i++)
+        if (first <= map->held[i] && map->held[i] <= last)
+            return 1;
+    return 0;
+}
+
 void l2map_lock(struct l2map *map, uint64_t first, uint64_t last)
 {
     count_range(map, first, last, 1);
@@ -139,9 +147,11 @@ static int is_simple(struct l2map *map, uint64_t cluster, uint64_t in_cluster, u
            l2map_find(map, cluster >> map->slice_bits) != NONE;
 }
 
-static int take_cluster(struct stock *stock, uint64_t *host_cluster)
+/* What is held may come to be spoiled, too. */
+static int take_cluster(const struct l2map *map, struct stock *stock, uint64_t *host_cluster)
 {
-    return stock->nspoiled < STOCK_SPOILED && !is_wanted_by_python(stock) && stock_take(stock, 1, host_cluster);
+    return stock->nspoiled + map->nheld < STOCK_SPOILED && !is_wanted_by_python(stock) &&
+           stock_take(stock, 1, host_cluster);
 }
 
 /* A write, all in one cluster, and the subclusters that it touches. */
@@ -184,11 +194,12 @@ static void fill_around(const struct l2map *map, struct extent_place *place, con
 }
 
 /* A record of it, in the link log. */
-static void name_in_log(struct l2map *map, struct extent_place *place, const struct touched *touched)
+static void name_in_log(struct l2map *map, struct extent_place *place, uint64_t cluster)
 {
+    struct entry old_entry = {place->old_entry[0], place->old_entry[1]};
+
     place->memory = map->log->memory;
-    place->name_offset = link_log_record(map->log, touched->cluster, touched->entry,
-                                         entry_of_place(place), place->name);
+    place->name_offset = link_log_record(map->log, cluster, old_entry, entry_of_place(place), place->name);
     place->name_nbytes = LINK_RECORD_NBYTES;
     place->mark_offset = LINK_MARK_OFFSET;
     link_log_mark(map->log, map->log->next, place->mark);
@@ -251,6 +262,8 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
 
     if (!table || !is_simple(map, cluster, in_cluster, nbytes))
         return -EAGAIN;
+    if (l2map_holds(map, cluster, cluster))
+        return -EBUSY;
     touched = touch(map, guest_offset, nbytes);
     old = describe_old(map, touched.start, touched.nbytes);
     *out = (struct extent_place){
@@ -258,6 +271,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
         .name_slot = map->slot,
         .host_offset = guest_offset,
         .guest_offset = guest_offset,
+        .old_entry = {touched.entry.word, touched.entry.bitmap},
     };
     if (map->format.is_identity)
         return take_own_place(map, &touched, &old, table, out);
@@ -267,7 +281,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
         (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
         return -EAGAIN;
     host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
-    if (!is_kept && !take_cluster(waits ? map->unsynced : map->stock, &host_cluster))
+    if (!is_kept && !take_cluster(map, waits ? map->unsynced : map->stock, &host_cluster))
         return -EAGAIN;
     entry = entry_after(map, &touched, host_cluster << map->cluster_bits, !waits);
     out->host_offset = (host_cluster << map->cluster_bits) + in_cluster;
@@ -280,7 +294,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     if (waits)
         fill_around(map, out, &old, &touched, nbytes);
     if (waits)
-        name_in_log(map, out, &touched);
+        name_in_log(map, out, cluster);
     else
         name_in_table(map, out, table + l2map_in_table(map, cluster));
     return 0;
@@ -298,15 +312,55 @@ static void link_waits(struct l2map *map, const struct extent_place *place)
     log->next++;
 }
 
+static void hold(void *context, const struct extent_place *place)
+{
+    struct l2map *map = context;
+
+    ASSERT(map->nheld < EXTENT_HELD);
+    map->held[map->nheld++] = place->guest_offset >> map->cluster_bits;
+}
+
+/* Whoever changes the entry waits for us, and its slice stays, so it is as it was; but others may have logged. */
+static int find(void *context, struct extent_place *place)
+{
+    struct l2map *map = context;
+    uint64_t cluster = place->guest_offset >> map->cluster_bits, table = l2map_private_table(map, cluster);
+    struct entry old_entry = {place->old_entry[0], place->old_entry[1]};
+
+    if (!map->writable || !table || l2map_find(map, cluster >> map->slice_bits) == NONE ||
+        !entry_is_same(l2map_entry(map, cluster), old_entry))
+        return -EAGAIN;
+    if (!place->memory)
+        return table + l2map_in_table(map, cluster) == place->name_offset ? 0 : -EAGAIN;
+    if (!map->log || place->memory != map->log->memory || !link_log_has_room(map->log))
+        return -EAGAIN;
+    name_in_log(map, place, cluster);
+    return 0;
+}
+
+/* -> whether it was held. */
+static int let_go(struct l2map *map, uint64_t cluster)
+{
+    for (uint32_t i = 0; i < map->nheld; i++) {
+        if (map->held[i] != cluster)
+            continue;
+        map->held[i] = map->held[--map->nheld];
+        return 1;
+    }
+    return 0;
+}
+
 static int conclude(void *context, const struct extent_place *place, enum extent_outcome outcome, int error)
 {
     struct l2map *map = context;
+    uint64_t cluster = place->guest_offset >> map->cluster_bits;
+    int was_held = let_go(map, cluster);
     struct stock *stock = place->memory ? map->unsynced : map->stock;
     uint64_t host_cluster = place->host_offset >> map->cluster_bits;
     int is_new = !place->is_kept && !map->format.is_identity;
 
     if (outcome == EXTENT_NAMED) {
-        ASSERT(!l2map_is_locked(map, place->guest_offset >> map->cluster_bits, place->guest_offset >> map->cluster_bits));
+        ASSERT(was_held || !l2map_is_locked(map, cluster, cluster));
         stock->linked += !place->is_kept;
         if (place->memory)
             link_waits(map, place);
@@ -314,6 +368,7 @@ static int conclude(void *context, const struct extent_place *place, enum extent
         return 0;
     }
     if (outcome == EXTENT_UNTOUCHED) {
+        ASSERT(!was_held);
         if (is_new)
             stock_put_back(stock, host_cluster);
         return 0;
@@ -330,7 +385,7 @@ static int conclude(void *context, const struct extent_place *place, enum extent
     return l2map_fail(map, error);
 }
 
-static const struct extent_places places = {take, conclude, l2map_clear};
+static const struct extent_places places = {take, hold, find, conclude, l2map_clear};
 
 uintptr_t l2map_places_address(void)
 {

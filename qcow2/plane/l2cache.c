@@ -144,13 +144,22 @@ static void unchain(struct l2map *map, uint32_t slot)
     *link = map->next[slot];
 }
 
+/* A slice stays while it has an entry that is about to change: what is read of it meanwhile may be as it was before. */
+static int is_pinned(const struct l2map *map, uint32_t slot)
+{
+    uint64_t first = map->slice_of[slot] << map->slice_bits;
+
+    return l2map_holds(map, first, first + (UINT64_C(1) << map->slice_bits) - 1);
+}
+
 static uint32_t take_slot(struct l2map *map)
 {
     uint32_t slot;
 
     if (map->nused < map->nslots)
         return map->nused++;
-    while (map->referenced[map->hand]) {
+    ASSERT(map->nheld < map->nslots);
+    while (map->referenced[map->hand] || is_pinned(map, map->hand)) {
         map->referenced[map->hand] = 0;
         map->hand = (map->hand + 1) % map->nslots;
     }

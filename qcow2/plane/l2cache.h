@@ -63,6 +63,8 @@ void l2map_set_dirty(struct l2map *map, struct dirty_bits *dirty);
 /* Python holds, or waits for, the guest clusters from first to last: their entries are its to change. */
 void l2map_lock(struct l2map *map, uint64_t first, uint64_t last);
 void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last);
+/* Whether the map holds a place of one of them, whose bytes or name are on their way. */
+int l2map_holds(const struct l2map *map, uint64_t first, uint64_t last);
 
 /* Only Python may load the slice, until it takes back the claim, one of perhaps several: a link in it waits that the
  * file does not have, or what the file had is on its way to l2map_load. */

@@ -166,6 +166,10 @@ class L2Cache:
         """Somebody holds, or waits for, these guest clusters: the extent map leaves their entries alone."""
         lib.l2map_lock(self._map, first, last)
 
+    def is_there(self, first: int, last: int) -> bool:
+        """Whether the extent map holds a place there, whose bytes or name are under way."""
+        return bool(lib.l2map_holds(self._map, first, last))
+
     def unlock(self, first: int, last: int) -> None:
         """Take one `lock` of exactly this range back."""
         lib.l2map_unlock(self._map, first, last)

@@ -42,6 +42,8 @@ struct l2map {
     struct untouched *untouched; /* of a data file; NULL: its entries are Python's */
     struct dirty_bits *dirty; /* NULL: no bitmap records */
     struct range_locks locks;
+    uint64_t held[EXTENT_HELD]; /* guest clusters of places that are held */
+    uint32_t nheld;
     uint64_t loads;          /* slices that translate has loaded */
     uint64_t clears;         /* writes of entries */
     uint32_t claims[CLAIMS]; /* of Python's on slices, by their last bits: one too many only costs time */

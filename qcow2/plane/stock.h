@@ -7,8 +7,10 @@
 
 #include <stdint.h>
 
+#include "ring/extent.h"
+
 #define STOCK_RUNS 64
-#define STOCK_SPOILED 64
+#define STOCK_SPOILED (2 * EXTENT_HELD)
 
 struct stock_run {
     uint64_t first;

@@ -34,7 +34,7 @@ def stop(daemon: Daemon) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "accurate"])
-@pytest.mark.parametrize("cache", ["writeback", "writethrough"])
+@pytest.mark.parametrize("cache", ["writeback", "writethrough", "none", "directsync"])
 def test_few_fresh_writes_enter_python(tmp_path: Path, lazy: bool, cache: str) -> None:
     path = make_image(tmp_path, lazy=lazy)
     order = random.Random(3).sample(range(SIZE // CLUSTER), 500)

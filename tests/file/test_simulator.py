@@ -21,6 +21,11 @@ def test_histories_of_many_lives_keep_every_promise_and_are_the_same_each_time()
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_histories_of_data_that_goes_by_o_direct_keep_every_promise() -> None:
+    done = simulate("--histories", "24", "--direct")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_death_in_a_life_leaves_what_the_laws_allow() -> None:
     done = simulate("--histories", "4", "--seed", "1", "--states", "2000")
     assert done.returncode == 0, done.stdout + done.stderr

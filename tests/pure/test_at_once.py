@@ -6,15 +6,16 @@ that show anyway have an entry that says so.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from qcow2.driver.operation import Grace, Operation
 from qcow2.judge.check import check
 from qcow2.plane.l2cache import Kind
 from tests.engine import Bench, noise, set_up
-from tests.extents import DISCARD, KEEP, UNMAP, Plane
+from tests.extents import DISCARD, FRESH, KEEP, UNMAP, UNTOUCHED, Plane
 
 NCLUSTERS = 40
 NREQUESTS = 150
@@ -151,3 +152,69 @@ def test_the_map_does_what_the_engine_would(seed: int) -> None:
     if not kind.options["has_subclusters"]:
         assert counts(served, with_copies=are_alike) == counts(plain, with_copies=are_alike)
     assert nserved
+
+
+@dataclass
+class Flights:
+    """Writes to places that are held: they end in any order, at the latest when the engine waits for a grace."""
+
+    draw: random.Random
+    plane: Plane
+    under_way: list[tuple[Any, int, bytes]] = field(default_factory=list)  # place, guest offset, data
+    ended: int = 0
+
+    def begin(self, offset: int, data: bytes) -> bool:
+        """False: the map has no place whose name is in a table."""
+        if self.plane.translate(offset, len(data), is_write=True).kind != FRESH:
+            return False
+        place = self.plane.take(offset, len(data))
+        if place is None:
+            return False
+        if place.memory:
+            self.plane.conclude(place, UNTOUCHED)
+            return False
+        self.plane.hold(place)
+        self.under_way.append((place, offset, data))
+        return True
+
+    def end_one(self) -> None:
+        place, _, data = self.under_way.pop(self.draw.randrange(len(self.under_way)))
+        assert self.plane.land(place, data)
+        self.ended += 1
+
+    def end_all(self) -> None:
+        while self.under_way:
+            self.end_one()
+
+    def end_those_in(self, start: int, end: int) -> None:
+        """What overlaps is over before it is asked for: else the two may end in either order."""
+        if any(offset < end and start < offset + len(data) for _, offset, data in self.under_way):
+            self.end_all()
+
+    def on_grace(self, operation: Operation) -> None:
+        if isinstance(operation, Grace):
+            self.end_all()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_places_that_are_held_end_as_what_the_engine_would(seed: int) -> None:
+    draw = random.Random(seed)
+    kind = shape(draw)
+    served, plain = kind.make(), kind.make()
+    flights = Flights(draw, Plane(served.driver, served.image, served.file, served.base, served.data))
+    served.breaker.fault = flights.on_grace
+    for _ in range(NREQUESTS):
+        offset, data, nbytes, _ = request = ask(draw, kind.size, 1 << kind.bits)
+        flights.end_those_in(offset, offset + nbytes)
+        if data is None or not flights.begin(offset, data):
+            answer(served, *request)
+        answer(plain, *request)
+        while len(flights.under_way) > draw.randrange(6):
+            flights.end_one()
+    flights.end_all()
+    assert served.content() == plain.content()
+    assert bits(served) == bits(plain)
+    for bench in (served, plain):
+        bench.close()
+        report = bench.driver.run(check(bench.file))
+        assert (report.corruptions, report.leaks) == (0, 0)

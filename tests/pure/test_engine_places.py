@@ -10,12 +10,13 @@ from qcow2.driver.operation import Grace, Operation, Sync, Write
 from qcow2.judge.check import check
 from qcow2.native import ffi, lib
 from tests.engine import Bench, noise, open_again, set_up
-from tests.extents import KEEP, SPOILED, UNMAP, UNTOUCHED, Plane
+from tests.extents import BUSY, KEEP, NAMED, SPOILED, UNMAP, UNTOUCHED, Plane
 
 pytestmark = pytest.mark.pure
 
 CLUSTER = 4096
 SIZE = 1024 * CLUSTER  # two L2 tables
+HELD = 48  # EXTENT_HELD
 
 
 class BenchPlane(Plane):
@@ -290,6 +291,88 @@ def test_stable_before_it_is_handed_out() -> None:
     bench.breaker.fault = lambda operation: syncs.append(operation) if isinstance(operation, Sync) else None
     assert plane.write(CLUSTER, noise(CLUSTER))
     assert syncs == []
+
+
+# ---- places that are held
+
+
+def test_a_place_that_is_held_keeps_others_off_its_cluster_alone() -> None:
+    bench, plane = started()
+    place = plane.take(CLUSTER, 512)
+    plane.hold(place)
+    assert (plane.take(CLUSTER + 512, 512), plane.answer) == (None, BUSY)
+    assert not plane.clear(CLUSTER, CLUSTER, KEEP)
+    assert plane.write(2 * CLUSTER, noise(512, seed=2))
+    assert bench.read(CLUSTER, 512) == bytes(512)
+    assert plane.land(place, noise(512))
+    assert plane.write(CLUSTER + 512, noise(512, seed=3)), "it is data now"
+    assert bench.read(CLUSTER, 1024) == noise(512) + noise(512, seed=3)
+    assert bench.read(2 * CLUSTER, 512) == noise(512, seed=2)
+    bench.close()
+    assert faults(bench) == (0, 0)
+
+
+@pytest.mark.parametrize("ends", [NAMED, SPOILED])
+def test_the_engine_waits_for_a_place_that_is_held(ends: int) -> None:
+    """It finds the cluster that has got a name meanwhile, or none, and never gives it a second one."""
+    bench, plane = started()
+    place = plane.take(CLUSTER, 512)
+    plane.hold(place)
+    waited: list[Operation] = []
+
+    def look(operation: Operation) -> None:
+        if isinstance(operation, Write) and operation.data:
+            assert waited, "the engine did not wait"
+        if isinstance(operation, Grace) and not waited:
+            waited.append(operation)
+            assert plane.land(place, noise(512)) if ends == NAMED else plane.conclude(place, SPOILED) == 0
+
+    bench.breaker.fault = look
+    bench.write(CLUSTER + 512, noise(512, seed=3))
+    bench.breaker.fault = None
+    assert bench.read(CLUSTER, 1024) == (noise(512) if ends == NAMED else bytes(512)) + noise(512, seed=3)
+    bench.close()
+    assert bench.image.statistics.clusters_allocated == 2
+    assert faults(bench) == (0, 0)
+
+
+def test_the_slice_of_a_place_that_is_held_stays_in_memory() -> None:
+    bench, plane = started()
+    place = plane.take(CLUSTER)
+    plane.hold(place)
+    l2map = ffi.cast("struct l2map *", bench.image.extent_map.context_address)
+    for number in range(2, 500):
+        lib.l2map_load(l2map, number, bytes(4096))
+    assert plane.land(place, noise(CLUSTER))
+    assert bench.read(CLUSTER, CLUSTER) == noise(CLUSTER)
+
+
+def test_a_place_whose_slice_is_not_in_memory_any_more_is_given_up() -> None:
+    bench, plane = started()
+    place = plane.take(CLUSTER)
+    plane.hold(place)
+    l2map = ffi.cast("struct l2map *", bench.image.extent_map.context_address)
+    assert lib.l2map_resize(l2map, SIZE, 64) == 0  # and is empty
+    assert not plane.land(place, noise(CLUSTER))
+    assert bench.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
+    bench.close()
+    assert faults(bench) == (0, 0)
+
+
+def test_no_more_places_are_held_than_can_come_to_be_spoiled() -> None:
+    bench, plane = started(lazy=True)
+    places = []
+    for cluster in range(1, 400):
+        if len(places) == HELD or (place := plane.take(cluster * CLUSTER)) is None:
+            continue
+        plane.hold(place)
+        places.append(place)
+    assert len(places) == HELD
+    for place in places:
+        assert plane.conclude(place, SPOILED) == 0
+    bench.write(0, noise(CLUSTER))
+    bench.close()
+    assert faults(bench) == (0, 0)
 
 
 # ---- discards

@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
         "--moments", type=int, default=MOMENTS, help="of one last life at which it may die; 0: all, which may be many"
     )
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
+    parser.add_argument("--direct", action="store_true", help="data goes by O_DIRECT")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
     mutant = BY_NAME.get(options.mutant)
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
             moments=0 if mutant else options.moments,
             until_found=mutant is not None,
             is_full=mutant is not None and mutant.is_full,
+            is_direct=options.direct or (mutant is not None and mutant.is_direct),
         )
     )
     print(f"{time.monotonic() - began:.1f} s")

@@ -17,7 +17,7 @@ TROUBLES = 8  # sorts of them
 TOLD = 10  # histories, of a walk over many
 
 
-def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False) -> World:
+def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False, is_direct: bool = False) -> World:
     """The history of *seed*; *is_full*, on a host without space, whatever that says."""
     draw = random.Random(seed)
     turn = seed + seed // lcm(len(sorts), TROUBLES)  # so that each sort meets each trouble
@@ -41,6 +41,7 @@ def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False) -> World
         trouble=trouble,
         lives=draw.choice((1, 2)) if is_long else draw.choice((1, 2, 3, 4)),
         is_long=is_long,
+        is_direct=is_direct,
     )
 
 
@@ -56,6 +57,7 @@ class Plan:
     moments: int = 0  # of one last life, at most; 0: all
     until_found: bool = False
     is_full: bool = False
+    is_direct: bool = False
 
 
 def run(plan: Plan) -> int:
@@ -65,11 +67,11 @@ def run(plan: Plan) -> int:
     for seed in range(plan.first, plan.first + plan.histories):
         if plan.until_found:
             print(f"history {seed}", flush=True)  # for whoever counts them, should this process not come to its end
-        world = world_of(seed, plan.sorts, is_full=plan.is_full)
+        world = world_of(seed, plan.sorts, is_full=plan.is_full, is_direct=plan.is_direct)
         fault = _run_one(world, total, count if count.states < plan.states else None, plan.moments)
         longest.add(world.longest)
         if plan.twice and not fault:
-            again = world_of(seed, plan.sorts, is_full=plan.is_full)
+            again = world_of(seed, plan.sorts, is_full=plan.is_full, is_direct=plan.is_direct)
             if _run_one(again, Tally()) or again.digest != world.digest:
                 fault = "a second run of this seed is another history"
         if fault:

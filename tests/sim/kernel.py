@@ -85,7 +85,7 @@ class KernelMemory(SimulatedMemory):
 class KernelFile(SimulatedFile):
     """A file with a descriptor."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("direct_fd", "fd")
 
 
 class Now(Executor):
@@ -276,8 +276,8 @@ class Kernel(Host):
 
     def add_file(self, file: KernelFile) -> None:
         """Give *file* a descriptor."""
-        file.fd = self.eventfd()
-        self.files[file.fd] = file
+        file.fd, file.direct_fd = self.eventfd(), self.eventfd()
+        self.files[file.fd] = self.files[file.direct_fd] = file
 
     def begin(self, number: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> None:
         """An entry was submitted."""

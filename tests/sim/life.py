@@ -106,10 +106,10 @@ class Block(NativeBlock):
 class HeldSimulation:
     """In place of `vhost.held.HeldImage`."""
 
-    def __init__(self, image: Image, files: list[KernelFile], size: int) -> None:
+    def __init__(self, image: Image, files: list[KernelFile], size: int, *, is_direct: bool) -> None:
         self.disk = SimpleNamespace(image=image, files=files, chain=SimpleNamespace(nodes=[image]))
-        self.direct_fds: dict[KernelFile, int] = {}
-        self.traits = {file: look_at(file.fd) for file in files}
+        self.direct_fds = {file: file.direct_fd for file in files} if is_direct else {}
+        self.traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in files}
         self.properties = Properties(size=size)
 
 
@@ -131,8 +131,18 @@ class World:
     """One history, of *seed*."""
 
     def __init__(
-        self, seed: int, sort: Sort, *, writethrough: bool, trouble: Trouble, lives: int, is_long: bool
+        self,
+        seed: int,
+        sort: Sort,
+        *,
+        writethrough: bool,
+        trouble: Trouble,
+        lives: int,
+        is_long: bool,
+        is_direct: bool = False,
     ) -> None:
+        """*is_direct*: data goes by O_DIRECT, so it is never on its way within one call."""
+        self.is_direct = is_direct
         self.is_long = is_long
         self._is_told_to_stop = False
         self.shared: dict[int, bytes] = {}  # host clusters that a snapshot has, and what they hold
@@ -262,7 +272,7 @@ class World:
             max_range_sectors=MAX_RANGE_SECTORS,
         )
         files = [*self.written, *([] if self.backing is None else [self.backing])]
-        held: Any = HeldSimulation(image, files, self.sort.nsectors * 512)
+        held: Any = HeldSimulation(image, files, self.sort.nsectors * 512, is_direct=self.is_direct)
         cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
         backend = ImageBackend(held, cache=cache, driver=SimulatedDriver)
         worker = SimulatedWorker(

@@ -18,12 +18,13 @@ class Mutant(NamedTuple):
     sorts: tuple[str, ...] = ()  # of image, on which it is found sooner
     is_full: bool = False  # it takes a host that is full for a while
     walks: bool = False  # it is found among the deaths in last lives
+    is_direct: bool = False  # data goes by O_DIRECT
 
     @property
     def workload(self) -> str:
         """What finds it."""
         sorts = ", ".join(self.sorts) or "all sorts"
-        return sorts + ", full host" * self.is_full + ", deaths walked" * self.walks
+        return sorts + ", full host" * self.is_full + ", deaths walked" * self.walks + ", O_DIRECT" * self.is_direct
 
 
 MUTANTS = [
@@ -67,17 +68,28 @@ MUTANTS = [
         "Law 1 and 3: a place is filled before it is named",
         Edit(
             "virtio/block.c",
-            "    result = fill_place(worker, request, &place, start, nbytes);",
-            "    name_place(block, worker, &place);\n    result = fill_place(worker, request, &place, start, nbytes);",
+            "    result = place_fill(worker, request, &place, start, nbytes);",
+            "    name_place(block, worker, &place);\n    result = place_fill(worker, request, &place, start, nbytes);",
         ),
+    ),
+    Mutant(
+        "place_is_given_twice",
+        "Law 1: a place is held while its bytes are on their way",
+        Edit("qcow2/plane/fresh.c", "        return -EBUSY;", "        (void)map;"),
+        is_direct=True,
+    ),
+    Mutant(
+        "engine_does_not_wait_for_a_place_that_is_held",
+        "Law 1: whoever changes an entry holds its cluster",
+        is_direct=True,
     ),
     Mutant(
         "mark_is_not_renewed",
         "Law 1: a record counts once the mark names it",
         Edit(
-            "virtio/block.c",
-            "    result = worker_write_word(worker, place->name_slot, place->mark_offset,",
-            "    result = !worker ? 0 : 0 && worker_write_word(worker, place->name_slot, place->mark_offset,",
+            "virtio/place.c",
+            "    return worker_write_word(worker, place->name_slot, place->mark_offset,",
+            "    return !worker ? 0 : 0 && worker_write_word(worker, place->name_slot, place->mark_offset,",
         ),
         ("overlay", "overlay-lazy"),
     ),
@@ -85,7 +97,7 @@ MUTANTS = [
         "waiting_link_is_not_logged",
         "Law 1",
         Edit(
-            "virtio/block.c",
+            "virtio/place.c",
             "    worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);",
             "    (void)worker;",
         ),
@@ -264,8 +276,8 @@ MUTANTS = [
         "Law 4 and 6: what is handed out is counted, stably",
         Edit(
             "qcow2/plane/fresh.c",
-            "    if (!is_kept && !take_cluster(waits ? map->unsynced : map->stock, &host_cluster))",
-            "    if (!is_kept && !take_cluster(map->unsynced, &host_cluster))",
+            "    if (!is_kept && !take_cluster(map, waits ? map->unsynced : map->stock, &host_cluster))",
+            "    if (!is_kept && !take_cluster(map, map->unsynced, &host_cluster))",
         ),
     ),
     Mutant(

@@ -8,6 +8,7 @@ from qcow2.driver.operation import Grace, Zero
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.links import Links
 from qcow2.engine.reaper import Reaper
+from qcow2.plane.l2cache import L2Cache
 from qcow2.plane.linklog import NOTHING, FoundLog, Link
 
 Patch = pytest.MonkeyPatch
@@ -93,6 +94,11 @@ def once_two_links_waited_for_each_other(patch: Patch) -> None:
     patch.setattr(Links, "_do_without_log", do_without_log)
 
 
+def engine_does_not_wait_for_a_place_that_is_held(patch: Patch) -> None:
+    """Whoever has locked a cluster decides while the data plane still writes there."""
+    patch.setattr(L2Cache, "is_there", lambda self, first, last: False)
+
+
 PATCHES: list[Callable[[Patch], None]] = [
     links_of_the_data_plane_are_not_taken_over,
     clusters_of_encrypted_images_are_not_blanked,
@@ -100,6 +106,7 @@ PATCHES: list[Callable[[Patch], None]] = [
     part_of_what_waited_will_do,
     once_a_link_outlived_its_cluster,
     once_two_links_waited_for_each_other,
+    engine_does_not_wait_for_a_place_that_is_held,
 ]
 
 

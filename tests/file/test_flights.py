@@ -1,0 +1,168 @@
+"""Fresh writes whose bytes take a while: by O_DIRECT, on a far file, or with old content that is not in memory.
+
+The data plane serves them alone; whoever comes to the same cluster meanwhile waits, and nothing is lost.
+"""
+
+import json
+import os
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests import slowdisk
+from tests.builder import Recipe, build
+from tests.builder.record import LAZY_REFCOUNTS
+from tests.frontend import IN, OK, OUT, WRITE_ZEROES, Completion, FrontEnd
+from tests.load import Load
+from tests.oracle import assert_clean
+from tests.program import Daemon, qcow2_tool_ok
+from tests.slowdisk import SlowDisk
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+CLUSTER = 65536
+BLOCK = 4096
+
+
+def stop(daemon: Daemon) -> dict[str, int]:
+    """End the daemon cleanly -> its counters."""
+    daemon.stop()
+    assert daemon.process.stdout is not None
+    told: dict[str, int] = json.loads(daemon.process.stdout.read())
+    return told
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SlowDisk]:
+    """A file system that may hang, and `image` on it."""
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    build(Recipe(size=SIZE, compatible=LAZY_REFCOUNTS), backing / "image")
+    (tmp_path / "image").symlink_to(mount_point / "image")  # the sockets lie beside it
+    with SlowDisk(backing, mount_point) as disk:
+        yield disk
+
+
+def answers(guest: FrontEnd, count: int) -> list[int]:
+    """The statuses of what is under way."""
+    statuses: list[int] = []
+    while len(statuses) < count:
+        statuses += [done.status for done in guest.wait()]
+    return statuses
+
+
+def answers_until(guest: FrontEnd, slot: int) -> list[Completion]:
+    """What is answered until *slot* is, which comes last."""
+    done: list[Completion] = []
+    while all(one.slot != slot for one in done):
+        done += guest.wait()
+    return sorted(done, key=lambda one: one.slot == slot)
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback"])
+@pytest.mark.parametrize("aio", ["auto", "threads"])
+def test_few_fresh_writes_to_a_far_file_enter_python(disk: SlowDisk, tmp_path: Path, aio: str, cache: str) -> None:
+    order = random.Random(3).sample(range(SIZE // CLUSTER), 300)
+    with Daemon(tmp_path / "image", "--stats", f"--aio={aio}", f"--cache={cache}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            for cluster in order:
+                guest.write(cluster * CLUSTER + BLOCK, cluster.to_bytes(2, "big") * (BLOCK // 2))
+        told = stop(daemon)
+    assert told["python_requests"] < 60
+    assert told["clusters_allocated"] == 300
+    path = tmp_path / "backing" / "image"
+    assert_clean(path)
+    with qcow2.open(str(path)) as image:
+        for cluster in order:
+            expected = bytes(BLOCK) + cluster.to_bytes(2, "big") * (BLOCK // 2) + bytes(BLOCK)
+            assert image.read(cluster * CLUSTER, 3 * BLOCK) == expected
+
+
+def test_whoever_meets_a_place_that_is_held_waits_for_it(disk: SlowDisk, tmp_path: Path) -> None:
+    """Writes to the same cluster, and zeros over all of another one, while the first write of each is under way."""
+    zeros = struct.pack("<QII", 2 * CLUSTER // 512, CLUSTER // 512, 0)
+    with Daemon(tmp_path / "image", "--stats") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(0, b"first" * 512)  # there is a table, and a stock
+            with disk.holding(slowdisk.WRITE):
+                guest.submit(OUT, CLUSTER, b"a" * BLOCK)
+                guest.submit(OUT, 2 * CLUSTER, b"b" * BLOCK)
+                disk.wait_for_one()
+                for block in range(1, 8):
+                    guest.submit(OUT, CLUSTER + block * BLOCK, bytes([block]) * BLOCK)
+                guest.submit(WRITE_ZEROES, 0, zeros)  # which show, so it may be answered at any time
+                looked = guest.submit(IN, CLUSTER, nbytes=BLOCK)
+                early = answers_until(guest, looked)
+                assert early[-1].data == bytes(BLOCK), "what is under way is not seen"
+                assert len(early) <= 2
+            assert answers(guest, 11 - len(early)) == [OK] * (11 - len(early))
+            assert guest.read(2 * CLUSTER, CLUSTER) in (bytes(CLUSTER), b"b" * BLOCK + bytes(CLUSTER - BLOCK))
+        told = stop(daemon)
+    assert told["clusters_allocated"] == 3, "each got one place"
+    path = tmp_path / "backing" / "image"
+    assert_clean(path)
+    with qcow2.open(str(path)) as image:
+        written = b"a" * BLOCK + b"".join(bytes([block]) * BLOCK for block in range(1, 8))
+        assert image.read(CLUSTER, 9 * BLOCK) == written + bytes(BLOCK)
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback"])
+def test_few_copies_of_what_is_not_in_memory_enter_python(tmp_path: Path, cache: str) -> None:
+    base, path = tmp_path / "base", tmp_path / "image"
+    content = random.Random(1).randbytes(16 * MIB - 512)
+    base.write_bytes(content)
+    with base.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    qcow2_tool_ok("create", "-o", "lazy_refcounts=on", "-b", base, "-F", "raw", path, str(16 * MIB - 512))
+    clusters = len(content) // CLUSTER + 1
+    order = random.Random(2).sample(range(clusters), clusters)
+    with Daemon(path, "--stats", f"--cache={cache}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            for cluster in order:
+                guest.submit(OUT, cluster * CLUSTER + BLOCK, cluster.to_bytes(2, "big") * (BLOCK // 2))
+                assert answers(guest, 1) == [OK]
+        told = stop(daemon)
+    assert told["python_requests"] < clusters // 2
+    assert told["clusters_allocated"] == clusters
+    expected = bytearray(content)
+    for cluster in order:
+        start = cluster * CLUSTER + BLOCK
+        expected[start : start + BLOCK] = cluster.to_bytes(2, "big") * (BLOCK // 2)
+    assert_clean(path)
+    with qcow2.open(str(path)) as image:
+        assert image.read(0, len(content)) == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "overlay", "subclusters", "encrypted"])
+def test_writes_by_o_direct_race_with_discards_and_zeroes(tmp_path: Path, kind: str) -> None:
+    base, path = tmp_path / "base", tmp_path / "image"
+    content = bytes(SIZE)
+    options = ["-o", "lazy_refcounts=on" + (",extended_l2=on" if kind == "subclusters" else "")]
+    if kind == "overlay":
+        content = random.Random(1).randbytes(SIZE)
+        base.write_bytes(content)
+        options += ["-b", str(base), "-F", "raw"]
+    daemon_options = ["--cache=none", "--num-queues=2"]
+    if kind == "encrypted":
+        (tmp_path / "key").write_bytes(b"key")
+        options = [
+            *("--object", f"secret,id=key,file={tmp_path / 'key'}"),
+            *("-o", "lazy_refcounts=on,encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"),
+        ]
+        daemon_options.append(f"--key-file={tmp_path / 'key'}")
+    qcow2_tool_ok("create", *options, path, str(SIZE))
+    with Daemon(path, *daemon_options) as daemon:
+        with FrontEnd(daemon.socket_path, queues=2) as guest:
+            load = Load(guest, 128, seed=len(kind), depth=32, base=content, zeroes=True)
+            load.run(2000)
+            load.drain()
+        daemon.stop()
+    with qcow2.open(str(path), key=b"key" if kind == "encrypted" else None) as image:
+        load.verify(image)
+    qcow2_tool_ok("check", path)

@@ -1,0 +1,152 @@
+#include "virtio/place.h"
+
+#include <errno.h>
+#include <stddef.h>
+
+#include "ring/assertion.h"
+
+static struct request_copy copy_of(const struct extent_place *place)
+{
+    return (struct request_copy){
+        .slot = place->slot,
+        .old_slot = place->old_slot,
+        .host_offset = place->host_offset - place->ahead,
+        .old_offset = place->old_offset,
+        .nbytes = place->old_nbytes,
+        .ahead = place->ahead,
+        .cipher = place->cipher,
+        .old_cipher = place->old_cipher,
+    };
+}
+
+int place_fill(struct worker *worker, struct request *request, const struct extent_place *place, uint64_t start,
+               uint64_t nbytes)
+{
+    struct request_copy copy = copy_of(place);
+
+    if (place->old_nbytes)
+        return request_copy_at_once(worker, request, &copy, start, nbytes);
+    return request_write_at_once(worker, request, place->slot, place->host_offset, start, nbytes);
+}
+
+int place_name(struct worker *worker, const struct extent_place *place)
+{
+    if (!place->memory)
+        return worker_write_entry(worker, place->name_slot, place->name_offset, place->name, place->name_nbytes);
+    worker_store_memory(worker, place->memory, place->name_offset, place->name, place->name_nbytes);
+    return worker_write_word(worker, place->name_slot, place->mark_offset, place->mark, sizeof(place->mark));
+}
+
+/* ---- flights ---- */
+
+void flights_init(struct flights *flights)
+{
+    *flights = (struct flights){.first_free = 1};
+    for (uint16_t i = 0; i + 1 < EXTENT_HELD; i++)
+        flights->all[i].next = i + 2;
+}
+
+/* More than the request's bytes are written. */
+static bool is_copy(const struct extent_place *place, uint64_t nbytes)
+{
+    return place->old_nbytes > nbytes;
+}
+
+static bool may_copy(const struct worker *worker, const struct extent_place *place)
+{
+    return place->old_nbytes <= REQUEST_COPY_NBYTES &&
+           (place->old_slot == EXTENT_NO_SLOT || worker_has_slot(worker, place->old_slot));
+}
+
+static bool names_at_once(struct worker *worker, const struct extent_place *place)
+{
+    return place->memory || worker_is_near(worker, place->name_slot);
+}
+
+bool flight_suits(struct worker *worker, const struct extent_place *place, uint64_t nbytes)
+{
+    return worker_has_slot(worker, place->slot) && worker_has_slot(worker, place->name_slot) &&
+           (!names_at_once(worker, place) || worker_allows_entry(worker, place->name_slot, place->name_nbytes)) &&
+           (!is_copy(place, nbytes) || may_copy(worker, place));
+}
+
+void flight_begin(struct flights *flights, struct place_map map, struct worker *worker, struct request *request,
+                  const struct extent_place *place, uint64_t start, uint64_t nbytes)
+{
+    uint16_t number = flights->first_free;
+    struct flight *flight = &flights->all[number - 1];
+    struct extent extent = {
+        .kind = EXTENT_DATA,
+        .slot = place->slot,
+        .host_offset = place->host_offset,
+        .nbytes = nbytes,
+        .cipher = place->cipher,
+    };
+
+    ASSERT(number && request->parts);
+    flights->first_free = flight->next;
+    flights->count++;
+    flight->place = *place;
+    flight->copy = copy_of(place);
+    flight->is_named = false;
+    flight->next = request->flight;
+    request->flight = number;
+    map.places->hold(map.context, place);
+    if (is_copy(place, nbytes))
+        request_copy(worker, request, &flight->copy, start, nbytes);
+    else
+        request_transfer(worker, request, true, &extent, start);
+}
+
+/* Name it, begin to, or give it up. -> whether its name is yet to be written */
+static bool land(struct place_map map, struct worker *worker, struct flight *flight, int result,
+                 struct landing *landing)
+{
+    struct extent_place *place = &flight->place;
+    int error = flight->is_named && result != -ECANCELED ? result : 0;
+
+    if (result == 0 && !flight->is_named) {
+        result = map.places->find(map.context, place);
+        if (result == 0 && !names_at_once(worker, place))
+            return flight->is_named = true;
+        if (result == 0)
+            result = error = place_name(worker, place);
+    }
+    landing->failed |=
+        map.places->conclude(map.context, place, result < 0 ? EXTENT_SPOILED : EXTENT_NAMED, error) < 0;
+    landing->gave_up |= result < 0;
+    landing->waits |= result == 0 && place->memory;
+    return false;
+}
+
+struct landing flights_land(struct flights *flights, struct place_map map, struct worker *worker,
+                            struct request *request, int result)
+{
+    struct landing landing = {0};
+    uint16_t left = 0;
+
+    while (request->flight) {
+        uint16_t number = request->flight, *list = &flights->first_free;
+        struct flight *flight = &flights->all[number - 1];
+
+        if (land(map, worker, flight, result, &landing))
+            list = &left;
+        else
+            flights->count--;
+        request->flight = flight->next;
+        flight->next = *list;
+        *list = number;
+    }
+    request->flight = left;
+    landing.goes_on = left;
+    return landing;
+}
+
+void flights_name(struct flights *flights, struct worker *worker, struct request *request)
+{
+    for (uint16_t number = request->flight; number; number = flights->all[number - 1].next) {
+        const struct extent_place *place = &flights->all[number - 1].place;
+
+        request_write_entry(worker, request, place->name_slot, place->name_offset, place->name, place->name_nbytes);
+    }
+}

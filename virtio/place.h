@@ -1,0 +1,63 @@
+/* Writes to places that have none yet: the bytes, then the name that makes the place the guest's.
+ *
+ * Where the bytes take a while, as by O_DIRECT or because old ones have to be read from the disk, they are a flight: the
+ * map holds the place until they are there, and it is named then.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ring/device.h"
+#include "ring/extent.h"
+
+struct flight {
+    struct extent_place place;
+    struct request_copy copy;
+    bool is_named; /* its bytes are there, the name is on its way */
+    uint16_t next; /* of the same request, or free: number + 1; 0: none */
+};
+
+struct flights {
+    struct flight all[EXTENT_HELD];
+    uint32_t count; /* under way */
+    uint16_t first_free;
+};
+
+/* The map that gave the places. */
+struct place_map {
+    const struct extent_places *places;
+    void *context;
+};
+
+/* Write nbytes of the request's data from `start` to the place, on this thread. -> 0; -EAGAIN: not now, nothing was
+ * written; or how it failed, perhaps in the middle. */
+int place_fill(struct worker *worker, struct request *request, const struct extent_place *place, uint64_t start,
+               uint64_t nbytes);
+
+/* -> 0 or how it failed. */
+int place_name(struct worker *worker, const struct extent_place *place);
+
+void flights_init(struct flights *flights);
+
+/* Whether what place_fill would not write now may fly, and be named on this thread after. */
+bool flight_suits(struct worker *worker, const struct extent_place *place, uint64_t nbytes);
+
+/* Begin to write what place_fill would have; device->end comes after all parts of the request. One is free. */
+void flight_begin(struct flights *flights, struct place_map map, struct worker *worker, struct request *request,
+                  const struct extent_place *place, uint64_t start, uint64_t nbytes);
+
+/* What flights ended with. */
+struct landing {
+    bool gave_up; /* some have no name: only Python can write what belongs there */
+    bool failed;  /* the image takes no more writes */
+    bool waits;   /* a name is in memory */
+    bool goes_on; /* this thread may not write some names: flights_name */
+};
+
+/* The request's parts have ended, as `result` says: name its places, or give them up. */
+struct landing flights_land(struct flights *flights, struct place_map map, struct worker *worker,
+                            struct request *request, int result);
+
+/* Begin to write the names that are left; flights_land comes again after them. */
+void flights_name(struct flights *flights, struct worker *worker, struct request *request);
