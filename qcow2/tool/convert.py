@@ -15,11 +15,12 @@ from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_MODES, UNSAFE
 from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
 from qcow2.tool.failure import Failure, UsageError, reason_of
-from qcow2.tool.identity import say
+from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import add_format_option, add_image_options, named
-from qcow2.tool.option import asks_for_help, parse_options, print_help, validate_backing
+from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
+from qcow2.tool.refused import once_it_has_begun, unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 
@@ -78,6 +79,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0
     manner = _manner(arguments)
     _validate(arguments)
+    if is_qemu_img() and arguments.target_format == "qcow2":
+        _refuse_unreadable(dict(split_options(arguments.target_format_options)))
     rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
     *paths, path = arguments.filenames
     with ExitStack() as stack:
@@ -96,9 +99,13 @@ def run_command(arguments: argparse.Namespace) -> int:
             _level(arguments),
             arguments.secrets,
         )
+        if is_qemu_img() and wish.image_format == "qcow2" and not arguments.no_create:
+            _refuse_in_its_words(wish)
         _validate_compression(wish, arguments)
         bitmaps = bitmaps_to_copy(wish, images, arguments)
         below = stack.enter_context(_base(wish, arguments))
+        if arguments.no_create:  # what the target is over, and what it has itself, is not ours to say
+            below = None
         is_shared = below is not None and _is_backing_of(below, images[0])
         source = Source.of(*images, tells_below=is_shared, on_loss=_warn_of_loss if arguments.salvage else None)
         target = stack.enter_context(_target(wish, images, below, arguments))
@@ -167,6 +174,19 @@ def _validate(arguments: argparse.Namespace) -> None:
         raise UsageError("Copying bitmaps only possible with single source")
     if arguments.no_create and arguments.target_format_options:
         say("warning: -o has no effect when skipping image creation")
+
+
+def _refuse_unreadable(given: dict[str, str]) -> None:
+    """Raises: Failure for what `qemu-img` has its own words for."""
+    if (text := unreadable(given)) is not None:
+        first, _, hint = text.partition("\n")
+        raise Failure(first, hint=hint)
+
+
+def _refuse_in_its_words(wish: Wish) -> None:
+    """Raises: Failure for what `qemu-img` has its own words for."""
+    if (text := once_it_has_begun(wish.given, wish.size)) is not None:
+        raise Failure(f"{wish.path}: error while converting qcow2: {text}")
 
 
 def _validate_compression(wish: Wish, arguments: argparse.Namespace) -> None:

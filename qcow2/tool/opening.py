@@ -1,5 +1,6 @@
 """What is said when an image cannot be opened."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,8 @@ from qcow2.error import ImageError, UnknownFeatures
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.stdio import OUTPUT
+
+NO_QCOW2 = "not a qcow2 image"
 
 
 @contextmanager
@@ -40,9 +43,20 @@ def in_qemus_words(path: str) -> Iterator[None]:
         ) from error
     except ImageError as error:
         reason = str(error).removeprefix(f"{path}: ")
-        if reason.startswith("not a qcow2 image"):
-            reason = "Image is not in qcow2 format" if is_qemu_img() else f"{reason}; a raw disk needs -f raw"
+        if is_qemu_img():
+            reason = _in_its_words(reason)
+        elif reason.startswith(NO_QCOW2):
+            reason += "; a raw disk needs -f raw"
         raise Failure(f"Could not open '{path}': {reason}") from error
+
+
+def _in_its_words(reason: str) -> str:
+    """What is wrong with an image as `qemu-img` says it, where scripts are known to read that."""
+    if reason.startswith(NO_QCOW2):
+        return "Image is not in qcow2 format"
+    if match := re.fullmatch(r"l1_size \d+, a disk of \d+ bytes needs (\d+)", reason):
+        return "Image is too big" if int(match[1]) >= 1 << 31 else "L1 table is too small"
+    return reason
 
 
 def cannot_open(path: str, error: OSError) -> str:

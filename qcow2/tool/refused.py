@@ -17,8 +17,8 @@ NOT_A_SIZE = (
 )
 
 
-def before_it_begins(path: str, given: dict[str, str]) -> str | None:
-    """Its complaint about options that it cannot read, or a backing file that is not there; None if it has none."""
+def unreadable(given: dict[str, str]) -> str | None:
+    """Its complaint about options that it cannot read; None if it has none."""
     for name in given:
         if name not in OPTIONS["qcow2"]:
             return f"Invalid parameter '{name}'"
@@ -30,6 +30,13 @@ def before_it_begins(path: str, given: dict[str, str]) -> str | None:
             return f"Parameter '{name}' expects 'on' or 'off'"
     if not (given.get("refcount_bits", "16").lstrip("-").isdigit()):
         return "Parameter 'refcount_bits' expects a number"
+    return None
+
+
+def before_it_begins(path: str, given: dict[str, str]) -> str | None:
+    """The same, or about a backing file that is not there; None if it has none."""
+    if (text := unreadable(given)) is not None:
+        return text
     backing = given.get("backing_file")
     if backing and ":" not in backing and not os.path.exists(below := os.path.join(os.path.dirname(path), backing)):
         return f"Could not open '{below}': No such file or directory\nCould not open backing image."

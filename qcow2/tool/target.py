@@ -46,12 +46,14 @@ class Wish:
 def new_target(wish: Wish, sources: list[Node], base: Node | None) -> Iterator[Target]:
     """A new image, over *base* if there is one; after an error it is gone, or what was there before is no image.
 
-    Raises: Failure before the file is touched; ValueError, ImageError.
+    Raises: Failure before the file is touched; ImageError.
     """
     refuse_source(wish.path, sources)
     try:
         with created(wish.path) as file, _new(file, wish, base) as target:
             yield target
+    except ValueError as error:
+        raise Failure(f"{wish.path}: error while converting {wish.image_format}: {error}") from error
     except OSError as error:
         if error.filename != wish.path:
             raise

@@ -163,7 +163,7 @@ def test_without_the_key_nothing_opens_it_but_check_map_and_info(tmp_path: Path,
             qcow2.open(path, key=key)
         assert "correct" not in str(caught.value)
     for command in ("check", "info", "map"):
-        qcow2_tool_ok(command, path)
+        qcow2_tool_ok(command, "--output=json", path)
 
 
 def test_legacy_aes_is_read_and_not_written(tmp_path: Path, secret: list[str]) -> None:

@@ -34,6 +34,13 @@ def test_version_is_said(program: Path) -> None:
     assert (said.returncode, said.stdout, said.stderr) == (0, f"{program.name} version {qcow2.__version__}\n", "")
 
 
+def test_another_module_of_its_name_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "qcow2.py").write_text("raise SystemExit('not this one')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}/:{tmp_path}"}
+    done = subprocess.run([TOOL, "--version"], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout.partition(" version ")[0]) == (0, "qcow2"), done.stderr
+
+
 def test_rebase_without_a_look_records_the_format_it_is_given(tmp_path: Path) -> None:
     """QEMU's iotest 031 does so."""
     path = tmp_path / "disk"

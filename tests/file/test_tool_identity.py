@@ -45,6 +45,22 @@ def test_as_qemu_img_complaints_are_its_own(linked: Path, words: list[str]) -> N
     assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
 
 
+def test_as_qemu_img_what_cannot_be_opened_is_told_in_its_words(linked: Path, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(MIB))
+    told = set()
+    for size in (None, 1 << 60, 8 << 40):
+        if size is not None:
+            qemu_img("create", "-q", "-f", "qcow2", path, "4G")
+            with path.open("r+b") as file:
+                file.seek(24)
+                file.write(size.to_bytes(8, "big"))
+        ours, theirs = (run(program, "check", "-f", "qcow2", path) for program in (linked, Path("qemu-img")))
+        assert (ours.returncode, ours.stderr) == (theirs.returncode, theirs.stderr)
+        told.add(ours.stderr)
+    assert len(told) == 3
+
+
 @pytest.mark.parametrize(
     "words",
     [

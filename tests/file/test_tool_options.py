@@ -233,6 +233,15 @@ def test_zeros_cannot_be_taken_for_granted_over_a_backing_file(base: Path, top: 
     assert (done.returncode, "destination image has a backing file" in done.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("backing", [(), ("-b", "base", "-F", "qcow2")], ids=["alone", "over the base"])
+def test_target_that_is_there_holds_the_disk_whatever_it_is_over(top: Path, backing: tuple[str, ...]) -> None:
+    target = top.with_name("new")
+    qemu_img("create", "-q", "-f", "qcow2", *backing, target, "1M")
+    qemu_io(target, "write -P 7 0 1M")
+    qcow2_tool_ok("convert", "-n", "-B", "base", "-F", "qcow2", "-O", "qcow2", top, target)
+    assert qemu_img("compare", top, target).stdout == "Images are identical.\n"
+
+
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_what_the_host_copies_is_as_sparse_as_it_was(tmp_path: Path, image_format: str) -> None:
     source, target = tmp_path / "source", tmp_path / "new"
@@ -281,6 +290,30 @@ def test_as_qemu_img_a_senseless_command_line_is_told_in_its_words(as_qemu_img: 
         done = subprocess.run([program, *words.split()], capture_output=True, text=True, timeout=TIMEOUT)
         hint = "" if text.startswith(("--", "Invalid")) else "Try 'qemu-img --help' for more information\n"
         assert (done.returncode, done.stderr) == (1, f"qemu-img: {text}\n{hint}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "nosuch=1",
+        "cluster_size=3k",
+        "cluster_size=xx",
+        "compat=9",
+        "refcount_bits=3",
+        "lazy_refcounts=maybe",
+        "preallocation=foo",
+        "backing_file=base,backing_fmt=qcow2,preallocation=full",
+        "compat=0.10,lazy_refcounts=on",
+    ],
+)
+def test_as_qemu_img_a_target_that_cannot_be_is_told_in_its_words(base: Path, as_qemu_img: Path, options: str) -> None:
+    said = []
+    for program in (as_qemu_img, Path("qemu-img")):
+        command = [program, "convert", "-f", "qcow2", "-O", "qcow2", "-o", options, "base", "new"]
+        done = subprocess.run(command, cwd=base.parent, capture_output=True, text=True, timeout=TIMEOUT)
+        said.append((done.returncode, done.stderr))
+        assert not base.with_name("new").exists()
+    assert said[0] == said[1]
 
 
 def test_as_qemu_img_a_version_is_said_that_scripts_can_read(as_qemu_img: Path) -> None:
