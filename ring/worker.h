@@ -395,6 +395,9 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
 /* Write on this thread. -> 0: it is complete; -EAGAIN: not now, begin a transfer; or how it failed. */
 int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
                          const struct piece *pieces, uint32_t count);
+/* The same for parts, whose bytes follow each other. -> how many are complete; the next would wait, or failed. */
+uint32_t worker_write_some(struct worker *worker, uint32_t slot, uint32_t count, const uint64_t *host_offsets,
+                           const uint32_t *nbytes, const uint8_t *bytes);
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes);
 int worker_sync(struct worker *worker, uint32_t slot);
 int worker_grace(struct worker *worker);

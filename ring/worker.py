@@ -400,6 +400,10 @@ class Worker:
         """
         return self._operations.write_at_once(WRITE | DATA * data, slot, host_offset, pieces)
 
+    def write_some(self, slot: int, parts: Sequence[tuple[int, bytes]]) -> int:
+        """Write the first of *parts*, host offset and bytes, before this returns -> how many; `write` the next."""
+        return self._operations.write_some(slot, parts)
+
     def write_now(self, slot: int, host_offset: int, data: bytes) -> None:
         """Write *data*, a few bytes, before this returns, whatever the host does to writers. Raises: OSError."""
         self._operations.write_now(slot, host_offset, data)

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.driver.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, Zero
+from qcow2.driver.operation import Compute, Grace, Operation, Read, ReadInto, Resize, Size, Sync, Write, WriteSome, Zero
 from qcow2.driver.task import Scheduler, Task
 
 TRANSFERS = (Read, ReadInto, Write, Zero)
@@ -105,6 +105,8 @@ class Latecomer:
                 self.file.resize(nbytes)
             case Compute(function=function):
                 return function()
+            case WriteSome():
+                return 0
             case Sync() | Grace():
                 pass
             case _:

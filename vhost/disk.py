@@ -68,6 +68,8 @@ class RingDriver:
                 worker.read(self._slots[file], host_offset, [_piece(buffer)], self._end(task, file), data=data)
             case op.Write(file=file, host_offset=host_offset, pieces=pieces, data=data):
                 self._write(task, file, host_offset, [*map(_piece, pieces)], data=data)
+            case op.WriteSome(file=file, parts=parts):
+                self._scheduler.resume(task, worker.write_some(self._slots[file], parts))
             case op.Zero(file=file, host_offset=host_offset, nbytes=nbytes):
                 worker.zero(self._slots[file], host_offset, nbytes, self._end(task, file))
             case op.Sync(file=file):

@@ -20,7 +20,7 @@ DEFAULT_DIRECTORY = "/dev/shm"
 class SharedMemory:
     """The file at *path*, of *nbytes*, made when it is first stored to, and locked as long as its maker lives."""
 
-    def __init__(self, path: str, nbytes: int) -> None:
+    def __init__(self, path: str, nbytes: int = 0) -> None:
         self.path = path
         self.nbytes = nbytes
         self._map: mmap.mmap | None = None

@@ -142,6 +142,19 @@ class Write(Operation):
         self.data = data  # guest data: an O_DIRECT mode may bypass the page cache
 
 
+class WriteSome(Operation):
+    """`Write` the first of *parts*, (host offset, bytes), before anything else happens -> how many.
+
+    It may be none. The next one would wait, or failed: it is there in any part of it, and a `Write` of it tells.
+    """
+
+    __slots__ = ("file", "parts")
+
+    def __init__(self, file: File, parts: Sequence[tuple[int, bytes]]) -> None:
+        self.file = file
+        self.parts = parts
+
+
 class Zero(Operation):
     """Make *nbytes* at *host_offset* read as zeros; stable after the next Sync.
 

@@ -21,7 +21,7 @@ from qcow2.driver.task import Scheduler, Task
 T = TypeVar("T")
 
 NHELPERS = 4
-AT_ONCE = (op.Store, op.Size, op.Allocated)  # a Store is done before anything else happens
+AT_ONCE = (op.Store, op.Size, op.Allocated, op.WriteSome)  # a Store is done before anything else happens
 
 
 class _Seat:

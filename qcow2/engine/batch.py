@@ -8,10 +8,11 @@ from qcow2.driver.operation import Signal
 class Batch:
     """Links that are committed together, and those who wait for it."""
 
-    __slots__ = ("error", "freed", "is_flushed", "is_wanted", "linked", "links", "nclusters", "stable")
+    __slots__ = ("error", "freed", "gathered", "is_flushed", "is_wanted", "linked", "links", "nclusters", "stable")
 
     def __init__(self) -> None:
         self.links: list[tuple[int, Sequence[int]]] = []  # guest offset, entries of one slice
+        self.gathered: dict[int, int] = {}  # later ones, of the extent map: guest cluster, entry
         self.nclusters = 0
         self.freed: list[int] = []  # host clusters that they leave
         self.is_wanted = False

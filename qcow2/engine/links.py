@@ -61,7 +61,7 @@ class Links:
         if log is not None:
             opened.mapping.cache.set_log(log.native)
             opened.mapping.before_load = self._gather
-        self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES >> opened.geometry.cluster_bits)
+        self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES // opened.geometry.subcluster_size)
 
     async def link(
         self, guest_offset: int, old_entries: Iterable[int], entries: Sequence[int], freed: Sequence[int]
@@ -195,8 +195,7 @@ class Links:
         links = [] if self._log is None else self._log.take_waiting()
         if links and not self._mapping.holds:
             self.policy.on_waiting(True)
-        bits = self._geometry.cluster_bits
-        self._next.links.extend([(cluster << bits, (entry,)) for cluster, entry in links])
+        self._next.gathered.update(links)
         self._next.nclusters += len(links)
         self._mapping.remember_all(links)
 
@@ -209,6 +208,7 @@ class Links:
         first = self._geometry.cluster_of(guest_offset)
         stored = self._log.append(map(Link, range(first, first + len(entries)), old_entries, entries))
         batch = self._next
+        batch.links.extend(self._earlier(batch, range(first, first + len(entries))))
         batch.links.append((guest_offset, entries))
         batch.nclusters += len(entries)
         batch.freed.extend(freed)
@@ -225,6 +225,11 @@ class Links:
         if batch.nclusters > self._limit:
             batch.is_wanted = True
             await self._run()
+
+    def _earlier(self, batch: Batch, clusters: Iterable[int]) -> list[tuple[int, Sequence[int]]]:
+        """The links of *clusters* that *batch* gathered, no longer the latest."""
+        bits, gathered = self._geometry.cluster_bits, batch.gathered
+        return [(cluster << bits, (gathered.pop(cluster),)) for cluster in clusters if cluster in gathered]
 
     async def _do_without_log(
         self, guest_offset: int, link: tuple[Sequence[int], Sequence[int], Sequence[int]], error: OSError
@@ -327,7 +332,7 @@ class Links:
             self._fail(batch, known)
             return Batch()
         last.end()
-        if not batch.links:
+        if not batch.links and not batch.gathered:
             batch.end()
             return Batch()
         try:
@@ -340,11 +345,8 @@ class Links:
 
     async def _write(self, batch: Batch, mark: int) -> None:
         """Bring the links of *batch*, whose data is stable, into the file; the log forgets what came before *mark*."""
-        joined = list(self._joined(batch.links))
-        for guest_offset, entries in joined:
-            await self._mapping.bring(guest_offset, entries)
-            first = self._geometry.cluster_of(guest_offset)
-            self._in_file.append(range(first, first + len(entries)))
+        joined = list(self._joined(batch))
+        await self._mapping.bring_all(joined, self._in_file.append)
         await self._forget(mark)
         self._in_file.clear()
         for guest_offset, entries in joined:
@@ -364,20 +366,20 @@ class Links:
     def _fail(self, batch: Batch, error: OSError) -> None:
         """Let the links of *batch* wait on, though some may be in the file; it was for want of space, or for good."""
         batch.links = [link for link in batch.links if not self._take_back(batch, *link)]
-        self._next.links[:0] = batch.links
+        self._next.links[:0] = batch.links + self._earlier(batch, list(batch.gathered))
         self._next.nclusters += batch.nclusters
         self._next.freed[:0] = batch.freed
         batch.end(error)
 
-    def _joined(self, links: list[tuple[int, Sequence[int]]]) -> Iterable[tuple[int, list[int]]]:
-        """The same links in order, of each cluster the last one; those that meet within a slice as one."""
+    def _joined(self, batch: Batch) -> Iterable[tuple[int, list[int]]]:
+        """The links of *batch* in order, of each cluster the last one; those that meet within a slice as one."""
         bits = self._geometry.cluster_bits
         in_slice = 1 << self._geometry.slice_bits - bits
         newest = {
             cluster: entry
-            for guest_offset, entries in links
+            for guest_offset, entries in batch.links
             for cluster, entry in enumerate(entries, guest_offset >> bits)
-        }
+        } | batch.gathered
         start, joined = 0, list[int]()
         for cluster in sorted(newest):
             if cluster != start + len(joined) or not cluster % in_slice:

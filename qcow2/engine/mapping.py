@@ -19,6 +19,7 @@ from qcow2.plane.entry import bytes_of, l1_entry, l1_is_private, l1_is_sound, l1
 from qcow2.plane.l2cache import Kind, L2Cache, Run
 
 KNOWN_SLICES = 16  # of a new table: all of it with clusters of 64 KiB
+SOME_LINKS = 256  # runs of entries that are handed to the driver in one piece
 MISS, BAD = int(Kind.MISS), int(Kind.BAD)
 
 
@@ -195,8 +196,30 @@ class Mapping:
 
     async def bring(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The same for entries that are held: memory has them already, or what came after."""
+        await self._stability.write(*self._part(guest_offset, entries))
+        self._outdate(guest_offset)
+
+    async def bring_all(self, links: Sequence[tuple[int, Sequence[int]]], on_brought: Callable[[range], None]) -> None:
+        """`bring` many, in order; *on_brought* is told the guest clusters whose entries are in the file."""
+        done, parts = 0, list[tuple[int, bytes]]()
+        while done < len(links):
+            if not parts:
+                parts = [self._part(*link) for link in links[done : done + SOME_LINKS]]
+            count = await self._stability.write_some(parts)
+            for guest_offset, entries in links[done : done + count]:
+                self._outdate(guest_offset)
+                first = self.geometry.cluster_of(guest_offset)
+                on_brought(range(first, first + len(entries)))
+            done += count
+            del parts[:count]
+
+    def _part(self, guest_offset: int, entries: Sequence[int]) -> tuple[int, bytes]:
+        """Where in the file these entries are, and how."""
         where = self.table_offset(guest_offset) + self.geometry.entry_offset(guest_offset)
-        await self._stability.write(where, self.entries.pack(entries))
+        return where, self.entries.pack(entries)
+
+    def _outdate(self, guest_offset: int) -> None:
+        """Who reads the slice of *guest_offset* from the file now reads it again."""
         number = self.geometry.slice_of(guest_offset)
         if number in self._loading:
             self._outdated.add(number)

@@ -1,9 +1,9 @@
 """What an image promises about its host file: metadata writes, syncs, and the end of trust after one fails."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from qcow2.driver.operation import File, Sync, Write
+from qcow2.driver.operation import File, Sync, Write, WriteSome
 from qcow2.engine.statistics import Statistics
 from qcow2.error import NotTried
 from qcow2.native import lib
@@ -62,6 +62,17 @@ class Stability:
                 self.fail(error)
             raise
         self.require_trust()
+
+    async def write_some(self, parts: Sequence[tuple[int, bytes]]) -> int:
+        """`write` the first of *parts*, host offset and bytes -> how many: one at least."""
+        self.require_trust()
+        count: int = await WriteSome(self.file, parts)
+        if not count:
+            await self.write(*parts[0])
+            return 1
+        self._statistics.metadata_writes += count
+        self.require_trust()
+        return count
 
     async def sync(self) -> None:
         """Make everything that has completed stable. Raises: OSError; the image may be written on if it is NotTried."""

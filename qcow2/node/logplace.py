@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from qcow2.driver.boot import this_boot
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
-from qcow2.plane.linklog import LOG_BYTES, TAG_BITS, LinkLog, Origin
+from qcow2.plane.linklog import CAPACITY, MAX_CAPACITY, TAG_BITS, LinkLog, Origin
 
 NAME = "qcow2-links-"  # and the tag
 PRIVATE = "qcow2-links."  # how the name of a directory of a sandboxed process begins
@@ -24,9 +24,10 @@ def origin_of(file: HostFile) -> Origin:
     return Origin(this_boot(), *numbers, os.fsencode(os.path.abspath(file.path)))
 
 
-def new_log(file: HostFile, directory: str) -> tuple[LinkLog, SharedMemory]:
-    """A log for *file* in *directory*, made when the first link waits."""
-    memory = SharedMemory("", LOG_BYTES)
+def new_log(file: HostFile, directory: str, *, has_subclusters: bool) -> tuple[LinkLog, SharedMemory]:
+    """A log for *file* in *directory*, made when the first link waits; more of them fit if each is of a subcluster."""
+    memory = SharedMemory("")
+    capacity = MAX_CAPACITY if has_subclusters else CAPACITY
 
     def renew() -> int:
         with contextlib.suppress(OSError):  # no image names it; who lists logs finds it stale
@@ -36,7 +37,7 @@ def new_log(file: HostFile, directory: str) -> tuple[LinkLog, SharedMemory]:
         memory.path = os.path.join(directory, f"{NAME}{tag:06x}")
         return tag
 
-    return LinkLog(memory, file, origin_of(file), renew(), renew=renew), memory
+    return LinkLog(memory, file, origin_of(file), renew(), capacity, renew=renew), memory
 
 
 def find_log(tag: int, directory: str) -> SharedMemory | None:
@@ -44,14 +45,14 @@ def find_log(tag: int, directory: str) -> SharedMemory | None:
     for place in _places(directory):
         path = os.path.join(place, f"{NAME}{tag:06x}")
         if os.path.lexists(path):
-            return SharedMemory(path, LOG_BYTES)
+            return SharedMemory(path)
     return None
 
 
 def all_logs(directory: str) -> list[SharedMemory]:
     """Every log in *directory* and in the private ones."""
     paths = [path for place in _places(directory) for path in glob.glob(os.path.join(glob.escape(place), f"{NAME}*"))]
-    return [SharedMemory(path, LOG_BYTES) for path in sorted(paths)]
+    return [SharedMemory(path) for path in sorted(paths)]
 
 
 def remove_log(memory: SharedMemory) -> None:

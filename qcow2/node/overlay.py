@@ -44,7 +44,7 @@ class Overlay:
         self._was_named = False
         self._require_names(name, below.header)
         self._remove_what_died()
-        self.file, self.memory = self._make_file(), SharedMemory("", 0)
+        self.file, self.memory = self._make_file(), SharedMemory("")
         try:
             self.image = self._make_image(options)
         except BaseException:
@@ -117,8 +117,9 @@ class Overlay:
 
     def _make_image(self, options: OpenOptions) -> Image:
         self._chain.gate.way(self._top.path, BACKING, self._backing_name())  # or the next one could not open it
-        run(create(self.file, self._wanted()))
-        log, self.memory = new_log(self.file, self._chain.log_directory)
+        wanted = self._wanted()
+        run(create(self.file, wanted))
+        log, self.memory = new_log(self.file, self._chain.log_directory, has_subclusters=wanted.has_subclusters)
         image = run(Image.open(self.file, backing=self.below, options=options, log=log))
         run(self._get_ready(image))
         return image

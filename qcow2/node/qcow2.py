@@ -29,7 +29,7 @@ def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
         _repair(file, header, chain.progress)
     log = None
     if options.writable and file is chain.files[0]:
-        log, chain.memory = new_log(file, chain.log_directory)
+        log, chain.memory = new_log(file, chain.log_directory, has_subclusters=header.record.has_subclusters)
     elif not options.writable and not chain.force_share:
         warn_of_waiting(file, header.log_mark)
     return run(Image.open(file, backing=backing, data_file=data_file, options=options, log=log))

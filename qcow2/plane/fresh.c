@@ -277,7 +277,8 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
         return take_own_place(map, &touched, &old, table, out);
     is_kept = entry_host_offset(touched.entry) != 0;
     waits = old.kind == EXTENT_DATA || is_kept; /* in a cluster that is kept may be anything */
-    if (old.kind == EXTENT_PUNT || (waits && (!map->log || !link_log_has_room(map->log))) ||
+    if (old.kind == EXTENT_PUNT ||
+        (waits && (!map->log || !link_log_has_room(map->log) || link_log_calls_python(map->log))) ||
         (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
         return -EAGAIN;
     host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
@@ -309,6 +310,7 @@ static void link_waits(struct l2map *map, const struct extent_place *place)
         place->guest_offset >> map->cluster_bits,
         {place->entry[0], place->entry[1]},
     };
+    log->has_called = 0;
     log->next++;
 }
 

@@ -49,3 +49,11 @@ int link_log_has_room(const struct link_log *log)
     return log->memory && log->nlinks < WAITING_LINKS && log->next - log->first + 2 < log->capacity &&
            log->next < LINK_LIMIT;
 }
+
+int link_log_calls_python(struct link_log *log)
+{
+    if (log->nlinks != WAITING_LINKS / 2 || log->has_called)
+        return 0;
+    log->has_called = 1;
+    return 1;
+}

@@ -11,7 +11,7 @@
 #define LINK_MARK_NBYTES 7       /* beside the 8 that the format may give a meaning */
 #define LINK_STAMP_BITS 20
 #define LINK_LIMIT ((1 << LINK_STAMP_BITS) - 64) /* of sequence numbers, less a few to forget; a stamp names one record */
-#define WAITING_LINKS 1024
+#define WAITING_LINKS 2048 /* Python is called when half of them are there */
 
 struct waiting_link {
     uint64_t cluster; /* of the guest */
@@ -25,6 +25,7 @@ struct link_log {
     uint64_t next;     /* and of the next */
     uint64_t mark;     /* what the image's header says of this log, without the stamp */
     uint32_t nlinks;   /* that Python does not know of */
+    uint32_t has_called;
     struct waiting_link links[WAITING_LINKS];
 };
 
@@ -37,3 +38,6 @@ void link_log_mark(const struct link_log *log, uint64_t sequence, uint8_t mark[L
 
 /* Whether the map may append one: room is kept for a record of Python's that forgets. */
 int link_log_has_room(const struct link_log *log);
+
+/* Whether one link is left to Python, so that it comes by and takes over those that it does not know of. */
+int link_log_calls_python(struct link_log *log);

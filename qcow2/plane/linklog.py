@@ -37,10 +37,9 @@ RECORD_BYTES: int = lib.LINK_RECORD_NBYTES
 BELOW_OFFSET = RECORDS_OFFSET - BELOW.size
 MAX_PATH = BELOW_OFFSET - HEADER.size - CHECKSUM.size
 WAITING = struct.Struct("=QQQ")  # a struct waiting_link
-CAPACITY = 65536  # records
-MIN_CAPACITY = 4
-LOG_BYTES = RECORDS_OFFSET + CAPACITY * RECORD_BYTES  # without live bits
-MAX_LOG_BYTES = LOG_BYTES + 2 * MAX_LIVE_BYTES
+CAPACITY = 1 << 16  # records
+SMALL_CAPACITY, MAX_CAPACITY = 4, 1 << 18
+MAX_LOG_BYTES = RECORDS_OFFSET + MAX_CAPACITY * RECORD_BYTES + 2 * MAX_LIVE_BYTES
 NOTHING = (1 << 64) - 1  # in place of a guest cluster: a record that links nothing
 STAMP_BITS: int = lib.LINK_STAMP_BITS
 LIMIT: int = lib.LINK_LIMIT  # no link has this number or a later one
@@ -170,9 +169,9 @@ class LinkLog:
         found = WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size))) if count else ()
         return [(cluster, word | bitmap << WORD_BITS) for cluster, word, bitmap in found]
 
-    async def begin(self, nbytes: int = LOG_BYTES) -> None:
+    async def begin(self, nbytes: int = 0) -> None:
         """Make the memory, of *nbytes* at least, a log, before the first link. Raises: OSError if none is to be had."""
-        self.memory_bytes = max(nbytes, LOG_BYTES)
+        self.memory_bytes = max(nbytes, self.live_offset)
         self._memory.reserve(self.memory_bytes)
         boot, device, inode, path = self._origin
         path = path[:MAX_PATH]
@@ -280,7 +279,7 @@ def read_log(content: bytes) -> FoundLog | None:
     if not RECORDS_OFFSET <= len(content) <= MAX_LOG_BYTES:
         return None
     magic, version, tag, capacity, nbytes, began, boot_id, device, inode = HEADER.unpack_from(content)
-    if (magic, version) != (MAGIC, VERSION) or nbytes > MAX_PATH or not MIN_CAPACITY <= capacity <= CAPACITY:
+    if (magic, version) != (MAGIC, VERSION) or nbytes > MAX_PATH or not SMALL_CAPACITY <= capacity <= MAX_CAPACITY:
         return None
     end = HEADER.size + nbytes
     if CHECKSUM.unpack_from(content, end)[0] != zlib.crc32(content[:end]):

@@ -171,6 +171,23 @@ def test_more_pieces_than_one_system_call_takes(rig: Rig) -> None:
     assert rig.content()[:3000] == bytes(number % 251 for number in range(3000))
 
 
+@pytest.mark.parametrize("nparts", [1, 40, 700])
+def test_some_parts_are_written_or_as_they_were(rig: Rig, nparts: int) -> None:
+    parts = [(number * 23, bytes([number % 251]) * 11) for number in range(nparts)]
+    count = rig.run(do(op.WriteSome(rig.file, parts)))
+    expected = bytearray(CONTENT)
+    for offset, data in parts[:count]:
+        expected[offset : offset + len(data)] = data
+    assert 0 <= count <= nparts
+    assert rig.content() == expected
+
+
+def test_a_part_that_cannot_be_written_ends_them(rig: Rig) -> None:
+    count = rig.run(do(op.WriteSome(rig.file, [(0, b"first"), ((1 << 63) - 2, b"no place"), (99, b"third")])))
+    assert count <= 1
+    assert rig.content() == (b"first" + CONTENT[5:] if count else CONTENT)
+
+
 @pytest.mark.parametrize(("start", "nbytes"), [(0, 16320), (5000, 1), (4096, 8192), (16000, 100000), (20000, 10)])
 def test_zero_clears_its_range_and_keeps_the_length(rig: Rig, start: int, nbytes: int) -> None:
     rig.run(do(op.Zero(rig.file, start, nbytes)))

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2.plane.linklog import HEADER, LOG_BYTES, RECORD_BYTES, RECORDS_OFFSET, FoundLog, Link, LinkLog, Mark, read_log
+from qcow2.plane.linklog import (
+    HEADER,
+    MAX_LOG_BYTES,
+    RECORD_BYTES,
+    RECORDS_OFFSET,
+    FoundLog,
+    Link,
+    LinkLog,
+    Mark,
+    read_log,
+)
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.engine import ORIGIN, TAG, waiting
 
@@ -194,6 +204,6 @@ def test_garbage_is_void_or_harmless(garbage: bytes, at: int) -> None:
 
 
 def test_what_follows_the_records_is_no_live_bits_if_it_does_not_say_so() -> None:
-    found = read_log(Log().content().ljust(LOG_BYTES + 1, b"\0"))
+    found = read_log(Log().content().ljust(MAX_LOG_BYTES, b"\0"))
     assert found is not None
     assert found.live is None
