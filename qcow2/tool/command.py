@@ -48,9 +48,12 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         self._is_intermixing = True
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, rest = self.parse_known_intermixed_args(_guarded(args), namespace)
         finally:
             self._is_intermixing = False
+        for name, value in vars(found).items():
+            setattr(found, name, _bare(value))
+        return found, _bare(rest)
 
     def print_help(self, file: Any = None) -> None:
         """Print it. Raises: OSError, which argparse may swallow."""
@@ -62,6 +65,26 @@ class Parser(argparse.ArgumentParser):
 
             raise in_its_words(message)
         raise UsageError(message)
+
+
+GUARD = "\0"  # at the front of a word after "--", which is no option whatever it looks like; no word can have it
+
+
+def _guarded(words: list[str]) -> list[str]:
+    if "--" not in words:
+        return words
+    end = words.index("--")
+    return words[:end] + [GUARD + word for word in words[end + 1 :]]
+
+
+def _bare(value: Any) -> Any:
+    match value:
+        case str():
+            return value.removeprefix(GUARD)
+        case list():
+            return [_bare(each) for each in value]
+        case _:
+            return value
 
 
 class Version(argparse.Action):

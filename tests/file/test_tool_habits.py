@@ -68,6 +68,23 @@ def test_short_last_entry_of_the_feature_names_counts(tmp_path: Path) -> None:
     assert "Test feature" in qcow2_tool_ok("dump-header", path)
 
 
+def test_name_after_two_dashes_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("create", "-q", "-f", "qcow2", "--", "-f", "1M"),
+        ("resize", "-q", "-f", "qcow2", "--", "-f", "+1M"),
+        ("convert", "-O", "raw", "--", "-f", "--quiet"),
+        ("compare", "-F", "raw", "-q", "--", "-f", "--quiet"),
+        ("bitmap", "--add", "--", "-f", "--"),
+        ("info", "--", "-f"),
+    ):
+        qcow2_tool_ok(*words)
+    assert {path.name for path in tmp_path.iterdir()} == {"-f", "--quiet"}
+    facts = json.loads(qcow2_tool_ok("info", "--output=json", "--", "-f"))
+    assert [each["name"] for each in facts["format-specific"]["data"]["bitmaps"]] == ["--"]
+    assert "unrecognized arguments: -b" in qcow2_tool("info", "--", "-f", "-b").stderr
+
+
 @pytest.mark.parametrize("name", [b"Datentr\xe4ger", "Datenträger".encode(), b"a\nb", b"\xff"])
 def test_name_is_printed_as_the_bytes_it_is(tmp_path: Path, name: bytes) -> None:
     base, top = os.fsencode(tmp_path) + b"/" + name, os.fsencode(tmp_path) + b"/top"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -231,6 +232,24 @@ def test_preallocation_of_a_longer_disk_is_known_by_its_name(base: Path) -> None
 def test_zeros_cannot_be_taken_for_granted_over_a_backing_file(base: Path, top: Path) -> None:
     done = qcow2_tool("convert", "-n", "--target-is-zero", "-O", "qcow2", base, top)
     assert (done.returncode, "destination image has a backing file" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "refcount_bits=1", "extended_l2=on", "cluster_size=2M"])
+@pytest.mark.parametrize("how", ["create", "convert"])
+def test_image_that_is_full_is_as_large_as_was_measured(tmp_path: Path, options: str, how: str) -> None:
+    words = ("-O", "qcow2", "--output=json", "-o", options, "--size", "5M")
+    measured = json.loads(qcow2_tool_ok("measure", *words))["fully-allocated"]
+    path, raw = tmp_path / "image", tmp_path / "raw"
+    if how == "create":
+        qcow2_tool_ok("create", "-q", "-o", options, path, "5M")
+    else:
+        with raw.open("wb") as file:
+            file.truncate(5 * MIB)
+        qcow2_tool_ok("convert", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
+    with qcow2.open(path, "r+") as disk:
+        for offset in random.Random(5).sample(range(0, disk.size, 65536), disk.size // 65536):
+            disk.write(offset, b"x" * 65536)
+    assert path.stat().st_size <= measured
 
 
 @pytest.mark.parametrize("backing", [(), ("-b", "base", "-F", "qcow2")], ids=["alone", "over the base"])
