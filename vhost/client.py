@@ -186,6 +186,23 @@ class Control:
         """Begin to bring what is between the image and *base*, or its backing file's, into that."""
         return self._job("commit", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
 
+    def backup(
+        self,
+        target: str,
+        *,
+        format: str = "qcow2",
+        existing: bool = False,
+        bitmap: str | None = None,
+        backing: str | None = None,
+        rate: int = 0,
+        on_error: str = "report",
+    ) -> Job:
+        """Begin to copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*."""
+        names = {key: name for key, name in (("bitmap", bitmap), ("backing", backing)) if name is not None}
+        return self._job(
+            "backup", target=target, format=format, existing=existing, rate=rate, on_error=on_error, **names
+        )
+
     def jobs(self) -> list[Job]:
         """The one under way, and those that ended last."""
         return [_job_of(each) for each in self.ask("job-list")]

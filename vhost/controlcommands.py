@@ -222,6 +222,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export-list": lambda commands: commands.exports.list(),
     "stream": lambda commands, **options: commands.jobs.stream(**options),
     "commit": lambda commands, **options: commands.jobs.commit(**options),
+    "backup": lambda commands, **options: commands.jobs.backup(**options),
     "job-list": lambda commands: commands.jobs.job_list(),
     "job-pause": lambda commands, job: commands.jobs.job_pause(job),
     "job-resume": lambda commands, job: commands.jobs.job_resume(job),
@@ -241,6 +242,7 @@ ARGUMENTS = {
     "bitmap-change": ("actions",),
     "export-start": ("file",),
     "export-stop": ("file",),
+    "backup": ("target",),
     "set-cache": ("mode",),
     "job-pause": ("job",),
     "job-resume": ("job",),
@@ -253,6 +255,7 @@ OPTIONS = {  # which may be left out
     "export-start": ("socket", "address", "port", "bitmaps", "certificates"),
     "stream": ("base", "rate", "on-error"),
     "commit": ("base", "rate", "on-error"),
+    "backup": ("format", "existing", "bitmap", "backing", "rate", "on-error"),
 }
 
 LOOKS = ("status", "stats", "metrics")  # which wait for nobody

@@ -1,4 +1,4 @@
-"""`vhost-user-qcow2 ctl stream`, `job` and `events`: begin long work on a disk, look at it, and wait for it."""
+"""`vhost-user-qcow2 ctl stream`, `commit`, `backup`, `job`, `events`: begin long work on a disk, wait for it."""
 
 import argparse
 import json
@@ -21,7 +21,15 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     stream.add_argument("--base", metavar="FILE", help="only what is above this file of its chain")
     commit = commands.add_parser("commit", help="bring what is frozen under the image into the file under that")
     commit.add_argument("--base", metavar="FILE", help="into this file of its chain")
-    for one in (stream, commit):
+    backup = commands.add_parser("backup", help="copy the disk of this moment, or what a bitmap says has changed")
+    backup.add_argument("target", metavar="TARGET", help="the file, as seen from the directory of the image")
+    backup.add_argument(
+        "--format", choices=["qcow2", "raw"], default="qcow2", help="of the file (default: %(default)s)"
+    )
+    backup.add_argument("--existing", action="store_true", help="overwrite the file that is there, or the device")
+    backup.add_argument("--bitmap", metavar="NAME", help="only what it has recorded, and let it forget that at the end")
+    backup.add_argument("--backing", metavar="FILE", help="the backup before, over which the new one is a whole disk")
+    for one in (stream, commit, backup):
         one.add_argument("--rate", metavar="RATE", type=parse_size, default=0, help="bytes a second, as in 50M")
         one.add_argument("--on-error", choices=[*OnError], default=OnError.REPORT, help="what becomes of the job then")
         one.add_argument("--wait", action="store_true", help="wait until it has ended, and show how far it is")
@@ -39,7 +47,7 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
         one.add_argument("job", metavar="JOB", type=int, help="its number")
     rate.add_argument("rate", metavar="RATE", type=parse_size, help="bytes a second, as in 50M; 0: as fast as it goes")
     parsers = [listing, wait, pause, resume, cancel, rate]
-    for one in (stream, commit, *parsers):
+    for one in (stream, commit, backup, *parsers):
         one.add_argument("--json", action="store_true", help="print JSON")
     return parsers
 
@@ -51,6 +59,9 @@ def run_command(control: Control, request: dict[str, Any]) -> int:
             return _print_events(control, names)
         case {"command": "stream" | "commit" as command, "base": base, "rate": rate, "on_error": on_error}:
             return _begun(control, getattr(control, command)(base, rate=rate, on_error=on_error), request)
+        case {"command": "backup"}:
+            chosen = {key: request[key] for key in ("format", "existing", "bitmap", "backing", "rate", "on_error")}
+            return _begun(control, control.backup(request["target"], **chosen), request)
         case {"action": "list"}:
             return _show_all(control.jobs(), is_json=request["json"])
         case {"action": "wait", "job": number}:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from qcow2.job.pace import Pace
 from qcow2.job.reins import Reins
 from vhost.policy import OnError
 
@@ -38,6 +37,7 @@ class Work(ABC):
 
     kind: str
     about: dict[str, Any]  # what was asked for
+    look_seconds: float | None = None  # how often `look` is called at least
 
     def prepare(self) -> None:  # noqa: B027, most need nothing
         """What comes before it is begun, each time, on the job's thread.
@@ -46,7 +46,7 @@ class Work(ABC):
         """
 
     @abstractmethod
-    def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
+    def begin(self, reins: Reins) -> Coroutine[Any, Any, None]:
         """The work on the disk, on its thread while the image is held; done again, it goes on where it was.
 
         Raises: OSError, ImageError, ValueError.
@@ -58,6 +58,9 @@ class Work(ABC):
 
         Raises: OSError, ImageError, ValueError, RoomWanted.
         """
+
+    def look(self) -> None:  # noqa: B027
+        """On the disk's thread while it is under way: its reins were changed, or some time has passed."""
 
     def leave(self) -> None:  # noqa: B027
         """What is left where the job has ended, finished or not, on its thread."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from vhost.backup import Backup
 from vhost.committing import Committing
 from vhost.device import Device
 from vhost.disk import ImageBackend
@@ -14,6 +15,7 @@ from vhost.servedchain import ServedChain
 from vhost.streaming import Streaming
 
 RATE_LIMIT = 1 << 63
+FORMATS = ("qcow2", "raw")  # of a backup
 
 
 class JobCommands:
@@ -38,6 +40,33 @@ class JobCommands:
         if not (base is None or (isinstance(base, str) and base)):
             raise JobRefused(f"{base!r} is not the name of a file")
         return self._start(lambda: Committing(self._served, base), rate, on_error)
+
+    def backup(
+        self,
+        target: object,
+        format: object = "qcow2",
+        existing: object = False,
+        bitmap: object = None,
+        backing: object = None,
+        rate: object = 0,
+        on_error: object = "report",
+    ) -> dict[str, Any]:
+        """Copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*."""
+        name = _named(target)
+        if format not in FORMATS:
+            raise JobRefused(f"{format!r} is none of {', '.join(FORMATS)}")
+        if bitmap is None and backing is not None:
+            raise JobRefused("a backing file is for what a bitmap says: all of the disk needs none")
+        if bitmap is not None and format != "qcow2":
+            raise JobRefused("what a bitmap says goes to a qcow2 image: a raw file cannot say what it lacks")
+        chosen = _named(bitmap), _named(backing)
+        return self._start(
+            lambda: Backup(
+                self._served, name, str(format), exists=existing is True, bitmap=chosen[0], backing=chosen[1]
+            ),
+            rate,
+            on_error,
+        )
 
     def _start(self, work: Callable[[], Work], rate: object, on_error: object) -> dict[str, Any]:
         nbytes = _rate(rate)
@@ -67,6 +96,12 @@ class JobCommands:
     @staticmethod
     def _told(command: Callable[[int], Report], job: object) -> dict[str, Any]:
         return command(_number(job)).as_json()
+
+
+def _named(name: object) -> Any:
+    if not (name is None or (isinstance(name, str) and name and "\0" not in name)):
+        raise JobRefused(f"{name!r} is no name")
+    return name
 
 
 def _number(job: object) -> int:

@@ -71,6 +71,13 @@ class Jobs:
             raise JobRefused("the image is not held: no front-end uses it") from None
         except (OSError, ImageError, ValueError) as error:
             raise JobRefused(_said(error)) from error
+        try:
+            return self._admit(work, rate, on_error)
+        except JobRefused:
+            work.leave()
+            raise
+
+    def _admit(self, work: Work, rate: int, on_error: OnError) -> Report:
         with self._changed:
             if self._is_ending:
                 raise JobRefused("the daemon is ending")
@@ -172,18 +179,19 @@ class Jobs:
         """All that is under way will be awaited: let it be little."""
         with self._changed:
             self._has_room = False
-            reins = None if self._current is None else self._current.reins
-        if reins is not None:
-            reins.cancel()
-            self._wake(reins)
+            job = self._current
+        if job is not None:
+            job.reins.cancel()
+            self._wake(job, job.reins)
 
     def _give_room(self) -> None:
         with self._changed:
             self._has_room = True
             self._changed.notify_all()
 
-    def _wake(self, reins: Reins) -> None:
+    def _wake(self, job: Job, reins: Reins) -> None:
         if self._device.is_attached:
+            job.work.look()
             self._backend.run(reins.wake(), _raise_what_it_raised)
 
     # on the job's thread
@@ -238,7 +246,7 @@ class Jobs:
         self._device.worker.post(partial(self._begin, job, reins, outcome))
         while not outcome.done():
             self._await_stirring(job, outcome)
-            self._device.worker.post(partial(self._wake, reins))
+            self._device.worker.post(partial(self._wake, job, reins))
         error = outcome.result()
         if error is None:
             self._await_leave(job)
@@ -277,7 +285,7 @@ class Jobs:
         with self._changed:
             if not outcome.done():
                 self._turn(job, job.standing)
-            self._changed.wait_for(lambda: job.is_stirred, LOOK_SECONDS if job.rate else None)
+            self._changed.wait_for(lambda: job.is_stirred, LOOK_SECONDS if job.rate else job.work.look_seconds)
             job.is_stirred = False
 
     def _is_over(self, job: Job, error: Exception) -> bool:

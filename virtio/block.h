@@ -15,6 +15,7 @@
 
 #define BLOCK_SERIAL_NBYTES 20 /* VIRTIO_BLK_ID_BYTES */
 #define BLOCK_NO_SLOT UINT32_MAX
+#define BLOCK_FROZEN_BITS 16 /* log2 of the bytes of a chunk */
 
 struct block {
     struct device device; /* first: the worker knows only this */
@@ -31,6 +32,8 @@ struct block {
     extent_translate translate;       /* NULL: every read and write goes to Python */
     void *context;
     const struct extent_places *places; /* NULL: what has no place yet goes to Python */
+    const uint8_t *frozen; /* bit n % 8 of byte n / 8: chunk n is still wanted as it is, Python alone may change it */
+    uint64_t nfrozen;      /* chunks, a multiple of 8; 0: none is */
     struct request *flushing;           /* that Python is told to flush for, */
     uint64_t flushing_since;            /* the worker's round then: others may follow within it */
     struct flights flights;

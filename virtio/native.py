@@ -37,6 +37,7 @@ class NativeBlock:
         ffi.memmove(self._block.serial, encoded, len(encoded))
         self._block.max_range_sectors = max_range_sectors
         self.set_sync_slot(None)
+        self.set_frozen(None)
         self._wanted = self.is_forced = False  # writethrough: by the guest, by whoever controls the daemon
 
     @property
@@ -79,6 +80,12 @@ class NativeBlock:
         """
         self._block.sync_slot = NO_SLOT if slot is None else slot
         self._block.names_slot = NO_SLOT if names is None else names
+
+    def set_frozen(self, bits: bytearray | None) -> None:
+        """Leave to Python what changes a chunk of 64 KiB whose bit is set; bits may be cleared meanwhile, by Python."""
+        self._frozen = None if bits is None else ffi.from_buffer("uint8_t[]", bits)
+        self._block.frozen = ffi.NULL if self._frozen is None else self._frozen
+        self._block.nfrozen = 0 if bits is None else len(bits) * 8
 
     def set_extent_map(self, extent_map: ExtentMap | None) -> None:
         """Serve reads and writes over *extent_map*, whose owner must outlive its use; None leaves them to Python."""

@@ -40,6 +40,11 @@ class Pace:
         """Let the job end at its next piece; from any thread."""
         self._is_cancelled = True
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the job was told to end."""
+        return self._is_cancelled
+
     def require_going(self) -> None:
         """Raises: Cancelled."""
         if self._is_cancelled:

@@ -84,6 +84,7 @@ def test_greeting_says_version_and_commands(daemon: Daemon, control: Path) -> No
                     "export-list",
                     "stream",
                     "commit",
+                    "backup",
                     "job-list",
                     "job-pause",
                     "job-resume",

@@ -24,7 +24,7 @@ from ring.aio import Aio, WorkerOptions
 from ring.worker import Worker
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.patience import TIMEOUT
-from vhost.disk import RingDriver
+from vhost.ringdriver import RingDriver
 from virtio.native import NativeBlock
 
 CONTENT = bytes(range(1, 256)) * 64  # 16320 bytes: no multiple of a sector or a page

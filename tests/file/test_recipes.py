@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,24 @@ def test_backup_of_a_disk_in_use(place: Path) -> None:
         play("Back up a disk that is in use", place)
         guest.write(0, b"w" * 4096)
     assert (place / "monday.raw").read_bytes() == (place / "copy.raw").read_bytes()
+
+
+def test_a_backup_each_night(place: Path) -> None:
+    with ExitStack() as stack:
+        guests: list[FrontEnd] = []
+
+        def pass_a_day() -> None:
+            if not guests:
+                daemon = stack.enter_context(Daemon(place / "disk.qcow2", f"--control={place / 'disk.control'}"))
+                guests.append(stack.enter_context(FrontEnd(daemon.socket_path)))
+            else:
+                guests[0].write(0, b"w" * 4096)
+
+        play("A backup each night, of what has changed", place, pass_a_day)
+    with qcow2.open(place / "night1.qcow2") as disk:
+        assert disk.read(0, disk.size) == b"w" * 4096 + (place / "copy.raw").read_bytes()[4096:]
+        assert "backing-filename" not in disk.info
+    assert not (place / "night0.qcow2").exists()
 
 
 def test_what_was_tried_is_kept(place: Path) -> None:

@@ -26,8 +26,9 @@ from tests.sim.image import files_of, open_again
 from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
 from tests.sim.liveness import Longest
 from tests.sim.units import Contents, Units
-from vhost.disk import ImageBackend, RingDriver
+from vhost.disk import ImageBackend
 from vhost.option import CacheMode
+from vhost.ringdriver import RingDriver
 from virtio.config import MAX_RANGE_SECTORS, Properties
 from virtio.native import NativeBlock
 

@@ -1,0 +1,255 @@
+"""A backup of a disk that a guest writes to: it is the disk of the moment at which it was asked for."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests import slowdisk
+from tests.file.test_jobs import control, ctl, open_files, start
+from tests.frontend import FrontEnd
+from tests.load import Load
+from tests.oracle import assert_clean, assert_same_bytes
+from tests.program import qcow2_tool_ok
+from tests.slowdisk import SlowDisk
+from vhost import Control, ControlError
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 8 * MIB + 12 * KIB  # ends in the midst of a chunk
+BLOCK = 4096
+SHAPES = {
+    "plain": [],
+    "extended_l2": ["-o", "extended_l2=on,cluster_size=128k"],
+    "small clusters": ["-o", "cluster_size=4k,lazy_refcounts=on"],
+    "data file": ["-o", "data_file=data"],
+    "overlay": ["-b", "base", "-F", "qcow2"],
+}
+
+
+def make(directory: Path, shape: str) -> tuple[Path, bytes]:
+    """An image, and what its disk holds: data, zeros, and what comes from elsewhere."""
+    image, held = directory / "disk", bytearray(SIZE)
+    if shape == "raw":
+        qcow2_tool_ok("create", "-f", "raw", image, str(SIZE))
+    elif shape == "overlay":
+        qcow2_tool_ok("create", directory / "base", str(SIZE))
+        held[MIB : 3 * MIB] = b"b" * (2 * MIB)
+        with qcow2.open(directory / "base", "r+") as disk:
+            disk.write(MIB, held[MIB : 3 * MIB])
+    if shape != "raw":
+        qcow2_tool_ok("create", *SHAPES[shape], image, str(SIZE))
+    with qcow2.open(image, "r+", format="raw" if shape == "raw" else "qcow2") as disk:
+        for start, nbytes in ((0, 300 * KIB), (2 * MIB + 8 * KIB, MIB), (SIZE - 100 * KIB, 100 * KIB)):
+            held[start : start + nbytes] = b"t" * nbytes
+            disk.write(start, b"t" * nbytes)
+    return image, bytes(held)
+
+
+def read(path: Path, image_format: str = "qcow2") -> bytes:
+    with qcow2.open(path, format=image_format) as disk:
+        return disk.read(0, disk.size)
+
+
+def written_while(load: Load, client: Control, job: int) -> None:
+    while not client.job(job).has_ended:
+        load.run(20)
+    ended = client.job(job)
+    assert (ended.state, ended.done, ended.error) == ("completed", ended.total, "")
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "image_format"),
+    [
+        ("plain", "--cache=writeback", "qcow2"),
+        ("plain", "--sandbox", "raw"),
+        ("overlay", "--cache=writethrough", "qcow2"),
+        ("overlay", "--aio=threads", "raw"),
+        ("extended_l2", "--cache=none", "qcow2"),
+        ("small clusters", "--cache=unsafe", "raw"),
+        ("data file", "--cache=none", "qcow2"),
+        ("raw", "--cache=writeback", "qcow2"),
+    ],
+)
+def test_backup_is_the_disk_of_its_moment(tmp_path: Path, shape: str, mode: str, image_format: str) -> None:
+    image, held = make(tmp_path, shape)
+    options = [mode, "--format=raw"] if shape == "raw" else [mode]
+    with start(image, *options) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        load = Load(guest, SIZE // BLOCK, zeroes=True, base=held)
+        load.run(60)
+        load.drain()
+        moment = load.expected()
+        job = client.backup("copy", format=image_format, rate=4 * MIB).job
+        load.run(150)  # while nearly all has to be saved before it is overwritten
+        client.set_rate(job, 0)
+        written_while(load, client, job)
+        load.run(20)
+        load.drain()
+        assert open_files(daemon) & {"copy", ".copy.backup"} == set()
+        daemon.stop()
+    assert_same_bytes(read(tmp_path / "copy", image_format), moment)
+    assert_same_bytes(read(image, "raw" if shape == "raw" else "qcow2"), load.expected())
+    if image_format == "qcow2":
+        assert_clean(tmp_path / "copy")
+    if shape not in ("raw", "data file"):  # which QEMU 7.2 looks for in its own directory
+        assert_clean(image)
+
+
+def dirty(image: Path, name: str) -> list[tuple[int, int]]:
+    with qcow2.open(image) as disk:
+        return list(disk.bitmaps.dirty(name))
+
+
+def test_incremental_backups_are_a_chain_of_what_has_changed(tmp_path: Path) -> None:
+    image, held = make(tmp_path, "plain")
+    qcow2_tool_ok("bitmap", "--add", image, "nightly")
+    moments = []
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        load = Load(guest, SIZE // BLOCK, zeroes=True, base=held)
+        for night in range(3):
+            load.run(40)
+            load.drain()
+            moments.append(load.expected())
+            of = {"bitmap": "nightly", "backing": f"night{night - 1}"} if night else {}
+            job = client.backup(f"night{night}", rate=MIB, **of).job
+            load.run(30)  # which the next one has to copy
+            client.set_rate(job, 0)
+            written_while(load, client, job)
+        load.drain()
+        assert client.wait(client.backup("last", bitmap="nightly", backing="night2").job).state == "completed"
+        guest.write(SIZE - BLOCK, b"l" * BLOCK)
+        ended = client.wait(client.backup("tail", bitmap="nightly", backing="last").job)
+        assert (ended.state, ended.done, ended.total) == ("completed", 12 * KIB, 12 * KIB)
+        guest.discard(4 * MIB, 64 * KIB)
+        guest.write(0, b"n" * BLOCK)
+        daemon.stop()
+    for night, moment in enumerate(moments):
+        assert_same_bytes(read(tmp_path / f"night{night}"), moment)
+        assert_clean(tmp_path / f"night{night}")
+    assert_same_bytes(read(tmp_path / "last"), load.expected())
+    assert_same_bytes(read(tmp_path / "tail"), load.expected()[:-BLOCK] + b"l" * BLOCK)
+    assert dirty(image, "nightly") == [(0, 64 * KIB), (4 * MIB, 64 * KIB)]
+
+
+def test_backup_that_is_given_up_has_forgotten_nothing(tmp_path: Path) -> None:
+    image, held = make(tmp_path, "plain")
+    qcow2_tool_ok("bitmap", "--add", "-g", "4096", image, "nightly")
+    shutil.copy(image, tmp_path / "before")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        guest.write(MIB, b"w" * BLOCK)
+        guest.write(3 * MIB, b"w" * BLOCK)
+        job = client.backup("copy", bitmap="nightly", backing="before", rate=1).job
+        guest.write(3 * MIB, b"v" * BLOCK)
+        client.cancel(job)
+        assert client.wait(job).state == "cancelled"
+        assert not (tmp_path / ".copy.backup").exists()
+        assert not (tmp_path / "copy").exists()
+        again = client.wait(client.backup("copy", bitmap="nightly", backing="before").job)
+        assert (again.state, again.done, again.total) == ("completed", 128 * KIB, 128 * KIB)
+        daemon.stop()
+    wanted = bytearray(held)
+    wanted[MIB : MIB + BLOCK], wanted[3 * MIB : 3 * MIB + BLOCK] = b"w" * BLOCK, b"v" * BLOCK
+    assert_same_bytes(read(tmp_path / "copy"), bytes(wanted))
+    assert dirty(image, "nightly") == []
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_killed_backup_is_no_disk_and_may_be_begun_again(tmp_path: Path, image_format: str) -> None:
+    image, held = make(tmp_path, "overlay")
+    qcow2_tool_ok("bitmap", "--add", image, "nightly")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        load = Load(guest, SIZE // BLOCK, base=held)
+        client.backup("copy", format=image_format, rate=1)
+        load.run(40)
+        daemon.kill()
+        load.take_the_last()
+    assert not (tmp_path / "copy").exists()
+    left = (tmp_path / ".copy.backup").read_bytes()
+    assert not any(left[: 64 * KIB])
+    with qcow2.open(image, "r+") as disk:  # with what waits in its link log
+        moment = disk.read(0, SIZE)
+    with start(image) as daemon, FrontEnd(daemon.socket_path), control(image) as client:
+        assert client.wait(client.backup("copy", format=image_format).job).state == "completed"
+        of = {"bitmap": "nightly", "backing": "copy"} if image_format == "qcow2" else {}
+        assert client.wait(client.backup("next", **of).job).state == "completed"
+        daemon.stop()
+    assert_same_bytes(read(tmp_path / "copy", image_format), moment)
+    assert_same_bytes(read(tmp_path / "next"), moment)
+    assert sorted(name for name in os.listdir(tmp_path) if name.startswith(".")) == []
+
+
+def test_backup_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    image, held = make(tmp_path, "plain")
+    qcow2_tool_ok("bitmap", "--add", image, "nightly")
+    (tmp_path / "there").write_bytes(b"t" * 2 * SIZE)
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        for options, why in (
+            ({"target": "there"}, "File exists"),
+            ({"target": "disk", "existing": True}, "is another process using the image"),
+            ({"target": "nowhere/copy"}, "No such file"),
+            ({"target": "copy", "format": "vmdk"}, "none of qcow2, raw"),
+            ({"target": "copy", "bitmap": "weekly"}, "'weekly' not found"),
+            ({"target": "copy", "bitmap": "nightly", "format": "raw"}, "cannot say what it lacks"),
+            ({"target": "copy", "backing": "there"}, "needs none"),
+            ({"target": "copy", "bitmap": "nightly", "backing": "there"}, "there"),
+            ({"target": "copy", "bitmap": "nightly", "backing": "disk"}, "another process"),
+        ):
+            with pytest.raises(ControlError, match=why):
+                client.backup(**options)
+        assert not [name for name in os.listdir(tmp_path) if "copy" in name]
+        assert client.jobs() == []
+        guest.write(0, b"w" * BLOCK)
+        said = ctl(image, "backup", "there", "--format=raw", "--existing", "--wait", "--json")
+        assert (said.returncode, json.loads(said.stdout)["state"]) == (0, "completed"), said.stderr
+        daemon.stop()
+    assert_same_bytes((tmp_path / "there").read_bytes(), b"w" * BLOCK + held[BLOCK:])
+
+
+def test_backup_outlives_a_resize_and_no_stop_of_the_rings(tmp_path: Path) -> None:
+    image, held = make(tmp_path, "plain")
+    qcow2_tool_ok("bitmap", "--add", image, "nightly")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        job = client.backup("copy", rate=1).job
+        client.resize(2 * SIZE - SIZE % MIB)
+        for offset in (0, 64 * KIB, SIZE):
+            guest.write(offset, b"w" * 64 * KIB)
+        client.set_rate(job, 0)
+        assert client.wait(job).state == "completed"
+        job = client.backup("lost", bitmap="nightly", backing="copy", rate=1).job
+        guest.start_queue(guest.stop_queue())
+        ended = client.wait(job)
+        assert (ended.state, ended.error) == (
+            "failed",
+            "the disk of that moment is lost: the image was let go meanwhile",
+        )
+        guest.write(0, b"v" * 64 * KIB)
+        assert client.wait(client.backup("next", bitmap="nightly", backing="copy").job).state == "completed"
+        daemon.stop()
+    assert_same_bytes(read(tmp_path / "copy"), held)
+    wanted = b"v" * 64 * KIB + b"w" * 64 * KIB + held[128 * KIB :] + b"w" * 64 * KIB
+    assert_same_bytes(read(tmp_path / "next"), wanted.ljust(2 * SIZE - SIZE % MIB, b"\0"))
+    assert not (tmp_path / ".lost.backup").exists()
+
+
+def test_target_that_hangs_holds_up_no_guest(tmp_path: Path) -> None:
+    image, held = make(tmp_path, "plain")
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    (backing / "copy").write_bytes(b"o" * SIZE)
+    with SlowDisk(backing, mount_point) as disk, start(image) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(image) as client:
+            load = Load(guest, SIZE // BLOCK, base=held)
+            with disk.holding(slowdisk.WRITE):
+                job = client.backup(str(mount_point / "copy"), format="raw", existing=True).job
+                disk.wait_for_one()
+                load.run(100)
+                client.resize(SIZE + MIB)  # which awaits all requests
+                load.run(100)
+                assert not client.job(job).has_ended
+                disk.let_go()
+            assert client.wait(job).state == "completed", client.job(job)
+        daemon.stop()
+    assert_same_bytes((backing / "copy").read_bytes(), held)

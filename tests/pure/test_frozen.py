@@ -1,0 +1,117 @@
+"""The disk of a moment, kept while it changes: who waits for the target of a copy, and for how long."""
+
+import errno
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcow2.driver.file import HostFile, go_on, outcome
+from qcow2.driver.operation import Operation
+from qcow2.driver.task import Scheduler, Task
+from qcow2.job.pace import Cancelled
+from qcow2.job.reins import Reins
+from qcow2.node.raw import RawImage
+from vhost.frozen import CHUNK, MOST_BYTES, Frozen, Saved, Wanted
+
+SIZE = MOST_BYTES + 4 * CHUNK + 512
+
+
+class Copy:
+    """A copy of a disk full of data, whose target takes what it is told to."""
+
+    def __init__(self, file: HostFile) -> None:
+        self.saved: list[Saved] = []
+        self.frozen = Frozen(
+            RawImage(file, SIZE, read_only=True), Wanted(SIZE, [(0, SIZE - 2 * CHUNK)]), self.saved.append
+        )
+        self._scheduler = Scheduler(self._start)
+
+    def _start(self, task: Task, operation: Operation) -> None:
+        go_on(self._scheduler, task, *outcome(operation))
+
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> list[Task]:
+        """Begin it; the list has its task once it has ended."""
+        ended: list[Task] = []
+        self._scheduler.spawn(coroutine, ended.append)
+        self._scheduler.run()
+        return ended
+
+    def go_on(self) -> None:
+        self._scheduler.run()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Iterator[Copy]:
+    """What fills the memory for the target to the brim has been saved."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"d" * SIZE)
+    with HostFile.open(str(path)) as file:
+        copy = Copy(file)
+        (ended,) = copy.run(copy.frozen.save(0, MOST_BYTES))
+        assert ended.take_error() is None
+        assert sum(each.nbytes for each in copy.saved) == MOST_BYTES
+        yield copy
+
+
+def test_change_of_what_nobody_wants_waits_for_nobody(copy: Copy) -> None:
+    assert copy.run(copy.frozen.save(0, CHUNK))
+    assert copy.run(copy.frozen.save(SIZE - 512, 512))
+    assert copy.run(copy.frozen.save(4 * SIZE, CHUNK))  # the disk has grown
+
+
+def test_change_waits_for_the_target(copy: Copy) -> None:
+    waiting = copy.run(copy.frozen.save(MOST_BYTES, 512))
+    assert not waiting
+    assert not copy.run(copy.frozen.save(MOST_BYTES, CHUNK))
+    copy.frozen.taken(CHUNK)
+    copy.go_on()
+    assert waiting
+    last = copy.saved[-1]
+    assert (last.guest_offset, last.nbytes, bytes(last.data or b"")) == (MOST_BYTES, CHUNK, b"d" * CHUNK)
+
+
+def test_change_does_not_wait_for_a_target_that_has_failed(copy: Copy) -> None:
+    waiting = copy.run(copy.frozen.save(MOST_BYTES, 512))
+    copy.frozen.stop(OSError(errno.EIO, "gone"))
+    copy.go_on()
+    assert waiting[0].take_error() is None
+    assert not any(copy.frozen.bits)
+    (walked,) = copy.run(copy.frozen.walk(Reins()))
+    assert "is lost: the guest wrote on" in str(walked.take_error())
+
+
+def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None:
+    reins = Reins()
+    walked = copy.run(copy.frozen.walk(reins))
+    waiting = copy.run(copy.frozen.save(MOST_BYTES, 512))
+    assert not walked
+    assert not waiting
+    reins.cancel()
+    copy.frozen.look()
+    copy.go_on()
+    assert waiting
+    assert isinstance(walked[0].take_error(), Cancelled)
+    assert copy.saved[-1].guest_offset == MOST_BYTES
+    copy.frozen.taken(MOST_BYTES)
+    again = copy.run(copy.frozen.walk(Reins()))
+    copy.frozen.taken(CHUNK)  # of what was saved before
+    copy.frozen.taken(2 * CHUNK)
+    copy.go_on()
+    assert again[0].take_error() is None
+    assert sum(each.nbytes for each in copy.saved) == MOST_BYTES + 3 * CHUNK
+
+
+def test_wanted_chunks_are_found_and_counted() -> None:
+    wanted = Wanted(100 * CHUNK + 1, [(CHUNK, CHUNK + 1), (30 * CHUNK, 41 * CHUNK), (100 * CHUNK, 200 * CHUNK)])
+    found, chunk = [], 0
+    while (chunk := wanted.next(chunk, wanted.end)) < wanted.end:
+        end = wanted.run_end(chunk, wanted.end)
+        found.append((chunk, end))
+        chunk = end
+    assert found == [(1, 2), (30, 41), (100, 101)]
+    assert wanted.nbytes(100 * CHUNK + 1) == 12 * CHUNK + 1
+    wanted.clear(0, 35)
+    assert [wanted.next(0, end) for end in (35, 36, 200)] == [35, 35, 35]
+    assert wanted.nbytes(100 * CHUNK + 1) == 6 * CHUNK + 1

@@ -1,0 +1,250 @@
+"""`ctl backup`: the disk of one moment, or what a bitmap says has changed by then, copied while the guest writes on.
+
+The moment is that of the command, before it is answered: while requests wait, the chunks to copy are marked as wanted
+(`vhost/frozen.py`). The target is brought what is saved by a thread of its own: one that hangs holds up nobody else. A
+bitmap goes on recording; what was copied is cleared in it once the target is whole, but for what has changed since.
+"""
+
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from qcow2 import ImageError
+from qcow2.driver.task import Task
+from qcow2.engine.bitmaptable import set_runs
+from qcow2.engine.frozenbitmap import FrozenBitmap
+from qcow2.engine.image import Image
+from qcow2.error import UnsupportedImage, no_memory
+from qcow2.job.reins import Reins
+from qcow2.node.node import Node
+from ring.thread import start_deaf
+from vhost.backuptarget import BackupTarget
+from vhost.device import die
+from vhost.frozen import Frozen, Saved, Wanted
+from vhost.job import RoomWanted, Work
+from vhost.servedchain import ServedChain
+
+
+class Backup(Work):
+    """Copy the disk as it is now, or what *bitmap* says of it, to *target*."""
+
+    kind = "backup"
+    look_seconds = 1.0
+
+    def __init__(
+        self,
+        served: ServedChain,
+        target: str,
+        image_format: str,
+        *,
+        exists: bool,
+        bitmap: str | None,
+        backing: str | None,
+    ) -> None:
+        """*target* is as seen from the directory of the image, *backing* as seen from that of *target*.
+
+        Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be done.
+        """
+        self.about: dict[str, Any] = {"target": target, "format": image_format, "bitmap": bitmap, "backing": backing}
+        self._served = served
+        self._image = self._require_image(bitmap)
+        self._bitmap: FrozenBitmap | None = None
+        path = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target)
+        self._target = BackupTarget(path, self._image.size, image_format, backing=backing, exists=exists)
+        try:
+            self._feed = Feed(self._target.put, self._taken, self._stopped)
+        except BaseException:
+            self._target.close()
+            raise
+        try:
+            self._frozen = self._freeze(bitmap)
+        except BaseException:
+            self._close()
+            raise
+
+    def _require_image(self, bitmap: str | None) -> Node:
+        disk = self._served.held.disk
+        if disk is None:
+            raise RoomWanted
+        image, path = disk.image, disk.files[0].path
+        if image.is_encrypted:
+            raise UnsupportedImage(path, "encrypted: the backup would hold it in plain")
+        if bitmap is not None and not isinstance(image, Image):
+            raise UnsupportedImage(path, "a raw image has no bitmaps")
+        if bitmap is not None and image.read_only:
+            raise OSError(errno.EROFS, "opened read-only", path)
+        return image
+
+    def _freeze(self, bitmap: str | None) -> Frozen:
+        """Let changes ask from this moment on. Raises: OSError, ImageError, ValueError."""
+        found: list[Frozen] = []
+
+        async def look() -> None:
+            stretches = [(0, self._image.size)]
+            if bitmap is not None:
+                assert isinstance(self._image, Image)
+                self._bitmap = await self._image.freeze_bitmap(bitmap)
+                bits = self._bitmap.granularity_bits
+                stretches = [(first << bits, end << bits) for first, end in set_runs(self._bitmap.bits)]
+            try:
+                frozen = Frozen(self._image, Wanted(self._image.size, stretches), self._feed.give)
+            except MemoryError:  # of a copy, which is no reason to trust the disk no more
+                raise no_memory() from None
+            self._served.backend.freeze(frozen)
+            found.append(frozen)
+
+        self._alone(look())
+        return found[0]
+
+    def _alone(self, step: Coroutine[Any, Any, None]) -> None:
+        """Do *step* on the image while no request is under way. Raises: ValueError."""
+        refusal = self._served.device.alone(lambda done: self._served.backend.change(step, done))
+        if refusal:
+            step.close()
+            raise ValueError(refusal)
+
+    def prepare(self) -> None:
+        self._feed.go_on()
+
+    def begin(self, reins: Reins) -> Coroutine[Any, Any, None]:
+        return self._frozen.walk(reins)
+
+    def look(self) -> None:
+        self._frozen.look()
+
+    def finish(self) -> None:
+        self._feed.close()
+        self._target.finish()
+        if self._bitmap is not None:
+            self._forget(self._bitmap)
+
+    def _forget(self, bitmap: FrozenBitmap) -> None:
+        """Raises: ValueError."""
+        image = self._image
+        assert isinstance(image, Image)
+
+        async def forget() -> None:
+            await image.flush()  # else a power loss could bring back an older disk, which no bit tells of
+            await image.thaw_bitmap(bitmap, is_copied=True)
+
+        with self._served.device.keeping():
+            try:
+                if not self._is_held:
+                    raise ValueError("the image was let go")
+                self._alone(forget())
+            except ValueError as error:
+                text = f"the backup is whole, but bitmap {bitmap.name!r} has forgotten nothing: {error}"
+                raise ValueError(text) from error
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether what is served is what was copied."""
+        disk = self._served.held.disk
+        return self._served.device.is_attached and disk is not None and disk.image is self._image
+
+    def leave(self) -> None:
+        try:
+            self._served.device.worker.call(self._thaw)
+        finally:
+            self._close()
+
+    def _thaw(self) -> None:
+        """On the worker: nobody wants to know any more what changes."""
+        self._frozen.lose("its backup has ended")
+        self._served.backend.thaw(self._frozen)
+        if self._bitmap is not None and self._is_held:
+            assert isinstance(self._image, Image)
+            self._served.backend.run(self._image.thaw_bitmap(self._bitmap, is_copied=False), _forget_error)
+
+    def _close(self) -> None:
+        self._feed.close()
+        self._target.close()
+
+    # on the thread of the target
+
+    def _taken(self, nbytes: int) -> None:
+        self._tell(partial(self._frozen.taken, nbytes))
+
+    def _stopped(self, error: Exception) -> None:
+        self._tell(partial(self._frozen.stop, error))
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        def told() -> None:
+            tell()
+            self._served.backend.go_on()
+
+        self._served.device.worker.post(told)
+
+
+def _forget_error(task: Task) -> None:
+    """An image that has failed keeps its bitmap frozen: nothing changes it any more."""
+    task.take_error()
+
+
+class Feed:
+    """Gives *put* what it is given, in order, on a thread of its own; says what it has taken, or what stopped it."""
+
+    def __init__(
+        self, put: Callable[[Saved], None], on_taken: Callable[[int], None], on_stopped: Callable[[Exception], None]
+    ) -> None:
+        """Raises: OSError if there is no thread to be had."""
+        self._put = put
+        self._on_taken = on_taken
+        self._on_stopped = on_stopped
+        self._changed = threading.Condition()
+        self._saved: deque[Saved] = deque()  # the first one is being put
+        self._is_stopped = False  # by an error
+        self._is_ending = False
+        self._thread = threading.Thread(target=self._main, name="backup", daemon=True)
+        start_deaf(self._thread)
+
+    def give(self, saved: Saved) -> None:
+        """Let *saved* be put after what came before. Never waits."""
+        with self._changed:
+            self._saved.append(saved)
+            self._changed.notify()
+
+    def go_on(self) -> None:
+        """After an error: try again."""
+        with self._changed:
+            self._is_stopped = False
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Put no more, and return once nothing is under way; a second time does nothing."""
+        with self._changed:
+            self._is_ending = True
+            self._changed.notify()
+        self._thread.join()
+        self._saved.clear()
+
+    def _main(self) -> None:
+        try:
+            while (saved := self._next()) is not None:
+                self._put_one(saved)
+        except RuntimeError:  # the worker has ended, and nobody asks
+            pass
+        except BaseException as error:
+            die(error)
+
+    def _next(self) -> Saved | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_ending or (self._saved and not self._is_stopped))
+            return None if self._is_ending else self._saved[0]
+
+    def _put_one(self, saved: Saved) -> None:
+        try:
+            self._put(saved)
+        except (OSError, ImageError) as error:
+            with self._changed:
+                self._is_stopped = True
+            self._on_stopped(error)
+            return
+        with self._changed:
+            self._saved.popleft()
+        if saved.data is not None:
+            self._on_taken(saved.nbytes)

@@ -1,0 +1,138 @@
+"""Where a backup goes: a file that nobody takes for a disk before it is whole and stable."""
+
+import errno
+import os
+from contextlib import ExitStack
+from typing import Any
+
+import qcow2
+from qcow2 import ImageError
+from qcow2.driver.file import BlockingDriver, HostFile
+from qcow2.engine.create import Options
+from qcow2.job.content import data_runs
+from qcow2.job.newimage import NewImage
+from qcow2.job.target import SPARSE_UNIT, InPlace, Target
+from qcow2.lock import lock_image
+from qcow2.node.node import Node
+from qcow2.node.raw import RawImage
+from vhost.frozen import Saved
+from vhost.held import describe
+
+
+class BackupTarget:
+    """The file *path*, which becomes a disk of *size* bytes.
+
+    A new one is made as `.NAME.backup` beside it, and gets its name once it is whole. One that *exists* is overwritten;
+    of a raw one the first bytes come last. A death leaves no disk.
+    """
+
+    def __init__(self, path: str, size: int, image_format: str, *, backing: str | None, exists: bool) -> None:
+        """Over the qcow2 image *backing*, as seen from the directory of *path*, if there is one.
+
+        Raises: OSError, ImageError, ValueError.
+        """
+        self.path = path
+        directory, base = os.path.split(path)
+        self._made = None if exists else os.path.join(directory, f".{base}.backup")
+        self._driver = BlockingDriver()
+        with ExitStack() as stack:
+            below = None
+            if backing is not None:
+                below = stack.enter_context(qcow2.open(os.path.join(directory, backing))).image
+            if not base:
+                raise ValueError(f"{path!r} is not the name of a file")
+            if self._made is not None and os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made))
+            self._target = self._of_format(image_format, size, backing, below)
+            self._driver.run(self._target.begin())
+            self._closing = stack.pop_all()
+
+    def _of_format(self, image_format: str, size: int, backing: str | None, below: Node | None) -> Target:
+        file = self._file
+        if image_format == "qcow2":
+            named = None if backing is None else "qcow2"
+            options = Options(size=size, backing_name=backing, backing_format=named)
+            return NewImage(file, options, below, reads_zeros=not file.is_device)
+        if not file.is_device:
+            os.ftruncate(file.fd, 0)
+        elif file.size() < size:
+            raise ImageError(file.path, f"the device has {file.size()} bytes, the disk {size}")
+        return InPlace(RawImage(file, size, read_only=False), size, is_zero=not file.is_device, length=size)
+
+    def put(self, saved: Saved) -> None:
+        """Store it. Raises: OSError, and it may be tried again; ImageError, and it may not."""
+        target = self._target
+        if saved.data is not None:
+            runs = data_runs(saved.data, SPARSE_UNIT)
+            if saved.place is None:
+                saved.place = target.place(saved.guest_offset, saved.nbytes, runs, None)
+            self._driver.run(target.put(saved.guest_offset, saved.data, runs, saved.place))
+        elif saved.nbytes:
+            self._finally(target.zero(saved.guest_offset, saved.nbytes))
+        else:
+            self._finally(target.advance(saved.guest_offset))
+
+    def finish(self) -> None:
+        """All has been stored: let it be a disk of that name, stable. Raises: ImageError."""
+        self._finally(self._target.finish())
+        if self._made is None:
+            return
+        try:
+            os.link(self._made, self.path)
+            os.unlink(self._made)
+            _sync_directory(self.path)
+        except OSError as error:
+            raise ImageError(self.path, describe(error)) from error
+        self._made = None
+
+    def _finally(self, step: Any) -> None:
+        """What cannot be done a second time. Raises: ImageError."""
+        try:
+            self._driver.run(step)
+        except OSError as error:
+            raise ImageError(self.path, describe(error)) from error
+
+    def close(self) -> None:
+        """Close the file; one that was made and is not whole is gone. Raises: OSError."""
+        with self._closing:
+            if self._made is not None:
+                os.unlink(self._made)
+
+
+def _opened(path: str) -> HostFile:
+    """Raises: OSError, ImageLocked."""
+    return _locked(HostFile.open(path, writable=True))
+
+
+def _made(path: str) -> HostFile:
+    """The file *path*, or the one that a process which died left there. Raises: OSError, ImageLocked."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = _locked(HostFile(path, os.open(path, flags, 0o600), writable=True))
+    try:
+        if os.fstat(file.fd).st_nlink == 1 and os.path.samestat(os.fstat(file.fd), os.lstat(path)):
+            return file
+        os.unlink(path)  # it has its name, and was to lose this one
+        again = _locked(HostFile(path, os.open(path, flags | os.O_EXCL, 0o600), writable=True))
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return again
+
+
+def _locked(file: HostFile) -> HostFile:
+    try:
+        lock_image(file.fd, file.path, writable=True)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,246 @@
+"""The disk as it was at one moment, kept for a copy while a guest writes on: copy before write.
+
+The disk is cut into chunks of 64 KiB. As long as a chunk is wanted its bit is set, and who wants to change it comes to
+`save` first: C leaves such requests to Python (`NativeBlock.set_frozen`), and Python asks before it begins them. What
+is saved is in memory then, so a change waits for the disk, and for the target only while too much waits in memory. What
+nobody changes is saved by `walk`. Once the last bit is clear, all requests are as quick as ever.
+
+The disk is worth more than its copy: whatever goes wrong ends the copy, and no request of the guest.
+"""
+
+import re
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from qcow2 import ImageError
+from qcow2.driver.operation import Signal
+from qcow2.engine.rangelock import RangeLocks
+from qcow2.job.reins import Reins
+from qcow2.job.source import Content, Source
+from qcow2.node.node import Node
+from vhost.held import describe
+
+CHUNK_BITS = 16  # BLOCK_FROZEN_BITS
+CHUNK = 1 << CHUNK_BITS
+WINDOW = 8  # chunks that are read at a time, while changes of them wait
+WIDE = 4096  # chunks of zeros that are passed at a time
+AHEAD_BYTES = 16 << 20  # that wait for the target before the walk does
+MOST_BYTES = 64 << 20  # before a request of the guest does
+AWAITED_BYTES = 256 << 20  # before one does that somebody awaits: a resize, or the end
+PATIENCE_SECONDS = 10.0  # of such a request, while the target takes nothing
+SET = re.compile(rb"[^\0]")
+
+
+@dataclass(slots=True)
+class Saved:
+    """Bytes of the disk for the target; or zeros, if there is no data."""
+
+    guest_offset: int
+    nbytes: int
+    data: memoryview | None
+    place: object = None  # where the target has put it, once it has decided
+
+
+class Wanted:
+    """The chunks of a disk of *size* bytes that are wanted; those in *stretches*, (start, end) in bytes."""
+
+    def __init__(self, size: int, stretches: list[tuple[int, int]]) -> None:
+        self.bits = bytearray(-(-size // (8 * CHUNK)))
+        for start, end in stretches:
+            first, last = start >> CHUNK_BITS, min(end, size) - 1 >> CHUNK_BITS
+            self._change(first, last + 1, is_set=True)
+
+    def _change(self, first: int, end: int, *, is_set: bool) -> None:
+        start, stop = first // 8, -(-end // 8)
+        mask = ((1 << end - first) - 1) << first % 8
+        old = int.from_bytes(self.bits[start:stop], "little")
+        new = old | mask if is_set else old & ~mask
+        memoryview(self.bits)[start:stop] = new.to_bytes(stop - start, "little")
+
+    @property
+    def end(self) -> int:
+        """After the last chunk."""
+        return len(self.bits) * 8
+
+    def nbytes(self, size: int) -> int:
+        """How many bytes of a disk of *size* bytes they are."""
+        count = int.from_bytes(self.bits, "little").bit_count()
+        has_last = size and self.next(size - 1 >> CHUNK_BITS, self.end) == size - 1 >> CHUNK_BITS
+        return count * CHUNK - (-size % CHUNK if has_last else 0)
+
+    def clear(self, first: int, end: int) -> None:
+        """Those from *first* to before *end* are not wanted any more."""
+        self._change(first, end, is_set=False)
+
+    def next(self, first: int, end: int) -> int:
+        """The first one from *first* on; *end* if there is none before."""
+        chunk = first
+        while chunk < end:
+            if self.bits[chunk // 8] >> chunk % 8 & 1:
+                return chunk
+            chunk += 1
+            if chunk % 8 == 0 and chunk < end:
+                found = SET.search(self.bits, chunk // 8, -(-end // 8))
+                if found is None:
+                    return end
+                chunk = max(chunk, found.start() * 8)
+        return end
+
+    def run_end(self, first: int, end: int) -> int:
+        """Where the run that *first* is in ends, *end* at the latest."""
+        while first < end and self.bits[first // 8] >> first % 8 & 1:
+            first += 1
+        return first
+
+
+class Frozen:
+    """What is *wanted* of the disk of *image*, given to *put* as it is saved. On the worker.
+
+    `taken`, `stop` and `lose` are told what becomes of it.
+    """
+
+    def __init__(self, image: Node, wanted: Wanted, put: Callable[[Saved], None]) -> None:
+        self.image = image
+        self._size = image.size
+        self._source = Source.of(image)
+        self._wanted = wanted
+        self._put = put
+        self._lost = ""  # why, for good
+        self._stopped: Exception | None = None  # why the target takes nothing more for now
+        self._reins = Reins()
+        self._locks = RangeLocks()
+        self._total = wanted.nbytes(self._size)
+        self._saved = 0
+        self._waiting = 0  # bytes in memory that the target has not taken
+        self._moved = time.monotonic()  # when it took something last, or had nothing to take
+        self._turn = Signal()
+
+    @property
+    def bits(self) -> bytearray:
+        """Of the chunks that are wanted still, as `NativeBlock.set_frozen` takes them."""
+        return self._wanted.bits
+
+    async def save(self, guest_offset: int, nbytes: int) -> None:
+        """Return once nothing of the range, which is about to change, is wanted."""
+        chunk = guest_offset >> CHUNK_BITS
+        end = -(-min(guest_offset + nbytes, self._size) // CHUNK)
+        try:
+            while (chunk := self._wanted.next(chunk, end)) < end:
+                stop = min(chunk + WINDOW, end)
+                async with self._locks.hold(chunk, stop - 1):
+                    await self._save(chunk, stop, self._have_room)
+        except MemoryError:
+            self.lose("no memory for what is about to change")
+
+    async def walk(self, reins: Reins) -> None:
+        """Save what is wanted, and return once the target has taken all; begun again, it goes on where it was.
+
+        Raises: Cancelled, ValueError; OSError, ImageError of the target.
+        """
+        self._reins, self._stopped = reins, None
+        reins.begin(self._total)
+        reins.advance(self._saved)
+        chunk, end = 0, self._wanted.end
+        while (chunk := self._wanted.next(chunk, end)) < end:
+            self._require_going()
+            stop = min(chunk + await self._stride(chunk), end)
+            await reins.wait((stop - chunk) * CHUNK if stop - chunk <= WINDOW else 0)
+            async with self._locks.hold(chunk, stop - 1):
+                await self._save(chunk, stop, self._await_room)
+            if stop // WIDE > chunk // WIDE:
+                self._put(Saved(stop << CHUNK_BITS, 0, None))
+            chunk = stop
+        while self._waiting:
+            self._require_going()
+            await self._turn.wait()
+        self._require_going()
+
+    async def _stride(self, chunk: int) -> int:
+        """How many chunks to look at together: many where zeros cost nothing."""
+        try:
+            content, nbytes = await self._source.find(chunk << CHUNK_BITS)
+        except (OSError, ImageError):  # said by who reads it
+            return WINDOW
+        return min(max(nbytes // CHUNK, WINDOW), WIDE) if content is Content.ZEROS else WINDOW
+
+    def _require_going(self) -> None:
+        if self._lost:
+            raise ValueError(self._lost)
+        self._reins.require_going()
+        if self._stopped is not None:
+            raise self._stopped
+
+    async def _save(self, chunk: int, end: int, have_room: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Save what is wanted of these chunks, which are locked."""
+        while (chunk := self._wanted.next(chunk, end)) < end:
+            start = chunk << CHUNK_BITS
+            try:
+                saved = await self._read(
+                    start, min(self._wanted.run_end(chunk, end) << CHUNK_BITS, self._size), have_room
+                )
+            except (OSError, ImageError) as error:
+                self.lose(describe(error))
+                return
+            if self._lost:
+                return
+            chunk = -(-(start + saved.nbytes) // CHUNK)
+            self._wanted.clear(start >> CHUNK_BITS, chunk)
+            self._saved += saved.nbytes
+            self._reins.advance(saved.nbytes)
+            if saved.data is not None:
+                self._moved = self._moved if self._waiting else time.monotonic()
+                self._waiting += saved.nbytes
+            self._put(saved)
+
+    async def _read(self, start: int, end: int, have_room: Callable[[], Coroutine[Any, Any, None]]) -> Saved:
+        """What is at the front of the range, whole chunks of it. Raises: Cancelled, OSError, ImageError."""
+        content, nbytes = await self._source.find(start)
+        zeros = min(nbytes, end - start) if content is Content.ZEROS else 0
+        if zeros == end - start or zeros >= CHUNK:
+            return Saved(start, zeros if zeros == end - start else zeros - zeros % CHUNK, None)
+        await have_room()
+        data = memoryview(bytearray(min(end - start, WINDOW * CHUNK)))
+        await self._source.read(start, data)
+        return Saved(start, len(data), data)
+
+    async def _await_room(self) -> None:
+        """The walk leaves memory to the guest. Raises: Cancelled, ValueError; what stopped the target."""
+        while self._waiting >= AHEAD_BYTES:
+            self._require_going()
+            await self._turn.wait()
+
+    async def _have_room(self) -> None:
+        """A request of the guest waits for the target, but not for ever; and not at all if all requests are awaited."""
+        while self._waiting >= MOST_BYTES and not self._lost:
+            is_awaited = self._reins.is_cancelled and self._waiting < AWAITED_BYTES
+            if is_awaited:
+                return
+            if self._stopped is not None or time.monotonic() - self._moved >= PATIENCE_SECONDS:
+                why = "takes nothing" if self._stopped is None else "has failed"
+                self.lose(f"the guest wrote on, and {self._waiting} bytes wait for a target that {why}")
+                return
+            await self._turn.wait()
+
+    def taken(self, nbytes: int) -> None:
+        """The target has taken *nbytes* more."""
+        self._waiting -= nbytes
+        self._moved = time.monotonic()
+        self.look()
+
+    def stop(self, error: Exception) -> None:
+        """The target takes nothing more because of *error*, until there is another `walk`."""
+        self._stopped = error
+        self.look()
+
+    def lose(self, why: str) -> None:
+        """Nothing is wanted any more: it cannot be had."""
+        self._lost = self._lost or f"the disk of that moment is lost: {why}"
+        self._wanted.clear(0, self._wanted.end)
+        self.look()
+
+    def look(self) -> None:
+        """Let whoever waits look again."""
+        turn, self._turn = self._turn, Signal()
+        turn.set()
