@@ -268,10 +268,10 @@ def _confine(options: "Options") -> None:
 
     places = chain_places(options.blk_file, options.format, gate_of(options), options.data_file)
     images = [path for path, _ in places]
-    data_files = [path for _, path in places if path is not None]
+    others = [path for path in (*(path for _, path in places), options.luks_header) if path is not None]
     changed = () if options.read_only else (images[0], places[0][1])
     confine(
-        images=images + data_files,
+        images=images + others,
         changed=[path for path in changed if path is not None],
         log_directory=options.link_log,
         sockets=[path for path in (options.socket_path, options.control) if path is not None],

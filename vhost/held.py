@@ -107,6 +107,7 @@ class HeldImage:
         options = self._options
         chain = Chain(
             data_file=options.data_file,
+            luks_header=options.luks_header,
             progress=self._progress(),
             log_directory=options.link_log,
             discard_log=options.discard_link_log,
@@ -281,7 +282,8 @@ class HeldImage:
         Raises: Unavailable, naming the file.
         """
         try:
-            self._outline = outline(self._options.blk_file, self._options.format)
+            options = self._options
+            self._outline = outline(options.blk_file, options.format, options.luks_header)
         except (OSError, ImageError) as error:
             raise Unavailable(describe(error)) from error
 

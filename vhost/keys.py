@@ -24,15 +24,16 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def __call__(self, path: str) -> list[bytes]:
-        """What may open the image at *path*: each of them is tried."""
+    def __call__(self, path: str) -> list[bytearray]:
+        """What may open the image at *path*, each of them to be tried: copies, the caller's to wipe."""
         return [held.copy() for held in self._held]
 
 
 class _Held:
     """One key in pages of its own, which no core dump has; not swapped if we may say so."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytearray) -> None:
+        """*content* is wiped."""
         self._nbytes = len(content)
         self._pages = mmap.mmap(-1, max(1, len(content)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pages.madvise(mmap.MADV_DONTDUMP)
@@ -40,9 +41,11 @@ class _Held:
         if ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(len(self._pages))) < 0:
             log.warning("a key is not locked in memory, and may be swapped: see RLIMIT_MEMLOCK")
         self._pages[: len(content)] = content
+        content[:] = bytes(len(content))
 
-    def copy(self) -> bytes:
-        return self._pages[: self._nbytes]
+    def copy(self) -> bytearray:
+        with memoryview(self._pages) as pages:
+            return bytearray(pages[: self._nbytes])
 
 
 def _open(path: str) -> int:
@@ -52,14 +55,16 @@ def _open(path: str) -> int:
         raise Unavailable(f"--key-file={path}: {error.strerror}") from error
 
 
-def _read(fd: int, option: str) -> bytes:
+def _read(fd: int, option: str) -> bytearray:
+    content, end = bytearray(MAX_KEY_BYTES + 1), 0
     try:
-        with open(fd, "rb", buffering=0) as file:
-            content = b""
-            while piece := file.read(MAX_KEY_BYTES + 1 - len(content)):
-                content += piece
+        with open(fd, "rb", buffering=0) as file, memoryview(content) as view:
+            while nbytes := file.readinto(view[end:]):
+                end += nbytes
     except OSError as error:
         raise Unavailable(f"{option}: {error.strerror}") from error
-    if not 0 < len(content) <= MAX_KEY_BYTES:
-        raise Unavailable(f"{option}: holds {'no key' if not content else f'more than {MAX_KEY_BYTES} bytes'}")
-    return content
+    if not 0 < end <= MAX_KEY_BYTES:
+        raise Unavailable(f"{option}: holds {'no key' if not end else f'more than {MAX_KEY_BYTES} bytes'}")
+    key = content[:end]
+    content[:end] = bytes(end)
+    return key

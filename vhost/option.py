@@ -78,6 +78,7 @@ class Options:
     key_fds: tuple[int, ...] = ()
     key_files: tuple[str, ...] = ()
     data_file: str | None = None  # what the image's data is in, whatever it says
+    luks_header: str | None = None  # where the LUKS header of a luks image is; None: in front of the disk
     allow_files: tuple[str, ...] | None = None  # directories of what images may name; None: anywhere
 
     @property
@@ -113,6 +114,8 @@ def parse(arguments: list[str], *, activated_fd: int | None = None) -> Options:
         given.socket_mode = GROUP_MODE
     if given.format != "qcow2" and given.lazy_refcounts != "image":
         raise UsageError(f"--lazy-refcounts={given.lazy_refcounts}: a {given.format} image has no refcounts")
+    if given.format != "luks" and given.luks_header is not None:
+        raise UsageError(f"--luks-header={given.luks_header}: a {given.format} image has no such file")
     if given.incoming and given.trace_io:
         raise UsageError("--incoming and --trace-io: a trace begins with the image")
     given.cache = CacheMode[given.cache.upper()]
@@ -150,6 +153,7 @@ def _parser() -> Parser:
     add("--fd", metavar="N", type=_fd, help="use this inherited Unix socket, listening or connected")
     add("--blk-file", metavar="IMAGE", type=_non_empty, required=True, help="the image file or block device")
     add("--data-file", metavar="PATH", type=_non_empty, help="the image's external data file, whatever it names itself")
+    add("--luks-header", metavar="PATH", type=_non_empty, help="the LUKS header of a luks image that has it elsewhere")
     add(
         "--format",
         choices=["qcow2", "raw", "luks"],

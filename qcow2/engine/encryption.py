@@ -19,28 +19,36 @@ class Keyring:
     One thread at a time uses it, and the images opened with it.
     """
 
-    def __init__(self, passphrases: Callable[[str], Iterable[bytes]]) -> None:
-        """*passphrases(path)*: what may open the image at *path*; asked for when it is opened for the first time."""
+    def __init__(self, passphrases: Callable[[str], Iterable[bytes | bytearray]]) -> None:
+        """*passphrases(path)*: what may open the image at *path*; asked for when it is opened for the first time.
+
+        A bytearray is ours, to be wiped.
+        """
         self.passphrases = passphrases
         self._ciphers: dict[tuple[bytes, bytes, CipherSpec], SectorCipher] = {}
 
-    async def cipher(self, file: File, host_offset: int, nbytes: int) -> SectorCipher:
-        """By the LUKS header there. Raises: WrongKey, UnsupportedImage, CorruptImage."""
-        from qcow2.engine.luks import Vault, wipe  # and with it libcrypto
-        from qcow2.plane.cipher import Cipher
+    async def cipher(self, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> SectorCipher:
+        """By the LUKS header there, or of a disk elsewhere. Raises: WrongKey, UnsupportedImage, CorruptImage."""
+        from qcow2.engine.luks import Vault  # and with it libcrypto
+        from qcow2.plane.cipher import Cipher, wipe
 
-        vault = await Vault.read(file, host_offset, nbytes)
+        vault = await Vault.read(file, host_offset, nbytes, is_detached=is_detached)
         record = vault.luks.record
         name = record.digest, record.digest_salt, vault.luks.spec
         if name not in self._ciphers:
-            key = await vault.open(self.require(file.path))
+            passphrases = self.require(file.path)
+            try:
+                key = await vault.open(passphrases)
+            finally:
+                wipe(*passphrases)
             self._ciphers[name] = Cipher(file.path, vault.luks.spec, key)
             wipe(key)
         return self._ciphers[name]
 
-    def require(self, path: str) -> list[bytes]:
-        """The passphrases. Raises: WrongKey if there are none."""
-        if found := list(self.passphrases(path)):
+    def require(self, path: str) -> list[bytearray]:
+        """The passphrases, the caller's to wipe. Raises: WrongKey if there are none."""
+        given = self.passphrases(path)
+        if found := [each if isinstance(each, bytearray) else bytearray(each) for each in given]:
             return found
         raise WrongKey(path, NO_KEY)
 
@@ -70,15 +78,21 @@ async def open_data(
 
     Raises: WrongKey, UnsupportedImage, CorruptImage.
     """
+    place = file if data_file is None else data_file
     if header.record.crypt_method == CryptMethod.NONE:
-        return Data(file if data_file is None else data_file)
+        return Data(place)
     if not has_data:
-        return Data(file, Sealed(file.path))
+        return Data(place, Sealed(file.path))
     if keys is None:
         raise WrongKey(file.path, NO_KEY)
     if header.record.crypt_method == CryptMethod.LUKS:
-        return Data(file, await keys.cipher(file, *header.luks_area))
-    from qcow2.plane.cipher import Cipher
+        return Data(place, await keys.cipher(file, *header.luks_area))
+    from qcow2.plane.cipher import Cipher, wipe
 
-    key = keys.require(file.path)[0]  # nothing tells a wrong one from the right one
-    return ByGuest(file, Cipher(file.path, LEGACY, key[:16].ljust(16, b"\0")))
+    passphrases = keys.require(file.path)
+    key = bytearray(LEGACY.key_bytes)
+    start = passphrases[0][: len(key)]  # nothing tells a wrong one from the right one
+    key[: len(start)] = start
+    cipher = Cipher(file.path, LEGACY, key)
+    wipe(key, start, *passphrases)
+    return ByGuest(place, cipher)

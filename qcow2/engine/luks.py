@@ -30,10 +30,11 @@ from qcow2.format.luks import (
     require_hash,
     validate_spec,
 )
-from qcow2.plane.cipher import Cipher
+from qcow2.plane.cipher import Cipher, wipe
 
 PROBE_ITERATIONS = 1 << 15
 DIGEST_SHARE = 8  # a slot's iterations to the digest's
+Secret = bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Vault:
         data = await Read(file, host_offset, min(LuksRecord.NBYTES, nbytes))
         return cls(file, host_offset, parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached))
 
-    async def open(self, passphrases: Iterable[bytes]) -> bytearray:
+    async def open(self, passphrases: Iterable[Secret]) -> bytearray:
         """The master key, from the first slot that one of *passphrases* opens.
 
         Raises: WrongKey.
@@ -61,21 +62,22 @@ class Vault:
                     return key
         raise WrongKey(self.file.path, "the key opens no key slot")
 
-    async def open_slot(self, number: int, passphrase: bytes) -> bytearray | None:
-        """The master key, if *passphrase* opens that slot."""
+    async def open_slot(self, number: int, passphrase: Secret) -> bytearray | None:
+        """The master key, the caller's to wipe, if *passphrase* opens that slot."""
         record, slot = self.luks.record, self.luks.record.slots[number]
         derived = await _derive(self.luks.hash_name, passphrase, slot.salt, slot.iterations, record.key_bytes)
         where = self.host_offset + slot.material_sector * SECTOR_SIZE
         material = bytearray(await Read(self.file, where, record.material_sectors * SECTOR_SIZE))
         Cipher(self.file.path, self.luks.spec, derived).decrypt(0, material)
         key = _merge(self.luks.hash_name, memoryview(material)[: record.key_bytes * STRIPES], record.key_bytes)
-        wipe(material)
-        digest = await _derive(
-            self.luks.hash_name, bytes(key), record.digest_salt, record.digest_iterations, DIGEST_BYTES
-        )
-        return key if digest == record.digest else None
+        wipe(derived, material)
+        digest = await _derive(self.luks.hash_name, key, record.digest_salt, record.digest_iterations, DIGEST_BYTES)
+        if digest == record.digest:
+            return key
+        wipe(key)
+        return None
 
-    async def add_slot(self, number: int, passphrase: bytes, key: bytes | bytearray, iter_time_ms: int) -> "Vault":
+    async def add_slot(self, number: int, passphrase: Secret, key: Secret, iter_time_ms: int) -> "Vault":
         """Let *passphrase* open slot *number*, which is off; stable on return."""
         record = self.luks.record
         sealed, material = await _seal(self.luks, number, passphrase, key, iter_time_ms)
@@ -108,31 +110,41 @@ class Vault:
                 await Sync(self.file)
 
 
-async def _derive(hash_name: str, passphrase: bytes, salt: bytes, iterations: int, nbytes: int) -> bytes:
+async def _derive(hash_name: str, passphrase: Secret, salt: bytes, iterations: int, nbytes: int) -> bytes:
+    """What the hash makes of *passphrase*: fresh bytes, the caller's to wipe."""
     derived: bytes = await Compute(lambda: hashlib.pbkdf2_hmac(hash_name, passphrase, salt, iterations, nbytes))
     return derived
 
 
-def wipe(secret: bytearray) -> None:
-    """Overwrite *secret*; copies that Python has made stay, unreachable, until their memory is used again."""
-    secret[:] = bytes(len(secret))
+def _random(nbytes: int) -> bytearray:
+    """As `os.urandom`, without a copy that nobody wipes."""
+    found, end = bytearray(nbytes), 0
+    with open("/dev/urandom", "rb", buffering=0) as source, memoryview(found) as view:
+        while end < nbytes:  # a signal may end a read early
+            end += source.readinto(view[end:]) or 0
+    return found
 
 
 def _merge(hash_name: str, material: memoryview, key_bytes: int) -> bytearray:
-    """The key out of its stripes: anti-forensic information splitter."""
-    mixed = 0
+    """The key out of its stripes: anti-forensic information splitter. No integer is the key: none can be wiped."""
+    mixed = bytes(key_bytes)
     for start in range(0, key_bytes * (STRIPES - 1), key_bytes):
         stripe = int.from_bytes(material[start : start + key_bytes], "big")
-        mixed = int.from_bytes(_diffuse(hash_name, (mixed ^ stripe).to_bytes(key_bytes, "big")), "big")
-    last = int.from_bytes(material[key_bytes * (STRIPES - 1) :], "big")
-    return bytearray((mixed ^ last).to_bytes(key_bytes, "big"))
+        mixed = _diffuse(hash_name, (int.from_bytes(mixed, "big") ^ stripe).to_bytes(key_bytes, "big"))
+    key = bytearray(material[key_bytes * (STRIPES - 1) :])
+    for at, byte in enumerate(mixed):
+        key[at] ^= byte
+    return key
 
 
-def _split(hash_name: str, key: bytes | bytearray) -> bytearray:
+def _split(hash_name: str, key: Secret) -> bytearray:
     """Stripes that give *key* only if none of them is missing."""
-    material = bytearray(os.urandom(len(key) * (STRIPES - 1))) + bytes(len(key))
+    material = _random(len(key) * STRIPES)
+    material[-len(key) :] = bytes(len(key))
     last = _merge(hash_name, memoryview(material), len(key))
-    material[-len(key) :] = bytes(one ^ other for one, other in zip(last, key, strict=True))
+    for at, byte in enumerate(key, len(material) - len(key)):
+        material[at] = byte ^ last[at - len(material)]
+    wipe(last)
     return material
 
 
@@ -146,15 +158,17 @@ def _diffuse(hash_name: str, block: bytes) -> bytes:
 
 
 async def _seal(
-    luks: Luks, number: int, passphrase: bytes, key: bytes | bytearray, iter_time_ms: int
+    luks: Luks, number: int, passphrase: Secret, key: Secret, iter_time_ms: int
 ) -> tuple[SlotRecord, bytearray]:
     """A slot that *passphrase* opens, and its material."""
     record, salt = luks.record, os.urandom(SALT_BYTES)
     iterations = await _iterations(luks.hash_name, record.key_bytes, iter_time_ms)
     derived = await _derive(luks.hash_name, passphrase, salt, iterations, record.key_bytes)
     stripes = _split(luks.hash_name, key)
-    material = Cipher("", luks.spec, derived).encrypt(0, stripes + bytes(-len(stripes) % SECTOR_SIZE))
-    wipe(stripes)
+    whole = bytearray(len(stripes) + -len(stripes) % SECTOR_SIZE)
+    whole[: len(stripes)] = stripes
+    material = Cipher("", luks.spec, derived).encrypt(0, whole)
+    wipe(derived, stripes, whole)
     return SlotRecord(ENABLED, iterations, salt, record.slots[number].material_sector, STRIPES), material
 
 
@@ -173,10 +187,9 @@ async def _iterations(hash_name: str, nbytes: int, milliseconds: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NewVault:
-    """A header that has one key slot, and the key."""
+    """A header that has one key slot."""
 
     luks: Luks
-    key: bytearray
     header: bytes
     material: bytearray  # of slot 0
 
@@ -203,13 +216,14 @@ async def new_vault(encryption: Encryption, *, is_detached: bool = False) -> New
     validate_spec("", encryption.spec)
     require_hash("", encryption.hash_name)
     record, hash_name = encryption.new_record(is_detached=is_detached), encryption.hash_name
-    key = bytearray(os.urandom(record.key_bytes))
+    key = _random(record.key_bytes)
     luks = Luks(record, encryption.spec, hash_name, record.uuid.decode())
     slot, material = await _seal(luks, 0, encryption.passphrase, key, encryption.iter_time_ms)
     salt, iterations = os.urandom(SALT_BYTES), max(MIN_ITERATIONS, slot.iterations // DIGEST_SHARE)
-    digest = await _derive(hash_name, bytes(key), salt, iterations, DIGEST_BYTES)
+    digest = await _derive(hash_name, key, salt, iterations, DIGEST_BYTES)
+    wipe(key)
     sealed = replace(record, digest=digest, digest_salt=salt, digest_iterations=iterations).with_slot(0, slot)
-    return NewVault(replace(luks, record=sealed), key, sealed.pack(), material)
+    return NewVault(replace(luks, record=sealed), sealed.pack(), material)
 
 
 def free_slot(luks: Luks) -> int | None:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from qcow2.engine.luks import Vault, free_slot, wipe
+from qcow2.engine.luks import Vault, free_slot
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, NSLOTS
+from qcow2.plane.cipher import wipe
 
 
 @dataclass(frozen=True, slots=True)

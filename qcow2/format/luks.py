@@ -228,6 +228,8 @@ def _validate_areas(path: str, host_offset: int, record: LuksRecord, limit: int,
         ends_at = slot.material_sector + record.material_sectors
     if ends_at * SECTOR_SIZE > limit:
         raise CorruptImage(path, host_offset, f"LUKS key material ends at {ends_at * SECTOR_SIZE}, limit {limit}")
+    if not is_detached and not record.payload_sector:
+        raise UnsupportedImage(path, "a LUKS header whose disk is in another file: open that one, and name this header")
     if not is_detached and record.payload_sector < max(MIN_SECTOR, ends_at):
         message = f"LUKS payload at sector {record.payload_sector}, key material ends at sector {ends_at}"
         raise CorruptImage(path, host_offset, message)

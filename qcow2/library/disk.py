@@ -178,7 +178,8 @@ class Disk(AwaitableDisk):
     def info(self) -> Facts:
         """What the image is, as its file says now: the keys and values of `qcow2 info --output=json`."""
         self._require_open()
-        return self._thread.call(partial(facts_of_file, self.files[0], self.chain.image_format))
+        header = next(iter(self.chain.headers), None)
+        return self._thread.call(partial(facts_of_file, self.files[0], self.chain.image_format, header))
 
     def create_snapshot(self, name: str) -> Snapshot:
         """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
@@ -326,9 +327,9 @@ def keys_of(key: Key) -> Keyring | None:
     if key is None or isinstance(key, Keyring):
         return key
 
-    def keys(path: str) -> Iterable[bytes]:
+    def keys(path: str) -> Iterable[bytearray]:
         found = key(path) if callable(key) else key
-        return [bytes(found)] if isinstance(found, bytes | bytearray) else found
+        return map(bytearray, [found] if isinstance(found, bytes | bytearray) else found)  # theirs stays
 
     return Keyring(keys)
 
@@ -346,6 +347,7 @@ def open_disk(
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
     data_file: str | None = None,
+    luks_header: str | None = None,
     allow_files: Iterable[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
@@ -359,7 +361,8 @@ def open_disk(
     *lazy_refcounts* overrides what the image says about writing refcounts only at close.
     *key* opens what is encrypted, of the whole chain: bytes as they are, with no newline taken off; several of them, to
     be tried one after the other; or what gives them for the path of an image, called for those that are encrypted.
-    *data_file* is the external data file of the image, whatever it names itself.
+    *data_file* is the external data file of the image, whatever it names itself; *luks_header* the file of the LUKS
+    header of a raw disk ("luks"), if that is not in front of it.
     *allow_files* are directories: what an image names has to lie beneath one; None lets images name what they like.
     *cache_size* bounds the bytes of mapping tables in memory, of each file of the chain.
     What is written over a backing file is kept in *log_directory*, which outlives the process, until `flush`; a log
@@ -375,6 +378,7 @@ def open_disk(
     options = OpenOptions(_is_writable(mode, writable), lazy_refcounts, cache_size, snapshot, keys_of(key))
     chain = Chain(
         data_file=data_file,
+        luks_header=luks_header,
         progress=progress,
         log_directory=log_directory,
         discard_log=discard_log,

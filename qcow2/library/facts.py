@@ -1,6 +1,7 @@
 """What an image is: the facts that `info` prints, under the names that qemu-img's JSON gives them."""
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from qcow2.driver.file import HostFile, run
@@ -19,26 +20,32 @@ NANOSECONDS = 1_000_000_000
 Facts = dict[str, Any]
 
 
-def facts_of(path: str, image_format: str, *, force_share: bool = False) -> Facts:
-    """What the image at *path* is, as qemu-img's JSON has it. Raises: OSError, ImageError."""
+def facts_of(path: str, image_format: str, *, force_share: bool = False, luks_header: str | None = None) -> Facts:
+    """What the image at *path* is, as qemu-img's JSON has it; its LUKS header may be in a file of its own.
+
+    Raises: OSError, ImageError.
+    """
     format_of(path, image_format)
-    with opened(path, force_share=force_share) as file:
-        return facts_of_file(file, image_format)
+    with ExitStack() as stack:
+        file = stack.enter_context(opened(path, force_share=force_share))
+        if luks_header is None:
+            return facts_of_file(file, image_format)
+        return facts_of_file(file, image_format, stack.enter_context(opened(luks_header, force_share=force_share)))
 
 
-def facts_of_file(file: HostFile, image_format: str) -> Facts:
+def facts_of_file(file: HostFile, image_format: str, luks_header: HostFile | None = None) -> Facts:
     """The same of a file that is open already, as it says now."""
     facts: Facts = {"filename": file.path, "format": image_format, "dirty-flag": False}
     facts["actual-size"] = os.fstat(file.fd).st_blocks * 512
     known = format_of(file.path, image_format)
     if known.has_metadata:
         facts.update(run(_qcow2_facts(file)))
-    else:
+    elif not known.has_key_slots:
         facts["virtual-size"] = known.outline(file).size
     if known.has_key_slots:
         from qcow2.node.luks import read_luks  # and with it the engine
 
-        luks = run(read_luks(file))[0]
+        luks, facts["virtual-size"] = run(read_luks(file, luks_header))
         facts |= {"encrypted": True, "format-specific": {"type": "luks", "data": luks_facts(luks)}}
     return facts
 

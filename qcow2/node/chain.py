@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 
-from qcow2.driver.file import HostFile
+from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
@@ -18,14 +18,20 @@ from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate
 from qcow2.node.node import Node
 
 
-def outline(path: str, image_format: str) -> Outline:
+def outline(path: str, image_format: str, luks_header: str | None = None) -> Outline:
     """Look at an image that another process may be writing: one read of its header, no lock.
 
+    *luks_header* is the file of its LUKS header, if that is another one.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     known = format_of(path, image_format)
     with HostFile.open(path) as file:
-        return known.outline(file)
+        if luks_header is None:
+            return known.outline(file)
+        from qcow2.node.luks import read_luks  # and with it the engine
+
+        with HostFile.open(luks_header) as header:
+            return Outline(run(read_luks(file, header))[1], 0)
 
 
 def chain_paths(path: str, image_format: str, gate: Gate = ANY) -> list[str]:
@@ -61,6 +67,8 @@ class Chain:
 
     data_file: str | None = None  # what the top's data is in, whatever it says; None: as it says
     data_files: list[HostFile] = field(default_factory=list)  # that images have besides
+    luks_header: str | None = None  # where the top's, a raw disk's, is; None: in front of it
+    headers: list[HostFile] = field(default_factory=list)  # such files
     files: list[HostFile] = field(default_factory=list)  # top first
     nodes: list[Node] = field(default_factory=list)  # the same disks, top first
     image_format: str = "qcow2"  # of the top
@@ -87,7 +95,7 @@ class Chain:
         with ExitStack() as stack:  # one that cannot be closed keeps none of the others open
             if self.memory is not None:
                 stack.callback(self.memory.close)
-            for file in reversed([*self.files, *self.data_files]):
+            for file in reversed([*self.files, *self.data_files, *self.headers]):
                 stack.callback(file.close)
 
     def open(self, path: str, image_format: str, options: OpenOptions) -> Node:
@@ -125,6 +133,13 @@ class Chain:
         else:
             raise UnsupportedImage(file.path, "it does not say which its external data file is")
         return self._hold(path, begin, writable=is_writable, among=self.data_files)
+
+    def open_luks_header(self, file: HostFile) -> HostFile | None:
+        """Open the LUKS header of the raw disk in *file*, if it is in a file of its own. Raises: as `open`."""
+        path = self.luks_header
+        if path is None or file is not self.files[0]:
+            return None
+        return self._hold(path, lambda: HostFile.open(path), writable=False, among=self.headers)
 
     def drop_between(self, base: Node | None) -> list[HostFile]:
         """Forget what is between the top, which does not show it any more, and *base*; its files, open."""

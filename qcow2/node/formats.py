@@ -92,7 +92,9 @@ def _outline_raw(file: HostFile) -> Outline:
 def _open_luks(chain: "Chain", file: HostFile, options: "OpenOptions") -> "Node":
     from qcow2.node.luks import LuksImage
 
-    return run(LuksImage.unlock(file, options.keys, writable=options.writable, has_data=options.has_data))
+    header = chain.open_luks_header(file)
+    unlocked = LuksImage.unlock(file, options.keys, header=header, writable=options.writable, has_data=options.has_data)
+    return run(unlocked)
 
 
 def _outline_luks(file: HostFile) -> Outline:

@@ -13,10 +13,15 @@ from qcow2.plane.l2cache import Kind, Run
 STEP = 1 << 20  # bytes of zeros encrypted at a time
 
 
-async def read_luks(file: File) -> tuple[Luks, int]:
-    """The header at the start of *file*, and the size of the disk behind it. Raises: UnsupportedImage, CorruptImage."""
-    nbytes = await Size(file)
-    luks = parse_luks(file.path, await Read(file, 0, min(LuksRecord.NBYTES, nbytes)), nbytes)
+async def read_luks(file: File, header: File | None = None) -> tuple[Luks, int]:
+    """The header at the start of *file*, or the one that fills *header*, and the size of the disk in *file*.
+
+    Raises: UnsupportedImage, CorruptImage.
+    """
+    place, nbytes = file if header is None else header, await Size(file)
+    limit = nbytes if header is None else await Size(header)
+    data = await Read(place, 0, min(LuksRecord.NBYTES, limit))
+    luks = parse_luks(place.path, data, limit, is_detached=header is not None)
     if luks.record.payload_offset > nbytes:
         message = f"LUKS payload at {luks.record.payload_offset}, past the end of the file at {nbytes}"
         raise CorruptImage(file.path, 0, message)
@@ -37,17 +42,27 @@ class LuksImage(RawImage):
 
     @classmethod
     async def unlock(
-        cls, file: File, keys: Keyring | None, *, writable: bool = False, has_data: bool = True
+        cls,
+        file: File,
+        keys: Keyring | None,
+        *,
+        header: File | None = None,
+        writable: bool = False,
+        has_data: bool = True,
     ) -> "LuksImage":
         """The image in *file*, opened with one of *keys*; without *has_data* its data cannot be looked at.
 
+        Its LUKS header may be in a file of its own, *header*.
         Raises: WrongKey, UnsupportedImage, CorruptImage.
         """
-        luks, size = await read_luks(file)
+        luks, size = await read_luks(file, header)
         start = luks.record.payload_offset
         if has_data and keys is None:
             raise WrongKey(file.path, "the image is encrypted, and no key was given")
-        cipher = await keys.cipher(file, 0, await Size(file)) if has_data and keys is not None else Sealed(file.path)
+        if not has_data or keys is None:
+            return cls(file, Data(file, Sealed(file.path), origin=start), start, size, read_only=not writable)
+        place, is_detached = file if header is None else header, header is not None
+        cipher = await keys.cipher(place, 0, await Size(place), is_detached=is_detached)
         return cls(file, Data(file, cipher, origin=start), start, size, read_only=not writable)
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
@@ -111,6 +126,17 @@ class LuksImage(RawImage):
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
         """All of it has space as far as the host gave it."""
         self._require_writable()
+
+
+async def write_detached(file: File, encryption: Encryption) -> None:
+    """Make a LUKS header, whose disk is another file, of whatever *file* holds; stable on return."""
+    from qcow2.engine.luks import new_vault  # and with it libcrypto
+
+    vault = await new_vault(encryption, is_detached=True)
+    await Resize(file, 0)
+    await Resize(file, encryption.nbytes)
+    await vault.write(file, 0)
+    await Sync(file)
 
 
 async def write_luks(file: File, encryption: Encryption, size: int) -> None:

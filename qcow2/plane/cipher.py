@@ -26,7 +26,7 @@ class Cipher:
         """Raises: UnsupportedImage naming *path* if this libcrypto does not have it; MemoryError."""
         bits = spec.key_bytes * 8 // (2 if spec.mode == "xts" else 1)
         name = f"{spec.name}-{bits}-{spec.mode}".upper()
-        essiv_name, essiv_key = ffi.NULL, b""
+        essiv_name, essiv_key = ffi.NULL, b""  # the key is a secret as well: who has it knows the IVs
         if spec.iv_hash is not None:
             essiv_key = hashlib.new(spec.iv_hash, key).digest()
             essiv_name = f"AES-{len(essiv_key) * 8}-ECB".encode()
@@ -39,6 +39,7 @@ class Cipher:
             essiv_key,
             len(essiv_key),
         )
+        wipe(essiv_key)
         if created == ffi.NULL:
             raise UnsupportedImage(path, f"libcrypto has no {name} with a key of {len(key)} bytes")
         self._cipher = ffi.gc(created, lib.cipher_destroy)
@@ -60,6 +61,16 @@ class Cipher:
         """Turn *data*, whole sectors as they are stored, into what they hold."""
         view = ffi.from_buffer("uint8_t[]", data, require_writable=True)
         _require(lib.cipher_decrypt(self._cipher, sector, view, view, len(data)))
+
+
+def wipe(*secrets: bytes | bytearray) -> None:
+    """Overwrite *secrets*. Those that are bytes must be fresh, and nobody else's: Python thinks that they never change.
+
+    What else Python has made of them stays, unreachable, until its memory is used again.
+    """
+    for secret in secrets:
+        if len(secret) > 1:  # shorter ones Python shares
+            ffi.memmove(ffi.from_buffer(secret), bytes(len(secret)), len(secret))
 
 
 def _require(result: int) -> None:

@@ -94,8 +94,8 @@ def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:
     for name in given:
         if name not in SLOT_OPTIONS:
             raise _unknown(name, "luks")
-    with opening(image.path), opened(image.path, writable=True) as file:
-        amend_slots(file, image.image_format, given, arguments.secrets)
+    with opening(image.path), opened(image.luks_header or image.path, writable=True) as file:
+        amend_slots(file, image.image_format, given, arguments.secrets, is_detached=image.luks_header is not None)
 
 
 def _unknown(name: str, image_format: str) -> Failure:

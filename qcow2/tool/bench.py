@@ -51,7 +51,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     load = _load(arguments)
     image = the_image(arguments, writes=load.writes)
     with in_qemus_words(image.path):
-        disk = open_disk(image.path, writable=load.writes, format=image.image_format, **how_to_open(arguments))
+        how = {"format": image.image_format, "luks_header": image.luks_header, **how_to_open(arguments)}
+        disk = open_disk(image.path, writable=load.writes, **how)
     with disk:
         if load.nbytes > disk.size:
             raise Failure(f"{image.path}: requests of {load.nbytes} bytes do not fit the disk of {disk.size}")

@@ -16,7 +16,7 @@ from qcow2.tool.cache import CACHE_MODES, UNSAFE
 from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
 from qcow2.tool.failure import Failure, UsageError, reason_of
 from qcow2.tool.identity import is_qemu_img, say
-from qcow2.tool.named import add_format_option, add_image_options, named
+from qcow2.tool.named import Named, add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
@@ -70,8 +70,9 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError.
     """
+    luks_header = None
     if arguments.target_image_opts:
-        _name_target(arguments)
+        luks_header = _name_target(arguments)
     elif arguments.target_format is None:
         arguments.target_format = "raw"
     if asks_for_help(arguments.target_format_options):
@@ -86,7 +87,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         snapshot = wanted_snapshot(arguments)
         images = [
-            stack.enter_context(open_source(each.path, each.image_format, arguments, snapshot))
+            stack.enter_context(open_source(each, arguments, snapshot))
             for each in (named(text, arguments.source_format, is_options=arguments.image_opts) for text in paths)
         ]
         size = sum(image.size for image in images)
@@ -98,6 +99,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             arguments.compress,
             _level(arguments),
             arguments.secrets,
+            luks_header,
         )
         if is_qemu_img() and wish.image_format == "qcow2" and not arguments.no_create:
             _refuse_in_its_words(wish)
@@ -120,14 +122,15 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _name_target(arguments: argparse.Namespace) -> None:
-    """Take the list of options that names the target apart. Raises: Failure, UsageError."""
+def _name_target(arguments: argparse.Namespace) -> str | None:
+    """Take the list of options that names the target apart. -> its LUKS header's file. Raises: Failure, UsageError."""
     if not arguments.no_create:
         raise UsageError("--target-image-opts requires use of -n flag")
     if not arguments.filenames:
         raise UsageError("Must specify image file name")
     target = named(arguments.filenames[-1], arguments.target_format, is_options=True)
     arguments.filenames[-1], arguments.target_format = target.path, target.image_format
+    return target.luks_header
 
 
 def _warn_of_loss(offset: int, error: Exception) -> None:
@@ -232,7 +235,7 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
     if not FORMATS[wish.image_format].has_metadata:
         raise Failure(f"Backing file not supported for file format '{wish.image_format}'")
     validate_backing(name, image_format)
-    with open_source(backing_path(wish.path, name), image_format, arguments) as base:
+    with open_source(Named(backing_path(wish.path, name), image_format), arguments) as base:
         yield base
 
 

@@ -19,6 +19,7 @@ from qcow2.tool.option import (
     OPTIONS,
     asks_for_help,
     image_options,
+    is_detached,
     parse_options,
     print_help,
     raw_preallocation,
@@ -144,18 +145,22 @@ def _create_raw(request: Request, arguments: argparse.Namespace) -> None:
 
 
 def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
-    from qcow2.node.luks import write_luks
+    from qcow2.node.luks import write_detached, write_luks
 
     if request.backing_name is not None or request.backing_format is not None:
         raise ValueError(f"{request.path}: a raw image has no backing file")
     encryption = encryption_of(request.given, arguments.secrets)
     assert encryption is not None  # there is no other such image
-    typed = _size(request, look=False)
+    is_header = is_detached(request.given)
+    typed = -1 if is_header and "size" not in request.given else _size(request, look=False)
     with created(request.path) as file:
         if not arguments.quiet:
             said = "".join(f" {name}={text}" for name, text in request.given.items() if name != "size")
             print(f"Formatting {_quoted(request.path)}, fmt=luks size={typed}{said}", flush=True)
-        run(write_luks(file, encryption, typed + -typed % SECTOR_SIZE))
+        if is_header:
+            run(write_detached(file, encryption))
+        else:
+            run(write_luks(file, encryption, typed + -typed % SECTOR_SIZE))
 
 
 def _request(arguments: argparse.Namespace) -> Request:

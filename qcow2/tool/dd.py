@@ -52,7 +52,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     skip = _number(given, "skip", 0) * block
     with ExitStack() as stack:
         wanted = named(given["if"], arguments.format, is_options=arguments.image_opts)
-        image = stack.enter_context(open_source(wanted.path, wanted.image_format, arguments))
+        image = stack.enter_context(open_source(wanted, arguments))
         end = min(image.size, _number(given, "count", image.size) * block)
         if skip > end:
             say(f"{given['if']}: cannot skip to specified offset")

@@ -36,7 +36,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     image = the_image(arguments)
     with opening(image.path):
-        chain = [facts_of(image.path, image.image_format, force_share=arguments.force_share)]
+        how = {"force_share": arguments.force_share, "luks_header": image.luks_header}
+        chain = [facts_of(image.path, image.image_format, **how)]
         if arguments.backing_chain:
             _follow(chain, arguments.force_share)
     if arguments.limits:

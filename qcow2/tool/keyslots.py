@@ -24,7 +24,9 @@ SLOT_OPTIONS = {
 BELONGS = {"active": ("new-secret", "keyslot", "iter-time"), "inactive": ("old-secret", "keyslot")}
 
 
-def amend_slots(file: HostFile, image_format: str, given: dict[str, str], secrets: Secrets) -> None:
+def amend_slots(
+    file: HostFile, image_format: str, given: dict[str, str], secrets: Secrets, *, is_detached: bool = False
+) -> None:
     """Do what *given*, SLOT_OPTIONS without their prefix, says to the image in *file*; stable on return.
 
     Raises: Failure, ValueError, OSError, ImageError; the key slots are as before.
@@ -34,7 +36,7 @@ def amend_slots(file: HostFile, image_format: str, given: dict[str, str], secret
 
     host_offset, nbytes = (0, file.size()) if format_of(file.path, image_format).has_key_slots else _area(file)
     change = _change(given, secrets)
-    vault = run(Vault.read(file, host_offset, nbytes))
+    vault = run(Vault.read(file, host_offset, nbytes, is_detached=is_detached))
     try:
         run(change_slots(vault, secrets.keys(file.path), change))
     except ValueError as error:

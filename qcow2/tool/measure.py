@@ -63,7 +63,7 @@ def _measured(arguments: argparse.Namespace) -> Measures:
             return _of_unmapped(size, given, arguments)
         return size_of_empty(image_options(given, size, secrets=arguments.secrets))
     image = the_image(arguments)
-    with open_source(image.path, image.image_format, arguments, wanted_snapshot(arguments)) as source:
+    with open_source(image, arguments, wanted_snapshot(arguments)) as source:
         if not FORMATS[arguments.target_format].has_metadata:
             return _of_unmapped(source.size, given, arguments)
         return run(size_of_copy(image_options(given, source.size, secrets=arguments.secrets), source))

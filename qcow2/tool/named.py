@@ -14,6 +14,7 @@ from qcow2.tool.secret import add_object_option
 
 MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
 PATH_KEYS = ("file.filename", "filename")
+HEADER = "header.filename"
 HOST_DRIVERS = ("file", "host_device")
 IGNORED = ("file.driver", "file.locking", "file.aio", "locking", "aio", "read-only", "auto-read-only", "node-name")
 WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
@@ -28,6 +29,11 @@ class Named:
     path: str
     image_format: str
     options: dict[str, str] = field(default_factory=dict)  # what else was said, by dotted name: "encrypt.key-secret"
+
+    @property
+    def luks_header(self) -> str | None:
+        """The file of its LUKS header, if it is not in front of the disk."""
+        return self.options.get(HEADER)
 
 
 def add_format_option(parser: argparse.ArgumentParser, *flags: str, of: str = "of the image") -> None:
@@ -123,7 +129,8 @@ def _of_options(given: dict[str, str]) -> Named:
         driver = guessed(path)
     if driver not in FORMATS:
         raise Failure(f"Unknown driver '{driver}'")
-    own = ("key-secret",) if FORMATS[driver].has_key_slots else ()
+    own = ("key-secret", HEADER) if FORMATS[driver].has_key_slots else ()
+    given.pop("header.driver", None) if HEADER in given else None
     unknown = [key for key in given if not key.startswith("encrypt.") and key not in own]
     if unknown:
         raise Failure(f"Block format '{driver}' does not support the option '{unknown[0]}'")

@@ -14,6 +14,7 @@ from qcow2.tool.secret import Secrets
 
 T = TypeVar("T")
 
+DETACHED = "detached-header"
 OPTIONS = {
     "qcow2": {
         "backing_file": "<str>     - File name of a base image",
@@ -32,7 +33,11 @@ OPTIONS = {
         "refcount_bits": "<num>    - Width of a reference count entry in bits",
         "size": "<size>            - Virtual disk size",
     },
-    "luks": {**captions(), "size": "<size>            - Virtual disk size"},
+    "luks": {
+        **captions(),
+        DETACHED: "<bool (on/off)> - Create a detached LUKS header",
+        "size": "<size>            - Virtual disk size",
+    },
     "raw": {
         "preallocation": "<str>    - Preallocation mode (allowed values: off, falloc, full)",
         "size": "<size>            - Virtual disk size",
@@ -107,6 +112,11 @@ def image_options(
         data_file_raw=is_raw_data,
         encryption=encryption_of(given, secrets, "encrypt."),
     )
+
+
+def is_detached(given: dict[str, str]) -> bool:
+    """Whether of a new luks image only the header is made, whose disk is another file. Raises: ValueError."""
+    return _choice(given, DETACHED, "off", SWITCH)
 
 
 def raw_preallocation(given: dict[str, str]) -> Preallocation:

@@ -17,7 +17,7 @@ from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open, recovered
 from qcow2.tool.identity import is_qemu_img
-from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open, opening
 from qcow2.tool.option import validate_backing
 from qcow2.tool.progress import shown
@@ -119,7 +119,7 @@ def _new_backing(arguments: argparse.Namespace, name: str, backing_format: str) 
     path = backing_path(arguments.filename, name)
     with ExitStack() as stack:
         try:
-            new = stack.enter_context(open_source(path, backing_format, arguments))
+            new = stack.enter_context(open_source(Named(path, backing_format), arguments))
         except Failure as failure:
             text = str(failure).removeprefix(f"Could not open '{path}': ")
             raise Failure(f"Could not open new backing file '{name}': {text}") from failure

@@ -10,6 +10,7 @@ from qcow2.engine.shedding import shrunk_size
 from qcow2.format.header import read_header, require_uncorrupted
 from qcow2.library.disk import open_disk
 from qcow2.library.hostfile import opened
+from qcow2.node.chain import outline
 from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open
@@ -58,7 +59,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     image = the_image(arguments, writes=True)
     with opening(image.path):
         size = _validated(image, arguments, preallocation)
-    with open_disk(image.path, writable=True, format=image.image_format, **how_to_open(arguments)) as disk:
+    how = {"format": image.image_format, "luks_header": image.luks_header, **how_to_open(arguments)}
+    with open_disk(image.path, writable=True, **how) as disk:
         disk.resize(size, shrink=arguments.shrink, preallocation=preallocation)
     if not arguments.quiet:
         print("Image resized.")
@@ -69,7 +71,7 @@ def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preal
     """The size to be; without a lock that lasts, so that the image can be repaired after."""
     with opened(image.path) as file:
         known = format_of(image.path, image.image_format)
-        old = known.outline(file).size
+        old = outline(image.path, image.image_format, image.luks_header).size
         size = _wanted(arguments.size, old)
         if known.has_metadata:
             header = run(read_header(file, trust_refcounts=False))

@@ -163,7 +163,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[tuple[SharedDriver, Node]
     snapshot = wanted_snapshot(arguments)
     writes = not arguments.read_only and snapshot is None
     allowed = None if arguments.allow_files is None else tuple(arguments.allow_files)
-    with Chain(gate=Gate(allowed, allowed), **log_of(arguments)) as chain:
+    with Chain(gate=Gate(allowed, allowed), luks_header=image.luks_header, **log_of(arguments)) as chain:
         options = OpenOptions(writes, snapshot=snapshot, keys=arguments.keys)
         node = chain.open(image.path, image.image_format, options)
         driver = SharedDriver()

@@ -12,6 +12,7 @@ from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.commas import split_commas
 from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.named import Named
 from qcow2.tool.opening import in_qemus_words
 
 
@@ -38,16 +39,15 @@ def wanted_snapshot(arguments: argparse.Namespace) -> str | Choice | None:
 
 
 @contextmanager
-def open_source(
-    path: str, image_format: str, arguments: argparse.Namespace, snapshot: str | Choice | None = None
-) -> Iterator[Node]:
-    """The disk in the image at *path*, or what it was at *snapshot*.
+def open_source(image: Named, arguments: argparse.Namespace, snapshot: str | Choice | None = None) -> Iterator[Node]:
+    """The disk in *image*, or what it was at *snapshot*.
 
     Raises: Failure.
     """
+    path, image_format = image.path, image.image_format
     if snapshot is not None and not format_of(path, image_format).has_snapshots:
         raise Failure("Failed to load snapshot: Device is not accepting snapshots")
-    with Chain(force_share=arguments.force_share) as chain:
+    with Chain(force_share=arguments.force_share, luks_header=image.luks_header) as chain:
         yield _open(chain, path, image_format, OpenOptions(snapshot=snapshot, keys=arguments.keys))
 
 

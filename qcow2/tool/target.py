@@ -25,7 +25,7 @@ from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
-from qcow2.tool.option import image_options, raw_preallocation
+from qcow2.tool.option import DETACHED, image_options, is_detached, raw_preallocation
 from qcow2.tool.secret import Secrets
 
 
@@ -40,6 +40,7 @@ class Wish:
     is_compressed: bool = False
     level: int | None = None  # of the compression; None: the default
     secrets: Secrets = field(default_factory=lambda: Secrets([]))
+    luks_header: str | None = None  # the file of its LUKS header, if that is another one
 
 
 @contextmanager
@@ -84,10 +85,8 @@ def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
 def _new_encrypted(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Target:
     if wish.is_compressed:
         raise Failure("Compression and encryption not supported at the same time")
-    assert options.encryption is not None
-    keys = _only(options.encryption.passphrase)
     run(create(file, options))
-    image = run(Image.open(file, backing=base, options=OpenOptions(writable=True, keys=keys)))
+    image = run(Image.open(file, backing=base, options=_to_write(options)))
     return InNew(file, image, wish.size, is_zero=base is None)
 
 
@@ -98,6 +97,8 @@ def _only(passphrase: bytes) -> Keyring:
 def _new_luks(file: HostFile, wish: Wish) -> Target:
     encryption = encryption_of(wish.given, wish.secrets)
     assert encryption is not None  # there is no other such image
+    if is_detached(wish.given):
+        raise Failure(f"{DETACHED}: create the header, then copy with -n and --target-image-opts")
     run(write_luks(file, encryption, wish.size))
     image = run(LuksImage.unlock(file, _only(encryption.passphrase), writable=True))
     return InNew(file, image, wish.size, is_zero=False)
@@ -109,8 +110,16 @@ def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node
     use = wish.given.get("data_file_use")
     with new_data_file(wish.path, options, use) as data_file:
         run(create(file, options))
-        image = run(Image.open(file, backing=base, data_file=data_file, options=OpenOptions(writable=True)))
-        yield InNew(file, image, wish.size, is_zero=use != KEEP and base is None)
+        image = run(Image.open(file, backing=base, data_file=data_file, options=_to_write(options)))
+        is_noise = options.data_file_raw and options.encryption is not None
+        yield InNew(file, image, wish.size, is_zero=use != KEEP and base is None and not is_noise)
+
+
+def _to_write(options: Options) -> OpenOptions:
+    """How to open a new image with *options*."""
+    if options.encryption is None:
+        return OpenOptions(writable=True)
+    return OpenOptions(writable=True, keys=_only(options.encryption.passphrase))
 
 
 def _new_raw(file: HostFile, wish: Wish) -> Target:
@@ -147,7 +156,13 @@ def present_target(wish: Wish, sources: list[Node], *, is_zero: bool) -> Iterato
 
 def _opened(wish: Wish) -> Disk:
     try:
-        return open_disk(wish.path, writable=True, format=wish.image_format, key=wish.secrets.keys)
+        return open_disk(
+            wish.path,
+            writable=True,
+            format=wish.image_format,
+            key=wish.secrets.keys,
+            luks_header=wish.luks_header,
+        )
     except OSError as error:
         raise Failure(cannot_open(wish.path, error)) from error
     except ImageError as error:
