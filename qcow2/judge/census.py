@@ -2,8 +2,8 @@
 
 import struct
 from array import array
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from qcow2.driver.operation import File, Read, Size
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
@@ -11,7 +11,7 @@ from qcow2.format import layout
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, HeaderRecord
-from qcow2.format.snapshot import SIZES_BYTES, Snapshot, read_snapshots
+from qcow2.format.snapshot import SIZES_BYTES, Snapshot, count_snapshots, read_snapshots
 from qcow2.judge.report import Report
 from qcow2.plane.entry import Entries, l1_has_reserved_bits, l1_table
 from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
@@ -37,6 +37,7 @@ class Census:
         default_factory=dict
     )  # of the last L1 entry that names it, by an L2 table's cluster
     snapshots: tuple[Snapshot, ...] = ()  # that the table could be read of
+    counted_snapshots: int | None = None  # where the header's number is none
     must_complete_snapshots: bool = False  # one of them lacks what version 3 asks for
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
     is_l1_cut_off: bool = False  # by a cluster or more: what it referred to is not known
@@ -175,7 +176,7 @@ async def _count_snapshots(census: Census) -> None:
     if not record.nb_snapshots and record.snapshots_offset % census.cluster_size:  # QEMU does not open it
         census.report.corruption(f"snapshots_offset {record.snapshots_offset:#x} is not aligned to a cluster")
     try:
-        table = await read_snapshots(census.file, census.header)
+        table = await read_snapshots(census.file, await _header_with_snapshots(census))
     except ImageError as problem:
         census.report.error(f"the snapshot table cannot be read: {problem}")
         return
@@ -196,6 +197,17 @@ async def _count_snapshots(census: Census) -> None:
             census.report.loss(f"snapshot L1 table of {nentries} entries at {host_offset:#x} cannot lie there")
         else:
             await _count_l1(census, f"snapshot L1 table at {host_offset:#x}", host_offset, nentries, Role.L2, weight)
+
+
+async def _header_with_snapshots(census: Census) -> Header:
+    """The header, with as many snapshots as its table has if it says more than there can be."""
+    record, limit = census.record, layout.MAX_SNAPSHOTS
+    count = await count_snapshots(census.file, census.header) if record.nb_snapshots > limit else None
+    if count is None:
+        return census.header
+    census.report.corruption(f"nb_snapshots {record.nb_snapshots}, limit {limit}: the snapshot table has {count}")
+    census.counted_snapshots = count
+    return replace(census.header, record=replace(record, nb_snapshots=count))
 
 
 def _is_countable_l1(census: Census, host_offset: int, nbytes: int) -> bool:
@@ -305,15 +317,22 @@ async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
 def _judge_identity(census: Census, table_offset: int, table: bytes) -> None:
     """Say which entries of a table lead elsewhere in the data file than to their own place: they count nothing here."""
     report, entries = census.report, census.tally.entries
+    for index, entry, _ in misplaced(census, table_offset, table):
+        where = f"L2 entry {index} at {table_offset + index * census.record.entry_size:#x}"
+        report.corruption(f"{where} is {entries.text(entry)}, which is not its own place in the data file")
+    report.allocated_clusters += sum(map(entries.is_copied, entries.unpack(table)))
+
+
+def misplaced(census: Census, table_offset: int, table: bytes) -> Iterator[tuple[int, int, int]]:
+    """The entries of a table of an image with a data file that make no sense: index, entry, what would be its own."""
+    entries = census.tally.entries
     per_table = census.cluster_size // census.record.entry_size
     first = census.table_index[census.cluster_of(table_offset)] * per_table
     whole = entries.data(first << census.record.cluster_bits, per_table)
     for index, (entry, own) in enumerate(zip(entries.unpack(table), whole, strict=True)):
-        if entry in (own, entries.zeroed(own, 0, 0)):
-            report.allocated_clusters += 1
-        elif entry not in (0, entries.zeros):
-            where = f"L2 entry {index} at {table_offset + index * census.record.entry_size:#x}"
-            report.corruption(f"{where} is {entries.text(entry)}, which is not its own place in the data file")
+        is_sound = not entry or entry == own or (entries.is_own(entry, own) and not any(entries.contradictions(entry)))
+        if not is_sound:
+            yield index, entry, own
 
 
 def _judge_l2_entry(census: Census, where: str, entry: int) -> None:

@@ -14,7 +14,7 @@ from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, Autoclear
-from qcow2.judge.census import Census, Progress
+from qcow2.judge.census import Census, Progress, misplaced
 from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
 from qcow2.judge.report import Report
 from qcow2.judge.snapshots import complete_snapshots
@@ -55,6 +55,9 @@ async def repair(
     if mode is RepairMode.ALL and before.census.must_complete_snapshots and not found.is_dark:
         await complete_snapshots(before.census)
         before = await judge(file, Report())
+    if mode is RepairMode.ALL and before.census.counted_snapshots is not None and not before.report.is_dark:
+        await _correct_snapshots(before.census, before.census.counted_snapshots)
+        before = await judge(file, Report())
     if mode is RepairMode.LEAKS:
         await _adjust_refcounts(before, lower=True)
         await _correct_copied(before.census)
@@ -89,6 +92,39 @@ async def _repair_all(verdict: Verdict) -> None:
     else:
         await _correct_blocks(verdict)
     await _correct_copied(census)
+    if census.record.has_data_file:
+        await _correct_places(census)
+
+
+async def _correct_snapshots(census: Census, count: int) -> None:
+    """Let the header say how many there are; stable on return."""
+    found = layout.HEADER_SNAPSHOTS.pack(count, census.record.snapshots_offset)
+    await Write(census.file, layout.HEADER_SNAPSHOTS_OFFSET, found)
+    await Sync(census.file)
+
+
+async def _correct_places(census: Census) -> None:
+    """Let entries lead to their own places in the data file, where there is no doubt what is to be seen there.
+
+    A raw one is the disk, whatever an entry says. Else that is so of an entry that lacks nothing but its flag.
+    """
+    bits, per_table = census.record.cluster_bits, census.cluster_size // census.record.entry_size
+    entries, nclusters = census.tally.entries, -(-census.record.size >> bits)
+    for cluster in census.tally.clusters(Role.ACTIVE):
+        old = await Read(census.file, cluster << bits, census.cluster_size)
+        new, first = bytearray(old), census.table_index[cluster] * per_table
+        for index, entry, own in misplaced(census, cluster << bits, old):
+            flagged = entries.flipped(entry)
+            if entries.is_own(flagged, own) and not any(entries.contradictions(flagged)):
+                mended = flagged
+            elif census.record.has_raw_data:
+                mended = own if first + index < nclusters else 0
+            else:
+                continue
+            new[index * entries.nbytes : (index + 1) * entries.nbytes] = entries.pack([mended])
+        if is_table_alone(census, cluster):
+            await _write_difference(census.file, cluster << bits, old, new)
+    await Sync(census.file)
 
 
 def _is_cut_off(census: Census) -> bool:

@@ -287,3 +287,17 @@ def shorten_extra(built: Built, nbytes: int) -> None:
 def listed(path: Path) -> object:
     info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", path]))
     return [{key: each[key] for key in ("id", "name", "vm-state-size")} for each in info["snapshots"]]
+
+
+@pytest.mark.parametrize("count", [1 << 17 | 2, 0xFFFFFFFF])
+def test_a_number_of_snapshots_that_the_table_does_not_have_is_corrected(tmp_path: Path, count: int) -> None:
+    sound = recipe(cluster_bits=16)
+    sound.snapshot("one")
+    sound.snapshot("two")
+    built = build(sound, tmp_path / "a")
+    before = built.path.read_bytes()
+    built.poke(60, struct.pack(">I", count))
+    done = qcow2_tool("check", built.path)
+    assert (done.returncode, "the snapshot table has 2" in done.stdout + done.stderr) == (2, True)
+    assert qcow2_tool("check", "-r", "all", built.path).returncode == 0
+    assert built.path.read_bytes() == before
