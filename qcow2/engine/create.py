@@ -208,10 +208,6 @@ def _validate_data_file(options: Options) -> None:
         raise ValueError(f"{text} (use version=v3 or greater)")
     if options.data_file_raw and options.backing_name is not None:
         raise ValueError("Backing file and data-file-raw cannot be used at the same time")
-    if options.has_subclusters:
-        raise ValueError("extended_l2 with an external data file is not supported")
-    if options.encryption is not None:
-        raise ValueError("encryption with an external data file is not supported")
     if options.data_file_raw and options.preallocation is Preallocation.OFF:
         raise ValueError("data-file-raw has preallocation metadata at least, not off")
 
@@ -304,8 +300,8 @@ def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:
         made = entries.data(data_offset, count)
         if plan.options.backing_name is not None:  # which shows until something is written
             made = [entries.unwritten(entry) for entry in made]
-        elif plan.options.encryption:  # zeros are none there
-            made = [entries.zeroed(entry, 0, 0) for entry in made]
+        elif plan.options.encryption and not plan.options.data_file_raw:  # zeros are none there
+            made = [entries.blank(entry) for entry in made]
         yield host_offset, entries.pack(made)
 
 

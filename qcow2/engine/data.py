@@ -3,12 +3,13 @@
 from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import Buffer, File, Occupied, ReadInto, Size, Sync, Write
+from qcow2.driver.operation import Buffer, File, Occupied, ReadInto, Size, Sync, Write, Zero
 from qcow2.error import no_memory
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.untouched import Untouched
 
+STEP = 1 << 20  # bytes of zeros encrypted at a time
 STRETCHES = 1 << 16  # of a data file that are looked at for holes
 Piece = bytes | bytearray | memoryview | Buffer
 
@@ -76,6 +77,15 @@ class Data:
             raise no_memory() from None
         await Write(self.file, host_offset, encrypted, data=True)
 
+    async def zero(self, host_offset: int, nbytes: int) -> None:
+        """Let the range, of encrypted data whole sectors, read as zeros; stable after the next Sync."""
+        if self._cipher is None:
+            await Zero(self.file, host_offset, nbytes)
+            return
+        end = host_offset + nbytes + -nbytes % SECTOR_SIZE
+        for start in range(host_offset, end, STEP):
+            await self.write(start, zeroed(min(STEP, end - start)))
+
 
 class ByGuest(Data):
     """Data whose sectors are numbered as the guest's, wherever they lie: crypt_method 1. It is only read."""
@@ -91,11 +101,15 @@ class ByGuest(Data):
         await self._decipher(self._cipher, host_offset, target, guest_offset // SECTOR_SIZE)
 
 
-async def find_untouched(file: File, geometry: Geometry) -> Untouched:
-    """The clusters of the data *file* that are zeros: its holes, and what lies past its end; stable on return.
+async def find_untouched(data: Data, geometry: Geometry) -> Untouched:
+    """The clusters of a data file that are zeros: its holes, and what lies past its end; stable on return.
 
-    Of a file in very many pieces not all are found. Nobody writes to it meanwhile. Raises: OSError.
+    Of a file in very many pieces not all are found, of an encrypted one, where holes are noise, none. Nobody writes to
+    it meanwhile. Raises: OSError.
     """
+    if data.is_encrypted:
+        return Untouched(0)
+    file = data.file
     untouched, end = Untouched(geometry.clusters(geometry.size)), min(await Size(file), geometry.size)
     untouched.add(range(geometry.clusters(end), geometry.clusters(geometry.size)))
     offset = 0

@@ -62,7 +62,7 @@ async def open_changes(
     root = Root(header, opened.stability, is_lazy=is_lazy)
     bitmaps = await _find_bitmaps(opened, root)
     if record.has_data_file and not record.has_raw_data:
-        mapping.cache.set_untouched(await find_untouched(opened.data.file, opened.geometry))
+        mapping.cache.set_untouched(await find_untouched(opened.data, opened.geometry))
     found = Found(file_size, table, snapshots, owned_by_snapshots, *bitmaps)
     return Changes(opened, root, found, log if record.version >= 3 else None)  # else there is no place for the tag
 

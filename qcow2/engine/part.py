@@ -1,5 +1,8 @@
 """What each part that changes an image knows of it."""
 
+from contextlib import suppress
+
+from qcow2.driver.operation import Zero
 from qcow2.engine.opened import Opened
 from qcow2.engine.root import Root
 from qcow2.engine.space import Space
@@ -20,3 +23,13 @@ class Part:
         self._refcounts = space.refcounts
         self._allocator = space.allocator
         self._reaper = space.reaper
+
+    async def _give_back(self, guest_offset: int, end: int) -> None:
+        """Give back the space of a range of the external data file whose entries say zeros; the host may keep it.
+
+        Encrypted, a hole is noise: so no power loss may bring an entry back that leads there (law 3). Raises: OSError.
+        """
+        if self._data.is_encrypted:
+            await self._stability.sync()
+        with suppress(OSError):
+            await Zero(self._data.file, guest_offset, end - guest_offset)

@@ -88,10 +88,11 @@ class ReadableImage:
 
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""
-        if file is self.file and (self._native is not None or not self._data.is_encrypted):  # else only Python can tell
+        is_told = self._native is not None or not self._data.is_encrypted  # else only Python can tell
+        if file is self.file and is_told:
             self._slot = slot
             self._cache.set_file(slot, writable=self._may_overwrite())
-        elif file is self._data.file and file is not self.file:
+        elif file is self._data.file and is_told:
             self._cache.set_data_file(slot)
         elif self.backing is not None:
             self.backing.set_slot(file, slot)

@@ -16,6 +16,7 @@ from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.space import Space
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.l2cache import Kind
 
 
@@ -29,6 +30,8 @@ class Subclusters(Part):
 
     async def write(self, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source*, which lies in one slice; how many bytes."""
+        if self._geometry.has_data_file:
+            return await self._write_own_place(guest_offset, source)
         entry = await self._entry(guest_offset)
         in_cluster = guest_offset % self._geometry.cluster_size
         inside = source.slice(0, min(len(source), self._geometry.cluster_size - in_cluster))
@@ -58,6 +61,8 @@ class Subclusters(Part):
         """
         unit, stop = self._geometry.subcluster_size, guest_offset + len(source)
         start, end = guest_offset - guest_offset % unit, stop + -stop % unit
+        if self._geometry.has_data_file:  # which may end where the disk does
+            end = min(end, self._geometry.size + -self._geometry.size % SECTOR_SIZE)
         head, tail = zeroed(0), zeroed(0)
         if start < guest_offset and not await self._is_data(guest_offset):
             head = await self._content(start, guest_offset)
@@ -86,6 +91,52 @@ class Subclusters(Part):
         if new != entry:
             await self._root.allow_uncounted()
             await self._links.link(self._geometry.round_down(guest_offset), [entry], [new], ())
+
+    async def _write_own_place(self, guest_offset: int, source: Buffer) -> int:
+        """Write to clusters of the external data file, in which anything may be where they are no data yet.
+
+        As `Writer` does it where there are no subclusters: see there.
+        """
+        bits = self._geometry.cluster_bits
+        own = range(guest_offset >> bits, (guest_offset + len(source) - 1 >> bits) + 1)
+        start = own.start << bits
+        old = [await self._entry(cluster << bits) for cluster in own]
+        new = self._written(guest_offset, len(source), old, own)
+        self._statistics.clusters_allocated += sum(not self._entries.has_cluster(entry) for entry in old)
+        if new == old:
+            await self._data.write(guest_offset, source)
+        elif self._root.header.record.has_raw_data:
+            await self._blank(guest_offset, guest_offset + len(source))
+            await self._mapping.link_stable(start, old, new)
+            await self._data.write(guest_offset, source)
+        elif await self._are_zeros(own, old):
+            await self._data.write(guest_offset, source)
+            await self._mapping.link(start, self._entries.data(start, len(own)))
+        else:
+            first, pieces = await self._completed(guest_offset, source)
+            await self._data.write(first, *pieces)
+            await self._links.link(start, old, new, ())
+        return len(source)
+
+    async def _blank(self, guest_offset: int, end: int) -> None:
+        """Zeros in the places of the subclusters that the range touches and that are no data yet."""
+        unit = self._geometry.subcluster_size
+        at, end = guest_offset - guest_offset % unit, min(end + -end % unit, self._geometry.size)
+        while at < end:
+            run = await self._mapping.resolve(at, end - at)
+            if run.kind != Kind.DATA:
+                await self._data.zero(at, run.nbytes)
+            at += run.nbytes
+
+    async def _are_zeros(self, own: range, entries: Sequence[int]) -> bool:
+        """Whether the clusters *own* with these *entries* show zeros and are stable zeros; from now on nobody knows."""
+        untouched, bits = self._mapping.cache.untouched, self._geometry.cluster_bits
+        assert untouched is not None
+        self._allocator.allow_links()
+        start, end = own.start << bits, min(own.stop << bits, self._geometry.size)
+        is_empty = not any(map(self._entries.has_cluster, entries)) and untouched.has(own)
+        untouched.forget(own)
+        return is_empty and await self._reader.reads_as_zeros(start, end - start)
 
     async def _write_fresh(self, guest_offset: int, source: Buffer, entry: int) -> int:
         """Write to new clusters where there are none, as many as come in one piece; how many bytes."""
@@ -213,8 +264,10 @@ class Subclusters(Part):
                 new = self._entries.without_cluster(new)
         if new != entry:
             await self._mapping.link(start, [new])
-            kept = self._entries.host_offset(new)
-            await self._reaper.free(() if kept else self.host_clusters(entry))
+            is_kept = self._entries.has_cluster(new)
+            if self._geometry.has_data_file and not keep and self._entries.has_cluster(entry):
+                await self._give_back(*((guest_offset, end) if is_kept else (start, cluster_end)))
+            await self._reaper.free(() if is_kept else self.host_clusters(entry))
         return True
 
     async def uncover(self, guest_offset: int) -> None:
@@ -225,6 +278,8 @@ class Subclusters(Part):
 
     def host_clusters(self, entry: int) -> Sequence[int]:
         """The host clusters that *entry* refers to."""
+        if self._geometry.has_data_file:
+            return ()
         if self._entries.is_compressed(entry):
             return Payload.of(entry, self._entries).host_clusters(self._geometry)
         first = self._geometry.cluster_of(self._entries.host_offset(entry))

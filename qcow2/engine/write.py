@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import Buffer, Zero
+from qcow2.driver.operation import Buffer
 from qcow2.engine.backing import Place, Seen
 from qcow2.engine.compressed import Payload
 from qcow2.engine.links import Links
@@ -164,7 +164,8 @@ class Writer(Part):
         first, last = guest_offset >> bits, (guest_offset + len(source) - 1) >> bits
         own = range(first, last + 1)
         if self._root.header.record.has_raw_data:
-            await Zero(self._data.file, first << bits, len(own) << bits)
+            end = min(last + 1 << bits, self._geometry.size)
+            await self._data.zero(first << bits, end - (first << bits))
             old_entries = self._mapping.entries.moved(run.entry, len(own))
             entries = self._mapping.entries.data(first << bits, len(own))
             await self._mapping.link_stable(first << bits, old_entries, entries)
@@ -228,7 +229,8 @@ class Writer(Part):
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
         host_offset = new.start << self._geometry.cluster_bits
-        behind = zeroed(-end % self._geometry.cluster_size if self._data.is_encrypted else 0)  # the disk
+        unit = SECTOR_SIZE if self._geometry.has_data_file else self._geometry.cluster_size
+        behind = zeroed(-end % unit if self._data.is_encrypted else 0)  # the disk
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)
         if isinstance(place, tuple) and len(new) == 1 and len(source) < end - start:

@@ -1,9 +1,6 @@
 """Write-zeroes and discard: entries that say zeros instead of data that holds them."""
 
-from contextlib import suppress
-
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import Zero
 from qcow2.engine.links import Links
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
@@ -21,7 +18,6 @@ class Zeroer(Part):
 
     def __init__(self, opened: Opened, root: Root, space: Space, links: Links, tables: Tables, writer: Writer) -> None:
         super().__init__(opened, root, space)
-        self._data_file = opened.data.file
         self._is_raw = root.header.record.has_raw_data  # it is to be the same disk as a raw image at any time
         self._writer = writer
         self._tables = tables
@@ -44,7 +40,8 @@ class Zeroer(Part):
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the clusters that the range covers, if zeros can be told from the backing file; a hint."""
         if self._is_raw:
-            await self._zero_in_place(guest_offset, guest_offset + nbytes)
+            if not self._data.is_encrypted:  # else it would cost space
+                await self._zero_in_place(guest_offset, guest_offset + nbytes)
             return
         first, last = self._covered(guest_offset, guest_offset + nbytes)
         if self._mapping.cache.can_say_zeros and first < last:
@@ -82,14 +79,18 @@ class Zeroer(Part):
     async def _zero_in_place(self, guest_offset: int, end: int) -> None:
         """Zeros in the data file, which is the same disk as a raw image, and in no entry; the host decides on space.
 
-        What an entry of another writer's calls zeros is zeros there, too.
+        What an entry of another writer's calls zeros is zeros there, too. Encrypted ones are written as data is.
         """
+        if self._data.is_encrypted:
+            for start in range(guest_offset, end, STEP):
+                await self._writer.write(start, MemoryBuffer(zeroed(min(STEP, end - start))))
+            return
         while guest_offset < end:
             stop = min(end, self._geometry.slice_end(guest_offset))
             async with self._writer.locks.hold(
                 self._geometry.cluster_of(guest_offset), self._geometry.cluster_of(stop - 1)
             ):
-                await Zero(self._data_file, guest_offset, stop - guest_offset)
+                await self._data.zero(guest_offset, stop - guest_offset)
             guest_offset = stop
 
     def _covered(self, guest_offset: int, end: int) -> tuple[int, int]:
@@ -160,6 +161,5 @@ class Zeroer(Part):
             return
         await self._mapping.link(guest_offset, [entries.zeros] * nclusters)
         if self._geometry.has_data_file and run.kind != Kind.UNALLOCATED:
-            with suppress(OSError):  # the host keeps its space, nothing else is lost: the entry tells
-                await Zero(self._data_file, guest_offset, run.nbytes)
+            await self._give_back(guest_offset, guest_offset + run.nbytes)
         await self._reaper.free(self._writer.host_clusters(run, nclusters))

@@ -48,6 +48,8 @@ def _validate(image_path: str, path: str, options: Options, use: str | None) -> 
         raise ValueError(f"{path}: an image cannot be its own data file")
     if use is None:
         raise ValueError(f"data file {path!r} exists: say data_file_use={KEEP}, or {EMPTY} to lose what it holds")
+    if use == KEEP and options.encryption is not None:
+        raise ValueError(f"data_file_use={KEEP}: what is there is not encrypted with the key of a new image")
     if use == KEEP and not options.data_file_raw:
         raise ValueError(f"data_file_use={KEEP} needs data_file_raw=on: else the image would not show what is there")
 

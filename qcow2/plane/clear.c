@@ -104,14 +104,18 @@ static int add_parts(struct l2map *map, uint64_t start, uint64_t end, enum exten
     uint32_t last = (uint32_t)((end - cluster_start - 1) >> format->subcluster_bits);
     struct entry entry;
     struct l2_run run;
+    int has_cluster;
 
     l2map_describe(map, start, 1, &run);
-    if (run.kind == L2_BAD || run.kind == L2_COMPRESSED || (entry_host_offset(run.entry) && !run.copied))
+    has_cluster = entry_has_cluster(format, run.entry);
+    if (run.kind == L2_BAD || run.kind == L2_COMPRESSED || (has_cluster && !run.copied))
+        return -EAGAIN;
+    if (how != EXTENT_KEEP && has_cluster && format->is_identity) /* the space is given back at once */
         return -EAGAIN;
     entry = entry_zeroed(format, run.entry, first, end == map->size ? ENTRY_SUBCLUSTERS - 1 : last);
-    if (!map->has_backing && !entry_host_offset(entry))
+    if (!map->has_backing && !has_cluster)
         entry = run.entry; /* all of it reads as zeros */
-    if (how != EXTENT_KEEP && entry_host_offset(entry) && !entry_data_bits(entry)) {
+    if (how != EXTENT_KEEP && has_cluster && !entry_data_bits(entry)) {
         if (free_cluster(map->freed, clearing, entry_host_offset(entry) >> map->cluster_bits) < 0)
             return -EAGAIN;
         entry = entry_without_cluster(entry);

@@ -143,6 +143,12 @@ static inline struct payload entry_payload(const struct entry_format *format, st
     return (struct payload){offset, nsectors * 512 - (offset & 511)};
 }
 
+/* Whether a standard entry names a host cluster; in a file of its own the first one is at 0. */
+static inline int entry_has_cluster(const struct entry_format *format, struct entry entry)
+{
+    return entry_host_offset(entry) || (format->is_identity && entry_is_copied(entry));
+}
+
 /* Whether no image may hold such a standard entry, wherever the file ends. */
 static inline int entry_is_bad(const struct entry_format *format, struct entry entry)
 {
@@ -151,19 +157,13 @@ static inline int entry_is_bad(const struct entry_format *format, struct entry e
     if (!format->word_bits)
         return format->version < 3 && (entry.word & ENTRY_ZERO);
     return (entry_data_bits(entry) & entry_zero_bits(entry)) != 0 ||
-           (entry_data_bits(entry) && !entry_host_offset(entry));
+           (entry_data_bits(entry) && !entry_has_cluster(format, entry));
 }
 
 /* Whether the host cluster that a standard entry names lies askew. */
 static inline int entry_is_askew(const struct entry_format *format, struct entry entry)
 {
     return (entry_host_offset(entry) & ((UINT64_C(1) << format->cluster_bits) - 1)) != 0;
-}
-
-/* Whether a standard entry names a host cluster; in a file of its own the first one is at 0. */
-static inline int entry_has_cluster(const struct entry_format *format, struct entry entry)
-{
-    return entry_host_offset(entry) || (format->is_identity && entry_is_copied(entry));
 }
 
 /* What a standard entry says of one of its subclusters. */

@@ -20,6 +20,7 @@ OFFSET: int = lib.ENTRY_OFFSET
 COPIED: int = lib.ENTRY_COPIED
 COMPRESSED: int = lib.ENTRY_COMPRESSED
 ZERO: int = lib.ENTRY_ZERO
+SUBCLUSTERS: int = lib.ENTRY_SUBCLUSTERS
 L1_RESERVED: int = lib.L1_ENTRY_RESERVED
 OFFSET_LIMIT = (1 << 56) - 1  # of a compressed cluster
 
@@ -112,8 +113,7 @@ class Entries:
 
     def moved(self, entry: int, nclusters: int) -> list[int]:
         """*entry* and those of the clusters that follow its own in the file."""
-        is_placed = self.host_offset(entry) or (self.is_identity and self.is_copied(entry))
-        step = 1 << self._cluster_bits if is_placed else 0
+        step = 1 << self._cluster_bits if self.has_cluster(entry) else 0
         return [entry + ahead * step for ahead in range(nclusters)]
 
     def zeroed(self, entry: int, first: int, last: int) -> int:
@@ -132,6 +132,14 @@ class Entries:
     def host_offset(self, entry: int) -> int:
         """Of the host cluster that *entry*, which is not compressed, names; 0: none."""
         return 0 if entry & COMPRESSED else entry & OFFSET
+
+    def has_cluster(self, entry: int) -> bool:
+        """Whether *entry* names a whole host cluster; in a file of its own the first one is at 0."""
+        return not entry & COMPRESSED and bool(lib.entry_has_cluster(self.native, native_entry(entry)))
+
+    def is_own(self, entry: int, own: int) -> bool:
+        """Whether *entry* names the cluster that *own* does, as nobody else's, or none."""
+        return entry & WORD & ~ZERO in (0, own & WORD)
 
     def is_copied(self, entry: int) -> bool:
         """Whether *entry* says that its host cluster has no other reference."""
@@ -152,6 +160,10 @@ class Entries:
         native = native_entry(entry)
         is_sound = not lib.entry_is_bad(self.native, native) and not lib.entry_is_askew(self.native, native)
         return is_sound and (self.has_subclusters or entry == self._full | (entry & OFFSET))
+
+    def blank(self, entry: int) -> int:
+        """The host cluster of *entry*, which reads as zeros."""
+        return self.zeroed(entry, 0, SUBCLUSTERS - 1)
 
     def is_alike(self, one: int, other: int) -> bool:
         """Whether they say the same, but perhaps for who else refers to it."""
@@ -223,7 +235,7 @@ class Entries:
             yield f"has reserved bits set: {entry & WORD:#018x}"
         if data & zero:
             yield f"has subclusters that are data and zeros at once: {entry >> WORD_BITS:#018x}"
-        elif data and not entry & OFFSET:
+        elif data and not self.has_cluster(entry):
             yield f"has subclusters of data but no cluster: {entry >> WORD_BITS:#018x}"
         if self.native.version < 3 and entry & ZERO:
             yield "has the zero flag set, which version 2 does not have"

@@ -240,12 +240,14 @@ static int is_whole(const struct l2map *map, const struct touched *touched)
 static int take_own_place(struct l2map *map, const struct touched *touched, const struct extent *old, uint64_t table,
                           struct extent_place *out)
 {
-    struct entry entry = entry_data(&map->format, touched->cluster << map->cluster_bits);
+    struct entry entry;
 
     if (old->kind != EXTENT_ZERO || entry_has_cluster(&map->format, touched->entry) || !map->untouched ||
         !untouched_has(map->untouched, touched->cluster, touched->cluster))
         return -EAGAIN;
+    entry = entry_after(map, touched, touched->cluster << map->cluster_bits, 1);
     out->entry[0] = entry.word;
+    out->entry[1] = entry.bitmap;
     name_in_table(map, out, table + l2map_in_table(map, touched->cluster));
     return 0;
 }

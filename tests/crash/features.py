@@ -38,9 +38,8 @@ def explore(name: str, seed: int, *, writethrough: bool, at_once: bool) -> int:
     return Explorer(run, opener(name), seed).explore(stride=1 if kind.cluster_bits < 14 else 3)
 
 
-def explore_data_file(seed: int, *, is_raw: bool) -> int:
-    run = test_crash_data_file.Run(seed, is_raw=is_raw)
-    count, wrong = test_crash_data_file.violations(run, seed, is_raw=is_raw)
+def explore_data_file(seed: int, sort: test_crash_data_file.Sort) -> int:
+    count, wrong = test_crash_data_file.violations(seed, sort)
     if wrong:
         raise Violation("; ".join(wrong[:5]))
     return count
@@ -54,8 +53,8 @@ def cases(feature: str, seed: int) -> Iterator[Case]:
         case "encrypted":
             yield from of_kinds([name for name in KINDS if "encrypted" in name], seed)
         case "data-file":
-            for is_raw in (False, True):
-                yield f"seed={seed} raw={is_raw}", lambda is_raw=is_raw: explore_data_file(seed, is_raw=is_raw)
+            for sort in test_crash_data_file.SORTS_APART:
+                yield f"{sort}, seed={seed}", lambda sort=sort: explore_data_file(seed, sort)
         case "snapshots":
             for kind in ("small", "small-lazy", "width-64", "v2", "compressed-lazy", "snapshot-lazy"):
                 for story in test_crash_snapshots.STORIES:

@@ -89,11 +89,13 @@ def goes_with(feature: str, features: frozenset[str], cluster_bits: int, version
     data_files = {"data-file", "data-file-raw"}
     match feature:
         case "subclusters":
-            return version == 3 and cluster_bits >= 14 and not features & data_files
-        case "data-file" | "data-file-raw":
-            return version == 3 and features <= {"bitmaps"}
-        case "encrypted":
-            return cluster_bits >= 10 and not features & {*data_files, "compressed"}
+            return version == 3 and cluster_bits >= 14
+        case "data-file":
+            return version == 3 and features <= {"bitmaps", "subclusters", "encrypted"}
+        case "data-file-raw":
+            return version == 3 and features <= {"bitmaps", "subclusters"}
+        case "encrypted":  # in a raw file it is noise at first
+            return cluster_bits >= 10 and not features & {"data-file-raw", "compressed"}
         case "snapshots":
             return refcount_bits > 1 and not features & data_files
         case "bitmaps":

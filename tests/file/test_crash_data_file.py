@@ -1,79 +1,125 @@
 """External data files by enumeration: whatever a death leaves of the two files, each sector is allowed."""
 
+import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Zero
 from qcow2.engine.create import Options, Preallocation, create
 from qcow2.engine.image import Image
+from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.opened import OpenOptions
+from qcow2.engine.part import Part
 from qcow2.engine.write import Writer
+from qcow2.format.header import read_header
 from qcow2.judge.check import check
 from tests.crash.driver import CrashDriver, Effect, Point, SimulatedFile, points
 from tests.crash.history import SECTOR, ZEROS, Flush, History, pattern
-from tests.engine import noise
+from tests.engine import ENCRYPTION, KEYS, noise
 from tests.extents import Plane, Served
 
-CLUSTER_BITS, NCLUSTERS = 11, 5
-CLUSTER = 1 << CLUSTER_BITS
-SIZE = NCLUSTERS * CLUSTER - SECTOR
+NCLUSTERS = 5
 ZERO_ENTRY = (1).to_bytes(8, "big")
+ZERO_PARTS = (0xFFFFFFFF << 32).to_bytes(16, "big")
 
 
-def image_files(*, is_raw: bool) -> tuple[SimulatedFile, SimulatedFile]:
+@dataclass(frozen=True)
+class Sort:
+    """An image whose data is in a file of its own."""
+
+    is_raw: bool = False
+    has_parts: bool = False  # subclusters
+    encrypted: bool = False
+
+    @property
+    def cluster(self) -> int:
+        return 1 << (14 if self.has_parts else 11)
+
+    @property
+    def size(self) -> int:
+        return NCLUSTERS * self.cluster - SECTOR
+
+    @property
+    def options(self) -> Options:
+        return Options(
+            size=self.size,
+            cluster_bits=self.cluster.bit_length() - 1,
+            has_subclusters=self.has_parts,
+            preallocation=Preallocation.METADATA if self.is_raw else Preallocation.OFF,
+            encryption=ENCRYPTION if self.encrypted else None,
+            data_file_name="data",
+            data_file_raw=self.is_raw,
+        )
+
+    def __str__(self) -> str:
+        said = ["raw" if self.is_raw else "entries tell", *["parts"] * self.has_parts, *["encrypted"] * self.encrypted]
+        return ", ".join(said)
+
+
+RAW, TOLD = Sort(is_raw=True), Sort()
+SORTS_APART = [Sort(*each) for each in itertools.product((False, True), repeat=3)]
+
+
+def image_files(sort: Sort) -> tuple[SimulatedFile, SimulatedFile]:
     """An image and its data file, which holds something; of a raw one an entry says zeros, as QEMU may.
 
     If it is not raw its third cluster is a hole, and it ends in the fourth.
     """
     file, driver = SimulatedFile("disk", {}, 0), CrashDriver()
-    preallocation = Preallocation.METADATA if is_raw else Preallocation.OFF
-    driver.run(
-        create(
-            file,
-            Options(
-                size=SIZE,
-                cluster_bits=CLUSTER_BITS,
-                preallocation=preallocation,
-                data_file_name="data",
-                data_file_raw=is_raw,
-            ),
-        )
-    )
-    data = SimulatedFile.parse("data", noise(SIZE, 5))
-    if is_raw:
-        table = int.from_bytes(file.read(int.from_bytes(file.read(40, 8), "big"), 8), "big") & (1 << 56) - 1
-        file.write(table + 8, ZERO_ENTRY)
-        data.zero(CLUSTER, CLUSTER)
+    driver.run(create(file, sort.options))
+    size = sort.cluster
+    data = SimulatedFile.parse("data", noise(sort.size, 5))
+    if sort.is_raw:
+        if not sort.encrypted:  # zeros of QEMU's are none there
+            table = int.from_bytes(file.read(int.from_bytes(file.read(40, 8), "big"), 8), "big") & (1 << 56) - 1
+            file.write(*((table + 16, ZERO_PARTS) if sort.has_parts else (table + 8, ZERO_ENTRY)))
+            data.zero(size, size)
+        if sort.has_parts and not sort.encrypted:  # so QEMU makes all of them
+            file.write(table + 40, bytes(8))
+            data.zero(2 * size, size)
         return file, data
-    data.zero(2 * CLUSTER, CLUSTER)
-    data.resize(3 * CLUSTER + SECTOR)
-    image = driver.run(Image.open(file, data_file=data, options=OpenOptions(writable=True)))
-    driver.run(image.write(0, MemoryBuffer(memoryview(bytearray(noise(2 * CLUSTER, 6))))))
-    driver.run(image.write_zeroes(CLUSTER, CLUSTER, unmap=False))
+    data.zero(2 * size, size)
+    data.resize(3 * size + SECTOR)
+    image = driver.run(Image.open(file, data_file=data, options=OpenOptions(writable=True, keys=KEYS)))
+    driver.run(image.write(0, MemoryBuffer(memoryview(bytearray(noise(2 * size, 6))))))
+    driver.run(image.write_zeroes(size, size, unmap=False))
     driver.run(image.close())
     return file, data
 
 
-def shown(file: SimulatedFile, data: SimulatedFile) -> bytes:
-    driver, target = CrashDriver(), bytearray(SIZE)
-    image = driver.run(Image.open(file.copy(), data_file=data))
+def shown(sort: Sort, file: SimulatedFile, data: SimulatedFile) -> bytes:
+    driver, target = CrashDriver(), bytearray(sort.size)
+    image = driver.run(Image.open(file.copy(), data_file=data, options=OpenOptions(keys=KEYS)))
     driver.run(image.read(0, MemoryBuffer(memoryview(target))))
     return bytes(target)
+
+
+def held(sort: Sort, file: SimulatedFile, data: SimulatedFile) -> bytes:
+    """The data file as a raw disk, deciphered if need be."""
+    content = bytearray(data.read(0, sort.size))
+    if sort.encrypted:
+        driver = CrashDriver()
+        header = driver.run(read_header(file))
+        driver.run(KEYS.cipher(file, *header.luks_area)).decrypt(0, content)
+    return bytes(content)
 
 
 class Run:
     """Requests side by side, and what they promised."""
 
-    def __init__(self, seed: int, *, is_raw: bool) -> None:
-        self.file, self.data = image_files(is_raw=is_raw)
+    def __init__(self, seed: int, sort: Sort) -> None:
+        self.sort = sort
+        self.file, self.data = image_files(sort)
         self.initial = self.file.copy(), self.data.copy()
-        self.history = History(shown(*self.initial))
+        self.history = History(shown(sort, *self.initial))
         self.driver = CrashDriver(seed)
         self._draw = random.Random(seed)
-        options = OpenOptions(writable=True)
+        options = OpenOptions(writable=True, keys=KEYS)
         image = self.driver.run(Image.open(self.file, data_file=self.data, options=options))
         self._image = Served(image, Plane(self.driver, image, self.file, None, self.data))
         for worker in range(3):
@@ -86,8 +132,9 @@ class Run:
 
     async def _request(self, number: int) -> None:
         draw, journal = self._draw, self.driver.journal
-        first = draw.randrange(SIZE // SECTOR)
-        sectors = range(first, min(first + draw.choice([1, 2, 4, 8]), SIZE // SECTOR))
+        nsectors = self.sort.size // SECTOR
+        first = draw.randrange(nsectors)
+        sectors = range(first, min(first + draw.choice([1, 2, 4, 8]), nsectors))
         offset, nbytes = first * SECTOR, len(sectors) * SECTOR
         self.driver.mark(number)  # no two requests begin at one position
         kind = draw.choice(["write", "write", "zeros", "unmap", "discard", "flush"])
@@ -142,18 +189,19 @@ def some(point: Point, draw: random.Random) -> list[Effect]:
     return [torn for _, effect in point.pending for torn in effect.tear() if draw.random() < 0.5]
 
 
-def violations(run: Run, seed: int, *, is_raw: bool) -> tuple[int, list[str]]:
+def violations(seed: int, sort: Sort) -> tuple[int, list[str]]:
     """How many states were judged, and what is wrong with them."""
+    run = Run(seed, sort)
     wrong, count = [], 0
     for position, power, file, data in run.deaths(seed):
         count += 1
-        content = shown(file, data)
+        content = shown(sort, file, data)
         allowed = run.history.allowed_everywhere(position, power=power)
-        for sector in range(SIZE // SECTOR):
+        for sector in range(sort.size // SECTOR):
             found = content[sector * SECTOR : (sector + 1) * SECTOR]
             if found not in allowed.get(sector, {run.history.before(sector)}):
                 wrong.append(f"{position}: sector {sector} is {found[:16]!r}")
-        if is_raw and data.read(0, SIZE) != content:
+        if sort.is_raw and held(sort, file, data) != content:
             wrong.append(f"{position}: the data file is another disk")
         report = CrashDriver().run(check(file.copy()))
         if report.corruptions or report.check_errors:
@@ -161,20 +209,39 @@ def violations(run: Run, seed: int, *, is_raw: bool) -> tuple[int, list[str]]:
     return count, wrong
 
 
-@pytest.mark.parametrize("is_raw", [False, True], ids=["entries tell", "raw"])
-@pytest.mark.parametrize("seed", [0, 1, 6])
-def test_every_sector_is_allowed_after_every_death(seed: int, is_raw: bool) -> None:
-    count, wrong = violations(Run(seed, is_raw=is_raw), seed, is_raw=is_raw)
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("sort", SORTS_APART, ids=str)
+@pytest.mark.parametrize("seed", [0, 6])
+def test_every_sector_is_allowed_after_every_death(seed: int, sort: Sort) -> None:
+    count, wrong = violations(seed, sort)
     assert count > 100
     assert wrong == []
 
 
 def test_the_explorer_objects_to_entries_before_the_data_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
     async def link(self: Writer, run: object, first: int, nclusters: int, host_offset: int) -> None:
-        await self._mapping.link(first << CLUSTER_BITS, self._mapping.entries.data(host_offset, nclusters))
+        await self._mapping.link(first * TOLD.cluster, self._mapping.entries.data(host_offset, nclusters))
 
     monkeypatch.setattr(Writer, "_link_over", link)
-    assert any(violations(Run(seed, is_raw=False), seed, is_raw=False)[1] for seed in range(4))
+    assert any(violations(seed, TOLD)[1] for seed in range(4))
+
+
+def test_the_explorer_objects_to_parts_before_the_data_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def link(self: Links, guest_offset: int, old: object, entries: list[int], freed: object) -> None:
+        await self._mapping.link(guest_offset, entries)
+
+    monkeypatch.setattr(Links, "link", link)
+    assert any(violations(seed, Sort(has_parts=True))[1] for seed in range(4))
+
+
+def test_the_explorer_objects_to_holes_of_encrypted_data_that_an_entry_may_lead_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def give_back(self: Part, guest_offset: int, end: int) -> None:
+        await Zero(self._data.file, guest_offset, end - guest_offset)
+
+    monkeypatch.setattr(Part, "_give_back", give_back)
+    assert any(violations(seed, Sort(encrypted=True))[1] for seed in range(8))
 
 
 def test_the_explorer_objects_to_writes_in_place_before_the_entry_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,4 +251,4 @@ def test_the_explorer_objects_to_writes_in_place_before_the_entry_is_stable(monk
         await self._stability.sync()
 
     monkeypatch.setattr(Mapping, "link_stable", link)
-    assert violations(Run(6, is_raw=True), 6, is_raw=True)[1]
+    assert violations(6, RAW)[1]

@@ -15,6 +15,7 @@ from tests.crash.images import KINDS
 from tests.crash.judge import opener, perform
 from tests.crash.workload import random_steps
 from tests.file import test_crash_snapshots
+from tests.file.test_crash_data_file import RAW, TOLD
 
 Patch = pytest.MonkeyPatch
 
@@ -68,11 +69,11 @@ def some_parts(seed: int) -> int:
 
 
 def a_data_file(seed: int) -> int:
-    return explore_data_file(seed, is_raw=False)
+    return explore_data_file(seed, TOLD)
 
 
 def a_raw_data_file(seed: int) -> int:
-    return explore_data_file(seed, is_raw=True)
+    return explore_data_file(seed, RAW)
 
 
 def a_snapshot(seed: int) -> int:

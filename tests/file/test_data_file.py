@@ -266,3 +266,115 @@ def test_a_daemon_writes_to_no_file_that_only_the_image_names(tmp_path: Path) ->
             front_end.write(0, b"w" * 512)
             front_end.flush()
     assert (elsewhere / "disk.raw").read_bytes()[:512] == b"w" * 512
+
+
+def combined(directory: Path, *extra: str, is_raw: bool) -> Path:
+    path = directory / "disk.qcow2"
+    options = ["data_file=disk.raw", *["data_file_raw=on"] * is_raw, *extra]
+    (directory / "key").write_bytes(b"key")
+    secret = ["--object", f"secret,id=s,file={directory}/key"]
+    qcow2_tool_ok("create", *secret, "-o", ",".join(options), path, str(SIZE))
+    return path
+
+
+LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+
+
+def test_what_is_in_a_raw_file_shows_through_subclusters(tmp_path: Path) -> None:
+    """QEMU's own images of this sort show zeros, until something is written around."""
+    (tmp_path / "disk.raw").write_bytes(b"k" * SIZE)
+    path = combined(tmp_path, "data_file_use=keep", "extended_l2=on", is_raw=True)
+    model = bytearray(b"k" * SIZE)
+    with qcow2.open(path, writable=True) as disk:
+        disk.write(65536 + 512, b"x" * 1024)
+        disk.write_zeroes(2 * 65536, 4096)
+        disk.discard(3 * 65536, 65536)
+        model[65536 + 512 : 65536 + 1536] = b"x" * 1024
+        model[2 * 65536 : 2 * 65536 + 4096] = bytes(4096)
+        model[3 * 65536 : 4 * 65536] = bytes(65536)
+    assert_sound(path, model, is_raw=True)
+
+
+def test_subclusters_that_qemu_left_without_data_are_zeros_in_the_raw_file(tmp_path: Path) -> None:
+    """Its entries of such an image say nothing: zeros show, whatever the file holds."""
+    path = tmp_path / "disk.qcow2"
+    options = "data_file=disk.raw,data_file_raw=on,extended_l2=on"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(SIZE), cwd=tmp_path)
+    with (tmp_path / "disk.raw").open("r+b") as data:
+        data.write(b"k" * 65536)
+    with qcow2.open(path, writable=True) as disk:
+        assert disk.read(0, 65536) == bytes(65536)
+        disk.write(512, b"x" * 512)
+        assert disk.read(0, 65536) == bytes(512) + b"x" * 512 + bytes(65536 - 1024)
+    data_bytes = (tmp_path / "disk.raw").read_bytes()
+    assert data_bytes[:2048] == bytes(512) + b"x" * 512 + bytes(1024)
+    assert shown_to_qemu(path)[:2048] == data_bytes[:2048]
+
+
+def test_a_part_of_the_first_cluster_is_found_and_let_go(tmp_path: Path) -> None:
+    """Its place is at 0, as if there were none."""
+    path = combined(tmp_path, "extended_l2=on", is_raw=False)
+    with qcow2.open(path, writable=True) as disk:
+        disk.write(4096, b"x" * 2048)
+        disk.flush()
+        disk.write_zeroes(0, 65536, unmap=False)
+        disk.write(8192, b"y" * 2048)
+    model = bytes(8192) + b"y" * 2048 + bytes(SIZE - 10240)
+    assert_sound(path, model, is_raw=False)
+    with qcow2.open(path, writable=True) as disk:
+        disk.discard(8192, 2048)
+    assert_sound(path, bytes(SIZE), is_raw=False)
+
+
+@pytest.mark.parametrize("extra", [(), ("extended_l2=on",)], ids=["clusters", "subclusters"])
+@RAW
+def test_an_encrypted_data_file_is_ciphertext_throughout(tmp_path: Path, is_raw: bool, extra: tuple[str, ...]) -> None:
+    path, draw = combined(tmp_path, LUKS, *extra, is_raw=is_raw), random.Random(3)
+    pattern = b"plaintext" * (SIZE // 9 + 1)
+    with qcow2.open(path, key=b"key", writable=True) as disk:
+        model = bytearray(disk.read(0, SIZE))
+        assert any(model) == is_raw, "in a raw one holes are noise"
+        for _ in range(40):
+            offset = draw.randrange(SIZE // 512) * 512
+            nbytes = min(draw.choice([512, 4096, 65536, 300 * 512]), SIZE - offset)
+            model[offset : offset + nbytes] = pattern[:nbytes] if draw.random() < 0.7 else bytes(nbytes)
+            if model[offset]:
+                disk.write(offset, pattern[:nbytes])
+            else:
+                disk.write_zeroes(offset, nbytes, unmap=draw.random() < 0.5)
+            disk.discard(draw.randrange(60) * 65536, 0 if not is_raw else 65536)
+        assert disk.read(0, SIZE) == model
+    assert b"plaintext" not in path.with_name("disk.raw").read_bytes()
+    secret = ["--object", f"secret,id=s,file={tmp_path}/key", "--image-opts"]
+    opts = f"driver=qcow2,file.filename={path},encrypt.key-secret=s,data-file.filename={tmp_path}/disk.raw"
+    for peer in peers():
+        qemu(peer, "check", *secret, f"{opts},data-file.driver=file")
+        qemu(peer, "convert", *secret, f"{opts},data-file.driver=file", "-O", "raw", tmp_path / "plain")
+        assert (tmp_path / "plain").read_bytes() == model
+
+
+def test_content_that_exists_is_not_kept_as_ciphertext(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(b"k" * SIZE)
+    (tmp_path / "key").write_bytes(b"key")
+    words = ["--object", f"secret,id=s,file={tmp_path}/key", "-o"]
+    options = f"data_file=disk.raw,data_file_raw=on,data_file_use=keep,{LUKS}"
+    done = qcow2_tool("create", *words, options, tmp_path / "disk.qcow2", str(SIZE))
+    assert (done.returncode, "not encrypted with the key" in done.stderr) == (1, True)
+
+
+def test_places_that_are_known_are_repaired(tmp_path: Path) -> None:
+    """Of a raw file any is; of another one an entry that lost its flag."""
+    for is_raw, broken in ((True, 7 << 20 | 2), (True, 0xFFFF << 40), (False, 65536)):
+        path = make(tmp_path, is_raw=is_raw)
+        with qcow2.open(path, writable=True) as disk:
+            disk.write(0, b"a" * SIZE)
+        image = bytearray(path.read_bytes())
+        table = int.from_bytes(image[40:48], "big")
+        entries = int.from_bytes(image[table : table + 8], "big") & (1 << 56) - 1
+        image[entries + 8 : entries + 16] = broken.to_bytes(8, "big")
+        path.write_bytes(image)
+        assert qcow2_tool("check", path).returncode == 2
+        assert qcow2_tool("check", "-r", "all", path).returncode == 0
+        assert_sound(path, b"a" * SIZE, is_raw=is_raw)
+        path.unlink()
+        path.with_name("disk.raw").unlink()

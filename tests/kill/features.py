@@ -18,6 +18,8 @@ from tests.program import qcow2_tool_ok
 FEATURES: dict[str, frozenset[str]] = {
     "data-file": frozenset(["data-file"]),
     "data-file-raw": frozenset(["data-file-raw"]),
+    "data-file-parts": frozenset(["data-file", "subclusters"]),
+    "data-file-encrypted": frozenset(["data-file", "encrypted"]),
     "encrypted": frozenset(["encrypted"]),
     "encrypted-overlay": frozenset(["encrypted"]),
     "snapshots": frozenset(["snapshots"]),
@@ -65,7 +67,7 @@ class Featured(Start):
 
 def make(kind: str, directory: Path, draw: random.Random, nbytes: int) -> Featured:
     """A new image of *kind*, a quarter of it old data."""
-    bits = draw.choice((12, 16))
+    bits = draw.choice((14, 16) if "subclusters" in FEATURES[kind] else (12, 16))
     base = Shape(frozenset(["encrypted"]), 16) if kind == "encrypted-overlay" else None
     shape = Shape(FEATURES[kind], bits, is_lazy=draw.random() < 0.5, base=base, base_nbytes=nbytes if base else 0)
     files = Files(directory / "a", shape)

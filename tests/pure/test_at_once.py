@@ -57,7 +57,7 @@ def shape(draw: random.Random) -> Shape:
         "has_subclusters": has_subclusters,
         "encrypted": draw.random() < 0.2,
     }
-    if version == 3 and not options["encrypted"] and not has_subclusters and draw.random() < 0.2:
+    if version == 3 and draw.random() < 0.3:
         options["data"] = b""
     return Shape(bits, options, has_bitmap=version == 3 and draw.random() < 0.5)
 

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     mutant = BY_NAME.get(options.mutant)
     load([mutant.edit] if mutant and mutant.edit else [])
     from tests.sim.campaign import Plan, run
-    from tests.sim.image import NAMED
+    from tests.sim.image import DRAWN
     from tests.sim.patch import apply
 
     if mutant and not mutant.edit:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         Plan(
             options.seed,
             options.histories,
-            options.sort or (mutant and mutant.sorts) or [*NAMED],
+            options.sort or (mutant and mutant.sorts) or [*DRAWN],
             twice=options.twice,
             states=MANY if mutant and mutant.walks else options.states,
             moments=0 if mutant else options.moments,

@@ -14,7 +14,7 @@ from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.history import SECTOR
 from tests.crash.images import content, open_image, read_all
 from tests.crash.sequence import BACKING, MANY_TABLES, OVERLAYS, SORTS, Beginning, Sort, backing_of, beginning
-from tests.engine import KEYS
+from tests.engine import ENCRYPTION, KEYS
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,17 @@ APART = {
         Apart("data-file-overlay", backing=True, backing_clusters=100, lazy=True),
     )
 }
-NAMED: dict[str, Sort] = {**SORTS, **OVERLAYS, **MANY_TABLES, **APART}
+DRAWN: dict[str, Sort] = {**SORTS, **OVERLAYS, **MANY_TABLES, **APART}
+MORE = {
+    sort.name: sort
+    for sort in (
+        Apart("data-file-parts", cluster_bits=14, subclusters=True),
+        Apart("data-file-parts-overlay", cluster_bits=14, subclusters=True, backing=True, backing_clusters=100),
+        Apart("data-file-encrypted", encrypted=True),
+        Apart("data-file-encrypted-overlay", encrypted=True, backing=True, backing_clusters=100),
+    )
+}
+NAMED = {**DRAWN, **MORE}  # to draw from more would be other histories, and the mutants have theirs
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ def files_of(sort: Sort) -> Files:
         sort.nsectors * SECTOR,
         cluster_bits=sort.cluster_bits,
         lazy_refcounts=sort.lazy,
+        has_subclusters=sort.subclusters,
+        encryption=ENCRYPTION if sort.encrypted else None,
         backing_name=BACKING if sort.backing else None,
         backing_format="raw" if sort.backing else None,
         data_file_name="data",
