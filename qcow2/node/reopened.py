@@ -62,7 +62,7 @@ class Reopened:
 
 def _reopen(node: Node, file: HostFile, options: OpenOptions) -> Node:
     if node.is_encrypted or node.data_file is not node.file:
-        raise UnsupportedImage(file.path, "encrypted, or its data is in another file: `qcow2 commit` can do it")
+        raise UnsupportedImage(file.path, "encrypted, or its data is in another file: qcow2 commit can do it")
     if isinstance(node, RawImage):
         return run(RawImage.open(file, writable=True))
     if isinstance(node, Image):
