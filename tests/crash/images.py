@@ -11,7 +11,7 @@ from typing import Any
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Store
-from qcow2.engine.create import Options, create
+from qcow2.engine.create import Options, Preallocation, create
 from qcow2.engine.image import Image
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.opened import OpenOptions
@@ -49,6 +49,8 @@ class Kind:
     incompatible: int = 0
     fill: Callable[[Recipe], None] = field(default=lambda recipe: None)
     encrypted: bool = False  # a new image, with data in two clusters
+    data_file: bool = False  # the same, with its data in a file that holds something
+    raw: bool = False  # which is the disk
 
     @property
     def cluster_sectors(self) -> int:
@@ -67,6 +69,7 @@ class Start:
     image: SimulatedFile
     backing: SimulatedFile | None
     contents: bytes
+    data: SimulatedFile | None = None  # the file of its data, if that is another one
 
 
 def content(seed: int, nbytes: int) -> bytes:
@@ -164,14 +167,28 @@ BITMAPS = {
 }
 
 
+APART = {
+    kind.name: kind
+    for kind in (
+        Kind("data-file", cluster_bits=11, nclusters=24, data_file=True),
+        Kind("data-file-backing", cluster_bits=11, nclusters=24, data_file=True, backing=True, lazy=True),
+        Kind("data-file-raw", cluster_bits=11, nclusters=24, data_file=True, raw=True),
+        Kind("data-file-parts", cluster_bits=14, data_file=True, backing=True, incompatible=EXTENDED_L2),
+        Kind("data-file-raw-parts", cluster_bits=14, data_file=True, raw=True, incompatible=EXTENDED_L2),
+        Kind("data-file-encrypted", cluster_bits=11, nclusters=24, data_file=True, encrypted=True, backing=True),
+        Kind("data-file-raw-encrypted", cluster_bits=11, nclusters=24, data_file=True, encrypted=True, raw=True),
+    )
+}
+
+
 @cache
 def start(name: str) -> Start:
     """The image of that kind; copy it before use."""
-    kind = (KINDS | BITMAPS)[name]
+    kind = (KINDS | BITMAPS | APART)[name]
     nbytes = kind.nsectors * SECTOR
     under = content(7, nbytes + kind.beyond * SECTOR) if kind.backing else b""
-    if kind.encrypted:
-        return _encrypted(kind, nbytes, under)
+    if kind.encrypted or kind.data_file:
+        return _made(kind, nbytes, under)
     recipe = Recipe(
         size=nbytes,
         version=kind.version,
@@ -190,8 +207,8 @@ def start(name: str) -> Start:
     return Start(image, backing, recipe.contents(under))
 
 
-def _encrypted(kind: Kind, nbytes: int, under: bytes) -> Start:
-    """With a key slot that costs little to open; the builder knows no ciphers, so we make it."""
+def _made(kind: Kind, nbytes: int, under: bytes) -> Start:
+    """What the builder knows nothing of: ciphers, with a key slot that costs little to open, and data files."""
     options = Options(
         nbytes,
         version=kind.version,
@@ -201,18 +218,30 @@ def _encrypted(kind: Kind, nbytes: int, under: bytes) -> Start:
         has_subclusters=bool(kind.incompatible & EXTENDED_L2),
         backing_name="base.raw" if kind.backing else None,
         backing_format="raw" if kind.backing else None,
-        encryption=ENCRYPTION,
+        encryption=ENCRYPTION if kind.encrypted else None,
+        data_file_name="data" if kind.data_file else None,
+        data_file_raw=kind.raw,
+        preallocation=Preallocation.METADATA if kind.raw else Preallocation.OFF,
     )
     file, driver = SimulatedFile(f"{kind.name}.qcow2", {}, 0), CrashDriver()
+    data = _untidy(options) if kind.data_file else None
     backing = SimulatedFile.parse("base.raw", under) if kind.backing else None
     driver.run(create(file, options))
-    image = driver.run(open_image(file, backing))
+    image = driver.run(open_image(file, backing, data=data))
     for index in (1, 5):
         old = content(index, options.cluster_size)
         driver.run(image.write(index << kind.cluster_bits, MemoryBuffer(memoryview(old))))
     contents = driver.run(read_all(image))
     driver.run(image.close())
-    return Start(file, backing, contents)
+    return Start(file, backing, contents, data)
+
+
+def _untidy(options: Options) -> SimulatedFile:
+    """A file with something in it, and holes."""
+    data = SimulatedFile.parse("data", content(8, options.size))
+    for index in range(0, options.size // options.cluster_size, 3):
+        data.zero(index * options.cluster_size, options.cluster_size)
+    return data
 
 
 async def open_image(

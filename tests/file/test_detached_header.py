@@ -96,7 +96,7 @@ def test_the_tool_takes_it_wherever_images_are_named(tmp_path: Path, header: Pat
     qcow2_tool_ok("compare", *secret, "--image-opts", named(header), plain_name)
     facts = json.loads(qcow2_tool_ok("info", "--output=json", *secret, "--image-opts", named(header)))
     assert (facts["format"], facts["virtual-size"]) == ("luks", SIZE)
-    qcow2_tool_ok("map", "--image-opts", named(header))
+    qcow2_tool_ok("map", "--output=json", "--image-opts", named(header))
     qcow2_tool_ok("resize", *secret, "--image-opts", named(header), "+1M")
     with open_disk(header) as disk:
         assert disk.read(0, disk.size) == content[::-1] + bytes(1 << 20)

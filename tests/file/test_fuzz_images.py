@@ -15,7 +15,7 @@ from qcow2.judge.report import Report
 from tests.builder.record import HEADER_FIELDS
 from tests.crash.driver import SimulatedFile
 from tests.fuzz import corpus
-from tests.fuzz.mutation import BASES, EDGES, bases, mutate, random_input
+from tests.fuzz.mutation import BASES, BUILT, EDGES, bases, mutate, random_input
 from tests.fuzz.trial import BACKING, Finding, attempt, run, try_out
 from tests.fuzz.verdict import Verdict, explain, ours, qemus
 
@@ -92,7 +92,7 @@ def test_our_verdict_is_qemus_or_a_known_kind_of_difference(tmp_path: Path) -> N
     path = tmp_path / "a"
     same = 0
     for _ in range(COMPARED):
-        data = random_input(rng)
+        data = random_input(rng, BUILT)
         mutant = mutate(data)
         path.write_bytes(mutant.content)
         our, qemu = ours(mutant.content), qemus(path)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qcow2.engine.create import Options, plan
 from tests.builder import Built, Recipe, build
 from tests.builder.record import (
     BACKING_FORMAT,
@@ -19,12 +20,14 @@ from tests.builder.record import (
     COMPRESSED,
     COPIED,
     DIRTY,
+    EXTENDED_L2,
     FEATURE_NAMES,
     HEADER_FIELDS,
     LAZY_REFCOUNTS,
     V2_FIELDS,
     feature_name_table,
 )
+from tests.fuzz.made import MADE, image_of, places_of
 
 PATCH = struct.Struct("<HBBQ")  # place, mode, argument, value
 MAX_PATCHES = 24
@@ -133,6 +136,14 @@ def _usual() -> Recipe:
     return _with_snapshots(_something(_recipe(cluster_bits=14, size_clusters=40, layout="scattered"), 10))
 
 
+def _parts() -> Recipe:
+    recipe = _recipe(cluster_bits=14, size_clusters=40, layout="scattered", incompatible=EXTENDED_L2)
+    _with_snapshots(_something(recipe, 11))
+    recipe.parts(7, random.Random(11).randbytes(9000), data=0x0000FF07, zero=0x000F0030)
+    recipe.parts(8, b"", data=0, zero=0x80000001)
+    return recipe
+
+
 RECIPES: tuple[Callable[[], Recipe], ...] = (
     _plain,
     _old,
@@ -144,17 +155,17 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     _zstd,
     _backing,
     _usual,
+    _parts,
 )
-
-
-BASES = len(RECIPES)
+BUILT, BASES = len(RECIPES), len(RECIPES) + len(MADE)  # the former QEMU can check by themselves
 
 
 @cache
 def bases() -> tuple[Base, ...]:
     """Every base image, built once."""
     with tempfile.TemporaryDirectory() as directory:
-        return tuple(_base(recipe, Path(directory) / "a") for recipe in RECIPES)
+        built = [_base(recipe, Path(directory) / "a") for recipe in RECIPES]
+    return (*built, *map(_made_base, MADE))
 
 
 def _base(recipe: Callable[[], Recipe], path: Path) -> Base:
@@ -162,6 +173,15 @@ def _base(recipe: Callable[[], Recipe], path: Path) -> Base:
     content = path.read_bytes()
     places = tuple(_places(built, content))
     return Base(recipe.__name__.strip("_"), content, built.recipe.cluster_bits, places)
+
+
+def _made_base(make: Callable[[], Options]) -> Base:
+    options = make()
+    content = image_of(options)
+    fields = [Place(name, *HEADER_FIELDS[name]) for name in HEADER_FIELDS]
+    fields += _extension_places(content, _field(content, "header_length"))
+    fields += (Place(*each) for each in places_of(content, options, plan(options).luks_offset))
+    return Base(make.__name__.strip("_"), content, options.cluster_bits, tuple(fields))
 
 
 def _field(content: bytes, name: str) -> int:
@@ -269,9 +289,9 @@ def _changed(base: Base, mode: int, argument: int, value: int, old: int) -> int:
             return old ^ FLAGS[argument % len(FLAGS)]
 
 
-def random_input(rng: random.Random) -> bytes:
-    """An input with one patch, or a few; places are drawn alike for all kinds of fields."""
-    number = rng.randrange(BASES)
+def random_input(rng: random.Random, nbases: int = BASES) -> bytes:
+    """An input with one patch, or a few, of the first *nbases*; places are drawn alike for all kinds of fields."""
+    number = rng.randrange(nbases)
     patches = b"".join(
         PATCH.pack(rng.randrange(1 << 16), rng.choices(range(9), [1, 4, 2, 2, 3, 2, 3, 0.2, 0.5])[0], *_operands(rng))
         for _ in range(rng.choice([1, 1, 1, 2, 3, 6]))

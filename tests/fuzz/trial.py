@@ -21,6 +21,7 @@ from qcow2.judge.repair import repair
 from qcow2.judge.report import Report
 from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.fuzz.made import DATA, KEYS
 
 OPERATIONS = 20_000  # of one step; the bases need at most a few hundred
 PIECE = 1 << 13
@@ -107,8 +108,8 @@ def _is_sound(verdict: Report | Exception | None) -> bool:
 
 
 def _may_refuse_writer(content: bytes) -> bool:
-    """Marked corrupt, though nothing is; or over a backing file that we have no words for."""
-    return bool(content[79] & 2) or bool(int.from_bytes(content[8:16], "big"))
+    """Marked corrupt, though nothing is; over a backing file that we have no words for; or by its LUKS header."""
+    return bool(content[79] & 2) or any(content[8:16]) or any(content[32:36])
 
 
 def _repair(content: bytes, verdict: Report | Exception) -> Outcome:
@@ -150,8 +151,9 @@ def _open(file: SimulatedFile, *, writable: bool) -> Image:
         report = run(repair(file))
         if report.check_errors or report.corruptions:
             raise CorruptImage(file.path, 0, "not closed cleanly, and cannot be repaired")
-    options = OpenOptions(writable=writable, cache_size=1 << 20)
-    image: Image = run(Image.open(file, backing=backing, options=options))
+    options = OpenOptions(writable=writable, cache_size=1 << 20, keys=KEYS)
+    data = SimulatedFile.parse("data", DATA) if header.record.has_data_file else None
+    image: Image = run(Image.open(file, backing=backing, data_file=data, options=options))
     return image
 
 
@@ -209,9 +211,10 @@ def _change(file: SimulatedFile, image: Image, *, must_work: bool) -> None:
         if data and do(image.write(place, MemoryBuffer(memoryview(data)))):
             written.append((place, data))
         do(image.flush())
-    size = attempt(lambda: grown_size(file, image.header, image.size + 5 * PIECE))
-    if isinstance(size, int):
-        do(image.grow(size))
+    if not image.geometry.has_data_file:
+        size = attempt(lambda: grown_size(file, image.header, image.size + 5 * PIECE))
+        if isinstance(size, int):
+            do(image.grow(size))
     if must_work:
         _require_no_refusal(refusals)
     for place, data in written:

@@ -101,6 +101,12 @@ KINDS = (
         "the snapshot table cannot be read",
     ),
     Kind(
+        "more snapshots than there can be: we say how many the table has, QEMU does since 11",
+        "corrupt",
+        "refused error",
+        "nb_snapshots .*: the snapshot table has",
+    ),
+    Kind(
         "a snapshot's L1 table that leaves the file, lies over another (walking it could take forever), or is nowhere",
         "corrupt",
         ANSWERED + " refused",

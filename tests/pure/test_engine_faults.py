@@ -12,7 +12,7 @@ from tests.crash.driver import CrashDriver
 from tests.crash.explorer import Violation
 from tests.crash.fault import NEVER, Fault
 from tests.crash.history import SECTOR, History
-from tests.crash.images import KINDS, check_image, open_image, read_all, start
+from tests.crash.images import APART, KINDS, check_image, open_image, read_all, start
 from tests.crash.workload import Action, Guest, random_steps
 
 pytestmark = pytest.mark.pure
@@ -23,15 +23,17 @@ class Life:
 
     def __init__(self, kind: str, seed: int, fault: Fault) -> None:
         self.begun = start(kind)
-        self.nsectors = KINDS[kind].nsectors
+        self.kind = (KINDS | APART)[kind]
+        self.nsectors = self.kind.nsectors
         self.fault = fault
         self.file = self.begun.image.copy()
+        self.data = None if self.begun.data is None else self.begun.data.copy()
         self.driver = CrashDriver(seed, fault=fault)
-        image = self.driver.run(open_image(self.file, self.begun.backing))
+        image = self.driver.run(open_image(self.file, self.begun.backing, data=self.data))
         self.guest = Guest(self.driver, image, History(self.begun.contents))
 
-    def work(self, kind: str, seed: int) -> None:
-        for step in random_steps(seed, self.nsectors, KINDS[kind].cluster_sectors, steps=5, depth=4):
+    def work(self, seed: int) -> None:
+        for step in random_steps(seed, self.nsectors, self.kind.cluster_sectors, steps=5, depth=4):
             for action in step:
                 self.act(action)
             self.driver.finish()
@@ -54,9 +56,12 @@ class Life:
     def judge_next_life(self) -> None:
         """What another process makes of the file, as it is now."""
         driver, file = CrashDriver(), self.file.after_kill()
-        image = driver.run(open_image(file, self.begun.backing))
+        data = None if self.data is None else self.data.after_kill()
+        image = driver.run(open_image(file, self.begun.backing, data=data))
         driver.run(check_image(file))
-        self.compare(driver.run(read_all(image)))
+        self.compare(content := driver.run(read_all(image)))
+        if data is not None and self.kind.raw and not self.kind.encrypted:
+            assert data.read(0, len(content)) == content, "the raw data file is another disk"
         driver.run(image.close())
         driver.run(check_image(file))
 
@@ -65,7 +70,7 @@ def live(kind: str, seed: int, fault: Fault) -> None:
     """Work, with a fault; then the guest reads everything, writes on or is refused, and the image is closed."""
     life = Life(kind, seed, fault)
     with fault.during():
-        life.work(kind, seed)
+        life.work(seed)
     life.compare(life.driver.run(read_all(life.guest.image)))
     is_final = life.fails(Action("flush"))
     if isinstance(fault.hit, op.Sync) and not fault.is_untried:
@@ -89,7 +94,7 @@ def live(kind: str, seed: int, fault: Fault) -> None:
     [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOMEM, True)],
     ids=lambda value: str(value),
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *APART])
 def test_each_operation_of_a_workload_may_fail(kind: str, code: int, is_untried: bool) -> None:
     count = Fault(code, NEVER)
     live(kind, 1, count)
@@ -101,15 +106,15 @@ def test_each_operation_of_a_workload_may_fail(kind: str, code: int, is_untried:
             raise AssertionError(f"operation {at}, {fault.hit}: {error}") from error
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *APART])
 def test_each_operation_of_a_close_may_fail(kind: str) -> None:
     count = Life(kind, 2, Fault(errno.EIO, NEVER))
-    count.work(kind, 2)
+    count.work(2)
     with count.fault.during():
         count.driver.run(count.guest.image.close())
     for at in range(1, len(count.fault.seen) + 1):
         life = Life(kind, 2, Fault(errno.EIO, at))
-        life.work(kind, 2)
+        life.work(2)
         with life.fault.during(), pytest.raises(OSError):
             life.driver.run(life.guest.image.close())
         life.judge_next_life()
