@@ -123,6 +123,7 @@ class Life:
 ACTIONS = ["add", "merge", "clear", "disable", "enable", "remove"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("cache", "killed_after"), [("writeback", ACTIONS), ("writethrough", ["add", "remove"])], ids=["all", "some"]
 )
@@ -336,7 +337,8 @@ def test_a_snapshot_with_bitmaps(image: Path) -> None:
     assert_not_corrupt(image)
 
 
-@pytest.mark.parametrize("at", [20, 32])
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("at", [14, 20, 26, 32, 38])
 def test_no_death_in_a_snapshot_forgets_what_is_carried(image: Path, at: int) -> None:
     """Before the *at*-th call that changes a file or a name, from that on that removes an old overlay."""
     qcow2_tool_ok("bitmap", "--add", "-g", "4k", image, "kept")

@@ -58,6 +58,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_snapshots_hold_what_the_disk_held_also_after_a_kill(tmp_path: Path, kind: str) -> None:
     image, base = tmp_path / "disk", b"old!" * (SIZE // 4)

@@ -35,6 +35,7 @@ def initrd(kernel: Kernel, tmp_path: Path) -> Path:
     return initramfs(kernel, tmp_path / "initrd", [agent])
 
 
+@pytest.mark.sample(0)
 def test_snapshot_of_a_frozen_file_system(boot: Boot, serve: Serve, tmp_path: Path) -> None:
     image = make_image(tmp_path / "disk.qcow2", "64M", "compat=1.1,lazy_refcounts=on")
     channel = ["-chardev", f"socket,id=agent,path={tmp_path}/agent.sock,server=on,wait=off"]
