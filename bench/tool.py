@@ -136,6 +136,8 @@ RAW, QCOW2 = ("-f", "raw", "-O", "qcow2"), ("-f", "qcow2", "-O", "raw")
 CASES = [
     conversion("convert raw -> qcow2", ">= 1.2", Place.half, *RAW),
     conversion("convert qcow2 -> raw", ">= 1.2", Place.image, *QCOW2),
+    conversion("convert raw -> qcow2, unsynced", ">= 1.2", Place.half, *RAW, "-t", "unsafe"),  # qemu-img's default
+    conversion("convert qcow2 -> raw, unsynced", ">= 1.2", Place.image, *QCOW2, "-t", "unsafe"),
     conversion("convert -c zlib", ">= 1.5", Place.half, "-c", *RAW),
     conversion("convert -c zstd", ">= 1.5", Place.half, "-c", *RAW, "-o", "compression_type=zstd"),
     same("compare", ">= 1.2", lambda p: ["compare", "-f", "raw", "-F", "qcow2", p.half(), p.image()]),

@@ -4,6 +4,7 @@ Used by jobs that move much data: while one piece waits for the disk, others are
 The coroutines themselves run on the caller's thread only.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Coroutine
@@ -12,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from qcow2.driver import operation as op
-from qcow2.driver.file import go_on, outcome, result_of
+from qcow2.driver.file import HostFile, go_on, outcome, result_of
 from qcow2.driver.task import Scheduler, Task
 
 T = TypeVar("T")
@@ -94,6 +95,8 @@ class PoolDriver:
         while (work := self._work.get()) is not None:
             task, operation = work
             value, error = outcome(operation)
+            if self._syncs and error is None:
+                _begin_writeback(operation)
             self._done.put((task, value, error))
             del work, task, operation, value, error  # and with them what they refer to
 
@@ -112,6 +115,19 @@ class PoolDriver:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _begin_writeback(operation: op.Operation) -> None:
+    """Let the disk begin with what was written, so that the sync at the end finds less to do; no promise.
+
+    Asked to forget pages, the kernel starts to write the dirty ones, and keeps them.
+    """
+    match operation:
+        case op.Write(file=HostFile(fd=fd), host_offset=host_offset) if _nbytes(operation) >= LONG_TRANSFER:
+            os.posix_fadvise(fd, host_offset, _nbytes(operation), os.POSIX_FADV_DONTNEED)
+        case op.Together(operations=operations):
+            for each in operations:
+                _begin_writeback(each)
 
 
 def _takes_long(operation: op.Operation) -> bool:
