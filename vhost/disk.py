@@ -156,6 +156,11 @@ class ImageBackend:
             await self._past_is_stable.wait()
         await self._image.flush()
 
+    @property
+    def is_near(self) -> bool:
+        """Whether the image's directory may be changed on the worker's thread."""
+        return self._worker.is_near(self._slots[self._image.file])
+
     async def _settle(self) -> None:
         if self._past_is_stable is not None:
             await self._past_is_stable.wait()

@@ -17,6 +17,11 @@ class OverlayBitmaps:
     added: tuple[str, ...] = ()
     are_carried: bool = False
 
+    @property
+    def are_any(self) -> bool:
+        """Whether the overlay may have one."""
+        return self.are_carried or bool(self.added)
+
     def add(self, overlay: Image) -> None:
         """Let *overlay*, which nobody uses yet, have those that are added; stable on return.
 

@@ -31,6 +31,8 @@ class SnapshotUnstable(Exception):
 class Pace:
     """Where a snapshot stops until it may go on: nowhere, if it is that of one disk alone."""
 
+    stops = False
+
     def stop(self) -> None:
         """The overlay is made; then: requests wait; then: it has its name. Raises: SnapshotRefused: call it off."""
 
@@ -64,6 +66,8 @@ class Snapshots:
         stable: Future[str] = Future()
         try:
             bitmaps.add(overlay.image)
+            if not bitmaps.are_any:  # whose live bits want a longer log
+                overlay.begin_log()
             overlay.name_frozen()
             self._flush()
             pace.stop()
@@ -113,8 +117,19 @@ class Snapshots:
             error = task.take_error()
             if error is not None:
                 done(problem_of(error))
-            else:
+            elif pace.stops or task.result or not self._backend.is_near:
                 self._device.worker.call_host(lambda: switch(task.result), switched)
+            else:
+                switch_here(task.result)
+
+        def switch_here(found: Found) -> None:
+            """Another thread would have to be woken, and this one again."""
+            try:
+                switch(found)
+            except (SnapshotRefused, OSError, ImageError, MemoryError) as error:
+                switched(None, error)
+            else:
+                switched(None, None)
 
         def switched(_: None, error: BaseException | None) -> None:
             if error is None or isinstance(error, SnapshotRefused):

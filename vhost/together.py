@@ -19,6 +19,8 @@ Take = Callable[[str, Pace], str]
 class Steps(Pace):
     """A snapshot on a thread of its own; `begin`, then `go_on` until that says how it ended. For one other thread."""
 
+    stops = True
+
     def __init__(self, take: Take, name: str) -> None:
         self.name = name
         self._said: SimpleQueue[bool] = SimpleQueue()

@@ -121,14 +121,8 @@ class Overlay:
         run(create(self.file, wanted))
         log, self.memory = new_log(self.file, self._chain.log_directory, has_subclusters=wanted.has_subclusters)
         image = run(Image.open(self.file, backing=self.below, options=options, log=log))
-        run(self._get_ready(image))
+        run(image.make_ready())
         return image
-
-    async def _get_ready(self, image: Image) -> None:
-        """Do now what the first write would wait for."""
-        await image.make_ready()
-        if self.below.lets_links_wait:
-            await image.begin_log()
 
     def _backing_name(self) -> str:
         """From the directory of both, if it is one, also for who comes by a link; a colon in it is no protocol's."""
@@ -148,6 +142,11 @@ class Overlay:
         ):  # or `switch` would take the last name
             raise FileExistsError(errno.EEXIST, "is no second name of the image", self._frozen)
         _sync_directory(self._frozen)
+
+    def begin_log(self) -> None:
+        """Begin the link log of the overlay, if one is to be had: `let_links_wait` wants it. Raises: OSError."""
+        if self.below.lets_links_wait:
+            run(self.image.begin_log())
 
     def let_links_wait(self) -> bool:
         """Whether links of what is below may wait past the `switch`: who opens the overlay after a kill brings them in.
