@@ -73,6 +73,27 @@ threads: guest-packages $(VENV)/installed
 kill: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.kill $(KILL)
 
+# LIVE: minutes; a guest that verifies what it wrote while its disk is frozen, streamed, committed, its daemons killed.
+.PHONY: live
+live: guest-packages $(VENV)/installed
+	tests/vm/peers 11.1
+	JUDGE_BIN=$(or $(JUDGE_BIN),$(CURDIR)/.cache/qemu/11.1/programs) LIVE_MINUTES=$(or $(LIVE),10) $(BIN)/pytest -s tests/vm/test_live.py
+
+# KILLLIVE: options, such as KILLLIVE="--kills 50 --seed 5"; 500 daemons killed in the midst of snapshots and jobs.
+.PHONY: kill-live
+kill-live: guest-packages $(VENV)/installed
+	$(BIN)/python -m tests.kill.live $(KILLLIVE)
+
+# SIMULATELIVE: options, such as SIMULATELIVE="--seed 50 --histories 10"; 200,000 deaths within live operations.
+.PHONY: simulate-live
+simulate-live: $(VENV)/installed
+	$(BIN)/python -m tests.sim.live $(SIMULATELIVE)
+
+# Every mutant of live operations must be found.
+.PHONY: simulate-live-mutants
+simulate-live-mutants: $(VENV)/installed
+	$(BIN)/python -m tests.sim.live --mutants
+
 # FEATURES: features and options, such as FEATURES="luks --seed 5"; 5,000 operations on images of each without it. Judged
 # by this system's QEMU and by that of QEMU_BIN, a directory; without it by QEMU 11.1, which is fetched.
 .PHONY: features

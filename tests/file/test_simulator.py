@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ("refused_work_is_forgotten", "fetched_chain_is_not_noted", "cluster_is_handed_out_twice")
 
 
-def simulate(*options: str) -> subprocess.CompletedProcess[str]:
+def simulate(*options: str, what: str = "tests.sim") -> subprocess.CompletedProcess[str]:
     """A simulation is a process of its own: its data plane is another than ours."""
-    command = [sys.executable, "-m", "tests.sim", *options]
+    command = [sys.executable, "-m", what, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
@@ -36,3 +36,8 @@ def test_what_is_broken_in_c_is_found(name: str) -> None:
     done = simulate("--mutant", name, "--histories", "600")
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr  # it was built
+
+
+def test_deaths_within_live_operations_leave_what_the_laws_allow() -> None:
+    done = simulate("--states", "1000", what="tests.sim.live")  # all: make simulate-live
+    assert done.returncode == 0, done.stdout + done.stderr

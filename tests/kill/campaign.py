@@ -21,9 +21,10 @@ def run_round(
     kills: int,
     say: Callable[[str], None],
     slow: Throttle | None = None,
+    make: type[Round] = Round,
 ) -> Tally:
     """Kill *kills* daemons or a few more, `Round` says how; *directory* is removed unless something was lost."""
-    one = Round(directory, kind, cache, seed=seed, kills=kills, slow=slow)
+    one = make(directory, kind, cache, seed=seed, kills=kills, slow=slow)
     try:
         one.run()
     except (Lost, Corrupt) as failure:

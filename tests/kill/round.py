@@ -7,6 +7,8 @@ import select
 import signal
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -82,7 +84,8 @@ class Round:
 
     def _die_at_work(self) -> None:
         """Serve a load until the daemon is killed in the middle of it."""
-        with self._daemon() as daemon, FrontEnd(daemon.socket_path, queues=self._draw.randint(1, 4)) as guest:
+        queues = self._draw.randint(1, 4)
+        with self._daemon() as daemon, FrontEnd(daemon.socket_path, queues=queues) as guest, self._beside():
             load = Load(
                 guest,
                 self._ledger,
@@ -103,6 +106,11 @@ class Round:
             self.tally.in_flight += load.in_flight
         if not self._start.lazy and not self._slow:
             self._judge_image(links_wait=True)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What goes on until the daemon is dead."""
+        yield
 
     def _hold(self) -> None:
         """Let the slow disk, if it is one, hold what is written from now on, for a time."""

@@ -1,0 +1,80 @@
+"""`python -m tests.sim.live`: snapshots, streams and commits of a disk that is served, and every death in between."""
+
+import argparse
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+
+from tests.sim.build import load
+from tests.sim.livemutant import BY_NAME
+
+
+def main(arguments: list[str]) -> int:
+    """Print a line a violation, and what was seen; 1 if there was any."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.live", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the first history")
+    parser.add_argument("--histories", type=int, default=10_000, help="at most")
+    parser.add_argument("--states", type=int, default=200_000, help="to be visited")
+    parser.add_argument("--mutant", choices=[*BY_NAME], help="break the code; stop at the first violation")
+    parser.add_argument("--mutants", action="store_true", help="the same with each in turn: all must be found")
+    options = parser.parse_args(arguments)
+    if options.mutants:
+        return hunt()
+    load([])
+    if options.mutant:
+        BY_NAME[options.mutant]()
+    began, states, opened, failed, histories = time.monotonic(), 0, 0, 0, 0
+    done: Counter[str] = Counter()
+    for seed in range(options.seed, options.seed + options.histories):
+        if states >= options.states or (options.mutant and failed):
+            break
+        histories += 1
+        walk, fault = run_one(seed, done)
+        states, opened = states + walk[0], opened + walk[1]
+        if fault:
+            failed += 1
+            print(f"seed {seed}: {fault}", flush=True)
+    what = ", ".join(f"{name} {count}" for name, count in sorted(done.items()))
+    print(
+        f"{histories} histories, {what}; {states} states, {opened} of them opened, {failed} violations; "
+        f"{time.monotonic() - began:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+def hunt() -> int:
+    """Let a process with each mutant look for it -> 1 if one was not found."""
+    left = 0
+    for name in BY_NAME:
+        command = [sys.executable, "-m", "tests.sim.live", "--mutant", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+        left += not found
+        print(f"{name}: {'found' if found else 'not found'}\n{done.stdout}{done.stderr}", flush=True)
+    return 1 if left else 0
+
+
+def run_one(seed: int, done: Counter[str]) -> tuple[tuple[int, int], str]:
+    """How many states were visited and opened, and what was wrong."""
+    from tests.sim.kernel import Violation
+    from tests.sim.livelife import LiveWorld
+    from tests.sim.livewalk import LiveWalk
+
+    world = LiveWorld(seed)
+    walk, fault = None, ""
+    try:
+        world.run()
+        walk = LiveWalk(world)
+        walk.visit()
+    except Violation as error:
+        fault = f"{', '.join(world.done)}: {error}"
+    except Exception:
+        fault = traceback.format_exc()
+    done.update(world.done)
+    return (walk.states, walk.opened) if walk else (0, 0), fault
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""What deaths leave of a chain that changes while it is served: some at every entry of the journal, opened and judged.
+
+A kill keeps what is complete, of what is in flight any part, and all shared memory. A power loss keeps what is stable,
+and of the rest any part: of names as of files. The next daemon opens what has the path.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from qcow2.driver.boot import UNIT, Boot
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
+from qcow2.error import ImageError
+from qcow2.format.header import read_header
+from qcow2.judge.repair import repair
+from qcow2.node import recovery
+from qcow2.plane.linklog import RECORDS_OFFSET, read_log
+from tests.crash.driver import Completed, Effect, Issued, SimulatedFile, SimulatedMemory, Stored, Synced
+from tests.crash.explorer import Violation as CrashViolation
+from tests.crash.history import SECTOR
+from tests.crash.opening import DirectDriver, Seen, is_dirty, look, require_sound
+from tests.crash.walk import Judge
+from tests.engine import ORIGIN
+from tests.sim.kernel import Violation
+from tests.sim.livelife import LiveWorld
+from tests.sim.units import Units
+
+logging.getLogger("qcow2").setLevel(logging.CRITICAL)
+
+POWER_STATES = 3  # of a moment
+LOOKS_BELOW = 4  # every so many states what is frozen is looked at, too
+Files = dict[str, SimulatedFile]
+Log = tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class State:
+    """What the next process finds."""
+
+    files: Files
+    logs: list[bytes]
+    is_power: bool
+
+    def identity(self) -> int:
+        """Alike for states that are the same."""
+        files = tuple((path, file.size, frozenset(file.sectors.items())) for path, file in self.files.items())
+        return hash((files, tuple(self.logs), self.is_power))
+
+
+class FoundFile(SimulatedFile):
+    """A file of the state that is looked at; nobody asks the host for its descriptor."""
+
+    __slots__ = ()
+    fd = -1
+
+
+class FoundMemory(SimulatedMemory):
+    """A log of the state that is looked at."""
+
+    __slots__ = ()
+
+    def load(self, is_trusted: Callable[[int], bool], nbytes: int | None = None) -> bytes:
+        return bytes(self.content[:nbytes])
+
+
+class Place:
+    """The host as `qcow2.node.recovery`, which ships, finds it in a state."""
+
+    def __init__(self, driver: DirectDriver, state: State) -> None:
+        self.driver = driver
+        self._files = state.files
+        self._logs = [FoundMemory(content) for content in state.logs]
+
+    @contextmanager
+    def open(self, namer: str, role: str, name: str, *, writable: bool) -> Iterator[SimulatedFile]:
+        """As a gate does."""
+        file = self._files[name]
+        was_writable, file.writable = file.writable, writable
+        yield file
+        file.writable = was_writable
+
+    def find_log(self, tag: int, directory: str) -> FoundMemory | None:
+        for memory in self._logs:
+            found = read_log(bytes(memory.content))
+            if found is not None and found.tag == tag:
+                return memory
+        return None
+
+    @contextmanager
+    def here(self, *, is_power: bool) -> Iterator[None]:
+        """Let recovery find this host."""
+        named: dict[str, Any] = {
+            "run": self.driver.run,
+            "find_log": self.find_log,
+            "all_logs": lambda directory: [],
+            "lock_image": lambda *arguments, **named: None,
+            "remove_log": lambda memory: memory.store(0, bytes(RECORDS_OFFSET)),
+            "_is_of": lambda file, found: True,
+            "this_boot": lambda: Boot(1000 * UNIT, bytes(16)) if is_power else ORIGIN.boot,
+        }
+        before = {name: getattr(recovery, name) for name in named}
+        vars(recovery).update(named)
+        try:
+            yield
+        finally:
+            vars(recovery).update(before)
+
+
+def open_state(state: State, top: str) -> tuple[DirectDriver, Seen]:
+    """Open what has the path, as the daemon would; what its guest sees. Raises: Violation."""
+    driver = DirectDriver()
+    place: Any = Place(driver, state)
+    file: Any = state.files[top]
+    try:
+        with place.here(is_power=state.is_power):
+            recovery.recover(file, "logs", gate=place)
+        if is_dirty(file):
+            report = driver.run(repair(file))
+            if report.corruptions or report.check_errors or report.leaks:
+                raise Violation(f"{report} after repair")
+        image = driver.run(open_chain(state.files, top, writable=True))
+        require_sound(driver, file, again=False)
+        seen: Seen = driver.run(look(image))
+        driver.run(image.close())
+    except (ImageError, OSError, ValueError, LookupError, ArithmeticError, CrashViolation) as error:
+        raise Violation(f"{type(error).__name__}: {error}") from error
+    return driver, seen
+
+
+async def open_chain(files: Files, name: str, *, writable: bool = False) -> Image:
+    below = (await read_header(files[name], trust_refcounts=False)).backing_name
+    backing = None if below is None else await open_chain(files, below)
+    return await Image.open(files[name], backing=backing, options=OpenOptions(writable=writable, cache_size=0))
+
+
+class LiveWalk:
+    """Visits deaths of *world*, which has been run."""
+
+    def __init__(self, world: LiveWorld) -> None:
+        self.states = self.opened = 0
+        self._world = world
+        self._draw = random.Random(world.seed)
+        self._units = Units(world.initial)
+        self._memories = {id(memory): bytearray(content) for memory, content in world.memories.items()}
+        self._judge = Judge(world.history, world.kernel.journal)
+        self._known: dict[int, Seen] = {}  # by identity of the state
+        self._seen: dict[frozenset[tuple[int, bytes]], Seen] = {}  # the judge tells them apart by their places
+
+    def visit(self) -> int:
+        """How many states were judged. Raises: Violation; its message names the state."""
+        for position, entry in enumerate(self._world.kernel.journal):
+            self._units.take(entry)
+            if isinstance(entry, Stored):
+                content = self._memories[id(entry.memory)]
+                content[entry.offset : entry.offset + len(entry.data)] = entry.data
+            if isinstance(entry, Issued | Completed | Synced | Stored):
+                self._visit(position + 1)
+        return self.states
+
+    def _visit(self, position: int) -> None:
+        self._judge_state(position, self._killed(), is_power=False)
+        parts = [part for effect in self._units.pending.values() for part in effect.tear()]
+        for kept in self._kept(parts):
+            self._judge_state(position, kept, is_power=True)
+
+    def _killed(self) -> list[Effect]:
+        """All that is complete, and any part of what is in flight."""
+        in_flight = self._units.in_flight
+        return [
+            effect
+            for number, effect in self._units.pending.items()
+            if number not in in_flight or self._draw.random() < 0.5
+        ]
+
+    def _kept(self, parts: list[Effect]) -> Iterator[list[Effect]]:
+        """Some of what a power loss may keep of *parts*."""
+        if not parts:
+            yield []
+            return
+        for share in self._draw.sample((0.0, 0.1, 0.5, 0.9, 1.0), POWER_STATES - 1):
+            yield [part for part in parts if self._draw.random() < share]
+        odd = self._draw.randrange(len(parts))
+        yield self._draw.choice(([parts[odd]], [*parts[:odd], *parts[odd + 1 :]]))
+
+    def _judge_state(self, position: int, effects: Iterable[Effect], *, is_power: bool) -> None:
+        self.states += 1
+        after = self._units.after(effects).items()
+        files: Files = {file.path: FoundFile(file.path, content.sectors, content.size) for file, content in after}
+        logs = [] if is_power else [bytes(content) for content in self._memories.values()]
+        top = files["names"].read(0, SECTOR).decode().rstrip()
+        state = State(files, logs, is_power)
+        identity = state.identity()
+        try:
+            known = self._known.get(identity)
+            if known is None:
+                self.opened += 1
+                driver, seen = open_state(state, top)
+                known = self._known[identity] = self._seen.setdefault(frozenset(seen.items()), seen)
+                if self.opened % LOOKS_BELOW == 0:
+                    self._judge_frozen(state, driver, top, position)
+            self._judge.judge(known, position, power=is_power)
+        except (Violation, CrashViolation) as error:
+            death = "power" if is_power else "kill"
+            raise Violation(f"state {self.states}: {death} at {position}, {top} has the path: {error}") from error
+
+    def _judge_frozen(self, state: State, driver: DirectDriver, top: str, position: int) -> None:
+        """What a snapshot froze is what the disk held then, as soon as the overlay has the path."""
+        for frozen in self._world.frozen:
+            is_served = int(top[1:]) > int(frozen.path[1:])
+            if is_served and frozen.position < position and self._world.keeps_what_is_frozen:
+                seen: Seen = driver.run(look(driver.run(open_chain(state.files, frozen.path))))
+                kept = self._seen.setdefault(frozenset(seen.items()), seen)
+                self._judge.judge(kept, frozen.position, power=state.is_power)

@@ -1,0 +1,165 @@
+"""A guest that writes and verifies, while its disk is frozen, streamed, committed, and its daemons are killed.
+
+`make live` does that for LIVE_MINUTES, ten without it; after each thing that was done every file of the chain is
+checked, by this system's QEMU and by that of JUDGE_BIN, a directory.
+"""
+
+import os
+import random
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from guest import Backend, Guest, vhost_user_disk
+
+from qcow2.node.chain import chain_paths
+from tests.kill.round import wait_for_the_kernel
+from tests.patience import TIMEOUT
+from tests.vm.conftest import Boot, Serve
+from tests.vm.test_reconnect import job, wait_until_at_work, wait_until_connected
+from tests.vm.tool import make_image
+from vhost import Control, ControlError
+
+MINUTES = float(os.environ.get("LIVE_MINUTES", "0"))
+LEAKS = 3  # exit code of qemu-img check
+DEEP = 12  # files of a chain, after which it is made shorter
+
+
+class Life:
+    """One disk, its guest and its daemon now."""
+
+    def __init__(self, image: Path, serve: Serve, stack: ExitStack, seed: int) -> None:
+        self.image = image
+        self.draw = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self._serve = serve
+        self._stack = stack
+        self._frozen = 0
+        self.daemon = self.begin()
+
+    def begin(self) -> Backend:
+        cache = self.draw.choice(("writeback", "writethrough", "none"))
+        daemon = self._serve(self.image, f"--cache={cache}", f"--control={self.image}.control")
+        return self._stack.enter_context(daemon)
+
+    def control(self) -> Control:
+        return Control(f"{self.image}.control")
+
+    def snapshot(self) -> None:
+        self._frozen += 1
+        with self.control() as control:
+            control.snapshot(f"frozen{self._frozen}")
+
+    def stream(self) -> None:
+        self._job(lambda control: control.stream(rate=self.draw.choice((0, 4 << 20))).job)
+
+    def commit(self) -> None:
+        self._job(lambda control: control.commit(rate=self.draw.choice((0, 4 << 20))).job)
+
+    def _job(self, start: Callable[[Control], int]) -> None:
+        with self.control() as control:
+            number = start(control)
+            if self.draw.random() < 0.2:
+                control.cancel(number)
+            ended = control.wait(number)
+            assert ended.state in ("completed", "cancelled"), ended
+
+    def resize(self) -> None:
+        with self.control() as control:
+            control.resize(int(control.status()["size"]) + (1 << 20))
+
+    def kill(self) -> None:
+        self.daemon.process.kill()
+        self.daemon.process.wait()
+        self.check(is_dead=True)
+        self.daemon = self.begin()
+
+    def kill_at_work(self) -> None:
+        """In the midst of a snapshot or a job."""
+        with self.control() as control:
+            with suppress(ControlError):
+                self.draw.choice((control.stream, control.commit))(rate=1 << 20)
+            killer = threading.Timer(self.draw.random() / 10, self.daemon.process.kill)
+            killer.start()
+            with suppress(ControlError):
+                while True:
+                    self._frozen += 1
+                    control.snapshot(f"frozen{self._frozen}")
+                    self.done["snapshot"] += 1
+        killer.join()
+        self.daemon.process.wait()
+        self.check(is_dead=True)
+        self.daemon = self.begin()
+
+    def restart(self) -> None:
+        self.daemon.stop()
+        self.check(is_dead=True)
+        self.daemon = self.begin()
+
+    def act(self, guest: Guest) -> None:
+        """Do one thing, wait until the guest has gone on, and look at the files."""
+        actions = [self.snapshot, self.stream, self.commit, self.commit, self.resize]
+        actions += [self.kill, self.kill_at_work, self.restart]
+        if len(self._chain()) > DEEP:
+            actions = [self.stream]
+        action = self.draw.choice(actions)
+        try:
+            action()
+            self.done[action.__name__] += 1
+        except ControlError as error:
+            self.refused[f"{action.__name__}: {error}"] += 1
+        wait_until_connected(guest)
+        wait_until_at_work(guest)
+        self.check(is_dead=False)
+
+    def _chain(self) -> list[Path]:
+        return [Path(path) for path in chain_paths(str(self.image), "qcow2")]
+
+    def check(self, *, is_dead: bool) -> None:
+        """Each file that nobody writes; those that nobody needs go."""
+        chain = self._chain()
+        for path in self.image.parent.glob("frozen*"):
+            if path not in chain:
+                path.unlink()
+        with self.control() if not is_dead else ExitStack() as control:
+            if isinstance(control, Control) and any(not known.has_ended for known in control.jobs()):
+                return  # which writes to one of them
+        for path in chain if is_dead else ():
+            wait_for_the_kernel(path)
+        for path in chain if is_dead else chain[1:]:
+            for program in JUDGES:
+                command = [program, "check", "-q", "-f", "qcow2", *([] if is_dead else ["-U"]), path]
+                judged = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert judged.returncode in (0, LEAKS), f"{path}: {judged.stdout}{judged.stderr}; {self.done}"
+
+
+JUDGES = ["/usr/bin/qemu-img", *([f"{directory}/qemu-img"] if (directory := os.environ.get("JUDGE_BIN")) else [])]
+
+
+@pytest.mark.skipif(not MINUTES, reason="LIVE_MINUTES is not set: make live")
+def test_guest_verifies_what_it_wrote_through_a_life_of_operations(boot: Boot, serve: Serve, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "disk.qcow2", "256M", "compat=1.1")
+    seed = int(os.environ.get("LIVE_SEED", "0"))
+    with ExitStack() as stack:
+        life = Life(image, serve, stack, seed)
+        disk = vhost_user_disk(life.daemon.socket_path, queues=2, packed=seed % 2 == 1, reconnect=1)
+        guest = boot(job(2), [*disk, "-device", "virtio-rng-pci,id=flag,addr=1e.0"], cpus=2)
+        with guest:
+            wait_until_at_work(guest)
+            ends_at = time.monotonic() + 60 * MINUTES
+            while time.monotonic() < ends_at:
+                life.act(guest)
+            guest.unplug("flag")
+            result = guest.finish(TIMEOUT)
+            life.daemon.stop()
+        life.check(is_dead=True)
+    rounds = sum("verified" in line for line in result.console if not line.startswith("+"))
+    assert rounds
+    print(f"{MINUTES:g} minutes, seed {seed}: {dict(life.done)}; {rounds} rounds of fio verified, 0 errors")
+    print(f"refused: {dict(life.refused)}")
