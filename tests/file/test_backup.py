@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,41 +12,42 @@ import pytest
 import qcow2
 from tests import slowdisk
 from tests.file.test_jobs import control, ctl, open_files, start
-from tests.frontend import FrontEnd
+from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
-from tests.oracle import assert_clean, assert_same_bytes
+from tests.oracle import assert_clean, assert_not_corrupt, assert_same_bytes
+from tests.patience import TIMEOUT
 from tests.program import qcow2_tool_ok
+from tests.realfault.death import dying_from_start
 from tests.slowdisk import SlowDisk
 from vhost import Control, ControlError
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB + 12 * KIB  # ends in the midst of a chunk
 BLOCK = 4096
-SHAPES = {
-    "plain": [],
-    "extended_l2": ["-o", "extended_l2=on,cluster_size=128k"],
-    "small clusters": ["-o", "cluster_size=4k,lazy_refcounts=on"],
-    "data file": ["-o", "data_file=data"],
-    "overlay": ["-b", "base", "-F", "qcow2"],
-}
+OPTIONS = {"extended_l2": "extended_l2=on,cluster_size=128k", "data file": "data_file=data"}
 
 
 def make(directory: Path, shape: str) -> tuple[Path, bytes]:
     """An image, and what its disk holds: data, zeros, and what comes from elsewhere."""
     image, held = directory / "disk", bytearray(SIZE)
-    if shape == "raw":
-        qcow2_tool_ok("create", "-f", "raw", image, str(SIZE))
-    elif shape == "overlay":
-        qcow2_tool_ok("create", directory / "base", str(SIZE))
+    image_format = "raw" if shape == "raw" else "qcow2"
+    if shape == "overlay":
+        qcow2.create(directory / "base", SIZE)
         held[MIB : 3 * MIB] = b"b" * (2 * MIB)
         with qcow2.open(directory / "base", "r+") as disk:
             disk.write(MIB, held[MIB : 3 * MIB])
-    if shape != "raw":
-        qcow2_tool_ok("create", *SHAPES[shape], image, str(SIZE))
-    with qcow2.open(image, "r+", format="raw" if shape == "raw" else "qcow2") as disk:
+        qcow2.create(image, backing="base")
+    elif shape in OPTIONS:
+        qcow2_tool_ok("create", "-o", OPTIONS[shape], image, str(SIZE))
+    else:
+        small = {"cluster_size": 4096, "lazy_refcounts": True} if shape == "small clusters" else {}
+        qcow2.create(image, SIZE, format=image_format, **small)
+    with qcow2.open(image, "r+", format=image_format) as disk:
         for start, nbytes in ((0, 300 * KIB), (2 * MIB + 8 * KIB, MIB), (SIZE - 100 * KIB, 100 * KIB)):
             held[start : start + nbytes] = b"t" * nbytes
             disk.write(start, b"t" * nbytes)
+        if shape in ("plain", "overlay"):
+            disk.bitmaps.add("nightly")
     return image, bytes(held)
 
 
@@ -60,6 +63,7 @@ def written_while(load: Load, client: Control, job: int) -> None:
     assert (ended.state, ended.done, ended.error) == ("completed", ended.total, "")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("shape", "mode", "image_format"),
     [
@@ -104,7 +108,6 @@ def dirty(image: Path, name: str) -> list[tuple[int, int]]:
 
 def test_incremental_backups_are_a_chain_of_what_has_changed(tmp_path: Path) -> None:
     image, held = make(tmp_path, "plain")
-    qcow2_tool_ok("bitmap", "--add", image, "nightly")
     moments = []
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
         load = Load(guest, SIZE // BLOCK, zeroes=True, base=held)
@@ -135,7 +138,9 @@ def test_incremental_backups_are_a_chain_of_what_has_changed(tmp_path: Path) -> 
 
 def test_backup_that_is_given_up_has_forgotten_nothing(tmp_path: Path) -> None:
     image, held = make(tmp_path, "plain")
-    qcow2_tool_ok("bitmap", "--add", "-g", "4096", image, "nightly")
+    with qcow2.open(image, "r+") as disk:
+        disk.bitmaps.remove("nightly")
+        disk.bitmaps.add("nightly", 4096)
     shutil.copy(image, tmp_path / "before")
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
         guest.write(MIB, b"w" * BLOCK)
@@ -158,7 +163,6 @@ def test_backup_that_is_given_up_has_forgotten_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
 def test_killed_backup_is_no_disk_and_may_be_begun_again(tmp_path: Path, image_format: str) -> None:
     image, held = make(tmp_path, "overlay")
-    qcow2_tool_ok("bitmap", "--add", image, "nightly")
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
         load = Load(guest, SIZE // BLOCK, base=held)
         client.backup("copy", format=image_format, rate=1)
@@ -182,7 +186,6 @@ def test_killed_backup_is_no_disk_and_may_be_begun_again(tmp_path: Path, image_f
 
 def test_backup_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     image, held = make(tmp_path, "plain")
-    qcow2_tool_ok("bitmap", "--add", image, "nightly")
     (tmp_path / "there").write_bytes(b"t" * 2 * SIZE)
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
         for options, why in (
@@ -209,7 +212,6 @@ def test_backup_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 
 def test_backup_outlives_a_resize_and_no_stop_of_the_rings(tmp_path: Path) -> None:
     image, held = make(tmp_path, "plain")
-    qcow2_tool_ok("bitmap", "--add", image, "nightly")
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
         job = client.backup("copy", rate=1).job
         client.resize(2 * SIZE - SIZE % MIB)
@@ -253,3 +255,33 @@ def test_target_that_hangs_holds_up_no_guest(tmp_path: Path) -> None:
             assert client.wait(job).state == "completed", client.job(job)
         daemon.stop()
     assert_same_bytes((backing / "copy").read_bytes(), held)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("at", [*range(1, 30, 2)])
+def test_death_in_a_backup_leaves_none_or_all_of_it(tmp_path: Path, at: int) -> None:
+    image, held = make(tmp_path, "plain")
+    shutil.copy(image, tmp_path / "before")
+    with qcow2.open(image, "r+") as disk:
+        disk.write(MIB, b"w" * BLOCK)
+    wanted = held[:MIB] + b"w" * BLOCK + held[MIB + BLOCK :]
+    with start(image, "--aio=threads", under=dying_from_start(at)) as daemon, FrontEnd(daemon.socket_path):
+        with suppress(ControlError, BackendGone), control(image) as client:
+            assert client.wait(client.backup("copy", bitmap="nightly", backing="before").job).state == "completed"
+        daemon.process.terminate()
+        assert daemon.process.wait(TIMEOUT) in (-signal.SIGKILL, 0)
+    if (tmp_path / "copy").exists():
+        assert_same_bytes(read(tmp_path / "copy"), wanted)
+        assert_clean(tmp_path / "copy")
+        (tmp_path / "copy").rename(tmp_path / "first")
+    else:
+        assert dirty(image, "nightly") == [(MIB, 64 * KIB)]
+    is_forgotten = not dirty(image, "nightly")
+    backing = "first" if is_forgotten else "before"
+    with start(image) as daemon, FrontEnd(daemon.socket_path), control(image) as client:
+        assert client.wait(client.backup("copy", bitmap="nightly", backing=backing).job).state == "completed"
+        daemon.stop()
+    assert_same_bytes(read(tmp_path / "copy"), wanted)
+    if backing == "before" and (tmp_path / "first").exists():
+        assert_same_bytes(read(tmp_path / "first"), wanted)  # which another one to the same name has left alone
+    assert_not_corrupt(image)
