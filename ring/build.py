@@ -14,6 +14,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,17 @@ def emit_wrapper(module: str, target: Path) -> None:
 
 
 class BuildNative(build_ext):
-    """build_ext that generates the cffi wrapper of each extension before compiling it."""
+    """build_ext that generates the cffi wrapper of each extension before compiling it, a processor for each file."""
+
+    def build_extensions(self) -> None:
+        compile_all = self.compiler.compile
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def compile_each(sources: list[str], **options: Any) -> list[str]:
+                return [made for each in pool.map(lambda one: compile_all([one], **options), sources) for made in each]
+
+            self.compiler.compile = compile_each
+            super().build_extensions()
 
     def build_extension(self, ext: Any) -> None:
         wrapper = Path(self.build_temp) / f"{ext.name}.c"

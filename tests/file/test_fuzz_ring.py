@@ -13,7 +13,7 @@ def test_the_ring_corpus_touches_nothing_but_guest_memory(tmp_path: Path) -> Non
     assert compiler is not None
     binary = tmp_path / "replay"
     sources = [*(str(ROOT / source) for source in native_sources()), str(FUZZ / "replay.c"), str(FUZZ / "ring.c")]
-    command = [compiler, *FLAGS, *SANITIZERS["--asan"], "-O0", f"-I{ROOT}", *sources]
+    command = [compiler, *FLAGS, *SANITIZERS["--asan"], "-O0", "-g0", f"-I{ROOT}", *sources]
     subprocess.run([*command, "-luring", "-ldeflate", "-lcrypto", "-pthread", "-o", str(binary)], check=True)
     done = subprocess.run([binary, FUZZ / "corpus" / "ring.hex"], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr

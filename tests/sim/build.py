@@ -124,7 +124,8 @@ def _object(name: str, text: str, headers: str, include: Path) -> Path:
     source.write_text(text)
     partial = path.with_suffix(f".{os.getpid()}")
     includes = [f"-I{include}", f"-I{sysconfig.get_path('include')}"]
-    command = [_cc(), *FLAGS, "-fPIC", "-Wno-unused", "-DASSERTIONS", *includes, "-c", str(source), "-o", str(partial)]
+    flags = [*FLAGS, "-g0", "-O1", "-fPIC", "-Wno-unused", "-DASSERTIONS"]
+    command = [_cc(), *flags, *includes, "-c", str(source), "-o", str(partial)]
     subprocess.run(command, check=True)
     partial.rename(path)
     return path
