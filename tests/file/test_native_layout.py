@@ -56,10 +56,11 @@ def enumerators(name: str, extension: ModuleType = ring._native) -> dict[str, in
 
 @cache
 def entries(path: str) -> list[Any]:
-    """What DWARF says of each thing in a compiled file."""
+    """What DWARF says of each type, function and variable of a compiled file."""
     with open(path, "rb") as file:
         elf = ELFFile(io.BytesIO(file.read()))
-    return [entry for unit in elf.get_dwarf_info().iter_CUs() for entry in unit.iter_DIEs()]  # type: ignore[no-untyped-call]
+    units = elf.get_dwarf_info().iter_CUs()  # type: ignore[no-untyped-call]
+    return [entry for unit in units for entry in unit.get_top_DIE().iter_children()]
 
 
 def name_of(entry: Any) -> str | None:
