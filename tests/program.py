@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from tests.forge import popen
 from tests.patience import TIMEOUT
 
 TOOL = Path(sys.executable).with_name("qcow2")
@@ -19,9 +21,20 @@ DAEMON = Path(sys.executable).with_name("vhost-user-qcow2")
 SERIAL = itertools.count()
 
 
+def run(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run one of our programs to its end; *options* are those of Popen."""
+    with popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        try:
+            said, complained = process.communicate(timeout=TIMEOUT)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, said, complained)
+
+
 def qcow2_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the `qcow2` tool to its end."""
-    return subprocess.run([TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT)
+    return run(TOOL, *map(str, arguments))
 
 
 def qcow2_tool_ok(*arguments: str | Path) -> str:
@@ -52,9 +65,11 @@ class Daemon:
         self.listener.listen()
         fd = self.listener.fileno()
         command = [*self.under, str(DAEMON), f"--fd={fd}", f"--blk-file={self.image}", *self.options]
-        self.process = subprocess.Popen(
-            command, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if self.under or any(option.startswith("--sandbox") for option in self.options):
+            self.process = subprocess.Popen(command, pass_fds=[fd], text=True, **pipes)
+        else:
+            self.process = popen(command, pass_fds=[fd], **pipes)
         self.listener.close()  # the daemon's copy is the only one: once it is dead, a connect is refused
         return self
 

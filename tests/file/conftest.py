@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forge import FORGE
+
 
 def _held() -> tuple[int, list[str]]:
     maps = Path("/proc/self/maps").read_text().splitlines()
@@ -14,6 +16,7 @@ def _held() -> tuple[int, list[str]]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_open() -> Iterator[None]:
+    FORGE.start()
     before = _held()
     yield
     assert _held() == before

@@ -21,7 +21,7 @@ from tests.builder.record import (
     feature_name_table,
 )
 from tests.oracle import held_by_qemu, sha256
-from tests.program import DAEMON, TIMEOUT, qcow2_tool
+from tests.program import DAEMON, TIMEOUT, qcow2_tool, run
 
 
 def sound(path: Path) -> None:
@@ -105,9 +105,7 @@ def refused_by_library(path: Path, *, writable: bool) -> str:
 
 
 def run_daemon(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [DAEMON, *arguments], capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL
-    )
+    return run(DAEMON, *arguments, stdin=subprocess.DEVNULL)
 
 
 def one_line(done: subprocess.CompletedProcess[str], program: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.frontend import F_CONFIG_WCE, F_FLUSH, FrontEnd
 from tests.oracle import assert_clean
-from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 
 MIB = 1 << 20
 
@@ -42,8 +42,7 @@ def daemon(image: Path, control: Path) -> Iterator[Daemon]:
 
 
 def ctl(control: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [DAEMON, "ctl", f"--control={control}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    return run(DAEMON, "ctl", f"--control={control}", *arguments)
 
 
 def ask(control: Path, *arguments: str) -> Any:
@@ -344,14 +343,14 @@ def test_ctl_gives_up_on_a_socket_that_does_not_greet(control: Path) -> None:
 def test_ctl_takes_its_socket_anywhere(daemon: Daemon, control: Path, place: int) -> None:
     words = ["resize", "128M"]
     words[place:place] = ["--control", str(control)]
-    done = subprocess.run([DAEMON, "ctl", *words], capture_output=True, text=True, timeout=TIMEOUT)
+    done = run(DAEMON, "ctl", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert ask(control, "status")["size"] == 128 * MIB
 
 
 @pytest.mark.parametrize("words", [["status"], ["resize", "1M"], ["--control"], []])
 def test_ctl_without_a_socket_is_told_of_it(words: list[str]) -> None:
-    done = subprocess.run([DAEMON, "ctl", *words], capture_output=True, text=True, timeout=TIMEOUT)
+    done = run(DAEMON, "ctl", *words)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "--control" in done.stderr or "COMMAND" in done.stderr
 

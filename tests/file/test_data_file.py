@@ -11,7 +11,7 @@ import pytest
 import qcow2
 from tests.frontend import FrontEnd
 from tests.oracle import peers
-from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool, qcow2_tool_ok
+from tests.program import DAEMON, Daemon, qcow2_tool, qcow2_tool_ok, run
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -249,8 +249,7 @@ def test_a_daemon_serves_it(tmp_path: Path, is_raw: bool, options: tuple[str, ..
 
 
 def refusal(path: Path, *options: str) -> str:
-    command = [DAEMON, f"--blk-file={path}", f"--socket-path={path}.sock", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run(DAEMON, f"--blk-file={path}", f"--socket-path={path}.sock", *options)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     return done.stderr
 

@@ -16,7 +16,7 @@ from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.nbdclient import Client
 from tests.oracle import assert_clean, qemu_img, qemu_io
-from tests.program import DAEMON, TIMEOUT, Daemon
+from tests.program import DAEMON, TIMEOUT, Daemon, run
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -35,8 +35,7 @@ def start(image: Path, *options: str) -> Daemon:
 
 
 def ctl(image: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [DAEMON, "ctl", f"--control={image}.control", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    return run(DAEMON, "ctl", f"--control={image}.control", *words)
 
 
 def ctl_ok(image: Path, *words: str | Path) -> Any:

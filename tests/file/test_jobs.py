@@ -17,7 +17,7 @@ import qcow2
 from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, qemu_img, qemu_io
-from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from tests.realfault.death import dying_from_start
 from vhost import Control, ControlError
 
@@ -64,8 +64,7 @@ def control(image: Path) -> Control:
 
 
 def ctl(image: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(DAEMON), "ctl", f"--control={image}.control", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    return run(DAEMON, "ctl", f"--control={image}.control", *arguments)
 
 
 def content(image: Path) -> bytes:

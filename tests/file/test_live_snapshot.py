@@ -17,7 +17,7 @@ from tests.frontend import FLUSH, IN, IOERR, OK, OUT, FrontEnd, Queue
 from tests.load import Load
 from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.packedqueue import PackedQueue
-from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
+from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from tests.realfault.death import dying, dying_once_renamed, forgetful, waiting
 from vhost.client import Control, ControlError
 
@@ -38,8 +38,7 @@ def start(image: Path, *options: str, under: Sequence[str] = ()) -> Daemon:
 
 
 def snapshot(image: Path, name: str) -> subprocess.CompletedProcess[str]:
-    command = [DAEMON, "ctl", f"--control={image}.control", "snapshot", name]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    return run(DAEMON, "ctl", f"--control={image}.control", "snapshot", name)
 
 
 def freeze(image: Path, name: str) -> None:
