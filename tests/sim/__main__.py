@@ -8,7 +8,7 @@ from tests.sim.build import load
 from tests.sim.mutant import BY_NAME
 
 MANY = 10_000_000  # states
-MOMENTS = 40  # so that no long life takes all of the states
+MOMENTS = 32  # so that no long life takes all of the states
 
 
 def main(arguments: list[str]) -> int:

@@ -22,6 +22,9 @@ class LifeWalk(Walk):
         return False
 
 
+IN_A_ROW = 16  # moments: what neighbours leave is mostly the same, and opened once
+
+
 def visit(world: World, most: int) -> Count:
     """Judge what each death in the last life leaves; at *most* so many moments, drawn by the seed; 0: at all.
 
@@ -29,7 +32,10 @@ def visit(world: World, most: int) -> Count:
     """
     scene, run = Scene(world.backing), world.as_run()
     moments = range(world.first + 1, len(run.journal) + 1)
-    drawn = frozenset(random.Random(world.seed).sample(moments, most)) if 0 < most < len(moments) else None
+    drawn = None
+    if 0 < most < len(moments):
+        starts = random.Random(world.seed).sample(moments, most // IN_A_ROW)
+        drawn = frozenset(start + step for start in starts for step in range(IN_A_ROW))
     try:
         LifeWalk(run, scene, world.seed).visit(world.first, drawn)
     except CrashViolation as error:
