@@ -11,7 +11,7 @@ from qcow2.error import BitmapError
 from tests.bitmapreader import read_bitmaps
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.crash.explorer import subsets
-from tests.crash.images import check_image, open_image, start
+from tests.crash.images import check_image, open_image, read_all, start
 from tests.engine import Bench, set_up
 
 SECTOR = 512
@@ -162,3 +162,31 @@ def test_a_frozen_one_is_left_alone(bench: Bench, what: str) -> None:
     bench.driver.run(bench.image.change_bitmaps(CHANGES[what]))
     with pytest.raises(BitmapError, match="not frozen any more"):
         bench.driver.run(bench.image.thaw_bitmap(frozen, is_copied=True))
+
+
+@pytest.mark.parametrize("what", ["clear", "copied"])
+def test_what_a_bitmap_forgets_is_stable(what: str) -> None:
+    """Or a power loss brought back an older disk, and no bit said so."""
+    begun = start("bitmaps")
+    file, driver = begun.image.copy(), CrashDriver(2)
+    image = driver.run(open_image(file, begun.backing))
+    driver.run(image.settle())
+    driver.run(image.flush())
+    initial, first = file.copy(), len(driver.journal)
+    write(driver, image, {3})
+    written = len(driver.journal) - first
+    if what == "clear":
+        driver.run(image.change_bitmaps(lambda plan: plan.clear("fine")))
+    else:
+        driver.run(image.thaw_bitmap(driver.run(image.freeze_bitmap("fine")), is_copied=True))
+    draw, forgotten = random.Random(1), 0
+    for point in points(driver.journal[first:], initial, file):
+        parts = [((n, i), part) for n, effect in point.pending for i, part in enumerate(effect.tear())]
+        for some in subsets(parts, 6, draw) if point.position > written else ():
+            state = point.keep(effect for _, effect in some)
+            if 3 not in said(state):
+                forgotten += 1
+                after = CrashDriver()
+                content = after.run(read_all(after.run(open_image(state, None))))
+                assert content[3 * SECTOR : 4 * SECTOR] == b"x" * SECTOR
+    assert forgotten
