@@ -16,7 +16,7 @@ from qcow2.lock import lock_image
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
 from vhost.frozen import Saved
-from vhost.held import describe
+from vhost.problem import describe
 
 
 class BackupTarget:

@@ -29,7 +29,7 @@ class Job:
     job: int
     kind: str
     about: dict[str, Any]  # what was asked for
-    state: str  # running, paused, waiting, completed, failed or cancelled
+    state: str  # running, ready, paused, waiting, completed, failed or cancelled
     done: int  # bytes
     total: int
     rate: int  # bytes a second; 0: as fast as it goes
@@ -182,9 +182,30 @@ class Control:
         """Begin to pull what is above *base*, or all that is below, into the image."""
         return self._job("stream", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
 
-    def commit(self, base: str | None = None, *, rate: int = 0, on_error: str = "report") -> Job:
-        """Begin to bring what is between the image and *base*, or its backing file's, into that."""
-        return self._job("commit", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
+    def commit(self, base: str | None = None, *, active: bool = False, rate: int = 0, on_error: str = "report") -> Job:
+        """Begin to bring what is between the image and *base*, or its backing file's, into that.
+
+        *active*: and what the image holds itself; *base* is its backing file then, if nothing is said.
+        """
+        options = {**({} if base is None else {"base": base}), **({"active": True} if active else {})}
+        return self._job("commit", **options, rate=rate, on_error=on_error)
+
+    def mirror(
+        self,
+        target: str,
+        image_format: str | None = None,
+        *,
+        top: bool = False,
+        existing: bool = False,
+        rate: int = 0,
+        on_error: str = "report",
+    ) -> Job:
+        """Begin to copy the disk to *target*, as seen from the image's directory, and to keep the two in step.
+
+        *top*: the image alone, over the same backing file; *existing*: what *target* holds is overwritten.
+        """
+        options = {} if image_format is None else {"format": image_format}
+        return self._job("mirror", target=target, **options, top=top, existing=existing, rate=rate, on_error=on_error)
 
     def backup(
         self,
@@ -222,8 +243,12 @@ class Control:
         """Let it go on."""
         return self._job("job-resume", job=number)
 
+    def complete(self, number: int) -> Job:
+        """Let a job that is ready finish: `wait` for it."""
+        return self._job("job-complete", job=number)
+
     def cancel(self, number: int) -> Job:
-        """Let it end at its next piece."""
+        """Let it end at its next piece; a mirror that is ready leaves its copy whole."""
         return self._job("job-cancel", job=number)
 
     def set_rate(self, number: int, rate: int) -> Job:
@@ -231,12 +256,12 @@ class Control:
         return self._job("job-set-rate", job=number, rate=rate)
 
     def wait(self, number: int, progress: Callable[[Job], None] = lambda job: None) -> Job:
-        """How a job ended, once it has; *progress* is told meanwhile."""
+        """How a job ended, once it has, or how it stands once it is ready; *progress* is told meanwhile."""
         self.subscribe("job")
         while True:
             job = self.job(number)
             progress(job)
-            if job.has_ended:
+            if job.has_ended or job.state == "ready":
                 return job
             self.next_event(STEP)
 

@@ -1,22 +1,28 @@
 """`ctl commit`: what is frozen between the served image and a base is brought into the base, and not needed any more.
 
-The base is opened for writing in the place of the one that was only read. What is written to it nobody sees: the files
-between hide it, until all of it is stable and the served image is put over the base.
+What the image itself holds is frozen first, if it is to come, too: as by `ctl snapshot`, in a file that is removed once
+the base has it. The base is opened for writing in the place of the one that was only read. What is written to it nobody
+sees: the files between hide it, until all of it is stable and the served image is put over the base.
 """
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from itertools import takewhile
 from typing import Any
 
 from qcow2.engine.image import Image
+from qcow2.error import UnsupportedImage
 from qcow2.job.commit import commit
 from qcow2.job.pace import Pace
 from qcow2.node.node import Node
 from ring.thread import new_future
-from vhost.job import RoomWanted, Work
+from vhost.job import JobFailed, RoomWanted, Work
+from vhost.overlaybitmaps import OverlayBitmaps
 from vhost.servedchain import ServedChain, close_all
+from vhost.snapshot import SnapshotRefused, Snapshots, SnapshotUnstable
 
 WIDTH = 4  # windows at a time, which is not to keep requests waiting
 WINDOW = 512 << 10  # bytes
@@ -29,28 +35,60 @@ class Committing(Work):
 
     kind = "commit"
 
-    def __init__(self, served: ServedChain, base: str | None) -> None:
-        """*base* is as seen from the directory of the image.
+    def __init__(self, served: ServedChain, base: str | None, *, is_active: bool) -> None:
+        """*base* is as seen from the directory of the image; *is_active*: what that holds now comes, too.
 
-        Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be done.
+        So it does where nothing is between. Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be
+        done.
         """
         served.require_free()
-        self.about: dict[str, Any] = {"base": base}
         self._served = served
         self._base = base
+        self._served.image()
+        self._is_to_freeze = is_active or (base is None and len(self._nodes) == 2)
+        self._frozen: list[str] = []  # files that are in what is committed, and are removed then
+        self.about: dict[str, Any] = {"base": base, "active": self._is_to_freeze}
+        if self._is_to_freeze:
+            self._require_freezable()
+            self._base = base or self._first_base()
         self._image, self._top, self._below = self._find()
+
+    def _require_freezable(self) -> None:
+        image = self._served.image()
+        if image.data_file is not image.file:
+            raise UnsupportedImage(image.file.path, "its data is in another file, which would be left: take a snapshot")
+
+    @property
+    def _nodes(self) -> list[Node]:
+        assert self._served.held.disk is not None
+        return self._served.held.disk.chain.nodes
+
+    @property
+    def _frozen_name(self) -> str:
+        """How the files are called that what the image holds is frozen in, if not with a number."""
+        return f"{os.path.realpath(self._served.image().file.path)}.committing"
+
+    def _is_frozen_by_us(self, path: str) -> bool:
+        return os.path.realpath(path).rstrip("0123456789") == self._frozen_name
+
+    def _frozen_above(self, base: Node) -> list[str]:
+        paths = [node.file.path for node in takewhile(lambda node: node is not base, self._nodes[1:])]
+        return [path for path in paths if self._is_frozen_by_us(path)]
+
+    def _first_base(self) -> str:
+        """Below the image, and below what commits that did not end have frozen."""
+        paths = [node.file.path for node in self._nodes[1:]]
+        return os.path.realpath(next((path for path in paths if not self._is_frozen_by_us(path)), paths[-1]))
 
     def _find(self) -> tuple[Image, Image, Node]:
         """The served image, the top of what is committed, and the base, as they are now."""
         image = self._served.image()
-        top, path = image.backing, image.file.path
-        assert self._served.held.disk is not None
-        nodes = self._served.held.disk.chain.nodes
-        if len(nodes) < 3 or not isinstance(top, Image):
-            raise ValueError(f"{path}: nothing is between it and a base; `ctl snapshot` freezes what it holds")
-        base = nodes[2] if self._base is None else self._served.below(self._base)
+        top, path = image if self._is_to_freeze else image.backing, image.file.path
+        if not isinstance(top, Image) or (self._base is None and len(self._nodes) < 3):
+            raise ValueError(f"{path}: nothing is between it and a base")
+        base = self._nodes[2] if self._base is None else self._served.below(self._base)
         if base is top:
-            raise ValueError(f"{self._base}: is the backing file of {path}: nothing is between them")
+            raise ValueError(f"{self._base}: is the backing file of {path}: nothing is between them (--active?)")
         if top.size < min(image.size, base.size):
             raise ValueError(f"{top.file.path}: is shorter than {path} and than {base.file.path}, which would show")
         return image, top, base
@@ -59,10 +97,31 @@ class Committing(Work):
         with self._served.device.keeping() as is_held:
             if not is_held:
                 raise RoomWanted
+            if self._is_to_freeze:
+                self._freeze()
             self._image, self._top, base = self._find()
             if base is not self._served.held.written_below:
                 self._open(base)
             self._below = self._find()[2]
+            self._frozen = self._frozen_above(self._below)
+
+    def _freeze(self) -> None:
+        """Let the image be an overlay over what it holds. Raises: OSError, ImageError, ValueError, JobFailed."""
+        self._require_freezable()
+        name, number = self._frozen_name, 1
+        while os.path.lexists(name):
+            number += 1
+            name = f"{self._frozen_name}{number}"
+        snapshots = Snapshots(self._served.device, self._served.backend, self._served.held)
+        try:
+            failure = snapshots.freeze(os.path.basename(name), OverlayBitmaps(are_carried=True))
+        except SnapshotRefused as refusal:
+            raise OSError(errno.EIO, str(refusal)) from refusal
+        except SnapshotUnstable as unstable:
+            raise JobFailed(str(unstable)) from unstable
+        self._is_to_freeze = False
+        if failure:  # its content is whole all the same
+            log.error("%s: is not closed cleanly: %s", name, failure)
 
     def _open(self, base: Node) -> None:
         opened = self._served.held.prepare_writer(base, self._top.size)
@@ -89,6 +148,11 @@ class Committing(Work):
 
     def finish(self) -> None:
         self._served.put_over(self._image, self._below, lambda: self._find()[2] is self._below)
+        for path in self._frozen:
+            try:
+                os.unlink(path)
+            except OSError as error:  # nobody needs it
+                log.error("%s: is left: %s", path, error.strerror)
 
     def leave(self) -> None:
         with self._served.device.keeping() as is_held:

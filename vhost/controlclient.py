@@ -11,7 +11,7 @@ from vhost.ctlexport import add_export, request_of
 from vhost.ctljob import add_commands, run_command
 from vhost.option import PROGRAM, Parser, UsageError, size_of
 
-JOB_COMMANDS = ("stream", "commit", "backup", "events", "job")
+JOB_COMMANDS = ("stream", "commit", "backup", "mirror", "events", "job")
 
 
 def parser() -> Parser:

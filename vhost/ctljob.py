@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from vhost.event import NAMES
 from vhost.policy import OnError
 
 WIDTH = 30  # of a progress bar
+FORMATS = ("qcow2", "raw")  # of a mirror's copy
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -29,7 +30,13 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     backup.add_argument("--existing", action="store_true", help="overwrite the file that is there, or the device")
     backup.add_argument("--bitmap", metavar="NAME", help="only what it has recorded, and let it forget that at the end")
     backup.add_argument("--backing", metavar="FILE", help="the backup before, over which the new one is a whole disk")
-    for one in (stream, commit, backup):
+    commit.add_argument("--active", action="store_true", help="and what the image holds itself")
+    mirror = commands.add_parser("mirror", help="copy the disk, and keep the copy in step until it is served, or left")
+    mirror.add_argument("target", metavar="TARGET", help="a new file, as seen from the image's directory")
+    mirror.add_argument("--format", choices=FORMATS, help="of the copy; as the image is served, if not said")
+    mirror.add_argument("--top", action="store_true", help="copy the image alone, over the same backing file")
+    mirror.add_argument("--existing", action="store_true", help="TARGET is there, and what it holds is overwritten")
+    for one in (stream, commit, backup, mirror):
         one.add_argument("--rate", metavar="RATE", type=parse_size, default=0, help="bytes a second, as in 50M")
         one.add_argument("--on-error", choices=[*OnError], default=OnError.REPORT, help="what becomes of the job then")
         one.add_argument("--wait", action="store_true", help="wait until it has ended, and show how far it is")
@@ -41,13 +48,14 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     wait = actions.add_parser("wait", help="wait until it has ended; a bar shows how far it is on a terminal")
     pause = actions.add_parser("pause", help="let it move nothing for now")
     resume = actions.add_parser("resume", help="let it go on")
-    cancel = actions.add_parser("cancel", help="let it end; what it has done stays")
+    complete = actions.add_parser("complete", help="let a mirror that is ready be served, and wait until it is")
+    cancel = actions.add_parser("cancel", help="let it end; what it has done stays, of a mirror if it is ready")
     rate = actions.add_parser("set-rate", help="let it move so many bytes a second")
-    for one in (wait, pause, resume, cancel, rate):
+    for one in (wait, pause, resume, complete, cancel, rate):
         one.add_argument("job", metavar="JOB", type=int, help="its number")
     rate.add_argument("rate", metavar="RATE", type=parse_size, help="bytes a second, as in 50M; 0: as fast as it goes")
-    parsers = [listing, wait, pause, resume, cancel, rate]
-    for one in (stream, commit, backup, *parsers):
+    parsers = [listing, wait, pause, resume, complete, cancel, rate]
+    for one in (stream, commit, backup, mirror, *parsers):
         one.add_argument("--json", action="store_true", help="print JSON")
     return parsers
 
@@ -57,8 +65,13 @@ def run_command(control: Control, request: dict[str, Any]) -> int:
     match request:
         case {"command": "events", "names": names}:
             return _print_events(control, names)
-        case {"command": "stream" | "commit" as command, "base": base, "rate": rate, "on_error": on_error}:
-            return _begun(control, getattr(control, command)(base, rate=rate, on_error=on_error), request)
+        case {"command": "stream", "base": base, "rate": rate, "on_error": on_error}:
+            return _begun(control, control.stream(base, rate=rate, on_error=on_error), request)
+        case {"command": "commit", "base": base, "active": active, "rate": rate, "on_error": on_error}:
+            return _begun(control, control.commit(base, active=active, rate=rate, on_error=on_error), request)
+        case {"command": "mirror", "target": target, "format": image_format, "rate": rate, "on_error": on_error}:
+            given = {"top": request["top"], "existing": request["existing"]}
+            return _begun(control, control.mirror(target, image_format, **given, rate=rate, on_error=on_error), request)
         case {"command": "backup"}:
             chosen = {key: request[key] for key in ("format", "existing", "bitmap", "backing", "rate", "on_error")}
             return _begun(control, control.backup(request["target"], **chosen), request)
@@ -66,6 +79,8 @@ def run_command(control: Control, request: dict[str, Any]) -> int:
             return _show_all(control.jobs(), is_json=request["json"])
         case {"action": "wait", "job": number}:
             return _wait(control, number, is_json=request["json"])
+        case {"action": "complete", "job": number}:
+            return _wait(control, control.complete(number).job, is_json=request["json"], good=("completed",))
         case {"action": "set-rate", "job": number, "rate": rate}:
             return _show(control.set_rate(number, rate), is_json=request["json"])
         case {"action": "pause" | "resume" | "cancel" as action, "job": number}:
@@ -98,15 +113,15 @@ def _show(job: Job, *, is_json: bool) -> int:
     return 0
 
 
-def _wait(control: Control, number: int, *, is_json: bool) -> int:
+def _wait(control: Control, number: int, *, is_json: bool, good: Collection[str] = ("completed", "ready")) -> int:
     has_bar = sys.stderr is not None and sys.stderr.isatty()
     job = control.wait(number, _show_bar if has_bar else lambda job: None)
     if has_bar:
         print(file=sys.stderr)
-    if job.state != "completed" and not is_json:
+    if job.state not in good and not is_json:
         raise ControlError(f"job {number} {job.state}{': ' if job.error else ''}{job.error}")
     _show(job, is_json=is_json)
-    return int(job.state != "completed")
+    return int(job.state not in good)
 
 
 def _show_bar(job: Job) -> None:

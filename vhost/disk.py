@@ -1,11 +1,11 @@
-"""An image under a device: its operations on a ring worker, its requests as coroutines of the engine."""
+"""An image under a device: its requests as coroutines of the engine."""
 
 import errno
 import logging
 import os
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from qcow2 import ImageError
 from qcow2.driver import operation as op
@@ -22,8 +22,9 @@ from ring.trace import Trace
 from ring.worker import Worker
 from vhost.admission import Admission
 from vhost.frozen import Frozen
-from vhost.held import HeldImage, describe, problem_of
+from vhost.held import HeldImage
 from vhost.option import CacheMode
+from vhost.problem import describe, problem_of
 from vhost.ringdriver import RingDriver
 from virtio.block import UNMAP, RequestType, Status
 from virtio.config import Properties
@@ -32,6 +33,15 @@ from virtio.native import NativeBlock
 CHANGES = (RequestType.OUT, RequestType.DISCARD, RequestType.WRITE_ZEROES)
 
 log = logging.getLogger("vhost")
+
+
+class Layer(Protocol):
+    """What lies over an image and sees each change that a guest makes; its methods promise what those of `Node` do."""
+
+    async def write(self, guest_offset: int, source: op.Buffer) -> None: ...
+    async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None: ...
+    async def discard(self, guest_offset: int, nbytes: int) -> None: ...
+    async def grow(self, nbytes: int) -> None: ...
 
 
 class ImageBackend:
@@ -57,6 +67,7 @@ class ImageBackend:
         self._links_wait = False
         self._past_is_stable: op.Signal | None = None  # what FLUSH waits for after a snapshot
         self._frozen: Frozen | None = None  # whom changes ask first
+        self.layer: Layer | None = None  # what changes go through, for as long as a worker has the image
 
     @property
     def properties(self) -> Properties:
@@ -66,10 +77,11 @@ class ImageBackend:
     def attach(self, worker: Worker, block: NativeBlock) -> None:
         assert self._held.disk is not None
         self._image = self._held.disk.image
-        self._files = self._held.disk.files
+        self._beside = None if self._held.beside is None else self._held.beside.image
+        self._files = self._held.files
         slots = self._slots = {file: self._add_file(worker, file) for file in self._files}
         for file, slot in slots.items():
-            self._image.set_slot(file, slot)
+            self._set_slot(file, slot)
         if not self._image.read_only:
             names = self._image.file
             block.set_sync_slot(slots[self._image.data_file], None if names is self._image.data_file else slots[names])
@@ -91,13 +103,23 @@ class ImageBackend:
         self._image.on_bitmaps_void = self._tell_of_void_bitmaps
         self._image.set_link_policy(
             LinkPolicy(
-                # Not where a barrier costs nothing, nor where the mark in the image could hang this thread.
-                has_log=self._cache.sync and worker.is_near(slots[self._image.file]),
+                has_log=self._may_have_log(self._image),
                 may_wait=lambda: not block.writethrough,
                 on_waiting=self._set_links_wait,
                 on_log_lost=self._tell_of_lost_log,
             )
         )
+        if self._beside is not None:
+            self._beside.set_link_policy(LinkPolicy(has_log=self._may_have_log(self._beside)))
+
+    def _may_have_log(self, image: Node) -> bool:
+        """Not where a barrier costs nothing, nor where the mark in the image could hang this thread."""
+        return self._cache.sync and self._worker.is_near(self._slots[image.file])
+
+    def _set_slot(self, file: op.File, slot: int | None) -> None:
+        self._image.set_slot(file, slot)
+        if self._beside is not None:
+            self._beside.set_slot(file, slot)
 
     def _add_file(self, worker: Worker, file: HostFile) -> int:
         direct_fd = self._held.direct_fds.get(file, -1)
@@ -117,13 +139,19 @@ class ImageBackend:
             trace.add_file(slots[file], file.fd, file.path, writable=file.writable)
         worker.set_trace(trace)
 
+    def put_between(self, layer: Layer | None) -> None:
+        """Let every change of the guest go through *layer*, until the image is detached; nothing is under way."""
+        self.layer = layer
+        self._block.set_changes_punt(layer is not None)
+
     def detach(self) -> None:
+        self.put_between(None)
         self._links_wait = False
         self._block.set_extent_map(None)
         self._block.set_sync_slot(None)
         self._block.set_flush_punts(False)
         for file in self._files:
-            self._image.set_slot(file, None)
+            self._set_slot(file, None)
             self._worker.remove_file(self._slots.pop(file))
 
     def start(self, request: Request) -> None:
@@ -236,7 +264,7 @@ class ImageBackend:
         self._driver.run(image.close(), lambda task: done(problem_of(task.take_error())))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
-        self.change(self._image.grow(nbytes), done)
+        self.change((self.layer or self._image).grow(nbytes), done)
 
     def change(self, change: Coroutine[Any, Any, None], done: Callable[[str], None]) -> None:
         """Await *change* of the image while nothing else is under way: *done("")*, or what failed."""
@@ -252,16 +280,17 @@ class ImageBackend:
     async def _serve(self, request: Request) -> int:
         if self._frozen is not None and request.type in CHANGES:
             await self._frozen.save(request.offset, request.nbytes)
+        changed = self.layer or self._image
         match request.type:
             case RequestType.IN:
                 await self._image.read(request.offset, request.data())
             case RequestType.OUT:
-                await self._image.write(request.offset, request.data())
+                await changed.write(request.offset, request.data())
             case RequestType.DISCARD:
-                await self._image.discard(request.offset, request.nbytes)
+                await changed.discard(request.offset, request.nbytes)
             case RequestType.WRITE_ZEROES:
                 unmap = bool(request.flags & UNMAP)
-                await self._image.write_zeroes(request.offset, request.nbytes, unmap=unmap)
+                await changed.write_zeroes(request.offset, request.nbytes, unmap=unmap)
             case RequestType.FLUSH:
                 await self._flush()
             case _:
@@ -289,8 +318,10 @@ class ImageBackend:
     def _sync_failed(self, file: HostFile, number: int) -> None:
         """What lies in *file* takes no more writes: the image, or one below it that a job writes."""
         assert self._held.disk is not None
-        below = [node for node in self._held.disk.chain.nodes[1:] if file is node.file]
-        (below or [self._image])[0].fail(OSError(number, f"sync failed: {os.strerror(number)}"))
+        others = self._held.disk.chain.nodes[1:] + ([] if self._beside is None else [self._beside])
+        (*(node for node in others if file is node.file), self._image)[0].fail(
+            OSError(number, f"sync failed: {os.strerror(number)}")
+        )
 
     def _refuse_writes(self) -> None:
         """A metadata write or a sync failed: no success of the data plane may hide it."""

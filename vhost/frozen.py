@@ -20,7 +20,7 @@ from qcow2.engine.rangelock import RangeLocks
 from qcow2.job.reins import Reins
 from qcow2.job.source import Content, Source
 from qcow2.node.node import Node
-from vhost.held import describe
+from vhost.problem import describe
 
 CHUNK_BITS = 16  # BLOCK_FROZEN_BITS
 CHUNK = 1 << CHUNK_BITS

@@ -12,9 +12,10 @@ from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
+from qcow2.engine.links import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
-from qcow2.error import UnsupportedImage, no_memory
+from qcow2.error import UnsupportedImage
 from qcow2.lock import await_transfers, guest_key, lock_transfers, share_image
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
@@ -26,6 +27,7 @@ from ring.native import Pointer
 from ring.worker import look_at
 from vhost.direct import PAGE, open_all_direct, open_direct, shares_pages
 from vhost.option import Options
+from vhost.problem import describe
 from virtio.block import Unavailable
 from virtio.config import Properties
 
@@ -49,9 +51,10 @@ class HeldImage:
     ) -> None:
         """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
         self.disk: Disk | None = None
+        self.beside: Disk | None = None  # one that is written beside it, and not served
         self.direct_fds: dict[HostFile, int] = {}
         self.traits: dict[HostFile, Pointer] = {}  # of its files, for a worker
-        self._options = options
+        self.options = options
         self._progress = progress
         self._on_wait = on_wait
         self._opening = OpenOptions(not options.read_only, options.lazy_refcounts, options.cache_size, keys=keys)
@@ -82,8 +85,8 @@ class HeldImage:
             size=known.size,
             physical_block_size=PAGE,
             optimal_io_size=known.cluster_size if known.cluster_size >= PAGE else 0,
-            read_only=self._options.read_only,
-            serial=self._options.serial,
+            read_only=self.options.read_only,
+            serial=self.options.serial,
         )
 
     @property
@@ -98,15 +101,16 @@ class HeldImage:
         """
         if self.disk is not None:
             return
+        options = self.options
         try:
-            self.disk = self._open()
+            self.disk = self._open(options.blk_file, options.format, options.data_file)
         except (OSError, ImageError) as error:
             raise Unavailable(describe(error)) from error
 
-    def _open(self) -> Disk:
-        options = self._options
+    def _open(self, path: str, image_format: str, data_file: str | None = None) -> Disk:
+        options = self.options
         chain = Chain(
-            data_file=options.data_file,
+            data_file=data_file,
             luks_header=options.luks_header,
             progress=self._progress(),
             log_directory=options.link_log,
@@ -114,24 +118,24 @@ class HeldImage:
             gate=gate_of(options),
             on_wait=self._on_wait,
         )
-        disk = Disk.of(chain, options.blk_file, options.format, self._opening)
+        disk = Disk.of(chain, path, image_format, self._opening)
         try:
             if options.cache.direct:
                 files = [file for file in disk.files if not shares_pages(disk, file)]
-                self.direct_fds = open_all_direct(files)
-            self.traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in disk.files}
+                self.direct_fds = {**self.direct_fds, **open_all_direct(files)}
+            traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in disk.files}
+            self.traits = {**self.traits, **traits}
         except OSError:
-            self._close_direct()
-            disk.close()
+            self._close(disk, disk.close)
             raise
         return disk
 
-    def _close_direct(self) -> None:
-        """Raises: OSError, the last of those that closing them raised."""
+    def _close(self, disk: Disk, close: Callable[[], None]) -> None:
+        """Forget the files of *disk*, which *close* closes. Raises: OSError, the last of those that closing raised."""
         with ExitStack() as closing:
-            for fd in self.direct_fds.values():
-                closing.callback(os.close, fd)
-            self.direct_fds = {}
+            closing.callback(close)  # last: with it go the locks
+            for close_direct in self._forget_files(disk.files):
+                closing.callback(close_direct)
 
     def admit(self, memory: Collection[tuple[int, int]]) -> None:
         """Return once no daemon that died reads into the guest's *memory*, files by device and inode.
@@ -142,9 +146,14 @@ class HeldImage:
         if self.disk is None:
             return
         try:
-            self._await_reads(self.disk.files[0], self.direct_fds, memory)
+            for disk in (self.disk, self.beside):
+                if disk is not None:
+                    self._await_reads(disk.files[0], self._direct_of(disk), memory)
         except OSError as error:
             raise Unavailable(describe(error)) from error
+
+    def _direct_of(self, disk: Disk) -> dict[HostFile, int]:
+        return {file: self.direct_fds[file] for file in disk.files if file in self.direct_fds}
 
     def _await_reads(self, top: HostFile, fds: dict[HostFile, int], memory: Collection[tuple[int, int]]) -> None:
         status = os.fstat(top.fd)
@@ -175,7 +184,7 @@ class HeldImage:
         return overlay
 
     def _prepare_direct(self, overlay: Overlay) -> None:
-        if self._options.cache.direct and overlay.image.geometry.cluster_size >= PAGE:
+        if self.options.cache.direct and overlay.image.geometry.cluster_size >= PAGE:
             self.direct_fds[overlay.file] = fd = open_direct(overlay.file)
             lock_transfers(fd, overlay.file.path, writable=True)
             self._await_reads(overlay.file, self.direct_fds, self._memory)
@@ -257,6 +266,48 @@ class HeldImage:
         file = next(file for file, each in zip(chain.files, chain.nodes, strict=True) if each is node)
         self._share([file])
 
+    @property
+    def files(self) -> list[HostFile]:
+        """All that a worker needs."""
+        assert self.disk is not None
+        return self.disk.files + ([] if self.beside is None else self.beside.files)
+
+    def open_beside(self, path: str, image_format: str) -> Disk:
+        """The image at *path*, opened as the one that is served would be, which it may become.
+
+        As yet it changes nothing of what is served. Raises: OSError, ImageError.
+        """
+        disk = self._open(path, image_format)
+        try:
+            self._await_reads(disk.files[0], self._direct_of(disk), self._memory)
+        except OSError:
+            self.close_beside(disk)
+            raise
+        return disk
+
+    def close_beside(self, disk: Disk) -> None:
+        """Close what `open_beside` has opened as it is, clean or not; no worker has it. Raises: OSError."""
+        self._close(disk, disk.abandon)
+
+    def serve_beside(self) -> Disk:
+        """Hold the disk beside, where the path leads by now, for the one that is served -> that; no worker has it."""
+        assert self.disk is not None
+        assert self.beside is not None
+        past = self.disk
+        past.image.on_failure = lambda: None
+        past.image.set_link_policy(LinkPolicy())
+        self._past += past.image.statistics
+        self.disk, self.beside = self.beside, None
+        self.disk.files[0].path = self.options.blk_file
+        return past
+
+    def close_clean(self, disk: Disk) -> None:
+        """Leave *disk*, which was served or beside that, clean, and close it; no worker has it. Raises: OSError."""
+        try:
+            disk.clean()
+        finally:
+            self._close(disk, disk.abandon)
+
     def require_nameable(self, name: str | None) -> None:
         """Whether the next one to open the image may open *name* as its backing file. Raises: UnsupportedImage."""
         assert self.disk is not None
@@ -282,7 +333,7 @@ class HeldImage:
         Raises: Unavailable, naming the file.
         """
         try:
-            options = self._options
+            options = self.options
             self._outline = outline(options.blk_file, options.format, options.luks_header)
         except (OSError, ImageError) as error:
             raise Unavailable(describe(error)) from error
@@ -295,10 +346,11 @@ class HeldImage:
         """
         if self.disk is None:
             return
+        self._drop_beside()
         try:
             self.disk.clean()
         except OSError as error:
-            log.error("%s: cannot be closed cleanly, and is kept: %s", self._options.blk_file, error.strerror)
+            log.error("%s: cannot be closed cleanly, and is kept: %s", self.options.blk_file, error.strerror)
         else:
             self._forget(self.disk)
 
@@ -309,10 +361,11 @@ class HeldImage:
         """
         if self.disk is None:
             return
+        self._drop_beside()
         try:
             self.disk.clean()
         except OSError as error:
-            error.filename = error.filename or self._options.blk_file
+            error.filename = error.filename or self.options.blk_file
             raise
         finally:
             self._forget(self.disk)
@@ -321,13 +374,19 @@ class HeldImage:
         self._past += disk.image.statistics
         self._outline = _outline_of(disk)
         self.disk = None
-        self.traits = {}
         try:
-            with ExitStack() as closing:
-                closing.callback(disk.abandon)  # last: with it go the locks
-                closing.callback(self._close_direct)
+            self._close(disk, disk.abandon)
         except OSError as error:  # what matters was synced
-            log.warning("%s: closing it: %s", self._options.blk_file, error.strerror)
+            log.warning("%s: closing it: %s", self.options.blk_file, error.strerror)
+
+    def _drop_beside(self) -> None:
+        """Whatever it is to become, it is not whole: the image goes on without it."""
+        beside, self.beside = self.beside, None
+        if beside is not None:
+            try:
+                self.close_beside(beside)
+            except OSError as error:
+                log.warning("%s: closing a disk beside it: %s", self.options.blk_file, error.strerror)
 
 
 def gate_of(options: Options) -> Gate:
@@ -338,24 +397,3 @@ def gate_of(options: Options) -> Gate:
 
 def _outline_of(disk: Disk) -> Outline:
     return Outline(disk.size, disk.image.capabilities.cluster_size)
-
-
-def describe(error: OSError | ImageError) -> str:
-    """What is wrong with the image or the host, on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error)
-
-
-def problem_of(error: BaseException | None) -> str:
-    """What went wrong, on one line; nothing if nothing did."""
-    return "" if error is None else refusal_of(no_memory() if isinstance(error, MemoryError) else error)
-
-
-def refusal_of(error: BaseException) -> str:
-    """Why what was asked of the image was not done, on one line."""
-    if isinstance(error, OSError | ImageError):
-        return describe(error)
-    if isinstance(error, ValueError):
-        return str(error)
-    raise error

@@ -19,7 +19,8 @@ from qcow2.library.facts import snapshot_facts
 from vhost.bitmapaction import parse_actions
 from vhost.device import Device
 from vhost.disk import ImageBackend
-from vhost.held import HeldImage, describe, problem_of
+from vhost.held import HeldImage
+from vhost.problem import describe, problem_of
 from virtio.block import Unavailable
 
 FLUSHES = 2  # before requests wait: what is made stable then has less to do

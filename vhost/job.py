@@ -1,7 +1,7 @@
 """One job: what it does, how it stands with it, and what is told of that."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -14,6 +14,7 @@ class State(StrEnum):
     """How it stands with a job; the last three are for good."""
 
     RUNNING = "running"
+    READY = "ready"  # all is done but what it is told to finish with
     PAUSED = "paused"  # until it is told to go on
     WAITING = "waiting"  # for the disk, which is not held, or not now
     COMPLETED = "completed"
@@ -28,6 +29,10 @@ class JobRefused(Exception):
     """Nothing was begun or changed; one line says why."""
 
 
+class JobFailed(Exception):
+    """The job cannot go on, whatever its policy is; one line says why."""
+
+
 class RoomWanted(Exception):
     """The disk is not held any more, or was asked for by others: the job is begun again later."""
 
@@ -38,29 +43,37 @@ class Work(ABC):
     kind: str
     about: dict[str, Any]  # what was asked for
     look_seconds: float | None = None  # how often `look` is called at least
+    awaits_word: bool = False  # once it is done with the disk, until it is told to finish or to end
+    on_behind: Callable[[], None] = lambda: None  # to be told, on any thread, when it is not done with it any more
 
     def prepare(self) -> None:  # noqa: B027, most need nothing
         """What comes before it is begun, each time, on the job's thread.
 
-        Raises: OSError, ImageError, ValueError, RoomWanted.
+        Raises: OSError, ImageError, ValueError, RoomWanted, JobFailed.
         """
 
     @abstractmethod
     def begin(self, reins: Reins) -> Coroutine[Any, Any, None]:
         """The work on the disk, on its thread while the image is held; done again, it goes on where it was.
 
-        Raises: OSError, ImageError, ValueError.
+        Raises: OSError, ImageError, ValueError, RoomWanted.
         """
 
     @abstractmethod
     def finish(self) -> None:
         """What is left once that has ended, on the job's thread; nothing has begun if it raises.
 
-        Raises: OSError, ImageError, ValueError, RoomWanted.
+        Raises: OSError, ImageError, ValueError, RoomWanted, JobFailed.
         """
 
     def look(self) -> None:  # noqa: B027
         """On the disk's thread while it is under way: its reins were changed, or some time has passed."""
+
+    def require_finishable(self) -> None:  # noqa: B027
+        """Whether one that awaits word may be told to finish. Raises: OSError, ImageError, ValueError."""
+
+    def part(self) -> None:  # noqa: B027
+        """What is left where one that awaits word is told to end instead, on the job's thread. Raises: as `finish`."""
 
     def leave(self) -> None:  # noqa: B027
         """What is left where the job has ended, finished or not, on its thread."""
@@ -97,6 +110,9 @@ class Job:
         self.error = ""
         self.is_paused = False
         self.is_begun = False  # an attempt is under way
+        self.is_ready = False  # it awaits word
+        self.may_finish = False  # it was told to
+        self.is_behind = False  # what was done has to be done again
         self.is_finishing = False  # at what nothing holds up
         self.is_cancelled = False
         self.is_stirred = False  # something of it was changed
@@ -107,6 +123,8 @@ class Job:
         """Its state while it has not ended."""
         if self.is_paused and not self.is_finishing:
             return State.PAUSED
+        if self.is_ready and not (self.may_finish or self.is_cancelled):
+            return State.READY
         return State.RUNNING if self.is_begun else State.WAITING
 
     def report(self) -> Report:

@@ -10,6 +10,7 @@ from vhost.disk import ImageBackend
 from vhost.held import HeldImage
 from vhost.job import JobRefused, Report, Work
 from vhost.jobs import Jobs
+from vhost.mirroring import Mirroring
 from vhost.policy import OnError
 from vhost.servedchain import ServedChain
 from vhost.streaming import Streaming
@@ -35,11 +36,40 @@ class JobCommands:
             raise JobRefused(f"{base!r} is not the name of a file")
         return self._start(lambda: Streaming(self._served, base), rate, on_error)
 
-    def commit(self, base: object = None, rate: object = 0, on_error: object = "report") -> dict[str, Any]:
-        """Bring what is between the image and *base*, or its backing file's, into that."""
+    def commit(
+        self, base: object = None, active: object = False, rate: object = 0, on_error: object = "report"
+    ) -> dict[str, Any]:
+        """Bring what is between the image and *base*, or its backing file's, into that; if *active*, its own, too."""
+        if not isinstance(active, bool):
+            raise JobRefused(f"active is true or false, not {active!r}")
         if not (base is None or (isinstance(base, str) and base)):
             raise JobRefused(f"{base!r} is not the name of a file")
-        return self._start(lambda: Committing(self._served, base), rate, on_error)
+        return self._start(lambda: Committing(self._served, base, is_active=active), rate, on_error)
+
+    def mirror(
+        self,
+        target: object,
+        format: object = None,
+        top: object = False,
+        existing: object = False,
+        rate: object = 0,
+        on_error: object = "report",
+    ) -> dict[str, Any]:
+        """Copy the disk to *target*, and keep the two in step."""
+        if not (isinstance(target, str) and target):
+            raise JobRefused(f"{target!r} is not the name of a file")
+        if not (format is None or isinstance(format, str)):
+            raise JobRefused(f"{format!r} is not the name of a format")
+        if not isinstance(top, bool) or not isinstance(existing, bool):
+            raise JobRefused("top and existing are true or false")
+        only_top, is_existing = top, existing
+        return self._start(
+            lambda: Mirroring(self._served, target, format, only_top=only_top, is_existing=is_existing), rate, on_error
+        )
+
+    def job_complete(self, job: object) -> dict[str, Any]:
+        """Let one that is ready finish."""
+        return self._told(self._jobs.complete, job)
 
     def backup(
         self,

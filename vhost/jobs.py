@@ -19,9 +19,9 @@ from qcow2.job.reins import Reins
 from ring.thread import new_future, start_deaf
 from vhost.device import Device, die
 from vhost.disk import ImageBackend
-from vhost.held import describe
-from vhost.job import ENDED, Job, JobRefused, Report, RoomWanted, State, Work
+from vhost.job import ENDED, Job, JobFailed, JobRefused, Report, RoomWanted, State, Work
 from vhost.policy import OnError, is_final
+from vhost.problem import describe
 
 REMEMBERED = 32  # jobs that have ended
 LOOK_SECONDS = 0.05  # between two looks of a job that a rate keeps waiting
@@ -82,6 +82,7 @@ class Jobs:
             if self._is_ending:
                 raise JobRefused("the daemon is ending")
             job = Job(self._last + 1, work, rate, on_error)
+            work.on_behind = lambda: self._fall_behind(job)
             thread = threading.Thread(target=self._main, args=(job,), name=f"job {job.number}", daemon=True)
             try:
                 start_deaf(thread)
@@ -128,6 +129,21 @@ class Jobs:
             self._stir(job)
             return job.report()
 
+    def complete(self, number: int) -> Report:
+        """Let one that is ready finish. Raises: JobRefused if it is not, or may not."""
+        with self._changed:
+            work = self._find_ready(number).work
+        try:
+            work.require_finishable()  # which may take as long as a host takes
+        except (OSError, ImageError, ValueError) as error:
+            raise JobRefused(_said(error)) from error
+        with self._changed:
+            job = self._find_ready(number)
+            job.may_finish = True
+            self._turn(job, job.standing)
+            self._stir(job)
+            return job.report()
+
     def set_rate(self, number: int, rate: int) -> Report:
         """Let it move at most *rate* bytes a second; 0: as many as it can. Raises: JobRefused if it has ended."""
         with self._changed:
@@ -159,10 +175,24 @@ class Jobs:
             raise JobRefused(f"job {number} has ended: {job.state}")
         return job
 
+    def _find_ready(self, number: int) -> Job:
+        job = self._find_going(number)
+        if job.state is not State.READY and not job.may_finish:
+            raise JobRefused(f"job {number} is {job.state}, not ready")
+        return job
+
     def _cancel(self, job: Job) -> None:
         job.is_cancelled = True
         job.reins.cancel()
+        if job.is_ready:  # it ends soon, and is not to be waited for as it is
+            self._turn(job, job.standing)
         self._stir(job)
+
+    def _fall_behind(self, job: Job) -> None:
+        """On any thread."""
+        with self._changed:
+            job.is_behind = True
+            self._stir(job)
 
     def _stir(self, job: Job) -> None:
         job.is_stirred = True
@@ -179,6 +209,7 @@ class Jobs:
         """All that is under way will be awaited: let it be little."""
         with self._changed:
             self._has_room = False
+            self._changed.notify_all()  # one that is ready is not any more
             job = self._current
         if job is not None:
             job.reins.cancel()
@@ -209,22 +240,23 @@ class Jobs:
     def _look_after(self, job: Job) -> None:
         while (reins := self._await_room(job)) is not None:
             try:
-                self._go(job, reins)
+                self._end(job, self._go(job, reins))
+                return
             except (Cancelled, RoomWanted):
                 self._stand_back(job)
+            except JobFailed as failure:
+                self._end(job, State.FAILED, str(failure))
+                return
             except (OSError, ImageError, ValueError) as error:
                 self._stand_back(job)
                 if self._is_over(job, error):
                     return
-            else:
-                self._end(job, State.COMPLETED)
-                return
         self._end(job, State.CANCELLED)
 
     def _stand_back(self, job: Job) -> None:
         """The attempt is over, the job is not yet."""
         with self._changed:
-            job.is_begun = job.is_finishing = False
+            job.is_begun = job.is_ready = job.is_finishing = False
 
     def _await_room(self, job: Job) -> Reins | None:
         """What it is begun with, once it may be; None if it was cancelled first."""
@@ -239,7 +271,10 @@ class Jobs:
             self._turn(job, job.standing)
             return job.reins
 
-    def _go(self, job: Job, reins: Reins) -> None:
+    def _go(self, job: Job, reins: Reins) -> State:
+        """Do it -> how it has ended."""
+        with self._changed:
+            job.is_behind = False
         job.work.prepare()
         outcome: Future[BaseException | None] = new_future()
         outcome.add_done_callback(lambda _: self._notice(job))
@@ -249,13 +284,47 @@ class Jobs:
             self._device.worker.post(partial(self._wake, job, reins))
         error = outcome.result()
         if error is None:
-            self._await_leave(job)
+            return self._part(job) if job.work.awaits_word else self._finish(job)
+        try:
+            raise no_memory() if isinstance(error, MemoryError) else error
+        finally:
+            del error
+
+    def _finish(self, job: Job) -> State:
+        self._await_leave(job)
+        job.work.finish()
+        return State.COMPLETED
+
+    def _part(self, job: Job) -> State:
+        """Let it finish once it is told to, or end."""
+        if not self._await_word(job):
+            job.work.part()
+            return State.CANCELLED
+        try:
             job.work.finish()
-        else:
-            try:
-                raise no_memory() if isinstance(error, MemoryError) else error
-            finally:
-                del error
+        except (OSError, ImageError, ValueError) as error:  # it is ready as before
+            with self._changed:
+                job.may_finish = False
+                job.error = _said(error)
+            raise RoomWanted from error
+        return State.COMPLETED
+
+    def _await_word(self, job: Job) -> bool:
+        """Whether it is to finish, not to end. Raises: RoomWanted if it has to begin again first."""
+
+        def must_begin_again() -> bool:
+            return job.is_behind or not self._has_room
+
+        with self._changed:
+            job.is_ready = True
+            self._turn(job, job.standing)
+            self._changed.wait_for(
+                lambda: must_begin_again() or job.is_cancelled or (job.may_finish and not job.is_paused)
+            )
+            if must_begin_again():
+                raise RoomWanted
+            job.is_finishing = True
+            return not job.is_cancelled
 
     def _await_leave(self, job: Job) -> None:
         """All is moved; whoever paused it meanwhile finds it as it was. Raises: Cancelled."""
@@ -272,7 +341,7 @@ class Jobs:
             return
         try:
             coroutine = job.work.begin(reins)
-        except (OSError, ImageError, ValueError) as error:
+        except (OSError, ImageError, ValueError, RoomWanted) as error:
             outcome.set_result(error)
             return
         self._backend.run(coroutine, lambda task: outcome.set_result(task.take_error()))

@@ -15,8 +15,9 @@ from qcow2.driver.task import Task
 from qcow2.node.overlay import Overlay
 from vhost.device import Device
 from vhost.disk import ImageBackend
-from vhost.held import HeldImage, describe, problem_of
+from vhost.held import HeldImage
 from vhost.overlaybitmaps import Found, OverlayBitmaps
+from vhost.problem import describe, problem_of
 from virtio.block import Unavailable
 
 
@@ -59,6 +60,13 @@ class Snapshots:
             raise SnapshotRefused(describe(error)) from error
         except (ValueError, Unavailable) as error:
             raise SnapshotRefused(str(error)) from error
+
+    def freeze(self, name: str, bitmaps: OverlayBitmaps) -> str:
+        """As `take`, while the device is kept that holds the disk.
+
+        Raises: SnapshotRefused, SnapshotUnstable, OSError, ImageError, ValueError.
+        """
+        return self._take(name, Pace(), bitmaps)
 
     def _take(self, name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
         overlay = self._held.prepare_overlay(name)

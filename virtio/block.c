@@ -224,12 +224,14 @@ static enum then write_all_fresh(struct block *block, struct worker *worker, str
     return then;
 }
 
-/* Whether somebody still wants a part of the request's range, which is not empty, as it is. */
-static bool touches_frozen(const struct block *block, const struct request *request)
+/* Whether somebody wants to know of each change, or still wants a part of the request's range, which is not empty. */
+static bool is_watched(const struct block *block, const struct request *request)
 {
     uint64_t chunk = request->offset >> BLOCK_FROZEN_BITS;
     uint64_t end = ((request->offset + request->nbytes - 1) >> BLOCK_FROZEN_BITS) + 1;
 
+    if (block->changes_punt)
+        return true;
     for (end = end < block->nfrozen ? end : block->nfrozen; chunk < end; chunk++) {
         uint8_t bits = block->frozen[chunk / 8];
 
@@ -244,7 +246,7 @@ static bool touches_frozen(const struct block *block, const struct request *requ
 static void begin_transfer(struct block *block, struct worker *worker, struct request *request)
 {
     struct extent extents[WORKER_TRANSFERS_MIN];
-    bool is_punted = !block->translate || (request->type == VIRTIO_BLK_T_OUT && touches_frozen(block, request));
+    bool is_punted = !block->translate || (request->type == VIRTIO_BLK_T_OUT && is_watched(block, request));
     int count = is_punted ? 0 : resolve(block, worker, request, extents);
 
     request->error = 0;
@@ -395,7 +397,7 @@ static bool clear_at_once(struct block *block, struct worker *worker, const stru
     enum extent_clearing how = EXTENT_DISCARD;
     int result;
 
-    if (!block->places || touches_frozen(block, request))
+    if (!block->places || is_watched(block, request))
         return false;
     if (request->type == VIRTIO_BLK_T_WRITE_ZEROES)
         how = request->flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP ? EXTENT_UNMAP : EXTENT_KEEP;

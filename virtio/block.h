@@ -27,6 +27,7 @@ struct block {
     bool read_only;
     bool writethrough;
     bool flush_punts;                 /* an fdatasync alone would not make all that completed stable: ask Python */
+    bool changes_punt;                /* every write, discard and write-zeroes goes to Python */
     bool failed;                      /* every change and FLUSH is answered with IOERR */
     char serial[BLOCK_SERIAL_NBYTES]; /* the rest is NUL */
     extent_translate translate;       /* NULL: every read and write goes to Python */

@@ -69,6 +69,10 @@ class NativeBlock:
         """Leave FLUSH to Python as long as a sync alone would not make everything that has completed stable."""
         self._block.flush_punts = punts
 
+    def set_changes_punt(self, punts: bool) -> None:
+        """Leave every write, discard and write-zeroes to Python: somebody else wants to know of each."""
+        self._block.changes_punt = punts
+
     def refuse_writes(self) -> None:
         """Answer every change and FLUSH with IOERR from now on, also those in flight."""
         self._block.failed = True

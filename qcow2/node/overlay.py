@@ -141,7 +141,7 @@ class Overlay:
             not self._is_top(self._frozen) or os.fstat(self._top.fd).st_nlink < 2
         ):  # or `switch` would take the last name
             raise FileExistsError(errno.EEXIST, "is no second name of the image", self._frozen)
-        _sync_directory(self._frozen)
+        sync_directory(self._frozen)
 
     def begin_log(self) -> None:
         """Begin the link log of the overlay, if one is to be had: `let_links_wait` wants it. Raises: OSError."""
@@ -170,12 +170,12 @@ class Overlay:
         was_named, self._was_named = self._was_named, False
         os.link(self._frozen, self._temporary, follow_symlinks=False)
         os.rename(self._temporary, self._path)
-        _sync_directory(self._path)
+        sync_directory(self._path)
         self._was_named = was_named
 
     def sync_names(self) -> None:
         """Make the name that was taken stable. Raises: OSError."""
-        _sync_directory(self._path)
+        sync_directory(self._path)
 
     def adopt(self) -> SharedMemory | None:
         """Make the overlay the top of the chain. -> where the log of what is below lies, of no use once that is closed.
@@ -208,7 +208,7 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
     """Make the names in the directory of *path* stable. Raises: OSError."""
     fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -52,8 +52,8 @@ class Explorer:
     _contents: dict[tuple[int, int, frozenset[tuple[int, int]]], bytes] = field(default_factory=dict)
     _epoch: int = 0
 
-    def explore(self, *, stride: int = 1) -> int:
-        """Judge the states of every *stride*-th crash point; the number of states visited."""
+    def explore(self, *, stride: int = 1, since: int = 0) -> int:
+        """Judge the states of every *stride*-th crash point from position *since* on; the number of states visited."""
         draw = random.Random(self.seed)
         synced = -1
         for index, point in enumerate(points(self.run.journal, self.run.initial, self.run.file)):
@@ -62,7 +62,7 @@ class Explorer:
                 self._epoch += 1
                 self._contents.clear()
             synced = epoch
-            if index % stride == 0:
+            if index % stride == 0 and point.position >= since:
                 self._visit(point, draw)
         return self.states
 

@@ -316,7 +316,7 @@ def test_commit_beside_a_guest_that_writes(top: Path, tmp_path: Path, mode: str)
         load.run(50)
         load.drain()
         with pytest.raises(ControlError, match="nothing is between"):
-            client.commit()
+            client.commit("base")
         daemon.stop()
     assert backing(top) == "base"
     (tmp_path / "mid").unlink()
@@ -413,4 +413,89 @@ def test_death_in_a_commit_leaves_the_same_disk(top: Path, tmp_path: Path, at: i
             daemon.stop()
     assert backing(top) == "base"
     assert content(top) == content(tmp_path / "base") == SHOWN
+    assert_not_corrupt(top)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "base"),
+    [
+        ("--cache=writeback", "extended_l2=on", None),
+        ("--cache=none", "", "base"),
+        ("--cache=writethrough", "lazy_refcounts=on", "base"),
+        ("--sandbox", "cluster_size=4k", None),
+    ],
+)
+def test_what_the_image_holds_is_committed_beside_a_guest_that_writes(
+    tmp_path: Path, mode: str, options: str, base: str | None
+) -> None:
+    top = make_chain(tmp_path, options)
+    with start(top, mode) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
+        load.run(200)
+        load.drain()
+        before = expected(load)
+        held = dict(load.held)
+        job = client.commit(base, active=True).job
+        while not client.job(job).has_ended:
+            load.run(10)
+        assert client.job(job).state == "completed", client.job(job)
+        load.drain()
+        daemon.stop()
+    assert backing(top) == (base or "mid")
+    assert content(top) == expected(load)
+    committed = content(tmp_path / (base or "mid"))
+    for block in held:
+        place = slice(block * BLOCK, (block + 1) * BLOCK)
+        if expected(load)[place] == before[place] != bytes(BLOCK):  # not written since: no two writes are alike
+            assert committed[place] == before[place]
+    assert sorted(name for name in os.listdir(tmp_path) if name.startswith("top")) == ["top"]
+    assert_clean(top)
+
+
+def test_commit_of_a_disk_that_lies_right_over_its_base(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qcow2_tool_ok("create", base, str(SIZE))
+    qcow2_tool_ok("create", "-b", "base", "-F", "qcow2", top)
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        for text in (b"one", b"two"):
+            guest.write(MIB, text.ljust(BLOCK) * 32)
+            assert client.wait(client.commit().job).state == "completed"
+            assert_clean(base)
+            assert content(base)[MIB : MIB + 3] == text
+            assert guest.read(MIB, BLOCK) == text.ljust(BLOCK)
+        daemon.stop()
+    assert top.stat().st_size < MIB
+    assert sorted(os.listdir(tmp_path)) == ["base", "top"]
+    assert_clean(top)
+
+
+def test_bitmaps_stay_with_the_image_that_is_committed(top: Path) -> None:
+    qemu_img("bitmap", "--add", top, "changes")
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        guest.write(MIB, b"w" * BLOCK)
+        assert client.wait(client.commit("base", active=True).job).state == "completed"
+        assert [(bitmap.name, bitmap.dirty) for bitmap in client.bitmaps] == [("changes", 65536)]
+        daemon.stop()
+    with qcow2.open(top) as disk:
+        assert [bitmap.name for bitmap in disk.bitmaps] == ["changes"]
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("at", [*range(3, 50, 4)])
+def test_death_in_a_commit_of_what_the_image_holds(top: Path, tmp_path: Path, at: int) -> None:
+    with qcow2.open(top, writable=True) as disk:
+        disk.write(0, b"t" * BLOCK)
+    shown = b"t" * BLOCK + SHOWN[BLOCK:]
+    with start(top, "--aio=threads", under=dying_from_start(at)) as daemon, FrontEnd(daemon.socket_path):
+        with suppress(ControlError, BackendGone), control(top) as client:
+            assert client.wait(client.commit("base", active=True).job).state == "completed"
+        daemon.process.terminate()
+        assert daemon.process.wait(TIMEOUT) in (-signal.SIGKILL, 0)
+    assert content(top) == shown
+    assert_not_corrupt(tmp_path / "base")
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+        assert client.wait(client.commit("base", active=True).job).state == "completed"
+        daemon.stop()
+    assert backing(top) == "base"
+    assert content(top) == content(tmp_path / "base") == shown
     assert_not_corrupt(top)

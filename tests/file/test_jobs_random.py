@@ -1,4 +1,4 @@
-"""Lives of a disk, drawn at random: snapshots, streams, commits, resizes, restarts and SIGKILLs beside a guest."""
+"""Lives of a disk, drawn at random: snapshots, jobs of all kinds, resizes, restarts and SIGKILLs beside a guest."""
 
 import random
 from contextlib import ExitStack, suppress
@@ -48,7 +48,17 @@ class Life:
             for _ in range(rounds):
                 self.load.run(self.rng.randrange(1, 60))
                 action = self.rng.choice(
-                    [self.snapshot, self.stream, self.commit, self.wait, self.resize, self.pause, self.restart]
+                    [
+                        self.snapshot,
+                        self.stream,
+                        self.commit,
+                        self.mirror,
+                        self.complete,
+                        self.wait,
+                        self.resize,
+                        self.pause,
+                        self.restart,
+                    ]
                 )
                 self.history.append(action.__name__)
                 with suppress(ControlError):  # what is refused has changed nothing
@@ -65,7 +75,21 @@ class Life:
         self.client.stream(self._some_base(), rate=self.rng.choice([0, 0, MIB]))
 
     def commit(self) -> None:
-        self.client.commit(self._some_base(), rate=self.rng.choice([0, 0, MIB]))
+        active = self.rng.random() < 0.5
+        self.client.commit(self._some_base(), active=active, rate=self.rng.choice([0, 0, MIB]))
+
+    def mirror(self) -> None:
+        self._serial += 1
+        top = self.rng.random() < 0.5
+        self.client.mirror(f"moved{self._serial}", top=top, rate=self.rng.choice([0, 0, MIB]))
+
+    def complete(self) -> None:
+        """Or leave the copy."""
+        for job in self.client.jobs()[-1:]:
+            self.client.set_rate(job.job, 0)
+            while (now := self.client.job(job.job)).state != "ready" and not now.has_ended and now.kind == "mirror":
+                self.load.run(5)
+            (self.client.complete if self.rng.random() < 0.7 else self.client.cancel)(job.job)
 
     def _some_base(self) -> str | None:
         return self.rng.choice([None, "base", *(f"frozen{i + 1}" for i in range(self._serial))])
@@ -73,7 +97,7 @@ class Life:
     def wait(self) -> None:
         for job in self.client.jobs()[-1:]:
             self.client.set_rate(job.job, 0)
-            while not self.client.job(job.job).has_ended:
+            while not (now := self.client.job(job.job)).has_ended and now.state != "ready":
                 self.load.run(5)
 
     def resize(self) -> None:

@@ -236,6 +236,18 @@ def test_what_has_changed_since(place: Path) -> None:
         assert play("Know what has changed since", place, steps=[1]) == "{'monday': 0, 'tuesday': 65536}\n"
 
 
+def test_a_disk_moves(place: Path) -> None:
+    (place / "elsewhere").mkdir()
+    control = f"--control={place / 'disk.control'}"
+    with Daemon(place / "disk.qcow2", control) as daemon, FrontEnd(daemon.socket_path) as guest:
+        play("Move a disk to another file system", place)
+        guest.write(0, b"w" * 4096)
+        daemon.stop()
+    assert (place / "disk.qcow2").readlink() == place / "elsewhere" / "disk.qcow2"
+    with qcow2.open(place / "disk.qcow2") as disk:
+        assert disk.read(0, disk.size) == b"w" * 4096 + (place / "copy.raw").read_bytes()[4096:]
+
+
 def test_every_recipe_has_its_test() -> None:
     tests = (Path(__file__), Path(__file__).parents[1] / "vm" / "test_agent.py")
     played = {title for test in tests for title in re.findall(r'play\("(.*?)"', test.read_text())}

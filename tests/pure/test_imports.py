@@ -21,6 +21,7 @@ MAY_IMPORT = {
 }
 GLUE = {  # where an image meets a device
     "vhost/disk.py",
+    "vhost/ringdriver.py",
     "vhost/held.py",
     "vhost/direct.py",
     "vhost/snapshot.py",
@@ -29,9 +30,10 @@ GLUE = {  # where an image meets a device
     "vhost/frozen.py",
     "vhost/backup.py",
     "vhost/backuptarget.py",
-    "vhost/ringdriver.py",
     "vhost/streaming.py",
     "vhost/committing.py",
+    "vhost/mirroring.py",
+    "vhost/problem.py",
     "vhost/servedchain.py",
     "vhost/imagecommands.py",
     "vhost/bitmapaction.py",

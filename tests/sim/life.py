@@ -109,6 +109,8 @@ class HeldSimulation:
 
     def __init__(self, image: Image, files: list[KernelFile], size: int, *, is_direct: bool) -> None:
         self.disk = SimpleNamespace(image=image, files=files, chain=SimpleNamespace(nodes=[image]))
+        self.beside = None
+        self.files = files
         self.direct_fds = {file: file.direct_fd for file in files} if is_direct else {}
         self.traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in files}
         self.properties = Properties(size=size)

@@ -1,0 +1,142 @@
+"""Where a copy of a disk lies, and how the path that is served comes to lead to it.
+
+A new copy has the name it was wanted under only once it is whole. The path is turned in one step: who opens it after a
+death at any point finds the disk that was served, or its copy.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+from qcow2.driver.file import HostFile
+from qcow2.error import UnsupportedImage
+from qcow2.lock import lock_image
+from qcow2.node.overlay import sync_directory
+
+
+class NewFile:
+    """A file that shall be at *path*, and is at `temporary` until then."""
+
+    def __init__(self, path: str) -> None:
+        """Raises: FileExistsError if something is there; ValueError if nothing can be."""
+        self.path = path
+        directory, base = os.path.split(path)
+        if not base:
+            raise ValueError(f"{path!r} is not the name of a file")
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        os.stat(directory or ".")
+        self.temporary = os.path.join(directory, f".{base}.mirror")
+        self._made: tuple[int, int] | None = None  # device and inode
+
+    def make(self, like: HostFile, fill: Callable[[HostFile], None]) -> None:
+        """Make it anew with the owner and mode of *like*, and what *fill* writes. Raises: OSError, ImageError."""
+        self.discard()
+        self._remove_leftover()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with HostFile(self.temporary, os.open(self.temporary, flags, 0o600), writable=True) as file:
+            self._made = _numbers_of(os.fstat(file.fd))
+            try:
+                status = os.fstat(like.fd)
+                os.fchown(file.fd, status.st_uid, status.st_gid)
+                os.fchmod(file.fd, stat.S_IMODE(status.st_mode))
+                fill(file)
+            except BaseException:
+                self.discard()
+                raise
+
+    def _remove_leftover(self) -> None:
+        """Of a process that died, or of ours. Raises: ImageLocked if somebody uses it."""
+        with suppress(FileNotFoundError), HostFile.open(self.temporary, writable=True) as file:
+            lock_image(file.fd, self.temporary, writable=True)
+            os.unlink(self.temporary)
+
+    def name(self) -> None:
+        """Give it the name that was wanted; stable on return. Raises: OSError, FileExistsError."""
+        if not os.path.lexists(self.temporary):  # it has it
+            return
+        os.link(self.temporary, self.path)
+        os.unlink(self.temporary)
+        sync_directory(self.path)
+
+    def discard(self) -> None:
+        """Remove what was made, whichever name it has. Raises: OSError."""
+        for path in (self.temporary, self.path):
+            with suppress(FileNotFoundError):
+                if _numbers_of(os.lstat(path)) == self._made:
+                    os.unlink(path)
+
+
+class Pivot:
+    """The path *served*, where the file *top* is, is about to lead to *target*.
+
+    `prepare`, then `switch`, then `sync`; or, before `switch`, `discard`.
+    """
+
+    def __init__(self, served: str, top: HostFile, target: str) -> None:
+        """Raises: UnsupportedImage, OSError if that cannot be."""
+        require_turnable(served, top)
+        self._served = served
+        self._top = top
+        self._target = os.path.realpath(target)
+        directory, base = os.path.split(os.path.abspath(served))
+        self._temporary = os.path.join(directory, f".{base}.pivot")
+        self._old = None if os.path.islink(served) else _free_name(os.path.join(directory, f"{base}.old"), top)
+        self._was_named = False
+
+    def prepare(self) -> None:
+        """Give what is served a name that it keeps, stable on return, and have the new one at hand. Raises: OSError."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary)  # of a process that died in between
+        self._point(self._temporary)
+        if self._old is not None and not os.path.lexists(self._old):
+            os.link(self._served, self._old)
+            self._was_named = True
+        sync_directory(self._temporary)
+
+    def _point(self, name: str) -> None:
+        """A second name in the same directory, which a sandbox lets us give; elsewhere a symbolic link."""
+        is_beside = os.path.samefile(os.path.dirname(self._target), os.path.dirname(name))
+        if is_beside and os.path.isfile(self._target):
+            os.link(self._target, name)
+        else:
+            os.symlink(self._target, name)
+
+    def switch(self) -> None:
+        """Let the path lead to the target. Raises: OSError, and then nothing has changed."""
+        os.rename(self._temporary, self._served)
+        self._was_named = False
+
+    def sync(self) -> None:
+        """Make that stable. Raises: OSError."""
+        sync_directory(os.path.abspath(self._served))
+
+    def discard(self) -> None:
+        """Let all be as it was. Raises: OSError."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+        if self._was_named and self._old is not None:
+            os.unlink(self._old)
+
+
+def require_turnable(served: str, top: HostFile) -> None:
+    """Whether the path *served*, where *top* is, can lead elsewhere. Raises: UnsupportedImage, OSError."""
+    if not stat.S_ISREG(os.stat(served).st_mode):
+        raise UnsupportedImage(served, "not a regular file: its path cannot lead elsewhere")
+    if not os.path.samestat(os.stat(served), os.fstat(top.fd)):
+        raise OSError(errno.ESTALE, "another file has this name by now", served)
+
+
+def _numbers_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _free_name(path: str, top: HostFile) -> str:
+    """*path*, or with a number, where nothing is, or *top* already."""
+    name, number = path, 1
+    while os.path.lexists(name) and not os.path.samestat(os.lstat(name), os.fstat(top.fd)):
+        number += 1
+        name = f"{path}{number}"
+    return name
