@@ -6,6 +6,7 @@ A death between these steps leaves the old disk: a longer table maps it as well,
 from array import array
 
 from qcow2.driver.operation import File
+from qcow2.engine.links import Links
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
@@ -43,8 +44,9 @@ def grown_size(file: File, header: Header, nbytes: int) -> int:
 class Grower(Part):
     """Makes the disk of one image longer, while nothing else is under way."""
 
-    def __init__(self, opened: Opened, root: Root, space: Space, zeroer: Zeroer) -> None:
+    def __init__(self, opened: Opened, root: Root, space: Space, links: Links, zeroer: Zeroer) -> None:
         super().__init__(opened, root, space)
+        self._links = links
         self._zeroer = zeroer
 
     async def grow(self, nbytes: int) -> None:
@@ -64,7 +66,7 @@ class Grower(Part):
             end = min(nbytes, self._geometry.round_up(reach))
             if old_size < end:
                 await self._zeroer.write_zeroes(old_size, end - old_size, unmap=True)
-            await self._stability.sync()
+            await self._links.flush()  # zeros of a part of a cluster are a copy, whose link may wait in the log (law 6)
             await self._root.set_size(nbytes)
         except BaseException:
             self._geometry.size = old_size

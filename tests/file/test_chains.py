@@ -18,6 +18,12 @@ def test_the_guest_sees_the_same_disk(work: str, part: int) -> None:
     assert sum(states) > 30
 
 
+@pytest.mark.parametrize("seed", [246, 262, 276])
+def test_power_loss_after_growing_shows_nothing_from_below(seed: int) -> None:
+    """The old end was inside a cluster, whose zeros are a copy: its link waited when the size was stable."""
+    assert Trial("resize", seed, 25).run() > 30
+
+
 @pytest.mark.parametrize(("work", "part", "name"), [("stream", Fetcher, "fetch"), ("rebase", Links, "commit")])
 def test_mutants_are_found(monkeypatch: pytest.MonkeyPatch, work: str, part: type, name: str) -> None:
     async def nothing(*arguments: object) -> None:
