@@ -17,6 +17,20 @@ PATH_KEYS = ("file.filename", "filename")
 HEADER = "header.filename"
 HOST_DRIVERS = ("file", "host_device")
 IGNORED = ("file.driver", "file.locking", "file.aio", "locking", "aio", "read-only", "auto-read-only", "node-name")
+TUNING = (  # what a disk holds does not depend on it
+    "cache-clean-interval",
+    "cache-size",
+    "detect-zeroes",
+    "discard",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "lazy-refcounts",
+    "overlap-check",
+    "pass-discard-other",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "refcount-cache-size",
+)
 WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
          Specify the 'raw' format explicitly to remove the restrictions."""
@@ -119,7 +133,7 @@ def _flat(facts: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str]]:
 def _of_options(given: dict[str, str]) -> Named:
     driver = given.pop("driver", None)
     path = next((given.pop(key) for key in PATH_KEYS if key in given), None)
-    for key in IGNORED:
+    for key in (*IGNORED, *TUNING, *(key for key in given if key.removeprefix("file.").startswith("cache."))):
         given.pop(key, None)
     if driver in HOST_DRIVERS:
         driver = "raw"

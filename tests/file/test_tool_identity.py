@@ -65,6 +65,10 @@ def test_as_qemu_img_what_cannot_be_opened_is_told_in_its_words(linked: Path, tm
     "words",
     [
         ["--image-opts", "driver=qcow2,file.filename=a,,b"],
+        [
+            "--image-opts",
+            "driver=qcow2,l2-cache-entry-size=4k,cache.direct=on,file.filename=a,,b,file.cache.no-flush=on",
+        ],
         ["--image-opts", "driver=qcow2,file.driver=file,file.filename=a,,b"],
         ['json:{"driver": "qcow2", "file": {"driver": "file", "filename": "a,b"}}'],
         ["-f", "qcow2", "file:a,b"],
