@@ -68,7 +68,7 @@ class Backup(Work):
 
     def _require_image(self, bitmap: str | None) -> Node:
         disk = self._served.held.disk
-        if disk is None:
+        if disk is None or not self._served.device.is_attached:
             raise RoomWanted
         image, path = disk.image, disk.files[0].path
         if image.is_encrypted:

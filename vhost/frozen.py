@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2 import ImageError
-from qcow2.driver.operation import Signal
+from qcow2.driver.operation import Compute, Signal
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.job.reins import Reins
 from qcow2.job.source import Content, Source
@@ -128,7 +128,7 @@ class Frozen:
         end = -(-min(guest_offset + nbytes, self._size) // CHUNK)
         try:
             while (chunk := self._wanted.next(chunk, end)) < end:
-                stop = min(chunk + WINDOW, end)
+                stop = min(chunk + await self._stride(chunk), end)
                 async with self._locks.hold(chunk, stop - 1):
                     await self._save(chunk, stop, self._have_room)
         except MemoryError:
@@ -163,7 +163,10 @@ class Frozen:
             content, nbytes = await self._source.find(chunk << CHUNK_BITS)
         except (OSError, ImageError):  # said by who reads it
             return WINDOW
-        return min(max(nbytes // CHUNK, WINDOW), WIDE) if content is Content.ZEROS else WINDOW
+        if content is not Content.ZEROS or nbytes < WINDOW * CHUNK:
+            return WINDOW
+        await Compute(_nothing)  # or many of them in a row would hold up all else on this thread
+        return min(nbytes // CHUNK, WIDE)
 
     def _require_going(self) -> None:
         if self._lost:
@@ -244,3 +247,7 @@ class Frozen:
         """Let whoever waits look again."""
         turn, self._turn = self._turn, Signal()
         turn.set()
+
+
+def _nothing() -> None:
+    """Give others a turn."""
