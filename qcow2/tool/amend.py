@@ -21,6 +21,7 @@ from qcow2.tool.quantity import parse_size
 DATA_FILE = ("data_file", "data_file_raw")
 AMENDABLE = ("backing_file", "backing_fmt", "compat", *DATA_FILE, "lazy_refcounts", "refcount_bits", "size")
 SLOT = "encrypt."
+ONLY_QEMUS = ("encryption", "extent_size_hint", "nocow")  # options of creation that we do not have
 WIDTHS = {str(1 << order): order for order in range(7)}
 
 
@@ -99,7 +100,7 @@ def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:
 
 
 def _unknown(name: str, image_format: str) -> Failure:
-    is_for_creation = name in OPTIONS[image_format]
+    is_for_creation = name in (*OPTIONS[image_format], *ONLY_QEMUS)
     hint = "This option is only supported for image creation" if is_for_creation else ""
     return Failure(f"Invalid parameter '{name}'", hint=hint)
 
