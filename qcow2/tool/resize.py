@@ -14,7 +14,7 @@ from qcow2.node.chain import outline
 from qcow2.node.formats import format_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open
-from qcow2.tool.identity import say
+from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
 from qcow2.tool.option import PREALLOCATIONS
@@ -76,6 +76,8 @@ def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preal
         if known.has_metadata:
             header = run(read_header(file, trust_refcounts=False))
             require_uncorrupted(file, header)
+            if is_qemu_img() and header.record.nb_snapshots and header.record.version < 3:
+                raise Failure("Can't resize a v2 image which has snapshots")
             (shrunk_size if size < old else grown_size)(file, header, size)
     if size <= old and preallocation is not Preallocation.OFF:
         raise Failure("Preallocation can only be used for growing images")

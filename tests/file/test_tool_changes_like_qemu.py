@@ -31,6 +31,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_img("snapshot", "-c", "one", "kept")
     qemu_io(Path("kept"), "write -P 6 64k 64k")
     qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", "old", "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", "oldkept", "1M")
+    qemu_img("snapshot", "-c", "one", "oldkept")
     qemu_img("create", "-q", "-f", "raw", "raw", "1M")
     os.chdir(old)
     return place
@@ -83,6 +85,7 @@ ROWS = [
     "resize --shrink kept 512k",
     "resize top 3M",
     "resize old 3M",
+    "resize oldkept 3M",
     "resize -f qcow2 nosuch 3M",
     "amend -o lazy_refcounts=on base",
     "amend -o compat=0.10 base",
