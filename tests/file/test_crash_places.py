@@ -10,7 +10,7 @@ from tests.crash.workload import random_steps
 SERVED = ("accurate", "backing", "encrypted", "encrypted-backing", "encrypted-parts", "parts", "parts-backing")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
 @pytest.mark.parametrize("name", SERVED)
 def test_every_sector_is_allowed_after_every_death(name: str, writethrough: bool) -> None:

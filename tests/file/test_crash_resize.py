@@ -85,14 +85,14 @@ def explore(
     return Explorer(run, sized_opener(kind, min(WATCHED, sizes[-1])), seed).explore(stride=stride)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
 @pytest.mark.parametrize("kind", KINDS_OF_1K)
 def test_every_point_of_growing_twice(kind: str, writethrough: bool) -> None:
     assert explore(kind, [300, 700], seed=3, writethrough=writethrough) > 100
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", KINDS_OF_1K)
 def test_every_point_of_growing_a_disk_that_nobody_writes(kind: str) -> None:
     assert explore(kind, [300, 700], seed=0, steps=0) > 20
