@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from qcow2.driver.operation import Zero
+from qcow2.driver.operation import Grace, Zero
 from qcow2.engine.opened import Opened
 from qcow2.engine.root import Root
 from qcow2.engine.space import Space
@@ -27,9 +27,11 @@ class Part:
     async def _give_back(self, guest_offset: int, end: int) -> None:
         """Give back the space of a range of the external data file whose entries say zeros; the host may keep it.
 
-        Encrypted, a hole is noise: so no power loss may bring an entry back that leads there (law 3). Raises: OSError.
+        Encrypted, a hole is noise: so no power loss may bring an entry back that leads there (law 3), and who has begun
+        to read there ends before (law 5). Raises: OSError.
         """
         if self._data.is_encrypted:
             await self._stability.sync()
+            await Grace()
         with suppress(OSError):
             await Zero(self._data.file, guest_offset, end - guest_offset)
