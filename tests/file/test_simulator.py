@@ -41,3 +41,11 @@ def test_what_is_broken_in_c_is_found(name: str) -> None:
 def test_deaths_within_live_operations_leave_what_the_laws_allow() -> None:
     done = simulate("--states", "1000", what="tests.sim.live")  # all: make simulate-live
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_data_files_with_subclusters_and_ciphers_keep_every_promise() -> None:
+    """In history 4181 a read met the hole that a discard had made under it, which decrypted to noise."""
+    sorts = ("parts", "parts-overlay", "encrypted", "encrypted-overlay")
+    words = [word for sort in sorts for word in ("--sort", f"data-file-{sort}")]
+    done = simulate(*words, "--histories", "2", "--seed", "4180")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
