@@ -481,7 +481,7 @@ def test_bitmaps_stay_with_the_image_that_is_committed(top: Path) -> None:
 
 
 @pytest.mark.sample(4)
-@pytest.mark.parametrize("at", [*range(3, 50, 4)])
+@pytest.mark.parametrize("at", [*range(3, 80, 4)])
 def test_death_in_a_commit_of_what_the_image_holds(top: Path, tmp_path: Path, at: int) -> None:
     with qcow2.open(top, writable=True) as disk:
         disk.write(0, b"t" * BLOCK)
