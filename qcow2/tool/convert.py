@@ -24,6 +24,7 @@ from qcow2.tool.refused import once_it_has_begun, unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 
+CONCATENATED = "Having a backing file for the target makes no sense when concatenating multiple input images"
 MAX_SPARSE = 16 << 20  # bytes
 MAX_WIDTH = 16
 MAX_THREADS = 8
@@ -104,6 +105,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         if is_qemu_img() and wish.image_format == "qcow2" and not arguments.no_create:
             _refuse_in_its_words(wish)
         _validate_compression(wish, arguments)
+        if wish.given.get("backing_file") and len(images) > 1:
+            raise UsageError(CONCATENATED)
         bitmaps = bitmaps_to_copy(wish, images, arguments)
         below = stack.enter_context(_base(wish, arguments))
         if arguments.no_create:  # what the target is over, and what it has itself, is not ours to say
@@ -170,7 +173,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     if arguments.target_is_zero and not arguments.no_create:
         raise UsageError("--target-is-zero requires use of -n flag")
     if arguments.backing is not None and len(arguments.filenames) > 2:
-        raise UsageError("Having a backing file for the target makes no sense when concatenating multiple input images")
+        raise UsageError(CONCATENATED)
     if arguments.skip_broken_bitmaps and not arguments.bitmaps:
         raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
     if arguments.bitmaps and len(arguments.filenames) > 2:

@@ -72,6 +72,7 @@ ROWS = [
     "convert -n --target-image-opts -O qcow2 data driver=qcow2,file.filename=new",
     "convert -O raw -B data -F qcow2 top new",
     "convert -O qcow2 -B data top new",
+    "convert -O qcow2 -o backing_file=data,backing_fmt=qcow2 top data new",
     "dd if=summit of=new",
     "dd -O qcow2 if=summit of=new bs=64k skip=1 count=20",
     "dd -O qcow2 bs=64k count=2 skip=1 if=summit of=new",
