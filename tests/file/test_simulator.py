@@ -43,9 +43,8 @@ def test_deaths_within_live_operations_leave_what_the_laws_allow() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_data_files_with_subclusters_and_ciphers_keep_every_promise() -> None:
-    """In history 4181 a read met the hole that a discard had made under it, which decrypted to noise."""
-    sorts = ("parts", "parts-overlay", "encrypted", "encrypted-overlay")
-    words = [word for sort in sorts for word in ("--sort", f"data-file-{sort}")]
-    done = simulate(*words, "--histories", "2", "--seed", "4180")
+def test_data_files_with_ciphers_keep_every_promise() -> None:
+    """In this history a read met the hole that a discard had made under it, which decrypted to noise."""
+    words = ["--sort", "data-file-encrypted", "--sort", "data-file-encrypted-overlay"]
+    done = simulate(*words, "--histories", "1", "--seed", "7108")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
