@@ -8,7 +8,6 @@ import pytest
 from qcow2.engine.luks import NewVault, Vault, new_vault
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage, WrongKey
 from qcow2.format.luks import DISABLED, CipherSpec, Encryption, LuksRecord, parse_luks
-from qcow2.plane.cipher import Cipher
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 
 SPEC = CipherSpec("aes", "xts", "plain64", None, 32)
@@ -120,31 +119,3 @@ def test_no_mutation_of_a_header_ends_in_anything_but_a_refusal() -> None:
         except ImageError:
             continue
         assert luks.record.end_offset <= 1 << 22
-
-
-# Sectors
-
-
-def test_sectors_are_as_ieee_1619_has_them() -> None:
-    """Vector 10: XTS-AES-256, data unit 0xff; the front of it."""
-    key = bytes.fromhex(
-        "2718281828459045235360287471352662497757247093699959574966967627"
-        "3141592653589793238462643383279502884197169399375105820974944592"
-    )
-    cipher = Cipher("", CipherSpec("aes", "xts", "plain64", None, 64), key)
-    plain = bytes(range(256)) * 2
-    stored = cipher.encrypt(0xFF, plain)
-    assert stored[:32].hex() == "1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b"
-
-
-@pytest.mark.parametrize("spec", [SPEC, CBC, CipherSpec("aes", "xts", "plain", None, 64)], ids=str)
-def test_sectors_together_are_as_each_alone(spec: CipherSpec) -> None:
-    cipher = Cipher("", spec, random.Random(1).randbytes(spec.key_bytes))
-    for count in (*range(1, 18), 128):
-        for first in (0, (1 << 32) - 3, 1 << 40):
-            plain = random.Random(count).randbytes(count * 512)
-            alone = [cipher.encrypt(first + n, plain[n * 512 : n * 512 + 512]) for n in range(count)]
-            stored = cipher.encrypt(first, plain)
-            assert stored == b"".join(alone)
-            cipher.decrypt(first, stored)
-            assert stored == plain
