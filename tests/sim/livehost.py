@@ -94,7 +94,7 @@ class SimulatedOverlay(Overlay):
         self._chain = chain
         self._top = chain.files[0]
         self._frozen = self._top.path
-        new: Any = host.new_file(f"f{len(host.files)}")
+        new: Any = host.new_file(f"f{len(host.every_file)}")
         self.file, self.memory = new, new.memory
         host.through(create(self.file, self._wanted()))
         self.image = host.open_new(new, below)
@@ -134,11 +134,12 @@ class LiveHost(HeldImage):
     def __init__(
         self, chain: Chain, directory: Directory, new_file: NewFile, open_new: OpenNew, through: Through
     ) -> None:
-        self.files: list[Any] = [*chain.files]  # all that ever were
+        self.every_file: list[Any] = [*chain.files]  # all that ever were
         self.directory = directory
         self.open_new = open_new
         self.through = through
         self.disk: Any = _Disk(chain)
+        self.beside = None
         self.direct_fds = {}
         self.traits = {file: look_at(file.fd) for file in chain.files}
         self.on_frozen: Callable[[str], None] = lambda path: None  # the overlay of *path* is served
@@ -151,7 +152,7 @@ class LiveHost(HeldImage):
 
     def new_file(self, path: str) -> KernelFile:
         file = self._new_file(path)
-        self.files.append(file)
+        self.every_file.append(file)
         return file
 
     def prepare_overlay(self, name: str) -> Overlay:

@@ -251,7 +251,7 @@ class LiveWorld(World):
         self._work(worker, backend, lambda: Committing(served, self._some_base()))
 
     def _some_base(self) -> str | None:
-        return self.random.choice([None, None, *(file.path for file in self.host.files)])
+        return self.random.choice([None, None, *(file.path for file in self.host.every_file)])
 
     def _work(self, worker: OneThread, backend: ImageBackend, begin: Callable[[], Work]) -> None:
         """As a job's thread does; what is refused has changed nothing."""
