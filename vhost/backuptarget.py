@@ -2,7 +2,7 @@
 
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import qcow2
@@ -79,6 +79,8 @@ class BackupTarget:
         if self._made is None:
             return
         try:
+            if not os.path.samestat(os.lstat(self._made), os.fstat(self._file.fd)):
+                raise ImageError(self._made, "another file has this name by now")
             os.link(self._made, self.path)
             os.unlink(self._made)
             _sync_directory(self.path)
@@ -97,7 +99,8 @@ class BackupTarget:
         """Close the file; one that was made and is not whole is gone. Raises: OSError."""
         with self._closing:
             if self._made is not None:
-                os.unlink(self._made)
+                with suppress(FileNotFoundError):  # others have removed it
+                    os.unlink(self._made)
 
 
 def _opened(path: str) -> HostFile:

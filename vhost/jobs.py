@@ -373,7 +373,10 @@ class Jobs:
         return False
 
     def _end(self, job: Job, state: State, error: str = "") -> None:
-        job.work.leave()
+        try:
+            job.work.leave()
+        except (OSError, ImageError) as failure:  # of what it leaves behind: the guest has no part in that
+            error = "; ".join(filter(None, [error, describe(failure)]))
         with self._changed:
             self._current = None
             self._turn(job, state, error)

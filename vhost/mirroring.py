@@ -186,7 +186,7 @@ class Mirroring(Work):
                 self._flush(self._copy.image)
             self._name()
             assert self._held.disk is not None
-            pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], self._path)
+            pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], self._path, self._copy.files[0])
             past, problem = self._serve_copy(pivot)
         self._close(past)
         if problem:

@@ -55,8 +55,12 @@ class NewFile:
 
     def name(self) -> None:
         """Give it the name that was wanted; stable on return. Raises: OSError, FileExistsError."""
-        if not os.path.lexists(self.temporary):  # it has it
+        if self._is_at(self.path):
             return
+        if not self._is_at(self.temporary):
+            raise FileNotFoundError(errno.ENOENT, "the copy has been moved or removed", self.temporary)
+        if os.path.lexists(self.path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
         os.link(self.temporary, self.path)
         os.unlink(self.temporary)
         sync_directory(self.path)
@@ -64,9 +68,14 @@ class NewFile:
     def discard(self) -> None:
         """Remove what was made, whichever name it has. Raises: OSError."""
         for path in (self.temporary, self.path):
-            with suppress(FileNotFoundError):
-                if _numbers_of(os.lstat(path)) == self._made:
-                    os.unlink(path)
+            if self._is_at(path):
+                os.unlink(path)
+
+    def _is_at(self, path: str) -> bool:
+        try:
+            return _numbers_of(os.lstat(path)) == self._made
+        except FileNotFoundError:
+            return False
 
 
 class Pivot:
@@ -75,9 +84,10 @@ class Pivot:
     `prepare`, then `switch`, then `sync`; or, before `switch`, `discard`.
     """
 
-    def __init__(self, served: str, top: HostFile, target: str) -> None:
-        """Raises: UnsupportedImage, OSError if that cannot be."""
+    def __init__(self, served: str, top: HostFile, target: str, copy: HostFile) -> None:
+        """*copy* is what shall be at *target*. Raises: UnsupportedImage, OSError if that cannot be."""
         require_turnable(served, top)
+        require_there(target, copy)
         self._served = served
         self._top = top
         self._target = os.path.realpath(target)
@@ -127,6 +137,12 @@ def require_turnable(served: str, top: HostFile) -> None:
         raise UnsupportedImage(served, "not a regular file: its path cannot lead elsewhere")
     if not os.path.samestat(os.stat(served), os.fstat(top.fd)):
         raise OSError(errno.ESTALE, "another file has this name by now", served)
+
+
+def require_there(target: str, copy: HostFile) -> None:
+    """Raises: OSError unless *target* leads to *copy*."""
+    if not os.path.samestat(os.stat(target), os.fstat(copy.fd)):
+        raise OSError(errno.ESTALE, "another file has this name by now", target)
 
 
 def _numbers_of(status: os.stat_result) -> tuple[int, int]:

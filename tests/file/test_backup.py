@@ -304,3 +304,17 @@ def test_zeros_of_a_large_disk_are_passed_by(tmp_path: Path) -> None:
         assert disk.read(40 << 30, BLOCK) == b"w" * BLOCK
         assert [extent.nbytes for extent in disk.extents(0, disk.size) if extent.is_data] == [64 * KIB]
     assert_clean(tmp_path / "copy")
+
+
+def test_a_backup_that_others_have_removed_is_not_the_guests_trouble(tmp_path: Path) -> None:
+    image, _ = make(tmp_path, "plain")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        job = client.backup("copy", rate=1).job
+        (tmp_path / ".copy.backup").unlink()
+        client.set_rate(job, 0)
+        ended = client.wait(job)
+        assert (ended.state, ".copy.backup" in ended.error) == ("failed", True), ended
+        guest.write(0, b"w" * BLOCK)
+        guest.flush()
+        daemon.stop()
+    assert read(image)[:BLOCK] == b"w" * BLOCK

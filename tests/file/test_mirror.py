@@ -281,3 +281,20 @@ def test_daemon_that_may_not(top: Path, tmp_path: Path, option: str) -> None:
         with FrontEnd(daemon.socket_path), control(top) as client:
             with pytest.raises(ControlError, match=r"read-only|--trace-io"):
                 client.mirror("copy")
+
+
+def test_a_copy_that_others_have_moved_is_not_served(top: Path, tmp_path: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.mirror("copy").job
+        assert client.wait(job).state == "ready"
+        (tmp_path / ".copy.mirror").rename(tmp_path / "moved")
+        client.complete(job)
+        ended = client.wait(job)
+        assert (ended.state, "moved or removed" in ended.error) == ("ready", True), ended
+        client.cancel(job)
+        assert client.wait(job).has_ended
+        guest.write(0, b"w" * BLOCK)
+        guest.flush()
+        assert not top.is_symlink()
+        daemon.stop()
+    assert content(top)[:BLOCK] == b"w" * BLOCK
