@@ -1,6 +1,5 @@
 """`python -m bench`: compare, print, store."""
 
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from bench.case import EXTRAS, FEATURES, ROWS, Case, UnknownCase, select
 from bench.ceiling import measure_ceilings
 from bench.comparison import Arena, Comparison
+from bench.ending import end_on_sigterm, ignore_signals
 from bench.load import LoadFailure
 from bench.machine import command_line, describe
 from bench.option import Options, parse
@@ -26,7 +26,7 @@ IDLE_SECONDS = 20.0
 def main() -> int:
     """Run the benchmark; 0 if every case ran, whatever the figures."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleaned up as on Ctrl-C
+    end_on_sigterm()
     try:
         cases = chosen(options.patterns)
         if options.list_cases:
@@ -68,7 +68,7 @@ def execute(cases: list[Case], options: Options) -> Run:
         options.directory.mkdir(parents=True, exist_ok=True)
         disk = stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-"))
         tmpfs = stack.enter_context(tempfile.TemporaryDirectory(dir=options.tmpfs, prefix="bench-"))
-        stack.callback(ignore_signals)  # first of all, or another one stops the removal of gigabytes half-way
+        stack.callback(ignore_signals)  # first of all
         machine = describe(Path(disk))
         say = stopwatch()
         ceilings = {}
@@ -88,11 +88,6 @@ def execute(cases: list[Case], options: Options) -> Run:
             run = replace(run, idle=arena.watch_idle(IDLE_SECONDS))
             write_tables(run, options.output)
         return run
-
-
-def ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def summary(comparison: Comparison) -> str:

@@ -5,7 +5,6 @@ fall looks there, unless the machine is idle.
 """
 
 import argparse
-import signal
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from bench.case import FILLED, FRESH, GIB, OVERLAY, Case, Images
 from bench.comparison import Arena, our_daemon
+from bench.ending import end_on_sigterm
 from bench.load import Job, LoadFailure
 from bench.machine import describe
 from bench.measurement import Measurement
@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 def main() -> int:
     """Run all passes; 0 if every run ended well, whatever the figures."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     try:
         curves = execute([case for case in CASES if not options.cases or case.name in options.cases], options)
     except (ServerFailure, LoadFailure, OSError, subprocess.CalledProcessError) as error:

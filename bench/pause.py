@@ -2,7 +2,8 @@
 
 Or, with `--action`, while something else is done to it that makes requests wait, ours alone. 4 KiB random writes at
 depth 32, page cache warm. Of each snapshot the slowest request counts, and beside it the slowest one of as long a time
-right before.
+right before. After a few snapshots the image and its overlays are removed and the server begins anew, so that they take
+little more than `SNAPSHOTS * DISK` bytes; after `--seconds` it ends with what it has.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.ending import end_on_sigterm, ignore_signals
 from bench.frontend import FrontEnd
 from bench.load import Job, Load, memory_nbytes
 from bench.server import Aio, Server, Service, connect, listen, our_command, qemu_command
@@ -27,12 +30,15 @@ from qcow2 import create
 from vhost import Control
 from vhost.option import CacheMode
 
-GIB = 1 << 30
-JOB = Job(GIB, depth=32)
+DISK = 128 << 20
+SNAPSHOTS = 10  # of one image, each of which may grow to all of the disk
+JOB = Job(DISK, depth=32)
+WARM = 0.5  # seconds
 STEP = 0.01  # seconds, between two looks whether the snapshot is taken
 AFTER = 0.05  # seconds that count as well
 
 Take = Callable[[str], None]
+Serve = Callable[[Path, ExitStack], AbstractContextManager[tuple[str, Take]]]
 ACTIONS: dict[str, Callable[[Control, str], object]] = {
     "snapshot": lambda control, name: control.snapshot(name),
     "snapshot-with-bitmaps": lambda control, name: control.snapshot(name, carry_bitmaps=True),
@@ -45,9 +51,9 @@ ACTIONS: dict[str, Callable[[Control, str], object]] = {
 class Found:
     """Milliseconds, of each snapshot."""
 
-    slowest: list[float]
-    before: list[float]
-    commands: list[float]
+    slowest: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    commands: list[float] = field(default_factory=list)
 
 
 @contextmanager
@@ -79,11 +85,11 @@ def qemus(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
 
     def ask(execute: str, **arguments: Any) -> None:
         monitor.sendall(json.dumps({"execute": execute, "arguments": arguments}).encode())
-        answer = ""
-        while '"return"' not in answer and '"error"' not in answer:
-            answer = replies.readline()
-        if '"error"' in answer:
-            raise RuntimeError(answer)
+        answer: dict[str, Any] = {}
+        while not {"return", "error"} & answer.keys():  # greetings and events
+            answer = json.loads(replies.readline() or '{"error": "qemu-storage-daemon is gone"}')
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
 
     def take(name: str) -> None:
         if len(nodes) == 1:
@@ -97,26 +103,35 @@ def qemus(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
         yield address, take
 
 
-def measure(snapshots: int, server: Callable[..., Any], directory: Path) -> Found:
+def measure(snapshots: int, seconds: float, server: Serve, directory: Path) -> Found:
+    """Take them, on one image after another, until *seconds* are over."""
+    found, ends_at = Found(), time.monotonic() + seconds
+    while len(found.slowest) < snapshots and time.monotonic() < ends_at:
+        with tempfile.TemporaryDirectory(dir=directory) as mine:
+            image = Path(mine).resolve() / "disk.qcow2"
+            create(image, DISK, lazy_refcounts=True)
+            measure_image(image, min(SNAPSHOTS, snapshots - len(found.slowest)), ends_at, server, found)
+    return found
+
+
+def measure_image(image: Path, snapshots: int, ends_at: float, server: Serve, found: Found) -> None:
     """Take them, a twentieth of a second apart."""
-    image = directory / "disk.qcow2"
-    create(image, GIB, lazy_refcounts=True)
-    found = Found([], [], [])
     with ExitStack() as stack:
         address, take = stack.enter_context(server(image, stack))
         front_end = stack.enter_context(
             FrontEnd(connect(address), queues=1, nbytes=memory_nbytes(JOB), depth=JOB.depth)
         )
         load = stack.enter_context(Load(JOB, front_end))
-        load.run(1.0)
+        load.run(WARM)
         seconds = 0.1
         for number in range(snapshots):
-            found.before.append(slowest(load, lambda seconds=seconds: load.run(seconds)))
+            if time.monotonic() >= ends_at:
+                break
+            found.before.append(slowest(load, partial(load.run, seconds)))
             began = time.monotonic()
-            found.slowest.append(slowest(load, lambda number=number: while_taken(load, take, f"s{number}", found)))
+            found.slowest.append(slowest(load, partial(while_taken, load, partial(take, f"s{number}"), found)))
             seconds = time.monotonic() - began
         load.drain()
-    return found
 
 
 def slowest(load: Load, run: Callable[[], Any]) -> float:
@@ -126,40 +141,54 @@ def slowest(load: Load, run: Callable[[], Any]) -> float:
     return load.outcome().latencies.percentile(100) / 1e6
 
 
-def while_taken(load: Load, take: Take, name: str, found: Found) -> None:
+def while_taken(load: Load, take: Callable[[], None], found: Found) -> None:
+    """Go on with the load until the snapshot is taken, and a little longer. Raises what taking it raised."""
+    taken: Future[float] = Future()
+
     def command() -> None:
         began = time.monotonic()
-        take(name)
-        found.commands.append(1e3 * (time.monotonic() - began))
+        try:
+            take()
+        except BaseException as error:
+            taken.set_exception(error)
+        else:
+            taken.set_result(1e3 * (time.monotonic() - began))
 
-    taker = threading.Thread(target=command)
-    taker.start()
-    while taker.is_alive():
+    threading.Thread(target=command, daemon=True).start()  # who is told to end does not wait for it
+    while not taken.done():
         load.run(STEP)
+    found.commands.append(taken.result())
     load.run(AFTER)
 
 
 def told(what: str, values: list[float]) -> str:
+    """Its line: how many there are, and where they lie."""
     quantiles = statistics.quantiles(values, n=100, method="inclusive")
     named = {"median": quantiles[49], "p90": quantiles[89], "p99": quantiles[98], "max": max(values)}
-    return f"{what}, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in named.items())
+    return f"{what}, {len(values)}, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in named.items())
 
 
 def main() -> int:
     """Print the figures of each server."""
     parser = argparse.ArgumentParser(prog="python -m bench.pause", description=__doc__)
     parser.add_argument("--snapshots", type=int, default=100, help="%(default)s")
+    parser.add_argument("--seconds", type=float, default=50, help="of each server, at most (%(default)s)")
     parser.add_argument("--directory", type=Path, default=Path(".cache"), help="images go here (%(default)s)")
     parser.add_argument("--action", choices=ACTIONS, default="snapshot", help="%(choices)s (%(default)s)")
     given = parser.parse_args()
+    end_on_sigterm()
     given.directory.mkdir(parents=True, exist_ok=True)
-    servers: list[tuple[str, Callable[..., Any]]] = [("ours", partial(ours, action=given.action))]
-    for name, server in [*servers, *([("QEMU's", qemus)] if given.action == "snapshot" else [])]:
-        with tempfile.TemporaryDirectory(dir=given.directory, prefix="pause-") as directory:
-            found = measure(given.snapshots, server, Path(directory).resolve())
-        print(told(f"{name}, slowest request in a {given.action}", found.slowest))
-        print(told(f"{name}, slowest request right before", found.before))
-        print(told(f"{name}, the command", found.commands), flush=True)
+    servers: list[tuple[str, Serve]] = [("ours", partial(ours, action=given.action))]
+    if given.action == "snapshot":
+        servers.append(("QEMU's", qemus))
+    with ExitStack() as stack:
+        mine = stack.enter_context(tempfile.TemporaryDirectory(dir=given.directory, prefix="pause-"))
+        stack.callback(ignore_signals)
+        for name, server in servers:
+            found = measure(given.snapshots, given.seconds, server, Path(mine))
+            print(told(f"{name}, slowest request in a {given.action}", found.slowest))
+            print(told(f"{name}, slowest request right before", found.before))
+            print(told(f"{name}, the command", found.commands), flush=True)
     return 0
 
 
