@@ -298,8 +298,8 @@ static void end(struct device *device, struct worker *worker, struct request *re
 
         block->failed |= landing.failed;
         block->flush_punts |= landing.waits;
-        if (landing.gave_up && then == THEN_END)
-            then = THEN_PUNT;
+        if (landing.gave_up)
+            then = THEN_PUNT; /* not anew: what fails for good would never end */
         if (landing.goes_on) {
             request->then = then;
             request->error = 0;

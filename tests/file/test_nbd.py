@@ -74,7 +74,7 @@ def test_holes_are_told_and_not_sent(image: Path) -> None:
 
 
 def test_what_the_export_is(image: Path) -> None:
-    with Server(image, "-x", "disk", "-D", "a disk", "-e", "3") as server:
+    with Server(image, "-t", "-x", "disk", "-D", "a disk", "-e", "3") as server:
         with server.client(name="disk") as client:
             assert client.size == SIZE
             assert client.flags == 0b1101_1110_1101

@@ -3,6 +3,7 @@
 A failure names setting and fault; `python -m tests.realfault --kind ... --phase ... --option ...` is where to look.
 """
 
+import errno
 import random
 from pathlib import Path
 
@@ -51,3 +52,21 @@ def test_a_name_that_the_data_plane_cannot_write_is_the_last(tmp_path: Path, bac
         _, said = daemon.process.communicate(timeout=TIMEOUT)
     assert daemon.process.returncode == 1
     assert "a write of metadata failed, no more writes" in said
+
+
+def test_a_place_that_cannot_be_filled_is_not_tried_for_ever(tmp_path: Path) -> None:
+    """Two fresh places in one cluster: the second waits for the first, which the host refuses for good."""
+    image, base, part = tmp_path / "disk", tmp_path / "base", 8192
+    base.write_bytes(b"b" * 64 * 32 * part)
+    qcow2_tool_ok("create", "-b", base, "-F", "raw", "-o", "extended_l2=on,cluster_size=256K", image)
+    host = Host(image, Fault(errno.ENOSPC, 1, for_good=True), tmp_path / "told")
+    with Daemon(image, under=host.under) as daemon, FrontEnd(daemon.socket_path) as guest:
+        for cluster in range(1, 8):
+            guest.write(cluster * 32 * part, b"x" * part)
+        guest.write(10 * part, b"x" * part)
+        host.arm()
+        assert guest.do(OUT, 0, b"y" * 16 * part).status == IOERR
+        host.arm(False)
+        guest.write(0, b"z" * 16 * part)
+        guest.flush()
+        assert guest.read(0, 16 * part) == b"z" * 16 * part
