@@ -74,7 +74,7 @@ class Worker:
         `io_uring_refusal` why it is threads if the *options* left that open.
         """
         self.aio = options.aio
-        self._poll_us = options.poll_us
+        self._options = options
         self.io_uring_refusal: OSError | None = None
         self._device = device
         self._on_request = on_request
@@ -471,7 +471,7 @@ class Worker:
 
     def _open_native(self) -> None:
         self._native = ffi.gc(self._create(), lib.worker_free)  # requests may outlive the thread
-        lib.worker_set_poll(self._native, self._poll_us)
+        lib.worker_set_poll(self._native, self._options.poll_us)
         self._operations = Operations(self._native)
         events: Any = lib.worker_events(self._native)
         self._events = memoryview(ffi.buffer(events, lib.WORKER_EVENTS * EVENT.size))

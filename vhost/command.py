@@ -71,7 +71,8 @@ def _run(arguments: list[str]) -> int:
         from vhost.controlclient import main as control
 
         return run_to_end(lambda: control(arguments[1:]))
-    from vhost.option import UsageError, parse
+    from vhost.argument import UsageError
+    from vhost.option import parse
     from vhost.systemd import activated_fd
 
     try:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from vhost.argument import Parser, UsageError
 from vhost.client import Control
 from vhost.clientbitmaps import LiveBitmap
 from vhost.ctljob import quantity
-from vhost.option import Parser, UsageError
 
 Size = Callable[[str], int]
 

@@ -15,8 +15,6 @@ from vhost.session import Session
 from virtio.block import Backend, Unavailable
 from virtio.config import WCE_OFFSET
 
-DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
-
 log = logging.getLogger("vhost")
 
 

@@ -26,11 +26,9 @@ from vhost.held import HeldImage
 from vhost.option import CacheMode
 from vhost.problem import describe, problem_of
 from vhost.ringdriver import RingDriver
-from virtio.block import UNMAP, RequestType, Status
+from virtio.block import CHANGES, UNMAP, RequestType, Status
 from virtio.config import Properties
 from virtio.native import NativeBlock
-
-CHANGES = (RequestType.OUT, RequestType.DISCARD, RequestType.WRITE_ZEROES)
 
 log = logging.getLogger("vhost")
 

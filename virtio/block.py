@@ -1,15 +1,15 @@
 """The block device: what a user subclasses, and what the machinery under it serves."""
 
+import errno
 from collections.abc import Callable, Collection
 from enum import IntEnum
 from typing import Protocol
 
 from ring.request import Request
 from ring.worker import Worker
-from virtio.config import SECTOR, Properties
-from virtio.native import SERIAL_MAX, NativeBlock
+from virtio.config import SECTOR, SERIAL_MAX, Properties
+from virtio.native import NativeBlock
 
-EIO = 5
 UNMAP = 1  # VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
 BLOCK_SIZE_MAX = 4096
 
@@ -23,6 +23,9 @@ class RequestType(IntEnum):
     GET_ID = 8
     DISCARD = 11
     WRITE_ZEROES = 13
+
+
+CHANGES = (RequestType.OUT, RequestType.DISCARD, RequestType.WRITE_ZEROES)
 
 
 class Status(IntEnum):
@@ -155,7 +158,7 @@ class DeviceBackend:
         request.finish(_status_of(lambda: self._serve(request)))
 
     def flush(self, done: Callable[[int], None]) -> None:
-        done(0 if _status_of(self._device.flush) == Status.OK else -EIO)
+        done(0 if _status_of(self._device.flush) == Status.OK else -errno.EIO)
 
     def settle(self, done: Callable[[int], None]) -> None:
         done(0)
@@ -179,9 +182,6 @@ class DeviceBackend:
                 raise RequestError(Status.UNSUPP)
         if request.type in CHANGES and self._block is not None and self._block.writethrough:
             self._device.flush()
-
-
-CHANGES = (RequestType.OUT, RequestType.DISCARD, RequestType.WRITE_ZEROES)
 
 
 def _status_of(action: Callable[[], None]) -> int:

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 SECTOR = 512
+SERIAL_MAX = 20  # VIRTIO_BLK_ID_BYTES
 SEG_MAX = 126  # a driver must fit seg_max + 2 descriptors into the smallest usual ring, 128
 MAX_RANGE_SECTORS = 32768  # of one discard or write-zeroes segment: 16 MiB, so that none holds up the others for long
 WCE_OFFSET = 32

@@ -4,8 +4,8 @@ from typing import Any
 
 from ring.extent import ExtentMap
 from ring.native import Pointer, ffi, lib
+from virtio.config import SERIAL_MAX
 
-SERIAL_MAX = 20  # VIRTIO_BLK_ID_BYTES
 NO_SLOT = 0xFFFFFFFF  # BLOCK_NO_SLOT
 
 

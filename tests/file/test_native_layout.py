@@ -22,8 +22,9 @@ from ring import operations, worker
 from ring.counter import NAMES
 from ring.memory import REGIONS_MAX
 from ring.trace import RECORD, Flag, Kind
+from ring.virtqueue import QUEUES_MAX
 from ring.worker import EVENT
-from vhost.option import QUEUES_MAX, SERIAL_MAX
+from virtio.config import SERIAL_MAX
 
 
 class Record(NamedTuple):

@@ -38,6 +38,7 @@ GLUE = {  # where an image meets a device
     "vhost/imagecommands.py",
     "vhost/bitmapaction.py",
     "vhost/overlaybitmaps.py",
+    "vhost/argument.py",
     "vhost/command.py",
 }
 NEUTRAL = {"ring/extent.h", "ring/assertion.h"}  # the seam between a device and an image; what both rely on

@@ -2,8 +2,9 @@
 
 import pytest
 
+from vhost.argument import UsageError
 from vhost.command import CAPABILITIES, main
-from vhost.option import CacheMode, Options, UsageError, parse
+from vhost.option import CacheMode, Options, parse
 
 REQUIRED = ["--socket-path=/tmp/s", "--blk-file=a.qcow2"]
 
