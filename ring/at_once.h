@@ -9,7 +9,7 @@ bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now);
 /* Read what is in the page cache, or write to it. -> bytes, or -errno; -EAGAIN: it would wait. */
 int at_once_transfer(struct worker *worker, struct operation *operation, const struct gather *gather);
 
-/* ---- of operation.c ---- */
+/* ---- of operation.c and transfer.c ---- */
 
 void operation_note_latency(struct worker *worker, const struct operation *operation);
 void operation_trace_transfer(struct worker *worker, struct operation *operation, const struct gather *gather);

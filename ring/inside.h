@@ -32,6 +32,9 @@ void queue_close(struct worker *worker, struct queue *queue);
 /* operation.c */
 int operation_begin(struct worker *worker, struct request *request); /* -> number or -EBUSY; a verb is to follow */
 void operation_free(struct worker *worker, uint32_t number);
+
+/* transfer.c */
+void operation_submit(struct worker *worker, uint32_t number); /* to the kernel, for the first time or to go on */
 void operation_completed(struct worker *worker, uint32_t number, int result);
 void operations_retry(struct worker *worker);
 void operations_advance(struct worker *worker); /* a turn has ended */

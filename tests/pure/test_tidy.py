@@ -191,7 +191,6 @@ LONGER = {
     "ring/worker.py": "the worker's life; its queues, files and requests are one class",
     "ring/queue.c": "a queue's whole life, which one state machine is",
     "ring/threads.c": "the second implementation of uring.c, with its own queue and threads",
-    "ring/operation.c": "an operation's whole life",
     "virtio/block.c": "one device",
     "qcow2/engine/image.py": "the door of the engine: each operation once",
     "qcow2/engine/allocation.py": "places, reservations and what comes back of them",

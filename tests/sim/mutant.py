@@ -107,7 +107,7 @@ MUTANTS = [
         "short_transfer_is_all",
         "Law 1: a transfer is carried through",
         Edit(
-            "ring/operation.c",
+            "ring/transfer.c",
             "        operation->progress += result;\n        ASSERT",
             "        operation->progress = operation->nbytes;\n        ASSERT",
         ),
@@ -115,14 +115,14 @@ MUTANTS = [
     Mutant(
         "rest_of_an_encrypted_write_is_taken_for_its_start",
         "Law 1: a transfer is carried through",
-        Edit("ring/operation.c", "cipher_sector(operation, operation->progress), ", "cipher_sector(operation, 0), "),
+        Edit("ring/bounce.c", "cipher_sector(operation, operation->progress), ", "cipher_sector(operation, 0), "),
         ("encrypted", "encrypted-overlay", "encrypted-parts"),
     ),
     Mutant(
         "cancelled_work_is_done",
         "Law 1: what io_uring cancelled was not done",
         Edit(
-            "ring/operation.c", "        result = perform_here(worker, number);", "        result = operation->nbytes;"
+            "ring/transfer.c", "        result = perform_here(worker, number);", "        result = operation->nbytes;"
         ),
     ),
     Mutant(
@@ -134,7 +134,7 @@ MUTANTS = [
         "refused_work_is_forgotten",
         "liveness: what the kernel does not take now is offered again",
         Edit(
-            "ring/operation.c",
+            "ring/transfer.c",
             "    if (result == -EINTR || result == -EAGAIN)\n",
             "    if (result == -EAGAIN)\n        return;\n    if (result == -EINTR)\n",
         ),
@@ -340,7 +340,7 @@ MUTANTS = [
         "failed_write_succeeds",
         "Law 7",
         Edit(
-            "ring/operation.c",
+            "ring/transfer.c",
             "    } else if (result < 0) {\n        end(worker, number, result);",
             "    } else if (result < 0) {\n        end(worker, number, operation->verb == VERB_WRITE ? 0 : result);",
         ),
@@ -393,7 +393,7 @@ MUTANTS = [
         "once_cancelled_work_had_failed",
         "Law 7: a failure is one; until de9bafc",
         Edit(
-            "ring/operation.c",
+            "ring/transfer.c",
             "storage != STORAGE_FAR)\n        result = perform_here",
             "storage != STORAGE_FAR && !operation)\n        result = perform_here",
         ),
