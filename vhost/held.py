@@ -23,8 +23,8 @@ from qcow2.node.gate import BACKING, Gate
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
 from qcow2.node.reopened import Reopened
+from ring.files import look_at
 from ring.native import Pointer
-from ring.worker import look_at
 from vhost.direct import PAGE, open_all_direct, open_direct, shares_pages
 from vhost.option import Options
 from vhost.problem import describe

@@ -188,7 +188,6 @@ def test_each_function_of_a_header_is_used() -> None:
 LONGEST = 400  # lines: 300 and a third
 LONGER = {
     "ring/worker.h": "the worker's record, and all that Python calls",
-    "ring/worker.py": "the worker's life; its queues, files and requests are one class",
     "ring/queue.c": "a queue's whole life, which one state machine is",
     "ring/threads.c": "the second implementation of uring.c, with its own queue and threads",
     "virtio/block.c": "one device",

@@ -11,8 +11,9 @@ from qcow2.engine.image import Image
 from qcow2.error import ImageError
 from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
 from ring.aio import Aio, WorkerOptions
+from ring.files import look_at
 from ring.native import lib
-from ring.worker import Worker, look_at
+from ring.worker import Worker
 from tests.crash.driver import Completed, CrashDriver, SimulatedFile
 from tests.crash.explorer import Run
 from tests.crash.explorer import Violation as CrashViolation

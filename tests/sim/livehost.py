@@ -18,7 +18,8 @@ from qcow2.engine.statistics import Statistics
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
-from ring.worker import Worker, look_at
+from ring.files import look_at
+from ring.worker import Worker
 from tests.crash.driver import SECTOR, Effect, Synced
 from tests.sim.kernel import Kernel, KernelFile
 from tests.sim.life import SimulatedWorker

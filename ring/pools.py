@@ -1,0 +1,93 @@
+"""What a worker does beside its thread: computations, and calls that may hang."""
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import TypeVar
+
+from ring.host import Host
+from ring.thread import new_future
+
+T = TypeVar("T")
+Outcome = Callable[[T | None, BaseException | None], None]  # called on the worker thread
+
+POOL_THREADS = 2
+
+
+class Pools:
+    """Two of them, so that what hangs holds up no computation. For the worker thread, but where a method says so."""
+
+    def __init__(self, host: Host, wake: Callable[[], None]) -> None:
+        """*wake* lets the worker thread call `deliver`, from any thread."""
+        self._wake = wake
+        self._compute = host.pool(POOL_THREADS, "compute")
+        self._host = host.pool(POOL_THREADS, "host")
+        self._ended: deque[Callable[[], None]] = deque()
+        self.under_way = 0
+
+    def compute(self, function: Callable[[], T], done: Outcome[T]) -> None:
+        """Run *function* on a pool thread, or here without one, then *done(result, error)*."""
+        self._run_in(self._compute, function, done, _computed)
+
+    def call_host(self, function: Callable[[], T], done: Outcome[T]) -> None:
+        """The same for one that may hang, and holds up no computation; without a thread it fails with EAGAIN."""
+        self._run_in(self._host, function, done, _refused)
+
+    def _run_in(
+        self,
+        pool: Executor,
+        function: Callable[[], T],
+        done: Outcome[T],
+        without_thread: "Callable[[Callable[[], T]], Future[T]]",
+    ) -> None:
+        future: Future[T] = new_future()
+        try:
+            pool.submit(partial(_run, future, function))
+        except (RuntimeError, MemoryError):  # no thread to be had, but it is queued for one that comes later
+            if future.cancel():
+                future = without_thread(function)
+        self.under_way += 1
+        future.add_done_callback(lambda future: self._end(future, done))
+
+    def _end(self, future: Future[T], done: Outcome[T]) -> None:
+        error = future.exception()
+        result = future.result() if error is None else None
+        self._ended.append(lambda: done(result, error))
+        self._wake()
+
+    def deliver(self) -> None:
+        """Tell those whose function has ended."""
+        while self._ended:
+            self._ended.popleft()()
+            self.under_way -= 1
+
+    def close(self) -> None:
+        """Nothing is under way."""
+        self._compute.shutdown()
+        self._host.shutdown()
+
+
+def _run(future: "Future[T]", function: Callable[[], T]) -> None:
+    """What a pool does, but for work that was cancelled: a resize of a file, done late, would cut it off."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def _refused(_: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = new_future()
+    future.set_exception(OSError(errno.EAGAIN, "no thread to be had for a file that may hang"))
+    return future
+
+
+def _computed(function: Callable[[], T]) -> "Future[T]":
+    future: Future[T] = new_future()
+    try:
+        future.set_result(function())
+    except Exception as error:  # as a pool does
+        future.set_exception(error)
+    return future
