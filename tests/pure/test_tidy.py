@@ -82,13 +82,21 @@ def files(name: str) -> list[Path]:
 
 @cache
 def members() -> dict[str, set[str]]:
-    """Of each class of Python, by name, what is assigned or defined in it."""
+    """Of each class of Python, by name, what is assigned or defined in it, or in those that it extends."""
     found: dict[str, set[str]] = {}
+    extended: dict[str, set[str]] = {}
     for path in PYTHON:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 found.setdefault(node.name, set()).update(WORD.findall(ast.unparse(node)))
-    return found
+                extended.setdefault(node.name, set()).update(
+                    base.id for base in node.bases if isinstance(base, ast.Name)
+                )
+
+    def of(name: str) -> set[str]:
+        return found.get(name, set()).union(*map(of, extended.get(name, ())))
+
+    return {name: of(name) for name in found}
 
 
 def defines(path: Path, function: str) -> bool:
@@ -191,7 +199,6 @@ LONGER = {
     "ring/queue.c": "a queue's whole life, which one state machine is",
     "ring/threads.c": "the second implementation of uring.c, with its own queue and threads",
     "virtio/block.c": "one device",
-    "qcow2/engine/image.py": "the door of the engine: each operation once",
     "qcow2/engine/allocation.py": "places, reservations and what comes back of them",
     "qcow2/library/disk.py": "the door of the library: each operation once",
     "qcow2/engine/create.py": "all that a new image has",
