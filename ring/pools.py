@@ -74,7 +74,7 @@ def _run(future: "Future[T]", function: Callable[[], T]) -> None:
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(function())
-        except BaseException as error:
+        except BaseException as error:  # as a pool does
             future.set_exception(error)
 
 

@@ -258,7 +258,7 @@ class Worker(Queues, Files):
             while not self._stopping:
                 self._turn()
                 self._run_calls()
-        except BaseException as death:
+        except BaseException as death:  # raised by `stop`
             self._death = death
             if self._on_death is not None:
                 self._on_death(death)

@@ -228,7 +228,7 @@ class Feed:
                 self._put_one(saved)
         except RuntimeError:  # the worker has ended, and nobody asks
             pass
-        except BaseException as error:
+        except BaseException as error:  # a bug of ours: nobody knows what is saved
             die(error)
 
     def _next(self) -> Saved | None:

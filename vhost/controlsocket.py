@@ -113,7 +113,7 @@ class Control:
     def _main(self) -> None:
         try:
             self._serve_clients()
-        except BaseException as error:
+        except BaseException as error:  # a bug of ours: nobody would be answered any more
             die(error)
 
     def _serve_clients(self) -> None:

@@ -234,7 +234,7 @@ class Jobs:
             with self._changed:
                 self._current = None
                 self._turn(job, State.CANCELLED, str(error))
-        except BaseException as error:
+        except BaseException as error:  # a bug of ours: nobody would look after the jobs any more
             die(error)
 
     def _look_after(self, job: Job) -> None:

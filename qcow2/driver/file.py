@@ -144,7 +144,7 @@ def outcome(operation: op.Operation) -> tuple[Any, BaseException | None]:
         return perform(operation), None
     except MemoryError:
         return None, no_memory()
-    except BaseException as error:
+    except BaseException as error:  # the coroutine's to handle
         return None, error
 
 

@@ -140,7 +140,7 @@ class Server:
             pass
         except ProtocolViolation as violation:
             log.warning("a client breaks the protocol: %s", violation)
-        except Exception:
+        except Exception:  # the other clients' go on
             log.exception("a client's connection ends by a fault of ours")
         finally:
             self._leave(stream)

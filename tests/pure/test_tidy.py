@@ -93,10 +93,11 @@ def members() -> dict[str, set[str]]:
                     base.id for base in node.bases if isinstance(base, ast.Name)
                 )
 
-    def of(name: str) -> set[str]:
-        return found.get(name, set()).union(*map(of, extended.get(name, ())))
+    def of(name: str, below: frozenset[str]) -> set[str]:
+        bases = extended.get(name, set()) - below
+        return found.get(name, set()).union(*(of(base, below | bases) for base in bases))
 
-    return {name: of(name) for name in found}
+    return {name: of(name, frozenset({name})) for name in found}
 
 
 def defines(path: Path, function: str) -> bool:
@@ -222,6 +223,25 @@ def test_constructors_take_seven_arguments_at_most() -> None:
         if len(node.args.args) + len(node.args.kwonlyargs) > 8  # and self
     ]
     assert wide == []
+
+
+def catch_alls(path: Path) -> Iterator[tuple[int, bool]]:
+    """Yield the line of each handler of everything, and whether it lets what it caught go on, or says why not."""
+    text = path.read_text()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = {"BaseException"} if node.type is None else set(WORD.findall(ast.unparse(node.type)))
+            last = node.body[-1]
+            goes_on = isinstance(last, ast.Raise) and last.exc is None
+            if caught & {"Exception", "BaseException"}:
+                yield node.lineno, goes_on or "  # " in lines[node.lineno - 1]
+
+
+def test_who_catches_everything_raises_it_on_or_says_why_not() -> None:
+    handlers = [(f"{name_of(path)}:{line}", is_good) for path in in_rooms(PYTHON) for line, is_good in catch_alls(path)]
+    assert len(handlers) > 10
+    assert [where for where, is_good in handlers if not is_good] == []
 
 
 def filled_lines(paths: list[Path]) -> int:
