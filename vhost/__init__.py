@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from virtio.block import Backend, BlockDevice
 
 __all__ = ["Control", "ControlError", "serve"]
+PROGRAM = "vhost-user-qcow2"
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from vhost import PROGRAM
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     Control = AbstractContextManager[object]
 
-PROGRAM = "vhost-user-qcow2"
 PROGRESS_SECONDS = 5
 STATS = (
     "requests",

@@ -16,6 +16,7 @@ from typing import Any
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage
 from qcow2.job.commit import commit
+from qcow2.job.crew import BESIDE_A_GUEST, Windows
 from qcow2.job.pace import Pace
 from qcow2.node.node import Node
 from ring.thread import new_future
@@ -23,9 +24,6 @@ from vhost.job import JobFailed, RoomWanted, Work
 from vhost.overlaybitmaps import OverlayBitmaps
 from vhost.servedchain import ServedChain, close_all
 from vhost.snapshot import SnapshotRefused, Snapshots, SnapshotUnstable
-
-WIDTH = 4  # windows at a time, which is not to keep requests waiting
-WINDOW = 512 << 10  # bytes
 
 log = logging.getLogger("vhost")
 
@@ -144,7 +142,7 @@ class Committing(Work):
         image, _, base = self._find()
         if base is not self._below or image is not self._image:
             raise RoomWanted
-        return commit(self._top, base, pace, width=WIDTH, window=WINDOW)
+        return commit(self._top, base, pace, Windows(*BESIDE_A_GUEST))
 
     def finish(self) -> None:
         self._served.put_over(self._image, self._below, lambda: self._find()[2] is self._below)

@@ -5,12 +5,12 @@ import json
 import sys
 from typing import Any
 
+from vhost import PROGRAM
 from vhost.argument import Parser, UsageError, size_of
 from vhost.client import Control, ControlError, snapshot_together
 from vhost.ctlbitmap import add_bitmap, add_snapshot_internal, run_bitmap, run_snapshot_internal
 from vhost.ctlexport import add_export, request_of
 from vhost.ctljob import add_commands, run_command
-from vhost.option import PROGRAM
 
 JOB_COMMANDS = ("stream", "commit", "backup", "mirror", "events", "job")
 

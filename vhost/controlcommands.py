@@ -21,7 +21,6 @@ from vhost.snapshot import Pace, SnapshotRefused, SnapshotUnstable
 from vhost.together import Steps
 
 VERSION = 1
-SECTOR = 512
 SIZE_LIMIT = 1 << 63
 
 

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from ring.aio import Aio, WorkerOptions
+from vhost import PROGRAM
 from vhost.argument import (
     Parser,
     UsageError,
@@ -26,7 +27,6 @@ from vhost.argument import (
 )
 from virtio.config import SERIAL_MAX
 
-PROGRAM = "vhost-user-qcow2"
 DEFAULT_POLL_US = 200  # a few wake-ups: a driver that sleeps, wakes and asks again finds us awake
 DEFAULT_QUEUES = 128  # QEMU asks for one a vCPU
 DEFAULT_LINK_LOG = "/dev/shm"

@@ -4,14 +4,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 from qcow2.engine.image import Image
+from qcow2.job.crew import BESIDE_A_GUEST, Windows
 from qcow2.job.pace import Pace
 from qcow2.job.stream import stream
 from qcow2.node.node import Node
 from vhost.job import Work
 from vhost.servedchain import ServedChain
-
-WIDTH = 4  # windows at a time, which is not to keep requests waiting
-WINDOW = 512 << 10  # bytes
 
 
 class Streaming(Work):
@@ -44,7 +42,7 @@ class Streaming(Work):
     def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
         self._image, self._below = self._find()
         self._size = self._image.size
-        return stream(self._image, self._below, pace, width=WIDTH, window=WINDOW)
+        return stream(self._image, self._below, pace, Windows(*BESIDE_A_GUEST))
 
     def finish(self) -> None:
         self._served.put_over(self._image, self._below, self._has_seen_all)

@@ -6,17 +6,14 @@ sees that. Killed at any moment the overlay shows the same; done once more it en
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.image import Image
-from qcow2.job.crew import Buffers, Crew, Order, Turn
+from qcow2.job.crew import Turn, Windows
 from qcow2.job.pace import Pace
 from qcow2.job.visible import require_hidden
 from qcow2.node.extent import find_extent
 from qcow2.node.node import Node
 
-WINDOW = 2 << 20  # bytes
-WIDTH = 8  # windows at a time
 
-
-async def commit(overlay: Image, base: Node, pace: Pace, *, width: int = WIDTH, window: int = WINDOW) -> None:
+async def commit(overlay: Image, base: Node, pace: Pace, windows: Windows | None = None) -> None:
     """Let *base*, which is under *overlay* and writable, hold what *overlay* shows; stable on return.
 
     It is as long as the overlay then, or longer. Images between the two are worth nothing any more, but through the
@@ -28,23 +25,20 @@ async def commit(overlay: Image, base: Node, pace: Pace, *, width: int = WIDTH, 
     await require_hidden(overlay, base, depth)
     if base.size < overlay.size:
         await base.grow(overlay.size)
-    await _Commit(overlay, base, depth, pace, width, window).run()
+    await _Commit(overlay, base, depth, pace, windows or Windows()).run()
     await base.flush()
 
 
 class _Commit:
-    def __init__(self, overlay: Image, base: Node, depth: int, pace: Pace, width: int, window: int) -> None:
+    def __init__(self, overlay: Image, base: Node, depth: int, pace: Pace, windows: Windows) -> None:
         self._overlay = overlay
         self._base = base
         self._depth = depth
         self._pace = pace
-        self._window = window
-        self._crew = Crew(width)
-        self._buffers = Buffers(window)
-        self._order = Order()
+        self._windows = windows
 
     async def run(self) -> None:
-        async with self._crew:
+        async with self._windows:
             await self._walk()
 
     async def _walk(self) -> None:
@@ -56,24 +50,24 @@ class _Commit:
             extent = await find_extent(self._overlay, offset, size - offset)
             nbytes = extent.nbytes
             if extent.depth < self._depth and not extent.is_zero:
-                nbytes = min(nbytes, self._window)
+                nbytes = min(nbytes, self._windows.nbytes)
                 await self._pace.wait(nbytes)
-                await self._crew.start(self._copy(offset, nbytes, self._order.next()))
+                await self._windows.start(self._copy(offset, nbytes, self._windows.order.next()))
             elif extent.depth < self._depth:  # also where an image between is too short to show the base
                 nbytes = min(nbytes, 1 << 30)
-                await self._crew.start(self._clear(offset, nbytes))
+                await self._windows.start(self._clear(offset, nbytes))
             else:
                 self._pace.advance(nbytes)
             offset += nbytes
 
     async def _copy(self, offset: int, nbytes: int, turn: Turn) -> None:
-        buffer = self._buffers.take()
+        buffer = self._windows.buffers.take()
         data = MemoryBuffer(buffer[:nbytes])
         with turn:
             await self._overlay.read(offset, data)
             await turn.come()
             await self._base.write(offset, data)
-        self._buffers.give(buffer)
+        self._windows.buffers.give(buffer)
         self._pace.advance(nbytes)
 
     async def _clear(self, offset: int, nbytes: int) -> None:

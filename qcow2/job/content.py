@@ -4,6 +4,7 @@ from qcow2.format.layout import SECTOR_SIZE
 from qcow2.native import ffi, lib
 
 COMPARED = 4096  # bytes at a time
+SPARSE_UNIT = 4096  # bytes of zeros that are left out, if nobody says otherwise
 
 
 def data_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:

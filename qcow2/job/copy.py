@@ -12,16 +12,14 @@ from functools import partial
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute
 from qcow2.error import ImageError
-from qcow2.job.content import data_runs, different_units
-from qcow2.job.crew import Buffers, Crew, Order, Turn
+from qcow2.job.content import SPARSE_UNIT, data_runs, different_units
+from qcow2.job.crew import WIDTH, WINDOW, Turn, Windows
 from qcow2.job.pace import Pace
 from qcow2.job.source import Content, Source
 from qcow2.job.target import Runs, Target
 from qcow2.node.node import Node
 
-WINDOW = 2 << 20  # bytes; no cluster is larger
 GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more
-SPARSE_UNIT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,7 @@ class Manner:
     """How to copy."""
 
     sparse_unit: int = SPARSE_UNIT  # so many zeros are left out; 0: none are, also those that the source tells of
-    width: int = 8  # windows at a time
+    width: int = WIDTH  # windows at a time
     window: int = WINDOW  # bytes read at a time, no less than a cluster
     keeps_order: bool = True  # what comes later on the disk comes later in the file
     offloads: bool = False  # let the host copy what it can: data of the source stays data, whatever it is
@@ -64,15 +62,13 @@ class _Copy:
         self._pace = pace
         self._manner = manner
         self._base = base
-        self._crew = Crew(manner.width)
-        self._buffers = Buffers(manner.window)
+        self._windows = Windows(manner.width, manner.window)
         self._under_way: set[int] = set()  # where those windows begin
         self._position = 0
         self._known = (Content.ZEROS, 0)  # the extent that was found last, and its end
-        self._order = Order()
 
     async def run(self) -> None:
-        async with self._crew:
+        async with self._windows:
             await self._walk()
 
     async def _walk(self) -> None:
@@ -115,8 +111,8 @@ class _Copy:
                 return content, stop
             if self._base is None:
                 return content, stop
-            return Content.DATA, min(stop, offset + self._manner.window)
-        limit = min(offset + self._manner.window, size)
+            return Content.DATA, min(stop, offset + self._windows.nbytes)
+        limit = min(offset + self._windows.nbytes, size)
         stop = min(end + -end % unit, limit)
         while stop < limit:
             content, end = await self._find(stop)
@@ -135,17 +131,17 @@ class _Copy:
     async def _begin_window(self, offset: int, nbytes: int) -> None:
         await self._pace.wait(nbytes)
         self._under_way.add(offset)
-        await self._crew.start(self._copy(offset, nbytes, self._order.next()))
+        await self._windows.start(self._copy(offset, nbytes, self._windows.order.next()))
 
     async def _copy(self, offset: int, nbytes: int, turn: Turn) -> None:
-        buffer = self._buffers.take()
+        buffer = self._windows.buffers.take()
         data = buffer[:nbytes]
         try:
             with turn:
                 await self._place(offset, data, turn)
         finally:
             self._under_way.discard(offset)
-        self._buffers.give(buffer)
+        self._windows.buffers.give(buffer)
         await self._target.advance(min(self._under_way, default=offset))
         self._pace.advance(nbytes)
 

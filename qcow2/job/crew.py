@@ -7,6 +7,10 @@ from typing import Any
 from qcow2.driver.operation import Signal, Spawn
 from qcow2.engine.turns import Turns
 
+WIDTH = 8  # pieces at a time, each with a thread of the host's
+WINDOW = 2 << 20  # bytes; no cluster is larger
+BESIDE_A_GUEST = (4, 512 << 10)  # the same where requests are not to wait for long
+
 
 class Crew:
     """Runs pieces, at most *width* at a time. The first error of one ends the job: no piece is started after.
@@ -123,3 +127,18 @@ class Buffers:
     def give(self, buffer: memoryview) -> None:
         """Nobody uses *buffer* now."""
         self._unused.append(buffer)
+
+
+class Windows(Crew):
+    """A crew whose pieces are stretches of a disk, *nbytes* long at most, each with memory of its own, in an order."""
+
+    def __init__(self, width: int = WIDTH, nbytes: int = WINDOW) -> None:
+        super().__init__(width)
+        self.nbytes = nbytes
+        self.buffers = Buffers(nbytes)
+        self.order = Order()
+
+    def widen(self, unit: int) -> None:
+        """Before the first piece: let each begin and end with whole units of *unit* bytes, and be one at least."""
+        self.nbytes = max(self.nbytes, unit)
+        self.buffers = Buffers(self.nbytes + unit)

@@ -15,7 +15,7 @@ from qcow2.driver.operation import Buffer, Compute
 from qcow2.engine.rangelock import Hold, RangeLocks
 from qcow2.engine.turns import Turns
 from qcow2.error import ImageError, no_memory
-from qcow2.job.content import data_runs
+from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.crew import Buffers, Crew
 from qcow2.job.pace import Pace
 from qcow2.node.extent import find_extent
@@ -26,7 +26,6 @@ UNIT = CHUNK // 32  # bytes that are held together
 MAX_SPAN = 1 << 30  # bytes that are looked through at a time where nothing is to be copied
 PIECE = 256 << 10  # bytes of a write that are copied out of the guest's memory at a time
 PIECES = 64  # of these, at a time
-SPARSE_UNIT = 4096
 
 Change = Callable[[Node], Awaitable[None]]
 

@@ -10,24 +10,22 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, File
 from qcow2.engine.image import Image
 from qcow2.job.content import data_runs, different_units
-from qcow2.job.crew import Buffers, Crew, Order, Turn
+from qcow2.job.crew import Turn, Windows
 from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
 IsSameFile = Callable[[File, File], bool]
-WINDOW = 2 << 20  # bytes; no cluster is larger
 
 
 async def copy_difference(
     overlay: Image,
     new: Node | None,
     pace: Pace,
+    windows: Windows | None = None,
     *,
     is_same_file: IsSameFile = operator.is_,
     is_compressed: bool = False,
-    width: int = 8,
-    window: int = WINDOW,
 ) -> None:
     """Let *overlay* have what shows through it and would not with *new* in the place of its backing file; not stable.
 
@@ -35,7 +33,7 @@ async def copy_difference(
     may write to *overlay* meanwhile.
     Raises: OSError, ImageError, Cancelled.
     """
-    await _Difference(overlay, new, pace, is_same_file, is_compressed, width, window).run()
+    await _Difference(overlay, new, pace, windows or Windows(), is_same_file, is_compressed).run()
 
 
 class _Difference:
@@ -44,10 +42,9 @@ class _Difference:
         overlay: Image,
         new: Node | None,
         pace: Pace,
+        windows: Windows,
         is_same_file: IsSameFile,
         is_compressed: bool,
-        width: int,
-        window: int,
     ) -> None:
         self._overlay = overlay
         self._new = new
@@ -55,13 +52,11 @@ class _Difference:
         self._is_same_file = is_same_file
         self._is_compressed = is_compressed
         self._unit = overlay.geometry.cluster_size
-        self._window = max(window, self._unit)
-        self._crew = Crew(width)
-        self._buffers = Buffers(self._window + self._unit)  # a window may begin in a cluster, and end in one
-        self._order = Order()
+        self._windows = windows
+        windows.widen(self._unit)
 
     async def run(self) -> None:
-        async with self._crew:
+        async with self._windows:
             await self._walk()
 
     async def _walk(self) -> None:
@@ -84,12 +79,12 @@ class _Difference:
         if self._is_same(old, new):
             self._pace.advance(stop - offset)
             return stop
-        bound = offset - offset % self._unit + self._window
+        bound = offset - offset % self._unit + self._windows.nbytes
         stop = min(stop, bound)
         first = offset - offset % self._unit
         last = min(stop + -stop % self._unit, self._overlay.size)
         await self._pace.wait(last - first)
-        await self._crew.start(self._copy(first, last, stop - offset, self._order.next()))
+        await self._windows.start(self._copy(first, last, stop - offset, self._windows.order.next()))
         return stop
 
     async def _find_new(self, offset: int, end: int) -> Extent | None:
@@ -101,7 +96,7 @@ class _Difference:
     async def _copy(self, start: int, end: int, nbytes: int, turn: Turn) -> None:
         """Whole clusters, which the overlay does not have."""
         with turn:
-            pair = self._buffers.take(), self._buffers.take()
+            pair = self._windows.buffers.take(), self._windows.buffers.take()
             old, new = (buffer[: end - start] for buffer in pair)
             await self._overlay.read(start, MemoryBuffer(old))
             inside = 0 if self._new is None else max(0, min(end, self._new.size) - start)
@@ -113,7 +108,7 @@ class _Difference:
             for low, high in different:
                 await self._bring(start + low, old[low:high])
         for buffer in pair:
-            self._buffers.give(buffer)
+            self._windows.buffers.give(buffer)
         self._pace.advance(nbytes)
 
     async def _bring(self, offset: int, content: memoryview) -> None:

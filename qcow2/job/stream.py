@@ -7,19 +7,20 @@ import os
 from itertools import pairwise
 
 from qcow2.engine.image import Image
+from qcow2.job.crew import Windows
 from qcow2.job.pace import Pace
-from qcow2.job.rebase import WINDOW, copy_difference
+from qcow2.job.rebase import copy_difference
 from qcow2.node.node import Node
 
 
-async def stream(overlay: Image, base: Node | None, pace: Pace, *, width: int = 8, window: int = WINDOW) -> None:
+async def stream(overlay: Image, base: Node | None, pace: Pace, windows: Windows | None = None) -> None:
     """Let *overlay* have what shows through from above *base*, which is under it, or from anywhere below.
 
     Stable on return; then `Image.put_over` *base* changes nothing that is seen.
     Raises: UnsupportedImage if internal snapshots would show another disk over *base*; OSError, ImageError, Cancelled.
     """
     overlay.refuse_snapshots()
-    await copy_difference(overlay, base, pace, width=width, window=window)
+    await copy_difference(overlay, base, pace, windows)
     await overlay.flush()
 
 

@@ -6,13 +6,12 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import CopyRange, File, Read, ReadInto, Resize, Sync, Write
 from qcow2.engine.compressed import level_of
 from qcow2.engine.image import Image
-from qcow2.job.content import data_runs
+from qcow2.format.layout import SECTOR_SIZE
+from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.node.node import Node
 
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
 FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk
-SPARSE_UNIT = 4096
-SECTOR = 512
 MAGIC_BYTES = 4
 
 
@@ -54,7 +53,7 @@ class InPlace:
 
         *is_zero*: all of it reads as zeros now; *length*: which the file gets at the end.
         """
-        self.unit = SECTOR
+        self.unit = SECTOR_SIZE
         self._image = image
         self._size = size
         self._is_zero = is_zero

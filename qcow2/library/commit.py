@@ -8,7 +8,8 @@ from qcow2.driver.pool import PoolDriver
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
-from qcow2.job.commit import WIDTH, commit
+from qcow2.job.commit import commit
+from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.library.disk import Disk, Key, keys_of
 from qcow2.node.chain import Chain, chain_paths

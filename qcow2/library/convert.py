@@ -10,6 +10,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.layout import CompressionType
 from qcow2.job.copy import CopyFailed, Manner, copy
+from qcow2.job.crew import WIDTH
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.pace import Pace
@@ -19,8 +20,6 @@ from qcow2.library.disk import Key, keys_of
 from qcow2.library.hostfile import created
 from qcow2.node.chain import Chain
 from qcow2.node.raw import RawImage
-
-NTHREADS = 8
 
 
 def convert_image(
@@ -56,7 +55,7 @@ def convert_image(
             into = NewCompressedImage(file, options, level=level)
         else:
             into = NewImage(file, options)
-        driver = stack.enter_context(PoolDriver(NTHREADS))
+        driver = stack.enter_context(PoolDriver(WIDTH))
         try:
             driver.run(copy(Source.of(image), into, pace, Manner()))
         except CopyFailed as failure:

@@ -11,14 +11,13 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.header import clear_autoclear, header_over, read_header, require_uncorrupted, rewrite_header
 from qcow2.format.layout import Autoclear
+from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
 from qcow2.library.disk import Disk, Key, keys_of, open_disk
 from qcow2.node.chain import Chain
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
-
-NTHREADS = 8
 
 
 async def change_header(file: File, name: str | None, backing_format: str | None) -> None:
@@ -70,7 +69,7 @@ def rebase_image(
 
 def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace, *, is_compressed: bool = False) -> None:
     """Write to *image* what shows through it now and would not with *new* under it; *disk* is clean then."""
-    with PoolDriver(NTHREADS) as driver:
+    with PoolDriver(WIDTH) as driver:
         driver.run(copy_difference(image, new, pace, is_same_file=is_same_file, is_compressed=is_compressed))
     disk.clean()  # law 6: all that the new chain needs is stable
 

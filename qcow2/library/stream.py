@@ -3,12 +3,11 @@
 from qcow2.driver.file import run
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.image import Image
+from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.stream import name_of_base, stream
 from qcow2.library.commit import depth_of
 from qcow2.library.disk import Key, open_disk
-
-NTHREADS = 8
 
 
 def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) -> None:
@@ -22,6 +21,6 @@ def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) ->
         assert isinstance(overlay, Image)
         below = None if depth is None else disk.chain.nodes[depth]
         name, image_format = name_of_base(overlay, below)
-        with PoolDriver(NTHREADS) as driver:
+        with PoolDriver(WIDTH) as driver:
             driver.run(stream(overlay, below, pace))
         run(overlay.put_over(below, name, image_format))

@@ -2,15 +2,13 @@
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync
-from qcow2.engine.data import Data
+from qcow2.engine.data import STEP, Data
 from qcow2.engine.encryption import Keyring, Sealed
 from qcow2.error import CorruptImage, WrongKey
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks
 from qcow2.node.raw import RawImage
 from qcow2.plane.l2cache import Kind, Run
-
-STEP = 1 << 20  # bytes of zeros encrypted at a time
 
 
 async def read_luks(file: File, header: File | None = None) -> tuple[Luks, int]:

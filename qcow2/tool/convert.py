@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.pool import PoolDriver
-from qcow2.job.copy import SPARSE_UNIT, CopyFailed, Manner, copy
+from qcow2.job.content import SPARSE_UNIT
+from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
 from qcow2.node.formats import FORMATS

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from qcow2.driver.pool import PoolDriver
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.copy import CopyFailed, Manner, copy
+from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.source import Part, Source
 from qcow2.node.formats import FORMATS
@@ -19,7 +20,6 @@ from qcow2.tool.target import Wish, new_target
 OPERANDS = ("if", "of", "bs", "count", "skip")
 MAX_BLOCK = (1 << 31) - 1
 DEFAULT_BLOCK = 512
-NTHREADS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         nbytes = max(0, end - skip)
         wish = Wish(given["of"], arguments.output_format, nbytes + -nbytes % SECTOR_SIZE, {}, secrets=arguments.secrets)
         target = stack.enter_context(new_target(wish, [image], None))
-        driver = stack.enter_context(PoolDriver(NTHREADS))
+        driver = stack.enter_context(PoolDriver(WIDTH))
         try:
             driver.run(copy(Source([Part(image, skip, nbytes)]), target, Pace(), Manner()))
         except CopyFailed as failure:

@@ -24,8 +24,6 @@ from qcow2.tool.progress import shown
 from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import refuse_source, warn_of_bitmaps
 
-NTHREADS = 8
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 rebase`."""

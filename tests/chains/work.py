@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from qcow2.engine.image import Image
 from qcow2.job.commit import commit
+from qcow2.job.crew import Windows
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
 from qcow2.job.stream import name_of_base, stream
@@ -26,7 +27,7 @@ async def do_rebase(draw: random.Random, chain: Chain, before: bytes) -> bytes:
     top = await _top(chain, draw)
     new = None if name is None else await opened(chain.files, name)
     is_compressed = draw.random() < 0.3
-    await copy_difference(top, new, Pace(), is_compressed=is_compressed, width=3, window=4096)
+    await copy_difference(top, new, Pace(), Windows(3, 4096), is_compressed=is_compressed)
     await top.close()
     image_format = None if name is None else "qcow2" if is_qcow2(chain.files[name]) else "raw"
     await change_header(top.file, name, image_format)
@@ -37,7 +38,7 @@ async def do_commit(draw: random.Random, chain: Chain, before: bytes) -> bytes:
     depth = draw.randrange(1, len(chain.names))
     top = await _top(chain, draw, writes_to=chain.names[depth])
     base = top.chain[depth]
-    await commit(top, base, Pace(), width=3, window=4096)  # type: ignore[arg-type]
+    await commit(top, base, Pace(), Windows(3, 4096))  # type: ignore[arg-type]
     await base.close()  # type: ignore[attr-defined]
     if depth == 1 and draw.random() < 0.7:
         await top.empty()
@@ -48,7 +49,7 @@ async def do_commit(draw: random.Random, chain: Chain, before: bytes) -> bytes:
 async def do_stream(draw: random.Random, chain: Chain, before: bytes) -> bytes:
     top = await _top(chain, draw)
     base = draw.choice([None, *top.chain[1:]])
-    await stream(top, base, Pace(), width=3, window=4096)  # type: ignore[arg-type]
+    await stream(top, base, Pace(), Windows(3, 4096))  # type: ignore[arg-type]
     await top.put_over(base, *name_of_base(top, base))  # type: ignore[arg-type]
     await top.close()
     return before

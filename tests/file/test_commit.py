@@ -17,6 +17,7 @@ from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.stability import Stability
 from qcow2.job.commit import commit
+from qcow2.job.crew import Windows
 from qcow2.job.pace import Pace
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
@@ -205,7 +206,7 @@ def test_every_moment_shows_the_same_disk(story: str) -> None:
     driver = CrashDriver(5)
     below = driver.run(Image.open(base, options=OpenOptions(writable=True)))
     overlay = driver.run(Image.open(top, backing=below, options=OpenOptions(writable=True)))
-    driver.run(commit(overlay, below, Pace(), width=3, window=2048))
+    driver.run(commit(overlay, below, Pace(), Windows(3, 2048)))
     driver.run(below.close())
     driver.run(overlay.empty())
     driver.run(overlay.close())

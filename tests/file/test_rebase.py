@@ -14,6 +14,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
+from qcow2.job.crew import Windows
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
 from qcow2.node.raw import RawImage
@@ -142,7 +143,7 @@ def test_every_moment_shows_the_old_disk(seed: int) -> None:
     driver.run(top.write(5 << 9, MemoryBuffer(memoryview(b"x" * 512))))
     driver.run(top.flush())
     begun = len(driver.journal)
-    driver.run(copy_difference(top, below["new"], Pace(), width=2, window=4096))
+    driver.run(copy_difference(top, below["new"], Pace(), Windows(2, 4096)))
     driver.run(top.close())
     driver.run(change_header(file, "new", "raw"))
     expected = bytearray(old.ljust(64 << 9, b"\0"))

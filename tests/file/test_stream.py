@@ -15,6 +15,7 @@ from qcow2.engine.fetching import Fetcher
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.stability import Stability
+from qcow2.job.crew import Windows
 from qcow2.job.pace import Pace
 from qcow2.job.stream import stream
 from qcow2.judge.check import check
@@ -150,7 +151,7 @@ def test_every_moment_shows_the_same_disk(kind: str, is_whole: bool) -> None:
     world = World(kind)
     initial, driver = world.top.copy(), CrashDriver(7)
     base, _, top = world.open(driver)
-    driver.run(stream(top, None if is_whole else base, Pace(), width=3, window=4096))
+    driver.run(stream(top, None if is_whole else base, Pace(), Windows(3, 4096)))
     driver.run(top.put_over(None if is_whole else base, *((None, None) if is_whole else ("base", "raw"))))
     target = bytearray(world.size)
     driver.run(top.read(0, MemoryBuffer(memoryview(target))))
@@ -195,7 +196,7 @@ def test_what_is_written_meanwhile_stays(kind: str, seed: int) -> None:
 
     async def both() -> None:
         await Spawn(write())
-        await stream(top, base if seed % 2 else None, Pace(), width=2, window=2048)
+        await stream(top, base if seed % 2 else None, Pace(), Windows(2, 2048))
 
     driver.run(both())
     driver.finish()

@@ -56,8 +56,8 @@ def header_is_pointed_elsewhere_early() -> None:
     from qcow2.job.rebase import copy_difference
     from vhost import streaming
 
-    async def stream(overlay: Image, base: Any, pace: Any, *, width: int, window: int) -> None:
-        await copy_difference(overlay, base, pace, width=width, window=window)
+    async def stream(overlay: Image, base: Any, pace: Any, windows: Any) -> None:
+        await copy_difference(overlay, base, pace, windows)
 
     async def put_over(self: Image, backing: Any, name: str | None, backing_format: str | None) -> None:
         changes = await self._changing()
