@@ -5,9 +5,13 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import qcow2
+from tests.oracle import assert_not_corrupt
 from tests.program import SERIAL, TIMEOUT, TOOL
 
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
@@ -85,6 +89,17 @@ class Server:
             if error is not None and said:
                 error.add_note(f"the server said: {said}")
         self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def empty_disk(directory: Path, size: int) -> Iterator[Server]:
+    """A server of one, for as many clients as like to come."""
+    path = directory / "disk.qcow2"
+    qcow2.create(path, size)
+    with Server(path, "-t", "-e", "0") as server:
+        yield server
+        server.stop()
+    assert_not_corrupt(path)
 
 
 class Client:

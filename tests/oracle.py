@@ -113,6 +113,12 @@ def assert_same_bytes(actual: bytes | bytearray, expected: bytes | bytearray) ->
         raise AssertionError(f"{wrong} sectors differ, first at {at:#x}: {is_now} is not {should}")
 
 
+def backing_name(path: Path) -> str | None:
+    """What the header calls the backing file, also while somebody writes to the image."""
+    name: str | None = json.loads(qemu_img("info", "-U", "--output=json", path).stdout).get("backing-filename")
+    return name
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

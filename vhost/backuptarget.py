@@ -9,11 +9,12 @@ import qcow2
 from qcow2 import ImageError
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.engine.create import Options
-from qcow2.job.content import data_runs
+from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import SPARSE_UNIT, InPlace, Target
+from qcow2.job.target import InPlace, Target
 from qcow2.lock import lock_image
 from qcow2.node.node import Node
+from qcow2.node.overlay import sync_directory
 from qcow2.node.raw import RawImage
 from vhost.frozen import Saved
 from vhost.problem import describe
@@ -83,7 +84,7 @@ class BackupTarget:
                 raise ImageError(self._made, "another file has this name by now")
             os.link(self._made, self.path)
             os.unlink(self._made)
-            _sync_directory(self.path)
+            sync_directory(self.path)
         except OSError as error:
             raise ImageError(self.path, describe(error)) from error
         self._made = None
@@ -131,11 +132,3 @@ def _locked(file: HostFile) -> HostFile:
         file.close()
         raise
     return file
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -44,13 +44,6 @@ def ctl_ok(image: Path, *words: str | Path) -> Any:
     return json.loads(done.stdout) if done.stdout else None
 
 
-def expected(load: Load) -> bytes:
-    disk = bytearray(load.base or bytes(SIZE))
-    for block, data in load.held.items():
-        disk[block * BLOCK : (block + 1) * BLOCK] = data
-    return bytes(disk)
-
-
 def end(daemon: Daemon) -> str:
     daemon.process.send_signal(signal.SIGTERM)
     _, said = daemon.process.communicate(timeout=TIMEOUT)
@@ -65,7 +58,7 @@ def test_what_was_frozen_is_pulled_while_the_guest_writes(image: Path, tmp_path:
         load = Load(guest, SIZE // BLOCK, zeroes=True)
         load.run(200)
         load.drain()
-        then = expected(load)
+        then = load.expected()
         ctl_ok(image, "snapshot", "monday.qcow2")
         told = ctl_ok(image, "export", "start", "monday.qcow2", "--socket", path, "--bitmap", "b0")
         assert told == {"export": "monday.qcow2", "uri": f"nbd+unix:///?socket={path}", "running": True}
@@ -85,7 +78,7 @@ def test_what_was_frozen_is_pulled_while_the_guest_writes(image: Path, tmp_path:
         assert ctl_ok(image, "export", "list") == []
         assert "Traceback" not in end(daemon)
     with qcow2.open(image) as disk:
-        assert disk.read(0, SIZE) == expected(load)
+        assert disk.read(0, SIZE) == load.expected()
     assert_clean(image)
 
 
@@ -97,7 +90,7 @@ def test_what_changed_since_the_last_snapshot_is_all_that_is_pulled(image: Path,
         for name, nrequests in (("monday", 150), ("tuesday", 20)):
             load.run(nrequests)
             load.drain()
-            moments.append(expected(load))
+            moments.append(load.expected())
             with vhost.Control(f"{image}.control") as control:
                 control.snapshot(name)
                 export = control.export_start(name, socket=path)

@@ -16,7 +16,7 @@ import pytest
 import qcow2
 from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
-from tests.oracle import assert_clean, assert_not_corrupt, qemu_img, qemu_io
+from tests.oracle import assert_clean, assert_not_corrupt, backing_name, qemu_img, qemu_io
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from tests.realfault.death import dying_from_start
 from vhost import Control, ControlError
@@ -72,19 +72,6 @@ def content(image: Path) -> bytes:
         return disk.read(0, disk.size)
 
 
-def expected(load: Load) -> bytes:
-    disk = bytearray(load.base)
-    for block, data in load.held.items():
-        disk[block * BLOCK : (block + 1) * BLOCK] = data
-    return bytes(disk)
-
-
-def backing(image: Path) -> str | None:
-    info = qemu_img("info", "-U", "--output=json", image).stdout
-    name: str | None = json.loads(info).get("backing-filename")
-    return name
-
-
 def await_state(client: Control, state: str) -> None:
     """Until an event tells of it."""
     while (event := client.next_event(TIMEOUT)) is not None and event.data["state"] != state:
@@ -120,10 +107,10 @@ def test_stream_beside_a_guest_that_writes(tmp_path: Path, mode: str, options: s
         load.drain()
         assert open_files(daemon) & {"base", "mid", "top"} == {"top"} | ({base} if base else set())
         daemon.stop()
-    assert backing(top) == base
+    assert backing_name(top) == base
     assert_clean(top)
     (tmp_path / "mid").unlink()
-    assert content(top) == expected(load)
+    assert content(top) == load.expected()
 
 
 def test_only_one_job_at_a_time_and_what_else_is_refused(top: Path) -> None:
@@ -151,7 +138,7 @@ def test_only_one_job_at_a_time_and_what_else_is_refused(top: Path) -> None:
             client.stream()
         with pytest.raises(ControlError, match="job 2 has ended: completed"):
             client.cancel(2)
-    assert backing(top) is None
+    assert backing_name(top) is None
 
 
 def test_job_is_paused_slowed_and_goes_on(top: Path) -> None:
@@ -195,7 +182,7 @@ def test_job_waits_while_the_image_is_let_go(top: Path) -> None:
             guest.start_queue(base)
             assert client.wait(job).state == "completed"
         daemon.stop()
-    assert backing(top) is None
+    assert backing_name(top) is None
     assert content(top) == SHOWN
 
 
@@ -204,7 +191,7 @@ def test_daemon_that_ends_ends_its_job(top: Path) -> None:
         client.stream(rate=1)
         guest.write(0, b"w" * BLOCK)
         daemon.stop()
-    assert backing(top) == "mid"
+    assert backing_name(top) == "mid"
     assert content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
     assert_clean(top)
 
@@ -244,11 +231,11 @@ def test_death_before_any_call_leaves_the_same_disk(top: Path, at: int) -> None:
         shown = disk.read(0, SIZE)
     assert shown[:BLOCK] in (b"w" * BLOCK, SHOWN[:BLOCK])
     assert shown[BLOCK:] == SHOWN[BLOCK:]
-    if backing(top) is not None:
+    if backing_name(top) is not None:
         with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
             assert client.wait(client.stream().job).state == "completed"
             daemon.stop()
-    assert backing(top) is None
+    assert backing_name(top) is None
     assert content(top) == shown
     assert_not_corrupt(top)
 
@@ -318,9 +305,9 @@ def test_commit_beside_a_guest_that_writes(top: Path, tmp_path: Path, mode: str)
         with pytest.raises(ControlError, match="nothing is between"):
             client.commit("base")
         daemon.stop()
-    assert backing(top) == "base"
+    assert backing_name(top) == "base"
     (tmp_path / "mid").unlink()
-    assert content(top) == expected(load)
+    assert content(top) == load.expected()
     assert content(tmp_path / "base") == SHOWN
     assert_clean(top)
 
@@ -341,8 +328,8 @@ def test_snapshots_are_committed_one_after_the_other(tmp_path: Path, base_format
             assert open_files(daemon) & {"base", "monday", "tuesday", "top"} == {"top", "base"}
         load.drain()
         daemon.stop()
-    assert backing(top) == "base"
-    assert content(top) == expected(load)
+    assert backing_name(top) == "base"
+    assert content(top) == load.expected()
 
 
 def test_one_frozen_disk_is_committed_to_another_past_the_page_cache(top: Path, tmp_path: Path) -> None:
@@ -355,7 +342,7 @@ def test_one_frozen_disk_is_committed_to_another_past_the_page_cache(top: Path, 
         guest.write(BLOCK, b"wednesday".ljust(BLOCK))
         assert guest.read(0, BLOCK) == b"tuesday".ljust(BLOCK)
         daemon.stop()
-    assert backing(top) == "monday"
+    assert backing_name(top) == "monday"
     assert content(top) == b"tuesday".ljust(BLOCK) + b"wednesday".ljust(BLOCK) + SHOWN[2 * BLOCK :]
 
 
@@ -372,7 +359,7 @@ def test_commit_that_is_given_up_leaves_the_chain_as_it_was(top: Path, tmp_path:
         assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
         assert client.wait(client.commit().job).state == "completed"
         daemon.stop()
-    assert backing(top) == "base"
+    assert backing_name(top) == "base"
     assert content(top) == SHOWN
 
 
@@ -385,7 +372,7 @@ def test_commit_to_what_others_use_is_refused(top: Path, tmp_path: Path) -> None
             assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
         with pytest.raises(OSError, match="write"):
             qcow2.open(tmp_path / "base", writable=True)  # it is read, as before
-    assert backing(top) == "mid"
+    assert backing_name(top) == "mid"
 
 
 def test_commit_never_shows_what_was_hidden(tmp_path: Path) -> None:
@@ -407,11 +394,11 @@ def test_death_in_a_commit_leaves_the_same_disk(top: Path, tmp_path: Path, at: i
         assert daemon.process.wait(TIMEOUT) in (-signal.SIGKILL, 0)
     assert content(top) == SHOWN
     assert_not_corrupt(tmp_path / "base")
-    if backing(top) == "mid":
+    if backing_name(top) == "mid":
         with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
             assert client.wait(client.commit().job).state == "completed"
             daemon.stop()
-    assert backing(top) == "base"
+    assert backing_name(top) == "base"
     assert content(top) == content(tmp_path / "base") == SHOWN
     assert_not_corrupt(top)
 
@@ -433,7 +420,7 @@ def test_what_the_image_holds_is_committed_beside_a_guest_that_writes(
         load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
         load.run(200)
         load.drain()
-        before = expected(load)
+        before = load.expected()
         held = dict(load.held)
         job = client.commit(base, active=True).job
         while not client.job(job).has_ended:
@@ -441,12 +428,12 @@ def test_what_the_image_holds_is_committed_beside_a_guest_that_writes(
         assert client.job(job).state == "completed", client.job(job)
         load.drain()
         daemon.stop()
-    assert backing(top) == (base or "mid")
-    assert content(top) == expected(load)
+    assert backing_name(top) == (base or "mid")
+    assert content(top) == load.expected()
     committed = content(tmp_path / (base or "mid"))
     for block in held:
         place = slice(block * BLOCK, (block + 1) * BLOCK)
-        if expected(load)[place] == before[place] != bytes(BLOCK):  # not written since: no two writes are alike
+        if load.expected()[place] == before[place] != bytes(BLOCK):  # not written since: no two writes are alike
             assert committed[place] == before[place]
     assert sorted(name for name in os.listdir(tmp_path) if name.startswith("top")) == ["top"]
     assert_clean(top)
@@ -496,6 +483,6 @@ def test_death_in_a_commit_of_what_the_image_holds(top: Path, tmp_path: Path, at
     with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
         assert client.wait(client.commit("base", active=True).job).state == "completed"
         daemon.stop()
-    assert backing(top) == "base"
+    assert backing_name(top) == "base"
     assert content(top) == content(tmp_path / "base") == shown
     assert_not_corrupt(top)

@@ -1,12 +1,10 @@
 """Bitmaps of a disk that is in use: changed beside a guest that writes, and exact, also after a kill."""
 
-import io
 import json
 import random
 import signal
-import subprocess
 import threading
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,13 @@ import pytest
 
 import qcow2
 from tests.bitmapreader import AUTO, bitmaps_of
+from tests.ctl import ctl, told
 from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, peers, qemu_img, qemu_io
 from tests.program import TIMEOUT, Daemon, qcow2_tool_ok
 from tests.realfault.death import dying
 from vhost import Control, ControlError
-from vhost.controlclient import main
 
 MIB = 1 << 20
 SIZE = 12 * MIB
@@ -159,20 +157,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk"
     qcow2_tool_ok("create", path, str(SIZE))
     return path
-
-
-def ctl(image: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, in this process: starting Python takes longer than what it does."""
-    command, out, err = [f"--control={image}.control", *arguments], io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main(command)
-    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
-
-
-def told(image: Path, *arguments: str) -> str:
-    done = ctl(image, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 def test_actions_beside_a_guest_that_writes_lose_no_bit_and_no_byte(image: Path) -> None:

@@ -1,49 +1,26 @@
 """Internal snapshots of a disk that is in use: what they hold, also after a kill, and what is refused."""
 
-import io
 import json
 import subprocess
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 import qcow2
 from tests.bitmapreader import bitmaps_of
+from tests.ctl import ctl, told
 from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, peers, qemu_img
 from tests.program import DAEMON, Daemon, qcow2_tool_ok
-from vhost.controlclient import main
 
 MIB = 1 << 20
 SIZE = 8 * MIB
 BLOCK = 4096
 
 
-def ctl(image: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, in this process: starting Python takes longer than what it does."""
-    command, out, err = [f"--control={image}.control", *arguments], io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main(command)
-    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
-
-
-def told(image: Path, *arguments: str) -> str:
-    done = ctl(image, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
 def start(image: Path, *options: str) -> Daemon:
     return Daemon(image, f"--control={image}.control", f"--link-log={image.parent}", *options)
-
-
-def expected(load: Load) -> bytes:
-    disk = bytearray(load.base)
-    for block, data in load.held.items():
-        disk[block * BLOCK : (block + 1) * BLOCK] = data
-    return bytes(disk)
 
 
 def content(image: Path, snapshot: str | None = None) -> bytes:
@@ -76,7 +53,7 @@ def test_snapshots_hold_what_the_disk_held_also_after_a_kill(tmp_path: Path, kin
             load.drain()
             made = json.loads(told(image, "snapshot-internal", "create", name, "--json"))
             assert made["name"] == name
-            moments[name] = expected(load)
+            moments[name] = load.expected()
             load.run(100)
             load.drain()
             if name == "two":
@@ -94,7 +71,7 @@ def test_snapshots_hold_what_the_disk_held_also_after_a_kill(tmp_path: Path, kin
         if ends_by_kill:
             qcow2.open(image, writable=True, log_directory=str(tmp_path)).close()
         assert_not_corrupt(image)
-        assert content(image) == expected(load)
+        assert content(image) == load.expected()
         for each, held in moments.items():
             assert content(image, each) == held
     recorded = bitmaps_of(image)["all"]
@@ -126,7 +103,7 @@ def test_the_load_goes_on_beside_it(image: Path) -> None:
             assert taker.returncode == 0
         load.drain()
         daemon.stop()
-    assert content(image) == expected(load)
+    assert content(image) == load.expected()
     assert_clean(image)
 
 

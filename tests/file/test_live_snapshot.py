@@ -15,7 +15,7 @@ import pytest
 import qcow2
 from tests.frontend import FLUSH, IN, IOERR, OK, OUT, FrontEnd, Queue
 from tests.load import Load
-from tests.oracle import assert_clean, qemu_img, qemu_io
+from tests.oracle import assert_clean, backing_name, qemu_img, qemu_io
 from tests.packedqueue import PackedQueue
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from tests.realfault.death import dying, dying_once_renamed, forgetful, waiting
@@ -58,19 +58,6 @@ def content(image: Path) -> bytes:
         return disk.read(0, disk.size)
 
 
-def expected(load: Load) -> bytes:
-    disk = bytearray(load.base or bytes(SIZE))
-    for block, data in load.held.items():
-        disk[block * BLOCK : (block + 1) * BLOCK] = data
-    return bytes(disk)
-
-
-def backing(image: Path) -> str | None:
-    info = qemu_img("info", "-U", "--output=json", image).stdout
-    name: str | None = json.loads(info).get("backing-filename")
-    return name
-
-
 @pytest.mark.parametrize(
     "option", ["--cache=writeback", "--cache=writethrough", "--cache=none", "--aio=threads", "--sandbox"]
 )
@@ -82,7 +69,7 @@ def test_three_snapshots_hold_what_the_disk_held(image: Path, option: str) -> No
             load.run(300)
             load.drain()
             freeze(image, name)
-            moments.append((name, expected(load)))
+            moments.append((name, load.expected()))
         load.run(300)
         load.drain()
         daemon.stop()
@@ -90,8 +77,8 @@ def test_three_snapshots_hold_what_the_disk_held(image: Path, option: str) -> No
         assert_clean(image.with_name(name))
         assert content(image.with_name(name)) == held
     assert_clean(image)
-    assert content(image) == expected(load)
-    assert [backing(image.with_name(name)) for name in ("disk.qcow2", "wednesday", "tuesday", "monday")] == [
+    assert content(image) == load.expected()
+    assert [backing_name(image.with_name(name)) for name in ("disk.qcow2", "wednesday", "tuesday", "monday")] == [
         "wednesday",
         "tuesday",
         "monday",
@@ -119,7 +106,7 @@ def test_requests_under_way_are_served(image: Path, queue_type: type[Queue]) -> 
         assert failures == ["", "", "", ""]
         daemon.stop()
     assert_clean(image)
-    assert content(image) == expected(load)
+    assert content(image) == load.expected()
 
 
 def test_daemon_killed_after_a_snapshot_is_followed_by_one_with_its_command_line(image: Path) -> None:
@@ -152,7 +139,7 @@ def test_sandboxed_daemon_names_files_in_the_directory_of_the_image_and_takes_th
             assert guest.read(0, 2 * BLOCK) == b"a" * BLOCK + b"b" * BLOCK
             freeze(image, "again")
         daemon.stop()
-    assert [backing(image), backing(image.with_name("again"))] == ["again", "frozen"]
+    assert [backing_name(image), backing_name(image.with_name("again"))] == ["again", "frozen"]
     assert_clean(image)
 
 
@@ -291,8 +278,8 @@ def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, a
         assert done.returncode == is_taken, done.stderr
         guest.write(0, b"z" * BLOCK)
         daemon.stop()
-    assert content(image.with_name("frozen")) == expected(load)
-    assert content(image) == b"z" * BLOCK + expected(load)[BLOCK:]
+    assert content(image.with_name("frozen")) == load.expected()
+    assert content(image) == b"z" * BLOCK + load.expected()[BLOCK:]
     assert_clean(image)
 
 
@@ -323,15 +310,15 @@ def test_links_that_wait_below_are_brought_in_after_a_death(image: Path, at: int
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         guest.write(0, b"z" * BLOCK)
         daemon.stop()
-    assert content(image.with_name("frozen")) == expected(load)
-    assert content(image) == b"z" * BLOCK + expected(load)[BLOCK:]
+    assert content(image.with_name("frozen")) == load.expected()
+    assert content(image) == b"z" * BLOCK + load.expected()[BLOCK:]
     assert_clean(image)
 
 
 def test_check_of_an_overlay_brings_in_what_waits_below(image: Path) -> None:
     load = die_with_links_below(image, 1)
     qcow2_tool_ok("check", "-r", "all", image)
-    assert content(image.with_name("frozen")) == expected(load)
+    assert content(image.with_name("frozen")) == load.expected()
 
 
 def test_links_below_an_overlay_that_others_have_written_are_left_alone(image: Path) -> None:
@@ -339,7 +326,7 @@ def test_links_below_an_overlay_that_others_have_written_are_left_alone(image: P
     load = die_with_links_below(image, 1)
     qemu_io(image, f"write -P 2 0 {BLOCK}")
     seen = content(image)
-    assert seen[BLOCK:] != expected(load)[BLOCK:]
+    assert seen[BLOCK:] != load.expected()[BLOCK:]
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         assert guest.read(BLOCK, 64 * BLOCK) == seen[BLOCK : 65 * BLOCK]
         daemon.stop()
@@ -451,7 +438,7 @@ def test_what_one_disk_refuses_no_disk_does(images: list[Path], tmp_path: Path) 
         assert together(images, "frozen").returncode == 0
         for daemon in daemons:
             daemon.stop()
-    assert [backing(image) for image in images] == ["a-frozen", "b-frozen", "c-frozen"]
+    assert [backing_name(image) for image in images] == ["a-frozen", "b-frozen", "c-frozen"]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

@@ -17,7 +17,7 @@ import pytest
 
 import qcow2
 from tests import nbdclient as nbd
-from tests.nbdclient import Client, NbdError, Server
+from tests.nbdclient import Client, NbdError, Server, empty_disk
 from tests.nbdzone import Zone
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.program import TIMEOUT, TOOL, qcow2_tool
@@ -36,13 +36,8 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """An empty disk, for as many clients as like to come."""
-    path = tmp_path_factory.mktemp("served") / "disk.qcow2"
-    qcow2.create(path, SIZE)
-    with Server(path, "-t", "-e", "0") as server:
+    with empty_disk(tmp_path_factory.mktemp("served"), SIZE) as server:
         yield server
-        server.stop()
-    assert_not_corrupt(path)
 
 
 def fd_count(pid: int) -> int:
