@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile
 from qcow2.driver.pool import PoolDriver
@@ -22,37 +23,40 @@ from qcow2.node.chain import Chain
 from qcow2.node.raw import RawImage
 
 
-def convert_image(
-    source: str,
-    target: str,
-    pace: Pace,
-    *,
-    source_format: str,
-    target_format: str,
-    snapshot: str | None,
-    is_compressed: bool,
-    compression: CompressionType,
-    level: int | None,
-    cluster_bits: int,
-    key: Key,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is copied, and what it becomes."""
+
+    source_format: str
+    target_format: str
+    snapshot: str | None  # of the source; None: what it holds now
+    is_compressed: bool
+    compression: CompressionType
+    level: int | None  # of the compression; None: as zlib and zstd have it
+    cluster_bits: int
+    key: Key  # of the source
+
+
+def convert_image(source: str, target: str, pace: Pace, wanted: Conversion) -> None:
     """Let *target* be a new image with the disk of *source*; stable on return.
 
     Raises: OSError, ImageError, ValueError, Cancelled; a new file is gone then, another one no image.
     """
     with ExitStack() as stack:
         chain = stack.enter_context(Chain())
-        image = chain.open(source, source_format, OpenOptions(snapshot=snapshot, keys=keys_of(key)))
+        image = chain.open(
+            source, wanted.source_format, OpenOptions(snapshot=wanted.snapshot, keys=keys_of(wanted.key))
+        )
         for link in image.chain:
             if os.path.exists(target) and os.path.samefile(link.file.path, target):
                 raise ImageError(target, "the target is the source, or under it")
         file = stack.enter_context(created(target))
-        options = Options(size=image.size, cluster_bits=cluster_bits, compression=compression)
+        options = Options(size=image.size, cluster_bits=wanted.cluster_bits, compression=wanted.compression)
         into: Target
-        if target_format == "raw":
+        if wanted.target_format == "raw":
             into = _raw(file, image.size)
-        elif is_compressed:
-            into = NewCompressedImage(file, options, level=level)
+        elif wanted.is_compressed:
+            into = NewCompressedImage(file, options, level=wanted.level)
         else:
             into = NewImage(file, options)
         driver = stack.enter_context(PoolDriver(WIDTH))

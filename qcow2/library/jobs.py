@@ -12,7 +12,7 @@ from qcow2.format.layout import CompressionType
 from qcow2.job import compare as comparison
 from qcow2.job.pace import Pace, Progress
 from qcow2.library.commit import commit_image
-from qcow2.library.convert import convert_image
+from qcow2.library.convert import Conversion, convert_image
 from qcow2.library.disk import Key, keys_of
 from qcow2.library.make import PathLike
 from qcow2.library.rebase import rebase_image
@@ -52,10 +52,7 @@ def convert(
     kinds = {kind.name.lower(): kind for kind in CompressionType}
     if compression not in kinds:
         raise ValueError(f"compression {compression!r} is not one of {', '.join(kinds)}")
-    convert_image(
-        os.fsdecode(source),
-        os.fsdecode(target),
-        Pace(progress, rate),
+    wanted = Conversion(
         source_format=source_format,
         target_format=format,
         snapshot=snapshot,
@@ -65,6 +62,7 @@ def convert(
         cluster_bits=cluster_size.bit_length() - 1,
         key=key,
     )
+    convert_image(os.fsdecode(source), os.fsdecode(target), Pace(progress, rate), wanted)
 
 
 def commit(
