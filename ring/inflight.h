@@ -141,7 +141,7 @@ struct inflight_packed_state {
 const char *inflight_packed_open(struct inflight *inflight, void *region, uint32_t entries,
                                  struct vring_packed_desc *cells, uint16_t size, struct inflight_packed_state *state);
 
-/* Note one descriptor of the chain that is being fetched; the last one, which has a slot, commits the chain. */
+/* Note one descriptor of the chain that is being fetched; the last one, which has a slot, makes the chain count. */
 void inflight_packed_fetched(struct inflight *inflight, const struct vring_packed_desc *descriptor, bool is_first,
                              int slot);
 

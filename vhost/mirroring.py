@@ -231,7 +231,7 @@ class Mirroring(Work):
         if self._mirror is None or not self._mirror.is_in_step:
             done(BEHIND)
         else:
-            self._backend.run(self._mirror.settle(), lambda task: done(problem_of(task.take_error())))
+            self._backend.run(self._mirror.flush(), lambda task: done(problem_of(task.take_error())))
 
     def _on_host(self, function: Callable[[], None], done: Callable[[str], None]) -> None:
         self._device.worker.call_host(function, lambda _, error: done(problem_of(error)))

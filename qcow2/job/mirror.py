@@ -96,7 +96,7 @@ class Mirror:
         needs_none = extent.is_zero or (self._only_top and extent.depth > 0)
         return max(1, extent.nbytes // CHUNK) if needs_none else 1
 
-    async def settle(self) -> None:
+    async def flush(self) -> None:
         """Make stable all that the target holds: it is in step, and nothing is under way. Raises: OSError."""
         assert self.is_in_step
         await self._target.flush()
