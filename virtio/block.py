@@ -52,7 +52,7 @@ class BlockDevice:
     """
 
     size: int  # bytes, a multiple of block_size
-    block_size: int = 512
+    block_size: int = SECTOR
     read_only: bool = False
     serial: str = ""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ring.extent import ExtentMap
 from ring.native import Pointer, ffi, lib
-from virtio.config import SERIAL_MAX
+from virtio.config import SECTOR, SERIAL_MAX
 
 NO_SLOT = 0xFFFFFFFF  # BLOCK_NO_SLOT
 
@@ -16,7 +16,7 @@ class NativeBlock:
         self,
         *,
         size: int,
-        block_size: int = 512,
+        block_size: int = SECTOR,
         read_only: bool = False,
         serial: str = "",
         max_range_sectors: int = 0,

@@ -19,6 +19,7 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.layout import (
     ENTRY_SIZE,
     MAX_REFCOUNT_TABLE_BYTES,
+    SECTOR_SIZE,
 )
 from qcow2.native import ffi, lib
 from qcow2.plane.entry import bytes_of
@@ -224,8 +225,8 @@ class Refcounts:
             cluster = index * self.per_block + entries[0]
             raise OverflowError(f"no refcount block counts cluster {cluster}, which is referenced")
         block = await self._block(index)
-        start, stop = ((entry << self._order) // 8 // 512 * 512 for entry in (entries[0], entries[-1]))
-        sectors = slice(start, stop + 512)
+        start, stop = ((entry << self._order) // 8 // SECTOR_SIZE * SECTOR_SIZE for entry in (entries[0], entries[-1]))
+        sectors = slice(start, stop + SECTOR_SIZE)
         old = bytes(block.data[sectors])
         view = ffi.from_buffer("uint64_t[]", entries)
         done = lib.refcount_add(block.view, self._order, view, len(entries), delta)

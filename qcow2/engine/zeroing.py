@@ -8,9 +8,10 @@ from qcow2.engine.root import Root
 from qcow2.engine.space import Space
 from qcow2.engine.table import Tables
 from qcow2.engine.write import Writer
+from qcow2.format.layout import MAX_CLUSTER_SIZE
 from qcow2.plane.l2cache import Kind, Run
 
-STEP = 2 << 20  # bytes of zeros in memory; no cluster is larger
+STEP = MAX_CLUSTER_SIZE  # bytes of zeros in memory
 
 
 class Zeroer(Part):

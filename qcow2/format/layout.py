@@ -11,6 +11,7 @@ SECTOR_SIZE = 512
 # Limits QEMU enforces; an image beyond them is refused before anything is allocated for it.
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
+MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 1 << MIN_CLUSTER_BITS, 1 << MAX_CLUSTER_BITS
 MAX_REFCOUNT_ORDER = 6
 V2_REFCOUNT_ORDER = 4
 MAX_L1_BYTES = 32 << 20
@@ -71,6 +72,11 @@ class CompressionType(IntEnum):
 
     ZLIB = 0
     ZSTD = 1
+
+
+# As options name them.
+COMPRESSIONS = {kind.name.lower(): kind for kind in CompressionType}
+VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 class ExtensionMagic(IntEnum):

@@ -6,9 +6,10 @@ from typing import Any
 
 from qcow2.driver.operation import Signal, Spawn
 from qcow2.engine.turns import Turns
+from qcow2.format.layout import MAX_CLUSTER_SIZE
 
 WIDTH = 8  # pieces at a time, each with a thread of the host's
-WINDOW = 2 << 20  # bytes; no cluster is larger
+WINDOW = MAX_CLUSTER_SIZE  # bytes
 BESIDE_A_GUEST = (4, 512 << 10)  # the same where requests are not to wait for long
 
 

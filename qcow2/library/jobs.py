@@ -8,13 +8,13 @@ from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.opened import OpenOptions
-from qcow2.format.layout import CompressionType
+from qcow2.format.layout import COMPRESSIONS
 from qcow2.job import compare as comparison
 from qcow2.job.pace import Pace, Progress
 from qcow2.library.commit import commit_image
 from qcow2.library.convert import Conversion, convert_image
 from qcow2.library.disk import Key, keys_of
-from qcow2.library.make import PathLike
+from qcow2.library.make import PathLike, chosen, cluster_bits_of
 from qcow2.library.rebase import rebase_image
 from qcow2.library.stream import stream_image
 from qcow2.node.chain import Chain
@@ -47,19 +47,14 @@ def convert(
     """
     if format not in ("qcow2", "raw") or source_format not in FORMATS:
         raise ValueError(f"cannot convert from {source_format!r} to {format!r}")
-    if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
-        raise ValueError(f"cluster_size {cluster_size} is not a power of two from 512 to 2097152")
-    kinds = {kind.name.lower(): kind for kind in CompressionType}
-    if compression not in kinds:
-        raise ValueError(f"compression {compression!r} is not one of {', '.join(kinds)}")
     wanted = Conversion(
         source_format=source_format,
         target_format=format,
         snapshot=snapshot,
         is_compressed=compress,
-        compression=kinds[compression],
+        compression=chosen("compression", compression, COMPRESSIONS),
         level=level,
-        cluster_bits=cluster_size.bit_length() - 1,
+        cluster_bits=cluster_bits_of(cluster_size),
         key=key,
     )
     convert_image(os.fsdecode(source), os.fsdecode(target), Pace(progress, rate), wanted)

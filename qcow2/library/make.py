@@ -5,14 +5,13 @@ from typing import TypeVar
 
 from qcow2.driver.file import run
 from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
-from qcow2.format.layout import SECTOR_SIZE, CompressionType
+from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, VERSIONS
 from qcow2.library.hostfile import created, opened, reserve
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 
 T = TypeVar("T")
 
-VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
@@ -49,9 +48,7 @@ def create(
     if format == "raw":
         if below is not None:
             raise ValueError(f"{name}: a raw image has no backing file")
-        kind = _chosen(
-            "preallocation", preallocation, {each: Preallocation(each) for each in ("off", "falloc", "full")}
-        )
+        kind = chosen("preallocation", preallocation, {each: Preallocation(each) for each in ("off", "falloc", "full")})
         with created(name) as file:
             run(write_raw(file, size, kind))
             if kind is Preallocation.FALLOC:
@@ -59,11 +56,11 @@ def create(
         return
     options = Options(
         size=size,
-        version=_chosen("compat", compat, VERSIONS),
-        cluster_bits=_power("cluster_size", cluster_size, 512, 2 << 20),
+        version=chosen("compat", compat, VERSIONS),
+        cluster_bits=cluster_bits_of(cluster_size),
         refcount_order=_power("refcount_bits", refcount_bits, 1, 64),
         lazy_refcounts=lazy_refcounts,
-        compression=_chosen("compression", compression, {kind.name.lower(): kind for kind in CompressionType}),
+        compression=chosen("compression", compression, COMPRESSIONS),
         backing_name=below,
         backing_format=None if below is None else backing_format,
         preallocation=Preallocation(preallocation),
@@ -83,6 +80,11 @@ def _size_of(path: str, image_format: str) -> int:
         return format_of(path, image_format).outline(file).size
 
 
+def cluster_bits_of(cluster_size: int) -> int:
+    """The exponent of a cluster size. Raises: ValueError."""
+    return _power("cluster_size", cluster_size, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
+
+
 def _power(name: str, value: int, low: int, high: int) -> int:
     """The exponent of a power of two in [low, high]."""
     if value & (value - 1) or not low <= value <= high:
@@ -90,7 +92,8 @@ def _power(name: str, value: int, low: int, high: int) -> int:
     return value.bit_length() - 1
 
 
-def _chosen(name: str, text: str, choices: dict[str, T]) -> T:
+def chosen(name: str, text: str, choices: dict[str, T]) -> T:
+    """What the option *name* stands for. Raises: ValueError."""
     if text not in choices:
         raise ValueError(f"{name} {text!r} is not one of {', '.join(choices)}")
     return choices[text]

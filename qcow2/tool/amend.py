@@ -3,6 +3,7 @@
 import argparse
 
 from qcow2.driver.file import run
+from qcow2.format.layout import VERSIONS
 from qcow2.library.amend import Amendment, CannotAmend, amend_image, name_data_file
 from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
@@ -14,7 +15,7 @@ from qcow2.tool.identity import program
 from qcow2.tool.keyslots import SLOT_OPTIONS, amend_slots
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
-from qcow2.tool.option import COMPATS, OPTIONS, SWITCH, asks_for_help, split_options
+from qcow2.tool.option import OPTIONS, SWITCH, asks_for_help, split_options
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
 
@@ -136,7 +137,7 @@ def _require_backing(path: str, given: dict[str, str]) -> None:
 
 def _amendment(given: dict[str, str]) -> Amendment:
     compat, lazy, width = given.get("compat"), given.get("lazy_refcounts"), given.get("refcount_bits")
-    if compat is not None and compat not in COMPATS:
+    if compat is not None and compat not in VERSIONS:
         raise Failure(f"Unknown compatibility level {compat}")
     if lazy is not None and lazy not in SWITCH:
         raise Failure("Parameter 'lazy_refcounts' expects 'on' or 'off'")
@@ -144,7 +145,7 @@ def _amendment(given: dict[str, str]) -> Amendment:
         raise Failure("Refcount width must be a power of two and may not exceed 64 bits")
     return Amendment(
         size=parse_size(given["size"]) if "size" in given else None,
-        version=None if compat is None else COMPATS[compat],
+        version=None if compat is None else VERSIONS[compat],
         lazy_refcounts=None if lazy is None else SWITCH[lazy],
         refcount_order=None if width is None else WIDTHS[width],
     )

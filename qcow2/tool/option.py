@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from qcow2.engine.create import Options, Preallocation, max_size
-from qcow2.format.layout import MAX_BACKING_NAME_BYTES, SECTOR_SIZE, CompressionType
+from qcow2.format.layout import (
+    COMPRESSIONS,
+    MAX_BACKING_NAME_BYTES,
+    MAX_CLUSTER_SIZE,
+    MIN_CLUSTER_SIZE,
+    SECTOR_SIZE,
+    VERSIONS,
+)
 from qcow2.tool.commas import split_commas
 from qcow2.tool.encryption import captions, encryption_of
 from qcow2.tool.quantity import parse_size
@@ -43,7 +50,6 @@ OPTIONS = {
         "size": "<size>            - Virtual disk size",
     },
 }
-COMPATS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 MAX_FORMAT_BYTES = 15  # QEMU opens no image that says more
 RAW_PREALLOCATIONS = {kind.value: kind for kind in Preallocation if kind is not Preallocation.METADATA}
@@ -89,7 +95,7 @@ def image_options(
 
     Raises: ValueError.
     """
-    cluster_bits = _power(given, "cluster_size", "64k", 512, 2 << 20)
+    cluster_bits = _power(given, "cluster_size", "64k", MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
     limit = max_size(cluster_bits)
     if size + -size % SECTOR_SIZE > limit:
         raise ValueError(f"size {typed or size} is too large, limit {limit} with cluster_size {1 << cluster_bits}")
@@ -99,12 +105,12 @@ def image_options(
         preallocation = Preallocation.METADATA
     return Options(
         size=size + -size % SECTOR_SIZE,
-        version=_choice(given, "compat", "1.1", COMPATS),
+        version=_choice(given, "compat", "1.1", VERSIONS),
         cluster_bits=cluster_bits,
         refcount_order=_power(given, "refcount_bits", "16", 1, 64),
         lazy_refcounts=_choice(given, "lazy_refcounts", "off", SWITCH),
         has_subclusters=_choice(given, "extended_l2", "off", SWITCH),
-        compression=_choice(given, "compression_type", "zlib", {kind.name.lower(): kind for kind in CompressionType}),
+        compression=_choice(given, "compression_type", "zlib", COMPRESSIONS),
         backing_name=given.get("backing_file") or None,
         backing_format=given.get("backing_fmt") or None,
         preallocation=preallocation,

@@ -3,7 +3,8 @@
 import os
 
 from qcow2.engine.create import max_size
-from qcow2.tool.option import COMPATS, OPTIONS, PREALLOCATIONS, SWITCH
+from qcow2.format.layout import MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, VERSIONS
+from qcow2.tool.option import OPTIONS, PREALLOCATIONS, SWITCH
 from qcow2.tool.quantity import parse_size
 
 NEWER = "compatibility level 1.1 {} above (use version=v3 or greater)"
@@ -49,14 +50,14 @@ def before_it_begins(path: str, given: dict[str, str]) -> str | None:
 
 def once_it_has_begun(given: dict[str, str], size: int) -> str | None:
     """Its complaint about an image that cannot be; None if we do not know it."""
-    version = COMPATS.get(given.get("compat", "1.1"))
+    version = VERSIONS.get(given.get("compat", "1.1"))
     cluster_size, bits = _size(given.get("cluster_size", "64k")) or 0, int(given.get("refcount_bits", "16"))
     preallocation = given.get("preallocation", "off")
     if version is None:
         return f"Parameter 'version' does not accept value '{given['compat']}'"
     if preallocation not in PREALLOCATIONS:
         return f"Parameter 'preallocation' does not accept value '{preallocation}'"
-    if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
+    if cluster_size & (cluster_size - 1) or not MIN_CLUSTER_SIZE <= cluster_size <= MAX_CLUSTER_SIZE:
         return "Cluster size must be a power of two between 512 and 2048k"
     if given.get("backing_fmt") and not given.get("backing_file"):
         return "Backing format cannot be used without backing file"
