@@ -103,34 +103,32 @@ uint32_t worker_write_some(struct worker *worker, uint32_t slot, uint32_t count,
     return done;
 }
 
+static struct operation write_of(uint32_t slot, uint64_t host_offset, const struct piece *piece)
+{
+    return (struct operation){
+        .verb = VERB_WRITE,
+        .slot = slot,
+        .host_offset = host_offset,
+        .nbytes = piece->nbytes,
+        .pieces = piece,
+        .piece_count = 1,
+    };
+}
+
 int request_write_at_once(struct worker *worker, struct request *request, uint32_t slot, uint64_t host_offset,
                           uint64_t start, uint64_t nbytes)
 {
     struct piece piece = {request_id(request), start, nbytes};
-    struct operation operation = {
-        .verb = VERB_WRITE,
-        .slot = slot,
-        .host_offset = host_offset,
-        .nbytes = nbytes,
-        .pieces = &piece,
-        .piece_count = 1,
-        .data = true,
-    };
+    struct operation operation = write_of(slot, host_offset, &piece);
 
+    operation.data = true;
     return worker_has_slot(worker, slot) ? write_at_once(worker, &operation) : -EAGAIN;
 }
 
 int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes)
 {
     struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes};
-    struct operation operation = {
-        .verb = VERB_WRITE,
-        .slot = slot,
-        .host_offset = host_offset,
-        .nbytes = nbytes,
-        .pieces = &piece,
-        .piece_count = 1,
-    };
+    struct operation operation = write_of(slot, host_offset, &piece);
 
     return worker->files[slot].error ? -EIO : write_now(worker, &operation);
 }
