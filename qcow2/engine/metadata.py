@@ -18,22 +18,26 @@ from qcow2.plane.entry import l1_table, words_of
 MAX_SNAPSHOT_CLUSTERS = 1 << 20  # clusters with tables of snapshots that are kept in memory, 8 bytes each
 
 
-def active_clusters(
-    file: File, geometry: Geometry, header: Header, l1: "array[int]", refcount_table: "array[int]"
-) -> "array[int]":
-    """The sorted numbers of the host clusters that hold the active image's tables.
-
-    Raises: CorruptImage if two tables overlap.
-    """
+def table_clusters(geometry: Geometry, header: Header, l1: "array[int]", refcount_table: "array[int]") -> "array[int]":
+    """The host clusters of the header and the active image's tables, one that two share twice."""
     bits, record = geometry.cluster_bits, header.record
     clusters = array("Q", [0])
     luks_offset, luks_bytes = header.luks_area
     clusters.extend(range(luks_offset >> bits, geometry.clusters(luks_offset + luks_bytes)))
-    clusters.extend(range(record.l1_table_offset >> bits, geometry.clusters(record.l1_table_offset + 8 * len(l1))))
+    start = record.l1_table_offset
+    clusters.extend(range(start >> bits, geometry.clusters(start + ENTRY_SIZE * len(l1))))
     start = record.refcount_table_offset >> bits
     clusters.extend(range(start, start + record.refcount_table_clusters))
     clusters += _led_to(refcount_table, bits)
     clusters += _led_to(l1, bits)
+    return clusters
+
+
+def active_clusters(
+    file: File, geometry: Geometry, header: Header, l1: "array[int]", refcount_table: "array[int]"
+) -> "array[int]":
+    """The same, sorted. Raises: CorruptImage if two tables overlap."""
+    bits, clusters = geometry.cluster_bits, table_clusters(geometry, header, l1, refcount_table)
     sort_clusters(clusters)
     index = lib.clusters_repeated(ffi.from_buffer("uint64_t[]", clusters), len(clusters))
     if index < len(clusters):

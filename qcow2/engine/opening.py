@@ -50,8 +50,7 @@ async def open_changes(
     Raises: UnsupportedImage, CorruptImage, OSError.
     """
     file, record, mapping = opened.file, header.record, opened.mapping
-    nbytes = record.refcount_table_clusters << record.cluster_bits
-    table = words_of(await Read(file, record.refcount_table_offset, nbytes))
+    table = words_of(await Read(file, record.refcount_table_offset, record.refcount_table_nbytes))
     _validate_refcount_table(file, record, table, file_size)
     owned = active_clusters(file, opened.geometry, header, mapping.l1, table)
     snapshots = await read_snapshots(file, header)

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 from qcow2.driver.operation import File, Read, Size, Sync, Write
 from qcow2.engine.bitmaptable import load_bitmaps
-from qcow2.error import CorruptImage
+from qcow2.engine.metadata import snapshot_clusters, table_clusters
+from qcow2.error import CorruptImage, ImageError
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE
+from qcow2.format.snapshot import read_snapshots
 from qcow2.plane.entry import Entries, l1_is_private, l1_is_sound, l1_table, words_of
 from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link
 
@@ -100,7 +102,7 @@ class Target:
     entries: Entries
     l1: "list[int]"
     file_end: int
-    tables: set[int]  # host clusters of the header, the tables and the refcount blocks
+    tables: set[int]  # host clusters of the header and of all tables, those of snapshots too
     metadata: set[int]  # those, and the clusters of bitmaps
 
     @classmethod
@@ -108,20 +110,18 @@ class Target:
         """The image in *file*, dirty or not."""
         record = header.record
         geometry = Geometry.of(record)
-        file_end = geometry.round_up(await Size(file))
+        file_size = await Size(file)
         l1 = words_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
-        nbytes = record.refcount_table_clusters << record.cluster_bits
-        blocks = words_of(await Read(file, record.refcount_table_offset, nbytes))
-        tables = {0}
-        tables.update(_clusters(geometry, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
-        tables.update(_clusters(geometry, record.refcount_table_offset, nbytes))
-        tables.update(_clusters(geometry, *header.luks_area))
-        tables.update(geometry.cluster_of(l1_table(entry)) for entry in l1)
-        tables.update(geometry.cluster_of(entry) for entry in blocks)
+        blocks = words_of(await Read(file, record.refcount_table_offset, record.refcount_table_nbytes))
+        tables = set(table_clusters(geometry, header, l1, blocks))
+        with suppress(ImageError):  # the open refuses it
+            tables.update(
+                await snapshot_clusters(file, geometry, record, await read_snapshots(file, header), file_size)
+            )
         owned: Iterable[int] = ()
         with suppress(CorruptImage):
             _, owned = await load_bitmaps(file, header, geometry, tables.__contains__)
-        return cls(geometry, Entries.of(geometry), list(l1), file_end, tables, tables.union(owned))
+        return cls(geometry, Entries.of(geometry), list(l1), geometry.round_up(file_size), tables, tables.union(owned))
 
     def accept(self, links: Iterable[Link]) -> tuple[list[Link], int]:
         """Those of *links* that may be true, the newest of each guest cluster; and how many may not."""
@@ -155,7 +155,3 @@ class Target:
         guest_offset = cluster << self.geometry.cluster_bits
         table = l1_table(self.l1[self.geometry.l1_index(guest_offset)])
         return table + self.geometry.entry_offset(guest_offset)
-
-
-def _clusters(geometry: Geometry, host_offset: int, nbytes: int) -> range:
-    return range(geometry.cluster_of(host_offset), geometry.clusters(host_offset + nbytes))

@@ -144,6 +144,11 @@ class HeaderRecord:
         """Where the L1 table ends in the file; 0 if there is none."""
         return self.l1_table_offset + self.l1_size * ENTRY_SIZE if self.l1_size else 0
 
+    @property
+    def refcount_table_nbytes(self) -> int:
+        """Length of the refcount table in the file, whole clusters."""
+        return self.refcount_table_clusters << self.cluster_bits
+
     V2: ClassVar[struct.Struct] = struct.Struct(">IIQIIQIIQQIIQ")
     V3: ClassVar[struct.Struct] = struct.Struct(">IIQIIQIIQQIIQQQQII")
     V3_COMPRESSION: ClassVar[struct.Struct] = struct.Struct(">IIQIIQIIQQIIQQQQIIB")

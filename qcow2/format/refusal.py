@@ -149,7 +149,7 @@ def _validate_refcounts(file: File, record: HeaderRecord, file_size: int | None)
     limit = layout.MAX_REFCOUNT_ORDER
     if record.refcount_order > limit:
         raise UnsupportedImage(file.path, f"refcount_order {record.refcount_order}, limit {limit}")
-    nbytes = record.refcount_table_clusters << record.cluster_bits
+    nbytes = record.refcount_table_nbytes
     if nbytes > layout.MAX_REFCOUNT_TABLE_BYTES:
         limit = layout.MAX_REFCOUNT_TABLE_BYTES >> record.cluster_bits
         raise UnsupportedImage(file.path, f"refcount_table_clusters {record.refcount_table_clusters}, limit {limit}")

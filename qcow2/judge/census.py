@@ -253,7 +253,7 @@ async def _count_bitmap(census: Census, bitmap: Bitmap) -> None:
 async def _count_refcount_structure(census: Census) -> None:
     """Count the refcount table and its blocks, as far as they are inside the file: they are no loss."""
     record = census.record
-    offset, nbytes = record.refcount_table_offset, record.refcount_table_clusters << record.cluster_bits
+    offset, nbytes = record.refcount_table_offset, record.refcount_table_nbytes
     if not nbytes or not offset:
         census.report.corruption("there is no refcount table")
         census.must_rebuild = True

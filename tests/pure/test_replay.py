@@ -6,6 +6,7 @@ import pytest
 
 from qcow2.engine.replay import Outcome, replay
 from qcow2.format.header import read_header
+from qcow2.plane.entry import l1_table, words_of
 from qcow2.plane.linklog import Link
 from tests.builder.record import COMPRESSED, COPIED, ZERO
 from tests.crash.driver import CrashDriver, SimulatedFile, points
@@ -134,6 +135,17 @@ def test_a_link_to_a_table_is_dropped() -> None:
     table = bench.image._mapping.table_offset(0)
     assert run_replay(bench.file, [Link(5, 0, table | COPIED)]).dropped == 1
     assert bench.file.content() == before
+
+
+def test_a_link_to_a_table_of_a_snapshot_is_dropped() -> None:
+    bench = killed()
+    bench.driver.run(bench.image.settle())
+    bench.driver.run(bench.image.create_snapshot("kept", 0))
+    bench.write(3 * CLUSTER, noise(CLUSTER, 1))
+    record = bench.driver.run(bench.image.snapshots())[0].record
+    table = l1_table(words_of(bench.file.content()[record.l1_table_offset :][:8])[0])
+    for host_offset in (bench.image.header.record.snapshots_offset, record.l1_table_offset, table):
+        assert run_replay(bench.file, [Link(5, 0, host_offset | COPIED)]).dropped == 1
 
 
 def test_two_links_to_one_cluster_are_one() -> None:
