@@ -12,6 +12,7 @@ from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.format.luks import CipherSpec, Encryption
+from qcow2.judge.check import check
 from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link, LinkLog, Mark, Origin, read_log
 from tests.crash.driver import CrashDriver, SimulatedFile
@@ -58,6 +59,11 @@ class Bench:
 
     def close(self) -> None:
         self.driver.run(self.image.close())
+
+    def assert_sound(self) -> None:
+        """Of a file that was closed."""
+        report = self.driver.run(check(self.file))
+        assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0)
 
     def reopened_content(self) -> bytes:
         """What a reader finds that knows nothing but the files."""

@@ -9,6 +9,7 @@ from qcow2.driver.operation import Buffer
 from qcow2.engine.image import Image
 from qcow2.native import ffi, lib
 from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.engine import Bench
 
 TOP, BASE, OWN = 3, 4, 5
 COLD = 1 / 4  # of the tables
@@ -225,3 +226,21 @@ class Served:
         is_served = self._plane.clear(guest_offset, nbytes, how)
         self.served += is_served
         return is_served
+
+
+def write_by(plane: Plane | None, bench: Bench, offset: int, data: bytes) -> bool:
+    """Write as *plane* does, or, where it punts, as the engine; whether *plane* did."""
+    served = plane is not None and plane.write(offset, data)
+    if not served:
+        bench.write(offset, data)
+    return served
+
+
+def clear_by(plane: Plane | None, bench: Bench, offset: int, nbytes: int, how: int) -> bool:
+    """The same of a discard, or of zeros."""
+    served = plane is not None and plane.clear(offset, nbytes, how)
+    if not served and how == DISCARD:
+        bench.driver.run(bench.image.discard(offset, nbytes))
+    elif not served:
+        bench.driver.run(bench.image.write_zeroes(offset, nbytes, unmap=how == UNMAP))
+    return served

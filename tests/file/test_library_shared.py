@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def overlay(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def work(disk: qcow2.Disk, number: int, end: float, wrong: list[str]) -> dict[int, bytes]:
+def work(number: int, disk: qcow2.Disk, end: float, wrong: list[str]) -> dict[int, bytes]:
     """Write, read, flush and discard blocks of one's own; what they hold."""
     draw, held = random.Random(number), dict[int, bytes]()
     count = 0
@@ -60,18 +60,22 @@ def work(disk: qcow2.Disk, number: int, end: float, wrong: list[str]) -> dict[in
     return held
 
 
-def test_threads_share_a_disk(overlay: Path) -> None:
+Deeds = Callable[[qcow2.Disk, float, list[str]], dict[int, bytes]]  # on a disk, until then: what blocks hold
+
+
+def share(overlay: Path, everybody: Sequence[Deeds]) -> None:
+    """A thread for each of *everybody*, on one disk: it holds in the end what they say."""
     wrong, held, failures = list[str](), dict[int, bytes](), list[BaseException]()
 
-    def run(number: int) -> None:
+    def run(deeds: Deeds) -> None:
         try:
-            held.update(work(disk, number, end, wrong))
-        except BaseException as error:
+            held.update(deeds(disk, end, wrong))
+        except BaseException as error:  # looked at below
             failures.append(error)
 
     with qcow2.open(overlay, writable=True) as disk:
         end = time.monotonic() + SECONDS
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
+        threads = [threading.Thread(target=run, args=(deeds,)) for deeds in everybody]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -80,6 +84,10 @@ def test_threads_share_a_disk(overlay: Path) -> None:
     with qcow2.open(overlay) as disk:
         assert all(disk.read(block * BLOCK, BLOCK) == data for block, data in held.items())
     assert_not_corrupt(overlay)
+
+
+def test_threads_share_a_disk(overlay: Path) -> None:
+    share(overlay, [partial(work, number) for number in range(THREADS)])
 
 
 async def work_in_a_loop(disk: qcow2.Disk, first: int, end: float, wrong: list[str]) -> dict[int, bytes]:
@@ -101,30 +109,10 @@ async def work_in_a_loop(disk: qcow2.Disk, first: int, end: float, wrong: list[s
 
 
 def test_two_threads_and_an_event_loop_share_a_disk(overlay: Path) -> None:
-    wrong, held, failures = list[str](), dict[int, bytes](), list[BaseException]()
+    def loop(disk: qcow2.Disk, end: float, wrong: list[str]) -> dict[int, bytes]:
+        return asyncio.run(work_in_a_loop(disk, 2, end, wrong))
 
-    def run(deeds: Callable[[], dict[int, bytes]]) -> None:
-        try:
-            held.update(deeds())
-        except BaseException as error:
-            failures.append(error)
-
-    with qcow2.open(overlay, writable=True) as disk:
-        end = time.monotonic() + SECONDS
-        everybody: list[Callable[[], dict[int, bytes]]] = [
-            partial(work, disk, 0, end, wrong),
-            partial(work, disk, 1, end, wrong),
-            lambda: asyncio.run(work_in_a_loop(disk, 2, end, wrong)),
-        ]
-        threads = [threading.Thread(target=run, args=(deeds,)) for deeds in everybody]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert (wrong, failures) == ([], [])
-    with qcow2.open(overlay) as disk:
-        assert all(disk.read(block * BLOCK, BLOCK) == data for block, data in held.items())
-    assert_not_corrupt(overlay)
+    share(overlay, [partial(work, 0), partial(work, 1), loop])
 
 
 INTERRUPTED = """

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from qcow2.judge.check import check
 from tests.engine import Bench, noise, open_again, set_up
-from tests.extents import DISCARD, KEEP, UNMAP, Plane
+from tests.extents import DISCARD, KEEP, UNMAP, Plane, clear_by, write_by
 
 pytestmark = pytest.mark.pure
 
@@ -25,11 +24,7 @@ def started(**options: Any) -> tuple[Bench, Plane]:
 
 
 def clear(bench: Bench, plane: Plane | None, model: bytearray, offset: int, nbytes: int, how: int) -> bool:
-    served = plane is not None and plane.clear(offset, nbytes, how)
-    if not served and how == DISCARD:
-        bench.driver.run(bench.image.discard(offset, nbytes))
-    elif not served:
-        bench.driver.run(bench.image.write_zeroes(offset, nbytes, unmap=how == UNMAP))
+    served = clear_by(plane, bench, offset, nbytes, how)
     model[offset : offset + nbytes] = bytes(nbytes)
     return served
 
@@ -44,16 +39,9 @@ def change(bench: Bench, plane: Plane, model: bytearray, draw: random.Random) ->
     offset = cluster * CLUSTER + draw.choice([0, 512, 1024])
     nbytes = min(draw.choice([512, 1024, CLUSTER]), CLUSTER - offset % CLUSTER)
     data = draw.randbytes(nbytes)
-    served = by_plane and plane.write(offset, data)
-    if not served:
-        bench.write(offset, data)
+    served = write_by(plane if by_plane else None, bench, offset, data)
     model[offset : offset + nbytes] = data
     return served
-
-
-def assert_sound(bench: Bench) -> None:
-    report = bench.driver.run(check(bench.file))
-    assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +73,7 @@ def test_engine_and_extent_map_keep_one_disk(options: dict[str, Any], least: int
     assert bench.content() == model
     bench.close()
     assert bench.reopened_content() == model
-    assert_sound(bench)
+    bench.assert_sound()
 
 
 def test_a_place_of_an_encrypted_image_holds_what_decrypts_to_zeros() -> None:
@@ -112,7 +100,7 @@ def test_new_tables_of_an_encrypted_image_are_zeros() -> None:
         model[offset : offset + 512] = noise(512, seed=number)
     bench.close()
     assert bench.reopened_content() == model
-    assert_sound(bench)
+    bench.assert_sound()
 
 
 def test_an_untouched_place_of_a_data_file_takes_the_bytes_alone() -> None:

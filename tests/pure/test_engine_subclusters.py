@@ -7,9 +7,8 @@ import pytest
 
 from qcow2.engine.replay import replay
 from qcow2.format.header import read_header
-from qcow2.judge.check import check
 from tests.engine import Bench, set_up, waiting
-from tests.extents import DISCARD, KEEP, UNMAP, Plane
+from tests.extents import DISCARD, KEEP, UNMAP, Plane, clear_by, write_by
 
 BITS = 14
 CLUSTER, UNIT = 1 << BITS, 1 << BITS - 5
@@ -33,11 +32,7 @@ def put(bench: Bench, model: bytearray, offset: int, data: bytes) -> None:
 
 
 def clear(bench: Bench, plane: Plane | None, model: bytearray, offset: int, nbytes: int, how: int) -> bool:
-    served = plane is not None and plane.clear(offset, nbytes, how)
-    if not served and how == DISCARD:
-        bench.driver.run(bench.image.discard(offset, nbytes))
-    elif not served:
-        bench.driver.run(bench.image.write_zeroes(offset, nbytes, unmap=how == UNMAP))
+    served = clear_by(plane, bench, offset, nbytes, how)
     if how == DISCARD:
         seen, old = bench.read(offset, nbytes), model[offset : offset + nbytes]
         for at in range(0, nbytes, 512):
@@ -63,16 +58,9 @@ def change(bench: Bench, plane: Plane, model: bytearray, draw: random.Random) ->
         return clear(bench, plane if served else None, model, offset, nbytes, how)
     nbytes = min(nbytes, CLUSTER - offset % CLUSTER) if draw.random() < 0.8 else nbytes
     data = draw.randbytes(nbytes)
-    served = served and plane.write(offset, data)
-    if not served:
-        bench.write(offset, data)
+    served = write_by(plane if served else None, bench, offset, data)
     model[offset : offset + nbytes] = data
     return served
-
-
-def assert_sound(bench: Bench) -> None:
-    report = bench.driver.run(check(bench.file))
-    assert (report.corruptions, report.leaks, report.check_errors) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("base", [None, random.Random(0).randbytes(9 * CLUSTER + 512)], ids=["alone", "overlay"])
@@ -92,7 +80,7 @@ def test_engine_and_extent_map_keep_one_disk(seed: int, base: bytes | None) -> N
     assert bench.content() == model
     bench.close()
     assert bench.reopened_content() == model
-    assert_sound(bench)
+    bench.assert_sound()
 
 
 @pytest.mark.parametrize("seed", range(4))
