@@ -1,4 +1,4 @@
-"""Allocation: host clusters handed out from a reserved run; growing the file and the refcounts under it.
+"""Allocation: host clusters handed out from a reserved run.
 
 Every cluster handed out is counted (accurate: stable on the disk; lazy: in memory), lies inside the file's stable
 length, and reads as zeros, stable too. So whoever gets one may write plain data and link it without any sync. In an
@@ -10,15 +10,14 @@ import errno
 import os
 from contextlib import suppress
 
-from qcow2.driver.operation import Resize, Signal, Spawn, Zero
+from qcow2.driver.operation import Signal, Spawn, Zero
 from qcow2.engine.opened import Opened
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
+from qcow2.engine.reservation import Reservations, lacks_room
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
-from qcow2.engine.stability import lacks_space
-from qcow2.engine.uncounted import Uncounted
-from qcow2.error import CorruptImage, ImageError, MetadataOverlap, NotTried, no_memory
+from qcow2.error import CorruptImage, ImageError, NotTried, no_memory
 from qcow2.plane.stock import Stock
 
 FIRST_RUN_BYTES = 256 << 10
@@ -26,8 +25,6 @@ MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
 MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
 MAX_LAZY_BLANK_BYTES = 16 << 20  # of an encrypted one they are written
 BLANK_BYTES = 256 << 10  # encrypted at a time
-SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
-SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up
 
 
 class Allocator:
@@ -38,9 +35,8 @@ class Allocator:
         opened: Opened,
         root: Root,
         refcounts: Refcounts,
-        uncounted: Uncounted,
         reaper: Reaper,
-        file_size: int,
+        reservations: Reservations,
     ) -> None:
         self._file = opened.file
         self._data = opened.data
@@ -53,15 +49,12 @@ class Allocator:
         self._reaper = reaper
         self._stability = opened.stability
         self._statistics = opened.statistics
-        self._uncounted = uncounted
-        self._file_size = file_size
-        self._opened_size = file_size  # what was in the file before us is not cut off
+        self._reservations = reservations
         self._stock = Stock()  # reserved, not yet handed out
         self._unsynced = Stock()  # reserved, but stable after the next sync only
         opened.mapping.cache.set_stock(self._stock.native, self._unsynced.native)
         self._under_way: Signal | None = None  # of the reservation in progress
         self._gathering: Signal | None = None  # of the one for `allocate_unsynced`
-        self._cursor = 0  # no cluster below it is free, as far as is known
         self._low = 0  # at so many the next reservation begins
         self._next_bytes = FIRST_RUN_BYTES
         most_if_lazy = MAX_LAZY_BLANK_BYTES if self._encrypts else MAX_LAZY_RUN_BYTES
@@ -116,9 +109,9 @@ class Allocator:
         self._stability.require_trust()
         ended = self._gathering = Signal()
         try:
-            self._unsynced.add(await self._reserve_what_fits(max(nclusters, self._run_length())))
+            self._unsynced.add(await self._reservations.reserve_what_fits(max(nclusters, self._run_length())))
         except OSError as error:
-            if not _lacks_room(error) or not self._stock:
+            if not lacks_room(error) or not self._stock:
                 raise
             self._unsynced.add([self._stock.take(nclusters)])
         finally:
@@ -151,10 +144,6 @@ class Allocator:
             self._stability.fail(OSError(number, os.strerror(number), self._file.path))
         self._stability.require_trust()
 
-    def reuse(self, cluster: int) -> None:
-        """*cluster* has become free: look there again."""
-        self._cursor = min(self._cursor, cluster)
-
     async def allocate_area(self, nclusters: int) -> range:
         """Take exactly *nclusters* consecutive host clusters, past everything in the file; in it where it cannot grow.
 
@@ -164,54 +153,25 @@ class Allocator:
         try:
             return await self._take_area(nclusters, may_grow=True)
         except OSError as error:
-            if not _lacks_room(error):
+            if not lacks_room(error):
                 raise
         return await self._take_area(nclusters, may_grow=False)
 
     async def _take_area(self, nclusters: int, *, may_grow: bool) -> range:
         while True:
             async with self._refcounts.mutex.hold():
-                area = await self._find_area(nclusters, may_grow=may_grow)
-                missing = self._missing_blocks(area)
+                area = await self._reservations.find_area(nclusters, may_grow=may_grow)
+                missing = self._reservations.missing_blocks(area)
                 if not missing:
-                    await self._prepare(area)
+                    await self._reservations.prepare(area)
                     await self._refcounts.add(area, 1)
                     break
                 if missing[-1] >= len(self._refcounts.table):
-                    await self._grow_table(missing[-1])
+                    await self._reservations.grow_table(missing[-1])
                     continue
             for index in missing:  # which may end in the way of the area: then look again
                 await self._place_block(index)
         return area
-
-    async def _find_area(self, nclusters: int, *, may_grow: bool) -> range:
-        """That many consecutive free clusters past the end of the file, or inside it."""
-        start = self._geometry.clusters(self._file_size)
-        limit = start + SEARCHED_CLUSTERS + nclusters
-        if not may_grow:
-            await self._uncounted.look()
-            start, limit = 0, self._file_size >> self._geometry.cluster_bits
-        stop = start  # [start, stop) is free
-        while stop - start < nclusters:
-            if start + nclusters > limit:
-                raise OSError(errno.ENOSPC, f"no {nclusters} clusters in a row are free", self._file.path)
-            free = self._uncounted.usable(await self._refcounts.find_free(stop, start + nclusters))
-            if free.start > stop:
-                start = free.start
-            stop = free.stop
-        self._require_no_metadata(range(start, stop))
-        return range(start, stop)
-
-    def _require_no_metadata(self, free: range) -> None:
-        """Raises: MetadataOverlap if a cluster of *free*, which count zero, holds metadata: what else does?"""
-        if (cluster := self._mapping.first_metadata(free)) is not None:
-            where = cluster << self._geometry.cluster_bits
-            raise MetadataOverlap(self._file.path, where, f"metadata at {where:#x} has refcount 0, repair the image")
-
-    def _missing_blocks(self, area: range) -> list[int]:
-        """The refcount blocks that *area* needs and that do not exist."""
-        indexes = range(self._refcounts.block_of(area.start), self._refcounts.block_of(area[-1]) + 1)
-        return [index for index in indexes if not self._refcounts.has_block(index)]
 
     async def _place_block(self, index: int) -> None:
         """Make refcount block *index* in a cluster of the run, so that all that it counts stays free."""
@@ -245,9 +205,9 @@ class Allocator:
         """Reserve, make it stable and put it into the stock; without room, what was meant for copies."""
         try:
             try:
-                areas = await self._reserve_what_fits(wanted)
+                areas = await self._reservations.reserve_what_fits(wanted)
             except OSError as error:
-                if not _lacks_room(error) or not self._unsynced:
+                if not lacks_room(error) or not self._unsynced:
                     raise
                 areas = self._unsynced.take_all()
             try:
@@ -255,7 +215,7 @@ class Allocator:
                     await self._blank(area)
                 await self._stability.sync()
             except OSError as error:
-                if isinstance(error, NotTried) or _lacks_room(error):
+                if isinstance(error, NotTried) or lacks_room(error):
                     self._unsynced.add(areas)
                 raise
             self._stock.add(areas)
@@ -276,128 +236,11 @@ class Allocator:
             await self._data.write(offset, bytes(nbytes))
             offset += nbytes
 
-    async def _reserve_what_fits(self, wanted: int) -> list[range]:
-        """Reserve *wanted* clusters; on a host with hardly any room left fewer, or what is free inside the file."""
-        fewer = wanted
-        while True:
-            try:
-                return await self._reserve(fewer) or []
-            except OSError as error:
-                if not _lacks_room(error):
-                    raise
-                if fewer == 1:
-                    areas = await self._reserve(wanted, may_grow=False)
-                    if areas is None:
-                        raise
-                    return areas
-            fewer = max(1, fewer // 4)
-
     def _run_length(self) -> int:
         """How many clusters to reserve: more each time, but little of a small disk."""
         nbytes = min(self._next_bytes, self._geometry.size // 8)
         self._next_bytes = min(2 * self._next_bytes, self._max_bytes)
         return max(1, self._geometry.clusters(nbytes))
-
-    async def _reserve(self, wanted: int, *, may_grow: bool = True) -> list[range] | None:
-        """Count free clusters, make them part of the file and zeros; all of this is stable after the next sync.
-
-        None if there are none: nothing has changed. A refcount block may have taken the only one.
-        """
-        self._statistics.reservations += 1
-        found: list[range] = []
-        counted: list[range] = []
-        try:
-            async with self._refcounts.mutex.hold():
-                found = await self._find(wanted, may_grow=may_grow)
-                for area in found:
-                    await self._prepare(area)
-                for area in found:  # all of them are inside the file now, and a larger refcount table past them
-                    counted += [await self._count(area)]
-        except OSError:
-            if found:
-                self.reuse(found[0].start)
-            if not any(counted):
-                raise
-        return [area for area in counted if area] if found else None
-
-    async def _find(self, wanted: int, *, may_grow: bool) -> list[range]:
-        """Free clusters: holes in the file first, if they are quickly found, then what lies past its end."""
-        end = self._geometry.clusters(self._file_size)
-        if not may_grow:
-            if await self._uncounted.look():
-                self._cursor = 0
-            found, self._cursor = await self._search(self._cursor, end, wanted)
-            return found
-        first = max(self._cursor, self._uncounted.first)
-        scanned = self._refcounts.per_block * (self._refcounts.block_of(first) + SCANNED_BLOCKS)
-        found, self._cursor = await self._search(first, min(end, scanned), wanted)
-        wanted -= sum(map(len, found))
-        if wanted:
-            fresh, _ = await self._search(end, end + SEARCHED_CLUSTERS, wanted)
-            found += fresh
-        if not found:
-            raise OSError(errno.EFBIG, "refcounts past the end of the file leave no room", self._file.path)
-        return found
-
-    async def _search(self, first: int, end: int, wanted: int) -> tuple[list[range], int]:
-        """Runs of free clusters in [first, end), each within one refcount block; and where to search on."""
-        found: list[range] = []
-        while wanted and first < end:
-            free = await self._refcounts.find_free(first, end)
-            area = self._uncounted.usable(free)[:wanted]
-            self._require_no_metadata(range(free.start, area.stop))
-            first = area.stop
-            if area:
-                found.append(area)
-                wanted -= len(area)
-        return found, first
-
-    async def _prepare(self, area: range) -> None:
-        """Make *area* part of the file and zeros. Past the end of a file everything is."""
-        bits = self._geometry.cluster_bits
-        start, stop = area.start << bits, area.stop << bits
-        if start < self._file_size:
-            await Zero(self._file, start, min(stop, self._file_size) - start)
-        await self._extend(stop)
-
-    async def _extend(self, nbytes: int) -> None:
-        """Let the file be *nbytes* long, if it is shorter."""
-        if nbytes > self._file_size:
-            await Resize(self._file, nbytes, reserve=True)
-            self._file_size = nbytes
-            self._mapping.set_file_end(nbytes)
-
-    async def _count(self, area: range) -> range:
-        """Count one reference to each cluster of *area*; what is left of it if its refcount block had to be made."""
-        index = self._refcounts.block_of(area.start)
-        if index >= len(self._refcounts.table):
-            await self._grow_table(index)
-        if not self._refcounts.has_block(index):
-            await self._refcounts.create_block(index, area.start)
-            self._mapping.own_metadata(area[:1])
-            area = area[1:]
-        await self._refcounts.add(area, 1)
-        return area
-
-    async def _grow_table(self, index: int) -> None:
-        """Move the refcount table to where it has room for entry *index*.
-
-        Written and stable before the header points at it; the old one is freed after.
-        """
-        bits = self._geometry.cluster_bits
-        refcounts = self._refcounts
-        start = max(self._geometry.clusters(self._file_size), len(refcounts.table) * refcounts.per_block)
-        plan = refcounts.plan_table(index, start)
-        await self._extend(plan.clusters.stop << bits)
-        for cluster, content in plan.content():
-            await self._stability.write(cluster << bits, content)
-        await self._stability.sync()
-        old = range(refcounts.table_offset >> bits, refcounts.table_end >> bits)
-        await self._root.set_refcount_table(start << bits, plan.table_clusters)
-        refcounts.adopt(plan)
-        self._mapping.own_metadata(plan.clusters)
-        self._mapping.disown_metadata(old)
-        await self._reaper.free(old)
 
     async def close(self) -> None:
         """Give what was reserved in vain back, write all refcounts, cut the file after its last used cluster.
@@ -409,12 +252,7 @@ class Allocator:
         async with self._refcounts.mutex.hold():
             await self._give_back()
             await self._refcounts.write_all()
-            end = await self._refcounts.find_end(self._geometry.clusters(self._file_size))
-        nbytes = max(self._opened_size, end << self._geometry.cluster_bits)
-        if nbytes < self._file_size:
-            await Resize(self._file, nbytes)
-            self._file_size = nbytes
-            self._mapping.set_file_end(nbytes)
+            await self._reservations.cut()
 
     async def cut_off(self) -> None:
         """Let the file be cut at the next `close` after what is used, also of what was in it when it was opened.
@@ -424,8 +262,7 @@ class Allocator:
         await self._reaper.drain()
         with suppress(OSError, ImageError):
             async with self._refcounts.mutex.hold():
-                await self._uncounted.look()
-                self._opened_size = self._uncounted.end << self._geometry.cluster_bits
+                await self._reservations.let_cut()
 
     async def _give_back(self) -> None:
         """Count what was reserved in vain down again.
@@ -439,8 +276,3 @@ class Allocator:
             contradiction = OSError(errno.EIO, str(error), self._file.path)
             self._stability.fail(contradiction)
             raise contradiction from error
-
-
-def _lacks_room(error: OSError) -> bool:
-    """Whether there is no space, or the file is as long as one can be."""
-    return error.errno == errno.EFBIG or lacks_space(error)

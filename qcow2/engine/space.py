@@ -5,6 +5,7 @@ from qcow2.engine.metadata import table_limit
 from qcow2.engine.opened import Found, Opened
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
+from qcow2.engine.reservation import Reservations
 from qcow2.engine.root import Root
 from qcow2.engine.uncounted import Uncounted
 
@@ -25,6 +26,7 @@ class Space:
         nclusters, ntables = geometry.clusters(found.file_size), table_limit(mapping.l1, found.snapshots)
         self.uncounted = Uncounted(opened, root, self.refcounts, nclusters, ntables)
         self.reaper = Reaper(opened, self.refcounts, self.uncounted)
-        self.allocator = Allocator(opened, root, self.refcounts, self.uncounted, self.reaper, found.file_size)
-        self.reaper.on_free = self.allocator.reuse
+        reservations = Reservations(opened, root, self.refcounts, self.uncounted, self.reaper, found.file_size)
+        self.allocator = Allocator(opened, root, self.refcounts, self.reaper, reservations)
+        self.reaper.on_free = reservations.reuse
         mapping.cache.set_freed(self.reaper.freed)
