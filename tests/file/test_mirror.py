@@ -15,12 +15,10 @@ from tests.file.test_jobs import (
     MIB,
     SHOWN,
     SIZE,
-    backing,
     chain,
     content,
     control,
     ctl,
-    expected,
     make_chain,
     open_files,
     start,
@@ -28,7 +26,7 @@ from tests.file.test_jobs import (
 )
 from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
-from tests.oracle import assert_clean, assert_not_corrupt, qemu_img
+from tests.oracle import assert_clean, assert_not_corrupt, backing_name, qemu_img
 from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool_ok
 from tests.realfault.death import dying_from_start
@@ -84,12 +82,12 @@ def test_the_copy_is_served_and_the_guest_goes_on(
     assert (tmp_path / target).samefile(top)
     assert top.is_symlink() == (target != "copy")
     assert_clean(top)
-    assert content(top) == expected(load)
-    assert backing(top) == (
+    assert content(top) == load.expected()
+    assert backing_name(top) == (
         os.path.realpath(tmp_path / "mid") if only_top and target != "copy" else "mid" if only_top else None
     )
     with start(top) as daemon, FrontEnd(daemon.socket_path) as guest:
-        assert guest.read(0, BLOCK) == expected(load)[:BLOCK]
+        assert guest.read(0, BLOCK) == load.expected()[:BLOCK]
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
@@ -104,7 +102,7 @@ def test_the_copy_is_left_as_of_that_moment(top: Path, tmp_path: Path, image_for
         if image_format == "raw":
             with pytest.raises(ControlError, match="it can be left only"):
                 client.complete(job)
-        then = expected(load)
+        then = load.expected()
         client.cancel(job)
         assert client.wait(job).state == "cancelled"
         with qcow2.open(tmp_path / "copy", format=image_format) as disk:  # which nobody uses
@@ -112,8 +110,8 @@ def test_the_copy_is_left_as_of_that_moment(top: Path, tmp_path: Path, image_for
         load.run(50)
         load.drain()
         daemon.stop()
-    assert content(top) == expected(load) != then
-    assert backing(top) == "mid"
+    assert content(top) == load.expected() != then
+    assert backing_name(top) == "mid"
     assert sorted(os.listdir(tmp_path)) == ["base", "copy", "mid", "top"]
 
 
@@ -132,7 +130,7 @@ def test_a_raw_disk_moves_to_and_fro(tmp_path: Path) -> None:
             assert disk.samefile(target)
         load.drain()
         daemon.stop()
-    assert disk.read_bytes() == expected(load)
+    assert disk.read_bytes() == load.expected()
     assert (tmp_path / "disk.old").stat().st_size == (there / "disk").stat().st_size == SIZE
 
 
