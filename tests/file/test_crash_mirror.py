@@ -60,7 +60,7 @@ class Move:
         self.under = begun.backing if only_top else None
         self.steps = random_steps(seed, kind.nsectors, kind.cluster_sectors, steps=8, depth=3)
 
-    def run(self, settle: Callable[[Mirror], object] = Mirror.settle) -> int:
+    def run(self, flush: Callable[[Mirror], object] = Mirror.flush) -> int:
         """Live through it -> the position at which the path was turned."""
         self._act(self.steps[:2])
         self.guest.image = Mirrored(self.disk, self.mirror)
@@ -68,7 +68,7 @@ class Move:
         self._act(self.steps[2:6])
         assert self.mirror.is_in_step
         assert self.driver.run(read_all(self.copy)) == self.driver.run(read_all(self.disk))
-        self.driver.run(settle(self.mirror))
+        self.driver.run(flush(self.mirror))
         self.driver.mark("turned")
         turned = len(self.driver.journal)
         self.guest.image = self.copy
