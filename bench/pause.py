@@ -30,7 +30,7 @@ from qcow2 import create
 from vhost import Control
 from vhost.option import CacheMode
 
-DISK = 128 << 20
+DISK = 64 << 20
 SNAPSHOTS = 10  # of one image, each of which may grow to all of the disk
 JOB = Job(DISK, depth=32)
 WARM = 0.5  # seconds
@@ -172,7 +172,7 @@ def main() -> int:
     """Print the figures of each server."""
     parser = argparse.ArgumentParser(prog="python -m bench.pause", description=__doc__)
     parser.add_argument("--snapshots", type=int, default=100, help="%(default)s")
-    parser.add_argument("--seconds", type=float, default=50, help="of each server, at most (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=40, help="of each server, at most (%(default)s)")
     parser.add_argument("--directory", type=Path, default=Path(".cache"), help="images go here (%(default)s)")
     parser.add_argument("--action", choices=ACTIONS, default="snapshot", help="%(choices)s (%(default)s)")
     given = parser.parse_args()
