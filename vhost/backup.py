@@ -246,5 +246,4 @@ class Feed:
             return
         with self._changed:
             self._saved.popleft()
-        if saved.data is not None:
-            self._on_taken(saved.nbytes)
+        self._on_taken(0 if saved.data is None else saved.nbytes)

@@ -114,6 +114,7 @@ class Frozen:
         self._total = wanted.nbytes(self._size)
         self._saved = 0
         self._waiting = 0  # bytes in memory that the target has not taken
+        self._passing = 0  # stretches without any that it has not taken
         self._moved = time.monotonic()  # when it took something last, or had nothing to take
         self._turn = Signal()
 
@@ -150,9 +151,9 @@ class Frozen:
             async with self._locks.hold(chunk, stop - 1):
                 await self._save(chunk, stop, self._await_room)
             if stop // WIDE > chunk // WIDE:
-                self._put(Saved(stop << CHUNK_BITS, 0, None))
+                self._give(Saved(stop << CHUNK_BITS, 0, None))
             chunk = stop
-        while self._waiting:
+        while self._waiting or self._passing:
             self._require_going()
             await self._turn.wait()
         self._require_going()
@@ -195,7 +196,11 @@ class Frozen:
             if saved.data is not None:
                 self._moved = self._moved if self._waiting else time.monotonic()
                 self._waiting += saved.nbytes
-            self._put(saved)
+            self._give(saved)
+
+    def _give(self, saved: Saved) -> None:
+        self._passing += saved.data is None
+        self._put(saved)
 
     async def _read(self, start: int, end: int, have_room: Callable[[], Coroutine[Any, Any, None]]) -> Saved:
         """What is at the front of the range, whole chunks of it. Raises: Cancelled, OSError, ImageError."""
@@ -227,8 +232,9 @@ class Frozen:
             await self._turn.wait()
 
     def taken(self, nbytes: int) -> None:
-        """The target has taken *nbytes* more."""
+        """The target has taken *nbytes* more, or, if that is 0, what has none in memory."""
         self._waiting -= nbytes
+        self._passing -= nbytes == 0
         self._moved = time.monotonic()
         self.look()
 

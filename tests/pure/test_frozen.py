@@ -1,6 +1,7 @@
 """The disk of a moment, kept while it changes: who waits for the target of a copy, and for how long."""
 
 import errno
+import os
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from qcow2.driver.task import Scheduler, Task
 from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from qcow2.node.raw import RawImage
-from vhost.frozen import CHUNK, MOST_BYTES, Frozen, Saved, Wanted
+from vhost.frozen import CHUNK, MOST_BYTES, WINDOW, Frozen, Saved, Wanted
 
 SIZE = MOST_BYTES + 4 * CHUNK + 512
 
@@ -21,10 +22,10 @@ SIZE = MOST_BYTES + 4 * CHUNK + 512
 class Copy:
     """A copy of a disk full of data, whose target takes what it is told to."""
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: HostFile, size: int = SIZE) -> None:
         self.saved: list[Saved] = []
         self.frozen = Frozen(
-            RawImage(file, SIZE, read_only=True), Wanted(SIZE, [(0, SIZE - 2 * CHUNK)]), self.saved.append
+            RawImage(file, size, read_only=True), Wanted(size, [(0, size - 2 * CHUNK)]), self.saved.append
         )
         self._scheduler = Scheduler(self._start)
 
@@ -101,6 +102,24 @@ def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None
     copy.go_on()
     assert again[0].take_error() is None
     assert sum(each.nbytes for each in copy.saved) == MOST_BYTES + 3 * CHUNK
+
+
+def test_copy_is_not_whole_before_its_target_has_taken_the_zeros_at_its_end(tmp_path: Path) -> None:
+    """Else they are lost where something shows through them: a backing file, or what a device held."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"d" * WINDOW * CHUNK)
+    os.truncate(path, 3 * WINDOW * CHUNK)
+    with HostFile.open(str(path)) as file:
+        copy = Copy(file, 3 * WINDOW * CHUNK)
+        walked = copy.run(copy.frozen.walk(Reins()))
+        whole, zeros = copy.saved
+        assert (whole.nbytes, zeros.nbytes, zeros.data) == (WINDOW * CHUNK, (2 * WINDOW - 2) * CHUNK, None)
+        copy.frozen.taken(whole.nbytes)
+        copy.go_on()
+        assert not walked
+        copy.frozen.taken(0)
+        copy.go_on()
+        assert walked[0].take_error() is None
 
 
 def test_wanted_chunks_are_found_and_counted() -> None:
