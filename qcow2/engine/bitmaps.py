@@ -68,12 +68,14 @@ class Bitmaps(Part):
         self._live: list[Any] = []  # where the live ones are
         self._places: list[int] = []  # of the live bits, where the next process finds them in the log's memory
         self._is_live = False
+        self._lacks_memory = False  # that outlives the process
         self._is_mirrored = False  # they are there besides, each change of them stored
         self._hot: set[int] = set()
         self._next = Batch()
         self._is_running = False
         self._turn = Mutex()
         links.before_renewal = self.settle
+        links.wanted_nbytes = self._wanted_nbytes
         self._choose()
 
     def _choose(self) -> None:
@@ -308,6 +310,7 @@ class Bitmaps(Part):
         try:
             is_new = await self._links.begin_log(found[-1])
         except OSError as error:
+            self._lacks_memory = True
             log.warning(
                 "%s: no shared memory for its bitmaps, to which a kill is a power loss: %s", self._file.path, error
             )
@@ -318,6 +321,13 @@ class Bitmaps(Part):
         self._log.has_live = True
         await self._write_mark()
         return found[:-1]
+
+    def _wanted_nbytes(self) -> int:
+        """How long a log is in whose memory all of that has room: links may want one before a bit is live."""
+        if not self._kept or self._lacks_memory or self._links.log is None:
+            return 0
+        shapes = [self._shape(each) for each in self._kept]
+        return places(shapes, self._links.log.live_offset + len(pack_live(shapes)))[-1]
 
     async def _write_mark(self) -> None:
         """Let the header say where the live bits are, or that none are; nothing to do while links wait."""

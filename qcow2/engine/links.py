@@ -46,6 +46,7 @@ class Links:
     def __init__(self, opened: Opened, reaper: Reaper, log: LinkLog | None) -> None:
         self.policy = LinkPolicy(has_log=not opened.geometry.has_data_file)
         self.before_renewal: Callable[[], Coroutine[Any, Any, None]] = _nothing  # what else is in the log leaves it
+        self.wanted_nbytes: Callable[[], int] = lambda: 0  # of its memory, for what else may come to be in it
         self._geometry = opened.geometry
         self._mapping = opened.mapping
         self._reaper = reaper
@@ -103,7 +104,7 @@ class Links:
             if self._has_begun or self._log is None:
                 return
             try:
-                await log.begin()
+                await log.begin(self.wanted_nbytes())
             except OSError as error:
                 self._log = None
                 self.policy.on_log_lost(error)
@@ -175,11 +176,10 @@ class Links:
 
     def end_log(self) -> None:
         """Let the next log be one with a tag of its own, if nothing is in this one."""
-        if self._log is None or not self._has_begun or self.has_waiting:
-            return
-        if not self._log.has_live and not self._log.below:
-            self._log.close()
-            self._log.renew()
+        log = self._log
+        if log is not None and self._has_begun and not (self.has_waiting or log.has_live or log.below):
+            log.close()
+            log.renew()
             self._has_begun = False
 
     async def _give_up(self, log: LinkLog) -> None:

@@ -12,6 +12,7 @@ from tests.frontend import FrontEnd
 from tests.oracle import qemu_img, qemu_read
 from tests.patience import TIMEOUT
 from tests.program import DAEMON, Daemon
+from vhost import Control
 
 SIZE = 24 << 20
 GRANULARITIES = {"fine": 512, "cluster": 65536, "coarse": 1 << 20}
@@ -84,6 +85,22 @@ def test_bitmaps_are_exact_after_a_stop_and_after_a_kill(tmp_path: Path, cache: 
     qcow2.open(image, writable=True, log_directory=str(tmp_path)).close()
     guest.judge(image)
     assert not list(tmp_path.glob("qcow2-links-*"))
+
+
+def test_bitmaps_are_exact_after_a_kill_though_a_stream_came_first(tmp_path: Path) -> None:
+    """It changes nothing that a bitmap could know, and so has a link log before any bit is live."""
+    base = tmp_path / "base"
+    base.write_bytes(b"old!" * (SIZE // 4))
+    image = made(tmp_path / "disk", over=base)
+    guest = Guest(7)
+    options = (f"--link-log={tmp_path}", f"--control={tmp_path}/control")
+    with Daemon(image, *options) as daemon, FrontEnd(daemon.socket_path) as front:
+        with Control(tmp_path / "control") as control:
+            assert control.wait(control.stream().job).state == "completed"
+        guest.work(front, 20)
+        daemon.kill()
+    qcow2.open(image, writable=True, log_directory=str(tmp_path)).close()
+    guest.judge(image)
 
 
 def test_a_copy_of_what_a_bitmap_reports_brings_an_old_copy_up_to_date(tmp_path: Path) -> None:
