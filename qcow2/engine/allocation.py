@@ -70,7 +70,7 @@ class Allocator:
             await self._refill(nclusters)
         self._stability.require_trust()
         taken = self._stock.take(nclusters)
-        if len(self._stock) <= self._low and self._under_way is None:
+        if len(self._stock) <= self._low and self._under_way is None and self._reservations.room:
             await Spawn(self._reserve_ahead(self._begin()))
         return taken
 
@@ -86,9 +86,9 @@ class Allocator:
     async def stock_up(self) -> None:
         """Have as much to hand out at once as those want who write a lot. Raises: as `allocate`."""
         self._next_bytes = max(self._next_bytes, MAX_RUN_BYTES)
-        if not self._stock:
+        if not self._stock and self._reservations.room:
             await self._refill(1)
-        if not self._unsynced:
+        if not self._unsynced and self._reservations.room:
             await self._gather(1)
 
     async def allocate_unsynced(self, nclusters: int) -> range:
@@ -109,7 +109,10 @@ class Allocator:
         self._stability.require_trust()
         ended = self._gathering = Signal()
         try:
-            self._unsynced.add(await self._reservations.reserve_what_fits(max(nclusters, self._run_length())))
+            if self._stock and not self._reservations.room:
+                self._unsynced.add([self._stock.take(nclusters)])
+            else:
+                self._unsynced.add(await self._reservations.reserve_what_fits(max(nclusters, self._run_length())))
         except OSError as error:
             if not lacks_room(error) or not self._stock:
                 raise
@@ -201,15 +204,21 @@ class Allocator:
         except MemoryError:
             self._stability.fail(no_memory())
 
-    async def _reserve_once(self, wanted: int, ended: Signal) -> None:
-        """Reserve, make it stable and put it into the stock; without room, what was meant for copies."""
+    async def _reserve_or_take_back(self, wanted: int) -> list[range]:
+        """Reserve *wanted* clusters; without room, or need for more, take what was meant for copies."""
+        if self._unsynced and not self._reservations.room:
+            return self._unsynced.take_all()
         try:
-            try:
-                areas = await self._reservations.reserve_what_fits(wanted)
-            except OSError as error:
-                if not lacks_room(error) or not self._unsynced:
-                    raise
-                areas = self._unsynced.take_all()
+            return await self._reservations.reserve_what_fits(wanted)
+        except OSError as error:
+            if not lacks_room(error) or not self._unsynced:
+                raise
+            return self._unsynced.take_all()
+
+    async def _reserve_once(self, wanted: int, ended: Signal) -> None:
+        """Reserve, make it stable and put it into the stock."""
+        try:
+            areas = await self._reserve_or_take_back(wanted)
             try:
                 for area in areas:
                     await self._blank(area)

@@ -9,6 +9,7 @@ from sys import byteorder
 
 from qcow2.driver.operation import File, Resize, Sync, Write, Zero
 from qcow2.format import layout
+from qcow2.format.clusters import clusters_of, counting_clusters
 from qcow2.format.header import Extension, Header, pack_header
 from qcow2.format.layout import Compatible, CompressionType, ExtensionMagic, FeatureNameType, HeaderRecord, Incompatible
 from qcow2.format.luks import Encryption
@@ -86,7 +87,7 @@ class Options:
     @property
     def mapped_clusters(self) -> int:
         """How many guest clusters are mapped from the start: all or none."""
-        return _clusters(self.size, self.cluster_size) if self.preallocation is not Preallocation.OFF else 0
+        return clusters_of(self.size, self.cluster_size) if self.preallocation is not Preallocation.OFF else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,25 +151,17 @@ def plan(options: Options) -> Plan:
     _validate(options)
     cluster_size = options.cluster_size
     l1_size = max(1, l1_entries(options.size, options.cluster_bits, options.entries.nbytes))
-    l1_clusters = _clusters(l1_size * layout.ENTRY_SIZE, cluster_size)
+    l1_clusters = clusters_of(l1_size * layout.ENTRY_SIZE, cluster_size)
     data_clusters = options.mapped_clusters if options.data_file_name is None else 0
-    l2_clusters = _clusters(options.mapped_clusters * options.entries.nbytes, cluster_size)
+    l2_clusters = clusters_of(options.mapped_clusters * options.entries.nbytes, cluster_size)
     counted = 1 + l1_clusters + options.luks_clusters + l2_clusters + data_clusters
     table_clusters, block_clusters = refcount_clusters(options, counted)
     return Plan(options, table_clusters, block_clusters, l1_size, l1_clusters, l2_clusters, data_clusters)
 
 
-def _clusters(nbytes: int, cluster_size: int) -> int:
-    return -(-nbytes // cluster_size)
-
-
 def refcount_clusters(options: Options, counted: int) -> tuple[int, int]:
     """Clusters of refcount table and blocks that count *counted* clusters and themselves."""
-    per_block = options.cluster_size * 8 >> options.refcount_order
-    table = blocks = 0
-    while blocks * per_block < counted + table + blocks or not table:
-        blocks = _clusters(counted + table + blocks, per_block)
-        table = _clusters(blocks * layout.ENTRY_SIZE, options.cluster_size)
+    table, blocks = counting_clusters(counted, options.cluster_size, options.refcount_order)
     if table * options.cluster_size > layout.MAX_REFCOUNT_TABLE_BYTES:
         raise ValueError(
             f"size {options.size} with preallocation needs a refcount table of {table * options.cluster_size} bytes, "

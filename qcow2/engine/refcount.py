@@ -273,12 +273,15 @@ class Refcounts:
         await self._stability.write(self.table_offset + index * ENTRY_SIZE, bytes_of([host_offset]))
         self.table[index] = host_offset
 
-    def plan_table(self, needed_index: int, start: int) -> "TablePlan":
+    def plan_table(self, needed_index: int, start: int, enough: int) -> "TablePlan":
         """A larger table that has entry *needed_index*, at clusters from *start* on, which no block counts yet.
 
-        Raises: OSError(EFBIG) beyond the limit of the format's writers.
+        More than *enough* entries it has only if it must. Raises: OSError(EFBIG) beyond the limit of the format's
+        writers.
         """
-        return TablePlan(self._geometry, self.table, max(needed_index + 1, len(self.table) * 3 // 2), start)
+        grown = len(self.table) * 3 // 2
+        nentries = min(grown, enough) if needed_index < enough else grown
+        return TablePlan(self._geometry, self.table, max(needed_index + 1, nentries), start)
 
     def adopt(self, plan: "TablePlan") -> None:
         """The header points at the planned table now."""

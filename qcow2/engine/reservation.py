@@ -6,6 +6,7 @@ All of it is stable after the next sync. Who hands them out is `qcow2.engine.all
 import errno
 
 from qcow2.driver.operation import Resize, Zero
+from qcow2.engine.foresight import Foresight
 from qcow2.engine.opened import Opened
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
@@ -47,6 +48,13 @@ class Reservations:
         self._file_size = file_size
         self._opened_size = file_size  # what was in the file before us is not cut off
         self._cursor = 0  # no cluster below it is free, as far as is known
+        nluks = opened.geometry.clusters(root.header.luks_area[1])
+        self._foresight = Foresight(opened.geometry, refcounts, nluks)
+
+    @property
+    def room(self) -> int:
+        """By how many clusters the file may grow before somebody needs them; below 0: it is longer than that."""
+        return self._foresight.room(self._file_size)
 
     def reuse(self, cluster: int) -> None:
         """*cluster* has become free: look there again."""
@@ -127,10 +135,12 @@ class Reservations:
                 self._cursor = 0
             found, self._cursor = await self._search(self._cursor, end, wanted)
             return found
-        first = max(self._cursor, self._uncounted.first)
+        first, room = max(self._cursor, self._uncounted.first), self.room
         scanned = self._refcounts.per_block * (self._refcounts.block_of(first) + SCANNED_BLOCKS)
-        found, self._cursor = await self._search(first, min(end, scanned), wanted)
+        found, self._cursor = await self._search(first, min(end, scanned) if room else end, wanted)
         wanted -= sum(map(len, found))
+        if room >= 0:
+            wanted = min(wanted, room if found else max(room, 1))
         if wanted:
             fresh, _ = await self._search(end, end + SEARCHED_CLUSTERS, wanted)
             found += fresh
@@ -186,7 +196,7 @@ class Reservations:
         bits = self._geometry.cluster_bits
         refcounts = self._refcounts
         start = max(self._geometry.clusters(self._file_size), len(refcounts.table) * refcounts.per_block)
-        plan = refcounts.plan_table(index, start)
+        plan = refcounts.plan_table(index, start, self._foresight.blocks)
         await self._extend(plan.clusters.stop << bits)
         for cluster, content in plan.content():
             await self._stability.write(cluster << bits, content)

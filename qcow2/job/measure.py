@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from qcow2.engine.create import Options, Preallocation, refcount_clusters
 from qcow2.engine.image import Image
 from qcow2.format.bitmap import bitmap_directory, read_bitmaps
+from qcow2.format.clusters import clusters_of, full_clusters
 from qcow2.format.layout import ENTRY_SIZE, BitmapRecord
 from qcow2.node.extent import find_extent
 from qcow2.node.node import Node
@@ -52,15 +53,12 @@ def _data_bytes(options: Options) -> int:
 
 
 def _fully_allocated(options: Options) -> int:
-    data = _clusters(options.size, options)
-    l2 = _clusters(data * options.entries.nbytes, options)
-    l1 = _clusters(l2 * ENTRY_SIZE, options)
-    counted = 1 + l1 + l2 + data + options.luks_clusters
+    counted = full_clusters(options.size, options.cluster_size, options.entries.nbytes, options.luks_clusters)
     return (counted + sum(refcount_clusters(options, counted))) * options.cluster_size
 
 
 def _clusters(nbytes: int, options: Options) -> int:
-    return -(-nbytes // options.cluster_size)
+    return clusters_of(nbytes, options.cluster_size)
 
 
 async def _bytes_with_data(options: Options, source: Node) -> int:

@@ -13,7 +13,7 @@ from tests.builder.record import LAZY_REFCOUNTS
 from tests.frontend import IOERR, OK, OUT, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean
-from tests.program import Daemon
+from tests.program import Daemon, qcow2_tool_ok
 
 SIZE = 256 << 20
 CLUSTER = 65536
@@ -72,6 +72,17 @@ def test_adjacent_writes_at_once_share_one_new_cluster(tmp_path: Path) -> None:
         assert disk.read(0, len(blocks) * BLOCK) == b"".join(
             block.to_bytes(2, "big") * (BLOCK // 2) for block in blocks
         )
+
+
+@pytest.mark.parametrize("lazy", ["on", "off"])
+def test_no_file_is_longer_than_was_measured_because_it_is_open(tmp_path: Path, lazy: str) -> None:
+    path, options = tmp_path / "a", f"lazy_refcounts={lazy},cluster_size=4k"
+    measured = json.loads(qcow2_tool_ok("measure", "-O", "qcow2", "--output=json", "-o", options, "--size", "8M"))
+    qcow2_tool_ok("create", "-q", "-o", options, path, "8M")
+    with Daemon(path) as daemon, FrontEnd(daemon.socket_path) as guest:
+        for number in random.Random(3).sample(range(128), 128):
+            guest.write(number * 16 * BLOCK, b"x" * (16 * BLOCK))
+        assert path.stat().st_size <= measured["fully-allocated"]
 
 
 def test_one_write_over_several_new_clusters(tmp_path: Path) -> None:
