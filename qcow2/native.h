@@ -23,12 +23,28 @@ int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);
 /* Set nbytes at host_offset aside, the file growing if need be; 0 or -errno. */
 int reserve_space(int fd, uint64_t host_offset, uint64_t nbytes);
 
+/* Let the disk begin with what was written there, and wait for none of it: no promise. 0 or -errno. */
+int begin_writeback(int fd, uint64_t host_offset, uint64_t nbytes);
+
 /* Find the stretches of `bytes` that are not zeros, in units of `unit` bytes: start, end, start, end ... to `bounds`, which
  * has room for nbytes / unit + 2. How many numbers that are. */
 size_t data_runs(const uint8_t *bytes, size_t nbytes, size_t unit, uint32_t *bounds);
 
 /* How many bytes at the front are equal, in sectors of 512 bytes; `unit`, a multiple of that, is compared at a time. */
 size_t equal_bytes(const uint8_t *one, const uint8_t *other, size_t nbytes, size_t unit);
+
+/* Bytes of a file that are looked at, or copied, at a time: two of them fit into the cache of a core. */
+#define BETWEEN_PIECE ((size_t)256 << 10)
+
+/* How many bytes at the front of two stretches of files are equal, in sectors of 512 bytes, or -errno of reading them;
+ * `scratch` has room for two pieces. Past the end of a file are zeros. */
+int64_t equal_between(int one, uint64_t one_offset, int other, uint64_t other_offset, uint64_t nbytes,
+                      uint8_t *scratch);
+
+/* Copy a stretch of a file to another one but for zeros, in units of `unit` bytes, of which a piece is a multiple;
+ * `scratch` has room for a piece. 0, or -errno: then some of it may be there. */
+int copy_between(int source, uint64_t source_offset, int target, uint64_t target_offset, uint64_t nbytes, size_t unit,
+                 uint8_t *scratch);
 
 /* Decompress the raw deflate stream at the front of `stream`, ignoring what follows it. 0; -ENOMEM; -EINVAL if it is
  * none, or does not end after exactly cluster_nbytes. `cluster` holds anything after an error. */

@@ -15,7 +15,7 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.task import Scheduler, Task
 from qcow2.error import no_memory
-from qcow2.native import check, lib
+from qcow2.native import check, ffi, lib
 
 T = TypeVar("T")
 
@@ -184,6 +184,8 @@ PERFORMERS: dict[type[op.Operation], Callable[[Any], Any]] = {  # looked up for 
     op.Compute: lambda each: each.function(),
     op.Together: lambda each: _together(each),
     op.CopyRange: lambda each: _copy_range(each, _host(each.file), _host(each.target)),
+    op.CopyData: lambda each: _copy_data(each, _host(each.file), _host(each.target)),
+    op.Equal: lambda each: _equal(each, _host(each.file), _host(each.other)),
 }
 NO_OFFLOAD = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
@@ -208,6 +210,23 @@ def _copy_range(operation: op.CopyRange, source: HostFile, target: HostFile) -> 
             return False
         done += count
     return True
+
+
+def _copy_data(operation: op.CopyData, source: HostFile, target: HostFile) -> None:
+    places = source.fd, operation.host_offset, target.fd, operation.target_offset
+    with _borrowed(operation.scratch) as scratch:
+        check(lib.copy_between(*places, operation.nbytes, operation.unit, scratch))
+
+
+def _equal(operation: op.Equal, one: HostFile, other: HostFile) -> int:
+    places = one.fd, operation.host_offset, other.fd, operation.other_offset
+    with _borrowed(operation.scratch) as scratch:
+        return check(lib.equal_between(*places, operation.nbytes, scratch))
+
+
+def _borrowed(memory: memoryview) -> Any:
+    """A C view of *memory*, given back at the end of the block: in a cycle of an error's traceback it would crash."""
+    return ffi.from_buffer("uint8_t[]", memory)
 
 
 def _host(file: op.File) -> HostFile:

@@ -8,6 +8,10 @@ Each operation says what it guarantees when the await returns, not which system 
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, NamedTuple, NewType, Protocol
 
+from qcow2.native import lib
+
+SCRATCH_BYTES = 2 * lib.BETWEEN_PIECE
+LARGEST_UNIT = lib.BETWEEN_PIECE  # bytes, of what is left out as zeros
 GuestOffset = NewType("GuestOffset", int)  # bytes from the start of the virtual disk
 HostOffset = NewType("HostOffset", int)  # bytes from the start of a file of the chain
 
@@ -257,6 +261,53 @@ class CopyRange(Operation):
         self.target = target
         self.target_offset = target_offset
         self.nbytes = nbytes
+
+
+class CopyData(Operation):
+    """Copy *nbytes* of *file* to another one but for zeros, in units of *unit* bytes, which divides `LARGEST_UNIT`.
+
+    Through *scratch*, memory of `SCRATCH_BYTES`; only files of the host can be given. An error leaves a part of them
+    there. Stable after the next Sync of *target*.
+    """
+
+    __slots__ = ("file", "host_offset", "nbytes", "scratch", "target", "target_offset", "unit")
+
+    def __init__(
+        self,
+        file: File,
+        host_offset: int,
+        target: File,
+        target_offset: int,
+        nbytes: int,
+        unit: int,
+        scratch: memoryview,
+    ) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.target = target
+        self.target_offset = target_offset
+        self.nbytes = nbytes
+        self.unit = unit
+        self.scratch = scratch
+
+
+class Equal(Operation):
+    """How many of *nbytes* of two files are equal, from the front on, in sectors; what lies past an end is zeros.
+
+    Through *scratch*, memory of `SCRATCH_BYTES`; only files of the host can be given.
+    """
+
+    __slots__ = ("file", "host_offset", "nbytes", "other", "other_offset", "scratch")
+
+    def __init__(
+        self, file: File, host_offset: int, other: File, other_offset: int, nbytes: int, scratch: memoryview
+    ) -> None:
+        self.file = file
+        self.host_offset = host_offset
+        self.other = other
+        self.other_offset = other_offset
+        self.nbytes = nbytes
+        self.scratch = scratch
 
 
 class Together(Operation):

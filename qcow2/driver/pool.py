@@ -4,7 +4,6 @@ Used by jobs that move much data: while one piece waits for the disk, others are
 The coroutines themselves run on the caller's thread only.
 """
 
-import os
 import signal
 import threading
 from collections.abc import Coroutine
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from qcow2.driver import operation as op
 from qcow2.driver.file import HostFile, go_on, outcome, result_of
 from qcow2.driver.task import Scheduler, Task
+from qcow2.native import lib
 
 T = TypeVar("T")
 
@@ -118,13 +118,12 @@ class PoolDriver:
 
 
 def _begin_writeback(operation: op.Operation) -> None:
-    """Let the disk begin with what was written, so that the sync at the end finds less to do; no promise.
-
-    Asked to forget pages, the kernel starts to write the dirty ones, and keeps them.
-    """
+    """Let the disk begin with what was written, so that the sync at the end finds less to do; no promise."""
     match operation:
         case op.Write(file=HostFile(fd=fd), host_offset=host_offset) if _nbytes(operation) >= LONG_TRANSFER:
-            os.posix_fadvise(fd, host_offset, _nbytes(operation), os.POSIX_FADV_DONTNEED)
+            lib.begin_writeback(fd, host_offset, _nbytes(operation))
+        case op.CopyData(target=HostFile(fd=fd), target_offset=target_offset, nbytes=nbytes):
+            lib.begin_writeback(fd, target_offset, nbytes)
         case op.Together(operations=operations):
             for each in operations:
                 _begin_writeback(each)
@@ -140,7 +139,7 @@ def _takes_long(operation: op.Operation) -> bool:
             return nbytes >= LONG_TRANSFER
         case op.Together(operations=operations):
             return sum(map(_nbytes, operations)) >= LONG_TRANSFER
-        case op.Zero() | op.Sync() | op.Compute() | op.CopyRange():
+        case op.Zero() | op.Sync() | op.Compute() | op.CopyRange() | op.CopyData() | op.Equal():
             return True
         case _:
             return False

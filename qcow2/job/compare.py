@@ -10,16 +10,16 @@ from enum import Enum
 from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, Together
+from qcow2.driver.operation import Compute, Equal
 from qcow2.error import ImageError
 from qcow2.job.content import equal_bytes, zero_bytes
-from qcow2.job.crew import Crew
+from qcow2.job.crew import Buffers, Crew
 from qcow2.job.pace import Pace
-from qcow2.job.source import whole
+from qcow2.job.source import in_one_piece
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
-WINDOW = 1 << 20  # bytes compared at a time, of each disk
+WINDOW = 2 << 20  # bytes compared at a time, of each disk
 WIDTH = 4  # windows at a time
 
 
@@ -63,7 +63,7 @@ class _Comparison:
         self._is_strict = is_strict
         self._crew = Crew(WIDTH)
         self._first: Difference | None = None
-        self._buffers: list[memoryview] = []  # of no window now
+        self._buffers = Buffers(WINDOW)
 
     async def run(self) -> Difference | None:
         sizes = [image.size for image in self._images]
@@ -120,35 +120,38 @@ class _Comparison:
         if one.is_zero or other.is_zero:
             await self._compare_with_zeros(self._images[one.is_zero], offset, nbytes)
             return
-        pair = self._take(), self._take()
-        left, right = (buffer[:nbytes] for buffer in pair)
-        self._judge(offset, nbytes, await self._look(offset, self._images, (left, right), equal_bytes))
-        self._buffers.extend(pair)
+        pair = self._buffers.take(), self._buffers.take()
+        nequal = await self._equal_in_files(offset, nbytes, pair[0])
+        if nequal is None:
+            nequal = await self._look(offset, self._images, [buffer[:nbytes] for buffer in pair], equal_bytes)
+        self._judge(offset, nbytes, nequal)
+        for buffer in pair:
+            self._buffers.give(buffer)
+
+    async def _equal_in_files(self, offset: int, nbytes: int, scratch: memoryview) -> int | None:
+        """The same as `_look` finds, where both disks have the range as it is in a file."""
+        one, other = [await in_one_piece(image, offset, nbytes) for image in self._images]
+        if one is None or other is None:
+            return None
+        found: int
+        with suppress(OSError):  # of which of them shows when they are read one after the other
+            found = await Equal(*one, *other, nbytes, scratch)
+            return found
+        return None
 
     async def _compare_with_zeros(self, image: Node, offset: int, nbytes: int) -> None:
-        buffer = self._take()
+        buffer = self._buffers.take()
         self._judge(offset, nbytes, await self._look(offset, [image], [buffer[:nbytes]], zero_bytes))
-        self._buffers.append(buffer)
+        self._buffers.give(buffer)
 
     async def _look(
         self, offset: int, images: Sequence[Node], views: Sequence[memoryview], function: Callable[..., int]
     ) -> int:
         """What *function* says of the *views*, once they hold what the *images* have from *offset* on."""
-        pairs = list(zip(images, views, strict=True))
-        readings = [await whole(image, offset, view) for image, view in pairs]
-        at_once = [reading for reading in readings if reading is not None]
-        found: int
-        if len(at_once) == len(pairs):
-            with suppress(OSError):  # of which of them shows when they are read one after the other
-                found = await Together(at_once, partial(function, *views))
-                return found
-        for image, view in pairs:
+        for image, view in zip(images, views, strict=True):
             await self._read(image, offset, view)
-        found = await Compute(partial(function, *views))
+        found: int = await Compute(partial(function, *views))
         return found
-
-    def _take(self) -> memoryview:
-        return self._buffers.pop() if self._buffers else memoryview(bytearray(WINDOW))
 
     async def _read(self, image: Node, offset: int, target: memoryview) -> None:
         try:

@@ -5,17 +5,17 @@ one window for each place in the crew, and what the target keeps.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute
+from qcow2.driver.operation import LARGEST_UNIT, SCRATCH_BYTES, Compute, CopyData
 from qcow2.error import ImageError
 from qcow2.job.content import SPARSE_UNIT, data_runs, different_units
-from qcow2.job.crew import WIDTH, WINDOW, Turn, Windows
+from qcow2.job.crew import WIDTH, WINDOW, Buffers, Turn, Windows
 from qcow2.job.pace import Pace
-from qcow2.job.source import Content, Source
+from qcow2.job.source import Content, Piece, Source
 from qcow2.job.target import Runs, Target
 from qcow2.node.node import Node
 
@@ -63,6 +63,7 @@ class _Copy:
         self._manner = manner
         self._base = base
         self._windows = Windows(manner.width, manner.window)
+        self._scratch = Buffers(SCRATCH_BYTES)
         self._under_way: set[int] = set()  # where those windows begin
         self._position = 0
         self._known = (Content.ZEROS, 0)  # the extent that was found last, and its end
@@ -147,8 +148,10 @@ class _Copy:
 
     async def _place(self, offset: int, data: memoryview, turn: Turn) -> None:
         """Fill *data*, and put what the target needs of it there."""
-        if self._manner.offloads and self._base is None and await self._offload(offset, data, turn):
-            return
+        if self._base is None:
+            there = await self._source.in_one_piece(offset, len(data))
+            if there is not None and await self._copy_piece(there, offset, data, turn):
+                return
         with _blamed("reading at byte", offset):
             runs = await self._source.look(offset, data, partial(self._runs, data))
         parts = [(0, len(data), runs)] if self._base is None else await self._different(self._base, offset, data, runs)
@@ -164,11 +167,23 @@ class _Copy:
             for (start, end, inside), place in zip(parts, places, strict=True):
                 await self._target.put(offset + start, data[start:end], inside, place)
 
-    async def _offload(self, offset: int, data: memoryview, turn: Turn) -> bool:
-        """Have the host copy what *data* has room for; false, nothing is done, if the source has it in pieces."""
-        there = await self._source.whole(offset, data)
-        if there is None:
+    async def _copy_piece(self, there: Piece, offset: int, data: memoryview, turn: Turn) -> bool:
+        """Copy what *data* has room for from file to file; false: it is not done."""
+        if self._manner.offloads:
+            await self._offload(there, offset, data, turn)
+            return True
+        unit, place = self._manner.sparse_unit, self._target.straight(offset)
+        if place is None or not unit or LARGEST_UNIT % unit:
             return False
+        scratch = self._scratch.take()
+        with suppress(OSError):  # whose it is shows when it is read, and written
+            await CopyData(*there, *place, len(data), unit, scratch)
+            self._scratch.give(scratch)
+            return True
+        return False
+
+    async def _offload(self, there: Piece, offset: int, data: memoryview, turn: Turn) -> None:
+        """Have the host copy what *data* has room for, and do it ourselves if it cannot."""
         runs: Runs = [(0, len(data))]
         if self._manner.keeps_order:
             await turn.come()
@@ -178,10 +193,9 @@ class _Copy:
             could = await self._target.take(offset, len(data), place, there)
         if not could:
             with _blamed("reading at byte", offset):
-                await there
+                await there.reading(data)
             with _blamed("writing at byte", offset):
                 await self._target.put(offset, data, runs, place)
-        return True
 
     def _runs(self, data: memoryview) -> Runs:
         return data_runs(data, self._manner.sparse_unit) if self._manner.sparse_unit else [(0, len(data))]

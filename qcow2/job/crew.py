@@ -1,6 +1,7 @@
 """Pieces of a job side by side: few at a time, none left behind."""
 
 from collections.abc import Coroutine
+from mmap import mmap
 from types import TracebackType
 from typing import Any
 
@@ -115,7 +116,7 @@ class Order:
 
 
 class Buffers:
-    """Memory for pieces, *nbytes* each; as many as there are at a time."""
+    """Memory for pieces, *nbytes* each; as many as there are at a time. What of it nobody touches takes no memory."""
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
@@ -123,7 +124,7 @@ class Buffers:
 
     def take(self) -> memoryview:
         """One for a piece, which gives it back if it comes to a good end."""
-        return self._unused.pop() if self._unused else memoryview(bytearray(self._nbytes))
+        return self._unused.pop() if self._unused else memoryview(mmap(-1, self._nbytes))
 
     def give(self, buffer: memoryview) -> None:
         """Nobody uses *buffer* now."""

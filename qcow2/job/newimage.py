@@ -6,7 +6,7 @@ refcount is 1, and none need be kept. Memory is bounded: an L2 table goes to the
 
 from array import array
 
-from qcow2.driver.operation import CopyRange, File, ReadInto, Resize, Sync, Together, Write, Zero
+from qcow2.driver.operation import CopyRange, File, Resize, Sync, Together, Write, Zero
 from qcow2.engine.create import (
     Options,
     Preallocation,
@@ -17,6 +17,7 @@ from qcow2.engine.create import (
     table_of,
 )
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
+from qcow2.job.source import Piece
 from qcow2.job.target import Runs
 from qcow2.node.node import Node
 from qcow2.plane.entry import bytes_of, l1_entry
@@ -127,7 +128,10 @@ class NewImage:
         if writes:
             await Together(writes)
 
-    async def take(self, offset: int, nbytes: int, place: object, there: ReadInto) -> bool:
+    def straight(self, offset: int) -> None:
+        """What it holds decides."""
+
+    async def take(self, offset: int, nbytes: int, place: object, there: Piece) -> bool:
         """To its clusters."""
         assert isinstance(place, list)
         if self._writes_all:

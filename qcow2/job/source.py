@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Compute, ReadInto, Together
+from qcow2.driver.operation import Compute, File, ReadInto, Together
 from qcow2.engine.backing import Seen
 from qcow2.error import ImageError
 from qcow2.format.layout import SECTOR_SIZE
@@ -19,12 +19,23 @@ OnLoss = Callable[[int, Exception], None]
 T = TypeVar("T")
 
 
-async def whole(image: Node, guest_offset: int, target: memoryview) -> ReadInto | None:
-    """What fills *target* from the disk at once, if that is as it is in one piece of a file; nobody writes to it."""
-    place = await image.find(guest_offset, len(target))
+class Piece(NamedTuple):
+    """A stretch of the disk as it is in a file."""
+
+    file: File
+    host_offset: int
+
+    def reading(self, target: memoryview) -> ReadInto:
+        """What fills *target* from it."""
+        return ReadInto(self.file, self.host_offset, MemoryBuffer(target), data=True)
+
+
+async def in_one_piece(image: Node, guest_offset: int, nbytes: int) -> Piece | None:
+    """Where the range is, if it is as it is in one piece of a file; nobody writes to it."""
+    place = await image.find(guest_offset, nbytes)
     if isinstance(place, Seen) or place[0].is_encrypted:
         return None
-    return ReadInto(place[0].file, place[1], MemoryBuffer(target), data=True)
+    return Piece(place[0].file, place[1])
 
 
 class Content(Enum):
@@ -96,19 +107,21 @@ class Source:
 
     async def look(self, offset: int, target: memoryview, function: Callable[[], T]) -> T:
         """Fill *target* from *offset* on, then the result of *function*, which looks at it. Raises: as `read`."""
-        reading = None if self._on_loss is not None else await self.whole(offset, target)
+        piece = await self.in_one_piece(offset, len(target))
         looked: T
-        if reading is not None:
-            looked = await Together([reading], function)
+        if piece is not None:
+            looked = await Together([piece.reading(target)], function)
             return looked
         await self.read(offset, target)
         looked = function() if len(target) <= SMALL else await Compute(function)
         return looked
 
-    async def whole(self, offset: int, target: memoryview) -> ReadInto | None:
-        """What fills *target* at once, where all of it lies in one piece."""
+    async def in_one_piece(self, offset: int, nbytes: int) -> Piece | None:
+        """Where the range is, if it lies in one piece of a file, and nobody wants to hear of losses."""
         part, inside = self._locate(offset)
-        return await whole(part.image, part.start + inside, target) if inside + len(target) <= part.nbytes else None
+        if self._on_loss is not None or inside + nbytes > part.nbytes:
+            return None
+        return await in_one_piece(part.image, part.start + inside, nbytes)
 
     async def _read_part(self, part: Part, inside: int, target: memoryview, offset: int) -> None:
         """Read from *inside* of *part* on; with `on_loss` as much of it as can be read, by halves."""

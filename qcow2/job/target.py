@@ -3,11 +3,12 @@
 from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import CopyRange, File, Read, ReadInto, Resize, Sync, Write
+from qcow2.driver.operation import CopyRange, File, Read, Resize, Sync, Write
 from qcow2.engine.compressed import level_of
 from qcow2.engine.image import Image
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.content import SPARSE_UNIT, data_runs
+from qcow2.job.source import Piece
 from qcow2.node.node import Node
 
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
@@ -32,8 +33,11 @@ class Target(Protocol):
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write *data*, of which only *runs* are not zeros, at the *place* decided on."""
 
-    async def take(self, offset: int, nbytes: int, place: object, there: ReadInto) -> bool:
-        """Have the host copy what *there* would read to the *place* decided on; false: it cannot, `put` has to."""
+    def straight(self, offset: int) -> Piece | None:
+        """Where what is at *offset* goes as it is, whatever it holds, if zeros may be left out there."""
+
+    async def take(self, offset: int, nbytes: int, place: object, there: Piece) -> bool:
+        """Have the host copy what is *there* to the *place* decided on; false: it cannot, `put` has to."""
 
     async def zero(self, offset: int, nbytes: int) -> None:
         """Let this range read as zeros."""
@@ -81,7 +85,13 @@ class InPlace:
             stop = end
         await self._fill(offset + stop, len(data) - stop)
 
-    async def take(self, offset: int, nbytes: int, place: object, there: ReadInto) -> bool:
+    def straight(self, offset: int) -> Piece | None:
+        """In a raw file that is empty, behind what has to wait."""
+        if self._length is None or not self._is_zero or offset < len(self._first):
+            return None
+        return Piece(self._image.file, offset)
+
+    async def take(self, offset: int, nbytes: int, place: object, there: Piece) -> bool:
         """If it is a raw file, and none of this has to wait."""
         if self._length is None or offset < len(self._first):
             return False

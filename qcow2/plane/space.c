@@ -1,4 +1,4 @@
-/* The host calls about space that Python's os module lacks. -> 0 or -errno. */
+/* The host calls about space and the page cache that Python's os module lacks. -> 0 or -errno. */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
@@ -24,4 +24,9 @@ int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes)
 int reserve_space(int fd, uint64_t host_offset, uint64_t nbytes)
 {
     return change_space(fd, FALLOC_FL_ZERO_RANGE, host_offset, nbytes);
+}
+
+int begin_writeback(int fd, uint64_t host_offset, uint64_t nbytes)
+{
+    return sync_file_range(fd, (off_t)host_offset, (off_t)nbytes, SYNC_FILE_RANGE_WRITE) < 0 ? -errno : 0;
 }

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -272,6 +273,61 @@ def test_operations_together_are_done_in_turn(rig: Rig) -> None:
     steps = [op.Write(rig.file, 0, b"w" * len(target)), op.ReadInto(rig.file, 0, MemoryBuffer(memoryview(target)))]
     assert rig.run(do(op.Together(steps, lambda: target.count(b"w")))) == len(target)
     assert rig.run(do(op.Together(steps))) is None
+
+
+FROM_FILE_TO_FILE = pytest.mark.parametrize("rig", [blocking, pool], indirect=True)  # where jobs run
+
+
+@FROM_FILE_TO_FILE
+@pytest.mark.parametrize("unit", [512, 4096, op.LARGEST_UNIT])
+def test_data_is_copied_from_file_to_file_and_zeros_are_left_out(rig: Rig, tmp_path: Path, unit: int) -> None:
+    draw = random.Random(unit)
+    units = [draw.randbytes(unit) if draw.random() < 0.5 else bytes(unit) for _ in range(900_000 // unit)]
+    content = b"".join(units)[:-100]
+    source, scratch = tmp_path / "source", memoryview(bytearray(op.SCRATCH_BYTES))
+    source.write_bytes(b"before" + content)
+    expected = bytearray(b"\xff" * 1_000_000)
+    rig.run(do(op.Write(rig.file, 0, expected)))
+    with HostFile.open(str(source)) as file:
+        rig.run(do(op.CopyData(file, 6, rig.file, 10, len(content) + 50, unit, scratch)))
+    content += bytes(50)  # past the end of the file
+    for start in range(0, len(content), unit):
+        if any(piece := content[start : start + unit]):
+            expected[10 + start : 10 + start + len(piece)] = piece
+    assert rig.content() == expected
+
+
+@FROM_FILE_TO_FILE
+@pytest.mark.parametrize("at", [0, 700, op.LARGEST_UNIT - 1, op.LARGEST_UNIT, 600_000, None])
+def test_files_are_equal_up_to_the_sector_that_differs(rig: Rig, tmp_path: Path, at: int | None) -> None:
+    content = random.Random(1).randbytes(700_000)
+    other, scratch = tmp_path / "other", memoryview(bytearray(op.SCRATCH_BYTES))
+    changed = bytearray(content)
+    if at is not None:
+        changed[at] ^= 1
+    other.write_bytes(changed)
+    rig.run(do(op.Write(rig.file, 0, bytes(512) + content)))
+    with HostFile.open(str(other)) as file:
+        nequal = rig.run(do(op.Equal(rig.file, 512, file, 0, 800_000, scratch)))
+    assert nequal == (800_000 if at is None else at // 512 * 512)
+
+
+@FROM_FILE_TO_FILE
+def test_what_cannot_be_read_is_no_copy(rig: Rig, tmp_path: Path) -> None:
+    scratch = memoryview(bytearray(op.SCRATCH_BYTES))
+    with pytest.raises(IsADirectoryError):
+        rig.run(do(op.CopyData(directory := Directory(tmp_path), 0, rig.file, 0, 512, 512, scratch)))
+    with pytest.raises(IsADirectoryError):
+        rig.run(do(op.Equal(rig.file, 0, directory, 0, 512, scratch)))
+    directory.close()
+    assert rig.content() == CONTENT
+
+
+class Directory(HostFile):
+    """Whatever is read of it, the host refuses."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), os.open(path, os.O_RDONLY), writable=False)
 
 
 def test_none_comes_after_one_that_fails(rig: Rig) -> None:
