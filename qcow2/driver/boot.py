@@ -2,12 +2,11 @@
 
 import contextlib
 import time
-import uuid
-from pathlib import Path
 from typing import NamedTuple
 
 UNIT = 4_000_000_000  # nanoseconds: a boot takes longer
 UNITS = 1 << 12
+NBYTES = 16  # of an id
 TOLERANCE = 2_000_000_000  # nanoseconds, between two looks at two clocks
 
 
@@ -41,7 +40,7 @@ def this_boot() -> Boot:
 def _offset() -> int:
     """What a time namespace adds to the clock."""
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/timens_offsets").read_text().splitlines():
+        for line in _content("/proc/self/timens_offsets").splitlines():
             name, seconds, nanoseconds = line.split()
             if name in ("boottime", "7"):
                 return int(seconds) * 1_000_000_000 + int(nanoseconds)
@@ -50,5 +49,12 @@ def _offset() -> int:
 
 def _id() -> bytes:
     with contextlib.suppress(OSError, ValueError):
-        return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
-    return bytes(16)
+        found = bytes.fromhex(_content("/proc/sys/kernel/random/boot_id").strip().replace("-", ""))
+        if len(found) == NBYTES:
+            return found
+    return bytes(NBYTES)
+
+
+def _content(path: str) -> str:
+    with open(path) as file:
+        return file.read()

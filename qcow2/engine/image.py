@@ -1,24 +1,28 @@
-"""The image: what people use. Coroutines that reach the disk only through `qcow2.driver.operation`."""
+"""The image: what people use. Coroutines that reach the disk only through `qcow2.driver.operation`.
+
+What changes images is imported by the first one that is opened for writing: who only reads starts sooner.
+"""
+
+from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import File, Read, Resize, Size
 from qcow2.engine.backing import Backing
-from qcow2.engine.bitmapdirectory import Change
-from qcow2.engine.bitmapplan import BitmapPlan
-from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.encryption import open_data
-from qcow2.engine.expansion import expand_zeros, has_zero_flags
-from qcow2.engine.frozenbitmap import FrozenBitmap
-from qcow2.engine.growth import grown_size
 from qcow2.engine.opened import OpenOptions
-from qcow2.engine.opening import open_changes, open_header
-from qcow2.engine.shedding import shrunk_size
+from qcow2.engine.opening import open_header
 from qcow2.engine.writable import WritableImage
 from qcow2.error import BitmapError, UnsupportedImage
 from qcow2.format.header import header_over
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_sizes
 from qcow2.plane.entry import words_of
-from qcow2.plane.linklog import LinkLog
+
+if TYPE_CHECKING:
+    from qcow2.engine.bitmapdirectory import Change
+    from qcow2.engine.bitmapplan import BitmapPlan
+    from qcow2.engine.bitmaptable import StoredBitmap
+    from qcow2.engine.frozenbitmap import FrozenBitmap
+    from qcow2.plane.linklog import LinkLog
 
 
 class Image(WritableImage):
@@ -32,7 +36,7 @@ class Image(WritableImage):
         backing: "Backing | None" = None,
         data_file: File | None = None,
         options: OpenOptions | None = None,
-        log: LinkLog | None = None,
+        log: "LinkLog | None" = None,
     ) -> "Image":
         """Open the image in *file*, already locked, over *backing*, already open; its data may be in *data_file*.
 
@@ -52,6 +56,8 @@ class Image(WritableImage):
             file_size = record.l1_end
         image._mapping.set_file_end(file_size)
         if options.writable:
+            from qcow2.engine.openchanges import open_changes
+
             image._changes = changes = await open_changes(image._opened, header, file_size, options, log)
             image.bitmap_problems = changes.bitmaps.problems
         return image
@@ -62,6 +68,8 @@ class Image(WritableImage):
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
+        from qcow2.engine.growth import grown_size
+
         self._require_own_data("resized")
         changes = await self._alone()
         size = grown_size(self.file, self.header, nbytes)
@@ -75,6 +83,8 @@ class Image(WritableImage):
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, then the disk may be the new one.
         """
+        from qcow2.engine.shedding import shrunk_size
+
         self._require_own_data("resized")
         changes = await self._alone()
         size = shrunk_size(self.file, self.header, nbytes)
@@ -94,6 +104,8 @@ class Image(WritableImage):
 
         Raises: OSError, CorruptImage; UnsupportedImage if a snapshot says so, which is left as it is.
         """
+        from qcow2.engine.expansion import expand_zeros, has_zero_flags
+
         for snapshot in await self.snapshots():
             record = snapshot.record
             l1 = words_of(await Read(self.file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
@@ -178,20 +190,24 @@ class Image(WritableImage):
         snapshot = find_snapshot(self.file.path, changes.snapshots.table, name, by_id=False)
         await changes.guard(changes.snapshots.delete(snapshot))
 
-    async def bitmaps(self) -> list[StoredBitmap]:
+    async def bitmaps(self) -> "list[StoredBitmap]":
         """The persistent bitmaps, in the order of their directory. Raises: CorruptImage, OSError."""
         if self._changes is not None:
             return self._changes.bitmaps.stored
+        from qcow2.engine.bitmaptable import load_bitmaps
+
         stored, _ = await load_bitmaps(self.file, self.header, self.geometry, lambda cluster: False)
         return stored
 
-    async def bitmap_bits(self, stored: StoredBitmap) -> bytes:
+    async def bitmap_bits(self, stored: "StoredBitmap") -> bytes:
         """The bits of one of `bitmaps`, as of now; bit n is bit n % 8 of byte n // 8. Raises: OSError."""
         if self._changes is not None:
             return await self._changes.bitmaps.read_bits(stored)
+        from qcow2.engine.bitmaptable import stored_bits
+
         return await stored_bits(self.file, self.geometry, stored)
 
-    async def change_bitmaps(self, change: Change) -> None:
+    async def change_bitmaps(self, change: "Change") -> None:
         """Let *change* plan which bitmaps there are, and then have them; stable on return. Nothing else is under way.
 
         A death leaves what was, or all that was planned.
@@ -206,20 +222,22 @@ class Image(WritableImage):
         changes.links.end_log()  # which has no room for their bits if it was begun without
         await changes.guard(changes.bitmap_directory.change(change))
 
-    async def freeze_bitmap(self, name: str) -> FrozenBitmap:
+    async def freeze_bitmap(self, name: str) -> "FrozenBitmap":
         """Hold what a bitmap says now, while it records on; of one moment, if no request is under way.
 
         Nobody removes, clears or merges into it before `thaw_bitmap`. A death, or `close`, thaws it as not copied.
         Raises: BitmapError, OSError.
         """
+        from qcow2.engine.bitmapplan import BitmapPlan
+
         changes = self._writable()
         return await changes.bitmaps.freeze(BitmapPlan(self.geometry, changes.bitmaps).find_stored(name))
 
-    def is_frozen_bitmap(self, stored: StoredBitmap) -> bool:
+    def is_frozen_bitmap(self, stored: "StoredBitmap") -> bool:
         """Whether one of `bitmaps` is frozen."""
         return self._changes is not None and self._changes.bitmaps.is_frozen(stored.bitmap.raw_name)
 
-    async def thaw_bitmap(self, frozen: FrozenBitmap, *, is_copied: bool) -> None:
+    async def thaw_bitmap(self, frozen: "FrozenBitmap", *, is_copied: bool) -> None:
         """Let a bitmap say what has changed since it was frozen, if what it said *is_copied*; else that, too.
 
         Stable on return. If it is copied nothing else is under way.
@@ -231,7 +249,7 @@ class Image(WritableImage):
                 raise BitmapError(f"Bitmap '{frozen.name}' is not frozen any more")
             return
 
-        async def keep_since(plan: BitmapPlan) -> None:
+        async def keep_since(plan: "BitmapPlan") -> None:
             plan.replace_bits(frozen.raw_name, frozen.since(self.size))
 
         try:

@@ -2,18 +2,21 @@
 
 from array import array
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import File
-from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.compressed import CompressedClusters
 from qcow2.engine.data import Data
-from qcow2.engine.encryption import Keyring
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.reading import Reader
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.format.geometry import Geometry
 from qcow2.format.snapshot import Choice, SnapshotTable
+
+if TYPE_CHECKING:
+    from qcow2.engine.bitmaptable import StoredBitmap
+    from qcow2.engine.encryption import Keyring
 
 DEFAULT_CACHE_SIZE = 32 << 20
 
@@ -26,7 +29,7 @@ class OpenOptions:
     lazy_refcounts: bool | None = None  # None: as the image says
     cache_size: int = DEFAULT_CACHE_SIZE  # bytes of L2 tables in memory, at most
     snapshot: str | Choice | None = None  # read the disk as this one, an id or else a name, holds it
-    keys: Keyring | None = None  # what may open it, if it is encrypted
+    keys: "Keyring | None" = None  # what may open it, if it is encrypted
     has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
 
 
@@ -52,6 +55,6 @@ class Found:
     refcount_table: "array[int]"  # validated
     snapshots: SnapshotTable
     owned_by_snapshots: "array[int]"
-    bitmaps: list[StoredBitmap]
+    bitmaps: "list[StoredBitmap]"
     owned_by_bitmaps: "array[int]"
     bitmap_problems: list[str]  # why some cannot be kept

@@ -4,18 +4,21 @@ import errno
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import Buffer, File
 from qcow2.engine.backing import Backing
-from qcow2.engine.changes import Changes
 from qcow2.engine.compressed import level_of
 from qcow2.engine.data import Data
-from qcow2.engine.links import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.readable import ReadableImage
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
 from qcow2.format.layout import Autoclear, Incompatible
+
+if TYPE_CHECKING:
+    from qcow2.engine.changes import Changes
+    from qcow2.engine.links import LinkPolicy
 
 
 class WritableImage(ReadableImage):
@@ -36,13 +39,13 @@ class WritableImage(ReadableImage):
         """The header as it is on the disk."""
         return self._changes.root.header if self._changes else self._header
 
-    def set_link_policy(self, policy: LinkPolicy) -> None:
+    def set_link_policy(self, policy: "LinkPolicy") -> None:
         """Say when links may wait, and who is told about it; at first they may always."""
         if self._changes is not None:
             has_log = policy.has_log and not self.geometry.has_data_file
             self._changes.links.policy = replace(policy, has_log=has_log)
 
-    def _writable(self) -> Changes:
+    def _writable(self) -> "Changes":
         if self._changes is None:
             raise OSError(errno.EROFS, "opened read-only", self.file.path)
         self._changes.require_trust()
@@ -52,7 +55,7 @@ class WritableImage(ReadableImage):
         """Whether the extent map may answer writes: not before the first change has seen to what must come before."""
         return self._changes is not None and self._changes.may_overwrite and self._stability.error is None
 
-    async def _changing(self) -> Changes:
+    async def _changing(self) -> "Changes":
         changes = self._writable()
         if changes.root.has_promises:
             breaks = changes.root.header.record.autoclear_features & changes.root.broken_promises
@@ -168,7 +171,7 @@ class WritableImage(ReadableImage):
         changes = await self._changing()
         await changes.guard(changes.make_ready())
 
-    async def _alone(self) -> Changes:
+    async def _alone(self) -> "Changes":
         """What changes the image; no link waits, and nobody else is about to change anything."""
         changes = await self._changing()
         await changes.links.commit()

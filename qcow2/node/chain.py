@@ -6,16 +6,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
-from qcow2.judge.census import Progress
 from qcow2.lock import lock_image, show_life
 from qcow2.node.formats import Outline, format_of
 from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate
 from qcow2.node.node import Node
+
+if TYPE_CHECKING:
+    from qcow2.judge.census import Progress
 
 
 def outline(path: str, image_format: str, luks_header: str | None = None) -> Outline:
@@ -72,7 +75,7 @@ class Chain:
     files: list[HostFile] = field(default_factory=list)  # top first
     nodes: list[Node] = field(default_factory=list)  # the same disks, top first
     image_format: str = "qcow2"  # of the top
-    progress: Progress | None = None  # told how far the repair of a dirty image is
+    progress: "Progress | None" = None  # told how far the repair of a dirty image is
     force_share: bool = False  # read without locks, though others may be writing
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
     discard_log: bool = False  # go on without one that is missing or does not count

@@ -1,12 +1,14 @@
 """A node: what can be read and written like a disk, whatever its format."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qcow2.driver.operation import Buffer
 from qcow2.engine.backing import Backing, Capabilities
-from qcow2.engine.links import LinkPolicy
 from qcow2.engine.statistics import Statistics
+
+if TYPE_CHECKING:
+    from qcow2.engine.links import LinkPolicy
 
 
 class Node(Backing, Protocol):
@@ -28,7 +30,7 @@ class Node(Backing, Protocol):
     def statistics(self) -> Statistics:
         """What has been counted."""
 
-    def set_link_policy(self, policy: LinkPolicy) -> None:
+    def set_link_policy(self, policy: "LinkPolicy") -> None:
         """Say when links may wait, if there are any."""
 
     def fail(self, error: OSError) -> None:

@@ -2,15 +2,18 @@
 
 import errno
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import Buffer, File, Occupied, Resize, Size, Sync, Zero
 from qcow2.engine.backing import Capabilities
 from qcow2.engine.data import Data
-from qcow2.engine.links import LinkPolicy
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.l2cache import ExtentMap, Kind, RawMap, Run
+
+if TYPE_CHECKING:
+    from qcow2.engine.links import LinkPolicy
 
 FILE_SIZE_MAX = (1 << 63) - 1  # off_t
 
@@ -73,7 +76,7 @@ class RawImage:
             self._slot = slot
             self._map.set_file(slot, writable=not self.read_only and self._stability.error is None)
 
-    def set_link_policy(self, policy: LinkPolicy) -> None:
+    def set_link_policy(self, policy: "LinkPolicy") -> None:
         """There are no links."""
 
     def fail(self, error: OSError) -> None:

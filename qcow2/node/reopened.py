@@ -14,7 +14,7 @@ from qcow2.error import UnsupportedImage
 from qcow2.lock import be_read_again, let_write, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
-from qcow2.node.qcow2 import reopen_qcow2
+from qcow2.node.ordered import reopen_qcow2
 from qcow2.node.raw import RawImage
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from qcow2.driver.pool import PoolDriver
 from qcow2.job.content import SPARSE_UNIT
@@ -14,7 +15,6 @@ from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_MODES, UNSAFE
-from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
 from qcow2.tool.failure import Failure, UsageError, reason_of
 from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import Named, add_format_option, add_image_options, named
@@ -108,7 +108,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         _validate_compression(wish, arguments)
         if wish.given.get("backing_file") and len(images) > 1:
             raise UsageError(CONCATENATED)
-        bitmaps = bitmaps_to_copy(wish, images, arguments)
+        finish = _bitmaps(wish, images, arguments) if arguments.bitmaps else _nothing
         below = stack.enter_context(_base(wish, arguments))
         if arguments.no_create:  # what the target is over, and what it has itself, is not ours to say
             below = None
@@ -122,8 +122,19 @@ def run_command(arguments: argparse.Namespace) -> int:
             driver.run(copy(source, target, pace, manner, None if is_shared else below))
         except CopyFailed as failure:
             raise Failure(f"{failure}: {reason_of(failure)}") from failure
-    copy_bitmaps(bitmaps, path)
+    finish()
     return 0
+
+
+def _nothing() -> None:
+    """Nothing is left to do."""
+
+
+def _bitmaps(wish: Wish, images: list[Node], arguments: argparse.Namespace) -> Callable[[], None]:
+    """What makes the bitmaps of the source again in the target, once it is whole. Raises: Failure, OSError."""
+    from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
+
+    return partial(copy_bitmaps, bitmaps_to_copy(wish, images, arguments), wish.path)
 
 
 def _name_target(arguments: argparse.Namespace) -> str | None:

@@ -28,9 +28,7 @@ class Copied:
 
 
 def bitmaps_to_copy(wish: Wish, images: Sequence[Node], arguments: argparse.Namespace) -> list[Copied]:
-    """Those of the one source, if they are asked for. Raises: Failure, before the target is touched; OSError."""
-    if not arguments.bitmaps:
-        return []
+    """Those of the one source. Raises: Failure, before the target is touched; OSError."""
     (image,) = images
     if not isinstance(image, Image):
         raise Failure("Source lacks bitmap support")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, create
@@ -14,11 +15,8 @@ from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target
-from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import created
-from qcow2.library.newdata import KEEP, new_data_file
 from qcow2.node.formats import format_of
-from qcow2.node.luks import LuksImage, write_luks
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
 from qcow2.tool.encryption import encryption_of
@@ -27,6 +25,9 @@ from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.option import DETACHED, image_options, is_detached, raw_preallocation
 from qcow2.tool.secret import Secrets
+
+if TYPE_CHECKING:
+    from qcow2.library.disk import Disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ def _only(passphrase: bytes) -> Keyring:
 
 
 def _new_luks(file: HostFile, wish: Wish) -> Target:
+    from qcow2.node.luks import LuksImage, write_luks
+
     encryption = encryption_of(wish.given, wish.secrets)
     assert encryption is not None  # there is no other such image
     if is_detached(wish.given):
@@ -107,6 +110,8 @@ def _new_luks(file: HostFile, wish: Wish) -> Target:
 def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Iterator[Target]:
     if wish.is_compressed:
         raise Failure("Compression not supported with an external data file")
+    from qcow2.library.newdata import KEEP, new_data_file
+
     use = wish.given.get("data_file_use")
     with new_data_file(wish.path, options, use) as data_file:
         run(create(file, options))
@@ -154,7 +159,9 @@ def present_target(wish: Wish, sources: list[Node], *, is_zero: bool) -> Iterato
             yield InPlace(disk.image, wish.size, is_zero=is_zero)
 
 
-def _opened(wish: Wish) -> Disk:
+def _opened(wish: Wish) -> "Disk":
+    from qcow2.library.disk import open_disk
+
     try:
         return open_disk(
             wish.path,
@@ -169,7 +176,7 @@ def _opened(wish: Wish) -> Disk:
         raise Failure(f"Could not open '{wish.path}': {error}") from error
 
 
-def warn_of_bitmaps(disk: Disk) -> None:
+def warn_of_bitmaps(disk: "Disk") -> None:
     """Say so when the first change of *disk* makes its persistent bitmaps void."""
     text = f"warning: {disk.files[0].path}: its persistent bitmaps are void from now on"
     disk.image.on_bitmaps_void = lambda: say(text)
