@@ -91,6 +91,8 @@ static int choose_way(struct worker *worker, struct operation *operation, struct
     return bounce_front(worker, operation, single, gather);
 }
 
+#define REFUSALS_MAX 100 /* in a row */
+
 enum { SUBMITTED = 0, MOVED = 1, WAITS = 2 };
 
 /* -> SUBMITTED; MOVED: it has completed; WAITS: for its turn; -EAGAIN: the kernel takes nothing now, or the operation's own failure. */
@@ -320,10 +322,19 @@ static void transfer_completed(struct worker *worker, uint32_t number, int resul
     } else if (result == 0) {
         end(worker, number, -EIO);
     } else {
+        operation->refusals = 0;
         operation->progress += result;
         ASSERT(operation->progress <= operation->nbytes);
         operation_submit(worker, number);
     }
+}
+
+/* Who says "not now" is asked again, but not for ever: a file system may answer all sorts of things. -> the result */
+static int note_refusal(struct operation *operation, int result)
+{
+    bool is_refused = result == -EINTR || result == -EAGAIN;
+
+    return is_refused && ++operation->refusals > REFUSALS_MAX ? -EIO : result;
 }
 
 void operation_completed(struct worker *worker, uint32_t number, int result)
@@ -342,6 +353,7 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
         result = perform_here(worker, number);
     if (result == -ECANCELED && operation->verb == VERB_WRITE && operation->progress)
         result = -EIO; /* cancelled means untried to whoever asked, and a part of it is written */
+    result = note_refusal(operation, result);
     if (result == -EINTR || result == -EAGAIN)
         operation_submit(worker, number);
     else if (operation->verb == VERB_READ || operation->verb == VERB_WRITE)

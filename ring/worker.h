@@ -234,6 +234,7 @@ struct operation {
     bool direct; /* went through it */
     bool has_turn; /* it has waited for that, see turn.c */
     bool occupies; /* counts in file.occupying */
+    uint8_t refusals; /* in a row: the kernel said "not now" */
     uint32_t next;
     uint32_t bounce_nbytes;
     uint8_t *bounce; /* NULL: none; what O_DIRECT writes in place of pieces that do not suit it, or what is copied */
@@ -395,9 +396,9 @@ int worker_transfer_pieces(struct worker *worker, uint32_t flags, uint32_t slot,
 /* Write on this thread. -> 0: it is complete; -EAGAIN: not now, begin a transfer; or how it failed. */
 int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, uint64_t host_offset,
                          const struct piece *pieces, uint32_t count);
-/* The same for parts, whose bytes follow each other. -> how many are complete; the next would wait, or failed. */
-uint32_t worker_write_some(struct worker *worker, uint32_t slot, uint32_t count, const uint64_t *host_offsets,
-                           const uint32_t *nbytes, const uint8_t *bytes);
+/* The same for parts, whose bytes follow each other; so many are *done, and the next one ended so. */
+int worker_write_some(struct worker *worker, uint32_t slot, uint32_t count, const uint64_t *host_offsets,
+                      const uint32_t *nbytes, const uint8_t *bytes, uint32_t *done);
 int worker_zero(struct worker *worker, uint32_t slot, uint64_t host_offset, uint64_t nbytes);
 int worker_sync(struct worker *worker, uint32_t slot);
 int worker_grace(struct worker *worker);

@@ -31,6 +31,7 @@ MAX_WRITE = 128 << 10
 ROOT = 1
 MNT_DETACH = 2
 KEEP = "keep"
+ANYWHERE = -1
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -86,6 +87,15 @@ class SlowDisk:
         """Those that are held wait on, but no more will be; only inside `holding`, and `wait_for` is done with."""
         self._tell(KEEP)
 
+    @contextmanager
+    def failing(self, code: int, host_offset: int = ANYWHERE) -> Iterator[None]:
+        """The first write that begins at *host_offset* fails with *code*, and so do all after it, until the end."""
+        self._tell(f"{code}@{host_offset}")
+        try:
+            yield
+        finally:
+            self.let_go()
+
     def wait_for_one(self) -> None:
         """Return once an operation is held."""
         assert self._server.stdout
@@ -100,6 +110,7 @@ class Server:
         self._backing = backing
         self._names: dict[int, str] = {}
         self._held: set[int] = set()
+        self._fault: tuple[int, int] | None = None  # how writes fail, and where the first one does
         self._waiting: list[bytes] = []
         self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # what is asked may be withdrawn
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
@@ -122,6 +133,10 @@ class Server:
                 return
 
     def _obey(self, words: list[str]) -> None:
+        self._fault = None
+        if words and "@" in words[0]:
+            code, where = words.pop(0).split("@")
+            self._fault = int(code), int(where)
         self._held = {int(word) for word in words if word != KEEP}
         if KEEP not in words:
             waiting, self._waiting = self._waiting, []
@@ -214,6 +229,9 @@ class Server:
 
     def _write(self, node: int, body: bytes) -> bytes:
         fd, offset, nbytes = struct.unpack_from("<QQI", body)
+        if self._fault is not None and self._fault[1] in (offset, ANYWHERE):
+            self._fault = self._fault[0], ANYWHERE
+            raise OSError(self._fault[0], "")
         return struct.pack("<II", os.pwrite(fd, body[40 : 40 + nbytes], offset), 0)
 
     def _fallocate(self, node: int, body: bytes) -> bytes:

@@ -88,7 +88,7 @@ void flight_begin(struct flights *flights, struct place_map map, struct worker *
     flights->count++;
     flight->place = *place;
     flight->copy = copy_of(place);
-    flight->is_named = false;
+    flight->is_here = false;
     flight->next = request->flight;
     request->flight = number;
     map.places->hold(map.context, place);
@@ -98,55 +98,77 @@ void flight_begin(struct flights *flights, struct place_map map, struct worker *
         request_transfer(worker, request, true, &extent, start);
 }
 
-/* Name it, begin to, or give it up. -> whether its name is yet to be written */
+/* It ends: `result` is of the place, `error` of its name, if that was written. */
+static void end(struct place_map map, const struct flight *flight, int result, int error, struct landing *landing)
+{
+    const struct extent_place *place = &flight->place;
+    enum extent_outcome outcome = result < 0 ? EXTENT_SPOILED : EXTENT_NAMED;
+
+    landing->failed |= map.places->conclude(map.context, place, outcome, error) < 0;
+    landing->gave_up |= result < 0;
+    landing->waits |= result == 0 && place->memory;
+}
+
+/* The bytes are there, or not: name the place, or give it up. -> whether its name is yet to be written */
 static bool land(struct place_map map, struct worker *worker, struct flight *flight, int result,
                  struct landing *landing)
 {
-    struct extent_place *place = &flight->place;
-    int error = flight->is_named && result != -ECANCELED ? result : 0;
+    int error = 0;
 
-    if (result == 0 && !flight->is_named) {
-        result = map.places->find(map.context, place);
-        if (result == 0 && !names_at_once(worker, place))
-            return flight->is_named = true;
-        if (result == 0)
-            result = error = place_name(worker, place);
-    }
-    landing->failed |=
-        map.places->conclude(map.context, place, result < 0 ? EXTENT_SPOILED : EXTENT_NAMED, error) < 0;
-    landing->gave_up |= result < 0;
-    landing->waits |= result == 0 && place->memory;
+    if (result == 0)
+        result = map.places->find(map.context, &flight->place);
+    flight->is_here = result == 0 && !names_at_once(worker, &flight->place);
+    if (flight->is_here)
+        return true;
+    if (result == 0)
+        result = error = place_name(worker, &flight->place);
+    end(map, flight, result, error, landing);
     return false;
+}
+
+static struct flight *leave(struct flights *flights, struct request *request, uint16_t *list)
+{
+    uint16_t number = request->flight;
+    struct flight *flight = &flights->all[number - 1];
+
+    request->flight = flight->next;
+    flight->next = *list;
+    *list = number;
+    return flight;
+}
+
+static void land_all(struct flights *flights, struct place_map map, struct worker *worker, struct request *request,
+                     int result, struct landing *landing)
+{
+    uint16_t left = 0;
+
+    while (request->flight) {
+        bool is_left = land(map, worker, &flights->all[request->flight - 1], result, landing);
+
+        flights->count -= !is_left;
+        leave(flights, request, is_left ? &left : &flights->first_free);
+    }
+    request->flight = left;
 }
 
 struct landing flights_land(struct flights *flights, struct place_map map, struct worker *worker,
                             struct request *request, int result)
 {
     struct landing landing = {0};
-    uint16_t left = 0;
 
-    while (request->flight) {
-        uint16_t number = request->flight, *list = &flights->first_free;
-        struct flight *flight = &flights->all[number - 1];
-
-        if (land(map, worker, flight, result, &landing))
-            list = &left;
-        else
-            flights->count--;
-        request->flight = flight->next;
-        flight->next = *list;
-        *list = number;
+    if (flights->all[request->flight - 1].is_here) {
+        end(map, leave(flights, request, &flights->first_free), result, result == -ECANCELED ? 0 : result, &landing);
+        flights->count--;
+        result = 0; /* the others wait for their names */
     }
-    request->flight = left;
-    landing.goes_on = left;
+    land_all(flights, map, worker, request, result, &landing);
+    landing.goes_on = request->flight;
     return landing;
 }
 
 void flights_name(struct flights *flights, struct worker *worker, struct request *request)
 {
-    for (uint16_t number = request->flight; number; number = flights->all[number - 1].next) {
-        const struct extent_place *place = &flights->all[number - 1].place;
+    const struct extent_place *place = &flights->all[request->flight - 1].place;
 
-        request_write_entry(worker, request, place->name_slot, place->name_offset, place->name, place->name_nbytes);
-    }
+    request_write_entry(worker, request, place->name_slot, place->name_offset, place->name, place->name_nbytes);
 }

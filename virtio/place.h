@@ -14,7 +14,7 @@
 struct flight {
     struct extent_place place;
     struct request_copy copy;
-    bool is_named; /* its bytes are there, the name is on its way */
+    bool is_here; /* its bytes are, the name is yet to be written */
     uint16_t next; /* of the same request, or free: number + 1; 0: none */
 };
 
@@ -55,9 +55,10 @@ struct landing {
     bool goes_on; /* this thread may not write some names: flights_name */
 };
 
-/* The request's parts have ended, as `result` says: name its places, or give them up. */
+/* The request's parts have ended, or the write of a name, as `result` says: name its places, or give them up. */
 struct landing flights_land(struct flights *flights, struct place_map map, struct worker *worker,
                             struct request *request, int result);
 
-/* Begin to write the names that are left; flights_land comes again after them. */
+/* Begin to write a name that is left; flights_land comes again after it. One at a time: each has an outcome of its own,
+ * and the operation that has just ended is free for it. */
 void flights_name(struct flights *flights, struct worker *worker, struct request *request);

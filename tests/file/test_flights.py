@@ -3,6 +3,7 @@
 The data plane serves them alone; whoever comes to the same cluster meanwhile waits, and nothing is lost.
 """
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import qcow2
 from tests import slowdisk
 from tests.builder import Recipe, build
 from tests.builder.record import LAZY_REFCOUNTS
-from tests.frontend import IN, OK, OUT, WRITE_ZEROES, Completion, FrontEnd
+from tests.frontend import FLUSH, IN, IOERR, OK, OUT, WRITE_ZEROES, Completion, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean
 from tests.program import Daemon, qcow2_tool_ok
@@ -109,6 +110,44 @@ def test_whoever_meets_a_place_that_is_held_waits_for_it(disk: SlowDisk, tmp_pat
     with qcow2.open(str(path)) as image:
         written = b"a" * BLOCK + b"".join(bytes([block]) * BLOCK for block in range(1, 8))
         assert image.read(CLUSTER, 9 * BLOCK) == written + bytes(BLOCK)
+
+
+def entry_offset(path: Path, cluster: int) -> int:
+    """Where the file has the L2 entry of *cluster*, one of the first table."""
+    with path.open("rb") as file:
+        (l1_offset,) = struct.unpack(">Q", os.pread(file.fileno(), 8, 40))
+        (entry,) = struct.unpack(">Q", os.pread(file.fileno(), 8, l1_offset))
+    return int(entry & ((1 << 56) - 512)) + 8 * cluster
+
+
+def test_a_name_that_finds_no_space_does_not_undo_those_that_did(disk: SlowDisk, tmp_path: Path) -> None:
+    """One request has two places: the first is named and stays, though there is no space for the second."""
+    path = tmp_path / "backing" / "image"
+    with Daemon(tmp_path / "image") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(0, b"first" * 512)  # there is a table, and a stock
+            with disk.failing(errno.ENOSPC, entry_offset(path, 5)):
+                assert guest.do(OUT, 4 * CLUSTER, b"a" * 2 * CLUSTER).status == IOERR
+            assert guest.read(4 * CLUSTER, CLUSTER) in (bytes(CLUSTER), b"a" * CLUSTER)
+            guest.write(9 * CLUSTER, b"b" * CLUSTER)  # what was given up goes back meanwhile
+            assert guest.do(FLUSH).status == OK
+            seen = [guest.read(cluster * CLUSTER, CLUSTER) for cluster in range(10)]
+        daemon.stop()
+    assert_clean(path)
+    with qcow2.open(str(path)) as image:
+        assert image.read(0, 10 * CLUSTER) == b"".join(seen)
+
+
+def test_who_says_not_now_for_ever_is_not_asked_for_ever(disk: SlowDisk, tmp_path: Path) -> None:
+    with Daemon(tmp_path / "image") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            guest.write(0, b"first" * 512)
+            for code in (errno.EAGAIN, errno.EINTR):
+                with disk.failing(code):
+                    assert guest.do(OUT, 0, b"again" * 512).status == IOERR
+            guest.write(0, b"later" * 512)
+            assert guest.do(FLUSH).status == OK
+        daemon.stop()
 
 
 @pytest.mark.parametrize("cache", ["none", "writeback"])

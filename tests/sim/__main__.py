@@ -4,11 +4,12 @@ import argparse
 import sys
 import time
 
-from tests.sim.build import load
+from tests.sim.build import Edit, load
 from tests.sim.mutant import BY_NAME
 
 MANY = 10_000_000  # states
 MOMENTS = 32  # so that no long life takes all of the states
+FEW = Edit("ring/worker.h", "#define WORKER_OPERATIONS 2048", "#define WORKER_OPERATIONS 40")
 
 
 def main(arguments: list[str]) -> int:
@@ -22,10 +23,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
     parser.add_argument("--direct", action="store_true", help="data goes by O_DIRECT")
+    parser.add_argument("--few", action="store_true", help="operations, so that often none is free")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
     mutant = BY_NAME.get(options.mutant)
-    load([mutant.edit] if mutant and mutant.edit else [])
+    load([*([mutant.edit] if mutant and mutant.edit else []), *([FEW] if options.few else [])])
     from tests.sim.campaign import Plan, run
     from tests.sim.image import DRAWN
     from tests.sim.patch import apply

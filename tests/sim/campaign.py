@@ -14,12 +14,13 @@ from tests.sim.liveness import Longest
 from tests.sim.walk import visit
 
 TROUBLES = 8  # sorts of them
+DIRECT = 0.2  # of histories whose data goes by O_DIRECT
 TOLD = 10  # histories, of a walk over many
 
 
 def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False, is_direct: bool = False) -> World:
     """The history of *seed*; *is_full*, on a host without space, whatever that says."""
-    draw = random.Random(seed)
+    draw, more = random.Random(seed), random.Random(f"{seed} more")
     turn = seed + seed // lcm(len(sorts), TROUBLES)  # so that each sort meets each trouble
     sort = NAMED[sorts[turn % len(sorts)]]
     is_long = seed % TROUBLES == 5
@@ -29,7 +30,7 @@ def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False, is_direc
         case 3:
             trouble = Trouble(failing=0.01, failing_sync=0.05)
         case 4:
-            trouble = Trouble(far=True)
+            trouble = Trouble(far=True, full=more.random() < 0.3, failing=more.choice((0, 0, 0.01)))
         case 1:
             trouble = Trouble(short=0.25, passing=0.25, cold=0.4)
         case _:
@@ -41,7 +42,7 @@ def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False, is_direc
         trouble=trouble,
         lives=draw.choice((1, 2)) if is_long else draw.choice((1, 2, 3, 4)),
         is_long=is_long,
-        is_direct=is_direct,
+        is_direct=is_direct or more.random() < DIRECT,
     )
 
 

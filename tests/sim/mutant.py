@@ -84,6 +84,16 @@ MUTANTS = [
         is_direct=True,
     ),
     Mutant(
+        "one_name_stands_for_all",
+        "Law 1: a request is answered when all of its places are named",
+        Edit(
+            "virtio/place.c",
+            "        flights->count--;\n        result = 0;",
+            "        for (flights->count--; result == 0 && request->flight; flights->count--)\n"
+            "            end(map, leave(flights, request, &flights->first_free), 0, 0, &landing);\n        result = 0;",
+        ),
+    ),
+    Mutant(
         "mark_is_not_renewed",
         "Law 1: a record counts once the mark names it",
         Edit(
