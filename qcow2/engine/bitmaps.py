@@ -319,7 +319,11 @@ class Bitmaps(Part):
             return []
         await Store(self._log.memory, *zip(found, contents, strict=False), (self._log.live_offset, head))
         self._log.has_live = True
-        await self._write_mark()
+        try:
+            await self._write_mark()
+        except OSError:
+            self._log.has_live = False  # or the log, which nobody settles then, could not be followed by another
+            raise
         return found[:-1]
 
     def _wanted_nbytes(self) -> int:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Read, ReadInto, Store, Sync, Write
+from qcow2.engine.bitmapplan import BitmapPlan
 from qcow2.error import ImageError
-from tests.crash.bitmaps import bitmap_opener
+from qcow2.plane.linklog import LIMIT
+from tests.crash.bitmaps import NAMES, bitmap_opener
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.history import SECTOR, History
 from tests.crash.images import open_image, start
@@ -75,3 +78,34 @@ def test_no_fault_lets_a_bitmap_say_too_little(kind: str, error: int) -> None:
                 before, after = seen[nsectors * SECTOR + sector], seen[nsectors * (SECTOR + 1) + sector]
                 assert before & after & 1, f"operation {number}: sector {sector} has changed"
     assert number > 20
+
+
+async def remove_all(plan: BitmapPlan) -> None:
+    for name in NAMES:
+        await plan.remove(name)
+
+
+def test_a_log_whose_mark_found_no_space_is_followed_by_another() -> None:
+    """The header does not say that bits are in it, so nobody has to bring them into the image before it may end."""
+    begun = start("bitmaps-backing")
+    file, is_full = begun.image.copy(), True
+
+    def fault(operation: Operation) -> OSError | None:
+        marks = isinstance(operation, Store) and operation.mark is not None
+        return OSError(errno.ENOSPC, "a fault of the test") if is_full and marks else None
+
+    driver = CrashDriver(2, fault=fault)
+    image = driver.run(open_image(file, begun.backing))
+    content = MemoryBuffer(memoryview(bytearray(b"x" * SECTOR)))
+    with pytest.raises(OSError, match="a fault of the test"):
+        driver.run(image.write(0, content))
+    is_full = False
+    driver.run(image.change_bitmaps(remove_all))
+    links = image._changes.links
+    assert links.log is not None
+    links.log.native.first = links.log.native.next = LIMIT - 2
+    tag = links.log.tag
+    for cluster in range(6):
+        driver.run(image.write(cluster << 12, content))
+    assert links.log.tag != tag
+    driver.run(image.close())
