@@ -22,6 +22,7 @@ def test_unplugged_disk_may_be_plugged_again(boot: Boot, serve: Serve, lazy_imag
         umount /mnt
         echo filled
         {GONE}
+        echo let go
         {BACK}
         mount /dev/vda /mnt
         md5sum -c /mnt/sum
@@ -33,6 +34,7 @@ def test_unplugged_disk_may_be_plugged_again(boot: Boot, serve: Serve, lazy_imag
         with boot(job, disk) as guest:
             guest.wait_for("filled", TIMEOUT)
             guest.unplug("disk")
+            guest.wait_for("let go", TIMEOUT)  # the guest looks now and then: it has to see that there is none
             if reconnects:
                 guest.command("chardev-remove", id="disk")
                 address = {"type": "unix", "data": {"path": path}}
