@@ -89,18 +89,18 @@ int worker_write_at_once(struct worker *worker, uint32_t flags, uint32_t slot, u
     return write_at_once(worker, &operation);
 }
 
-uint32_t worker_write_some(struct worker *worker, uint32_t slot, uint32_t count, const uint64_t *host_offsets,
-                           const uint32_t *nbytes, const uint8_t *bytes)
+int worker_write_some(struct worker *worker, uint32_t slot, uint32_t count, const uint64_t *host_offsets,
+                      const uint32_t *nbytes, const uint8_t *bytes, uint32_t *done)
 {
-    uint32_t done = 0;
+    int result = 0;
 
-    for (; done < count; bytes += nbytes[done++]) {
-        struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes[done]};
+    for (*done = 0; *done < count && result == 0; *done += result == 0) {
+        struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes[*done]};
 
-        if (worker_write_at_once(worker, 0, slot, host_offsets[done], &piece, 1) < 0)
-            break;
+        bytes += nbytes[*done];
+        result = worker_write_at_once(worker, 0, slot, host_offsets[*done], &piece, 1);
     }
-    return done;
+    return result;
 }
 
 static struct operation write_of(uint32_t slot, uint64_t host_offset, const struct piece *piece)

@@ -71,8 +71,11 @@ class Files:
         """
         return self._operations.write_at_once(WRITE | DATA * data, slot, host_offset, pieces)
 
-    def write_some(self, slot: int, parts: Sequence[tuple[int, bytes]]) -> int:
-        """Write the first of *parts*, host offset and bytes, before this returns -> how many; `write` the next."""
+    def write_some(self, slot: int, parts: Sequence[tuple[int, bytes]]) -> tuple[int, int]:
+        """Write the first of *parts*, host offset and bytes, before this returns -> how many; `write` the next.
+
+        And errno if that one failed, 0 if it would wait.
+        """
         return self._operations.write_some(slot, parts)
 
     def write_now(self, slot: int, host_offset: int, data: bytes) -> None:

@@ -92,7 +92,15 @@ class Library(Protocol):
         self, worker: Pointer, flags: int, slot: int, host_offset: int, pieces: Pointer, count: int, /
     ) -> int: ...
     def worker_write_some(
-        self, worker: Pointer, slot: int, count: int, host_offsets: Pointer, nbytes: Pointer, data: bytes, /
+        self,
+        worker: Pointer,
+        slot: int,
+        count: int,
+        host_offsets: Pointer,
+        nbytes: Pointer,
+        data: bytes,
+        done: Pointer,
+        /,
     ) -> int: ...
     def worker_zero(self, worker: Pointer, slot: int, host_offset: int, nbytes: int, /) -> int: ...
     def worker_sync(self, worker: Pointer, slot: int, /) -> int: ...

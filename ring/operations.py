@@ -47,11 +47,13 @@ class Operations:
         result = lib.worker_write_at_once(self._worker, flags, slot, host_offset, array, len(pieces))
         return result != AGAIN and check(result) == 0
 
-    def write_some(self, slot: int, parts: Sequence[tuple[int, bytes]]) -> int:
-        """Write the first of *parts* before this returns -> how many; the next would wait, or failed."""
+    def write_some(self, slot: int, parts: Sequence[tuple[int, bytes]]) -> tuple[int, int]:
+        """Write the first of *parts* before this returns -> how many; and errno if the next failed, not for waiting."""
         offsets = ffi.new("uint64_t[]", [host_offset for host_offset, _ in parts])
         lengths = ffi.new("uint32_t[]", [len(data) for _, data in parts])
-        return lib.worker_write_some(self._worker, slot, len(parts), offsets, lengths, b"".join([p[1] for p in parts]))
+        content, done = b"".join([data for _, data in parts]), ffi.new("uint32_t *")
+        result = lib.worker_write_some(self._worker, slot, len(parts), offsets, lengths, content, done)
+        return done[0], 0 if result == AGAIN else -result
 
     def write_now(self, slot: int, host_offset: int, data: bytes) -> None:
         """Write *data*, a few bytes, before this returns."""

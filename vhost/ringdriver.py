@@ -9,6 +9,7 @@ from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import perform, store
 from qcow2.driver.task import Scheduler, Task
+from qcow2.engine.stability import lacks_space
 from qcow2.error import NotTried, no_memory
 from ring.operations import Piece
 from ring.request import GuestSlice
@@ -53,7 +54,10 @@ class RingDriver:
             case op.Write(file=file, host_offset=host_offset, pieces=pieces, data=data):
                 self._write(task, file, host_offset, [*map(_piece, pieces)], data=data)
             case op.WriteSome(file=file, parts=parts):
-                self._scheduler.resume(task, worker.write_some(self._slots[file], parts))
+                count, number = worker.write_some(self._slots[file], parts)
+                if number and not lacks_space(error := OSError(number, os.strerror(number), file.path)):
+                    raise error
+                self._scheduler.resume(task, count)
             case op.Zero(file=file, host_offset=host_offset, nbytes=nbytes):
                 worker.zero(self._slots[file], host_offset, nbytes, self._end(task, file))
             case op.Sync(file=file):

@@ -149,7 +149,8 @@ class Write(Operation):
 class WriteSome(Operation):
     """`Write` the first of *parts*, (host offset, bytes), before anything else happens -> how many.
 
-    It may be none. The next one would wait, or failed: it is there in any part of it, and a `Write` of it tells.
+    It may be none. The next one would wait, or found no space: a `Write` of it tells.
+    Raises: OSError, how else the next one failed; how many came before it nobody knows.
     """
 
     __slots__ = ("file", "parts")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import FLUSH, IOERR, OUT, FrontEnd
+from tests.frontend import FLUSH, IOERR, OK, OUT, FrontEnd
 from tests.kill.images import KINDS
 from tests.program import TIMEOUT, Daemon, qcow2_tool_ok
 from tests.realfault.campaign import calls_of, faults, settings
@@ -52,6 +52,33 @@ def test_a_name_that_the_data_plane_cannot_write_is_the_last(tmp_path: Path, bac
         _, said = daemon.process.communicate(timeout=TIMEOUT)
     assert daemon.process.returncode == 1
     assert "a write of metadata failed, no more writes" in said
+
+
+def test_an_entry_that_a_commit_could_not_write_is_the_last(tmp_path: Path) -> None:
+    """Many are written in one go; the one that fails is not tried again, as if it had not."""
+    image, base = tmp_path / "disk", tmp_path / "base"
+    base.write_bytes(b"b" * 64 * CLUSTER)
+    qcow2_tool_ok("create", "-b", base, "-F", "raw", image)
+    host = Host(image, Fault(), tmp_path / "told")
+    with Daemon(image, under=host.under) as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            for cluster in range(0, 32, 2):
+                guest.write(cluster * CLUSTER, b"x" * 512)
+            host.arm()
+            assert guest.do(FLUSH).status == OK
+            first = host.seen.index(WRITE)
+            host.arm(False)
+            for cluster in range(32, 64, 2):
+                guest.write(cluster * CLUSTER, b"x" * 512)
+            host.arm()
+            host.aim(first + 3)
+            assert guest.do(FLUSH).status == IOERR
+            assert host.hit == WRITE
+            host.arm(False)
+            assert guest.do(FLUSH).status == IOERR
+        daemon.process.terminate()
+        daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 1
 
 
 def test_a_place_that_cannot_be_filled_is_not_tried_for_ever(tmp_path: Path) -> None:
