@@ -200,9 +200,6 @@ LONGER = {
     "ring/queue.c": "a queue's whole life, which one state machine is",
     "ring/threads.c": "the second implementation of uring.c, with its own queue and threads",
     "virtio/block.c": "one device",
-    "qcow2/library/disk.py": "the door of the library: each operation once",
-    "qcow2/engine/create.py": "all that a new image has",
-    "vhost/disk.py": "an image's operations on a worker, and its requests: two halves of one driver",
     "vhost/session.py": "a handler for each message of the protocol",
 }
 
