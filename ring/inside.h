@@ -22,6 +22,7 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
 
 /* queue.c */
 bool queue_has_lost(struct worker *worker, struct queue *queue); /* -> whether it broke because its memory is gone */
+void queue_show(struct worker *worker, struct queue *queue); /* a used element was pushed */
 void queues_fetch(struct worker *worker);
 void queues_publish(struct worker *worker);
 bool queues_arm(struct worker *worker); /* -> true: look again before sleeping */

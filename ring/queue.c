@@ -171,6 +171,18 @@ static void finish_disabling(struct worker *worker, struct queue *queue)
 
 /* ---- each round ---- */
 
+void queue_show(struct worker *worker, struct queue *queue)
+{
+    virtqueue_show(&queue->ring);
+    log_device_area(worker, queue);
+    queue_has_lost(worker, queue);
+    if (queue->dirty)
+        return;
+    ASSERT(worker->dirty_count < WORKER_QUEUES);
+    queue->dirty = true;
+    worker->dirty[worker->dirty_count++] = queue;
+}
+
 static void publish(struct worker *worker, struct queue *queue)
 {
     bool calls = virtqueue_publish(&queue->ring);
@@ -255,11 +267,17 @@ static void fetch(struct worker *worker, struct queue *queue)
 
 void queues_fetch(struct worker *worker)
 {
+    bool is_crowded = false;
+
     if (worker->active_count)
         worker->now = pace_now();
-    worker->first_active++; /* another one each round: who comes first may take all the room there is */
-    for (uint32_t i = 0; i < worker->active_count; i++)
-        fetch(worker, worker->active[(worker->first_active + i) % worker->active_count]);
+    for (uint32_t i = 0; i < worker->active_count; i++) {
+        struct queue *queue = worker->active[(worker->first_active + i) % worker->active_count];
+
+        fetch(worker, queue);
+        is_crowded |= !has_room(worker, queue);
+    }
+    worker->first_active += is_crowded; /* who comes first may have taken it all; else turns are evenly apart */
 }
 
 bool queues_arm(struct worker *worker)

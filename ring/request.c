@@ -93,12 +93,7 @@ void request_complete(struct worker *worker, struct request *request, uint32_t n
     queue->busy_nbytes -= request->readable_nbytes + request->writable_nbytes;
     worker->returned_nbytes += request->readable_nbytes + request->writable_nbytes;
     virtqueue_push(&queue->ring, request->head, nbytes);
-    queue_has_lost(worker, queue);
-    if (!queue->dirty) {
-        ASSERT(worker->dirty_count < WORKER_QUEUES);
-        queue->dirty = true;
-        worker->dirty[worker->dirty_count++] = queue;
-    }
+    queue_show(worker, queue);
 }
 
 struct request *worker_request(struct worker *worker, uint64_t id)

@@ -80,6 +80,14 @@ void virtqueue_push(struct virtqueue *queue, uint16_t head, uint32_t nbytes)
         split_push(queue, head, nbytes);
 }
 
+void virtqueue_show(struct virtqueue *queue)
+{
+    if (queue->packed)
+        packed_show(queue);
+    else
+        split_show(queue);
+}
+
 int virtqueue_publish(struct virtqueue *queue)
 {
     return queue->packed ? packed_publish(queue) : split_publish(queue);

@@ -36,17 +36,19 @@ struct virtqueue {
     uint16_t next_available; /* fetched so far, free-running */
     uint16_t seen_available; /* the driver's index when last looked at */
     uint16_t next_used;      /* filled so far, free-running */
-    uint16_t published_used; /* shown to the driver so far */
+    uint16_t shown_used;     /* the driver sees so many, */
+    uint16_t asked_used;     /* and of so many it was asked whether it wants a call */
 
     /* packed */
     struct vring_packed_desc *cells;
     const struct vring_packed_desc_event *driver_event;
     struct vring_packed_desc_event *device_event;
     struct ring_position available; /* of what is fetched next */
-    struct ring_position used;      /* of what is published next */
-    uint16_t outstanding;           /* descriptors fetched and not published */
+    struct ring_position used;      /* of what is shown next */
+    uint16_t outstanding;           /* descriptors fetched and not shown */
+    uint32_t unasked;               /* descriptors shown since the driver was asked whether it wants a call */
     uint16_t batch_count;
-    uint16_t *batch;       /* slots pushed and not published */
+    uint16_t *batch;       /* slots pushed and not shown */
     uint32_t *batch_nbytes;
     struct slots slots;
 
@@ -93,11 +95,13 @@ int virtqueue_relocate(struct virtqueue *queue, const struct virtqueue_layout *l
  * What an earlier daemon left in flight comes first, in the order it was fetched. */
 int virtqueue_pop(struct virtqueue *queue, struct guest_memory *memory, struct chain *chain);
 
-/* Fill a used element; the driver sees it at the next publication. At most one
- * per popped chain, so the ring cannot overflow. */
+/* Fill a used element, which the driver does not see yet. At most one per popped chain, so the ring cannot overflow. */
 void virtqueue_push(struct virtqueue *queue, uint16_t head, uint32_t nbytes);
 
-/* Show the driver what was pushed. -> 1 if it wants to be called. */
+/* Show the driver what was pushed, if it happens to look: one that sleeps is called after the next publication. */
+void virtqueue_show(struct virtqueue *queue);
+
+/* Show the driver what was pushed. -> 1 if it wants to be called for that, or for what was shown since the last one. */
 int virtqueue_publish(struct virtqueue *queue);
 
 /* Ask to be kicked. -> 1 if something was posted meanwhile: look before sleeping. */

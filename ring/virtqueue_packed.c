@@ -198,13 +198,13 @@ static bool wants_call(const struct virtqueue *queue, struct ring_position now, 
     return event.flags != VRING_PACKED_EVENT_FLAG_DISABLE;
 }
 
-int packed_publish(struct virtqueue *queue)
+void packed_show(struct virtqueue *queue)
 {
     uint32_t count = 0;
     struct ring_position end;
 
     if (!queue->batch_count)
-        return 0;
+        return;
     for (uint16_t i = 0; i < queue->batch_count; i++)
         count += queue->slots.lengths[queue->batch[i]];
     end = position_after(queue->used, count, queue->size);
@@ -216,8 +216,20 @@ int packed_publish(struct virtqueue *queue)
         slots_give_back(&queue->slots, queue->batch[i]);
     queue->batch_count = 0;
     queue->outstanding -= count;
+    queue->unasked += count;
+}
+
+int packed_publish(struct virtqueue *queue)
+{
+    uint32_t count;
+
+    packed_show(queue);
+    if (!queue->unasked)
+        return 0;
+    count = queue->unasked < queue->size ? queue->unasked : queue->size; /* a lap asks for every place */
+    queue->unasked = 0;
     shared_fence();
-    return wants_call(queue, end, count);
+    return wants_call(queue, queue->used, count);
 }
 
 /* ---- notifications ---- */

@@ -41,7 +41,7 @@ int split_begin(struct virtqueue *queue, const struct virtqueue_layout *layout)
     if (layout->base > UINT16_MAX)
         return -EINVAL;
     queue->next_available = queue->seen_available = layout->base;
-    queue->next_used = queue->published_used = shared_load16(&queue->device->idx);
+    queue->next_used = queue->shown_used = queue->asked_used = shared_load16(&queue->device->idx);
     if (!layout->inflight)
         return 0;
     queue->fault = inflight_split_open(inflight, layout->inflight, queue->size, queue->next_used);
@@ -142,18 +142,26 @@ void split_push(struct virtqueue *queue, uint16_t head, uint32_t nbytes)
     inflight_split_pushed(&queue->inflight, head);
 }
 
+void split_show(struct virtqueue *queue)
+{
+    if (queue->next_used == queue->shown_used)
+        return;
+    shared_store_release16(&queue->device->idx, queue->next_used);
+    queue->shown_used = queue->next_used;
+    inflight_split_published(&queue->inflight, queue->next_used);
+}
+
 int split_publish(struct virtqueue *queue)
 {
-    uint16_t before = queue->published_used;
+    uint16_t before = queue->asked_used;
 
-    if (queue->next_used == before)
+    split_show(queue);
+    if (queue->shown_used == before)
         return 0;
-    shared_store_release16(&queue->device->idx, queue->next_used);
-    queue->published_used = queue->next_used;
-    inflight_split_published(&queue->inflight, queue->next_used);
+    queue->asked_used = queue->shown_used;
     shared_fence();
     if (queue->event_idx)
-        return vring_need_event(shared_load16(used_event(queue)), queue->next_used, before);
+        return vring_need_event(shared_load16(used_event(queue)), queue->shown_used, before);
     return !(shared_load16(&queue->driver->flags) & VRING_AVAIL_F_NO_INTERRUPT);
 }
 

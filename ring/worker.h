@@ -156,7 +156,7 @@ struct queue {
     bool has_kick; /* a kick was set, be it "none" */
     bool draining;
     bool active; /* in worker->active: looked at in each round */
-    bool dirty;  /* in worker->dirty: holds unpublished used elements */
+    bool dirty;  /* in worker->dirty: the driver was not asked yet whether it wants a call for what it was shown */
     bool armed;  /* the driver was asked to kick */
     bool broken; /* and Python was told */
     bool logs;   /* what is written to its device area is logged, */

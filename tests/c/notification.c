@@ -77,6 +77,30 @@ static void check_publish(bool event_idx, uint16_t base)
     CHECK(driver_ring_poll(&ring, &nbytes) == 3 && nbytes == 7);
 }
 
+/* What is shown is seen at once, and called for later: once, however often it was shown. */
+static void check_show(bool event_idx, uint16_t base)
+{
+    struct driver_ring ring;
+    struct virtqueue queue = start(&ring, event_idx, base);
+    uint32_t nbytes;
+
+    for (int i = 0; i < 3; i++) {
+        post(&ring);
+        CHECK(virtqueue_pop(&queue, &memory, &chain) == 1);
+    }
+    for (int i = 0; i < 3; i++) {
+        virtqueue_push(&queue, i, 0);
+        CHECK(driver_ring_poll(&ring, &nbytes) < 0);
+        virtqueue_show(&queue);
+        virtqueue_show(&queue);
+        CHECK(driver_ring_poll(&ring, &nbytes) == i);
+    }
+    CHECK(virtqueue_publish(&queue) == 1);
+    CHECK(virtqueue_publish(&queue) == 0);
+    CHECK(driver_ring_arm(&ring) == 0);
+    CHECK(virtqueue_publish(&queue) == 0);
+}
+
 int main(void)
 {
     static const uint16_t bases[] = {0, 1, 32766, 32767, 65530, 65533, 65534, 65535};
@@ -88,6 +112,7 @@ int main(void)
         for (int event_idx = 0; event_idx < 2; event_idx++) {
             check_arm(event_idx, bases[i]);
             check_publish(event_idx, bases[i]);
+            check_show(event_idx, bases[i]);
         }
     guest_region_unmap(&region);
     close(fd);

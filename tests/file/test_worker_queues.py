@@ -5,6 +5,7 @@ import struct
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -356,6 +357,27 @@ def test_many_queues_are_served_by_one_worker(tmp_path: Path) -> None:
                 data = path.read_bytes()[(index + turn) * 512 :][:512]
                 assert guest.answer(each, queue.wait()[0]) == (OK, 513, data)
     os.close(fd)
+
+
+def test_queues_take_turns_evenly() -> None:
+    served: list[int] = []
+
+    def answer(request: Request) -> None:
+        served.append(request.queue)
+        request.finish(OK)
+
+    with Guest(on_request=answer) as guest, ExitStack() as stack:
+        queues = {index: stack.enter_context(DriverQueue(guest.memory, 64)) for index in range(1, 5)}
+        for queue in queues.values():
+            for _ in range(64):
+                guest.post(IN, 0, room=512, indirect=True, queue=queue)
+            queue.publish()
+        guest.worker.call(lambda: [guest.start_queue(index, queue) for index, queue in queues.items()])
+        for queue in queues.values():
+            queue.wait(64)
+    turns = [(index, len(list(turn))) for index, turn in groupby(served)]
+    assert len(turns) == 8
+    assert turns == [(index, 32) for index, _ in turns[:4]] * 2
 
 
 def test_python_may_finish_requests_in_any_order() -> None:

@@ -172,8 +172,8 @@ MUTANTS = [
         "liveness: who wants a call is called",
         Edit(
             "ring/virtqueue_split.c",
-            "vring_need_event(shared_load16(used_event(queue)), queue->next_used, before);",
-            "vring_need_event(shared_load16(used_event(queue)), queue->next_used, queue->next_used - 1);",
+            "vring_need_event(shared_load16(used_event(queue)), queue->shown_used, before);",
+            "vring_need_event(shared_load16(used_event(queue)), queue->shown_used, queue->shown_used - 1);",
         ),
     ),
     Mutant(
@@ -201,11 +201,11 @@ MUTANTS = [
         Edit(
             "ring/virtqueue_split.c",
             "    shared_store_release16(&queue->device->idx, queue->next_used);\n"
-            "    queue->published_used = queue->next_used;\n"
+            "    queue->shown_used = queue->next_used;\n"
             "    inflight_split_published(&queue->inflight, queue->next_used);",
             "    inflight_split_published(&queue->inflight, queue->next_used);\n"
             "    shared_store_release16(&queue->device->idx, queue->next_used);\n"
-            "    queue->published_used = queue->next_used;",
+            "    queue->shown_used = queue->next_used;",
         ),
     ),
     Mutant(
