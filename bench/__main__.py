@@ -46,12 +46,13 @@ def main() -> int:
 
 
 def chosen(patterns: list[str]) -> list[Case]:
-    """The cases meant by the words of the command line; a sweep's name means all its points."""
+    """The cases meant by the words of the command line; a sweep's name means its points, "goals" what has a target."""
     singles = (*ROWS, *EXTRAS, *FEATURES)
     points = tuple(case for sweep in SWEEPS for _, case in sweep.points)
     if patterns == ["all"]:
         return [*singles, *points]
     names = {sweep.name: [case.name for _, case in sweep.points] for sweep in SWEEPS}
+    names["goals"] = [case.name for case in (*singles, *points) if case.target is not None]
     expanded = [name for pattern in patterns for name in names.get(pattern, [pattern])]
     return select(expanded, (*singles, *points)) if patterns else list(singles)
 
@@ -69,13 +70,14 @@ def execute(cases: list[Case], options: Options) -> Run:
         disk = stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-"))
         tmpfs = stack.enter_context(tempfile.TemporaryDirectory(dir=options.tmpfs, prefix="bench-"))
         stack.callback(ignore_signals)  # first of all
-        machine = describe(Path(disk))
+        machine = describe(Path(disk), options.opponent)
         say = stopwatch()
         ceilings = {}
         if options.ceiling and (wanted := {case.limit for case in cases if case.limit}):
             say("the disk alone, IOPS")
             ceilings = measure_ceilings(wanted, Path(disk).resolve(), seconds=options.seconds, say=say)
-        arena = Arena(Path(disk).resolve(), Path(tmpfs), pairs=options.pairs, seconds=options.seconds)
+        where = Path(disk).resolve(), Path(tmpfs)
+        arena = Arena(*where, pairs=options.pairs, seconds=options.seconds, opponent=options.opponent)
         run = Run(machine, command_line(), options.pairs, options.seconds, ceilings, (), {})
         for number, case in enumerate(cases, 1):
             say(f"{number}/{len(cases)} {case.name}: {case.title}")

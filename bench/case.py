@@ -78,7 +78,7 @@ ROWS = (
         Job(FRESH.nbytes, depth=32),
         Images.PER_RUN,
         CacheMode.WRITETHROUGH,
-        target=10,
+        target=12,
         limit="group commit, fresh",
     ),
     Case(
@@ -97,7 +97,7 @@ ROWS = (
         FRESH,
         Job(FRESH.nbytes, depth=32),
         Images.PER_RUN,
-        target=5,
+        target=10,
         on_tmpfs=True,
     ),
     Case(
@@ -115,7 +115,7 @@ ROWS = (
         FILLED,
         Job(GIB, depth=32),
         Images.PER_SERVER,
-        target=1.1,
+        target=2,
         limit="warm overwrite, depth 32",
     ),
     Case(
@@ -124,7 +124,7 @@ ROWS = (
         FILLED,
         Job(GIB, read_percent=100),
         Images.SHARED,
-        target=1.2,
+        target=2,
         limit="warm read, depth 1",
     ),
     Case(
@@ -133,7 +133,7 @@ ROWS = (
         FILLED,
         Job(GIB),
         Images.PER_SERVER,
-        target=1.2,
+        target=1.3,
         limit="warm overwrite, depth 1",
     ),
     Case(
@@ -142,7 +142,7 @@ ROWS = (
         OVERLAY,
         Job(OVERLAY.nbytes, order=Order.ONCE),
         Images.PER_RUN,
-        target=1.5,
+        target=3,
         limit="64 KiB write, fresh",
     ),
     Case(
@@ -151,7 +151,7 @@ ROWS = (
         OVERLAY,
         Job(OVERLAY.nbytes, order=Order.ONCE, depth=32),
         Images.PER_RUN,
-        target=1.5,
+        target=1.8,
         limit="64 KiB write, fresh",
     ),
     Case(
@@ -161,7 +161,7 @@ ROWS = (
         Job(GIB, read_percent=100, block_size=128 * KIB, order=Order.SEQUENTIAL, depth=16),
         Images.SHARED,
         CacheMode.NONE,
-        target=1,
+        target=1.1,
         limit="direct sequential read",
     ),
     Case(
@@ -171,7 +171,7 @@ ROWS = (
         Job(FRESH.nbytes, block_size=128 * KIB, order=Order.SEQUENTIAL, depth=16),
         Images.PER_RUN,
         CacheMode.NONE,
-        target=1,
+        target=1.1,
         limit="direct sequential write",
     ),
 )
@@ -186,6 +186,7 @@ EXTRAS = (
         Job(GIB, read_percent=100),
         Images.SHARED,
         options=ASLEEP,
+        target=1.3,
     ),
     Case(
         "overwrite-1-asleep",
@@ -194,6 +195,7 @@ EXTRAS = (
         Job(GIB),
         Images.PER_SERVER,
         options=ASLEEP,
+        target=1.3,
     ),
     Case(
         "writethrough-accurate-32",
@@ -203,6 +205,7 @@ EXTRAS = (
         Images.PER_RUN,
         CacheMode.WRITETHROUGH,
         limit="group commit, fresh",
+        target=18,
     ),
     Case(
         "writethrough-accurate-1",
@@ -221,6 +224,17 @@ EXTRAS = (
         Images.PER_SERVER,
         CacheMode.WRITETHROUGH,
         limit="group commit, written",
+        target=6,
+    ),
+    Case(
+        "writethrough-overwrite-1",
+        "writethrough, 4 KiB random overwrites, depth 1",
+        FILLED,
+        Job(GIB),
+        Images.PER_SERVER,
+        CacheMode.WRITETHROUGH,
+        target=1.4,
+        limit="single commit, written",
     ),
     Case(
         "overlay-writethrough-32",
@@ -244,6 +258,31 @@ EXTRAS = (
         FRESH,
         Job(FRESH.nbytes, depth=8, flush_every=8),
         Images.PER_RUN,
+        target=4,
+    ),
+    Case(
+        "flush-8-over",
+        "writeback, 4 KiB random overwrites, a FLUSH every 8, depth 8",
+        FILLED,
+        Job(GIB, depth=8, flush_every=8),
+        Images.PER_SERVER,
+        target=2,
+    ),
+    Case(
+        "sequential-read-cached",
+        "writeback, sequential 128 KiB reads, depth 16",
+        FILLED,
+        Job(GIB, read_percent=100, block_size=128 * KIB, order=Order.SEQUENTIAL, depth=16),
+        Images.SHARED,
+        target=1.1,
+    ),
+    Case(
+        "sequential-write-cached",
+        "writeback, fresh lazy image, sequential 128 KiB writes, depth 16",
+        FRESH,
+        Job(FRESH.nbytes, block_size=128 * KIB, order=Order.SEQUENTIAL, depth=16),
+        Images.PER_RUN,
+        target=1.1,
     ),
     Case(
         "overlay-read-32",
@@ -252,6 +291,7 @@ EXTRAS = (
         Job(GIB, read_percent=100, depth=32),
         Images.SHARED,
         limit="warm read, depth 32",
+        target=2,
     ),
     Case(
         "compressed-cold",
@@ -259,6 +299,7 @@ EXTRAS = (
         COMPRESSED,
         Job(COMPRESSED.nbytes, read_percent=100, order=Order.ONCE, depth=32),
         Images.SHARED,
+        target=1.8,
     ),
     Case(
         "compressed-repeated",
@@ -266,6 +307,7 @@ EXTRAS = (
         COMPRESSED,
         Job(4 * MIB, read_percent=100, depth=32),
         Images.SHARED,
+        target=15,
     ),
     Case(
         "queues-4-read",
@@ -298,6 +340,7 @@ EXTRAS = (
         Images.SHARED,
         CacheMode.NONE,
         limit="direct read, depth 32",
+        target=1.2,
     ),
     Case(
         "direct-overwrite-32",
@@ -307,6 +350,7 @@ EXTRAS = (
         Images.PER_SERVER,
         CacheMode.NONE,
         limit="direct overwrite, depth 32",
+        target=1.1,
     ),
     Case(
         "direct-fresh-32",
@@ -332,9 +376,10 @@ EXTRAS = (
             SMALL_OVERLAY,
             Job(SMALL_OVERLAY.nbytes, order=Order.ONCE, depth=depth),
             Images.PER_RUN,
+            target=target,
             on_tmpfs=True,
         )
-        for depth in (1, 32)
+        for depth, target in ((1, 1.5), (32, 1.2))
     ),
     Case(
         "huge-read-32",

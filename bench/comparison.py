@@ -13,7 +13,7 @@ from bench.idle import idle_share
 from bench.load import Job
 from bench.measurement import Command, Measurement, measure
 from bench.recipe import Kitchen, Recipe, data_path
-from bench.server import Aio, Service, our_command, qemu_command
+from bench.server import QEMU, Aio, Service, our_command, qemu_command
 from vhost.option import CacheMode
 
 IDLE = Recipe(GIB, name="fresh, 1 GiB")
@@ -51,22 +51,25 @@ def our_daemon() -> Contestant:
     return Contestant("ours", our_command, stop_ours)
 
 
-def qemu(aio: Aio) -> Contestant:
-    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio), leave_qemu)
+def qemu(aio: Aio, program: str = QEMU) -> Contestant:
+    return Contestant("qemu", lambda service, fd: qemu_command(service, fd, aio, program), leave_qemu)
 
 
-def traced_qemu() -> Contestant:
+def traced_qemu(program: str) -> Contestant:
     """QEMU's daemon telling what it asks of the disk; its speed counts for nothing."""
-    return Contestant("qemu", lambda service, fd: [*qemu_command(service, fd, Aio.IO_URING), *TRACE], read_trace)
+    return Contestant(
+        "qemu", lambda service, fd: [*qemu_command(service, fd, Aio.IO_URING, program), *TRACE], read_trace
+    )
 
 
 class Arena:
     """Where cases run: a directory on a disk and one on tmpfs."""
 
-    def __init__(self, disk: Path, tmpfs: Path, *, pairs: int, seconds: float) -> None:
+    def __init__(self, disk: Path, tmpfs: Path, *, pairs: int, seconds: float, opponent: str = QEMU) -> None:
         self._kitchens = {False: Kitchen(disk), True: Kitchen(tmpfs)}
         self._pairs = pairs
         self._seconds = seconds
+        self._opponent = opponent
         self._seeds = count(1)
 
     def compare(self, case: Case, say: Callable[[str], None]) -> Comparison:
@@ -78,7 +81,7 @@ class Arena:
             ours, theirs = [], []
             for _ in range(self._pairs):
                 ours.append(self.run(case, our_daemon(), images, self._seconds))
-                theirs.append(self.run(case, qemu(aio), images, self._seconds))
+                theirs.append(self.run(case, qemu(aio, self._opponent), images, self._seconds))
                 say(f"  {ours[-1].iops:12,.0f} {theirs[-1].iops:12,.0f}  {ours[-1].iops / theirs[-1].iops:6.2f} x")
             traced = self._trace(case, images) if case.job.read_percent < 100 else None
             return Comparison(case, aio, trials, tuple(ours), tuple(theirs), traced)
@@ -95,7 +98,7 @@ class Arena:
             service = Service(image, CacheMode.WRITEBACK, queues=IDLE_JOB.queues)
             return {
                 contestant.name: idle_share(partial(contestant.command, service), IDLE_JOB, seconds)
-                for contestant in (our_daemon(), qemu(Aio.IO_URING))
+                for contestant in (our_daemon(), qemu(Aio.IO_URING, self._opponent))
             }
         finally:
             image.unlink(missing_ok=True)
@@ -105,11 +108,13 @@ class Arena:
         ways = [Aio.IO_URING, Aio.THREADS, *([Aio.NATIVE] if case.cache.direct else [])]
         if case.on_tmpfs and case.cache.direct:
             ways.remove(Aio.NATIVE)
-        trials = {way: self.run(case, qemu(way), images, min(TRIAL, self._seconds)).iops for way in ways}
+        trials = {
+            way: self.run(case, qemu(way, self._opponent), images, min(TRIAL, self._seconds)).iops for way in ways
+        }
         return max(ways, key=lambda way: trials[way]), {way.value: iops for way, iops in trials.items()}
 
     def _trace(self, case: Case, images: dict[str, Path]) -> Measurement:
-        return self.run(case, traced_qemu(), images, min(TRIAL, self._seconds), warm_up=False)
+        return self.run(case, traced_qemu(self._opponent), images, min(TRIAL, self._seconds), warm_up=False)
 
     def run(
         self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float, *, warm_up: bool = True

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.server import QEMU
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,7 +26,7 @@ class Machine:
     load_average: float  # at the start: who else was there
 
 
-def describe(directory: Path) -> Machine:
+def describe(directory: Path, opponent: str = QEMU) -> Machine:
     """Describe this machine, for images in *directory*."""
     return Machine(
         processor=_processor(),
@@ -34,7 +36,7 @@ def describe(directory: Path) -> Machine:
         file_system=_say("findmnt", "-n", "-o", "FSTYPE", "-T", str(directory)),
         versions={
             "python": platform.python_version(),
-            "qemu": _say("qemu-storage-daemon", "--version"),
+            "qemu": _say(opponent, "--version"),
             "fio": _say("fio", "--version"),
         },
         commit=_say("git", "-C", str(ROOT), "describe", "--always", "--dirty"),

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.server import QEMU
+
 DEFAULT_PAIRS, DEFAULT_SECONDS = 5, 3.0
 
 
@@ -17,6 +19,7 @@ class Options:
     directory: Path
     tmpfs: Path
     output: Path
+    opponent: str
     ceiling: bool
     list_cases: bool
 
@@ -25,13 +28,19 @@ def parse(arguments: list[str] | None = None) -> Options:
     """Exits with a usage message if the command line is nonsense."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("patterns", metavar="CASE", nargs="*", help="names of cases or of sweeps, * allowed; all: sweeps as well")
+    add(
+        "patterns",
+        metavar="CASE",
+        nargs="*",
+        help="of cases or of sweeps, * allowed; goals: what has a target; all: sweeps, too",
+    )
     add("--list", dest="list_cases", action="store_true", help="name every case and end")
     add("--pairs", type=_count, default=DEFAULT_PAIRS, help="runs of each server, in turns (%(default)s)")
     add("--seconds", type=_seconds, default=DEFAULT_SECONDS, help="measured in every run (%(default)s)")
     add("--directory", type=Path, default=Path(".cache"), help="images go here, on the disk to measure (%(default)s)")
     add("--tmpfs", type=Path, default=Path("/dev/shm"), help="and here for the cases on tmpfs (%(default)s)")
     add("--output", type=Path, default=Path("bench/results"), help="results.json, table.md, plots (%(default)s)")
+    add("--opponent", default=QEMU, metavar="PROGRAM", help="a qemu-storage-daemon (%(default)s)")
     add("--no-ceiling", dest="ceiling", action="store_false", help="do not measure the disk alone")
     return Options(**vars(parser.parse_args(arguments)))
 

@@ -36,6 +36,13 @@ def ratio_of(comparison: Comparison) -> Ratio:
     return Ratio.of_pairs([run.iops for run in comparison.ours], [run.iops for run in comparison.theirs])
 
 
+def share_of(comparison: Comparison, field: str) -> float:
+    """Our share of their figure, of which less is better: the median over pairs."""
+    return Ratio.of_pairs(
+        *([getattr(run, field) for run in runs] for runs in (comparison.ours, comparison.theirs))
+    ).median
+
+
 def median_of(runs: Sequence[Measurement], field: str) -> float | None:
     """The median of a figure over *runs*; None if the server does not say."""
     values = [value for run in runs if (value := getattr(run, field)) is not None]
@@ -103,12 +110,14 @@ def _preface(run: Run) -> Iterator[str]:
     yield f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, Linux {machine.kernel},"
     yield f"{machine.file_system}; {versions}; load average {machine.load_average} at the start."
     yield "Ratios are medians over pairs, with the lowest and highest pair. Within noise: pairs disagree."
+    yield "Of p99 and processor time a request, ours are given as a share of QEMU's: less is better."
     yield ""
 
 
 def _ratios(run: Run) -> Iterator[str]:
-    yield "| case | ours, IOPS | QEMU, IOPS | ratio | at least | verdict | the disk alone | others' load |"
-    yield "|---|--:|--:|--:|--:|---|--:|--:|"
+    figures = "| case | ours, IOPS | QEMU, IOPS | ratio | at least | verdict | p99 | CPU a request "
+    yield f"{figures}| the disk alone | others' load |"
+    yield "|---|--:|--:|--:|--:|---|--:|--:|--:|--:|"
     for comparison in run.comparisons:
         case, ratio, busy = comparison.case, ratio_of(comparison), disturbance(comparison)
         ours, theirs = (median_of(runs, "iops") for runs in (comparison.ours, comparison.theirs))
@@ -119,6 +128,7 @@ def _ratios(run: Run) -> Iterator[str]:
             str(ratio),
             "" if case.target is None else f"{case.target:g}",
             ratio.verdict(case.target),
+            *(f"{share_of(comparison, field):.2f}" for field in ("p99", "cpu_per_100k")),
             _figure(run.ceilings.get(case.limit)) if case.limit else "",
             f"{busy:.0%}{' (!)' if busy > BUSY else ''}",
         ]

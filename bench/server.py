@@ -16,6 +16,7 @@ from typing import Any
 
 from vhost.option import CacheMode
 
+QEMU = "qemu-storage-daemon"
 LEASH = ("setpriv", "--pdeathsig", "KILL")  # dies with us, also when we are killed
 STOP_TIMEOUT = 120  # seconds; a clean close of a lazy image writes all refcounts
 
@@ -61,7 +62,7 @@ def our_command(service: Service, fd: int) -> list[str]:
     ]
 
 
-def qemu_command(service: Service, fd: int, aio: Aio) -> list[str]:
+def qemu_command(service: Service, fd: int, aio: Aio, program: str = QEMU) -> list[str]:
     """QEMU's storage daemon with an I/O thread of its own; writethrough is the export's."""
     direct = "on" if service.cache.direct else "off"
     no_flush = "off" if service.cache.sync else "on"
@@ -77,7 +78,7 @@ def qemu_command(service: Service, fd: int, aio: Aio) -> list[str]:
         more += ["--object", f"secret,id=key,file={service.key}"]
         disk += ",encrypt.format=luks,encrypt.key-secret=key"
     return [
-        "qemu-storage-daemon",
+        program,
         *("--object", "iothread,id=iothread"),
         *("--blockdev", f"{file},node-name=file,filename={service.image}"),
         *more,

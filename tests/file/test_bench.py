@@ -86,6 +86,16 @@ def test_a_crowd_comes_on_as_many_queues_as_it_needs(tmp_path: Path) -> None:
     assert list((tmp_path / "images").iterdir()) == []
 
 
+def test_neighbours_work_beside_each_server(tmp_path: Path) -> None:
+    options = ("--passes=1", "--seconds=0.1", "--neighbours=1", "--directory", str(tmp_path))
+    command = [sys.executable, "-m", "bench.shared", "writeback-fresh-32", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split("|") for line in run.stdout.splitlines() if line.startswith("| writeback")]
+    assert [row[2].strip() for row in rows] == ["ours", "ours, polling off", "QEMU"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
     images = tmp_path / "images"
