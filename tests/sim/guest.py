@@ -28,6 +28,7 @@ MIXES = {
     "plane": {"write": 48, "read": 18, "flush": 12, "discard": 8, "zero": 8, "keep": 6},
     "clear": {"write": 36, "read": 10, "flush": 10, "discard": 24, "zero": 10, "keep": 10},
     "spread": {"write": 64, "read": 10, "flush": 16, "discard": 6, "zero": 2, "keep": 2},
+    "settle": {"write": 48, "read": 6, "flush": 36, "discard": 4, "zero": 4, "keep": 2},
     "scan": {"write": 12, "read": 80, "flush": 3, "discard": 3, "zero": 1, "keep": 1},
 }
 NEAR = 8  # sectors
@@ -114,6 +115,7 @@ class Guest:
         self.history = history
         self.requests = first_request
         self.left = setup.requests
+        self.waits = (2, 20, 200)  # microseconds, between two looks of a queue's driver
         self.liveness = Liveness(kernel)
         self.random = random.Random(kernel.random.getrandbits(63))
         self.memory = DriverMemory(1 << 20, guest_address=1 << 20)
@@ -190,7 +192,7 @@ class Guest:
             self._later(queue)
 
     def _later(self, queue: Queue) -> None:
-        self.kernel.at(self.random.choice((2, 20, 200)) * US, lambda: self._act(queue))
+        self.kernel.at(self.random.choice(self.waits) * US, lambda: self._act(queue))
 
     def _act(self, queue: Queue) -> None:
         """Post a few requests, if there is room, and kick."""

@@ -24,10 +24,10 @@ from tests.crash.driver import (
     Issued,
     Mark,
     SimulatedFile,
-    SimulatedMemory,
     Stored,
     Synced,
 )
+from tests.sim.file import KernelFile, KernelMemory
 
 READV, WRITEV, FSYNC, FALLOCATE, READ, WRITE = 1, 2, 3, 17, 22, 23  # enum io_uring_op
 READS, WRITES = (READ, READV), (WRITE, WRITEV)
@@ -69,23 +69,6 @@ class Trouble:
     full: bool = False  # for a while, now and then, most writes find no space
     punches: bool = True
     far: bool = False  # files lie on a network, as it seems
-
-
-class KernelMemory(SimulatedMemory):
-    """Shared memory that C stores to, too."""
-
-    __slots__ = ("_pin", "address")
-
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(bytes(nbytes))
-        self._pin = ffi.from_buffer(self.content)
-        self.address = int(ffi.cast("uintptr_t", self._pin))
-
-
-class KernelFile(SimulatedFile):
-    """A file with a descriptor."""
-
-    __slots__ = ("direct_fd", "fd")
 
 
 class Now(Executor):
@@ -188,6 +171,7 @@ class Kernel(Host):
 
     def mark(self, what: Any) -> int:
         """Note *what* in the journal -> its position."""
+        self._look_at_memory()
         self.note("mark", what)
         self.journal.append(Mark(what))
         return len(self.journal) - 1
@@ -281,12 +265,14 @@ class Kernel(Host):
 
     def begin(self, number: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> None:
         """An entry was submitted."""
+        self._look_at_memory()
         job = self._job(number, opcode, self.files[fd], offset, nbytes, mode, may_pass=True)
         self._take_effect(job)
         self.at(self._duration(), lambda: self._end(job))
 
     def perform(self, number: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> int:
         """Do it now, on the worker's thread -> its result."""
+        self._look_at_memory()
         if opcode == READ and mode and self._happens(self.trouble.cold):
             return -errno.EAGAIN
         if self._happens(self.trouble.stall):
@@ -311,6 +297,8 @@ class Kernel(Host):
         """C has stored *data* there."""
         for memory in self.memories:
             if 0 <= address - memory.address < len(memory.content):
+                memory.know(address - memory.address, len(data))
+                self._look_at_memory()
                 self.note("store", address - memory.address, data)
                 self.journal.append(Stored(memory, address - memory.address, data))
                 return
@@ -318,8 +306,16 @@ class Kernel(Host):
 
     def put(self, memory: KernelMemory, offset: int, data: bytes) -> None:
         """Python stores *data*."""
+        self._look_at_memory()
         memory.store(offset, data)
         self.store(memory.address + offset, data)
+
+    def _look_at_memory(self) -> None:
+        """Note in the journal what C has changed since something was noted."""
+        for memory in self.memories:
+            change = memory.changed()
+            if change is not None:
+                self.journal.append(Stored(memory, *change))
 
     # what is under way
 
@@ -416,6 +412,7 @@ class Kernel(Host):
                 self.sync_failed_at = len(self.journal)
 
     def _end(self, job: Job) -> None:
+        self._look_at_memory()
         self.note("end", job.opcode, job.offset, job.result, self.now)
         self._complete(job)
         if job.result == -errno.ECANCELED and self.trouble.far:

@@ -6,103 +6,28 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from qcow2.driver import operation as op
 from qcow2.engine.image import Image
-from qcow2.error import ImageError
-from qcow2.plane.linklog import RECORD_BYTES, RECORDS_OFFSET
-from ring.aio import Aio, WorkerOptions
 from ring.files import look_at
 from ring.native import lib
-from ring.worker import Worker
-from tests.crash.driver import Completed, CrashDriver, SimulatedFile
+from tests.crash.driver import Completed
 from tests.crash.explorer import Run
 from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.history import SIZE, History, size_sector
-from tests.crash.images import LOG_CAPACITY, open_image
+from tests.crash.images import open_image
 from tests.crash.opening import Seen, look, open_state
 from tests.crash.sequence import Sort
 from tests.crash.walk import Judge
+from tests.sim.file import KernelFile
 from tests.sim.guest import MIXES, WIDE, Guest, Setup
 from tests.sim.image import files_of, open_again
-from tests.sim.kernel import Dead, Kernel, KernelFile, KernelMemory, Lost, Trouble, Violation
+from tests.sim.kernel import Dead, Lost, Trouble, Violation
 from tests.sim.liveness import Longest
+from tests.sim.served import Block, Served, SimulatedWorker
 from tests.sim.units import Contents, Units
 from vhost.disk import ImageBackend
-from vhost.option import CacheMode
-from vhost.ringdriver import RingDriver
 from virtio.config import MAX_RANGE_SECTORS, Properties
-from virtio.native import NativeBlock
 
 logging.getLogger("vhost").setLevel(logging.CRITICAL)
-
-
-class SimulatedWorker(Worker):
-    """The worker on this thread, a round at a time."""
-
-    def open(self) -> None:
-        self._control = self._host.eventfd()
-        self._open = True
-        self._open_native()
-
-    @property
-    def control_fd(self) -> int:
-        return self._control
-
-    @property
-    def is_draining(self) -> bool:
-        return bool(self._draining)
-
-    def turn(self) -> None:
-        """Serve until there is something for Python, and do that."""
-        self._turn()
-        self._run_calls()
-
-    def finish(self) -> None:
-        """Drain every queue and operation."""
-        self._drain()
-
-    def abandon(self) -> None:
-        """Give back what it holds, whatever state it is in."""
-        self._close()
-
-
-class SimulatedDriver(RingDriver):
-    """The engine's operations on the worker; the few that no worker does, on the kernel."""
-
-    kernel: Kernel  # of the history under way
-
-    def _may_hang(self, file: op.File) -> bool:
-        return False
-
-    def _size(self, operation: op.Size) -> int:
-        file: Any = operation.file
-        return int(file.size)
-
-    def _resize(self, operation: op.Resize) -> None:
-        file: Any = operation.file
-        if not self.kernel.is_dead:
-            self.kernel.resize(file, operation.nbytes)
-
-    def _store(self, operation: op.Store) -> None:
-        if self.kernel.is_dead:
-            return
-        memory: Any = operation.memory
-        for offset, data in operation.parts:
-            self.kernel.put(memory, offset, data)
-        if operation.mark is not None:
-            try:
-                self._write_mark(operation.mark)
-            except OSError:
-                operation.undo()
-                raise
-
-
-class Block(NativeBlock):
-    """Tells what C has noted."""
-
-    @property
-    def takes_no_writes(self) -> bool:
-        return bool(self._block.failed)
 
 
 class HeldSimulation:
@@ -131,7 +56,7 @@ class Tally:
     simulated_ns: int = 0
 
 
-class World:
+class World(Served):
     """One history, of *seed*."""
 
     def __init__(
@@ -150,13 +75,10 @@ class World:
         self.is_long = is_long
         self._is_told_to_stop = False
         self.shared: dict[int, bytes] = {}  # host clusters that a snapshot has, and what they hold
-        self.seed = seed
+        super().__init__(seed, trouble)
         self.sort = sort
         self.writethrough = writethrough
         self.lives = lives
-        self.kernel = Kernel(seed, trouble)
-        SimulatedDriver.kernel = self.kernel
-        self.random = self.kernel.random
         files = files_of(sort)
         begun = files.begun
         self.file = self._file(begun.image)
@@ -165,23 +87,15 @@ class World:
         self.backing = None if begun.backing is None else self._file(begun.backing)
         if self.backing is not None:
             self.backing.writable = False
-        memory = KernelMemory(RECORDS_OFFSET + LOG_CAPACITY * RECORD_BYTES)
-        self.file.memory = memory
-        self.kernel.memories.append(memory)
+        self._add_memory(self.file)
         self.initial = self._copies()  # stable when the journal began
         beyond = {**begun.beyond, SIZE: size_sector(sort.nsectors * 512)}
         self.history = History(begun.contents, writethrough=writethrough, beyond=beyond)
-        self.guest: Guest | None = None
         self.photo: tuple[bytes, bytes] | None = None  # of its memory, at a death
         self.requests = 0
         self.tally = Tally(histories=1)
         self.longest = Longest()
         self.first = 0  # of the journal, for whoever visits the states of the last life
-
-    def _file(self, content: SimulatedFile) -> KernelFile:
-        file = KernelFile(content.path, dict(content.sectors), content.size)
-        self.kernel.add_file(file)
-        return file
 
     def _copies(self) -> Contents:
         return {file: file.copy() for file in self.written}
@@ -196,8 +110,7 @@ class World:
             for life in range(self.lives):
                 self._live(life, is_last=life == self.lives - 1)
         finally:
-            if self.guest is not None:
-                self.guest.close()
+            self._let_guest_go()
             self.tally.simulated_ns = self.kernel.now
 
     def _live(self, life: int, *, is_last: bool) -> None:
@@ -212,34 +125,7 @@ class World:
         except Dead:
             self._after_death()
 
-    # opening and closing, with a driver that writes to the same journal
-
-    def _blocking(self, *, dies_at: int | None) -> CrashDriver:
-        count = 0
-
-        def fault(operation: op.Operation) -> OSError | None:
-            nonlocal count
-            count += 1
-            if count == dies_at:
-                raise Dead
-            return None
-
-        driver = CrashDriver(self.random.getrandbits(32), fault=fault)
-        journal: Any = self.kernel.journal
-        driver.journal = journal
-        driver._pending = self.kernel.pending
-        driver.operations = self.kernel.operations
-        return driver
-
-    def _through(self, coroutine: Any, *, dies_at: int | None = None) -> Any:
-        driver = self._blocking(dies_at=dies_at)
-        try:
-            return driver.run(coroutine)
-        except (ImageError, OSError, CrashViolation) as error:
-            raise Violation(f"{type(error).__name__}: {error}") from error
-        finally:
-            self.kernel.operations = driver.operations
-            self.kernel.note("blocking", driver.operations, len(self.kernel.journal))
+    # opening and closing
 
     def _open(self, life: int, *, dies_at: int | None) -> Image:
         image = self._through(
@@ -277,24 +163,13 @@ class World:
         )
         files = [*self.written, *([] if self.backing is None else [self.backing])]
         held: Any = HeldSimulation(image, files, self.sort.nsectors * 512, is_direct=self.is_direct)
-        cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
-        backend = ImageBackend(held, cache=cache, driver=SimulatedDriver)
-        worker = SimulatedWorker(
-            block,
-            backend.start,
-            WorkerOptions(Aio.IO_URING),
-            host=self.kernel,
-            on_queue_broken=self._tell_of_broken_queue,
-        )
-        worker.open()
         try:
-            block.set_writethrough(self.writethrough)
-            backend.attach(worker, block)
-            self._meet(worker, is_last=is_last)
-            assert self.guest is not None
-            while not self.guest.is_done and not self._is_told_to_stop:
-                worker.turn()
-            self._stop(worker, backend, self.guest)
+            with self._serving(SimulatedWorker, block, held) as (worker, backend):
+                self._meet(worker, is_last=is_last)
+                assert self.guest is not None
+                while not self.guest.is_done and not self._is_told_to_stop:
+                    worker.turn()
+                self._stop(worker, backend, self.guest)
         except OSError as error:
             if not self.kernel.is_dead or error.errno not in (errno.ESHUTDOWN, errno.EIO):
                 raise
@@ -302,14 +177,9 @@ class World:
             self.kernel.error = self.kernel.error or error
         finally:
             self.tally.calls += self.kernel.state.calls
-            died = self.kernel.is_dead
-            self.kernel.death = None
-            self.kernel.state.dead = 1
-            worker.abandon()
-            self.kernel.state.dead = died
         if self.kernel.error is not None:
             raise self.kernel.error
-        if died:
+        if self.kernel.is_dead:
             raise Dead
         failed = self.kernel.failures > 0
         if self.guest is not None and self.guest.is_done:
@@ -345,9 +215,6 @@ class World:
                 lambda: self._photograph(guest),
             )
 
-    def _tell_of_broken_queue(self, index: int, fault: str) -> None:
-        raise Violation(f"queue {index}: {fault}")
-
     def _tell_to_stop(self, control_fd: int) -> None:
         self._is_told_to_stop = True
         lib.sim_raise(control_fd)
@@ -362,13 +229,6 @@ class World:
         backend.detach()
         worker.finish()
         guest.liveness.stopped(began)
-
-    def _drain(self, worker: SimulatedWorker, guest: Guest) -> None:
-        """Stop the rings; what was fetched is answered, what was not is the next daemon's."""
-        for index, queue in enumerate(guest.queues):
-            worker.drain_queue(index, lambda base, queue=queue: setattr(queue, "base", base))
-        while worker.is_draining:
-            worker.turn()
 
     def _photograph(self, guest: Guest) -> None:
         self.photo = guest.photograph()
@@ -402,8 +262,7 @@ class World:
         self.tally.requests += self.guest.answered
         self.tally.refused += self.guest.refused
         self.longest.add(self.guest.liveness.longest)
-        self.guest.close()
-        self.guest = None
+        self._let_guest_go()
 
     # death
 

@@ -1,4 +1,4 @@
-"""`python -m tests.sim.live`: snapshots, streams and commits of a disk that is served, and every death in between."""
+"""`python -m tests.sim.live`: what is done to a disk that is served, and every death in between."""
 
 import argparse
 import subprocess
@@ -69,10 +69,10 @@ def run_one(seed: int, done: Counter[str]) -> tuple[tuple[int, int], str]:
         walk = LiveWalk(world)
         walk.visit()
     except Violation as error:
-        fault = f"{', '.join(world.done)}: {error}"
+        fault = f"{', '.join(world.ledger.done)}: {error}"
     except Exception:
         fault = traceback.format_exc()
-    done.update(world.done)
+    done.update(world.ledger.done)
     return (walk.states, walk.opened) if walk else (0, 0), fault
 
 

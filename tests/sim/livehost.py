@@ -1,11 +1,12 @@
 """What a daemon has in the real world around a chain of images that changes while it is served, simulated.
 
 A directory is a file of one sector that says which image is the top: a rename writes it, a sync of the directory
-makes that stable. Snapshots, streams and commits are those that ship; what opens, names and locks files is here.
+makes that stable. What is done to the chain is what ships; what opens, names and locks files is here.
 """
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -13,15 +14,18 @@ from typing import Any, TypeVar
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.create import create
 from qcow2.engine.image import Image
+from qcow2.engine.links import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
+from qcow2.format.header import read_header
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
 from ring.files import look_at
 from ring.worker import Worker
 from tests.crash.driver import SECTOR, Effect, Synced
-from tests.sim.kernel import Kernel, KernelFile
+from tests.sim.file import KernelFile
+from tests.sim.kernel import Kernel
 from tests.sim.life import SimulatedWorker
 from vhost.device import Device
 from vhost.disk import ImageBackend
@@ -78,6 +82,8 @@ class AttachedDevice(Device):
     """A device whose backend is attached, and stays so but for exchanges."""
 
     def __init__(self, backend: ImageBackend, block: NativeBlock, worker: Worker) -> None:
+        self._num_queues = 1
+        self._writeback = True
         self.backend = backend
         self.block = block
         self.worker = worker
@@ -95,7 +101,7 @@ class SimulatedOverlay(Overlay):
         self._chain = chain
         self._top = chain.files[0]
         self._frozen = self._top.path
-        new: Any = host.new_file(f"f{len(host.every_file)}")
+        new: Any = host.new_image()
         self.file, self.memory = new, new.memory
         host.through(create(self.file, self._wanted()))
         self.image = host.open_new(new, below)
@@ -139,8 +145,9 @@ class LiveHost(HeldImage):
         self.directory = directory
         self.open_new = open_new
         self.through = through
-        self.disk: Any = _Disk(chain)
-        self.beside = None
+        self.disk: Any = LiveDisk(chain)
+        self.beside: Any = None
+        self.options: Any = SimpleNamespace(format="qcow2", blk_file="disk", data_file=None)
         self.direct_fds = {}
         self.traits = {file: look_at(file.fd) for file in chain.files}
         self.on_frozen: Callable[[str], None] = lambda path: None  # the overlay of *path* is served
@@ -155,6 +162,15 @@ class LiveHost(HeldImage):
         file = self._new_file(path)
         self.every_file.append(file)
         return file
+
+    def new_image(self) -> KernelFile:
+        """A file that may come to be served; later ones have higher numbers."""
+        return self.new_file(f"f{len(self.every_file)}")
+
+    @property
+    def files(self) -> list[Any]:
+        beside = [] if self.beside is None else self.beside.files
+        return [*dict.fromkeys([*self.disk.files, *beside])]  # the two may share what is below
 
     def prepare_overlay(self, name: str) -> Overlay:
         overlay = SimulatedOverlay(self, self.disk.chain, self.disk.image)
@@ -195,6 +211,33 @@ class LiveHost(HeldImage):
         """Whoever writes there from now on is found out."""
         file.writable = False
 
+    def open_beside(self, path: str, image_format: str) -> Any:
+        file = next(file for file in self.every_file if file.path == path)
+        files = {each.path: each for each in self.every_file}
+        below = self.through(backing_of(files, file))
+        chain = Chain(files=[file], nodes=[self.open_new(file, below)])
+        while below is not None:
+            chain.files.append(below.file)
+            chain.nodes.append(below)
+            below = below.backing
+        self.traits[file] = look_at(file.fd)
+        return LiveDisk(chain)
+
+    def serve_beside(self) -> Any:
+        past = self.disk
+        past.image.on_failure = lambda: None
+        past.image.set_link_policy(LinkPolicy())
+        self.disk, self.beside = self.beside, None
+        return past
+
+    def close_beside(self, disk: Any) -> None:
+        """As it is: nobody wants it."""
+        self._keep_from_writing(disk.files[0])
+
+    def close_clean(self, disk: Any) -> None:
+        self.through(disk.image.close())
+        self._keep_from_writing(disk.files[0])
+
     def require_nameable(self, name: str | None) -> None:
         """Any is."""
 
@@ -203,7 +246,9 @@ class LiveHost(HeldImage):
         return []
 
 
-class _Disk:
+class LiveDisk:
+    """An image that is open, and its chain."""
+
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         self.image: Any = chain.nodes[0]
@@ -223,6 +268,19 @@ class LiveChain(ServedChain):
     def below(self, name: str) -> Node:
         assert self.held.disk is not None
         for node in self.held.disk.chain.nodes[1:]:
-            if node.file.path == name:
+            if node.file.path == os.path.basename(name):
                 return node
         raise ValueError(f"{name}: is not in the chain")
+
+
+async def open_chain(files: Mapping[str, Any], name: str, *, writable: bool = False) -> Image:
+    """The image *name* of *files*, over what it names."""
+    file = files[name]
+    options = OpenOptions(writable=writable, cache_size=0)
+    return await Image.open(file, backing=await backing_of(files, file), options=options)
+
+
+async def backing_of(files: Mapping[str, Any], file: Any) -> Image | None:
+    """What the image in *file* names as its backing file, opened to be read."""
+    below = (await read_header(file, trust_refcounts=False)).backing_name
+    return None if below is None else await open_chain(files, below)

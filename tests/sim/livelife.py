@@ -1,43 +1,36 @@
-"""A life in which the chain under a disk changes while a guest uses it: snapshots, streams and commits."""
+"""A life of a disk that somebody works on while a guest uses it: its chain changes, it is copied, bitmaps record."""
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.task import Task
 from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
-from qcow2.job.pace import Pace
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
-from qcow2.plane.linklog import LIMIT, RECORD_BYTES, RECORDS_OFFSET, LinkLog
-from ring.aio import Aio, WorkerOptions
-from ring.native import lib
+from qcow2.plane.linklog import LIMIT, LinkLog
+from tests.crash.driver import SimulatedFile
 from tests.crash.history import SECTOR, SIZE, History, size_sector
 from tests.crash.images import LOG_CAPACITY, LOG_NUMBERS, content, read_all
 from tests.engine import ORIGIN
+from tests.sim.file import KernelFile
 from tests.sim.guest import MIXES, Guest, Setup
-from tests.sim.kernel import US, Kernel, KernelFile, KernelMemory, Trouble, Violation
-from tests.sim.life import Block, SimulatedDriver, World
-from tests.sim.livehost import AttachedDevice, Directory, LiveChain, LiveHost, OneThread
+from tests.sim.kernel import Trouble
+from tests.sim.liveaction import Operator
+from tests.sim.livecopy import install
+from tests.sim.livehost import AttachedDevice, Directory, LiveHost, OneThread
+from tests.sim.liveledger import Ledger
 from tests.sim.liveness import Liveness, Waiting
-from vhost.committing import Committing
+from tests.sim.served import Block, Served
 from vhost.disk import ImageBackend
-from vhost.jobs import Work
-from vhost.option import CacheMode
-from vhost.overlaybitmaps import OverlayBitmaps
-from vhost.snapshot import Pace as NoPace
-from vhost.snapshot import Snapshots
-from vhost.streaming import Streaming
 from virtio.config import MAX_RANGE_SECTORS
 
-TAGS = 64  # of link logs of one image, at most
+TAGS = 4096  # of link logs of one image, at most
 CLUSTERS = 40
+LIVE_NBYTES = 4096  # behind the records of a log, for what bitmaps know
+WAITS = ((2, 20, 200), (2, 20, 200), (20, 200, 1000))  # of a guest: so that it is at work while jobs are
 
 
 class Unhurried(Liveness):
@@ -51,36 +44,21 @@ class Unhurried(Liveness):
         """However late."""
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """What a snapshot has frozen, and when."""
-
-    path: str
-    position: int  # in the journal
-
-
-class LiveWorld(World):
+class LiveWorld(Served):
     """One disk, its guest and what is done to it, all of it drawn from *seed*."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.kernel = Kernel(seed, Trouble(punches=seed % 3 != 0))
-        SimulatedDriver.kernel = self.kernel
-        self.random = draw = self.kernel.random
+        super().__init__(seed, Trouble(punches=seed % 3 != 0))
+        draw = self.random
         self.writethrough = draw.random() < 0.2
         self.cluster_bits = draw.choice((10, 10, 12))
         self.is_lazy = draw.random() < 0.5
         self._tags = itertools.count(1)
-        self._actions: deque[Callable[[], None]] = deque()
-        self.frozen: list[Frozen] = []
-        self.done: list[str] = []
-        self._has_committed = False
-        self.guest: Guest | None = None
+        self.ledger = Ledger()
         chain = self._make_chain()
         names = self._file_at("names")
         self.host = LiveHost(chain, Directory(self.kernel, names, "f1"), self._file_at, self._open_new, self._through)
-        self.host.on_frozen = lambda path: self.frozen.append(Frozen(path, len(self.kernel.journal)))
-        self.names = names
+        install(self.host, self.kernel)
         top: Any = chain.nodes[0]
         contents = self._through(read_all(top))
         self.history = History(contents, writethrough=self.writethrough, beyond={SIZE: size_sector(len(contents))})
@@ -92,14 +70,11 @@ class LiveWorld(World):
     # files
 
     def _file_at(self, path: str) -> KernelFile:
-        file = KernelFile(path, {}, 0)
-        self.kernel.add_file(file)
-        memory = KernelMemory(RECORDS_OFFSET + LOG_CAPACITY * RECORD_BYTES)
-        file.memory = memory
-        self.kernel.memories.append(memory)
+        file = self._file(SimulatedFile(path, {}, 0))
+        self._add_memory(file, LIVE_NBYTES)
         if hasattr(self, "initial"):  # it comes to be while the chain is served
             self.initial[file] = file.copy()
-            self.memories[memory] = bytes(memory.content)
+            self.memories[file.memory] = bytes(file.memory.content)
         return file
 
     def _make_chain(self) -> Chain:
@@ -145,50 +120,29 @@ class LiveWorld(World):
 
     def run(self) -> None:
         """All of it. Raises: Violation."""
-        try:
-            self._live_once()
-        finally:
-            if self.guest is not None:
-                self.guest.close()
-
-    def _live_once(self) -> None:
         block = Block(size=self.host.disk.size, max_range_sectors=MAX_RANGE_SECTORS)
-        cache = CacheMode.WRITETHROUGH if self.writethrough else CacheMode.WRITEBACK
-        backend = ImageBackend(self.host, cache=cache, driver=SimulatedDriver)
-        worker = OneThread(
-            block,
-            backend.start,
-            WorkerOptions(Aio.IO_URING),
-            host=self.kernel,
-            on_queue_broken=self._tell_of_broken_queue,
-        )
-        worker.open()
         try:
-            block.set_writethrough(self.writethrough)
-            backend.attach(worker, block)
-            self._serve_all(worker, backend, AttachedDevice(backend, block, worker))
+            with self._serving(OneThread, block, self.host) as (worker, backend):
+                self._serve(worker, backend, AttachedDevice(backend, block, worker))
         except OSError:
             if self.kernel.error is None:
                 raise
         finally:
-            self.kernel.state.dead = 1
-            worker.abandon()
-            self.kernel.state.dead = 0
+            self._let_guest_go()
         if self.kernel.error is not None:
             raise self.kernel.error
         self._through(self.host.disk.image.close())
 
-    def _serve_all(self, worker: OneThread, backend: ImageBackend, device: AttachedDevice) -> None:
+    def _serve(self, worker: OneThread, backend: ImageBackend, device: AttachedDevice) -> None:
         self.guest = guest = Guest(self.kernel, self._guest_setup(), self.history, 0)
         guest.liveness = Unhurried(self.kernel)
+        guest.waits = self.random.choice(WAITS)
         guest.control_fd = worker.control_fd
         guest.connect(worker)
-        self._plan_actions(worker, backend, device)
-        while not guest.is_done or self._actions:
-            if self._actions:
-                self._actions.popleft()()
-            else:
-                worker.turn()
+        operator = Operator(self.kernel, self.ledger, worker, backend, device, self.host)
+        operator.plan()
+        while not guest.is_done or not operator.is_done:
+            operator.step()
         self._drain(worker, guest)
         worker.quiesce()
         backend.detach()
@@ -210,70 +164,7 @@ class LiveWorld(World):
             hot=nsectors,
             near=0.3,
             cluster_sectors=cluster_sectors,
-            mix=MIXES[draw.choice(("plane", "spread", "clear"))],
+            mix=MIXES[draw.choice(("plane", "spread", "clear", "settle"))],
             calm=4,
             polled=False,
         )
-
-    # what is done to the disk
-
-    def _plan_actions(self, worker: OneThread, backend: ImageBackend, device: AttachedDevice) -> None:
-        snapshots = Snapshots(device, backend, self.host)
-        served = LiveChain(device, backend, self.host)
-        kinds: list[tuple[str, Callable[[], None]]] = [
-            ("snapshot", lambda: self._snapshot(snapshots)),
-            ("snapshot", lambda: self._snapshot(snapshots)),
-            ("stream", lambda: self._work(worker, backend, lambda: Streaming(served, self._some_base()))),
-            ("commit", lambda: self._commit(worker, backend, served)),
-        ]
-        delay = 0
-        for _ in range(self.random.randrange(2, 6)):
-            delay += self.random.randrange(50 * US, 1500 * US)
-            name, act = self.random.choice(kinds)
-            self.kernel.at(delay, lambda name=name, act=act: self._call(worker, name, act))
-
-    def _call(self, worker: OneThread, name: str, act: Callable[[], None]) -> None:
-        def begin() -> None:
-            self.done.append(name)
-            act()
-
-        self._actions.append(begin)
-        lib.sim_raise(worker.control_fd)
-
-    def _snapshot(self, snapshots: Snapshots) -> None:
-        path = self.host.disk.files[0].path
-        failure = snapshots.take(path, NoPace(), OverlayBitmaps())
-        if failure:
-            raise Violation(f"snapshot: {failure}")
-
-    def _commit(self, worker: OneThread, backend: ImageBackend, served: LiveChain) -> None:
-        self._has_committed = True
-        self._work(worker, backend, lambda: Committing(served, self._some_base()))
-
-    def _some_base(self) -> str | None:
-        return self.random.choice([None, None, *(file.path for file in self.host.every_file)])
-
-    def _work(self, worker: OneThread, backend: ImageBackend, begin: Callable[[], Work]) -> None:
-        """As a job's thread does; what is refused has changed nothing."""
-        try:
-            work = begin()
-        except ValueError:
-            self.done[-1] += " refused"
-            return
-        work.prepare()
-        outcome: Future[BaseException | None] = Future()
-
-        def end(task: Task) -> None:
-            outcome.set_result(task.take_error())
-
-        backend.run(work.begin(Pace()), end)
-        error = worker.wait(outcome)
-        if error is not None:
-            raise error
-        work.finish()
-        work.leave()
-
-    @property
-    def keeps_what_is_frozen(self) -> bool:
-        """Whether nothing was written below the top."""
-        return not self._has_committed

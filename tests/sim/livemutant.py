@@ -81,6 +81,97 @@ def base_is_not_flushed_before_the_pivot() -> None:
     patch(Image, "flush", of_overlays)
 
 
+def copy_before_write_is_skipped() -> None:
+    """A backup is of one moment: what has changed before it came by is not saved."""
+    from vhost.frozen import Frozen
+
+    async def save(self: Frozen, guest_offset: int, nbytes: int) -> None:
+        """Let it change."""
+
+    patch(Frozen, "save", save)
+
+
+def backup_is_whole_before_zeros_are_put() -> None:
+    """A backup is of one moment: its job ends while the target has not been told of zeros yet."""
+    from vhost.frozen import Frozen, Saved
+
+    taken = Frozen.taken
+
+    def give(self: Frozen, saved: Saved) -> None:
+        self._put(saved)
+
+    def take(self: Frozen, nbytes: int) -> None:
+        if nbytes:
+            taken(self, nbytes)
+
+    patch(Frozen, "_give", give)
+    patch(Frozen, "taken", take)
+
+
+def path_is_turned_before_the_last_write() -> None:
+    """Law 6: the path leads to a mirror's copy while requests still go to the disk."""
+    from tests.sim.livecopy import SimulatedPivot
+
+    def prepare(self: SimulatedPivot) -> None:
+        self.switch()
+
+    patch(SimulatedPivot, "prepare", prepare)
+
+
+def copy_is_served_before_it_is_stable() -> None:
+    """Law 2: what was flushed to the disk is not made stable in the copy that takes its place."""
+    from vhost.mirroring import Mirroring
+
+    def bring(self: Mirroring, done: Callable[[str], None]) -> None:
+        done("")
+
+    def flush(self: Mirroring, image: Any) -> None:
+        """Not even beside requests."""
+
+    patch(Mirroring, "_bring", bring)
+    patch(Mirroring, "_flush", flush)
+
+
+def copy_misses_zeros() -> None:
+    """A mirror is in step: what a discard or WRITE ZEROES changes is not changed in the copy."""
+    from qcow2.job.mirror import Mirror
+
+    async def write_zeroes(self: Mirror, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
+        await self._source.write_zeroes(guest_offset, nbytes, unmap=unmap)
+
+    patch(Mirror, "write_zeroes", write_zeroes)
+
+
+def bitmap_bit_is_late() -> None:
+    """Law 11: a zone is hot before its bits are stable in the image."""
+    from qcow2.driver.operation import Spawn
+    from qcow2.engine.bitmaps import Bitmaps
+
+    heat_zones = Bitmaps._heat_zones
+
+    async def heat(self: Bitmaps, zones: set[int]) -> None:
+        self._hot |= zones
+        self._dirty.heat(zones)
+        await Spawn(heat_zones(self, zones))
+
+    patch(Bitmaps, "_heat_zones", heat)
+
+
+def bits_are_forgotten_early() -> None:
+    """Law 11: a bitmap forgets what is in a backup that is not whole yet."""
+    from vhost.backup import Backup
+
+    finish = Backup.finish
+
+    def early(self: Backup) -> None:
+        bitmap, self._bitmap = self._bitmap, None
+        if bitmap is not None:
+            self._forget(bitmap)
+        finish(self)
+
+    patch(Backup, "finish", early)
+
+
 def patch(owner: Any, name: str, value: Any) -> None:
     """Break this process for good."""
     pytest.MonkeyPatch().setattr(owner, name, value)
@@ -93,5 +184,12 @@ MUTANTS: list[Callable[[], None]] = [
     flush_waits_for_no_name,
     header_is_pointed_elsewhere_early,
     base_is_not_flushed_before_the_pivot,
+    copy_before_write_is_skipped,
+    backup_is_whole_before_zeros_are_put,
+    path_is_turned_before_the_last_write,
+    copy_is_served_before_it_is_stable,
+    copy_misses_zeros,
+    bitmap_bit_is_late,
+    bits_are_forgotten_early,
 ]
 BY_NAME = {mutant.__name__: mutant for mutant in MUTANTS}

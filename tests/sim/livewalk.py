@@ -12,26 +12,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2.driver.boot import UNIT, Boot
-from qcow2.engine.image import Image
-from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.header import read_header
 from qcow2.judge.repair import repair
 from qcow2.node import recovery
 from qcow2.plane.linklog import RECORDS_OFFSET, read_log
-from tests.crash.driver import Completed, Effect, Issued, SimulatedFile, SimulatedMemory, Stored, Synced
+from tests.bitmapreader import read_bitmaps
+from tests.crash.driver import Completed, Effect, Issued, Mark, SimulatedFile, SimulatedMemory, Stored, Synced
 from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.history import SECTOR
 from tests.crash.opening import DirectDriver, Seen, is_dirty, look, require_sound
-from tests.crash.walk import Judge
 from tests.engine import ORIGIN
 from tests.sim.kernel import Violation
+from tests.sim.livehost import open_chain
+from tests.sim.livejudge import LiveJudge, Said
 from tests.sim.livelife import LiveWorld
 from tests.sim.units import Units
 
 logging.getLogger("qcow2").setLevel(logging.CRITICAL)
 
 POWER_STATES = 3  # of a moment
+MAGIC = b"QFI\xfb"
 LOOKS_BELOW = 4  # every so many states what is frozen is looked at, too
 Files = dict[str, SimulatedFile]
 Log = tuple[bytes, ...]
@@ -47,8 +48,15 @@ class State:
 
     def identity(self) -> int:
         """Alike for states that are the same."""
-        files = tuple((path, file.size, frozenset(file.sectors.items())) for path, file in self.files.items())
-        return hash((files, tuple(self.logs), self.is_power))
+        return hash((identity_of(self.files.values()), tuple(self.logs), self.is_power))
+
+
+@dataclass(slots=True)
+class Found:
+    """What was in a state."""
+
+    seen: Seen
+    said: Said
 
 
 class FoundFile(SimulatedFile):
@@ -110,11 +118,12 @@ class Place:
             vars(recovery).update(before)
 
 
-def open_state(state: State, top: str) -> tuple[DirectDriver, Seen]:
-    """Open what has the path, as the daemon would; what its guest sees. Raises: Violation."""
+def open_state(state: State, top: str) -> Found:
+    """Open what has the path, as the daemon would; what its guest sees, and its bitmaps say. Raises: Violation."""
     driver = DirectDriver()
     place: Any = Place(driver, state)
     file: Any = state.files[top]
+    before = read_bitmaps(file.read)
     try:
         with place.here(is_power=state.is_power):
             recovery.recover(file, "logs", gate=place)
@@ -128,13 +137,7 @@ def open_state(state: State, top: str) -> tuple[DirectDriver, Seen]:
         driver.run(image.close())
     except (ImageError, OSError, ValueError, LookupError, ArithmeticError, CrashViolation) as error:
         raise Violation(f"{type(error).__name__}: {error}") from error
-    return driver, seen
-
-
-async def open_chain(files: Files, name: str, *, writable: bool = False) -> Image:
-    below = (await read_header(files[name], trust_refcounts=False)).backing_name
-    backing = None if below is None else await open_chain(files, below)
-    return await Image.open(files[name], backing=backing, options=OpenOptions(writable=writable, cache_size=0))
+    return Found(seen, Said.of(before, read_bitmaps(file.read)))
 
 
 class LiveWalk:
@@ -146,9 +149,10 @@ class LiveWalk:
         self._draw = random.Random(world.seed)
         self._units = Units(world.initial)
         self._memories = {id(memory): bytearray(content) for memory, content in world.memories.items()}
-        self._judge = Judge(world.history, world.kernel.journal)
-        self._known: dict[int, Seen] = {}  # by identity of the state
+        self._judge = LiveJudge(world.history, world.kernel.journal, world.ledger)
+        self._known: dict[int, Found] = {}  # by identity of the state
         self._seen: dict[frozenset[tuple[int, bytes]], Seen] = {}  # the judge tells them apart by their places
+        self._copies: dict[int, Seen] = {}  # by identity of the copy
 
     def visit(self) -> int:
         """How many states were judged. Raises: Violation; its message names the state."""
@@ -159,6 +163,9 @@ class LiveWalk:
                 content[entry.offset : entry.offset + len(entry.data)] = entry.data
             if isinstance(entry, Issued | Completed | Synced | Stored):
                 self._visit(position + 1)
+            elif isinstance(entry, Mark) and entry.what[0] == "end":  # what is promised from now on
+                self._judge_state(position + 1, self._killed(), is_power=False)
+                self._judge_state(position + 1, [], is_power=True)
         return self.states
 
     def _visit(self, position: int) -> None:
@@ -198,20 +205,58 @@ class LiveWalk:
             known = self._known.get(identity)
             if known is None:
                 self.opened += 1
-                driver, seen = open_state(state, top)
-                known = self._known[identity] = self._seen.setdefault(frozenset(seen.items()), seen)
+                known = self._known[identity] = open_state(state, top)
+                known.seen = self._place_of(known.seen)
                 if self.opened % LOOKS_BELOW == 0:
-                    self._judge_frozen(state, driver, top, position)
-            self._judge.judge(known, position, power=is_power)
+                    self._judge_frozen(state, top, position)
+                self._judge_copies(state, position)
+            self._judge.judge(known.seen, position, power=is_power)
+            self._judge.judge_bitmaps(known.seen, known.said, top, position, power=is_power)
         except (Violation, CrashViolation) as error:
             death = "power" if is_power else "kill"
             raise Violation(f"state {self.states}: {death} at {position}, {top} has the path: {error}") from error
 
-    def _judge_frozen(self, state: State, driver: DirectDriver, top: str, position: int) -> None:
+    def _place_of(self, seen: Seen) -> Seen:
+        return self._seen.setdefault(frozenset(seen.items()), seen)
+
+    def _judge_frozen(self, state: State, top: str, position: int) -> None:
         """What a snapshot froze is what the disk held then, as soon as the overlay has the path."""
-        for frozen in self._world.frozen:
+        ledger = self._world.ledger
+        for frozen in ledger.frozen:
             is_served = int(top[1:]) > int(frozen.path[1:])
-            if is_served and frozen.position < position and self._world.keeps_what_is_frozen:
-                seen: Seen = driver.run(look(driver.run(open_chain(state.files, frozen.path))))
-                kept = self._seen.setdefault(frozenset(seen.items()), seen)
-                self._judge.judge(kept, frozen.position, power=state.is_power)
+            if is_served and frozen.position < position and not ledger.has_committed:
+                self._judge.judge(self._look(state, frozen.path), frozen.position, power=state.is_power)
+
+    def _judge_copies(self, state: State, position: int) -> None:
+        """A copy is what the disk held at its moment, or no image at all."""
+        for copy in self._world.ledger.copies:
+            is_made = copy.made is not None and position >= copy.made
+            if is_made or (not copy.was_open and state.files[copy.path].read(0, len(MAGIC)) == MAGIC):
+                identity = identity_of(state.files[name] for name in chain_of(state.files, copy.path))
+                if identity not in self._copies:
+                    self._copies[identity] = self._look(state, copy.path)
+                try:
+                    self._judge.judge(self._copies[identity], copy.position, power=False)
+                except CrashViolation as error:
+                    raise Violation(f"{copy.path}, of {copy.position}: {error}") from error
+
+    def _look(self, state: State, name: str) -> Seen:
+        """What the image *name* shows."""
+        driver = DirectDriver()
+        try:
+            return self._place_of(driver.run(look(driver.run(open_chain(state.files, name)))))
+        except (ImageError, OSError, ValueError, LookupError) as error:
+            raise Violation(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def identity_of(files: Iterable[SimulatedFile]) -> int:
+    """Alike for the same content."""
+    return hash(tuple((file.path, file.size, frozenset(file.sectors.items())) for file in files))
+
+
+def chain_of(files: Files, name: str) -> Iterator[str]:
+    """The image *name*, and those under it by their headers."""
+    below: str | None = name
+    while below is not None:
+        yield below
+        below = DirectDriver().run(read_header(files[below], trust_refcounts=False)).backing_name
