@@ -198,6 +198,18 @@ void grace_advance(struct worker *worker)
     }
 }
 
+uint32_t worker_join_grace(struct worker *worker)
+{
+    worker->grace.in_flight[worker->grace.epoch]++;
+    return worker->grace.epoch;
+}
+
+void worker_leave_grace(struct worker *worker, uint32_t epoch)
+{
+    ASSERT(worker->grace.in_flight[epoch]);
+    worker->grace.in_flight[epoch]--;
+}
+
 int worker_grace(struct worker *worker)
 {
     int number = operation_begin(worker, NULL);

@@ -60,6 +60,10 @@ int worker_write_word(struct worker *worker, uint32_t slot, uint64_t host_offset
 /* Put bytes into memory that outlives the process, and record that. */
 void worker_store_memory(struct worker *worker, uint8_t *memory, uint64_t offset, const void *bytes, uint32_t nbytes);
 
+/* Let whoever awaits a grace from now on wait for us, too. -> what worker_leave_grace takes */
+uint32_t worker_join_grace(struct worker *worker);
+void worker_leave_grace(struct worker *worker, uint32_t epoch);
+
 /* Wait for an fdatasync of the file that starts after now; device->end comes after it. */
 void request_sync(struct worker *worker, struct request *request, uint32_t slot);
 

@@ -74,6 +74,7 @@ struct extent_place {
     uint64_t entry[2]; /* for the map, */
     uint64_t old_entry[2]; /* as are these: what was there before, */
     uint64_t is_kept;      /* and whether the place was the guest's then */
+    uint64_t after_sync;   /* hold it: it is named after a SYNC that begins once its bytes are written */
 };
 
 enum extent_outcome {
@@ -97,7 +98,8 @@ enum extent_clearing {
 #define EXTENT_HELD 48 /* places that are held at a time, at most */
 
 /* What a map offers besides for EXTENT_FRESH, and for discards and zeros; a map without it has none. `take`
- * sets a place aside: -> 0; -EAGAIN: only Python can; -EBUSY: one for these bytes is held. `conclude` says what came
+ * sets a place aside; syncs: the write is to be stable, so its place may be named after a SYNC. -> 0; -EAGAIN: only
+ * Python can; -EBUSY: one for these bytes is held. `conclude` says what came
  * of it; nothing else is asked of the map in between, unless the place is held. error: of the name's
  * write, else 0. -> 0, or < 0: the image takes no more writes.
  *
@@ -108,7 +110,7 @@ enum extent_clearing {
  * `clear` lets the range read as zeros. -> 0; -EAGAIN: nothing has changed, only Python can; else the image takes no
  * more writes. */
 struct extent_places {
-    int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out);
+    int (*take)(void *context, uint64_t guest_offset, uint64_t nbytes, int syncs, struct extent_place *out);
     void (*hold)(void *context, const struct extent_place *place);
     int (*find)(void *context, struct extent_place *place);
     int (*conclude)(void *context, const struct extent_place *place, enum extent_outcome outcome, int error);

@@ -91,6 +91,7 @@ class Plane:
         translate, context, places = image.extent_map
         draw = random.Random(0)
         self.answer = 0  # of the last `take`
+        self.syncs = False  # whether writes are to be stable
         self._driver = driver
         self._file = file
         by_slot = {TOP: file, BASE: base, OWN: data}
@@ -124,7 +125,7 @@ class Plane:
     def take(self, guest_offset: int, nbytes: int) -> Any:
         """A place, or None: only Python can, or one is held."""
         place = ffi.new("struct extent_place *")
-        self.answer = self._places.take(self._context, guest_offset, nbytes, place)
+        self.answer = self._places.take(self._context, guest_offset, nbytes, self.syncs, place)
         assert self.answer in (0, AGAIN, BUSY)
         return place if self.answer == 0 else None
 
@@ -134,8 +135,9 @@ class Plane:
 
     def land(self, place: Any, data: bytes) -> bool:
         """The bytes of a place that is held are there: name it; False: it has to be given up."""
-        stored = ciphered(place.cipher, place.host_offset, data, "encrypt")
-        self._driver.write_at_once(self._files[place.slot], place.host_offset, stored)
+        self._driver.write_at_once(self._files[place.slot], place.host_offset - place.ahead, self._filled(place, data))
+        if place.after_sync:
+            self._driver.sync_at_once(self._file)
         if self._places.find(self._context, place) == AGAIN:
             self.conclude(place, SPOILED)
             return False
@@ -171,6 +173,8 @@ class Plane:
         assert (place.slot, place.name_slot) == (OWN if OWN in self._files else TOP, TOP)
         self._driver.write_at_once(self._files[place.slot], place.host_offset - place.ahead, self._filled(place, data))
         name = bytes(ffi.buffer(place.name)[: place.name_nbytes])
+        if place.after_sync:
+            self._driver.sync_at_once(self._file)
         if place.memory:
             self._driver.store(self._file.memory, place.name_offset, name)
             self._driver.write_at_once(self._file, place.mark_offset, bytes(ffi.buffer(place.mark)))

@@ -12,7 +12,7 @@ from qcow2.driver import operation as op
 from qcow2.driver.file import HostFile
 from qcow2.driver.task import Task
 from qcow2.engine.image import Image
-from qcow2.engine.links import LinkPolicy
+from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.error import no_memory
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay

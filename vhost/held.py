@@ -12,7 +12,7 @@ from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
-from qcow2.engine.links import LinkPolicy
+from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage

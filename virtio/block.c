@@ -181,6 +181,29 @@ static struct place_map map_of(const struct block *block)
     return (struct place_map){block->places, block->context};
 }
 
+/* The name waits for a SYNC, which begins when all bytes of the request are written: a flight in any case. */
+static enum then write_before_sync(struct block *block, struct worker *worker, struct request *request,
+                                   const struct extent_place *place, uint64_t start, uint64_t nbytes)
+{
+    bool has_room = block->flights.first_free;
+    struct flight *flight;
+    int result;
+
+    if (!has_room || !flight_suits(worker, place, nbytes)) {
+        block->places->conclude(block->context, place, EXTENT_UNTOUCHED, 0);
+        return has_room ? THEN_PUNT : THEN_WAIT;
+    }
+    result = place_fill(worker, request, place, start, nbytes);
+    if (result < 0 && result != -EAGAIN) {
+        block->places->conclude(block->context, place, EXTENT_SPOILED, 0);
+        return THEN_PUNT;
+    }
+    flight = flight_begin(&block->flights, map_of(block), worker, request, place);
+    if (result < 0)
+        flight_fill(worker, request, flight, start, nbytes);
+    return THEN_END;
+}
+
 /* Write nbytes from `start` of the request where nothing is yet: the bytes, then what makes them the guest's. One
  * sequence on this thread, so nothing is ever half done when somebody else looks; or a flight, whose place is held. */
 static enum then write_fresh(struct block *block, struct worker *worker, struct request *request, uint64_t start,
@@ -188,17 +211,21 @@ static enum then write_fresh(struct block *block, struct worker *worker, struct 
 {
     const struct extent_places *places = block->places;
     struct extent_place place;
-    int result = places->take(block->context, request->offset + start, nbytes, &place);
+    int result = places->take(block->context, request->offset + start, nbytes, block->writethrough, &place);
+    struct flight *flight;
 
     if (result < 0)
         return result == -EBUSY ? THEN_WAIT : THEN_PUNT;
+    if (place.after_sync)
+        return write_before_sync(block, worker, request, &place, start, nbytes);
     result = place_fill(worker, request, &place, start, nbytes);
     if (result == -EAGAIN && flight_suits(worker, &place, nbytes)) {
         if (!block->flights.first_free) {
             places->conclude(block->context, &place, EXTENT_UNTOUCHED, 0);
             return THEN_WAIT;
         }
-        flight_begin(&block->flights, map_of(block), worker, request, &place, start, nbytes);
+        flight = flight_begin(&block->flights, map_of(block), worker, request, &place);
+        flight_fill(worker, request, flight, start, nbytes);
         return THEN_END;
     }
     if (result < 0) {
@@ -276,7 +303,9 @@ static void wake(struct block *block, struct worker *worker)
         line_move(&ready, &block->waiting);
         block->nwaiting = 0;
         for (struct waiter *waiter; (waiter = line_leave(&ready));) {
-            if (worker_has_operations(worker))
+            if (!block->flights.first_free) /* it and those behind it would come here again */
+                await_flight(block, waiter->request);
+            else if (worker_has_operations(worker))
                 begin_transfer(block, worker, waiter->request);
             else
                 request_punt(worker, waiter->request, waiter->request->type);
@@ -285,30 +314,41 @@ static void wake(struct block *block, struct worker *worker)
     block->waking = false;
 }
 
+/* A step of the request's flights has ended, as `result` says: begin the next one. -> false: that was the last */
+static bool flies_on(struct block *block, struct worker *worker, struct request *request, int result)
+{
+    uint32_t slot = result == 0 ? flights_to_sync(&block->flights, request) : EXTENT_NO_SLOT;
+    struct landing landing;
+
+    if (slot != EXTENT_NO_SLOT) {
+        request_sync(worker, request, slot);
+        return true;
+    }
+    landing = flights_land(&block->flights, map_of(block), worker, request, result);
+    block->failed |= landing.failed;
+    block->flush_punts |= landing.waits;
+    if (landing.gave_up)
+        request->then = THEN_PUNT; /* not anew: what fails for good would never end */
+    if (!landing.goes_on)
+        return false;
+    request->error = 0;
+    request_hold(request);
+    flights_name(&block->flights, worker, request);
+    request_release(worker, request, 0);
+    return true;
+}
+
 /* All parts of the request have ended: its transfers, its sync, or Python's. */
 static void end(struct device *device, struct worker *worker, struct request *request, int result)
 {
     struct block *block = block_of(device);
     bool flew = request->flight;
-    enum then then = request->then;
+    enum then then;
 
     ASSERT(request->state == REQUEST_BUSY && !request->parts);
-    if (flew) {
-        struct landing landing = flights_land(&block->flights, map_of(block), worker, request, result);
-
-        block->failed |= landing.failed;
-        block->flush_punts |= landing.waits;
-        if (landing.gave_up)
-            then = THEN_PUNT; /* not anew: what fails for good would never end */
-        if (landing.goes_on) {
-            request->then = then;
-            request->error = 0;
-            request_hold(request);
-            flights_name(&block->flights, worker, request);
-            request_release(worker, request, 0);
-            return;
-        }
-    }
+    if (flew && flies_on(block, worker, request, result))
+        return;
+    then = request->then;
     request->then = THEN_END;
     if (then == THEN_END)
         finish(block, worker, request, result);

@@ -70,36 +70,59 @@ bool flight_suits(struct worker *worker, const struct extent_place *place, uint6
            (!is_copy(place, nbytes) || may_copy(worker, place));
 }
 
-void flight_begin(struct flights *flights, struct place_map map, struct worker *worker, struct request *request,
-                  const struct extent_place *place, uint64_t start, uint64_t nbytes)
+struct flight *flight_begin(struct flights *flights, struct place_map map, struct worker *worker,
+                            struct request *request, const struct extent_place *place)
 {
     uint16_t number = flights->first_free;
     struct flight *flight = &flights->all[number - 1];
-    struct extent extent = {
-        .kind = EXTENT_DATA,
-        .slot = place->slot,
-        .host_offset = place->host_offset,
-        .nbytes = nbytes,
-        .cipher = place->cipher,
-    };
 
     ASSERT(number && request->parts);
     flights->first_free = flight->next;
     flights->count++;
     flight->place = *place;
     flight->copy = copy_of(place);
-    flight->is_here = false;
+    flight->is_synced = flight->is_here = false;
+    flight->grace = worker_join_grace(worker);
     flight->next = request->flight;
     request->flight = number;
     map.places->hold(map.context, place);
-    if (is_copy(place, nbytes))
+    return flight;
+}
+
+void flight_fill(struct worker *worker, struct request *request, const struct flight *flight, uint64_t start,
+                 uint64_t nbytes)
+{
+    struct extent extent = {
+        .kind = EXTENT_DATA,
+        .slot = flight->place.slot,
+        .host_offset = flight->place.host_offset,
+        .nbytes = nbytes,
+        .cipher = flight->place.cipher,
+    };
+
+    if (is_copy(&flight->place, nbytes))
         request_copy(worker, request, &flight->copy, start, nbytes);
     else
         request_transfer(worker, request, true, &extent, start);
 }
 
+uint32_t flights_to_sync(struct flights *flights, const struct request *request)
+{
+    uint32_t slot = EXTENT_NO_SLOT;
+
+    for (uint16_t number = request->flight; number; number = flights->all[number - 1].next) {
+        struct flight *flight = &flights->all[number - 1];
+
+        if (flight->place.after_sync && !flight->is_synced)
+            slot = flight->place.slot;
+        flight->is_synced = true;
+    }
+    return slot;
+}
+
 /* It ends: `result` is of the place, `error` of its name, if that was written. */
-static void end(struct place_map map, const struct flight *flight, int result, int error, struct landing *landing)
+static void end(struct place_map map, struct worker *worker, const struct flight *flight, int result, int error,
+                struct landing *landing)
 {
     const struct extent_place *place = &flight->place;
     enum extent_outcome outcome = result < 0 ? EXTENT_SPOILED : EXTENT_NAMED;
@@ -107,6 +130,7 @@ static void end(struct place_map map, const struct flight *flight, int result, i
     landing->failed |= map.places->conclude(map.context, place, outcome, error) < 0;
     landing->gave_up |= result < 0;
     landing->waits |= result == 0 && place->memory;
+    worker_leave_grace(worker, flight->grace);
 }
 
 /* The bytes are there, or not: name the place, or give it up. -> whether its name is yet to be written */
@@ -122,7 +146,7 @@ static bool land(struct place_map map, struct worker *worker, struct flight *fli
         return true;
     if (result == 0)
         result = error = place_name(worker, &flight->place);
-    end(map, flight, result, error, landing);
+    end(map, worker, flight, result, error, landing);
     return false;
 }
 
@@ -157,7 +181,9 @@ struct landing flights_land(struct flights *flights, struct place_map map, struc
     struct landing landing = {0};
 
     if (flights->all[request->flight - 1].is_here) {
-        end(map, leave(flights, request, &flights->first_free), result, result == -ECANCELED ? 0 : result, &landing);
+        const struct flight *flight = leave(flights, request, &flights->first_free);
+
+        end(map, worker, flight, result, result == -ECANCELED ? 0 : result, &landing);
         flights->count--;
         result = 0; /* the others wait for their names */
     }

@@ -11,11 +11,11 @@ holds all that the earlier one says.
 
 import errno
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qcow2.driver.operation import Spawn
 from qcow2.engine.batch import Batch
+from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import Opened
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.reaper import Reaper
@@ -26,16 +26,6 @@ from qcow2.plane.linklog import Link, LinkLog
 MAX_WAITING_BYTES = 2 << 30  # of data under links that wait: a flush, a replay or a pause may have to write them all
 
 
-@dataclass(frozen=True, slots=True)
-class LinkPolicy:
-    """What an image's owner decides about waiting links, and wants to know."""
-
-    has_log: bool = True  # not if nobody cares for barriers, or data in a file of its own comes first anyway
-    may_wait: Callable[[], bool] = lambda: True  # the engine's own; in writethrough that would only be more work
-    on_waiting: Callable[[bool], None] = lambda is_waiting: None  # whether a sync is no flush: links wait
-    on_log_lost: Callable[[OSError], None] = lambda error: None  # there can be no log, so none will wait
-
-
 async def _nothing() -> None:
     """Nothing else is in the log."""
 
@@ -44,7 +34,6 @@ class Links:
     """The waiting links of one image, and the one task that commits them."""
 
     def __init__(self, opened: Opened, reaper: Reaper, log: LinkLog | None) -> None:
-        self.policy = LinkPolicy(has_log=not opened.geometry.has_data_file)
         self.before_renewal: Callable[[], Coroutine[Any, Any, None]] = _nothing  # what else is in the log leaves it
         self.wanted_nbytes: Callable[[], int] = lambda: 0  # of its memory, for what else may come to be in it
         self._geometry = opened.geometry
@@ -62,7 +51,16 @@ class Links:
         if log is not None:
             opened.mapping.cache.set_log(log.native)
             opened.mapping.before_load = self._gather
+        self.set_policy(LinkPolicy(has_log=not opened.geometry.has_data_file))
         self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES // opened.geometry.subcluster_size)
+
+    def set_policy(self, policy: LinkPolicy) -> None:
+        """Do as *policy* says from now on."""
+        self.policy = policy
+        self._tell_map()
+
+    def _tell_map(self) -> None:
+        self._mapping.cache.set_logless(self._log is None or not self.policy.has_log)
 
     async def link(
         self, guest_offset: int, old_entries: Iterable[int], entries: Sequence[int], freed: Sequence[int]
@@ -106,8 +104,7 @@ class Links:
             try:
                 await log.begin(self.wanted_nbytes())
             except OSError as error:
-                self._log = None
-                self.policy.on_log_lost(error)
+                self._lose_log(error)
                 return
             self._has_begun = True
             log.open()
@@ -187,8 +184,12 @@ class Links:
         log.close()
         await self.commit()
         if self._log is not None:
-            self._log = None
-            self.policy.on_log_lost(OSError(errno.ENOENT, "it was removed", log.path))
+            self._lose_log(OSError(errno.ENOENT, "it was removed", log.path))
+
+    def _lose_log(self, error: OSError) -> None:
+        self._log = None
+        self._tell_map()
+        self.policy.on_log_lost(error)
 
     def _gather(self) -> None:
         """Take over the links that the extent map has let wait meanwhile; they are in the log and in memory."""
@@ -249,7 +250,8 @@ class Links:
 
     def _take_back(self, batch: Batch, guest_offset: int, entries: Sequence[int]) -> bool:
         """Let a link of *batch*, whose commit failed, never have been, if neither log nor file has it."""
-        if guest_offset not in self._unrecorded or self._is_in_file(guest_offset):
+        is_in_file = any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
+        if is_in_file or guest_offset not in self._unrecorded:
             return False
         if self._unrecorded[guest_offset][0] is not entries:
             return False  # an earlier link of the cluster
@@ -264,9 +266,6 @@ class Links:
         if not self._mapping.holds:
             self.policy.on_waiting(False)
         return True
-
-    def _is_in_file(self, guest_offset: int) -> bool:
-        return any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
 
     def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
         """Whether the link of one of the clusters, all of one slice, waits."""

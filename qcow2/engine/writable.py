@@ -18,7 +18,7 @@ from qcow2.format.layout import Autoclear, Incompatible
 
 if TYPE_CHECKING:
     from qcow2.engine.changes import Changes
-    from qcow2.engine.links import LinkPolicy
+    from qcow2.engine.linkpolicy import LinkPolicy
 
 
 class WritableImage(ReadableImage):
@@ -43,7 +43,7 @@ class WritableImage(ReadableImage):
         """Say when links may wait, and who is told about it; at first they may always."""
         if self._changes is not None:
             has_log = policy.has_log and not self.geometry.has_data_file
-            self._changes.links.policy = replace(policy, has_log=has_log)
+            self._changes.links.set_policy(replace(policy, has_log=has_log))
 
     def _writable(self) -> "Changes":
         if self._changes is None:

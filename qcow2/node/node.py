@@ -8,7 +8,7 @@ from qcow2.engine.backing import Backing, Capabilities
 from qcow2.engine.statistics import Statistics
 
 if TYPE_CHECKING:
-    from qcow2.engine.links import LinkPolicy
+    from qcow2.engine.linkpolicy import LinkPolicy
 
 
 class Node(Backing, Protocol):

@@ -13,7 +13,7 @@ from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.l2cache import ExtentMap, Kind, RawMap, Run
 
 if TYPE_CHECKING:
-    from qcow2.engine.links import LinkPolicy
+    from qcow2.engine.linkpolicy import LinkPolicy
 
 FILE_SIZE_MAX = (1 << 63) - 1  # off_t
 

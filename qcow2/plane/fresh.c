@@ -4,7 +4,9 @@
  * be written to and linked without any barrier, for writes whose cluster shows
  * zeros: their L2 entry is their name. Where the backing file shows through, the
  * entry must not be in the file before the data is stable: a record in the link
- * log is the name, and the cluster need not be stable either. Only that is served,
+ * log is the name, and the cluster need not be stable either. Without a log, or
+ * where the guest waits for the disk anyway, the entry is the name there, too, once
+ * a SYNC has made the data stable, and the cluster with it. Only that is served,
  * in a table that is the image's alone, where nobody holds the cluster. Everything
  * else is Python's.
  */
@@ -33,40 +35,9 @@ void l2map_set_log(struct l2map *map, struct link_log *log)
     map->log = log;
 }
 
-static uint32_t *counter(uint32_t *counters, uint32_t size, uint64_t number)
+void l2map_set_logless(struct l2map *map, int is_logless)
 {
-    return &counters[(number * UINT64_C(0x9e3779b97f4a7c15) >> 32) & (size - 1)];
-}
-
-static void add(uint32_t *counters, uint32_t size, uint64_t first, uint64_t last, uint32_t by)
-{
-    for (uint64_t number = first; number <= last; number++)
-        *counter(counters, size, number) += by;
-}
-
-static bool has_any(const uint32_t *counters, uint32_t size, uint64_t first, uint64_t last)
-{
-    for (uint64_t number = first; number <= last; number++)
-        if (*counter((uint32_t *)counters, size, number))
-            return true;
-    return false;
-}
-
-static void count_range(struct l2map *map, uint64_t first, uint64_t last, uint32_t by)
-{
-    struct range_locks *locks = &map->locks;
-    uint64_t first_block = first >> map->slice_bits, last_block = last >> map->slice_bits;
-
-    locks->count += by;
-    if (last_block - first_block >= LOCK_NARROW) {
-        locks->wide += by;
-        return;
-    }
-    add(locks->touched, LOCK_BLOCKS, first_block, last_block, by);
-    if (last - first < LOCK_NARROW)
-        add(locks->clusters, LOCK_CLUSTERS, first, last, by);
-    else
-        add(locks->covered, LOCK_BLOCKS, first_block, last_block, by);
+    map->is_logless = is_logless;
 }
 
 int l2map_holds(const struct l2map *map, uint64_t first, uint64_t last)
@@ -75,32 +46,6 @@ int l2map_holds(const struct l2map *map, uint64_t first, uint64_t last)
         if (first <= map->held[i] && map->held[i] <= last)
             return 1;
     return 0;
-}
-
-void l2map_lock(struct l2map *map, uint64_t first, uint64_t last)
-{
-    count_range(map, first, last, 1);
-}
-
-void l2map_unlock(struct l2map *map, uint64_t first, uint64_t last)
-{
-    ASSERT(map->locks.count && l2map_is_locked(map, first, last));
-    count_range(map, first, last, UINT32_MAX);
-}
-
-int l2map_is_locked(const struct l2map *map, uint64_t first, uint64_t last)
-{
-    const struct range_locks *locks = &map->locks;
-    uint64_t first_block = first >> map->slice_bits, last_block = last >> map->slice_bits;
-
-    if (!locks->count)
-        return 0;
-    if (locks->wide || last_block - first_block >= LOCK_NARROW)
-        return 1;
-    if (last - first >= LOCK_NARROW)
-        return has_any(locks->touched, LOCK_BLOCKS, first_block, last_block);
-    return has_any(locks->covered, LOCK_BLOCKS, first_block, last_block) ||
-           has_any(locks->clusters, LOCK_CLUSTERS, first, last);
 }
 
 /* What the guest sees of nbytes at `start`, all nothing or all zeros in this image: one run of zeros, one of data, or else
@@ -252,7 +197,18 @@ static int take_own_place(struct l2map *map, const struct touched *touched, cons
     return 0;
 }
 
-static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct extent_place *out)
+/* Whether the entry itself may be the name, after a SYNC: no link of its slice waits, which would come to be older. */
+static int may_name_after_sync(const struct l2map *map, uint64_t cluster, int syncs)
+{
+    return (syncs || map->is_logless) && !l2map_is_claimed(map, cluster >> map->slice_bits);
+}
+
+static int may_name_in_log(const struct l2map *map)
+{
+    return map->log && link_log_has_room(map->log) && !link_log_calls_python(map->log);
+}
+
+static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int syncs, struct extent_place *out)
 {
     struct l2map *map = context;
     uint64_t cluster = guest_offset >> map->cluster_bits, in_cluster = guest_offset - (cluster << map->cluster_bits);
@@ -279,8 +235,9 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
         return take_own_place(map, &touched, &old, table, out);
     is_kept = entry_host_offset(touched.entry) != 0;
     waits = old.kind == EXTENT_DATA || is_kept; /* in a cluster that is kept may be anything */
+    out->after_sync = waits && may_name_after_sync(map, cluster, syncs);
     if (old.kind == EXTENT_PUNT ||
-        (waits && (!map->log || !link_log_has_room(map->log) || link_log_calls_python(map->log))) ||
+        (waits && !out->after_sync && !may_name_in_log(map)) ||
         (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
         return -EAGAIN;
     host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
@@ -296,7 +253,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, struct ex
     out->old_nbytes = map->cipher ? nbytes : 0; /* they are written through a buffer */
     if (waits)
         fill_around(map, out, &old, &touched, nbytes);
-    if (waits)
+    if (waits && !out->after_sync)
         name_in_log(map, out, cluster);
     else
         name_in_table(map, out, table + l2map_in_table(map, cluster));
@@ -359,7 +316,7 @@ static int conclude(void *context, const struct extent_place *place, enum extent
     struct l2map *map = context;
     uint64_t cluster = place->guest_offset >> map->cluster_bits;
     int was_held = let_go(map, cluster);
-    struct stock *stock = place->memory ? map->unsynced : map->stock;
+    struct stock *stock = place->memory || place->after_sync ? map->unsynced : map->stock;
     uint64_t host_cluster = place->host_offset >> map->cluster_bits;
     int is_new = !place->is_kept && !map->format.is_identity;
 

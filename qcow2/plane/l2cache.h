@@ -58,6 +58,8 @@ void l2map_set_freed(struct l2map *map, struct freed *freed);
 void l2map_set_untouched(struct l2map *map, struct untouched *untouched);
 /* Links over what the backing file shows may wait in this log; borrowed. */
 void l2map_set_log(struct l2map *map, struct link_log *log);
+/* No link waits there: each is made after a SYNC of its own. */
+void l2map_set_logless(struct l2map *map, int is_logless);
 /* Let the map note what changes there, before it changes; borrowed. NULL: no bitmap records. */
 void l2map_set_dirty(struct l2map *map, struct dirty_bits *dirty);
 /* Python holds, or waits for, the guest clusters from first to last: their entries are its to change. */

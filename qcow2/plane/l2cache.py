@@ -157,6 +157,10 @@ class L2Cache:
         self._log = log
         lib.l2map_set_log(self._map, log)
 
+    def set_logless(self, is_logless: bool) -> None:
+        """Say whether no link will wait in a log: the extent map makes its own after a SYNC then."""
+        lib.l2map_set_logless(self._map, is_logless)
+
     def set_dirty(self, dirty: Any) -> None:
         """Let the extent map note in *dirty*, a `struct dirty_bits`, which is borrowed, what it changes."""
         self._dirty = dirty

@@ -38,6 +38,7 @@ struct l2map {
     struct stock *stock;    /* NULL: only Python allocates */
     struct stock *unsynced; /* clusters for links that wait in the log */
     struct link_log *log;   /* NULL: none may */
+    int is_logless;         /* nor ever will; links over what shows through are made after a SYNC */
     struct freed *freed;    /* NULL: only Python frees clusters */
     struct untouched *untouched; /* of a data file; NULL: its entries are Python's */
     struct dirty_bits *dirty; /* NULL: no bitmap records */

@@ -296,6 +296,13 @@ class CrashDriver:
         self._pending[self.operations] = file
         self.journal.append(Completed(self.operations))
 
+    def sync_at_once(self, file: SimulatedFile) -> None:
+        """The same: a sync."""
+        numbers = frozenset(n for n, of in self._pending.items() if of is file)
+        for number in numbers:
+            del self._pending[number]
+        self.journal.append(Synced(file, numbers))
+
     def _start(self, task: Task, operation: Operation) -> None:
         if isinstance(operation, WriteSome):  # each will be an operation of its own, which deaths come between
             self._scheduler.resume(task, 0)

@@ -24,7 +24,9 @@ def perform(kind: str, steps: Sequence[Step], *, seed: int, writethrough: bool, 
     driver = CrashDriver(seed)
     image = driver.run(open_image(file, begun.backing, writethrough=writethrough))
     if at_once:
-        image = Served(image, Plane(driver, image, file, begun.backing))
+        plane = Plane(driver, image, file, begun.backing)
+        plane.syncs = writethrough
+        image = Served(image, plane)
     guest = Guest(driver, image, History(begun.contents, writethrough=writethrough))
     for step in steps:
         for action in step:

@@ -150,6 +150,65 @@ def test_who_says_not_now_for_ever_is_not_asked_for_ever(disk: SlowDisk, tmp_pat
         daemon.stop()
 
 
+def overlay(path: Path, base: Path, content: bytes) -> None:
+    """An image at *path* over a raw *base* that holds *content*."""
+    base.write_bytes(content)
+    qcow2_tool_ok("create", "-o", "lazy_refcounts=on", "-b", base, "-F", "raw", path, str(len(content)))
+
+
+def write_to_each_cluster(guest: FrontEnd, content: bytes, order: list[int]) -> bytes:
+    """A block of each cluster in *order*, eight of them under way; the whole disk after that."""
+    expected = bytearray(content)
+    left = iter(order)
+    under_way = 0
+    while True:
+        while under_way < 8 and (cluster := next(left, None)) is not None:
+            start, data = cluster * CLUSTER + BLOCK, cluster.to_bytes(2, "big") * (BLOCK // 2)
+            guest.submit(OUT, start, data)
+            expected[start : start + BLOCK] = data
+            under_way += 1
+        if not under_way:
+            return bytes(expected)
+        done = guest.wait()
+        assert {one.status for one in done} == {OK}
+        under_way -= len(done)
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback", "writethrough"])
+def test_few_copies_to_a_far_file_enter_python(tmp_path: Path, cache: str) -> None:
+    """There is no log: each is named once a SYNC has made it stable."""
+    content = random.Random(4).randbytes(MIB) * 64
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    overlay(backing / "image", tmp_path / "base", content)
+    (tmp_path / "image").symlink_to(mount_point / "image")
+    with SlowDisk(backing, mount_point), Daemon(tmp_path / "image", "--stats", f"--cache={cache}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            expected = write_to_each_cluster(guest, content, random.Random(5).sample(range(1024), 200))
+        told = stop(daemon)
+    assert told["python_requests"] < 100
+    assert told["clusters_allocated"] == 200
+    assert_clean(backing / "image")
+    with qcow2.open(str(backing / "image")) as image:
+        assert image.read(0, len(content)) == expected
+
+
+def test_stable_copies_need_no_python(tmp_path: Path) -> None:
+    content = random.Random(6).randbytes(MIB) * 64
+    path = tmp_path / "image"
+    overlay(path, tmp_path / "base", content)
+    with Daemon(path, "--stats", "--cache=writethrough") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            expected = write_to_each_cluster(guest, content, random.Random(7).sample(range(1024), 200))
+        told = stop(daemon)
+    assert told["python_requests"] < 100 or told["stalls"]  # a busy machine sends what follows to Python
+    assert told["clusters_allocated"] == 200
+    assert_clean(path)
+    with qcow2.open(str(path)) as image:
+        assert image.read(0, len(content)) == expected
+
+
 @pytest.mark.parametrize("cache", ["none", "writeback"])
 def test_few_copies_of_what_is_not_in_memory_enter_python(tmp_path: Path, cache: str) -> None:
     base, path = tmp_path / "base", tmp_path / "image"

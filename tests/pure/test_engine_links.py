@@ -7,7 +7,7 @@ import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Store, Sync, Write
-from qcow2.engine.links import LinkPolicy
+from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.plane.linklog import LIMIT
 from tests.engine import TAG, Bench, mark_of, noise, set_up, waiting
 

@@ -191,12 +191,6 @@ def overlaid(base: bytes | None = None) -> tuple[Bench, BenchPlane]:
     return started(lazy=True, base=noise(SIZE, seed=9) if base is None else base, log_capacity=64)
 
 
-def test_without_a_log_what_a_backing_file_fills_is_the_engines() -> None:
-    _, plane = started(base=noise(9 * CLUSTER))
-    assert plane.take(8 * CLUSTER) is None
-    assert plane.take(10 * CLUSTER) is not None
-
-
 def test_a_cluster_that_the_backing_file_fills_half_is_the_engines() -> None:
     _, plane = overlaid(base=noise(9 * CLUSTER + 512))
     assert plane.take(8 * CLUSTER) is not None
@@ -291,6 +285,37 @@ def test_stable_before_it_is_handed_out() -> None:
     bench.breaker.fault = lambda operation: syncs.append(operation) if isinstance(operation, Sync) else None
     assert plane.write(CLUSTER, noise(CLUSTER))
     assert syncs == []
+
+
+@pytest.mark.parametrize("syncs", [False, True])
+def test_without_a_log_a_copy_is_named_in_the_table_after_a_sync(syncs: bool) -> None:
+    bench, plane = started(lazy=True, base=noise(SIZE, seed=9))
+    plane.syncs = syncs
+    place = plane.take(CLUSTER, 512)
+    assert place.after_sync
+    assert place.memory == ffi.NULL
+    assert plane.conclude(place, UNTOUCHED) == 0
+    assert plane.write(CLUSTER, noise(512, seed=1))
+    assert (
+        bench.content()[CLUSTER : 2 * CLUSTER] == noise(512, seed=1) + noise(SIZE, seed=9)[CLUSTER + 512 : 2 * CLUSTER]
+    )
+    bench.close()
+    assert faults(bench) == (0, 0)
+
+
+def test_who_syncs_anyway_needs_no_log_but_where_links_wait() -> None:
+    bench, plane = overlaid()
+    bench.driver.run(bench.image.flush())
+    plane.syncs = True
+    early = plane.take(CLUSTER, 512)
+    assert early.after_sync
+    assert plane.conclude(early, UNTOUCHED) == 0
+    plane.syncs = False
+    assert plane.write(2 * CLUSTER, noise(512))
+    plane.syncs = True
+    late = plane.take(CLUSTER, 512)
+    assert not late.after_sync, "a link of the same slice waits, and would be written over this one's"
+    assert plane.conclude(late, UNTOUCHED) == 0
 
 
 # ---- places that are held

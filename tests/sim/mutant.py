@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant(
         "locks_are_not_seen",
         "Law 3: nobody writes an entry beside its lock's holder",
-        Edit("qcow2/plane/fresh.c", "    if (!locks->count)\n        return 0;", "    if (locks)\n        return 0;"),
+        Edit("qcow2/plane/locks.c", "    if (!locks->count)\n        return 0;", "    if (locks)\n        return 0;"),
     ),
     Mutant(
         "claims_are_not_seen",
@@ -289,6 +289,14 @@ MUTANTS = [
             "    if (!is_kept && !take_cluster(map, waits ? map->unsynced : map->stock, &host_cluster))",
             "    if (!is_kept && !take_cluster(map, map->unsynced, &host_cluster))",
         ),
+    ),
+    Mutant(
+        "copies_are_named_without_a_sync",
+        "Law 3: the data is stable before its link",
+        Edit(
+            "virtio/place.c", "flight->place.after_sync && !flight->is_synced", "flight->place.after_sync && !request"
+        ),
+        ("overlay", "overlay-lazy"),
     ),
     Mutant(
         "old_content_is_left_out",
