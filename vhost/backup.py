@@ -24,7 +24,7 @@ from qcow2.node.node import Node
 from ring.thread import start_deaf
 from vhost.backuptarget import BackupTarget
 from vhost.device import die
-from vhost.frozen import Frozen, Saved, Wanted
+from vhost.frozen import CHUNK_BITS, Frozen, Saved, Wanted
 from vhost.job import RoomWanted, Work
 from vhost.servedchain import ServedChain
 
@@ -54,6 +54,7 @@ class Backup(Work):
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
         path = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target)
+        served.require_foreign(path)
         self._target = BackupTarget(path, self._image.size, image_format, backing=backing, exists=exists)
         try:
             self._feed = Feed(self._target.put, self._taken, self._stopped)
@@ -84,14 +85,11 @@ class Backup(Work):
         found: list[Frozen] = []
 
         async def look() -> None:
-            stretches = [(0, self._image.size)]
             if bitmap is not None:
                 assert isinstance(self._image, Image)
                 self._bitmap = await self._image.freeze_bitmap(bitmap)
-                bits = self._bitmap.granularity_bits
-                stretches = [(first << bits, end << bits) for first, end in set_runs(self._bitmap.bits)]
             try:
-                frozen = Frozen(self._image, Wanted(self._image.size, stretches), self._feed.give)
+                frozen = Frozen(self._image, self._wanted(), self._feed.give)
             except MemoryError:  # of a copy, which is no reason to trust the disk no more
                 raise no_memory() from None
             self._served.backend.freeze(frozen)
@@ -99,6 +97,15 @@ class Backup(Work):
 
         self._alone(look())
         return found[0]
+
+    def _wanted(self) -> Wanted:
+        size = self._image.size
+        if self._bitmap is None:
+            return Wanted(size, [(0, size)])
+        bits = self._bitmap.granularity_bits
+        if bits == CHUNK_BITS:
+            return Wanted.of_bits(size, self._bitmap.bits)
+        return Wanted(size, [(first << bits, end << bits) for first, end in set_runs(self._bitmap.bits)])
 
     def _alone(self, step: Coroutine[Any, Any, None]) -> None:
         """Do *step* on the image while no request is under way. Raises: ValueError."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2 import ImageError
-from qcow2.driver.operation import Compute, Signal
+from qcow2.driver.operation import Signal, give_way
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.job.reins import Reins
 from qcow2.job.source import Content, Source
@@ -51,6 +51,14 @@ class Wanted:
         for start, end in stretches:
             first, last = start >> CHUNK_BITS, min(end, size) - 1 >> CHUNK_BITS
             self._change(first, last + 1, is_set=True)
+
+    @classmethod
+    def of_bits(cls, size: int, bits: bytes) -> "Wanted":
+        """Those whose bit is set, of a disk of *size* bytes: requests wait, and runs are many where a guest writes."""
+        wanted = cls(size, [])
+        wanted.bits[:] = bits[: len(wanted.bits)].ljust(len(wanted.bits), b"\0")
+        wanted.clear(-(-size // CHUNK), wanted.end)
+        return wanted
 
     def _change(self, first: int, end: int, *, is_set: bool) -> None:
         start, stop = first // 8, -(-end // 8)
@@ -166,7 +174,7 @@ class Frozen:
             return WINDOW
         if content is not Content.ZEROS or nbytes < WINDOW * CHUNK:
             return WINDOW
-        await Compute(_nothing)  # or many of them in a row would hold up all else on this thread
+        await give_way()  # or many of them in a row would hold up all else on this thread
         return min(nbytes // CHUNK, WIDE)
 
     def _require_going(self) -> None:
@@ -180,6 +188,7 @@ class Frozen:
         """Save what is wanted of these chunks, which are locked."""
         while (chunk := self._wanted.next(chunk, end)) < end:
             start = chunk << CHUNK_BITS
+            await self._reins.give_way()
             try:
                 saved = await self._read(
                     start, min(self._wanted.run_end(chunk, end) << CHUNK_BITS, self._size), have_room
@@ -253,7 +262,3 @@ class Frozen:
         """Let whoever waits look again."""
         turn, self._turn = self._turn, Signal()
         turn.set()
-
-
-def _nothing() -> None:
-    """Give others a turn."""

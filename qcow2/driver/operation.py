@@ -365,3 +365,12 @@ class Signal:
         waiters, self.waiters = self.waiters, []
         for wake in waiters:
             wake()
+
+
+async def give_way() -> None:
+    """Let others on this thread have a turn, if there are any."""
+    await Compute(_nothing)
+
+
+def _nothing() -> None:
+    """Takes no time."""

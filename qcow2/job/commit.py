@@ -12,6 +12,9 @@ from qcow2.job.visible import require_hidden
 from qcow2.node.extent import find_extent
 from qcow2.node.node import Node
 
+CLEARED = 256  # clusters of a base that are cleared at a time, within which nobody else has a turn
+UNIT = 64 << 10  # bytes, of a base without clusters
+
 
 async def commit(overlay: Image, base: Node, pace: Pace, windows: Windows | None = None) -> None:
     """Let *base*, which is under *overlay* and writable, hold what *overlay* shows; stable on return.
@@ -22,7 +25,7 @@ async def commit(overlay: Image, base: Node, pace: Pace, windows: Windows | None
     OSError, ImageError, ValueError, Cancelled.
     """
     depth = next(depth for depth, image in enumerate(overlay.chain) if image is base)
-    await require_hidden(overlay, base, depth)
+    await require_hidden(overlay, base, depth, pace)
     if base.size < overlay.size:
         await base.grow(overlay.size)
     await _Commit(overlay, base, depth, pace, windows or Windows()).run()
@@ -36,6 +39,7 @@ class _Commit:
         self._depth = depth
         self._pace = pace
         self._windows = windows
+        self._span = CLEARED * (base.capabilities.cluster_size or UNIT)
 
     async def run(self) -> None:
         async with self._windows:
@@ -47,6 +51,7 @@ class _Commit:
         offset = 0
         while offset < size:
             self._pace.require_going()
+            await self._pace.give_way()
             extent = await find_extent(self._overlay, offset, size - offset)
             nbytes = extent.nbytes
             if extent.depth < self._depth and not extent.is_zero:
@@ -54,7 +59,8 @@ class _Commit:
                 await self._pace.wait(nbytes)
                 await self._windows.start(self._copy(offset, nbytes, self._windows.order.next()))
             elif extent.depth < self._depth:  # also where an image between is too short to show the base
-                nbytes = min(nbytes, 1 << 30)
+                nbytes = min(nbytes, self._span)
+                await self._pace.wait(0)
                 await self._windows.start(self._clear(offset, nbytes))
             else:
                 self._pace.advance(nbytes)

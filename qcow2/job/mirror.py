@@ -23,7 +23,7 @@ from qcow2.node.node import Node
 
 CHUNK = 512 << 10  # bytes that are behind, or in step, and are copied at a time
 UNIT = CHUNK // 32  # bytes that are held together
-MAX_SPAN = 1 << 30  # bytes that are looked through at a time where nothing is to be copied
+MAX_SPAN = 64 << 20  # bytes that are looked through at a time where nothing is to be copied
 PIECE = 256 << 10  # bytes of a write that are copied out of the guest's memory at a time
 PIECES = 64  # of these, at a time
 
@@ -82,8 +82,7 @@ class Mirror:
             pace.require_going()
             self._raise_trouble()
             nchunks = await self._span(chunk)
-            if nchunks == 1:
-                await pace.wait(CHUNK)
+            await pace.wait(CHUNK if nchunks == 1 else 0)
             await crew.start(self._bring(chunk, nchunks, pace))
             chunk = self._behind.find(1, chunk + nchunks)
 
@@ -116,6 +115,7 @@ class Mirror:
         offset, end = chunk * CHUNK, min((chunk + nchunks) * CHUNK, self._source.size)
         async with self._hold(offset, end - offset):
             while offset < end:
+                await pace.give_way()
                 extent = await find_extent(self._source, offset, end - offset)
                 if self._only_top and extent.depth > 0:
                     nbytes = extent.nbytes

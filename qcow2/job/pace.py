@@ -69,6 +69,9 @@ class Pace:
             await Compute(partial(time.sleep, min(left, MAX_NAP)))
             self.require_going()
 
+    async def give_way(self) -> None:
+        """At each step that may need nothing of the disk: let others have a turn, if they share the thread."""
+
     def _tell(self) -> None:
         if self._progress is not None:
             self._progress(self.done, self.total)

@@ -64,6 +64,7 @@ class _Difference:
         offset = 0
         while offset < (size := self._overlay.size):
             self._pace.require_going()
+            await self._pace.give_way()
             old = await find_extent(self._overlay, offset, size - offset)
             stop = offset + old.nbytes
             if old.depth > 0 or not old.is_present:

@@ -4,6 +4,7 @@ from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import UnsupportedImage
 from qcow2.format.snapshot import Snapshot
+from qcow2.job.pace import Pace
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
@@ -12,17 +13,19 @@ class SeenBySnapshot(UnsupportedImage):
     """An internal snapshot shows what would change."""
 
 
-async def require_hidden(overlay: Image, base: Node, depth: int) -> None:
+async def require_hidden(overlay: Image, base: Node, depth: int, pace: Pace) -> None:
     """Return if no internal snapshot of *overlay* sees what a commit writes to *base*, *depth* files below.
 
     Only mappings are looked at: what a commit would write over the same bytes counts as a change.
-    Raises: SeenBySnapshot, which names it; OSError, CorruptImage.
+    Raises: SeenBySnapshot, which names it; OSError, CorruptImage, Cancelled.
     """
     for snapshot in await overlay.snapshots():
         options = OpenOptions(snapshot=snapshot.id, has_data=False)
         seen = await Image.open(overlay.file, backing=overlay.backing, options=options)
         offset, end = 0, min(seen.size, overlay.size)
         while offset < end:
+            pace.require_going()
+            await pace.give_way()
             now = await find_extent(overlay, offset, end - offset)
             if now.depth < depth:
                 then = await find_extent(seen, offset, now.nbytes)

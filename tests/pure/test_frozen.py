@@ -122,6 +122,15 @@ def test_copy_is_not_whole_before_its_target_has_taken_the_zeros_at_its_end(tmp_
         assert walked[0].take_error() is None
 
 
+@pytest.mark.parametrize("size", [CHUNK, 7 * CHUNK + 1, 8 * CHUNK, 100 * CHUNK - 512])
+def test_bits_of_a_bitmap_are_the_chunks_that_are_wanted(size: int) -> None:
+    bits = bytes(range(1, 256, 2))
+    for given in (bits, bits[:1]):
+        stretches = [(n * CHUNK, (n + 1) * CHUNK) for n in range(-(-size // CHUNK)) if n // 8 < len(given)]
+        inside = [(start, end) for start, end in stretches if given[start // CHUNK // 8] >> start // CHUNK % 8 & 1]
+        assert Wanted.of_bits(size, given).bits == Wanted(size, inside).bits
+
+
 def test_wanted_chunks_are_found_and_counted() -> None:
     wanted = Wanted(100 * CHUNK + 1, [(CHUNK, CHUNK + 1), (30 * CHUNK, 41 * CHUNK), (100 * CHUNK, 200 * CHUNK)])
     found, chunk = [], 0
