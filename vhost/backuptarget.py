@@ -13,6 +13,7 @@ from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.lock import lock_image
+from qcow2.node.leftover import hidden, require_ours
 from qcow2.node.node import Node
 from qcow2.node.overlay import sync_directory
 from qcow2.node.raw import RawImage
@@ -34,7 +35,7 @@ class BackupTarget:
         """
         self.path = path
         directory, base = os.path.split(path)
-        self._made = None if exists else os.path.join(directory, f".{base}.backup")
+        self._made = None if exists else hidden(path, "backup")
         self._driver = BlockingDriver()
         with ExitStack() as stack:
             below = None
@@ -42,8 +43,10 @@ class BackupTarget:
                 below = stack.enter_context(qcow2.open(os.path.join(directory, backing))).image
             if not base:
                 raise ValueError(f"{path!r} is not the name of a file")
-            if self._made is not None and os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            if self._made is not None:
+                if os.path.lexists(path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+                require_ours(self._made)
             self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made))
             self._target = self._of_format(image_format, size, backing, below)
             self._driver.run(self._target.begin())
@@ -80,13 +83,13 @@ class BackupTarget:
         if self._made is None:
             return
         try:
-            if not os.path.samestat(os.lstat(self._made), os.fstat(self._file.fd)):
-                raise ImageError(self._made, "another file has this name by now")
+            if not os.path.lexists(self._made) or not os.path.samestat(os.lstat(self._made), os.fstat(self._file.fd)):
+                raise ImageError(self._made, "the backup has been moved or removed")
             os.link(self._made, self.path)
             os.unlink(self._made)
             sync_directory(self.path)
         except OSError as error:
-            raise ImageError(self.path, describe(error)) from error
+            raise ImageError(self.path, str(error.strerror)) from error
         self._made = None
 
     def _finally(self, step: Any) -> None:

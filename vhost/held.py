@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from functools import partial
 
 from qcow2 import Disk, ImageError
 from qcow2.driver.file import HostFile
@@ -16,16 +15,16 @@ from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
-from qcow2.lock import await_transfers, guest_key, lock_transfers, share_image
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
+from qcow2.node.leftover import remove_leftovers
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
 from qcow2.node.reopened import Reopened
-from ring.files import look_at
 from ring.native import Pointer
-from vhost.direct import PAGE, open_all_direct, open_direct, shares_pages
+from vhost.direct import PAGE
+from vhost.heldfiles import HeldFiles
 from vhost.option import Options
 from vhost.problem import describe
 from virtio.block import Unavailable
@@ -52,21 +51,29 @@ class HeldImage:
         """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
         self.disk: Disk | None = None
         self.beside: Disk | None = None  # one that is written beside it, and not served
-        self.direct_fds: dict[HostFile, int] = {}
-        self.traits: dict[HostFile, Pointer] = {}  # of its files, for a worker
         self.options = options
         self._progress = progress
         self._on_wait = on_wait
         self._opening = OpenOptions(not options.read_only, options.lazy_refcounts, options.cache_size, keys=keys)
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
-        self._memory: set[tuple[int, int]] = set()  # of the guest, files by device and inode
+        self._files = HeldFiles(are_direct=options.cache.direct, on_wait=on_wait)
 
     def __enter__(self) -> "HeldImage":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.end()
+
+    @property
+    def direct_fds(self) -> dict[HostFile, int]:
+        """Second descriptors of files, which bypass the page cache."""
+        return self._files.direct_fds
+
+    @property
+    def traits(self) -> dict[HostFile, Pointer]:
+        """What a worker has to know of each file."""
+        return self._files.traits
 
     @property
     def is_held(self) -> bool:
@@ -106,6 +113,8 @@ class HeldImage:
             self.disk = self._open(options.blk_file, options.format, options.data_file)
         except (OSError, ImageError) as error:
             raise Unavailable(describe(error)) from error
+        if not options.read_only:
+            remove_leftovers(options.blk_file, options.link_log)
 
     def _open(self, path: str, image_format: str, data_file: str | None = None) -> Disk:
         options = self.options
@@ -120,11 +129,7 @@ class HeldImage:
         )
         disk = Disk.of(chain, path, image_format, self._opening)
         try:
-            if options.cache.direct:
-                files = [file for file in disk.files if not shares_pages(disk, file)]
-                self.direct_fds = {**self.direct_fds, **open_all_direct(files)}
-            traits = {file: look_at(file.fd, self.direct_fds.get(file, -1)) for file in disk.files}
-            self.traits = {**self.traits, **traits}
+            self._files.add_disk(disk)
         except OSError:
             self._close(disk, disk.close)
             raise
@@ -134,7 +139,7 @@ class HeldImage:
         """Forget the files of *disk*, which *close* closes. Raises: OSError, the last of those that closing raised."""
         with ExitStack() as closing:
             closing.callback(close)  # last: with it go the locks
-            for close_direct in self._forget_files(disk.files):
+            for close_direct in self._files.forget(disk.files):
                 closing.callback(close_direct)
 
     def admit(self, memory: Collection[tuple[int, int]]) -> None:
@@ -142,24 +147,10 @@ class HeldImage:
 
         Raises: Unavailable.
         """
-        self._memory |= set(memory)
-        if self.disk is None:
-            return
         try:
-            for disk in (self.disk, self.beside):
-                if disk is not None:
-                    self._await_reads(disk.files[0], self._direct_of(disk), memory)
+            self._files.admit(memory, [disk for disk in (self.disk, self.beside) if disk is not None])
         except OSError as error:
             raise Unavailable(describe(error)) from error
-
-    def _direct_of(self, disk: Disk) -> dict[HostFile, int]:
-        return {file: self.direct_fds[file] for file in disk.files if file in self.direct_fds}
-
-    def _await_reads(self, top: HostFile, fds: dict[HostFile, int], memory: Collection[tuple[int, int]]) -> None:
-        status = os.fstat(top.fd)
-        for file, fd in fds.items():
-            for key in (guest_key(numbers, (status.st_dev, status.st_ino)) for numbers in memory):
-                await_transfers(fd, file.life_fd, file.path, key, self._on_wait)
 
     def prepare_overlay(self, name: str) -> Overlay:
         """An overlay over the image, which shall be called *name*: as yet it changes nothing of what is served.
@@ -176,40 +167,24 @@ class HeldImage:
             raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
         overlay = Overlay(disk.chain, disk.image, name, self._opening)
         try:
-            self._prepare_direct(overlay)
+            is_direct = self._files.are_direct and overlay.image.geometry.cluster_size >= PAGE
+            self._files.add_written(overlay.file, is_direct=is_direct)
+            self._files.admit_all(overlay.file, [overlay.file, *disk.files])
         except BaseException:
-            self._forget_direct(overlay)
-            overlay.discard()
+            self.discard_overlay(overlay)
             raise
         return overlay
 
-    def _prepare_direct(self, overlay: Overlay) -> None:
-        if self.options.cache.direct and overlay.image.geometry.cluster_size >= PAGE:
-            self.direct_fds[overlay.file] = fd = open_direct(overlay.file)
-            lock_transfers(fd, overlay.file.path, writable=True)
-            self._await_reads(overlay.file, self.direct_fds, self._memory)
-        self.traits[overlay.file] = look_at(overlay.file.fd, self.direct_fds.get(overlay.file, -1))
-
-    def _forget_direct(self, overlay: Overlay) -> None:
-        self.traits.pop(overlay.file, None)
-        fd = self.direct_fds.pop(overlay.file, -1)
-        if fd >= 0:
-            os.close(fd)
-
     def discard_overlay(self, overlay: Overlay) -> None:
         """Serve what was served. Raises: OSError."""
-        self._forget_direct(overlay)
-        overlay.discard()
+        with ExitStack() as closing:
+            closing.callback(overlay.discard)
+            for close_direct in self._files.forget([overlay.file]):
+                closing.callback(close_direct)
 
     def share_below(self, overlay: Overlay) -> None:
         """Let others read what is below *overlay*, which is closed: other overlays may be over it. Raises: OSError."""
-        self._share(overlay.files_below)
-
-    def _share(self, files: Collection[HostFile]) -> None:
-        for file in files:
-            share_image(file.fd)
-            if file in self.direct_fds:
-                share_image(self.direct_fds[file])
+        self._files.share(overlay.files_below)
 
     def adopt_overlay(self, overlay: Overlay) -> SharedMemory | None:
         """Hold *overlay*, which has taken its name; the worker has nothing of the image. -> as `Overlay.adopt`."""
@@ -232,15 +207,12 @@ class HeldImage:
         assert self.disk is not None
         chain = self.disk.chain
         old = next(file for file, each in zip(chain.files, chain.nodes, strict=True) if each is node)
-        readers = [old.fd, *([self.direct_fds[old]] if old in self.direct_fds else [])]
         options = OpenOptions(writable=True, lazy_refcounts=False, cache_size=self._opening.cache_size)
-        opened = Reopened(chain, node, readers, nbytes, options)
+        opened = Reopened(chain, node, self._files.descriptors(old), nbytes, options)
         try:
-            if old in self.direct_fds and (opened.node.capabilities.cluster_size or PAGE) >= PAGE:
-                self.direct_fds = {**self.direct_fds, opened.file: (fd := open_direct(opened.file))}
-                lock_transfers(fd, opened.file.path, writable=True)
-                self._await_reads(opened.file, {opened.file: fd}, self._memory)
-            self.traits[opened.file] = look_at(opened.file.fd, self.direct_fds.get(opened.file, -1))
+            is_direct = old in self.direct_fds and (opened.node.capabilities.cluster_size or PAGE) >= PAGE
+            self._files.add_written(opened.file, is_direct=is_direct)
+            self._files.admit_all(opened.file, [opened.file])
         except BaseException:
             self.discard_writer(opened)
             raise
@@ -248,14 +220,14 @@ class HeldImage:
 
     def discard_writer(self, opened: Reopened) -> None:
         """Serve what was served. Raises: OSError."""
-        for close in self._forget_files([opened.file]):
+        for close in self._files.forget([opened.file]):
             close()
         opened.discard()
 
     def adopt_writer(self, opened: Reopened) -> list[Callable[[], None]]:
         """Let *opened* be in the chain; the worker has nothing of the image. -> what closes the one that was there."""
         old = opened.adopt()
-        return [*self._forget_files([old]), old.close]
+        return [*self._files.forget([old]), old.close]
 
     def share(self, node: Node) -> None:
         """Let others read *node*, a disk under the image that was written, and is closed. Raises: OSError."""
@@ -264,7 +236,7 @@ class HeldImage:
         if chain.written_below is node:
             chain.written_below = None
         file = next(file for file, each in zip(chain.files, chain.nodes, strict=True) if each is node)
-        self._share([file])
+        self._files.share([file])
 
     @property
     def files(self) -> list[HostFile]:
@@ -279,7 +251,7 @@ class HeldImage:
         """
         disk = self._open(path, image_format)
         try:
-            self._await_reads(disk.files[0], self._direct_of(disk), self._memory)
+            self._files.admit_all(disk.files[0], disk.files)
         except OSError:
             self.close_beside(disk)
             raise
@@ -318,14 +290,7 @@ class HeldImage:
         """Forget what the image, which is over *base* by now or over nothing, had above that. -> what closes it."""
         assert self.disk is not None
         files = self.disk.chain.drop_between(base)
-        return [*self._forget_files(files), *(file.close for file in files)]
-
-    def _forget_files(self, files: Collection[HostFile]) -> list[Callable[[], None]]:
-        """No worker has them. -> what closes their second descriptors."""
-        gone = [fd for file, fd in self.direct_fds.items() if file in files]
-        self.direct_fds = {file: fd for file, fd in self.direct_fds.items() if file not in files}
-        self.traits = {file: traits for file, traits in self.traits.items() if file not in files}
-        return [partial(os.close, fd) for fd in gone]
+        return [*self._files.forget(files), *(file.close for file in files)]
 
     def look(self) -> None:
         """Read the size of an image that is not held, without a lock: another process may be writing it.

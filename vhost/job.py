@@ -1,5 +1,7 @@
 """One job: what it does, how it stands with it, and what is told of that."""
 
+import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
@@ -8,6 +10,8 @@ from typing import Any
 
 from qcow2.job.reins import Reins
 from vhost.policy import OnError
+
+log = logging.getLogger("vhost")
 
 
 class State(StrEnum):
@@ -79,6 +83,14 @@ class Work(ABC):
         """What is left where the job has ended, finished or not, on its thread."""
 
 
+class Room:
+    """Whether jobs may be at the disk, and the lock of all that is known of them: nobody waits for the worker in it."""
+
+    def __init__(self, *, is_there: bool) -> None:
+        self.is_there = is_there
+        self.changed = threading.Condition()
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What is told of a job."""
@@ -99,9 +111,14 @@ class Report:
 
 
 class Job:
-    """One job; its fields are guarded by the lock of `vhost.jobs.Jobs`, but for what `Reins` says."""
+    """One job; all of it is guarded by the lock of *room*, but for what `Reins` says."""
 
-    def __init__(self, number: int, work: Work, rate: int, on_error: OnError) -> None:
+    def __init__(
+        self, number: int, work: Work, rate: int, on_error: OnError, room: Room, tell: Callable[[Report], None]
+    ) -> None:
+        """*tell(report)* comes at each change of its state, on any thread."""
+        self._room = room
+        self._tell = tell
         self.number = number
         self.work = work
         self.rate = rate
@@ -126,6 +143,20 @@ class Job:
         if self.is_ready and not (self.may_finish or self.is_cancelled):
             return State.READY
         return State.RUNNING if self.is_begun else State.WAITING
+
+    def turn(self, state: State, error: str = "") -> None:
+        """Be in *state* from now on, because of *error*, if there was one."""
+        if (state, error or self.error) == (self.state, self.error):
+            return
+        if error and (error != self.error or state in (State.PAUSED, *ENDED)):
+            log.error("job %d, %s, %s: %s", self.number, self.work.kind, state, error)
+        self.state, self.error = state, error or self.error
+        self._tell(self.report())
+
+    def stir(self) -> None:
+        """Let who looks after it look."""
+        self.is_stirred = True
+        self._room.changed.notify_all()
 
     def report(self) -> Report:
         reins = self.reins

@@ -1,5 +1,7 @@
 """What went wrong with the image or the host, on one line."""
 
+import errno
+
 from qcow2 import ImageError
 from qcow2.error import no_memory
 
@@ -7,7 +9,9 @@ from qcow2.error import no_memory
 def describe(error: OSError | ImageError) -> str:
     """What is wrong with the image or the host, on one line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        is_of_second = error.errno == errno.EEXIST and error.filename2 is not None  # of a link, which is to have it
+        name = error.filename2 if is_of_second else error.filename
+        return error.strerror if name is None else f"{name}: {error.strerror}"
     return str(error)
 
 

@@ -19,8 +19,8 @@ from qcow2.format.header import Header
 from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
+from qcow2.node.leftover import hidden, remove_overlay
 from qcow2.node.logplace import new_log
-from qcow2.node.recovery import remove_logs_of
 
 
 class Overlay:
@@ -39,11 +39,10 @@ class Overlay:
         self._top = chain.files[0]
         self._path = os.path.realpath(self._top.path)
         self._frozen = os.path.join(os.path.dirname(self._path), name)
-        directory, base = os.path.split(self._path)
-        self._temporary = os.path.join(directory, f".{base}.overlay")
+        self._temporary = hidden(self._path, "overlay")
         self._was_named = False
         self._require_names(name, below.header)
-        self._remove_what_died()
+        remove_overlay(self._top.path, chain.log_directory)
         self.file, self.memory = self._make_file(), SharedMemory("")
         try:
             self.image = self._make_image(options)
@@ -74,14 +73,6 @@ class Overlay:
                 message = f"its {what} file {named!r} is named from its directory, which {name!r} would leave"
                 raise UnsupportedImage(path, message)
         self._chain.gate.way(self._path, BACKING, self._backing_name())  # or the next open would be refused
-
-    def _remove_what_died(self) -> None:
-        """An overlay that another process has made, which died before that had its name."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with suppress(OSError):
-            with HostFile(self._top.path, os.open(self._temporary, flags), writable=False) as left:
-                remove_logs_of(left, self._chain.log_directory)
-        _remove(self._temporary)
 
     def _is_top(self, path: str) -> bool:
         return os.path.samestat(os.lstat(path), os.fstat(self._top.fd))

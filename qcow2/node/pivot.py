@@ -13,6 +13,7 @@ from contextlib import suppress
 from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
+from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_ours
 from qcow2.node.overlay import sync_directory
 
 
@@ -28,7 +29,7 @@ class NewFile:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         os.stat(directory or ".")
-        self.temporary = os.path.join(directory, f".{base}.mirror")
+        self.temporary = hidden(path, "mirror")
         self._made: tuple[int, int] | None = None  # device and inode
 
     def make(self, like: HostFile, fill: Callable[[HostFile], None]) -> None:
@@ -37,7 +38,7 @@ class NewFile:
         self._remove_leftover()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with HostFile(self.temporary, os.open(self.temporary, flags, 0o600), writable=True) as file:
-            self._made = _numbers_of(os.fstat(file.fd))
+            self._made = numbers_of(os.fstat(file.fd))
             try:
                 status = os.fstat(like.fd)
                 os.fchown(file.fd, status.st_uid, status.st_gid)
@@ -48,7 +49,8 @@ class NewFile:
                 raise
 
     def _remove_leftover(self) -> None:
-        """Of a process that died, or of ours. Raises: ImageLocked if somebody uses it."""
+        """Of a process that died, or of ours. Raises: ImageLocked if somebody uses it; FileExistsError."""
+        require_ours(self.temporary)
         with suppress(FileNotFoundError), HostFile.open(self.temporary, writable=True) as file:
             lock_image(file.fd, self.temporary, writable=True)
             os.unlink(self.temporary)
@@ -73,7 +75,7 @@ class NewFile:
 
     def _is_at(self, path: str) -> bool:
         try:
-            return _numbers_of(os.lstat(path)) == self._made
+            return numbers_of(os.lstat(path)) == self._made
         except FileNotFoundError:
             return False
 
@@ -92,14 +94,13 @@ class Pivot:
         self._top = top
         self._target = os.path.realpath(target)
         directory, base = os.path.split(os.path.abspath(served))
-        self._temporary = os.path.join(directory, f".{base}.pivot")
+        self._temporary = hidden(os.path.abspath(served), "pivot")
         self._old = None if os.path.islink(served) else _free_name(os.path.join(directory, f"{base}.old"), top)
         self._was_named = False
 
     def prepare(self) -> None:
         """Give what is served a name that it keeps, stable on return, and have the new one at hand. Raises: OSError."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._temporary)  # of a process that died in between
+        remove_pivot(self._served)  # of a process that died in between
         self._point(self._temporary)
         if self._old is not None and not os.path.lexists(self._old):
             os.link(self._served, self._old)
@@ -143,10 +144,6 @@ def require_there(target: str, copy: HostFile) -> None:
     """Raises: OSError unless *target* leads to *copy*."""
     if not os.path.samestat(os.stat(target), os.fstat(copy.fd)):
         raise OSError(errno.ESTALE, "another file has this name by now", target)
-
-
-def _numbers_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 def _free_name(path: str, top: HostFile) -> str:

@@ -21,7 +21,6 @@ from qcow2.format.header import read_header
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
-from ring.files import look_at
 from ring.worker import Worker
 from tests.crash.driver import SECTOR, Effect, Synced
 from tests.sim.file import KernelFile
@@ -30,6 +29,7 @@ from tests.sim.life import SimulatedWorker
 from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
+from vhost.heldfiles import HeldFiles
 from vhost.servedchain import ServedChain
 from virtio.config import Properties
 from virtio.native import NativeBlock
@@ -148,8 +148,9 @@ class LiveHost(HeldImage):
         self.disk: Any = LiveDisk(chain)
         self.beside: Any = None
         self.options: Any = SimpleNamespace(format="qcow2", blk_file="disk", data_file=None)
-        self.direct_fds = {}
-        self.traits = {file: look_at(file.fd) for file in chain.files}
+        self._files = HeldFiles(are_direct=False, on_wait=lambda: None)
+        for file in chain.files:
+            self._files.add_written(file, is_direct=False)
         self.on_frozen: Callable[[str], None] = lambda path: None  # the overlay of *path* is served
         self._new_file = new_file
         self._past = Statistics()
@@ -174,11 +175,11 @@ class LiveHost(HeldImage):
 
     def prepare_overlay(self, name: str) -> Overlay:
         overlay = SimulatedOverlay(self, self.disk.chain, self.disk.image)
-        self.traits[overlay.file] = look_at(overlay.file.fd)
+        self._files.add_written(overlay.file, is_direct=False)
         return overlay
 
     def discard_overlay(self, overlay: Overlay) -> None:
-        self.traits.pop(overlay.file)
+        self._files.forget([overlay.file])
 
     def share_below(self, overlay: Overlay) -> None:
         self._keep_from_writing(overlay.below.file)
@@ -194,12 +195,14 @@ class LiveHost(HeldImage):
 
     def discard_writer(self, opened: Any) -> None:
         self.through(opened.node.close())
+        self._keep_from_writing(opened.node.file)
 
     def adopt_writer(self, opened: Any) -> list[Callable[[], None]]:
         chain = self.disk.chain
         depth = chain.nodes.index(opened.past)
         chain.nodes[depth] = chain.written_below = opened.node
         chain.nodes[depth - 1].show_below(opened.node)
+        opened.node.set_slot(opened.node.file, opened.past._slot)  # of the same file, which a worker keeps
         return []
 
     def share(self, node: Node) -> None:
@@ -220,7 +223,7 @@ class LiveHost(HeldImage):
             chain.files.append(below.file)
             chain.nodes.append(below)
             below = below.backing
-        self.traits[file] = look_at(file.fd)
+        self._files.add_written(file, is_direct=False)
         return LiveDisk(chain)
 
     def serve_beside(self) -> Any:

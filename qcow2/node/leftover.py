@@ -1,0 +1,90 @@
+"""Names that files have before they get their own, and what goes of those that a death has left.
+
+Each is `.NAME.what` beside the file that is to be NAME, or that is served as NAME.
+"""
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+
+from qcow2.driver.file import HostFile
+from qcow2.lock import lock_image
+from qcow2.node.recovery import remove_logs_of
+
+
+def hidden(path: str, what: str) -> str:
+    """What a file is called that is to be, or to replace, *path*."""
+    directory, base = os.path.split(path)
+    return os.path.join(directory, f".{base}.{what}")
+
+
+def numbers_of(status: os.stat_result) -> tuple[int, int]:
+    """Device and inode: which file it is, whatever its name."""
+    return status.st_dev, status.st_ino
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A file that has been given the name *path*."""
+
+    path: str
+    numbers: tuple[int, int]
+
+    def remove(self) -> None:
+        """Take the name away, unless others have, or have given it to another file. Raises: OSError."""
+        with suppress(FileNotFoundError):
+            if numbers_of(os.lstat(self.path)) == self.numbers:
+                os.unlink(self.path)
+
+
+def require_ours(name: str) -> None:
+    """Whether nothing is at *name*, or a file, as a death of ours leaves one. Raises: FileExistsError."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(name).st_mode):
+            raise FileExistsError(errno.EEXIST, "is in the way, and no file that we leave", name)
+
+
+def remove_overlay(path: str, log_directory: str) -> None:
+    """Remove the overlay that a process made which died before that had the name *path*, and its link log.
+
+    The image at *path* is locked for us: nobody else makes one. Raises: OSError, ImageLocked if somebody uses it.
+    """
+    name = hidden(os.path.realpath(path), "overlay")
+    require_ours(name)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(FileNotFoundError), HostFile(path, os.open(name, flags), writable=False) as left:
+        if os.fstat(left.fd).st_nlink == 1:  # else it is the image itself, after a snapshot that was called off
+            lock_image(left.fd, name, writable=True)
+            remove_logs_of(left, log_directory)
+    with suppress(FileNotFoundError):
+        os.unlink(name)
+
+
+def remove_pivot(path: str) -> None:
+    """Remove what was to replace *path*, the same way: a second name of a copy, or a link to it.
+
+    Raises: OSError, FileExistsError if it is none of these.
+    """
+    name = hidden(os.path.abspath(path), "pivot")
+    if not os.path.islink(name):
+        require_ours(name)
+    with suppress(FileNotFoundError):
+        os.unlink(name)
+
+
+def remove_leftovers(path: str, log_directory: str) -> None:
+    """Remove what has died beside the image at *path*, which is locked for us; what cannot go stays."""
+    with suppress(OSError):
+        if os.path.lexists(hidden(os.path.realpath(path), "overlay")):
+            remove_overlay(path, log_directory)
+    with suppress(OSError):
+        if not _is_last_name(hidden(os.path.abspath(path), "pivot")):
+            remove_pivot(path)
+
+
+def _is_last_name(name: str) -> bool:
+    """Whether a file would be gone with it. Raises: OSError."""
+    status = os.lstat(name)
+    return not stat.S_ISLNK(status.st_mode) and status.st_nlink < 2

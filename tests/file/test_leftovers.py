@@ -1,0 +1,71 @@
+"""What a daemon that died left beside an image goes with the next start, unless it may be somebody's."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from vhost.held import HeldImage
+from vhost.option import Options
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    qcow2.create(path, size=MIB)
+    return path
+
+
+def take(image: Path, *, read_only: bool = False) -> set[str]:
+    """Hold it as a daemon does when it starts -> what is beside it then, under hidden names."""
+    with HeldImage(Options(blk_file=str(image), read_only=read_only)) as held:
+        held.take()
+        return {path.name for path in image.parent.iterdir() if path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_names_that_a_death_left_are_gone(image: Path, is_link: bool) -> None:
+    qcow2.create(image.with_name(".disk.overlay"), size=MIB, backing=image)
+    copy, pivot = image.with_name("copy"), image.with_name(".disk.pivot")
+    qcow2.create(copy, size=MIB)
+    pivot.symlink_to(copy) if is_link else pivot.hardlink_to(copy)
+    assert take(image, read_only=True) == {".disk.overlay", ".disk.pivot"}
+    assert take(image) == set()
+    assert copy.exists()
+
+
+def test_name_of_what_is_served_goes_and_its_log_stays(image: Path) -> None:
+    """As a death in the middle of calling off a snapshot leaves it."""
+    image.with_name(".disk.overlay").hardlink_to(image)
+    assert take(image) == set()
+    assert image.stat().st_nlink == 1
+
+
+def test_what_may_be_somebodys_stays(image: Path) -> None:
+    image.with_name(".disk.pivot").write_bytes(b"the only name of this file")
+    image.with_name(".disk.overlay").mkdir()
+    assert take(image) == {".disk.overlay", ".disk.pivot"}
+    with HeldImage(Options(blk_file=str(image))) as held:
+        held.take()
+        with pytest.raises(FileExistsError, match="in the way"):
+            held.prepare_overlay("frozen")
+
+
+def test_overlay_that_is_in_use_stays(image: Path) -> None:
+    overlay = image.with_name(".disk.overlay")
+    qcow2.create(overlay, size=MIB)
+    with qcow2.open(overlay, "r+"):
+        assert take(image) == {overlay.name}
+
+
+def test_link_of_a_copy_names_what_is_there(tmp_path: Path) -> None:
+    from vhost.problem import describe
+
+    (tmp_path / "one").touch()
+    (tmp_path / "two").touch()
+    with pytest.raises(FileExistsError) as caught:
+        os.link(tmp_path / "one", tmp_path / "two")
+    assert describe(caught.value) == f"{tmp_path / 'two'}: File exists"

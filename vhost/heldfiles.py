@@ -1,0 +1,79 @@
+"""What a worker has to know of the files of a held image, and who may still read from them."""
+
+import os
+from collections.abc import Callable, Collection
+from functools import partial
+
+from qcow2 import Disk
+from qcow2.driver.file import HostFile
+from qcow2.lock import await_transfers, guest_key, lock_transfers, share_image
+from ring.files import look_at
+from ring.native import Pointer
+from vhost.direct import open_all_direct, open_direct, shares_pages
+
+
+class HeldFiles:
+    """Second descriptors, which bypass the page cache if that is wanted, and traits; a worker reads both meanwhile."""
+
+    def __init__(self, *, are_direct: bool, on_wait: Callable[[], None]) -> None:
+        """*on_wait()* may raise while a dead daemon's reads are awaited."""
+        self.direct_fds: dict[HostFile, int] = {}
+        self.traits: dict[HostFile, Pointer] = {}
+        self.are_direct = are_direct
+        self._on_wait = on_wait
+        self._memory: set[tuple[int, int]] = set()  # of the guest, files by device and inode
+
+    def add_disk(self, disk: Disk) -> None:
+        """All of *disk*, which was opened just now. Raises: OSError; then some are known, to be forgotten."""
+        if self.are_direct:
+            files = [file for file in disk.files if not shares_pages(disk, file)]
+            self.direct_fds = {**self.direct_fds, **open_all_direct(files)}
+        for file in disk.files:
+            self._look_at(file)
+
+    def add_written(self, file: HostFile, *, is_direct: bool) -> None:
+        """One that is about to be written. Raises: OSError; then it may be known, to be forgotten."""
+        if is_direct:
+            self.direct_fds = {**self.direct_fds, file: (fd := open_direct(file))}
+            lock_transfers(fd, file.path, writable=True)
+        self._look_at(file)
+
+    def _look_at(self, file: HostFile) -> None:
+        self.traits = {**self.traits, file: look_at(file.fd, self.direct_fds.get(file, -1))}
+
+    def admit(self, memory: Collection[tuple[int, int]], disks: Collection[Disk]) -> None:
+        """Return once no daemon that died reads from *disks* into the guest's *memory*, files by device and inode.
+
+        Raises: OSError.
+        """
+        self._memory |= set(memory)
+        for disk in disks:
+            self._await_reads(disk.files[0], disk.files, memory)
+
+    def admit_all(self, top: HostFile, files: Collection[HostFile]) -> None:
+        """The same for *files*, which are or will be under *top*, and all memory so far. Raises: OSError."""
+        self._await_reads(top, files, self._memory)
+
+    def _await_reads(self, top: HostFile, files: Collection[HostFile], memory: Collection[tuple[int, int]]) -> None:
+        status = os.fstat(top.fd)
+        for file in files:
+            if (fd := self.direct_fds.get(file, -1)) >= 0:
+                for key in (guest_key(numbers, (status.st_dev, status.st_ino)) for numbers in memory):
+                    await_transfers(fd, file.life_fd, file.path, key, self._on_wait)
+
+    def descriptors(self, file: HostFile) -> list[int]:
+        """All that *file* is read with."""
+        return [file.fd, *([self.direct_fds[file]] if file in self.direct_fds else [])]
+
+    def share(self, files: Collection[HostFile]) -> None:
+        """Let others read *files*, which were written. Raises: OSError."""
+        for file in files:
+            for fd in self.descriptors(file):
+                share_image(fd)
+
+    def forget(self, files: Collection[HostFile]) -> list[Callable[[], None]]:
+        """No worker has them. -> what closes their second descriptors."""
+        gone = [fd for file, fd in self.direct_fds.items() if file in files]
+        self.direct_fds = {file: fd for file, fd in self.direct_fds.items() if file not in files}
+        self.traits = {file: traits for file, traits in self.traits.items() if file not in files}
+        return [partial(os.close, fd) for fd in gone]

@@ -1,0 +1,211 @@
+"""What the thread of one job does: it begins the work, again after it had to make room, and says how it ended."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from qcow2 import ImageError
+from qcow2.driver.task import Task
+from qcow2.error import no_memory
+from qcow2.job.pace import Cancelled
+from qcow2.job.reins import Reins
+from ring.thread import new_future
+from vhost.device import Device, die
+from vhost.disk import ImageBackend
+from vhost.job import Job, JobFailed, Room, RoomWanted, State
+from vhost.policy import OnError, is_final
+from vhost.problem import refusal_of
+
+LOOK_SECONDS = 0.05  # between two looks of a job that a rate keeps waiting
+RETRY_SECONDS = 1.0  # until a job that ignores errors is begun again
+
+
+class JobThread:
+    """Looks after *job*, as long as there is *room*; *on_end()* is told, under its lock, right before the job ends."""
+
+    def __init__(self, job: Job, room: Room, device: Device, backend: ImageBackend, on_end: Callable[[], None]) -> None:
+        self._job = job
+        self._room = room
+        self._changed = room.changed
+        self._device = device
+        self._backend = backend
+        self._on_end = on_end
+
+    def fall_behind(self) -> None:
+        """What was done has to be done again. On any thread."""
+        with self._changed:
+            self._job.is_behind = True
+            self._job.stir()
+
+    def main(self) -> None:
+        """All of it."""
+        try:
+            self._look_after()
+        except RuntimeError as error:  # the worker has ended; the daemon does, or has died of something else
+            with self._changed:
+                self._on_end()
+                self._job.turn(State.CANCELLED, str(error))
+        except BaseException as error:  # a bug of ours: nobody would look after the jobs any more
+            die(error)
+
+    def _look_after(self) -> None:
+        while (reins := self._await_room()) is not None:
+            try:
+                self._end(self._go(reins))
+                return
+            except (Cancelled, RoomWanted):
+                self._stand_back()
+            except JobFailed as failure:
+                self._end(State.FAILED, str(failure))
+                return
+            except (OSError, ImageError, ValueError) as error:
+                self._stand_back()
+                if self._is_over(error):
+                    return
+        self._end(State.CANCELLED)
+
+    def _stand_back(self) -> None:
+        """The attempt is over, the job is not yet."""
+        with self._changed:
+            self._job.is_begun = self._job.is_ready = self._job.is_finishing = False
+
+    def _await_room(self) -> Reins | None:
+        """What it is begun with, once it may be; None if it was cancelled first."""
+        with self._changed:
+            while not self._job.is_cancelled and (self._job.is_paused or not self._room.is_there):
+                self._job.turn(self._job.standing)
+                self._changed.wait()
+            if self._job.is_cancelled:
+                return None
+            self._job.reins = Reins(self._job.rate)
+            self._job.is_begun = True
+            self._job.turn(self._job.standing)
+            return self._job.reins
+
+    def _go(self, reins: Reins) -> State:
+        """Do it -> how it has ended."""
+        with self._changed:
+            self._job.is_behind = False
+        self._job.work.prepare()
+        outcome: Future[BaseException | None] = new_future()
+        outcome.add_done_callback(lambda _: self._notice())
+        self._device.worker.post(partial(self._begin, reins, outcome))
+        while not outcome.done():
+            self._await_stirring(outcome)
+            self._device.worker.post(partial(wake, self._job, self._device, self._backend))
+        error = outcome.result()
+        if error is None:
+            return self._part() if self._job.work.awaits_word else self._finish()
+        try:
+            raise no_memory() if isinstance(error, MemoryError) else error
+        finally:
+            del error
+
+    def _finish(self) -> State:
+        self._await_leave()
+        self._job.work.finish()
+        return State.COMPLETED
+
+    def _part(self) -> State:
+        """Let it finish once it is told to, or end."""
+        if not self._await_word():
+            self._job.work.part()
+            return State.CANCELLED
+        try:
+            self._job.work.finish()
+        except (OSError, ImageError, ValueError) as error:  # it is ready as before
+            with self._changed:
+                self._job.may_finish = False
+                self._stand_back()
+                self._job.turn(self._job.standing, refusal_of(error))
+            raise RoomWanted from error
+        return State.COMPLETED
+
+    def _await_word(self) -> bool:
+        """Whether it is to finish, not to end. Raises: RoomWanted if it has to begin again first."""
+
+        job = self._job
+
+        def must_begin_again() -> bool:
+            return job.is_behind or not self._room.is_there
+
+        def may_go_on() -> bool:
+            return must_begin_again() or job.is_cancelled or (job.may_finish and not job.is_paused)
+
+        with self._changed:
+            job.is_ready = True
+            job.turn(job.standing)
+            self._changed.wait_for(may_go_on)
+            if must_begin_again():
+                raise RoomWanted
+            job.is_finishing = True
+            return not job.is_cancelled
+
+    def _await_leave(self) -> None:
+        """All is moved; whoever paused it meanwhile finds it as it was. Raises: Cancelled."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._job.is_paused or self._job.is_cancelled)
+            if self._job.is_cancelled:
+                raise Cancelled
+            self._job.is_finishing = True
+
+    def _begin(self, reins: Reins, outcome: "Future[BaseException | None]") -> None:
+        """On the worker."""
+        if not self._room.is_there or not self._device.is_attached:
+            outcome.set_result(RoomWanted())
+            return
+        try:
+            coroutine = self._job.work.begin(reins)
+        except (OSError, ImageError, ValueError, RoomWanted) as error:
+            outcome.set_result(error)
+            return
+        self._backend.run(coroutine, lambda task: outcome.set_result(task.take_error()))
+
+    def _notice(self) -> None:
+        with self._changed:
+            self._job.stir()
+
+    def _await_stirring(self, outcome: "Future[BaseException | None]") -> None:
+        job = self._job
+        with self._changed:
+            if not outcome.done():
+                job.turn(job.standing)
+            self._changed.wait_for(lambda: job.is_stirred, LOOK_SECONDS if job.rate else job.work.look_seconds)
+            job.is_stirred = False
+
+    def _is_over(self, error: Exception) -> bool:
+        """What becomes of a job that *error* stopped."""
+        text = refusal_of(error)
+        if is_final(self._job.on_error, error):
+            self._end(State.FAILED, text)
+            return True
+        with self._changed:
+            if self._job.on_error is OnError.IGNORE:
+                self._job.turn(self._job.standing, text)
+                self._changed.wait_for(lambda: self._job.is_cancelled, RETRY_SECONDS)
+            else:
+                self._job.is_paused = True
+                self._job.turn(State.PAUSED, text)
+        return False
+
+    def _end(self, state: State, error: str = "") -> None:
+        try:
+            self._job.work.leave()
+        except (OSError, ImageError) as failure:  # of what it leaves behind: the guest has no part in that
+            error = "; ".join(filter(None, [error, refusal_of(failure)]))
+        with self._changed:
+            self._on_end()
+            self._job.turn(state, error)
+
+
+def wake(job: Job, device: Device, backend: ImageBackend) -> None:
+    """On the worker: let the work look again whether it may go on."""
+    if device.is_attached:
+        job.work.look()
+        backend.run(job.reins.wake(), _raise_what_it_raised)
+
+
+def _raise_what_it_raised(task: Task) -> None:
+    error = task.take_error()
+    if error is not None:
+        raise error
