@@ -74,6 +74,10 @@ void request_trace_answer(struct worker *worker, const struct request *request, 
 /* Leave it to Python, as a request of its own type or another. */
 void request_punt(struct worker *worker, struct request *request, uint32_t type);
 
+/* It waits for the device alone, and nobody who awaits all that is under way waits for it, until it is taken up. */
+void request_park(struct worker *worker, struct request *request);
+void request_take_up(struct worker *worker, struct request *request);
+
 /* Give the chain back: `nbytes` were written to it. The request is gone. */
 void request_complete(struct worker *worker, struct request *request, uint32_t nbytes);
 

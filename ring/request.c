@@ -107,6 +107,18 @@ struct request *worker_request(struct worker *worker, uint64_t id)
     return request->state != REQUEST_FREE && request->generation == id >> 32 ? request : NULL;
 }
 
+void request_park(struct worker *worker, struct request *request)
+{
+    ASSERT(request->state == REQUEST_BUSY && !request->parts && worker->requests_in_flight);
+    worker->requests_in_flight--;
+}
+
+void request_take_up(struct worker *worker, struct request *request)
+{
+    ASSERT(request->state == REQUEST_BUSY && !request->parts);
+    worker->requests_in_flight++;
+}
+
 void request_hold(struct request *request)
 {
     request->parts++;

@@ -174,6 +174,11 @@ class Worker(Queues, Files):
             raise death
 
     @property
+    def native(self) -> Pointer:
+        """For the device's half in C, on the worker thread."""
+        return self._native
+
+    @property
     def counters(self) -> Counters:
         """What was counted so far; also after `stop`."""
         return Counters(self._counters)
@@ -215,14 +220,25 @@ class Worker(Queues, Files):
         with self._quiesced():
             pass
 
-    def run_alone(self, begin: Callable[[Callable[[T], None]], None], is_late: Callable[[], bool]) -> T:
+    def run_alone(
+        self,
+        begin: Callable[[Callable[[T], None]], None],
+        is_late: Callable[[], bool],
+        prepare: Callable[[Callable[[Any], None]], None] = lambda done: done(None),
+    ) -> T:
         """Call *begin(done)* once no request and no operation is under way -> what *done* is given, whenever it is.
 
-        Requests wait meanwhile, those of all queues, and until what was begun beside has ended. For functions given to
-        `call` and `call_patiently` only.
+        Requests wait meanwhile, those of all queues, and until what was begun beside has ended; not yet from when
+        *prepare(done)* is called until it has called that. For functions given to `call` and `call_patiently` only.
         Raises: TimeoutError if *is_late()* before it has begun.
         """
         results: list[T] = []
+        prepared: list[Any] = []
+        prepare(prepared.append)
+        while not prepared:
+            if is_late():
+                raise TimeoutError
+            self._turn()
         self._await_quiet(is_late)
         with self._quiesced(is_late):
             begin(results.append)

@@ -20,13 +20,18 @@ class Served:
     """The device, and where front-ends find it."""
 
     device: Device
+    backend: ImageBackend
+    held: HeldImage
     socket_path: Path
 
 
 @contextmanager
-def serve(image: Path, *, format: str = "qcow2", writable: bool = True) -> Iterator[Served]:
-    """Serve *image*, front-end after front-end; leaving ends that as SIGTERM ends the daemon."""
-    socket_path = image.with_name(f"{image.name}.sock")
+def serve(image: Path, *, format: str = "qcow2", writable: bool = True, beside: Path | None = None) -> Iterator[Served]:
+    """Serve *image*, front-end after front-end; leaving ends that as SIGTERM ends the daemon.
+
+    The socket is in the directory *beside*; by default, in the image's.
+    """
+    socket_path = (beside or image.parent) / f"{image.name}.sock"
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         options = Options(blk_file=str(image), format=format, read_only=not writable)
@@ -37,7 +42,7 @@ def serve(image: Path, *, format: str = "qcow2", writable: bool = True) -> Itera
                 control = threading.Thread(target=receive_visitors, args=(endpoint, stop_fd, device))
                 control.start()
                 try:
-                    yield Served(device, socket_path)
+                    yield Served(device, backend, held, socket_path)
                 finally:
                     os.eventfd_write(stop_fd, 1)
                     control.join()

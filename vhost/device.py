@@ -225,15 +225,14 @@ class Device:
     def _exchange(
         self, begin: Begin, swap: Callable[[], None], on_attached: Callable[[], None], is_late: Callable[[], bool]
     ) -> str:
-        refusal = self._run_alone(begin, is_late)
-        if not refusal:
-            try:
-                self.backend.detach()
-                swap()
-                self.backend.attach(self.worker, self.block)
-                on_attached()
-            except BaseException as error:  # neither the old nor the new is there; the next process has the new
-                die(error)
+        with self.block.holding_commits(self.worker):
+            refusal = self._run_alone(begin, is_late)
+            if not refusal:
+                try:
+                    self.backend.exchange(swap)
+                    on_attached()
+                except BaseException as error:  # neither the old nor the new is there; the next process has the new
+                    die(error)
         return refusal
 
     def flush(self, done: Callable[[int], None]) -> None:
@@ -265,14 +264,19 @@ class Device:
 
     def _change(self, begin: Begin, is_late: Callable[[], bool]) -> str:
         """On the worker: the refusal, or nothing; the disk may have another size."""
-        refusal = self._run_alone(begin, is_late)
+        with self.block.holding_commits(self.worker):
+            refusal = self._run_alone(begin, is_late)
         self.block.set_size(self.backend.properties.size)
         return refusal
 
     def _run_alone(self, begin: Begin, is_late: Callable[[], bool]) -> str:
+        """Without a sync that a request waits for: they wait for another one that is over, and for the end of this.
+
+        So however many FLUSHes come, no other request waits for the disk because of them.
+        """
         self.on_alone()
         try:
-            return self.worker.run_alone(begin, is_late)
+            return self.worker.run_alone(begin, is_late, self.backend.await_syncs)
         finally:
             self.on_shared()
 

@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ from virtio.config import Properties
 from virtio.native import NativeBlock
 
 log = logging.getLogger("vhost")
+
+
+Nodes = tuple[Node, Node | None]  # what is served, and what is written beside it
 
 
 class Layer(Protocol):
@@ -73,26 +76,42 @@ class ImageBackend:
         return self._held.properties
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
+        self._worker = worker
+        self._block = block
+        self._slots = {}
+        self._driver = self._new_driver(worker, self._slots, self._trace)
+        self._admission: Admission[Request] = Admission(
+            lambda request: self._begin(request, lambda: self._admission.end(request.queue))
+        )
+        self._take()
+        if self._trace is not None:
+            self._begin_trace(self._trace)
+
+    def exchange(self, swap: Callable[[], None]) -> None:
+        past = (self._image, self._beside)
+        self._let_go()
+        swap()
+        self._forget_files(self._slots.keys() - set(self._held.files), past)
+        self._take(past[1])
+
+    def _take(self, past: Node | None = None) -> None:
+        """Serve what is held; files that have a slot keep it. *past* was beside before."""
         assert self._held.disk is not None
+        block, slots = self._block, self._slots
         self._image = self._held.disk.image
         self._beside = None if self._held.beside is None else self._held.beside.image
-        self._files = self._held.files
-        slots = self._slots = {file: self._add_file(worker, file) for file in self._files}
-        for file, slot in slots.items():
-            self._set_slot(file, slot)
+        for file in self._held.files:
+            if file not in slots:
+                slots[file] = self._add_file(file)
+                _set_slot(file, slots[file], (self._image, self._beside))
+        if self._beside is not None and self._beside is not past:
+            for each, slot in slots.items():  # it may be over some that stay
+                self._beside.set_slot(each, slot)
         if not self._image.read_only:
             names = self._image.file
             block.set_sync_slot(slots[self._image.data_file], None if names is self._image.data_file else slots[names])
         extent_map = self._image.extent_map
         block.set_extent_map(None if extent_map is None else ExtentMap(*extent_map))
-        if self._trace is not None:
-            self._begin_trace(self._trace, worker, slots)
-        self._driver = self._new_driver(worker, slots, self._trace)
-        self._admission: Admission[Request] = Admission(
-            lambda request: self._begin(request, lambda: self._admission.end(request.queue))
-        )
-        self._worker = worker
-        self._block = block
         if self._frozen is not None and self._frozen.image is not self._image:
             self._frozen.lose("the image was let go meanwhile")
             self._frozen = None
@@ -114,14 +133,9 @@ class ImageBackend:
         """Not where a barrier costs nothing, nor where the mark in the image could hang this thread."""
         return self._cache.sync and self._worker.is_near(self._slots[image.file])
 
-    def _set_slot(self, file: op.File, slot: int | None) -> None:
-        self._image.set_slot(file, slot)
-        if self._beside is not None:
-            self._beside.set_slot(file, slot)
-
-    def _add_file(self, worker: Worker, file: HostFile) -> int:
+    def _add_file(self, file: HostFile) -> int:
         direct_fd = self._held.direct_fds.get(file, -1)
-        return worker.add_file(
+        return self._worker.add_file(
             file.fd,
             direct_fd=direct_fd,
             sync=self._cache.sync,
@@ -129,13 +143,13 @@ class ImageBackend:
             traits=self._held.traits[file],
         )
 
-    def _begin_trace(self, trace: Trace, worker: Worker, slots: dict[op.File, int]) -> None:
+    def _begin_trace(self, trace: Trace) -> None:
         """Record what the files hold, made stable first: what a trace begins with survives every death in it."""
-        for file in self._files:
+        for file in self._held.files:
             if file.writable:
                 os.fdatasync(file.fd)
-            trace.add_file(slots[file], file.fd, file.path, writable=file.writable)
-        worker.set_trace(trace)
+            trace.add_file(self._slots[file], file.fd, file.path, writable=file.writable)
+        self._worker.set_trace(trace)
 
     def put_between(self, layer: Layer | None) -> None:
         """Let every change of the guest go through *layer*, until the image is detached; nothing is under way."""
@@ -143,13 +157,20 @@ class ImageBackend:
         self._block.set_changes_punt(layer is not None)
 
     def detach(self) -> None:
+        self._let_go()
+        self._forget_files(self._slots.keys(), (self._image, self._beside))
+
+    def _let_go(self) -> None:
+        """The data plane has nothing of the image, but its files."""
         self.put_between(None)
         self._links_wait = False
         self._block.set_extent_map(None)
         self._block.set_sync_slot(None)
         self._block.set_flush_punts(False)
-        for file in self._files:
-            self._set_slot(file, None)
+
+    def _forget_files(self, files: Collection[op.File], nodes: Nodes) -> None:
+        for file in list(files):
+            _set_slot(file, None, nodes)
             self._worker.remove_file(self._slots.pop(file))
 
     def start(self, request: Request) -> None:
@@ -176,6 +197,21 @@ class ImageBackend:
 
     def settle(self, done: Callable[[int], None]) -> None:
         self._driver.run(self._settle(), lambda task: done(0 if self._status(task) == Status.OK else -errno.EIO))
+
+    def await_syncs(self, done: Callable[[int], None]) -> None:
+        """Another sync ends after them; links wait on."""
+        files = () if self._image.read_only else {self._image.data_file, self._image.file}
+        results: list[int] = []
+
+        def end(result: int) -> None:
+            results.append(result)
+            if len(results) == len(files):
+                done(result)
+
+        for file in files:
+            self._worker.sync(self._slots[file], end)
+        if not files:
+            done(0)
 
     async def _flush(self) -> None:
         if self._past_is_stable is not None:
@@ -235,10 +271,14 @@ class ImageBackend:
         self._set_links_wait(self._links_wait)
         overlay.below.on_failure = lambda: None  # which is told here
         overlay.below.set_link_policy(LinkPolicy())  # a FLUSH waits for all of it
-        self._driver.run(overlay.below.flush(), lambda task: ended(task.take_error()))
-        is_near = self._worker.is_near(self._slots[overlay.file])
-        run = self._worker.compute if is_near else self._worker.call_host  # that one needs a thread
-        run(overlay.sync_names, lambda _, error: ended(error))
+
+        def begin(*_: object) -> None:
+            self._driver.run(overlay.below.flush(), lambda task: ended(task.take_error()))
+            is_near = self._worker.is_near(self._slots[overlay.file])
+            run = self._worker.compute if is_near else self._worker.call_host  # that one needs a thread
+            run(overlay.sync_names, lambda _, error: ended(error))
+
+        self._worker.compute(lambda: None, begin)  # not before requests go on
 
     def _end_deferring(self, overlay: Overlay, problem: str, done: Callable[[str], None]) -> None:
         if problem:
@@ -338,3 +378,10 @@ class ImageBackend:
             self._told.add(text)
             log.error("%s", text)
             self.on_problem(text)
+
+
+def _set_slot(file: op.File, slot: int | None, nodes: Nodes) -> None:
+    """Tell whichever of *nodes* is over it."""
+    for node in nodes:
+        if node is not None:
+            node.set_slot(file, slot)

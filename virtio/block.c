@@ -64,6 +64,11 @@ enum { NOT_SYNCED = 0, SYNCED, SYNCED_NAMES };
 static void commit(struct block *block, struct worker *worker, struct request *request)
 {
     ASSERT(request->state == REQUEST_BUSY && !request->parts && !request->synced);
+    if (block->holds_commits) {
+        line_join(&block->held, &request->waiter);
+        request_park(worker, request);
+        return;
+    }
     request->synced = SYNCED;
     if (!block->flush_punts) {
         request_sync(worker, request, block->sync_slot);
@@ -394,16 +399,35 @@ static void transfer(struct block *block, struct worker *worker, struct request 
 
 /* ---- the other types ---- */
 
-static void flush(struct block *block, struct worker *worker, struct request *request)
+static void begin_flush(struct block *block, struct worker *worker, struct request *request)
 {
-    worker->counters->flushes++;
-    trace(block, worker, request);
     if (takes_no_writes(block, worker)) {
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
     } else if (worker_has_slot(worker, block->sync_slot)) {
         commit(block, worker, request);
     } else {
         request_punt(worker, request, request->type);
+    }
+}
+
+static void flush(struct block *block, struct worker *worker, struct request *request)
+{
+    worker->counters->flushes++;
+    trace(block, worker, request);
+    begin_flush(block, worker, request);
+}
+
+void block_hold_commits(struct block *block)
+{
+    block->holds_commits = true;
+}
+
+void block_begin_commits(struct block *block, struct worker *worker)
+{
+    block->holds_commits = false;
+    for (struct waiter *waiter; (waiter = line_leave(&block->held));) {
+        request_take_up(worker, waiter->request);
+        begin_flush(block, worker, waiter->request);
     }
 }
 
@@ -571,6 +595,7 @@ void block_init(struct block *block)
     };
     flights_init(&block->flights);
     line_init(&block->waiting);
+    line_init(&block->held);
 }
 
 void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address,

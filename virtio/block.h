@@ -41,8 +41,15 @@ struct block {
     struct line waiting; /* writes that meet a place that is held, or cannot hold another one */
     uint32_t nwaiting;
     bool waking; /* they are begun anew */
+    bool holds_commits;
+    struct line held; /* whom a sync would serve, which begins later */
 };
 
 void block_init(struct block *block);
 void block_set_extent_map(struct block *block, uintptr_t translate_address, uintptr_t context_address,
                           uintptr_t places_address);
+
+/* Begin no sync for a FLUSH, nor for a write that wants one, until they are told to begin: requests of the guest that
+ * somebody who awaits all others does not wait for. */
+void block_hold_commits(struct block *block);
+void block_begin_commits(struct block *block, struct worker *worker);

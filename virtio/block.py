@@ -122,11 +122,17 @@ class Backend(Protocol):
     def flush(self, done: Callable[[int], None]) -> None:
         """*done(0)* once every completed write is stable, or *done(-errno)*."""
 
+    def await_syncs(self, done: Callable[[int], None]) -> None:
+        """*done()* of anything once each sync that a request waits for now has ended, however."""
+
     def settle(self, done: Callable[[int], None]) -> None:
         """*done(0)* once the files alone hold all that has completed, or *done(-errno)*; nothing need be stable."""
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
         """Let the disk be *nbytes* long, while no request is under way; *done("")*, or *done* of what is wrong."""
+
+    def exchange(self, swap: Callable[[], None]) -> None:
+        """As `detach`, *swap()* and `attach`, while requests wait: files that stay need not be registered anew."""
 
     def detach(self) -> None:
         """After the last request and operation; files may be closed from now on, and it may be attached again."""
@@ -151,6 +157,9 @@ class DeviceBackend:
     def attach(self, worker: Worker, block: NativeBlock) -> None:
         self._block = block
 
+    def exchange(self, swap: Callable[[], None]) -> None:
+        swap()
+
     def detach(self) -> None:
         self._block = None
 
@@ -159,6 +168,9 @@ class DeviceBackend:
 
     def flush(self, done: Callable[[int], None]) -> None:
         done(0 if _status_of(self._device.flush) == Status.OK else -errno.EIO)
+
+    def await_syncs(self, done: Callable[[int], None]) -> None:
+        done(0)
 
     def settle(self, done: Callable[[int], None]) -> None:
         done(0)

@@ -1,9 +1,12 @@
 """The half of a virtio-blk device that lives in C: parses each request, serves it over the extent map or punts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ring.extent import ExtentMap
 from ring.native import Pointer, ffi, lib
+from ring.worker import Worker
 from virtio.config import SECTOR, SERIAL_MAX
 
 NO_SLOT = 0xFFFFFFFF  # BLOCK_NO_SLOT
@@ -72,6 +75,18 @@ class NativeBlock:
     def set_changes_punt(self, punts: bool) -> None:
         """Leave every write, discard and write-zeroes to Python: somebody else wants to know of each."""
         self._block.changes_punt = punts
+
+    @contextmanager
+    def holding_commits(self, worker: Worker) -> Iterator[None]:
+        """Let what waits for a sync alone, FLUSH or a write in writethrough, wait for the end of this, too.
+
+        Who awaits all that is under way does not wait for those. For one function on the thread of *worker*.
+        """
+        lib.block_hold_commits(self._block)
+        try:
+            yield
+        finally:
+            lib.block_begin_commits(self._block, worker.native)
 
     def refuse_writes(self) -> None:
         """Answer every change and FLUSH with IOERR from now on, also those in flight."""
