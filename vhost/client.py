@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from vhost.clientbitmaps import LiveBitmaps
 from vhost.clientsnapshots import InternalSnapshots
@@ -16,6 +16,7 @@ from vhost.clientsnapshots import InternalSnapshots
 GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
 STEP = 0.5  # seconds between two looks at how far a job is
 ENDED = ("completed", "failed", "cancelled")
+EventName = Literal["job", "snapshot", "snapshot-internal", "bitmap", "error"]
 
 
 class ControlError(Exception):
@@ -55,7 +56,7 @@ class Export:
 class Event:
     """What a daemon tells unasked."""
 
-    name: str  # job, snapshot or error
+    name: EventName | str  # a later daemon may tell of more
     data: Any
 
 
@@ -265,7 +266,7 @@ class Control:
                 return job
             self.next_event(STEP)
 
-    def subscribe(self, *names: str) -> None:
+    def subscribe(self, *names: EventName) -> None:
         """Have events of these names told from now on; none: all."""
         self.ask("subscribe", **({"events": list(names)} if names else {}))
 

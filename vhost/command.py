@@ -229,7 +229,7 @@ def _control(
         ) -> "Iterator[None]":
             jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
             on_jobs = JobCommands(device, backend, held, jobs)
-            on_image = ImageCommands(device, backend, held)
+            on_image = ImageCommands(device, backend, held, jobs.require_none)
             commands = Commands(device, stop_fd, lambda: image, take_snapshot, on_jobs, exports, on_image)
             backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
             with Control(endpoint.unix_socket, commands), jobs:

@@ -10,16 +10,20 @@ import logging
 import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from itertools import takewhile
 from typing import Any
 
+from qcow2.driver.file import HostFile
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage
 from qcow2.job.commit import commit
 from qcow2.job.crew import BESIDE_A_GUEST, Windows
 from qcow2.job.pace import Pace
+from qcow2.job.reins import Reins
+from qcow2.job.visible import require_hidden
+from qcow2.node.leftover import Named, numbers_of
 from qcow2.node.node import Node
 from ring.thread import new_future
+from vhost.beside import beside
 from vhost.job import JobFailed, RoomWanted, Work
 from vhost.overlaybitmaps import OverlayBitmaps
 from vhost.servedchain import ServedChain, close_all
@@ -44,12 +48,22 @@ class Committing(Work):
         self._base = base
         self._served.image()
         self._is_to_freeze = is_active or (base is None and len(self._nodes) == 2)
-        self._frozen: list[str] = []  # files that are in what is committed, and are removed then
+        self._frozen: list[Named] = []  # files that are in what is committed, and are removed then
         self.about: dict[str, Any] = {"base": base, "active": self._is_to_freeze}
         if self._is_to_freeze:
             self._require_freezable()
             self._base = base or self._first_base()
         self._image, self._top, self._below = self._find()
+        self._require_committable()
+
+    def _require_committable(self) -> None:
+        """What can be known of it before anything is frozen or written. Raises: OSError, ImageError, ValueError."""
+        served, held = self._served, self._served.held
+        served.require_over(self._image, self._below)
+        depth = self._nodes.index(self._below) - self._nodes.index(self._top)
+        beside(served.device, served.backend, require_hidden(self._top, self._below, depth, Reins()))
+        if self._below is not held.written_below:
+            held.discard_writer(held.prepare_writer(self._below, 0))
 
     def _require_freezable(self) -> None:
         image = self._served.image()
@@ -62,6 +76,11 @@ class Committing(Work):
         return self._served.held.disk.chain.nodes
 
     @property
+    def _files(self) -> list[HostFile]:
+        assert self._served.held.disk is not None
+        return self._served.held.disk.chain.files
+
+    @property
     def _frozen_name(self) -> str:
         """How the files are called that what the image holds is frozen in, if not with a number."""
         return f"{os.path.realpath(self._served.image().file.path)}.committing"
@@ -69,9 +88,9 @@ class Committing(Work):
     def _is_frozen_by_us(self, path: str) -> bool:
         return os.path.realpath(path).rstrip("0123456789") == self._frozen_name
 
-    def _frozen_above(self, base: Node) -> list[str]:
-        paths = [node.file.path for node in takewhile(lambda node: node is not base, self._nodes[1:])]
-        return [path for path in paths if self._is_frozen_by_us(path)]
+    def _frozen_above(self, base: Node) -> list[Named]:
+        files = self._files[1 : self._nodes.index(base)]
+        return [Named(file.path, numbers_of(os.fstat(file.fd))) for file in files if self._is_frozen_by_us(file.path)]
 
     def _first_base(self) -> str:
         """Below the image, and below what commits that did not end have frozen."""
@@ -146,11 +165,11 @@ class Committing(Work):
 
     def finish(self) -> None:
         self._served.put_over(self._image, self._below, lambda: self._find()[2] is self._below)
-        for path in self._frozen:
+        for frozen in self._frozen:
             try:
-                os.unlink(path)
+                frozen.remove()
             except OSError as error:  # nobody needs it
-                log.error("%s: is left: %s", path, error.strerror)
+                log.error("%s: is left: %s", frozen.path, error.strerror)
 
     def leave(self) -> None:
         with self._served.device.keeping() as is_held:

@@ -172,10 +172,16 @@ class Commands:
         self.on_event(Event("snapshot", taken))
         return taken
 
-    def snapshot_internal(self, action: Callable[..., Any], **arguments: Any) -> Any:
-        """*action* of the image, which no job is to see."""
-        self.jobs.require_none()
-        return action(**arguments)
+    def snapshot_internal(self, action: str, name: object) -> Any:
+        """Create, delete or apply the internal snapshot *name*."""
+        result = INTERNAL[action](self.image, name)
+        self.on_event(Event("snapshot-internal", {"action": action, "name": name}))
+        return result
+
+    def bitmap_change(self, actions: object) -> None:
+        """Do these one after the other, all of them or none."""
+        self.image.bitmap_change(actions)
+        self.on_event(Event("bitmap", {"actions": actions}))
 
     def flush(self) -> None:
         """Make every write completed before now stable."""
@@ -195,6 +201,11 @@ class Commands:
         os.eventfd_write(self._stop_fd, 1)
 
 
+INTERNAL: dict[str, Callable[[ImageCommands, object], Any]] = {
+    "create": ImageCommands.snapshot_internal_create,
+    "delete": ImageCommands.snapshot_internal_delete,
+    "apply": ImageCommands.snapshot_internal_apply,
+}
 COMMANDS: dict[str, Callable[..., Any]] = {
     "status": Commands.status,
     "stats": Commands.stats,
@@ -205,17 +216,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "snapshot-next": Commands.snapshot_next,
     "snapshot-cancel": Commands.snapshot_cancel,
     "snapshot-internal-list": lambda commands: commands.image.snapshot_internal_list(),
-    "snapshot-internal-create": lambda commands, name: commands.snapshot_internal(
-        commands.image.snapshot_internal_create, name=name
-    ),
-    "snapshot-internal-delete": lambda commands, name: commands.snapshot_internal(
-        commands.image.snapshot_internal_delete, name=name
-    ),
-    "snapshot-internal-apply": lambda commands, name: commands.snapshot_internal(
-        commands.image.snapshot_internal_apply, name=name
-    ),
+    "snapshot-internal-create": lambda commands, name: commands.snapshot_internal("create", name),
+    "snapshot-internal-delete": lambda commands, name: commands.snapshot_internal("delete", name),
+    "snapshot-internal-apply": lambda commands, name: commands.snapshot_internal("apply", name),
     "bitmap-list": lambda commands: commands.image.bitmap_list(),
-    "bitmap-change": lambda commands, actions: commands.image.bitmap_change(actions),
+    "bitmap-change": Commands.bitmap_change,
     "export-start": lambda commands, **options: commands.exports.start(**options),
     "export-stop": lambda commands, file: commands.exports.stop(file),
     "export-list": lambda commands: commands.exports.list(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
-from vhost.client import Control, ControlError, Job
+from vhost.client import Control, ControlError, EventName, Job
 from vhost.event import NAMES
 from vhost.policy import OnError
 
@@ -92,7 +92,7 @@ def _begun(control: Control, job: Job, request: dict[str, Any]) -> int:
     return _wait(control, job.job, is_json=request["json"]) if request["wait"] else _show(job, is_json=request["json"])
 
 
-def _print_events(control: Control, names: list[str]) -> int:
+def _print_events(control: Control, names: list[EventName]) -> int:
     control.subscribe(*names)
     for event in control.events():
         print(json.dumps({"event": event.name, "data": event.data}), flush=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = ("job", "snapshot", "error")  # documented in docs/control.md
+NAMES = ("job", "snapshot", "snapshot-internal", "bitmap", "error")  # documented in docs/control.md
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,21 @@ same care for a death.
 
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from qcow2 import ImageError
-from qcow2.driver.task import Task
 from qcow2.engine.bitmapplan import BitmapPlan
 from qcow2.engine.bitmaptable import StoredBitmap, dirty_bytes
 from qcow2.engine.image import Image
+from qcow2.format.snapshot import SnapshotTable, find_snapshot
 from qcow2.library.facts import snapshot_facts
+from vhost.beside import beside
 from vhost.bitmapaction import parse_actions
 from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
-from vhost.problem import describe, problem_of
+from vhost.problem import describe
 from virtio.block import Unavailable
 
 FLUSHES = 2  # before requests wait: what is made stable then has less to do
@@ -35,7 +35,11 @@ class ImageRefused(Exception):
 class ImageCommands:
     """Changes the image of *held*, which is under *device* as *backend*. For one thread at a time."""
 
-    def __init__(self, device: Device, backend: ImageBackend, held: HeldImage) -> None:
+    def __init__(
+        self, device: Device, backend: ImageBackend, held: HeldImage, require_no_job: Callable[[], None]
+    ) -> None:
+        """*require_no_job()* raises while there is a job, which internal snapshots are not to be changed under."""
+        self._require_no_job = require_no_job
         self._device = device
         self._backend = backend
         self._held = held
@@ -71,25 +75,37 @@ class ImageCommands:
     def snapshot_internal_create(self, name: object) -> dict[str, Any]:
         """Keep what the disk holds now as the internal snapshot *name*, which there is not."""
         wanted = _name(name)
+        with self._holding() as image:
+            if any(each.name == wanted for each in self._beside(image.snapshots())):
+                raise ImageRefused(f"there is a snapshot {wanted!r}")
+            self._require_no_job()
 
         async def create(image: Image) -> dict[str, Any]:
-            if any(each.name == wanted for each in await image.snapshots()):
-                raise ValueError(f"there is a snapshot {wanted!r}")
             return snapshot_facts(await image.create_snapshot(wanted, time.time_ns()))
 
         return self._alone(create)
 
     def snapshot_internal_delete(self, name: object) -> None:
         """Forget an internal snapshot; what it alone held is free."""
-        wanted = _name(name)
+        wanted = self._existing(name, by_id=False)
+        self._require_no_job()
         self._alone(lambda image: image.delete_snapshot(wanted))
 
     def snapshot_internal_apply(self, name: object) -> None:
         """Let the disk hold what it held at an internal snapshot; no guest is to see that."""
-        wanted = _name(name)
+        wanted = self._existing(name, by_id=True)
+        self._require_no_job()
         if self._device.session is not None:
             raise ImageRefused("a front-end uses the disk, which would change under its guest: end it first")
         self._alone(lambda image: image.apply_snapshot(wanted))
+
+    def _existing(self, name: object, *, by_id: bool) -> str:
+        """The name of a snapshot that there is. Raises: ImageRefused."""
+        wanted = _name(name)
+        with self._holding() as image:
+            found = self._beside(image.snapshots())
+            find_snapshot(image.file.path, SnapshotTable.of(found, image.file.path), wanted, by_id=by_id)
+        return wanted
 
     def _alone(self, change: Callable[[Image], Coroutine[Any, Any, T]]) -> T:
         """Await *change* of the image while requests wait; what it gives."""
@@ -109,17 +125,7 @@ class ImageCommands:
 
     def _beside(self, look: Coroutine[Any, Any, T]) -> T:
         """Await *look* at the image beside requests; what it gives."""
-        outcome: Future[T] = Future()
-
-        def end(task: Task) -> None:
-            error = task.take_error()
-            if error is None:
-                outcome.set_result(task.result)
-            else:
-                outcome.set_exception(ImageRefused(problem_of(error)))
-
-        self._device.worker.call(lambda: self._backend.run(look, end))
-        return self._device.worker.wait(outcome)
+        return beside(self._device, self._backend, look)
 
     @contextmanager
     def _holding(self) -> Iterator[Image]:
@@ -131,7 +137,7 @@ class ImageCommands:
                 if not isinstance(image, Image):
                     raise ImageRefused("a raw image has neither bitmaps nor internal snapshots")
                 yield image
-        except Unavailable as error:
+        except (Unavailable, ValueError) as error:
             raise ImageRefused(str(error)) from error
         except (OSError, ImageError) as error:
             raise ImageRefused(describe(error)) from error

@@ -83,17 +83,17 @@ class JobCommands:
     ) -> dict[str, Any]:
         """Copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*."""
         name = _named(target)
+        if not isinstance(existing, bool):
+            raise JobRefused(f"existing is true or false, not {existing!r}")
         if format not in FORMATS:
             raise JobRefused(f"{format!r} is none of {', '.join(FORMATS)}")
         if bitmap is None and backing is not None:
             raise JobRefused("a backing file is for what a bitmap says: all of the disk needs none")
         if bitmap is not None and format != "qcow2":
             raise JobRefused("what a bitmap says goes to a qcow2 image: a raw file cannot say what it lacks")
-        chosen = _named(bitmap), _named(backing)
+        chosen, is_existing = (_named(bitmap), _named(backing)), existing
         return self._start(
-            lambda: Backup(
-                self._served, name, str(format), exists=existing is True, bitmap=chosen[0], backing=chosen[1]
-            ),
+            lambda: Backup(self._served, name, str(format), exists=is_existing, bitmap=chosen[0], backing=chosen[1]),
             rate,
             on_error,
         )

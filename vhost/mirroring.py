@@ -9,12 +9,10 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from typing import Any
 
 from qcow2 import Disk
 from qcow2.driver.file import HostFile, run
-from qcow2.driver.task import Task
 from qcow2.engine.create import Options, Preallocation, create, write_raw
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage
@@ -22,7 +20,7 @@ from qcow2.job.mirror import Mirror
 from qcow2.job.pace import Pace
 from qcow2.node.node import Node
 from qcow2.node.pivot import NewFile, Pivot, require_turnable
-from ring.thread import new_future
+from vhost.beside import beside
 from vhost.job import JobFailed, RoomWanted, Work
 from vhost.problem import problem_of
 from vhost.servedchain import ServedChain
@@ -58,9 +56,9 @@ class Mirroring(Work):
         self._path = path
         if is_existing and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
-        if is_existing:
-            os.stat(path)
+        served.require_foreign(path)
         self._new = None if is_existing else NewFile(path)
+        self._held.close_beside(self._open(image))  # what can be known of it is said now
         self.about: dict[str, Any] = {
             "target": target,
             "format": self._format,
@@ -104,8 +102,6 @@ class Mirroring(Work):
         source = self._held.disk.image
         self._copy = copy = self._open(source)
         try:
-            if copy.size != source.size:
-                raise ValueError(f"{self._path}: is {copy.size} bytes long, the disk is {source.size}")
             is_new = self._new is not None
             self._mirror = mirror = Mirror(source, copy.image, only_top=self._only_top, is_new=is_new)
             mirror.on_behind = self.on_behind
@@ -120,11 +116,20 @@ class Mirroring(Work):
             raise
 
     def _open(self, source: Node) -> Disk:
+        """Raises: OSError, ImageError; ValueError if its length is another."""
         assert self._held.disk is not None
-        if self._new is None:
-            return self._held.open_beside(self._path, self._format)
-        self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
-        return self._held.open_beside(self._new.temporary, self._format)
+        if self._new is not None:
+            self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
+        try:
+            copy = self._held.open_beside(self._path if self._new is None else self._new.temporary, self._format)
+            if copy.size != source.size:
+                self._held.close_beside(copy)
+                raise ValueError(f"{self._path}: is {copy.size} bytes long, the disk is {source.size}")
+        except BaseException:
+            if self._new is not None:
+                self._new.discard()
+            raise
+        return copy
 
     def _fill(self, file: HostFile, source: Node) -> None:
         if self._format == "raw":
@@ -183,7 +188,7 @@ class Mirroring(Work):
             self.require_finishable()
             assert self._copy is not None
             for _ in range(FLUSHES):
-                self._flush(self._copy.image)
+                beside(self._device, self._backend, self._copy.image.flush())
             self._name()
             assert self._held.disk is not None
             pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], self._path, self._copy.files[0])
@@ -276,17 +281,6 @@ class Mirroring(Work):
     def _name(self) -> None:
         if self._new is not None:
             self._new.name()
-
-    def _flush(self, image: Node) -> None:
-        """Raises: OSError."""
-        outcome: Future[str] = new_future()
-
-        def end(task: Task) -> None:
-            outcome.set_result(problem_of(task.take_error()))
-
-        self._device.worker.call(lambda: self._backend.run(image.flush(), end))
-        if problem := self._device.worker.wait(outcome):
-            raise OSError(errno.EIO, problem)
 
     def _exchange(
         self, begin: Callable[[Callable[[str], None]], None], swap: Callable[[], None], attached: Callable[[], None]

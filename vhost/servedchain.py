@@ -64,6 +64,20 @@ class ServedChain:
                 return node
         raise ValueError(f"{name}: is not in the backing chain of {path}")
 
+    def require_foreign(self, path: str) -> None:
+        """Raises: ValueError if *path*, which is to be written, leads to a file of what is served; OSError."""
+        assert self.held.disk is not None
+        with suppress(FileNotFoundError):
+            wanted = os.stat(path)
+            if any(os.path.samestat(wanted, os.fstat(file.fd)) for file in self.held.disk.files):
+                raise ValueError(f"{path}: is a file of the disk that is served")
+
+    def require_over(self, image: Image, base: Node | None) -> tuple[str | None, str | None]:
+        """What *image* is to call *base*, and its format. Raises: UnsupportedImage if the next open may not follow."""
+        name, image_format = name_of_base(image, base)
+        self.held.require_nameable(name)
+        return name, image_format
+
     def put_over(self, image: Image, base: Node | None, is_same: Callable[[], bool] = lambda: True) -> None:
         """Put *image* over *base*, and close what was between, on a job's thread.
 
@@ -85,8 +99,7 @@ class ServedChain:
         with self.device.keeping() as is_held:
             if not is_held or self.held.disk is None or self.held.disk.image is not image or not is_same():
                 raise RoomWanted
-            name, image_format = name_of_base(image, base)
-            self.held.require_nameable(name)
+            name, image_format = self.require_over(image, base)
             refusal = self.device.exchange(begin, lambda: closing.extend(self.held.drop_between(base)), lambda: None)
         for error in errors:
             raise no_memory() if isinstance(error, MemoryError) else error

@@ -37,6 +37,7 @@ class Streaming(Work):
         base = self._served.below(self._base)
         if image.backing is base:
             raise ValueError(f"{self._base}: is the backing file of {image.file.path} already")
+        self._served.require_over(image, base)
         return image, base
 
     def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:

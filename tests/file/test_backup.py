@@ -191,7 +191,8 @@ def test_backup_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
         for options, why in (
             ({"target": "there"}, "File exists"),
-            ({"target": "disk", "existing": True}, "is another process using the image"),
+            ({"target": "disk", "existing": True}, "disk: is a file of the disk that is served"),
+            ({"target": "there", "existing": "yes"}, "existing is true or false"),
             ({"target": "nowhere/copy"}, "No such file"),
             ({"target": "copy", "format": "vmdk"}, "none of qcow2, raw"),
             ({"target": "copy", "bitmap": "weekly"}, "'weekly' not found"),

@@ -210,6 +210,10 @@ def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
         client.resume(job)
         assert client.wait(job).state == "completed"
         daemon.stop()
+        assert daemon.process.stderr is not None
+        said = daemon.process.stderr.read()
+        for number, state in ((1, "failed"), (2, "paused")):
+            assert f"job {number}, stream, {state}: {top}: File too large\n" in said
     assert content(top) == SHOWN
     assert_clean(top)
 
@@ -250,7 +254,7 @@ def test_daemon_that_may_not(top: Path, tmp_path: Path, option: str) -> None:
 
 def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
     with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as teller, control(top) as client:
-        teller.subscribe("job", "snapshot")
+        teller.subscribe("job", "snapshot", "bitmap", "snapshot-internal")
         job = client.wait(client.stream().job)
         client.snapshot("frozen")
         heard: list[Any] = []
@@ -260,8 +264,22 @@ def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
             heard.append((event.name, event.data.get("state", event.data.get("snapshot"))))
         assert heard == [("job", "running"), ("job", "completed"), ("snapshot", "frozen")]
         assert job == client.jobs()[0]
+        actions = [{"action": "add", "name": "daily"}, {"action": "disable", "name": "daily"}]
+        client.bitmaps.change(*actions)
+        with pytest.raises(ControlError, match="daily"):
+            client.bitmaps.add("daily")
+        client.internal_snapshots.create("one")
+        with pytest.raises(ControlError, match="there is a snapshot 'one'"):
+            client.internal_snapshots.create("one")
+        client.internal_snapshots.delete("one")
+        told = [teller.next_event(TIMEOUT) for _ in range(3)]
+        assert [(event.name, event.data) for event in told if event is not None] == [
+            ("bitmap", {"actions": actions}),
+            ("snapshot-internal", {"action": "create", "name": "one"}),
+            ("snapshot-internal", {"action": "delete", "name": "one"}),
+        ]
         with pytest.raises(ControlError, match="weather"):
-            teller.subscribe("weather")
+            teller.ask("subscribe", events=["weather"])
 
 
 def test_ctl_shows_jobs_to_people_and_to_programs(top: Path) -> None:
@@ -366,9 +384,8 @@ def test_commit_that_is_given_up_leaves_the_chain_as_it_was(top: Path, tmp_path:
 def test_commit_to_what_others_use_is_refused(top: Path, tmp_path: Path) -> None:
     with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
         with qcow2.open(tmp_path / "base"):
-            failed = client.wait(client.commit().job)
-            assert failed.state == "failed"
-            assert "is another process using the image?" in failed.error
+            with pytest.raises(ControlError, match="is another process using the image"):
+                client.commit()
             assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
         with pytest.raises(OSError, match="write"):
             qcow2.open(tmp_path / "base", writable=True)  # it is read, as before
@@ -385,7 +402,7 @@ def test_commit_never_shows_what_was_hidden(tmp_path: Path) -> None:
 
 
 @pytest.mark.sample(4)
-@pytest.mark.parametrize("at", [2, 5, 7, 8, 9, 10, 11, 12])
+@pytest.mark.parametrize("at", [2, 5, 7, 8, 9, 10, 11, 12, 13, 14])
 def test_death_in_a_commit_leaves_the_same_disk(top: Path, tmp_path: Path, at: int) -> None:
     with start(top, "--aio=threads", under=dying_from_start(at)) as daemon, FrontEnd(daemon.socket_path):
         with suppress(ControlError, BackendGone), control(top) as client:
@@ -454,6 +471,26 @@ def test_commit_of_a_disk_that_lies_right_over_its_base(tmp_path: Path) -> None:
     assert top.stat().st_size < MIB
     assert sorted(os.listdir(tmp_path)) == ["base", "top"]
     assert_clean(top)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_name_of_what_was_frozen_may_be_gone_before_the_end(top: Path, tmp_path: Path, is_replaced: bool) -> None:
+    frozen = tmp_path / "top.committing"
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        guest.write(0, b"w" * BLOCK)
+        job = client.commit("base", active=True, rate=1).job
+        while backing_name(top) != frozen.name:
+            assert not client.job(job).has_ended
+        frozen.unlink()
+        if is_replaced:
+            frozen.write_bytes(b"somebody's")
+        client.set_rate(job, 0)
+        assert client.wait(job).state == "completed"
+        daemon.stop()
+        assert daemon.process.stderr is not None
+        assert daemon.process.stderr.read() == ""
+    assert content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
+    assert not is_replaced or frozen.read_bytes() == b"somebody's"
 
 
 def test_bitmaps_stay_with_the_image_that_is_committed(top: Path) -> None:

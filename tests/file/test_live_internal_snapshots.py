@@ -115,6 +115,7 @@ def test_what_is_refused(image: Path, tmp_path: Path) -> None:
             (("create", "s"), "there is a snapshot 's'"),
             (("create", ""), "snapshot name of 0 bytes"),
             (("delete", "t"), "snapshot 't' not found"),
+            (("apply", "t"), "snapshot 't' not found"),
             (("apply", "s"), "a front-end uses the disk"),
         ):
             done = ctl(image, "snapshot-internal", *arguments)

@@ -25,15 +25,6 @@ from tests.sim.liveledger import Ledger
 from tests.sim.liveness import Liveness, Waiting
 from tests.sim.served import Block, Served
 from vhost.disk import ImageBackend
-<<<<<<< HEAD
-=======
-from vhost.job import Work
-from vhost.option import CacheMode
-from vhost.overlaybitmaps import OverlayBitmaps
-from vhost.snapshot import Pace as NoPace
-from vhost.snapshot import Snapshots
-from vhost.streaming import Streaming
->>>>>>> ed6a684 (wip all)
 from virtio.config import MAX_RANGE_SECTORS
 
 TAGS = 4096  # of link logs of one image, at most
