@@ -49,6 +49,15 @@ def test_every_option_is_understood() -> None:
     )
 
 
+def test_each_field_of_the_record_is_an_option_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert [
+        name for name in Options.__dataclass_fields__ if f"--{name.removesuffix('s').replace('_', '-')}" not in said
+    ] == []
+
+
 def test_raw_is_a_format() -> None:
     assert parse([*REQUIRED, "--format=raw"]).format == "raw"
 
@@ -69,7 +78,7 @@ def test_cache_modes_mean_what_they_mean_in_qemu(mode: str, writeback: bool, dir
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("1048576", 1 << 20), ("64m", 64 << 20), ("2G", 2 << 30), ("1T", 1 << 40)]
+    ("text", "nbytes"), [("1048576", 1 << 20), ("64m", 64 << 20), ("2G", 2 << 30), ("1T", 1 << 40), ("1.5M", 3 << 19)]
 )
 def test_cache_size_takes_suffixes(text: str, nbytes: int) -> None:
     assert parse([*REQUIRED, f"--cache-size={text}"]).cache_size == nbytes
