@@ -2,18 +2,24 @@
 
 ``--peer`` names the other qemu-img (11.1 for the figures of docs/speed.md), ``--place`` a directory on the disk that is
 meant; warm means that sources are in the page cache. Each row is the median of what they took and of the ratios.
+``reads`` compares with what else reads qcow2 from Python, if it is there:
+pip install dissect.hypervisor libqcow-python.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import qcow2
 
@@ -150,48 +156,106 @@ CASES = [
 ]
 
 
-def seconds(program: str, words: Words, place: Place) -> float:
-    started = time.perf_counter()
+class Took(NamedTuple):
+    """Seconds."""
+
+    passed: float
+    worked: float  # of all processors
+
+
+def took(program: str, words: Words, place: Place) -> Took:
+    """What one run took."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([program, *words], cwd=place.root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    took = time.perf_counter() - started
+    passed, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{program} {' '.join(words)}: exit {done.returncode}: {done.stderr.decode()[-500:]}")
-    return took
+    return Took(passed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def row(case: Case, place: Place, count: int) -> str:
     """A line of the table: the medians of *count* pairs, after one that warms up."""
-    ours: list[float] = []
-    theirs: list[float] = []
+    ours: list[Took] = []
+    theirs: list[Took] = []
     for number in range(count + 1):
         for program, words, kept in ((OURS, case.ours, ours), (place.peer, case.theirs, theirs)):
             line = words(place)
             case.before(place)
-            took = seconds(program, line, place)
             if number:
-                kept.append(took)
-    ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
-    medians = f"{statistics.median(ours):.3f} s | {statistics.median(theirs):.3f} s | {statistics.median(ratios):.2f}"
-    return f"| {case.name} | {medians} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | {case.wanted} |"
+                kept.append(took(program, line, place))
+            else:
+                took(program, line, place)
+    ratios = sorted(their.passed / our.passed for our, their in zip(ours, theirs, strict=True))
+    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    passed = " | ".join(f"{statistics.median(each.passed for each in kept):.3f} s" for kept in (ours, theirs))
+    worked = " and ".join(f"{statistics.median(each.worked for each in kept):.3f}" for kept in (ours, theirs))
+    return f"| {case.name} | {passed} | {ratio} | {worked} | {case.wanted} |"
+
+
+Read = Callable[[int, int], bytes]  # (offset, nbytes)
+
+
+@contextmanager
+def reader_of_ours(path: Path) -> Iterator[Read]:
+    """`Disk.read`."""
+    with qcow2.open(path) as disk:
+        yield disk.read
+
+
+@contextmanager
+def reader_of_dissect(path: Path) -> Iterator[Read]:
+    """dissect.hypervisor. Raises: ImportError."""
+    with path.open("rb") as file:
+        disk: Any = import_module("dissect.hypervisor.disk.qcow2").QCow2(file)
+        stream = disk.open() if hasattr(disk, "open") else disk  # older ones are the stream
+
+        def read(offset: int, nbytes: int) -> bytes:
+            stream.seek(offset)
+            content: bytes = stream.read(nbytes)
+            return content
+
+        yield read
+
+
+@contextmanager
+def reader_of_libqcow(path: Path) -> Iterator[Read]:
+    """libqcow. Raises: ImportError."""
+    file: Any = import_module("pyqcow").file()
+    file.open(str(path))
+    try:
+        yield lambda offset, nbytes: file.read_buffer_at_offset(nbytes, offset)
+    finally:
+        file.close()
+
+
+READERS = {"Disk.read": reader_of_ours, "dissect.hypervisor": reader_of_dissect, "libqcow": reader_of_libqcow}
 
 
 def reads(place: Place, count: int) -> list[str]:
-    """`Disk.read` of a warm image, in GB/s."""
+    """Reading a warm image, in GB/s: one after the other, *count* times in turns after a first one that is not kept."""
+    path = place.root / place.image()
     lines = []
-    with qcow2.open(place.root / place.image()) as disk:
-        for nbytes in (64 << 10, 256 << 10, MIB, 4 * MIB):
-            end = min(disk.size - nbytes, 1 << 30)
-            starts = range(0, end, 2 * MIB)  # of the stretches of data
-            offsets = [offset for start in starts for offset in range(start, start + MIB, nbytes)]
-            rates = []
-            for number in range(count + 1):
-                started = time.perf_counter()
-                for offset in offsets:
-                    disk.read(offset, nbytes)
-                if number:
-                    rates.append(len(offsets) * nbytes / (time.perf_counter() - started) / 1e9)
-            lines.append(f"| Disk.read {nbytes >> 10} KiB | {statistics.median(rates):.2f} GB/s | - | - | >= 1 GB/s |")
+    for nbytes in (64 << 10, 256 << 10, MIB, 4 * MIB):
+        rates: dict[str, list[float]] = {}
+        for number in range(count + 1):
+            for name, reader in READERS.items():
+                with suppress(ImportError), reader(path) as read:
+                    found = rate(read, min(place.nbytes, 1 << 30), nbytes)
+                    rates.setdefault(name, []).extend([found] if number else [])
+        lines += [
+            f"| {name}, {nbytes >> 10} KiB | {statistics.median(found):.2f} GB/s | - | - | - | ours: >= 1 GB/s |"
+            for name, found in rates.items()
+        ]
     return lines
+
+
+def rate(read: Read, end: int, nbytes: int) -> float:
+    """GB/s of reading all that is before *end*, data and holes, *nbytes* at a time."""
+    started = time.perf_counter()
+    for offset in range(0, end - nbytes + 1, nbytes):
+        if len(read(offset, nbytes)) != nbytes:
+            raise SystemExit(f"short read at {offset}")
+    return end / (time.perf_counter() - started) / 1e9
 
 
 def memory(place: Place) -> list[str]:
@@ -202,9 +266,10 @@ def memory(place: Place) -> list[str]:
         ["check", "-f", "qcow2", place.sparse()],
         ["convert", "-f", "qcow2", "-O", "qcow2", place.sparse(), "out"],
         ["compare", "-f", "qcow2", "-F", "qcow2", place.sparse(), place.sparse()],
+        ["measure", "-f", "qcow2", "-O", "qcow2", place.sparse()],
     ):
         found = [_peak(program, words, place) for program in (OURS, place.peer)]
-        lines.append(f"| {words[0]} of 1 TiB, memory | {found[0] >> 10} MiB | {found[1] >> 10} MiB | - | bounded |")
+        lines.append(f"| {words[0]} of 1 TiB, memory | {found[0] >> 10} MiB | {found[1] >> 10} MiB | - | - | bounded |")
     return lines
 
 
@@ -228,7 +293,8 @@ def main() -> int:
     given = parser.parse_args()
     with TemporaryDirectory(dir=given.place) as directory:
         place = Place(Path(directory), given.peer, given.size << 30)
-        print("| case | ours | qemu-img | times as fast | wanted |\n|---|---|---|---|---|", flush=True)
+        print("| case | ours | qemu-img | times as fast | processor seconds | wanted |", flush=True)
+        print("|---|---|---|---|---|---|", flush=True)
         for case in CASES:
             if not given.cases or case.name in given.cases:
                 print(row(case, place, given.pairs), flush=True)
