@@ -129,9 +129,10 @@ def _given(texts: list[str]) -> dict[str, str]:
 
 def _require_backing(path: str, given: dict[str, str]) -> None:
     """Raises: Failure unless the backing file that was given is the one that is there."""
-    present = dict(zip(("backing_file", "backing_fmt"), backing_of(path), strict=True))
-    for name, value in present.items():
-        if name in given and given[name] != (value or ""):
+    if not {"backing_file", "backing_fmt"} & {*given}:
+        return
+    for name, value in zip(("backing_file", "backing_fmt"), backing_of(path), strict=True):
+        if given.get(name, "") != (value or ""):
             raise Failure("Cannot amend the backing file", hint=f"You can use '{program()} rebase' instead.")
 
 

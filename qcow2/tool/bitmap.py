@@ -14,7 +14,7 @@ from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, log_of
 from qcow2.tool.named import Named, add_format_option, add_image_options, named, the_image
 from qcow2.tool.opening import opening
-from qcow2.tool.quantity import parse_size
+from qcow2.tool.quantity import size_of
 
 
 class Also(argparse.Action):
@@ -60,12 +60,12 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError.
     """
+    granularity = _validated(arguments)
     is_of_one = any(action != "remove-all" for action, _ in arguments.actions) or not arguments.actions
     if arguments.filename is None or (is_of_one and arguments.bitmap is None):
         raise UsageError("Expecting filename and bitmap name")
     if not is_of_one and arguments.bitmap is not None:
         raise UsageError("Expecting filename")
-    granularity = _validated(arguments)
     image, name = the_image(arguments, writes=True), arguments.bitmap
     with opened_without_data(image, writable=True, **log_of(arguments)) as disk:
         for action, source in arguments.actions:
@@ -79,6 +79,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def _validated(arguments: argparse.Namespace) -> int | None:
     """The granularity, if all options fit together. Raises: UsageError."""
+    granularity = None if arguments.granularity is None else size_of("granularity", arguments.granularity)
     actions = {action for action, _ in arguments.actions}
     if not actions:
         raise UsageError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
@@ -88,7 +89,7 @@ def _validated(arguments: argparse.Namespace) -> int | None:
         raise UsageError("Merge bitmap source file only supported with --merge")
     if arguments.source_format is not None and arguments.source_file is None:
         raise UsageError("-F only supported with -b")
-    return None if arguments.granularity is None else parse_size(arguments.granularity)
+    return granularity
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from qcow2.tool.file import add_log_options, how_to_open
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.progress import shown
-from qcow2.tool.quantity import parse_size
+from qcow2.tool.quantity import size_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     image = the_image(arguments)
     path = image.path
-    rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
+    rate = 0 if arguments.rate_limit is None else size_of("rate limit", arguments.rate_limit)
     with shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate) as pace:
         try:
             commit_image(
@@ -47,9 +47,11 @@ def run_command(arguments: argparse.Namespace) -> int:
                 **how_to_open(arguments),
             )
         except NoBacking as error:
+            if arguments.base is not None:
+                raise Failure(_not_found(arguments.base, path)) from error
             raise Failure("Image does not have a backing file") from error
         except NotInChain as error:
-            raise Failure(f"Did not find '{arguments.base}' in the backing chain of '{path}'") from error
+            raise Failure(_not_found(arguments.base, path)) from error
         except SeenBySnapshot as error:
             raise Failure(str(error)) from error
         except OSError as error:
@@ -59,3 +61,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print("Image committed.")
     return 0
+
+
+def _not_found(base: str, path: str) -> str:
+    return f"Did not find '{base}' in the backing chain of '{path}'"

@@ -20,7 +20,7 @@ from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import Named, add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
 from qcow2.tool.progress import shown
-from qcow2.tool.quantity import parse_size
+from qcow2.tool.quantity import size_of
 from qcow2.tool.refused import once_it_has_begun, unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
@@ -82,9 +82,9 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0
     manner = _manner(arguments)
     _validate(arguments)
-    if is_qemu_img() and arguments.target_format == "qcow2":
-        _refuse_unreadable(dict(split_options(arguments.target_format_options)))
-    rate = 0 if arguments.rate_limit is None else parse_size(arguments.rate_limit)
+    if is_qemu_img() and arguments.target_format in FORMATS:
+        _refuse_unreadable(dict(split_options(arguments.target_format_options)), arguments.target_format)
+    rate = 0 if arguments.rate_limit is None else size_of("rate limit", arguments.rate_limit)
     *paths, path = arguments.filenames
     with ExitStack() as stack:
         snapshot = wanted_snapshot(arguments)
@@ -159,7 +159,11 @@ def _known_format(image_format: str) -> str:
 
 
 def _manner(arguments: argparse.Namespace) -> Manner:
-    sparse = SPARSE_UNIT if arguments.sparse_size is None else parse_size(arguments.sparse_size)
+    sparse = (
+        SPARSE_UNIT
+        if arguments.sparse_size is None
+        else size_of("buffer size for sparse output", arguments.sparse_size)
+    )
     if sparse % 512 or sparse > MAX_SPARSE:
         text = f"Valid sizes are multiples of 512 up to {MAX_SPARSE}. Select 0 to disable sparse detection"
         raise UsageError(f"Invalid buffer size for sparse output specified. {text} (fully allocates output).")
@@ -194,9 +198,9 @@ def _validate(arguments: argparse.Namespace) -> None:
         say("warning: -o has no effect when skipping image creation")
 
 
-def _refuse_unreadable(given: dict[str, str]) -> None:
+def _refuse_unreadable(given: dict[str, str], image_format: str) -> None:
     """Raises: Failure for what `qemu-img` has its own words for."""
-    if (text := unreadable(given)) is not None:
+    if (text := unreadable(given, image_format)) is not None:
         first, _, hint = text.partition("\n")
         raise Failure(first, hint=hint)
 
@@ -245,10 +249,10 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
     if not name:
         yield None
         return
-    if not image_format:
-        raise Failure("Use of backing file requires explicit backing format")
     if not FORMATS[wish.image_format].has_metadata:
         raise Failure(f"Backing file not supported for file format '{wish.image_format}'")
+    if not image_format:
+        raise Failure("Use of backing file requires explicit backing format")
     validate_backing(name, image_format)
     with open_source(Named(backing_path(wish.path, name), image_format), arguments) as base:
         yield base

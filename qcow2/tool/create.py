@@ -14,7 +14,7 @@ from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure
-from qcow2.tool.identity import default_format, is_qemu_img, say
+from qcow2.tool.identity import default_format, is_qemu_img
 from qcow2.tool.option import (
     OPTIONS,
     asks_for_help,
@@ -26,8 +26,8 @@ from qcow2.tool.option import (
     split_options,
     validate_backing,
 )
-from qcow2.tool.quantity import parse_size
-from qcow2.tool.refused import NOT_A_SIZE, announcement, before_it_begins, once_it_has_begun
+from qcow2.tool.quantity import parse_size, size_of
+from qcow2.tool.refused import announcement, before_it_begins, once_it_has_begun
 from qcow2.tool.secret import add_object_option
 
 
@@ -70,14 +70,15 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     if arguments.format not in FORMATS:
         if is_qemu_img():
-            raise Failure(f"{arguments.filename}: Unknown file format '{arguments.format}'")
+            lead = "" if asks_for_help(arguments.options) else f"{arguments.filename}: "
+            raise Failure(f"{lead}Unknown file format '{arguments.format}'")
         raise ValueError(f"format {arguments.format!r} cannot be created, only {' and '.join(FORMATS)}")
     if asks_for_help(arguments.options):
         print_help(arguments.format)
         return 0
     if arguments.filename is None:
         raise ValueError("expecting the name of the image")
-    if is_qemu_img() and arguments.format == "qcow2":
+    if is_qemu_img():
         _refuse_in_its_words(arguments)
     request = _request(arguments)
     match arguments.format:
@@ -95,17 +96,17 @@ def _refuse_in_its_words(arguments: argparse.Namespace) -> None:
     path = arguments.filename
     given = dict(split_options(arguments.options))
     if arguments.size is not None:
-        try:
-            given["size"] = str(parse_size(arguments.size))
-        except ValueError as error:
-            say(NOT_A_SIZE[0])
-            raise Failure(NOT_A_SIZE[1]) from error
+        nbytes = size_of("image size", arguments.size)
+        _refuse_second_size(path, given)
+        given["size"] = str(nbytes)
     given |= {} if arguments.backing is None else {"backing_file": arguments.backing}
     given |= {} if arguments.backing_format is None else {"backing_fmt": arguments.backing_format}
-    text = before_it_begins(path, given)
+    text = before_it_begins(path, given, arguments.format)
     if text is not None and not (arguments.unsafe and "backing" in text):
         first, _, hint = text.partition("\n")
         raise Failure(f"{path}: {first}", hint=hint)
+    if arguments.format != "qcow2":
+        return
     if "size" in given and (text := once_it_has_begun(given, size := parse_size(given["size"]))) is not None:
         if not arguments.quiet:
             print(announcement(path, given, size), flush=True)
@@ -163,8 +164,15 @@ def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
             run(write_luks(file, encryption, typed + -typed % SECTOR_SIZE))
 
 
+def _refuse_second_size(path: str, given: dict[str, str]) -> None:
+    if "size" in given:
+        raise Failure(f"{path}: The image size must be specified only once")
+
+
 def _request(arguments: argparse.Namespace) -> Request:
     given = parse_options(arguments.options, arguments.format)
+    if arguments.size is not None:
+        _refuse_second_size(arguments.filename, given)
     typed = {"size": arguments.size, "backing_file": arguments.backing, "backing_fmt": arguments.backing_format}
     return Request(arguments.filename, given | {name: text for name, text in typed.items() if text is not None})
 

@@ -13,7 +13,7 @@ from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, UsageError, reason_of
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, named
-from qcow2.tool.quantity import parse_size
+from qcow2.tool.quantity import size_of
 from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import Wish, new_target
 
@@ -79,7 +79,4 @@ def _operands(words: list[str]) -> dict[str, str]:
 
 
 def _number(given: dict[str, str], name: str, otherwise: int) -> int:
-    try:
-        return parse_size(given[name]) if name in given else otherwise
-    except ValueError as error:
-        raise UsageError(f"invalid number: '{given[name]}'") from error
+    return size_of(name, given[name]) if name in given else otherwise

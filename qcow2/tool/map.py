@@ -11,7 +11,7 @@ from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
-from qcow2.tool.quantity import parse_size
+from qcow2.tool.quantity import size_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     Raises: OSError, ImageError, ValueError.
     """
     wanted = the_image(arguments)
-    start = parse_size(arguments.start_offset)
-    length = None if arguments.max_length is None else parse_size(arguments.max_length)
+    start = size_of("start offset", arguments.start_offset)
+    length = None if arguments.max_length is None else size_of("max length", arguments.max_length)
     with Chain(force_share=arguments.force_share, luks_header=wanted.luks_header) as chain:
         with opening(wanted.path):
             image = chain.open(wanted.path, wanted.image_format, OpenOptions(has_data=False))

@@ -9,9 +9,11 @@ from qcow2.node.formats import FORMATS
 from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import print_json
+from qcow2.tool.identity import is_qemu_img, program
 from qcow2.tool.named import add_format_option, add_image_options, the_image
-from qcow2.tool.option import asks_for_help, image_options, parse_options, print_help
-from qcow2.tool.quantity import parse_size
+from qcow2.tool.option import asks_for_help, image_options, parse_options, print_help, split_options
+from qcow2.tool.quantity import size_of
+from qcow2.tool.refused import unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
 
@@ -38,6 +40,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if asks_for_help(arguments.options):
         print_help(arguments.target_format)
         return 0
+    if arguments.filename is None and (arguments.image_opts or arguments.format or arguments.snapshot):
+        raise UsageError("--image-opts, -f, and -l require a filename argument.")
     if arguments.size is not None and arguments.filename is not None:
         raise UsageError("--size N cannot be used together with a filename.")
     if arguments.size is None and arguments.filename is None:
@@ -55,9 +59,13 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _measured(arguments: argparse.Namespace) -> Measures:
+    if is_qemu_img() and (text := unreadable(dict(split_options(arguments.options)), arguments.target_format)):
+        first, _, hint = text.partition("\n")
+        rest = f"{program()}: Invalid options for file format '{arguments.target_format}'"
+        raise Failure(first, hint=f"{hint}\n{rest}" if hint else rest)
     given = parse_options(arguments.options, arguments.target_format)
     if arguments.filename is None:
-        size = parse_size(arguments.size)
+        size = size_of("image size", arguments.size)
         size += -size % SECTOR_SIZE
         if not FORMATS[arguments.target_format].has_metadata:
             return _of_unmapped(size, given, arguments)

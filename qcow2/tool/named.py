@@ -69,9 +69,9 @@ def named(text: str, image_format: str | None, *, is_options: bool = False, writ
     if is_options:
         if image_format is not None:
             raise Failure("--image-opts and --format are mutually exclusive")
-        return _of_options(dict(_split(text)))
+        return _of_options(dict(_split(text)), text)
     if text.startswith("json:"):
-        return _of_options(_parsed(text))
+        return _of_options(_parsed(text), text)
     path = text.removeprefix("file:")
     if image_format is None:
         return Named(path, guessed(path, writes=writes))
@@ -130,13 +130,15 @@ def _flat(facts: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str]]:
             yield f"{lead}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _of_options(given: dict[str, str]) -> Named:
+def _of_options(given: dict[str, str], text: str) -> Named:
     driver = given.pop("driver", None)
     path = next((given.pop(key) for key in PATH_KEYS if key in given), None)
     for key in (*IGNORED, *TUNING, *(key for key in given if key.removeprefix("file.").startswith("cache."))):
         given.pop(key, None)
     if driver in HOST_DRIVERS:
         driver = "raw"
+    if path is None and driver is not None and not given and "=" not in text:
+        raise Failure(f"Could not open '{text}': Cannot find device='{text}' nor node-name='{text}'")
     if path is None:
         raise Failure('A block device must be specified for "file"')
     if driver is None:

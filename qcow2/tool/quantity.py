@@ -2,6 +2,9 @@
 
 import re
 
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import is_qemu_img, say
+
 SUFFIXES = "bkmgtpe"
 LIMIT = (1 << 63) - 512
 WRITTEN = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.ASCII | re.IGNORECASE)
@@ -24,6 +27,17 @@ def parse_size(text: str) -> int:
     if nbytes > LIMIT:
         raise ValueError(f"size {text!r} is more than the limit of {LIMIT} bytes")
     return nbytes
+
+
+def size_of(what: str, text: str) -> int:
+    """The same, of *what* it is. Raises: ValueError; Failure for what `qemu-img` has its own words for."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        if not is_qemu_img():
+            raise
+        say(f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for")
+        raise Failure("kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.") from error
 
 
 def format_size(nbytes: int) -> str:

@@ -52,13 +52,13 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Raises: UsageError, Failure, ValueError, OSError, ImageError; what the image shows is as before then.
     """
+    if arguments.backing is None and not arguments.unsafe:
+        raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     image = the_image(arguments)
     arguments.filename = image.path
     if not format_of(image.path, image.image_format).has_metadata:
         raise Failure(f"Could not change the backing file to '{arguments.backing or ''}': Operation not supported")
     name, backing_format = arguments.backing or None, arguments.backing_format
-    if arguments.backing is None and not arguments.unsafe:
-        raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     if name is None:
         backing_format = None
     elif backing_format is None:

@@ -4,25 +4,24 @@ import os
 
 from qcow2.engine.create import max_size
 from qcow2.format.layout import MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, VERSIONS
-from qcow2.tool.option import OPTIONS, PREALLOCATIONS, SWITCH
+from qcow2.tool.option import DETACHED, OPTIONS, PREALLOCATIONS, SWITCH
 from qcow2.tool.quantity import parse_size
 
 NEWER = "compatibility level 1.1 {} above (use version=v3 or greater)"
+NO_SIZE = "Image creation needs a size parameter"
 ANY_SIZE = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively."
 )
-NOT_A_SIZE = (
-    "Invalid image size specified. You may use k, M, G, T, P or E suffixes for",
-    "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",
-)
 
 
-def unreadable(given: dict[str, str]) -> str | None:
+def unreadable(given: dict[str, str], image_format: str) -> str | None:
     """Its complaint about options that it cannot read; None if it has none."""
     for name in given:
-        if name not in OPTIONS["qcow2"]:
+        if name not in OPTIONS[image_format]:
             return f"Invalid parameter '{name}'"
+    if image_format != "qcow2":
+        return None
     for name in ("size", "cluster_size"):
         if _size(given.get(name, "0")) is None:
             return ANY_SIZE.format(name)
@@ -34,15 +33,17 @@ def unreadable(given: dict[str, str]) -> str | None:
     return None
 
 
-def before_it_begins(path: str, given: dict[str, str]) -> str | None:
+def before_it_begins(path: str, given: dict[str, str], image_format: str) -> str | None:
     """The same, or about a backing file that is not there; None if it has none."""
-    if (text := unreadable(given)) is not None:
+    if (text := unreadable(given, image_format)) is not None:
         return text
+    if image_format != "qcow2":
+        return None if {"size", DETACHED} & {*given} else NO_SIZE
     backing = given.get("backing_file")
     if backing and ":" not in backing and not os.path.exists(below := os.path.join(os.path.dirname(path), backing)):
         return f"Could not open '{below}': No such file or directory\nCould not open backing image."
     if "size" not in given and not backing:
-        return "Image creation needs a size parameter"
+        return NO_SIZE
     if backing and not given.get("backing_fmt"):
         return "Backing file specified without backing format"
     return None

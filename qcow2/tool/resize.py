@@ -19,6 +19,7 @@ from qcow2.tool.named import Named, add_format_option, add_image_options, the_im
 from qcow2.tool.opening import opening
 from qcow2.tool.option import PREALLOCATIONS
 from qcow2.tool.quantity import parse_size
+from qcow2.tool.refused import ANY_SIZE
 
 LESS = re.compile(r"-\d[\d.]*[bkmgtpe]?$", re.ASCII | re.IGNORECASE)
 WARNING = (
@@ -89,9 +90,15 @@ def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preal
 
 def _wanted(text: str, old: int) -> int:
     """The size that *text*, absolute or relative to *old*, names."""
+    try:
+        change = parse_size(text.lstrip("+-") if text[:1] in ("+", "-") else text)
+    except ValueError as error:
+        if not is_qemu_img():
+            raise
+        first, _, hint = ANY_SIZE.format("size").partition("\n")
+        raise Failure(first, hint=hint) from error
     if text[:1] not in ("+", "-"):
-        return parse_size(text)
-    change = parse_size(text[1:])
+        return change
     size = old + change if text[0] == "+" else old - change
     if size <= 0:
         raise Failure("New image size must be positive")

@@ -61,6 +61,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _change(verb: str, name: str, image: Named, arguments: argparse.Namespace) -> None:
+    if arguments.force_share:
+        raise Failure(f"Could not open '{image.path}': force-share=on can only be used with read-only images")
     if not format_of(image.path, image.image_format).has_snapshots:
         raise Failure(f"Could not {verb} snapshot {name!r}: {os.strerror(errno.ENOTSUP)}")
     with open_disk(image.path, writable=True, **how_to_open(arguments)) as disk:

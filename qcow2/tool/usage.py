@@ -20,7 +20,8 @@ WORDS = (  # argparse's, and its own
     (r"unrecognized arguments: (-\S+).*", r"unrecognized option '\1'"),
     (r"unrecognized arguments: .*|the following arguments are required: filename", "Expecting one image file name"),
     (r"the following arguments are required: COMMAND", "Not enough arguments"),
-    (r"argument (-.): not allowed with argument (-.)", "Cannot mix '-l', '-a', '-c', '-d'"),
+    (r"argument -i/--aio: invalid choice: '(.*?)' .*", r"Invalid aio option: \1"),
+    (r"argument -[lacd]/.*: not allowed with argument -[lacd]/.*", "Cannot mix '-l', '-a', '-c', '-d'"),
 )
 
 

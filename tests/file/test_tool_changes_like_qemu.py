@@ -11,8 +11,8 @@ from tests.file.test_tool_like_qemu import about, adapted, has_other_words, said
 from tests.oracle import assert_clean, peers, qemu_img, qemu_io
 from tests.program import TOOL
 
-CHANGES = ("commit", "resize", "amend", "rebase", "snapshot")
-IMAGES = ("base", "top", "summit", "kept", "old")
+CHANGES = ("commit", "resize", "amend", "rebase", "snapshot", "bitmap")
+IMAGES = ("base", "top", "summit", "kept", "old", "noted")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,11 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", "oldkept", "1M")
     qemu_img("snapshot", "-c", "one", "oldkept")
     qemu_img("create", "-q", "-f", "raw", "raw", "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "noted", "1M")
+    for name in ("b0", "b1"):
+        qemu_img("bitmap", "--add", "-g", "64k", "noted", name)
+    qemu_io(Path("noted"), "write -P 7 64k 128k")
+    qemu_img("bitmap", "--disable", "noted", "b1")
     os.chdir(old)
     return place
 
@@ -57,6 +62,39 @@ ROWS = [
     "create -f nosuch new 1M",
     "create new 1M",
     "create -f qcow2 -o size=x new",
+    "create -f qcow2 -o size=3M new 1M",
+    "create -u -f raw -o size=3M new 1M",
+    "create -f raw new",
+    "create -f raw -o encrypt.format=aes new 1M",
+    "create -f luks -o compression_type=zstd new 1M",
+    "create -f nosuch -o help new",
+    "convert -O raw -o extended_l2=on base new",
+    "convert -O raw -B base top new",
+    "convert -r x base new",
+    "convert -S x base new",
+    "commit -r x summit",
+    "commit -b base base",
+    "bitmap --add noted new",
+    "bitmap --add -g 128k noted new",
+    "bitmap --add --disable noted new",
+    "bitmap --add -g 100 noted new",
+    "bitmap --add -g x noted new",
+    "bitmap --remove -g x noted b0",
+    "bitmap --add noted b0",
+    "bitmap --add --merge b0 noted new",
+    "bitmap --merge b0 noted b1",
+    "bitmap --merge nosuch noted b1",
+    "bitmap --merge b0 -F qcow2 noted b1",
+    "bitmap --remove noted b0",
+    "bitmap --remove noted nosuch",
+    "bitmap --clear noted b0",
+    "bitmap --clear -F raw noted",
+    "bitmap --enable noted b1",
+    "bitmap --enable noted b0",
+    "bitmap --disable noted b0",
+    "bitmap noted b0",
+    "bitmap --add noted",
+    "bitmap -b noted --add noted new",
     "commit top",
     "commit -d top",
     "commit -q top",
@@ -72,6 +110,7 @@ ROWS = [
     "resize --shrink base 512k",
     "resize --shrink -q base -512k",
     "resize --shrink base -2M",
+    "resize base x",
     "resize base",
     "resize",
     "resize --preallocation=nosuch base 2M",
@@ -107,14 +146,20 @@ ROWS = [
     "amend",
     "amend -o lazy_refcounts=on",
     "amend -o backing_file=base,backing_fmt=qcow2 top",
+    "amend -o backing_file=base top",
+    "amend -o backing_fmt=qcow2 top",
     "amend -q -o compat=0.10 kept",
     "rebase -u -b base -F qcow2 top",
     "rebase -F qcow2 summit",
+    "rebase -F qcow2 raw",
     "rebase -b nosuch -F raw top",
     "rebase -u -b base top",
     "rebase -u -b base -F qcow2 nosuch",
     "snapshot -l kept",
     "snapshot -c two base",
+    "snapshot -c two -U base",
+    "snapshot -d one -U kept",
+    "snapshot -a one -d one base",
     "snapshot -d one kept",
     "snapshot -d nosuch kept",
     "snapshot -a one kept",
@@ -137,10 +182,20 @@ ROWS = [
     "map --output=json kept",
     "map -f raw raw",
     "measure -O qcow2 --output=json top",
+    "measure -o extended_l2=on base",
+    "measure -O qcow2 -o cluster_size=x base",
+    "measure -l one",
+    "measure -f raw --size 1G",
+    "measure --size x",
+    "map --image-opts base",
+    "map -s x base",
+    "dd bs=x if=base of=new",
+    "dd skip=x if=base of=new",
     "bench --flush-interval=10 base",
     "bench -w --flush-interval=10 base",
     "bench",
     "bench --pattern=300 -w base",
+    "bench -i foo base",
 ]
 
 

@@ -77,12 +77,14 @@ NEWER = (  # what 10.0 and later say in other words: docs/qemu-img.md
     "resize base",
     "resize",
     "bench --pattern=300 -w base",
+    "bitmap noted b0",
 )
 
 
 def has_other_words(peer: str, words: str) -> bool:
     """Whether *peer* is so new that only the status can be compared."""
     is_known = words in NEWER or words.startswith(tuple(f"{start} " for start in NEWER[:2]))
+    is_known |= re.search(r"( |=)x( |$)", words) is not None  # a size that is none
     return is_known and version_of(peer) >= 9
 
 
