@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from vhost.clientbitmaps import LiveBitmaps
 from vhost.clientsnapshots import InternalSnapshots
+from vhost.policy import ENDED
 
 GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
 STEP = 0.5  # seconds between two looks at how far a job is
-ENDED = ("completed", "failed", "cancelled")
 EventName = Literal["job", "snapshot", "snapshot-internal", "bitmap", "error"]
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from vhost.client import Control, ControlError, EventName, Job
 from vhost.event import NAMES
-from vhost.policy import OnError
+from vhost.policy import COPY_FORMATS, OnError
 
 WIDTH = 30  # of a progress bar
-FORMATS = ("qcow2", "raw")  # of a mirror's copy
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -33,7 +32,7 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     commit.add_argument("--active", action="store_true", help="and what the image holds itself")
     mirror = commands.add_parser("mirror", help="copy the disk, and keep the copy in step until it is served, or left")
     mirror.add_argument("target", metavar="TARGET", help="a new file, as seen from the image's directory")
-    mirror.add_argument("--format", choices=FORMATS, help="of the copy; as the image is served, if not said")
+    mirror.add_argument("--format", choices=COPY_FORMATS, help="of the copy; as the image is served, if not said")
     mirror.add_argument("--top", action="store_true", help="copy the image alone, over the same backing file")
     mirror.add_argument("--existing", action="store_true", help="TARGET is there, and what it holds is overwritten")
     for one in (stream, commit, backup, mirror):

@@ -5,28 +5,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from qcow2.job.reins import Reins
-from vhost.policy import OnError
+from vhost.policy import ENDED, OnError, State
 
 log = logging.getLogger("vhost")
-
-
-class State(StrEnum):
-    """How it stands with a job; the last three are for good."""
-
-    RUNNING = "running"
-    READY = "ready"  # all is done but what it is told to finish with
-    PAUSED = "paused"  # until it is told to go on
-    WAITING = "waiting"  # for the disk, which is not held, or not now
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-ENDED = (State.COMPLETED, State.FAILED, State.CANCELLED)
 
 
 class JobRefused(Exception):

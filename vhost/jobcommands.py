@@ -11,12 +11,11 @@ from vhost.held import HeldImage
 from vhost.job import JobRefused, Report, Work
 from vhost.jobs import Jobs
 from vhost.mirroring import Mirroring
-from vhost.policy import OnError
+from vhost.policy import COPY_FORMATS, OnError
 from vhost.servedchain import ServedChain
 from vhost.streaming import Streaming
 
 RATE_LIMIT = 1 << 63
-FORMATS = ("qcow2", "raw")  # of a backup
 
 
 class JobCommands:
@@ -85,8 +84,8 @@ class JobCommands:
         name = _named(target)
         if not isinstance(existing, bool):
             raise JobRefused(f"existing is true or false, not {existing!r}")
-        if format not in FORMATS:
-            raise JobRefused(f"{format!r} is none of {', '.join(FORMATS)}")
+        if format not in COPY_FORMATS:
+            raise JobRefused(f"{format!r} is none of {', '.join(COPY_FORMATS)}")
         if bitmap is None and backing is not None:
             raise JobRefused("a backing file is for what a bitmap says: all of the disk needs none")
         if bitmap is not None and format != "qcow2":

@@ -13,9 +13,9 @@ from qcow2 import ImageError
 from ring.thread import start_deaf
 from vhost.device import Device
 from vhost.disk import ImageBackend
-from vhost.job import ENDED, Job, JobRefused, Report, Room, RoomWanted, State, Work
+from vhost.job import Job, JobRefused, Report, Room, RoomWanted, Work
 from vhost.jobthread import JobThread, wake
-from vhost.policy import OnError
+from vhost.policy import ENDED, OnError, State
 from vhost.problem import refusal_of
 
 REMEMBERED = 32  # jobs that have ended

@@ -12,8 +12,8 @@ from qcow2.job.reins import Reins
 from ring.thread import new_future
 from vhost.device import Device, die
 from vhost.disk import ImageBackend
-from vhost.job import Job, JobFailed, Room, RoomWanted, State
-from vhost.policy import OnError, is_final
+from vhost.job import Job, JobFailed, Room, RoomWanted
+from vhost.policy import OnError, State, is_final
 from vhost.problem import refusal_of
 
 LOOK_SECONDS = 0.05  # between two looks of a job that a rate keeps waiting

@@ -22,12 +22,12 @@ from qcow2.node.node import Node
 from qcow2.node.pivot import NewFile, Pivot, require_turnable
 from vhost.beside import beside
 from vhost.job import JobFailed, RoomWanted, Work
+from vhost.policy import COPY_FORMATS
 from vhost.problem import problem_of
 from vhost.servedchain import ServedChain
 
 WIDTH = 4  # chunks at a time, which is not to keep requests waiting
 FLUSHES = 4  # before the pause, which so finds little to make stable
-FORMATS = ("qcow2", "raw")
 
 log = logging.getLogger("vhost")
 
@@ -70,8 +70,8 @@ class Mirroring(Work):
         if self._held.disk is None:
             raise RoomWanted
         image = self._held.disk.image
-        if self._format not in FORMATS:
-            raise ValueError(f"a copy is {' or '.join(FORMATS)}, not {self._format!r}")
+        if self._format not in COPY_FORMATS:
+            raise ValueError(f"a copy is {' or '.join(COPY_FORMATS)}, not {self._format!r}")
         if image.read_only:
             raise OSError(errno.EROFS, "opened read-only", image.file.path)
         if image.is_encrypted:

@@ -1,7 +1,24 @@
-"""What becomes of a job that an error stops."""
+"""What a job may be asked for, how it may stand with it, and what becomes of one that an error stops."""
 
 import errno
 from enum import StrEnum
+
+COPY_FORMATS = ("qcow2", "raw")  # of backups and mirrors
+
+
+class State(StrEnum):
+    """How it stands with a job; the last three are for good."""
+
+    RUNNING = "running"
+    READY = "ready"  # all is done but what it is told to finish with
+    PAUSED = "paused"  # until it is told to go on
+    WAITING = "waiting"  # for the disk, which is not held, or not now
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = (State.COMPLETED, State.FAILED, State.CANCELLED)
 
 
 class OnError(StrEnum):

@@ -11,9 +11,9 @@ from qcow2.job.pace import Pace
 from tests.frontend import FrontEnd
 from tests.program import TIMEOUT, qcow2_tool_ok
 from tests.served import serve
-from vhost.job import State, Work
+from vhost.job import Work
 from vhost.jobs import Jobs
-from vhost.policy import OnError
+from vhost.policy import OnError, State
 
 
 class Gated(Work):
