@@ -126,6 +126,7 @@ class ImageBackend:
                 on_log_lost=self._tell_of_lost_log,
             )
         )
+        self._set_links_wait(isinstance(self._image, Image) and self._image.has_waiting_links)
         if self._beside is not None:
             self._beside.set_link_policy(LinkPolicy(has_log=self._may_have_log(self._beside)))
 

@@ -10,6 +10,7 @@ from types import FrameType
 import pytest
 
 import qcow2
+from qcow2.engine.image import Image
 from tests import slowdisk
 from tests.frontend import FLUSH, IN, OUT, FrontEnd
 from tests.served import Served, serve
@@ -123,3 +124,15 @@ def counted_calls(served: Served) -> Iterator[list[str]]:
         yield calls
     finally:
         served.device.worker.call(lambda: sys.setprofile(None))
+
+
+def test_flush_after_an_exchange_knows_of_links_that_wait(tmp_path: Path) -> None:
+    with serve(make(tmp_path)) as served, FrontEnd(served.socket_path) as guest:
+        image = served.held.disk.image if served.held.disk is not None else None
+        assert isinstance(image, Image)
+        guest.write(0, b"w" * BLOCK)
+        with served.device.keeping():
+            assert served.device.exchange(lambda done: done(""), lambda: None, lambda: None) == ""
+        assert served.device.worker.call(lambda: image.has_waiting_links)
+        guest.flush()
+        assert not served.device.worker.call(lambda: image.has_waiting_links)

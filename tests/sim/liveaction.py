@@ -59,7 +59,7 @@ class Operator:
         self._host = host
         self._snapshots = Snapshots(device, backend, host)
         self._served = LiveChain(device, backend, host)
-        self._commands = ImageCommands(device, backend, host)
+        self._commands = ImageCommands(device, backend, host, lambda: None)
         self._due: deque[str] = deque()
         self._left = 0  # that are not due yet
         self._is_at_job = False
