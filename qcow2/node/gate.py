@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
+from qcow2.node.jsonname import PREFIX, file_of
 
 BACKING, DATA = "backing file", "data file"
+PLAIN = ("qcow2", "raw")  # formats of which a name says no more, whatever the header calls it
 MAX_DEPTH = 100  # files of a chain
 
 
@@ -65,12 +67,15 @@ def _place_of(file: HostFile) -> str:
 def named_path(namer: str, role: str, name: str) -> str:
     """Where the file *name* of the image at *namer* is; relative names start at the image's directory.
 
-    As with QEMU, one that begins with "file:" is a file's name as it is: it starts where this process does.
+    As with QEMU, one after "file:", or in "json:", is a file's name as it is: it starts where this process does.
 
     Raises: UnsupportedImage for what is not the name of a file.
     """
-    if name.startswith("json:"):
-        raise UnsupportedImage(namer, f"{role} {name!r}: json: names are not supported")
+    if name.startswith(PREFIX):
+        try:
+            return file_of(name, PLAIN)
+        except ValueError as error:
+            raise UnsupportedImage(namer, f"{role} {name!r}: a json: name {error} is not supported") from error
     local = name.removeprefix("file:")
     if local == name and ":" in name.split("/", 1)[0]:
         raise UnsupportedImage(namer, f"{role} {name!r}: protocol {name.split(':', 1)[0]!r} is not supported")

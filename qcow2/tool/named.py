@@ -4,33 +4,16 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from qcow2.node.formats import FORMATS
+from qcow2.node.jsonname import HOST_DRIVERS, PATH_KEYS, PREFIX, is_tuning, options_of
 from qcow2.tool.commas import split_commas
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.secret import add_object_option
 
 MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
-PATH_KEYS = ("file.filename", "filename")
 HEADER = "header.filename"
-HOST_DRIVERS = ("file", "host_device")
-IGNORED = ("file.driver", "file.locking", "file.aio", "locking", "aio", "read-only", "auto-read-only", "node-name")
-TUNING = (  # what a disk holds does not depend on it
-    "cache-clean-interval",
-    "cache-size",
-    "detect-zeroes",
-    "discard",
-    "l2-cache-entry-size",
-    "l2-cache-size",
-    "lazy-refcounts",
-    "overlap-check",
-    "pass-discard-other",
-    "pass-discard-request",
-    "pass-discard-snapshot",
-    "refcount-cache-size",
-)
 WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
          Specify the 'raw' format explicitly to remove the restrictions."""
@@ -70,7 +53,7 @@ def named(text: str, image_format: str | None, *, is_options: bool = False, writ
         if image_format is not None:
             raise Failure("--image-opts and --format are mutually exclusive")
         return _of_options(dict(_split(text)), text)
-    if text.startswith("json:"):
+    if text.startswith(PREFIX):
         return _of_options(_parsed(text), text)
     path = text.removeprefix("file:")
     if image_format is None:
@@ -108,33 +91,17 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _parsed(text: str) -> dict[str, str]:
-    import json
-
     try:
-        words = text.removeprefix("json:")
-        found = json.loads(words if '"' in words else words.replace("'", '"'))  # QEMU takes both quotes
+        return options_of(text)
     except ValueError as error:
-        raise Failure(f"Could not open '{text}': Could not parse the JSON options: {error}") from error
-    if not isinstance(found, dict):
-        raise Failure(f"Could not open '{text}': Invalid JSON object given")
-    return dict(_flat(found))
-
-
-def _flat(facts: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str]]:
-    import json
-
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{lead}{key}.")
-        else:
-            yield f"{lead}{key}", value if isinstance(value, str) else json.dumps(value)
+        raise Failure(f"Could not open '{text}': {error}") from error
 
 
 def _of_options(given: dict[str, str], text: str) -> Named:
     driver = given.pop("driver", None)
     path = next((given.pop(key) for key in PATH_KEYS if key in given), None)
-    for key in (*IGNORED, *TUNING, *(key for key in given if key.removeprefix("file.").startswith("cache."))):
-        given.pop(key, None)
+    for key in [*filter(is_tuning, given)]:
+        given.pop(key)
     if driver in HOST_DRIVERS:
         driver = "raw"
     if path is None and driver is not None and not given and "=" not in text:

@@ -1,5 +1,6 @@
 """What an image names is opened only where the operator lets it; what every disk can do is one protocol."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -80,7 +81,31 @@ def test_a_file_of_the_middle_of_a_chain_is_asked_about_too(tmp_path: Path, else
         qcow2.open(top, allow_files=[str(middle.parent)])
 
 
-@pytest.mark.parametrize("name", ["json:{}", "nbd://host/disk", "ssh:host"])
+def test_a_json_name_that_says_no_more_than_a_file_is_that_file(tmp_path: Path, elsewhere: Path) -> None:
+    file = {"driver": "file", "filename": str(elsewhere), "locking": "auto"}
+    path = overlay(tmp_path, f"json:{json.dumps({'driver': 'raw', 'file': file, 'discard': 'unmap'})}")
+    with qcow2.open(path) as disk:
+        assert disk.read(0, 512) == b"b" * 512
+    done = subprocess.run(["qemu-io", "-r", "-c", "read -P 0x62 0 512", path], capture_output=True, text=True)
+    assert "read 512/512" in done.stdout, done
+    with pytest.raises(qcow2.UnsupportedImage, match="not allowed"):
+        qcow2.open(path, allow_files=[str(path.parent)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "json:{}",
+        'json:{"filename": "a\\u0000"}',
+        'json:{"filename": "\\ud800"}',
+        'json:{"driver": "nbd", "filename": "a"}',
+        'json:{"driver": "raw", "file": {"filename": "a"}, "offset": 512}',
+        'json:["filename"]',
+        'json:{"a":' + '{"a":' * 150,
+        "nbd://host/disk",
+        "ssh:host",
+    ],
+)
 def test_what_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     path = overlay(tmp_path, name)
     with pytest.raises(qcow2.UnsupportedImage, match="not supported"):
