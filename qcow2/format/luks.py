@@ -22,17 +22,17 @@ MIN_SECTOR = 8  # of key material and of the payload
 AREA_ALIGNMENT = 8  # sectors
 MIN_ITERATIONS = 1000
 MAX_ITERATIONS = 1 << 27  # some minutes: what an image asks of us has to end
-HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5")
+HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5", "sm3")
 DEFAULT_ITER_TIME_MS = 2000
 MODES = ("ecb", "cbc", "ctr", "xts")
 IV_GENERATORS = ("plain", "plain64", "essiv")
-KEY_BYTES = {  # of the ciphers that libcrypto always has; XTS takes two keys
-    ("aes", "ecb"): (16, 24, 32),
-    ("aes", "cbc"): (16, 24, 32),
-    ("aes", "ctr"): (16, 24, 32),
-    ("aes", "xts"): (32, 64),
+ONE_KEY = {  # bytes, of the ciphers that libcrypto always has, and of those that libgcrypt has
+    "aes": (16, 24, 32),
+    "serpent": (16, 24, 32),
+    "twofish": (16, 32),
+    "cast5": (16,),
 }
-ESSIV_KEY_BYTES = (16, 24, 32)  # of AES: the digest's length says which
+TWO_KEYS = {"aes": (32, 64), "serpent": (32, 48, 64), "twofish": (32, 64)}  # the same of XTS, which wants wide blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +173,10 @@ def _spec(path: str, host_offset: int, record: LuksRecord) -> CipherSpec:
 
 def validate_spec(path: str, spec: CipherSpec) -> None:
     """Raises: UnsupportedImage, naming what we do not have."""
-    if (spec.name, spec.mode) not in KEY_BYTES or spec.iv_generator not in IV_GENERATORS:
-        raise UnsupportedImage(path, f"cipher {spec.name}-{spec.mode_text} is not supported, only AES is")
-    if spec.key_bytes not in KEY_BYTES[spec.name, spec.mode]:
+    known = TWO_KEYS if spec.mode == "xts" else ONE_KEY
+    if spec.name not in known or spec.mode not in MODES or spec.iv_generator not in IV_GENERATORS:
+        raise UnsupportedImage(path, f"cipher {spec.name}-{spec.mode_text} is not supported")
+    if spec.key_bytes not in known[spec.name]:
         raise UnsupportedImage(path, f"a key of {spec.key_bytes} bytes is not supported for {spec.name}-{spec.mode}")
     if (spec.iv_generator == "essiv") != (spec.iv_hash is not None):
         raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: essiv, and nothing else, goes with a hash")
@@ -183,8 +184,8 @@ def validate_spec(path: str, spec: CipherSpec) -> None:
         require_hash(path, spec.iv_hash)
         import hashlib  # and with it OpenSSL
 
-        if hashlib.new(spec.iv_hash).digest_size not in ESSIV_KEY_BYTES:
-            raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: no AES key is as long as this hash")
+        if hashlib.new(spec.iv_hash).digest_size not in ONE_KEY[spec.name]:  # which says which cipher makes the IV
+            raise UnsupportedImage(path, f"cipher mode {spec.mode_text}: no key of {spec.name} is as long as this hash")
 
 
 def require_hash(path: str, name: str) -> None:

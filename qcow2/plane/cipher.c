@@ -8,6 +8,7 @@
 #include <openssl/evp.h>
 
 #include "qcow2/plane/cipher.h"
+#include "qcow2/plane/gcrypt.h"
 
 #define IV_NBYTES 16
 
@@ -21,6 +22,7 @@ struct cipher {
     struct direction encryption;
     struct direction decryption;
     EVP_CIPHER_CTX *essiv; /* NULL: the IV is the number */
+    struct gcrypt *other, *other_essiv; /* in place of all that, for what libcrypto does not have */
     enum cipher_iv iv;
 };
 
@@ -96,6 +98,11 @@ struct cipher *cipher_create(const char *name, enum cipher_iv iv, const uint8_t 
     if (!cipher)
         return NULL;
     cipher->iv = iv;
+    cipher->other = gcrypt_create(name, key, key_nbytes);
+    if (cipher->other && iv == CIPHER_ESSIV)
+        cipher->other_essiv = gcrypt_create(essiv_name, essiv_key, essiv_key_nbytes);
+    if (cipher->other && (iv != CIPHER_ESSIV || cipher->other_essiv))
+        return cipher;
     cipher->encryption = direction_create(name, key, key_nbytes, 1);
     cipher->decryption = direction_create(name, key, key_nbytes, 0);
     if (essiv_name)
@@ -113,16 +120,25 @@ void cipher_destroy(struct cipher *cipher)
     EVP_CIPHER_CTX_free(cipher->encryption.context);
     EVP_CIPHER_CTX_free(cipher->decryption.context);
     EVP_CIPHER_CTX_free(cipher->essiv);
+    gcrypt_destroy(cipher->other);
+    gcrypt_destroy(cipher->other_essiv);
     free(cipher);
+}
+
+static void number_iv(const struct cipher *cipher, uint64_t sector, uint8_t iv[IV_NBYTES])
+{
+    uint64_t number = htole64(cipher->iv == CIPHER_PLAIN ? (uint32_t)sector : sector);
+
+    memset(iv, 0, IV_NBYTES);
+    memcpy(iv, &number, sizeof(number));
 }
 
 static int set_iv(struct cipher *cipher, const struct direction *direction, uint64_t sector)
 {
-    uint8_t iv[IV_NBYTES] = {0};
-    uint64_t number = htole64(cipher->iv == CIPHER_PLAIN ? (uint32_t)sector : sector);
+    uint8_t iv[IV_NBYTES];
     int nbytes;
 
-    memcpy(iv, &number, sizeof(number));
+    number_iv(cipher, sector, iv);
     if (cipher->iv == CIPHER_ESSIV && EVP_CipherUpdate(cipher->essiv, iv, &nbytes, iv, sizeof(iv)) != 1)
         return -EIO;
     if (!direction->iv)
@@ -142,13 +158,38 @@ static int convert(struct cipher *cipher, const struct direction *direction, uin
     return 0;
 }
 
+static int set_other_iv(struct cipher *cipher, uint64_t sector)
+{
+    uint8_t iv[IV_NBYTES];
+
+    number_iv(cipher, sector, iv);
+    if (cipher->other_essiv && gcrypt_encrypt(cipher->other_essiv, iv, iv, gcrypt_block_nbytes(cipher->other_essiv)) < 0)
+        return -EIO;
+    return gcrypt_set_iv(cipher->other, iv);
+}
+
+static int convert_by_other(struct cipher *cipher, gcrypt_step step, uint64_t sector, const uint8_t *from, uint8_t *to,
+                            size_t nbytes)
+{
+    if (nbytes % CIPHER_SECTOR)
+        return -EIO;
+    for (; nbytes; from += CIPHER_SECTOR, to += CIPHER_SECTOR, nbytes -= CIPHER_SECTOR)
+        if (set_other_iv(cipher, sector++) < 0 || step(cipher->other, from, to, CIPHER_SECTOR) < 0)
+            return -EIO;
+    return 0;
+}
+
 int cipher_encrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes)
 {
+    if (cipher->other)
+        return convert_by_other(cipher, gcrypt_encrypt, sector, from, to, nbytes);
     return convert(cipher, &cipher->encryption, sector, from, to, nbytes);
 }
 
 int cipher_decrypt(struct cipher *cipher, uint64_t sector, const uint8_t *from, uint8_t *to, size_t nbytes)
 {
+    if (cipher->other)
+        return convert_by_other(cipher, gcrypt_decrypt, sector, from, to, nbytes);
     return convert(cipher, &cipher->decryption, sector, from, to, nbytes);
 }
 

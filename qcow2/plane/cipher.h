@@ -1,4 +1,5 @@
-/* Ciphers of disks: sectors of 512 bytes, each with an IV made of its number. OpenSSL's libcrypto does the work. */
+/* Ciphers of disks: sectors of 512 bytes, each with an IV made of its number. OpenSSL's libcrypto does the work, or
+ * libgcrypt. */
 #pragma once
 
 #include <stddef.h>
@@ -17,8 +18,8 @@ enum cipher_iv {
 
 struct cipher;
 
-/* name: libcrypto's, such as AES-256-XTS; essiv_name: of a cipher in ECB mode, or NULL. The keys are copied, and wiped
- * at the end. One thread. -> NULL: libcrypto does not have the cipher with a key of this length, or no memory is left. */
+/* name: such as AES-256-XTS; essiv_name: of a cipher in ECB mode, or NULL. The keys are copied, and wiped at the end. One
+ * thread. -> NULL: no library has the cipher with a key of this length, or no memory is left. */
 struct cipher *cipher_create(const char *name, enum cipher_iv iv, const uint8_t *key, size_t key_nbytes,
                              const char *essiv_name, const uint8_t *essiv_key, size_t essiv_key_nbytes);
 void cipher_destroy(struct cipher *cipher);

@@ -23,13 +23,13 @@ class Cipher:
     """Encrypts and decrypts sectors of 512 bytes with one key. One thread."""
 
     def __init__(self, path: str, spec: CipherSpec, key: bytes | bytearray) -> None:
-        """Raises: UnsupportedImage naming *path* if this libcrypto does not have it; MemoryError."""
+        """Raises: UnsupportedImage naming *path* if no library of this host has it; MemoryError."""
         bits = spec.key_bytes * 8 // (2 if spec.mode == "xts" else 1)
         name = f"{spec.name}-{bits}-{spec.mode}".upper()
         essiv_name, essiv_key = ffi.NULL, b""  # the key is a secret as well: who has it knows the IVs
         if spec.iv_hash is not None:
             essiv_key = hashlib.new(spec.iv_hash, key).digest()
-            essiv_name = f"AES-{len(essiv_key) * 8}-ECB".encode()
+            essiv_name = f"{spec.name}-{len(essiv_key) * 8}-ECB".upper().encode()
         created = lib.cipher_create(
             name.encode(),
             NONE.get(spec.mode, IV[spec.iv_generator]),
@@ -41,7 +41,7 @@ class Cipher:
         )
         wipe(essiv_key)
         if created == ffi.NULL:
-            raise UnsupportedImage(path, f"libcrypto has no {name} with a key of {len(key)} bytes")
+            raise UnsupportedImage(path, f"neither libcrypto nor libgcrypt has {name} here")
         self._cipher = ffi.gc(created, lib.cipher_destroy)
 
     def exported(self, origin: int) -> tuple[int, object]:

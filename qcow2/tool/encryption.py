@@ -5,9 +5,10 @@ from qcow2.format.luks import (
     DEFAULT_ITER_TIME_MS,
     HASHES,
     IV_GENERATORS,
-    KEY_BYTES,
     MODES,
+    ONE_KEY,
     STRIPES,
+    TWO_KEYS,
     CipherSpec,
     Encryption,
 )
@@ -22,7 +23,7 @@ LUKS_OPTIONS = {  # kind, caption
     "hash-alg": ("<str>", "Name of encryption hash algorithm"),
     "iter-time": ("<num>", "Time to spend in PBKDF in milliseconds"),
 }
-ALGORITHMS = {"aes-128": 16, "aes-192": 24, "aes-256": 32}
+ALGORITHMS = {f"{name}-{nbytes * 8}": (name, nbytes) for name, keys in ONE_KEY.items() for nbytes in keys}
 MAX_ITER_TIME_MS = 60_000
 
 
@@ -66,11 +67,14 @@ def _spec(wanted: dict[str, str], prefix: str) -> CipherSpec:
     if "ivgen-hash-alg" in wanted and generator != "essiv":
         raise ValueError(f"{prefix}ivgen-hash-alg goes with {prefix}ivgen-alg=essiv alone")
     iv_hash = _choice(wanted, prefix, "ivgen-hash-alg", "sha256", HASHES) if generator == "essiv" else None
-    key_bytes = ALGORITHMS[algorithm] * (2 if mode == "xts" else 1)
+    name, key_bytes = ALGORITHMS[algorithm]
+    known = ONE_KEY
+    if mode == "xts":
+        known, key_bytes = TWO_KEYS, 2 * key_bytes
     # Stripes of aes-192-cbc end inside a sector: QEMU aborts at the sight of such an image.
-    if key_bytes not in KEY_BYTES["aes", mode] or key_bytes * STRIPES % SECTOR_SIZE:
+    if key_bytes not in known.get(name, ()) or key_bytes * STRIPES % SECTOR_SIZE:
         raise ValueError(f"{prefix}cipher-alg={algorithm} is not possible with {prefix}cipher-mode={mode}")
-    return CipherSpec("aes", mode, generator, iv_hash, key_bytes)
+    return CipherSpec(name, mode, generator, iv_hash, key_bytes)
 
 
 def parse_iter_time(text: str | None, prefix: str) -> int:

@@ -1,5 +1,6 @@
 """Encrypted images: what QEMU wrote we read, what we wrote QEMU reads; without the key there is nothing to see."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -208,10 +209,11 @@ def test_info_tells_what_qemu_tells_without_the_key(tmp_path: Path, secret: list
     [
         ([], "encrypt.format=luks", "Parameter 'encrypt.key-secret' is required for cipher"),
         (["secret,id=s1,data=x"], LUKS, "No secret with id 's0'"),
-        (["secret,id=s0,data=x"], LUKS + ",encrypt.cipher-alg=serpent-256", "encrypt.cipher-alg=serpent-256"),
+        (["secret,id=s0,data=x"], LUKS + ",encrypt.cipher-alg=camellia-256", "encrypt.cipher-alg=camellia-256"),
+        (["secret,id=s0,data=x"], LUKS + ",encrypt.cipher-alg=cast5-128", "cipher-alg=cast5-128 is not possible"),
         (["secret,id=s0,data=x"], LUKS + ",encrypt.cipher-alg=aes-192", "cipher-alg=aes-192"),
         (["secret,id=s0,data=x"], LUKS + ",encrypt.cipher-alg=aes-192,encrypt.cipher-mode=cbc", "cipher-alg=aes-192"),
-        (["secret,id=s0,data=x"], LUKS + ",encrypt.hash-alg=sm3", "encrypt.hash-alg=sm3"),
+        (["secret,id=s0,data=x"], LUKS + ",encrypt.hash-alg=md4", "encrypt.hash-alg=md4"),
         (["secret,id=s0,data=x"], LUKS + ",cluster_size=512", "1024 bytes at least"),
         (["secret,id=s0,data=x"], "encrypt.key-secret=s0", "encrypt.format is missing"),
         (["secret,id=s0,data=x"], "encrypt.format=aes,encrypt.key-secret=s0", "only luks"),
@@ -324,3 +326,53 @@ def test_cryptsetup_opens_what_we_made_and_we_what_it_made(tmp_path: Path, secre
     with qcow2.open(theirs, format="luks", key=KEY, writable=True) as disk:
         disk.write(700, b"ours")
         assert disk.read(699, 6)[1:5] == b"ours"
+
+
+def test_a_hash_that_newer_qemus_have(tmp_path: Path, secret: list[str]) -> None:
+    if "sm3" not in hashlib.algorithms_available:
+        pytest.skip("this OpenSSL has no sm3")
+    wanted = LUKS + ",encrypt.hash-alg=sm3"
+    path, theirs = create(tmp_path / "disk.qcow2", secret, ",encrypt.hash-alg=sm3"), tmp_path / "theirs.qcow2"
+    with qcow2.open(path, key=KEY, writable=True) as disk:
+        disk.write(0, b"x" * 4096)
+    for peer in peers():
+        made = ask_qemu([peer, "create", "-q", *secret, "-f", "qcow2", "-o", wanted, str(theirs), str(SIZE)])
+        if made.returncode:
+            assert "sm3" in made.stderr  # QEMU 7.2
+            continue
+        with qcow2.open(theirs, key=KEY) as disk:
+            assert disk.read(0, SIZE) == bytes(SIZE)
+        qemu(peer, "check", "-q", *secret, "--image-opts", options(path))
+        qemu(peer, "convert", *secret, "--image-opts", options(path), "-O", "raw", str(tmp_path / "plain"))
+        assert (tmp_path / "plain").read_bytes() == (b"x" * 4096).ljust(SIZE, b"\0")
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    "cipher",
+    [
+        "serpent-256,encrypt.cipher-mode=xts",
+        "serpent-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
+        "twofish-256,encrypt.cipher-mode=xts",
+        "twofish-128,encrypt.cipher-mode=ctr",
+        "cast5-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=plain64",
+        "cast5-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=md5",
+        "cast5-128,encrypt.cipher-mode=ecb",
+    ],
+)
+def test_ciphers_that_only_another_library_has(tmp_path: Path, secret: list[str], cipher: str) -> None:
+    wanted = f",encrypt.cipher-alg={cipher}"
+    done = qcow2_tool("create", "-q", *secret, "-o", LUKS + wanted, tmp_path / "disk.qcow2", str(SIZE))
+    if "libgcrypt" in done.stderr:
+        pytest.skip("there is no libgcrypt")
+    theirs = create_by_qemu(tmp_path / "theirs.qcow2", secret, LUKS + wanted)
+    content = random.Random(8).randbytes(70000).ljust(SIZE, b"\0")
+    for path in (tmp_path / "disk.qcow2", theirs):
+        with qcow2.open(path, key=KEY, writable=True) as disk:
+            disk.write(0, content[:70144])
+        qemu_reads(path, secret, content)
+        qemu_writes(path, secret, "write -P 7 65536 4096")
+        with qcow2.open(path, key=KEY) as disk:
+            assert disk.read(65536, 4096) == b"\7" * 4096
+            assert disk.read(0, 65536) == content[:65536]
+        assert content[:64] not in path.read_bytes()

@@ -80,10 +80,10 @@ def patched(offset: int, layout: str, *values: int | bytes) -> bytes:
     [
         (0, "6s", b"LUKX\xba\xbe", "not a LUKS header"),
         (6, ">H", 2, "version 2"),
-        (8, "32s", b"serpent", "cipher serpent-xts-plain64"),
+        (8, "32s", b"camellia", "cipher camellia-xts-plain64"),
         (8, "32s", b"a" * 32, "no text that ends"),
-        (40, "32s", b"xts-essiv:sha1", "no AES key"),
-        (40, "32s", b"xts", "only AES"),
+        (40, "32s", b"xts-essiv:sha1", "no key of aes is as long"),
+        (40, "32s", b"xts", "cipher aes-xts- is not supported"),
         (40, "32s", b"xts-plain64:sha256", "nothing else"),
         (72, "32s", b"whirlpool", "hash 'whirlpool'"),
         (104, ">I", 7, "payload at sector 7"),
