@@ -39,6 +39,8 @@ class Census:
     snapshots: tuple[Snapshot, ...] = ()  # that the table could be read of
     counted_snapshots: int | None = None  # where the header's number is none
     must_complete_snapshots: bool = False  # one of them lacks what version 3 asks for
+    lacks_snapshots: bool = False  # their table, of which the header tells, cannot be read
+    askew: set[int] = field(default_factory=set)  # clusters of L2 tables that name places which nothing needs askew
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
     is_l1_cut_off: bool = False  # by a cluster or more: what it referred to is not known
 
@@ -179,6 +181,7 @@ async def _count_snapshots(census: Census) -> None:
         table = await read_snapshots(census.file, await _header_with_snapshots(census))
     except ImageError as problem:
         census.report.error(f"the snapshot table cannot be read: {problem}")
+        census.lacks_snapshots = True
         return
     census.snapshots = table.snapshots
     census.add("snapshot table", record.snapshots_offset, table.nbytes, Role.SINGLE)
@@ -311,7 +314,10 @@ async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
         census.report.compressed_clusters += found.compressed
     for index in found.suspects:
         where = f"L2 entry {index} at {table_offset + index * census.record.entry_size:#x}"
-        _judge_l2_entry(census, where, census.tally.entries.at(table, index))
+        entry = census.tally.entries.at(table, index)
+        if is_needlessly_askew(census, entry):
+            census.askew.add(census.cluster_of(table_offset))
+        _judge_l2_entry(census, where, entry)
 
 
 def _judge_identity(census: Census, table_offset: int, table: bytes) -> None:
@@ -335,6 +341,12 @@ def misplaced(census: Census, table_offset: int, table: bytes) -> Iterator[tuple
             yield index, entry, own
 
 
+def is_needlessly_askew(census: Census, entry: int) -> bool:
+    """Whether an L2 entry names a host cluster where none can be, and shows the same without it: nothing is lost."""
+    entries = census.tally.entries
+    return bool(entries.host_offset(entry) % census.cluster_size) and entries.shows_no_data(entry)
+
+
 def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
     """Say what is wrong with an entry that looked suspicious."""
     report, entries = census.report, census.tally.entries
@@ -348,7 +360,8 @@ def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
         return
     offset = entries.host_offset(entry)
     if offset % census.cluster_size:
-        report.loss(f"{where}: data cluster at {offset:#x} is not aligned")
+        find = report.corruption if is_needlessly_askew(census, entry) else report.loss
+        find(f"{where}: data cluster at {offset:#x} is not aligned")
     elif offset and census.cluster_of(offset) >= census.file_clusters:
         report.loss(f"{where}: data cluster at {offset:#x} lies past the end of the file at {census.file_size:#x}")
 

@@ -14,8 +14,9 @@ from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.header import Header, clear_autoclear, mark_repaired, read_header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, Autoclear
-from qcow2.judge.census import Census, Progress, misplaced
+from qcow2.judge.census import Census, Progress, is_needlessly_askew, misplaced
 from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
+from qcow2.judge.losttable import find_table
 from qcow2.judge.report import Report
 from qcow2.judge.snapshots import complete_snapshots
 from qcow2.plane.tally import Role, set_refcount, stored_refcount
@@ -42,16 +43,22 @@ async def repair(
     The dirty and the corrupt bit are cleared, stable on return, if no corruption is left; then the file of an image
     that leaked or was dirty ends where the image does.
     Data is not touched. Nothing is written if something lies past the end of the file: it is gone, and zeros in its
-    place would pass for it. While references cannot be followed, what seems to leak may be theirs: counts that are too
-    low are raised, none is lowered, and the structure of an image with snapshots is not rebuilt.
+    place would pass for it; but a snapshot table that the header misses is looked for. While references cannot be
+    followed, what seems to leak may be theirs: counts that are too low are raised, none is lowered, and the structure
+    of an image with snapshots is not rebuilt.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     before = await judge(file, Report(say), progress)
     found = before.report
+    if mode is RepairMode.ALL and await find_table(before):
+        before = await judge(file, Report())
     if _is_cut_off(before.census) or not _is_judged(before.census, mode):
         return found
     # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
+    if mode is RepairMode.ALL and before.census.askew:
+        await _let_go_of_askew(before.census)
+        before = await judge(file, Report())
     if mode is RepairMode.ALL and before.census.must_complete_snapshots and not found.is_dark:
         await complete_snapshots(before.census)
         before = await judge(file, Report())
@@ -100,6 +107,19 @@ async def _correct_snapshots(census: Census, count: int) -> None:
     """Let the header say how many there are; stable on return."""
     found = layout.HEADER_SNAPSHOTS.pack(count, census.record.snapshots_offset)
     await Write(census.file, layout.HEADER_SNAPSHOTS_OFFSET, found)
+    await Sync(census.file)
+
+
+async def _let_go_of_askew(census: Census) -> None:
+    """Let entries name no host cluster that lies askew where they show zeros, or what is below, anyway."""
+    entries = census.tally.entries
+    for cluster in filter(lambda each: is_table_alone(census, each), sorted(census.askew)):
+        old = await Read(census.file, cluster << census.record.cluster_bits, census.cluster_size)
+        table = list(entries.unpack(old))
+        for index, entry in enumerate(table):
+            if not entries.is_compressed(entry) and is_needlessly_askew(census, entry):
+                table[index] = entries.without_cluster(entry) if entries.has_subclusters else entries.zeros
+        await _write_difference(census.file, cluster << census.record.cluster_bits, old, entries.pack(table))
     await Sync(census.file)
 
 

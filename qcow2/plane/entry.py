@@ -206,6 +206,10 @@ class Entries:
         """*entry*, which has no data, without its host cluster: what it says of zeros stays."""
         return self._int(lib.entry_without_cluster(native_entry(entry)))
 
+    def shows_no_data(self, entry: int) -> bool:
+        """Whether *entry*, which is not compressed, shows the same without its host cluster."""
+        return not self.has_data(entry) if self.has_subclusters else self.native.version >= 3 and bool(entry & ZERO)
+
     def payload(self, entry: int) -> tuple[int, int]:
         """Host offset and greatest length of the stream that a compressed *entry* names."""
         payload = lib.entry_payload(self.native, native_entry(entry))
