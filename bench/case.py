@@ -58,6 +58,9 @@ PARTS = "extended_l2=on,cluster_size=128k"
 FRESH_PARTS = Recipe(64 * GIB, f"{LAZY},{PARTS}", name="fresh, lazy refcounts, 64 GiB, extended L2")
 FILLED_PARTS = Recipe(GIB, f"compat=1.1,{PARTS}", is_filled=True, name="1 GiB, all written, extended L2")
 OVERLAY_PARTS = Recipe(2 * GIB, f"{LAZY},{PARTS}", base_nbytes=2 * GIB, name="overlay on 2 GiB, extended L2")
+OVERLAY_DATA_FILE = Recipe(
+    2 * GIB, LAZY, base_nbytes=2 * GIB, has_data_file=True, name="overlay on 2 GiB, in a data file"
+)
 RAW = "data_file_raw=on"
 FRESH_DATA_FILE = Recipe(64 * GIB, LAZY, has_data_file=True, name="fresh, 64 GiB, in a data file")
 FRESH_RAW = Recipe(64 * GIB, f"{LAZY},{RAW}", has_data_file=True, name="fresh, 64 GiB, in a raw data file")
@@ -426,6 +429,8 @@ def over_base(name: str, recipe: Recipe, what: str, depth: int, target: float | 
 FEATURES = (
     over_base("parts", OVERLAY_PARTS, "extended L2, 128 KiB clusters", 1, 2),
     over_base("parts", OVERLAY_PARTS, "extended L2, 128 KiB clusters", 32, 3),
+    over_base("data-file", OVERLAY_DATA_FILE, "in a data file", 1, None),
+    over_base("data-file", OVERLAY_DATA_FILE, "in a data file", 32, None),
     over_base("plain", OVERLAY, "64 KiB clusters", 1, None),
     over_base("plain", OVERLAY, "64 KiB clusters", 32, None),
     *warm("parts", FILLED_PARTS, "extended L2"),

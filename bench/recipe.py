@@ -61,7 +61,8 @@ class Kitchen:
             template = self._template(f"filled-{what}", lambda path: self._fill(path, recipe))
             run("cp", "--sparse=always", template, image)
         elif recipe.base_nbytes:
-            overlay(self._base(recipe), recipe.options, image)
+            apart = f",data_file={data_path(image)}" if recipe.has_data_file else ""
+            overlay(self._base(recipe), recipe.options + apart, image)
         else:
             run("qemu-img", "create", "-q", "-f", "qcow2", *self._options(recipe, image), image, recipe.nbytes)
         for number in range(recipe.nbitmaps):

@@ -40,7 +40,7 @@ class Changes:
         self.packer = Packer(opened, root, space, links, tables, self.writer)
         self.zeroer = Zeroer(opened, root, space, links, tables, self.writer)
         self.fetcher = Fetcher(opened.geometry, opened.mapping, self.writer, self.zeroer)
-        self.grower = Grower(opened, root, space, links, self.zeroer)
+        self.grower = Grower(opened, root, space, links, self.zeroer, self.writer)
         self.snapshots = Snapshots(opened, root, space, found)
         self.shedder = Shedder(opened, root, space, links, self.zeroer, self.snapshots)
         self.bitmaps = Bitmaps(opened, root, space, links, found)

@@ -70,7 +70,6 @@ class Image(WritableImage):
         """
         from qcow2.engine.growth import grown_size
 
-        self._require_own_data("resized")
         changes = await self._alone()
         size = grown_size(self.file, self.header, nbytes)
         if size != self.size:
@@ -85,7 +84,6 @@ class Image(WritableImage):
         """
         from qcow2.engine.shedding import shrunk_size
 
-        self._require_own_data("resized")
         changes = await self._alone()
         size = shrunk_size(self.file, self.header, nbytes)
         await changes.guard(changes.fitting.change(size, changes.shedder.shrink(size)))
@@ -93,9 +91,8 @@ class Image(WritableImage):
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
         """Give each cluster of the range that holds nothing a place, which is zeros; *writes* writes them, too.
 
-        Nothing else is under way. Raises: OSError, CorruptImage; then a part of them has one.
+        `grow` has added the range. Nothing else is under way. Raises: OSError, CorruptImage; then a part has one.
         """
-        self._require_own_data("preallocated")
         changes = await self._alone()
         await changes.guard(changes.writer.preallocate(guest_offset, nbytes, writes=writes))
 
@@ -166,7 +163,8 @@ class Image(WritableImage):
         Nothing else is under way. A death at any moment leaves the old snapshots or the new one besides.
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if the refcounts are too narrow.
         """
-        self._require_own_data("kept in internal snapshots")
+        if self.geometry.has_data_file:
+            raise UnsupportedImage(self.file.path, "a disk in an external data file has no internal snapshots")
         changes = await self._alone()
         return await changes.guard(changes.snapshots.create(name, date_ns))
 
@@ -257,10 +255,6 @@ class Image(WritableImage):
                 await self.change_bitmaps(keep_since)
         finally:
             bitmaps.thaw(frozen)
-
-    def _require_own_data(self, what: str) -> None:
-        if self.geometry.has_data_file:
-            raise UnsupportedImage(self.file.path, f"a disk in an external data file cannot be {what}")
 
     async def close(self) -> None:
         """Leave the image clean: refcounts written, everything stable, then the dirty bit cleared.

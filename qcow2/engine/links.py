@@ -51,7 +51,7 @@ class Links:
         if log is not None:
             opened.mapping.cache.set_log(log.native)
             opened.mapping.before_load = self._gather
-        self.set_policy(LinkPolicy(has_log=not opened.geometry.has_data_file))
+        self.set_policy(LinkPolicy())
         self._limit = 0 if log is None else min(log.capacity // 2, MAX_WAITING_BYTES // opened.geometry.subcluster_size)
 
     def set_policy(self, policy: LinkPolicy) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from qcow2.driver.operation import File, Read, Size, Sync, Write
 from qcow2.engine.bitmaptable import load_bitmaps
 from qcow2.engine.metadata import snapshot_clusters, table_clusters
-from qcow2.error import CorruptImage, ImageError
+from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE
@@ -28,15 +28,17 @@ class Outcome(NamedTuple):
     dropped: int = 0  # links that contradict the image
 
 
-async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
+async def replay(file: File, header: Header, links: Iterable[Link], data_file: File | None = None) -> Outcome:
     """Bring *links*, which waited, into the image in *file*, locked for writing; then none does. Stable on return.
 
-    The log may be removed then, and only then. Refcounts are not looked at: a host cluster that a link leaves stays
-    counted, a leak.
+    What they lead to may be in another file, *data_file*. The log may be removed then, and only then. Refcounts are
+    not looked at: a host cluster that a link leaves stays counted, a leak.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     target = await Target.of(file, header)
     links = list(links)
+    if links and data_file is None and target.geometry.has_data_file:
+        raise UnsupportedImage(file.path, "writes wait in its link log, and its external data file is not open")
     old: dict[int, list[int]] = {}  # a cluster that waits again has been any of them
     for link in links:
         old.setdefault(link.cluster, []).append(link.old_entry)
@@ -50,7 +52,7 @@ async def replay(file: File, header: Header, links: Iterable[Link]) -> Outcome:
                 wanted.append(link)
             elif entry != link.new_entry:
                 dropped += 1
-    await _write(file, target, wanted)
+    await _write(file, file if data_file is None else data_file, target, wanted)
     await clear_mark(file)
     return Outcome(replayed=len(wanted), dropped=dropped)
 
@@ -74,12 +76,14 @@ async def clear_mark(file: File) -> None:
     await Sync(file)
 
 
-async def _write(file: File, target: "Target", links: list[Link]) -> None:
+async def _write(file: File, data_file: File, target: "Target", links: list[Link]) -> None:
     """First the data once more: a sync of the dead process may have failed, and the host think it written since."""
+    end = await Size(data_file)
     for link in links:
         host_offset = target.entries.host_offset(link.new_entry)
-        await Write(file, host_offset, await Read(file, host_offset, target.geometry.cluster_size))
-    await Sync(file)
+        nbytes = min(target.geometry.cluster_size, max(0, end - host_offset))  # a data file may end in the cluster
+        await Write(data_file, host_offset, await Read(data_file, host_offset, nbytes))
+    await Sync(data_file)
     for link in links:
         await Write(file, target.entry_offset(link.cluster), target.entries.pack([link.new_entry]))
     await Sync(file)
@@ -130,7 +134,7 @@ class Target:
         accepted = []
         for link in newest.values():
             host_offset = self.entries.host_offset(link.new_entry)
-            if self._has_place(link.cluster) and self._is_data(link.new_entry) and host_offset not in taken:
+            if self._has_place(link.cluster) and self._is_data(link) and host_offset not in taken:
                 taken.add(host_offset)
                 accepted.append(link)
         return accepted, len(newest) - len(accepted)
@@ -144,9 +148,14 @@ class Target:
             l1_is_private(entry) and l1_is_sound(entry, self.geometry.cluster_size) and l1_table(entry) < self.file_end
         )
 
-    def _is_data(self, entry: int) -> bool:
-        """Whether *entry* names a host cluster that data can be in."""
+    def _is_data(self, link: Link) -> bool:
+        """Whether the entry of *link* names a host cluster that data can be in."""
+        entry = link.new_entry
         offset = self.entries.host_offset(entry)
+        if self.geometry.has_data_file:
+            own = self.entries.data(link.cluster << self.geometry.cluster_bits)[0]
+            is_named = self.entries.has_cluster(entry) and self.entries.is_own(entry, own)
+            return is_named and not any(self.entries.contradictions(entry))
         is_there = self.entries.is_data(entry) and offset < self.file_end
         return is_there and self.geometry.cluster_of(offset) not in self.metadata
 

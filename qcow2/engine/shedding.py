@@ -7,7 +7,8 @@ stable. When a disk is shortened nobody looks past its end: its size goes first,
 
 from array import array
 
-from qcow2.driver.operation import File
+from qcow2.driver.operation import File, Resize, Size
+from qcow2.engine.data import find_untouched
 from qcow2.engine.links import Links
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
@@ -65,10 +66,21 @@ class Shedder(Part):
             await self.shed(end)
             await self._clear_rest(nbytes, min(end, old_size))
             await self._links.commit()
+            if self._geometry.has_data_file:
+                await self._cut_data_file(nbytes)
         finally:
             self._geometry.size = nbytes
             self._mapping.cache.resize()
         await self._stability.sync()
+        if self._mapping.cache.untouched is not None:
+            self._mapping.cache.set_untouched(await find_untouched(self._data, self._geometry))
+
+    async def _cut_data_file(self, nbytes: int) -> None:
+        """Let the external data file be no longer than the disk; what is encrypted ends with a cluster of zeros."""
+        is_told = self._data.is_encrypted and not self._root.header.record.has_raw_data
+        end = self._geometry.round_up(nbytes) if is_told else nbytes
+        if await Size(self._data.file) > end:
+            await Resize(self._data.file, end)
 
     async def _clear_rest(self, guest_offset: int, end: int) -> None:
         """Zeros in the rest of a cluster, if it is the image's own."""

@@ -3,7 +3,6 @@
 import errno
 from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import Buffer, File
@@ -42,8 +41,7 @@ class WritableImage(ReadableImage):
     def set_link_policy(self, policy: "LinkPolicy") -> None:
         """Say when links may wait, and who is told about it; at first they may always."""
         if self._changes is not None:
-            has_log = policy.has_log and not self.geometry.has_data_file
-            self._changes.links.set_policy(replace(policy, has_log=has_log))
+            self._changes.links.set_policy(policy)
 
     def _writable(self) -> "Changes":
         if self._changes is None:

@@ -105,10 +105,15 @@ class Writer(Part):
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
         """Give the clusters of the range that hold nothing, and show nothing, a place; nobody else acts.
 
-        They are zeros; *writes* writes them, too, where the host may have none.
+        They are zeros; *writes* writes them, too, where the host may have none. Of an external data file the whole
+        range is new, and holds stable zeros.
         """
         end = min(self._geometry.round_up(guest_offset + nbytes), self._geometry.size)
         offset = self._geometry.round_down(guest_offset)
+        if writes and self._geometry.has_data_file:
+            for start in range(guest_offset, end, MAX_PLACED):
+                await self._data.write(start, zeroed(min(MAX_PLACED, end - start)))
+            await self._stability.sync()
         while offset < end:
             run = await self._mapping.resolve(offset, min(end, self._geometry.slice_end(offset)) - offset)
             if self._geometry.has_subclusters:
@@ -121,6 +126,8 @@ class Writer(Part):
     async def place(self, run: Run, guest_offset: int, *, writes: bool) -> int:
         """Link new clusters, as many as come in one piece, for the front of *run*; how many bytes."""
         await self._tables.require_private(guest_offset)
+        if self._geometry.has_data_file:
+            return await self._place_own(guest_offset, run.nbytes, is_written=writes)
         if self._geometry.has_subclusters:
             await self.subclusters.place(guest_offset, writes=writes)
             return self._geometry.cluster_size
@@ -134,6 +141,16 @@ class Writer(Part):
             await self._link(run, guest_offset >> bits, len(new), new.start << bits)
         self._statistics.clusters_allocated += len(new)
         return len(new) << bits
+
+    async def _place_own(self, guest_offset: int, nbytes: int, *, is_written: bool) -> int:
+        """The same in the external data file; encrypted, what is there is noise unless zeros were written."""
+        entries = self._mapping.entries.data(guest_offset, self._geometry.clusters(nbytes))
+        if self._data.is_encrypted and not is_written:
+            entries = [self._mapping.entries.blank(entry) for entry in entries]
+        self._allocator.allow_links()
+        await self._mapping.link(guest_offset, entries)
+        self._statistics.clusters_allocated += len(entries)
+        return nbytes
 
     @staticmethod
     def _front(source: Buffer, nbytes: int) -> Buffer:

@@ -160,13 +160,14 @@ class Disk(AwaitableDisk):
         if shrink and nbytes < self.size:
             self._run(lambda: self.image.shrink(nbytes))
             return
-        end, file_end = self.size, self.files[0].size()
+        data_file = next((file for file in self.files if file is self.image.data_file), self.files[0])
+        end, file_end = self.size, data_file.size()
         self._run(lambda: self.image.grow(nbytes))
         if kind is not Preallocation.OFF and end < self.size:
             writes = kind is Preallocation.FULL
             self._run(lambda: self.image.preallocate(end, self.size - end, writes=writes))
             if kind is Preallocation.FALLOC:
-                reserve(self.files[0], file_end)
+                reserve(data_file, min(end, file_end) if data_file is not self.files[0] else file_end)
 
     @property
     def snapshots(self) -> "SnapshotList":

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from qcow2.node.chain import Chain
 
 
-def bring_links_in(chain: "Chain", file: HostFile) -> None:
+def bring_links_in(chain: "Chain", file: HostFile, data_file: HostFile | None) -> None:
     """Let the image in *file* hold what a killed process left in its link log. Raises: OSError, ImageError."""
-    recover(file, chain.log_directory, gate=chain.gate, discard=chain.discard_log, on_wait=chain.on_wait)
+    recover(
+        file,
+        chain.log_directory,
+        gate=chain.gate,
+        discard=chain.discard_log,
+        on_wait=chain.on_wait,
+        data_file=data_file,
+    )
 
 
 def begin_log(chain: "Chain", file: HostFile, header: Header) -> LinkLog:

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
     """The image in *file*, which is locked. Raises: OSError, UnsupportedImage, CorruptImage."""
     log: LinkLog | None = None
+    header = run(read_header(file, trust_refcounts=False))
+    data_file = None if not header.record.has_data_file else chain.open_data_file(file, header.data_file_name, options)
     if options.writable:
         from qcow2.node.ordered import begin_log, bring_links_in, repair_unclean  # all that changes images
 
-        bring_links_in(chain, file)
-    header = run(read_header(file, trust_refcounts=False))
+        bring_links_in(chain, file, data_file)
+        header = run(read_header(file, trust_refcounts=False))
     backing = _open_backing(chain, file, header, options)
-    data_file = None if not header.record.has_data_file else chain.open_data_file(file, header.data_file_name, options)
     if options.writable:
         repair_unclean(file, header, chain.progress)
         log = begin_log(chain, file, header) if file is chain.files[0] else None

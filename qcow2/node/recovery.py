@@ -4,7 +4,8 @@ import logging
 import os
 import pwd
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from qcow2.driver.boot import this_boot
 from qcow2.driver.file import HostFile, run
@@ -14,7 +15,7 @@ from qcow2.engine.restore import restore_bits
 from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
 from qcow2.lock import lock_image
-from qcow2.node.gate import ANY, BACKING, Gate
+from qcow2.node.gate import ANY, BACKING, DATA, Gate
 from qcow2.node.logplace import all_logs, find_log, origin_of, remove_log
 from qcow2.plane.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
 
@@ -36,11 +37,13 @@ def recover(
     gate: Gate = ANY,
     discard: bool = False,
     on_wait: Callable[[], None] = lambda: None,
+    data_file: HostFile | None = None,
 ) -> None:
     """Bring the links that a killed process left waiting into the image in *file*, locked for writing.
 
-    So it does with those of the image below, if the process died right after it had put *file* over that; that comes
-    first, since *file* is what tells. *gate* opens that image, and *on_wait* is called while it is locked.
+    *data_file*, locked likewise, is what they lead to if it is another file. So it does with those of the image below,
+    if the process died right after it had put *file* over that; that comes first, since *file* is what tells. *gate*
+    opens that image, and *on_wait* is called while it is locked.
     With *discard* the image goes on without a log that is missing, cannot be read or is of another state. So it does,
     with a line, if the host was started anew since: that is a power loss, as far as memory goes.
     Raises: LogNotFound; OSError if links cannot be written, the log stays then; ImageError.
@@ -54,7 +57,8 @@ def recover(
     if below is not None:
         with gate.open(file.path, BACKING, below, writable=True) as opened:
             lock_image(opened.fd, opened.path, writable=True, on_wait=on_wait)
-            recover(opened, directory, gate=gate, discard=discard, on_wait=on_wait)
+            with open_data_file(opened, gate, on_wait) as data:
+                recover(opened, directory, gate=gate, discard=discard, on_wait=on_wait, data_file=data)
     memory = find_log(mark.tag, directory)
     try:
         found, links = _waiting(file, mark, memory)
@@ -67,11 +71,28 @@ def recover(
         return
     if found.live is not None:
         run(restore_bits(file, header, found.live))
-    outcome = run(replay(file, header, links))
+    outcome = run(replay(file, header, links, data_file))
     if outcome.dropped:
         log.warning("%s: %d clusters that were never flushed are lost", file.path, outcome.dropped)
     if memory is not None and _is_of(file, found):
         remove_log(memory)
+
+
+@contextmanager
+def open_data_file(
+    file: HostFile, gate: Gate = ANY, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[HostFile | None]:
+    """The file that links of the image in *file* lead to, locked for writing; None if none waits, or it is that itself.
+
+    Raises: OSError, ImageError.
+    """
+    header = run(read_header(file, trust_refcounts=False))
+    if not Mark.parse(header.log_mark).stamp or not header.data_file_name:
+        yield None
+        return
+    with gate.open(file.path, DATA, header.data_file_name, writable=True) as data_file:
+        lock_image(data_file.fd, data_file.path, writable=True, on_wait=on_wait)
+        yield data_file
 
 
 def _below_that_waits(file: HostFile, header: Header, directory: str, gate: Gate, *, discard: bool) -> str | None:

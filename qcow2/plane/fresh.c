@@ -6,9 +6,10 @@
  * entry must not be in the file before the data is stable: a record in the link
  * log is the name, and the cluster need not be stable either. Without a log, or
  * where the guest waits for the disk anyway, the entry is the name there, too, once
- * a SYNC has made the data stable, and the cluster with it. Only that is served,
- * in a table that is the image's alone, where nobody holds the cluster. Everything
- * else is Python's.
+ * a SYNC has made the data stable, and the cluster with it. So it is in a file for
+ * data alone, where each cluster has its place, unless that is an untouched hole.
+ * Only that is served, in a table that is the image's alone, where nobody holds the
+ * cluster. Everything else is Python's.
  */
 #include <endian.h>
 #include <errno.h>
@@ -88,8 +89,8 @@ static int is_wanted_by_python(struct stock *stock)
 static int is_simple(struct l2map *map, uint64_t cluster, uint64_t in_cluster, uint64_t nbytes)
 {
     return map->stock && map->stock->is_open && map->writable && map->slot != SLOT_UNKNOWN &&
-           in_cluster + nbytes <= UINT64_C(1) << map->cluster_bits && !l2map_is_locked(map, cluster, cluster) &&
-           l2map_find(map, cluster >> map->slice_bits) != NONE;
+           (!map->format.is_identity || map->untouched) && in_cluster + nbytes <= UINT64_C(1) << map->cluster_bits &&
+           !l2map_is_locked(map, cluster, cluster) && l2map_find(map, cluster >> map->slice_bits) != NONE;
 }
 
 /* What is held may come to be spoiled, too. */
@@ -181,20 +182,19 @@ static int is_whole(const struct l2map *map, const struct touched *touched)
     return touched->nbytes == (uint64_t)(touched->last + 1 - touched->first) << map->format.subcluster_bits;
 }
 
-/* In a file of its own data has one place, which is zeros if it is untouched. */
-static int take_own_place(struct l2map *map, const struct touched *touched, const struct extent *old, uint64_t table,
-                          struct extent_place *out)
+/* Whether the name waits for the data: something shows that must not be lost, or in the place may be anything. */
+static int must_wait(const struct l2map *map, const struct touched *touched, const struct extent *old)
 {
-    struct entry entry;
+    return old->kind == EXTENT_DATA || entry_has_cluster(&map->format, touched->entry) ||
+           (map->format.is_identity && !untouched_has(map->untouched, touched->cluster, touched->cluster));
+}
 
-    if (old->kind != EXTENT_ZERO || entry_has_cluster(&map->format, touched->entry) || !map->untouched ||
-        !untouched_has(map->untouched, touched->cluster, touched->cluster))
-        return -EAGAIN;
-    entry = entry_after(map, touched, touched->cluster << map->cluster_bits, 1);
-    out->entry[0] = entry.word;
-    out->entry[1] = entry.bitmap;
-    name_in_table(map, out, table + l2map_in_table(map, touched->cluster));
-    return 0;
+/* The place: in a file of its own data has one, of its own; it stays in the cluster that the entry has, or gets one. */
+static int find_cluster(const struct l2map *map, const struct touched *touched, int waits, uint64_t *host_cluster)
+{
+    *host_cluster = map->format.is_identity ? touched->cluster : entry_host_offset(touched->entry) >> map->cluster_bits;
+    return map->format.is_identity || entry_has_cluster(&map->format, touched->entry) ||
+           take_cluster(map, waits ? map->unsynced : map->stock, host_cluster);
 }
 
 /* Whether the entry itself may be the name, after a SYNC: no link of its slice waits, which would come to be older. */
@@ -231,17 +231,12 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int syncs
         .guest_offset = guest_offset,
         .old_entry = {touched.entry.word, touched.entry.bitmap},
     };
-    if (map->format.is_identity)
-        return take_own_place(map, &touched, &old, table, out);
-    is_kept = entry_host_offset(touched.entry) != 0;
-    waits = old.kind == EXTENT_DATA || is_kept; /* in a cluster that is kept may be anything */
+    is_kept = entry_has_cluster(&map->format, touched.entry);
+    waits = must_wait(map, &touched, &old);
     out->after_sync = waits && may_name_after_sync(map, cluster, syncs);
-    if (old.kind == EXTENT_PUNT ||
-        (waits && !out->after_sync && !may_name_in_log(map)) ||
-        (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits))
-        return -EAGAIN;
-    host_cluster = entry_host_offset(touched.entry) >> map->cluster_bits;
-    if (!is_kept && !take_cluster(map, waits ? map->unsynced : map->stock, &host_cluster))
+    if (old.kind == EXTENT_PUNT || (waits && !out->after_sync && !may_name_in_log(map)) ||
+        (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits) ||
+        !find_cluster(map, &touched, waits, &host_cluster))
         return -EAGAIN;
     entry = entry_after(map, &touched, host_cluster << map->cluster_bits, !waits);
     out->host_offset = (host_cluster << map->cluster_bits) + in_cluster;

@@ -92,9 +92,10 @@ static int load(struct l2map *map, uint64_t slice, struct extent_reader *reader)
  * of its own data has no choice. */
 static int may_be_fresh(const struct l2map *map, const struct l2_run *run)
 {
-    if (!run->host_offset || map->format.is_identity)
-        return run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_PLAIN;
-    return map->format.word_bits && run->copied && (run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_ALLOCATED);
+    if (map->format.word_bits && run->copied && (run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_ALLOCATED))
+        return 1;
+    return (!run->host_offset || map->format.is_identity) &&
+           (run->kind == L2_UNALLOCATED || run->kind == L2_ZERO_PLAIN);
 }
 
 static void translate_run(struct l2map *map, uint64_t guest_offset, uint64_t nbytes, int is_write,

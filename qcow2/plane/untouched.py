@@ -15,6 +15,12 @@ class Untouched:
         self._bits: Any = ffi.new("uint8_t[]", nclusters // 8 + 1)
         self.native: Any = ffi.new("struct untouched *", {"nclusters": nclusters, "bits": self._bits})
 
+    def longer(self, nclusters: int) -> "Untouched":
+        """The same ones of a file of *nclusters*, no fewer than it had; what is new is none yet."""
+        longer = Untouched(nclusters)
+        ffi.memmove(longer._bits, self._bits, min(len(longer._bits), len(self._bits)))
+        return longer
+
     def add(self, clusters: range) -> None:
         """These hold zeros, stable, and no entry names them."""
         if clusters:

@@ -39,10 +39,10 @@ def recovered(path: str, arguments: argparse.Namespace) -> Iterator[HostFile]:
 
     Raises: OSError, ImageError.
     """
-    from qcow2.node.recovery import recover  # and with it the engine
+    from qcow2.node.recovery import open_data_file, recover  # and with it the engine
 
-    with opened(path, writable=True) as file:
-        recover(file, arguments.link_log, discard=arguments.discard_link_log)
+    with opened(path, writable=True) as file, open_data_file(file) as data_file:
+        recover(file, arguments.link_log, discard=arguments.discard_link_log, data_file=data_file)
         yield file
 
 

@@ -258,7 +258,7 @@ async def open_image(
     of the process; the cache is as small as can be.
     """
     base = None if backing is None else await _open_backing(backing)
-    await replay_log(file)
+    await replay_log(file, data)
     if (await read_header(file, trust_refcounts=False)).is_dirty:
         report = await repair(file)
         if report.corruptions or report.check_errors or report.leaks:
@@ -276,7 +276,7 @@ async def _open_backing(file: SimulatedFile) -> Image | RawImage:
     return await (Image.open(file) if file.read(0, 4) == MAGIC.to_bytes(4, "big") else RawImage.open(file))
 
 
-async def replay_log(file: SimulatedFile) -> None:
+async def replay_log(file: SimulatedFile, data: SimulatedFile | None = None) -> None:
     """Bring what the shared memory holds into the file, and clear the memory; after a power loss there is nothing."""
     content = bytes(file.memory.content)
     header = await read_header(file, trust_refcounts=False)
@@ -289,7 +289,7 @@ async def replay_log(file: SimulatedFile) -> None:
         found = read_log(content)
         if found is not None and found.live is not None:
             await restore_bits(file, header, found.live)
-        outcome = await replay(file, header, links)
+        outcome = await replay(file, header, links, data)
         if outcome.dropped:
             raise Violation(f"link log after a kill: {outcome}")
     await Store(file.memory, (0, bytes(len(content))))

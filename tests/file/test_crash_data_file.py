@@ -10,16 +10,16 @@ import pytest
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Zero
 from qcow2.engine.create import Options, Preallocation, create
-from qcow2.engine.image import Image
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
-from qcow2.engine.opened import OpenOptions
 from qcow2.engine.part import Part
+from qcow2.engine.shedding import Shedder
 from qcow2.engine.write import Writer
 from qcow2.format.header import read_header
 from qcow2.judge.check import check
 from tests.crash.driver import CrashDriver, Effect, Point, SimulatedFile, points
 from tests.crash.history import SECTOR, ZEROS, Flush, History, pattern
+from tests.crash.images import open_image, read_all
 from tests.engine import ENCRYPTION, KEYS, noise
 from tests.extents import Plane, Served
 
@@ -35,6 +35,7 @@ class Sort:
     is_raw: bool = False
     has_parts: bool = False  # subclusters
     encrypted: bool = False
+    is_over: bool = False  # a backing file, which ends in the last cluster but one
 
     @property
     def cluster(self) -> int:
@@ -51,18 +52,29 @@ class Sort:
             cluster_bits=self.cluster.bit_length() - 1,
             has_subclusters=self.has_parts,
             preallocation=Preallocation.METADATA if self.is_raw else Preallocation.OFF,
+            backing_name="base" if self.is_over else None,
+            backing_format="raw" if self.is_over else None,
             encryption=ENCRYPTION if self.encrypted else None,
             data_file_name="data",
             data_file_raw=self.is_raw,
         )
 
     def __str__(self) -> str:
-        said = ["raw" if self.is_raw else "entries tell", *["parts"] * self.has_parts, *["encrypted"] * self.encrypted]
-        return ", ".join(said)
+        said = {"parts": self.has_parts, "encrypted": self.encrypted, "over a base": self.is_over}
+        return ", ".join(["raw" if self.is_raw else "entries tell", *(name for name in said if said[name])])
+
+    @property
+    def base(self) -> SimulatedFile | None:
+        """What shows where the image has nothing."""
+        if not self.is_over:
+            return None
+        base = SimulatedFile.parse("base", noise((NCLUSTERS - 1) * self.cluster - SECTOR, 7))
+        base.writable = False
+        return base
 
 
 RAW, TOLD = Sort(is_raw=True), Sort()
-SORTS_APART = [Sort(*each) for each in itertools.product((False, True), repeat=3)]
+SORTS_APART = [Sort(*each) for each in itertools.product((False, True), repeat=4) if not (each[0] and each[3])]
 
 
 def image_files(sort: Sort) -> tuple[SimulatedFile, SimulatedFile]:
@@ -85,7 +97,7 @@ def image_files(sort: Sort) -> tuple[SimulatedFile, SimulatedFile]:
         return file, data
     data.zero(2 * size, size)
     data.resize(3 * size + SECTOR)
-    image = driver.run(Image.open(file, data_file=data, options=OpenOptions(writable=True, keys=KEYS)))
+    image = driver.run(open_image(file, sort.base, data=data))
     driver.run(image.write(0, MemoryBuffer(memoryview(bytearray(noise(2 * size, 6))))))
     driver.run(image.write_zeroes(size, size, unmap=False))
     driver.run(image.close())
@@ -93,15 +105,14 @@ def image_files(sort: Sort) -> tuple[SimulatedFile, SimulatedFile]:
 
 
 def shown(sort: Sort, file: SimulatedFile, data: SimulatedFile) -> bytes:
-    driver, target = CrashDriver(), bytearray(sort.size)
-    image = driver.run(Image.open(file.copy(), data_file=data, options=OpenOptions(keys=KEYS)))
-    driver.run(image.read(0, MemoryBuffer(memoryview(target))))
-    return bytes(target)
+    """What the next daemon finds, which opens *file* and *data* for writing."""
+    driver = CrashDriver()
+    return bytes(driver.run(read_all(driver.run(open_image(file, sort.base, data=data)))))
 
 
-def held(sort: Sort, file: SimulatedFile, data: SimulatedFile) -> bytes:
+def held(sort: Sort, file: SimulatedFile, data: SimulatedFile, size: int) -> bytes:
     """The data file as a raw disk, deciphered if need be."""
-    content = bytearray(data.read(0, sort.size))
+    content = bytearray(data.read(0, size))
     if sort.encrypted:
         driver = CrashDriver()
         header = driver.run(read_header(file))
@@ -116,12 +127,12 @@ class Run:
         self.sort = sort
         self.file, self.data = image_files(sort)
         self.initial = self.file.copy(), self.data.copy()
-        self.history = History(shown(sort, *self.initial))
+        self.history = History(shown(sort, self.file.copy(), self.data.copy()))
         self.driver = CrashDriver(seed)
         self._draw = random.Random(seed)
-        options = OpenOptions(writable=True, keys=KEYS)
-        image = self.driver.run(Image.open(self.file, data_file=self.data, options=options))
-        self._image = Served(image, Plane(self.driver, image, self.file, None, self.data))
+        base = sort.base
+        image = self.driver.run(open_image(self.file, base, data=self.data))
+        self._image = Served(image, Plane(self.driver, image, self.file, base, self.data))
         for worker in range(3):
             self.driver.spawn(self._requests(worker), lambda task: None)
         self.driver.finish()
@@ -156,18 +167,25 @@ class Run:
             version.acked = len(journal)
 
     def deaths(self, seed: int) -> Iterator[tuple[int, bool, SimulatedFile, SimulatedFile]]:
-        """Position, whether power was lost, and the two files, at each moment."""
-        draw = random.Random(seed)
-        for position, (one, other) in together(self.driver, self.initial, (self.file, self.data)):
-            yield position, False, one.after_kill(), other.after_kill()
-            yield position, True, one.keep(()), other.keep(())
-            for _ in range(6):
-                yield position, True, one.keep(some(one, draw)), other.keep(some(other, draw))
+        return deaths(self.driver, self.initial, (self.file, self.data), seed)
 
 
-def together(
-    driver: CrashDriver, initial: tuple[SimulatedFile, SimulatedFile], files: tuple[SimulatedFile, SimulatedFile]
-) -> Iterator[tuple[int, tuple[Point, Point]]]:
+Pair = tuple[SimulatedFile, SimulatedFile]
+
+
+def deaths(
+    driver: CrashDriver, initial: Pair, files: Pair, seed: int
+) -> Iterator[tuple[int, bool, SimulatedFile, SimulatedFile]]:
+    """Position, whether power was lost, and the two files, at each moment."""
+    draw = random.Random(seed)
+    for position, (one, other) in together(driver, initial, files):
+        yield position, False, one.after_kill(), other.after_kill()
+        yield position, True, one.keep(()), other.keep(())
+        for _ in range(6):
+            yield position, True, one.keep(some(one, draw)), other.keep(some(other, draw))
+
+
+def together(driver: CrashDriver, initial: Pair, files: Pair) -> Iterator[tuple[int, tuple[Point, Point]]]:
     """Each moment at which one of the files has changed, with both."""
     ways = [points(driver.journal, start, file) for start, file in zip(initial, files, strict=True)]
     now = [Point(0, start, [], start.memory, 0) for start in initial]
@@ -195,13 +213,13 @@ def violations(seed: int, sort: Sort) -> tuple[int, list[str]]:
     wrong, count = [], 0
     for position, power, file, data in run.deaths(seed):
         count += 1
-        content = shown(sort, file, data)
+        content = shown(sort, file.after_kill(), data.copy())
         allowed = run.history.allowed_everywhere(position, power=power)
         for sector in range(sort.size // SECTOR):
             found = content[sector * SECTOR : (sector + 1) * SECTOR]
             if found not in allowed.get(sector, {run.history.before(sector)}):
                 wrong.append(f"{position}: sector {sector} is {found[:16]!r}")
-        if sort.is_raw and held(sort, file, data) != content:
+        if sort.is_raw and held(sort, file, data, sort.size) != content:
             wrong.append(f"{position}: the data file is another disk")
         report = CrashDriver().run(check(file.copy()))
         if report.corruptions or report.check_errors:
@@ -216,6 +234,51 @@ def test_every_sector_is_allowed_after_every_death(seed: int, sort: Sort) -> Non
     count, wrong = violations(seed, sort)
     assert count > 100
     assert wrong == []
+
+
+def wrong_after_resizing(sort: Sort, seed: int, *clusters: int) -> list[str]:
+    """What is wrong with a disk that gets those lengths, but for a sector, one after the other, and dies."""
+    files, driver = image_files(sort), CrashDriver(seed)
+    initial = files[0].copy(), files[1].copy()
+    disk = shown(sort, *(file.copy() for file in files))
+    image = driver.run(open_image(files[0], sort.base, data=files[1]))
+    stages = [(0, {disk})]
+    for nclusters in clusters:
+        size = nclusters * sort.cluster - SECTOR
+        changed = disk[:size].ljust(size, b"\0")
+        stages.append((len(driver.journal), {disk, changed}))
+        driver.run(image.shrink(size) if size < image.size else image.grow(size))
+        stages.append((len(driver.journal), {changed}))
+        disk = changed
+    wrong = []
+    for position, power, file, data in deaths(driver, initial, files, seed):
+        allowed = next(disks for begun, disks in reversed(stages) if begun < position or not begun)
+        content = shown(sort, file.after_kill(), data.copy())
+        where = f"{position} {'power' if power else 'kill'}: {len(content)}"
+        if content not in allowed:
+            wrong.append(f"{where}: neither the old disk nor the new one")
+        if sort.is_raw and held(sort, file, data, len(content)) != content:
+            wrong.append(f"{where}: the data file is another disk")
+        report = CrashDriver().run(check(file.copy()))
+        if report.corruptions or report.check_errors:
+            wrong.append(f"{where}: corrupt")
+    return wrong
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("sort", SORTS_APART, ids=str)
+def test_a_death_while_the_disk_is_resized_leaves_the_old_one_or_the_new_one(sort: Sort) -> None:
+    assert wrong_after_resizing(sort, 1, 3, 7, 2, 6) == []
+
+
+def test_the_explorer_objects_to_a_data_file_that_is_cut_before_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def shrink(self: Shedder, nbytes: int) -> None:
+        await self._cut_data_file(nbytes)
+        await self._stability.sync()
+        await self._root.set_size(nbytes)
+
+    monkeypatch.setattr(Shedder, "shrink", shrink)
+    assert wrong_after_resizing(TOLD, 1, 1)
 
 
 def test_the_explorer_objects_to_entries_before_the_data_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:

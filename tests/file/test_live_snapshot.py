@@ -283,11 +283,14 @@ def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, a
     assert_clean(image)
 
 
-def die_with_links_below(image: Path, at: int) -> Load:
-    """Let a daemon die of a snapshot while links wait, before the *at*-th call once the overlay has its name."""
+def die_with_links_below(image: Path, at: int, options: str = "") -> Load:
+    """Let a daemon die of a snapshot while links wait, before the *at*-th call once the overlay has its name.
+
+    The image that is frozen was made with *options*.
+    """
     base = image.rename(image.with_name("base"))
     qemu_io(base, f"write -P 1 0 {SIZE}")
-    qcow2_tool_ok("create", "-b", base, "-F", "qcow2", "-o", "lazy_refcounts=on", image, str(SIZE))
+    qcow2_tool_ok("create", "-b", base, "-F", "qcow2", "-o", f"lazy_refcounts=on{options}", image, str(SIZE))
     dying = dying_once_renamed(at, ".overlay")
     with start(image, "--aio=threads", under=dying) as daemon, FrontEnd(daemon.socket_path) as guest:
         load = Load(guest, SIZE // BLOCK, seed=at, base=b"\1" * SIZE)
@@ -304,9 +307,9 @@ def die_with_links_below(image: Path, at: int) -> Load:
     return load
 
 
-@pytest.mark.parametrize("at", [1, 3])
-def test_links_that_wait_below_are_brought_in_after_a_death(image: Path, at: int) -> None:
-    load = die_with_links_below(image, at)
+@pytest.mark.parametrize(("at", "options"), [(1, ""), (3, ""), (1, ",data_file={0}/data")])
+def test_links_that_wait_below_are_brought_in_after_a_death(image: Path, at: int, options: str) -> None:
+    load = die_with_links_below(image, at, options.format(image.parent))
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         guest.write(0, b"z" * BLOCK)
         daemon.stop()
