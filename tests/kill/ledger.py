@@ -5,7 +5,10 @@ named by what was found instead: another sector's bytes, an old version, garbage
 """
 
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SECTOR = 512
 ZEROS = bytes(SECTOR)
@@ -43,12 +46,14 @@ def describe_word(word: bytes) -> str:
 class Ledger:
     """The disk as the guest knows it. Changes of one sector never overlap in time, so its history is a line."""
 
-    def __init__(self, contents: bytes) -> None:
+    def __init__(self, contents: bytes | bytearray) -> None:
         self.contents = bytearray(contents)  # acknowledged
         self.possible: dict[int, set[bytes]] = {}  # sector: what may be there instead
         self.version = 0
         self.begun: set[int] = set()  # sectors that were ever asked to change
         self.acknowledged: set[int] = set()  # of them, which were written or zeroed
+        self._lock = threading.Lock()
+        self._moments: list[Ledger] = []  # that are not over
 
     @property
     def nsectors(self) -> int:
@@ -61,6 +66,11 @@ class Ledger:
 
     def begin(self, first: int, content: bytes) -> None:
         """*content* may be on the disk from now on, sector by sector."""
+        with self._lock:
+            for ledger in (self, *self._moments):
+                ledger._begin(first, content)
+
+    def _begin(self, first: int, content: bytes) -> None:
         self.begun.update(range(first, first + len(content) // SECTOR))
         for index in range(len(content) // SECTOR):
             one = content[index * SECTOR : (index + 1) * SECTOR]
@@ -68,10 +78,27 @@ class Ledger:
 
     def acknowledge(self, first: int, content: bytes) -> None:
         """*content* is on the disk, and nothing else."""
+        with self._lock:
+            self._acknowledge(first, content)
+
+    def _acknowledge(self, first: int, content: bytes) -> None:
         self.acknowledged.update(range(first, first + len(content) // SECTOR))
         self.contents[first * SECTOR : first * SECTOR + len(content)] = content
         for sector in range(first, first + len(content) // SECTOR):
             self.possible.pop(sector, None)
+
+    @contextmanager
+    def moment(self) -> Iterator["Ledger"]:
+        """What the disk may hold at some moment of this context; for another thread than the guest's."""
+        with self._lock:
+            then = Ledger(self.contents)
+            then.possible = {sector: set(contents) for sector, contents in self.possible.items()}
+            self._moments.append(then)
+        try:
+            yield then
+        finally:
+            with self._lock:
+                self._moments.remove(then)
 
     def settle(self, found: bytes) -> None:
         """Nothing is in flight and *found* is what the disk holds: it must be allowed, and is what counts from now on.

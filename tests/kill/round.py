@@ -57,6 +57,8 @@ class Round:
     time later the disk goes on.
     """
 
+    requests = (100, 1000)  # before a kill, fewer than one of them
+
     def __init__(
         self, directory: Path, kind: str, cache: str, *, seed: int, kills: int, slow: Throttle | None = None
     ) -> None:
@@ -93,7 +95,7 @@ class Round:
                 cluster_sectors=1 << self._start.cluster_bits - 9,
                 depth=self._draw.choice((1, 4, 24, 48)),
             )
-            load.run(self._draw.choice((1, self._draw.randrange(100), self._draw.randrange(1000))))
+            load.run(self._draw.choice((1, *map(self._draw.randrange, self.requests))))
             self._hold()
             load.fill()
             for _ in range(self._draw.choice((0, 0, 1, 5, 50))):
