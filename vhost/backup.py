@@ -62,7 +62,7 @@ class Backup(Work):
             self._target.close()
             raise
         try:
-            self._frozen = self._freeze(bitmap)
+            self._freeze(bitmap)
         except BaseException:
             self._close()
             raise
@@ -80,23 +80,20 @@ class Backup(Work):
             raise OSError(errno.EROFS, "opened read-only", path)
         return image
 
-    def _freeze(self, bitmap: str | None) -> Frozen:
+    def _freeze(self, bitmap: str | None) -> None:
         """Let changes ask from this moment on. Raises: OSError, ImageError, ValueError."""
-        found: list[Frozen] = []
 
         async def look() -> None:
             if bitmap is not None:
                 assert isinstance(self._image, Image)
                 self._bitmap = await self._image.freeze_bitmap(bitmap)
             try:
-                frozen = Frozen(self._image, self._wanted(), self._feed.give)
+                self._frozen = Frozen(self._image, self._wanted(), self._feed.give)
             except MemoryError:  # of a copy, which is no reason to trust the disk no more
                 raise no_memory() from None
-            self._served.backend.freeze(frozen)
-            found.append(frozen)
+            self._served.backend.freeze(self._frozen)  # the target may take something before this thread goes on
 
         self._alone(look())
-        return found[0]
 
     def _wanted(self) -> Wanted:
         size = self._image.size

@@ -21,6 +21,7 @@ from tests.sim.liveledger import Copy, Frozen, Kept, Ledger
 from vhost.backup import Backup
 from vhost.committing import Committing
 from vhost.disk import ImageBackend
+from vhost.frozen import Saved
 from vhost.imagecommands import ImageCommands, ImageRefused
 from vhost.job import RoomWanted, Work
 from vhost.mirroring import Mirroring
@@ -216,6 +217,7 @@ class Operator:
     def _note_moment(self, frozen: Any) -> None:
         self._freeze(frozen)
         self._ledger.moment = self._now()
+        frozen._give(Saved(0, 0, None))  # the target may be at work before the command goes on
 
     def _work(self, begin: Callable[[], Work]) -> str:
         """As a job's thread does; what is refused has changed nothing."""
