@@ -48,6 +48,10 @@ class Pools:
         except (RuntimeError, MemoryError):  # no thread to be had, but it is queued for one that comes later
             if future.cancel():
                 future = without_thread(function)
+        self.await_future(future, done)
+
+    def await_future(self, future: "Future[T]", done: Outcome[T]) -> None:
+        """*done(result, error)* once *future* is set, which any thread may do and one will."""
         self.under_way += 1
         future.add_done_callback(lambda future: self._end(future, done))
 

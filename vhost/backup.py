@@ -15,14 +15,17 @@ from typing import Any
 
 from qcow2 import ImageError
 from qcow2.driver.task import Task
+from qcow2.driver.uri import is_nbd
 from qcow2.engine.bitmaptable import set_runs
 from qcow2.engine.frozenbitmap import FrozenBitmap
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage, no_memory
+from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from qcow2.node.node import Node
 from ring.thread import start_deaf
-from vhost.backuptarget import BackupTarget
+from vhost.backupexport import BackupExport
+from vhost.backuptarget import BackupFile, BackupTarget
 from vhost.device import die
 from vhost.frozen import CHUNK_BITS, Frozen, Saved, Wanted
 from vhost.job import RoomWanted, Work
@@ -39,23 +42,29 @@ class Backup(Work):
         self,
         served: ServedChain,
         target: str,
-        image_format: str,
+        image_format: str | None,
         *,
         exists: bool,
         bitmap: str | None,
         backing: str | None,
     ) -> None:
-        """*target* is as seen from the directory of the image, *backing* as seen from that of *target*.
+        """*target* is as seen from the directory of the image, or an NBD URI; *backing* as seen from that of *target*.
 
         Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be done.
         """
+        image_format = _format_of(target, image_format, bitmap, backing)
         self.about: dict[str, Any] = {"target": target, "format": image_format, "bitmap": bitmap, "backing": backing}
         self._served = served
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
-        path = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target)
-        served.require_foreign(path)
-        self._target = BackupTarget(path, self._image.size, image_format, backing=backing, exists=exists)
+        size, options = self._image.size, served.held.options
+        self._target: BackupTarget
+        if is_nbd(target):
+            self._target = BackupExport(target, size, options, exists=exists, is_whole=bitmap is None)
+        else:
+            path = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target)
+            served.require_foreign(path)
+            self._target = BackupFile(path, size, image_format, backing=backing, exists=exists)
         try:
             self._feed = Feed(self._target.put, self._taken, self._stopped)
         except BaseException:
@@ -150,6 +159,9 @@ class Backup(Work):
         disk = self._served.held.disk
         return self._served.device.is_attached and disk is not None and disk.image is self._image
 
+    def abort(self) -> None:
+        self._target.abort()
+
     def leave(self) -> None:
         try:
             self._served.device.worker.call(self._thaw)
@@ -165,6 +177,7 @@ class Backup(Work):
             self._served.backend.run(self._image.thaw_bitmap(self._bitmap, is_copied=False), _forget_error)
 
     def _close(self) -> None:
+        self._target.abort()
         self._feed.close()
         self._target.close()
 
@@ -182,6 +195,17 @@ class Backup(Work):
             self._served.backend.go_on()
 
         self._served.device.worker.post(told)
+
+
+def _format_of(target: str, image_format: str | None, bitmap: str | None, backing: str | None) -> str:
+    """The format of the target, as it was said or not. Raises: ValueError for what makes no sense together."""
+    is_export = is_nbd(target)
+    image_format = image_format or ("raw" if is_export else "qcow2")
+    if is_export and (image_format != "raw" or backing is not None):
+        raise ValueError("an export is a raw disk: what lies under it, and in which format, its server says")
+    if bitmap is not None and image_format != "qcow2" and not is_export:
+        raise ValueError("what a bitmap says goes to a qcow2 image: a raw file cannot say what it lacks")
+    return image_format
 
 
 def _forget_error(task: Task) -> None:
@@ -243,7 +267,7 @@ class Feed:
     def _put_one(self, saved: Saved) -> None:
         try:
             self._put(saved)
-        except (OSError, ImageError) as error:
+        except (OSError, ImageError, Cancelled) as error:
             with self._changed:
                 self._is_stopped = True
             self._on_stopped(error)

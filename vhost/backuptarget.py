@@ -1,7 +1,8 @@
-"""Where a backup goes: a file that nobody takes for a disk before it is whole and stable."""
+"""Where a backup goes, and files among that: one that nobody takes for a disk before it is whole and stable."""
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -21,7 +22,53 @@ from vhost.frozen import Saved
 from vhost.problem import describe
 
 
-class BackupTarget:
+class BackupTarget(ABC):
+    """What is at *path* becomes a disk. One thread at a time uses it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._driver = BlockingDriver()
+
+    @abstractmethod
+    def _begun(self) -> Target:
+        """What is written to, begun. Raises: OSError, and it may be tried again; ImageError, Cancelled."""
+
+    def put(self, saved: Saved) -> None:
+        """Store it. Raises: OSError, and it may be tried again; ImageError, and it may not; Cancelled."""
+        target = self._begun()
+        if saved.data is not None:
+            runs = data_runs(saved.data, SPARSE_UNIT)
+            if saved.place is None:
+                saved.place = target.place(saved.guest_offset, saved.nbytes, runs, None)
+            self._driver.run(target.put(saved.guest_offset, saved.data, runs, saved.place))
+        elif saved.nbytes:
+            self._zero(target, saved)
+        else:
+            self._finally(target.advance(saved.guest_offset))
+
+    def _zero(self, target: Target, saved: Saved) -> None:
+        self._finally(target.zero(saved.guest_offset, saved.nbytes))
+
+    def finish(self) -> None:
+        """All has been stored: let it be a disk, stable. Raises: OSError, ImageError."""
+        self._finally(self._begun().finish())
+
+    def _finally(self, step: Any) -> None:
+        """What cannot be done a second time. Raises: ImageError."""
+        try:
+            self._driver.run(step)
+        except OSError as error:
+            raise ImageError(self.path, describe(error)) from error
+
+    def abort(self) -> None:  # noqa: B027
+        """For any thread: let who waits for another host wait no more. Does not wait itself."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it; what is not whole is no disk. Raises: OSError."""
+
+
+class BackupFile(BackupTarget):
     """The file *path*, which becomes a disk of *size* bytes.
 
     A new one is made as `.NAME.backup` beside it, and gets its name once it is whole. One that *exists* is overwritten;
@@ -33,10 +80,9 @@ class BackupTarget:
 
         Raises: OSError, ImageError, ValueError.
         """
-        self.path = path
+        super().__init__(path)
         directory, base = os.path.split(path)
         self._made = None if exists else hidden(path, "backup")
-        self._driver = BlockingDriver()
         with ExitStack() as stack:
             below = None
             if backing is not None:
@@ -64,22 +110,12 @@ class BackupTarget:
             raise ImageError(file.path, f"the device has {file.size()} bytes, the disk {size}")
         return InPlace(RawImage(file, size, read_only=False), size, is_zero=not file.is_device, length=size)
 
-    def put(self, saved: Saved) -> None:
-        """Store it. Raises: OSError, and it may be tried again; ImageError, and it may not."""
-        target = self._target
-        if saved.data is not None:
-            runs = data_runs(saved.data, SPARSE_UNIT)
-            if saved.place is None:
-                saved.place = target.place(saved.guest_offset, saved.nbytes, runs, None)
-            self._driver.run(target.put(saved.guest_offset, saved.data, runs, saved.place))
-        elif saved.nbytes:
-            self._finally(target.zero(saved.guest_offset, saved.nbytes))
-        else:
-            self._finally(target.advance(saved.guest_offset))
+    def _begun(self) -> Target:
+        return self._target
 
     def finish(self) -> None:
-        """All has been stored: let it be a disk of that name, stable. Raises: ImageError."""
-        self._finally(self._target.finish())
+        """All has been stored: let it be a disk of that name, stable. Raises: OSError, ImageError."""
+        super().finish()
         if self._made is None:
             return
         try:
@@ -91,13 +127,6 @@ class BackupTarget:
         except OSError as error:
             raise ImageError(self.path, str(error.strerror)) from error
         self._made = None
-
-    def _finally(self, step: Any) -> None:
-        """What cannot be done a second time. Raises: ImageError."""
-        try:
-            self._driver.run(step)
-        except OSError as error:
-            raise ImageError(self.path, describe(error)) from error
 
     def close(self) -> None:
         """Close the file; one that was made and is not whole is gone. Raises: OSError."""

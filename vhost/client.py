@@ -203,6 +203,8 @@ class Control:
     ) -> Job:
         """Begin to copy the disk to *target*, as seen from the image's directory, and to keep the two in step.
 
+        An NBD URI, which can be left only, is *existing* and raw.
+
         *top*: the image alone, over the same backing file; *existing*: what *target* holds is overwritten.
         """
         options = {} if image_format is None else {"format": image_format}
@@ -212,18 +214,20 @@ class Control:
         self,
         target: str,
         *,
-        format: str = "qcow2",
+        format: str | None = None,
         existing: bool = False,
         bitmap: str | None = None,
         backing: str | None = None,
         rate: int = 0,
         on_error: str = "report",
     ) -> Job:
-        """Begin to copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*."""
-        names = {key: name for key, name in (("bitmap", bitmap), ("backing", backing)) if name is not None}
-        return self._job(
-            "backup", target=target, format=format, existing=existing, rate=rate, on_error=on_error, **names
-        )
+        """Begin to copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*.
+
+        *target*: a file, or an NBD URI. *format*: qcow2 if not said, of an export raw.
+        """
+        words = {"format": format, "bitmap": bitmap, "backing": backing}
+        given = {key: word for key, word in words.items() if word is not None}
+        return self._job("backup", target=target, existing=existing, rate=rate, on_error=on_error, **given)
 
     def jobs(self) -> list[Job]:
         """The one under way, and those that ended last."""

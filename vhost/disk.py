@@ -132,7 +132,7 @@ class ImageBackend:
 
     def _may_have_log(self, image: Node) -> bool:
         """Not where a barrier costs nothing, nor where the mark in the image could hang this thread."""
-        return self._cache.sync and self._worker.is_near(self._slots[image.file])
+        return self._cache.sync and image.file in self._slots and self._worker.is_near(self._slots[image.file])
 
     def _add_file(self, file: HostFile) -> int:
         direct_fd = self._held.direct_fds.get(file, -1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
 from qcow2 import Disk, ImageError
+from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
 from qcow2.engine.encryption import Keyring
@@ -241,8 +242,8 @@ class HeldImage:
     @property
     def files(self) -> list[HostFile]:
         """All that a worker needs."""
-        assert self.disk is not None
-        return self.disk.files + ([] if self.beside is None else self.beside.files)
+        disks = [disk for disk in (self.disk, self.beside) if disk is not None]
+        return [file for disk in disks for file in disk.files if not isinstance(file, FarFile)]
 
     def open_beside(self, path: str, image_format: str) -> Disk:
         """The image at *path*, opened as the one that is served would be, which it may become.

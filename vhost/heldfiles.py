@@ -55,9 +55,9 @@ class HeldFiles:
         self._await_reads(top, files, self._memory)
 
     def _await_reads(self, top: HostFile, files: Collection[HostFile], memory: Collection[tuple[int, int]]) -> None:
-        status = os.fstat(top.fd)
         for file in files:
             if (fd := self.direct_fds.get(file, -1)) >= 0:
+                status = os.fstat(top.fd)
                 for key in (guest_key(numbers, (status.st_dev, status.st_ino)) for numbers in memory):
                     await_transfers(fd, file.life_fd, file.path, key, self._on_wait)
 

@@ -63,6 +63,9 @@ class Work(ABC):
     def part(self) -> None:  # noqa: B027
         """What is left where one that awaits word is told to end instead, on the job's thread. Raises: as `finish`."""
 
+    def abort(self) -> None:  # noqa: B027
+        """On any thread: it is cancelled. Let it wait for no other host from now on; does not wait itself."""
+
     def leave(self) -> None:  # noqa: B027
         """What is left where the job has ended, finished or not, on its thread."""
 

@@ -73,7 +73,7 @@ class JobCommands:
     def backup(
         self,
         target: object,
-        format: object = "qcow2",
+        format: object = None,
         existing: object = False,
         bitmap: object = None,
         backing: object = None,
@@ -82,17 +82,18 @@ class JobCommands:
     ) -> dict[str, Any]:
         """Copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*."""
         name = _named(target)
+        if name is None:
+            raise JobRefused("None is not the name of a file")
         if not isinstance(existing, bool):
             raise JobRefused(f"existing is true or false, not {existing!r}")
-        if format not in COPY_FORMATS:
+        if format is not None and format not in COPY_FORMATS:
             raise JobRefused(f"{format!r} is none of {', '.join(COPY_FORMATS)}")
         if bitmap is None and backing is not None:
             raise JobRefused("a backing file is for what a bitmap says: all of the disk needs none")
-        if bitmap is not None and format != "qcow2":
-            raise JobRefused("what a bitmap says goes to a qcow2 image: a raw file cannot say what it lacks")
-        chosen, is_existing = (_named(bitmap), _named(backing)), existing
+        names = {"bitmap": _named(bitmap), "backing": _named(backing)}
+        image_format, is_existing = _named(format), existing
         return self._start(
-            lambda: Backup(self._served, name, str(format), exists=is_existing, bitmap=chosen[0], backing=chosen[1]),
+            lambda: Backup(self._served, name, image_format, exists=is_existing, **names),
             rate,
             on_error,
         )

@@ -184,6 +184,8 @@ class Jobs:
         job.reins.cancel()
         if job.is_ready:  # it ends soon, and is not to be waited for as it is
             job.turn(job.standing)
+        else:
+            job.work.abort()
         job.stir()
 
     # on the worker

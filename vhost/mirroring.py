@@ -7,23 +7,24 @@ was served, a death after its copy.
 
 import errno
 import logging
-import os
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from qcow2 import Disk
-from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, Preallocation, create, write_raw
+from qcow2.driver.uri import is_nbd
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage
 from qcow2.job.mirror import Mirror
 from qcow2.job.pace import Pace
 from qcow2.node.node import Node
-from qcow2.node.pivot import NewFile, Pivot, require_turnable
+from qcow2.node.pivot import Pivot, require_turnable
 from vhost.beside import beside
 from vhost.job import JobFailed, RoomWanted, Work
+from vhost.mirrorcopy import CopyExport, CopyFile, CopyPlace
 from vhost.policy import COPY_FORMATS
-from vhost.problem import problem_of
+from vhost.problem import describe, problem_of
 from vhost.servedchain import ServedChain
 
 WIDTH = 4  # chunks at a time, which is not to keep requests waiting
@@ -47,18 +48,20 @@ class Mirroring(Work):
         self._backend = served.backend
         self._held = held = served.held
         self._only_top = only_top
-        self._format = image_format or held.options.format
+        is_export = is_nbd(target)
+        self._format = image_format or ("raw" if is_export else held.options.format)
         self._mirror: Mirror | None = None
         self._copy: Disk | None = None  # that `_mirror` writes
         self._is_over = False  # the copy is served, or left whole
         image = self._require_possible()
-        path = os.path.join(os.path.dirname(os.path.realpath(image.file.path)), target)
-        self._path = path
-        if is_existing and only_top:
-            raise ValueError(f"{target}: what is there may show more than the top: give a new name")
-        served.require_foreign(path)
-        self._new = None if is_existing else NewFile(path)
-        self._held.close_beside(self._open(image))  # what can be known of it is said now
+        self._place: CopyPlace
+        if is_export and self._format != "raw":
+            raise ValueError(f"{target}: an export is a raw disk, not {self._format}")
+        if is_export:
+            self._place = CopyExport(held, target, exists=is_existing)
+        else:
+            self._place = CopyFile(served, target, self._format, only_top=only_top, exists=is_existing)
+        self._place.try_out(image)
         self.about: dict[str, Any] = {
             "target": target,
             "format": self._format,
@@ -85,13 +88,18 @@ class Mirroring(Work):
     # the copy
 
     def prepare(self) -> None:
+        was_usable = self._is_usable()
+        if not was_usable:  # which nobody else changes
+            self._place.reach()
         with self._device.keeping() as is_held:
-            if not is_held:
+            if not is_held or (was_usable and not self._is_usable()):
                 raise RoomWanted
-            if self._is_under_way() and self._mirror is not None and not self._mirror.is_broken:
-                return
-            self._drop()
-            self._begin_anew()
+            if not was_usable:
+                self._drop()
+                self._begin_anew()
+
+    def _is_usable(self) -> bool:
+        return self._is_under_way() and self._mirror is not None and not self._mirror.is_broken
 
     def _is_under_way(self) -> bool:
         """Whether the guest's changes come by; the device is kept."""
@@ -100,11 +108,11 @@ class Mirroring(Work):
     def _begin_anew(self) -> None:
         assert self._held.disk is not None
         source = self._held.disk.image
-        self._copy = copy = self._open(source)
+        self._copy = copy = self._place.open(source)
         try:
-            is_new = self._new is not None
-            self._mirror = mirror = Mirror(source, copy.image, only_top=self._only_top, is_new=is_new)
+            self._mirror = mirror = Mirror(source, copy.image, only_top=self._only_top, is_new=self._place.is_new)
             mirror.on_behind = self.on_behind
+            self._place.on_lost = partial(self._tell_of_loss, mirror)
             self._exchange(
                 lambda done: done(""),
                 lambda: self._put_beside(copy),
@@ -115,60 +123,30 @@ class Mirroring(Work):
             self._held.close_beside(copy)
             raise
 
-    def _open(self, source: Node) -> Disk:
-        """Raises: OSError, ImageError; ValueError if its length is another."""
-        assert self._held.disk is not None
-        if self._new is not None:
-            self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
-        try:
-            copy = self._held.open_beside(self._path if self._new is None else self._new.temporary, self._format)
-            if copy.size != source.size:
-                self._held.close_beside(copy)
-                raise ValueError(f"{self._path}: is {copy.size} bytes long, the disk is {source.size}")
-        except BaseException:
-            if self._new is not None:
-                self._new.discard()
-            raise
-        return copy
-
-    def _fill(self, file: HostFile, source: Node) -> None:
-        if self._format == "raw":
-            run(write_raw(file, source.size, Preallocation.OFF))
-        else:
-            run(create(file, self._options(source)))
-
-    def _options(self, source: Node) -> Options:
-        """As the disk is, if it is qcow2."""
-        if not isinstance(source, Image):
-            return Options(size=source.size)
-        header = source.header
-        return Options(
-            size=source.size,
-            cluster_bits=header.record.cluster_bits,
-            refcount_order=header.record.refcount_order,
-            lazy_refcounts=header.has_lazy_refcounts,
-            has_subclusters=header.record.has_subclusters,
-            compression=header.compression_type,
-            backing_name=self._backing_name(header.backing_name) if self._only_top else None,
-            backing_format=header.backing_format if self._only_top else None,
-        )
-
-    def _backing_name(self, name: str | None) -> str | None:
-        """As the image says, or, from another directory, in full."""
-        assert self._held.disk is not None
-        top, below = self._held.disk.files[:2]
-        here = os.path.dirname(os.path.realpath(top.path))
-        is_beside = os.path.samefile(here, os.path.dirname(self._path))
-        return name if is_beside else os.path.realpath(below.path)
+    def _tell_of_loss(self, mirror: Mirror, error: OSError) -> None:
+        """On any thread."""
+        with suppress(RuntimeError):  # the worker has ended, and nobody asks
+            self._device.worker.post(partial(mirror.lose, error))
 
     def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
         if not self._is_under_way() or self._mirror is None:
             raise RoomWanted
-        return self._mirror.catch_up(pace, width=WIDTH)
+        return self._catch_up(self._mirror, pace)
+
+    async def _catch_up(self, mirror: Mirror, pace: Pace) -> None:
+        try:
+            await mirror.catch_up(pace, width=WIDTH)
+        except OSError:
+            pace.require_going()  # who was told to end has not failed
+            raise
+
+    def abort(self) -> None:
+        self._place.abort()
 
     # its end
 
     def require_finishable(self) -> None:
+        self._place.require_servable()
         disk = self._held.disk
         if disk is None:
             raise ValueError("the image is not held")
@@ -189,9 +167,10 @@ class Mirroring(Work):
             assert self._copy is not None
             for _ in range(FLUSHES):
                 beside(self._device, self._backend, self._copy.image.flush())
-            self._name()
+            self._place.name()
             assert self._held.disk is not None
-            pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], self._path, self._copy.files[0])
+            path = self._place.path
+            pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], path, self._copy.files[0])
             past, problem = self._serve_copy(pivot)
         self._close(past)
         if problem:
@@ -242,9 +221,17 @@ class Mirroring(Work):
         self._device.worker.call_host(function, lambda _, error: done(problem_of(error)))
 
     def part(self) -> None:
+        try:
+            self._part()
+        except OSError as error:
+            raise JobFailed(f"no copy is left: {describe(error)}") from error
+
+    def _part(self) -> None:
+        """Raises: OSError, RoomWanted, JobFailed."""
+        self._place.settle()
         with self._device.keeping() as is_held:
             if not is_held or not self._is_under_way() or self._mirror is None:
-                raise JobFailed(f"{self._path}: the image was let go, and no copy is left")
+                raise JobFailed(f"{self._place.path}: the image was let go, and no copy is left")
             mirror = self._mirror
             self._exchange(
                 lambda done: done("" if mirror.is_in_step else BEHIND),
@@ -254,17 +241,17 @@ class Mirroring(Work):
             copy, self._copy, self._mirror = self._copy, None, None
             assert copy is not None
             self._held.close_clean(copy)
-            self._name()
+            self._place.name()
             self._is_over = True
 
     def leave(self) -> None:
         try:
             with self._device.keeping():
                 self._drop()
-                if self._new is not None and not self._is_over:
-                    self._new.discard()
+                if not self._is_over:
+                    self._place.discard()
         except OSError as error:
-            log.error("%s: a copy that is not whole is left: %s", self._path, error.strerror)
+            log.error("%s: a copy that is not whole is left: %s", self._place.path, error.strerror)
 
     def _drop(self) -> None:
         """Let the copy go, which is not whole; the device is kept. Raises: OSError."""
@@ -277,10 +264,6 @@ class Mirroring(Work):
     def _put_beside(self, copy: Disk | None) -> None:
         """The worker has nothing of the image."""
         self._held.beside = copy
-
-    def _name(self) -> None:
-        if self._new is not None:
-            self._new.name()
 
     def _exchange(
         self, begin: Callable[[Callable[[str], None]], None], swap: Callable[[], None], attached: Callable[[], None]

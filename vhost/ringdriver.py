@@ -3,16 +3,19 @@
 import errno
 import os
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 
 from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.far import FarFile
 from qcow2.driver.file import perform, store
 from qcow2.driver.task import Scheduler, Task
 from qcow2.engine.stability import lacks_space
 from qcow2.error import NotTried, no_memory
 from ring.operations import Piece
 from ring.request import GuestSlice
+from ring.thread import new_future
 from ring.trace import Trace
 from ring.worker import Worker
 
@@ -44,6 +47,9 @@ class RingDriver:
             self._scheduler.fail(task, no_memory())
 
     def _begin(self, task: Task, operation: op.Operation) -> None:
+        if isinstance(far := getattr(operation, "file", None), FarFile):
+            self._begin_far(task, far, operation)
+            return
         worker = self._worker
         match operation:
             case op.Read(file=file, host_offset=host_offset, nbytes=nbytes):
@@ -82,6 +88,18 @@ class RingDriver:
                 self._scheduler.resume(task)
             case _:
                 raise TypeError(f"not an operation of the disk: {operation!r}")
+
+    def _begin_far(self, task: Task, file: FarFile, operation: op.Operation) -> None:
+        outcome: Future[Any] = new_future()
+
+        def end(result: Any, error: BaseException | None) -> None:
+            if error is None:
+                outcome.set_result(result)
+            else:
+                outcome.set_exception(error)
+
+        file.begin(operation, end)
+        self._worker.await_future(outcome, self._compute_end(task))
 
     def _size(self, operation: op.Size) -> int:
         return int(perform(operation))

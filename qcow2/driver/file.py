@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.far import FarFile, wait_for
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.task import Scheduler, Task
 from qcow2.error import no_memory
@@ -67,6 +68,11 @@ class HostFile:
         self.is_device = stat.S_ISBLK(mode)
         if not (self.is_device or stat.S_ISREG(mode)):
             raise OSError(errno.EINVAL, "neither a regular file nor a block device", self.path)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has closed it."""
+        return self.fd >= 0
 
     def size(self) -> int:
         """Return the length in bytes."""
@@ -162,6 +168,8 @@ def perform(operation: op.Operation) -> Any:
 
 
 def _perform(operation: op.Operation) -> Any:
+    if isinstance(file := getattr(operation, "file", None), FarFile):
+        return wait_for(file, operation)
     performer = PERFORMERS.get(type(operation))
     if performer is None:
         raise TypeError(f"not an operation: {operation!r}")
@@ -171,7 +179,7 @@ def _perform(operation: op.Operation) -> Any:
 PERFORMERS: dict[type[op.Operation], Callable[[Any], Any]] = {  # looked up for each: a match would try them in turn
     op.Read: lambda each: _read(_host(each.file), each.host_offset, each.nbytes),
     op.ReadInto: lambda each: _read_into(_host(each.file), each.host_offset, each.target),
-    op.Write: lambda each: _write(_host(each.file), each.host_offset, [_bytes_of(p) for p in each.pieces]),
+    op.Write: lambda each: _write(_host(each.file), each.host_offset, [bytes_of(p) for p in each.pieces]),
     op.WriteSome: lambda each: 0,  # who calls us waits for each
     op.Zero: lambda each: _zero(_host(each.file), each.host_offset, each.nbytes),
     op.Resize: lambda each: _resize(_host(each.file), each.nbytes, reserve=each.reserve),
@@ -259,7 +267,8 @@ def _shared(memory: op.Memory) -> SharedMemory:
     return memory
 
 
-def _bytes_of(piece: bytes | bytearray | memoryview | op.Buffer) -> memoryview:
+def bytes_of(piece: bytes | bytearray | memoryview | op.Buffer) -> memoryview:
+    """*piece* as memory; a copy if it is not ours."""
     if isinstance(piece, MemoryBuffer):
         return piece.view
     if isinstance(piece, bytes | bytearray | memoryview):

@@ -4,7 +4,6 @@ Used by jobs that move much data: while one piece waits for the disk, others are
 The coroutines themselves run on the caller's thread only.
 """
 
-import signal
 import threading
 from collections.abc import Coroutine
 from queue import SimpleQueue
@@ -12,8 +11,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from qcow2.driver import operation as op
+from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile, go_on, outcome, result_of
 from qcow2.driver.task import Scheduler, Task
+from qcow2.driver.thread import start_quiet
 from qcow2.native import lib
 
 T = TypeVar("T")
@@ -81,14 +82,11 @@ class PoolDriver:
         """Start them with the first one's work; they take no signals. Where there are none, we do it."""
         if len(self._threads) < self._nthreads:
             thread = threading.Thread(target=self._serve, name="qcow2 pool", daemon=True)
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
-                thread.start()
+                start_quiet(thread)
                 self._threads.append(thread)
             except RuntimeError:
                 self._nthreads = len(self._threads)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return bool(self._threads)
 
     def _serve(self) -> None:
@@ -120,6 +118,8 @@ class PoolDriver:
 def _begin_writeback(operation: op.Operation) -> None:
     """Let the disk begin with what was written, so that the sync at the end finds less to do; no promise."""
     match operation:
+        case op.Write(file=FarFile()):
+            pass
         case op.Write(file=HostFile(fd=fd), host_offset=host_offset) if _nbytes(operation) >= LONG_TRANSFER:
             lib.begin_writeback(fd, host_offset, _nbytes(operation))
         case op.CopyData(target=HostFile(fd=fd), target_offset=target_offset, nbytes=nbytes):

@@ -6,7 +6,6 @@ the engine spawned belongs to no caller; a few threads of the driver's perform t
 """
 
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from qcow2.driver import operation as op
 from qcow2.driver.file import go_on, outcome
 from qcow2.driver.task import Scheduler, Task
+from qcow2.driver.thread import start_quiet
 
 T = TypeVar("T")
 
@@ -160,15 +160,12 @@ class SharedDriver:
         if len(self._helpers) == NHELPERS:
             return
         thread = threading.Thread(target=self._help, name="qcow2 helper", daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            thread.start()
+            start_quiet(thread)
             self._helpers.append(thread)
         except RuntimeError:  # a limit; the operation waits for one of the others
             if not self._helpers:
                 raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _help(self) -> None:
         while (work := self._work.get()) is not None:

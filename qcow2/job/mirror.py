@@ -232,8 +232,14 @@ class Mirror:
     def _fall_behind(self, offset: int, nbytes: int, trouble: OSError | ImageError | None = None) -> None:
         first, last = offset // CHUNK, (offset + nbytes - 1) // CHUNK
         self._behind[first : last + 1] = b"\1" * (last + 1 - first)
-        self._trouble = trouble or self._trouble
+        if not self._is_broken:  # else the reason is told once
+            self._trouble = trouble or self._trouble
         self.on_behind()
+
+    def lose(self, error: OSError) -> None:
+        """The target can take nothing any more, because of *error*."""
+        self._trouble = self._trouble or error
+        self._target.fail(error)
 
     def _break(self) -> None:
         self._is_broken = True

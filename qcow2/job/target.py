@@ -133,6 +133,14 @@ class InPlace:
         await self._image.flush()
 
 
+class Over(InPlace):
+    """A disk that goes on being one: what is put changes it, and nothing else."""
+
+    def __init__(self, image: Node, size: int) -> None:
+        super().__init__(image, size, is_zero=False)
+        self._first = bytearray()
+
+
 class InNew(InPlace):
     """A new image in *file* that is none until it holds all of the disk: its first bytes, the magic, come last."""
 

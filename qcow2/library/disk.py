@@ -245,7 +245,7 @@ class Disk(AwaitableDisk):
             self._thread.stop()
 
     def _close(self) -> None:
-        if self.files[0].fd < 0:
+        if not self.files[0].is_open:
             return
         try:
             self._driver.run(self.image.close())
@@ -272,7 +272,7 @@ class Disk(AwaitableDisk):
         return self._thread.call(run)
 
     def _require_open(self) -> None:
-        if self.files[0].fd < 0:
+        if not self.files[0].is_open:
             raise ValueError(f"{self._path}: the disk is closed")
 
     def _require_inside(self, offset: int, nbytes: int) -> int:
@@ -282,14 +282,14 @@ class Disk(AwaitableDisk):
         return nbytes
 
     def __repr__(self) -> str:
-        state = "closed" if self.files[0].fd < 0 else "read-only" if self.image.read_only else "writable"
+        state = "closed" if not self.files[0].is_open else "read-only" if self.image.read_only else "writable"
         return f"<qcow2.Disk {self._path!r}, {self.size} bytes, {state}>"
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
         """A dropped disk is as one whose process died: its files are closed, and the next open recovers it."""
         if (thread := getattr(self, "_thread", None)) is None:
             return
-        if self.files[0].fd >= 0 and thread.is_ours:
+        if self.files[0].is_open and thread.is_ours:
             warn(f"unclosed {self!r}", ResourceWarning, source=self)
         self.abandon()
 
@@ -355,6 +355,8 @@ def open_disk(
 ) -> Disk:
     """Open the image at *path*, or what a file descriptor is of, and the backing files it names.
 
+    *path* may be the URI of an NBD export, which is a raw disk, where libnbd's Python binding is installed.
+
     *mode* is "r" or "r+", with or without a "b"; *writable* says the same. A descriptor stays its owner's.
 
     *format* is "qcow2", "raw" or one that was registered (`qcow2.node.formats`), and never guessed.
@@ -385,5 +387,6 @@ def open_disk(
         discard_log=discard_log,
         gate=ANY if allow_files is None else Gate(*2 * [tuple(allow_files)]),
         on_wait=on_wait,
+        reaches_exports=True,
     )
     return Disk.of(chain, name, format, options)

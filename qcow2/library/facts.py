@@ -4,8 +4,10 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.operation import File, Read
+from qcow2.driver.uri import is_nbd
 from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header, read_header
 from qcow2.format.layout import SECTOR_SIZE, SUBCLUSTERS, BitmapFlags, CryptMethod
@@ -27,16 +29,24 @@ def facts_of(path: str, image_format: str, *, force_share: bool = False, luks_he
     """
     format_of(path, image_format)
     with ExitStack() as stack:
-        file = stack.enter_context(opened(path, force_share=force_share))
+        file = stack.enter_context(_export(path) if is_nbd(path) else opened(path, force_share=force_share))
         if luks_header is None:
             return facts_of_file(file, image_format)
         return facts_of_file(file, image_format, stack.enter_context(opened(luks_header, force_share=force_share)))
 
 
+def _export(uri: str) -> HostFile:
+    """Raises: OSError, UnsupportedImage."""
+    from qcow2.driver.nbdexport import NbdExport  # and with it sockets
+
+    return NbdExport(uri, writable=False).connect()
+
+
 def facts_of_file(file: HostFile, image_format: str, luks_header: HostFile | None = None) -> Facts:
     """The same of a file that is open already, as it says now."""
     facts: Facts = {"filename": file.path, "format": image_format, "dirty-flag": False}
-    facts["actual-size"] = os.fstat(file.fd).st_blocks * 512
+    if not isinstance(file, FarFile):
+        facts["actual-size"] = os.fstat(file.fd).st_blocks * 512
     known = format_of(file.path, image_format)
     if known.has_metadata:
         facts.update(run(_qcow2_facts(file)))

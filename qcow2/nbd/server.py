@@ -3,13 +3,13 @@
 import logging
 import os
 import select
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from qcow2.driver.thread import start_quiet
 from qcow2.nbd.connection import Connection
 from qcow2.nbd.error import ClientGone, ProtocolViolation
 from qcow2.nbd.export import Export
@@ -121,15 +121,12 @@ class Server:
                     self._nthreads -= 1
 
         thread = threading.Thread(target=run, name="nbd client", daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            thread.start()
+            start_quiet(thread)
         except RuntimeError:  # a limit
             with self._state:
                 self._nthreads -= 1
             return False
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return True
 
     def _serve(self, stream: Stream) -> None:

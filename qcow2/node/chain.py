@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
+from qcow2.driver.uri import is_nbd
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.lock import lock_image, show_life
-from qcow2.node.formats import Outline, format_of
+from qcow2.node.formats import Format, Outline, format_of
 from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate
 from qcow2.node.node import Node
 
@@ -83,6 +84,7 @@ class Chain:
     written_below: Node | None = None  # one under the top that is written, and not closed yet
     writable_depth: int = 0  # of the one besides the top that is writable, if that is; 0: none
     gate: Gate = ANY  # for what the images name
+    reaches_exports: bool = False  # the path of the top may be an NBD URI
     on_wait: Callable[[], None] = lambda: None  # called while a dead process's transfers keep the image locked
 
     def __enter__(self) -> "Chain":
@@ -108,8 +110,19 @@ class Chain:
         """
         known = format_of(path, image_format)
         self.image_format = image_format
+        if self.reaches_exports and is_nbd(path):
+            return self._open_export(path, known, options)
         file = self._hold(path, lambda: HostFile.open(path, writable=options.writable), writable=options.writable)
         return self._know(known.open(self, file, options))
+
+    def _open_export(self, uri: str, known: Format, options: OpenOptions) -> Node:
+        from qcow2.driver.nbdexport import NbdExport  # and with it sockets
+
+        if known.has_metadata or known.has_key_slots:
+            raise UnsupportedImage(uri, f"an export is a raw disk here, not {known.name}")
+        export = NbdExport(uri, writable=options.writable).connect()
+        self.files.append(export)
+        return self._know(known.open(self, export, options))
 
     def open_below(self, file: HostFile, name: str, image_format: str, options: OpenOptions) -> Node:
         """Open what the image in *file*, opened with *options*, names as its backing file. Raises: as `open`."""

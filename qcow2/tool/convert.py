@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from qcow2.driver.pool import PoolDriver
+from qcow2.driver.uri import is_nbd
 from qcow2.job.content import SPARSE_UNIT
 from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.source import Source
@@ -268,7 +269,7 @@ def _is_backing_of(base: Node, image: Node) -> bool:
 
 @contextmanager
 def _target(wish: Wish, images: list[Node], base: Node | None, arguments: argparse.Namespace) -> Iterator[Target]:
-    if arguments.no_create:
+    if arguments.no_create or is_nbd(wish.path):  # which nobody can make from here
         with present_target(wish, images, is_zero=arguments.target_is_zero) as target:
             yield target
         return

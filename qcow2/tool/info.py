@@ -72,7 +72,7 @@ def _lines(facts: Facts) -> list[str]:
         f"image: {facts['filename']}",
         f"file format: {facts['format']}",
         f"virtual size: {format_size(size)} ({size} bytes)",
-        f"disk size: {format_size(facts['actual-size'])}",
+        f"disk size: {format_size(facts['actual-size']) if 'actual-size' in facts else 'unavailable'}",
     ]
     if facts["dirty-flag"]:
         lines.append("cleanly shut down: no")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qcow2.driver.uri import is_nbd
 from qcow2.node.formats import FORMATS
 from qcow2.node.jsonname import HOST_DRIVERS, PATH_KEYS, PREFIX, is_tuning, options_of
 from qcow2.tool.commas import split_commas
@@ -70,6 +71,8 @@ def the_image(arguments: argparse.Namespace, *, writes: bool = False) -> Named:
 
 def guessed(path: str, *, writes: bool = False) -> str:
     """The format of an image of which none was said: only `qemu-img` looks what is there."""
+    if is_nbd(path):
+        return "raw"
     if not is_qemu_img():
         return "qcow2"
     try:

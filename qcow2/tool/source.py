@@ -47,7 +47,8 @@ def open_source(image: Named, arguments: argparse.Namespace, snapshot: str | Cho
     path, image_format = image.path, image.image_format
     if snapshot is not None and not format_of(path, image_format).has_snapshots:
         raise Failure("Failed to load snapshot: Device is not accepting snapshots")
-    with Chain(force_share=arguments.force_share, luks_header=image.luks_header) as chain:
+    how = {"force_share": arguments.force_share, "luks_header": image.luks_header}
+    with Chain(**how, reaches_exports=True) as chain:
         yield _open(chain, path, image_format, OpenOptions(snapshot=snapshot, keys=arguments.keys))
 
 

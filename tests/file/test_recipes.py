@@ -1,5 +1,7 @@
 """docs/recipes.md as it stands, in a directory that has what it speaks of."""
 
+import fcntl
+import os
 import re
 import shutil
 import struct
@@ -13,9 +15,12 @@ import pytest
 
 import qcow2
 from tests.frontend import FrontEnd
+from tests.libnbd import binding, needs_binding
 from tests.oracle import assert_clean, qemu_img
 from tests.program import TIMEOUT, TOOL, Daemon
 from vhost import Control
+
+__all__ = ["binding"]  # a fixture
 
 TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
 RECIPES = {
@@ -226,6 +231,32 @@ def test_clone_of_a_disk_in_use(place: Path) -> None:
     for name, wanted in (("clone.qcow2", was[:MIB] + b"clone" + was[MIB + 5 :]), ("copy.qcow2", was)):
         with qcow2.open(place / name) as disk:
             assert disk.read(0, disk.size) == wanted
+
+
+@needs_binding
+def test_backup_to_another_host(place: Path, binding: None) -> None:
+    title = "Back up a running disk to another host"
+    with qcow2.open(place / "disk.qcow2", "r+") as disk:
+        disk.bitmaps.add("nightly")
+    with Daemon(place / "disk.qcow2", f"--control={place / 'disk.control'}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest:
+            play("Back up a running disk to another host", place, steps=[0])
+            guest.write(MIB, b"w" * 4096)
+            await_server(place / "night0.qcow2")
+            play(title, place, steps=[1])
+            await_server(place / "night1.qcow2")
+            guest.write(0, b"w" * 4096)
+        daemon.stop()
+    was = (place / "copy.raw").read_bytes()
+    for name, wanted in (("night0.qcow2", was), ("night1.qcow2", was[:MIB] + b"w" * 4096 + was[MIB + 4096 :])):
+        with qcow2.open(place / name) as disk:
+            assert disk.read(0, disk.size) == wanted
+
+
+def await_server(image: Path) -> None:
+    """Until nobody writes to *image*."""
+    with image.open("r+b") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
 
 
 def test_what_has_changed_since(place: Path) -> None:

@@ -15,15 +15,15 @@ from qcow2.job.newimage import NewImage
 from tests.sim.file import KernelFile
 from tests.sim.kernel import US, Kernel
 from tests.sim.livehost import LiveHost, open_chain
-from vhost import backup, frozen, mirroring, overlaybitmaps
+from vhost import backup, frozen, mirrorcopy, mirroring, overlaybitmaps
 from vhost.backup import Feed
-from vhost.backuptarget import BackupTarget
+from vhost.backuptarget import BackupFile
 from vhost.frozen import Saved
 
 BACKUP_BITS = 12  # of a cluster of a backup
 
 
-class SimulatedTarget(BackupTarget):
+class SimulatedTarget(BackupFile):
     """A new file of the simulated host; one without a header is as good as none."""
 
     def __init__(
@@ -105,12 +105,11 @@ class SimulatedPivot:
 def install(host: LiveHost, kernel: Kernel) -> None:
     """Let jobs find the simulated host, and work in pieces that fit its small disks."""
     SimulatedFeed.kernel = kernel
-    vars(backup).update(BackupTarget=partial(SimulatedTarget, host), Feed=SimulatedFeed, start_deaf=lambda thread: None)
+    vars(backup).update(BackupFile=partial(SimulatedTarget, host), Feed=SimulatedFeed, start_deaf=lambda thread: None)
+    vars(mirrorcopy).update(NewFile=partial(SimulatedNewFile, host), run=host.through)
     vars(mirroring).update(
-        NewFile=partial(SimulatedNewFile, host),
         Pivot=lambda *given: SimulatedPivot(host, *given),
         require_turnable=lambda served, top: None,
-        run=host.through,
     )
     vars(overlaybitmaps).update(run=host.through)
     vars(frozen).update(WINDOW=1)

@@ -1,0 +1,30 @@
+"""Files that no system call of ours reaches: what is asked of one is done elsewhere."""
+
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from qcow2.driver.operation import Operation
+
+End = Callable[[Any, BaseException | None], None]  # is told the result of an operation, or its error
+
+
+class FarFile:
+    """What such a file has besides what a `HostFile` has; its length is given, as a device's."""
+
+    def begin(self, operation: Operation, end: End) -> None:
+        """Have *operation* done; *end(result, error)* is called once, on any thread, perhaps before this returns."""
+        raise NotImplementedError
+
+
+def wait_for(file: FarFile, operation: Operation) -> Any:
+    """The result of *operation* on *file*; raises what it raises."""
+    outcomes: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    file.begin(operation, lambda result, error: outcomes.put((result, error)))
+    result, error = outcomes.get()
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # whose traceback has this frame
+    return result

@@ -1,0 +1,198 @@
+"""Where a mirror's copy lies: a file, which is new or there already, or an NBD export."""
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from qcow2 import Disk
+from qcow2.driver.file import HostFile, perform, run
+from qcow2.driver.nbdexport import NbdExport
+from qcow2.driver.operation import Sync
+from qcow2.engine.create import Options, Preallocation, create, write_raw
+from qcow2.engine.image import Image
+from qcow2.node.chain import Chain
+from qcow2.node.node import Node
+from qcow2.node.pivot import NewFile
+from qcow2.node.raw import RawImage
+from vhost.exportline import ExportLine
+from vhost.held import HeldImage
+from vhost.servedchain import ServedChain
+
+PATIENCE_SECONDS = 10.0  # of the guest's writes, while a server answers nothing
+
+
+class CopyPlace(Protocol):
+    """Where the copy lies. Used by one thread at a time, but for `abort`."""
+
+    path: str
+    image_format: str
+    is_new: bool  # all of the copy shows what it would if nothing had been written to it
+    on_lost: Callable[[OSError], None]  # told, on any thread, when an open copy is gone
+
+    def try_out(self, source: Node) -> None:
+        """Say what can be known at once. Raises: OSError, ImageError, ValueError."""
+
+    def reach(self) -> None:
+        """Do what may take long before `open`, which nobody is to wait for. Raises: OSError, Cancelled."""
+
+    def open(self, source: Node) -> Disk:
+        """The copy of *source*, to be written. Raises: OSError, ImageError, ValueError."""
+
+    def require_servable(self) -> None:
+        """Whether the copy can be served. Raises: ValueError."""
+
+    def settle(self) -> None:
+        """Make stable most of what it has, beside who writes to it. Raises: OSError."""
+
+    def name(self) -> None:
+        """It is whole: let it have its name. Raises: OSError."""
+
+    def discard(self) -> None:
+        """It is not whole, and closed: let it be gone. Raises: OSError."""
+
+    def abort(self) -> None:
+        """For any thread: wait for no other host any more."""
+
+
+class CopyFile:
+    """The file *target*, as seen from the directory of the image: a new one, or one that *exists*."""
+
+    def __init__(self, served: ServedChain, target: str, image_format: str, *, only_top: bool, exists: bool) -> None:
+        """Raises: ValueError, OSError."""
+        held = served.held
+        assert held.disk is not None
+        self.on_lost: Callable[[OSError], None] = lambda error: None  # never told
+        self.path = os.path.join(os.path.dirname(os.path.realpath(held.disk.files[0].path)), target)
+        self.image_format = image_format
+        self.is_new = not exists
+        self._held = held
+        self._only_top = only_top
+        if exists and only_top:
+            raise ValueError(f"{target}: what is there may show more than the top: give a new name")
+        served.require_foreign(self.path)
+        self._new = None if exists else NewFile(self.path)
+
+    def try_out(self, source: Node) -> None:
+        """As of a `CopyPlace`."""
+        self._held.close_beside(self.open(source))
+
+    def reach(self) -> None:
+        """It is here."""
+
+    def open(self, source: Node) -> Disk:
+        """As of a `CopyPlace`."""
+        assert self._held.disk is not None
+        if self._new is not None:
+            self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
+        try:
+            copy = self._held.open_beside(self.path if self._new is None else self._new.temporary, self.image_format)
+            if copy.size != source.size:
+                self._held.close_beside(copy)
+                raise ValueError(f"{self.path}: is {copy.size} bytes long, the disk is {source.size}")
+        except BaseException:
+            self.discard()
+            raise
+        return copy
+
+    def _fill(self, file: HostFile, source: Node) -> None:
+        if self.image_format == "raw":
+            run(write_raw(file, source.size, Preallocation.OFF))
+        else:
+            run(create(file, self._options(source)))
+
+    def _options(self, source: Node) -> Options:
+        """As the disk is, if it is qcow2."""
+        if not isinstance(source, Image):
+            return Options(size=source.size)
+        header = source.header
+        return Options(
+            size=source.size,
+            cluster_bits=header.record.cluster_bits,
+            refcount_order=header.record.refcount_order,
+            lazy_refcounts=header.has_lazy_refcounts,
+            has_subclusters=header.record.has_subclusters,
+            compression=header.compression_type,
+            backing_name=self._backing_name(header.backing_name) if self._only_top else None,
+            backing_format=header.backing_format if self._only_top else None,
+        )
+
+    def _backing_name(self, name: str | None) -> str | None:
+        """As the image says, or, from another directory, in full."""
+        assert self._held.disk is not None
+        top, below = self._held.disk.files[:2]
+        here = os.path.dirname(os.path.realpath(top.path))
+        is_beside = os.path.samefile(here, os.path.dirname(self.path))
+        return name if is_beside else os.path.realpath(below.path)
+
+    def require_servable(self) -> None:
+        """It can."""
+
+    def settle(self) -> None:
+        """It is made stable where it is closed."""
+
+    def name(self) -> None:
+        """As of a `CopyPlace`."""
+        if self._new is not None:
+            self._new.name()
+
+    def discard(self) -> None:
+        """As of a `CopyPlace`; what was there stays."""
+        if self._new is not None:
+            self._new.discard()
+
+    def abort(self) -> None:
+        """It is here."""
+
+
+class CopyExport:
+    """The NBD export at *uri*, a raw disk."""
+
+    image_format = "raw"
+    is_new = False
+
+    def __init__(self, held: HeldImage, uri: str, *, exists: bool) -> None:
+        """Raises: UnsupportedImage, ValueError."""
+        self.on_lost: Callable[[OSError], None] = lambda error: None
+        self.path = uri
+        self._line = ExportLine(uri, held.options, exists=exists, patience=PATIENCE_SECONDS)
+        self._reached: NbdExport | None = None  # and not opened
+        self._export: NbdExport | None = None
+
+    def try_out(self, source: Node) -> None:
+        """A server may take its time: its export is seen when the job begins."""
+
+    def reach(self) -> None:
+        """Connect. Raises: OSError, Cancelled."""
+        self._reached = self._line.reach()
+
+    def open(self, source: Node) -> Disk:
+        """What was reached. Raises: ValueError if its length is another."""
+        export, self._reached = self._reached, None
+        assert export is not None
+        if export.size() != source.size:
+            self._line.close()
+            raise ValueError(f"{self.path}: is {export.size()} bytes long, the disk is {source.size}")
+        self._export = export
+        export.connection.on_lost = lambda error: self.on_lost(error)
+        image = RawImage(export, export.size(), read_only=False)
+        return Disk(image, Chain(files=[export], nodes=[image], image_format=self.image_format))
+
+    def require_servable(self) -> None:
+        """Raises: ValueError."""
+        raise ValueError(f"{self.path}: a disk is not served from an export: the copy can be left only")
+
+    def settle(self) -> None:
+        """As of a `CopyPlace`: a server may take its time."""
+        assert self._export is not None
+        perform(Sync(self._export))
+
+    def name(self) -> None:
+        """It has its own."""
+
+    def discard(self) -> None:
+        """Leave the server. What was overwritten is."""
+        self._line.close()
+
+    def abort(self) -> None:
+        """As of a `CopyPlace`."""
+        self._line.give_up()
