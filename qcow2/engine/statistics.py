@@ -1,6 +1,6 @@
 """Counters of one image since it was opened."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -18,4 +18,4 @@ class Statistics:
     decompressions: int = 0
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        return Statistics(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
+        return Statistics(*(getattr(self, name) + getattr(other, name) for name in Statistics.__slots__))
