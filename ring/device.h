@@ -101,7 +101,7 @@ static inline bool worker_slot_is_stable(const struct worker *worker, uint32_t s
 /* Whether another request may begin transfers, as a fetched one may: fetching sees to it. */
 static inline bool worker_has_operations(const struct worker *worker)
 {
-    return worker->free_operations >= WORKER_TRANSFERS_MIN;
+    return worker->free_operations >= WORKER_ASIDE;
 }
 
 /* An fdatasync of the file failed: it takes no more writes. */

@@ -38,6 +38,7 @@ void operation_free(struct worker *worker, uint32_t number);
 void operation_submit(struct worker *worker, uint32_t number); /* to the kernel, for the first time or to go on */
 void operation_completed(struct worker *worker, uint32_t number, int result);
 void operations_retry(struct worker *worker);
+void operations_tell_room(struct worker *worker); /* or Python, which was refused one, would wait for what never comes */
 void operations_advance(struct worker *worker); /* a turn has ended */
 
 /* turn.c */

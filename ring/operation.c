@@ -8,14 +8,29 @@
 #include "ring/share.h"
 
 /* Python's are one who shares among the queues, each of which saw to it in time that there is one for its request. */
+static bool has_room_for_python(const struct worker *worker)
+{
+    return worker->free_operations > WORKER_ASIDE &&
+           share_allows(worker->python_operations, worker->free_operations - WORKER_ASIDE);
+}
+
+void operations_tell_room(struct worker *worker)
+{
+    if (!worker->refused_python || !has_room_for_python(worker))
+        return;
+    worker->refused_python = false;
+    worker_tell(worker, (struct worker_event){.kind = EVENT_ROOM});
+}
+
 int operation_begin(struct worker *worker, struct request *request)
 {
     uint32_t number = worker->free_operation;
     struct operation *operation = &worker->operations[number];
 
-    if (!request && (worker->free_operations <= WORKER_TRANSFERS_MIN ||
-                     !share_allows(worker->python_operations, worker->free_operations - WORKER_TRANSFERS_MIN)))
+    if (!request && !has_room_for_python(worker)) {
+        worker->refused_python = true;
         return -EBUSY;
+    }
     ASSERT(worker->free_operations && operation->verb == VERB_FREE);
     worker->free_operation = operation->next;
     worker->free_operations--;

@@ -121,7 +121,7 @@ static uint64_t room(uint64_t limit, uint64_t used)
 /* Whether the queue may have another request. What requests hold for as long as the disk likes is shared. */
 static bool has_room(const struct worker *worker, const struct queue *queue)
 {
-    return share_allows(queue->operations, room(worker->free_operations, WORKER_TRANSFERS_MIN)) &&
+    return share_allows(queue->operations, room(worker->free_operations, WORKER_ASIDE)) &&
            share_allows(queue->long_requests, worker->free_long) &&
            share_allows(queue->busy_nbytes, room(WORKER_BUSY_NBYTES, worker->busy_nbytes)) &&
            worker->event_count < FETCH_EVENTS_MAX && !worker->paused;

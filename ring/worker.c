@@ -157,6 +157,7 @@ static int round_once(struct worker *worker)
     worker->returned_nbytes = 0;
     reap(worker);
     operations_retry(worker);
+    operations_tell_room(worker);
     queues_fetch(worker);
     commits_start(worker);
     grace_advance(worker);

@@ -33,6 +33,7 @@
 #define WORKER_OPERATIONS 2048
 #define WORKER_EVENTS 4096
 #define WORKER_TRANSFERS_MIN 16 /* operations a device may begin for one request; fetching waits for so many */
+#define WORKER_ASIDE (WORKER_TRANSFERS_MIN + EXTENT_HELD) /* and leaves one for each place that is held: its name */
 #define WORKER_TABLES 16 /* reads on this thread that an extent map may ask for to translate one request */
 #define WORKER_BUSY_NBYTES (1ull << 30) /* fetching waits while requests hold so much: drains end in time */
 #define WORKER_AT_ONCE 256 /* see worker.at_once */
@@ -53,6 +54,7 @@ enum worker_event_kind {
     EVENT_SYNC_FAILED = 6, /* id: slot, result: -errno */
     EVENT_IDLE = 7,        /* paused, and nothing is in flight; or the last awaited request has ended */
     EVENT_QUIET = 8,       /* id: queue, disabled, and nothing of it is in flight */
+    EVENT_ROOM = 9,        /* an operation is free again, of which Python was refused one */
 };
 
 struct worker_event {
@@ -290,6 +292,7 @@ struct worker {
     uint32_t free_operation; /* list through operation.next; WORKER_OPERATIONS ends it */
     uint32_t free_operations;
     uint32_t python_operations;
+    bool refused_python; /* EVENT_ROOM is to come */
     uint32_t far_occupying; /* of all far files */
     uint32_t waiting_files; /* with operations that wait for their turn */
     uint64_t bounce_nbytes; /* of all operations */

@@ -38,7 +38,7 @@ NUDGE_SECONDS = 0.1  # between the nudges of one who waits for the worker thread
 QUIET_TURNS = 256  # of the loop, until requests are held up though work that they do not wait for is under way
 
 EVENT = struct.Struct("=IiQIIQQ")  # struct worker_event: kind, result, id, type, flags, offset, nbytes
-REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE, QUIET = 1, 2, 3, 4, 5, 6, 7, 8  # enum worker_event_kind
+REQUEST, DONE, CONTROL, DRAINED, BROKEN, SYNC_FAILED, IDLE, QUIET, ROOM = range(1, 10)  # enum worker_event_kind
 
 
 class NativeDevice(Protocol):
@@ -325,7 +325,7 @@ class Worker(Queues, Files):
                 self._broke(number)
             elif kind == SYNC_FAILED:
                 self._sync_failed(number, -result)
-        self._operations.begin_waiting()
+        self._operations.begin_waiting()  # for ROOM there is nothing else to do
 
     def _post(self, function: Callable[[], Any], future: "Future[Any] | None") -> None:
         with self._lock:

@@ -69,6 +69,5 @@ uint32_t flights_to_sync(struct flights *flights, const struct request *request)
 struct landing flights_land(struct flights *flights, struct place_map map, struct worker *worker,
                             struct request *request, int result);
 
-/* Begin to write a name that is left; flights_land comes again after it. One at a time: each has an outcome of its own,
- * and the operation that has just ended is free for it. */
+/* Begin to write a name that is left; flights_land comes again after it. One at a time: each has an outcome of its own. */
 void flights_name(struct flights *flights, struct worker *worker, struct request *request);

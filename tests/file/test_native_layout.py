@@ -159,7 +159,7 @@ MIRRORED: dict[str, tuple[ModuleType, dict[str, int]]] = {
         ring._native,
         {
             f"EVENT_{name}": getattr(worker, name)
-            for name in ("REQUEST", "DONE", "CONTROL", "DRAINED", "BROKEN", "SYNC_FAILED", "IDLE", "QUIET")
+            for name in ("REQUEST", "DONE", "CONTROL", "DRAINED", "BROKEN", "SYNC_FAILED", "IDLE", "QUIET", "ROOM")
         },
     ),
     "transfer_flag": (

@@ -26,6 +26,12 @@ def test_histories_of_data_that_goes_by_o_direct_keep_every_promise() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_whoever_finds_no_operation_free_gets_one_later() -> None:
+    """Twice in these histories the engine waited for one that had long been free, and nobody told it."""
+    done = simulate("--histories", "9", "--seed", "76", "--few")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_death_in_a_life_leaves_what_the_laws_allow() -> None:
     done = simulate("--histories", "4", "--seed", "1", "--states", "2000")
     assert done.returncode == 0, done.stdout + done.stderr

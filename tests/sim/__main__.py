@@ -9,7 +9,7 @@ from tests.sim.mutant import BY_NAME
 
 MANY = 10_000_000  # states
 MOMENTS = 32  # so that no long life takes all of the states
-FEW = Edit("ring/worker.h", "#define WORKER_OPERATIONS 2048", "#define WORKER_OPERATIONS 40")
+FEW = Edit("ring/worker.h", "#define WORKER_OPERATIONS 2048", "#define WORKER_OPERATIONS 70")
 
 
 def main(arguments: list[str]) -> int:
