@@ -110,12 +110,13 @@ class Operator:
 
     def _mirror(self, control: Control) -> None:
         """To be served, or left."""
-        name, rate = self._name("copy"), self._draw.choice(RATES)
-        job = control.mirror(name, top=self._draw.random() < 0.3, rate=rate).job
+        name, rate, is_left = self._name("copy"), self._draw.choice(RATES), self._draw.random() < 0.4
+        is_top = not is_left and self._draw.random() < 0.3  # what is below a copy that is left may be committed to
+        job = control.mirror(name, top=is_top, rate=rate).job
         control.set_rate(job, 0)
         if control.wait(job).has_ended:
             return
-        if self._draw.random() < 0.6:
+        if not is_left:
             control.complete(job)
             control.wait(job)
             return

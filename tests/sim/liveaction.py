@@ -67,6 +67,7 @@ class Operator:
         self._reins: Reins | None = None  # of the job, while it is under way
         self._is_behind = False
         self._finishing_at = 0
+        self._only_top = False  # is mirrored
         self._carries = False  # the next overlay has the bitmaps of what is frozen
         device.on_alone = self._make_room
         host.on_frozen = self._note_frozen
@@ -180,10 +181,9 @@ class Operator:
         return self._draw.choice([None, None, *(file.path for file in self._host.every_file)])
 
     def _mirror(self) -> str:
-        only_top = self._draw.random() < 0.3
-        return self._work(
-            lambda: Mirroring(self._served, f"copy{self._now()}", None, only_top=only_top, is_existing=False)
-        )
+        self._only_top = self._draw.random() < 0.3
+        name = f"copy{self._now()}"
+        return self._work(lambda: Mirroring(self._served, name, None, only_top=self._only_top, is_existing=False))
 
     def _back_up(self) -> str:
         bitmaps = self._ledger.bitmaps_of(self._top)
@@ -293,7 +293,7 @@ class Operator:
             return ""
         path = self._host.beside.files[0].path
         work.part()
-        self._ledger.copies.append(Copy(path, self._now(), self._now(), was_open=True))
+        self._ledger.copies.append(Copy(path, self._now(), self._now(), True, self._only_top))
         return " left"
 
     def _pass(self, nanoseconds: int) -> None:

@@ -21,6 +21,7 @@ class Copy:
     position: Position
     made: Position | None = None
     was_open: bool = False
+    is_over_base: bool = False  # which a commit may change
 
 
 @dataclass

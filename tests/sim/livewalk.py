@@ -229,7 +229,10 @@ class LiveWalk:
 
     def _judge_copies(self, state: State, position: int) -> None:
         """A copy is what the disk held at its moment, or no image at all."""
-        for copy in self._world.ledger.copies:
+        ledger = self._world.ledger
+        for copy in ledger.copies:
+            if copy.is_over_base and ledger.has_committed:
+                continue
             is_made = copy.made is not None and position >= copy.made
             if is_made or (not copy.was_open and state.files[copy.path].read(0, len(MAGIC)) == MAGIC):
                 identity = identity_of(state.files[name] for name in chain_of(state.files, copy.path))
