@@ -25,6 +25,7 @@ from qcow2.format.header import (
 )
 from qcow2.format.layout import (
     PROMISES,
+    SECTOR_SIZE,
     V2_REFCOUNT_ORDER,
     Autoclear,
     CompressionType,
@@ -98,11 +99,12 @@ async def require_amendable(image: Image, wanted: Amendment) -> None:
             raise CannotAmend(path, f"{text} (use compat=1.1 or greater)")
         raise CannotAmend(path, "compat=0.10 requires refcount_bits=16")
     if version < record.version:
-        await _require_old_enough(image)
+        size = image.size if wanted.size is None else wanted.size + -wanted.size % SECTOR_SIZE
+        await _require_old_enough(image, size)
 
 
-async def _require_old_enough(image: Image) -> None:
-    """Raises: CannotAmend if the image has what version 2 does not."""
+async def _require_old_enough(image: Image, size: int) -> None:
+    """Raises: CannotAmend if the image, with a disk of *size* bytes, has what version 2 does not."""
     path, header = image.file.path, image.header
     word = header.record.incompatible_features
     if word & Incompatible.EXTERNAL_DATA:
@@ -111,7 +113,7 @@ async def _require_old_enough(image: Image) -> None:
         raise CannotAmend(path, f"Cannot downgrade an image with incompatible features {rest:#x} set")
     if header.extension(ExtensionMagic.BITMAPS) is not None:
         raise CannotAmend(path, "Cannot downgrade an image with persistent bitmaps: remove them first")
-    if any(snapshot.disk_size != image.size for snapshot in await image.snapshots()):
+    if any(snapshot.disk_size != size for snapshot in await image.snapshots()):
         raise CannotAmend(path, "Internal snapshots prevent downgrade of image")
     if header.compression_type is not CompressionType.ZLIB:
         report = Report()
