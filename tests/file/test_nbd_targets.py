@@ -61,6 +61,7 @@ def served(directory: Path, server: str) -> Iterator[tuple[str, Path]]:
 SERVERS = ("ours", "qemu-nbd raw", "qemu-nbd qcow2")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("kind", ["backup", "mirror"])
 def test_the_export_is_the_disk(tmp_path: Path, server: str, kind: str) -> None:
@@ -197,6 +198,7 @@ def test_without_libnbd_what_to_install_is_said(tmp_path: Path, monkeypatch: pyt
 # -- servers that hang, or die
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("nanswered", [0, 2, 9])
 @pytest.mark.parametrize("kind", ["backup", "mirror"])
 def test_server_that_hangs_keeps_nobody_who_cancels(tmp_path: Path, kind: str, nanswered: int) -> None:
@@ -365,6 +367,7 @@ def test_what_lies_past_the_end_is_zeros_or_no_space(tmp_path: Path) -> None:
 # -- the tool
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("server", SERVERS)
 def test_tool_copies_to_and_from_an_export(tmp_path: Path, server: str) -> None:
     image, held = make(tmp_path, "overlay")
