@@ -52,6 +52,17 @@ def test_there_and_back_again(tmp_path: Path, seed: int) -> None:
     assert (facts["compat"], facts["refcount-bits"], facts["lazy-refcounts"]) == ("1.1", 8, False)
 
 
+def test_snapshots_of_another_size_than_the_disk_gets_prevent_a_downgrade(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_img("snapshot", "-c", "one", path)
+    done = qcow2_tool("amend", "-o", "compat=0.10,size=2M", path)
+    assert (done.returncode, "Internal snapshots prevent downgrade of image" in done.stderr) == (1, True)
+    with qcow2.open(path) as disk:
+        assert disk.size == 1 << 20
+    qcow2_tool_ok("amend", "-o", "compat=0.10,size=1M", path)
+
+
 def test_snapshots_stay(tmp_path: Path) -> None:
     path = tmp_path / "a"
     qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", path, "1M")

@@ -149,7 +149,6 @@ ROWS = [
     "amend -o backing_file=base top",
     "amend -o backing_fmt=qcow2 top",
     "amend -q -o compat=0.10 kept",
-    "amend -o compat=0.10,size=2M kept",
     "rebase -u -b base -F qcow2 top",
     "rebase -F qcow2 summit",
     "rebase -F qcow2 raw",
