@@ -87,7 +87,7 @@ def chain(tmp_path: Path) -> Iterator[tuple[Looked, Image, Image]]:
 
 
 def jobs_of(image: Looked, base: Image, copy: Image) -> dict[str, Coroutine[Any, Any, None]]:
-    frozen = Frozen(image, Wanted(SIZE, [(0, SIZE)]), lambda saved: None)
+    frozen = Frozen(image, Wanted(SIZE, [(0, SIZE)]), lambda saved: frozen.taken(0))  # of zeros
     mirror = Mirror(image, copy, only_top=False, is_new=True)
     return {
         "stream": stream(image, None, Reins(), Windows(*BESIDE_A_GUEST)),
