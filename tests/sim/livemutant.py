@@ -93,12 +93,12 @@ def copy_before_write_is_skipped() -> None:
 
 def path_is_turned_before_the_last_write() -> None:
     """Law 6: the path leads to a mirror's copy while requests still go to the disk."""
-    from tests.sim.livecopy import SimulatedPivot
+    from vhost.mirroring import Mirroring
 
-    def prepare(self: SimulatedPivot) -> None:
-        self.switch()
+    def turn(self: Any) -> None:
+        self._held.directory.rename(self._copy.files[0].path)
 
-    patch(SimulatedPivot, "prepare", prepare)
+    patch(Mirroring, "require_finishable", turn)
 
 
 def copy_is_served_before_it_is_stable() -> None:
