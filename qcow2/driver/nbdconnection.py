@@ -31,7 +31,7 @@ Completion = Callable[[Any], int]  # takes what libnbd gives: an object whose `v
 def load_library(uri: str) -> Any:
     """libnbd's Python binding. Raises: UnsupportedImage if it is not installed."""
     try:
-        import nbd
+        import nbd  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         nbd = None
     if not hasattr(nbd, "NBD"):  # PyPI has another package of that name

@@ -1,7 +1,7 @@
 """Pieces of a job side by side: few at a time, none left behind."""
 
 from collections.abc import Coroutine
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from types import TracebackType
 from typing import Any
 
@@ -124,7 +124,7 @@ class Buffers:
 
     def take(self) -> memoryview:
         """One for a piece, which gives it back if it comes to a good end."""
-        return self._unused.pop() if self._unused else memoryview(mmap(-1, self._nbytes))
+        return self._unused.pop() if self._unused else memoryview(mmap(-1, self._nbytes, MAP_PRIVATE | MAP_ANONYMOUS))
 
     def give(self, buffer: memoryview) -> None:
         """Nobody uses *buffer* now."""

@@ -91,7 +91,7 @@ def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preal
 def _wanted(text: str, old: int) -> int:
     """The size that *text*, absolute or relative to *old*, names."""
     try:
-        change = parse_size(text.lstrip("+-") if text[:1] in ("+", "-") else text)
+        change = parse_size(text[1:].removeprefix("+") if text[:1] in ("+", "-") else text)
     except ValueError as error:
         if not is_qemu_img():
             raise

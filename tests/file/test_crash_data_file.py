@@ -314,4 +314,4 @@ def test_the_explorer_objects_to_writes_in_place_before_the_entry_is_stable(monk
         await self._stability.sync()
 
     monkeypatch.setattr(Mapping, "link_stable", link)
-    assert violations(6, RAW)[1]
+    assert any(violations(seed, RAW)[1] for seed in (69, 79))  # two writers meet in a cluster

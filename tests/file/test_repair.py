@@ -158,7 +158,7 @@ SNAPSHOT_DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", [*SNAPSHOT_DAMAGES, "table past the end"])
+@pytest.mark.parametrize("kind", SNAPSHOT_DAMAGES)
 def test_what_a_lost_snapshot_may_hold_is_kept(tmp_path: Path, kind: str) -> None:
     """What the disk itself uses is put right; once the table is back so is the snapshot."""
     made = Recipe(size=1 << 20)
@@ -168,15 +168,13 @@ def test_what_a_lost_snapshot_may_hold_is_kept(tmp_path: Path, kind: str) -> Non
     made.data(1, b"more")
     built = build(made, tmp_path / "a")
     snapshots = struct.unpack(">Q", built.peek(64, 8))[0]
-    offset, damage = (64, struct.pack(">Q", 1 << 40))
-    if kind in SNAPSHOT_DAMAGES:
-        offset, damage = SNAPSHOT_DAMAGES[kind]
-        offset += snapshots
+    offset, damage = SNAPSHOT_DAMAGES[kind]
+    offset += snapshots
     old = built.peek(offset, len(damage))
     built.set_l2(1, built.l2(1) & ~COPIED)
     built.set_refcount(built.l2(1) & OFFSET, 0)
     built.poke(offset, damage)
-    status = 1 if kind in ("too much extra data", "table past the end") else 2
+    status = 1 if kind == "too much extra data" else 2
     for _ in range(2):
         done = qcow2_tool("check", "-r", "all", tmp_path / "a")
         assert done.returncode == status

@@ -182,7 +182,7 @@ def test_a_size_that_no_l1_table_maps_is_refused_with_the_limit(tmp_path: Path) 
     assert "33554432" in line
 
 
-@pytest.mark.parametrize("text", ["", "+", "++1M", "1X", "9E"])
+@pytest.mark.parametrize("text", ["", "+", "+-1M", "+++1M", "1X", "9E"])
 def test_what_is_no_size_is_refused(tmp_path: Path, text: str) -> None:
     assert "size" in resize_refused(created(tmp_path / "a", SMALL), text)
 

@@ -254,8 +254,8 @@ MUTANTS = [
         "Law 3: in a data file a place is zeros only if it was a hole",
         Edit(
             "qcow2/plane/fresh.c",
-            "        !untouched_has(map->untouched, touched->cluster, touched->cluster))",
-            "        (!map && !untouched_has(map->untouched, touched->cluster, touched->cluster)))",
+            "(map->format.is_identity && !untouched_has(map->untouched, touched->cluster, touched->cluster));",
+            "(!map && !untouched_has(map->untouched, touched->cluster, touched->cluster));",
         ),
         ("data-file", "data-file-overlay"),
     ),
@@ -286,8 +286,8 @@ MUTANTS = [
         "Law 4 and 6: what is handed out is counted, stably",
         Edit(
             "qcow2/plane/fresh.c",
-            "    if (!is_kept && !take_cluster(map, waits ? map->unsynced : map->stock, &host_cluster))",
-            "    if (!is_kept && !take_cluster(map, map->unsynced, &host_cluster))",
+            "           take_cluster(map, waits ? map->unsynced : map->stock, host_cluster);",
+            "           take_cluster(map, waits || map ? map->unsynced : map->stock, host_cluster);",
         ),
     ),
     Mutant(
