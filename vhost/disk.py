@@ -24,6 +24,7 @@ from vhost.admission import Admission
 from vhost.frozen import Frozen
 from vhost.held import HeldImage
 from vhost.option import CacheMode
+from vhost.past import Past
 from vhost.problem import describe, problem_of
 from vhost.ringdriver import RingDriver
 from virtio.block import CHANGES, UNMAP, RequestType, Status
@@ -66,7 +67,7 @@ class ImageBackend:
         self._told: set[str] = set()
         self.on_problem: Callable[[str], None] = lambda text: None  # told, on the worker, what is logged as an error
         self._links_wait = False
-        self._past_is_stable: op.Signal | None = None  # what FLUSH waits for after a snapshot
+        self._past: Past | None = None  # what FLUSH waits for after a snapshot
         self._frozen: Frozen | None = None  # whom changes ask first
         self.layer: Layer | None = None  # what changes go through, for as long as a worker has the image
 
@@ -99,6 +100,8 @@ class ImageBackend:
         assert self._held.disk is not None
         block, slots = self._block, self._slots
         self._image = self._held.disk.image
+        if self._past is not None and self._past.is_late and self._held.disk.chain.end_below is None:
+            self._past = None  # it was let go meanwhile, or another disk is served
         self._beside = None if self._held.beside is None else self._held.beside.image
         for file in self._held.files:
             if file not in slots:
@@ -215,8 +218,8 @@ class ImageBackend:
             done(0)
 
     async def _flush(self) -> None:
-        if self._past_is_stable is not None:
-            await self._past_is_stable.wait()
+        if self._past is not None:
+            await self._past.wait()
         await self._image.flush()
 
     @property
@@ -225,13 +228,13 @@ class ImageBackend:
         return self._worker.is_near(self._slots[self._image.file])
 
     async def _settle(self) -> None:
-        if self._past_is_stable is not None:
-            await self._past_is_stable.wait()
+        if self._past is not None:
+            await self._past.wait()
         await self._image.settle()
 
     def _set_links_wait(self, they_do: bool) -> None:
         self._links_wait = they_do
-        self._block.set_flush_punts(self._links_wait or self._past_is_stable is not None)
+        self._block.set_flush_punts(self._links_wait or self._past is not None)
 
     def freeze(self, frozen: Frozen) -> None:
         """Let what changes the disk ask *frozen* first, from now on."""
@@ -256,47 +259,28 @@ class ImageBackend:
         """*done("")* once the file of *image* alone holds it, which need not be stable, or what failed."""
         self._driver.run(image.bring_links(), lambda task: done(problem_of(task.take_error())))
 
-    def defer_flushes(self, overlay: Overlay, done: Callable[[str], None]) -> None:
+    def defer_flushes(self, overlay: Overlay, done: Callable[[str, bool], None]) -> None:
         """Let no FLUSH succeed before the name of *overlay*, which is served now, and what is below it are stable.
 
-        Then *done("")*; or *done* of what failed, and no more writes are taken.
+        Then *done("", False)*; or *done* of what failed, and whether a FLUSH may try again (`Past`).
         """
-        problems: list[str] = []
-
-        def ended(error: BaseException | None) -> None:
-            problems.append(problem_of(error))
-            if len(problems) == 2:
-                self._end_deferring(overlay, "; ".join(filter(None, problems)), done)
-
-        self._past_is_stable = op.Signal()
+        past = self._past = Past(overlay, self, self._forget_past)
         self._set_links_wait(self._links_wait)
-        overlay.below.on_failure = lambda: None  # which is told here
-        overlay.below.set_link_policy(LinkPolicy())  # a FLUSH waits for all of it
+        self._worker.compute(lambda: None, lambda *_: past.begin(done))  # not before requests go on
 
-        def begin(*_: object) -> None:
-            self._driver.run(overlay.below.flush(), lambda task: ended(task.take_error()))
-            is_near = self._worker.is_near(self._slots[overlay.file])
-            run = self._worker.compute if is_near else self._worker.call_host  # that one needs a thread
-            run(overlay.sync_names, lambda _, error: ended(error))
+    def _forget_past(self) -> None:
+        self._past = None
+        waiting = isinstance(self._image, Image) and self._image.has_waiting_links
+        self._set_links_wait(self._links_wait or waiting)  # the extent map's own, too
 
-        self._worker.compute(lambda: None, begin)  # not before requests go on
+    def share_below(self, overlay: Overlay) -> None:
+        """As `HeldImage.share_below`."""
+        self._held.share_below(overlay)
 
-    def _end_deferring(self, overlay: Overlay, problem: str, done: Callable[[str], None]) -> None:
-        if problem:
-            self._go_on_after(overlay, problem, done)
-        else:
-            forgetting = overlay.image.forget_below()
-            self._driver.run(forgetting, lambda task: self._go_on_after(overlay, problem_of(task.take_error()), done))
-
-    def _go_on_after(self, overlay: Overlay, problem: str, done: Callable[[str], None]) -> None:
-        assert self._past_is_stable is not None
-        if problem:
-            overlay.image.fail(OSError(errno.EIO, problem))
-        opened, self._past_is_stable = self._past_is_stable, None
-        self._set_links_wait(self._links_wait or overlay.image.has_waiting_links)  # the extent map's own, too
-        opened.set()
-        self._driver.go_on()
-        done(problem)
+    def call_host(self, function: Callable[[], None], done: Callable[[None, BaseException | None], None]) -> None:
+        """Run *function*, which asks the host for something in the image's directory, beside the worker's thread."""
+        run = self._worker.compute if self.is_near else self._worker.call_host  # that one needs a thread
+        run(function, done)
 
     def retire(self, image: Node, done: Callable[[str], None]) -> None:
         """Leave *image*, which was written and is only read now, clean on the disk: *done("")*, or what failed."""

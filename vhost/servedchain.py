@@ -41,6 +41,8 @@ class ServedChain:
         disk = self.held.disk
         if disk is None:
             raise RoomWanted
+        if disk.chain.end_below is not None:
+            raise OSError(errno.EBUSY, "what the last snapshot froze is not stable yet, a flush tries again")
         image, path = disk.image, disk.files[0].path
         if not isinstance(image, Image):
             raise UnsupportedImage(path, "a raw image has no backing file")

@@ -26,7 +26,10 @@ class SnapshotRefused(Exception):
 
 
 class SnapshotUnstable(Exception):
-    """The snapshot is taken, and may not survive a power loss: the disk takes no more writes. One line says why."""
+    """The snapshot is taken, and may not survive a power loss.
+
+    One line says why, and whether a FLUSH may mend that or the disk takes no more writes.
+    """
 
 
 class Pace:
@@ -71,7 +74,7 @@ class Snapshots:
     def _take(self, name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
         overlay = self._held.prepare_overlay(name)
         past: list[SharedMemory | None] = []
-        stable: Future[str] = Future()
+        stable: Future[tuple[str, bool]] = Future()
         try:
             bitmaps.add(overlay.image)
             if not bitmaps.are_any:  # whose live bits want a longer log
@@ -82,14 +85,18 @@ class Snapshots:
             refusal = self._device.exchange(
                 lambda done: self._begin(overlay, pace, bitmaps, done),
                 lambda: past.append(self._held.adopt_overlay(overlay)),
-                lambda: self._backend.defer_flushes(overlay, stable.set_result),
+                lambda: self._backend.defer_flushes(overlay, lambda *end: stable.set_result(end)),
             )
             if refusal:
                 raise SnapshotRefused(refusal)
         except BaseException:
             self._held.discard_overlay(overlay)
             raise
-        problem = self._device.worker.wait(stable)
+        problem, is_late = self._device.worker.wait(stable)
+        if is_late:
+            raise SnapshotUnstable(
+                f"{name} is there, but may not survive a power loss before a flush succeeds: {problem}"
+            )
         failure = self._retire(overlay, past[0])
         if problem:
             raise SnapshotUnstable(

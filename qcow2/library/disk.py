@@ -225,9 +225,12 @@ class Disk(AwaitableDisk):
 
         Raises: OSError if a write or sync failed, now or before.
         """
-        below, self.chain.written_below = self.chain.written_below, None
+        if self.chain.end_below is not None:
+            self._run(self.chain.end_below)
+        below = self.chain.written_below
         if below is not None:
             self._run(below.close)
+            self.chain.written_below = None
         self._run(self.image.close)
         self._remove_log()
 

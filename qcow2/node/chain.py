@@ -1,12 +1,12 @@
 """Opening a chain: the image, the backing file it names, and so on to the base, each locked."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
@@ -82,6 +82,7 @@ class Chain:
     discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in
     written_below: Node | None = None  # one under the top that is written, and not closed yet
+    end_below: Callable[[], Coroutine[Any, Any, None]] | None = None  # first, if a snapshot has left links of it
     writable_depth: int = 0  # of the one besides the top that is writable, if that is; 0: none
     gate: Gate = ANY  # for what the images name
     reaches_exports: bool = False  # the path of the top may be an NBD URI

@@ -11,10 +11,11 @@ from contextlib import ExitStack, suppress
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory
+from qcow2.driver.operation import Compute
 from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
-from qcow2.error import UnsupportedImage
+from qcow2.error import NotTried, UnsupportedImage
 from qcow2.format.header import Header
 from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
@@ -41,6 +42,7 @@ class Overlay:
         self._frozen = os.path.join(os.path.dirname(self._path), name)
         self._temporary = hidden(self._path, "overlay")
         self._was_named = False
+        self._memory_below: SharedMemory | None = None
         self._require_names(name, below.header)
         remove_overlay(self._top.path, chain.log_directory)
         self.file, self.memory = self._make_file(), SharedMemory("")
@@ -174,10 +176,27 @@ class Overlay:
         The chain closes all files from now on.
         """
         past, self._chain.memory = self._chain.memory, self.memory
+        self._memory_below = past
         self._top.path = self._frozen
         self._chain.files.insert(0, self.file)
         self._chain.nodes.insert(0, self.image)
         return past
+
+    def keep_below(self) -> None:
+        """Leave it to `end_below`, whoever calls that first, to close what is below: links of it wait."""
+        self._chain.end_below = self.end_below
+
+    async def end_below(self) -> None:
+        """Leave what is below clean, and no log of it; all that it was, and the name, is stable on return.
+
+        Raises: OSError, ImageError.
+        """
+        await self.below.close()
+        await Compute(self.sync_names)
+        await self.image.forget_below()
+        if self._memory_below is not None and self._memory_below.is_made:
+            self._memory_below.remove()
+        self._chain.end_below = None
 
     @property
     def files_below(self) -> set[HostFile]:
@@ -201,7 +220,10 @@ def _remove(path: str) -> None:
 
 def sync_directory(path: str) -> None:
     """Make the names in the directory of *path* stable. Raises: OSError."""
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NotTried(error.errno, error.strerror, error.filename) from error
     try:
         os.fsync(fd)
     finally:

@@ -25,6 +25,7 @@ GLUE = {  # where an image meets a device
     "vhost/held.py",
     "vhost/heldfiles.py",
     "vhost/direct.py",
+    "vhost/past.py",
     "vhost/snapshot.py",
     "vhost/job.py",
     "vhost/jobs.py",

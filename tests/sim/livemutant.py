@@ -22,7 +22,7 @@ def links_below_are_forgotten_early() -> None:
 
     defer = ImageBackend.defer_flushes
 
-    def early(self: ImageBackend, overlay: Any, done: Callable[[str], None]) -> None:
+    def early(self: ImageBackend, overlay: Any, done: Callable[[str, bool], None]) -> None:
         self.run(overlay.image.forget_below(), lambda task: None)
         defer(self, overlay, done)
 
@@ -43,8 +43,8 @@ def flush_waits_for_no_name() -> None:
     """Law 2: the path may lead to what is frozen again, without what was flushed since."""
     from vhost.disk import ImageBackend
 
-    def defer(self: ImageBackend, overlay: Any, done: Callable[[str], None]) -> None:
-        self.run(overlay.below.flush(), lambda task: done(""))
+    def defer(self: ImageBackend, overlay: Any, done: Callable[[str, bool], None]) -> None:
+        self.run(overlay.below.flush(), lambda task: done("", False))
 
     patch(ImageBackend, "defer_flushes", defer)
 
