@@ -6,7 +6,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, Literal
 
@@ -36,6 +36,10 @@ class Job:
     rate: int  # bytes a second; 0: as fast as it goes
     on_error: str
     error: str  # the last one; empty if there was none
+
+    def as_json(self) -> dict[str, Any]:
+        """As the control socket tells it."""
+        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
 
     @property
     def has_ended(self) -> bool:

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict
 from typing import Any
 
 from vhost.client import Control, ControlError, EventName, Job
@@ -98,7 +97,7 @@ def _print_events(control: Control, names: list[EventName]) -> int:
 
 def _show_all(jobs: list[Job], *, is_json: bool) -> int:
     if is_json:
-        print(json.dumps([asdict(job) for job in jobs], indent=2))
+        print(json.dumps([job.as_json() for job in jobs], indent=2))
     else:
         for job in jobs:
             print(_described(job))
@@ -106,19 +105,36 @@ def _show_all(jobs: list[Job], *, is_json: bool) -> int:
 
 
 def _show(job: Job, *, is_json: bool) -> int:
-    print(json.dumps(asdict(job), indent=2) if is_json else _described(job))
+    print(json.dumps(job.as_json(), indent=2) if is_json else _described(job))
     return 0
 
 
 def _wait(control: Control, number: int, *, is_json: bool, good: Collection[str] = ("completed", "ready")) -> int:
     has_bar = sys.stderr is not None and sys.stderr.isatty()
-    job = control.wait(number, _show_bar if has_bar else lambda job: None)
+    job = control.wait(number, _teller(has_bar=has_bar))
     if has_bar:
         print(file=sys.stderr)
     if job.state not in good and not is_json:
         raise ControlError(f"job {number} {job.state}{': ' if job.error else ''}{job.error}")
     _show(job, is_json=is_json)
     return int(job.state not in good)
+
+
+def _teller(*, has_bar: bool) -> Callable[[Job], None]:
+    """Tells whoever waits of the job's progress, and why it stands still if an error has paused it."""
+    known = ""
+
+    def tell(job: Job) -> None:
+        nonlocal known
+        if has_bar:
+            _show_bar(job)
+        problem = job.error if job.state == "paused" else ""
+        if problem and problem != known and sys.stderr is not None:
+            line = "\n" if has_bar else ""
+            print(f"{line}job {job.job} is paused: {problem}; ctl job resume or cancel", file=sys.stderr, flush=True)
+        known = problem
+
+    return tell
 
 
 def _show_bar(job: Job) -> None:

@@ -158,7 +158,13 @@ class Allocator:
         except OSError as error:
             if not lacks_room(error):
                 raise
-        return await self._take_area(nclusters, may_grow=False)
+            lack = error.errno or errno.ENOSPC
+        try:
+            return await self._take_area(nclusters, may_grow=False)
+        except OSError as error:
+            if not lacks_room(error):
+                raise
+            raise OSError(lack, os.strerror(lack), self._file.path) from None
 
     async def _take_area(self, nclusters: int, *, may_grow: bool) -> range:
         while True:

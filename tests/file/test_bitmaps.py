@@ -11,8 +11,8 @@ import qcow2
 from qcow2.format import layout
 from tests.bitmapreader import AUTO, IN_USE, bitmaps_of
 from tests.builder import Recipe, build
-from tests.oracle import qemu_img, qemu_io
-from tests.program import qcow2_tool
+from tests.oracle import assert_clean, qemu_img, qemu_io
+from tests.program import TOOL, qcow2_tool, qcow2_tool_ok
 
 SIZE = (9 << 20) + 1536
 
@@ -257,3 +257,14 @@ def test_one_that_cannot_be_kept_is_said_at_open_and_given_up_before_the_first_c
     assert content[where + 15] & IN_USE
     entry = content.index(b"good\0\0\0\0") - layout.BitmapRecord.FORMAT.size
     assert content[entry + 15] == AUTO
+
+
+def test_who_finds_no_room_is_told_what_the_host_says(tmp_path: Path) -> None:
+    """Not that there is no gap in the file, which was looked for after that."""
+    image = tmp_path / "disk"
+    qcow2_tool_ok("create", image, "16M")
+    limit = image.stat().st_size
+    command = ["prlimit", f"--fsize={limit}:", TOOL, "bitmap", "--add", image, "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "qcow2: Operation add on bitmap x failed: File too large\n")
+    assert_clean(image)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import qcow2
+from tests.forge import popen
 from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, backing_name, qemu_img, qemu_io
@@ -205,10 +206,17 @@ def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
         client.subscribe("job")
         await_state(client, "paused")
         assert client.job(job).error == f"{top}: File too large"
+        waits = ("ctl", f"--control={top}.control", "job", "wait", str(job))
+        waiting = popen((DAEMON, *waits), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert waiting.stderr is not None
+        why = f"job {job} is paused: {top}: File too large; ctl job resume or cancel\n"
+        assert waiting.stderr.readline() == why
         assert guest.read(MIB, BLOCK) == SHOWN[MIB : MIB + BLOCK]
         subprocess.run(["prlimit", f"--pid={daemon.process.pid}", "--fsize=unlimited:"], check=True)
         client.resume(job)
         assert client.wait(job).state == "completed"
+        assert waiting.communicate(timeout=TIMEOUT)[1] == ""
+        assert waiting.returncode == 0
         daemon.stop()
         assert daemon.process.stderr is not None
         said = daemon.process.stderr.read()
@@ -287,6 +295,7 @@ def test_ctl_shows_jobs_to_people_and_to_programs(top: Path) -> None:
         begun = ctl(top, "stream", "--rate=1", "--json")
         assert json.loads(begun.stdout)["job"] == 1
         assert ctl(top, "job", "list").stdout.startswith("job 1: stream, ")
+        assert json.loads(ctl(top, "job", "list", "--json").stdout)[0]["on-error"] == "report"
         assert json.loads(ctl(top, "job", "set-rate", "1", "4G", "--json").stdout)["rate"] == 4 << 30
         done = ctl(top, "job", "wait", "1")
         assert (done.returncode, done.stderr) == (0, "")
