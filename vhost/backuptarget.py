@@ -14,7 +14,7 @@ from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import InPlace, Target
 from qcow2.lock import lock_image
-from qcow2.node.leftover import hidden, require_ours
+from qcow2.node.leftover import hidden, require_ours, require_own_name
 from qcow2.node.node import Node
 from qcow2.node.overlay import sync_directory
 from qcow2.node.raw import RawImage
@@ -81,14 +81,13 @@ class BackupFile(BackupTarget):
         Raises: OSError, ImageError, ValueError.
         """
         super().__init__(path)
-        directory, base = os.path.split(path)
+        if not exists:
+            require_own_name(path)
         self._made = None if exists else hidden(path, "backup")
         with ExitStack() as stack:
             below = None
             if backing is not None:
-                below = stack.enter_context(qcow2.open(os.path.join(directory, backing))).image
-            if not base:
-                raise ValueError(f"{path!r} is not the name of a file")
+                below = stack.enter_context(qcow2.open(os.path.join(os.path.dirname(path), backing))).image
             if self._made is not None:
                 if os.path.lexists(path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)

@@ -13,11 +13,22 @@ from qcow2.driver.file import HostFile
 from qcow2.lock import lock_image
 from qcow2.node.recovery import remove_logs_of
 
+WHAT = ("overlay", "pivot", "mirror", "backup")
+
 
 def hidden(path: str, what: str) -> str:
     """What a file is called that is to be, or to replace, *path*."""
     directory, base = os.path.split(path)
     return os.path.join(directory, f".{base}.{what}")
+
+
+def require_own_name(path: str) -> None:
+    """Whether a file called *path* may stay. Raises: ValueError if it has no name, or one of those that we remove."""
+    base = os.path.basename(path)
+    if not base:
+        raise ValueError(f"{path!r} is not the name of a file")
+    if any(base.startswith(".") and base.endswith(f".{what}") and len(base) > len(what) + 2 for what in WHAT):
+        raise ValueError(f"{base!r}: files of such names are taken for what a death left, and removed")
 
 
 def numbers_of(status: os.stat_result) -> tuple[int, int]:

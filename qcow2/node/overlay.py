@@ -20,7 +20,7 @@ from qcow2.format.header import Header
 from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
-from qcow2.node.leftover import hidden, remove_overlay
+from qcow2.node.leftover import hidden, remove_overlay, require_own_name
 from qcow2.node.logplace import new_log
 
 
@@ -54,8 +54,7 @@ class Overlay:
 
     def _require_names(self, name: str, header: Header) -> None:
         path = self._top.path
-        if not name or name.endswith("/"):
-            raise ValueError(f"{name!r} is not the name of a file")
+        require_own_name(name)
         if header.record.crypt_method:
             raise UnsupportedImage(path, "encrypted: what is written over it would not be")
         if header.record.has_data_file and (self._chain.data_file is not None or not header.data_file_name):

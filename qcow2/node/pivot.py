@@ -13,7 +13,7 @@ from contextlib import suppress
 from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
-from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_ours
+from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_ours, require_own_name
 from qcow2.node.overlay import sync_directory
 
 
@@ -23,12 +23,10 @@ class NewFile:
     def __init__(self, path: str) -> None:
         """Raises: FileExistsError if something is there; ValueError if nothing can be."""
         self.path = path
-        directory, base = os.path.split(path)
-        if not base:
-            raise ValueError(f"{path!r} is not the name of a file")
+        require_own_name(path)
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-        os.stat(directory or ".")
+        os.stat(os.path.dirname(path) or ".")
         self.temporary = hidden(path, "mirror")
         self._made: tuple[int, int] | None = None  # device and inode
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.node.pivot import NewFile
+from vhost.backuptarget import BackupFile
 from vhost.held import HeldImage
 from vhost.option import Options
 
@@ -69,3 +71,17 @@ def test_link_of_a_copy_names_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError) as caught:
         os.link(tmp_path / "one", tmp_path / "two")
     assert describe(caught.value) == f"{tmp_path / 'two'}: File exists"
+
+
+@pytest.mark.parametrize("name", [".disk.overlay", ".copy.mirror", ".copy.backup", ".disk.pivot"])
+def test_nothing_that_shall_stay_gets_such_a_name(image: Path, name: str) -> None:
+    target = str(image.with_name(name))
+    with HeldImage(Options(blk_file=str(image))) as held:
+        held.take()
+        with pytest.raises(ValueError, match="taken for what a death left"):
+            held.prepare_overlay(name)
+    with pytest.raises(ValueError, match="taken for what a death left"):
+        NewFile(target)
+    with pytest.raises(ValueError, match="taken for what a death left"):
+        BackupFile(target, MIB, "qcow2", backing=None, exists=False)
+    assert not os.path.lexists(target)

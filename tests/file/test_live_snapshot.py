@@ -228,8 +228,9 @@ def test_what_is_refused_changes_nothing(image: Path, tmp_path: Path) -> None:
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         guest.write(0, b"a" * BLOCK)
         assert refusal(image, "taken") == f"{tmp_path}/taken: File exists"
-        for own in ("disk.qcow2", "./disk.qcow2", f"../{tmp_path.name}/disk.qcow2", str(image), ".disk.qcow2.overlay"):
+        for own in ("disk.qcow2", "./disk.qcow2", f"../{tmp_path.name}/disk.qcow2", str(image)):
             assert refusal(image, own).endswith("File exists")
+        assert "taken for what a death left" in refusal(image, ".disk.qcow2.overlay")
         assert refusal(image, "") == "'' is not the name of a file"
         assert refusal(image, "no/such/place").endswith("No such file or directory")
         assert refusal(image, "n" * 300).endswith("File name too long")
