@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ JOB = Job(DISK, depth=32)
 WARM = 0.5  # seconds
 STEP = 0.01  # seconds, between two looks whether the snapshot is taken
 AFTER = 0.05  # seconds that count as well
+PATIENCE = 20.0  # seconds, with a QEMU that takes a snapshot
 
 Take = Callable[[str], None]
 Serve = Callable[[Path, ExitStack], AbstractContextManager[tuple[str, Take]]]
@@ -99,8 +100,13 @@ def qemus(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
         ask("blockdev-snapshot-sync", **arguments, **{"snapshot-node-name": name})
         nodes.append(name)
 
+    monitor.settimeout(PATIENCE)
     with monitor, monitor.makefile("r") as replies:
-        yield address, take
+        try:
+            yield address, take
+        finally:
+            with suppress(OSError):
+                monitor.shutdown(socket.SHUT_RDWR)  # else who still waits for an answer holds `replies`
 
 
 def measure(snapshots: int, seconds: float, server: Serve, directory: Path) -> Found:

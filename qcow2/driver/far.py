@@ -1,5 +1,6 @@
 """Files that no system call of ours reaches: what is asked of one is done elsewhere."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -9,12 +10,12 @@ from qcow2.driver.operation import Operation
 End = Callable[[Any, BaseException | None], None]  # is told the result of an operation, or its error
 
 
-class FarFile:
+class FarFile(ABC):
     """What such a file has besides what a `HostFile` has; its length is given, as a device's."""
 
+    @abstractmethod
     def begin(self, operation: Operation, end: End) -> None:
         """Have *operation* done; *end(result, error)* is called once, on any thread, perhaps before this returns."""
-        raise NotImplementedError
 
 
 def wait_for(file: FarFile, operation: Operation) -> Any:
