@@ -396,7 +396,7 @@ FOUND_BY: dict[Mutant, str] = {
     refcounts_are_not_written: "512/writeback/1/allocate",
     dirty_bit_is_not_set: "512-lazy/writeback/1/allocate",
     dirty_bit_is_set_late: "512-lazy/writeback/1/allocate",
-    punch_comes_after_the_count: "live width-64/writeback/2/read-6000x16",
+    punch_comes_after_the_count: "live width-64/writeback/6/read-6000x16",
     freed_under_transfers: "live width-64/writeback/1/read-6000x16",
     slice_load_ignores_links: "live many-tables/writeback/1/read-3000x64",
     freed_before_the_link_is_gone: "compressed/writethrough/1/decompress+decompress+decompress",
