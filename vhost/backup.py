@@ -17,6 +17,7 @@ from qcow2 import ImageError
 from qcow2.driver.task import Task
 from qcow2.driver.uri import is_nbd
 from qcow2.engine.bitmaptable import set_runs
+from qcow2.engine.create import Options
 from qcow2.engine.frozenbitmap import FrozenBitmap
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage, no_memory
@@ -57,14 +58,14 @@ class Backup(Work):
         self._served = served
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
-        size, options = self._image.size, served.held.options
+        if self._image.is_encrypted and image_format == "raw":
+            raise UnsupportedImage(self._image.file.path, "encrypted: a raw backup would hold it in plain")
         self._target: BackupTarget
         if is_nbd(target):
+            size, options = self._image.size, served.held.options
             self._target = BackupExport(target, size, options, exists=exists, is_whole=bitmap is None)
         else:
-            path = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target)
-            served.require_foreign(path)
-            self._target = BackupFile(path, size, image_format, backing=backing, exists=exists)
+            self._target = self._file_of(target, image_format, backing, exists=exists)
         try:
             self._feed = Feed(self._target.put, self._taken, self._stopped)
         except BaseException:
@@ -76,13 +77,21 @@ class Backup(Work):
             self._close()
             raise
 
+    def _file_of(self, target: str, image_format: str, backing: str | None, *, exists: bool) -> BackupFile:
+        path, held = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target), self._served.held
+        self._served.require_foreign(path)
+        with held.encrypted_as(self._image) as encryption:
+            backing_format = None if backing is None else "qcow2"
+            options = Options(
+                self._image.size, backing_name=backing, backing_format=backing_format, encryption=encryption
+            )
+            return BackupFile(path, options, image_format, exists=exists, keys=held.other_keys())
+
     def _require_image(self, bitmap: str | None) -> Node:
         disk = self._served.held.disk
         if disk is None or not self._served.device.is_attached:
             raise RoomWanted
         image, path = disk.image, disk.files[0].path
-        if image.is_encrypted:
-            raise UnsupportedImage(path, "encrypted: the backup would hold it in plain")
         if bitmap is not None and not isinstance(image, Image):
             raise UnsupportedImage(path, "a raw image has no bitmaps")
         if bitmap is not None and image.read_only:

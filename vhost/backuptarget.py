@@ -8,11 +8,14 @@ from typing import Any
 
 import qcow2
 from qcow2 import ImageError
-from qcow2.driver.file import BlockingDriver, HostFile
-from qcow2.engine.create import Options
+from qcow2.driver.file import BlockingDriver, HostFile, run
+from qcow2.engine.create import Options, create
+from qcow2.engine.encryption import Keyring
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import InPlace, Target
+from qcow2.job.target import InNew, InPlace, Target
 from qcow2.lock import lock_image
 from qcow2.node.leftover import hidden, require_ours, require_own_name
 from qcow2.node.node import Node
@@ -69,14 +72,14 @@ class BackupTarget(ABC):
 
 
 class BackupFile(BackupTarget):
-    """The file *path*, which becomes a disk of *size* bytes.
+    """The file *path*, which becomes a disk.
 
     A new one is made as `.NAME.backup` beside it, and gets its name once it is whole. One that *exists* is overwritten;
     of a raw one the first bytes come last. A death leaves no disk.
     """
 
-    def __init__(self, path: str, size: int, image_format: str, *, backing: str | None, exists: bool) -> None:
-        """Over the qcow2 image *backing*, as seen from the directory of *path*, if there is one.
+    def __init__(self, path: str, options: Options, image_format: str, *, exists: bool, keys: Keyring | None) -> None:
+        """The size, the qcow2 image under it and the encryption are those of *options*; *keys* open both images.
 
         Raises: OSError, ImageError, ValueError.
         """
@@ -86,22 +89,25 @@ class BackupFile(BackupTarget):
         self._made = None if exists else hidden(path, "backup")
         with ExitStack() as stack:
             below = None
-            if backing is not None:
-                below = stack.enter_context(qcow2.open(os.path.join(os.path.dirname(path), backing))).image
+            if options.backing_name is not None:
+                name = os.path.join(os.path.dirname(path), options.backing_name)
+                below = stack.enter_context(qcow2.open(name, key=keys)).image
             if self._made is not None:
                 if os.path.lexists(path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
                 require_ours(self._made)
             self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made))
-            self._target = self._of_format(image_format, size, backing, below)
+            self._target = self._of_format(image_format, options, below, keys)
             self._driver.run(self._target.begin())
             self._closing = stack.pop_all()
 
-    def _of_format(self, image_format: str, size: int, backing: str | None, below: Node | None) -> Target:
-        file = self._file
+    def _of_format(self, image_format: str, options: Options, below: Node | None, keys: Keyring | None) -> Target:
+        file, size = self._file, options.size
+        if options.encryption is not None:
+            run(create(file, options))
+            image = run(Image.open(file, backing=below, options=OpenOptions(writable=True, keys=keys)))
+            return InNew(file, image, size, is_zero=below is None)
         if image_format == "qcow2":
-            named = None if backing is None else "qcow2"
-            options = Options(size=size, backing_name=backing, backing_format=named)
             return NewImage(file, options, below, reads_zeros=not file.is_device)
         if not file.is_device:
             os.ftruncate(file.fd, 0)

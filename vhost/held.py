@@ -4,18 +4,20 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
 from qcow2 import Disk, ImageError
 from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile
 from qcow2.driver.memory import SharedMemory
-from qcow2.engine.encryption import Keyring
+from qcow2.engine.encryption import Keyring, encrypted_alike
 from qcow2.engine.image import Image
 from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import UnsupportedImage
+from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
@@ -162,8 +164,6 @@ class HeldImage:
         assert disk is not None
         if not isinstance(disk.image, Image):
             raise UnsupportedImage(disk.files[0].path, "a raw image: who opens its path by that format must find one")
-        if disk.image.is_encrypted:
-            raise UnsupportedImage(disk.files[0].path, "encrypted: a new overlay would hold what follows in plain")
         if disk.image.read_only:
             raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
         overlay = Overlay(disk.chain, disk.image, name, self._opening)
@@ -175,6 +175,14 @@ class HeldImage:
             self.discard_overlay(overlay)
             raise
         return overlay
+
+    def encrypted_as(self, node: Node) -> AbstractContextManager[Encryption | None]:
+        """How a new image is encrypted that holds what *node* does, which we have opened: as `encrypted_alike`."""
+        return encrypted_alike(self._opening.keys, node.file.path, node.cipher)
+
+    def other_keys(self) -> Keyring | None:
+        """The same, for images that another thread opens."""
+        return None if self._opening.keys is None else Keyring(self._opening.keys.passphrases)
 
     def discard_overlay(self, overlay: Overlay) -> None:
         """Serve what was served. Raises: OSError."""
@@ -208,7 +216,7 @@ class HeldImage:
         assert self.disk is not None
         chain = self.disk.chain
         old = next(file for file, each in zip(chain.files, chain.nodes, strict=True) if each is node)
-        options = OpenOptions(writable=True, lazy_refcounts=False, cache_size=self._opening.cache_size)
+        options = replace(self._opening, writable=True, lazy_refcounts=False)
         opened = Reopened(chain, node, self._files.descriptors(old), nbytes, options)
         try:
             is_direct = old in self.direct_fds and (opened.node.capabilities.cluster_size or PAGE) >= PAGE

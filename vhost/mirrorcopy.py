@@ -10,6 +10,8 @@ from qcow2.driver.nbdexport import NbdExport
 from qcow2.driver.operation import Sync
 from qcow2.engine.create import Options, Preallocation, create, write_raw
 from qcow2.engine.image import Image
+from qcow2.error import UnsupportedImage
+from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
 from qcow2.node.pivot import NewFile
@@ -86,24 +88,33 @@ class CopyFile:
             self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
         try:
             copy = self._held.open_beside(self.path if self._new is None else self._new.temporary, self.image_format)
-            if copy.size != source.size:
+            try:
+                self._require_fit(copy, source)
+            except BaseException:
                 self._held.close_beside(copy)
-                raise ValueError(f"{self.path}: is {copy.size} bytes long, the disk is {source.size}")
+                raise
         except BaseException:
             self.discard()
             raise
         return copy
 
+    def _require_fit(self, copy: Disk, source: Node) -> None:
+        if copy.size != source.size:
+            raise ValueError(f"{self.path}: is {copy.size} bytes long, the disk is {source.size}")
+        if source.is_encrypted and not copy.image.is_encrypted:
+            raise UnsupportedImage(self.path, "not encrypted, as the disk is: it would hold that in plain")
+
     def _fill(self, file: HostFile, source: Node) -> None:
         if self.image_format == "raw":
             run(write_raw(file, source.size, Preallocation.OFF))
-        else:
-            run(create(file, self._options(source)))
+            return
+        with self._held.encrypted_as(source) as encryption:
+            run(create(file, self._options(source, encryption)))
 
-    def _options(self, source: Node) -> Options:
+    def _options(self, source: Node, encryption: Encryption | None) -> Options:
         """As the disk is, if it is qcow2."""
         if not isinstance(source, Image):
-            return Options(size=source.size)
+            return Options(size=source.size, encryption=encryption)
         header = source.header
         return Options(
             size=source.size,
@@ -114,6 +125,7 @@ class CopyFile:
             compression=header.compression_type,
             backing_name=self._backing_name(header.backing_name) if self._only_top else None,
             backing_format=header.backing_format if self._only_top else None,
+            encryption=encryption,
         )
 
     def _backing_name(self, name: str | None) -> str | None:

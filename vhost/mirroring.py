@@ -77,8 +77,8 @@ class Mirroring(Work):
             raise ValueError(f"a copy is {' or '.join(COPY_FORMATS)}, not {self._format!r}")
         if image.read_only:
             raise OSError(errno.EROFS, "opened read-only", image.file.path)
-        if image.is_encrypted:
-            raise UnsupportedImage(image.file.path, "encrypted: a copy would be in plain")
+        if image.is_encrypted and self._format == "raw":
+            raise UnsupportedImage(image.file.path, "encrypted: a raw copy would hold it in plain")
         if self._only_top and not (isinstance(image, Image) and image.backing is not None and self._format == "qcow2"):
             raise UnsupportedImage(
                 image.file.path, "only what is over a backing file has a top, and a qcow2 copy of it"

@@ -28,28 +28,28 @@ class Data:
     def __init__(self, file: File, cipher: SectorCipher | None = None, *, origin: int = 0) -> None:
         """*origin*: where the cipher's sector 0 begins in the file."""
         self.file = file
-        self._cipher = cipher
+        self.cipher = cipher
         self._origin = origin
 
     @property
     def native(self) -> tuple[int, object] | None:
         """Address and owner of the `struct extent_cipher` by which the data plane may serve it, if it may."""
-        return None if self._cipher is None else self._cipher.exported(self._origin)
+        return None if self.cipher is None else self.cipher.exported(self._origin)
 
     @property
     def is_encrypted(self) -> bool:
         """Whether what is in the file is not what the guest reads: zeros there are none."""
-        return self._cipher is not None
+        return self.cipher is not None
 
     async def read(self, host_offset: int, target: Buffer, guest_offset: int = 0) -> None:
         """Fill *target*, the disk's bytes at *guest_offset*, from *host_offset*.
 
         Past the end of the file are zeros, or what those decrypt to.
         """
-        if self._cipher is None:
+        if self.cipher is None:
             await ReadInto(self.file, host_offset, target, data=True)
         else:
-            await self._decipher(self._cipher, host_offset, target, (host_offset - self._origin) // SECTOR_SIZE)
+            await self._decipher(self.cipher, host_offset, target, (host_offset - self._origin) // SECTOR_SIZE)
 
     async def _decipher(self, cipher: SectorCipher, host_offset: int, target: Buffer, sector: int) -> None:
         """Read whole sectors, of which the first has number *sector*, into memory of our own."""
@@ -66,20 +66,20 @@ class Data:
         After a power loss before that, any subset of its 512-byte sectors may be on the disk. What the guest wrote is
         encrypted in memory of our own.
         """
-        if self._cipher is None:
+        if self.cipher is None:
             await Write(self.file, host_offset, *pieces, data=True)
             return
         assert host_offset % SECTOR_SIZE == 0
         try:
             content = b"".join(_bytes_of(piece) for piece in pieces)
-            encrypted = self._cipher.encrypt((host_offset - self._origin) // SECTOR_SIZE, content)
+            encrypted = self.cipher.encrypt((host_offset - self._origin) // SECTOR_SIZE, content)
         except MemoryError:  # nothing has happened yet
             raise no_memory() from None
         await Write(self.file, host_offset, encrypted, data=True)
 
     async def zero(self, host_offset: int, nbytes: int) -> None:
         """Let the range, of encrypted data whole sectors, read as zeros; stable after the next Sync."""
-        if self._cipher is None:
+        if self.cipher is None:
             await Zero(self.file, host_offset, nbytes)
             return
         end = host_offset + nbytes + -nbytes % SECTOR_SIZE
@@ -97,8 +97,8 @@ class ByGuest(Data):
 
     async def read(self, host_offset: int, target: Buffer, guest_offset: int = 0) -> None:
         """As `Data.read`."""
-        assert self._cipher is not None
-        await self._decipher(self._cipher, host_offset, target, guest_offset // SECTOR_SIZE)
+        assert self.cipher is not None
+        await self._decipher(self.cipher, host_offset, target, guest_offset // SECTOR_SIZE)
 
 
 async def find_untouched(data: Data, geometry: Geometry) -> Untouched:

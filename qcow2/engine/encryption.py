@@ -1,13 +1,15 @@
 """From the header of an encrypted image to what deciphers its data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from qcow2.driver.operation import File
 from qcow2.engine.data import ByGuest, Data, SectorCipher
-from qcow2.error import WrongKey
+from qcow2.error import UnsupportedImage, WrongKey
 from qcow2.format.header import Header
 from qcow2.format.layout import CryptMethod
-from qcow2.format.luks import CipherSpec
+from qcow2.format.luks import CipherSpec, Encryption, Luks, SlotRecord
 
 NO_KEY = "the image is encrypted, and no key was given"
 LEGACY = CipherSpec("aes", "cbc", "plain64", None, 16)
@@ -26,6 +28,7 @@ class Keyring:
         """
         self.passphrases = passphrases
         self._ciphers: dict[tuple[bytes, bytes, CipherSpec], SectorCipher] = {}
+        self._opened: dict[SectorCipher, Callable[[], Encryption]] = {}
 
     async def cipher(self, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> SectorCipher:
         """By the LUKS header there, or of a disk elsewhere. Raises: WrongKey, UnsupportedImage, CorruptImage."""
@@ -38,12 +41,30 @@ class Keyring:
         if name not in self._ciphers:
             passphrases = self.require(file.path)
             try:
-                key = await vault.open(passphrases)
+                unlocked = await vault.open(passphrases)
             finally:
                 wipe(*passphrases)
-            self._ciphers[name] = Cipher(file.path, vault.luks.spec, key)
-            wipe(key)
+            cipher = self._ciphers[name] = Cipher(file.path, vault.luks.spec, unlocked.key)
+            wipe(unlocked.key)
+            self._opened[cipher] = partial(self._alike, file.path, vault.luks, unlocked.slot, unlocked.opener)
         return self._ciphers[name]
+
+    def alike(self, path: str, cipher: SectorCipher) -> Encryption:
+        """How a new image is encrypted that what opened the one at *path*, which has that *cipher*, opens as well.
+
+        The master key will be another, the passphrase is the caller's to wipe. Raises: UnsupportedImage.
+        """
+        if cipher not in self._opened:
+            raise UnsupportedImage(path, "not encrypted with LUKS, as a new image would be: convert it")
+        return self._opened[cipher]()
+
+    def _alike(self, path: str, luks: Luks, slot: SlotRecord, opener: int) -> Encryption:
+        from qcow2.plane.cipher import wipe
+
+        passphrases = self.require(path)
+        passphrase = passphrases.pop(opener)
+        wipe(*passphrases)
+        return Encryption(luks.spec, luks.hash_name, passphrase, iterations=slot.iterations)
 
     def require(self, path: str) -> list[bytearray]:
         """The passphrases, the caller's to wipe. Raises: WrongKey if there are none."""
@@ -51,6 +72,25 @@ class Keyring:
         if found := [each if isinstance(each, bytearray) else bytearray(each) for each in given]:
             return found
         raise WrongKey(path, NO_KEY)
+
+
+@contextmanager
+def encrypted_alike(keys: Keyring | None, path: str, cipher: SectorCipher | None) -> Iterator[Encryption | None]:
+    """How a new image is encrypted as the one at *path*, which has that *cipher*: in plain if it has none.
+
+    What opened that one, with *keys*, opens the new one; the passphrase is wiped behind. Raises: UnsupportedImage.
+    """
+    if cipher is None:
+        yield None
+        return
+    from qcow2.plane.cipher import wipe
+
+    assert keys is not None  # they have opened it
+    encryption = keys.alike(path, cipher)
+    try:
+        yield encryption
+    finally:
+        wipe(encryption.passphrase)
 
 
 class Sealed:

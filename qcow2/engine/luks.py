@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qcow2.driver.operation import Compute, File, Read, Sync, Write
 from qcow2.error import WrongKey
@@ -38,6 +38,15 @@ Secret = bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
+class Unlocked:
+    """What a passphrase has opened: the master key, the caller's to wipe, and by which slot."""
+
+    key: bytearray = field(repr=False)
+    slot: SlotRecord
+    opener: int  # which of the passphrases
+
+
+@dataclass(frozen=True, slots=True)
 class Vault:
     """A LUKS header where it lies: *nbytes* at *host_offset* of *file*, key material included."""
 
@@ -51,15 +60,15 @@ class Vault:
         data = await Read(file, host_offset, min(LuksRecord.NBYTES, nbytes))
         return cls(file, host_offset, parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached))
 
-    async def open(self, passphrases: Iterable[Secret]) -> bytearray:
-        """The master key, from the first slot that one of *passphrases* opens.
+    async def open(self, passphrases: Iterable[Secret]) -> Unlocked:
+        """The first slot that one of *passphrases* opens.
 
         Raises: WrongKey.
         """
-        for passphrase in passphrases:
+        for opener, passphrase in enumerate(passphrases):
             for number in self.luks.enabled:
                 if key := await self.open_slot(number, passphrase):
-                    return key
+                    return Unlocked(key, self.luks.record.slots[number], opener)
         raise WrongKey(self.file.path, "the key opens no key slot")
 
     async def open_slot(self, number: int, passphrase: Secret) -> bytearray | None:
@@ -80,7 +89,8 @@ class Vault:
     async def add_slot(self, number: int, passphrase: Secret, key: Secret, iter_time_ms: int) -> "Vault":
         """Let *passphrase* open slot *number*, which is off; stable on return."""
         record = self.luks.record
-        sealed, material = await _seal(self.luks, number, passphrase, key, iter_time_ms)
+        iterations = await _iterations(self.luks.hash_name, record.key_bytes, iter_time_ms)
+        sealed, material = await _seal(self.luks, number, passphrase, key, iterations)
         await Write(self.file, self.host_offset + sealed.material_sector * SECTOR_SIZE, material)
         await Sync(self.file)
         changed = record.with_slot(number, sealed)
@@ -118,10 +128,9 @@ async def _derive(hash_name: str, passphrase: Secret, salt: bytes, iterations: i
 
 def _random(nbytes: int) -> bytearray:
     """As `os.urandom`, without a copy that nobody wipes."""
-    found, end = bytearray(nbytes), 0
-    with open("/dev/urandom", "rb", buffering=0) as source, memoryview(found) as view:
-        while end < nbytes:  # a signal may end a read early
-            end += source.readinto(view[end:]) or 0
+    drawn = os.urandom(nbytes)
+    found = bytearray(drawn)
+    wipe(drawn)
     return found
 
 
@@ -158,11 +167,10 @@ def _diffuse(hash_name: str, block: bytes) -> bytes:
 
 
 async def _seal(
-    luks: Luks, number: int, passphrase: Secret, key: Secret, iter_time_ms: int
+    luks: Luks, number: int, passphrase: Secret, key: Secret, iterations: int
 ) -> tuple[SlotRecord, bytearray]:
     """A slot that *passphrase* opens, and its material."""
     record, salt = luks.record, os.urandom(SALT_BYTES)
-    iterations = await _iterations(luks.hash_name, record.key_bytes, iter_time_ms)
     derived = await _derive(luks.hash_name, passphrase, salt, iterations, record.key_bytes)
     stripes = _split(luks.hash_name, key)
     whole = bytearray(len(stripes) + -len(stripes) % SECTOR_SIZE)
@@ -218,8 +226,9 @@ async def new_vault(encryption: Encryption, *, is_detached: bool = False) -> New
     record, hash_name = encryption.new_record(is_detached=is_detached), encryption.hash_name
     key = _random(record.key_bytes)
     luks = Luks(record, encryption.spec, hash_name, record.uuid.decode())
-    slot, material = await _seal(luks, 0, encryption.passphrase, key, encryption.iter_time_ms)
-    salt, iterations = os.urandom(SALT_BYTES), max(MIN_ITERATIONS, slot.iterations // DIGEST_SHARE)
+    iterations = encryption.iterations or await _iterations(hash_name, record.key_bytes, encryption.iter_time_ms)
+    slot, material = await _seal(luks, 0, encryption.passphrase, key, iterations)
+    salt, iterations = os.urandom(SALT_BYTES), max(MIN_ITERATIONS, iterations // DIGEST_SHARE)
     digest = await _derive(hash_name, key, salt, iterations, DIGEST_BYTES)
     wipe(key)
     sealed = replace(record, digest=digest, digest_salt=salt, digest_iterations=iterations).with_slot(0, slot)

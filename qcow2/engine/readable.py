@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from qcow2.driver.operation import Allocated, Buffer, File, Size
 from qcow2.engine.backing import Backing, Capabilities, Place, Seen
 from qcow2.engine.compressed import CompressedClusters
-from qcow2.engine.data import Data
+from qcow2.engine.data import Data, SectorCipher
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.opened import Opened, OpenOptions
 from qcow2.engine.reading import Reader
@@ -59,6 +59,11 @@ class ReadableImage:
     def is_encrypted(self) -> bool:
         """Whether what it stores of the disk is encrypted."""
         return self._data.is_encrypted
+
+    @property
+    def cipher(self) -> SectorCipher | None:
+        """By which it is."""
+        return self._data.cipher
 
     @property
     def size(self) -> int:

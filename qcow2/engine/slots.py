@@ -29,7 +29,7 @@ async def change_slots(vault: Vault, keys: list[bytes], change: Addition | Erasu
 
     Raises: WrongKey, OSError; ValueError for what would lose the key, or makes no sense.
     """
-    key = await vault.open(keys)
+    key = (await vault.open(keys)).key
     if change.number is not None and not 0 <= change.number < NSLOTS:
         raise ValueError(f"Invalid keyslot {change.number} specified, must be between 0 and {NSLOTS - 1}")
     if isinstance(change, Addition):

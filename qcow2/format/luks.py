@@ -242,8 +242,9 @@ class Encryption:
 
     spec: CipherSpec
     hash_name: str
-    passphrase: bytes = field(repr=False)
+    passphrase: bytes | bytearray = field(repr=False)
     iter_time_ms: int = DEFAULT_ITER_TIME_MS  # that deriving a key takes
+    iterations: int | None = None  # that do so, if they are not to be found out
 
     @property
     def nbytes(self) -> int:

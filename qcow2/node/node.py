@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qcow2.driver.operation import Buffer
 from qcow2.engine.backing import Backing, Capabilities
+from qcow2.engine.data import SectorCipher
 from qcow2.engine.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ class Node(Backing, Protocol):
     bitmap_problems: list[str]  # why some bitmaps cannot be kept
     on_failure: Callable[[], None]  # told once, when the node takes no more writes
     on_bitmaps_void: Callable[[], None]  # told once, at the first change of a disk with bitmaps
+
+    @property
+    def cipher(self) -> SectorCipher | None:
+        """By which what it stores of the disk is encrypted."""
 
     @property
     def capabilities(self) -> Capabilities:

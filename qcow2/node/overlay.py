@@ -13,10 +13,12 @@ from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.operation import Compute
 from qcow2.engine.create import Options, create
+from qcow2.engine.encryption import encrypted_alike
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import NotTried, UnsupportedImage
 from qcow2.format.header import Header
+from qcow2.format.luks import Encryption
 from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
@@ -55,8 +57,6 @@ class Overlay:
     def _require_names(self, name: str, header: Header) -> None:
         path = self._top.path
         require_own_name(name)
-        if header.record.crypt_method:
-            raise UnsupportedImage(path, "encrypted: what is written over it would not be")
         if header.record.has_data_file and (self._chain.data_file is not None or not header.data_file_name):
             raise UnsupportedImage(path, "frozen, it would have to name its data file itself")
         if not stat.S_ISREG(os.stat(self._path).st_mode):
@@ -93,7 +93,7 @@ class Overlay:
             raise
         return file
 
-    def _wanted(self) -> Options:
+    def _wanted(self, encryption: Encryption | None) -> Options:
         """What it is like: as what is below."""
         header = self.below.header
         return Options(
@@ -105,12 +105,14 @@ class Overlay:
             compression=header.compression_type,
             backing_name=self._backing_name(),
             backing_format="qcow2",
+            encryption=encryption,
         )
 
     def _make_image(self, options: OpenOptions) -> Image:
         self._chain.gate.way(self._top.path, BACKING, self._backing_name())  # or the next one could not open it
-        wanted = self._wanted()
-        run(create(self.file, wanted))
+        with encrypted_alike(options.keys, self._top.path, self.below.cipher) as encryption:
+            wanted = self._wanted(encryption)
+            run(create(self.file, wanted))
         log, self.memory = new_log(self.file, self._chain.log_directory, has_subclusters=wanted.has_subclusters)
         image = run(Image.open(self.file, backing=self.below, options=options, log=log))
         run(image.make_ready())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import Buffer, File, Occupied, Resize, Size, Sync, Zero
 from qcow2.engine.backing import Capabilities
-from qcow2.engine.data import Data
+from qcow2.engine.data import Data, SectorCipher
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
 from qcow2.format.layout import SECTOR_SIZE
@@ -45,6 +45,11 @@ class RawImage:
     def is_encrypted(self) -> bool:
         """Whether what it stores of the disk is encrypted."""
         return self._data.is_encrypted
+
+    @property
+    def cipher(self) -> SectorCipher | None:
+        """By which it is."""
+        return self._data.cipher
 
     @property
     def chain(self) -> Sequence["RawImage"]:

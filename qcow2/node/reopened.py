@@ -61,9 +61,9 @@ class Reopened:
 
 
 def _reopen(node: Node, file: HostFile, options: OpenOptions) -> Node:
-    if node.is_encrypted or node.data_file is not node.file:
-        raise UnsupportedImage(file.path, "encrypted, or its data is in another file: qcow2 commit can do it")
-    if isinstance(node, RawImage):
+    if node.data_file is not node.file:
+        raise UnsupportedImage(file.path, "its data is in another file: qcow2 commit can do it")
+    if isinstance(node, RawImage) and not node.is_encrypted:
         return run(RawImage.open(file, writable=True))
     if isinstance(node, Image):
         return reopen_qcow2(node, file, options)

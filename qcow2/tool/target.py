@@ -91,8 +91,8 @@ def _new_encrypted(file: HostFile, wish: Wish, options: Options, base: Node | No
     return InNew(file, image, wish.size, is_zero=base is None)
 
 
-def _only(passphrase: bytes) -> Keyring:
-    return Keyring(lambda path: [passphrase])
+def _only(passphrase: bytes | bytearray) -> Keyring:
+    return Keyring(lambda path: [bytearray(passphrase)])
 
 
 def _new_luks(file: HostFile, wish: Wish) -> Target:

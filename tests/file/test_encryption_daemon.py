@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,7 @@ def logs(tmp_path: Path) -> Iterator[Path]:
     path = Path(f"/dev/shm/test-encryption-{os.getpid()}")
     path.mkdir()
     yield path
-    for each in path.iterdir():
-        each.unlink()
-    path.rmdir()
+    shutil.rmtree(path)
 
 
 def holds_pattern(path: Path) -> bool:

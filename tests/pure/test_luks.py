@@ -27,7 +27,7 @@ def opened(file: SimulatedFile, *passphrases: bytes) -> bytes | None:
     driver = CrashDriver()
     vault = driver.run(Vault.read(file, 0, 1 << 22))
     try:
-        return bytes(driver.run(vault.open(passphrases)))
+        return bytes(driver.run(vault.open(passphrases)).key)
     except WrongKey:
         return None
 
