@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from time import monotonic
@@ -131,9 +131,21 @@ class Control:
         """Let the disk grow. -> its size."""
         return int(self.ask("resize", size=nbytes)["size"])
 
-    def snapshot(self, name: str, *, bitmap_add: Sequence[str] = (), carry_bitmaps: bool = False) -> None:
-        """Freeze what the disk holds as the file *name*; what is served then has those bitmaps, or carries all over."""
-        self.ask("snapshot", name=name, **_given(bitmap_add=list(bitmap_add), carry_bitmaps=carry_bitmaps))
+    def snapshot(
+        self,
+        name: str,
+        *,
+        bitmap_add: Sequence[str] = (),
+        carry_bitmaps: bool = False,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Freeze what the disk holds as the file *name*; what is served then has those bitmaps, or carries all over.
+
+        *options* of what is served then, as of `create -o`: cluster_size, compression_type, extended_l2,
+        lazy_refcounts, refcount_bits.
+        """
+        wish = _given(bitmap_add=list(bitmap_add), carry_bitmaps=carry_bitmaps, options=dict(options or {}))
+        self.ask("snapshot", name=name, **wish)
 
     @property
     def bitmaps(self) -> LiveBitmaps:
@@ -333,17 +345,17 @@ class Control:
 
 
 def snapshot_together(
-    paths: Sequence[str | os.PathLike[str]], names: Sequence[str], **bitmaps: Any
+    paths: Sequence[str | os.PathLike[str]], names: Sequence[str], **wish: Any
 ) -> list[dict[str, Any]]:
     """Freeze the disks of the daemons at *paths* as *names* at one instant, or none of them. -> as of `snapshot`, each.
 
-    *bitmaps* are as of `Control.snapshot`, for each.
+    *wish* is as of `Control.snapshot`, for each.
     Raises: ControlError.
     """
     with ExitStack() as stack:
         controls = [stack.enter_context(Control(path)) for path in paths]
         try:
-            _ask_each(controls, "snapshot-begin", [{"name": name, **_given(**bitmaps)} for name in names])
+            _ask_each(controls, "snapshot-begin", [{"name": name, **_given(**wish)} for name in names])
             for _ in ("requests wait", "the overlays have their names"):
                 _ask_each(controls, "snapshot-next", [{}] * len(controls))
             return _ask_each(controls, "snapshot-next", [{}] * len(controls))

@@ -242,10 +242,10 @@ def _control(
 
 def _snapshots(options: "Options", device: "Device", backend: "ImageBackend", held: "HeldImage") -> "TakeSnapshot":
     """Takes a snapshot of the image, or says that it may not."""
-    from vhost.overlaybitmaps import OverlayBitmaps
+    from vhost.overlaywish import OverlayWish
     from vhost.snapshot import Pace, SnapshotRefused, Snapshots
 
-    def refuse(name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
+    def refuse(name: str, pace: Pace, wish: OverlayWish) -> str:
         raise SnapshotRefused("no snapshot: a daemon with --trace-io keeps to the files it has")
 
     return refuse if options.trace_io is not None else Snapshots(device, backend, held).take

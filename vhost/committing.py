@@ -26,6 +26,7 @@ from ring.thread import new_future
 from vhost.beside import beside
 from vhost.job import JobFailed, RoomWanted, Work
 from vhost.overlaybitmaps import OverlayBitmaps
+from vhost.overlaywish import OverlayWish
 from vhost.servedchain import ServedChain, close_all
 from vhost.snapshot import SnapshotRefused, Snapshots, SnapshotUnstable
 
@@ -131,7 +132,7 @@ class Committing(Work):
             name = f"{self._frozen_name}{number}"
         snapshots = Snapshots(self._served.device, self._served.backend, self._served.held)
         try:
-            failure = snapshots.freeze(os.path.basename(name), OverlayBitmaps(are_carried=True))
+            failure = snapshots.freeze(os.path.basename(name), OverlayWish(OverlayBitmaps(are_carried=True)))
         except SnapshotRefused as refusal:
             raise OSError(errno.EIO, str(refusal)) from refusal
         except SnapshotUnstable as unstable:

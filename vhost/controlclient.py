@@ -48,6 +48,14 @@ def parser() -> Parser:
         "--bitmap-add", metavar="BITMAP", action="append", default=[], help="which the overlay has, empty"
     )
     snapshot.add_argument("--carry-bitmaps", action="store_true", help="the overlay has those of the image, too")
+    snapshot.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="what the overlay is like, as of `qcow2 create -o`; else as the image, with extended_l2=on",
+    )
     exports = add_export(commands)
     images = [*add_bitmap(commands, lambda text: size_of(text, "64K")), *add_snapshot_internal(commands)]
     actions = add_commands(commands, lambda text: size_of(text, "50M"))
@@ -86,6 +94,7 @@ def main(arguments: list[str]) -> int:
         paths, request = parse(arguments)
         if len(paths) > 1:
             del request["command"]
+            request["options"] = _options_of(request["options"])
             _show("snapshot", {"snapshots": snapshot_together(paths, request.pop("name"), **request)})
             return 0
         with Control(paths[0]) as control:
@@ -97,12 +106,23 @@ def main(arguments: list[str]) -> int:
                 return run_snapshot_internal(control, request)
             if request["command"] == "snapshot":
                 (request["name"],) = request["name"]
+                request["options"] = _options_of(request["options"])
                 request = {key: value for key, value in request.items() if value or key == "name"}
             _show(request["command"], control.ask(**request))
     except (UsageError, ControlError) as error:
         print(f"{PROGRAM}: ctl: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _options_of(texts: list[str]) -> dict[str, str]:
+    """By their names. Raises: UsageError."""
+    from qcow2.tool.option import split_options
+
+    try:
+        return dict(split_options(texts))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _show(command: str, result: Any) -> None:

@@ -17,6 +17,7 @@ from vhost.job import JobRefused
 from vhost.jobcommands import JobCommands
 from vhost.metrics import open_metrics
 from vhost.overlaybitmaps import OverlayBitmaps
+from vhost.overlaywish import OverlayWish
 from vhost.snapshot import Pace, SnapshotRefused, SnapshotUnstable
 from vhost.together import Steps
 
@@ -24,7 +25,7 @@ VERSION = 1
 SIZE_LIMIT = 1 << 63
 
 
-TakeSnapshot = Callable[[str, Pace, OverlayBitmaps], str]
+TakeSnapshot = Callable[[str, Pace, OverlayWish], str]
 
 
 class CommandError(Exception):
@@ -138,19 +139,19 @@ class Commands:
             raise CommandError(str(refusal)) from refusal
         return {"size": self._device.backend.properties.size}
 
-    def snapshot(self, name: object, **bitmaps: object) -> dict[str, Any]:
+    def snapshot(self, name: object, **wish: object) -> dict[str, Any]:
         """Freeze what the disk holds as the file *name*; what is served becomes an overlay of it."""
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
-        wanted = _overlay_bitmaps(**bitmaps)
+        wanted = _overlay_wish(**wish)
         self.jobs.require_none()
         return self._taken(name, self._take_snapshot(name, Pace(), wanted))
 
-    def snapshot_begin(self, name: object, **bitmaps: object) -> None:
+    def snapshot_begin(self, name: object, **wish: object) -> None:
         """The same, one step after the other, with other disks at one instant: make the overlay."""
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
-        wanted = _overlay_bitmaps(**bitmaps)
+        wanted = _overlay_wish(**wish)
         self.jobs.require_none()
         self._steps = Steps(lambda name, pace: self._take_snapshot(name, pace, wanted), name)
         self._steps.begin()
@@ -258,8 +259,8 @@ ARGUMENTS = {
     "job-set-rate": ("job", "rate"),
 }
 OPTIONS = {  # which may be left out
-    "snapshot": ("bitmap-add", "carry-bitmaps"),
-    "snapshot-begin": ("bitmap-add", "carry-bitmaps"),
+    "snapshot": ("bitmap-add", "carry-bitmaps", "options"),
+    "snapshot-begin": ("bitmap-add", "carry-bitmaps", "options"),
     "export-start": ("socket", "address", "port", "bitmaps", "certificates"),
     "stream": ("base", "rate", "on-error"),
     "commit": ("base", "active", "rate", "on-error"),
@@ -271,13 +272,19 @@ LOOKS = ("status", "stats", "metrics")  # which wait for nobody
 STEPS = ("snapshot-next", "snapshot-cancel")
 
 
-def _overlay_bitmaps(bitmap_add: object = (), carry_bitmaps: object = False) -> OverlayBitmaps:
+def _overlay_wish(bitmap_add: object = (), carry_bitmaps: object = False, options: object = None) -> OverlayWish:
     """Raises: CommandError."""
     if not isinstance(bitmap_add, list | tuple) or not all(isinstance(name, str) for name in bitmap_add):
         raise CommandError(f"{bitmap_add!r} is not a list of names of bitmaps")
     if not isinstance(carry_bitmaps, bool):
         raise CommandError(f"carry-bitmaps is true or false, not {carry_bitmaps!r}")
-    return OverlayBitmaps(tuple(bitmap_add), carry_bitmaps)
+    given = {} if options is None else options
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise CommandError(f"{options!r} is not an object of options, each a string")
+    try:
+        return OverlayWish(OverlayBitmaps(tuple(bitmap_add), carry_bitmaps), given)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _as_json(histogram: Histogram) -> dict[str, Any]:

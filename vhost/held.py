@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
@@ -29,6 +29,7 @@ from ring.native import Pointer
 from vhost.direct import PAGE
 from vhost.heldfiles import HeldFiles
 from vhost.option import Options
+from vhost.overlaywish import overlay_options
 from vhost.problem import describe
 from virtio.block import Unavailable
 from virtio.config import Properties
@@ -155,8 +156,10 @@ class HeldImage:
         except OSError as error:
             raise Unavailable(describe(error)) from error
 
-    def prepare_overlay(self, name: str) -> Overlay:
+    def prepare_overlay(self, name: str, given: Mapping[str, str]) -> Overlay:
         """An overlay over the image, which shall be called *name*: as yet it changes nothing of what is served.
+
+        It has the options *given*, as of `overlay_options`.
 
         Raises: OSError, UnsupportedImage, ValueError.
         """
@@ -166,7 +169,8 @@ class HeldImage:
             raise UnsupportedImage(disk.files[0].path, "a raw image: who opens its path by that format must find one")
         if disk.image.read_only:
             raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
-        overlay = Overlay(disk.chain, disk.image, name, self._opening)
+        wanted = overlay_options(disk.image, given)
+        overlay = Overlay(disk.chain, disk.image, name, wanted, self._opening)
         try:
             is_direct = self._files.are_direct and overlay.image.geometry.cluster_size >= PAGE
             self._files.add_written(overlay.file, is_direct=is_direct)

@@ -17,6 +17,7 @@ from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
 from vhost.overlaybitmaps import Found, OverlayBitmaps
+from vhost.overlaywish import OverlayWish
 from vhost.problem import describe, problem_of
 from virtio.block import Unavailable
 
@@ -49,30 +50,30 @@ class Snapshots:
         self._backend = backend
         self._held = held
 
-    def take(self, name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
+    def take(self, name: str, pace: Pace, wish: OverlayWish) -> str:
         """Freeze what the disk holds now as the file *name*, as seen from the directory of the image; stable on return.
 
-        What is served from then on has those *bitmaps*.
+        What is served from then on is as *wish* says.
         -> what went wrong when that was closed, if anything did: its content is whole then, and stable.
         Raises: SnapshotRefused, SnapshotUnstable.
         """
         try:
             with self._device.holding():
-                return self._take(name, pace, bitmaps)
+                return self._take(name, pace, wish)
         except (OSError, ImageError) as error:
             raise SnapshotRefused(describe(error)) from error
         except (ValueError, Unavailable) as error:
             raise SnapshotRefused(str(error)) from error
 
-    def freeze(self, name: str, bitmaps: OverlayBitmaps) -> str:
+    def freeze(self, name: str, wish: OverlayWish) -> str:
         """As `take`, while the device is kept that holds the disk.
 
         Raises: SnapshotRefused, SnapshotUnstable, OSError, ImageError, ValueError.
         """
-        return self._take(name, Pace(), bitmaps)
+        return self._take(name, Pace(), wish)
 
-    def _take(self, name: str, pace: Pace, bitmaps: OverlayBitmaps) -> str:
-        overlay = self._held.prepare_overlay(name)
+    def _take(self, name: str, pace: Pace, wish: OverlayWish) -> str:
+        overlay, bitmaps = self._held.prepare_overlay(name, wish.given), wish.bitmaps
         past: list[SharedMemory | None] = []
         stable: Future[tuple[str, bool]] = Future()
         try:

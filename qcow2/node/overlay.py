@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory
@@ -18,7 +19,6 @@ from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import NotTried, UnsupportedImage
 from qcow2.format.header import Header
-from qcow2.format.luks import Encryption
 from qcow2.lock import lock_image, show_life
 from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
@@ -32,8 +32,8 @@ class Overlay:
     `name_frozen`, then `switch`, then `adopt` and `sync_names`; or, before `switch`, `discard`.
     """
 
-    def __init__(self, chain: Chain, below: Image, name: str, options: OpenOptions) -> None:
-        """*name* is what *below* shall be called, as seen from its directory. *options* are those of the overlay.
+    def __init__(self, chain: Chain, below: Image, name: str, wanted: Options, options: OpenOptions) -> None:
+        """*name* is what *below* shall be called, as seen from its directory. The overlay is to be as *wanted*.
 
         Raises: OSError, FileExistsError if something else has that name; UnsupportedImage; ValueError.
         """
@@ -49,7 +49,7 @@ class Overlay:
         remove_overlay(self._top.path, chain.log_directory)
         self.file, self.memory = self._make_file(), SharedMemory("")
         try:
-            self.image = self._make_image(options)
+            self.image = self._make_image(wanted, options)
         except BaseException:
             self.discard()
             raise
@@ -93,26 +93,11 @@ class Overlay:
             raise
         return file
 
-    def _wanted(self, encryption: Encryption | None) -> Options:
-        """What it is like: as what is below."""
-        header = self.below.header
-        return Options(
-            size=self.below.size,
-            cluster_bits=header.record.cluster_bits,
-            refcount_order=header.record.refcount_order,
-            lazy_refcounts=header.has_lazy_refcounts,
-            has_subclusters=header.record.has_subclusters,
-            compression=header.compression_type,
-            backing_name=self._backing_name(),
-            backing_format="qcow2",
-            encryption=encryption,
-        )
-
-    def _make_image(self, options: OpenOptions) -> Image:
+    def _make_image(self, wanted: Options, options: OpenOptions) -> Image:
         self._chain.gate.way(self._top.path, BACKING, self._backing_name())  # or the next one could not open it
         with encrypted_alike(options.keys, self._top.path, self.below.cipher) as encryption:
-            wanted = self._wanted(encryption)
-            run(create(self.file, wanted))
+            over = replace(wanted, backing_name=self._backing_name(), backing_format="qcow2", encryption=encryption)
+            run(create(self.file, over))
         log, self.memory = new_log(self.file, self._chain.log_directory, has_subclusters=wanted.has_subclusters)
         image = run(Image.open(self.file, backing=self.below, options=options, log=log))
         run(image.make_ready())

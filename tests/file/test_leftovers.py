@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.engine.create import Options as ImageOptions
 from qcow2.node.pivot import NewFile
 from vhost.backuptarget import BackupFile
 from vhost.held import HeldImage
@@ -53,7 +54,7 @@ def test_what_may_be_somebodys_stays(image: Path) -> None:
     with HeldImage(Options(blk_file=str(image))) as held:
         held.take()
         with pytest.raises(FileExistsError, match="in the way"):
-            held.prepare_overlay("frozen")
+            held.prepare_overlay("frozen", {})
 
 
 def test_overlay_that_is_in_use_stays(image: Path) -> None:
@@ -79,9 +80,9 @@ def test_nothing_that_shall_stay_gets_such_a_name(image: Path, name: str) -> Non
     with HeldImage(Options(blk_file=str(image))) as held:
         held.take()
         with pytest.raises(ValueError, match="taken for what a death left"):
-            held.prepare_overlay(name)
+            held.prepare_overlay(name, {})
     with pytest.raises(ValueError, match="taken for what a death left"):
         NewFile(target)
     with pytest.raises(ValueError, match="taken for what a death left"):
-        BackupFile(target, MIB, "qcow2", backing=None, exists=False)
+        BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None)
     assert not os.path.lexists(target)

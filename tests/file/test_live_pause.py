@@ -15,7 +15,7 @@ from tests import slowdisk
 from tests.frontend import FLUSH, IN, OUT, FrontEnd
 from tests.served import Served, serve
 from tests.slowdisk import SlowDisk
-from vhost.overlaybitmaps import OverlayBitmaps
+from vhost.overlaywish import OverlayWish
 from vhost.snapshot import Pace, Snapshots
 
 MIB = 1 << 20
@@ -105,7 +105,7 @@ def test_snapshot_takes_the_worker_as_long_over_any_chain(tmp_path: Path) -> Non
         for number in range(20):
             guest.write(0, bytes([number]) * BLOCK)
             with counted_calls(served) as calls:
-                assert snapshots.take(f"s{number}", Pace(), OverlayBitmaps()) == ""
+                assert snapshots.take(f"s{number}", Pace(), OverlayWish()) == ""
             counts.append(len(calls))
     assert max(counts[15:]) <= max(counts[2:5]) * 1.1
 

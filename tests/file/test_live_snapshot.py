@@ -472,3 +472,53 @@ def test_each_disk_wants_a_name(images: list[Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 1
     assert "2 of --control, 1 wanted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "cluster_size", "has_subclusters", "is_lazy"),
+    [
+        ([], MIB // 16, True, True),
+        (["-o", "extended_l2=off,lazy_refcounts=off"], MIB // 16, False, False),
+        (["-o", "cluster_size=128k"], MIB // 8, True, True),
+        (["-o", "cluster_size=4k"], 4096, False, True),  # too small for any
+    ],
+)
+def test_the_overlay_is_as_wanted(
+    image: Path, words: list[str], cluster_size: int, has_subclusters: bool, is_lazy: bool
+) -> None:
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        for offset in range(0, MIB, MIB // 16):
+            guest.write(offset, b"1" * (MIB // 16))
+        done = run(DAEMON, "ctl", f"--control={image}.control", "snapshot", *words, "frozen")
+        assert (done.returncode, done.stderr) == (0, "")
+        guest.write(MIB // 2, b"2" * BLOCK)
+        guest.flush()
+        daemon.stop()
+    assert_clean(image)
+    with qcow2.open(image) as disk:
+        assert disk.read(0, MIB) == b"1" * (MIB // 2) + b"2" * BLOCK + b"1" * (MIB // 2 - BLOCK)
+        info = disk.info
+    data = info["format-specific"]["data"]
+    assert (info["cluster-size"], data["extended-l2"], data["lazy-refcounts"]) == (
+        cluster_size,
+        has_subclusters,
+        is_lazy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("extended_l2=on,cluster_size=4k", "extended_l2 on needs clusters of 16384 bytes at least, not 4096"),
+        ("extended_l2=maybe", "extended_l2=maybe"),
+        ("backing_file=x", "overlay option 'backing_file' is unknown"),
+        ("extended_l2", "option 'extended_l2' needs a value"),
+    ],
+)
+def test_an_overlay_that_cannot_be_is_refused(image: Path, option: str, text: str) -> None:
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
+        done = run(DAEMON, "ctl", f"--control={image}.control", "snapshot", "-o", option, "frozen")
+        assert (done.returncode, done.stdout, text in done.stderr) == (1, "", True), done.stderr
+        guest.write(0, b"1" * BLOCK)
+        daemon.stop()
+    assert {path.name for path in image.parent.iterdir()} == {image.name}

@@ -77,7 +77,8 @@ class Operator:
         return f"{kind}{self._made}"
 
     def _snapshot(self, control: Control) -> None:
-        control.snapshot(self._name("frozen"), carry_bitmaps=self._draw.random() < 0.7)
+        options = {"extended_l2": self._draw.choice(("on", "off"))}
+        control.snapshot(self._name("frozen"), carry_bitmaps=self._draw.random() < 0.7, options=options)
 
     def _stream(self, control: Control) -> None:
         self._await(control, control.stream(rate=self._draw.choice(RATES)).job)

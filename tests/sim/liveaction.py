@@ -26,6 +26,7 @@ from vhost.imagecommands import ImageCommands, ImageRefused
 from vhost.job import RoomWanted, Work
 from vhost.mirroring import Mirroring
 from vhost.overlaybitmaps import OverlayBitmaps
+from vhost.overlaywish import OverlayWish
 from vhost.snapshot import Pace as NoPace
 from vhost.snapshot import Snapshots
 from vhost.streaming import Streaming
@@ -125,7 +126,9 @@ class Operator:
 
     def _snapshot(self) -> str:
         self._carries = self._draw.random() < 0.5
-        failure = self._snapshots.take(self._top, NoPace(), OverlayBitmaps(are_carried=self._carries))
+        given = {"extended_l2": "off"} if self._draw.random() < 0.5 else {}
+        wish = OverlayWish(OverlayBitmaps(are_carried=self._carries), given)
+        failure = self._snapshots.take(self._top, NoPace(), wish)
         if failure:
             raise Violation(f"snapshot: {failure}")
         return ""

@@ -5,6 +5,7 @@ What decides there is what ships; names, threads and files of the host are here.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,16 +27,13 @@ BACKUP_BITS = 12  # of a cluster of a backup
 class SimulatedTarget(BackupFile):
     """A new file of the simulated host; one without a header is as good as none."""
 
-    def __init__(
-        self, host: LiveHost, path: str, size: int, image_format: str, *, backing: str | None, exists: bool
-    ) -> None:
+    def __init__(self, host: LiveHost, path: str, options: Options, image_format: str, **more: object) -> None:
         self.path = os.path.basename(path)
         self._made = None
         self._driver: Any = SimpleNamespace(run=host.through)
         files = {file.path: file for file in host.every_file}
-        below = None if backing is None else host.through(open_chain(files, backing))
-        options = Options(size, cluster_bits=BACKUP_BITS, backing_name=backing, backing_format=backing and "qcow2")
-        self._target = NewImage(host.new_file(self.path), options, below)
+        below = None if options.backing_name is None else host.through(open_chain(files, options.backing_name))
+        self._target = NewImage(host.new_file(self.path), replace(options, cluster_bits=BACKUP_BITS), below)
         host.through(self._target.begin())
 
     def close(self) -> None:

@@ -8,11 +8,12 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from qcow2.driver.memory import SharedMemory
-from qcow2.engine.create import create
+from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.links import LinkPolicy
 from qcow2.engine.opened import OpenOptions
@@ -30,6 +31,7 @@ from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
 from vhost.heldfiles import HeldFiles
+from vhost.overlaywish import overlay_options
 from vhost.servedchain import ServedChain
 from virtio.config import Properties
 from virtio.native import NativeBlock
@@ -95,7 +97,7 @@ class AttachedDevice(Device):
 class SimulatedOverlay(Overlay):
     """An overlay in a new file of the simulated host."""
 
-    def __init__(self, host: "LiveHost", chain: Chain, below: Image) -> None:
+    def __init__(self, host: "LiveHost", chain: Chain, below: Image, wanted: Options) -> None:
         self.below = below
         self._host = host
         self._chain = chain
@@ -103,7 +105,8 @@ class SimulatedOverlay(Overlay):
         self._frozen = self._top.path
         new: Any = host.new_image()
         self.file, self.memory = new, new.memory
-        host.through(create(self.file, self._wanted()))
+        over = replace(wanted, backing_name=self._backing_name(), backing_format="qcow2")
+        host.through(create(self.file, over))
         self.image = host.open_new(new, below)
         host.through(self.image.make_ready())
 
@@ -153,6 +156,7 @@ class LiveHost(HeldImage):
             self._files.add_written(file, is_direct=False)
         self.on_frozen: Callable[[str], None] = lambda path: None  # the overlay of *path* is served
         self._new_file = new_file
+        self._opening = OpenOptions(writable=True)
         self._past = Statistics()
 
     @property
@@ -173,8 +177,9 @@ class LiveHost(HeldImage):
         beside = [] if self.beside is None else self.beside.files
         return [*dict.fromkeys([*self.disk.files, *beside])]  # the two may share what is below
 
-    def prepare_overlay(self, name: str) -> Overlay:
-        overlay = SimulatedOverlay(self, self.disk.chain, self.disk.image)
+    def prepare_overlay(self, name: str, given: Mapping[str, str]) -> Overlay:
+        image = self.disk.image
+        overlay = SimulatedOverlay(self, self.disk.chain, image, overlay_options(image, given))
         self._files.add_written(overlay.file, is_direct=False)
         return overlay
 

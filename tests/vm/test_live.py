@@ -59,7 +59,8 @@ class Life:
 
     def snapshot(self) -> None:
         with self.control() as control:
-            control.snapshot(self._name("frozen"), carry_bitmaps=self.draw.random() < 0.7)
+            options = {"extended_l2": self.draw.choice(("on", "off"))}
+            control.snapshot(self._name("frozen"), carry_bitmaps=self.draw.random() < 0.7, options=options)
 
     def stream(self) -> None:
         self._job(lambda control: control.stream(rate=self.draw.choice((0, 4 << 20))).job)
