@@ -105,3 +105,13 @@ def _integer(text: str, noun: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
     return int(text)
+
+
+def options_of(texts: list[str]) -> dict[str, str]:
+    """What each `NAME=VALUE,...` says, by its names, as the tool takes it. Raises: UsageError."""
+    from qcow2.tool.option import split_options  # which few need
+
+    try:
+        return dict(split_options(texts))
+    except ValueError as error:
+        raise UsageError(str(error)) from error

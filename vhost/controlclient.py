@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from vhost import PROGRAM
-from vhost.argument import Parser, UsageError, size_of
+from vhost.argument import Parser, UsageError, options_of, size_of
 from vhost.client import Control, ControlError, snapshot_together
 from vhost.ctlbitmap import add_bitmap, add_snapshot_internal, run_bitmap, run_snapshot_internal
 from vhost.ctlexport import add_export, request_of
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> int:
         paths, request = parse(arguments)
         if len(paths) > 1:
             del request["command"]
-            request["options"] = _options_of(request["options"])
+            request["options"] = options_of(request["options"])
             _show("snapshot", {"snapshots": snapshot_together(paths, request.pop("name"), **request)})
             return 0
         with Control(paths[0]) as control:
@@ -106,23 +106,13 @@ def main(arguments: list[str]) -> int:
                 return run_snapshot_internal(control, request)
             if request["command"] == "snapshot":
                 (request["name"],) = request["name"]
-                request["options"] = _options_of(request["options"])
+                request["options"] = options_of(request["options"])
                 request = {key: value for key, value in request.items() if value or key == "name"}
             _show(request["command"], control.ask(**request))
     except (UsageError, ControlError) as error:
         print(f"{PROGRAM}: ctl: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
-
-
-def _options_of(texts: list[str]) -> dict[str, str]:
-    """By their names. Raises: UsageError."""
-    from qcow2.tool.option import split_options
-
-    try:
-        return dict(split_options(texts))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _show(command: str, result: Any) -> None:

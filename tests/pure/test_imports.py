@@ -45,6 +45,7 @@ GLUE = {  # where an image meets a device
     "vhost/imagecommands.py",
     "vhost/bitmapaction.py",
     "vhost/overlaybitmaps.py",
+    "vhost/overlaywish.py",
     "vhost/argument.py",
     "vhost/command.py",
 }
