@@ -236,6 +236,9 @@ def _validate_areas(path: str, host_offset: int, record: LuksRecord, limit: int,
         raise CorruptImage(path, host_offset, message)
 
 
+DEFAULT_SPEC = CipherSpec("aes", "xts", "plain64", None, 64)  # as QEMU's
+
+
 @dataclass(frozen=True, slots=True)
 class Encryption:
     """How a new image is encrypted, and with what its first key slot opens."""

@@ -1,12 +1,17 @@
 """New images from Python."""
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TypeVar
 
 from qcow2.driver.file import run
 from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
 from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, VERSIONS
+from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
 from qcow2.library.hostfile import created, opened, reserve
+from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 
@@ -26,33 +31,42 @@ def create(
     compat: str = "1.1",
     lazy_refcounts: bool = False,
     refcount_bits: int = 16,
+    extended_l2: bool = False,
     compression: str = "zlib",
     preallocation: str = "off",
+    data_file: PathLike | None = None,
+    data_file_raw: bool = False,
+    data_file_use: str | None = None,
+    key: bytes | None = None,
+    iter_time: int = DEFAULT_ITER_TIME_MS,
 ) -> None:
-    """Make a new image at *path* of whatever is there; open it then to use it.
+    """Make a new image at *path* of whatever is there; open it then to use it. The format is qcow2, raw or luks.
 
-    *size* is in bytes, rounded up to 512; without one it is that of the *backing* file, whose name is recorded as it
-    is: a relative one starts at the directory of the image.
+    *size* is in bytes, rounded up to 512; without one it is that of the *backing* file. The names of that and of the
+    *data_file* are recorded as they are: relative ones start at the directory of the image. Of a data file that exists
+    *data_file_use* says whether to "keep" what it holds, which *data_file_raw* then shows, or to "empty" it.
+    With a *key* it is encrypted with LUKS (AES-256 in XTS mode); to try a key takes *iter_time* milliseconds.
     Raises: ValueError for what cannot be; OSError, ImageError. A file that was not there is gone then.
     """
     name = os.fsdecode(path)
-    if format not in FORMATS or format == "luks":
-        raise ValueError(f"{name}: format {format!r} cannot be created here, only qcow2 and raw")
+    if format not in FORMATS:
+        raise ValueError(f"{name}: format {format!r} cannot be created, only {', '.join(FORMATS)}")
+    encryption = None if key is None else Encryption(DEFAULT_SPEC, "sha256", _nonempty(key), iter_time)
     below = None if backing is None else os.fsdecode(backing)
     if below is not None:
         below_size = _size_of(backing_path(name, below), backing_format)
         size = below_size if size is None else size
+    if size is None and data_file is not None and data_file_use == KEEP:
+        size = data_file_size(name, os.fsdecode(data_file))
     if size is None or size < 0:
-        raise ValueError(f"{name}: size {size}, and no backing file to take it from")
+        raise ValueError(
+            f"{name}: size {size}, and neither a backing file nor the content of a data file to take it from"
+        )
     size += -size % SECTOR_SIZE
-    if format == "raw":
-        if below is not None:
-            raise ValueError(f"{name}: a raw image has no backing file")
-        kind = chosen("preallocation", preallocation, {each: Preallocation(each) for each in ("off", "falloc", "full")})
-        with created(name) as file:
-            run(write_raw(file, size, kind))
-            if kind is Preallocation.FALLOC:
-                reserve(file)
+    if format != "qcow2":
+        if below is not None or data_file is not None:
+            raise ValueError(f"{name}: a {format} image has no {'data' if below is None else 'backing'} file")
+        _make_raw(name, format, size, preallocation, encryption)
         return
     options = Options(
         size=size,
@@ -60,19 +74,62 @@ def create(
         cluster_bits=cluster_bits_of(cluster_size),
         refcount_order=_power("refcount_bits", refcount_bits, 1, 64),
         lazy_refcounts=lazy_refcounts,
+        has_subclusters=extended_l2,
         compression=chosen("compression", compression, COMPRESSIONS),
         backing_name=below,
         backing_format=None if below is None else backing_format,
-        preallocation=Preallocation(preallocation),
+        preallocation=chosen("preallocation", preallocation, {kind.value: kind for kind in Preallocation}),
+        encryption=encryption,
+        data_file_name=None if data_file is None else os.fsdecode(data_file),
+        data_file_raw=data_file_raw,
     )
+    if data_file_raw and options.preallocation is Preallocation.OFF:  # there is no other way to say that all is data
+        options = replace(options, preallocation=Preallocation.METADATA)
     if size > (limit := max_size(options.cluster_bits)):
         raise ValueError(f"{name}: size {size}, limit {limit} with clusters of {cluster_size} bytes")
+    make_qcow2(name, options, data_file_use)
+
+
+def make_qcow2(
+    path: str, options: Options, data_file_use: str | None, announce: Callable[[], None] = lambda: None
+) -> None:
+    """Make it of whatever is at *path*, with its data file if it has one. *announce()* once nothing is in the way.
+
+    Raises: as of `create`.
+    """
     whole = plan(options)
-    with created(name) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(created(path))
+        if options.data_file_name is not None:
+            stack.enter_context(new_data_file(path, options, data_file_use))
+        announce()
         run(write_tables(file, whole))
         if options.preallocation is Preallocation.FALLOC:
             reserve(file)
         run(write_header(file, whole))
+
+
+def _make_raw(name: str, image_format: str, size: int, preallocation: str, encryption: Encryption | None) -> None:
+    if (image_format == "luks") != (encryption is not None):
+        raise ValueError(f"{name}: a luks image needs a key, and a raw one has none")
+    if encryption is not None:
+        from qcow2.node.luks import write_luks  # and with it libcrypto
+
+        chosen("preallocation", preallocation, {"off": None})
+        with created(name) as file:
+            run(write_luks(file, encryption, size))
+        return
+    kind = chosen("preallocation", preallocation, {each: Preallocation(each) for each in ("off", "falloc", "full")})
+    with created(name) as file:
+        run(write_raw(file, size, kind))
+        if kind is Preallocation.FALLOC:
+            reserve(file)
+
+
+def _nonempty(key: bytes) -> bytes:
+    if not isinstance(key, bytes | bytearray) or not key:
+        raise ValueError("the key of a new image is some bytes")
+    return bytes(key)
 
 
 def _size_of(path: str, image_format: str) -> int:

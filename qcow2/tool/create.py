@@ -2,14 +2,14 @@
 
 import argparse
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from qcow2.driver.file import run
-from qcow2.engine.create import Options, Preallocation, plan, write_header, write_raw, write_tables
+from qcow2.engine.create import Options, Preallocation, write_raw
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.hostfile import created, opened, reserve
-from qcow2.library.newdata import KEEP, data_file_size, new_data_file
+from qcow2.library.make import make_qcow2
+from qcow2.library.newdata import KEEP, data_file_size
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
@@ -117,17 +117,12 @@ def _create_qcow2(request: Request, arguments: argparse.Namespace) -> None:
     _validate_backing(request)
     size = _size(request, look=not arguments.unsafe)
     options = image_options(request.given, size, request.given.get("size"), arguments.secrets)
-    whole = plan(options)
-    with ExitStack() as stack:
-        file = stack.enter_context(created(request.path))
-        if options.data_file_name is not None:
-            stack.enter_context(new_data_file(request.path, options, request.given.get("data_file_use")))
+
+    def announce() -> None:
         if not arguments.quiet:
             print(_announcement(request, options, size), flush=True)
-        run(write_tables(file, whole))
-        if options.preallocation is Preallocation.FALLOC:
-            reserve(file)
-        run(write_header(file, whole))
+
+    make_qcow2(request.path, options, request.given.get("data_file_use"), announce)
 
 
 def _create_raw(request: Request, arguments: argparse.Namespace) -> None:

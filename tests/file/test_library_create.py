@@ -1,0 +1,88 @@
+"""`qcow2.create` with each feature of the format: QEMU finds what was asked for, and what is written is read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qcow2
+from tests.oracle import qemu_img
+
+MIB = 1 << 20
+KEY = b"some secret\n"
+
+
+def info(path: Path, *words: str) -> dict[str, Any]:
+    """What QEMU says of it."""
+    return dict(json.loads(qemu_img("info", "--output=json", *words, str(path)).stdout))
+
+
+def use(path: Path, **options: Any) -> None:
+    """Raises: AssertionError unless it takes a write."""
+    with qcow2.open(path, writable=True, **options) as disk:
+        disk.write(5000, b"here" * 1000)
+    with qcow2.open(path, **options) as disk:
+        assert disk.read(5000, 4000) == b"here" * 1000
+
+
+def test_with_extended_entries(tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "disk", 10 * MIB, extended_l2=True, cluster_size=128 << 10)
+    use(tmp_path / "disk")
+    found = info(tmp_path / "disk")
+    assert (found["format-specific"]["data"]["extended-l2"], found["cluster-size"]) == (True, 128 << 10)
+    assert qemu_img("check", str(tmp_path / "disk")).returncode == 0
+
+
+@pytest.mark.parametrize("more", [{}, {"extended_l2": True}, {"data_file": "data"}], ids=str)
+def test_encrypted(tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where QEMU looks for a data file with such a name
+    qcow2.create(tmp_path / "disk", 10 * MIB, key=KEY, iter_time=10, **more)
+    use(tmp_path / "disk", key=KEY)
+    assert info(tmp_path / "disk")["encrypted"]
+    with pytest.raises(qcow2.ImageError):
+        qcow2.open(tmp_path / "disk", key=KEY.strip())
+    (tmp_path / "key").write_bytes(KEY)
+    secret = ("--object", f"secret,id=s,file={tmp_path / 'key'}")
+    options = f"driver=qcow2,file.filename={tmp_path / 'disk'},encrypt.key-secret=s"
+    qemu_img("convert", *secret, "--image-opts", options, "-O", "raw", str(tmp_path / "plain"))
+    assert (tmp_path / "plain").read_bytes()[5000:9000] == b"here" * 1000
+
+
+def test_raw_luks(tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "disk", 10 * MIB, format="luks", key=KEY, iter_time=10)
+    use(tmp_path / "disk", format="luks", key=KEY)
+    assert info(tmp_path / "disk", "-f", "luks")["virtual-size"] == 10 * MIB
+
+
+def test_over_what_a_data_file_holds(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"kept" * MIB)
+    with pytest.raises(ValueError, match="exists: say data_file_use=keep"):
+        qcow2.create(tmp_path / "disk", 10 * MIB, data_file="data", data_file_raw=True)
+    assert not (tmp_path / "disk").exists()
+    qcow2.create(tmp_path / "disk", data_file="data", data_file_raw=True, data_file_use="keep")
+    with qcow2.open(tmp_path / "disk") as disk:
+        assert disk.read(0, disk.size) == b"kept" * MIB
+    use(tmp_path / "disk")
+    assert (tmp_path / "data").read_bytes()[5000:9000] == b"here" * 1000
+    assert info(tmp_path / "disk")["format-specific"]["data"]["data-file-raw"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"format": "vmdk"}, "format 'vmdk' cannot be created, only qcow2, raw"),
+        ({"format": "luks"}, "a luks image needs a key"),
+        ({"format": "raw", "key": KEY}, "a raw one has none"),
+        ({"key": b""}, "the key of a new image is some bytes"),
+        ({"format": "raw", "data_file": "data"}, "a raw image has no data file"),
+        ({"preallocation": "some"}, "preallocation 'some' is not one of off, metadata"),
+        ({"extended_l2": True, "cluster_size": 4096}, "extended_l2 on needs clusters of 16384 bytes"),
+        ({"extended_l2": True, "compat": "0.10"}, "needs 1.1"),
+        ({"data_file_raw": True}, "data-file-raw requires data-file"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        qcow2.create(tmp_path / "disk", MIB, **options)
+    assert [*tmp_path.iterdir()] == []
