@@ -72,7 +72,7 @@ class CopyFile:
         if exists and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
         served.require_foreign(self.path)
-        self._new = None if exists else NewFile(self.path)
+        self._new = None if exists else NewFile(self.path, held.options.link_log)
 
     def try_out(self, source: Node) -> None:
         """As of a `CopyPlace`."""

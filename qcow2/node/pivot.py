@@ -15,14 +15,19 @@ from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
 from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_ours, require_own_name
 from qcow2.node.overlay import sync_directory
+from qcow2.node.recovery import remove_logs_of
 
 
 class NewFile:
     """A file that shall be at *path*, and is at `temporary` until then."""
 
-    def __init__(self, path: str) -> None:
-        """Raises: FileExistsError if something is there; ValueError if nothing can be."""
+    def __init__(self, path: str, log_directory: str) -> None:
+        """*log_directory* is where the link log of an image in it lies, which goes with it.
+
+        Raises: FileExistsError if something is there; ValueError if nothing can be.
+        """
         self.path = path
+        self._log_directory = log_directory
         require_own_name(path)
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
@@ -51,7 +56,16 @@ class NewFile:
         require_ours(self.temporary)
         with suppress(FileNotFoundError), HostFile.open(self.temporary, writable=True) as file:
             lock_image(file.fd, self.temporary, writable=True)
-            os.unlink(self.temporary)
+            self._unlink(self.temporary)
+
+    def _unlink(self, path: str) -> None:
+        """Take the name *path* away, and the log that was made for it, which no other file names."""
+        with HostFile(
+            self.temporary, os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), writable=False
+        ) as left:
+            if os.fstat(left.fd).st_nlink == 1:  # else it has its own name, too, and is whole
+                remove_logs_of(left, self._log_directory)
+        os.unlink(path)
 
     def name(self) -> None:
         """Give it the name that was wanted; stable on return. Raises: OSError, FileExistsError."""
@@ -69,7 +83,7 @@ class NewFile:
         """Remove what was made, whichever name it has. Raises: OSError."""
         for path in (self.temporary, self.path):
             if self._is_at(path):
-                os.unlink(path)
+                self._unlink(path)
 
     def _is_at(self, path: str) -> bool:
         try:

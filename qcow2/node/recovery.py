@@ -166,7 +166,7 @@ def _look_for_leftovers(file: HostFile, header: Header, directory: str) -> None:
     image stays.
     """
     for memory in all_logs(directory):
-        found = _load_own(file, memory)
+        found = _load_own(file, memory, has_moved=_says_nothing)
         if found is None:
             continue
         links = found.newest_links()
@@ -188,19 +188,31 @@ def remove_logs_of(file: HostFile, directory: str) -> None:
             remove_log(memory)
 
 
-def _load_own(file: HostFile, memory: SharedMemory) -> FoundLog | None:
-    """The log in *memory*, if a dead process of this user left it for the file with these numbers and this name."""
+def _says_nothing(found: FoundLog) -> bool:
+    """Whether nothing is lost with a log, and no file is where it was made: that may have another name by now."""
+    return not (found.newest_links() or found.live or found.below or os.path.lexists(found.origin.path))
+
+
+def _load_own(
+    file: HostFile, memory: SharedMemory, has_moved: Callable[[FoundLog], bool] = lambda found: False
+) -> FoundLog | None:
+    """The log in *memory*, if a dead process of this user left it for the file with these numbers and this name.
+
+    With another name *has_moved* decides.
+    """
 
     def is_ours(user: int) -> bool:
         return user == os.geteuid()
 
     try:
         found = read_log(memory.load(is_ours, RECORDS_OFFSET))  # most logs are others': a look at the header tells
-        if found is None or not _is_of(file, found) or found.origin.path != origin_of(file).path:
+        if found is None or not _is_of(file, found) or is_in_use(memory.path):
             return None
-        return None if is_in_use(memory.path) else read_log(memory.load(is_ours))
+        found = read_log(memory.load(is_ours))
     except OSError:
         return None
+    is_ours_still = found is not None and (found.origin.path == origin_of(file).path or has_moved(found))
+    return found if is_ours_still else None
 
 
 def _is_of(file: HostFile, found: FoundLog) -> bool:

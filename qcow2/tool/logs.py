@@ -2,15 +2,17 @@
 
 import argparse
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from qcow2.driver.boot import this_boot
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory, is_in_use
 from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
 from qcow2.node.gate import backing_path
-from qcow2.node.logplace import NAME, all_logs, remove_log
-from qcow2.plane.linklog import Mark, read_log
+from qcow2.node.logplace import NAME, all_logs, origin_of, remove_log
+from qcow2.plane.linklog import FoundLog, Mark, read_log
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import say
 
@@ -23,7 +25,9 @@ class LogFacts:
     path: str
     image: str  # what it was made for; it may have been moved since
     waiting: int  # links, each of a cluster that was written and never flushed
-    state: str  # "in use", "needed": the image or what is below names it, "stale": neither does, "unknown"
+    state: (
+        str  # "in use"; "needed": its image names it; "stale": that does not, or the host was started anew; "unknown"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link-log", metavar="DIR", default=DEFAULT_DIRECTORY, help=f"default: {DEFAULT_DIRECTORY}")
     parser.add_argument("--output", default="human", choices=["human", "json"])
     parser.add_argument("--remove", metavar="TAG", action="append", default=[], help="remove this log for good")
+    parser.add_argument("--clean", action="store_true", help="remove all that are stale")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -46,7 +51,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     facts, status = [], 0
     for tag, memory in logs.items():
         try:
-            facts.append(_facts_of(tag, memory))
+            fact = _facts_of(tag, memory)
+            if arguments.clean and fact.state == "stale":
+                remove_log(memory)
+            else:
+                facts.append(fact)
         except FileNotFoundError:  # gone since it was listed
             pass
         except OSError as error:
@@ -75,23 +84,36 @@ def _facts_of(tag: str, memory: SharedMemory) -> LogFacts:
     if found is None:
         return LogFacts(tag, memory.path, "", 0, "no log")
     image = os.fsdecode(found.origin.path)
-    state = "in use" if is_in_use(memory.path) else _state_of(image, found.tag)
+    state = "in use" if is_in_use(memory.path) else _state_of(image, found)
     return LogFacts(tag, memory.path, image, found.waiting(), state)
 
 
-def _state_of(image: str, tag: int) -> str:
-    """What the image where the log was made says now, or the one below: a snapshot may have moved it there."""
+def _state_of(image: str, found: FoundLog) -> str:
+    """What the image says now for which the log was made: where that was, or below, if a snapshot has moved it there.
+
+    A file of that name which is another one says nothing: the image may be anywhere.
+    """
+    if not found.origin.boot.is_same(this_boot()):
+        return "stale"
+    is_there = False
     try:
-        header = _header_of(image)
-        headers = [header]
-        if header.backing_name is not None and header.backing_format == "qcow2":
-            headers.append(_header_of(backing_path(image, header.backing_name)))
+        for header, is_it in _look_down(image, found):
+            if header.log_mark and Mark.parse(header.log_mark).tag == found.tag:
+                return "needed"
+            is_there |= is_it
     except (OSError, ImageError):
-        return "unknown"
-    marks = [Mark.parse(header.log_mark) for header in headers if header.log_mark]
-    return "needed" if any(mark.tag == tag for mark in marks) else "stale"
+        pass
+    return "stale" if is_there else "unknown"
 
 
-def _header_of(image: str) -> Header:
+def _look_down(image: str, found: FoundLog) -> Iterator[tuple[Header, bool]]:
+    """The headers at *image* and below, and whether each is of the file of the log. Raises: OSError, ImageError."""
+    header, is_it = _look_at(image, found)
+    yield header, is_it
+    if header.backing_name is not None and header.backing_format == "qcow2":
+        yield _look_at(backing_path(image, header.backing_name), found)
+
+
+def _look_at(image: str, found: FoundLog) -> tuple[Header, bool]:
     with HostFile.open(image) as file:
-        return run(read_header(file, trust_refcounts=False))
+        return run(read_header(file, trust_refcounts=False)), origin_of(file)[1:3] == found.origin[1:3]

@@ -82,7 +82,7 @@ def test_nothing_that_shall_stay_gets_such_a_name(image: Path, name: str) -> Non
         with pytest.raises(ValueError, match="taken for what a death left"):
             held.prepare_overlay(name, {})
     with pytest.raises(ValueError, match="taken for what a death left"):
-        NewFile(target)
+        NewFile(target, str(image.parent))
     with pytest.raises(ValueError, match="taken for what a death left"):
         BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None)
     assert not os.path.lexists(target)

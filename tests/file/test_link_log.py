@@ -382,11 +382,48 @@ def test_logs_are_listed_and_removed_unless_they_are_in_use(image: Path, logs: P
     log.write_bytes(kept)
     log.chmod(0o600)
     assert listed() == [("stale", len(WRITES), str(image))]
+    image.rename(image.with_name("moved"))
+    shutil.copyfile(image.with_name("moved"), image)
+    assert listed() == [("unknown", len(WRITES), str(image))]  # what is there by now is another file
     image.unlink()
     assert listed() == [("unknown", len(WRITES), str(image))]
+    qcow2_tool_ok("link-logs", f"--link-log={logs}", "--clean")
+    assert log.exists()
     qcow2_tool_ok("link-logs", f"--link-log={logs}", "--remove", tag)
     assert listed() == []
     assert "no link log ffffff" in qcow2_tool("link-logs", f"--link-log={logs}", "--remove", "ffffff").stderr
+
+
+def test_only_logs_that_no_image_needs_are_cleaned(image: Path, logs: Path, base: bytes) -> None:
+    log = die(image, logs)
+    assert "needed" in qcow2_tool_ok("link-logs", f"--link-log={logs}", "--clean")
+    kept = log.read_bytes()
+    assert_same_bytes(contents(image, logs), written(base))
+    log.write_bytes(kept)
+    log.chmod(0o600)
+    assert qcow2_tool_ok("link-logs", f"--link-log={logs}", "--clean") == ""
+    assert not list(logs.iterdir())
+
+
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_log_of_an_image_that_was_renamed_goes_if_it_says_nothing(
+    image: Path, logs: Path, base: bytes, is_flushed: bool
+) -> None:
+    """As the copy of a mirror is, which began under another name."""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        if is_flushed:
+            guest.flush()
+        serving.kill()
+    kept = {log: log.read_bytes() for log in logs.iterdir()}
+    moved = image.rename(image.with_name("moved"))
+    assert_same_bytes(contents(moved, logs), written(base))
+    assert not list(logs.iterdir())
+    for log, content in kept.items():  # as if it had not been found
+        log.write_bytes(content)
+        log.chmod(0o600)
+    assert_same_bytes(contents(moved, logs), written(base))
+    assert bool(list(logs.iterdir())) == (not is_flushed)  # another file may have had these numbers
 
 
 def test_log_that_cannot_be_read_is_named_and_the_list_is_no_success(tmp_path: Path) -> None:

@@ -198,6 +198,26 @@ def test_a_mirror_grows_waits_and_begins_anew(top: Path, tmp_path: Path) -> None
     assert not (tmp_path / ".copy.mirror").exists()
 
 
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_the_log_of_a_copy_goes_with_it(top: Path, tmp_path: Path, is_killed: bool) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with start(top, f"--link-log={logs}") as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.mirror("copy", top=True).job
+        until(client, job, "ready")
+        for block in range(0, SIZE // BLOCK, 4):
+            guest.write(block * BLOCK, b"w" * 512)
+        listed = json.loads(qcow2_tool_ok("link-logs", f"--link-log={logs}", "--output=json"))
+        assert str(tmp_path / ".copy.mirror") in [each["image"] for each in listed]
+        daemon.kill() if is_killed else daemon.stop()
+    if is_killed:
+        with start(top, f"--link-log={logs}") as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+            until(client, client.mirror("copy", top=True).job, "ready")
+            daemon.stop()
+    assert not (tmp_path / ".copy.mirror").exists()
+    assert not list(logs.iterdir())
+
+
 def test_a_copy_that_fails_is_not_the_guests_trouble(top: Path, tmp_path: Path) -> None:
     limit = ["prlimit", f"--fsize={4 * MIB}:", "--"]
     with start(top, under=limit) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
