@@ -64,5 +64,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What there is, whether it is here already or not."""
-    return sorted({*globals(), *__all__})
+    """What there is for others, whether it is here already or not."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

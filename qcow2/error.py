@@ -2,6 +2,7 @@
 
 import errno
 import os
+from typing import Any
 
 
 class ImageError(Exception):
@@ -10,6 +11,14 @@ class ImageError(Exception):
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}")
         self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its text and fields: another process of a pool gets it as it is, however it was made."""
+        return _made_again, (type(self), self.args), self.__dict__
+
+
+def _made_again(kind: type[ImageError], args: tuple[Any, ...]) -> ImageError:
+    return kind.__new__(kind, *args)
 
 
 class UnsupportedImage(ImageError):

@@ -44,6 +44,9 @@ class HostFile:
         self.writable = writable
         self.is_device = False
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path!r}>"
+
     @classmethod
     def open(cls, path: str, *, writable: bool = False, create: bool = False) -> "HostFile":
         """Open *path*; *create* makes it, or empties what is there.

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from qcow2.engine.create import Options, Preallocation, refcount_clusters
+from qcow2.engine.create import Options, Preallocation
 from qcow2.engine.image import Image
 from qcow2.format.bitmap import bitmap_directory, read_bitmaps
-from qcow2.format.clusters import clusters_of, full_clusters
+from qcow2.format.clusters import clusters_of, counting_clusters, full_clusters
 from qcow2.format.layout import ENTRY_SIZE, BitmapRecord
 from qcow2.node.extent import find_extent
 from qcow2.node.node import Node
@@ -54,7 +54,9 @@ def _data_bytes(options: Options) -> int:
 
 def _fully_allocated(options: Options) -> int:
     counted = full_clusters(options.size, options.cluster_size, options.entries.nbytes, options.luks_clusters)
-    return (counted + sum(refcount_clusters(options, counted))) * options.cluster_size
+    return (
+        counted + sum(counting_clusters(counted, options.cluster_size, options.refcount_order))
+    ) * options.cluster_size
 
 
 def _clusters(nbytes: int, options: Options) -> int:

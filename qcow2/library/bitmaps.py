@@ -37,6 +37,9 @@ class Bitmaps:
         self._image = image
         self._run = run
 
+    def __repr__(self) -> str:
+        return f"<qcow2 bitmaps {[bitmap.name for bitmap in self]}>"
+
     def __iter__(self) -> Iterator[Bitmap]:
         """Raises: UnsupportedImage, CorruptImage, OSError."""
         for stored in self._stored():

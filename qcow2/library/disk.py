@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from qcow2.driver.buffer import MemoryBuffer, fillable
 from qcow2.driver.file import BlockingDriver, HostFile
@@ -288,6 +288,9 @@ class Disk(AwaitableDisk):
         state = "closed" if not self.files[0].is_open else "read-only" if self.image.read_only else "writable"
         return f"<qcow2.Disk {self._path!r}, {self.size} bytes, {state}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} can be neither copied nor pickled: open the image there")
+
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
         """A dropped disk is as one whose process died: its files are closed, and the next open recovers it."""
         if (thread := getattr(self, "_thread", None)) is None:
@@ -302,6 +305,7 @@ class Disk(AwaitableDisk):
         self.chain.close()
 
     def __enter__(self) -> "Disk":
+        self._require_open()
         return self
 
     def __exit__(

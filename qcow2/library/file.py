@@ -3,7 +3,8 @@
 import errno
 import io
 import os
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from qcow2.library.disk import Disk
@@ -48,9 +49,9 @@ class DiskFile(io.RawIOBase):
         """
         self._require_open()
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._disk.size}.get(whence)
-        if base is None or base + offset < 0:
+        if base is None or base + index(offset) < 0:
             raise ValueError(f"seek to {offset} with whence {whence} is not a position on the disk")
-        self._position = base + offset
+        self._position = base + index(offset)
         return self._position
 
     def tell(self) -> int:
@@ -99,9 +100,15 @@ class DiskFile(io.RawIOBase):
         return wanted
 
     def flush(self) -> None:
-        """Make what was written survive a power loss."""
-        if not self.closed and self.writable():
+        """Make what was written survive a power loss, which a disk that is closed has done."""
+        if not self.closed and self.writable() and self._disk.files[0].is_open:
             self._disk.flush()
+
+    def __repr__(self) -> str:
+        return f"<qcow2 file of {self._disk!r}, {'closed' if self.closed else f'at {self._position}'}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} can be neither copied nor pickled")
 
     def _require_open(self) -> None:
         if self.closed:

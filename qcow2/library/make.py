@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from operator import index
 from typing import TypeVar
 
 from qcow2.driver.file import run
@@ -58,6 +59,7 @@ def create(
         size = below_size if size is None else size
     if size is None and data_file is not None and data_file_use == KEEP:
         size = data_file_size(name, os.fsdecode(data_file))
+    size = None if size is None else index(size)
     if size is None or size < 0:
         raise ValueError(
             f"{name}: size {size}, and neither a backing file nor the content of a data file to take it from"

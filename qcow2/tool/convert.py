@@ -18,7 +18,7 @@ from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_MODES, UNSAFE
 from qcow2.tool.failure import Failure, UsageError, reason_of
 from qcow2.tool.identity import is_qemu_img, say
-from qcow2.tool.named import Named, add_format_option, add_image_options, named
+from qcow2.tool.named import FILE, Named, add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import size_of
@@ -95,7 +95,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         ]
         size = sum(image.size for image in images)
         wish = Wish(
-            path,
+            path.removeprefix(FILE),
             _known_format(arguments.target_format),
             size,
             _given(arguments),

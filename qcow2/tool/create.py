@@ -15,6 +15,7 @@ from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import default_format, is_qemu_img
+from qcow2.tool.named import FILE
 from qcow2.tool.option import (
     OPTIONS,
     asks_for_help,
@@ -35,8 +36,13 @@ from qcow2.tool.secret import add_object_option
 class Request:
     """What the command line asks for; the size may have to be looked up."""
 
-    path: str
+    name: str  # of the image, as it was typed
     given: dict[str, str]  # with what other options than -o say
+
+    @property
+    def path(self) -> str:
+        """Of the image."""
+        return self.name.removeprefix(FILE)
 
     @property
     def backing_name(self) -> str | None:
@@ -134,7 +140,7 @@ def _create_raw(request: Request, arguments: argparse.Namespace) -> None:
     with created(request.path) as file:
         if not arguments.quiet:
             said = f" preallocation={preallocation.value}" if "preallocation" in request.given else ""
-            print(f"Formatting {_quoted(request.path)}, fmt=raw size={typed}{said}", flush=True)
+            print(f"Formatting {_quoted(request.name)}, fmt=raw size={typed}{said}", flush=True)
         run(write_raw(file, size, preallocation))
         if preallocation is Preallocation.FALLOC:
             reserve(file)
@@ -152,7 +158,7 @@ def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
     with created(request.path) as file:
         if not arguments.quiet:
             said = "".join(f" {name}={text}" for name, text in request.given.items() if name != "size")
-            print(f"Formatting {_quoted(request.path)}, fmt=luks size={typed}{said}", flush=True)
+            print(f"Formatting {_quoted(request.name)}, fmt=luks size={typed}{said}", flush=True)
         if is_header:
             run(write_detached(file, encryption))
         else:
@@ -212,7 +218,7 @@ def _size(request: Request, *, look: bool) -> int:
 
 def _announcement(request: Request, options: Options, size: int) -> str:
     """One line like qemu-img's; the size as it was typed."""
-    words = [f"Formatting {_quoted(request.path)}, fmt=qcow2"]
+    words = [f"Formatting {_quoted(request.name)}, fmt=qcow2"]
     words += [f"{name}={text}" for name, text in request.given.items() if name.startswith("encrypt.")]
     words.append(f"cluster_size={options.cluster_size}")
     words.append(f"extended_l2={'on' if options.has_subclusters else 'off'}")

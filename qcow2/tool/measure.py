@@ -3,17 +3,19 @@
 import argparse
 
 from qcow2.driver.file import run
+from qcow2.engine.create import Options
 from qcow2.format.layout import SECTOR_SIZE
+from qcow2.format.snapshot import Choice
 from qcow2.job.measure import Measures, size_of_copy, size_of_empty, size_of_raw
 from qcow2.node.formats import FORMATS
 from qcow2.tool.encryption import encryption_of
-from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.failure import Failure
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import is_qemu_img, program
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.option import asks_for_help, image_options, parse_options, print_help, split_options
 from qcow2.tool.quantity import size_of
-from qcow2.tool.refused import unreadable
+from qcow2.tool.refused import unmeasurable, unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
 
@@ -27,26 +29,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="human", choices=["human", "json"])
     add_source_options(parser)
     add_snapshot_option(parser)
-    parser.add_argument("filename", nargs="?", metavar="FILE", help="the source")
+    parser.add_argument("filename", nargs="*", metavar="FILE", help="the source")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Print the sizes.
 
-    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    Raises: Failure, ValueError, OSError, ImageError.
     """
-    if arguments.target_format not in FORMATS:
-        raise Failure(f"Block driver '{arguments.target_format}' does not support size measurement")
+    if any(not text.strip(",") for text in arguments.options):
+        raise Failure(f"Invalid option list: {arguments.options[-1]}")
+    snapshot = wanted_snapshot(arguments)
     if asks_for_help(arguments.options):
         print_help(arguments.target_format)
         return 0
+    if len(arguments.filename) > 1:
+        raise Failure("At most one filename argument is allowed.")
+    arguments.filename = arguments.filename[0] if arguments.filename else None
     if arguments.filename is None and (arguments.image_opts or arguments.format or arguments.snapshot):
-        raise UsageError("--image-opts, -f, and -l require a filename argument.")
+        raise Failure("--image-opts, -f, and -l require a filename argument.")
     if arguments.size is not None and arguments.filename is not None:
-        raise UsageError("--size N cannot be used together with a filename.")
+        raise Failure("--size N cannot be used together with a filename.")
     if arguments.size is None and arguments.filename is None:
-        raise UsageError("Either --size N or one filename must be specified.")
-    measures = _measured(arguments)
+        raise Failure("Either --size N or one filename must be specified.")
+    if arguments.target_format not in FORMATS:
+        raise Failure(f"Unknown file format '{arguments.target_format}'")
+    measures = _measured(arguments, snapshot)
     if arguments.output == "json":
         facts = {} if measures.bitmaps is None else {"bitmaps": measures.bitmaps}
         print_json(facts | {"required": measures.required, "fully-allocated": measures.fully_allocated})
@@ -58,7 +66,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(arguments: argparse.Namespace) -> Measures:
+def _measured(arguments: argparse.Namespace, snapshot: str | Choice | None) -> Measures:
     if is_qemu_img() and (text := unreadable(dict(split_options(arguments.options)), arguments.target_format)):
         first, _, hint = text.partition("\n")
         rest = f"{program()}: Invalid options for file format '{arguments.target_format}'"
@@ -69,12 +77,18 @@ def _measured(arguments: argparse.Namespace) -> Measures:
         size += -size % SECTOR_SIZE
         if not FORMATS[arguments.target_format].has_metadata:
             return _of_unmapped(size, given, arguments)
-        return size_of_empty(image_options(given, size, secrets=arguments.secrets))
+        return size_of_empty(_options(given, size, arguments))
     image = the_image(arguments)
-    with open_source(image, arguments, wanted_snapshot(arguments)) as source:
+    with open_source(image, arguments, snapshot) as source:
         if not FORMATS[arguments.target_format].has_metadata:
             return _of_unmapped(source.size, given, arguments)
-        return run(size_of_copy(image_options(given, source.size, secrets=arguments.secrets), source))
+        return run(size_of_copy(_options(given, source.size, arguments), source))
+
+
+def _options(given: dict[str, str], size: int, arguments: argparse.Namespace) -> Options:
+    if is_qemu_img() and (text := unmeasurable(given, size)) is not None:
+        raise Failure(text)
+    return image_options(given, size, secrets=arguments.secrets)
 
 
 def _of_unmapped(size: int, given: dict[str, str], arguments: argparse.Namespace) -> Measures:

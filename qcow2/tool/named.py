@@ -14,6 +14,7 @@ from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.secret import add_object_option
 
 MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
+FILE = "file:"  # in front of a path that has a colon itself
 HEADER = "header.filename"
 WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
@@ -56,7 +57,7 @@ def named(text: str, image_format: str | None, *, is_options: bool = False, writ
         return _of_options(dict(_split(text)), text)
     if text.startswith(PREFIX):
         return _of_options(_parsed(text), text)
-    path = text.removeprefix("file:")
+    path = text.removeprefix(FILE)
     if image_format is None:
         return Named(path, guessed(path, writes=writes))
     if image_format not in FORMATS:

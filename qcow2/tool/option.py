@@ -50,6 +50,7 @@ OPTIONS = {
         "size": "<size>            - Virtual disk size",
     },
 }
+HINTS = ("extent_size_hint", "nocow")  # to one kind of host file system: taken, and not passed on
 SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 MAX_FORMAT_BYTES = 15  # QEMU opens no image that says more
 RAW_PREALLOCATIONS = {kind.value: kind for kind in Preallocation if kind is not Preallocation.METADATA}
@@ -82,6 +83,8 @@ def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
     known = OPTIONS[image_format]
     parsed = {}
     for name, value in split_options(texts):
+        if name in HINTS:
+            continue
         if name not in known:
             raise ValueError(f"option {name!r} is unknown, known are {', '.join(known)}")
         parsed[name] = value

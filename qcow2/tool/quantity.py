@@ -7,14 +7,17 @@ from qcow2.tool.identity import is_qemu_img, say
 
 SUFFIXES = "bkmgtpe"
 LIMIT = (1 << 63) - 512
+HEXADECIMAL = re.compile(r"0x[0-9a-f]+", re.IGNORECASE)
 WRITTEN = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.ASCII | re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like 512, 64k, 1.5T.
+    """Bytes of a size like 512, 0x200, 64k, 1.5T.
 
     Raises: ValueError with the text and the limit.
     """
+    if HEXADECIMAL.fullmatch(text):
+        text = str(int(text, 16))
     match = WRITTEN.fullmatch(text)
     if match is None:
         raise ValueError(f"size {text!r} is not a number with at most one of the suffixes k, M, G, T, P, E")

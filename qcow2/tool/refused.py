@@ -3,11 +3,21 @@
 import os
 
 from qcow2.engine.create import max_size
-from qcow2.format.layout import MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, VERSIONS
-from qcow2.tool.option import DETACHED, OPTIONS, PREALLOCATIONS, SWITCH
+from qcow2.format.layout import (
+    ENTRY_SIZE,
+    MAX_CLUSTER_SIZE,
+    MIN_CLUSTER_BITS_OF_SUBCLUSTERS,
+    MIN_CLUSTER_SIZE,
+    VERSIONS,
+)
+from qcow2.tool.option import DETACHED, HINTS, OPTIONS, PREALLOCATIONS, SWITCH
 from qcow2.tool.quantity import parse_size
 
 NEWER = "compatibility level 1.1 {} above (use version=v3 or greater)"
+MIN_EXTENDED = 1 << MIN_CLUSTER_BITS_OF_SUBCLUSTERS
+NO_CLUSTERS = "Cluster size must be a power of two between 512 and 2048k"
+NO_REFCOUNTS = "Refcount width must be a power of two and may not exceed 64 bits"
+TOO_FEW_FOR_EXTENDED = f"Extended L2 entries are only supported with cluster sizes of at least {MIN_EXTENDED} bytes"
 NO_SIZE = "Image creation needs a size parameter"
 ANY_SIZE = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
@@ -18,8 +28,12 @@ ANY_SIZE = (
 def unreadable(given: dict[str, str], image_format: str) -> str | None:
     """Its complaint about options that it cannot read; None if it has none."""
     for name in given:
-        if name not in OPTIONS[image_format]:
+        if name not in (*OPTIONS[image_format], *HINTS):
             return f"Invalid parameter '{name}'"
+    if given.get("nocow", "off") not in SWITCH:
+        return "Parameter 'nocow' expects 'on' or 'off'"
+    if _size(given.get("extent_size_hint", "0")) is None:
+        return ANY_SIZE.format("extent_size_hint")
     if image_format != "qcow2":
         return None
     for name in ("size", "cluster_size"):
@@ -59,7 +73,7 @@ def once_it_has_begun(given: dict[str, str], size: int) -> str | None:
     if preallocation not in PREALLOCATIONS:
         return f"Parameter 'preallocation' does not accept value '{preallocation}'"
     if cluster_size & (cluster_size - 1) or not MIN_CLUSTER_SIZE <= cluster_size <= MAX_CLUSTER_SIZE:
-        return "Cluster size must be a power of two between 512 and 2048k"
+        return NO_CLUSTERS
     if given.get("backing_fmt") and not given.get("backing_file"):
         return "Backing format cannot be used without backing file"
     if given.get("backing_file") and preallocation != "off" and not SWITCH[given.get("extended_l2", "off")]:
@@ -67,13 +81,38 @@ def once_it_has_begun(given: dict[str, str], size: int) -> str | None:
     if version < 3 and SWITCH[given.get("lazy_refcounts", "off")]:
         return f"Lazy refcounts only supported with {NEWER.format('and')}"
     if bits < 1 or bits > 64 or bits & (bits - 1):
-        return "Refcount width must be a power of two and may not exceed 64 bits"
+        return NO_REFCOUNTS
     if version < 3 and bits != 16:
         return f"Different refcount widths than 16 bits require {NEWER.format('or')}"
     if version < 3 and given.get("compression_type", "zlib") != "zlib":
         return f"Non-zlib compression type is only supported with {NEWER.format('and')}"
-    if size > max_size(cluster_size.bit_length() - 1):
+    is_extended = SWITCH[given.get("extended_l2", "off")]
+    if is_extended and version < 3:
+        return f"Extended L2 entries are only supported with {NEWER.format('and')}"
+    if is_extended and cluster_size < MIN_EXTENDED:
+        return TOO_FEW_FOR_EXTENDED
+    if size > max_size(cluster_size.bit_length() - 1, ENTRY_SIZE << is_extended):
         return "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
+    return None
+
+
+def unmeasurable(given: dict[str, str], size: int) -> str | None:
+    """Why an image of such *given* options has no measures; None if it has, whether it can be created or not."""
+    cluster_size, bits = _size(given.get("cluster_size", "64k")) or 0, int(given.get("refcount_bits", "16"))
+    is_extended = SWITCH[given.get("extended_l2", "off")]
+    version = VERSIONS.get(given.get("compat", "1.1"))
+    if version is None:
+        return f"Invalid compatibility level: '{given['compat']}'"
+    if cluster_size & (cluster_size - 1) or not MIN_CLUSTER_SIZE <= cluster_size <= MAX_CLUSTER_SIZE:
+        return NO_CLUSTERS
+    if given.get("preallocation", "off") not in PREALLOCATIONS:
+        return f"invalid parameter value: {given['preallocation']}"
+    if bits < 1 or bits > 64 or bits & (bits - 1):
+        return NO_REFCOUNTS
+    if is_extended and cluster_size < MIN_EXTENDED:
+        return TOO_FEW_FOR_EXTENDED
+    if size > max_size(cluster_size.bit_length() - 1, ENTRY_SIZE << is_extended):
+        return "The image size is too large (try using a larger cluster size)"
     return None
 
 

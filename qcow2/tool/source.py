@@ -11,7 +11,8 @@ from qcow2.node.formats import format_of
 from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.commas import split_commas
-from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.failure import Failure
+from qcow2.tool.identity import say
 from qcow2.tool.named import Named
 from qcow2.tool.opening import in_qemus_words
 
@@ -28,13 +29,14 @@ def add_snapshot_option(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted_snapshot(arguments: argparse.Namespace) -> str | Choice | None:
-    """An id or else a name; or, said in QEMU's long way, which of the two it is, or both. Raises: UsageError."""
+    """An id or else a name; or, said in QEMU's long way, which of the two it is, or both. Raises: Failure."""
     wanted: str | None = arguments.snapshot
     if wanted is None or not wanted.startswith("snapshot."):
         return wanted
     given = dict(part.partition("=")[::2] for part in split_commas(wanted))
     if unknown := set(given) - {"snapshot.id", "snapshot.name"}:
-        raise UsageError(f"Failed in parsing snapshot param '{wanted}': unknown {min(unknown)}")
+        say(f"Invalid parameter '{min(unknown)}'")
+        raise Failure(f"Failed in parsing snapshot param '{wanted}'")
     return Choice(given.get("snapshot.id"), given.get("snapshot.name"))
 
 
