@@ -34,6 +34,7 @@ from vhost.streaming import Streaming
 THEMES = {
     "chain": ("snapshot", "snapshot", "stream", "commit"),
     "backup": ("backup", "backup", "bitmap", "snapshot"),
+    "nightly": ("bitmap", "backup", "backup", "backup"),  # of what has changed, once there is a whole one
     "mirror": ("mirror", "mirror", "snapshot", "bitmap"),
     "all": ("snapshot", "stream", "commit", "backup", "mirror", "bitmap"),
 }
@@ -67,7 +68,7 @@ class Operator:
         self._is_at_job = False
         self._reins: Reins | None = None  # of the job, while it is under way
         self._is_behind = False
-        self._finishing_at = 0
+        self._whole_at = 0  # the target of the last backup
         self._only_top = False  # is mirrored
         self._carries = False  # the next overlay has the bitmaps of what is frozen
         device.on_alone = self._make_room
@@ -205,6 +206,8 @@ class Operator:
                 bitmap=bitmap and bitmap.name,
                 backing=base and base.path,
             )
+            target: Any = work._target
+            target.on_whole = self._note_whole
             self._ledger.begin_copy(name, self._ledger.moment)
             return work
 
@@ -214,8 +217,11 @@ class Operator:
         copy = self._ledger.end_copy(name, self._now())
         if bitmap is None:
             return ""
-        self._ledger.forget(bitmap, copy.position, self._finishing_at, self._now())
+        self._ledger.forget(bitmap, copy.position, self._whole_at, self._now())
         return " of a bitmap"
+
+    def _note_whole(self) -> None:
+        self._whole_at = self._now()
 
     def _note_moment(self, frozen: Any) -> None:
         self._freeze(frozen)
@@ -285,7 +291,6 @@ class Operator:
     def _finish(self, work: Work) -> str:
         """Raises: RoomWanted."""
         if not work.awaits_word:
-            self._finishing_at = self._now()
             work.finish()
             return ""
         self._pass(self._draw.randrange(10 * US, 3 * MS))

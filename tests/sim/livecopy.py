@@ -35,6 +35,11 @@ class SimulatedTarget(BackupFile):
         below = None if options.backing_name is None else host.through(open_chain(files, options.backing_name))
         self._target = NewImage(host.new_file(self.path), replace(options, cluster_bits=BACKUP_BITS), below)
         host.through(self._target.begin())
+        self.on_whole: Callable[[], None] = lambda: None  # told once it is a disk, and stable
+
+    def finish(self) -> None:
+        super().finish()
+        self.on_whole()
 
     def close(self) -> None:
         """Nobody else looks at it."""
