@@ -58,6 +58,9 @@ void host_close(int fd);
 
 /* ---- the worker's thread ---- */
 
+/* Let others run who want this core. */
+void host_yield(void);
+
 /* Let host_nudge end a system call that this thread sleeps in. -> what names the thread */
 int host_expect_nudges(void);
 void host_nudge(int thread);

@@ -12,6 +12,7 @@
 #include "ring/pace.h"
 
 #define POLL_FIRST_NS 4000u
+#define POLL_ALONE_NS 4000u /* the core is not offered to others before */
 
 struct poll {
     uint64_t limit; /* ns; 0: never look */
@@ -19,6 +20,20 @@ struct poll {
     uint64_t until;  /* this one ends then; 0: none is under way */
     uint64_t slept;  /* the sleep began then */
 };
+
+/* Leave the core to its sibling between two looks; a driver that is not soon back may wait for this very core. */
+static inline void poll_relax(const struct poll *poll, uint64_t now)
+{
+    if (poll->until - now + POLL_ALONE_NS < poll->window) {
+        host_yield();
+        return;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 /* Nothing is to be done. -> whether to look again instead of sleeping. */
 static inline bool poll_again(struct poll *poll)
@@ -30,7 +45,10 @@ static inline bool poll_again(struct poll *poll)
     now = pace_now();
     if (!poll->until)
         poll->until = now + poll->window;
-    return now < poll->until;
+    if (now >= poll->until)
+        return false;
+    poll_relax(poll, now);
+    return true;
 }
 
 /* There was something to do. */
@@ -55,14 +73,4 @@ static inline void poll_woke(struct poll *poll)
         poll->window = POLL_FIRST_NS < poll->limit ? POLL_FIRST_NS : poll->limit;
     else
         poll->window = 2 * poll->window < poll->limit ? 2 * poll->window : poll->limit;
-}
-
-/* Leave the core to its sibling between two looks. */
-static inline void poll_relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
 }

@@ -171,7 +171,6 @@ static bool looks_on(struct worker *worker)
     if (worker->submitted || worker->requests_in_flight || !worker->active_count || !poll_again(&worker->poll))
         return false;
     worker->counters->polls++;
-    poll_relax();
     return true;
 }
 

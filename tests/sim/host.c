@@ -373,6 +373,10 @@ void host_unmap_page(uint64_t *page)
 {
 }
 
+void host_yield(void)
+{
+}
+
 struct host_alignment host_alignment(int fd)
 {
     return (struct host_alignment){512, 512};
