@@ -15,10 +15,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_kib(pid: int) -> int:
-    """Resident memory of *pid* without shared memory, which is the guest's and not its server's."""
+    """Resident memory of *pid* of its own: neither the guest's nor mapped files', whose pages the page cache has."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "kB" in rest}
-    return sizes["VmRSS"] - sizes["RssShmem"]
+    return sizes["RssAnon"]
 
 
 @dataclass(frozen=True, slots=True)

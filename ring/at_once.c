@@ -5,12 +5,25 @@
 #include <sys/uio.h>
 
 #include "ring/pieces.h"
+#include "ring/window.h"
 
 #define COPY_PIECES 34 /* 64 KiB in pages, one of them split in two, and what is around */
 
 bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now)
 {
     return storage_is_near(file->storage) && nbytes <= PACE_NBYTES && pace_allows(&file->pace, now);
+}
+
+static int64_t read_cached(struct file *file, const struct gather *gather, uint64_t host_offset, uint64_t now)
+{
+    int64_t result = window_read(file, gather, host_offset);
+
+    if (result >= 0)
+        return result;
+    result = host_read_cached(file->fd, gather->iovecs, gather->count, host_offset, file->storage == STORAGE_MEMORY);
+    if (result > 0)
+        window_note(file, host_offset, result, now);
+    return result;
 }
 
 /* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */
@@ -22,7 +35,7 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
 
     operation_trace_transfer(worker, operation, gather);
     if (operation->verb == VERB_READ)
-        result = host_read_cached(file->fd, gather->iovecs, gather->count, host_offset, file->storage == STORAGE_MEMORY);
+        result = read_cached(file, gather, host_offset, began);
     else
         result = host_write(file->fd, gather->iovecs, gather->count, host_offset);
     if (worker->trace && operation->trace_id)
@@ -31,6 +44,7 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
         file->dirty += result;
     worker->counters->immediate += result >= 0;
     worker->counters->stalls += pace_note(&file->pace, began, worker->now = pace_now());
+    window_ended(file, began, worker->now);
     return result;
 }
 

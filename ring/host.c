@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -102,6 +103,32 @@ void host_unmap_page(uint64_t *page)
 {
     loss_forget(page);
     munmap(page, HOST_PAGE);
+}
+
+const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses)
+{
+    void *bytes = mmap(NULL, nbytes, PROT_READ, MAP_SHARED, fd, 0);
+
+    if (bytes == MAP_FAILED)
+        return NULL;
+    madvise(bytes, nbytes, MADV_DONTDUMP);
+    if (loss_expect(bytes, nbytes, HOST_PAGE, losses) == 0)
+        return bytes;
+    munmap(bytes, nbytes);
+    return NULL;
+}
+
+void host_unmap_file(const uint8_t *bytes, uint64_t nbytes)
+{
+    loss_forget((void *)(uintptr_t)bytes);
+    munmap((void *)(uintptr_t)bytes, nbytes);
+}
+
+uint64_t host_waits(void)
+{
+    struct rusage usage;
+
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_majflt : 0;
 }
 
 /* Whether O_DIRECT reads 512 bytes at 512. */

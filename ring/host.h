@@ -39,6 +39,12 @@ void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes);
 uint64_t *host_map_page(int fd, uint32_t *losses);
 void host_unmap_page(uint64_t *page);
 
+/* nbytes of the file, to be read: past its end there is nothing but losses (loss.h). -> NULL: not to be had */
+const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses);
+void host_unmap_file(const uint8_t *bytes, uint64_t nbytes);
+/* How often this thread waited for the disk because a page that it touched was not there. */
+uint64_t host_waits(void);
+
 /* What O_DIRECT on the file wants, powers of two. */
 struct host_alignment {
     uint32_t memory;

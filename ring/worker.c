@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "ring/assertion.h"
+#include "ring/window.h"
 #include "ring/word.h"
 
 #define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
@@ -213,6 +214,12 @@ int worker_run(struct worker *worker)
     return worker->event_count;
 }
 
+static void forget_mappings(struct file *file)
+{
+    word_forget(file);
+    window_close(file);
+}
+
 void worker_close(struct worker *worker)
 {
     turns_forget(worker);
@@ -227,7 +234,7 @@ void worker_close(struct worker *worker)
     worker_set_log_call(worker, -1);
     uring_deinit(&worker->uring);
     for (uint32_t slot = 0; slot < worker->file_count; slot++)
-        word_forget(&worker->files[slot]);
+        forget_mappings(&worker->files[slot]);
     worker->file_count = 0;
     worker->free_operation = WORKER_OPERATIONS;
 }
@@ -363,6 +370,6 @@ int worker_is_near(struct worker *worker, uint32_t slot)
 
 void worker_remove_file(struct worker *worker, uint32_t slot)
 {
-    word_forget(&worker->files[slot]);
+    forget_mappings(&worker->files[slot]);
     worker->files[slot].fd = -1;
 }

@@ -165,6 +165,17 @@ struct queue {
     uint64_t log_address; /* as if the area lay at this guest address */
 };
 
+/* A mapping of a file, and which of its pages were read from the page cache (window.h). */
+struct window {
+    const uint8_t *bytes; /* NULL: none, or never if it was refused */
+    uint64_t nbytes;
+    uint8_t *seen; /* a bit a page */
+    uint64_t waits; /* of this thread for pages, so far */
+    uint64_t resumes; /* before this time nothing is noted */
+    uint32_t losses;
+    bool refused;
+};
+
 struct file {
     int fd;
     int direct_fd;         /* -1: none */
@@ -187,6 +198,7 @@ struct file {
     uint64_t *word; /* its first page, mapped; NULL: not yet, or never if it was refused */
     bool word_refused;
     uint32_t word_losses; /* stores to it that went nowhere */
+    struct window window;
     int error;    /* of a failed fdatasync, for good */
     struct line waiting;
     struct line served;

@@ -373,8 +373,22 @@ void host_unmap_page(uint64_t *page)
 {
 }
 
+const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses)
+{
+    return NULL; /* what it would read is what the page cache says */
+}
+
+void host_unmap_file(const uint8_t *bytes, uint64_t nbytes)
+{
+}
+
 void host_yield(void)
 {
+}
+
+uint64_t host_waits(void)
+{
+    return 0;
 }
 
 struct host_alignment host_alignment(int fd)

@@ -1,0 +1,107 @@
+"""Reads through a mapping of the image: what they return, and what is left of them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qcow2
+from tests.frontend import IN, OK, FrontEnd
+from tests.program import Daemon, qcow2_tool_ok
+
+CLUSTER = 64 << 10
+NCLUSTERS = 16
+PLACES = [(0, 4096), (512, 512), (3584, 1024), (CLUSTER - 512, 1024), (5 * CLUSTER + 8192, 32768)]
+TIMES = 3  # from the page cache, noted and mapped; then through the mapping
+
+
+def content(guest_offset: int, nbytes: int) -> bytes:
+    whole = b"".join(number.to_bytes(8, "big") for number in range(guest_offset // 8, -(-(guest_offset + nbytes) // 8)))
+    return whole[guest_offset % 8 :][:nbytes]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    qcow2_tool_ok("create", path, str(2 * NCLUSTERS * CLUSTER))
+    with qcow2.open(str(path), writable=True) as disk:
+        disk.write(0, content(0, NCLUSTERS * CLUSTER))
+    return path
+
+
+@pytest.fixture
+def daemon(image: Path) -> Iterator[Daemon]:
+    with Daemon(image) as daemon:
+        yield daemon
+
+
+def mappings(daemon: Daemon, image: Path) -> int:
+    """Of the whole image, to be read."""
+    lines = Path(f"/proc/{daemon.process.pid}/maps").read_text().splitlines()
+    return sum(line.endswith(f" {image}") and " r--s " in line for line in lines)
+
+
+def is_near(path: Path) -> bool:
+    """Whether this host's disk holds it, as far as /proc/mounts says."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    where = max((place for place, _ in mounts if path.is_relative_to(place)), key=len)
+    return dict(mounts)[where] in ("ext4", "xfs", "btrfs", "f2fs")
+
+
+def read_all(guest: FrontEnd) -> None:
+    for guest_offset, nbytes in PLACES:
+        for _ in range(TIMES):
+            assert guest.read(guest_offset, nbytes) == content(guest_offset, nbytes)
+
+
+def test_reads_again_return_what_is_there(daemon: Daemon) -> None:
+    with FrontEnd(daemon.socket_path) as guest:
+        read_all(guest)
+
+
+def test_what_changed_after_a_read_is_read(daemon: Daemon) -> None:
+    with FrontEnd(daemon.socket_path) as guest:
+        read_all(guest)
+        guest.write(512, b"1" * 512)
+        assert guest.read(0, 4096) == content(0, 512) + b"1" * 512 + content(1024, 3072)
+        guest.discard(5 * CLUSTER, CLUSTER)
+        assert guest.read(5 * CLUSTER + 8192, 4096) == bytes(4096)
+        guest.flush()
+        guest.write(5 * CLUSTER + 8192, b"2" * 512)
+        for _ in range(TIMES):
+            assert guest.read(5 * CLUSTER + 8192, 1024) == b"2" * 512 + bytes(512)
+
+
+def test_what_the_image_grows_by_is_read(daemon: Daemon) -> None:
+    with FrontEnd(daemon.socket_path) as guest:
+        read_all(guest)
+        for cluster in range(NCLUSTERS, 2 * NCLUSTERS):
+            guest.write(cluster * CLUSTER, bytes([cluster]) * 4096)
+            for _ in range(TIMES):
+                assert guest.read(cluster * CLUSTER, 8192) == bytes([cluster]) * 4096 + bytes(4096)
+
+
+def test_an_image_that_is_cut_off_meanwhile_ends_no_daemon(daemon: Daemon, image: Path) -> None:
+    with FrontEnd(daemon.socket_path) as guest:
+        read_all(guest)
+        os.truncate(image, CLUSTER)
+        for guest_offset, nbytes in PLACES:
+            done = guest.do(IN, guest_offset, nbytes=nbytes)
+            assert done.status != OK or done.data == bytes(nbytes)
+        assert guest.read(NCLUSTERS * CLUSTER, 4096) == bytes(4096)
+
+
+def test_each_image_is_mapped_once_and_let_go(daemon: Daemon, image: Path) -> None:
+    if not is_near(image):
+        pytest.skip(f"{image} is not on a disk of this host")
+    for _ in range(3):
+        with FrontEnd(daemon.socket_path) as guest:
+            read_all(guest)
+            assert mappings(daemon, image) == 1
+
+
+def test_what_goes_past_the_page_cache_is_not_mapped(image: Path) -> None:
+    with Daemon(image, "--cache=none") as daemon, FrontEnd(daemon.socket_path) as guest:
+        read_all(guest)
+        assert mappings(daemon, image) == 0
