@@ -17,7 +17,7 @@ from bench.option import Options, parse
 from bench.plot import NoPlots, draw
 from bench.report import Run, markdown, ratio_of, write_json
 from bench.server import ServerFailure
-from bench.sweep import SWEEPS
+from bench.sweep import SCALE, SWEEPS
 from bench.watch import stopwatch
 
 IDLE_SECONDS = 20.0
@@ -29,6 +29,7 @@ def main() -> int:
     end_on_sigterm()
     try:
         cases = chosen(options.patterns)
+        cases = cases[options.part.of(len(cases))]
         if options.list_cases:
             return list_cases(cases)
         run = execute(cases, options)
@@ -42,7 +43,7 @@ def main() -> int:
         draw(run.comparisons, SWEEPS, options.output)
     except NoPlots as missing:
         print(f"bench: {missing}", file=sys.stderr)
-    return 0
+    return 0 if len(run.comparisons) == len(cases) else 1
 
 
 def chosen(patterns: list[str]) -> list[Case]:
@@ -52,6 +53,7 @@ def chosen(patterns: list[str]) -> list[Case]:
     if patterns == ["all"]:
         return [*singles, *points]
     names = {sweep.name: [case.name for _, case in sweep.points] for sweep in SWEEPS}
+    names["scale"] = [name for sweep in SCALE for name in names[sweep]]
     names["goals"] = [case.name for case in (*singles, *points) if case.target is not None]
     expanded = [name for pattern in patterns for name in names.get(pattern, [pattern])]
     return select(expanded, (*singles, *points)) if patterns else list(singles)
@@ -81,7 +83,11 @@ def execute(cases: list[Case], options: Options) -> Run:
         run = Run(machine, command_line(), options.pairs, options.seconds, ceilings, (), {})
         for number, case in enumerate(cases, 1):
             say(f"{number}/{len(cases)} {case.name}: {case.title}")
-            comparison = arena.compare(case, say)
+            try:
+                comparison = arena.compare(case, say)
+            except (ServerFailure, LoadFailure) as failure:  # a run is long: the others are measured
+                say(f"  bench: {failure}")
+                continue
             run = replace(run, comparisons=(*run.comparisons, comparison))
             write_tables(run, options.output)  # a run is long: what is known survives its end
             say(summary(comparison))

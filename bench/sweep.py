@@ -9,12 +9,13 @@ from bench.recipe import Recipe
 from vhost.option import CacheMode
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
-QUEUES = (1, 2, 3, 4)
+QUEUES = (1, 2, 3, 4, 8, 16)
 EVEN = dict.fromkeys(DEPTHS, 1.0)  # no slower than QEMU anywhere
 SIZES = {"1G": GIB, "16G": 16 * GIB, "128G": 128 * GIB, "1T": TIB, "4T": 4 * TIB}
+LARGEST = 15 * TIB  # all mapped it still fits into a file of ext4, in clusters of 2 MiB
 
-
-CHAINS = (1, 2, 4, 8, 16)
+CHAINS = (1, 2, 4, 8, 16, 32)
+SCALE = ("size", "chain", "queues", "slow-path")  # what may be large; a crowd of requests is `bench.crowd`'s
 MAPPED = Recipe(
     8 * GIB, "compat=1.1,lazy_refcounts=on,preallocation=metadata", name="8 GiB, all mapped, lazy refcounts"
 )
@@ -58,6 +59,11 @@ def _along_size() -> Sweep:
             recipe = Recipe(nbytes, "compat=1.1,preallocation=metadata", name=f"{name}, all mapped")
             job = Job(nbytes, read_percent=100, depth=32)
             yield nbytes / GIB, Case(f"size-{name}", f"{name} image, 4 KiB random reads", recipe, job, Images.SHARED)
+        recipe = Recipe(
+            LARGEST, "compat=1.1,cluster_size=2M,preallocation=metadata", name="15T, all mapped, clusters of 2 MiB"
+        )
+        job, title = Job(LARGEST, read_percent=100, depth=32), "15T image, clusters of 2 MiB, 4 KiB random reads"
+        yield LARGEST / GIB, Case("size-15T", title, recipe, job, Images.SHARED)
 
     return Sweep("size", "4 KiB random reads of a mapped, sparse image, depth 32", "image size, GiB", tuple(points()))
 

@@ -112,6 +112,14 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     assert processes_on(images) == []
 
 
+def test_parts_in_turn_are_the_whole(tmp_path: Path) -> None:
+    def listed(*words: str) -> str:
+        return bench("goals", "scale", "--list", "--output", tmp_path, *words).stdout
+
+    assert listed() == "".join(listed(f"--part={number}/3") for number in (1, 2, 3))
+    assert "size-15T" in listed()
+
+
 def test_unknown_case_is_one_line(tmp_path: Path) -> None:
     run = bench("no-such-case", "--output", tmp_path)
     assert (run.returncode, run.stderr) == (1, "bench: no case is called 'no-such-case'; --list names them all\n")
