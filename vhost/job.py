@@ -110,7 +110,6 @@ class Job:
         self.work = work
         self.rate = rate
         self.on_error = on_error
-        self.state = State.WAITING
         self.error = ""
         self.is_paused = False
         self.is_begun = False  # an attempt is under way
@@ -121,6 +120,8 @@ class Job:
         self.is_cancelled = False
         self.is_stirred = False  # something of it was changed
         self.reins = Reins()
+        self.state = self.standing
+        self._is_told = False
 
     @property
     def standing(self) -> State:
@@ -129,12 +130,13 @@ class Job:
             return State.PAUSED
         if self.is_ready and not (self.may_finish or self.is_cancelled):
             return State.READY
-        return State.RUNNING if self.is_begun else State.WAITING
+        return State.RUNNING if self.is_begun or self._room.is_there else State.WAITING
 
     def turn(self, state: State, error: str = "") -> None:
         """Be in *state* from now on, because of *error*, if there was one."""
-        if (state, error or self.error) == (self.state, self.error):
+        if self._is_told and (state, error or self.error) == (self.state, self.error):
             return
+        self._is_told = True
         if error and (error != self.error or state in (State.PAUSED, *ENDED)):
             log.error("job %d, %s, %s: %s", self.number, self.work.kind, state, error)
         self.state, self.error = state, error or self.error

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from qcow2.engine.root import Root
+from qcow2.engine.stability import is_harmless
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Extension, Header
 from qcow2.format.layout import EXTENSION, SECTOR_SIZE, Autoclear, BitmapsRecord, ExtensionMagic
@@ -14,12 +15,23 @@ async def set_bitmaps(root: Root, record: BitmapsRecord | None) -> None:
     Raises: OSError; UnsupportedImage, before any write, if the header has no room.
     """
     if record is None:
-        await root.set_autoclear(Autoclear.BITMAPS, on=False)
-        if root.header.extension(ExtensionMagic.BITMAPS) is not None:
-            await root.rewrite(_with(root.header, None))
+        await _take_out(root)
         return
     await root.rewrite(_with(root.header, record.pack()))
     await root.set_autoclear(Autoclear.BITMAPS, on=True)
+
+
+async def _take_out(root: Root) -> None:
+    was_valid = root.header.record.autoclear_features & Autoclear.BITMAPS
+    await root.set_autoclear(Autoclear.BITMAPS, on=False)
+    if root.header.extension(ExtensionMagic.BITMAPS) is None:
+        return
+    try:
+        await root.rewrite(_with(root.header, None))
+    except OSError as error:
+        if is_harmless(error) and was_valid:  # the bitmaps are there still; law 11
+            await root.set_autoclear(Autoclear.BITMAPS, on=True)
+        raise
 
 
 def _with(header: Header, data: bytes | None) -> Header:

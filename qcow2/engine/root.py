@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qcow2.driver.operation import File, Read
 from qcow2.engine.rangelock import Mutex
-from qcow2.engine.stability import Stability
+from qcow2.engine.stability import Stability, is_harmless
 from qcow2.format import layout
 from qcow2.format.header import Extension, Header, rewrite_header
 from qcow2.format.layout import ExtensionMagic
@@ -152,13 +152,25 @@ class Root:
             await self._write(offset, bytes([changed & layout.PROMISES]), autoclear_features=changed)
 
     async def rewrite(self, header: Header) -> None:
-        """Let the first cluster say what *header* says, no link waits and no bits are live; stable on return."""
+        """Let the first cluster say what *header* says, no link waits and no bits are live; stable on return.
+
+        Raises: OSError; if a lack of space let it say what it did, the image may be written on.
+        """
         self._stability.require_trust()
+        before = (await Read(self.file, 0, header.cluster_size)).rstrip(b"\0")
         try:
             self.header = await rewrite_header(self.file, header)
         except OSError as error:
-            self._stability.fail(error)  # nobody knows which header stands there
+            if not (is_harmless(error) and await self._begins_with(before)):
+                self._stability.fail(error)  # nobody knows which header stands there
             raise
+
+    async def _begins_with(self, content: bytes) -> bool:
+        """Whether the file does; behind that may be what no header leads to."""
+        try:
+            return bool(await Read(self.file, 0, len(content)) == content)
+        except OSError:
+            return False
 
     async def _write(self, host_offset: int, packed: bytes, **fields: int) -> None:
         """Write *packed*, which says *fields*; stable on return.

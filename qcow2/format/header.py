@@ -281,12 +281,13 @@ async def rewrite_header(file: File, header: Header) -> Header:
     record, packed = pack_header(file, header)
     new = packed + bytes(header.cluster_size - len(packed))
     old = await Read(file, 0, header.cluster_size)
-    if new[layout.SECTOR_SIZE :] != old[layout.SECTOR_SIZE :]:
+    has_more = new[layout.SECTOR_SIZE :] != old[layout.SECTOR_SIZE :]
+    if has_more:
         await _write_rest(file, header, old, new)
     await Write(file, 0, new[: layout.SECTOR_SIZE])
     await Sync(file)
     used = max(_sectors_end(old), _sectors_end(new))
-    if used < header.cluster_size:  # a name was there for a while
+    if has_more and used < header.cluster_size:  # a name was there for a while
         await Write(file, used, bytes(min(header.cluster_size - used, MAX_NAME_AREA)))
     return replace(header, record=record)
 

@@ -25,6 +25,7 @@ STEPS = [
     [Action("reopen")],
     [Action("write", 5, 1), Action("zero", 41, 1)],
 ]
+CLUSTER = 1 << 12  # of these images; in the first one is the header
 FAILING = (Read, ReadInto, Write, Sync, Store)
 
 
@@ -109,3 +110,50 @@ def test_a_log_whose_mark_found_no_space_is_followed_by_another() -> None:
         driver.run(image.write(cluster << 12, content))
     assert links.log.tag != tag
     driver.run(image.close())
+
+
+class FailingHeader:
+    """Fails the write number *number* of the header with *error*, until it is mended."""
+
+    def __init__(self, number: int, error: int) -> None:
+        self.number = number
+        self.error = error
+        self.seen = 0
+        self.is_mended = False
+
+    def __call__(self, operation: Operation) -> OSError | None:
+        if self.is_mended or not isinstance(operation, Write) or operation.host_offset >= CLUSTER:
+            return None
+        self.seen += 1
+        return OSError(self.error, "a fault of the test") if self.seen == self.number else None
+
+
+def goes_on_after(kind: str, fault: FailingHeader) -> bool:
+    """Whether the bitmaps can be removed after that has failed, and the image be written."""
+    begun = start(kind)
+    driver = CrashDriver(2, fault=fault)
+    image = driver.run(open_image(begun.image.copy(), begun.backing))
+    with suppress(OSError):
+        driver.run(image.change_bitmaps(remove_all))
+    if fault.seen < fault.number:
+        return True
+    fault.is_mended = True
+    try:
+        driver.run(image.change_bitmaps(remove_all))
+        driver.run(image.write(0, MemoryBuffer(memoryview(bytearray(b"x" * SECTOR)))))
+        driver.run(image.close())
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("kind", ["bitmaps", "bitmaps-backing"])
+def test_a_header_that_found_no_space_is_written_again_later(kind: str, error: int) -> None:
+    for number in itertools.count(1):
+        fault = FailingHeader(number, error)
+        goes_on = goes_on_after(kind, fault)
+        if fault.seen < number:
+            break
+        assert goes_on == (error != errno.EIO), f"write {number} of the header"
+    assert number > 2

@@ -48,12 +48,12 @@ def test_every_answer_tells_how_it_stands(tmp_path: Path) -> None:
             def start() -> tuple[Gated, int]:
                 work = Gated()
                 report = jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
-                assert report.state == "waiting"
+                assert report.state == "running"
                 return work, report.job
 
-            work, job = start()  # while nobody uses the disk
+            work, job = start()
             assert jobs.pause(job).state == jobs.pause(job).state == "paused"
-            assert jobs.resume(job).state == "waiting"
+            assert jobs.resume(job).state == "running"
             with FrontEnd(served.socket_path):
                 assert work.has_begun.wait(TIMEOUT)
                 assert jobs.pause(job).state == "paused"
