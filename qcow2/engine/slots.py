@@ -63,5 +63,9 @@ async def _slots_to_erase(vault: Vault, change: Erasure) -> list[int]:
         if not numbers:
             raise ValueError("No keyslots match given (old) password for erase operation")
     if numbers == enabled:
-        raise ValueError(f"Attempt to erase the only active keyslot {enabled[0]}: all data would be lost, refused")
+        lost = "will erase all the data in the image irreversibly - refusing operation"
+        if change.number is not None:
+            raise ValueError(f"Attempt to erase the only active keyslot {enabled[0]} which {lost}")
+        text = "All the active keyslots match the (old) password that was given and erasing them"
+        raise ValueError(f"{text} {lost}")
     return numbers

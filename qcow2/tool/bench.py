@@ -50,6 +50,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise UsageError("Expecting one image file name")
     load = _load(arguments)
     image = the_image(arguments, writes=load.writes)
+    if load.writes and arguments.force_share:
+        raise Failure(f"Could not open '{image.path}': force-share=on can only be used with read-only images")
     with in_qemus_words(image.path):
         how = {"format": image.image_format, "luks_header": image.luks_header, **how_to_open(arguments)}
         disk = open_disk(image.path, writable=load.writes, **how)

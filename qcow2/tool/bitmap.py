@@ -10,7 +10,7 @@ from qcow2.error import ImageError
 from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.disk import Disk
 from qcow2.node.chain import Chain
-from qcow2.tool.failure import Failure, UsageError
+from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options, log_of
 from qcow2.tool.named import Named, add_format_option, add_image_options, named, the_image
 from qcow2.tool.opening import opening
@@ -58,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Do to the bitmap what is asked for, one after the other.
 
-    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    Raises: Failure, ValueError, OSError, ImageError.
     """
     granularity = _validated(arguments)
     is_of_one = any(action != "remove-all" for action, _ in arguments.actions) or not arguments.actions
     if arguments.filename is None or (is_of_one and arguments.bitmap is None):
-        raise UsageError("Expecting filename and bitmap name")
+        raise Failure("Expecting filename and bitmap name")
     if not is_of_one and arguments.bitmap is not None:
-        raise UsageError("Expecting filename")
+        raise Failure("Expecting filename")
     image, name = the_image(arguments, writes=True), arguments.bitmap
     with opened_without_data(image, writable=True, **log_of(arguments)) as disk:
         for action, source in arguments.actions:
@@ -78,17 +78,17 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _validated(arguments: argparse.Namespace) -> int | None:
-    """The granularity, if all options fit together. Raises: UsageError."""
+    """The granularity, if all options fit together. Raises: Failure."""
     granularity = None if arguments.granularity is None else size_of("granularity", arguments.granularity)
     actions = {action for action, _ in arguments.actions}
     if not actions:
-        raise UsageError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
+        raise Failure("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
     if arguments.granularity is not None and "add" not in actions:
-        raise UsageError("granularity only supported with --add")
+        raise Failure("granularity only supported with --add")
     if arguments.source_file is not None and "merge" not in actions:
-        raise UsageError("Merge bitmap source file only supported with --merge")
+        raise Failure("Merge bitmap source file only supported with --merge")
     if arguments.source_format is not None and arguments.source_file is None:
-        raise UsageError("-F only supported with -b")
+        raise Failure("-F only supported with -b")
     return granularity
 
 

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         if is_qemu_img():
             from qcow2.tool.usage import in_its_words
 
-            raise in_its_words(message)
+            raise in_its_words(message, 2 if self.prog.endswith(" compare") else 1)
         raise UsageError(message)
 
 

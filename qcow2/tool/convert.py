@@ -16,7 +16,7 @@ from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_MODES, UNSAFE
-from qcow2.tool.failure import Failure, UsageError, reason_of
+from qcow2.tool.failure import Failure, reason_of
 from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import FILE, Named, add_format_option, add_image_options, named
 from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Copy.
 
-    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    Raises: Failure, ValueError, OSError, ImageError.
     """
     luks_header = None
     if arguments.target_image_opts:
@@ -108,7 +108,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             _refuse_in_its_words(wish)
         _validate_compression(wish, arguments)
         if wish.given.get("backing_file") and len(images) > 1:
-            raise UsageError(CONCATENATED)
+            raise Failure(CONCATENATED)
         finish = _bitmaps(wish, images, arguments) if arguments.bitmaps else _nothing
         below = stack.enter_context(_base(wish, arguments))
         if arguments.no_create:  # what the target is over, and what it has itself, is not ours to say
@@ -139,11 +139,11 @@ def _bitmaps(wish: Wish, images: list[Node], arguments: argparse.Namespace) -> C
 
 
 def _name_target(arguments: argparse.Namespace) -> str | None:
-    """Take the list of options that names the target apart. -> its LUKS header's file. Raises: Failure, UsageError."""
+    """Take the list of options that names the target apart. -> its LUKS header's file. Raises: Failure."""
     if not arguments.no_create:
-        raise UsageError("--target-image-opts requires use of -n flag")
+        raise Failure("--target-image-opts requires use of -n flag")
     if not arguments.filenames:
-        raise UsageError("Must specify image file name")
+        raise Failure("Must specify image file name")
     target = named(arguments.filenames[-1], arguments.target_format, is_options=True)
     arguments.filenames[-1], arguments.target_format = target.path, target.image_format
     return target.luks_header
@@ -167,34 +167,34 @@ def _manner(arguments: argparse.Namespace) -> Manner:
     )
     if sparse % 512 or sparse > MAX_SPARSE:
         text = f"Valid sizes are multiples of 512 up to {MAX_SPARSE}. Select 0 to disable sparse detection"
-        raise UsageError(f"Invalid buffer size for sparse output specified. {text} (fully allocates output).")
+        raise Failure(f"Invalid buffer size for sparse output specified. {text} (fully allocates output).")
     width = int(arguments.parallel) if arguments.parallel.isascii() and arguments.parallel.isdigit() else 0
     if not 1 <= width <= MAX_WIDTH:
-        raise UsageError(f"Invalid number of coroutines specified. Must be between 1 and {MAX_WIDTH}.")
+        raise Failure(f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WIDTH}")
     return Manner(sparse, width, keeps_order=not arguments.oob_writes, offloads=arguments.copy_range_offloading)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     if not arguments.filenames:
-        raise UsageError("Must specify image file name")
+        raise Failure("Must specify image file name")
     if len(arguments.filenames) < 2:
-        raise UsageError("Must specify image file name")
+        raise Failure("Must specify image file name")
     if arguments.snapshot is not None and len(arguments.filenames) > 2:
-        raise UsageError("No support for concatenating multiple snapshot")
-    if arguments.copy_range_offloading and arguments.sparse_size is not None:
-        raise UsageError("Cannot enable copy offloading when -S is used")
+        raise Failure("No support for concatenating multiple snapshot")
     if arguments.copy_range_offloading and arguments.compress:
-        raise UsageError("Cannot enable copy offloading when -c is used")
+        raise Failure("Cannot enable copy offloading when -c is used")
+    if arguments.copy_range_offloading and arguments.sparse_size is not None:
+        raise Failure("Cannot enable copy offloading when -S is used")
     if arguments.copy_range_offloading and arguments.salvage:
-        raise UsageError("Cannot use copy offloading in salvaging mode")
+        raise Failure("Cannot use copy offloading in salvaging mode")
     if arguments.target_is_zero and not arguments.no_create:
-        raise UsageError("--target-is-zero requires use of -n flag")
+        raise Failure("--target-is-zero requires use of -n flag")
     if arguments.backing is not None and len(arguments.filenames) > 2:
-        raise UsageError(CONCATENATED)
+        raise Failure(CONCATENATED)
     if arguments.skip_broken_bitmaps and not arguments.bitmaps:
-        raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
+        raise Failure("Use of --skip-broken-bitmaps requires --bitmaps")
     if arguments.bitmaps and len(arguments.filenames) > 2:
-        raise UsageError("Copying bitmaps only possible with single source")
+        raise Failure("Copying bitmaps only possible with single source")
     if arguments.no_create and arguments.target_format_options:
         say("warning: -o has no effect when skipping image creation")
 
@@ -226,7 +226,7 @@ def _level(arguments: argparse.Namespace) -> int | None:
     if text is None:
         return None
     if not arguments.compress:
-        raise UsageError("--compression-level requires -c")
+        raise Failure("--compression-level requires -c")
     if not (text.isascii() and text.isdigit()):
         raise Failure(f"Invalid compression level '{text}'")
     return int(text)
@@ -248,6 +248,8 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
     """The image that the target is to be over."""
     name, image_format = wish.given.get("backing_file"), wish.given.get("backing_fmt")
     if not name:
+        if image_format and not FORMATS[wish.image_format].has_metadata:
+            raise Failure(f"Backing file format not supported for file format '{wish.image_format}'")
         yield None
         return
     if not FORMATS[wish.image_format].has_metadata:

@@ -13,7 +13,7 @@ from qcow2.library.newdata import KEEP, data_file_size
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
-from qcow2.tool.failure import Failure
+from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import default_format, is_qemu_img
 from qcow2.tool.named import FILE
 from qcow2.tool.option import (
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Create the image.
 
-    Raises: ValueError, OSError, ImageError; the file is as before, or gone if it was not there.
+    Raises: UsageError, ValueError, OSError, ImageError; the file is as before, or gone if it was not there.
     """
     if arguments.format not in FORMATS:
         if is_qemu_img():
@@ -83,7 +83,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         print_help(arguments.format)
         return 0
     if arguments.filename is None:
-        raise ValueError("expecting the name of the image")
+        raise UsageError("Expecting image file name")
     if is_qemu_img():
         _refuse_in_its_words(arguments)
     request = _request(arguments)

@@ -10,7 +10,7 @@ from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.source import Part, Source
 from qcow2.node.formats import FORMATS
-from qcow2.tool.failure import Failure, UsageError, reason_of
+from qcow2.tool.failure import Failure, reason_of
 from qcow2.tool.identity import say
 from qcow2.tool.named import FILE, add_format_option, add_image_options, named
 from qcow2.tool.quantity import size_of
@@ -39,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Copy.
 
-    Raises: UsageError, Failure, ValueError, OSError, ImageError.
+    Raises: Failure, ValueError, OSError, ImageError.
     """
     given = _operands(arguments.operands)
     if "if" not in given or "of" not in given:
-        raise UsageError("Must specify both input and output files")
+        raise Failure("Must specify both input and output files")
     if arguments.output_format not in FORMATS:
         raise Failure("Unknown file format")
     block = _number(given, "bs", DEFAULT_BLOCK)
     if not 1 <= block <= MAX_BLOCK:
-        raise UsageError(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
+        raise Failure(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
     skip = _number(given, "skip", 0) * block
     with ExitStack() as stack:
         wanted = named(given["if"], arguments.format, is_options=arguments.image_opts)
@@ -74,7 +74,7 @@ def _operands(words: list[str]) -> dict[str, str]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name not in OPERANDS:
-            raise UsageError(f"unrecognized operand {name}")
+            raise Failure(f"unrecognized operand {name}")
         given[name] = value
     return given
 

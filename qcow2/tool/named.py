@@ -57,12 +57,18 @@ def named(text: str, image_format: str | None, *, is_options: bool = False, writ
         return _of_options(dict(_split(text)), text)
     if text.startswith(PREFIX):
         return _of_options(_parsed(text), text)
-    path = text.removeprefix(FILE)
+    path = bare(text)
     if image_format is None:
         return Named(path, guessed(path, writes=writes))
     if image_format not in FORMATS:
         raise Failure(f"Could not open '{text}': Unknown driver '{image_format}'")
     return Named(path, image_format)
+
+
+def bare(name: str) -> str:
+    """The path that *name* is, which may say that it is one: then what looks like a protocol in it is none."""
+    path = name.removeprefix(FILE)
+    return f"./{path}" if path != name and ":" in path.partition("/")[0] else path
 
 
 def the_image(arguments: argparse.Namespace, *, writes: bool = False) -> Named:

@@ -63,4 +63,6 @@ def cannot_open(path: str, error: OSError) -> str:
     """As QEMU says it: the file of the image may be another one of the chain."""
     if not path:
         return f"'': {error.strerror}"
+    if is_qemu_img() and isinstance(error, IsADirectoryError):
+        return f"Could not open '{path}': 'file' driver requires '{error.filename or path}' to be a regular file"
     return f"Could not open '{path}': Could not open '{error.filename or path}': {error.strerror or error}"

@@ -71,6 +71,8 @@ def print_help(image_format: str) -> None:
 
 def split_options(texts: list[str]) -> Iterator[tuple[str, str]]:
     """Split `name=value,name=value`; a comma in a value is doubled. Raises: ValueError for one without a value."""
+    if empty := next((text for text in texts if not text.strip(",")), None):
+        raise ValueError(f"Invalid option list: {empty}")
     for part in (part for text in texts for part in split_commas(text)):
         name, equals, value = part.partition("=")
         if not equals:

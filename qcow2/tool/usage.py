@@ -25,10 +25,10 @@ WORDS = (  # argparse's, and its own
 )
 
 
-def in_its_words(message: str) -> Exception:
-    """What ends the program for *message* of argparse, as `qemu-img` says it: it tells of its help, or does not."""
+def in_its_words(message: str, status: int = 1) -> Exception:
+    """What ends the program for *message* of argparse, as `qemu-img` says it: it tells of its help, or has *status*."""
     for pattern, words in WORDS:
         if match := re.fullmatch(pattern, message):
             text = match.expand(words)
-            return Failure(text) if text.startswith(("--output", "Invalid")) else UsageError(text)
+            return Failure(text, status) if text.startswith(("--output", "Invalid")) else UsageError(text)
     return UsageError(message)
