@@ -69,7 +69,7 @@ class SimulatedFeed(Feed):
 class SimulatedNewFile:
     """The file of a mirror; another one each time it is made, which has its name from the start."""
 
-    def __init__(self, host: LiveHost, path: str) -> None:
+    def __init__(self, host: LiveHost, path: str, log_directory: str) -> None:
         self.temporary = ""
         self._host = host
 

@@ -150,7 +150,7 @@ class LiveHost(HeldImage):
         self.through = through
         self.disk: Any = LiveDisk(chain)
         self.beside: Any = None
-        self.options: Any = SimpleNamespace(format="qcow2", blk_file="disk", data_file=None)
+        self.options: Any = SimpleNamespace(format="qcow2", blk_file="disk", data_file=None, link_log="")
         self._files = HeldFiles(are_direct=False, on_wait=lambda: None)
         for file in chain.files:
             self._files.add_written(file, is_direct=False)
