@@ -67,7 +67,8 @@ class FakeServer:
         """Leave the client, in the midst of whatever it is."""
         with self._changed:
             if self._client is not None:
-                self._client.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the other end was first
+                    self._client.shutdown(socket.SHUT_RDWR)
                 self._client = None
             self._changed.notify_all()
 
@@ -77,12 +78,13 @@ class FakeServer:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            with client, suppress(EOFError, OSError):
+            with client:
                 with self._changed:
                     self._client = client
-                self._serve(client)
-            with self._changed:
-                self._client = None
+                with suppress(EOFError, OSError):
+                    self._serve(client)
+                with self._changed:  # before it is closed: who hangs up would find a closed socket
+                    self._client = None
 
     def _serve(self, client: socket.socket) -> None:
         if not self._greets:

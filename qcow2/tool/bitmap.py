@@ -82,7 +82,8 @@ def _validated(arguments: argparse.Namespace) -> int | None:
     granularity = None if arguments.granularity is None else size_of("granularity", arguments.granularity)
     actions = {action for action, _ in arguments.actions}
     if not actions:
-        raise Failure("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
+        wanted = "--add, --remove, --remove-all, --clear, --enable, --disable, or --merge"
+        raise Failure(f"Need at least one of {wanted}")
     if arguments.granularity is not None and "add" not in actions:
         raise Failure("granularity only supported with --add")
     if arguments.source_file is not None and "merge" not in actions:

@@ -18,6 +18,8 @@ from qcow2.tool.quantity import size_of
 from qcow2.tool.refused import unmeasurable, unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
 
+UNMEASURABLE = ("file", "nbd", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc")  # which qemu-img knows, too
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 measure`."""
@@ -52,6 +54,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise Failure("--size N cannot be used together with a filename.")
     if arguments.size is None and arguments.filename is None:
         raise Failure("Either --size N or one filename must be specified.")
+    if arguments.target_format in UNMEASURABLE:
+        raise Failure(f"Block driver '{arguments.target_format}' does not support size measurement")
     if arguments.target_format not in FORMATS:
         raise Failure(f"Unknown file format '{arguments.target_format}'")
     measures = _measured(arguments, snapshot)

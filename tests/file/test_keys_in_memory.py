@@ -57,7 +57,7 @@ def test_what_a_passphrase_gives_is_not_left_in_memory(tmp_path: Path, cipher: s
     slot = record.slots[0]
     derived = hashlib.pbkdf2_hmac("sha256", PASSPHRASE, slot.salt, slot.iterations, record.key_bytes)
     with HostFile.open(str(path)) as file:
-        master = bytes(run(run(Vault.read(file, 0, file.size())).open([PASSPHRASE])))[:32]  # XTS has two keys
+        master = bytes(run(run(Vault.read(file, 0, file.size())).open([PASSPHRASE])).key)[:32]  # XTS has two keys
     secrets = [master, derived, hashlib.sha256(master).digest()]  # the last is that of ESSIV
     command = [sys.executable, "-c", USER, path, key]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as user:

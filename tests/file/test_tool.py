@@ -109,7 +109,7 @@ def test_sizes_are_written_as_qemu_writes_them(nbytes: int, text: str) -> None:
     assert format_size(nbytes) == text
 
 
-@pytest.mark.parametrize("text", ["", "k", "1.5", "1e3", "0x10", "-1", " 1", "1 k", "1kk", "8E"])
+@pytest.mark.parametrize("text", ["", "k", "1.5", "1e3", "0x", "0xg", "-1", " 1", "1 k", "1kk", "8E"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
         parse_size(text)

@@ -78,6 +78,7 @@ NEWER = (  # what 10.0 and later say in other words: docs/qemu-img.md
     "resize",
     "bench --pattern=300 -w base",
     "bitmap noted b0",
+    "convert -m 17 base new",
 )
 
 
@@ -95,6 +96,7 @@ def version_of(peer: str) -> int:
 
 
 OLDER = [
+    ("--remove, --remove-all", "--remove"),
     (r', "compressed": (true|false)', ""),
     (
         r"coroutines specified. Must be between 1 and 16\.",
