@@ -105,9 +105,17 @@ void host_unmap_page(uint64_t *page)
     munmap(page, HOST_PAGE);
 }
 
+/* Where addresses are few what is needed comes first. */
+static bool addresses_abound(void)
+{
+    struct rlimit limit;
+
+    return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
+}
+
 const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses)
 {
-    void *bytes = mmap(NULL, nbytes, PROT_READ, MAP_SHARED, fd, 0);
+    void *bytes = addresses_abound() ? mmap(NULL, nbytes, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
 
     if (bytes == MAP_FAILED)
         return NULL;

@@ -101,7 +101,7 @@ def _serve(options: "Options") -> int:
     from qcow2.sources import StaleExtension, require_current
     from qcow2.tool.stdio import occupy
     from vhost.endpoint import EndpointError
-    from vhost.limits import raise_descriptor_limit
+    from vhost.limits import raise_descriptor_limit, share_the_heap
     from vhost.signals import stop_signals
     from vhost.stderr import Stderr
     from virtio.block import Unavailable
@@ -112,6 +112,7 @@ def _serve(options: "Options") -> int:
             require_current(ring._native)
             logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s", handlers=[Stderr()])
             raise_descriptor_limit()
+            share_the_heap()
             serve_image(options, stop_fd)
     except (EndpointError, Unavailable, StaleExtension) as error:
         return _complain(str(error))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,20 @@ def test_no_memory_is_one_line(tmp_path: Path, command: list[str | Path]) -> Non
 
 def limit_memory(pid: int, nbytes: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (nbytes, resource.RLIM_INFINITY))
+
+
+def test_little_address_space_is_left_for_what_is_needed(tmp_path: Path) -> None:
+    """Whether a front-end's memory fits is no chance: glibc reserves 64 MiB for each thread's heap, a window 1 GiB."""
+    path = tmp_path / "disk"
+    qcow2_tool_ok("create", path, "1M")
+    limited = partial(limit_memory, 0, 3 << 30)
+    with started(path, prepare=limited) as process, visit(process, tmp_path / "socket") as guest:
+        guest.write(0, b"1" * 4096)
+        assert [guest.read(0, 4096) for _ in range(3)] == [b"1" * 4096] * 3
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = re.search(r"VmPeak:\s+(\d+) kB", status)
+    assert peak is not None
+    assert int(peak[1]) < 120 << 10
 
 
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])

@@ -10,6 +10,7 @@ import pytest
 import qcow2
 from tests.builder import Recipe, build
 from tests.builder.record import LAZY_REFCOUNTS
+from tests.calm import assert_few_in_python, calm
 from tests.frontend import IOERR, OK, OUT, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean
@@ -35,6 +36,7 @@ def stop(daemon: Daemon) -> dict[str, int]:
 
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "accurate"])
 @pytest.mark.parametrize("cache", ["writeback", "writethrough", "none", "directsync"])
+@calm
 def test_few_fresh_writes_enter_python(tmp_path: Path, lazy: bool, cache: str) -> None:
     path = make_image(tmp_path, lazy=lazy)
     order = random.Random(3).sample(range(SIZE // CLUSTER), 500)
@@ -43,7 +45,7 @@ def test_few_fresh_writes_enter_python(tmp_path: Path, lazy: bool, cache: str) -
             for cluster in order:
                 guest.write(cluster * CLUSTER + BLOCK, cluster.to_bytes(2, "big") * (BLOCK // 2))
         told = stop(daemon)
-    assert told["python_requests"] < 100 or told["stalls"]  # a busy machine sends what follows to Python
+    assert_few_in_python(told, 100)
     assert told["clusters_allocated"] == 500
     assert told["metadata_writes"] > 500
     assert_clean(path)
@@ -85,6 +87,7 @@ def test_no_file_is_longer_than_was_measured_because_it_is_open(tmp_path: Path, 
         assert path.stat().st_size <= measured["fully-allocated"]
 
 
+@calm
 def test_one_write_over_several_new_clusters(tmp_path: Path) -> None:
     path = make_image(tmp_path, cluster_bits=12)
     data = random.Random(1).randbytes(10 * BLOCK)
@@ -94,7 +97,7 @@ def test_one_write_over_several_new_clusters(tmp_path: Path) -> None:
             for start in range(1, 200, 12):
                 guest.write(start * BLOCK + 512, data)
         told = stop(daemon)
-    assert told["python_requests"] < 17
+    assert_few_in_python(told, 17)
     assert_clean(path)
     with qcow2.open(str(path)) as disk:
         for start in range(1, 200, 12):
