@@ -5,7 +5,7 @@ Everything here runs on the control socket's own thread. It reaches the data pla
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ring.statistics import Histogram
@@ -69,6 +69,8 @@ class Commands:
         if set(arguments) - set(options) != set(wanted):
             also = f" and perhaps {', '.join(options)}" if options else ""
             raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}{also}")
+        for word in _words(arguments):
+            _require_name(word)
         if self._steps is not None and self._steps.is_over and name not in STEPS:  # nobody let it go on
             self._steps = None
         if name in STEPS and (self._steps is None or client is not self._leader):
@@ -270,6 +272,29 @@ OPTIONS = {  # which may be left out
 
 LOOKS = ("status", "stats", "metrics")  # which wait for nobody
 STEPS = ("snapshot-next", "snapshot-cancel")
+
+
+def _words(value: object) -> Iterator[str]:
+    """Every string in a value of JSON, however deep."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case str(word):
+                yield word
+            case list(values):
+                waiting += values
+            case dict(members):
+                waiting += [*members, *members.values()]
+
+
+def _require_name(word: str) -> None:
+    """JSON can say what no file, bitmap or option of a program can be called. Raises: CommandError."""
+    try:
+        sayable = b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        sayable = False
+    if not sayable:
+        raise CommandError(f"{word!r} holds what no name can")
 
 
 def _overlay_wish(bitmap_add: object = (), carry_bitmaps: object = False, options: object = None) -> OverlayWish:

@@ -55,7 +55,12 @@ class _Export:
         self._file = file
         self._said = ""
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="surrogateescape",  # it may name a file
         )
         self._listener = threading.Thread(target=self._listen, name="export", daemon=True)
         start_deaf(self._listener)

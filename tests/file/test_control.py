@@ -207,6 +207,10 @@ GARBAGE = [
     b'{"command": "resize", "size": true}\n',
     b'{"command": "resize", "size": 1e400}\n',
     b'{"command": "set-cache", "mode": ["writeback"]}\n',
+    b'{"command": "export-start", "file": "\\ud800", "socket": "/s"}' + b"\n",
+    b'{"command": "export-start", "file": "a", "socket": "/s", "certificates": "\\ud800"}' + b"\n",
+    b'{"command": "export-start", "file": "a", "port": 1, "bitmaps": ["\\ud800"]}' + b"\n",
+    b'{"command": "mirror", "target": "a\\u0000b"}' + b"\n",
     b"[" * 60000 + b"\n",
     b"9" * 60000 + b"\n",
 ]
