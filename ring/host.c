@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -130,6 +131,22 @@ void host_unmap_file(const uint8_t *bytes, uint64_t nbytes)
 {
     loss_forget((void *)(uintptr_t)bytes);
     munmap((void *)(uintptr_t)bytes, nbytes);
+}
+
+#ifndef SYS_cachestat
+#define SYS_cachestat 451
+#endif
+
+bool host_holds(int fd, uint64_t host_offset, uint64_t nbytes)
+{
+    struct {
+        uint64_t offset, nbytes;
+    } range = {host_offset, nbytes};
+    struct {
+        uint64_t held, dirty, in_writeback, evicted, lately_evicted;
+    } pages;
+
+    return syscall(SYS_cachestat, fd, &range, &pages, 0) == 0 && pages.held == nbytes / HOST_PAGE;
 }
 
 uint64_t host_waits(void)

@@ -1,5 +1,8 @@
 /* Windows: most of what a read of the page cache costs is the way into the kernel and to the page.
  *
+ * Once a second page of a stretch has been read, the kernel is asked whether it
+ * holds all of the stretch, which costs less than one more read.
+ *
  * A page that is gone by now makes this thread wait for the disk once. It then
  * forgets what it has seen, and for a while looks nowhere: at most one wait a
  * WINDOW_REST_NS. A page that cannot be had any more counts as a loss (loss.h):
@@ -19,9 +22,16 @@
 #define WINDOW_WAIT_NS 20000u          /* no copy takes so long, unless somebody else had the core */
 #define WINDOW_REST_NS UINT64_C(1000000000)
 
+#define STRETCH 64u /* pages, the bits of a word */
+
 static uint64_t page_of(uint64_t host_offset)
 {
     return host_offset / HOST_PAGE;
+}
+
+static uint64_t seen_nbytes(uint64_t nbytes)
+{
+    return nbytes / HOST_PAGE / 8;
 }
 
 static bool is_seen(const struct window *window, uint64_t host_offset, uint64_t nbytes)
@@ -29,7 +39,7 @@ static bool is_seen(const struct window *window, uint64_t host_offset, uint64_t 
     if (!nbytes || host_offset >= window->nbytes || nbytes > window->nbytes - host_offset)
         return false;
     for (uint64_t page = page_of(host_offset); page <= page_of(host_offset + nbytes - 1); page++)
-        if (!(window->seen[page / 8] >> page % 8 & 1))
+        if (!(window->seen[page / STRETCH] >> page % STRETCH & 1))
             return false;
     return true;
 }
@@ -80,11 +90,11 @@ static uint64_t size_for(uint64_t end)
 static void open_window(struct file *file, uint64_t nbytes)
 {
     struct window *window = &file->window;
-    uint8_t *seen = calloc(nbytes / HOST_PAGE / 8, 1);
+    uint64_t *seen = calloc(seen_nbytes(nbytes), 1);
     const uint8_t *bytes = seen ? host_map_file(file->fd, nbytes, &window->losses) : NULL;
 
     if (window->seen && bytes)
-        memcpy(seen, window->seen, window->nbytes / HOST_PAGE / 8);
+        memcpy(seen, window->seen, seen_nbytes(window->nbytes));
     window_close(file);
     window->refused = !bytes;
     if (!bytes) {
@@ -95,6 +105,26 @@ static void open_window(struct file *file, uint64_t nbytes)
     window->nbytes = nbytes;
     window->seen = seen;
     window->waits = host_waits();
+}
+
+/* Whether to ask for the whole stretch: with 2, 4, 8 ... pages of it seen, so seldom in vain. */
+static bool is_worth_asking(uint64_t seen)
+{
+    int count = __builtin_popcountll(seen);
+
+    return count > 1 && count < (int)STRETCH && !(count & (count - 1));
+}
+
+static void note_page(struct file *file, uint64_t page)
+{
+    uint64_t *seen = &file->window.seen[page / STRETCH], bit = UINT64_C(1) << page % STRETCH;
+
+    if (*seen & bit)
+        return;
+    *seen |= bit;
+    if (is_worth_asking(*seen) &&
+        host_holds(file->fd, page / STRETCH * STRETCH * HOST_PAGE, STRETCH * HOST_PAGE))
+        *seen = UINT64_MAX;
 }
 
 void window_note(struct file *file, uint64_t host_offset, uint64_t nbytes, uint64_t now)
@@ -109,7 +139,7 @@ void window_note(struct file *file, uint64_t host_offset, uint64_t nbytes, uint6
     if (!window->bytes)
         return;
     for (uint64_t page = page_of(host_offset); page <= page_of(end - 1); page++)
-        window->seen[page / 8] |= 1 << page % 8;
+        note_page(file, page);
 }
 
 void window_ended(struct file *file, uint64_t began, uint64_t ended)
@@ -124,7 +154,7 @@ void window_ended(struct file *file, uint64_t began, uint64_t ended)
         return;
     window->waits = waits;
     window->resumes = ended + WINDOW_REST_NS;
-    memset(window->seen, 0, window->nbytes / HOST_PAGE / 8);
+    memset(window->seen, 0, seen_nbytes(window->nbytes));
 }
 
 void window_close(struct file *file)

@@ -165,11 +165,11 @@ struct queue {
     uint64_t log_address; /* as if the area lay at this guest address */
 };
 
-/* A mapping of a file, and which of its pages were read from the page cache (window.h). */
+/* A mapping of a file, and which of its pages were seen in the page cache (window.h). */
 struct window {
     const uint8_t *bytes; /* NULL: none, or never if it was refused */
     uint64_t nbytes;
-    uint8_t *seen; /* a bit a page */
+    uint64_t *seen; /* a bit a page */
     uint64_t waits; /* of this thread for pages, so far */
     uint64_t resumes; /* before this time nothing is noted */
     uint32_t losses;

@@ -1,6 +1,7 @@
 """Reads through a mapping of the image: what they return, and what is left of them."""
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def mappings(daemon: Daemon, image: Path) -> int:
     """Of the whole image, to be read."""
     lines = Path(f"/proc/{daemon.process.pid}/maps").read_text().splitlines()
     return sum(line.endswith(f" {image}") and " r--s " in line for line in lines)
+
+
+def read_by_calls(daemon: Daemon) -> int:
+    """Bytes so far."""
+    return int(Path(f"/proc/{daemon.process.pid}/io").read_text().split()[1])
 
 
 def is_near(path: Path) -> bool:
@@ -90,6 +96,22 @@ def test_an_image_that_is_cut_off_meanwhile_ends_no_daemon(daemon: Daemon, image
             done = guest.do(IN, guest_offset, nbytes=nbytes)
             assert done.status != OK or done.data == bytes(nbytes)
         assert guest.read(NCLUSTERS * CLUSTER, 4096) == bytes(4096)
+
+
+def test_what_lies_beside_two_reads_is_copied_without_a_call(daemon: Daemon, image: Path) -> None:
+    if not is_near(image):
+        pytest.skip(f"{image} is not on a disk of this host")
+    if tuple(int(number) for number in platform.release().split(".")[:2]) < (6, 5):
+        pytest.skip("this kernel does not say what its page cache holds")
+    pages = [page * 4096 for page in range(NCLUSTERS * CLUSTER // 4096)]
+    with FrontEnd(daemon.socket_path) as guest:
+        guest.flush()
+        for guest_offset in pages[::8]:
+            guest.read(guest_offset, 4096)
+        before = read_by_calls(daemon)
+        for guest_offset in pages:
+            assert guest.read(guest_offset, 4096) == content(guest_offset, 4096)
+        assert read_by_calls(daemon) - before < len(pages) * 4096 // 2
 
 
 def test_each_image_is_mapped_once_and_let_go(daemon: Daemon, image: Path) -> None:

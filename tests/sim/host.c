@@ -382,6 +382,11 @@ void host_unmap_file(const uint8_t *bytes, uint64_t nbytes)
 {
 }
 
+bool host_holds(int fd, uint64_t host_offset, uint64_t nbytes)
+{
+    return false;
+}
+
 void host_yield(void)
 {
 }
