@@ -11,7 +11,6 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -133,20 +132,16 @@ void host_unmap_file(const uint8_t *bytes, uint64_t nbytes)
     munmap((void *)(uintptr_t)bytes, nbytes);
 }
 
-#ifndef SYS_cachestat
-#define SYS_cachestat 451
-#endif
-
-bool host_holds(int fd, uint64_t host_offset, uint64_t nbytes)
+bool host_holds(const uint8_t *bytes)
 {
-    struct {
-        uint64_t offset, nbytes;
-    } range = {host_offset, nbytes};
-    struct {
-        uint64_t held, dirty, in_writeback, evicted, lately_evicted;
-    } pages;
+    uint8_t held[HOST_STRETCH];
 
-    return syscall(SYS_cachestat, fd, &range, &pages, 0) == 0 && pages.held == nbytes / HOST_PAGE;
+    if (mincore((void *)(uintptr_t)bytes, HOST_STRETCH * HOST_PAGE, held))
+        return false;
+    for (unsigned int page = 0; page < HOST_STRETCH; page++)
+        if (!(held[page] & 1))
+            return false;
+    return true;
 }
 
 uint64_t host_waits(void)

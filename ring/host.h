@@ -42,8 +42,9 @@ void host_unmap_page(uint64_t *page);
 /* nbytes of the file, to be read: past its end there is nothing but losses (loss.h). -> NULL: not to be had */
 const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses);
 void host_unmap_file(const uint8_t *bytes, uint64_t nbytes);
-/* Whether the page cache holds all of it, as far as the kernel says (Linux 6.5). */
-bool host_holds(int fd, uint64_t host_offset, uint64_t nbytes);
+/* Whether the page cache holds so many pages of a mapping, as far as the kernel says: none that is still being read. */
+#define HOST_STRETCH 64u
+bool host_holds(const uint8_t *bytes);
 /* How often this thread waited for the disk because a page that it touched was not there. */
 uint64_t host_waits(void);
 

@@ -22,7 +22,7 @@
 #define WINDOW_WAIT_NS 20000u          /* no copy takes so long, unless somebody else had the core */
 #define WINDOW_REST_NS UINT64_C(1000000000)
 
-#define STRETCH 64u /* pages, the bits of a word */
+#define STRETCH HOST_STRETCH /* pages, the bits of a word */
 
 static uint64_t page_of(uint64_t host_offset)
 {
@@ -123,7 +123,7 @@ static void note_page(struct file *file, uint64_t page)
         return;
     *seen |= bit;
     if (is_worth_asking(*seen) &&
-        host_holds(file->fd, page / STRETCH * STRETCH * HOST_PAGE, STRETCH * HOST_PAGE))
+        host_holds(file->window.bytes + page / STRETCH * STRETCH * HOST_PAGE))
         *seen = UINT64_MAX;
 }
 

@@ -143,7 +143,6 @@ CALLS: dict[str, tuple[int, int | None]] = {
     "membarrier": (324, 283),
     "rseq": (334, 293),
     "futex_waitv": (449, 449),
-    "cachestat": (451, 451),
 }
 MMAP, MPROTECT, IOCTL, CLONE, PRCTL = (9, 222), (10, 226), (16, 29), (56, 220), (157, 167)
 TGKILL, PRLIMIT64, CLONE3 = (234, 131), (302, 261), (435, 435)

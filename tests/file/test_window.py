@@ -1,7 +1,6 @@
 """Reads through a mapping of the image: what they return, and what is left of them."""
 
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,8 +100,6 @@ def test_an_image_that_is_cut_off_meanwhile_ends_no_daemon(daemon: Daemon, image
 def test_what_lies_beside_two_reads_is_copied_without_a_call(daemon: Daemon, image: Path) -> None:
     if not is_near(image):
         pytest.skip(f"{image} is not on a disk of this host")
-    if tuple(int(number) for number in platform.release().split(".")[:2]) < (6, 5):
-        pytest.skip("this kernel does not say what its page cache holds")
     pages = [page * 4096 for page in range(NCLUSTERS * CLUSTER // 4096)]
     with FrontEnd(daemon.socket_path) as guest:
         guest.flush()
