@@ -7,8 +7,6 @@ little more than `SNAPSHOTS * DISK` bytes; after `--seconds` it ends with what i
 """
 
 import argparse
-import json
-import socket
 import statistics
 import sys
 import tempfile
@@ -16,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 from bench.ending import end_on_sigterm, ignore_signals
 from bench.frontend import FrontEnd
 from bench.load import Job, Load, memory_nbytes
+from bench.qmp import Monitor, monitor_options
 from bench.server import Aio, Server, Service, connect, listen, our_command, qemu_command
 from qcow2 import create
 from vhost import Control
@@ -75,38 +74,20 @@ def ours(image: Path, stack: ExitStack, action: str) -> Iterator[tuple[str, Take
 def qemus(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
     """qemu-storage-daemon, and blockdev-snapshot-sync."""
     listening, address = listen()
-    monitor, monitor_path = socket.socket(socket.AF_UNIX), f"{image}.monitor"
-    more = [
-        *("--chardev", f"socket,id=monitor,path={monitor_path},server=on,wait=off"),
-        *("--monitor", "chardev=monitor"),
-    ]
-    command = [*qemu_command(Service(image, CacheMode.WRITEBACK), listening.fileno(), Aio.IO_URING), *more]
-    stack.enter_context(Server(command, listening))
+    path = image.with_suffix(".monitor")
+    command = qemu_command(Service(image, CacheMode.WRITEBACK), listening.fileno(), Aio.IO_URING)
+    stack.enter_context(Server([*command, *monitor_options(path)], listening))
     nodes = ["disk"]
 
-    def ask(execute: str, **arguments: Any) -> None:
-        monitor.sendall(json.dumps({"execute": execute, "arguments": arguments}).encode())
-        answer: dict[str, Any] = {}
-        while not {"return", "error"} & answer.keys():  # greetings and events
-            answer = json.loads(replies.readline() or '{"error": "qemu-storage-daemon is gone"}')
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-
     def take(name: str) -> None:
-        if len(nodes) == 1:
-            monitor.connect(monitor_path)
-            ask("qmp_capabilities")
-        arguments = {"node-name": nodes[-1], "snapshot-file": str(image.with_name(name)), "format": "qcow2"}
-        ask("blockdev-snapshot-sync", **arguments, **{"snapshot-node-name": name})
+        file = str(image.with_name(name))
+        monitor.ask(
+            "blockdev-snapshot-sync", node_name=nodes[-1], snapshot_file=file, format="qcow2", snapshot_node_name=name
+        )
         nodes.append(name)
 
-    monitor.settimeout(PATIENCE)
-    with monitor, monitor.makefile("r") as replies:
-        try:
-            yield address, take
-        finally:
-            with suppress(OSError):
-                monitor.shutdown(socket.SHUT_RDWR)  # else who still waits for an answer holds `replies`
+    with Monitor(path, PATIENCE) as monitor:
+        yield address, take
 
 
 def measure(snapshots: int, seconds: float, server: Serve, directory: Path) -> Found:

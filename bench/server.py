@@ -62,8 +62,8 @@ def our_command(service: Service, fd: int) -> list[str]:
     ]
 
 
-def qemu_command(service: Service, fd: int, aio: Aio, program: str = QEMU) -> list[str]:
-    """QEMU's storage daemon with an I/O thread of its own; writethrough is the export's."""
+def qemu_command(service: Service, fd: int, aio: Aio, program: str = QEMU, *, has_io_thread: bool = True) -> list[str]:
+    """QEMU's storage daemon, with an I/O thread of its own or none; writethrough is the export's."""
     direct = "on" if service.cache.direct else "off"
     no_flush = "off" if service.cache.sync else "on"
     read_only = "off" if service.writable else "on"
@@ -77,15 +77,16 @@ def qemu_command(service: Service, fd: int, aio: Aio, program: str = QEMU) -> li
     if service.key is not None:
         more += ["--object", f"secret,id=key,file={service.key}"]
         disk += ",encrypt.format=luks,encrypt.key-secret=key"
+    thread = "iothread=iothread," if has_io_thread else ""
     return [
         program,
-        *("--object", "iothread,id=iothread"),
+        *(["--object", "iothread,id=iothread"] if has_io_thread else []),
         *("--blockdev", f"{file},node-name=file,filename={service.image}"),
         *more,
         *("--blockdev", disk),
         "--export",
-        f"vhost-user-blk,id=export,node-name=disk,addr.type=fd,addr.str={fd},iothread=iothread,"
-        f"writable={writable},writethrough={writethrough},num-queues={service.queues}",
+        f"vhost-user-blk,id=export,node-name=disk,addr.type=fd,addr.str={fd},"
+        f"{thread}writable={writable},writethrough={writethrough},num-queues={service.queues}",
     ]
 
 

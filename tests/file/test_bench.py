@@ -96,6 +96,17 @@ def test_neighbours_work_beside_each_server(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("seconds", ["0.1", "0"], ids=["a guest writes", "nobody writes"])
+def test_backups_of_both_servers_are_timed(tmp_path: Path, seconds: str) -> None:
+    options = ("--gib=0.03125", "--passes=1", f"--seconds={seconds}", f"--directory={tmp_path}")
+    command = [sys.executable, "-m", "bench.backup", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines() if "MiB/s" in line] == ["ours", "QEMU's"]
+    assert ("writes/s during it" in run.stdout) == (seconds != "0")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
     images = tmp_path / "images"
