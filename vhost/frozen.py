@@ -25,6 +25,7 @@ from vhost.problem import describe
 CHUNK_BITS = 16  # BLOCK_FROZEN_BITS
 CHUNK = 1 << CHUNK_BITS
 WINDOW = 8  # chunks that are read at a time, while changes of them wait
+QUICK_SECONDS = 0.002  # of a window, which is memory's pace and not a disk's: its neighbours cost a change little
 WIDE = 4096  # chunks of zeros that are passed at a time
 AHEAD_BYTES = 16 << 20  # that wait for the target before the walk does
 MOST_BYTES = 64 << 20  # before a request of the guest does
@@ -124,6 +125,7 @@ class Frozen:
         self._waiting = 0  # bytes in memory that the target has not taken
         self._passing = 0  # stretches without any that it has not taken
         self._moved = time.monotonic()  # when it took something last, or had nothing to take
+        self._span = WINDOW  # chunks that are saved together where one of them is about to change
         self._turn = Signal()
 
     @property
@@ -133,8 +135,7 @@ class Frozen:
 
     async def save(self, guest_offset: int, nbytes: int) -> None:
         """Return once nothing of the range, which is about to change, is wanted."""
-        chunk = guest_offset >> CHUNK_BITS
-        end = -(-min(guest_offset + nbytes, self._size) // CHUNK)
+        chunk, end = self._spanned(guest_offset >> CHUNK_BITS, -(-min(guest_offset + nbytes, self._size) // CHUNK))
         try:
             while (chunk := self._wanted.next(chunk, end)) < end:
                 stop = min(chunk + await self._stride(chunk), end)
@@ -142,6 +143,16 @@ class Frozen:
                     await self._save(chunk, stop, self._have_room)
         except MemoryError:
             self.lose("no memory for what is about to change")
+
+    def _spanned(self, chunk: int, end: int) -> tuple[int, int]:
+        """The chunks from *chunk* to before *end*, with their neighbours if all of them are to be saved together.
+
+        Each change of a chunk that is wanted comes to Python, which costs it more than to read its neighbours, too.
+        """
+        span = self._span
+        if self._wanted.next(chunk, end) == end:
+            return end, end
+        return chunk - chunk % span, min(end + -end % span, self._wanted.end)
 
     async def walk(self, reins: Reins) -> None:
         """Save what is wanted, and return once the target has taken all; begun again, it goes on where it was.
@@ -202,9 +213,6 @@ class Frozen:
             self._wanted.clear(start >> CHUNK_BITS, chunk)
             self._saved += saved.nbytes
             self._reins.advance(saved.nbytes)
-            if saved.data is not None:
-                self._moved = self._moved if self._waiting else time.monotonic()
-                self._waiting += saved.nbytes
             self._give(saved)
 
     def _give(self, saved: Saved) -> None:
@@ -219,7 +227,11 @@ class Frozen:
             return Saved(start, zeros if zeros == end - start else zeros - zeros % CHUNK, None)
         await have_room()
         data = memoryview(bytearray(min(end - start, WINDOW * CHUNK)))
+        self._moved = self._moved if self._waiting else time.monotonic()
+        self._waiting += len(data)
+        began = time.monotonic()
         await self._source.read(start, data)
+        self._span = WINDOW if time.monotonic() - began < QUICK_SECONDS else 1
         return Saved(start, len(data), data)
 
     async def _await_room(self) -> None:

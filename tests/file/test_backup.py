@@ -320,3 +320,22 @@ def test_a_backup_that_others_have_removed_is_not_the_guests_trouble(tmp_path: P
         guest.flush()
         daemon.stop()
     assert read(image)[:BLOCK] == b"w" * BLOCK
+
+
+def test_a_change_saves_its_neighbours_too(tmp_path: Path) -> None:
+    """Where the disk is quick: what is read is in the page cache, but now and then somebody else runs meanwhile."""
+    image, nwindows = tmp_path / "disk", 40
+    qcow2.create(image, (nwindows + 1) << 19)
+    with qcow2.open(image, "r+") as disk:
+        disk.write(0, b"d" * disk.size)
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        job = client.backup("copy", rate=1).job  # the walk comes no further than the first window
+        before = client.job(job).done
+        for number in range(1, nwindows + 1):
+            guest.write((number << 19) + 3 * 64 * KIB, b"w" * BLOCK)
+        saved = client.job(job).done - before
+        client.set_rate(job, 0)
+        assert client.wait(job).state == "completed"
+        daemon.stop()
+    assert saved > 2 * nwindows * 64 * KIB
+    assert_same_bytes(read(tmp_path / "copy"), b"d" * ((nwindows + 1) << 19))
