@@ -1,0 +1,118 @@
+"""`ctl mirror --existing` to a block device: what lay there is overwritten, and the device may be left or served."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.border.test_storage import loop_device
+from tests.file.test_jobs import BLOCK, MIB, SHOWN, SIZE, chain, content, control, start, top
+from tests.file.test_mirror import get_ready
+from tests.frontend import FrontEnd
+from tests.load import Load
+from tests.oracle import assert_clean
+from tests.program import qcow2_tool_ok
+from vhost import Control, ControlError
+
+__all__ = ["chain", "top"]  # fixtures
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root")
+
+
+@contextmanager
+def noisy_device(path: Path, nbytes: int, *options: str) -> Iterator[Path]:
+    """A device that holds noise, so that what is left out is seen."""
+    path.write_bytes(os.urandom(nbytes))
+    with loop_device(path, *options) as device:
+        yield device
+
+
+def serve_copy(client: Control, job: int, load: Load) -> None:
+    """The guest goes on meanwhile."""
+    get_ready(client, job, load)
+    client.complete(job)
+    while not client.job(job).has_ended:
+        load.run(10)
+    assert client.job(job).state == "completed", client.job(job)
+    load.drain()
+
+
+def assert_serves(image: Path, expected: bytes, *options: str) -> None:
+    """The command line of before finds what is on the device, and writes there."""
+    with start(image, *options) as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(BLOCK, b"w" * BLOCK)
+        assert guest.read(0, 2 * BLOCK) == expected[:BLOCK] + b"w" * BLOCK
+        daemon.stop()
+
+
+@pytest.mark.parametrize(("sector", "mode"), [("512", "--cache=writeback"), ("4096", "--cache=none")])
+def test_a_raw_disk_moves_to_a_device(tmp_path: Path, sector: str, mode: str) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(SHOWN)
+    with noisy_device(tmp_path / "lun", SIZE, f"--sector-size={sector}") as device:
+        with start(disk, "--format=raw", mode) as daemon, FrontEnd(daemon.socket_path) as guest:
+            load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
+            with control(disk) as client:
+                serve_copy(client, client.mirror(str(device), existing=True).job, load)
+            daemon.stop()
+        assert disk.samefile(device)
+        assert device.read_bytes() == load.expected()
+        assert_serves(disk, load.expected(), "--format=raw", mode)
+
+
+def test_a_device_is_left_as_a_copy_of_that_moment(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(SHOWN)
+    with noisy_device(tmp_path / "lun", SIZE) as device:
+        with start(disk, "--format=raw") as daemon, FrontEnd(daemon.socket_path) as guest, control(disk) as client:
+            load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
+            job = client.mirror(str(device), existing=True).job
+            get_ready(client, job, load)
+            load.drain()
+            client.cancel(job)
+            client.wait(job)
+            guest.write(0, b"later" * 512)
+            daemon.stop()
+        assert device.read_bytes() == load.expected()
+
+
+@pytest.mark.parametrize("mode", ["--cache=writeback", "--cache=none"])
+def test_a_qcow2_disk_moves_to_a_device(top: Path, tmp_path: Path, mode: str) -> None:
+    with noisy_device(tmp_path / "lun", 2 * SIZE) as device:
+        qcow2_tool_ok("create", device, str(SIZE))
+        with start(top, mode) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            load = Load(guest, SIZE // BLOCK, zeroes=True, base=SHOWN)
+            serve_copy(client, client.mirror(str(device), existing=True).job, load)
+            daemon.stop()
+        assert top.samefile(device)
+        assert content(top) == load.expected()
+        assert_clean(device)
+        assert_serves(top, load.expected(), mode)
+
+
+def test_a_device_of_another_length_is_refused(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(SHOWN)
+    with noisy_device(tmp_path / "lun", SIZE + MIB) as device:
+        before = device.read_bytes()
+        with start(disk, "--format=raw") as daemon, FrontEnd(daemon.socket_path), control(disk) as client:
+            with pytest.raises(ControlError, match=f"is {SIZE + MIB} bytes long, the disk is {SIZE}"):
+                client.mirror(str(device), existing=True)
+            daemon.stop()
+        assert device.read_bytes() == before
+
+
+def test_a_disk_that_outgrows_the_device_loses_the_copy_alone(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(SHOWN)
+    with noisy_device(tmp_path / "lun", SIZE) as device:
+        with start(disk, "--format=raw") as daemon, FrontEnd(daemon.socket_path) as guest, control(disk) as client:
+            job = client.mirror(str(device), existing=True).job
+            assert client.wait(job).state == "ready"
+            client.resize(SIZE + MIB)
+            guest.write(SIZE, b"w" * BLOCK)
+            ended = client.wait(job)
+            assert (ended.state, ended.error) == ("failed", f"{device}: No space left on device")
+            daemon.stop()
+        assert disk.read_bytes() == SHOWN + b"w" * BLOCK + bytes(MIB - BLOCK)
