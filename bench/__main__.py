@@ -11,11 +11,12 @@ from bench.case import EXTRAS, FEATURES, ROWS, Case, UnknownCase, select
 from bench.ceiling import measure_ceilings
 from bench.comparison import Arena, Comparison
 from bench.ending import end_on_sigterm, ignore_signals
+from bench.goal import needed
 from bench.load import LoadFailure
 from bench.machine import command_line, describe
 from bench.option import Options, parse
 from bench.plot import NoPlots, draw
-from bench.report import Run, markdown, ratio_of, write_json
+from bench.report import Run, markdown, ratio_of, write_tables
 from bench.server import ServerFailure
 from bench.sweep import SCALE, SWEEPS
 from bench.watch import stopwatch
@@ -54,7 +55,7 @@ def chosen(patterns: list[str]) -> list[Case]:
         return [*singles, *points]
     names = {sweep.name: [case.name for _, case in sweep.points] for sweep in SWEEPS}
     names["scale"] = [name for sweep in SCALE for name in names[sweep]]
-    names["goals"] = [case.name for case in (*singles, *points) if case.target is not None]
+    names["goals"] = [case.name for case in (*singles, *points) if case.target is not None or case.name in needed()]
     expanded = [name for pattern in patterns for name in names.get(pattern, [pattern])]
     return select(expanded, (*singles, *points)) if patterns else list(singles)
 
@@ -102,13 +103,6 @@ def summary(comparison: Comparison) -> str:
     ratio, target = ratio_of(comparison), comparison.case.target
     aim = "" if target is None else f", at least {target:g} wanted"
     return f"  {ratio} x QEMU{aim}: {ratio.verdict(target)}"
-
-
-def write_tables(run: Run, directory: Path) -> None:
-    """Write results.json and table.md."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(run, directory / "results.json")
-    (directory / "table.md").write_text(markdown(run))
 
 
 if __name__ == "__main__":

@@ -372,18 +372,6 @@ EXTRAS = (
         Images.PER_RUN,
         CacheMode.NONE,
     ),
-    *(
-        Case(
-            f"overlay-tmpfs-{depth}",
-            f"overlay on tmpfs, writeback, a 4 KiB write to each cluster of the base, depth {depth}",
-            SMALL_OVERLAY,
-            Job(SMALL_OVERLAY.nbytes, order=Order.ONCE, depth=depth),
-            Images.PER_RUN,
-            target=target,
-            on_tmpfs=True,
-        )
-        for depth, target in ((1, 1.5), (32, 1.2))
-    ),
     Case(
         "huge-read-32",
         "1 TiB image, 4 KiB random reads, L2 tables four times the cache, depth 32",
@@ -401,14 +389,23 @@ EXTRAS = (
 )
 
 
-def warm(name: str, recipe: Recipe, what: str, block_size: int = 4 * KIB, depth: int = 32) -> tuple[Case, Case]:
+def warm(
+    name: str, recipe: Recipe, what: str, block_size: int = 4 * KIB, depth: int = 32, target: float | None = None
+) -> tuple[Case, Case]:
     """Reads and overwrites of an image that is all written."""
     title = f"{what}, warm {block_size // KIB} KiB random {{}}, depth {depth}"
     reads = Job(GIB, read_percent=100, block_size=block_size, depth=depth)
     writes = Job(GIB, block_size=block_size, depth=depth)
     return (
-        Case(f"{name}-read-{depth}", title.format("reads"), recipe, reads, Images.SHARED),
-        Case(f"{name}-overwrite-{depth}", title.format("overwrites"), recipe, writes, Images.PER_SERVER),
+        Case(f"{name}-read-{depth}", title.format("reads"), recipe, reads, Images.SHARED, target=target),
+        Case(
+            f"{name}-overwrite-{depth}",
+            title.format("overwrites"),
+            recipe,
+            writes,
+            Images.PER_SERVER,
+            target=target,
+        ),
     )
 
 
@@ -436,8 +433,8 @@ FEATURES = (
     *warm("parts", FILLED_PARTS, "extended L2"),
     *warm("data-file", FILLED_DATA_FILE, "data file"),
     *warm("raw-data-file", FILLED_RAW, "raw data file"),
-    *warm("luks", FILLED_LUKS, "LUKS"),
-    *warm("luks-large", FILLED_LUKS, "LUKS", block_size=128 * KIB, depth=16),
+    *warm("luks", FILLED_LUKS, "LUKS", target=1.5),
+    *warm("luks-large", FILLED_LUKS, "LUKS", block_size=128 * KIB, depth=16, target=1.5),
     *warm("plain-large", FILLED, "plain", block_size=128 * KIB, depth=16),
     *warm("bitmaps", FILLED_BITMAPS, "three bitmaps"),
     fresh("parts", FRESH_PARTS, "extended L2"),

@@ -86,8 +86,7 @@ class Arena:
             traced = self._trace(case, images) if case.job.read_percent < 100 else None
             return Comparison(case, aio, trials, tuple(ours), tuple(theirs), traced)
         finally:
-            for image in images.values():
-                self._kitchens[case.on_tmpfs].remove(image)
+            self.clear_all(case, images)
 
     def watch_idle(self, seconds: float) -> dict[str, float]:
         """The share of one core that each server takes while it is connected and idle."""
@@ -120,19 +119,32 @@ class Arena:
         self, case: Case, contestant: Contestant, images: dict[str, Path], seconds: float, *, warm_up: bool = True
     ) -> Measurement:
         """One run of one server; *images* are those that live on, by name. Raises: ServerFailure, LoadFailure."""
-        image = self._image(case, contestant, images)
-        key = self._kitchens[case.on_tmpfs].key if case.recipe.is_encrypted else None
-        data_file = data_path(image) if case.recipe.has_data_file else None
-        service = Service(image, case.cache, case.job.queues, case.writable, case.options, data_file, key)
+        service = self.service(case, contestant, images)
         command: Command = lambda fd: contestant.command(service, fd)  # noqa: E731
         job = replace(case.job, seed=next(self._seeds))  # or a run would find the pages warm that the last one touched
-        os.sync()  # what was written before is no part of this run
         try:
             warming = min(WARM_UP, seconds) if warm_up and case.warms_up else 0
             return measure(command, job, warm_up=warming, seconds=seconds, end=contestant.end)
         finally:
-            if case.images is Images.PER_RUN:
-                self._kitchens[case.on_tmpfs].remove(images.pop(contestant.name))
+            self.clear(case, contestant, images)
+
+    def service(self, case: Case, contestant: Contestant, images: dict[str, Path]) -> Service:
+        """What *contestant* is to serve in its next run. What was written before is on the disk, and no part of it."""
+        image = self._image(case, contestant, images)
+        key = self._kitchens[case.on_tmpfs].key if case.recipe.is_encrypted else None
+        data_file = data_path(image) if case.recipe.has_data_file else None
+        os.sync()
+        return Service(image, case.cache, case.job.queues, case.writable, case.options, data_file, key)
+
+    def clear(self, case: Case, contestant: Contestant, images: dict[str, Path]) -> None:
+        """After a run: an image that serves for one goes."""
+        if case.images is Images.PER_RUN:
+            self._kitchens[case.on_tmpfs].remove(images.pop(contestant.name))
+
+    def clear_all(self, case: Case, images: dict[str, Path]) -> None:
+        """After the last."""
+        for image in images.values():
+            self._kitchens[case.on_tmpfs].remove(image)
 
     def _image(self, case: Case, contestant: Contestant, images: dict[str, Path]) -> Path:
         """The image of this run; entered in *images* before it is made, so that half an image is removed, too."""

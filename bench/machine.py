@@ -44,8 +44,8 @@ def describe(directory: Path, opponent: str = QEMU) -> Machine:
     )
 
 
-def command_line() -> str:
-    return " ".join(["python", "-m", "bench", *sys.argv[1:]])
+def command_line(module: str = "bench") -> str:
+    return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
 def _processor() -> str:

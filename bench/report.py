@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.comparison import Comparison
+from bench.goal import lines
 from bench.machine import Machine
 from bench.measurement import Measurement
 from bench.ratio import Ratio
@@ -94,10 +95,28 @@ def _case_as_json(comparison: Comparison, ceilings: dict[str, float]) -> dict[st
     }
 
 
+def write_tables(run: Run, directory: Path) -> None:
+    """Write results.json and table.md."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(run, directory / "results.json")
+    (directory / "table.md").write_text(markdown(run))
+
+
 def markdown(run: Run) -> str:
     """The tables, with what must be known to read them."""
     return "\n".join(
-        [*_preface(run), *_ratios(run), "", *_details(run), "", *_memory(run), *_idle(run), *_ceilings(run), ""]
+        [
+            *_preface(run),
+            *_ratios(run),
+            "",
+            *lines({comparison.case.name: comparison for comparison in run.comparisons}),
+            *_details(run),
+            "",
+            *_memory(run),
+            *_idle(run),
+            *_ceilings(run),
+            "",
+        ]
     )
 
 
@@ -106,12 +125,18 @@ def _preface(run: Run) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     yield "# vhost-user-qcow2 against qemu-storage-daemon"
     yield ""
-    yield f"`{run.command}`, commit {machine.commit}: {run.pairs} interleaved pairs of {run.seconds:g} s each."
+    yield f"`{run.command}`, commit {machine.commit}: {_pairs(run)} interleaved pairs of {run.seconds:g} s each."
     yield f"{machine.processor}, {machine.cores} cores, {machine.memory_gib:g} GiB, Linux {machine.kernel},"
     yield f"{machine.file_system}; {versions}; load average {machine.load_average} at the start."
     yield "Ratios are medians over pairs, with the lowest and highest pair. Within noise: pairs disagree."
     yield "Of p99 and processor time a request, ours are given as a share of QEMU's: less is better."
     yield ""
+
+
+def _pairs(run: Run) -> str:
+    """How many: in parts of a run there may have been more or less."""
+    numbers = {len(comparison.ours) for comparison in run.comparisons} or {run.pairs}
+    return f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else str(*numbers)
 
 
 def _ratios(run: Run) -> Iterator[str]:
@@ -123,16 +148,21 @@ def _ratios(run: Run) -> Iterator[str]:
         ours, theirs = (median_of(runs, "iops") for runs in (comparison.ours, comparison.theirs))
         cells = [
             f"{case.name}: {case.title}",
-            _figure(ours),
-            f"{_figure(theirs)} ({comparison.aio.value})",
+            figure(ours),
+            f"{figure(theirs)} ({comparison.aio.value})",
             str(ratio),
             "" if case.target is None else f"{case.target:g}",
             ratio.verdict(case.target),
             *(f"{share_of(comparison, field):.2f}" for field in ("p99", "cpu_per_100k")),
-            _figure(run.ceilings.get(case.limit)) if case.limit else "",
+            _beside_the_disk(ours, run.ceilings.get(case.limit)) if case.limit else "",
             f"{busy:.0%}{' (!)' if busy > BUSY else ''}",
         ]
-        yield _row(cells)
+        yield row(cells)
+
+
+def _beside_the_disk(ours: float | None, alone: float | None) -> str:
+    """What the disk has alone, and our share of it."""
+    return f"{figure(alone)}, {ours / alone:.0%}" if ours and alone else ""
 
 
 def _details(run: Run) -> Iterator[str]:
@@ -143,9 +173,9 @@ def _details(run: Run) -> Iterator[str]:
     yield "|---|---|" + "--:|" * len(TIMED + COUNTED)
     for comparison in run.comparisons:
         for name, runs in (("ours", comparison.ours), ("QEMU", comparison.theirs)):
-            timed = [_figure(median_of(runs, field)) for field in TIMED]
-            counted = [_figure(median_of(_counting(comparison, runs), field)) for field in COUNTED]
-            yield _row([comparison.case.name, name, *timed, *counted])
+            timed = [figure(median_of(runs, field)) for field in TIMED]
+            counted = [figure(median_of(_counting(comparison, runs), field)) for field in COUNTED]
+            yield row([comparison.case.name, name, *timed, *counted])
 
 
 def _counting(comparison: Comparison, runs: Sequence[Measurement]) -> Sequence[Measurement]:
@@ -165,7 +195,7 @@ def _memory(run: Run) -> Iterator[str]:
     yield "|---|--:|--:|--:|"
     for label, field, reduce in _MEMORY:
         mine, other = (reduce([getattr(m, field) for m in runs]) / 1024 for runs in (ours, theirs))
-        yield _row([label, f"{mine:.1f}", f"{other:.1f}", f"{mine - other:+.1f}"])
+        yield row([label, f"{mine:.1f}", f"{other:.1f}", f"{mine - other:+.1f}"])
     yield ""
 
 
@@ -182,7 +212,7 @@ def _idle(run: Run) -> Iterator[str]:
     yield "| connected and idle | share of one core |"
     yield "|---|--:|"
     for name, share in run.idle.items():
-        yield _row([name, f"{share:.4%}"])
+        yield row([name, f"{share:.4%}"])
     yield ""
 
 
@@ -192,14 +222,14 @@ def _ceilings(run: Run) -> Iterator[str]:
     yield "| the disk alone (fio) | IOPS |"
     yield "|---|--:|"
     for name, iops in run.ceilings.items():
-        yield _row([name, _figure(iops)])
+        yield row([name, figure(iops)])
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     """Three figures that count; blank if nobody knows."""
     if value is None:
         return ""

@@ -95,7 +95,8 @@ def main() -> int:
     end_on_sigterm()
     try:
         cases = select(options.cases or CASES, (*ROWS, *EXTRAS))
-        print("\n".join(execute(cases, options)))
+        for line in execute(cases, options):
+            print(line, flush=True)
     except (UnknownCase, ServerFailure, LoadFailure, OSError, subprocess.CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

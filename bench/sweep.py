@@ -11,6 +11,7 @@ from vhost.option import CacheMode
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 QUEUES = (1, 2, 3, 4, 8, 16)
 EVEN = dict.fromkeys(DEPTHS, 1.0)  # no slower than QEMU anywhere
+COPIES = EVEN | {1: 1.5, 32: 1.2}
 SIZES = {"1G": GIB, "16G": 16 * GIB, "128G": 128 * GIB, "1T": TIB, "4T": 4 * TIB}
 LARGEST = 15 * TIB  # all mapped it still fits into a file of ext4, in clusters of 2 MiB
 
@@ -86,12 +87,16 @@ def _each_cluster(name: str, title: str, kind: Kind) -> Sweep:
     return _along_depth(name, title, Case("", "", MAPPED, job, Images.PER_RUN, on_tmpfs=True), EVEN)
 
 
+def _copies(cache: CacheMode) -> Case:
+    job = Job(SMALL_OVERLAY.nbytes, order=Order.ONCE)
+    return Case("", "", SMALL_OVERLAY, job, Images.PER_RUN, cache, on_tmpfs=True)
+
+
 def _slow_path() -> Sweep:
     """Copies that must be stable before their links, where a sync costs nothing."""
-    job = Job(SMALL_OVERLAY.nbytes, order=Order.ONCE)
-    case = Case("", "", SMALL_OVERLAY, job, Images.PER_RUN, CacheMode.WRITETHROUGH, on_tmpfs=True)
+    case = _copies(CacheMode.WRITETHROUGH)
     title = "writethrough, a 4 KiB write to each cluster of an overlay, on tmpfs"
-    return replace(_along_depth("slow-path", title, case, EVEN), label="requests taken at a time", shows_cost=True)
+    return replace(_along_depth("slow-path", title, case, COPIES), label="requests taken at a time", shows_cost=True)
 
 
 SWEEPS = (
@@ -111,6 +116,12 @@ SWEEPS = (
         "depth-allocate",
         "writeback, fresh lazy image on tmpfs, 4 KiB random writes",
         Case("", "", FRESH, Job(FRESH.nbytes), Images.PER_RUN, on_tmpfs=True),
+    ),
+    _along_depth(
+        "overlay-tmpfs",
+        "overlay on tmpfs, writeback, a 4 KiB write to each cluster of the base",
+        _copies(CacheMode.WRITEBACK),
+        COPIES,
     ),
     _along_queues(),
     _along_size(),

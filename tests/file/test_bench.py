@@ -1,6 +1,7 @@
 """The benchmark runs, counts right, and sees wrong data. No figure is judged here."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -69,6 +70,25 @@ def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
     assert "writeback-fresh-32" in (tmp_path / "out/table.md").read_text()
 
 
+def test_parts_of_a_run_are_joined_and_quoted(tmp_path: Path) -> None:
+    cases = ["writeback-fresh-32", "overlay-tmpfs-1"]
+    for case in cases:
+        where = ("--directory", tmp_path / "images", "--tmpfs", tmp_path, "--output", tmp_path / case)
+        run = bench(case, "--pairs=1", "--seconds=0.2", "--no-ceiling", *where)
+        assert run.returncode == 0, run.stderr
+    parts, whole = [str(tmp_path / case) for case in cases], tmp_path / "whole"
+    command = [sys.executable, "-m", "bench.stored", *parts, f"--output={whole}", "--quote", *reversed(cases)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stderr
+    stored = json.loads((whole / "results.json").read_text())
+    assert [case["name"] for case in stored["cases"]] == cases
+    for case in stored["cases"]:
+        (part,) = json.loads((tmp_path / case["name"] / "results.json").read_text())["cases"]
+        assert case == part
+        assert f"| {case['name']}: " in (whole / "table.md").read_text()
+        assert f"| {case['title']} | " in run.stdout
+
+
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     images = tmp_path / "images"
     where = ("--directory", images, "--tmpfs", tmp_path, "--output", tmp_path / "out")
@@ -84,6 +104,19 @@ def test_a_crowd_comes_on_as_many_queues_as_it_needs(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert [line.split()[1] for line in run.stdout.splitlines() if line.startswith(("| 1 ", "| 2 "))] == ["1", "2"]
     assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_a_client_that_is_not_ours_loads_both_servers(tmp_path: Path) -> None:
+    client = Path(os.environ.get("QEMU_BIN", ""), "qemu-img")
+    if not client.is_absolute() or "virtio-blk-vhost-user" not in subprocess.getoutput(f"{client} --help"):
+        pytest.skip("no qemu-img with libblkio is here: QEMU_BIN names the directory of one")
+    options = ("--pairs=1", "--seconds=0.2", f"--directory={tmp_path}", f"--client={client}")
+    command = [sys.executable, "-m", "bench.second", "writethrough-fresh-32", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stderr
+    (cells,) = [line.split("|") for line in run.stdout.splitlines() if line.startswith("| writethrough")]
+    assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in cells[2:5])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_neighbours_work_beside_each_server(tmp_path: Path) -> None:
