@@ -110,7 +110,7 @@ class BackupFile(BackupTarget):
         if image_format == "qcow2":
             return NewImage(file, options, below, reads_zeros=not file.is_device)
         if not file.is_device:
-            os.ftruncate(file.fd, 0)
+            file.set_length(0)
         elif file.size() < size:
             raise ImageError(file.path, f"the device has {file.size()} bytes, the disk {size}")
         return InPlace(RawImage(file, size, read_only=False), size, is_zero=not file.is_device, length=size)

@@ -81,6 +81,15 @@ class HostFile:
         """Return the length in bytes."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
+    def set_length(self, nbytes: int) -> None:
+        """Be *nbytes* long, of a regular file; what is new reads as zeros.
+
+        What is empty is not emptied again: ext4 then waits, when the file is closed, for all that was written to it.
+        """
+        status = os.fstat(self.fd)
+        if nbytes or status.st_size or status.st_blocks:
+            os.ftruncate(self.fd, nbytes)
+
     def close(self) -> None:
         """Close the descriptor; a second time does nothing.
 
@@ -368,7 +377,7 @@ def _resize(file: HostFile, nbytes: int, *, reserve: bool) -> None:
     if not file.is_device:
         if reserve:
             _reserve(file, nbytes)
-        os.ftruncate(file.fd, nbytes)
+        file.set_length(nbytes)
     elif nbytes > file.size():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.path)
 

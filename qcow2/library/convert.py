@@ -71,5 +71,5 @@ def _raw(file: HostFile, size: int) -> InPlace:
         if file.size() < size:
             raise ImageError(file.path, f"the device has {file.size()} bytes, the disk {size}")
     else:
-        os.ftruncate(file.fd, 0)
+        file.set_length(0)
     return InPlace(RawImage(file, size, read_only=False), size, is_zero=not file.is_device, length=size)

@@ -132,7 +132,7 @@ def _new_raw(file: HostFile, wish: Wish) -> Target:
         raise Failure(f"{wish.path}: the device has {file.size()} bytes, the disk {wish.size}")
     preallocation = raw_preallocation(wish.given)
     if not file.is_device:
-        os.ftruncate(file.fd, 0)
+        file.set_length(0)
         if preallocation is Preallocation.FALLOC and wish.size:
             os.posix_fallocate(file.fd, 0, wish.size)
     is_zero = not file.is_device and preallocation is not Preallocation.FULL

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,28 @@ def test_reads_leave_the_time_of_last_access_alone(tmp_path: Path) -> None:
     with HostFile.open(str(tmp_path / "a")) as file:
         assert run(_do(op.Read(file, 0, 2))) == b"xy"
     assert os.stat(tmp_path / "a").st_atime == 1
+
+
+def test_what_is_empty_is_not_emptied_again(tmp_path: Path) -> None:
+    """Ext4 takes it for the end of what was there, and writes the new content out at close."""
+    (tmp_path / "a").touch()
+    os.utime(tmp_path / "a", (1, 1))  # which the system call renews, whatever the length was
+    with HostFile.open(str(tmp_path / "a"), writable=True) as file:
+        run(_do(op.Resize(file, 0)))
+        assert os.stat(tmp_path / "a").st_mtime == 1
+        run(_do(op.Resize(file, 5000)))
+        assert os.stat(tmp_path / "a").st_mtime > 1
+        run(_do(op.Resize(file, 0)))
+    assert os.stat(tmp_path / "a").st_size == 0
+
+
+def test_what_is_empty_gives_back_the_space_behind_it(tmp_path: Path) -> None:
+    with HostFile.open(str(tmp_path / "a"), create=True) as file:
+        if subprocess.run(["fallocate", "--keep-size", "--length", "1M", file.path]).returncode:
+            pytest.skip("the file system sets no space aside")
+        assert (file.size(), os.fstat(file.fd).st_blocks) == (0, 2048)
+        file.set_length(0)
+        assert os.fstat(file.fd).st_blocks == 0
 
 
 def test_zero_leaves_the_length_alone(tmp_path: Path) -> None:
