@@ -36,14 +36,31 @@ size_t equal_bytes(const uint8_t *one, const uint8_t *other, size_t nbytes, size
 /* Bytes of a file that are looked at, or copied, at a time: two of them fit into the cache of a core. */
 #define BETWEEN_PIECE ((size_t)256 << 10)
 
-/* How many bytes at the front of two stretches of files are equal, in sectors of 512 bytes, or -errno of reading them;
- * `scratch` has room for two pieces. Past the end of a file are zeros. */
-int64_t equal_between(int one, uint64_t one_offset, int other, uint64_t other_offset, uint64_t nbytes,
-                      uint8_t *scratch);
+/* Bytes in memory, and their place in a file. */
+struct transfer {
+    uint8_t *bytes;
+    uint64_t nbytes;
+    uint64_t host_offset;
+};
 
-/* Copy a stretch of a file to another one but for zeros, in units of `unit` bytes, of which a piece is a multiple;
+/* Read, or write, one after the other. 0, or -errno of the first that fails. Past the end of a file are zeros. */
+int fill_all(int fd, const struct transfer *transfers, size_t n);
+int store_all(int fd, const struct transfer *transfers, size_t n);
+
+/* Stretches of two files that go together. */
+struct stretch_pair {
+    uint64_t one_offset;
+    uint64_t other_offset;
+    uint64_t nbytes;
+};
+
+/* How many bytes are equal, all pairs counted as one stretch, from the front on, in sectors of 512 bytes, or -errno of
+ * reading them; `scratch` has room for two pieces. Past the end of a file are zeros. */
+int64_t equal_between(int one, int other, const struct stretch_pair *pairs, size_t npairs, uint8_t *scratch);
+
+/* Copy stretches of a file to another one but for zeros, in units of `unit` bytes, of which a piece is a multiple;
  * `scratch` has room for a piece. 0, or -errno: then some of it may be there. */
-int copy_between(int source, uint64_t source_offset, int target, uint64_t target_offset, uint64_t nbytes, size_t unit,
+int copy_between(int source, int target, const struct stretch_pair *pairs, size_t npairs, size_t unit,
                  uint8_t *scratch);
 
 /* Decompress the raw deflate stream at the front of `stream`, ignoring what follows it. 0; -ENOMEM; -EINVAL if it is

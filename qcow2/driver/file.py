@@ -10,13 +10,14 @@ import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from qcow2.driver import bulk
 from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.far import FarFile, wait_for
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.task import Scheduler, Task
 from qcow2.error import no_memory
-from qcow2.native import check, ffi, lib
+from qcow2.native import check, lib
 
 T = TypeVar("T")
 
@@ -204,16 +205,29 @@ PERFORMERS: dict[type[op.Operation], Callable[[Any], Any]] = {  # looked up for 
     op.Compute: lambda each: each.function(),
     op.Together: lambda each: _together(each),
     op.CopyRange: lambda each: _copy_range(each, _host(each.file), _host(each.target)),
-    op.CopyData: lambda each: _copy_data(each, _host(each.file), _host(each.target)),
-    op.Equal: lambda each: _equal(each, _host(each.file), _host(each.other)),
+    op.CopyData: lambda each: bulk.copy_data(each, _host(each.file).fd, _host(each.target).fd),
+    op.Equal: lambda each: bulk.count_equal(each, _host(each.file).fd, _host(each.other).fd),
 }
 NO_OFFLOAD = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
 def _together(operation: op.Together) -> Any:
-    for each in operation.operations:
-        perform(each)
+    if not _at_once(operation.operations):
+        for each in operation.operations:
+            perform(each)
     return operation.function()
+
+
+def _at_once(operations: Sequence[op.ReadInto | op.Write]) -> bool:
+    """Do all of them in one call, if they are of one file. False: nothing has been done. Raises: OSError."""
+    file = operations[0].file if operations else None
+    if not isinstance(file, HostFile) or isinstance(file, FarFile) or any(each.file is not file for each in operations):
+        return False
+    try:
+        return bulk.is_transferred(file.fd, operations)
+    except OSError as error:
+        error.filename = file.path
+        raise
 
 
 def _copy_range(operation: op.CopyRange, source: HostFile, target: HostFile) -> bool:
@@ -230,23 +244,6 @@ def _copy_range(operation: op.CopyRange, source: HostFile, target: HostFile) -> 
             return False
         done += count
     return True
-
-
-def _copy_data(operation: op.CopyData, source: HostFile, target: HostFile) -> None:
-    places = source.fd, operation.host_offset, target.fd, operation.target_offset
-    with _borrowed(operation.scratch) as scratch:
-        check(lib.copy_between(*places, operation.nbytes, operation.unit, scratch))
-
-
-def _equal(operation: op.Equal, one: HostFile, other: HostFile) -> int:
-    places = one.fd, operation.host_offset, other.fd, operation.other_offset
-    with _borrowed(operation.scratch) as scratch:
-        return check(lib.equal_between(*places, operation.nbytes, scratch))
-
-
-def _borrowed(memory: memoryview) -> Any:
-    """A C view of *memory*, given back at the end of the block: in a cycle of an error's traceback it would crash."""
-    return ffi.from_buffer("uint8_t[]", memory)
 
 
 def _host(file: op.File) -> HostFile:

@@ -264,50 +264,38 @@ class CopyRange(Operation):
         self.nbytes = nbytes
 
 
+Pairs = Sequence[tuple[int, int, int]]  # stretches of two files that go together: (offset, offset in the other, bytes)
+
+
 class CopyData(Operation):
-    """Copy *nbytes* of *file* to another one but for zeros, in units of *unit* bytes, which divides `LARGEST_UNIT`.
+    """Copy *pairs* of *file* to another one but for zeros, in units of *unit* bytes, which divides `LARGEST_UNIT`.
 
     Through *scratch*, memory of `SCRATCH_BYTES`; only files of the host can be given. An error leaves a part of them
     there. Stable after the next Sync of *target*.
     """
 
-    __slots__ = ("file", "host_offset", "nbytes", "scratch", "target", "target_offset", "unit")
+    __slots__ = ("file", "pairs", "scratch", "target", "unit")
 
-    def __init__(
-        self,
-        file: File,
-        host_offset: int,
-        target: File,
-        target_offset: int,
-        nbytes: int,
-        unit: int,
-        scratch: memoryview,
-    ) -> None:
+    def __init__(self, file: File, target: File, pairs: Pairs, unit: int, scratch: memoryview) -> None:
         self.file = file
-        self.host_offset = host_offset
         self.target = target
-        self.target_offset = target_offset
-        self.nbytes = nbytes
+        self.pairs = pairs
         self.unit = unit
         self.scratch = scratch
 
 
 class Equal(Operation):
-    """How many of *nbytes* of two files are equal, from the front on, in sectors; what lies past an end is zeros.
+    """How many bytes of *pairs* of two files are equal, from the front on, in sectors; what lies past an end is zeros.
 
-    Through *scratch*, memory of `SCRATCH_BYTES`; only files of the host can be given.
+    The pairs count as one stretch. Through *scratch*, memory of `SCRATCH_BYTES`; only files of the host can be given.
     """
 
-    __slots__ = ("file", "host_offset", "nbytes", "other", "other_offset", "scratch")
+    __slots__ = ("file", "other", "pairs", "scratch")
 
-    def __init__(
-        self, file: File, host_offset: int, other: File, other_offset: int, nbytes: int, scratch: memoryview
-    ) -> None:
+    def __init__(self, file: File, other: File, pairs: Pairs, scratch: memoryview) -> None:
         self.file = file
-        self.host_offset = host_offset
         self.other = other
-        self.other_offset = other_offset
-        self.nbytes = nbytes
+        self.pairs = pairs
         self.scratch = scratch
 
 

@@ -122,8 +122,9 @@ def _begin_writeback(operation: op.Operation) -> None:
             pass
         case op.Write(file=HostFile(fd=fd), host_offset=host_offset) if _nbytes(operation) >= LONG_TRANSFER:
             lib.begin_writeback(fd, host_offset, _nbytes(operation))
-        case op.CopyData(target=HostFile(fd=fd), target_offset=target_offset, nbytes=nbytes):
-            lib.begin_writeback(fd, target_offset, nbytes)
+        case op.CopyData(target=HostFile(fd=fd), pairs=pairs):
+            for _, target_offset, nbytes in pairs:
+                lib.begin_writeback(fd, target_offset, nbytes)
         case op.Together(operations=operations):
             for each in operations:
                 _begin_writeback(each)

@@ -1,13 +1,14 @@
 """Compare two disks: what differs first, in content or, if asked, in what each image says of the range.
 
-Windows of both disks are compared side by side; the lowest difference counts.
+Windows of both disks are compared side by side; the lowest difference counts. Stretches that both disks have as they
+are in two files make a window together: each step of one costs the same, however much it looks at.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from typing import NamedTuple
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, Equal
@@ -15,12 +16,26 @@ from qcow2.error import ImageError
 from qcow2.job.content import equal_bytes, zero_bytes
 from qcow2.job.crew import Buffers, Crew
 from qcow2.job.pace import Pace
-from qcow2.job.source import in_one_piece
+from qcow2.job.source import Piece, in_one_piece
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
 WINDOW = 2 << 20  # bytes compared at a time, of each disk
+MAX_PAIRS = 64  # of a window
 WIDTH = 4  # windows at a time
+
+
+class Pair(NamedTuple):
+    """A stretch that each disk has in one piece of a file."""
+
+    guest_offset: int
+    nbytes: int
+    one: Piece
+    other: Piece
+
+    def is_beside(self, pair: "Pair") -> bool:
+        """Whether it is in the same two files."""
+        return self.one.file is pair.one.file and self.other.file is pair.other.file
 
 
 class Found(Enum):
@@ -64,6 +79,8 @@ class _Comparison:
         self._crew = Crew(WIDTH)
         self._first: Difference | None = None
         self._buffers = Buffers(WINDOW)
+        self._gathered: list[Pair] = []  # for the next window in two files
+        self._ngathered = 0  # bytes
 
     async def run(self) -> Difference | None:
         sizes = [image.size for image in self._images]
@@ -95,8 +112,9 @@ class _Comparison:
                 self._pace.advance(stop - offset)
             else:
                 stop = min(stop, offset + WINDOW)
-                await self._crew.start(self._compare(offset, stop - offset, one, other))
+                await self._begin(offset, stop - offset, one, other)
             offset = stop
+        await self._begin_gathered()
 
     async def _walk_tail(self, image: Node, offset: int, end: int) -> None:
         while offset < end and self._first is None:
@@ -116,28 +134,51 @@ class _Comparison:
         has_place = extent.host_offset is not None
         return is_allocated, extent.is_zero, extent.is_data, has_place, extent.is_compressed
 
-    async def _compare(self, offset: int, nbytes: int, one: Extent, other: Extent) -> None:
+    async def _begin(self, offset: int, nbytes: int, one: Extent, other: Extent) -> None:
+        """Have the range compared, now or with the next ones."""
         if one.is_zero or other.is_zero:
-            await self._compare_with_zeros(self._images[one.is_zero], offset, nbytes)
+            await self._crew.start(self._compare_with_zeros(self._images[one.is_zero], offset, nbytes))
             return
+        pieces = [await in_one_piece(image, offset, nbytes) for image in self._images]
+        if pieces[0] is None or pieces[1] is None:
+            await self._crew.start(self._compare(offset, nbytes))
+            return
+        pair = Pair(offset, nbytes, pieces[0], pieces[1])
+        if self._gathered and not pair.is_beside(self._gathered[0]):
+            await self._begin_gathered()
+        self._gathered.append(pair)
+        self._ngathered += nbytes
+        if self._ngathered >= WINDOW or len(self._gathered) == MAX_PAIRS:
+            await self._begin_gathered()
+
+    async def _begin_gathered(self) -> None:
+        gathered, self._gathered, self._ngathered = self._gathered, [], 0
+        if gathered:
+            await self._crew.start(self._compare_in_files(gathered))
+
+    async def _compare_in_files(self, pairs: list[Pair]) -> None:
+        scratch = self._buffers.take()
+        stretches = [(pair.one.host_offset, pair.other.host_offset, pair.nbytes) for pair in pairs]
+        try:
+            nequal = await Equal(pairs[0].one.file, pairs[0].other.file, stretches, scratch)
+        except OSError:  # of which of them, and where, shows when they are read one after the other
+            for pair in pairs:
+                await self._compare(pair.guest_offset, pair.nbytes)
+            return
+        for pair in pairs:
+            self._judge(pair.guest_offset, pair.nbytes, min(nequal, pair.nbytes))
+            if nequal < pair.nbytes:
+                break
+            nequal -= pair.nbytes
+        self._buffers.give(scratch)
+
+    async def _compare(self, offset: int, nbytes: int) -> None:
         pair = self._buffers.take(), self._buffers.take()
-        nequal = await self._equal_in_files(offset, nbytes, pair[0])
-        if nequal is None:
-            nequal = await self._look(offset, self._images, [buffer[:nbytes] for buffer in pair], equal_bytes)
-        self._judge(offset, nbytes, nequal)
+        self._judge(
+            offset, nbytes, await self._look(offset, self._images, [buffer[:nbytes] for buffer in pair], equal_bytes)
+        )
         for buffer in pair:
             self._buffers.give(buffer)
-
-    async def _equal_in_files(self, offset: int, nbytes: int, scratch: memoryview) -> int | None:
-        """The same as `_look` finds, where both disks have the range as it is in a file."""
-        one, other = [await in_one_piece(image, offset, nbytes) for image in self._images]
-        if one is None or other is None:
-            return None
-        found: int
-        with suppress(OSError):  # of which of them shows when they are read one after the other
-            found = await Equal(*one, *other, nbytes, scratch)
-            return found
-        return None
 
     async def _compare_with_zeros(self, image: Node, offset: int, nbytes: int) -> None:
         buffer = self._buffers.take()

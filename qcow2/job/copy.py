@@ -1,5 +1,6 @@
 """Copy a source to a target: extents tell what has to be looked at, windows of that are read, searched and written.
 
+A window is what lies between holes, some stretches at a time: each step of one costs the same, however much it moves.
 Windows are under way side by side, as many as the crew is wide; the walk over the extents is one coroutine. Memory:
 one window for each place in the crew, and what the target keeps.
 """
@@ -8,18 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import LARGEST_UNIT, SCRATCH_BYTES, Compute, CopyData
+from qcow2.driver.operation import LARGEST_UNIT, SCRATCH_BYTES, Compute, CopyData, Together
 from qcow2.error import ImageError
+from qcow2.format.layout import MAX_CLUSTER_SIZE
 from qcow2.job.content import SPARSE_UNIT, data_runs, different_units
-from qcow2.job.crew import WIDTH, WINDOW, Buffers, Turn, Windows
+from qcow2.job.crew import WIDTH, Buffers, Turn, Windows
 from qcow2.job.pace import Pace
 from qcow2.job.source import Content, Piece, Source
 from qcow2.job.target import Runs, Target
 from qcow2.node.node import Node
 
-GAP = 128 << 10  # bytes of zeros that are read rather than left out: two windows cost more
+GAP = 128 << 10  # bytes of zeros that are read rather than left out: two stretches cost more
+WINDOW = 4 << 20  # bytes
+WINDOW_WITH_RATE = MAX_CLUSTER_SIZE
+MAX_STRETCHES = 32  # of a window: the tables that it may touch are kept until it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,13 @@ async def copy(source: Source, target: Target, pace: Pace, manner: Manner, base:
     await target.finish()
 
 
+class Stretch(NamedTuple):
+    """Data of the disk, which begins and ends at whole units of the target, and the memory for it."""
+
+    offset: int
+    data: memoryview
+
+
 class CopyFailed(Exception):
     """What could not be done, and where on the disk, in qemu-img's words; the cause says why."""
 
@@ -62,11 +75,16 @@ class _Copy:
         self._pace = pace
         self._manner = manner
         self._base = base
-        self._windows = Windows(manner.width, manner.window)
+        self._windows = Windows(
+            manner.width, min(manner.window, WINDOW_WITH_RATE) if pace.is_limited else manner.window
+        )
         self._scratch = Buffers(SCRATCH_BYTES)
         self._under_way: set[int] = set()  # where those windows begin
         self._position = 0
         self._known = (Content.ZEROS, 0)  # the extent that was found last, and its end
+        self._gathered: list[tuple[int, int]] = []  # (offset, bytes) of what is to be the next window
+        self._ngathered = 0  # bytes
+        self._gathers = base is None and not manner.offloads
 
     async def run(self) -> None:
         async with self._windows:
@@ -80,13 +98,15 @@ class _Copy:
             offset = self._position
             content, stop = await self._stretch(offset)
             if content is Content.DATA:
-                await self._begin_window(offset, stop - offset)
+                await self._gather(offset, stop - offset)
             elif content is Content.ZEROS:
                 await self._target.zero(offset, stop - offset)
                 self._pace.advance(stop - offset)
             else:
                 self._pace.advance(stop - offset)
             self._position = stop
+        if self._gathered:
+            await self._begin_window()
 
     async def _find(self, offset: int) -> tuple[Content, int]:
         """What is at *offset*, and where that ends."""
@@ -113,7 +133,7 @@ class _Copy:
             if self._base is None:
                 return content, stop
             return Content.DATA, min(stop, offset + self._windows.nbytes)
-        limit = min(offset + self._windows.nbytes, size)
+        limit = min(offset + self._windows.nbytes - self._ngathered, size)
         stop = min(end + -end % unit, limit)
         while stop < limit:
             content, end = await self._find(stop)
@@ -129,55 +149,106 @@ class _Copy:
         end = min(end, self._base.size)
         return offset >= end or await self._base.reads_as_zeros(offset, end - offset)
 
-    async def _begin_window(self, offset: int, nbytes: int) -> None:
-        await self._pace.wait(nbytes)
-        self._under_way.add(offset)
-        await self._windows.start(self._copy(offset, nbytes, self._windows.order.next()))
+    async def _gather(self, offset: int, nbytes: int) -> None:
+        self._gathered.append((offset, nbytes))
+        self._ngathered += nbytes
+        is_full = self._ngathered + GAP > self._windows.nbytes or len(self._gathered) == MAX_STRETCHES
+        if is_full or not self._gathers:
+            await self._begin_window()
 
-    async def _copy(self, offset: int, nbytes: int, turn: Turn) -> None:
+    async def _begin_window(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        nbytes, self._ngathered = self._ngathered, 0
+        await self._pace.wait(nbytes)
+        self._under_way.add(gathered[0][0])
+        await self._windows.start(self._copy(gathered, nbytes, self._windows.order.next()))
+
+    async def _copy(self, gathered: list[tuple[int, int]], nbytes: int, turn: Turn) -> None:
+        first = gathered[0][0]
         buffer = self._windows.buffers.take()
-        data = buffer[:nbytes]
+        stretches, rest = [], buffer
+        for offset, length in gathered:
+            stretches.append(Stretch(offset, rest[:length]))
+            rest = rest[length:]
         try:
             with turn:
-                await self._place(offset, data, turn)
+                await self._place(stretches, turn)
         finally:
-            self._under_way.discard(offset)
+            self._under_way.discard(first)
         self._windows.buffers.give(buffer)
-        await self._target.advance(min(self._under_way, default=offset))
+        await self._target.advance(min(self._under_way, default=first))
         self._pace.advance(nbytes)
 
-    async def _place(self, offset: int, data: memoryview, turn: Turn) -> None:
-        """Fill *data*, and put what the target needs of it there."""
-        if self._base is None:
-            there = await self._source.in_one_piece(offset, len(data))
-            if there is not None and await self._copy_piece(there, offset, data, turn):
-                return
-        with _blamed("reading at byte", offset):
-            runs = await self._source.look(offset, data, partial(self._runs, data))
-        parts = [(0, len(data), runs)] if self._base is None else await self._different(self._base, offset, data, runs)
-        packed = [await self._target.pack(data[start:end], inside) for start, end, inside in parts]
+    async def _place(self, stretches: list[Stretch], turn: Turn) -> None:
+        """Fill the memory of *stretches*, and put what the target needs of them there."""
+        if self._base is None and await self._copy_pieces(stretches, turn):
+            return
+        parts = [
+            (offset + start, data[start:end], inside)
+            for (offset, data), runs in zip(stretches, await self._look(stretches), strict=True)
+            for start, end, inside in await self._needed(offset, data, runs)
+        ]
+        packed = [await self._target.pack(data, inside) for _, data, inside in parts]
         if self._manner.keeps_order:
             await turn.come()
-        places = [
-            self._target.place(offset + start, end - start, inside, known)
-            for (start, end, inside), known in zip(parts, packed, strict=True)
+        puts = [
+            (offset, data, inside, self._target.place(offset, len(data), inside, known))
+            for (offset, data, inside), known in zip(parts, packed, strict=True)
         ]
         turn.give_way()
-        with _blamed("writing at byte", offset):
-            for (start, end, inside), place in zip(parts, places, strict=True):
-                await self._target.put(offset + start, data[start:end], inside, place)
+        writes = [self._target.writes(*put) for put in puts]
+        together = [write for some in writes if some is not None for write in some]
+        with suppress(OSError):  # where it was shows when they are written one after the other
+            if None not in writes:
+                if together:
+                    await Together(together)
+                return
+        for put in puts:
+            with _blamed("writing at byte", put[0]):
+                await self._target.put(*put)
 
-    async def _copy_piece(self, there: Piece, offset: int, data: memoryview, turn: Turn) -> bool:
-        """Copy what *data* has room for from file to file; false: it is not done."""
+    async def _look(self, stretches: list[Stretch]) -> list[Runs]:
+        """Fill the memory of *stretches*. -> of each, what is not zeros."""
+        pieces = [await self._source.in_one_piece(offset, len(data)) for offset, data in stretches]
+        if len(stretches) > 1 and None not in pieces:
+            reading = [there.reading(each.data) for there, each in zip(pieces, stretches, strict=True) if there]
+            with suppress(OSError):  # where it was shows when they are read one after the other
+                looked: list[Runs] = await Together(reading, partial(self._runs_of, stretches))
+                return looked
+        found = []
+        for offset, data in stretches:
+            with _blamed("reading at byte", offset):
+                found.append(await self._source.look(offset, data, partial(self._runs, data)))
+        return found
+
+    async def _needed(self, offset: int, data: memoryview, runs: Runs) -> list[tuple[int, int, Runs]]:
+        """Parts that the target needs: (start, end, runs inside)."""
+        return [(0, len(data), runs)] if self._base is None else await self._different(self._base, offset, data, runs)
+
+    async def _copy_pieces(self, stretches: list[Stretch], turn: Turn) -> bool:
+        """Copy *stretches* from file to file; false: it is not done."""
         if self._manner.offloads:
-            await self._offload(there, offset, data, turn)
-            return True
-        unit, place = self._manner.sparse_unit, self._target.straight(offset)
-        if place is None or not unit or LARGEST_UNIT % unit:
+            ((offset, data),) = stretches
+            there = await self._source.in_one_piece(offset, len(data))
+            if there is not None:
+                await self._offload(there, offset, data, turn)
+            return there is not None
+        unit, pairs = self._manner.sparse_unit, []
+        source = target = None
+        if not unit or LARGEST_UNIT % unit:
             return False
+        for offset, data in stretches:
+            place = self._target.straight(offset)
+            there = None if place is None else await self._source.in_one_piece(offset, len(data))
+            if place is None or there is None or source not in (None, there.file) or target not in (None, place.file):
+                return False
+            source, target = there.file, place.file
+            pairs.append((there.host_offset, place.host_offset, len(data)))
+        assert source is not None
+        assert target is not None
         scratch = self._scratch.take()
         with suppress(OSError):  # whose it is shows when it is read, and written
-            await CopyData(*there, *place, len(data), unit, scratch)
+            await CopyData(source, target, pairs, unit, scratch)
             self._scratch.give(scratch)
             return True
         return False
@@ -196,6 +267,9 @@ class _Copy:
                 await there.reading(data)
             with _blamed("writing at byte", offset):
                 await self._target.put(offset, data, runs, place)
+
+    def _runs_of(self, stretches: list[Stretch]) -> list[Runs]:
+        return [self._runs(data) for _, data in stretches]
 
     def _runs(self, data: memoryview) -> Runs:
         return data_runs(data, self._manner.sparse_unit) if self._manner.sparse_unit else [(0, len(data))]

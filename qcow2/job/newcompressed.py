@@ -109,6 +109,9 @@ class NewCompressedImage(NewImage):
             end = host_offset + len(stream)
         await self._write_streams(begin, pieces)
 
+    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
+        """Streams are joined while others are written."""
+
     async def _write_streams(self, host_offset: int, streams: list[bytes]) -> None:
         """Not a byte more than theirs: the next one of the sector may be under way."""
         if streams:

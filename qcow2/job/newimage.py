@@ -114,6 +114,15 @@ class NewImage:
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write what is not zeros; whole clusters where the file may hold anything."""
+        writes = self._writes(offset, data, runs, place)
+        if writes:
+            await Together(writes)
+
+    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write] | None:
+        """All of it."""
+        return self._writes(offset, data, runs, place)
+
+    def _writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write]:
         assert isinstance(place, list)
         writes: list[Write] = []
         for low, high, host in place:
@@ -125,8 +134,7 @@ class NewImage:
                 if run_start < end and start < run_end:
                     part = data[max(run_start, start) : min(run_end, end)]
                     writes.append(self._writing(host, max(run_start - start, 0), part))
-        if writes:
-            await Together(writes)
+        return writes
 
     def straight(self, offset: int) -> None:
         """What it holds decides."""

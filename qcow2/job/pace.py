@@ -45,6 +45,11 @@ class Pace:
         """Whether the job was told to end."""
         return self._is_cancelled
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether only so many bytes a second may pass."""
+        return bool(self._rate)
+
     def require_going(self) -> None:
         """Raises: Cancelled."""
         if self._is_cancelled:

@@ -33,6 +33,9 @@ class Target(Protocol):
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write *data*, of which only *runs* are not zeros, at the *place* decided on."""
 
+    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write] | None:
+        """All that `put` would do; None: it does more than write to a file."""
+
     def straight(self, offset: int) -> Piece | None:
         """Where what is at *offset* goes as it is, whatever it holds, if zeros may be left out there."""
 
@@ -84,6 +87,10 @@ class InPlace:
             await self._write(offset + start, data[start:end])
             stop = end
         await self._fill(offset + stop, len(data) - stop)
+
+    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write] | None:
+        """The image decides."""
+        return None
 
     def straight(self, offset: int) -> Piece | None:
         """In a raw file that is empty, behind what has to wait."""

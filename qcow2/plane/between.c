@@ -1,4 +1,4 @@
-/* Files compared, and copied, a piece at a time: what was read is looked at while the core's cache has it. */
+/* Files read, compared and copied; a piece at a time where what was read is looked at: the core's cache has it then. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -54,43 +54,90 @@ static int store(int fd, const uint8_t *bytes, size_t nbytes, uint64_t host_offs
     return 0;
 }
 
-int64_t equal_between(int one, uint64_t one_offset, int other, uint64_t other_offset, uint64_t nbytes,
-                      uint8_t *scratch)
+int fill_all(int fd, const struct transfer *transfers, size_t n)
+{
+    size_t i;
+    int error = 0;
+
+    for (i = 0; i < n && !error; i++)
+        error = fill(fd, transfers[i].bytes, transfers[i].nbytes, transfers[i].host_offset);
+    return error;
+}
+
+int store_all(int fd, const struct transfer *transfers, size_t n)
+{
+    size_t i;
+    int error = 0;
+
+    for (i = 0; i < n && !error; i++)
+        error = store(fd, transfers[i].bytes, transfers[i].nbytes, transfers[i].host_offset);
+    return error;
+}
+
+/* How many bytes at the front of one pair are equal, or -errno. */
+static int64_t equal_pair(int one, int other, const struct stretch_pair *pair, uint8_t *scratch)
 {
     uint64_t done;
     size_t count, equal;
     int error;
 
-    for (done = 0; done < nbytes; done += count) {
-        count = least(nbytes - done, BETWEEN_PIECE);
-        error = fill(one, scratch, count, one_offset + done);
+    for (done = 0; done < pair->nbytes; done += count) {
+        count = least(pair->nbytes - done, BETWEEN_PIECE);
+        error = fill(one, scratch, count, pair->one_offset + done);
         if (!error)
-            error = fill(other, scratch + BETWEEN_PIECE, count, other_offset + done);
+            error = fill(other, scratch + BETWEEN_PIECE, count, pair->other_offset + done);
         if (error)
             return error;
         equal = equal_bytes(scratch, scratch + BETWEEN_PIECE, count, COMPARED);
         if (equal < count)
             return (int64_t)(done + equal);
     }
-    return (int64_t)nbytes;
+    return (int64_t)pair->nbytes;
 }
 
-int copy_between(int source, uint64_t source_offset, int target, uint64_t target_offset, uint64_t nbytes, size_t unit,
-                 uint8_t *scratch)
+int64_t equal_between(int one, int other, const struct stretch_pair *pairs, size_t npairs, uint8_t *scratch)
+{
+    int64_t total = 0, equal;
+    size_t i;
+
+    for (i = 0; i < npairs; i++) {
+        equal = equal_pair(one, other, pairs + i, scratch);
+        if (equal < 0)
+            return equal;
+        total += equal;
+        if ((uint64_t)equal < pairs[i].nbytes)
+            break;
+    }
+    return total;
+}
+
+static int copy_pair(int source, int target, const struct stretch_pair *pair, size_t unit, uint8_t *scratch)
 {
     uint32_t bounds[UNITS + 2];
     uint64_t done;
     size_t count, nbounds, i;
     int error;
 
-    for (done = 0; done < nbytes; done += count) {
-        count = least(nbytes - done, BETWEEN_PIECE);
-        error = fill(source, scratch, count, source_offset + done);
+    for (done = 0; done < pair->nbytes; done += count) {
+        count = least(pair->nbytes - done, BETWEEN_PIECE);
+        error = fill(source, scratch, count, pair->one_offset + done);
         nbounds = error ? 0 : data_runs(scratch, count, unit, bounds);
         for (i = 0; i < nbounds && !error; i += 2)
-            error = store(target, scratch + bounds[i], bounds[i + 1] - bounds[i], target_offset + done + bounds[i]);
+            error = store(target, scratch + bounds[i], bounds[i + 1] - bounds[i],
+                          pair->other_offset + done + bounds[i]);
         if (error)
             return error;
     }
     return 0;
+}
+
+int copy_between(int source, int target, const struct stretch_pair *pairs, size_t npairs, size_t unit,
+                 uint8_t *scratch)
+{
+    size_t i;
+    int error = 0;
+
+    for (i = 0; i < npairs && !error; i++)
+        error = copy_pair(source, target, pairs + i, unit, scratch);
+    return error;
 }

@@ -279,6 +279,31 @@ def test_operations_together_are_done_in_turn(rig: Rig) -> None:
     assert rig.run(do(op.Together(steps))) is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_alike_operations_together_are_as_each_alone(rig: Rig, seed: int) -> None:
+    draw = random.Random(seed)
+    model = bytearray(600_000)
+    rig.run(do(op.Write(rig.file, 0, bytes(model))))
+    for _ in range(5):
+        writes = []
+        for _ in range(draw.randrange(1, 6)):
+            start, piece = draw.randrange(300_000), draw.randbytes(draw.randrange(1, 90_000))
+            kind = draw.choice([bytes, bytearray, memoryview, lambda data: MemoryBuffer(memoryview(data))])
+            writes.append(op.Write(rig.file, start, kind(piece)))
+            model[start : start + len(piece)] = piece
+        rig.run(do(op.Together(writes)))
+        targets = [bytearray(b"?" * draw.randrange(1, 90_000)) for _ in range(draw.randrange(1, 6))]
+        starts = [draw.randrange(620_000) for _ in targets]
+        reads = [
+            op.ReadInto(rig.file, start, MemoryBuffer(memoryview(target)))
+            for start, target in zip(starts, targets, strict=True)
+        ]
+        assert rig.run(do(op.Together(reads, lambda: "done"))) == "done"
+        for start, target in zip(starts, targets, strict=True):
+            assert target == model[start : start + len(target)].ljust(len(target), b"\0")
+    assert rig.content() == model
+
+
 FROM_FILE_TO_FILE = pytest.mark.parametrize("rig", [blocking, pool], indirect=True)  # where jobs run
 
 
@@ -293,7 +318,7 @@ def test_data_is_copied_from_file_to_file_and_zeros_are_left_out(rig: Rig, tmp_p
     expected = bytearray(b"\xff" * 1_000_000)
     rig.run(do(op.Write(rig.file, 0, expected)))
     with HostFile.open(str(source)) as file:
-        rig.run(do(op.CopyData(file, 6, rig.file, 10, len(content) + 50, unit, scratch)))
+        rig.run(do(op.CopyData(file, rig.file, [(6, 10, len(content) + 50)], unit, scratch)))
     content += bytes(50)  # past the end of the file
     for start in range(0, len(content), unit):
         if any(piece := content[start : start + unit]):
@@ -312,17 +337,65 @@ def test_files_are_equal_up_to_the_sector_that_differs(rig: Rig, tmp_path: Path,
     other.write_bytes(changed)
     rig.run(do(op.Write(rig.file, 0, bytes(512) + content)))
     with HostFile.open(str(other)) as file:
-        nequal = rig.run(do(op.Equal(rig.file, 512, file, 0, 800_000, scratch)))
+        nequal = rig.run(do(op.Equal(rig.file, file, [(512, 0, 800_000)], scratch)))
     assert nequal == (800_000 if at is None else at // 512 * 512)
+
+
+@FROM_FILE_TO_FILE
+def test_many_stretches_are_copied_at_once(rig: Rig, tmp_path: Path) -> None:
+    draw = random.Random(5)
+    content = draw.randbytes(900_000)
+    (tmp_path / "source").write_bytes(content)
+    pairs = [(draw.randrange(600_000), place, draw.randrange(1, 300_000)) for place in (900_000, 0, 400_000)]
+    expected = bytearray(b"\xff" * 1_300_000)
+    rig.run(do(op.Write(rig.file, 0, expected)))
+    with HostFile.open(str(tmp_path / "source")) as file:
+        rig.run(do(op.CopyData(file, rig.file, pairs, 4096, memoryview(bytearray(op.SCRATCH_BYTES)))))
+    for offset, target_offset, nbytes in pairs:
+        expected[target_offset : target_offset + nbytes] = content[offset : offset + nbytes]
+    assert rig.content() == expected
+
+
+@FROM_FILE_TO_FILE
+@pytest.mark.parametrize("at", [None, 0, 99_000, 100_000, 150_000, 300_000, 400_000, 450_000])
+def test_stretches_are_equal_as_one(rig: Rig, tmp_path: Path, at: int | None) -> None:
+    content = random.Random(1).randbytes(500_000)
+    changed = bytearray(content)
+    if at is not None:
+        changed[at] ^= 1
+    (tmp_path / "other").write_bytes(changed)
+    rig.run(do(op.Write(rig.file, 0, bytes(512) + content)))
+    pairs = [(512 + start, start, nbytes) for start, nbytes in ((400_000, 1000), (0, 100_000), (150_000, 200_000))]
+    with HostFile.open(str(tmp_path / "other")) as file:
+        nequal = rig.run(do(op.Equal(rig.file, file, pairs, memoryview(bytearray(op.SCRATCH_BYTES)))))
+    expected = 0
+    for _, start, nbytes in pairs:
+        if at is not None and start <= at < start + nbytes:
+            expected += (at - start) // 512 * 512
+            break
+        expected += nbytes
+    assert nequal == expected
+
+
+@pytest.mark.parametrize("rig", [blocking, pool], indirect=True)
+def test_what_fails_together_names_the_file(rig: Rig, tmp_path: Path) -> None:
+    directory = Directory(tmp_path)
+    reads = [op.ReadInto(directory, 0, MemoryBuffer(memoryview(bytearray(100_000)))) for _ in range(2)]
+    writes = [op.Write(directory, 0, bytes(100_000)) for _ in range(2)]
+    for operations, error in ((reads, errno.EISDIR), (writes, errno.EBADF)):
+        with pytest.raises(OSError) as raised:
+            rig.run(do(op.Together(operations)))
+        assert (raised.value.errno, raised.value.filename) == (error, str(tmp_path))
+    directory.close()
 
 
 @FROM_FILE_TO_FILE
 def test_what_cannot_be_read_is_no_copy(rig: Rig, tmp_path: Path) -> None:
     scratch = memoryview(bytearray(op.SCRATCH_BYTES))
     with pytest.raises(IsADirectoryError):
-        rig.run(do(op.CopyData(directory := Directory(tmp_path), 0, rig.file, 0, 512, 512, scratch)))
+        rig.run(do(op.CopyData(directory := Directory(tmp_path), rig.file, [(0, 0, 512)], 512, scratch)))
     with pytest.raises(IsADirectoryError):
-        rig.run(do(op.Equal(rig.file, 0, directory, 0, 512, scratch)))
+        rig.run(do(op.Equal(rig.file, directory, [(0, 0, 512)], scratch)))
     directory.close()
     assert rig.content() == CONTENT
 
