@@ -47,6 +47,10 @@ struct transfer {
 int fill_all(int fd, const struct transfer *transfers, size_t n);
 int store_all(int fd, const struct transfer *transfers, size_t n);
 
+/* Read a range of a disk if its extent map, whose slots are file descriptors, knows without a look at the disk where all
+ * of it is. 1: it is read; 0: only Python can do it; -errno. `bytes` holds anything then. */
+int read_at_once(uintptr_t translate, uintptr_t map, uint64_t guest_offset, uint64_t nbytes, uint8_t *bytes);
+
 /* Stretches of two files that go together. */
 struct stretch_pair {
     uint64_t one_offset;

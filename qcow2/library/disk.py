@@ -25,7 +25,8 @@ from qcow2.library.awaitable import AwaitableDisk
 from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.facts import Facts, facts_of_file
 from qcow2.library.file import DiskFile
-from qcow2.library.hostfile import path_of_descriptor, reserve
+from qcow2.library.glance import Glance
+from qcow2.library.hostfile import is_writable, path_of_descriptor, reserve
 from qcow2.library.own_thread import OwnThread
 from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
@@ -55,6 +56,7 @@ class Disk(AwaitableDisk):
         self.chain = chain
         self._driver = BlockingDriver()
         self._thread = OwnThread()
+        self._glance = Glance(image, self.files, self._thread)
         self._path = self.files[0].path
         for problem in image.bitmap_problems:
             log.warning("%s: %s", self._path, problem)
@@ -89,17 +91,21 @@ class Disk(AwaitableDisk):
         """
         if self._require_inside(offset, nbytes) < 2:
             small = bytearray(nbytes)
-            self._run(lambda: self.image.read(offset, MemoryBuffer(memoryview(small))))
+            self._fill(offset, memoryview(small))
             return bytes(small)
         content, memory = fillable(nbytes)
-        self._run(lambda: self.image.read(offset, MemoryBuffer(memory)))
+        self._fill(offset, memory)
         return content
 
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill *buffer*, anything writable, from *offset* on. Raises: as `read`."""
         view = memoryview(buffer).cast("B")
         self._require_inside(offset, len(view))
-        self._run(lambda: self.image.read(offset, MemoryBuffer(view)))
+        self._fill(offset, view)
+
+    def _fill(self, offset: int, view: memoryview) -> None:
+        if not self._glance.fills(offset, view):
+            self._run(lambda: self.image.read(offset, MemoryBuffer(view)))
 
     def file(self) -> DiskFile:
         """The disk as a raw binary file, at its start; `io.BufferedReader(disk.file())` reads ahead."""
@@ -319,17 +325,6 @@ def _tell_of_void_bitmaps(path: str) -> None:
     log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
 
 
-MODES = {"r": False, "rb": False, "r+": True, "rb+": True, "r+b": True}
-
-
-def _is_writable(mode: str, writable: bool | None) -> bool:
-    """Raises: ValueError for a mode that makes no sense here."""
-    known = MODES.get(mode)
-    if known is None:
-        raise ValueError(f"mode {mode!r} is not one of r, rb, r+, rb+; qcow2.create makes new images")
-    return known if writable is None else writable
-
-
 def keys_of(key: Key) -> Keyring | None:
     """What the engine asks for keys; None if there is none."""
     if key is None or isinstance(key, Keyring):
@@ -385,7 +380,7 @@ def open_disk(
     Raises: OSError; UnsupportedImage, CorruptImage and WrongKey, each an ImageError; one line that names the file.
     """
     name = path_of_descriptor(path) if isinstance(path, int) else os.fsdecode(path)
-    options = OpenOptions(_is_writable(mode, writable), lazy_refcounts, cache_size, snapshot, keys_of(key))
+    options = OpenOptions(is_writable(mode, writable), lazy_refcounts, cache_size, snapshot, keys_of(key))
     chain = Chain(
         data_file=data_file,
         luks_header=luks_header,

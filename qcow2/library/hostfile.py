@@ -73,3 +73,14 @@ def reserve(file: HostFile, start: int = 0) -> None:
     nbytes = file.size() - start
     if nbytes > 0 and not file.is_device:
         os.posix_fallocate(file.fd, start, nbytes)
+
+
+MODES = {"r": False, "rb": False, "r+": True, "rb+": True, "r+b": True}
+
+
+def is_writable(mode: str, writable: bool | None) -> bool:
+    """What a mode of opening says. Raises: ValueError for one that makes no sense here."""
+    known = MODES.get(mode)
+    if known is None:
+        raise ValueError(f"mode {mode!r} is not one of r, rb, r+, rb+; qcow2.create makes new images")
+    return known if writable is None else writable

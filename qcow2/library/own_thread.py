@@ -34,6 +34,9 @@ class _Job:
             self._result = function()
         except BaseException as error:  # its caller's
             self._error = error
+
+    def end(self) -> None:
+        """Let the caller go on."""
         self._is_done = True
         self._done.release()
 
@@ -62,7 +65,7 @@ class OwnThread:
         self._works = threading.Lock()  # held by the one thread that takes jobs
         self._has_thread = False
         self._is_stopped = False
-        self._turn = threading.Lock()  # of those who do without
+        self._turn = threading.Lock()  # held by whoever is at it
 
     @property
     def is_ours(self) -> bool:
@@ -81,9 +84,16 @@ class OwnThread:
         result: T = job.wait()
         return result
 
+    def call_here(self, function: Callable[[], T]) -> T:
+        """The same on the caller's thread. *function* leaves all as it was, wherever an interrupt breaks into it."""
+        with self._turn:
+            return function()
+
     def _start(self) -> bool:
         """Whether there is a thread now, which takes no signals. One too many, after an interrupt, ends at once."""
-        thread = threading.Thread(target=_work, args=(self._jobs, self._works), name="qcow2 disk", daemon=True)
+        thread = threading.Thread(
+            target=_work, args=(self._jobs, self._works, self._turn), name="qcow2 disk", daemon=True
+        )
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:  # what blocks them may raise for one that came before
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -106,12 +116,14 @@ class OwnThread:
                 pass
 
 
-def _work(jobs: "SimpleQueue[_Job | None]", works: threading.Lock) -> None:
+def _work(jobs: "SimpleQueue[_Job | None]", works: threading.Lock, turn: threading.Lock) -> None:
     if not works.acquire(blocking=False):
         return
     try:
         while (job := jobs.get()) is not None:
-            job.run()
+            with turn:
+                job.run()
+            job.end()
             del job  # and with it what it refers to
     finally:
         works.release()

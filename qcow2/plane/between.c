@@ -7,6 +7,7 @@
 
 #define COMPARED 4096
 #define UNITS (BETWEEN_PIECE / 512)
+#define MAX_EXTENTS 64
 
 static size_t least(uint64_t one, size_t other)
 {
@@ -72,6 +73,41 @@ int store_all(int fd, const struct transfer *transfers, size_t n)
     for (i = 0; i < n && !error; i++)
         error = store(fd, transfers[i].bytes, transfers[i].nbytes, transfers[i].host_offset);
     return error;
+}
+
+/* -> how many extents the range has, if each of them is zeros or lies in a file as it is; else 0. */
+static size_t find_extents(extent_translate translate, void *map, uint64_t guest_offset, uint64_t nbytes,
+                           struct extent *extents)
+{
+    uint64_t done;
+    size_t n = 0;
+
+    for (done = 0; done < nbytes; done += extents[n++].nbytes) {
+        if (n == MAX_EXTENTS)
+            return 0;
+        translate(map, guest_offset + done, nbytes - done, 0, NULL, extents + n);
+        if (extents[n].kind != EXTENT_ZERO && (extents[n].kind != EXTENT_DATA || extents[n].cipher))
+            return 0;
+    }
+    return n;
+}
+
+int read_at_once(uintptr_t translate, uintptr_t map, uint64_t guest_offset, uint64_t nbytes, uint8_t *bytes)
+{
+    struct extent extents[MAX_EXTENTS];
+    size_t n = find_extents((extent_translate)translate, (void *)map, guest_offset, nbytes, extents), i;
+    int error;
+
+    for (i = 0; i < n; bytes += extents[i++].nbytes) {
+        if (extents[i].kind == EXTENT_ZERO) {
+            memset(bytes, 0, extents[i].nbytes);
+            continue;
+        }
+        error = fill((int)extents[i].slot, bytes, extents[i].nbytes, extents[i].host_offset);
+        if (error)
+            return error;
+    }
+    return n > 0;
 }
 
 /* How many bytes at the front of one pair are equal, or -errno. */
