@@ -108,6 +108,11 @@ def _allow(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, 0, FORBIDS + permission, 1, 0))
 
 
+def is_written(fd: int, path: str) -> bool:
+    """Whether others have the image open to write to it. Raises: OSError if the host cannot tell."""
+    return _is_held(fd, path, USES + Permission.WRITE)
+
+
 def is_of_the_dead(fd: int, path: str) -> bool:
     """Whether transfers of a process of ours that died are under way, and none lives."""
     return _is_held(fd, path, OURS) and not _has_the_living(fd, path, LIVES)

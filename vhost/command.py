@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhost import PROGRAM
 
@@ -233,7 +233,11 @@ def _control(
             jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
             on_jobs = JobCommands(device, backend, held, jobs)
             on_image = ImageCommands(device, backend, held, jobs.require_none)
-            commands = Commands(device, stop_fd, lambda: image, take_snapshot, on_jobs, exports, on_image)
+
+            def describe() -> dict[str, Any]:
+                return {**image, "failed": backend.has_failed}
+
+            commands = Commands(device, stop_fd, describe, take_snapshot, on_jobs, exports, on_image)
             backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
             with Control(endpoint.unix_socket, commands), jobs:
                 yield

@@ -70,11 +70,18 @@ class ImageBackend:
         self._past: Past | None = None  # what FLUSH waits for after a snapshot
         self._frozen: Frozen | None = None  # whom changes ask first
         self.layer: Layer | None = None  # what changes go through, for as long as a worker has the image
+        self._failed: Node | None = None  # which takes no more writes
 
     @property
     def properties(self) -> Properties:
         """What the driver learns about the disk."""
         return self._held.properties
+
+    @property
+    def has_failed(self) -> bool:
+        """For any thread: whether what is held takes no more writes."""
+        disk = self._held.disk
+        return disk is not None and disk.image is self._failed
 
     def attach(self, worker: Worker, block: NativeBlock) -> None:
         self._worker = worker
@@ -349,6 +356,7 @@ class ImageBackend:
     def _refuse_writes(self) -> None:
         """A metadata write or a sync failed: no success of the data plane may hide it."""
         self._tell(f"{self._image.file.path}: a sync or a write of metadata failed, no more writes")
+        self._failed = self._image
         self._block.refuse_writes()
 
     def _tell_of_void_bitmaps(self) -> None:

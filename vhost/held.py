@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 
 from qcow2 import Disk, ImageError
@@ -21,7 +21,7 @@ from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
-from qcow2.node.leftover import remove_leftovers
+from qcow2.node.leftover import copies_left, remove_leftovers
 from qcow2.node.node import Node
 from qcow2.node.overlay import Overlay
 from qcow2.node.reopened import Reopened
@@ -62,6 +62,7 @@ class HeldImage:
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
         self._files = HeldFiles(are_direct=options.cache.direct, on_wait=on_wait)
+        self._told: set[str] = set()  # paths of copies that were left
 
     def __enter__(self) -> "HeldImage":
         return self
@@ -119,6 +120,17 @@ class HeldImage:
             raise Unavailable(describe(error)) from error
         if not options.read_only:
             remove_leftovers(options.blk_file, options.link_log)
+            self._tell_of_copies()
+
+    def _tell_of_copies(self) -> None:
+        """Name, once each, what a backup or mirror that was killed has left: nobody else looks for hidden files."""
+        with suppress(OSError):
+            for path in copies_left(self.options.blk_file):
+                if path not in self._told:
+                    log.warning(
+                        "%s: was left by a backup or mirror that was killed: no disk, and in nobody's use", path
+                    )
+                self._told.add(path)
 
     def _open(self, path: str, image_format: str, data_file: str | None = None) -> Disk:
         options = self.options

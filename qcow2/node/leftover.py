@@ -5,15 +5,17 @@ Each is `.NAME.what` beside the file that is to be NAME, or that is served as NA
 
 import errno
 import os
+import re
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile
-from qcow2.lock import lock_image
+from qcow2.lock import is_written, lock_image
 from qcow2.node.recovery import remove_logs_of
 
 WHAT = ("overlay", "pivot", "mirror", "backup")
+COPY = re.compile(r"\..+\.(mirror|backup)")
 
 
 def hidden(path: str, what: str) -> str:
@@ -99,3 +101,22 @@ def _is_last_name(name: str) -> bool:
     """Whether a file would be gone with it. Raises: OSError."""
     status = os.lstat(name)
     return not stat.S_ISLNK(status.st_mode) and status.st_nlink < 2
+
+
+def copies_left(path: str) -> list[str]:
+    """The copies beside the image at *path* that are not whole, and that nobody writes: a death has left them.
+
+    They may be of another image's, so they stay. Raises: OSError if the directory cannot be read.
+    """
+    directory = os.path.dirname(os.path.realpath(path))
+    names = [os.path.join(directory, name) for name in sorted(os.listdir(directory)) if COPY.fullmatch(name)]
+    return [name for name in names if _is_left(name)]
+
+
+def _is_left(name: str) -> bool:
+    with suppress(OSError):
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with HostFile(name, os.open(name, flags), writable=False) as file:
+            status = os.fstat(file.fd)
+            return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and not is_written(file.fd, name)
+    return False

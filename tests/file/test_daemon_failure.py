@@ -11,6 +11,7 @@ import qcow2
 from tests.frontend import DISCARD, FLUSH, IN, IOERR, OK, OUT, WRITE_ZEROES, FrontEnd
 from tests.oracle import assert_clean
 from tests.program import TIMEOUT, Daemon, qcow2_tool_ok
+from vhost import Control
 
 CLUSTER = 65536
 SEGMENT = bytes(8) + (CLUSTER // 512).to_bytes(4, "little") + bytes(4)
@@ -68,6 +69,18 @@ def test_after_a_failed_metadata_write_reads_go_on(guest: tuple[Daemon, FrontEnd
     fail_a_metadata_write(*guest)
     done = guest[1].do(IN, CLUSTER, nbytes=512)
     assert (done.status, done.data) == (OK, bytes(512))
+
+
+def test_status_says_that_nothing_is_written_any_more(image: Path) -> None:
+    with Daemon(image, f"--control={image}.control") as daemon, FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(0, b"a" * CLUSTER)
+        front_end.flush()
+        with Control(f"{image}.control") as control:
+            assert control.status()["failed"] is False
+            fail_a_metadata_write(daemon, front_end)
+            assert control.status()["failed"] is True
+            front_end.start_queue(base=front_end.stop_queue())
+            assert control.status()["failed"] is True
 
 
 def test_after_a_failed_metadata_write_the_daemon_does_not_end_as_if_all_were_well(

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.driver.file import HostFile
 from qcow2.engine.create import Options as ImageOptions
+from qcow2.lock import lock_image
 from qcow2.node.pivot import NewFile
 from vhost.backuptarget import BackupFile
 from vhost.held import HeldImage
@@ -62,6 +64,20 @@ def test_overlay_that_is_in_use_stays(image: Path) -> None:
     qcow2.create(overlay, size=MIB)
     with qcow2.open(overlay, "r+"):
         assert take(image) == {overlay.name}
+
+
+def test_copies_that_a_death_left_are_named_once(image: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".one.backup", ".two.mirror", ".three.backup", "four.backup"):
+        (image.parent / name).write_bytes(b"")
+    (image.parent / ".five.backup").mkdir()
+    with HostFile.open(str(image.parent / ".three.backup"), writable=True) as used:
+        lock_image(used.fd, used.path, writable=True)  # by a backup that is under way
+        with HeldImage(Options(blk_file=str(image))) as held:
+            for _ in range(2):
+                held.take()
+                held.end()
+    named = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert named == [str(image.parent / name) for name in (".one.backup", ".two.mirror")]
 
 
 def test_link_of_a_copy_names_what_is_there(tmp_path: Path) -> None:
