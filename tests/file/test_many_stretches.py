@@ -143,3 +143,21 @@ def test_the_first_difference_of_scattered_disks_is_found(tmp_path: Path, format
             assert (done.returncode, done.stdout) == (1, f"Content mismatch at offset {places[0]}!\n")
         else:
             assert (done.returncode, done.stdout) == (0, "Images are identical.\n")
+
+
+@pytest.mark.parametrize("at", [0, 1 << 20, (3 << 20) + 4096, None])
+def test_a_difference_in_the_last_stretch_or_the_second_file_is_found(tmp_path: Path, at: int | None) -> None:
+    """No window of these is full; what comes from the overlay and from under it lies in two files."""
+    content = bytearray(4 << 20)
+    for number, name in enumerate(("base", "top")):
+        qemu_img("create", "-q", "-f", "qcow2", *(["-b", "base", "-F", "qcow2"] * number), str(tmp_path / name), "4M")
+        with qcow2.open(tmp_path / name, "r+") as disk:
+            for offset in range(number << 20, 4 << 20, 2 << 20):
+                content[offset : offset + 5000] = random.Random(offset).randbytes(5000)
+                disk.write(offset, content[offset : offset + 5000])
+    if at is not None:
+        content[at] ^= 1
+    (tmp_path / "raw").write_bytes(content)
+    done = qcow2_tool("compare", "-f", "qcow2", "-F", "raw", tmp_path / "top", tmp_path / "raw")
+    said = "Images are identical.\n" if at is None else f"Content mismatch at offset {at}!\n"
+    assert (done.returncode, done.stdout) == (at is not None, said)
