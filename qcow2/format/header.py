@@ -185,7 +185,10 @@ def _extensions(file: File, record: HeaderRecord, first_cluster: bytes) -> Itera
         if nbytes > end - start:
             message = f"header extension {magic:#010x} is {nbytes} bytes long, {end - start} are left"
             raise CorruptImage(file.path, offset, message)
-        yield Extension(magic, first_cluster[start : start + nbytes])
+        data = first_cluster[start : start + nbytes]
+        if magic == ExtensionMagic.DATA_FILE and record.has_data_file:
+            _require_name(file, "data file", start, data)
+        yield Extension(magic, data)
         offset = start + _padded(nbytes)
 
 
@@ -200,9 +203,14 @@ def _backing_name(file: File, record: HeaderRecord, first_cluster: bytes) -> str
         message = f"backing_file_offset {offset:#x}, the name of {nbytes} bytes lies outside the first cluster"
         raise CorruptImage(file.path, 8, message)
     name = first_cluster[offset : offset + nbytes]
-    if b"\0" in name:
-        raise CorruptImage(file.path, offset, f"backing file name {name!r} holds a zero byte")
+    _require_name(file, "backing file", offset, name)
     return os.fsdecode(name)
+
+
+def _require_name(file: File, what: str, host_offset: int, name: bytes) -> None:
+    """Refuse a name that no file has: cut off, it would be another file's."""
+    if b"\0" in name:
+        raise CorruptImage(file.path, host_offset, f"{what} name {name!r} holds a zero byte")
 
 
 def feature_names(header: Header) -> dict[tuple[int, int], str]:

@@ -1,5 +1,6 @@
 """The header: what is refused, what survives, and which bytes a change of a feature bit touches."""
 
+import re
 import struct
 from collections.abc import Coroutine
 from typing import Any
@@ -139,3 +140,15 @@ def test_autoclear_bits_are_cleared_by_eight_bytes() -> None:
     driver.run(clear_autoclear(file, driver.run(read_header(file))))
     assert writes(driver) == [(88, 8)]
     assert run(read_header(file)).record.autoclear_features == 0
+
+
+@pytest.mark.parametrize("name", [b"da\0ta", b"data\0", b"\0"])
+def test_a_name_with_a_zero_byte_is_refused_and_never_cut_off(name: bytes) -> None:
+    with_data_file = image(incompatible=4)
+    with_data_file.write(128, extension(0x44415441, name) + bytes(8))
+    with pytest.raises(qcow2.CorruptImage, match=f"data file name {re.escape(repr(name))} holds a zero byte"):
+        run(load_header(with_data_file))
+    with_backing = image(backing_file_offset=500, backing_file_size=len(name))
+    with_backing.write(500, name)
+    with pytest.raises(qcow2.CorruptImage, match=f"backing file name {re.escape(repr(name))} holds a zero byte"):
+        run(load_header(with_backing))
