@@ -12,14 +12,14 @@ from typing import Any
 from qcow2.driver.operation import Read
 from qcow2.engine.bitmapheader import hoist
 from qcow2.engine.bitmaps import Bitmaps
-from qcow2.engine.bitmaptable import StoredBitmap, set_bits, table_entries
+from qcow2.engine.bitmaptable import StoredBitmap, set_bits
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
 from qcow2.engine.root import BitmapsPlace, Root
 from qcow2.engine.space import Space
 from qcow2.error import UnsupportedImage
 from qcow2.format import layout
-from qcow2.format.bitmap import Bitmap
+from qcow2.format.bitmap import Bitmap, table_entries
 from qcow2.format.layout import BITMAP_ENTRY_ALL_ONES, BitmapsRecord
 from qcow2.plane.entry import bytes_of
 

@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass, replace
 
 from qcow2.engine.bitmaps import Bitmaps
-from qcow2.engine.bitmaptable import StoredBitmap, bits_nbytes, set_bits, set_runs, table_entries
+from qcow2.engine.bitmaptable import StoredBitmap, set_bits, set_runs
 from qcow2.error import BitmapError
 from qcow2.format import layout
-from qcow2.format.bitmap import Bitmap
+from qcow2.format.bitmap import Bitmap, bits_nbytes, table_entries
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import BitmapFlags, BitmapRecord
 from qcow2.plane.dirtybits import MAX_LIVE_BYTES

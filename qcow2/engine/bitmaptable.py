@@ -9,14 +9,12 @@ from typing import Any
 from qcow2.driver.operation import File, Read, Size
 from qcow2.error import CorruptImage
 from qcow2.format import layout
-from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
+from qcow2.format.bitmap import Bitmap, bitmap_directory, bits_nbytes, problem_of, read_bitmaps
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, BitmapFlags, BitmapRecord
+from qcow2.format.layout import ENTRY_SIZE, BitmapRecord
 from qcow2.plane.dirtybits import MAX_LIVE_BYTES
 from qcow2.plane.entry import words_of
-
-KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO | BitmapFlags.EXTRA_DATA_COMPATIBLE)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,17 +58,6 @@ class StoredBitmap:
         return (entry & layout.BITMAP_ENTRY_OFFSET_MASK for entry in self.table if entry > layout.BITMAP_ENTRY_ALL_ONES)
 
 
-def bits_nbytes(size: int, granularity_bits: int) -> int:
-    """How many bytes the bits of a disk of *size* bytes take."""
-    nbits = -(-size >> granularity_bits)
-    return -(-nbits // 8)
-
-
-def table_entries(size: int, granularity_bits: int, geometry: Geometry) -> int:
-    """How many entries the table of such a bitmap has; one at least."""
-    return max(1, geometry.clusters(bits_nbytes(size, granularity_bits)))
-
-
 async def load_bitmaps(
     file: File, header: Header, geometry: Geometry, is_metadata: Callable[[int], bool]
 ) -> tuple[list[StoredBitmap], "array[int]"]:
@@ -88,31 +75,12 @@ async def load_bitmaps(
     stored = [StoredBitmap(bitmap) for bitmap in await read_bitmaps(file, directory)]
     room = MAX_LIVE_BYTES
     for each in stored:
-        each.problem = _problem(each.bitmap, geometry) or await taken.take_bitmap(each)
+        each.problem = problem_of(each.bitmap, geometry) or await taken.take_bitmap(each)
         if each.is_kept and not each.problem:
             room -= each.nbytes(geometry.size)
             if room < 0:
                 each.problem = f"is one of those with more than {MAX_LIVE_BYTES} bytes of bits together"
     return stored, array("Q", sorted(taken.clusters))
-
-
-def _problem(bitmap: Bitmap, geometry: Geometry) -> str:
-    record = bitmap.record
-    if record.type != layout.BITMAP_TYPE_DIRTY:
-        return f"is of type {record.type}, known is {layout.BITMAP_TYPE_DIRTY}"
-    if record.flags & KNOWN_FLAGS != record.flags:
-        return f"has flags {record.flags:#x}, known are {KNOWN_FLAGS:#x}"
-    if record.extra_data_size and not record.flags & BitmapFlags.EXTRA_DATA_COMPATIBLE:
-        return f"has {record.extra_data_size} bytes of extra data that must be understood"
-    if not layout.MIN_BITMAP_GRANULARITY_BITS <= record.granularity_bits <= layout.MAX_BITMAP_GRANULARITY_BITS:
-        return f"has granularity_bits {record.granularity_bits}, supported are 9 to 31"
-    if bits_nbytes(geometry.size, record.granularity_bits) > layout.MAX_BITMAP_BYTES:
-        nbytes = bits_nbytes(geometry.size, record.granularity_bits)
-        return f"has {nbytes} bytes of bits, limit {layout.MAX_BITMAP_BYTES}"
-    wanted = table_entries(geometry.size, record.granularity_bits, geometry)
-    if record.table_size != wanted and not bitmap.is_in_use:
-        return f"has a table of {record.table_size} entries, the disk needs {wanted}"
-    return ""
 
 
 class _Taken:

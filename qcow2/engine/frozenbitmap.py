@@ -9,7 +9,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2.engine.bitmaptable import bits_nbytes, set_bits, trim
+from qcow2.engine.bitmaptable import set_bits, trim
+from qcow2.format.bitmap import bits_nbytes
 from qcow2.native import ffi
 
 

@@ -6,8 +6,11 @@ from sys import maxsize
 from qcow2.driver.operation import File, Read
 from qcow2.error import CorruptImage
 from qcow2.format import layout
+from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import Autoclear, BitmapFlags, BitmapRecord, BitmapsRecord, ExtensionMagic
+
+KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO | BitmapFlags.EXTRA_DATA_COMPATIBLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +86,40 @@ async def read_bitmaps(file: File, directory: BitmapsRecord) -> list[Bitmap]:
     if offset != end:
         raise CorruptImage(file.path, offset, f"{end - offset} bytes are left at the end of the bitmap directory")
     return found
+
+
+def bits_nbytes(size: int, granularity_bits: int) -> int:
+    """How many bytes the bits of a disk of *size* bytes take."""
+    nbits = -(-size >> granularity_bits)
+    return -(-nbits // 8)
+
+
+def table_entries(size: int, granularity_bits: int, geometry: Geometry) -> int:
+    """How many entries the table of such a bitmap has; one at least."""
+    return max(1, geometry.clusters(bits_nbytes(size, granularity_bits)))
+
+
+def problem_of(bitmap: Bitmap, geometry: Geometry) -> str:
+    """Why nobody can use the bitmap, nor tell what it holds, by its entry; empty: one can, as far as that goes."""
+    record = bitmap.record
+    if record.type != layout.BITMAP_TYPE_DIRTY:
+        return f"is of type {record.type}, known is {layout.BITMAP_TYPE_DIRTY}"
+    if record.flags & KNOWN_FLAGS != record.flags:
+        return f"has flags {record.flags:#x}, known are {KNOWN_FLAGS:#x}"
+    if record.extra_data_size and not record.flags & BitmapFlags.EXTRA_DATA_COMPATIBLE:
+        return f"has {record.extra_data_size} bytes of extra data that must be understood"
+    if not 0 < record.name_size <= layout.MAX_BITMAP_NAME_BYTES:
+        return f"has a name of {record.name_size} bytes, supported are 1 to {layout.MAX_BITMAP_NAME_BYTES}"
+    return _size_problem(bitmap, geometry)
+
+
+def _size_problem(bitmap: Bitmap, geometry: Geometry) -> str:
+    record = bitmap.record
+    if not layout.MIN_BITMAP_GRANULARITY_BITS <= record.granularity_bits <= layout.MAX_BITMAP_GRANULARITY_BITS:
+        return f"has granularity_bits {record.granularity_bits}, supported are 9 to 31"
+    if (nbytes := bits_nbytes(geometry.size, record.granularity_bits)) > layout.MAX_BITMAP_BYTES:
+        return f"has {nbytes} bytes of bits, limit {layout.MAX_BITMAP_BYTES}"
+    wanted = table_entries(geometry.size, record.granularity_bits, geometry)
+    if record.table_size != wanted and not (bitmap.is_in_use and record.table_size):
+        return f"has a table of {record.table_size} entries, the disk needs {wanted}"
+    return ""

@@ -150,11 +150,20 @@ async def read_header(file: File, *, trust_refcounts: bool = True) -> Header:
     file_size = await Size(file)
     refusal.refuse_features(file, header.record, feature_names(header))
     refusal.validate_tables(file, header.record, file_size, trust_refcounts=trust_refcounts)
-    if header.record.crypt_method == CryptMethod.LUKS:
-        if len(header.extension(ExtensionMagic.CRYPTO) or b"") < layout.CRYPTO.size:
+    _validate_crypto(file, header, file_size)
+    return header
+
+
+def _validate_crypto(file: File, header: Header, file_size: int) -> None:
+    """An image has a LUKS header if it is encrypted with LUKS, and else none."""
+    method, data = header.record.crypt_method, header.extension(ExtensionMagic.CRYPTO)
+    if method == CryptMethod.LUKS:
+        if data is None or len(data) != layout.CRYPTO.size:
             raise CorruptImage(file.path, 32, "crypt_method 2, and no header extension says where the LUKS header is")
         refusal.validate_crypto(file, header.record, *header.luks_area, file_size)
-    return header
+    elif data is not None:
+        message = f"crypt_method {int(method)}, and a header extension says where a LUKS header is"
+        raise CorruptImage(file.path, 32, message)
 
 
 async def load_header(file: File) -> Header:
@@ -216,7 +225,7 @@ def _require_name(file: File, what: str, host_offset: int, name: bytes) -> None:
 def feature_names(header: Header) -> dict[tuple[int, int], str]:
     """The image's own feature name table: (FeatureNameType, bit number) -> name."""
     data = header.extension(ExtensionMagic.FEATURE_NAMES) or b""
-    return {(kind, bit): _printable(name) for kind, bit, name in feature_entries(data)}
+    return {(kind, bit): printable(name) for kind, bit, name in feature_entries(data)}
 
 
 def feature_entries(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -224,7 +233,7 @@ def feature_entries(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     yield from layout.FEATURE_NAME.iter_unpack(data + bytes(-len(data) % layout.FEATURE_NAME.size))
 
 
-def _printable(name: bytes) -> str:
+def printable(name: bytes) -> str:
     """A name from an untrusted table, safe on a terminal and on one line."""
     text = name.split(b"\0", 1)[0].decode("utf-8", "replace")
     return "".join(character if character.isprintable() else "?" for character in text)

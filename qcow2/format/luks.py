@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from qcow2.error import CorruptImage, UnsupportedImage
+from qcow2.format.header import printable
 from qcow2.format.layout import SECTOR_SIZE, values_of
 
 MAGIC = b"LUKS\xba\xbe"
@@ -158,7 +159,29 @@ def parse_luks(path: str, data: bytes, limit: int, host_offset: int = 0, *, is_d
         if not 0 < count <= MAX_ITERATIONS:
             raise CorruptImage(path, host_offset, f"LUKS {name} {count}, not from 1 to {MAX_ITERATIONS}")
     _validate_areas(path, host_offset, record, limit, is_detached=is_detached)
-    return Luks(record, spec, hash_name, _text(path, host_offset + 168, "uuid", record.uuid))
+    return Luks(record, spec, hash_name, printable(record.uuid))
+
+
+def luks_problem(path: str, data: bytes, limit: int, host_offset: int) -> str:
+    """Why nobody can open such a header, as `parse_luks` takes it, whatever ciphers they have; empty: somebody may."""
+    try:
+        luks = parse_luks(path, data, limit, host_offset)
+    except CorruptImage as problem:
+        return str(problem)
+    except UnsupportedImage as problem:
+        return "" if _is_for_others(data) else str(problem)
+    return "" if luks.enabled else "no key slot is on"
+
+
+def _is_for_others(data: bytes) -> bool:
+    """Whether QEMU, or this program with another OpenSSL, has the cipher and the hash of the header that begins."""
+    if len(data) < LuksRecord.NBYTES or data[:6] != MAGIC:
+        return False
+    record = LuksRecord.parse(data)
+    if record.version != VERSION:
+        return False
+    cipher, hash_name = (field.rstrip(b"\0").decode("latin-1") for field in (record.cipher_name, record.hash_spec))
+    return cipher == "sm4" or (hash_name in HASHES and not is_available(hash_name))
 
 
 def _spec(path: str, host_offset: int, record: LuksRecord) -> CipherSpec:
@@ -190,14 +213,21 @@ def validate_spec(path: str, spec: CipherSpec) -> None:
 
 def require_hash(path: str, name: str) -> None:
     """Raises: UnsupportedImage for a hash that there is not, or that this OpenSSL does not give."""
+    if name not in HASHES:
+        raise UnsupportedImage(path, f"hash {name!r} is not supported")
+    if not is_available(name):
+        raise UnsupportedImage(path, f"hash {name!r} is not supported by this OpenSSL")
+
+
+def is_available(hash_name: str) -> bool:
+    """Whether this OpenSSL gives it."""
     import hashlib
 
-    if name not in HASHES or name not in hashlib.algorithms_available:
-        raise UnsupportedImage(path, f"hash {name!r} is not supported")
     try:
-        hashlib.new(name)
-    except ValueError as error:
-        raise UnsupportedImage(path, f"hash {name!r} is not supported by this OpenSSL") from error
+        hashlib.new(hash_name)
+    except ValueError:
+        return False
+    return True
 
 
 def _text(path: str, host_offset: int, what: str, field: bytes) -> str:

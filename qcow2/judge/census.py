@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from qcow2.driver.operation import File, Read, Size
-from qcow2.error import CorruptImage, ImageError, UnsupportedImage
+from qcow2.error import ImageError, UnsupportedImage
 from qcow2.format import layout
-from qcow2.format.bitmap import Bitmap, bitmap_directory, read_bitmaps
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, HeaderRecord
 from qcow2.format.snapshot import SIZES_BYTES, Snapshot, count_snapshots, read_snapshots
+from qcow2.judge.bitmaps import count_bitmaps
 from qcow2.judge.report import Report
 from qcow2.plane.entry import Entries, l1_has_reserved_bits, l1_table
 from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
@@ -115,13 +115,13 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     if census.is_l1_cut_off:
         report.loss(f"L1 table ends at {l1_end:#x}, past the end of the file at {file_size:#x}")
     census.add("header", 0, census.cluster_size, Role.SINGLE)
-    census.add("LUKS header", *header.luks_area, Role.SINGLE)
+    await _count_luks(census)
     record = header.record
     await _count_l1(census, "L1 table", record.l1_table_offset, record.l1_size, Role.L2 | Role.ACTIVE)
     await _count_snapshots(census)
     tables = array("Q", census.tally.clusters(Role.L2))
     weights = array("I", (census.tally.count(cluster) for cluster in tables))
-    await _count_bitmaps(census)
+    await count_bitmaps(census)
     await _count_refcount_structure(census)
     for done, (cluster, weight) in enumerate(zip(tables, weights, strict=True), 1):
         await _count_l2(census, cluster << record.cluster_bits, weight)
@@ -151,6 +151,19 @@ def _begin(file: File, header: Header, file_size: int, report: Report) -> Census
         file_size,
     )
     return Census(file, header, file_size, tally, report)
+
+
+async def _count_luks(census: Census) -> None:
+    """The LUKS header, and whether it opens: without it the disk is noise, so nothing is freed that may be of it."""
+    host_offset, nbytes = census.header.luks_area
+    if not nbytes:
+        return
+    from qcow2.format.luks import LuksRecord, luks_problem
+
+    census.add("LUKS header", host_offset, nbytes, Role.SINGLE)
+    data = await Read(census.file, host_offset, min(LuksRecord.NBYTES, nbytes))
+    if problem := luks_problem(census.file.path, data, nbytes, host_offset):
+        census.report.loss(f"nobody can open the LUKS header at {host_offset:#x}: {problem}")
 
 
 async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, role: Role, weight: int = 1) -> None:
@@ -217,40 +230,6 @@ def _is_countable_l1(census: Census, host_offset: int, nbytes: int) -> bool:
     """Bounds the work: tables that overlap could make a small file take forever."""
     is_inside = host_offset % census.cluster_size == 0 and host_offset + nbytes <= census.file_size
     return is_inside and nbytes <= layout.MAX_L1_BYTES and not (nbytes and census.is_counted(host_offset, nbytes))
-
-
-async def _count_bitmaps(census: Census) -> None:
-    try:
-        directory = bitmap_directory(census.file, census.header)
-        if directory is None or not directory.directory_size:
-            return
-        offset, nbytes = directory.directory_offset, directory.directory_size
-        if offset + nbytes > census.file_size:
-            raise CorruptImage(census.file.path, 0, f"bitmap directory at {offset:#x} leaves the file")
-        if not census.add("bitmap directory", offset, nbytes, Role.SINGLE):
-            return
-        bitmaps = await read_bitmaps(census.file, directory)
-    except CorruptImage as problem:
-        census.report.error(f"the bitmaps cannot be read: {problem}")
-        return
-    for bitmap in bitmaps:
-        await _count_bitmap(census, bitmap)
-
-
-async def _count_bitmap(census: Census, bitmap: Bitmap) -> None:
-    host_offset, nentries = bitmap.record.table_offset, bitmap.record.table_size
-    nbytes = nentries * ENTRY_SIZE
-    if host_offset + nbytes > census.file_size or (nbytes and census.is_counted(host_offset, nbytes)):
-        census.report.error(f"table of bitmap {bitmap.name!r} at {host_offset:#x} cannot lie there")
-        return
-    if not census.add(f"table of bitmap {bitmap.name!r}", host_offset, nbytes, Role.SINGLE):
-        return
-    async for entry in census.entries(host_offset, nentries):
-        offset = entry & layout.BITMAP_ENTRY_OFFSET_MASK
-        if entry & layout.BITMAP_ENTRY_RESERVED or (offset and entry & layout.BITMAP_ENTRY_ALL_ONES):
-            census.report.corruption(f"entry {entry:#018x} of bitmap {bitmap.name!r} has reserved bits set")
-        elif offset:
-            census.add(f"data of bitmap {bitmap.name!r}", offset, census.cluster_size, Role.SINGLE)
 
 
 async def _count_refcount_structure(census: Census) -> None:

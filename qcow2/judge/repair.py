@@ -40,7 +40,8 @@ async def repair(
 ) -> Report:
     """Repair the image in *file*, which is locked, then check it again; the report is of that second check.
 
-    The dirty and the corrupt bit are cleared, stable on return, if no corruption is left; then the file of an image
+    The dirty and the corrupt bit are cleared, stable on return, if no corruption is left but of what the disk can do
+    without; then the file of an image
     that leaked or was dirty ends where the image does.
     Data is not touched. Nothing is written if something lies past the end of the file: it is gone, and zeros in its
     place would pass for it; but a snapshot table that the header misses is looked for. While references cannot be
@@ -76,7 +77,7 @@ async def repair(
     after = (await judge(file, Report())).report
     after.corruptions_fixed = max(0, found.corruptions - after.corruptions)
     after.leaks_fixed = max(0, found.leaks - after.leaks)
-    if not after.corruptions and not after.check_errors:
+    if not after.unsound:
         await mark_repaired(file, await read_header(file))
         after.is_dirty = False
         if found.leaks or before.census.header.is_dirty:
@@ -246,7 +247,7 @@ async def change_width(file: File, refcount_order: int) -> None:
     A new structure of them is stable before the header points at it. Raises: OSError, ImageError; it is as it was.
     """
     census = (await judge(file, Report())).census
-    if census.report.corruptions or census.report.check_errors:
+    if census.report.unsound:
         raise CorruptImage(file.path, 0, "not consistent: repair it before its refcounts get another width")
     width, limit = 1 << refcount_order, (1 << (1 << refcount_order)) - 1
     if limit < MAX_COUNTED:

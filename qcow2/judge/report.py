@@ -13,6 +13,7 @@ class Report:
     say: Callable[[str], None] | None = None
     check_errors: int = 0
     corruptions: int = 0
+    voids: int = 0  # of them: what nobody can use, and nothing else depends on
     leaks: int = 0
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
@@ -34,6 +35,16 @@ class Report:
         """The image contradicts itself where it refers to something, which is not found, then."""
         self.is_dark = True
         self.corruption(text)
+
+    def void(self, text: str) -> None:
+        """Something contradicts itself that the disk can do without."""
+        self.voids += 1
+        self.corruption(text)
+
+    @property
+    def unsound(self) -> int:
+        """How many findings forbid to write to the image."""
+        return self.check_errors + self.corruptions - self.voids
 
     def leak(self, text: str) -> None:
         """Space is lost, nothing else."""

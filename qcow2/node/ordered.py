@@ -57,7 +57,6 @@ def repair_unclean(file: HostFile, header: Header, progress: Progress | None) ->
         return
     require_uncorrupted(file, header)
     report = run(repair(file, progress=progress))
-    wrong = report.check_errors + report.corruptions
-    if wrong:
-        message = f"not closed cleanly, and {wrong} errors cannot be repaired; see qcow2 check"
+    if report.unsound:
+        message = f"not closed cleanly, and {report.unsound} errors cannot be repaired; see qcow2 check"
         raise CorruptImage(file.path, HEADER_INCOMPATIBLE_OFFSET, message)
