@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from tests.crash import bitmaps
+from tests.crash import bitmaps, luks
 from tests.crash.explorer import Explorer, Violation
 from tests.crash.images import BITMAPS, KINDS
 from tests.crash.judge import opener, perform
@@ -52,6 +52,12 @@ def cases(feature: str, seed: int) -> Iterator[Case]:
             yield from of_kinds([name for name in KINDS if "parts" in name], seed)
         case "encrypted":
             yield from of_kinds([name for name in KINDS if "encrypted" in name], seed)
+        case "luks":
+            for writethrough in (False, True):
+                yield (
+                    f"seed={seed} writethrough={writethrough}",
+                    lambda writethrough=writethrough: luks.explore(seed, writethrough=writethrough),
+                )
         case "data-file":
             for sort in test_crash_data_file.SORTS_APART:
                 yield f"{sort}, seed={seed}", lambda sort=sort: explore_data_file(seed, sort)
@@ -76,7 +82,7 @@ def cases(feature: str, seed: int) -> Iterator[Case]:
                 yield f"{kind} seed={seed}", lambda kind=kind: test_compressed_writes.explore(kind, seed)
 
 
-FEATURES = ("subclusters", "encrypted", "data-file", "snapshots", "bitmaps", "compressed")
+FEATURES = ("subclusters", "encrypted", "luks", "data-file", "snapshots", "bitmaps", "compressed")
 
 
 def main() -> int:
