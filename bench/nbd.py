@@ -1,7 +1,8 @@
 """`python -m bench.nbd`: how fast a disk can be pulled over NBD, beside `cp` of the same bytes to the same place.
 
-Pairs of copies, one after the other, all from the page cache: `cp` of the image file, and `nbdcopy` from our server
-and from qemu-nbd, of an image of random bytes. Ratios are of each pass; their median counts.
+Pairs of copies, one after the other, all from the page cache: `cp` of the image file, and `nbdcopy` from our server,
+from a daemon's export of what it has frozen, and from qemu-nbd, of an image of random bytes. Ratios are of each pass;
+their median counts.
 """
 
 import argparse
@@ -11,11 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import qcow2
+from bench.frontend import FrontEnd
 from bench.machine import describe
+from bench.server import Server, Service, connect, listen, our_command
+from vhost import Control
+from vhost.option import CacheMode
 
 MIB = 1 << 20
 STEP = 4 * MIB
@@ -31,11 +37,26 @@ def make_image(path: Path, nbytes: int) -> None:
         disk.flush()
 
 
+@contextmanager
+def exported(image: Path) -> Iterator[tuple[Path, str]]:
+    """What *image* held, frozen in another file, and the URI at which the daemon that serves the image offers it."""
+    frozen, control = image.with_name("frozen.qcow2"), f"{image}.control"
+    listening, address = listen()
+    command = our_command(Service(image, CacheMode.WRITEBACK, options=(f"--control={control}",)), listening.fileno())
+    with Server(command, listening) as server:
+        with FrontEnd(connect(address), queues=1, nbytes=0), Control(control) as asked:  # a guest that does nothing
+            asked.snapshot(frozen.name)
+            yield frozen, asked.export_start(frozen.name, socket=f"{image}.export").uri
+        server.stop()
+
+
 class Servers:
     """Copies by one kind of server each; the target is new each time."""
 
-    def __init__(self, image: Path, target: Path, connections: int) -> None:
+    def __init__(self, image: Path, uri: str, target: Path, connections: int) -> None:
+        """*uri*: where a daemon offers *image*."""
         self._image = image
+        self._uri = uri
         self._target = target
         self._connections = connections
 
@@ -49,6 +70,10 @@ class Servers:
     def by_us(self) -> list[str]:
         """`nbdcopy` starts the server and gives it a socket as systemd does."""
         return self._by_nbdcopy(str(TOOL), "serve-nbd", "-r", "-e", "0", str(self._image))
+
+    def by_daemon(self) -> list[str]:
+        """From its export, which is there all the time."""
+        return ["nbdcopy", f"--connections={self._connections}", self._uri, str(self._target)]
 
     def by_qemu(self) -> list[str]:
         """The same of qemu-nbd."""
@@ -76,12 +101,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.directory) as place:
         image = Path(place) / "disk.qcow2"
         make_image(image, options.mib * MIB)
-        servers = Servers(image, Path(place) / "copy", options.connections)
-        ways = {"cp": servers.by_cp, "serve-nbd": servers.by_us, "qemu-nbd": servers.by_qemu}
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(options.pairs):
-            for name, command in ways.items():
-                taken[name].append(servers.seconds(command))
+        taken: dict[str, list[float]] = {}
+        with exported(image.resolve()) as (frozen, uri):
+            servers = Servers(frozen, uri, Path(place) / "copy", options.connections)
+            ways = {
+                "cp": servers.by_cp,
+                "serve-nbd": servers.by_us,
+                "export": servers.by_daemon,
+                "qemu-nbd": servers.by_qemu,
+            }
+            for _ in range(options.pairs):
+                for name, command in ways.items():
+                    taken.setdefault(name, []).append(servers.seconds(command))
     for name, seconds in taken.items():
         ratios = [mine / other for mine, other in zip(taken["cp"], seconds, strict=True)]
         rate = options.mib / statistics.median(seconds)
