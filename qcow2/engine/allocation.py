@@ -8,6 +8,7 @@ syncs before the link anyway takes clusters of which all this is true after that
 
 import errno
 import os
+from collections.abc import Collection
 from contextlib import suppress
 
 from qcow2.driver.operation import Signal, Spawn, Zero
@@ -278,6 +279,17 @@ class Allocator:
         with suppress(OSError, ImageError):
             async with self._refcounts.mutex.hold():
                 await self._reservations.let_cut()
+            await self._drop_blocks()
+
+    async def _drop_blocks(self) -> None:
+        """Free the refcount blocks that count nothing any more, and those that counted only these."""
+        indexes: Collection[int] = range(len(self._refcounts.table))
+        while indexes:
+            async with self._refcounts.mutex.hold():
+                counted = await self._reservations.drop_blocks(indexes)
+            await self._reaper.free(counted)
+            await self._reaper.drain()
+            indexes = {self._refcounts.block_of(cluster) for cluster in counted}
 
     async def _give_back(self) -> None:
         """Count what was reserved in vain down again.

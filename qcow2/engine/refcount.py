@@ -273,6 +273,28 @@ class Refcounts:
         await self._stability.write(self.table_offset + index * ENTRY_SIZE, bytes_of([host_offset]))
         self.table[index] = host_offset
 
+    async def counts_itself_alone(self, index: int) -> bool:
+        """Whether block *index*, which exists, counts nothing, or nothing but its own cluster, once.
+
+        The caller holds `mutex`.
+        """
+        block, n = await self._block(index), self.per_block
+        first = lib.refcount_find(block.view, self._order, 0, n, 1)
+        if first == n:
+            return True
+        is_its_own = index * n + first == self.block_offset(index) >> self._geometry.cluster_bits
+        is_alone = lib.refcount_used(block.view, self._order, n) == first + 1
+        return is_its_own and is_alone and lib.refcount_get(block.view, self._order, first) == 1
+
+    async def unlink_block(self, index: int) -> None:
+        """Let no block count what block *index* counted: nothing but itself. The caller holds `mutex`.
+
+        The table entry is written, not yet stable.
+        """
+        await self._stability.write(self.table_offset + index * ENTRY_SIZE, bytes_of([0]))
+        self.table[index] = 0
+        del self._blocks[index]
+
     def plan_table(self, needed_index: int, start: int, enough: int) -> "TablePlan":
         """A larger table that has entry *needed_index*, at clusters from *start* on, which no block counts yet.
 

@@ -4,6 +4,7 @@ All of it is stable after the next sync. Who hands them out is `qcow2.engine.all
 """
 
 import errno
+from collections.abc import Iterable
 
 from qcow2.driver.operation import Resize, Zero
 from qcow2.engine.foresight import Foresight
@@ -224,3 +225,27 @@ class Reservations:
         """Let `cut` cut into that, too, if it is known what is used; the mutex of the refcounts is held."""
         await self._uncounted.look()
         self._opened_size = self._uncounted.end << self._geometry.cluster_bits
+
+    async def drop_blocks(self, indexes: Iterable[int]) -> list[int]:
+        """Do without those refcount blocks that count nothing, or themselves alone.
+
+        Those of their clusters that others count are left to free. The mutex of the refcounts is held: until it is
+        stable nobody else allocates.
+        Raises: OSError; then the image takes no more writes.
+        """
+        dropped = []
+        for index in indexes:
+            if self._refcounts.has_block(index) and await self._refcounts.counts_itself_alone(index):
+                cluster = self._refcounts.block_offset(index) >> self._geometry.cluster_bits
+                if self._uncounted.usable(range(cluster, cluster + 1)):  # nothing else refers to it
+                    await self._refcounts.unlink_block(index)
+                    dropped.append(cluster)
+        if dropped:
+            try:
+                await self._stability.sync()
+            except OSError as error:  # also one that was not tried: memory has let go of what the disk has not
+                self._stability.fail(error)
+                raise
+            self._mapping.disown_metadata(dropped)
+            self.reuse(min(dropped))
+        return [cluster for cluster in dropped if self._refcounts.has_block(self._refcounts.block_of(cluster))]

@@ -1,11 +1,13 @@
 """A disk that becomes shorter: what is cut off is gone, what is left is as it was, also wherever it is interrupted."""
 
 import random
+import struct
 from pathlib import Path
 
 import pytest
 
 import qcow2
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.engine.root import Root
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.images import KINDS, check_image, open_image, read_all, start
@@ -33,10 +35,36 @@ def test_the_rest_is_as_it_was_and_the_end_does_not_come_back(
     assert qcow2_tool_ok("resize", "--shrink", path, str(size)) == "Image resized.\n"
     assert_clean(path)
     assert_same_disk(path, before[:size])
-    if "cluster_size" not in options:  # else a refcount block, which stays where it is, lies behind
-        assert path.stat().st_size < size + (600 << 10)
+    assert path.stat().st_size < size + (600 << 10)
     qemu_img("resize", "-q", "-f", "qcow2", path, "4M")  # by whom does not know what we do when we grow
     assert_same_disk(path, before[:size].ljust(4 * MIB, b"\0"))
+
+
+def blocks(content: bytes) -> list[int]:
+    """Where the refcount blocks of an image with clusters of 512 bytes lie."""
+    table, nclusters = struct.unpack_from(">QI", content, 48)
+    return [block for block in struct.unpack_from(f">{nclusters * 64}Q", content, table) if block]
+
+
+@pytest.mark.parametrize("draw", range(6))
+def test_no_refcount_block_is_left_that_counts_nothing(tmp_path: Path, draw: int) -> None:
+    path = image(tmp_path / "a", 3 * MIB, cluster_size=512, refcount_bits=64)
+    places = list(range(0, 3 * MIB, 256 << 10))
+    random.Random(draw).shuffle(places)
+    for place in places[: len(places) - draw]:
+        qemu_io(path, f"write -P 255 {place} 256k")
+    before = qemu_read(path)
+    qcow2_tool_ok("resize", "--shrink", path, "1M")
+    assert_clean(path)
+    assert_same_disk(path, before[:MIB])
+    content = path.read_bytes()
+    assert all(any(content[block : block + 512]) for block in blocks(content))
+    assert len(content) < 3 * MIB  # what lies at its end counts clusters that are there
+    with qcow2.open(path, writable=True) as disk:
+        disk.resize(3 * MIB)
+        disk.write(MIB, b"n" * 2 * MIB)
+    assert_clean(path)
+    assert_same_disk(path, before[:MIB] + b"n" * 2 * MIB)
 
 
 @pytest.mark.parametrize("words", [("-9M",), ("1M",)])
@@ -104,6 +132,24 @@ def test_every_moment_leaves_the_old_disk_or_the_new_one(kind: str, keeps: float
     seen = {look(state, kind) for state in states(driver, initial, file, 3, samples=3)}
     assert seen <= {begun.contents, begun.contents[: nsectors * 512]}
     assert len(seen) == 2
+
+
+def test_every_moment_without_refcount_blocks_leaves_the_old_disk_or_the_new_one() -> None:
+    begun = start("width-64")  # a block counts 64 clusters
+    file = begun.image.copy()
+    before = begun.contents.ljust(256 << 9, b"n")
+    setup = CrashDriver(7)
+    disk = setup.run(open_image(file, begun.backing))
+    setup.run(disk.grow(256 << 9))
+    setup.run(disk.write(len(begun.contents), MemoryBuffer(before[len(begun.contents) :])))
+    setup.run(disk.close())
+    initial, driver = file.copy(), CrashDriver(7)
+    disk = driver.run(open_image(file, begun.backing))
+    driver.run(disk.shrink(20 << 9))
+    driver.run(disk.close())
+    assert len(blocks(file.read(0, file.size))) < len(blocks(initial.read(0, initial.size))) - 1
+    seen = {look(state, "width-64") for state in states(driver, initial, file, 3, samples=3)}
+    assert seen == {before, before[: 20 << 9]}
 
 
 def look(file: SimulatedFile, kind: str) -> bytes:
