@@ -150,7 +150,7 @@ def plan(options: Options) -> Plan:
     """
     _validate(options)
     cluster_size = options.cluster_size
-    l1_size = max(1, l1_entries(options.size, options.cluster_bits, options.entries.nbytes))
+    l1_size = l1_entries(options.size, options.cluster_bits, options.entries.nbytes)
     l1_clusters = clusters_of(l1_size * layout.ENTRY_SIZE, cluster_size)
     data_clusters = options.mapped_clusters if options.data_file_name is None else 0
     l2_clusters = clusters_of(options.mapped_clusters * options.entries.nbytes, cluster_size)

@@ -97,3 +97,15 @@ def test_a_death_while_creating_leaves_no_image_that_opens() -> None:
         except UnsupportedImage:
             continue  # no magic: no image
         assert state.content() in (old.content(), file.content()), header
+
+
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10", "cluster_size=512", "lazy_refcounts=on"])
+def test_a_disk_of_nothing_takes_no_more_than_is_measured_and_grows(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "disk"
+    qcow2_tool_ok("create", "-o", options, path, "0")
+    assert_clean(path)
+    measured = qcow2_tool_ok("measure", "-O", "qcow2", "-o", options, "--size", "0")
+    assert f"fully allocated size: {path.stat().st_size}\n" in measured
+    qcow2_tool_ok("resize", path, "1M")
+    assert_clean(path)
+    assert_same_disk(path, bytes(1 << 20))
