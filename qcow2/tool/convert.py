@@ -8,6 +8,7 @@ from functools import partial
 
 from qcow2.driver.pool import PoolDriver
 from qcow2.driver.uri import is_nbd
+from qcow2.format.layout import MIN_CLUSTER_SIZE
 from qcow2.job.content import SPARSE_UNIT
 from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.source import Source
@@ -111,8 +112,6 @@ def run_command(arguments: argparse.Namespace) -> int:
             raise Failure(CONCATENATED)
         finish = _bitmaps(wish, images, arguments) if arguments.bitmaps else _nothing
         below = stack.enter_context(_base(wish, arguments))
-        if arguments.no_create:  # what the target is over, and what it has itself, is not ours to say
-            below = None
         is_shared = below is not None and _is_backing_of(below, images[0])
         source = Source.of(*images, tells_below=is_shared, on_loss=_warn_of_loss if arguments.salvage else None)
         target = stack.enter_context(_target(wish, images, below, arguments))
@@ -168,6 +167,8 @@ def _manner(arguments: argparse.Namespace) -> Manner:
     if sparse % 512 or sparse > MAX_SPARSE:
         text = f"Valid sizes are multiples of 512 up to {MAX_SPARSE}. Select 0 to disable sparse detection"
         raise Failure(f"Invalid buffer size for sparse output specified. {text} (fully allocates output).")
+    if sparse and arguments.compress:  # each cluster that is zeros is left out, whatever -S says, as in QEMU
+        sparse = MIN_CLUSTER_SIZE
     width = int(arguments.parallel) if arguments.parallel.isascii() and arguments.parallel.isdigit() else 0
     if not 1 <= width <= MAX_WIDTH:
         raise Failure(f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WIDTH}")
@@ -196,7 +197,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     if arguments.bitmaps and len(arguments.filenames) > 2:
         raise Failure("Copying bitmaps only possible with single source")
     if arguments.no_create and arguments.target_format_options:
-        say("warning: -o has no effect when skipping image creation")
+        raise Failure("-o has no effect when skipping image creation")
 
 
 def _refuse_unreadable(given: dict[str, str], image_format: str) -> None:
@@ -254,6 +255,9 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
         return
     if not FORMATS[wish.image_format].has_metadata:
         raise Failure(f"Backing file not supported for file format '{wish.image_format}'")
+    if arguments.no_create:  # what the target is over, and what it has itself, is not ours to say
+        yield None
+        return
     if not image_format:
         raise Failure("Use of backing file requires explicit backing format")
     validate_backing(name, image_format)

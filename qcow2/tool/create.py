@@ -17,6 +17,7 @@ from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import default_format, is_qemu_img
 from qcow2.tool.named import FILE
 from qcow2.tool.option import (
+    LEGACY,
     OPTIONS,
     asks_for_help,
     image_options,
@@ -219,12 +220,15 @@ def _size(request: Request, *, look: bool) -> int:
 def _announcement(request: Request, options: Options, size: int) -> str:
     """One line like qemu-img's; the size as it was typed."""
     words = [f"Formatting {_quoted(request.name)}, fmt=qcow2"]
+    words += [f"{name}={request.given[name]}" for name in (LEGACY,) if name in request.given]
     words += [f"{name}={text}" for name, text in request.given.items() if name.startswith("encrypt.")]
     words.append(f"cluster_size={options.cluster_size}")
     words.append(f"extended_l2={'on' if options.has_subclusters else 'off'}")
     if "preallocation" in request.given:
         words.append(f"preallocation={options.preallocation.value}")
-    words += [f"compression_type={options.compression.name.lower()}", f"size={size}"]
+    words.append(f"compression_type={options.compression.name.lower()}")
+    words += [f"{name}={request.given[name]}" for name in ("keep_data_file",) if name in request.given]
+    words.append(f"size={size}")
     if "compat" in request.given:
         words.append(f"compat={request.given['compat']}")
     if options.backing_name is not None:

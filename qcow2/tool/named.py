@@ -1,6 +1,7 @@
 """The image that a command line names: a path and a format; with --image-opts, or as json:{...}, all by their names."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from qcow2.node.jsonname import HOST_DRIVERS, PATH_KEYS, PREFIX, is_tuning, opti
 from qcow2.tool.commas import split_commas
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
+from qcow2.tool.opening import opening
 from qcow2.tool.secret import add_object_option
 
 MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
 FILE = "file:"  # in front of a path that has a colon itself
 HEADER = "header.filename"
+BELOW = "backing."  # of the options of the backing file
 WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
          Specify the 'raw' format explicitly to remove the restrictions."""
@@ -114,17 +117,37 @@ def _of_options(given: dict[str, str], text: str) -> Named:
         given.pop(key)
     if driver in HOST_DRIVERS:
         driver = "raw"
-    if path is None and driver is not None and not given and "=" not in text:
+    if path is None and driver == text:
         raise Failure(f"Could not open '{text}': Cannot find device='{text}' nor node-name='{text}'")
+    if driver is not None and driver not in FORMATS:
+        raise Failure(f"Could not open '{text}': Unknown driver '{driver}'")
     if path is None:
-        raise Failure('A block device must be specified for "file"')
+        raise Failure(f"Could not open '{text}': A block device must be specified for \"file\"")
     if driver is None:
         driver = guessed(path)
-    if driver not in FORMATS:
-        raise Failure(f"Unknown driver '{driver}'")
+    _require_backing(path, {key.removeprefix(BELOW): given.pop(key) for key in [*given] if key.startswith(BELOW)}, text)
     own = ("key-secret", HEADER) if FORMATS[driver].has_key_slots else ()
     given.pop("header.driver", None) if HEADER in given else None
     unknown = [key for key in given if not key.startswith("encrypt.") and key not in own]
     if unknown:
-        raise Failure(f"Block format '{driver}' does not support the option '{unknown[0]}'")
+        raise Failure(f"Could not open '{text}': Block format '{driver}' does not support the option '{unknown[0]}'")
     return Named(path, driver, given)
+
+
+def _require_backing(path: str, given: dict[str, str], text: str) -> None:
+    """Return if *given*, said of the backing file of the image at *path*, names the one that the image names.
+
+    What else it says, the key's id, needs no more: each key that is given is tried. Raises: Failure.
+    """
+    if not given:
+        return
+    from qcow2.driver.file import run
+    from qcow2.format.header import read_header
+    from qcow2.library.hostfile import opened
+    from qcow2.node.gate import backing_path
+
+    said = _of_options(given, text).path
+    with opening(path), opened(path, force_share=True) as file:
+        name = run(read_header(file, trust_refcounts=False)).backing_name
+    if name is None or not os.path.exists(said) or not os.path.samefile(said, backing_path(path, name)):
+        raise Failure(f"{path}: {said!r} is not its backing file; `rebase` changes which one that is")

@@ -14,6 +14,7 @@ from qcow2.format.layout import (
     SECTOR_SIZE,
     VERSIONS,
 )
+from qcow2.library.newdata import EMPTY, KEEP
 from qcow2.tool.commas import split_commas
 from qcow2.tool.encryption import captions, encryption_of
 from qcow2.tool.quantity import parse_size
@@ -35,6 +36,7 @@ OPTIONS = {
         "data_file": "<str>        - File name of an external data file",
         "data_file_raw": "<bool (on/off)> - The external data file must stay valid as a raw image",
         "data_file_use": "<str>    - What to do with one that exists: keep its content, or empty it",
+        "keep_data_file": "<bool (on/off)> - Assume the external data file already exists and do not overwrite it",
         "encrypt.format": "<str>   - Encrypt the image, format choices: 'aes', 'luks'",
         **captions("encrypt."),
         "refcount_bits": "<num>    - Width of a reference count entry in bits",
@@ -51,6 +53,7 @@ OPTIONS = {
     },
 }
 HINTS = ("extent_size_hint", "nocow")  # to one kind of host file system: taken, and not passed on
+LEGACY = "encryption"  # with AES
 SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 MAX_FORMAT_BYTES = 15  # QEMU opens no image that says more
 RAW_PREALLOCATIONS = {kind.value: kind for kind in Preallocation if kind is not Preallocation.METADATA}
@@ -87,10 +90,25 @@ def parse_options(texts: list[str], image_format: str) -> dict[str, str]:
     for name, value in split_options(texts):
         if name in HINTS:
             continue
-        if name not in known:
+        if name == LEGACY and image_format == "qcow2":
+            if _choice({name: value}, name, "off", SWITCH):
+                raise ValueError(f"{name}={value}: legacy AES is not created, say encrypt.format=luks")
+        elif name not in known:
             raise ValueError(f"option {name!r} is unknown, known are {', '.join(known)}")
         parsed[name] = value
+    _translate_keep(parsed)
     return parsed
+
+
+def _translate_keep(given: dict[str, str]) -> None:
+    """Say in our words what `keep_data_file` says in those of QEMU 11. Raises: ValueError."""
+    if "keep_data_file" in given:
+        is_kept = _choice(given, "keep_data_file", "off", SWITCH)
+        if is_kept and not given.get("data_file"):
+            raise ValueError("Must not use 'keep_data_file=on' without 'data_file'")
+        use = KEEP if is_kept else EMPTY
+        if given.setdefault("data_file_use", use) != use:
+            raise ValueError(f"keep_data_file={given['keep_data_file']} contradicts data_file_use={KEEP}, or {EMPTY}")
 
 
 def image_options(

@@ -33,9 +33,12 @@ def parse_size(text: str) -> int:
 
 
 def size_of(what: str, text: str) -> int:
-    """The same, of *what* it is. Raises: ValueError; Failure for what `qemu-img` has its own words for."""
+    """The same, of *what* it is; `qemu-img` also takes what C's strtod does, spaces and a plus in front.
+
+    Raises: ValueError; Failure for what `qemu-img` has its own words for.
+    """
     try:
-        return parse_size(text)
+        return parse_size(re.sub(r"^\s*\+?(?=\d)", "", text, flags=re.ASCII) if is_qemu_img() else text)
     except ValueError as error:
         if not is_qemu_img():
             raise

@@ -10,7 +10,7 @@ from qcow2.format.layout import (
     MIN_CLUSTER_SIZE,
     VERSIONS,
 )
-from qcow2.tool.option import DETACHED, HINTS, OPTIONS, PREALLOCATIONS, SWITCH
+from qcow2.tool.option import DETACHED, HINTS, LEGACY, OPTIONS, PREALLOCATIONS, SWITCH
 from qcow2.tool.quantity import parse_size
 
 NEWER = "compatibility level 1.1 {} above (use version=v3 or greater)"
@@ -28,7 +28,7 @@ ANY_SIZE = (
 def unreadable(given: dict[str, str], image_format: str) -> str | None:
     """Its complaint about options that it cannot read; None if it has none."""
     for name in given:
-        if name not in (*OPTIONS[image_format], *HINTS):
+        if name not in (*OPTIONS[image_format], *HINTS, *([LEGACY] if image_format == "qcow2" else [])):
             return f"Invalid parameter '{name}'"
     if given.get("nocow", "off") not in SWITCH:
         return "Parameter 'nocow' expects 'on' or 'off'"
@@ -39,7 +39,7 @@ def unreadable(given: dict[str, str], image_format: str) -> str | None:
     for name in ("size", "cluster_size"):
         if _size(given.get(name, "0")) is None:
             return ANY_SIZE.format(name)
-    for name in ("lazy_refcounts", "extended_l2", "data_file_raw"):
+    for name in ("lazy_refcounts", "extended_l2", "data_file_raw", "keep_data_file", LEGACY):
         if given.get(name, "off") not in SWITCH:
             return f"Parameter '{name}' expects 'on' or 'off'"
     if not (given.get("refcount_bits", "16").lstrip("-").isdigit()):

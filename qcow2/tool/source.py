@@ -33,10 +33,15 @@ def wanted_snapshot(arguments: argparse.Namespace) -> str | Choice | None:
     wanted: str | None = arguments.snapshot
     if wanted is None or not wanted.startswith("snapshot."):
         return wanted
-    given = dict(part.partition("=")[::2] for part in split_commas(wanted))
-    if unknown := set(given) - {"snapshot.id", "snapshot.name"}:
-        say(f"Invalid parameter '{min(unknown)}'")
-        raise Failure(f"Failed in parsing snapshot param '{wanted}'")
+    given = {}
+    for part in split_commas(wanted):
+        name, equals, value = part.partition("=")
+        if not equals:
+            say(f"warning: short-form boolean option '{name}' deprecated\nPlease use {name}=on instead")
+        if name not in ("snapshot.id", "snapshot.name"):
+            say(f"Invalid parameter '{name}'")
+            raise Failure(f"Failed in parsing snapshot param '{wanted}'")
+        given[name] = value if equals else "on"
     return Choice(given.get("snapshot.id"), given.get("snapshot.name"))
 
 

@@ -370,3 +370,20 @@ def test_compressed_streams_of_all_sizes_share_clusters(tmp_path: Path, compress
     assert ours.stat().st_size <= theirs.stat().st_size * 1.02
     with qcow2.open(ours) as disk:
         assert disk.read(0, disk.size) == source.read_bytes()
+
+
+@pytest.mark.parametrize("sparse", ["512", "4k", "64k"])
+def test_no_cluster_of_zeros_is_compressed(tmp_path: Path, sparse: str) -> None:
+    content = bytearray(64 << 10)
+    for place in (0, 8 << 10, 17 << 10):
+        content[place : place + 1024] = b"d" * 1024
+    (tmp_path / "raw").write_bytes(content)
+    options = ("-c", "-S", sparse, "-o", "cluster_size=1k")
+    qcow2_tool_ok("convert", "-f", "raw", "-O", "qcow2", *options, tmp_path / "raw", tmp_path / "new")
+    extents = json.loads(qcow2_tool_ok("map", "--output=json", tmp_path / "new"))
+    assert [(each["start"], each["length"]) for each in extents if each["compressed"]] == [
+        (0, 1024),
+        (8 << 10, 1024),
+        (17 << 10, 1024),
+    ]
+    assert qemu_read(tmp_path / "new") == content

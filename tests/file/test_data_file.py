@@ -165,9 +165,23 @@ def test_content_that_exists_is_never_lost_unasked(tmp_path: Path) -> None:
     assert data.read_bytes() == bytes(2 * MIB)
 
 
+def test_content_is_kept_or_not_in_the_words_of_qemu_11(tmp_path: Path) -> None:
+    data, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    data.write_bytes(b"k" * MIB)
+    options = "data_file=disk.raw,data_file_raw=on"
+    assert "keep_data_file=on" in qcow2_tool_ok("create", "-o", f"{options},keep_data_file=on", path, "1M")
+    assert shown_to_qemu(path) == b"k" * MIB == data.read_bytes()
+    qcow2_tool_ok("create", "-o", f"{options},keep_data_file=off", path, "1M")
+    assert data.read_bytes() == bytes(MIB)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ("keep_data_file=on", "Must not use 'keep_data_file=on' without 'data_file'"),
+        ("data_file=b,keep_data_file=on", "needs data_file_raw=on"),
+        ("data_file=b,keep_data_file=off,data_file_use=keep", "contradicts data_file_use=keep"),
+        ("data_file=nosuch,data_file_raw=on,keep_data_file=on", "No such file or directory"),
         ("data_file_raw=on", "data-file-raw requires data-file"),
         ("data_file=d,compat=0.10", "External data files are only supported with compatibility level 1.1"),
         ("data_file=d,data_file_raw=on,backing_file=b,backing_fmt=raw", "cannot be used at the same time"),

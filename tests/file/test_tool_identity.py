@@ -96,3 +96,28 @@ def test_images_are_named_by_options(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_no_options_name_is_refused(words: list[str], said: str) -> None:
     done = qcow2_tool("info", *words)
     assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+
+
+def test_options_of_a_backing_file_must_be_of_the_one_that_the_image_names(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        qemu_img("create", "-q", "-f", "qcow2", tmp_path / name, "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", tmp_path / "top")
+
+    def said(name: str) -> str:
+        options = f"driver=qcow2,file.filename={tmp_path / 'top'},backing.file.filename={tmp_path / name}"
+        return qcow2_tool("commit", "--image-opts", options).stderr
+
+    assert "is not its backing file" in said("other")
+    assert "is not its backing file" in said("nosuch")
+    assert said("base") == ""
+
+
+def test_the_key_of_an_encrypted_backing_file_is_named_among_the_options(tmp_path: Path) -> None:
+    secrets = ["--object", "secret,id=s0,data=zero", "--object", "secret,id=s1,data=one"]
+    base, top = tmp_path / "base", tmp_path / "top"
+    luks = "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret"
+    qcow2_tool_ok("create", "-q", *secrets, "-o", f"{luks}=s0", base, "1M")
+    qcow2_tool_ok("create", "-q", *secrets, "-o", f"{luks}=s1", "-b", base, "-F", "qcow2", top)
+    lower = f"backing.driver=qcow2,backing.file.filename={base},backing.encrypt.key-secret=s0"
+    options = f"driver=qcow2,file.filename={top},encrypt.key-secret=s1,{lower}"
+    assert qcow2_tool_ok("commit", *secrets, "--image-opts", options) == "Image committed.\n"
