@@ -214,6 +214,7 @@ ROWS = [
     "convert base",
     "convert",
     "convert -m 17 base new",
+    "convert -r +1M -O qcow2 base new",
     "convert -F raw base new",
     "convert -c -S 0 -C base new",
     "compare -T foo base top",
