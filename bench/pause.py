@@ -7,6 +7,8 @@ little more than `SNAPSHOTS * DISK` bytes; after `--seconds` it ends with what i
 """
 
 import argparse
+import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -36,6 +38,7 @@ WARM = 0.5  # seconds
 STEP = 0.01  # seconds, between two looks whether the snapshot is taken
 AFTER = 0.05  # seconds that count as well
 PATIENCE = 20.0  # seconds, with a QEMU that takes a snapshot
+LONGEST = 60.0  # seconds that a QEMU serves one image; then it is killed: some neither answer nor end
 
 Take = Callable[[str], None]
 Serve = Callable[[Path, ExitStack], AbstractContextManager[tuple[str, Take]]]
@@ -76,7 +79,11 @@ def qemus(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
     listening, address = listen()
     path = image.with_suffix(".monitor")
     command = qemu_command(Service(image, CacheMode.WRITEBACK), listening.fileno(), Aio.IO_URING)
-    stack.enter_context(Server([*command, *monitor_options(path)], listening))
+    server = stack.enter_context(Server([*command, *monitor_options(path)], listening))
+    watchdog = threading.Timer(LONGEST, os.kill, (server.pid, signal.SIGKILL))
+    watchdog.daemon = True
+    stack.callback(watchdog.cancel)  # before the server is waited for, and its number may be another's
+    watchdog.start()
     nodes = ["disk"]
 
     def take(name: str) -> None:
@@ -90,15 +97,14 @@ def qemus(image: Path, stack: ExitStack) -> Iterator[tuple[str, Take]]:
         yield address, take
 
 
-def measure(snapshots: int, seconds: float, server: Serve, directory: Path) -> Found:
-    """Take them, on one image after another, until *seconds* are over."""
-    found, ends_at = Found(), time.monotonic() + seconds
+def measure(snapshots: int, seconds: float, server: Serve, directory: Path, found: Found) -> None:
+    """Take them, on one image after another, until *seconds* are over: *found* has what was, also when this raises."""
+    ends_at = time.monotonic() + seconds
     while len(found.slowest) < snapshots and time.monotonic() < ends_at:
         with tempfile.TemporaryDirectory(dir=directory) as mine:
             image = Path(mine).resolve() / "disk.qcow2"
             create(image, DISK, lazy_refcounts=True)
             measure_image(image, min(SNAPSHOTS, snapshots - len(found.slowest)), ends_at, server, found)
-    return found
 
 
 def measure_image(image: Path, snapshots: int, ends_at: float, server: Serve, found: Found) -> None:
@@ -150,6 +156,8 @@ def while_taken(load: Load, take: Callable[[], None], found: Found) -> None:
 
 def told(what: str, values: list[float]) -> str:
     """Its line: how many there are, and where they lie."""
+    if len(values) < 2:
+        return f"{what}: {values}"
     quantiles = statistics.quantiles(values, n=100, method="inclusive")
     named = {"median": quantiles[49], "p90": quantiles[89], "p99": quantiles[98], "max": max(values)}
     return f"{what}, {len(values)}, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in named.items())
@@ -172,7 +180,13 @@ def main() -> int:
         mine = stack.enter_context(tempfile.TemporaryDirectory(dir=given.directory, prefix="pause-"))
         stack.callback(ignore_signals)
         for name, server in servers:
-            found = measure(given.snapshots, given.seconds, server, Path(mine))
+            found = Found()
+            try:
+                measure(given.snapshots, given.seconds, server, Path(mine), found)
+            except (OSError, RuntimeError) as error:
+                if server is not qemus:
+                    raise
+                print(f"{name} ended early: {error}")
             print(told(f"{name}, slowest request in a {given.action}", found.slowest))
             print(told(f"{name}, slowest request right before", found.before))
             print(told(f"{name}, the command", found.commands), flush=True)
