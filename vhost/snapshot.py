@@ -77,6 +77,7 @@ class Snapshots:
         past: list[SharedMemory | None] = []
         stable: Future[tuple[str, bool]] = Future()
         try:
+            overlay.make_tables(self._device.worker.call(lambda: overlay.below.used_lately))
             bitmaps.add(overlay.image)
             if not bitmaps.are_any:  # whose live bits want a longer log
                 overlay.begin_log()

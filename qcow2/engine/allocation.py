@@ -57,6 +57,7 @@ class Allocator:
         self._under_way: Signal | None = None  # of the reservation in progress
         self._gathering: Signal | None = None  # of the one for `allocate_unsynced`
         self._low = 0  # at so many the next reservation begins
+        self._low_unsynced = 0  # the same for copies
         self._next_bytes = FIRST_RUN_BYTES
         most_if_lazy = MAX_LAZY_BLANK_BYTES if self._encrypts else MAX_LAZY_RUN_BYTES
         self._max_bytes = most_if_lazy if root.is_lazy else MAX_RUN_BYTES
@@ -104,23 +105,44 @@ class Allocator:
             else:
                 await self._gather(nclusters)
         self._stability.require_trust()
-        return self._unsynced.take(nclusters)
+        taken = self._unsynced.take(nclusters)
+        if len(self._unsynced) <= self._low_unsynced and self._gathering is None and self._reservations.room:
+            await Spawn(self._gather_ahead(self._begin_gathering()))
+        return taken
 
     async def _gather(self, nclusters: int) -> None:
         self._stability.require_trust()
-        ended = self._gathering = Signal()
+        if self._stock and not self._reservations.room:
+            self._unsynced.add([self._stock.take(nclusters)])
+            return
         try:
-            if self._stock and not self._reservations.room:
-                self._unsynced.add([self._stock.take(nclusters)])
-            else:
-                self._unsynced.add(await self._reservations.reserve_what_fits(max(nclusters, self._run_length())))
+            await self._gather_once(max(nclusters, self._run_length()), self._begin_gathering())
         except OSError as error:
             if not lacks_room(error) or not self._stock:
                 raise
             self._unsynced.add([self._stock.take(nclusters)])
+
+    async def _gather_ahead(self, ended: Signal) -> None:
+        """The same before the last one is taken: else all that a guest has under way enters Python with it."""
+        try:
+            with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
+                await self._gather_once(self._run_length(), ended)
+        except MemoryError:
+            self._stability.fail(no_memory())
+
+    async def _gather_once(self, wanted: int, ended: Signal) -> None:
+        try:
+            self._unsynced.add(await self._reservations.reserve_what_fits(wanted))
+            self._low_unsynced = len(self._unsynced) // 2
         finally:
             self._gathering = None
+            self._unsynced.keep(self._low_unsynced)
             ended.set()
+
+    def _begin_gathering(self) -> Signal:
+        self._unsynced.keep(0)
+        self._gathering = Signal()
+        return self._gathering
 
     def _begin(self) -> Signal:
         """A reservation begins: until it has ended the extent map may take all that is left."""
@@ -263,8 +285,8 @@ class Allocator:
 
         Nothing else is under way. Process-safe on return.
         """
-        while self._under_way is not None:
-            await self._under_way.wait()
+        while signal := self._under_way or self._gathering:
+            await signal.wait()
         async with self._refcounts.mutex.hold():
             await self._give_back()
             await self._refcounts.write_all()

@@ -35,7 +35,7 @@ class Changes:
         self._space = space = Space(opened, root, found)
         self.uncounted = space.uncounted
         self.links = links = Links(opened, space.reaper, log)
-        tables = Tables(opened, root, space)
+        self.tables = tables = Tables(opened, root, space)
         self.writer = Writer(opened, root, space, links, tables)
         self.packer = Packer(opened, root, space, links, tables, self.writer)
         self.zeroer = Zeroer(opened, root, space, links, tables, self.writer)

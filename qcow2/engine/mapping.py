@@ -292,7 +292,7 @@ class Mapping:
         first = number // in_table * in_table if in_table <= KNOWN_SLICES else number
         end = min(first + in_table, first + KNOWN_SLICES, geometry.slice_of(geometry.size - 1) + 1)
         for empty in range(first, end):
-            self.cache.load(empty, bytes(geometry.slice_bytes))
+            self.cache.load_empty(empty)
 
     def forget(self, l1: "array[int]") -> None:
         """The tables in the file were changed by others; the L1 table, where it was, holds *l1*. No entry is held."""

@@ -91,6 +91,12 @@ class ReadableImage:
         has_snapshots = not self.geometry.has_data_file
         return Capabilities(self.geometry.cluster_size, has_snapshots=has_snapshots, has_bitmaps=True)
 
+    @property
+    def used_lately(self) -> list[range]:
+        """Where the disk was read or written, as far as the cache of L2 slices tells: in guest bytes."""
+        nbytes = 1 << self.geometry.slice_bits
+        return [range(number * nbytes, min((number + 1) * nbytes, self.size)) for number in self._cache.used()]
+
     def set_slot(self, file: File, slot: int | None) -> None:
         """Say which of the worker's files *file*, one of the chain's, is; None takes it back."""
         is_told = self._native is not None or not self._data.is_encrypted  # else only Python can tell

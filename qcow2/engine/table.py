@@ -1,11 +1,17 @@
 """L2 tables: a new one where there is none, a copy where a snapshot shares it."""
 
+from collections.abc import Iterable
+from itertools import islice
+
 from qcow2.driver.operation import Read, Signal
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.space import Space
+
+MOST_TABLES = 64  # that are made ahead: a write each
+MOST_BYTES = 4 << 20  # of them
 
 
 class Tables(Part):
@@ -26,6 +32,13 @@ class Tables(Part):
                 await self._under_way[index].wait()
             else:
                 await self._make_private(index, guest_offset)
+
+    async def require_some(self, used: Iterable[range]) -> None:
+        """As `require_private` for the guest bytes *used*, until there are `MOST_BYTES` of tables, one at least."""
+        bits = self._geometry.table_bits
+        indexes = dict.fromkeys(index for part in used for index in range(part.start >> bits, (part[-1] >> bits) + 1))
+        for index in islice(indexes, min(MOST_TABLES, max(1, MOST_BYTES // self._geometry.cluster_size))):
+            await self.require_private(index << bits)
 
     async def _make_private(self, index: int, guest_offset: int) -> None:
         signal = self._under_way[index] = Signal()

@@ -2,7 +2,7 @@
 
 import errno
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import Buffer, File
@@ -168,6 +168,14 @@ class WritableImage(ReadableImage):
         """Do now, stable on return, what the first write would wait for. Raises: OSError, CorruptImage."""
         changes = await self._changing()
         await changes.guard(changes.make_ready())
+
+    async def make_tables(self, used: Iterable[range]) -> None:
+        """Have L2 tables for parts of the disk that will be written to soon, as far as they take little space.
+
+        As `make_ready` it spares the first writes the time. Raises: OSError, CorruptImage.
+        """
+        changes = await self._changing()
+        await changes.guard(changes.tables.require_some(used))
 
     async def _alone(self) -> "Changes":
         """What changes the image; no link waits, and nobody else is about to change anything."""

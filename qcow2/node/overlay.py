@@ -7,6 +7,7 @@ who opens it after a death at any point finds the image as it was, or the overla
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
@@ -121,6 +122,10 @@ class Overlay:
         ):  # or `switch` would take the last name
             raise FileExistsError(errno.EEXIST, "is no second name of the image", self._frozen)
         sync_directory(self._frozen)
+
+    def make_tables(self, used: Iterable[range]) -> None:
+        """Have L2 tables where the disk is *used*: a first write there is no other than the next. Raises: OSError."""
+        run(self.image.make_tables(used))
 
     def begin_log(self) -> None:
         """Begin the link log of the overlay, if one is to be had: `let_links_wait` wants it. Raises: OSError."""

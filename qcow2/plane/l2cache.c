@@ -172,22 +172,31 @@ static uint32_t take_slot(struct l2map *map)
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data)
 {
     size_t nwords = slice_nwords(map);
-    uint32_t slot = l2map_find(map, slice);
+    uint32_t slot = l2map_find(map, slice), *bucket = bucket_of(map, slice);
     uint64_t *words;
 
     if (slot == NONE) {
-        uint32_t *bucket = bucket_of(map, slice);
-
         slot = take_slot(map);
         map->slice_of[slot] = slice;
         map->next[slot] = *bucket;
         *bucket = slot;
-        map->referenced[slot] = 1;
     }
+    map->referenced[slot] = data != NULL;
     words = slice_words(map, slot);
-    memcpy(words, data, nwords * sizeof(*words));
+    if (data)
+        memcpy(words, data, nwords * sizeof(*words));
     for (size_t i = 0; i < nwords; i++)
-        words[i] = be64toh(words[i]);
+        words[i] = data ? be64toh(words[i]) : 0;
+}
+
+uint32_t l2map_used(const struct l2map *map, uint64_t *slices, uint32_t limit)
+{
+    uint32_t count = 0;
+
+    for (uint32_t slot = 0; slot < map->nused && count < limit; slot++)
+        if (map->referenced[slot])
+            slices[count++] = map->slice_of[slot];
+    return count;
 }
 
 static uint64_t in_slice(const struct l2map *map, uint64_t cluster)

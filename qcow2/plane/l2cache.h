@@ -77,8 +77,10 @@ uint64_t l2map_loads(const struct l2map *map);
 /* How often clear has written entries. */
 uint64_t l2map_clears(const struct l2map *map);
 
-/* Put a slice in the cache: `data` as in the file. Evicts another one if need be. */
+/* Put a slice in the cache: `data` as in the file; NULL: without entries, and not used yet. Evicts another one if need be. */
 void l2map_load(struct l2map *map, uint64_t slice, const uint8_t *data);
+/* Find slices, at most `limit`, that were used since they were loaded; once the cache is full, lately. -> how many. */
+uint32_t l2map_used(const struct l2map *map, uint64_t *slices, uint32_t limit);
 /* n entries from guest_offset on are now those of `words`; ignored if the slice is not in the cache. They lie in one. */
 void l2map_update(struct l2map *map, uint64_t guest_offset, const uint64_t *words, size_t n);
 /* The entry of the guest cluster, whose slice is in the cache. */

@@ -11,6 +11,7 @@ from qcow2.plane.entry import WORD_BITS, Entries
 from qcow2.plane.untouched import Untouched
 
 MIN_SLOTS = 64
+USED_SLICES = 4096  # that are told of at a time
 
 
 class Kind(IntEnum):
@@ -199,6 +200,15 @@ class L2Cache:
     def load(self, slice_number: int, data: bytes) -> None:
         """Put a slice, as it is in the file, into the cache."""
         lib.l2map_load(self._map, slice_number, ffi.from_buffer("uint8_t[]", data))
+
+    def load_empty(self, slice_number: int) -> None:
+        """Put a slice without entries into the cache, which nobody has used yet."""
+        lib.l2map_load(self._map, slice_number, ffi.NULL)
+
+    def used(self) -> list[int]:
+        """Slices in the cache that were used since they came there, if it is full lately: some, if there are many."""
+        slices = ffi.new("uint64_t[]", USED_SLICES)
+        return list(slices[0 : lib.l2map_used(self._map, slices, USED_SLICES)])
 
     def update(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The entries from *guest_offset* on, all in one slice, have become *entries*."""

@@ -110,6 +110,32 @@ def test_snapshot_takes_the_worker_as_long_over_any_chain(tmp_path: Path) -> Non
     assert max(counts[15:]) <= max(counts[2:5]) * 1.1
 
 
+def test_first_writes_after_a_snapshot_do_not_enter_python(tmp_path: Path) -> None:
+    with serve(make(tmp_path)) as served, FrontEnd(served.socket_path) as guest:
+        snapshots = Snapshots(served.device, served.backend, served.held)
+        guest.write(0, b"w" * BLOCK)
+        for number in range(3):
+            assert snapshots.take(f"s{number}", Pace(), OverlayWish()) == ""
+            before = served.device.worker.counters.python_requests
+            for cluster in range(4):
+                guest.write(cluster * 65536, bytes([number]) * BLOCK)
+            assert served.device.worker.counters.python_requests == before
+
+
+def test_overlay_has_tables_where_the_disk_was_used_since_the_last_snapshot(tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "disk", size=2 << 30)
+    with serve(tmp_path / "disk") as served, FrontEnd(served.socket_path) as guest:
+        snapshots, counts = Snapshots(served.device, served.backend, served.held), []
+        for guest_offset in (0, 1 << 30):
+            guest.write(guest_offset, b"w" * BLOCK)
+        for number in range(3):
+            assert snapshots.take(f"s{number}", Pace(), OverlayWish()) == ""
+            assert served.held.disk is not None
+            counts.append(served.held.disk.image.statistics.l2_tables)
+            guest.write(0, b"w" * BLOCK)
+        assert counts == [2, 1, 1]
+
+
 @contextmanager
 def counted_calls(served: Served) -> Iterator[list[str]]:
     """The functions that are called on the worker's thread meanwhile."""

@@ -8,7 +8,7 @@ import pytest
 from qcow2.engine.replay import replay
 from qcow2.format.header import read_header
 from tests.engine import Bench, set_up, waiting
-from tests.extents import DISCARD, KEEP, UNMAP, Plane, clear_by, write_by
+from tests.extents import DISCARD, KEEP, UNMAP, UNTOUCHED, Plane, clear_by, write_by
 
 BITS = 14
 CLUSTER, UNIT = 1 << BITS, 1 << BITS - 5
@@ -123,6 +123,27 @@ def test_a_write_to_a_part_of_a_cluster_writes_the_part_and_the_entry() -> None:
     assert entry_words(bench, 2) == (word, 1 << 1 | 1 << 32 + 5)
     clear(bench, plane, model, 2 * CLUSTER + UNIT, UNIT, UNMAP)
     assert entry_words(bench, 2) == (0, (1 << 1 | 1 << 5) << 32), "nothing is left in its cluster"
+
+
+def test_copies_send_one_write_to_the_engine_before_their_stock_is_empty() -> None:
+    size = 1024 * CLUSTER
+    base = random.Random(1).randbytes(CLUSTER) * 1024
+    bench = set_up(size, cluster_bits=BITS, has_subclusters=True, log_capacity=200, base=base)
+    plane = Plane(bench.driver, bench.image, bench.file, bench.base)
+    bench.write(0, b"w" * UNIT)
+    sent = 0
+    for cluster in range(1, 500):
+        if cluster % 50 == 0:
+            bench.driver.run(bench.image.flush())
+        if not plane.write(cluster * CLUSTER, b"x" * UNIT):
+            sent += 1
+            next_one = plane.take((cluster + 1) * CLUSTER, UNIT)
+            assert next_one is not None, "others that are under way need not enter Python"
+            plane.conclude(next_one, UNTOUCHED)
+            bench.write(cluster * CLUSTER, b"x" * UNIT)
+    assert 2 < sent < 15
+    bench.close()
+    bench.assert_sound()
 
 
 def test_a_fresh_cluster_with_nothing_below_is_the_guests_as_a_whole() -> None:

@@ -6,7 +6,7 @@ makes that stable. What is done to the chain is what ships; what opens, names an
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -115,6 +115,9 @@ class SimulatedOverlay(Overlay):
 
     def name_frozen(self) -> None:
         """Each file has a name of its own from the start."""
+
+    def make_tables(self, used: Iterable[range]) -> None:
+        self._host.through(self.image.make_tables(used))
 
     def begin_log(self) -> None:
         if self.below.lets_links_wait:
