@@ -1,7 +1,9 @@
 """Where a mirror's copy lies: a file, which is new or there already, or an NBD export."""
 
+import errno
 import os
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Protocol
 
 from qcow2 import Disk
@@ -103,6 +105,15 @@ class CopyFile:
             raise ValueError(f"{self.path}: is {copy.size} bytes long, the disk is {source.size}")
         if source.is_encrypted and not copy.image.is_encrypted:
             raise UnsupportedImage(self.path, "not encrypted, as the disk is: it would hold that in plain")
+        if self._only_top:
+            self._require_same_below(copy)
+
+    def _require_same_below(self, copy: Disk) -> None:
+        """Names lead to what is open under the disk, or the copy would show what was put in its place."""
+        assert self._held.disk is not None
+        for file, other in zip_longest(self._held.disk.files[1:], copy.files[1:]):
+            if not _is_same(file, other):
+                raise OSError(errno.ESTALE, "another file has this name by now", (other or file).path)
 
     def _fill(self, file: HostFile, source: Node) -> None:
         if self.image_format == "raw":
@@ -154,6 +165,12 @@ class CopyFile:
 
     def abort(self) -> None:
         """It is here."""
+
+
+def _is_same(file: HostFile | None, other: HostFile | None) -> bool:
+    if file is other or file is None or other is None:
+        return file is other
+    return os.path.samestat(os.fstat(file.fd), os.fstat(other.fd))
 
 
 class CopyExport:

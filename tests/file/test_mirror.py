@@ -326,3 +326,20 @@ def test_a_copy_that_others_have_moved_is_not_served(top: Path, tmp_path: Path) 
         assert not top.is_symlink()
         daemon.stop()
     assert content(top)[:BLOCK] == b"w" * BLOCK
+
+
+@pytest.mark.parametrize("name", ["base", "mid"])
+def test_a_top_whose_backing_file_others_have_replaced_is_not_copied(top: Path, tmp_path: Path, name: str) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        shown = [guest.read(offset, BLOCK) for offset in range(0, SIZE, MIB)]
+        backing = ["-b", "base", "-F", "qcow2"] if name == "mid" else [str(SIZE)]
+        (tmp_path / name).rename(tmp_path / "moved")
+        qcow2_tool_ok("create", tmp_path / name, *backing)
+        with pytest.raises(ControlError, match=f"{name}: another file has this name by now"):
+            client.mirror("copy", top=True)
+        assert not (tmp_path / "copy").exists()
+        assert client.wait(client.mirror("whole").job).state == "ready"  # which needs no name
+        client.complete(1)
+        assert client.wait(1).state == "completed"
+        assert [guest.read(offset, BLOCK) for offset in range(0, SIZE, MIB)] == shown
+        daemon.stop()
