@@ -70,6 +70,21 @@ class Work(ABC):
         """What is left where the job has ended, finished or not, on its thread."""
 
 
+class Over(Work):
+    """What is remembered of *work*, which has ended: not the images that it had."""
+
+    def __init__(self, work: Work) -> None:
+        self.kind, self.about = work.kind, work.about
+
+    def begin(self, reins: Reins) -> Coroutine[Any, Any, None]:
+        """Never asked for."""
+        raise AssertionError("it has ended")
+
+    def finish(self) -> None:
+        """Never asked for."""
+        raise AssertionError("it has ended")
+
+
 class Room:
     """Whether jobs may be at the disk, and the lock of all that is known of them: nobody waits for the worker in it."""
 

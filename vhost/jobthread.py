@@ -1,5 +1,6 @@
 """What the thread of one job does: it begins the work, again after it had to make room, and says how it ended."""
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -12,7 +13,7 @@ from qcow2.job.reins import Reins
 from ring.thread import new_future
 from vhost.device import Device, die
 from vhost.disk import ImageBackend
-from vhost.job import Job, JobFailed, Room, RoomWanted
+from vhost.job import Job, JobFailed, Over, Room, RoomWanted
 from vhost.policy import OnError, State, is_final
 from vhost.problem import refusal_of
 
@@ -41,6 +42,7 @@ class JobThread:
         """All of it."""
         try:
             self._look_after()
+            gc.collect()  # images that it closed are in cycles, which do not weigh what C has for them
         except RuntimeError as error:  # the worker has ended; the daemon does, or has died of something else
             with self._changed:
                 self._on_end()
@@ -195,6 +197,7 @@ class JobThread:
             error = "; ".join(filter(None, [error, refusal_of(failure)]))
         with self._changed:
             self._on_end()
+            self._job.work = Over(self._job.work)
             self._job.turn(state, error)
 
 

@@ -1,11 +1,13 @@
 """Long work on a disk that a guest uses: what it leaves, who may stop it, and what a death in it costs."""
 
+import gc
 import json
 import os
 import pty
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,13 +16,21 @@ from typing import Any
 import pytest
 
 import qcow2
+from qcow2.engine.image import Image
 from tests.forge import popen
 from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, backing_name, qemu_img, qemu_io
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from tests.realfault.death import dying_from_start
+from tests.served import serve
 from vhost import Control, ControlError
+from vhost.jobcommands import JobCommands
+from vhost.jobs import Jobs
+from vhost.overlaybitmaps import OverlayBitmaps
+from vhost.overlaywish import OverlayWish
+from vhost.policy import ENDED
+from vhost.snapshot import Pace, Snapshots
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -532,3 +542,22 @@ def test_death_in_a_commit_of_what_the_image_holds(top: Path, tmp_path: Path, at
     assert backing_name(top) == "base"
     assert content(top) == content(tmp_path / "base") == shown
     assert_not_corrupt(top)
+
+
+def test_images_that_are_not_served_any_more_are_forgotten(tmp_path: Path) -> None:
+    """Each has a cache of its own, so a daemon that takes a snapshot a day must not keep those of all days."""
+    image = tmp_path / "disk"
+    qcow2_tool_ok("create", image, str(SIZE))
+    with serve(image) as served, FrontEnd(served.socket_path) as guest:
+        guest.write(0, b"a" * BLOCK)
+        ended = threading.Event()
+        with Jobs(served.device, served.backend, lambda report: report.state in ENDED and ended.set()) as jobs:
+            on_jobs = JobCommands(served.device, served.backend, served.held, jobs)
+            for number in range(3):
+                snapshots = Snapshots(served.device, served.backend, served.held)
+                assert snapshots.take(f"day{number}", Pace(), OverlayWish(OverlayBitmaps())) == ""
+                on_jobs.stream()
+                assert ended.wait(TIMEOUT)
+                ended.clear()
+            gc.collect()
+            assert len([each for each in gc.get_objects() if type(each) is Image]) == 1
