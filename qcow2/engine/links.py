@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from qcow2.driver.operation import Spawn
-from qcow2.engine.batch import Batch
+from qcow2.engine.batch import Batch, Unrecorded
 from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import Opened
 from qcow2.engine.rangelock import Mutex
@@ -45,8 +45,6 @@ class Links:
         self._beginning = Mutex()
         self._next = Batch()
         self._in_file: list[range] = []  # guest clusters whose links are in the file, though they wait: a commit failed
-        # By guest offset: entries, old ones, and what those leave.
-        self._unrecorded: dict[int, tuple[Sequence[int], Sequence[int], Sequence[int]]] = {}
         self._is_running = False
         if log is not None:
             opened.mapping.cache.set_log(log.native)
@@ -222,7 +220,7 @@ class Links:
             if not is_harmless(error):
                 self._stability.fail(error)
                 raise
-            await self._do_without_log(guest_offset, (entries, old_entries, freed), error)
+            await self._do_without_log(batch, Unrecorded(guest_offset, entries, old_entries, freed), error)
         if batch.nclusters > self._limit:
             batch.is_wanted = True
             await self._run()
@@ -232,40 +230,37 @@ class Links:
         bits, gathered = self._geometry.cluster_bits, batch.gathered
         return [(cluster << bits, (gathered.pop(cluster),)) for cluster in clusters if cluster in gathered]
 
-    async def _do_without_log(
-        self, guest_offset: int, link: tuple[Sequence[int], Sequence[int], Sequence[int]], error: OSError
-    ) -> None:
+    async def _do_without_log(self, batch: Batch, link: Unrecorded, error: OSError) -> None:
         """Bring a link into the file whose record does not count: the host has no space, or no memory, for the mark.
 
-        A commit may not need any. One that fails may have come so far; else it takes the link back.
+        A commit may not need any. One that fails may have come so far; else it takes the link back. Memory has the old
+        entries meanwhile: what somebody wrote to the new cluster, and was told is done, would be taken back, too.
         Raises: OSError; the entries are then as they were.
         """
-        self._unrecorded[guest_offset] = link
+        batch.unrecorded.append(link)
+        self._mapping.hold(link.guest_offset, link.old_entries)
         try:
             await self.commit()
         except OSError as failure:
             error = failure
-        if self._unrecorded.pop(guest_offset, None) is None:
+        if link.is_taken_back:
             raise error
 
-    def _take_back(self, batch: Batch, guest_offset: int, entries: Sequence[int]) -> bool:
-        """Let a link of *batch*, whose commit failed, never have been, if neither log nor file has it."""
-        is_in_file = any(self._geometry.cluster_of(guest_offset) in linked for linked in self._in_file)
-        if is_in_file or guest_offset not in self._unrecorded:
-            return False
-        if self._unrecorded[guest_offset][0] is not entries:
-            return False  # an earlier link of the cluster
-        _, old_entries, freed = self._unrecorded.pop(guest_offset)
-        batch.nclusters -= len(entries)
-        for cluster in freed:
+    def _take_back(self, batch: Batch, link: Unrecorded) -> None:
+        """Let a link of *batch*, whose commit failed, never have been, unless the file has it."""
+        if any(self._geometry.cluster_of(link.guest_offset) in linked for linked in self._in_file):
+            self._mapping.hold(link.guest_offset, link.entries)
+            return
+        link.is_taken_back = True
+        batch.links = [one for one in batch.links if one[1] is not link.entries]
+        batch.nclusters -= len(link.entries)
+        for cluster in link.freed:
             batch.freed.remove(cluster)
-        self._mapping.take_back(guest_offset, entries, old_entries)
+        self._mapping.release(link.guest_offset, link.old_entries)
         for earlier in (*batch.links, *self._next.links):
-            if earlier[1] is not entries:
-                self._mapping.remember_again(*earlier, guest_offset, old_entries)
+            self._mapping.remember_again(*earlier, link.guest_offset, link.old_entries)
         if not self._mapping.holds:
             self.policy.on_waiting(False)
-        return True
 
     def is_waiting(self, guest_offset: int, nclusters: int) -> bool:
         """Whether the link of one of the clusters, all of one slice, waits."""
@@ -348,6 +343,8 @@ class Links:
         await self._mapping.bring_all(joined, self._in_file.append)
         await self._forget(mark)
         self._in_file.clear()
+        for link in batch.unrecorded:
+            self._mapping.hold(link.guest_offset, link.entries)
         for guest_offset, entries in joined:
             self._mapping.release(guest_offset, entries)
         self._gather()
@@ -364,7 +361,8 @@ class Links:
 
     def _fail(self, batch: Batch, error: OSError) -> None:
         """Let the links of *batch* wait on, though some may be in the file; it was for want of space, or for good."""
-        batch.links = [link for link in batch.links if not self._take_back(batch, *link)]
+        for link in batch.unrecorded:
+            self._take_back(batch, link)
         self._next.links[:0] = batch.links + self._earlier(batch, list(batch.gathered))
         self._next.nclusters += batch.nclusters
         self._next.freed[:0] = batch.freed

@@ -259,15 +259,10 @@ class Mapping:
             del self._held[number]
             self.cache.unclaim(number)
 
-    def take_back(self, guest_offset: int, entries: Sequence[int], old_entries: Sequence[int]) -> None:
-        """Undo a `hold` of *entries*: they are the *old_entries* again, as they still are in the file."""
-        self.cache.update(guest_offset, old_entries)
-        self.release(guest_offset, entries)
-
     def remember_again(
         self, guest_offset: int, entries: Sequence[int], taken_back: int, old_entries: Sequence[int]
     ) -> None:
-        """Hold those of *entries*, which wait, that a `take_back` of *taken_back* has brought to light."""
+        """Hold those of *entries*, which wait, that a link at *taken_back*, which is undone, has brought to light."""
         old = dict(enumerate(old_entries, self.geometry.cluster_of(taken_back)))
         for cluster, entry in enumerate(entries, self.geometry.cluster_of(guest_offset)):
             if old.get(cluster) == entry:

@@ -283,6 +283,39 @@ def test_requests_that_a_full_host_fails_do_not_wait_for_each_other() -> None:
     assert bench.reopened_content() == old
 
 
+def test_nobody_sees_a_link_that_neither_log_nor_file_has() -> None:
+    """Who reads or writes its cluster meanwhile is told of something that never was."""
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))  # reserves a run
+    old = bench.read(9 * CLUSTER, CLUSTER)
+    bench.breaker.fault = full
+    targets = [bytearray(CLUSTER) for _ in range(20)]
+
+    async def look() -> None:
+        for target in targets:
+            await bench.image.read(9 * CLUSTER, MemoryBuffer(memoryview(target)))
+
+    new = MemoryBuffer(memoryview(noise(CLUSTER, 9)))
+    error, _ = together(bench, bench.image.write(9 * CLUSTER, new), look())
+    assert error.errno == errno.ENOSPC
+    assert {bytes(target) for target in targets} == {old}
+
+
+def test_a_link_that_the_file_has_and_no_log_is_seen() -> None:
+    bench, stores = overlay(), 0
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))
+
+    def first_mark(operation: Operation) -> OSError | None:
+        nonlocal stores
+        stores += isinstance(operation, Store)
+        return full(operation) if isinstance(operation, Store) and stores == 1 else None
+
+    bench.breaker.fault = first_mark
+    bench.write(9 * CLUSTER, noise(CLUSTER, 9))
+    assert stores > 1  # those of the commit
+    assert bench.read(9 * CLUSTER, CLUSTER) == in_the_file(bench, 9 * CLUSTER, CLUSTER) == noise(CLUSTER, 9)
+
+
 def test_of_links_that_a_commit_left_behind_only_the_one_without_a_record_never_was() -> None:
     """The entry of the first is in the file when the host fills up, the other's is not."""
     bench = overlay()
