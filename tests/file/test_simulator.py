@@ -26,6 +26,12 @@ def test_histories_of_data_that_goes_by_o_direct_keep_every_promise() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_histories_on_a_host_that_stays_full_keep_every_promise() -> None:
+    """In one of these an acknowledged write went with somebody else's link that neither log nor file took."""
+    done = simulate("--histories", "10", "--sort", "overlay", "--sort", "compressed-base", "--filled")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_whoever_finds_no_operation_free_gets_one_later() -> None:
     """Twice in these histories the engine waited for one that had long been free, and nobody told it."""
     done = simulate("--histories", "9", "--seed", "76", "--few")

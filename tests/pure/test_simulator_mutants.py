@@ -34,3 +34,14 @@ def test_what_was_wrong_is_said_without_what_differs() -> None:
     assert fault_of("history 7\n", "/tmp/include/ring/x.c:3: not so: a == 1 || b\n") == (
         r"assertion in ring/x.c: `a == 1 \|\| b`"
     )
+
+
+def test_who_falls_over_has_found_nothing() -> None:
+    began = "history 7\nseed 7: overlay, writethrough=True: "
+    stumbled = (
+        f"{began}Traceback (most recent call last):\n  File x\nAttributeError: no such thing\n\nTally(histories=8)\n"
+    )
+    assert fault_of(stumbled, "") is None
+    assert fault_of("", "Traceback (most recent call last):\nCalledProcessError: gcc\n") is None  # it was not built
+    assert fault_of("history 7\n", "") is None  # a death by a signal
+    assert fault_of(f"{began}100000 calls in one life: it spins\nTally(histories=8)\n", "") is not None

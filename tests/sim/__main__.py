@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--twice", action="store_true", help="compare two runs of each seed")
     parser.add_argument("--direct", action="store_true", help="data goes by O_DIRECT")
+    parser.add_argument("--filled", action="store_true", help="the host has no space left from some moment on")
     parser.add_argument("--few", action="store_true", help="operations, so that often none is free")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the C; stop at the first violation")
     options = parser.parse_args(arguments)
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
             moments=0 if mutant else options.moments,
             until_found=mutant is not None,
             is_full=mutant is not None and mutant.is_full,
+            is_filled=options.filled or (mutant is not None and mutant.is_filled),
             is_direct=options.direct or (mutant is not None and mutant.is_direct),
         )
     )

@@ -18,34 +18,6 @@ DIRECT = 0.2  # of histories whose data goes by O_DIRECT
 TOLD = 10  # histories, of a walk over many
 
 
-def world_of(seed: int, sorts: Sequence[str], *, is_full: bool = False, is_direct: bool = False) -> World:
-    """The history of *seed*; *is_full*, on a host without space, whatever that says."""
-    draw, more = random.Random(seed), random.Random(f"{seed} more")
-    turn = seed + seed // lcm(len(sorts), TROUBLES)  # so that each sort meets each trouble
-    sort = NAMED[sorts[turn % len(sorts)]]
-    is_long = seed % TROUBLES == 5
-    match 7 if is_full else seed % TROUBLES:
-        case 7:
-            trouble = Trouble(full=True)
-        case 3:
-            trouble = Trouble(failing=0.01, failing_sync=0.05)
-        case 4:
-            trouble = Trouble(far=True, full=more.random() < 0.3, failing=more.choice((0, 0, 0.01)))
-        case 1:
-            trouble = Trouble(short=0.25, passing=0.25, cold=0.4)
-        case _:
-            trouble = Trouble(punches=seed % TROUBLES != 6)
-    return World(
-        seed,
-        sort,
-        writethrough=draw.random() < 0.4,
-        trouble=trouble,
-        lives=draw.choice((1, 2)) if is_long else draw.choice((1, 2, 3, 4)),
-        is_long=is_long,
-        is_direct=is_direct or more.random() < DIRECT,
-    )
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is run."""
@@ -57,8 +29,40 @@ class Plan:
     states: int = 0  # of deaths in last lives, to be visited
     moments: int = 0  # of one last life, at most; 0: all
     until_found: bool = False
-    is_full: bool = False
+    is_full: bool = False  # the host, for a while, whatever a seed says
+    is_filled: bool = False  # for good
     is_direct: bool = False
+
+    def world(self, seed: int) -> World:
+        """The history of *seed*."""
+        draw, more = random.Random(seed), random.Random(f"{seed} more")
+        turn = seed + seed // lcm(len(self.sorts), TROUBLES)  # so that each sort meets each trouble
+        sort = NAMED[self.sorts[turn % len(self.sorts)]]
+        is_long = seed % TROUBLES == 5
+        return World(
+            seed,
+            sort,
+            writethrough=draw.random() < 0.4,
+            trouble=self._trouble(seed, more),
+            lives=draw.choice((1, 2)) if is_long else draw.choice((1, 2, 3, 4)),
+            is_long=is_long,
+            is_direct=self.is_direct or more.random() < DIRECT,
+        )
+
+    def _trouble(self, seed: int, more: random.Random) -> Trouble:
+        if self.is_filled:
+            return Trouble(filled=True)
+        match 7 if self.is_full else seed % TROUBLES:
+            case 7:
+                return Trouble(full=True)
+            case 3:
+                return Trouble(failing=0.01, failing_sync=0.05)
+            case 4:
+                return Trouble(far=True, full=more.random() < 0.3, failing=more.choice((0, 0, 0.01)))
+            case 1:
+                return Trouble(short=0.25, passing=0.25, cold=0.4)
+            case _:
+                return Trouble(punches=seed % TROUBLES != 6)
 
 
 def run(plan: Plan) -> int:
@@ -68,11 +72,11 @@ def run(plan: Plan) -> int:
     for seed in range(plan.first, plan.first + plan.histories):
         if plan.until_found:
             print(f"history {seed}", flush=True)  # for whoever counts them, should this process not come to its end
-        world = world_of(seed, plan.sorts, is_full=plan.is_full, is_direct=plan.is_direct)
+        world = plan.world(seed)
         fault = _run_one(world, total, count if count.states < plan.states else None, plan.moments)
         longest.add(world.longest)
         if plan.twice and not fault:
-            again = world_of(seed, plan.sorts, is_full=plan.is_full, is_direct=plan.is_direct)
+            again = plan.world(seed)
             if _run_one(again, Tally()) or again.digest != world.digest:
                 fault = "a second run of this seed is another history"
         if fault:

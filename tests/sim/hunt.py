@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from signal import SIGINT, SIGKILL, SIGTERM
 from typing import NamedTuple
 
 from tests.sim.build import ROOT
@@ -20,8 +19,9 @@ DURABILITY = ROOT / "docs" / "durability.md"
 HEAD = "| mutant | breaks | workload | histories | shows as |\n|---|---|---|---|---|\n"
 TABLE = re.compile(re.escape(HEAD) + r"(?:\|.*\n)*")
 PATIENCE = 3600  # seconds
-SOUND = 32  # histories without a mutant
+SOUND = (("--histories", "32"), ("--histories", "16", "--filled"))  # without a mutant
 SHOWN = 90  # characters of what is said
+TOLD = 2000  # of what an end without a find says
 
 
 class Found(NamedTuple):
@@ -31,35 +31,44 @@ class Found(NamedTuple):
     fault: str
 
 
+class FellOver(Exception):
+    """What ran the mutant came to its end, and no judge had spoken: nothing is found."""
+
+
 def hunt(mutant: Mutant, histories: int) -> Found | None:
-    """Run up to so many *histories* in a process of their own. None: none shows it."""
+    """Run up to so many *histories* in a process of their own. None: none shows it. Raises: FellOver."""
     command = [sys.executable, "-m", "tests.sim", "--mutant", mutant.name, "--histories", str(histories)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    except subprocess.TimeoutExpired:
-        return Found(0, "it does not end")
+    except subprocess.TimeoutExpired as error:
+        raise FellOver(f"it does not end within {PATIENCE} s") from error
     if not done.returncode:
         return None
-    run = len(re.findall("^history ", done.stdout, re.MULTILINE))
-    if not run or done.returncode in (-SIGINT, -SIGTERM, -SIGKILL):
-        raise ValueError(f"{mutant.name} was not tried: {done.stderr}")
-    return Found(run, fault_of(done.stdout, done.stderr))
+    fault = fault_of(done.stdout, done.stderr)
+    if fault is None:
+        raise FellOver(f"exit {done.returncode}: {(done.stdout + done.stderr).strip()[-TOLD:]}")
+    return Found(len(re.findall("^history ", done.stdout, re.MULTILINE)), fault)
 
 
 def require_sound() -> None:
     """Raises: CalledProcessError if histories without a mutant fail, too: then nothing is a find."""
-    subprocess.run([sys.executable, "-m", "tests.sim", "--histories", str(SOUND)], cwd=ROOT, check=True)
+    for options in SOUND:
+        subprocess.run([sys.executable, "-m", "tests.sim", *options], cwd=ROOT, check=True)
 
 
-def fault_of(stdout: str, stderr: str) -> str:
-    """What was wrong, without what differs from history to history."""
+def fault_of(stdout: str, stderr: str) -> str | None:
+    """What a judge, or an assertion of C, says is wrong, without what differs from history to history.
+
+    None: neither did. An exception that nobody expected or a death by a signal is no find: it may be of the mutant's
+    own making, or of the simulator's.
+    """
     if said := re.search(r"^(\S+?):\d+: not so: (.*)$", stderr, re.MULTILINE):
         file = re.sub(".*/include/", "", said[1])
         return f"assertion in {file}: `{said[2].replace('|', chr(92) + '|')}`"
-    said = re.search(r"^seed \d+: \S+, writethrough=\w+: ((?:.*\n?)*?)(?=^Tally|\Z)", stdout, re.MULTILINE)
-    lines = said[1].strip().splitlines() if said else stderr.strip().splitlines()
-    text = lines[-1] if lines and lines[0].startswith("Traceback") else lines[0] if lines else "a death by a signal"
-    text = re.sub(r"sim/.*?,(kill|power|restored)[^:]*: ", r"\1: ", text)
+    said = re.search(r"^seed \d+: \S+, writethrough=\w+: (.*)$", stdout, re.MULTILINE)
+    if said is None or said[1].startswith("Traceback"):
+        return None
+    text = re.sub(r"sim/.*?,(kill|power|restored)[^:]*: ", r"\1: ", said[1])
     text = re.sub(r"\[.*|b['\"].*", "...", text)
     return re.sub(r"0x[0-9a-f]+|\d+", "N", text).replace("|", "\\|")[:SHOWN]
 
@@ -70,7 +79,11 @@ def row(mutant: Mutant, found: Found) -> str:
 
 def told(mutant: Mutant, histories: int) -> str:
     """The row of *mutant*, printed as soon as it is known; empty if nothing shows it."""
-    found = hunt(mutant, histories)
+    try:
+        found = hunt(mutant, histories)
+    except FellOver as error:
+        print(f"{mutant.name} fell over, which is no find: {error}", flush=True)
+        return ""
     line = row(mutant, found) if found else ""
     print(line or f"{mutant.name} is not found\n", end="", flush=True)
     return line

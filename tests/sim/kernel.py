@@ -11,7 +11,7 @@ import heapq
 import random
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ring.host import Host
@@ -34,6 +34,7 @@ READS, WRITES = (READ, READV), (WRITE, WRITEV)
 PUNCH, ZERO_RANGE = 2, 16  # FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 NEVER = (1 << 64) - 1
 FIRST_FD = 100
+BLOCK = 4096  # of the host's file system
 US, MS = 1_000, 1_000_000
 FOREVER = 10_000 * MS  # nothing takes so long
 SPIN = 100_000  # calls of the host that no life needs
@@ -67,6 +68,7 @@ class Trouble:
     failing: float = 0.0  # EIO, or ENOSPC where space is taken
     failing_sync: float = 0.0
     full: bool = False  # for a while, now and then, most writes find no space
+    filled: bool = False  # from some moment on most blocks of files cannot be written, however kind the world is
     punches: bool = True
     far: bool = False  # files lie on a network, as it seems
 
@@ -103,6 +105,7 @@ class Kernel(Host):
     """One host over several lives of the process that asks it."""
 
     def __init__(self, seed: int, trouble: Trouble) -> None:
+        self._seed = seed
         self.random = random.Random(seed)
         self.trouble = self._troubles = trouble  # now; and in each life at first
         self.journal: list[Entry | Lost] = []
@@ -145,7 +148,7 @@ class Kernel(Host):
         self.life_began = len(self.journal)
         self.is_full = False
         self._plan()
-        if self.trouble.full:
+        if self.trouble.full or self.trouble.filled:
             self.at(self.random.randrange(1, 3 * MS), self._fill)
 
     def die_at(self, call: int, photograph: Callable[[], None]) -> None:
@@ -221,14 +224,15 @@ class Kernel(Host):
 
     def calm(self) -> None:
         """From now on nothing fails, and nothing takes long but what is under way."""
-        self.trouble = Trouble(
-            short=0, passing=0, slow=0, stall=0, cold=0, punches=self.trouble.punches, far=self.trouble.far
-        )
-        self.is_full = False
+        ended, lasting = Trouble(short=0, passing=0, slow=0, stall=0, cold=0), self.trouble
+        self.trouble = replace(ended, punches=lasting.punches, far=lasting.far, filled=lasting.filled)
+        self.is_full = lasting.filled
         self.note("calm")
 
     def _fill(self) -> None:
         """The host is full, or has space again."""
+        if self.trouble.filled:
+            self.is_full = True
         if not self.trouble.full:
             return
         self.is_full = not self.is_full
@@ -353,7 +357,7 @@ class Kernel(Host):
             raise Violation(f"write to read-only {job.file.path}")
         buffer = bytearray(nbytes)
         lib.sim_job_load(job.number, ffi.from_buffer(buffer))
-        if self.is_full and self._happens(0.8):
+        if self.is_full and self._finds_no_space(job, nbytes):
             job.result = -errno.ENOSPC
             return
         job.result = self._cut(job.offset, nbytes)
@@ -363,6 +367,12 @@ class Kernel(Host):
             job.result = -(errno.ENOSPC if job.offset + nbytes > job.file.size else errno.EIO)
         if written:
             job.effect = Effect("write", job.file, job.offset, written, len(written))
+
+    def _finds_no_space(self, job: Job, nbytes: int) -> bool:
+        if not self.trouble.filled:
+            return self._happens(0.8)
+        blocks = range(job.offset // BLOCK, (job.offset + nbytes - 1) // BLOCK + 1)
+        return any(random.Random(f"{self._seed} {job.file.path} {block}").random() < 0.7 for block in blocks)
 
     def _plan_zero(self, job: Job, nbytes: int, mode: int, *, fails: bool) -> None:
         if not self.trouble.punches and mode & PUNCH:

@@ -17,6 +17,7 @@ class Mutant(NamedTuple):
     edit: Edit | None = None
     sorts: tuple[str, ...] = ()  # of image, on which it is found sooner
     is_full: bool = False  # it takes a host that is full for a while
+    is_filled: bool = False  # one that stays full
     walks: bool = False  # it is found among the deaths in last lives
     is_direct: bool = False  # data goes by O_DIRECT
 
@@ -24,7 +25,8 @@ class Mutant(NamedTuple):
     def workload(self) -> str:
         """What finds it."""
         sorts = ", ".join(self.sorts) or "all sorts"
-        return sorts + ", full host" * self.is_full + ", deaths walked" * self.walks + ", O_DIRECT" * self.is_direct
+        host = ", full host" * self.is_full + ", full for good" * self.is_filled
+        return sorts + host + ", deaths walked" * self.walks + ", O_DIRECT" * self.is_direct
 
 
 MUTANTS = [
@@ -426,9 +428,15 @@ MUTANTS = [
     ),
     Mutant(
         "once_two_links_waited_for_each_other",
-        "liveness; until a6876b3",
+        "liveness: on a host that stays full a write fails soon; until a6876b3",
         sorts=("overlay", "compressed-base"),
-        is_full=True,
+        is_filled=True,
+    ),
+    Mutant(
+        "once_a_link_without_a_record_was_seen",
+        "Law 1: what is acknowledged stays; until debcaf15",
+        sorts=("overlay", "compressed-base"),
+        is_filled=True,
     ),
 ]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

@@ -1,18 +1,18 @@
 """Faults put into the engine on purpose, which only show beside a data plane; imported once the variant is loaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 from qcow2.driver.operation import Grace, Zero
 from qcow2.engine.allocation import Allocator
+from qcow2.engine.batch import Batch, Unrecorded
 from qcow2.engine.links import Links
 from qcow2.engine.reaper import Reaper
 from qcow2.plane.l2cache import L2Cache
 from qcow2.plane.linklog import NOTHING, FoundLog, Link
 
 Patch = pytest.MonkeyPatch
-Waiting = tuple[Sequence[int], Sequence[int], Sequence[int]]  # entries, old entries, freed clusters
 
 
 def links_of_the_data_plane_are_not_taken_over(patch: Patch) -> None:
@@ -58,7 +58,7 @@ def part_of_what_waited_will_do(patch: Patch) -> None:
 def once_a_link_outlived_its_cluster(patch: Patch) -> None:
     """A link that no log has is not taken back if its commit fails, though its request does."""
 
-    async def do_without_log(self: Links, guest_offset: int, link: Waiting, error: OSError) -> None:
+    async def do_without_log(self: Links, batch: Batch, link: Unrecorded, error: OSError) -> None:
         await self.commit()
 
     patch.setattr(Links, "_do_without_log", do_without_log)
@@ -67,29 +67,51 @@ def once_a_link_outlived_its_cluster(patch: Patch) -> None:
 def once_two_links_waited_for_each_other(patch: Patch) -> None:
     """Each waits for a commit that the other had wanted, and finds its own link under way again."""
 
-    def take_back(self: Links, guest_offset: int, link: Waiting) -> bool:
-        batch, (entries, old_entries, freed) = self._next, link
+    def take_back(self: Links, link: Unrecorded) -> bool:
+        batch, entries = self._next, link.entries
         if not any(one is entries for _, one in batch.links):
             return False
         batch.links = [one for one in batch.links if one[1] is not entries]
         batch.nclusters -= len(entries)
-        for cluster in freed:
+        for cluster in link.freed:
             batch.freed.remove(cluster)
-        self._mapping.take_back(guest_offset, entries, old_entries)
+        self._mapping.release(link.guest_offset, link.old_entries)
         if not self._mapping.holds:
             self.policy.on_waiting(False)
         return True
 
-    async def do_without_log(self: Links, guest_offset: int, link: Waiting, error: OSError) -> None:
+    async def do_without_log(self: Links, batch: Batch, link: Unrecorded, error: OSError) -> None:
+        self._mapping.hold(link.guest_offset, link.old_entries)
         while True:
             try:
                 await self.commit()
             except OSError:
-                if not self._is_in_file(guest_offset):
-                    if take_back(self, guest_offset, link):
-                        raise
-                    continue
-            return
+                if any(self._geometry.cluster_of(link.guest_offset) in linked for linked in self._in_file):
+                    self._mapping.hold(link.guest_offset, link.entries)
+                    return
+                if take_back(self, link):
+                    raise
+            else:
+                self._mapping.hold(link.guest_offset, link.entries)
+                self._mapping.release(link.guest_offset, link.entries)
+                return
+
+    patch.setattr(Links, "_do_without_log", do_without_log)
+
+
+def once_a_link_without_a_record_was_seen(patch: Patch) -> None:
+    """Who writes to its cluster is told so, and that is taken back with the link."""
+
+    async def do_without_log(self: Links, batch: Batch, link: Unrecorded, error: OSError) -> None:
+        batch.unrecorded.append(link)
+        try:
+            await self.commit()
+        except OSError as failure:
+            error = failure
+        if link.is_taken_back:
+            self._mapping.release(link.guest_offset, link.entries)
+            self._mapping.cache.update(link.guest_offset, link.old_entries)
+            raise error
 
     patch.setattr(Links, "_do_without_log", do_without_log)
 
@@ -106,6 +128,7 @@ PATCHES: list[Callable[[Patch], None]] = [
     part_of_what_waited_will_do,
     once_a_link_outlived_its_cluster,
     once_two_links_waited_for_each_other,
+    once_a_link_without_a_record_was_seen,
     engine_does_not_wait_for_a_place_that_is_held,
 ]
 
