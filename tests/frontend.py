@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,7 @@ class Queue:
         self.free = list(range(SLOTS))
         self.reads: dict[int, int] = {}  # slot: bytes wanted
         self.available = self.used = 0
+        self.is_held_back = False
         self.kick, self.call = os.eventfd(0), os.eventfd(0)
 
     def begin_at(self, index: int) -> None:
@@ -141,6 +143,20 @@ class Queue:
         entry = self.driver_ring + 4 + 2 * (self.available % QUEUE_SIZE)
         self.bytes[entry : entry + 2] = struct.pack("<H", head)
         self.available = (self.available + 1) & 0xFFFF
+        if not self.is_held_back:
+            self._show()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let the device find all that is queued meanwhile at once, at the end, whoever runs when."""
+        self.is_held_back = True
+        try:
+            yield
+        finally:
+            self.is_held_back = False
+            self._show()
+
+    def _show(self) -> None:
         self.available_index[0] = self.available
         os.eventfd_write(self.kick, 1)
 
