@@ -17,7 +17,7 @@ LISTENING = "00010000"  # __SO_ACCEPTCON among the flags in /proc/net/unix
 
 
 class BackendFailure(Failure):
-    """The back-end did not start, or did not stop as asked."""
+    """The back-end did not start, did not stop as asked, or ended when nobody had asked."""
 
 
 class Backend:
@@ -55,6 +55,11 @@ class Backend:
             raise BackendFailure(f"{self._command[0]} ended with status {self.process.returncode} after SIGTERM")
         lines = output.splitlines()
         return dict(json.loads(lines[-1])) if lines else {}
+
+    def require_running(self) -> None:
+        """Raises: BackendFailure if it has ended; whoever waits for what it serves would wait for ever."""
+        if (status := self.process.poll()) is not None:
+            raise BackendFailure(f"{self._command[0]} ended with status {status}, and somebody waits for it")
 
     def _wait_until_listening(self) -> None:
         deadline = time.monotonic() + self._start_timeout

@@ -187,8 +187,8 @@ class Life:
             self.done[action.__name__] += 1
         except ControlError as error:
             self.refused[f"{action.__name__}: {error}"] += 1
-        wait_until_connected(guest)
-        wait_until_at_work(guest)
+        wait_until_connected(guest, self.daemon)
+        wait_until_at_work(guest, self.daemon)
         self.check(is_dead=False)
 
     def _chain(self, top: Path | None = None) -> list[Path]:
@@ -243,7 +243,7 @@ def test_guest_verifies_what_it_wrote_through_a_life_of_operations(boot: Boot, s
         disk = vhost_user_disk(life.daemon.socket_path, queues=2, packed=seed % 2 == 1, reconnect=1)
         guest = boot(job(2), [*disk, "-device", "virtio-rng-pci,id=flag,addr=1e.0"], cpus=2)
         with guest:
-            wait_until_at_work(guest)
+            wait_until_at_work(guest, life.daemon)
             ends_at = time.monotonic() + 60 * MINUTES
             while time.monotonic() < ends_at:
                 life.act(guest)

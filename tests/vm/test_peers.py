@@ -68,7 +68,7 @@ def test_guest_of_another_qemu_outlives_its_daemon(
                 daemon.process.kill()
                 daemon.process.wait()
             with serve(images[0]) as next_split, serve(images[1]) as next_packed:
-                wait_until_connected(guest)
+                wait_until_connected(guest, next_split, next_packed)
                 guest.finish(TIMEOUT)
                 next_split.stop()
                 next_packed.stop()
