@@ -24,6 +24,14 @@ class Part:
         self._allocator = space.allocator
         self._reaper = space.reaper
 
+    @property
+    def _ends_whole(self) -> bool:
+        """Whether the last cluster of the external data file holds zeros past the disk's end, as QEMU supposes.
+
+        Encrypted ones, that is; a hole is zeros where nothing is encrypted, and a raw file ends with the disk.
+        """
+        return self._data.is_encrypted and not self._root.header.record.has_raw_data
+
     async def _give_back(self, guest_offset: int, end: int) -> None:
         """Give back the space of a range of the external data file whose entries say zeros; the host may keep it.
 

@@ -77,8 +77,7 @@ class Shedder(Part):
 
     async def _cut_data_file(self, nbytes: int) -> None:
         """Let the external data file be no longer than the disk; what is encrypted ends with a cluster of zeros."""
-        is_told = self._data.is_encrypted and not self._root.header.record.has_raw_data
-        end = self._geometry.round_up(nbytes) if is_told else nbytes
+        end = self._geometry.round_up(nbytes) if self._ends_whole else nbytes
         if await Size(self._data.file) > end:
             await Resize(self._data.file, end)
 

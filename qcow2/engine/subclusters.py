@@ -61,7 +61,7 @@ class Subclusters(Part):
         """
         unit, stop = self._geometry.subcluster_size, guest_offset + len(source)
         start, end = guest_offset - guest_offset % unit, stop + -stop % unit
-        if self._geometry.has_data_file:  # which may end where the disk does
+        if self._geometry.has_data_file and not self._ends_whole:  # the file may end where the disk does
             end = min(end, self._geometry.size + -self._geometry.size % SECTOR_SIZE)
         head, tail = zeroed(0), zeroed(0)
         if start < guest_offset and not await self._is_data(guest_offset):

@@ -111,8 +111,9 @@ class Writer(Part):
         end = min(self._geometry.round_up(guest_offset + nbytes), self._geometry.size)
         offset = self._geometry.round_down(guest_offset)
         if writes and self._geometry.has_data_file:
-            for start in range(guest_offset, end, MAX_PLACED):
-                await self._data.write(start, zeroed(min(MAX_PLACED, end - start)))
+            written = self._geometry.round_up(end) if self._ends_whole else end
+            for start in range(guest_offset, written, MAX_PLACED):
+                await self._data.write(start, zeroed(min(MAX_PLACED, written - start)))
             await self._stability.sync()
         while offset < end:
             run = await self._mapping.resolve(offset, min(end, self._geometry.slice_end(offset)) - offset)
@@ -120,14 +121,17 @@ class Writer(Part):
                 run = run._replace(nbytes=min(end - offset, self._geometry.cluster_size))
             taken = run.nbytes
             if run.kind in HOLDS_NOTHING and await self._reader.reads_as_zeros(offset, run.nbytes):
-                taken = min(run.nbytes, await self.place(run, offset, writes=writes))
+                if offset < guest_offset and self._geometry.has_data_file:  # its front may be anything there
+                    taken = await self._place_own(offset, min(run.nbytes, self._geometry.cluster_size), is_zeros=False)
+                else:
+                    taken = min(run.nbytes, await self.place(run, offset, writes=writes))
             offset += taken
 
     async def place(self, run: Run, guest_offset: int, *, writes: bool) -> int:
         """Link new clusters, as many as come in one piece, for the front of *run*; how many bytes."""
-        await self._tables.require_private(guest_offset)
         if self._geometry.has_data_file:
-            return await self._place_own(guest_offset, run.nbytes, is_written=writes)
+            return await self._place_own(guest_offset, run.nbytes, is_zeros=writes or not self._data.is_encrypted)
+        await self._tables.require_private(guest_offset)
         if self._geometry.has_subclusters:
             await self.subclusters.place(guest_offset, writes=writes)
             return self._geometry.cluster_size
@@ -142,10 +146,11 @@ class Writer(Part):
         self._statistics.clusters_allocated += len(new)
         return len(new) << bits
 
-    async def _place_own(self, guest_offset: int, nbytes: int, *, is_written: bool) -> int:
-        """The same in the external data file; encrypted, what is there is noise unless zeros were written."""
+    async def _place_own(self, guest_offset: int, nbytes: int, *, is_zeros: bool) -> int:
+        """The same in the external data file; what is there shows if it *is_zeros*, else the entries say zeros."""
+        await self._tables.require_private(guest_offset)
         entries = self._mapping.entries.data(guest_offset, self._geometry.clusters(nbytes))
-        if self._data.is_encrypted and not is_written:
+        if not is_zeros:
             entries = [self._mapping.entries.blank(entry) for entry in entries]
         self._allocator.allow_links()
         await self._mapping.link(guest_offset, entries)
@@ -246,7 +251,7 @@ class Writer(Part):
         start = self._geometry.round_down(guest_offset)
         end = min(start + (len(new) << self._geometry.cluster_bits), self._geometry.size)
         host_offset = new.start << self._geometry.cluster_bits
-        unit = SECTOR_SIZE if self._geometry.has_data_file else self._geometry.cluster_size
+        unit = SECTOR_SIZE if self._root.header.record.has_raw_data else self._geometry.cluster_size
         behind = zeroed(-end % unit if self._data.is_encrypted else 0)  # the disk
         self._statistics.copies += len(new)
         stop = guest_offset + len(source)

@@ -11,8 +11,8 @@ import pytest
 import qcow2
 from tests.file.test_data_file import io, make, qemu, shown_to_qemu
 from tests.frontend import FrontEnd
-from tests.oracle import peers
-from tests.program import qcow2_tool_ok
+from tests.oracle import peers, qemu_img
+from tests.program import Daemon, qcow2_tool_ok
 from tests.served import serve
 
 MIB = 1 << 20
@@ -90,6 +90,33 @@ def test_an_encrypted_one_shows_zeros_where_it_is_new(tmp_path: Path) -> None:
             disk.resize(MIB // 2 + 512, shrink=True)
             disk.resize(2 * MIB, preallocation="metadata")
             assert disk.read(0, 2 * MIB) == b"a" * (MIB // 2 + 512) + bytes(3 * MIB // 2 - 512)
+
+
+@pytest.mark.parametrize("extended", ["off", "on"])
+@pytest.mark.parametrize("how", ["library", "daemon", "full"])
+def test_an_encrypted_one_that_we_wrote_grows_in_qemu(tmp_path: Path, extended: str, how: str) -> None:
+    """QEMU takes what lies past the disk's end in its last cluster for zeros, encrypted ones."""
+    path, key, size = tmp_path / "disk.qcow2", tmp_path / "key", 65536 * 5 + 4096
+    key.write_bytes(b"key")
+    secret = ["--object", f"secret,id=s,file={key}"]
+    options = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,data_file={tmp_path / 'disk.raw'}"
+    qcow2_tool_ok("create", *secret, "-o", f"{options},extended_l2={extended}", path, str(size // 2))
+    with qcow2.open(path, key=b"key", writable=True) as disk:
+        disk.resize(size, preallocation="full" if how == "full" else "off")
+        if how == "library":
+            disk.write(size - 1024, b"a" * 1024)
+    if how == "daemon":
+        with Daemon(path, f"--key-file={key}") as daemon:
+            with FrontEnd(daemon.socket_path) as guest:
+                guest.write(size - 1024, b"a" * 1024)
+            daemon.stop()
+    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    for peer in peers():
+        size += 65536
+        qemu_img("resize", "-q", *secret, "--image-opts", image, str(size), program=peer)
+        qemu_img("convert", *secret, "--image-opts", image, "-O", "raw", tmp_path / "plain", program=peer)
+        plain = (tmp_path / "plain").read_bytes()
+        assert plain.replace(b"a", b"") == bytes(size - (1024 if how != "full" else 0))
 
 
 @RAW
