@@ -242,6 +242,7 @@ def test_nobody_is_let_in_before_the_image_is_held(image: Path, tmp_path: Path) 
 def test_path_that_another_took_meanwhile_is_left_to_it(image: Path, tmp_path: Path) -> None:
     path = tmp_path / "taken.sock"
     with qcow2.open(str(image), format="raw", writable=True) as disk:
+        disk.flush()  # so that its end takes no time: the daemon waits a second for it
         process = start(f"--blk-file={image}", f"--socket-path={path}")
         while not path.exists():
             assert process.poll() is None

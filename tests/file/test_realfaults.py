@@ -41,7 +41,7 @@ def test_a_name_that_the_data_plane_cannot_write_is_the_last(tmp_path: Path, bac
         with FrontEnd(daemon.socket_path) as guest:
             host.arm()
             cluster = 0
-            while host.seen[-4:] != [WRITE] * 4:  # of two requests: nothing has to be reserved for the next
+            while host.seen[-6:] != [WRITE] * 6:  # of three requests: nothing has to be reserved for the next
                 guest.write(cluster * CLUSTER, b"x" * 512)
                 cluster += 1
             host.aim(1)
