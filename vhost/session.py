@@ -25,12 +25,12 @@ from vhost.message import (
     Message,
     ProtocolFeature,
     ProtocolViolation,
-    Region,
     Request,
     VhostFeature,
     VringAddress,
     VringState,
 )
+from vhost.regions import Regions
 from vhost.vring import Steps, Vrings
 from virtio.config import WCE_OFFSET, read_window
 from virtio.feature import BlockFeature, RingFeature, TransportFeature, caches_writes, unknown_bits
@@ -51,7 +51,6 @@ VHOST_FEATURES = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
 DEVICE_FEATURES = (1 << 24) - 1  # bits that only say which requests and fields a driver uses
 FRONT_END_FEATURES = int(TransportFeature.ANY_LAYOUT | TransportFeature.SR_IOV)  # QEMU offers them by itself
 LOG_PAGE = 4096
-ADDRESS_LIMIT = 1 << 64
 ACK, NACK = U64(0).pack(), U64(1).pack()
 
 
@@ -78,7 +77,7 @@ class Session:
         self.features = 0
         self.protocol_features = 0
         self.status = 0
-        self.regions: list[Region] = []
+        self.regions = Regions(offer.max_regions)
         self.vrings = Vrings(offer.num_queues)
         self._has_backend_channel = False
         self._told_config = b""  # what the front-end has read, or was told to read
@@ -160,10 +159,9 @@ class Session:
         """Begin anew: QEMU keeps the connection when a device is unplugged, and the next one on it says all again."""
         if self.regions or self._tracks_inflight:
             yield from self.reset_device(None)
-            yield effect.SetMemory(())
+            yield from self.regions.remove_all()
             yield effect.SetLog(None)
             yield effect.SetLogCall(has_fd=False)
-            self.regions = []
 
     def ignore(self, _: None) -> Steps:
         """RESET_OWNER: deprecated, best ignored, says the specification."""
@@ -182,9 +180,10 @@ class Session:
 
         It covers all memory: QEMU lets it grow before memory does, and shrink after.
         """
-        end = max((region.guest_address + region.size for region in self.regions), default=0)
-        if log.size * 8 * LOG_PAGE < end:
-            raise ProtocolViolation(f"a log of {log.size} bytes does not reach the end of memory at {end:#x}")
+        if log.size * 8 * LOG_PAGE < self.regions.end:
+            raise ProtocolViolation(
+                f"a log of {log.size} bytes does not reach the end of memory at {self.regions.end:#x}"
+            )
         yield effect.SetLog(log)
         yield _reply_u64(Request.SET_LOG_BASE, 0)
 
@@ -193,31 +192,6 @@ class Session:
 
     def get_max_mem_slots(self, _: None) -> Steps:
         yield _reply_u64(Request.GET_MAX_MEM_SLOTS, self.offer.max_regions)
-
-    def set_mem_table(self, table: MemoryTable) -> Steps:
-        for position, region in enumerate(table.regions):
-            _check_region(region, table.regions[:position])
-        yield effect.SetMemory(table.regions)
-        self.regions = list(table.regions)
-
-    def add_mem_reg(self, slot: MemorySlot) -> Steps:
-        if len(self.regions) >= self.offer.max_regions:
-            raise ProtocolViolation(f"more than {self.offer.max_regions} memory regions")
-        _check_region(slot.region, self.regions)
-        yield effect.AddMemory(slot.region)
-        self.regions.append(slot.region)
-
-    def rem_mem_reg(self, slot: MemorySlot) -> Steps:
-        region = self._find_region(slot.region)
-        self.regions.remove(region)
-        yield effect.RemoveMemory(region)
-
-    def _find_region(self, wanted: Region) -> Region:
-        """The region with the addresses and size of *wanted*, whose mmap_offset means nothing."""
-        for region in self.regions:
-            if _place(region) == _place(wanted):
-                return region
-        raise ProtocolViolation(f"no memory region of {wanted.size:#x} bytes at {wanted.guest_address:#x}")
 
     @property
     def is_writeback(self) -> bool:
@@ -324,21 +298,6 @@ def _check_inflight(inflight: Inflight) -> None:
         raise ProtocolViolation(f"an in-flight region for {inflight.num_queues} rings, not for 1 to {QUEUES_MAX}")
 
 
-def _place(region: Region) -> tuple[int, int, int]:
-    return region.guest_address, region.user_address, region.size
-
-
-def _check_region(region: Region, others: Collection[Region]) -> None:
-    """Refuse a region that is empty, runs over the end of an address space or overlaps one of *others*."""
-    for start in (region.guest_address, region.user_address, region.mmap_offset):
-        if region.size == 0 or start + region.size > ADDRESS_LIMIT:
-            raise ProtocolViolation(f"a memory region of {region.size:#x} bytes at {start:#x}")
-    first, end = region.guest_address, region.guest_address + region.size
-    for other in others:
-        if first < other.guest_address + other.size and other.guest_address < end:
-            raise ProtocolViolation(f"two memory regions at guest address {max(first, other.guest_address):#x}")
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How a request must look, and who answers it."""
@@ -376,7 +335,9 @@ RULES: dict[int, Rule] = {
     Request.SET_FEATURES: Rule(Session.set_features, U64.parse),
     Request.SET_OWNER: Rule(Session.set_owner, _empty),
     Request.RESET_OWNER: Rule(Session.ignore, _empty),
-    Request.SET_MEM_TABLE: Rule(Session.set_mem_table, MemoryTable.parse, nfds=_table_fds),
+    Request.SET_MEM_TABLE: Rule(
+        lambda session, table: session.regions.set_table(table), MemoryTable.parse, nfds=_table_fds
+    ),
     Request.SET_LOG_BASE: Rule(
         Session.set_log_base, Log.parse, needs=ProtocolFeature.LOG_SHMFD, replies=True, nfds=_one_fd
     ),
@@ -408,10 +369,16 @@ RULES: dict[int, Rule] = {
         Session.get_max_mem_slots, _empty, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True
     ),
     Request.ADD_MEM_REG: Rule(
-        Session.add_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_one_fd
+        lambda session, slot: session.regions.add(slot),
+        MemorySlot.parse,
+        needs=ProtocolFeature.CONFIGURE_MEM_SLOTS,
+        nfds=_one_fd,
     ),
     Request.REM_MEM_REG: Rule(
-        Session.rem_mem_reg, MemorySlot.parse, needs=ProtocolFeature.CONFIGURE_MEM_SLOTS, nfds=_stray_fds
+        lambda session, slot: session.regions.remove(slot),
+        MemorySlot.parse,
+        needs=ProtocolFeature.CONFIGURE_MEM_SLOTS,
+        nfds=_stray_fds,
     ),
     Request.SET_STATUS: Rule(Session.set_status, U64.parse, needs=ProtocolFeature.STATUS),
     Request.GET_STATUS: Rule(Session.get_status, _empty, needs=ProtocolFeature.STATUS, replies=True),

@@ -506,7 +506,7 @@ def test_reset_stops_and_disables_rings_and_keeps_memory(front_end: FrontEnd, re
     front_end.send(Request.SET_VRING_ENABLE, VringState(0, 1))
     done = front_end.send(*reset)
     assert done == [effect.StopQueue(0), effect.LetGoOfBackend(), effect.EnableQueue(0, enabled=False)]
-    assert front_end.session.regions == [GUEST]
+    assert list(front_end.session.regions) == [GUEST]
     assert front_end.session.status == 0
 
 
