@@ -7,16 +7,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from bench.case import EXTRAS, FEATURES, ROWS, Case, UnknownCase, select
+from bench.case import Case, UnknownCase, select
 from bench.ceiling import measure_ceilings
 from bench.comparison import Arena, Comparison
 from bench.ending import end_on_sigterm, ignore_signals
+from bench.featurerows import FEATURES
 from bench.goal import needed
 from bench.load import LoadFailure
 from bench.machine import command_line, describe
 from bench.option import Options, parse
 from bench.plot import NoPlots, draw
 from bench.report import Run, markdown, ratio_of, write_tables
+from bench.rows import EXTRAS, ROWS
 from bench.server import ServerFailure
 from bench.sweep import SCALE, SWEEPS
 from bench.watch import stopwatch

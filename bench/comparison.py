@@ -7,12 +7,13 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from bench.case import GIB, Case, Images
+from bench.case import Case, Images
 from bench.counting import TRACE, Ending, leave_qemu, read_trace, stop_ours
 from bench.idle import idle_share
 from bench.load import Job
 from bench.measurement import Command, Measurement, measure
 from bench.recipe import Kitchen, Recipe, data_path
+from bench.rows import GIB
 from bench.server import QEMU, Aio, Service, our_command, qemu_command
 from vhost.option import CacheMode
 

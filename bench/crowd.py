@@ -14,13 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.case import FILLED, FRESH, GIB, OVERLAY, Case, Images
+from bench.case import Case, Images
 from bench.comparison import Arena, our_daemon
 from bench.ending import end_on_sigterm
 from bench.load import Job, LoadFailure
 from bench.machine import describe
 from bench.measurement import Measurement
 from bench.plot import NoPlots, draw_crowds
+from bench.rows import FILLED, FRESH, GIB, OVERLAY
 from bench.server import ServerFailure
 from bench.watch import stopwatch
 from vhost.option import CacheMode

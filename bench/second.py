@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.case import EXTRAS, ROWS, Case, UnknownCase, select
+from bench.case import Case, UnknownCase, select
 from bench.comparison import Arena, Contestant, our_daemon, qemu
 from bench.ending import end_on_sigterm, ignore_signals
 from bench.load import Order
 from bench.machine import command_line, describe
 from bench.ratio import Ratio
 from bench.report import figure, row
+from bench.rows import EXTRAS, ROWS
 from bench.server import QEMU, Aio, Server, ServerFailure
 from bench.watch import stopwatch
 

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from bench.case import EXTRAS, ROWS, Case, UnknownCase, select
+from bench.case import Case, UnknownCase, select
 from bench.comparison import Arena, Contestant, our_daemon, qemu
 from bench.ending import end_on_sigterm, ignore_signals
 from bench.load import LoadFailure
 from bench.machine import describe
+from bench.rows import EXTRAS, ROWS
 from bench.server import QEMU, Aio, ServerFailure
 from bench.watch import stopwatch
 

@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.case import EXTRAS, FEATURES, ROWS, Case, UnknownCase, select
+from bench.case import Case, UnknownCase, select
 from bench.comparison import Comparison
+from bench.featurerows import FEATURES
 from bench.machine import Machine
 from bench.measurement import Measurement
 from bench.plot import NoPlots, draw
 from bench.report import FORMAT, Run, figure, median_of, ratio_of, row, write_tables
+from bench.rows import EXTRAS, ROWS
 from bench.server import Aio
 from bench.sweep import SWEEPS
 

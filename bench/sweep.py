@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from bench.case import FILLED, FRESH, GIB, KIB, SMALL_OVERLAY, TIB, Case, Images
+from bench.case import Case, Images
 from bench.load import Job, Kind, Order
 from bench.recipe import Recipe
+from bench.rows import FILLED, FRESH, GIB, KIB, SMALL_OVERLAY, TIB
 from vhost.option import CacheMode
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
