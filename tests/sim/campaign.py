@@ -8,9 +8,9 @@ from math import lcm
 
 from tests.crash.walk import Count
 from tests.sim.image import NAMED
-from tests.sim.kernel import Trouble, Violation
 from tests.sim.life import Tally, World
 from tests.sim.liveness import Longest
+from tests.sim.trouble import Trouble, Violation
 from tests.sim.walk import visit
 
 TROUBLES = 8  # sorts of them

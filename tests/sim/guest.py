@@ -14,8 +14,9 @@ from ring.native import NULL, ffi, lib
 from ring.virtqueue import QueueLayout
 from ring.worker import Worker
 from tests.crash.history import SECTOR, ZEROS, Flush, History, Version, pattern
-from tests.sim.kernel import MS, US, Kernel, Violation
+from tests.sim.kernel import MS, US, Kernel
 from tests.sim.liveness import AFTERMATH, Liveness
+from tests.sim.trouble import Violation
 from virtio.block import UNMAP, RequestType, Status
 
 EMPTY, FULL = -11, -28  # -EAGAIN, -ENOSPC

@@ -27,7 +27,9 @@ from tests.crash.driver import (
     Stored,
     Synced,
 )
+from tests.sim import calls
 from tests.sim.file import KernelFile, KernelMemory
+from tests.sim.trouble import Lost, Trouble, Violation
 
 READV, WRITEV, FSYNC, FALLOCATE, READ, WRITE = 1, 2, 3, 17, 22, 23  # enum io_uring_op
 READS, WRITES = (READ, READV), (WRITE, WRITEV)
@@ -39,38 +41,6 @@ US, MS = 1_000, 1_000_000
 FOREVER = 10_000 * MS  # nothing takes so long
 SPIN = 100_000  # calls of the host that no life needs
 PASSING = (errno.EAGAIN, errno.EINTR, errno.ECANCELED)  # nothing happened; whoever asked asks again
-
-
-class Violation(AssertionError):
-    """A promise is broken."""
-
-
-class Dead(Exception):
-    """The process was killed; nothing it does has an effect any more."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Journal: the operation *number*, in flight at a kill, took no effect."""
-
-    number: int
-
-
-@dataclass
-class Trouble:
-    """How often, of 1, things go wrong that need not end anything: short transfers, refusals for now, slowness."""
-
-    short: float = 0.05
-    passing: float = 0.03
-    slow: float = 0.03  # takes many times as long as others
-    stall: float = 0.01  # a transfer on the worker's thread makes it wait
-    cold: float = 0.15  # a read of the page cache would wait
-    failing: float = 0.0  # EIO, or ENOSPC where space is taken
-    failing_sync: float = 0.0
-    full: bool = False  # for a while, now and then, most writes find no space
-    filled: bool = False  # from some moment on most blocks of files cannot be written, however kind the world is
-    punches: bool = True
-    far: bool = False  # files lie on a network, as it seems
 
 
 class Now(Executor):
@@ -134,8 +104,7 @@ class Kernel(Host):
 
     def reset(self) -> None:
         """A new process asks: nothing is under way, nobody polls, nothing is due."""
-        global _kernel
-        _kernel = self
+        calls.answer_with(self)
         lib.sim_reset(self.random.getrandbits(63) | 1)
         self.state.turn = SPIN
         self.trouble = self._troubles
@@ -449,54 +418,3 @@ class Kernel(Host):
         if self._happens(self.trouble.slow):
             return self.random.randrange(1 * MS, 50 * MS)
         return self.random.randrange(5 * US, 400 * US)
-
-
-_kernel: Kernel
-
-
-def _failed(kind: Any, error: Any, traceback: Any) -> Any:
-    """A callback raised: the process ends here."""
-    if _kernel.error is None:
-        _kernel.error = error
-    _kernel.state.dead = 1
-    return None
-
-
-@ffi.def_extern(name="sim_turn", onerror=_failed)
-def _turn() -> None:
-    _kernel.turn()
-
-
-@ffi.def_extern(name="sim_sleep", onerror=_failed, error=-errno.ESHUTDOWN)
-def _sleep(milliseconds: int) -> int:
-    return _kernel.sleep(milliseconds)
-
-
-@ffi.def_extern(name="sim_begin", onerror=_failed)
-def _begin(job: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> None:
-    _kernel.begin(job, opcode, fd, offset, nbytes, mode)
-
-
-@ffi.def_extern(name="sim_perform", onerror=_failed, error=-errno.EIO)
-def _perform(job: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> int:
-    return _kernel.perform(job, opcode, fd, offset, nbytes, mode)
-
-
-@ffi.def_extern(name="sim_length", onerror=_failed, error=-errno.EIO)
-def _length(fd: int) -> int:
-    return _kernel.length(fd)
-
-
-@ffi.def_extern(name="sim_write_ahead", onerror=_failed)
-def _write_ahead(fd: int) -> int:
-    return _kernel.write_ahead(fd)
-
-
-@ffi.def_extern(name="sim_store", onerror=_failed)
-def _store(address: int, data: Any, nbytes: int) -> None:
-    _kernel.store(address, bytes(ffi.buffer(data, nbytes)))
-
-
-@ffi.def_extern(name="sim_signal", onerror=_failed)
-def _signal(fd: int) -> None:
-    _kernel.signal(fd)

@@ -20,9 +20,9 @@ from tests.crash.walk import Judge
 from tests.sim.file import KernelFile
 from tests.sim.guest import MIXES, WIDE, Guest, Setup
 from tests.sim.image import files_of, open_again
-from tests.sim.kernel import Dead, Lost, Trouble, Violation
 from tests.sim.liveness import Longest
 from tests.sim.served import Block, Served, SimulatedWorker
+from tests.sim.trouble import Dead, Lost, Trouble, Violation
 from tests.sim.units import Contents, Units
 from vhost.disk import ImageBackend
 from virtio.config import MAX_RANGE_SECTORS, Properties

@@ -58,9 +58,9 @@ def hunt() -> int:
 
 def run_one(seed: int, done: Counter[str]) -> tuple[tuple[int, int], str]:
     """How many states were visited and opened, and what was wrong."""
-    from tests.sim.kernel import Violation
     from tests.sim.livelife import LiveWorld
     from tests.sim.livewalk import LiveWalk
+    from tests.sim.trouble import Violation
 
     world = LiveWorld(seed)
     walk, fault = None, ""

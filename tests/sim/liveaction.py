@@ -15,9 +15,10 @@ from qcow2.error import ImageError
 from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from ring.native import lib
-from tests.sim.kernel import MS, US, Kernel, Violation
+from tests.sim.kernel import MS, US, Kernel
 from tests.sim.livehost import AttachedDevice, LiveChain, LiveHost, OneThread
 from tests.sim.liveledger import Copy, Frozen, Kept, Ledger
+from tests.sim.trouble import Violation
 from vhost.backup import Backup
 from vhost.committing import Committing
 from vhost.disk import ImageBackend

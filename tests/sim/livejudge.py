@@ -7,8 +7,8 @@ from tests.bitmapreader import Bitmap
 from tests.crash.history import SECTOR, SIZE, ZEROS, History, Version
 from tests.crash.opening import Seen
 from tests.crash.walk import Allowed, Judge
-from tests.sim.kernel import Violation
 from tests.sim.liveledger import Kept, Ledger
+from tests.sim.trouble import Violation
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from tests.crash.images import LOG_CAPACITY, LOG_NUMBERS, content, read_all
 from tests.engine import ORIGIN
 from tests.sim.file import KernelFile
 from tests.sim.guest import MIXES, Guest, Setup
-from tests.sim.kernel import Trouble
 from tests.sim.liveaction import Operator
 from tests.sim.livecopy import install
 from tests.sim.livehost import AttachedDevice, Directory, LiveHost, OneThread
 from tests.sim.liveledger import Ledger
 from tests.sim.liveness import Liveness, Waiting
 from tests.sim.served import Block, Served
+from tests.sim.trouble import Trouble
 from vhost.disk import ImageBackend
 from virtio.config import MAX_RANGE_SECTORS
 

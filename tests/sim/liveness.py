@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from tests.sim.kernel import MS, Kernel, Violation
+from tests.sim.kernel import MS, Kernel
+from tests.sim.trouble import Violation
 
 AFTERMATH = 150 * MS  # after the last trouble; what was slow, or waited for that, has ended
 SOON = 50 * MS  # in a kind world, where an operation takes 0.4 of them

@@ -23,10 +23,10 @@ from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.history import SECTOR
 from tests.crash.opening import DirectDriver, Seen, is_dirty, look, require_sound
 from tests.engine import ORIGIN
-from tests.sim.kernel import Violation
 from tests.sim.livehost import open_chain
 from tests.sim.livejudge import LiveJudge, Said
 from tests.sim.livelife import LiveWorld
+from tests.sim.trouble import Violation
 from tests.sim.units import Units
 
 logging.getLogger("qcow2").setLevel(logging.CRITICAL)

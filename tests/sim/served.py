@@ -15,7 +15,8 @@ from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.images import LOG_CAPACITY
 from tests.sim.file import KernelFile, KernelMemory
 from tests.sim.guest import Guest
-from tests.sim.kernel import Dead, Kernel, Trouble, Violation
+from tests.sim.kernel import Kernel
+from tests.sim.trouble import Dead, Trouble, Violation
 from vhost.disk import ImageBackend
 from vhost.option import CacheMode
 from vhost.ringdriver import RingDriver

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from tests.crash.driver import Completed, Effect, Issued, SimulatedFile, Synced
-from tests.sim.kernel import Lost
+from tests.sim.trouble import Lost
 
 Contents = dict[SimulatedFile, SimulatedFile]  # of a file at some moment
 

@@ -4,8 +4,8 @@ import random
 
 from tests.crash.explorer import Violation as CrashViolation
 from tests.crash.walk import Count, Scene, Walk
-from tests.sim.kernel import Lost, Violation
 from tests.sim.life import World
+from tests.sim.trouble import Lost, Violation
 
 
 class LifeWalk(Walk):
