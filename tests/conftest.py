@@ -2,7 +2,7 @@
 
 A test is marked pure, file, border or vm by the directory it is in. Guests come first: who has two processors wants the
 long tests early. With ``--sample``, which `make test` gives, a test marked ``sample(n)`` runs n of its cases, drawn
-by the commit; `make deep` runs all of these.
+by the commit, and of all cases of tests marked ``sample(n, of="name")`` run n; `make deep` runs all of these.
 """
 
 import compileall
@@ -61,8 +61,9 @@ def tier_of(item: pytest.Item) -> str:
 def _campaigns(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
     campaigns: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sample"):
-            campaigns.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if marker := item.get_closest_marker("sample"):
+            name = marker.kwargs.get("of", item.nodeid.partition("[")[0])
+            campaigns.setdefault(name, []).append(item)
     return campaigns
 
 

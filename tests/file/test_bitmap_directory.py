@@ -231,6 +231,7 @@ def seen(file: SimulatedFile, backing: SimulatedFile | None) -> dict[str, Bitmap
     return found
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("kind", ["bitmaps", "bitmaps-lazy", "bitmaps-backing", "small-backing", "small"])
 def test_every_death_leaves_the_old_bitmaps_or_the_new_ones(kind: str, what: str) -> None:

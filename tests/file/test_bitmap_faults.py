@@ -64,6 +64,7 @@ def live(kind: str, fault: Failing) -> tuple[SimulatedFile, History]:
     return file, history
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize("kind", ["bitmaps", "bitmaps-lazy", "bitmaps-backing"])
 def test_no_fault_lets_a_bitmap_say_too_little(kind: str, error: int) -> None:

@@ -36,7 +36,7 @@ def ours(path: Path, *options: str) -> tuple[int, dict[str, object]]:
     return done.returncode, json.loads(done.stdout)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layout", ["packed", "reversed", "scattered"])
 @pytest.mark.parametrize("refcount_order", [0, 3, 4, 6])
 @pytest.mark.parametrize("cluster_bits", [9, 16, 21])

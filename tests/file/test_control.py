@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -280,10 +281,13 @@ def test_stale_control_socket_is_replaced_and_a_live_one_is_not(daemon: Daemon, 
 def test_client_without_a_descriptor_for_it_is_served_once_there_is_one(daemon: Daemon, control: Path) -> None:
     pid = daemon.process.pid
     soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-    limit = next(number for number in range(soft) if number not in taken)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
-    with connect(control) as client, client.makefile("rb") as lines:
+    with ExitStack() as stack:
+        stack.enter_context(FrontEnd(daemon.socket_path))  # the visit before it has closed its descriptors
+        taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        limit = next(number for number in range(soft) if number not in taken)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
+        client = stack.enter_context(connect(control))
+        lines = stack.enter_context(client.makefile("rb"))
         client.setblocking(False)
         with pytest.raises(BlockingIOError):
             client.recv(1)

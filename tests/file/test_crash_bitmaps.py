@@ -19,6 +19,7 @@ from tests.file import test_crash_resize
 Patch = pytest.MonkeyPatch
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
 @pytest.mark.parametrize("kind", BITMAPS)
 def test_no_death_leaves_a_bitmap_that_says_too_little(kind: str, writethrough: bool) -> None:

@@ -227,7 +227,7 @@ def violations(seed: int, sort: Sort) -> tuple[int, list[str]]:
     return count, wrong
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sort", SORTS_APART, ids=str)
 @pytest.mark.parametrize("seed", [0, 6])
 def test_every_sector_is_allowed_after_every_death(seed: int, sort: Sort) -> None:
@@ -265,7 +265,7 @@ def wrong_after_resizing(sort: Sort, seed: int, *clusters: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("sort", SORTS_APART, ids=str)
 def test_a_death_while_the_disk_is_resized_leaves_the_old_one_or_the_new_one(sort: Sort) -> None:
     assert wrong_after_resizing(sort, 1, 3, 7, 2, 6) == []

@@ -72,6 +72,7 @@ def read_from(guest: FrontEnd, index: int) -> None:
     assert [(one.status, one.data[:6]) for one in done] == [(OK, b"intact")]
 
 
+@pytest.mark.sample(1)
 @AIO
 @pytest.mark.parametrize("flooded", [1, 96])
 def test_flood_of_kicks_delays_nobody_for_long_and_leaves_nothing(

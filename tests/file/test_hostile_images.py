@@ -126,6 +126,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("action", READERS)
 def test_reading_ends_well(tmp_path: Path, action: str, damage: str) -> None:

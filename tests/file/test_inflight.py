@@ -72,6 +72,7 @@ def points(model: type[Model]) -> int:
         return sum(1 for _ in guest.model.life(WORK)) + 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("model", FORMATS)
 def test_death_after_every_store_completes_each_request_once_and_in_order(daemon: Daemon, model: type[Model]) -> None:
     count = points(model)

@@ -439,6 +439,7 @@ def test_death_in_a_commit_leaves_the_same_disk(top: Path, tmp_path: Path, at: i
     assert_not_corrupt(top)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mode", "options", "base"),
     [

@@ -36,6 +36,7 @@ def scattered(path: Path, seed: int, size: int = SIZE) -> bytearray:
             offset += nbytes
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("order", [[], ["-W"]], ids=["in order", "-W"])
 @pytest.mark.parametrize(
     "words",

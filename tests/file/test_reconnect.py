@@ -24,6 +24,7 @@ def image(tmp_path: Path) -> Path:
     return build(Recipe(size=SIZE, compatible=LAZY_REFCOUNTS), tmp_path / "a").path
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("queues", [1, 4])
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
 @pytest.mark.parametrize("queue_type", [Queue, PackedQueue])

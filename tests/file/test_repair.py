@@ -27,6 +27,7 @@ REPAIRABLE = [
 ]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("cluster_bits", [9, 16, 21])
 @pytest.mark.parametrize("kind", REPAIRABLE)
 def test_qemu_finds_a_repaired_image_clean(tmp_path: Path, kind: str, cluster_bits: int) -> None:

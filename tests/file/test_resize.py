@@ -69,6 +69,7 @@ def test_a_disk_grows_again_and_again(
     assert read_header(path).fields["l1_size"] * 8 > cluster_size
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("refcount_bits", [1, 16, 64])
 def test_the_longest_l1_table_moves_the_refcount_table_as_well(tmp_path: Path, refcount_bits: int) -> None:
     path = created(tmp_path / "a", SMALL, cluster_size=512, refcount_bits=refcount_bits)

@@ -145,6 +145,7 @@ class World:
         return bytes(target)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "onto base"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_moment_shows_the_same_disk(kind: str, is_whole: bool) -> None:

@@ -162,6 +162,7 @@ def make_change(disk: qcow2.Disk, change: Change, model: bytearray) -> None:
     change.apply(model)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("chain", ["alone", "overlay", "changed", "snapshot", "lazy"])
 def test_what_we_write_is_what_everybody_reads(tmp_path: Path, cluster: int, chain: str) -> None:

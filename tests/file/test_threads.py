@@ -119,6 +119,7 @@ def test_threads_are_bounded(image: Path) -> None:
         daemon.stop()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", WORKER_TESTS)
 def test_worker_keeps_its_promises_without_io_uring(name: str) -> None:
     command = [

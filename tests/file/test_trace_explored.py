@@ -70,6 +70,7 @@ def survey(run: Recorded, npoints: int, seed: int = 0) -> int:
     return Survey(run, 1 << CLUSTER_BITS - 9, seed, samples=1).visit(npoints)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("cache_mode", ["writeback", "writethrough"])
 @pytest.mark.parametrize("kind", ["lazy", "accurate", "overlay", "overlay-lazy"])
 def test_no_death_of_the_real_daemon_breaks_a_law(kind: str, cache_mode: str) -> None:
@@ -183,6 +184,7 @@ MUTANTS: list[tuple[Callable[[Records], Records], str, str]] = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("mutant", "kind", "cache_mode"), MUTANTS)
 def test_a_trace_that_was_changed_is_found_out(
     mutant: Callable[[Records], Records], kind: str, cache_mode: str

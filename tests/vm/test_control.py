@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from guest import installed_program, vhost_user_disk
 
 from tests.patience import TIMEOUT
@@ -27,6 +28,7 @@ def ctl(control: Path, *arguments: str) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.sample(10, of="guests")
 def test_statistics_add_up_to_what_fio_says(boot: Boot, serve: Serve, lazy_image: Path, tmp_path: Path) -> None:
     control = tmp_path / "control"
     with serve(lazy_image, f"--control={control}") as daemon:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from guest import Backend, Guest, vhost_user_disk
 
 from tests.patience import TIMEOUT
@@ -56,6 +57,7 @@ def count_regions(daemon: Backend) -> int:
     return Path("/proc", str(daemon.process.pid), "maps").read_text().count("memfd:memory-backend-memfd")
 
 
+@pytest.mark.sample(10, of="guests")
 def test_memory_comes_and_goes_under_load(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     with serve(lazy_image) as daemon:
         disk = vhost_user_disk(daemon.socket_path)
