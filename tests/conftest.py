@@ -6,6 +6,7 @@ by the commit, and of all cases of tests marked ``sample(n, of="name")`` run n; 
 """
 
 import compileall
+import gc
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup, or behind a shell's "&"
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    gc.set_threshold(200_000, 20, 20)  # what Python simulates makes many objects, and few circles: 3 to 5 % of the time
     if config.getoption("--sample"):
         os.environ.setdefault(SEED, _commit())  # workers inherit it
 

@@ -163,7 +163,7 @@ def test_library(world: str, place: Path) -> None:
     assert_not_corrupt(place / "disk")
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("world", WORLDS)
 def test_tool(world: str, place: Path) -> None:
     """Each command that changes an image, after a death that left a link log; then nothing acknowledged is missing."""

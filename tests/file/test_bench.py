@@ -58,6 +58,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.sample(3, of="runs of bench")
 def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
     where = ("--directory", tmp_path / "images", "--tmpfs", tmp_path, "--output", tmp_path / "out")
     run = bench("writeback-fresh-32", "--pairs=1", "--seconds=0.2", "--no-ceiling", *where)
@@ -70,6 +71,7 @@ def test_a_case_is_stored_as_json(tmp_path: Path) -> None:
     assert "writeback-fresh-32" in (tmp_path / "out/table.md").read_text()
 
 
+@pytest.mark.sample(3, of="runs of bench")
 def test_parts_of_a_run_are_joined_and_quoted(tmp_path: Path) -> None:
     cases = ["writeback-fresh-32", "overlay-tmpfs-1"]
     for case in cases:
@@ -89,6 +91,7 @@ def test_parts_of_a_run_are_joined_and_quoted(tmp_path: Path) -> None:
         assert f"| {case['title']} | " in run.stdout
 
 
+@pytest.mark.sample(3, of="runs of bench")
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     images = tmp_path / "images"
     where = ("--directory", images, "--tmpfs", tmp_path, "--output", tmp_path / "out")
@@ -96,6 +99,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert list(images.iterdir()) == []
 
 
+@pytest.mark.sample(3, of="runs of bench")
 def test_a_crowd_comes_on_as_many_queues_as_it_needs(tmp_path: Path) -> None:
     options = ("--passes=1", "--seconds=0.2", "--ring=1", "--largest=2")
     where = ("--directory", tmp_path / "images", "--plot", tmp_path / "plot.svg")
@@ -119,6 +123,7 @@ def test_a_client_that_is_not_ours_loads_both_servers(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sample(3, of="runs of bench")
 def test_neighbours_work_beside_each_server(tmp_path: Path) -> None:
     options = ("--passes=1", "--seconds=0.1", "--neighbours=1", "--directory", str(tmp_path))
     command = [sys.executable, "-m", "bench.shared", "writeback-fresh-32", *options]
@@ -129,6 +134,7 @@ def test_neighbours_work_beside_each_server(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sample(3, of="runs of bench")
 @pytest.mark.parametrize("seconds", ["0.1", "0"], ids=["a guest writes", "nobody writes"])
 def test_backups_of_both_servers_are_timed(tmp_path: Path, seconds: str) -> None:
     options = ("--gib=0.03125", "--passes=1", f"--seconds={seconds}", f"--directory={tmp_path}")
@@ -156,6 +162,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     assert processes_on(images) == []
 
 
+@pytest.mark.sample(3, of="runs of bench")
 def test_parts_in_turn_are_the_whole(tmp_path: Path) -> None:
     def listed(*words: str) -> str:
         return bench("goals", "scale", "--list", "--output", tmp_path, *words).stdout

@@ -57,6 +57,7 @@ def test_qemu_reads_what_the_recipe_says(
     assert_same_disk(built.path, recipe.contents())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cluster_bits", [9, 10, 12, 16, 21])
 @pytest.mark.parametrize("compression", ["deflate", "zstd"])
 def test_compressed_clusters_start_at_any_byte_and_straddle(

@@ -36,7 +36,7 @@ def workloads(sort: Sort, cache: str) -> Iterator[tuple[Workload, bool]]:
         yield workload, True
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("sort", SORTS.values(), ids=lambda sort: sort.name)
 def test_every_death_leaves_what_the_laws_allow(sort: Sort, cache: str, tmp_path: Path) -> None:

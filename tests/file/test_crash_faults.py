@@ -16,7 +16,7 @@ PAIRS = 6  # sequences of two actions, a sort and cache mode
 STRIDE = 15
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("sort", SORTS.values(), ids=lambda sort: sort.name)
 def test_every_operation_of_every_action_may_fail(sort: Sort, cache: str) -> None:

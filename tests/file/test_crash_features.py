@@ -80,6 +80,7 @@ def a_snapshot(seed: int) -> int:
     return test_crash_snapshots.explore("small", "create and delete", seed=seed, stride=9)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("explored", "mutant"),
     [

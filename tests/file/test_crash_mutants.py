@@ -15,6 +15,7 @@ LAWS = range(1, 11)
 LISTS = {"hostile": hostile.CASES, "alone": alone.CASES, "between": between.CASES}  # judges of one case each
 
 
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("mutant", FOUND_BY, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)

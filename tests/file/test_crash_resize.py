@@ -85,26 +85,26 @@ def explore(
     return Explorer(run, sized_opener(kind, min(WATCHED, sizes[-1])), seed).explore(stride=stride)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2, of="deaths while a disk grows")
 @pytest.mark.parametrize("writethrough", [False, True], ids=["writeback", "writethrough"])
 @pytest.mark.parametrize("kind", KINDS_OF_1K)
 def test_every_point_of_growing_twice(kind: str, writethrough: bool) -> None:
     assert explore(kind, [300, 700], seed=3, writethrough=writethrough) > 100
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2, of="deaths while a disk grows")
 @pytest.mark.parametrize("kind", KINDS_OF_1K)
 def test_every_point_of_growing_a_disk_that_nobody_writes(kind: str) -> None:
     assert explore(kind, [300, 700], seed=0, steps=0) > 20
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2, of="deaths while a disk grows")
 @pytest.mark.parametrize(("kind", "nsectors"), [("width-64", 300_000), ("small", 1_050_000), ("small-lazy", 1_050_000)])
 def test_points_of_growing_to_an_l1_table_that_several_refcount_blocks_count(kind: str, nsectors: int) -> None:
     assert explore(kind, [700, nsectors], seed=4, steps=1, stride=3) > 50
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2, of="deaths while a disk grows")
 @pytest.mark.parametrize("kind", ["snapshot", "snapshot-lazy", "v2-backing"])
 def test_points_of_growing_on_larger_clusters(kind: str) -> None:
     assert explore(kind, [KINDS[kind].nsectors + 3, 5000], seed=5, stride=5) > 50

@@ -11,7 +11,7 @@ from tests.features.shape import FEATURES, draw_shape
 from tests.oracle import peers
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("feature", FEATURES)
 def test_all_agree_on_what_each_made_of_an_image(tmp_path: Path, feature: str, seed: int) -> None:

@@ -19,7 +19,7 @@ from tests.fuzz.mutation import BASES, BUILT, EDGES, bases, mutate, random_input
 from tests.fuzz.trial import BACKING, Finding, attempt, run, try_out
 from tests.fuzz.verdict import Verdict, explain, ours, qemus
 
-MUTANTS = 800
+MUTANTS = 400
 COMPARED = 300
 MEMORY_LIMIT = 64 << 10  # KiB that the process may grow by over all mutants; their files have 10 to 700 KiB
 NOUNS = [

@@ -129,7 +129,7 @@ def test_writers_that_take_turns_agree(tmp_path: Path, shape: Shape) -> None:
         judge(tmp_path / "a", model)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_images_we_create_hold_what_we_write(tmp_path: Path, shape: Shape) -> None:
     model = Model(create(shape, tmp_path, by="us"))

@@ -73,7 +73,7 @@ def counters(daemon: Daemon) -> dict[str, int]:
 # Law 1: acknowledged means process-safe
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
 @pytest.mark.parametrize("overlay", [False, True], ids=["plain", "overlay"])
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "accurate"])

@@ -259,6 +259,7 @@ def test_daemon_that_may_not(image: Path, tmp_path: Path, option: str) -> None:
     assert not image.with_name("frozen").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("at", [1, 17, 20, 22, 24, 26])
 def test_death_before_any_call_leaves_the_old_disk_or_the_new_one(image: Path, at: int) -> None:
     """Before the *at*-th call that changes a file or a name; the next daemon can take a snapshot that is not there."""

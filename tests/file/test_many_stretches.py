@@ -124,6 +124,7 @@ def test_chain_whose_parts_lie_in_two_files_is_copied_to_a_raw_file(tmp_path: Pa
     assert (tmp_path / "new").read_bytes() == content
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("formats", ["raw raw", "raw qcow2", "qcow2 qcow2"])
 def test_the_first_difference_of_scattered_disks_is_found(tmp_path: Path, formats: str) -> None:
     content = scattered(tmp_path / "one", 6)

@@ -20,7 +20,7 @@ LIVES = 2
 CLUSTER = 65536
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_host_that_fails_is_answered_honestly(tmp_path: Path, kind: str) -> None:
     draw = random.Random(f"1 {kind}")

@@ -27,7 +27,7 @@ REPAIRABLE = [
 ]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("cluster_bits", [9, 16, 21])
 @pytest.mark.parametrize("kind", REPAIRABLE)
 def test_qemu_finds_a_repaired_image_clean(tmp_path: Path, kind: str, cluster_bits: int) -> None:
@@ -36,6 +36,7 @@ def test_qemu_finds_a_repaired_image_clean(tmp_path: Path, kind: str, cluster_bi
     assert_clean(tmp_path / "a")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cluster_bits", [9, 16, 21])
 @pytest.mark.parametrize("kind", ["just past the end", "truncated"])
 def test_what_the_file_does_not_have_is_not_called_sound(tmp_path: Path, kind: str, cluster_bits: int) -> None:

@@ -24,6 +24,7 @@ def image(path: Path, size: int = 10 * MIB, **options: object) -> Path:
     return path
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("size", [MIB, MIB - 3072, MIB + 512, 512, 0])
 @pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"compat": "0.10"}, {"lazy_refcounts": "on"}], ids=str)
 def test_the_rest_is_as_it_was_and_the_end_does_not_come_back(

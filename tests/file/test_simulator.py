@@ -17,12 +17,12 @@ def simulate(*options: str, what: str = "tests.sim") -> subprocess.CompletedProc
 
 
 def test_histories_of_many_lives_keep_every_promise_and_are_the_same_each_time() -> None:
-    done = simulate("--histories", "40", "--twice")
+    done = simulate("--histories", "20", "--twice")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_histories_of_data_that_goes_by_o_direct_keep_every_promise() -> None:
-    done = simulate("--histories", "24", "--direct")
+    done = simulate("--histories", "12", "--direct")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -43,6 +43,7 @@ def test_every_death_in_a_life_leaves_what_the_laws_allow() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", QUICK)  # all: make simulate-mutants
 def test_what_is_broken_in_c_is_found(name: str) -> None:
     done = simulate("--mutant", name, "--histories", "600")

@@ -89,7 +89,7 @@ def live(kind: str, seed: int, fault: Fault) -> None:
     life.judge_next_life()
 
 
-@pytest.mark.sample(25)
+@pytest.mark.sample(15)
 @pytest.mark.parametrize(
     ("code", "is_untried"),
     [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOMEM, True)],

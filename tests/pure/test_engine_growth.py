@@ -81,6 +81,7 @@ def fail_growth(kind: str, fault: Fault) -> None:
     assert driver.run(read_all(again)) in allowed
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
 @pytest.mark.parametrize("kind", ["small", "small-lazy", "longer-backing", "width-64", "snapshot-lazy"])
 def test_each_operation_of_growing_may_fail(kind: str, code: int) -> None:

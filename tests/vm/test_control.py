@@ -28,7 +28,7 @@ def ctl(control: Path, *arguments: str) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_statistics_add_up_to_what_fio_says(boot: Boot, serve: Serve, lazy_image: Path, tmp_path: Path) -> None:
     control = tmp_path / "control"
     with serve(lazy_image, f"--control={control}") as daemon:

@@ -14,7 +14,7 @@ FIO = "fio --name=job --directory=/mnt --ioengine=libaio --direct=1 --verify=crc
 MAKE_FILE_SYSTEM = "mkfs.ext4 -q /dev/vda; mount /dev/vda /mnt"
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_four_queues_write_and_verify_in_writethrough(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     job = f"""
         test $(ls /sys/block/vda/mq | wc -l) = 4
@@ -30,7 +30,7 @@ def test_four_queues_write_and_verify_in_writethrough(boot: Boot, serve: Serve, 
     run("qemu-img", "check", lazy_image)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 @pytest.mark.parametrize("cache", ["none", "directsync", "unsafe"])
 def test_cache_mode_verifies(boot: Boot, serve: Serve, lazy_image: Path, cache: str) -> None:
     job = f"""
@@ -45,7 +45,7 @@ def test_cache_mode_verifies(boot: Boot, serve: Serve, lazy_image: Path, cache: 
     run("qemu-img", "check", lazy_image)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_second_front_end_finds_what_the_first_wrote_and_fstrim_shrinks_the_host_file(
     boot: Boot, serve: Serve, lazy_image: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_second_front_end_finds_what_the_first_wrote_and_fstrim_shrinks_the_host
     run("qemu-img", "check", lazy_image)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_reset_keeps_the_disk(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     job = f"""
         if mount -t ext4 /dev/vda /mnt 2> /dev/null; then
@@ -99,7 +99,7 @@ def test_guest_reset_keeps_the_disk(boot: Boot, serve: Serve, lazy_image: Path) 
     run("qemu-img", "check", lazy_image)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_paused_guest_goes_on_where_it_was(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     job = f"""
         {MAKE_FILE_SYSTEM}
@@ -118,7 +118,7 @@ def test_paused_guest_goes_on_where_it_was(boot: Boot, serve: Serve, lazy_image:
     run("qemu-img", "check", lazy_image)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_four_disks_are_each_what_their_command_line_says(boot: Boot, serve: Serve, tmp_path: Path) -> None:
     """One that is read only, one with a name and without a write cache, and two that do not mix."""
     raw, content = tmp_path / "disk.raw", tmp_path / "content"

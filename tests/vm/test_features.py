@@ -128,7 +128,7 @@ def bitmaps(raw: Path) -> Served:
     return Served(top, after=copy, job=JOB.replace("fstrim /mnt", "sync"))  # what is trimmed has changed, too
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 @pytest.mark.parametrize("kind", [subclusters, raw_data_file, encrypted, bitmaps], ids=lambda kind: kind.__name__)
 def test_guest_lives_on(
     boot: Boot, serve: Serve, tmp_path: Path, file_system: Path, kind: Callable[[Path], Served]

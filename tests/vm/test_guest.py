@@ -9,7 +9,7 @@ from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_failing_job_is_named_with_the_console(boot: Boot) -> None:
     with boot("echo about to fail; false; echo not reached", []) as guest:
         with pytest.raises(GuestFailure, match=r"failed with status 1\n(.*\n)*  \| about to fail"):

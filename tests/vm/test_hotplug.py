@@ -12,7 +12,7 @@ GONE = "while test -b /dev/vda; do sleep 0.1; done"
 BACK = "until test -b /dev/vda; do sleep 0.1; done"
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 @pytest.mark.parametrize("reconnects", [False, True])
 def test_unplugged_disk_may_be_plugged_again(boot: Boot, serve: Serve, lazy_image: Path, reconnects: bool) -> None:
     job = f"""

@@ -55,7 +55,7 @@ def directory() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 @pytest.mark.parametrize("mode", ["system", "session"])
 def test_libvirt_boots_a_guest_and_plugs_in_a_disk(directory: Path, kernel: Kernel, initrd: Path, mode: str) -> None:
     shutil.copy(kernel.image, directory / "kernel")

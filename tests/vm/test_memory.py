@@ -57,7 +57,7 @@ def count_regions(daemon: Backend) -> int:
     return Path("/proc", str(daemon.process.pid), "maps").read_text().count("memfd:memory-backend-memfd")
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_memory_comes_and_goes_under_load(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     with serve(lazy_image) as daemon:
         disk = vhost_user_disk(daemon.socket_path)

@@ -140,7 +140,7 @@ def hosts(request: pytest.FixtureRequest, boot: Boot, lazy_image: Path) -> Itera
         yield running
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_moves_back_and_forth_and_what_it_wrote_verifies(hosts: Hosts) -> None:
     for _move in range(MIGRATIONS):
         hosts.move()
@@ -148,7 +148,7 @@ def test_guest_moves_back_and_forth_and_what_it_wrote_verifies(hosts: Hosts) -> 
     hosts.finish()
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_stays_when_its_migration_is_cancelled(hosts: Hosts) -> None:
     hosts.cancel("active")
     hosts.cancel("pre-switchover")  # its rings have stopped, its daemon has let go of the image

@@ -10,7 +10,7 @@ from tests.patience import TIMEOUT
 from tests.vm.conftest import ROOT, Boot
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_makes_a_file_system_on_the_ram_disk_example(boot: Boot, tmp_path: Path) -> None:
     job = """
         mkfs.ext4 -q /dev/vda

@@ -83,7 +83,7 @@ def follow(guest: Guest, ends_at: float, *daemons: Backend) -> str:
     return line
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 @pytest.mark.parametrize(("cache", "ring", "queues"), ALL if "KILLS" in os.environ else SOME)
 def test_guest_outlives_its_daemons(
     boot: Boot, serve: Serve, lazy_image: Path, cache: str, ring: str, queues: int

@@ -13,7 +13,7 @@ from tests.vm.tool import run
 GIB = 1 << 30
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_sees_its_disk_grow_under_load(boot: Boot, lazy_image: Path) -> None:
     job = f"""
         mkfs.ext4 -q /dev/vda
@@ -39,7 +39,7 @@ def test_guest_sees_its_disk_grow_under_load(boot: Boot, lazy_image: Path) -> No
     run("qemu-img", "check", lazy_image)
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_whose_disk_grew_while_it_was_paused_sees_it_when_it_goes_on(boot: Boot, lazy_image: Path) -> None:
     job = f"echo waiting; until test $(cat /sys/block/vda/size) = {3 * GIB // 512}; do sleep 0.1; done"
     with serve(lazy_image) as served:

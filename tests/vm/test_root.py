@@ -36,7 +36,7 @@ def base_tree() -> Tree:
     return tree
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 @pytest.mark.parametrize("compression", ["zstd", "zlib"])
 def test_guest_installs_files_on_an_overlay_of_a_compressed_base(
     boot: Boot, serve: Serve, tmp_path: Path, base_tree: Tree, compression: str

@@ -18,7 +18,7 @@ def is_connected(guest: Guest) -> bool:
     return not str(disk["filename"]).startswith("disconnected:")
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_guest_waits_until_the_image_is_free_again(boot: Boot, serve: Serve, lazy_image: Path) -> None:
     job = f"""
         mkfs.ext4 -q /dev/vda

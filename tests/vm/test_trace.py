@@ -9,7 +9,7 @@ from tests.vm.conftest import Boot, Serve
 from tests.vm.recording import CLUSTER_SECTORS, record
 
 
-@pytest.mark.sample(10, of="guests")
+@pytest.mark.sample(8, of="guests")
 def test_no_death_during_a_guests_work_breaks_a_law(boot: Boot, serve: Serve, tmp_path: Path) -> None:
     for name, recorded in record(boot, serve, tmp_path, mib=32, writes=24).items():
         survey = Survey(recorded, CLUSTER_SECTORS, samples=1)
