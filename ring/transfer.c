@@ -91,6 +91,16 @@ static int choose_way(struct worker *worker, struct operation *operation, struct
     return bounce_front(worker, operation, single, gather);
 }
 
+/* To copy much out of the page cache takes a processor's time. While more is under way each second long read is
+ * another thread's, so that two copy at once. */
+static bool goes_aside(struct worker *worker, const struct operation *operation, uint64_t nbytes)
+{
+    if (operation->verb != VERB_READ || operation->direct || nbytes <= PACE_NBYTES || worker->requests_in_flight < 2)
+        return false;
+    worker->goes_aside = !worker->goes_aside;
+    return worker->goes_aside;
+}
+
 #define REFUSALS_MAX 100 /* in a row */
 
 enum { SUBMITTED = 0, MOVED = 1, WAITS = 2 };
@@ -129,6 +139,8 @@ static int submit_transfer(struct worker *worker, uint32_t number)
         return turn_is_now(worker, operation) ? -EAGAIN : WAITS;
     }
     prepare_transfer(entry, operation, file, &gather);
+    if (goes_aside(worker, operation, gather.nbytes))
+        entry->flags |= IOSQE_ASYNC;
     if (operation->verb == VERB_WRITE && !operation->direct)
         file->dirty += gather.nbytes;
     operation_trace_transfer(worker, operation, &gather);

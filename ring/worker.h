@@ -294,6 +294,7 @@ struct worker {
     uint16_t lone_queue; /* which it came from, */
     uint32_t lone_count; /* and so many before it */
     uint32_t submitted; /* operations and syncs in the kernel */
+    bool goes_aside;    /* the last long read did */
     uint32_t at_once;   /* writes that Python may still do on this thread before it lets C go on */
 
     uint32_t event_count;
