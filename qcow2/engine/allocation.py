@@ -8,8 +8,9 @@ syncs before the link anyway takes clusters of which all this is true after that
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from contextlib import suppress
+from typing import Any
 
 from qcow2.driver.operation import Signal, Spawn, Zero
 from qcow2.engine.opened import Opened
@@ -73,7 +74,7 @@ class Allocator:
         self._stability.require_trust()
         taken = self._stock.take(nclusters)
         if len(self._stock) <= self._low and self._under_way is None and self._reservations.room:
-            await Spawn(self._reserve_ahead(self._begin()))
+            await Spawn(self._ahead(self._reserve_once(self._run_length(), self._begin())))
         return taken
 
     async def allocate_zeros(self) -> range:
@@ -107,7 +108,7 @@ class Allocator:
         self._stability.require_trust()
         taken = self._unsynced.take(nclusters)
         if len(self._unsynced) <= self._low_unsynced and self._gathering is None and self._reservations.room:
-            await Spawn(self._gather_ahead(self._begin_gathering()))
+            await Spawn(self._ahead(self._gather_once(self._run_length(), self._begin_gathering())))
         return taken
 
     async def _gather(self, nclusters: int) -> None:
@@ -121,14 +122,6 @@ class Allocator:
             if not lacks_room(error) or not self._stock:
                 raise
             self._unsynced.add([self._stock.take(nclusters)])
-
-    async def _gather_ahead(self, ended: Signal) -> None:
-        """The same before the last one is taken: else all that a guest has under way enters Python with it."""
-        try:
-            with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
-                await self._gather_once(self._run_length(), ended)
-        except MemoryError:
-            self._stability.fail(no_memory())
 
     async def _gather_once(self, wanted: int, ended: Signal) -> None:
         try:
@@ -225,11 +218,11 @@ class Allocator:
             return
         await self._reserve_once(max(nclusters, self._run_length()), self._begin())
 
-    async def _reserve_ahead(self, ended: Signal) -> None:
-        """Reserve the next run before the last cluster of this one is taken, so that nobody waits for its sync."""
+    async def _ahead(self, reserving: Coroutine[Any, Any, None]) -> None:
+        """Reserve before the last cluster is taken: nobody waits then, nor does all that is under way enter Python."""
         try:
             with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
-                await self._reserve_once(self._run_length(), ended)
+                await reserving
         except MemoryError:
             self._stability.fail(no_memory())
 

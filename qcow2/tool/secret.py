@@ -82,8 +82,8 @@ def _fields(text: str) -> dict[str, str]:
 
         try:
             given = json.loads(text)
-        except ValueError:
-            raise ValueError("--object: what begins with a brace is no JSON") from None
+        except (ValueError, RecursionError):
+            raise ValueError("--object: what begins with a brace is no JSON, or too deep") from None
         return {str(name): str(value) for name, value in given.items()}
     fields = {}
     for number, part in enumerate(split_commas(text)):

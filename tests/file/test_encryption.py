@@ -221,6 +221,7 @@ def test_info_tells_what_qemu_tells_without_the_key(tmp_path: Path, secret: list
         (["secret,id=s0,data=x,keyid=s1,iv=y"], LUKS, "keyid"),
         (["secret,id=s0"], LUKS, "Must provide 'file' or 'data'"),
         (["tls-creds-x509,id=s0"], LUKS, "only secret is supported"),
+        (['{"id": ' + "[" * 5000 + "]" * 5000 + "}"], LUKS, "no JSON, or too deep"),
     ],
 )
 def test_what_cannot_be_created_is_refused_by_name(tmp_path: Path, objects: list[str], wanted: str, text: str) -> None:
