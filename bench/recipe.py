@@ -17,7 +17,8 @@ class Recipe:
     """How to make one image.
 
     The base, if any, is full of data: of *base_nbytes*, compressed or not, under *chain* overlays, the image included.
-    Data may be in a file of its own, raw if the options say so, or encrypted; *nbitmaps* bitmaps record.
+    Data may be in a file of its own, raw if the options say so, or encrypted; *nbitmaps* bitmaps record. The page cache
+    holds an image that is filled as `cp` leaves it, in large folios, or *in_pages*, as a guest that wrote it does.
     """
 
     nbytes: int
@@ -29,6 +30,7 @@ class Recipe:
     has_data_file: bool = False
     is_encrypted: bool = False
     nbitmaps: int = 0
+    in_pages: bool = False
     name: str = field(kw_only=True)
 
 
@@ -59,7 +61,10 @@ class Kitchen:
         elif recipe.is_filled:
             what = f"{recipe.nbytes}-{recipe.options}-{recipe.is_encrypted}".replace("/", "-")
             template = self._template(f"filled-{what}", lambda path: self._fill(path, recipe))
-            run("cp", "--sparse=always", template, image)
+            if recipe.in_pages:
+                run("dd", f"if={template}", f"of={image}", "bs=4k", "status=none")
+            else:
+                run("cp", "--sparse=always", template, image)
         elif recipe.base_nbytes:
             apart = f",data_file={data_path(image)}" if recipe.has_data_file else ""
             overlay(self._base(recipe), recipe.options + apart, image)

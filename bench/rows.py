@@ -12,6 +12,7 @@ LAZY, ACCURATE = "compat=1.1,lazy_refcounts=on", "compat=1.1,lazy_refcounts=off"
 FRESH = Recipe(64 * GIB, LAZY, name="fresh, lazy refcounts, 64 GiB")
 FRESH_ACCURATE = Recipe(64 * GIB, ACCURATE, name="fresh, accurate refcounts, 64 GiB")
 FILLED = Recipe(GIB, is_filled=True, name="1 GiB, all written")
+FILLED_IN_PAGES = Recipe(GIB, is_filled=True, in_pages=True, name="1 GiB, all written, 4 KiB at a time")
 OVERLAY = Recipe(2 * GIB, LAZY, base_nbytes=2 * GIB, name="overlay on 2 GiB, lazy refcounts")
 SMALL_OVERLAY = Recipe(GIB, LAZY, base_nbytes=GIB, name="overlay on 1 GiB, lazy refcounts")
 COMPRESSED = Recipe(512 * MIB, base_nbytes=512 * MIB, base_is_compressed=True, name="overlay on 512 MiB compressed")
@@ -127,6 +128,14 @@ ROWS = (
 ASLEEP = ("--poll-us=0",)
 
 EXTRAS = (
+    Case(
+        "overwrite-32-pages",
+        "overwrite-32, but a guest has written the image 4 KiB at a time",
+        FILLED_IN_PAGES,
+        Job(GIB, depth=32),
+        Images.PER_SERVER,
+        target=2,
+    ),
     Case(
         "read-1-asleep",
         "read-1, but our daemon never looks at its rings before it sleeps",
