@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ring.build import FLAGS
+from tests.sim.mutant import MUTANTS, Mutant
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = ("refused_work_is_forgotten", "fetched_chain_is_not_noted", "cluster_is_handed_out_twice")
 
@@ -49,6 +52,17 @@ def test_what_is_broken_in_c_is_found(name: str) -> None:
     done = simulate("--mutant", name, "--histories", "600")
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr  # it was built
+
+
+@pytest.mark.sample(10)
+@pytest.mark.parametrize("mutant", [one for one in MUTANTS if one.edit], ids=lambda mutant: mutant.name)
+def test_what_breaks_the_c_is_c(mutant: Mutant) -> None:
+    """Where the C around it has changed, it may be none any more."""
+    assert mutant.edit
+    text = (ROOT / mutant.edit.file).read_text().replace(mutant.edit.old, mutant.edit.new)
+    command = ["gcc", *FLAGS, "-Wno-unused", f"-I{ROOT}", "-fsyntax-only", "-x", "c", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_deaths_within_live_operations_leave_what_the_laws_allow() -> None:

@@ -92,7 +92,8 @@ MUTANTS = [
             "virtio/place.c",
             "        flights->count--;\n        result = 0;",
             "        for (flights->count--; result == 0 && request->flight; flights->count--)\n"
-            "            end(map, leave(flights, request, &flights->first_free), 0, 0, &landing);\n        result = 0;",
+            "            end(map, worker, leave(flights, request, &flights->first_free), 0, 0, &landing);\n"
+            "        result = 0;",
         ),
     ),
     Mutant(
