@@ -23,7 +23,7 @@ from qcow2.error import CorruptImage, ImageError, NotTried, no_memory
 from qcow2.plane.stock import Stock
 
 FIRST_RUN_BYTES = 256 << 10
-MAX_RUN_BYTES = 4 << 20  # what a crash may leak, twice
+MAX_RUN_BYTES = 4 << 20  # what a crash may leak, four times
 MAX_LAZY_RUN_BYTES = 128 << 20  # a lazy image has its refcounts rebuilt after a crash; each run takes a sync
 MAX_LAZY_BLANK_BYTES = 16 << 20  # of an encrypted one they are written
 BLANK_BYTES = 256 << 10  # encrypted at a time
@@ -154,14 +154,18 @@ class Allocator:
         self._statistics.clusters_allocated += linked + copied
         self._statistics.metadata_writes += linked
         self._statistics.copies += copied
+        self._hear_of_failure()  # whatever leads to a cluster whose entry could not be written, it is given to nobody
         if spoiled := [*self._stock.take_spoiled(), *self._unsynced.take_spoiled()]:
             await self._reaper.free(spoiled)
 
     def require_links(self) -> None:
         """Raises: OSError(EIO) if the extent map could not write an entry or the log's mark: no more writes then."""
+        self._hear_of_failure()
+        self._stability.require_trust()
+
+    def _hear_of_failure(self) -> None:
         if number := self._mapping.cache.error:
             self._stability.fail(OSError(number, os.strerror(number), self._file.path))
-        self._stability.require_trust()
 
     async def allocate_area(self, nclusters: int) -> range:
         """Take exactly *nclusters* consecutive host clusters, past everything in the file; in it where it cannot grow.

@@ -89,6 +89,7 @@ class Reaper:
 
     async def _count_down(self, clusters: list[int]) -> None:
         async with self._refcounts.mutex.hold():
+            self._stability.require_trust()  # or what leads here may be in the file still
             if uncounted := await self._uncounted.among(clusters):
                 clusters = [cluster for cluster in clusters if cluster not in uncounted]
             unused = await self._refcounts.last_references(clusters)

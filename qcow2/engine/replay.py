@@ -15,7 +15,7 @@ from qcow2.engine.metadata import snapshot_clusters, table_clusters
 from qcow2.error import CorruptImage, ImageError, UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, HeaderRecord
 from qcow2.format.snapshot import read_snapshots
 from qcow2.plane.entry import Entries, l1_is_private, l1_is_sound, l1_table, words_of
 from qcow2.plane.linklog import MARK_OFFSET, NO_MARK, Link
@@ -77,16 +77,24 @@ async def clear_mark(file: File) -> None:
 
 
 async def _write(file: File, data_file: File, target: "Target", links: list[Link]) -> None:
-    """First the data once more: a sync of the dead process may have failed, and the host think it written since."""
+    """First what they rest on: a sync of the dead process may have failed, and the host think it written since."""
     end = await Size(data_file)
     for link in links:
         host_offset = target.entries.host_offset(link.new_entry)
         nbytes = min(target.geometry.cluster_size, max(0, end - host_offset))  # a data file may end in the cluster
-        await Write(data_file, host_offset, await Read(data_file, host_offset, nbytes))
-    await Sync(data_file)
+        await _write_back(data_file, host_offset, nbytes)
+    for offset in target.sectors_under(links):
+        await _write_back(file, offset, SECTOR_SIZE)
+    if data_file is not file:
+        await Sync(data_file)
+    await Sync(file)
     for link in links:
         await Write(file, target.entry_offset(link.cluster), target.entries.pack([link.new_entry]))
     await Sync(file)
+
+
+async def _write_back(file: File, host_offset: int, nbytes: int) -> None:
+    await Write(file, host_offset, await Read(file, host_offset, nbytes))
 
 
 def by_slice(geometry: Geometry, links: Iterable[Link]) -> Iterator[tuple[int, list[Link]]]:
@@ -105,6 +113,8 @@ class Target:
     geometry: Geometry
     entries: Entries
     l1: "list[int]"
+    blocks: "list[int]"  # the refcount table
+    record: HeaderRecord
     file_end: int
     tables: set[int]  # host clusters of the header and of all tables, those of snapshots too
     metadata: set[int]  # those, and the clusters of bitmaps
@@ -125,7 +135,16 @@ class Target:
         owned: Iterable[int] = ()
         with suppress(CorruptImage):
             _, owned = await load_bitmaps(file, header, geometry, tables.__contains__)
-        return cls(geometry, Entries.of(geometry), list(l1), geometry.round_up(file_size), tables, tables.union(owned))
+        return cls(
+            geometry,
+            Entries.of(geometry),
+            list(l1),
+            list(blocks),
+            record,
+            geometry.round_up(file_size),
+            tables,
+            tables.union(owned),
+        )
 
     def accept(self, links: Iterable[Link]) -> tuple[list[Link], int]:
         """Those of *links* that may be true, the newest of each guest cluster; and how many may not."""
@@ -158,6 +177,23 @@ class Target:
             return is_named and not any(self.entries.contradictions(entry))
         is_there = self.entries.is_data(entry) and offset < self.file_end
         return is_there and self.geometry.cluster_of(offset) not in self.metadata
+
+    def sectors_under(self, links: Iterable[Link]) -> list[int]:
+        """Offsets of the sectors that lead to the L2 tables of *links*, and that count their host clusters."""
+        places = set[int]()
+        for link in links:
+            index = self.geometry.l1_index(link.cluster << self.geometry.cluster_bits)
+            places.add(self.record.l1_table_offset + index * ENTRY_SIZE)
+            if not self.geometry.has_data_file:
+                places.update(self._count_places(self.geometry.cluster_of(self.entries.host_offset(link.new_entry))))
+        return sorted({place - place % SECTOR_SIZE for place in places})
+
+    def _count_places(self, cluster: int) -> Iterator[int]:
+        bits = self.geometry.block_bits
+        block = self.blocks[cluster >> bits] if cluster >> bits < len(self.blocks) else 0
+        if 0 < block < self.file_end:
+            yield self.record.refcount_table_offset + (cluster >> bits) * ENTRY_SIZE
+            yield block + (cluster % (1 << bits) << self.record.refcount_order) // 8
 
     def entry_offset(self, cluster: int) -> int:
         """Where in the file the L2 entry of guest *cluster* is."""

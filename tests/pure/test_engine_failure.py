@@ -209,3 +209,22 @@ def test_after_memory_ran_out_in_the_middle_of_a_change_nothing_is_written(
     with pytest.raises(OSError):
         bench.close()
     assert is_dirty(bench)
+
+
+def test_nothing_is_given_back_once_no_more_is_written() -> None:
+    """What led to a cluster is gone from memory; whether it is from the file nobody knows after a failed write."""
+    bench = bench_with_data()
+    begun: list[op.Operation] = []
+
+    def fail_meanwhile(operation: op.Operation) -> None:
+        begun.append(operation)
+        if isinstance(operation, op.Grace):
+            bench.image._changes._stability.fail(OSError(errno.EIO, "as told"))
+
+    bench.breaker.fault = fail_meanwhile
+    with contextlib.suppress(OSError):
+        bench.driver.run(bench.image.discard(0, CLUSTER))
+        bench.close()
+    kinds = [type(operation) for operation in begun]
+    assert op.Grace in kinds
+    assert not {op.Zero, op.Write} & set(kinds[kinds.index(op.Grace) :])

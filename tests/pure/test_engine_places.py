@@ -1,5 +1,6 @@
 """Places for new data, and discards: what the extent map does for the data plane is what the engine would have done."""
 
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import Any
@@ -157,6 +158,20 @@ def test_a_spoiled_place_is_reaped() -> None:
     assert bench.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
     bench.close()
     assert faults(bench) == (0, 0)
+
+
+def test_a_place_whose_entry_may_be_in_the_file_is_given_to_nobody() -> None:
+    """A request that the engine serves already takes over what was spoiled, before one comes that asks for errors."""
+    bench, plane = started()
+    place = plane.take(CLUSTER)
+    content = noise(CLUSTER)
+    bench.file.write(place.host_offset, content)
+    assert plane.conclude(place, SPOILED, -errno.EIO) == -errno.EIO
+    with contextlib.suppress(OSError):
+        bench.driver.run(bench.image._changes._space.allocator.allocate(1))
+    with contextlib.suppress(OSError):
+        bench.close()
+    assert bench.file.read(place.host_offset, CLUSTER) == content
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

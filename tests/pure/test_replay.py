@@ -6,10 +6,11 @@ import pytest
 
 from qcow2.engine.replay import Outcome, replay
 from qcow2.format.header import read_header
+from qcow2.judge.check import check
 from qcow2.plane.entry import l1_table, words_of
 from qcow2.plane.linklog import Link
 from tests.builder.record import COMPRESSED, COPIED, ZERO
-from tests.crash.driver import CrashDriver, SimulatedFile, points
+from tests.crash.driver import CrashDriver, Issued, SimulatedFile, points
 from tests.engine import Bench, noise, set_up, waiting
 
 CLUSTER = 512
@@ -88,6 +89,23 @@ def test_a_power_loss_during_a_replay_leaves_each_cluster_old_or_new() -> None:
             seen = Bench(driver, bench.breaker, left, bench.base, bench.image).reopened_content()
             for start in range(0, len(old), CLUSTER):
                 assert seen[start : start + CLUSTER] in (old[start : start + CLUSTER], new[start : start + CLUSTER])
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["accurate", "lazy"])
+def test_what_a_sync_that_failed_has_lost_is_written_again(lazy: bool) -> None:
+    """The host thinks that all is on the disk, where nothing came since the last sync that did not fail."""
+    bench = killed(lazy=lazy)
+    expected, on_disk = bench.content(), SimulatedFile("disk", {}, 0)
+    for point in points(bench.driver.journal, SimulatedFile("disk", {}, 0), bench.file):
+        on_disk = point.keep([])
+    driver = CrashDriver()
+    driver.run(recover(bench.file, logged(bench)))
+    for entry in driver.journal:
+        if isinstance(entry, Issued):
+            entry.effect.apply(on_disk)
+    left = Bench(driver, bench.breaker, on_disk, bench.base, bench.image)
+    assert left.reopened_content() == expected
+    assert lazy or CrashDriver().run(check(on_disk)).corruptions == 0
 
 
 def test_a_cluster_that_has_changed_since_keeps_what_it_has() -> None:
