@@ -152,9 +152,11 @@ static struct io_uring_sqe *free_entry(struct uring *uring)
 struct io_uring_sqe *uring_entry(struct uring *uring)
 {
     struct io_uring_sqe *entry = free_entry(uring);
+    uint32_t used = uring->arena_used; /* with the iovecs of the entry to come */
 
     if (!entry && uring_submit(uring) == 0)
         entry = free_entry(uring);
+    uring->arena_used = used;
     return entry;
 }
 

@@ -245,8 +245,11 @@ int uring_submit(struct uring *uring)
 
 struct io_uring_sqe *uring_entry(struct uring *uring)
 {
+    uint32_t used = uring->arena_used; /* as in ring/uring.c */
+
     if (entry_count == URING_ENTRIES)
         uring_submit(uring);
+    uring->arena_used = used;
     if (entry_count == URING_ENTRIES)
         return NULL;
     memset(&entries[entry_count], 0, sizeof(*entries));
