@@ -83,9 +83,10 @@ class Root:
 
     async def mark_clean(self) -> None:
         """Clear the dirty bit, if it is set, stable on return; everything else is stable already."""
-        if self.header.is_dirty:
-            word = self.header.record.incompatible_features
-            await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
+        async with self._mutex.hold():
+            if self.header.is_dirty:
+                word = self.header.record.incompatible_features
+                await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 
     async def mark_corrupt(self) -> None:
         """Set the corrupt bit, stable on return: nobody writes before a repair. Version 2 has no place for it."""
@@ -101,12 +102,9 @@ class Root:
     async def set_refcount_table(self, host_offset: int, nclusters: int) -> None:
         """Let the header point at another refcount table, which is stable; stable on return."""
         packed = layout.HEADER_REFCOUNT_TABLE.pack(host_offset, nclusters)
-        await self._write(
-            layout.HEADER_REFCOUNT_TABLE_OFFSET,
-            packed,
-            refcount_table_offset=host_offset,
-            refcount_table_clusters=nclusters,
-        )
+        fields = {"refcount_table_offset": host_offset, "refcount_table_clusters": nclusters}
+        async with self._mutex.hold():  # the table grows whenever it has to, also while the disk does
+            await self._write(layout.HEADER_REFCOUNT_TABLE_OFFSET, packed, **fields)
 
     async def set_l1(self, host_offset: int, nentries: int) -> None:
         """Let the header point at another L1 table, which is stable; stable on return."""
@@ -131,10 +129,11 @@ class Root:
         """Write what begins with the size of the disk, and in the same write where the bitmaps are that fit it."""
         assert layout.HEADER_DISK_OFFSET == layout.HEADER_SIZE_OFFSET
         place = self.next_bitmaps
-        if place is not None:
-            start = layout.HEADER_SIZE_OFFSET + len(packed)
-            packed += await Read(self.file, start, place.host_offset - start) + place.data
-        await self._write(layout.HEADER_SIZE_OFFSET, packed, **fields)
+        async with self._mutex.hold():  # what lies between is written as it was
+            if place is not None:
+                start = layout.HEADER_SIZE_OFFSET + len(packed)
+                packed += await Read(self.file, start, place.host_offset - start) + place.data
+            await self._write(layout.HEADER_SIZE_OFFSET, packed, **fields)
         if place is not None:
             changed = [
                 Extension(each.magic, place.data) if each.magic == ExtensionMagic.BITMAPS else each
@@ -152,18 +151,20 @@ class Root:
             await self._write(offset, bytes([changed & layout.PROMISES]), autoclear_features=changed)
 
     async def rewrite(self, header: Header) -> None:
-        """Let the first cluster say what *header* says, no link waits and no bits are live; stable on return.
+        """Let the first cluster say what *header* says, and the mark what it does; stable on return.
 
+        No link waits and no bits are live; but the mark may name the log of what is below.
         Raises: OSError; if a lack of space let it say what it did, the image may be written on.
         """
         self._stability.require_trust()
-        before = (await Read(self.file, 0, header.cluster_size)).rstrip(b"\0")
-        try:
-            self.header = await rewrite_header(self.file, header)
-        except OSError as error:
-            if not (is_harmless(error) and await self._begins_with(before)):
-                self._stability.fail(error)  # nobody knows which header stands there
-            raise
+        async with self._mutex.hold():
+            before = (await Read(self.file, 0, header.cluster_size)).rstrip(b"\0")
+            try:
+                self.header = await rewrite_header(self.file, _marked(header, before))
+            except OSError as error:
+                if not (is_harmless(error) and await self._begins_with(before)):
+                    self._stability.fail(error)  # nobody knows which header stands there
+                raise
 
     async def _begins_with(self, content: bytes) -> bool:
         """Whether the file does; behind that may be what no header leads to."""
@@ -184,3 +185,13 @@ class Root:
             self._stability.fail(error)
             raise
         self.header = replace(self.header, record=replace(self.header.record, **fields))
+
+
+def _marked(header: Header, content: bytes) -> Header:
+    """*header* with the mark that *content*, which the image begins with, has: the log changes it, and tells nobody."""
+    at = layout.HEADER_AUTOCLEAR_OFFSET
+    (word,) = layout.FEATURE_WORD.unpack(
+        content[at : at + layout.FEATURE_WORD.size].ljust(layout.FEATURE_WORD.size, b"\0")
+    )
+    kept = word ^ (word & layout.PROMISES) | header.record.autoclear_features & layout.PROMISES
+    return replace(header, record=replace(header.record, autoclear_features=kept))

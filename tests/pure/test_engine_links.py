@@ -8,6 +8,8 @@ import pytest
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Store, Sync, Write
 from qcow2.engine.linkpolicy import LinkPolicy
+from qcow2.engine.root import BitmapsPlace
+from qcow2.format.layout import HEADER_REFCOUNT_TABLE_OFFSET
 from qcow2.plane.linklog import LIMIT
 from tests.engine import TAG, Bench, mark_of, noise, set_up, waiting
 
@@ -393,3 +395,27 @@ def test_log_whose_numbers_run_out_ends_and_another_begins() -> None:
     bench.driver.run(bench.image.flush())
     assert links(bench) == 0
     assert bench.reopened_content() == bench.content()
+
+
+def test_a_header_that_is_rewritten_keeps_the_mark() -> None:
+    """No link waits here, but the log says whose do below; a header of before said nothing of it."""
+    bench = overlay()
+    links = bench.image._changes.links
+    bench.driver.run(links.begin_early())
+    assert bench.driver.run(links.name_below(TAG + 7))
+    mark = mark_of(bench.file)
+    assert mark.tag == TAG
+    root = bench.image._changes.root
+    bench.driver.run(root.rewrite(root.header))
+    assert mark_of(bench.file) == mark
+
+
+def test_the_refcount_table_moves_while_the_disk_grows() -> None:
+    """What lies in the header between two words that change together is written as it is, not as it was."""
+    bench = overlay()
+    root = bench.image._changes.root
+    record = root.header.record
+    moved = record.refcount_table_offset + 4096
+    root.next_bitmaps = BitmapsPlace(200, bench.file.read(200, 8))
+    together(bench, root.set_size(record.size), root.set_refcount_table(moved, record.refcount_table_clusters))
+    assert int.from_bytes(bench.file.read(HEADER_REFCOUNT_TABLE_OFFSET, 8), "big") == moved
