@@ -30,10 +30,13 @@ static bool replace_page(uintptr_t at)
         uintptr_t start = __atomic_load_n(&mappings[i].start, __ATOMIC_RELAXED);
         uint64_t page = __atomic_load_n(&mappings[i].page, __ATOMIC_RELAXED);
         uint32_t *counter = __atomic_load_n(&mappings[i].counter, __ATOMIC_RELAXED);
+        uint64_t first, run;
 
         if (at < start || at - start >= nbytes)
             continue;
-        if (mmap((void *)(at & ~(page - 1)), page, PROT_READ | PROT_WRITE,
+        first = (at - start) / page * page; /* and no byte before or after the mapping: that is another's */
+        run = nbytes - first < page ? nbytes - first : page;
+        if (mmap((void *)(start + first), run, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             return false;
         __atomic_add_fetch(counter, 1, __ATOMIC_RELAXED);

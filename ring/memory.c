@@ -1,11 +1,13 @@
 #include "ring/memory.h"
 
 #include <errno.h>
+#include <linux/magic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "ring/loss.h"
@@ -21,12 +23,12 @@ static bool overlaps(uint64_t a, uint64_t a_nbytes, uint64_t b, uint64_t b_nbyte
     return a < b + b_nbytes && b < a + a_nbytes;
 }
 
-/* What mappings of the file are aligned to: hugetlbfs gives its page as the block size. */
-static uint64_t page_size(const struct stat *st)
+/* What mappings of the file are aligned to: hugetlbfs alone gives its page as the block size. */
+static uint64_t page_size(int fd)
 {
-    uint64_t page = sysconf(_SC_PAGESIZE);
+    struct statfs fs;
 
-    return (uint64_t)st->st_blksize > page && st->st_blksize % page == 0 ? (uint64_t)st->st_blksize : page;
+    return fstatfs(fd, &fs) == 0 && fs.f_type == HUGETLBFS_MAGIC ? (uint64_t)fs.f_bsize : (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
 int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address, uint64_t user_address,
@@ -45,7 +47,7 @@ int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address
     /* What is past the end of the file was never there: see `loss.h` for what goes away later. */
     if (S_ISREG(st.st_mode) && end > (uint64_t)st.st_size)
         return -ENXIO;
-    page = page_size(&st);
+    page = page_size(fd);
     skip = mmap_offset % page;
     length = (skip + nbytes + page - 1) / page * page; /* munmap of hugetlbfs wants whole pages */
     mapping = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, mmap_offset - skip);

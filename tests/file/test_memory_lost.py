@@ -2,12 +2,15 @@
 
 import os
 import select
+import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ring.build import FLAGS, ROOT
 from tests.builder import Recipe, build
 from tests.frontend import (
     ADD_MEM_REG,
@@ -174,3 +177,12 @@ def test_in_flight_region_that_is_gone_breaks_its_ring(daemon: Daemon) -> None:
         guest.post(IN)
         guest.wait_until_broken()
         guest.read_beside()
+
+
+def test_no_byte_beside_the_mapping_is_replaced(tmp_path: Path) -> None:
+    compiler, program = shutil.which("gcc"), tmp_path / "lost_page"
+    assert compiler is not None
+    sources = [ROOT / "tests/c/lost_page.c", ROOT / "ring/loss.c", ROOT / "ring/memory.c"]
+    subprocess.run([compiler, *FLAGS, f"-I{ROOT}", *sources, "-pthread", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
