@@ -56,16 +56,25 @@ void request_begin(struct worker *worker, struct queue *queue, const struct chai
     queue_has_lost(worker, queue);
 }
 
-/* Log all that may have been written: a transfer that failed may have filled a part of its buffers. */
+static void log_bytes(struct worker *worker, const void *host, uint64_t nbytes)
+{
+    uint64_t guest_address;
+
+    if (guest_memory_locate(&worker->memory, host, &guest_address))
+        dirty_log_mark(&worker->log, guest_address, nbytes);
+}
+
+/* Log all that may have been written: a transfer that failed may have filled a part of its data. */
 static void log_buffers(struct worker *worker, const struct request *request)
 {
-    const struct iovec *piece = request->pieces + request->readable_count;
+    bool is_filled = request->data && request->data >= request->pieces + request->readable_count;
+    struct piece_walk walk = pieces_walk(request->data, 0, is_filled ? request->nbytes : 0);
+    struct iovec stretch;
 
-    for (uint32_t i = 0; i < request->writable_count; i++, piece++) {
-        uint64_t guest_address;
-        if (guest_memory_locate(&worker->memory, piece->iov_base, &guest_address))
-            dirty_log_mark(&worker->log, guest_address, piece->iov_len);
-    }
+    while (pieces_next(&walk, &stretch))
+        log_bytes(worker, stretch.iov_base, stretch.iov_len);
+    if (request->status)
+        log_bytes(worker, request->status, 1);
 }
 
 void request_complete(struct worker *worker, struct request *request, uint32_t nbytes)

@@ -379,15 +379,22 @@ static uint64_t sector_offset(uint64_t sector)
     return __builtin_mul_overflow(sector, (uint64_t)SECTOR, &offset) ? UINT64_MAX : offset;
 }
 
+/* Nothing of its data was touched, however much that is. */
+static void refuse(struct worker *worker, struct request *request)
+{
+    request->nbytes = 0;
+    answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+}
+
 static void transfer(struct block *block, struct worker *worker, struct request *request, uint64_t sector)
 {
     bool is_write = request->type == VIRTIO_BLK_T_OUT;
 
     request->offset = sector_offset(sector);
     if (is_write && (block->read_only || takes_no_writes(block, worker))) {
-        answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+        refuse(worker, request);
     } else if (request->nbytes > TRANSFER_NBYTES_MAX || !is_inside(block, request->offset, request->nbytes)) {
-        answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
+        refuse(worker, request);
     } else if (request->nbytes == 0) {
         answer(worker, request, VIRTIO_BLK_S_OK, 0);
     } else {
@@ -434,10 +441,11 @@ void block_begin_commits(struct block *block, struct worker *worker)
 static void get_id(const struct block *block, struct worker *worker, struct request *request)
 {
     uint64_t room = request->writable_nbytes - 1;
-    uint64_t nbytes = room < BLOCK_SERIAL_NBYTES ? room : BLOCK_SERIAL_NBYTES;
 
-    pieces_store(request->pieces + request->readable_count, 0, nbytes, block->serial);
-    answer(worker, request, VIRTIO_BLK_S_OK, nbytes);
+    request->data = request->pieces + request->readable_count;
+    request->nbytes = room < BLOCK_SERIAL_NBYTES ? room : BLOCK_SERIAL_NBYTES;
+    pieces_store(request->data, 0, request->nbytes, block->serial);
+    answer(worker, request, VIRTIO_BLK_S_OK, request->nbytes);
 }
 
 /* -> the status that a discard or write-zeroes deserves before it is begun. */

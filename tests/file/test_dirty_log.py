@@ -127,6 +127,21 @@ def test_request_past_the_end_logs_its_status(disk: int) -> None:
         assert posted.status_address // PAGE in log.take()
 
 
+@pytest.mark.parametrize("count", [1, 130])  # the latter is more than one request may ask for
+def test_refused_read_logs_no_data(disk: int, count: int) -> None:
+    with Guest(disk) as guest, log_of(guest) as log:
+        header, status, table = (guest.memory.allocate(nbytes) for nbytes in (16, 1, 16 * (count + 2)))
+        guest.memory.store(header, struct.pack("<IIQ", IN, 0, 1 << 40))
+        all_memory = Buffer(0, guest.memory.nbytes, True)
+        guest.queue.add([Buffer(header, 16), *[all_memory] * count, Buffer(status, 1, True)], table_address=table)
+        guest.queue.kick()
+        assert guest.queue.wait()[0].nbytes == 1
+        assert guest.memory.load(status, 1)[0] == IOERR
+        logged = log.take()
+        assert status // PAGE in logged
+        assert len(logged) <= 5
+
+
 def test_used_ring_is_logged_as_where_the_front_end_says(disk: int) -> None:
     with Guest(disk) as guest, log_of(guest) as log:
         elsewhere = 3 * MIB
