@@ -4,8 +4,9 @@ import errno
 import logging
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import assert_never
 
@@ -209,9 +210,10 @@ class Connection:
             self._close_backchannel()
 
     def _set_memory(self, regions: dict[Region, MemoryRegion]) -> None:
-        added = [mapped for region, mapped in regions.items() if self._regions.get(region) is not mapped]
-        files = {(status.st_dev, status.st_ino) for status in (os.fstat(mapped.fd) for mapped in added)}
-        self._device.admit(files - self._memory_files)
+        added = [mapped.fd for region, mapped in regions.items() if self._regions.get(region) is not mapped]
+        with _closing_unless_done(added):
+            files = {(status.st_dev, status.st_ino) for status in map(os.fstat, added)}
+            self._device.admit(files - self._memory_files)
         self._memory_files |= files
         self._worker.call(lambda: self._worker.set_memory(list(regions.values())))
         self._regions = regions
@@ -229,7 +231,8 @@ class Connection:
 
     def _track_inflight(self, told: Inflight, fds: Fds) -> bool | None:
         whole = InflightRegion(fds.take(), told.mmap_offset, told.mmap_size, told.num_queues)
-        note = inflight.WriteCacheNote(whole)
+        with _closing_unless_done([whole.fd]):
+            note = inflight.WriteCacheNote(whole)
         try:
             region = replace(whole, nbytes=whole.nbytes - note.nbytes)
             self._worker.call(lambda: self._worker.set_inflight(region))
@@ -303,6 +306,17 @@ class Connection:
         self._worker.log_buffers(False)
         self._worker.set_memory([])
         self._worker.set_inflight(None)
+
+
+@contextmanager
+def _closing_unless_done(fds: Sequence[int]) -> Iterator[None]:
+    """Close *fds*, which nobody has taken yet, if what is to come before that fails."""
+    try:
+        yield
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 def _no_ring(number: int, at: QueueLayout) -> str:

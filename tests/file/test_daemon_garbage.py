@@ -2,13 +2,14 @@
 
 import os
 import random
+import resource
 import socket
 import struct
 from collections.abc import Iterator
 
 import pytest
 
-from tests.frontend import FrontEnd
+from tests.frontend import SET_INFLIGHT_FD, BackendGone, FrontEnd
 from tests.patience import TIMEOUT
 from tests.program import Daemon
 
@@ -169,3 +170,25 @@ def corrupt(rng: random.Random, payload: bytes) -> bytes:
         if changed:
             changed[rng.randrange(len(changed))] = rng.choice([0, 1, 2, 0x7F, 0xFF])
     return bytes(changed)
+
+
+class WithoutQueue(FrontEnd):
+    """Stopping one would give descriptors back."""
+
+    def start_queue(self, base: int, index: int = 0) -> None:
+        pass
+
+
+def test_in_flight_region_without_a_descriptor_left_is_closed(daemon: Daemon) -> None:
+    """There is one for the message, and none for the copy of it that the daemon wants."""
+    pid = daemon.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with WithoutQueue(daemon.socket_path, inflight=True) as guest:
+        taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        free = next(number for number in range(soft) if number not in taken)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + 1, hard))
+        try:
+            with pytest.raises((BackendGone, AssertionError)):
+                guest.tell(SET_INFLIGHT_FD, guest.inflight_payload, fds=(guest.inflight_fd,))
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))

@@ -10,7 +10,7 @@ import pytest
 
 from qcow2.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, PROCESSES, guest_key
 from tests.blockguest import MIB
-from tests.frontend import IN, OUT, FrontEnd
+from tests.frontend import ADD_MEM_REG, IN, OUT, BackendGone, FrontEnd
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool_ok
@@ -63,8 +63,8 @@ def test_requests_of_sectors_from_odd_addresses(base: Path, cluster_size: int, c
     assert_not_corrupt(base.with_name("disk"))
 
 
-def lock(fd: int, byte: int, kind: int = fcntl.F_RDLCK) -> None:
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
+def lock(fd: int, byte: int, kind: int = fcntl.F_RDLCK, nbytes: int = 1) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, nbytes, 0))
 
 
 def wait_for_line(daemon: Daemon, word: str) -> str:
@@ -131,6 +131,31 @@ def test_reads_of_a_dead_daemon_into_the_guests_memory_are_awaited(base: Path, l
             assert os.waitpid(child, 0)[1] == 0
         assert guest.read(0, 512) == b"b" * 512
         daemon.stop()
+
+
+def test_memory_that_may_not_be_read_into_is_closed(base: Path) -> None:
+    """A lock fails, by which another daemon would know that this one lives: the visit ends."""
+    image, more = overlay(base, "disk"), os.memfd_create("more", os.MFD_CLOEXEC)
+    os.truncate(more, 4096)
+    numbers = [(status.st_dev, status.st_ino) for status in (os.fstat(more), os.stat(image))]
+    with Daemon(image, "--cache=none") as daemon, open(base, "r+b") as beside:
+        before = serve_and_count(daemon)
+        with FrontEnd(daemon.socket_path) as guest:
+            lives = GUESTS_LIVE + guest_key(numbers[0], numbers[1]) * PROCESSES
+            lock(beside.fileno(), lives, fcntl.F_WRLCK, nbytes=PROCESSES)
+            with pytest.raises(BackendGone):
+                guest.tell(ADD_MEM_REG, struct.pack("<QQQQQ", 0, 1 << 40, 4096, 1 << 40, 0), fds=(more,))
+            lock(beside.fileno(), lives, fcntl.F_UNLCK, nbytes=PROCESSES)
+        assert serve_and_count(daemon) == before
+        daemon.stop()
+    os.close(more)
+
+
+def serve_and_count(daemon: Daemon) -> int:
+    """How many descriptors it has while it serves."""
+    with FrontEnd(daemon.socket_path) as guest:
+        assert guest.read(0, 512) == b"b" * 512
+        return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
 
 
 def test_two_disks_of_one_guest_share_a_base(base: Path) -> None:
