@@ -31,7 +31,7 @@ MAX_WRITE = 128 << 10
 ROOT = 1
 MNT_DETACH = 2
 KEEP = "keep"
-ANYWHERE = -1
+ANYWHERE, READS = -1, -2  # in place of a host offset
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -96,6 +96,15 @@ class SlowDisk:
         finally:
             self.let_go()
 
+    @contextmanager
+    def unreadable(self, code: int) -> Iterator[None]:
+        """What is read, and not in the page cache, fails with *code*, until the end."""
+        self._tell(f"{code}@{READS}")
+        try:
+            yield
+        finally:
+            self.let_go()
+
     def wait_for_one(self) -> None:
         """Return once an operation is held."""
         assert self._server.stdout
@@ -110,7 +119,7 @@ class Server:
         self._backing = backing
         self._names: dict[int, str] = {}
         self._held: set[int] = set()
-        self._fault: tuple[int, int] | None = None  # how writes fail, and where the first one does
+        self._fault: tuple[int, int] | None = None  # how writes fail, and where the first one does; or reads
         self._waiting: list[bytes] = []
         self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # what is asked may be withdrawn
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
@@ -225,6 +234,8 @@ class Server:
 
     def _read(self, node: int, body: bytes) -> bytes:
         fd, offset, nbytes = struct.unpack_from("<QQI", body)
+        if self._fault is not None and self._fault[1] == READS:
+            raise OSError(self._fault[0], "")
         return os.pread(fd, nbytes, offset)
 
     def _write(self, node: int, body: bytes) -> bytes:

@@ -69,9 +69,10 @@ class Stream:
             raise ClientGone from None
 
     def send_file(self, header: bytes, fd: int, host_offset: int, nbytes: int) -> int:
-        """Send *header*, then *nbytes* of a file without a copy of ours; how many came, fewer if it ends there.
+        """Send *header*, then *nbytes* of a file without a copy of ours; how many came, fewer if the file has no more
+        or cannot be read so: the caller owes the rest of what the header has promised.
 
-        With `sending` held. Raises: ClientGone; OSError if the file cannot be read, then some may have been sent.
+        With `sending` held. Raises: ClientGone.
         """
         try:
             self.socket.sendall(header, socket.MSG_MORE)
@@ -83,6 +84,8 @@ class Stream:
                 count = os.sendfile(self.socket.fileno(), fd, host_offset + sent, nbytes - sent)
             except (BrokenPipeError, ConnectionError):
                 raise ClientGone from None
+            except OSError:  # of the file; a client that is gone in another way shows when the rest is sent
+                break
             if not count:
                 break
             sent += count

@@ -1,5 +1,6 @@
 """`qcow2 serve-nbd` as a program: who may come, how it ends, what a hostile client can do, and a kill cannot."""
 
+import errno
 import os
 import random
 import select
@@ -416,6 +417,29 @@ def test_flushes_share_a_sync_that_began_after_all_of_them(tmp_path: Path) -> No
                         assert [client.reply().cookie for client in others] == flushes
             for client in (first, *others):
                 client.socket.close()
+            server.end()
+
+
+@pytest.mark.parametrize("ncached", [0, 128 << 10])
+def test_a_read_error_ends_a_reply_and_not_the_connection(tmp_path: Path, ncached: int) -> None:
+    """Before, or after, some bytes of the chunk were sent from the page cache."""
+    (tmp_path / "backing").mkdir()
+    (tmp_path / "slow").mkdir()
+    image, nbytes = tmp_path / "backing" / "disk", SIZE // 8
+    qcow2.create(image, SIZE)
+    with qcow2.open(image, "r+") as guest:
+        guest.write(0, b"x" * nbytes)
+    with SlowDisk(tmp_path / "backing", tmp_path / "slow") as disk:
+        (tmp_path / "link").symlink_to(disk.path / "disk")
+        with Server(tmp_path / "link", "-r") as server, server.client() as client:
+            assert not any(client.read(nbytes, 512))  # which loads the mapping
+            assert client.read(0, ncached) == b"x" * ncached
+            with disk.unreadable(errno.EIO):
+                with pytest.raises(NbdError) as refused:
+                    client.read(0, nbytes)
+                assert refused.value.number == errno.EIO
+            assert client.read(0, nbytes) == b"x" * nbytes
+            client.send(nbd.DISC)
             server.end()
 
 
