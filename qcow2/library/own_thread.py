@@ -81,6 +81,8 @@ class OwnThread:
                 return function()
         job = _Job(function)
         self._jobs.put(job)
+        if self._is_stopped:  # perhaps after we looked: nobody may be left to take it
+            self._run_what_is_left()
         result: T = job.wait()
         return result
 
@@ -115,15 +117,30 @@ class OwnThread:
             with self._works:  # it has ended
                 pass
 
+    def _run_what_is_left(self) -> None:
+        """End the thread, if there is one, and do what it has not done."""
+        self._has_thread = False
+        self._jobs.put(None)
+        with self._works:  # it has ended, and another one cannot begin
+            while not self._jobs.empty():
+                job = self._jobs.get()
+                if job is not None:
+                    _do(job, self._turn)
+        self._jobs.put(None)  # for one that has yet to look
+
+
+def _do(job: _Job, turn: threading.Lock) -> None:
+    with turn:
+        job.run()
+    job.end()
+
 
 def _work(jobs: "SimpleQueue[_Job | None]", works: threading.Lock, turn: threading.Lock) -> None:
     if not works.acquire(blocking=False):
         return
     try:
         while (job := jobs.get()) is not None:
-            with turn:
-                job.run()
-            job.end()
+            _do(job, turn)
             del job  # and with it what it refers to
     finally:
         works.release()

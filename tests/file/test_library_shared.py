@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 import qcow2
+from qcow2.library.own_thread import _Job
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.patience import TIMEOUT
 
@@ -173,6 +175,34 @@ def test_interrupts_at_any_moment_leave_the_disk_going(overlay: Path, seed: int)
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert_not_corrupt(overlay)
+
+
+def test_a_call_that_meets_a_close_is_refused(overlay: Path) -> None:
+    """The close comes after the call has found the disk's thread, and before it has handed in what to do."""
+    disk = qcow2.open(overlay)
+    disk.read(0, 1)
+    said = []
+
+    def close_first(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is _Job.__init__.__code__:
+            sys.settrace(None)
+            closer = threading.Thread(target=disk.close)
+            closer.start()
+            closer.join()
+
+    def call() -> None:
+        sys.settrace(close_first)
+        try:
+            disk.flush()
+        except ValueError as error:
+            said.append(str(error))
+        finally:
+            sys.settrace(None)
+
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(TIMEOUT)
+    assert said == [f"{overlay}: the disk is closed"]
 
 
 def test_dropped_disk_warns_and_gives_its_lock_back(overlay: Path) -> None:
