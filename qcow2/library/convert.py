@@ -1,6 +1,5 @@
 """Copy disks to new images from Python."""
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from qcow2.job.pace import Pace
 from qcow2.job.source import Source
 from qcow2.job.target import InPlace, Target
 from qcow2.library.disk import Key, keys_of
-from qcow2.library.hostfile import created
+from qcow2.library.hostfile import created, is_at
 from qcow2.node.chain import Chain
 from qcow2.node.raw import RawImage
 
@@ -48,7 +47,7 @@ def convert_image(source: str, target: str, pace: Pace, wanted: Conversion) -> N
             source, wanted.source_format, OpenOptions(snapshot=wanted.snapshot, keys=keys_of(wanted.key))
         )
         for link in image.chain:
-            if os.path.exists(target) and os.path.samefile(link.file.path, target):
+            if is_at(link.file, target):
                 raise ImageError(target, "the target is the source, or under it")
         file = stack.enter_context(created(target))
         options = Options(size=image.size, cluster_bits=wanted.cluster_bits, compression=wanted.compression)

@@ -4,8 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile
+from qcow2.driver.operation import File
+from qcow2.error import ImageError
 from qcow2.lock import lock_image
+from qcow2.node.gate import backing_path
 
 
 @contextmanager
@@ -84,3 +88,28 @@ def is_writable(mode: str, writable: bool | None) -> bool:
     if known is None:
         raise ValueError(f"mode {mode!r} is not one of r, rb, r+, rb+; qcow2.create makes new images")
     return known if writable is None else writable
+
+
+def is_same_file(one: File, other: File) -> bool:
+    """Whether both are open on one file of this host, wherever their paths lead by now; or on one export."""
+    assert isinstance(one, HostFile)
+    assert isinstance(other, HostFile)
+    if isinstance(one, FarFile) or isinstance(other, FarFile):
+        return type(one) is type(other) and one.path == other.path
+    return os.path.samestat(os.fstat(one.fd), os.fstat(other.fd))
+
+
+def is_at(file: File, path: str) -> bool:
+    """Whether *path* leads to what *file* is open on."""
+    assert isinstance(file, HostFile)
+    if isinstance(file, FarFile):
+        return file.path == path
+    return os.path.exists(path) and os.path.samestat(os.fstat(file.fd), os.stat(path))
+
+
+def require_way(image: File, name: str, base: File) -> None:
+    """Raises: ImageError unless what *image* would call *name* is *base*."""
+    assert isinstance(image, HostFile)
+    assert isinstance(base, HostFile)
+    if not is_at(base, backing_path(image.path, name)):
+        raise ImageError(image.path, f"the backing file name {name!r} would not lead to {base.path}")

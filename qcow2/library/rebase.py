@@ -1,6 +1,5 @@
 """Give an image another backing file."""
 
-import os
 from contextlib import ExitStack
 
 from qcow2.driver.file import run
@@ -15,6 +14,7 @@ from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
 from qcow2.library.disk import Disk, Key, keys_of, open_disk
+from qcow2.library.hostfile import is_at, is_same_file
 from qcow2.node.chain import Chain
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
@@ -28,11 +28,6 @@ async def change_header(file: File, name: str | None, backing_format: str | None
     # Bitmaps stay true: no cluster changes. What else promises something, we cannot know.
     header = await clear_autoclear(file, header, maintained=Autoclear.BITMAPS)
     await rewrite_header(file, header.with_backing(name, backing_format))
-
-
-def is_same_file(one: File, other: File) -> bool:
-    """Whether both are the same file of this host."""
-    return os.path.samefile(one.path, other.path)
 
 
 def rebase_image(
@@ -60,7 +55,7 @@ def rebase_image(
         if name is not None and backing_format is not None:
             chain = stack.enter_context(Chain())
             below = backing_path(path, name)
-            _refuse_itself(path, below, disk)
+            _refuse_itself(below, disk)
             new = chain.open(below, backing_format, OpenOptions(keys=keys_of(key)))
         header_over(image.file, image.header, name, backing_format)  # refuse what does not fit
         bring_over(disk, image, new, pace, is_compressed=is_compressed)
@@ -74,6 +69,6 @@ def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace, *, is_com
     disk.clean()  # law 6: all that the new chain needs is stable
 
 
-def _refuse_itself(path: str, below: str, disk: Disk) -> None:
-    if os.path.exists(below) and os.path.samefile(below, path):
+def _refuse_itself(below: str, disk: Disk) -> None:
+    if is_at(disk.files[0], below):
         raise ImageError(disk.files[0].path, "an image cannot be its own backing file")

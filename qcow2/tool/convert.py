@@ -1,7 +1,6 @@
 """`qcow2 convert`: copy disks to a new image, or to one that is there."""
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from qcow2.job.content import SPARSE_UNIT
 from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
+from qcow2.library.hostfile import is_same_file
 from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
@@ -268,9 +268,7 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
 def _is_backing_of(base: Node, image: Node) -> bool:
     """Whether *image* is directly over the same file, of the same format."""
     below = image.backing
-    if below is None or type(below) is not type(base):
-        return False
-    return os.path.samefile(below.file.path, base.file.path)
+    return below is not None and type(below) is type(base) and is_same_file(below.file, base.file)
 
 
 @contextmanager

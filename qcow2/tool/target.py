@@ -15,7 +15,7 @@ from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target
-from qcow2.library.hostfile import created
+from qcow2.library.hostfile import created, is_at
 from qcow2.node.formats import format_of
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
@@ -184,9 +184,7 @@ def warn_of_bitmaps(disk: "Disk") -> None:
 
 def refuse_source(path: str, sources: list[Node]) -> None:
     """Raises: Failure if the target is what is read."""
-    if not os.path.exists(path):
-        return
     for image in sources:
         for link in image.chain:
-            if os.path.exists(link.file.path) and os.path.samefile(link.file.path, path):
+            if is_at(link.file, path):
                 raise Failure(f"{path}: the target is the source, or under it")

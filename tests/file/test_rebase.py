@@ -209,3 +209,20 @@ def test_rebase_that_would_change_snapshots_is_refused(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "1 internal snapshots would show another disk: delete them first" in done.stderr
     assert top.read_bytes() == before
+
+
+def test_files_are_told_by_what_is_open(tmp_path: Path) -> None:
+    """While the job reads, the path of the new base leads to the old one."""
+    top, old, new = tmp_path / "top", tmp_path / "old", tmp_path / "new"
+    for path, pattern in ((old, b"1"), (new, b"2")):
+        path.write_bytes(pattern * MIB)
+    qcow2.create(top, backing=old, backing_format="raw")
+
+    def exchange(done: int, total: int) -> None:
+        if not (tmp_path / "kept").exists():
+            new.rename(tmp_path / "kept")
+            new.hardlink_to(old)
+
+    qcow2.rebase(top, new, backing_format="raw", progress=exchange)
+    (tmp_path / "kept").replace(new)
+    assert qemu_read(top) == b"1" * MIB
