@@ -13,6 +13,7 @@ from qcow2.driver.task import Task
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage, no_memory
 from qcow2.job.stream import name_of_base
+from qcow2.library.hostfile import require_way
 from qcow2.node.node import Node
 from vhost.device import Device
 from vhost.disk import ImageBackend
@@ -75,9 +76,14 @@ class ServedChain:
                 raise ValueError(f"{path}: is a file of the disk that is served")
 
     def require_over(self, image: Image, base: Node | None) -> tuple[str | None, str | None]:
-        """What *image* is to call *base*, and its format. Raises: UnsupportedImage if the next open may not follow."""
+        """What *image* is to call *base*, and its format.
+
+        Raises: UnsupportedImage if the next open may not follow; ImageError if it would not find *base* so.
+        """
         name, image_format = name_of_base(image, base)
         self.held.require_nameable(name)
+        if base is not None and name is not None:
+            require_way(image.file, name, base.file)
         return name, image_format
 
     def put_over(self, image: Image, base: Node | None, is_same: Callable[[], bool] = lambda: True) -> None:

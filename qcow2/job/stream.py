@@ -10,6 +10,7 @@ from qcow2.engine.image import Image
 from qcow2.job.crew import Windows
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
+from qcow2.node.gate import backing_path, is_from_here
 from qcow2.node.node import Node
 
 
@@ -26,14 +27,23 @@ async def stream(overlay: Image, base: Node | None, pace: Pace, windows: Windows
 
 def name_of_base(overlay: Image, base: Node | None) -> tuple[str | None, str | None]:
     """What *overlay* may call *base*, which is under it, and its format: as those between say, one after the other."""
-    name, image_format = None, None
+    name, image_format = "", None
     if base is None:
         return None, None
     for above, below in pairwise(overlay.chain):
         assert isinstance(above, Image)  # nothing else has a backing file
         assert above.header.backing_name is not None
-        name = os.path.join(os.path.dirname(name or ""), above.header.backing_name)
+        name = _from_top(name, above.header.backing_name)
         image_format = above.header.backing_format
         if below is base:
             return name, image_format
     raise ValueError(f"{base.file.path} is not under {overlay.file.path}")
+
+
+def _from_top(namer: str, name: str) -> str:
+    """What the image that the top calls *namer* calls *name*, called so by the top; "" is the top itself."""
+    if is_from_here(name):
+        return name
+    if is_from_here(namer):
+        return os.path.join(os.path.dirname(os.path.abspath(backing_path("", namer))), name)
+    return os.path.join(os.path.dirname(namer), name)

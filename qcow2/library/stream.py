@@ -8,6 +8,7 @@ from qcow2.job.pace import Pace
 from qcow2.job.stream import name_of_base, stream
 from qcow2.library.commit import depth_of
 from qcow2.library.disk import Key, open_disk
+from qcow2.library.hostfile import require_way
 
 
 def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) -> None:
@@ -21,6 +22,8 @@ def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) ->
         assert isinstance(overlay, Image)
         below = None if depth is None else disk.chain.nodes[depth]
         name, image_format = name_of_base(overlay, below)
+        if below is not None and name is not None:
+            require_way(overlay.file, name, below.file)
         with PoolDriver(WIDTH) as driver:
             driver.run(stream(overlay, below, pace))
         run(overlay.put_over(below, name, image_format))

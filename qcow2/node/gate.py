@@ -12,6 +12,7 @@ from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 from qcow2.node.jsonname import PREFIX, file_of
 
+FILE = "file:"
 BACKING, DATA = "backing file", "data file"
 PLAIN = ("qcow2", "raw")  # formats of which a name says no more, whatever the header calls it
 MAX_DEPTH = 100  # files of a chain
@@ -76,10 +77,15 @@ def named_path(namer: str, role: str, name: str) -> str:
             return file_of(name, PLAIN)
         except ValueError as error:
             raise UnsupportedImage(namer, f"{role} {name!r}: a json: name {error} is not supported") from error
-    local = name.removeprefix("file:")
+    local = name.removeprefix(FILE)
     if local == name and ":" in name.split("/", 1)[0]:
         raise UnsupportedImage(namer, f"{role} {name!r}: protocol {name.split(':', 1)[0]!r} is not supported")
     return local if local != name else os.path.join(os.path.dirname(namer), name)
+
+
+def is_from_here(name: str) -> bool:
+    """Whether *name* is the same file for every image, as it does not start at the image's directory."""
+    return name.startswith((PREFIX, FILE, "/"))
 
 
 def backing_path(namer: str, name: str) -> str:

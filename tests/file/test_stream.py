@@ -1,7 +1,9 @@
 """`qcow2.stream`: the image shows the same over less of its chain, whatever is written meanwhile, wherever it ends."""
 
 import json
+import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 import qcow2
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.file import HostFile
 from qcow2.driver.operation import Spawn
 from qcow2.engine.create import Options, create
 from qcow2.engine.fetching import Fetcher
@@ -20,6 +23,7 @@ from qcow2.job.pace import Pace
 from qcow2.job.stream import stream
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
+from qcow2.library.hostfile import require_way
 from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.moments import states
@@ -61,6 +65,51 @@ def test_names_are_told_from_the_top_image(tmp_path: Path) -> None:
     qcow2.stream(tmp_path / "top", tmp_path / "a/b/base")
     with qcow2.open(tmp_path / "top") as disk:
         assert disk.info["backing-filename"] == "a/b/base"
+
+
+def as_json(path: Path) -> str:
+    return f"json:{json.dumps({'driver': 'qcow2', 'file.filename': str(path)})}"
+
+
+def as_file(path: Path) -> str:
+    return f"file:{path}"
+
+
+def as_local(path: Path) -> str:
+    return f"file:{os.path.relpath(path)}"  # starts where the process does
+
+
+@pytest.mark.parametrize("name", [as_json, as_file, as_local, str])
+@pytest.mark.parametrize("where", ["middle", "base"])
+def test_names_that_do_not_start_at_the_image_lead_to_the_base(
+    tmp_path: Path, where: str, name: Callable[[Path], str]
+) -> None:
+    base, middle, top = tmp_path / "sub/base", tmp_path / "sub/middle", tmp_path / "top"
+    base.parent.mkdir()
+    qcow2.create(base, size=MIB)
+    qemu_io(base, "write -P 1 0 1M")
+    names = (name(middle), "base") if where == "middle" else ("sub/middle", name(base))
+    qcow2.create(middle, size=MIB, backing=base, backing_format="qcow2")
+    qcow2.create(top, size=MIB, backing=middle, backing_format="qcow2")
+    qemu_io(middle, "write -P 2 64k 64k")
+    for image, under in ((middle, names[1]), (top, names[0])):
+        qemu_img("rebase", "-u", "-b", under, "-F", "qcow2", image)
+    before = qemu_read(top)
+    qcow2.stream(top, base)
+    middle.unlink()
+    assert qemu_read(top) == before
+    with qcow2.open(top) as disk:
+        assert disk.read(0, MIB) == before
+
+
+def test_a_base_that_its_name_leads_to_no_more_is_refused(tmp_path: Path) -> None:
+    base, top = tmp_path / "base", HostFile(str(tmp_path / "top"), -1, writable=False)
+    qcow2.create(base, size=MIB)
+    with HostFile.open(str(base)) as file:
+        require_way(top, "base", file)
+        base.rename(tmp_path / "moved")
+        with pytest.raises(qcow2.ImageError, match=r"the backing file name 'base' would not lead to \S+/base"):
+            require_way(top, "base", file)
 
 
 def test_snapshots_that_show_through_are_refused(tmp_path: Path) -> None:
