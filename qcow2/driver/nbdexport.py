@@ -216,4 +216,6 @@ def _first_run(entries: list[int], nbytes: int) -> tuple[bool, int]:
         if bool(flags & ZERO) != is_zero:
             break
         total += length
+    if not total:  # which no server may say: who asks for what comes after it would ask for the same
+        return True, nbytes
     return not is_zero, min(total, nbytes)

@@ -350,6 +350,17 @@ def test_server_that_answers_nothing_is_lost_when_patience_ends(tmp_path: Path) 
                 perform(op.Sync(export))
 
 
+@needs_binding
+@pytest.mark.parametrize(
+    ("entries", "run"),
+    [([0, 2], (True, 4096)), ([0, 0, 512, 2], (True, 4096)), ([0, 2, 512, 2], (False, 512)), ([], (True, 4096))],
+)
+def test_an_extent_without_bytes_is_no_reason_to_ask_again(entries: list[int], run: tuple[bool, int]) -> None:
+    from qcow2.driver.nbdexport import _first_run
+
+    assert _first_run(entries, 4096) == run
+
+
 def test_what_lies_past_the_end_is_zeros_or_no_space(tmp_path: Path) -> None:
     from qcow2.driver.nbdexport import NbdExport
 
