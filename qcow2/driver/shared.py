@@ -5,6 +5,7 @@ performed outside that lock, by the thread whose coroutine awaits it: nobody wai
 the engine spawned belongs to no caller; a few threads of the driver's perform that.
 """
 
+import errno
 import os
 import sys
 import threading
@@ -44,6 +45,7 @@ class SharedDriver:
     """Runs coroutines of the engine for any number of threads."""
 
     def __init__(self) -> None:
+        """Raises: OSError if there is no thread to be had; later on one will do."""
         self._lock = threading.Lock()  # of the scheduler, and with it of the engine
         self._idle = threading.Condition(self._lock)
         self._scheduler = Scheduler(self._start)
@@ -54,6 +56,9 @@ class SharedDriver:
         self._graces: list[tuple[Task, set[Task]]] = []  # each waits for the transfers that it found under way
         self._work: SimpleQueue[tuple[Task, op.Operation] | None] = SimpleQueue()
         self._helpers: list[threading.Thread] = []
+        self._start_helper()
+        if not self._helpers:
+            raise OSError(errno.EAGAIN, "cannot start a thread")
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of *coroutine*, raise what it raises; what it spawned may go on."""
@@ -106,7 +111,8 @@ class SharedDriver:
             seat.task, seat.operation = task, operation
             seat.turn.release()
         else:
-            self._start_helper()
+            if len(self._helpers) < NHELPERS:
+                self._start_helper()
             self._work.put((task, operation))
 
     def _begin_sync(self, task: Task, operation: op.Sync) -> None:
@@ -157,15 +163,12 @@ class SharedDriver:
     # -- for what was spawned
 
     def _start_helper(self) -> None:
-        if len(self._helpers) == NHELPERS:
-            return
         thread = threading.Thread(target=self._help, name="qcow2 helper", daemon=True)
         try:
             start_quiet(thread)
-            self._helpers.append(thread)
         except RuntimeError:  # a limit; the operation waits for one of the others
-            if not self._helpers:
-                raise
+            return
+        self._helpers.append(thread)
 
     def _help(self) -> None:
         while (work := self._work.get()) is not None:

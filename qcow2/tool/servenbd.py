@@ -163,10 +163,13 @@ def _opened(arguments: argparse.Namespace) -> Iterator[tuple[SharedDriver, Node]
     snapshot = wanted_snapshot(arguments)
     writes = not arguments.read_only and snapshot is None
     allowed = None if arguments.allow_files is None else tuple(arguments.allow_files)
-    with Chain(gate=Gate(allowed, allowed), luks_header=image.luks_header, **log_of(arguments)) as chain:
+    with ExitStack() as stack:
+        driver = SharedDriver()
+        stack.callback(driver.close)  # a second time does nothing
+        chain = Chain(gate=Gate(allowed, allowed), luks_header=image.luks_header, **log_of(arguments))
+        stack.enter_context(chain)
         options = OpenOptions(writes, snapshot=snapshot, keys=arguments.keys)
         node = chain.open(image.path, image.image_format, options)
-        driver = SharedDriver()
         try:
             yield driver, node
         finally:

@@ -10,6 +10,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +21,11 @@ import qcow2
 from tests import nbdclient as nbd
 from tests.nbdclient import Client, NbdError, Server, empty_disk
 from tests.nbdzone import Zone
-from tests.oracle import assert_not_corrupt, qemu_img
+from tests.oracle import assert_clean, assert_not_corrupt, qemu_img
 from tests.program import TIMEOUT, TOOL, qcow2_tool
 from tests.slowdisk import FSYNC, SlowDisk
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8 << 20
 CLUSTER = 64 << 10
 
@@ -175,6 +177,17 @@ def test_what_cannot_be_served_is_one_line(image: Path, options: list[str], said
     done = qcow2_tool("serve-nbd", *options, image)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert said in done.stderr
+
+
+def test_no_thread_at_the_start_is_one_line(image: Path) -> None:
+    """Later on one of the server's own is enough."""
+    refusing = [sys.executable, "-m", "tests.refused", "EAGAIN", "threads"]
+    done = subprocess.run(
+        [*refusing, TOOL, "serve-nbd", image], capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "thread" in done.stderr
+    assert_clean(image)
 
 
 def test_an_image_in_use_is_refused(image: Path) -> None:
