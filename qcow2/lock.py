@@ -18,7 +18,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 USES = 100
@@ -73,6 +73,12 @@ def lock_image(fd: int, path: str, *, writable: bool, on_wait: Callable[[], None
             is_told = True
         on_wait()
         time.sleep(RETRY_INTERVAL)
+
+
+def unlock(fd: int) -> None:
+    """Give all locks back, though others have a copy of *fd*, as children of a fork do; no transfer is under way."""
+    with suppress(OSError):  # a host without locks
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, 0, 0, 0, 0))
 
 
 def share_image(fd: int) -> None:

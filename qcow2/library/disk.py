@@ -260,6 +260,7 @@ class Disk(AwaitableDisk):
             self._driver.run(self.image.close())
             self._remove_log()
         finally:
+            self.chain.unlock()
             self.chain.close()
 
     def _remove_log(self) -> None:

@@ -13,7 +13,7 @@ from qcow2.driver.memory import DEFAULT_DIRECTORY, SharedMemory
 from qcow2.driver.uri import is_nbd
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
-from qcow2.lock import lock_image, show_life
+from qcow2.lock import lock_image, show_life, unlock
 from qcow2.node.formats import Format, Outline, format_of
 from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate
 from qcow2.node.node import Node
@@ -103,6 +103,15 @@ class Chain:
                 stack.callback(self.memory.close)
             for file in reversed([*self.files, *self.data_files, *self.headers]):
                 stack.callback(file.close)
+
+    def unlock(self) -> None:
+        """Give the locks back before the files are closed, which copies of their descriptors survive; nothing is done
+        to them any more.
+        """
+        for file in [*self.files, *self.data_files, *self.headers]:
+            for fd in (file.fd, file.life_fd):
+                if fd >= 0:
+                    unlock(fd)
 
     def open(self, path: str, image_format: str, options: OpenOptions) -> Node:
         """Open the image at *path* and what is under it.

@@ -231,6 +231,27 @@ def test_child_of_a_fork_cannot_use_the_disk_and_does_not_close_it(overlay: Path
     assert_not_corrupt(overlay)
 
 
+def test_close_gives_the_locks_back_while_a_child_of_a_fork_lives(overlay: Path) -> None:
+    """Which has copies of the descriptors, and ends without a word to the disk."""
+    disk = qcow2.open(overlay, "r+")
+    disk.write(0, b"new")
+    ended, end = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(end)
+        os.read(ended, 1)
+        os._exit(0)
+    try:
+        disk.close()
+        with qcow2.open(overlay, "r+") as again:
+            assert again.read(0, 3) == b"new"
+    finally:
+        os.close(end)
+        os.close(ended)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_not_corrupt(overlay)
+
+
 @pytest.mark.parametrize("name", [lambda path: path, str, os.fsencode], ids=["Path", "str", "bytes"])
 def test_path_is_any_that_python_takes(overlay: Path, name: "type[str]") -> None:
     with qcow2.open(name(overlay)) as disk:
