@@ -60,6 +60,8 @@ static int write_now(struct worker *worker, struct operation *operation)
 
         if (result < 0)
             return result == -EAGAIN && operation->progress ? -ENOMEM : result;
+        if (gather_has_lost(worker, operation))
+            return -EFAULT;
         result = at_once_transfer(worker, operation, &gather);
         if (result == 0 || result == -EAGAIN)
             return -EIO;
@@ -299,6 +301,8 @@ int request_copy_at_once(struct worker *worker, struct request *request, const s
     if (!at_once_allows(file, copy->nbytes, worker->now) || load_old(worker, copy) < 0 ||
         (copy->cipher && encrypt_copy(worker, request, copy, start, nbytes, &gather) < 0))
         return -EAGAIN;
+    if (pieces_have_lost(worker, request->data, start, nbytes))
+        return -EFAULT;
     operation.waiter.since = worker->now;
     result = at_once_transfer(worker, &operation, &gather);
     operation_note_latency(worker, &operation);

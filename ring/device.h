@@ -67,6 +67,10 @@ void worker_leave_grace(struct worker *worker, uint32_t epoch);
 /* Wait for an fdatasync of the file that starts after now; device->end comes after it. */
 void request_sync(struct worker *worker, struct request *request, uint32_t slot);
 
+/* Whether the memory of nbytes from `start` of the pieces has lost a page since it was mapped: what was read there, by
+ * whomever, may be zeros that were never there. To be asked after the bytes were copied. */
+bool pieces_have_lost(struct worker *worker, const struct iovec *pieces, uint64_t start, uint64_t nbytes);
+
 /* Record that it was asked for, and that its answer, `status`, is about to be seen. */
 void request_trace(struct worker *worker, struct request *request, uint32_t flags);
 void request_trace_answer(struct worker *worker, const struct request *request, int status);

@@ -93,6 +93,20 @@ int gather_submission(struct worker *worker, const struct operation *operation, 
     return gather->iovecs ? gather_pieces(worker, operation, gather) : -EAGAIN;
 }
 
+bool gather_has_lost(struct worker *worker, const struct operation *operation)
+{
+    bool has_lost = false;
+
+    for (uint32_t i = 0; operation->verb == VERB_WRITE && i < operation->piece_count && !has_lost; i++) {
+        const struct piece *piece = &operation->pieces[i];
+        bool is_ours = piece->source == PIECE_HOST || piece->source == PIECE_ZEROS;
+        struct request *request = is_ours ? NULL : worker_request(worker, piece->source);
+
+        has_lost = request && pieces_have_lost(worker, request->data, piece->start, piece->nbytes);
+    }
+    return has_lost;
+}
+
 bool gather_is_aligned(const struct gather *gather, const struct file *file, uint64_t host_offset)
 {
     if ((host_offset | gather->nbytes) & (file->offset_align - 1))

@@ -16,6 +16,9 @@ struct gather {
 int gather_submission(struct worker *worker, const struct operation *operation, struct iovec *single,
                       struct gather *gather);
 
+/* Whether it writes what lies, or lay, in memory that has lost a page (pieces_have_lost). */
+bool gather_has_lost(struct worker *worker, const struct operation *operation);
+
 /* Whether O_DIRECT takes it. */
 bool gather_is_aligned(const struct gather *gather, const struct file *file, uint64_t host_offset);
 

@@ -14,6 +14,7 @@ struct mapping {
     uint64_t nbytes; /* 0: unused; written last, read first */
     uint64_t page;
     uint32_t *counter;
+    uint32_t losses; /* in this mapping */
 };
 
 uint32_t loss_counter;
@@ -39,6 +40,7 @@ static bool replace_page(uintptr_t at)
         if (mmap((void *)(start + first), run, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             return false;
+        __atomic_add_fetch(&mappings[i].losses, 1, __ATOMIC_RELAXED);
         __atomic_add_fetch(counter, 1, __ATOMIC_RELAXED);
         return true;
     }
@@ -76,11 +78,24 @@ int loss_expect(void *mapping, uint64_t nbytes, uint64_t page, uint32_t *counter
         __atomic_store_n(&mappings[i].start, (uintptr_t)mapping, __ATOMIC_RELAXED);
         __atomic_store_n(&mappings[i].page, page, __ATOMIC_RELAXED);
         __atomic_store_n(&mappings[i].counter, counter, __ATOMIC_RELAXED);
+        __atomic_store_n(&mappings[i].losses, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&mappings[i].nbytes, nbytes, __ATOMIC_RELEASE);
         result = 0;
     }
     pthread_mutex_unlock(&lock);
     return result;
+}
+
+const uint32_t *loss_count_of(const void *mapping)
+{
+    const uint32_t *losses = NULL;
+
+    pthread_mutex_lock(&lock);
+    for (uint32_t i = 0; i < MAPPINGS; i++)
+        if (mappings[i].nbytes && mappings[i].start == (uintptr_t)mapping)
+            losses = &mappings[i].losses;
+    pthread_mutex_unlock(&lock);
+    return losses;
 }
 
 void loss_forget(void *mapping)

@@ -65,6 +65,7 @@ int guest_region_map(struct guest_region *region, int fd, uint64_t guest_address
         .host = (uint8_t *)mapping + skip,
         .mapping = mapping,
         .mapping_nbytes = length,
+        .losses = loss_count_of(mapping),
     };
     return 0;
 }
@@ -157,6 +158,18 @@ bool guest_memory_locate(const struct guest_memory *memory, const void *host, ui
             *guest_address = region->guest_address + skip;
             return true;
         }
+    }
+    return false;
+}
+
+bool guest_memory_has_lost(const struct guest_memory *memory, const void *host)
+{
+    for (uint32_t i = 0; i < memory->count; i++) {
+        const struct guest_region *region = &memory->regions[i];
+
+        if (region->losses && (!host || (uintptr_t)host - (uintptr_t)region->host < region->nbytes) &&
+            __atomic_load_n(region->losses, __ATOMIC_RELAXED))
+            return true;
     }
     return false;
 }

@@ -14,6 +14,7 @@ struct guest_region {
     uint8_t *host; /* our address of the first byte */
     void *mapping; /* what munmap gets: host aligned down to a page of the file */
     uint64_t mapping_nbytes;
+    const uint32_t *losses; /* in it; NULL: nobody counts them */
 };
 
 /* A table of regions that do not overlap, sorted by guest address. */
@@ -39,6 +40,9 @@ int guest_memory_translate(struct guest_memory *memory, uint64_t guest_address, 
 
 /* The guest address of a byte of ours that lies in a region. -> false if it lies in none. */
 bool guest_memory_locate(const struct guest_memory *memory, const void *host, uint64_t *guest_address);
+
+/* Whether a page of the region that holds `host`, or, NULL, of any region, is gone, and zeros are in its place. */
+bool guest_memory_has_lost(const struct guest_memory *memory, const void *host);
 
 /* Our address of a part of a ring, which lies in one region; NULL if it does not. */
 void *guest_memory_ring(const struct guest_memory *memory, uint64_t user_address, uint64_t nbytes);

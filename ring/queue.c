@@ -505,6 +505,7 @@ void worker_set_memory(struct worker *worker, const struct guest_memory *memory)
 {
     queues_publish(worker); /* while the rings are where they were */
     worker->memory = *memory;
+    worker->memory_has_lost = guest_memory_has_lost(&worker->memory, NULL);
     for (uint32_t i = 0; i < WORKER_QUEUES; i++) {
         struct queue *queue = &worker->queues[i];
         if (!queue->started)

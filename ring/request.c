@@ -208,6 +208,25 @@ int worker_finish(struct worker *worker, uint64_t id, uint32_t status)
     return 0;
 }
 
+bool pieces_have_lost(struct worker *worker, const struct iovec *pieces, uint64_t start, uint64_t nbytes)
+{
+    uint32_t losses = loss_count();
+    struct piece_walk walk;
+    struct iovec stretch;
+
+    if (losses != worker->losses_judged) {
+        worker->losses_judged = losses;
+        worker->memory_has_lost = guest_memory_has_lost(&worker->memory, NULL);
+    }
+    if (!worker->memory_has_lost)
+        return false;
+    walk = pieces_walk(pieces, start, nbytes);
+    while (pieces_next(&walk, &stretch))
+        if (guest_memory_has_lost(&worker->memory, stretch.iov_base))
+            return true;
+    return false;
+}
+
 int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, uint64_t nbytes)
 {
     struct request *request;
@@ -216,7 +235,8 @@ int worker_load(struct worker *worker, uint64_t id, uint64_t start, void *to, ui
     if (result < 0)
         return result;
     pieces_load(request->data, start, nbytes, to);
-    return queue_has_lost(worker, request->queue) ? -EFAULT : 0;
+    queue_has_lost(worker, request->queue);
+    return pieces_have_lost(worker, request->data, start, nbytes) ? -EFAULT : 0;
 }
 
 int worker_store(struct worker *worker, uint64_t id, uint64_t start, const void *from, uint64_t nbytes)

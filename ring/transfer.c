@@ -122,6 +122,10 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     }
     if (result == 0)
         result = choose_way(worker, operation, &single, &gather);
+    if (result == 0 && gather_has_lost(worker, operation)) {
+        bounce_drop(worker, operation);
+        result = -EFAULT;
+    }
     if (result < 0)
         return result;
     result = -EAGAIN;
@@ -186,6 +190,10 @@ static int perform_here(struct worker *worker, uint32_t number)
         prepare_zero(worker, operation, &entry);
     } else {
         result = gather_next(worker, operation, &single, &gather);
+        if (result == 0 && gather_has_lost(worker, operation)) {
+            bounce_drop(worker, operation);
+            result = -EFAULT;
+        }
         if (result < 0)
             return result;
         prepare_transfer(&entry, operation, &worker->files[operation->slot], &gather);
@@ -207,6 +215,8 @@ static void write_copy(struct worker *worker, uint32_t number)
     const struct request_copy *copy = operation->copy;
     int result = bounce_merge(operation);
 
+    if (result == 0 && pieces_have_lost(worker, operation->request->data, operation->piece.start, operation->piece.nbytes))
+        result = -EFAULT;
     operation->verb = VERB_WRITE;
     operation->slot = copy->slot;
     operation->host_offset = copy->host_offset;
@@ -365,6 +375,8 @@ void operation_completed(struct worker *worker, uint32_t number, int result)
         result = perform_here(worker, number);
     if (result == -ECANCELED && operation->verb == VERB_WRITE && operation->progress)
         result = -EIO; /* cancelled means untried to whoever asked, and a part of it is written */
+    if (result > 0 && gather_has_lost(worker, operation))
+        result = -EFAULT; /* meanwhile; and who knows whether the kernel met the page, or zeros in its place */
     result = note_refusal(operation, result);
     if (result == -EINTR || result == -EAGAIN)
         operation_submit(worker, number);

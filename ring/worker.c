@@ -60,7 +60,7 @@ struct worker *worker_create(struct device *device, int control_fd, struct worke
     worker->counters = counters;
     worker->control_fd = control_fd;
     worker->thread_id = host_expect_nudges();
-    worker->losses = loss_count();
+    worker->losses = worker->losses_judged = loss_count();
     worker->log.call_fd = -1;
     worker->events = events;
     worker->long_pieces = long_pieces;

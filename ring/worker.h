@@ -281,6 +281,8 @@ struct worker {
     int control_fd;
     int thread_id;
     uint32_t losses; /* of shared memory, that broke a queue already */
+    uint32_t losses_judged; /* and those that are known to be of guest memory, or not: */
+    bool memory_has_lost;   /* a page of the table's regions is gone */
     bool at_peer; /* in a system call on an fd that the front-end has, too; other threads look at it */
     bool paused;
     bool idle_owed; /* EVENT_IDLE is to come */

@@ -36,12 +36,10 @@ static void trace(const struct block *block, struct worker *worker, struct reque
 }
 
 /* Copy a record out of the request. -> false: its memory is gone. */
-static bool load(const struct request *request, uint64_t start, void *record, uint64_t nbytes)
+static bool load(struct worker *worker, const struct request *request, uint64_t start, void *record, uint64_t nbytes)
 {
-    uint32_t losses = loss_count();
-
     pieces_load(request->pieces, start, nbytes, record);
-    return losses == loss_count();
+    return !pieces_have_lost(worker, request->pieces, start, nbytes);
 }
 
 /* ---- the end of a request ---- */
@@ -488,7 +486,7 @@ static void clear_range(struct block *block, struct worker *worker, struct reque
     if (block->max_range_sectors && payload < sizeof(segment)) {
         status = VIRTIO_BLK_S_IOERR;
     } else if (block->max_range_sectors && payload == sizeof(segment)) {
-        status = load(request, sizeof(struct virtio_blk_outhdr), &segment, sizeof(segment))
+        status = load(worker, request, sizeof(struct virtio_blk_outhdr), &segment, sizeof(segment))
                      ? check_segment(block, request, &segment)
                      : VIRTIO_BLK_S_IOERR;
     }
@@ -584,7 +582,7 @@ static void begin(struct device *device, struct worker *worker, struct request *
         return;
     }
     take_status(request);
-    if (request->readable_nbytes < sizeof(header) || !load(request, 0, &header, sizeof(header))) {
+    if (request->readable_nbytes < sizeof(header) || !load(worker, request, 0, &header, sizeof(header))) {
         worker->counters->other_requests++;
         answer(worker, request, VIRTIO_BLK_S_IOERR, 0);
         return;

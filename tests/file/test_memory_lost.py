@@ -21,6 +21,7 @@ from tests.frontend import (
     OUT,
     USER_ADDRESS,
     WRITABLE,
+    Completion,
     FrontEnd,
 )
 from tests.inflightmodel import SplitModel
@@ -64,9 +65,9 @@ class Guest(FrontEnd):
         os.truncate(self.dimm, 0)
         self.is_lost = True
 
-    def post(self, kind: int, **at: int) -> int:
+    def post(self, kind: int, index: int = 0, **at: int) -> int:
         """A request of one sector, of which *at* names parts that lie in the page: header, data or status. Its slot."""
-        queue = self.queues[0]
+        queue = self.queues[index]
         slot = queue.free.pop()
         header, data, status = queue._header_at(slot), queue._data_at(slot), queue._status_at(slot)
         self.bytes[header : header + 16] = struct.pack("<IIQ", kind, 0, 0)
@@ -84,12 +85,17 @@ class Guest(FrontEnd):
 
     def read_beside(self) -> None:
         """The other queue goes on."""
+        self.queues[1].submit(IN, 0, nbytes=512)
+        assert self.wait_beside().status == OK
+
+    def wait_beside(self) -> Completion:
+        """The one answer that the other queue is to have."""
         queue = self.queues[1]
-        queue.submit(IN, 0, nbytes=512)
         while not (done := list(queue.reap())):
             assert select.select([queue.call], [], [], TIMEOUT)[0]
             os.eventfd_read(queue.call)
-        assert [one.status for one in done] == [OK]
+        (one,) = done
+        return one
 
 
 @pytest.fixture(params=["raw", "fresh", "overlay"])
@@ -142,6 +148,29 @@ def test_request_whose_memory_is_gone_changes_nothing(daemon: Daemon, name: str)
         written = WRITTEN if name == "the status of a write" else before[:512]
         assert other.read(0, PAGE) == written + before[512:]
         other.write(0, b"2" * 512)
+
+
+@pytest.mark.parametrize("kind", ["the first to be met", "zeros by now"])
+@pytest.mark.parametrize("option", ["--cache=none", "--cache=writeback"])
+@pytest.mark.parametrize("part", ["data", "header"])
+def test_zeros_that_were_never_there_reach_no_image(image: Path, kind: str, option: str, part: str) -> None:
+    """Data at an odd address is copied for O_DIRECT; once a page is replaced, the kernel would take it as well."""
+    options = ["--format=raw"] if image.stat().st_size == 1 << 20 else []
+    with Daemon(image, option, *options) as daemon:
+        with Guest(daemon.socket_path) as guest:
+            guest.write(0, b"o" * PAGE)
+            guest.lose()
+            if kind == "zeros by now":
+                guest.post(OUT, header=0)
+                guest.wait_until_broken()
+            guest.post(OUT, 1, **{part: 1})
+            assert guest.wait_beside().status != OK
+            if kind == "zeros by now":
+                guest.read_beside()
+        with FrontEnd(daemon.socket_path) as other:
+            assert other.read(0, PAGE) == b"o" * PAGE
+            other.write(0, b"2" * 512)
+        daemon.stop()
 
 
 def test_ring_whose_memory_is_gone_breaks(daemon: Daemon) -> None:
