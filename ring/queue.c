@@ -425,6 +425,12 @@ int worker_start_queue(struct worker *worker, uint32_t index, uint32_t size, uin
     return has_room ? 0 : 1;
 }
 
+/* A file, for one, could keep whoever writes to it for ever, and is no place for our signals. */
+static bool may_signal(int fd)
+{
+    return fd < 0 || host_is_waitable(fd);
+}
+
 static int refuse_fd(int fd)
 {
     if (fd >= 0)
@@ -436,7 +442,7 @@ int worker_set_kick(struct worker *worker, uint32_t index, int fd)
 {
     struct queue *queue = &worker->queues[index];
 
-    if (index >= WORKER_QUEUES || (fd >= 0 && !host_is_waitable(fd)))
+    if (index >= WORKER_QUEUES || !may_signal(fd))
         return refuse_fd(fd);
     cancel_kick(worker, queue);
     replace_fd(&queue->kick_fd, fd);
@@ -449,7 +455,7 @@ int worker_set_kick(struct worker *worker, uint32_t index, int fd)
 
 int worker_set_call(struct worker *worker, uint32_t index, int fd)
 {
-    if (index >= WORKER_QUEUES)
+    if (index >= WORKER_QUEUES || !may_signal(fd))
         return refuse_fd(fd);
     replace_fd(&worker->queues[index].call_fd, fd);
     if (worker->queues[index].started)
@@ -459,7 +465,7 @@ int worker_set_call(struct worker *worker, uint32_t index, int fd)
 
 int worker_set_err(struct worker *worker, uint32_t index, int fd)
 {
-    if (index >= WORKER_QUEUES)
+    if (index >= WORKER_QUEUES || !may_signal(fd))
         return refuse_fd(fd);
     replace_fd(&worker->queues[index].err_fd, fd);
     return 0;
@@ -523,9 +529,12 @@ void worker_set_log(struct worker *worker, const struct guest_region *log)
     worker->log.nbytes = log ? log->nbytes : 0;
 }
 
-void worker_set_log_call(struct worker *worker, int fd)
+int worker_set_log_call(struct worker *worker, int fd)
 {
+    if (!may_signal(fd))
+        return refuse_fd(fd);
     replace_fd(&worker->log.call_fd, fd);
+    return 0;
 }
 
 void worker_log_buffers(struct worker *worker, int enabled)

@@ -77,11 +77,12 @@ class Queues:
 
         Signalled once, now or when the queue starts: a completion may have raced with the change, or with the death of
         an earlier daemon. Not while the queue is stopped: a driver may not be there.
+        Raises: OSError EINVAL, as `set_kick`.
         """
         check(lib.worker_set_call(self._native, index, -1 if fd is None else fd), f"call of queue {index}")
 
     def set_err(self, index: int, fd: int | None) -> None:
-        """Take over *fd*, signalled if the queue breaks."""
+        """Take over *fd*, signalled if the queue breaks. Raises: OSError EINVAL, as `set_kick`."""
         check(lib.worker_set_err(self._native, index, -1 if fd is None else fd), f"err of queue {index}")
 
     def enable_queue(self, index: int) -> None:
@@ -109,8 +110,8 @@ class Queues:
         self._log = mapping
 
     def set_log_call(self, fd: int | None) -> None:
-        """Take over *fd*, signalled after bits were set in the log."""
-        lib.worker_set_log_call(self._native, -1 if fd is None else fd)
+        """Take over *fd*, signalled after bits were set in the log. Raises: OSError EINVAL, as `set_kick`."""
+        check(lib.worker_set_log_call(self._native, -1 if fd is None else fd), "call of the log")
 
     def log_buffers(self, enabled: bool) -> None:
         """Whether what requests write to their buffers is logged, those in flight included."""

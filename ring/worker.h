@@ -386,7 +386,7 @@ const char *worker_queue_fault(struct worker *worker, uint32_t index);
 
 /* The dirty log. `log` is borrowed until the next call, which ends all writes to it; NULL: none. */
 void worker_set_log(struct worker *worker, const struct guest_region *log);
-void worker_set_log_call(struct worker *worker, int fd);
+int worker_set_log_call(struct worker *worker, int fd);
 void worker_log_buffers(struct worker *worker, int enabled);
 /* Also for a queue that is not started yet; it stays so until the next call. */
 int worker_log_queue(struct worker *worker, uint32_t index, int enabled, uint64_t guest_address);

@@ -226,10 +226,19 @@ def test_kick_that_cannot_be_polled_breaks_the_queue() -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/tmp", __file__])
-def test_kick_that_is_always_ready_is_refused(path: str) -> None:
+@pytest.mark.parametrize("which", ["kick of queue 0", "call of queue 0", "err of queue 0", "call of the log"])
+def test_signal_that_never_makes_anybody_wait_is_refused(path: str, which: str) -> None:
     fd = os.open(path, os.O_RDONLY)
-    with Guest() as guest, pytest.raises(OSError, match="kick of queue 0"):
-        guest.worker.call(lambda: guest.worker.set_kick(0, fd))
+    with Guest() as guest:
+        worker = guest.worker
+        takes: dict[str, Callable[[], None]] = {
+            "kick of queue 0": lambda: worker.set_kick(0, fd),
+            "call of queue 0": lambda: worker.set_call(0, fd),
+            "err of queue 0": lambda: worker.set_err(0, fd),
+            "call of the log": lambda: worker.set_log_call(fd),
+        }
+        with pytest.raises(OSError, match=which):
+            worker.call(takes[which])
 
 
 def test_full_call_does_not_stop_the_worker() -> None:
