@@ -4,7 +4,7 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from qcow2.driver.operation import Buffer, File, Occupied, Resize, Size, Sync, Zero
+from qcow2.driver.operation import Buffer, File, Occupied, Resize, Size, Zero
 from qcow2.engine.backing import Capabilities
 from qcow2.engine.data import Data, SectorCipher
 from qcow2.engine.stability import Stability
@@ -180,6 +180,6 @@ class RawImage:
         """The file holds all that has completed."""
 
     async def close(self) -> None:
-        """Make everything stable; raises what a failed sync raised."""
+        """Make everything stable. Raises: OSError, once a sync has failed, too: the host tells of an error once."""
         if not self.read_only:
-            await Sync(self.file)
+            await self._stability.sync()

@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from qcow2.driver import operation as op
+from qcow2.driver.buffer import MemoryBuffer
 from qcow2.error import NotTried
 from qcow2.format import layout
-from tests.engine import Bench, Fault, noise, open_again, set_up
+from qcow2.node.raw import RawImage
+from tests.crash.driver import CrashDriver, SimulatedFile
+from tests.engine import Bench, Breaker, Fault, noise, open_again, set_up
 
 pytestmark = pytest.mark.pure
 
@@ -115,6 +118,20 @@ def test_close_after_a_failure_leaves_the_dirty_bit() -> None:
     with pytest.raises(OSError):
         bench.close()
     assert is_dirty(bench)
+
+
+def test_a_raw_disk_whose_sync_failed_is_not_closed_as_if_it_had_not() -> None:
+    """The host tells of an error once: another sync succeeds."""
+    breaker = Breaker()
+    driver = CrashDriver(fault=breaker)
+    image = driver.run(RawImage.open(SimulatedFile.parse("disk", bytes(CLUSTER)), writable=True))
+    driver.run(image.write(0, MemoryBuffer(memoryview(b"lost"))))
+    breaker.fault = failing(errno.EIO, is_sync)
+    with pytest.raises(OSError):
+        driver.run(image.flush())
+    breaker.fault = None
+    with pytest.raises(OSError, match="no more writes"):
+        driver.run(image.close())
 
 
 def test_no_space_to_grow_fails_the_request_and_loses_nothing() -> None:
