@@ -183,7 +183,11 @@ class Mirror:
         await self.write_zeroes(guest_offset, nbytes, unmap=True)
 
     async def grow(self, nbytes: int) -> None:
-        """As of a node; nothing is under way. A target that cannot grow leaves the two out of step."""
+        """As of a node; nothing is under way. What is new is behind: a device or an export may hold anything there.
+
+        A target that cannot grow leaves the two out of step for good.
+        """
+        old = self._source.size
         await self._source.grow(nbytes)
         nchunks = -(-self._source.size // CHUNK) - len(self._behind)
         self._behind.extend(bytes(nchunks))
@@ -196,6 +200,8 @@ class Mirror:
             self._trouble = ImageError(self._target.file.path, str(error))
         if self._trouble is not None:  # what is new may be missing
             self._break()
+        elif self._source.size > old:
+            self._fall_behind(old, self._source.size - old)
 
     async def _change_source(self, offset: int, nbytes: int, change: Change) -> None:
         try:

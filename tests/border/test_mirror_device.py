@@ -1,6 +1,7 @@
 """`ctl mirror --existing` to a block device: what lay there is overwritten, and the device may be left or served."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 
 from tests.border.test_storage import loop_device
 from tests.file.test_jobs import BLOCK, MIB, SHOWN, SIZE, chain, content, control, start, top
-from tests.file.test_mirror import get_ready
+from tests.file.test_mirror import get_ready, until
 from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean
+from tests.patience import TIMEOUT
 from tests.program import qcow2_tool_ok
 from vhost import Control, ControlError
 
@@ -101,6 +103,23 @@ def test_a_device_of_another_length_is_refused(tmp_path: Path) -> None:
                 client.mirror(str(device), existing=True)
             daemon.stop()
         assert device.read_bytes() == before
+
+
+def test_what_a_device_held_does_not_show_where_the_disk_has_grown(tmp_path: Path) -> None:
+    disk, lun = tmp_path / "disk", tmp_path / "lun"
+    disk.write_bytes(SHOWN)
+    with noisy_device(lun, SIZE) as device:
+        with start(disk, "--format=raw") as daemon, FrontEnd(daemon.socket_path), control(disk) as client:
+            job = client.mirror(str(device), existing=True).job
+            assert client.wait(job).state == "ready"
+            with lun.open("ab") as file:
+                file.write(os.urandom(MIB))
+            subprocess.run(["losetup", "--set-capacity", device], check=True, timeout=TIMEOUT)
+            client.resize(SIZE + MIB)
+            until(client, job, "ready")
+            assert client.wait(client.complete(job).job).state == "completed"
+            daemon.stop()
+        assert device.read_bytes() == SHOWN + bytes(MIB)
 
 
 def test_a_disk_that_outgrows_the_device_loses_the_copy_alone(tmp_path: Path) -> None:
