@@ -61,10 +61,17 @@ class Committing(Work):
         """What can be known of it before anything is frozen or written. Raises: OSError, ImageError, ValueError."""
         served, held = self._served, self._served.held
         served.require_over(self._image, self._below)
+        self._require_cipher()
         depth = self._nodes.index(self._below) - self._nodes.index(self._top)
         beside(served.device, served.backend, require_hidden(self._top, self._below, depth, Reins()))
         if self._below is not held.written_below:
             held.discard_writer(held.prepare_writer(self._below, 0))
+
+    def _require_cipher(self) -> None:
+        """Law 12: a base in plain gets nothing that is encrypted now."""
+        committed = self._nodes[self._nodes.index(self._top) : self._nodes.index(self._below)]
+        if any(node.is_encrypted for node in committed) and not self._below.is_encrypted:
+            raise UnsupportedImage(self._below.file.path, "is not encrypted: it would hold in plain what is committed")
 
     def _require_freezable(self) -> None:
         image = self._served.image()

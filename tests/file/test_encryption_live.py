@@ -94,6 +94,23 @@ def test_snapshots_are_streamed_and_committed(image: Path, guest: Guest) -> None
     assert content(image) == guest.model
 
 
+@pytest.mark.parametrize("base", [None, "plain"])
+def test_nothing_is_committed_to_a_base_in_plain(tmp_path: Path, key: Path, logs: Path, base: str | None) -> None:
+    plain, image = tmp_path / "plain", tmp_path / "disk.qcow2"
+    qcow2.create(plain, SIZE)
+    qcow2_tool_ok("create", "-q", "--object", f"secret,id=s0,file={key}", "-o", LUKS, "-b", plain, "-F", "qcow2", image)
+    before = plain.read_bytes()
+    with Guest(image, key, logs) as guest:
+        for is_frozen in (False, True):
+            if is_frozen:
+                guest.control.snapshot("frozen")
+            with pytest.raises(ControlError, match="plain: is not encrypted: it would hold in plain"):
+                guest.control.commit(base, active=not is_frozen)
+        guest.end()
+    assert plain.read_bytes() == before
+    assert not image.with_name(f"{image.name}.committing").exists()
+
+
 @pytest.mark.parametrize("guest", [(), ("--sandbox",)], indirect=True, ids=" ".join)
 def test_backups_are_full_and_by_bitmap(image: Path, guest: Guest) -> None:
     guest.control.bitmaps.add("nightly")
