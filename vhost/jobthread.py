@@ -1,8 +1,9 @@
 """What the thread of one job does: it begins the work, again after it had to make room, and says how it ended."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 
 from qcow2 import ImageError
@@ -88,7 +89,8 @@ class JobThread:
         """Do it -> how it has ended."""
         with self._changed:
             self._job.is_behind = False
-        self._job.work.prepare()
+        with _counting_memory():
+            self._job.work.prepare()
         outcome: Future[BaseException | None] = new_future()
         outcome.add_done_callback(lambda _: self._notice())
         self._device.worker.post(partial(self._begin, reins, outcome))
@@ -96,12 +98,13 @@ class JobThread:
             self._await_stirring(outcome)
             self._device.worker.post(partial(wake, self._job, self._device, self._backend))
         error = outcome.result()
-        if error is None:
-            return self._part() if self._job.work.awaits_word else self._finish()
-        try:
-            raise no_memory() if isinstance(error, MemoryError) else error
-        finally:
-            del error
+        with _counting_memory():
+            if error is None:
+                return self._part() if self._job.work.awaits_word else self._finish()
+            try:
+                raise error
+            finally:
+                del error
 
     def _finish(self) -> State:
         self._await_leave()
@@ -114,7 +117,8 @@ class JobThread:
             self._job.work.part()
             return State.CANCELLED
         try:
-            self._job.work.finish()
+            with _counting_memory():
+                self._job.work.finish()
         except (OSError, ImageError, ValueError) as error:  # it is ready as before
             with self._changed:
                 self._job.may_finish = False
@@ -158,7 +162,7 @@ class JobThread:
             return
         try:
             coroutine = self._job.work.begin(reins)
-        except (OSError, ImageError, ValueError, RoomWanted) as error:
+        except (OSError, ImageError, ValueError, RoomWanted, MemoryError) as error:
             outcome.set_result(error)
             return
         self._backend.run(coroutine, lambda task: outcome.set_result(task.take_error()))
@@ -192,13 +196,23 @@ class JobThread:
 
     def _end(self, state: State, error: str = "") -> None:
         try:
-            self._job.work.leave()
+            with _counting_memory():
+                self._job.work.leave()
         except (OSError, ImageError) as failure:  # of what it leaves behind: the guest has no part in that
             error = "; ".join(filter(None, [error, refusal_of(failure)]))
         with self._changed:
             self._on_end()
             self._job.work = Over(self._job.work)
             self._job.turn(state, error)
+
+
+@contextmanager
+def _counting_memory() -> Iterator[None]:
+    """A job that finds no memory has failed as one that finds no disk space has: the guest has no part in that."""
+    try:
+        yield
+    except MemoryError:
+        raise no_memory() from None
 
 
 def wake(job: Job, device: Device, backend: ImageBackend) -> None:

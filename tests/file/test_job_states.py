@@ -6,12 +6,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import pytest
+
 from qcow2.driver.operation import Compute
 from qcow2.job.pace import Pace
 from tests.frontend import FrontEnd
 from tests.program import TIMEOUT, qcow2_tool_ok
 from tests.served import serve
-from vhost.job import Work
+from vhost.job import Report, Work
 from vhost.jobs import Jobs
 from vhost.policy import OnError, State
 
@@ -73,3 +75,48 @@ def test_every_answer_tells_how_it_stands(tmp_path: Path) -> None:
                 while told.get(timeout=TIMEOUT) != "cancelled":
                     pass
                 assert not work.is_finished
+
+
+class Starved(Work):
+    """Finds no memory at one of its steps."""
+
+    kind = "starved"
+
+    def __init__(self, step: str) -> None:
+        self.about: dict[str, Any] = {}
+        self._step = step
+
+    def _reach(self, step: str) -> None:
+        if step == self._step:
+            raise MemoryError
+
+    def prepare(self) -> None:
+        self._reach("prepare")
+
+    def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
+        self._reach("begin")
+        return self._move()
+
+    async def _move(self) -> None:
+        self._reach("move")
+
+    def finish(self) -> None:
+        self._reach("finish")
+
+    def leave(self) -> None:
+        self._reach("leave")
+
+
+@pytest.mark.parametrize("step", ["prepare", "begin", "move", "finish", "leave"])
+def test_a_job_that_finds_no_memory_fails_alone(tmp_path: Path, step: str) -> None:
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[Report] = SimpleQueue()
+    with serve(tmp_path / "image") as served, FrontEnd(served.socket_path) as guest:
+        device = served.device
+        with Jobs(device, device.backend, told.put) as jobs:
+            jobs.start(lambda: Starved(step), rate=0, on_error=OnError.REPORT)
+            while (report := told.get(timeout=TIMEOUT)).state not in ("failed", "completed"):
+                pass
+            assert (report.state == "completed") == (step == "leave")
+            assert report.error == "Cannot allocate memory"
+            guest.write(0, b"s" * 512)
