@@ -21,6 +21,7 @@ from qcow2.engine.create import Options
 from qcow2.engine.frozenbitmap import FrozenBitmap
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage, no_memory
+from qcow2.format.luks import Encryption
 from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from qcow2.node.node import Node
@@ -64,8 +65,23 @@ class Backup(Work):
         if is_nbd(target):
             size, options = self._image.size, served.held.options
             self._target = BackupExport(target, size, options, exists=exists, is_whole=bitmap is None)
-        else:
-            self._target = self._file_of(target, image_format, backing, exists=exists)
+            self._begin_copy(bitmap)
+            return
+        with served.held.encrypted_as(self._image) as encryption:
+            self._target = self._file_of(target, image_format, backing, encryption, exists=exists)
+            self._begin_copy(bitmap)
+
+    def _file_of(
+        self, target: str, image_format: str, backing: str | None, encryption: Encryption | None, *, exists: bool
+    ) -> BackupFile:
+        path, held = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target), self._served.held
+        self._served.require_foreign(path)
+        backing_format = None if backing is None else "qcow2"
+        options = Options(self._image.size, backing_name=backing, backing_format=backing_format, encryption=encryption)
+        return BackupFile(path, options, image_format, exists=exists, keys=held.other_keys())
+
+    def _begin_copy(self, bitmap: str | None) -> None:
+        """Freeze the disk, and only then, since that may be refused, overwrite what is at the target."""
         try:
             self._feed = Feed(self._target.put, self._taken, self._stopped)
         except BaseException:
@@ -76,16 +92,12 @@ class Backup(Work):
         except BaseException:
             self._close()
             raise
-
-    def _file_of(self, target: str, image_format: str, backing: str | None, *, exists: bool) -> BackupFile:
-        path, held = os.path.join(os.path.dirname(os.path.realpath(self._image.file.path)), target), self._served.held
-        self._served.require_foreign(path)
-        with held.encrypted_as(self._image) as encryption:
-            backing_format = None if backing is None else "qcow2"
-            options = Options(
-                self._image.size, backing_name=backing, backing_format=backing_format, encryption=encryption
-            )
-            return BackupFile(path, options, image_format, exists=exists, keys=held.other_keys())
+        try:
+            self._target.begin()
+        except BaseException:
+            self.leave()
+            raise
+        self._feed.go_on()
 
     def _require_image(self, bitmap: str | None) -> Node:
         disk = self._served.held.disk
@@ -108,6 +120,9 @@ class Backup(Work):
             try:
                 self._frozen = Frozen(self._image, self._wanted(), self._feed.give)
             except MemoryError:  # of a copy, which is no reason to trust the disk no more
+                if self._bitmap is not None:
+                    assert isinstance(self._image, Image)
+                    await self._image.thaw_bitmap(self._bitmap, is_copied=False)
                 raise no_memory() from None
             self._served.backend.freeze(self._frozen)  # the target may take something before this thread goes on
 
@@ -228,13 +243,13 @@ class Feed:
     def __init__(
         self, put: Callable[[Saved], None], on_taken: Callable[[int], None], on_stopped: Callable[[Exception], None]
     ) -> None:
-        """Raises: OSError if there is no thread to be had."""
+        """It puts nothing before `go_on`. Raises: OSError if there is no thread to be had."""
         self._put = put
         self._on_taken = on_taken
         self._on_stopped = on_stopped
         self._changed = threading.Condition()
         self._saved: deque[Saved] = deque()  # the first one is being put
-        self._is_stopped = False  # by an error
+        self._is_stopped = True  # by an error; at first until there is a target
         self._is_ending = False
         self._thread = threading.Thread(target=self._main, name="backup", daemon=True)
         start_deaf(self._thread)
@@ -246,7 +261,7 @@ class Feed:
             self._changed.notify()
 
     def go_on(self) -> None:
-        """After an error: try again."""
+        """There is a target; or, after an error: try again."""
         with self._changed:
             self._is_stopped = False
             self._changed.notify()
@@ -273,13 +288,19 @@ class Feed:
             self._changed.wait_for(lambda: self._is_ending or (self._saved and not self._is_stopped))
             return None if self._is_ending else self._saved[0]
 
+    def _stop(self, error: Exception) -> None:
+        with self._changed:
+            self._is_stopped = True
+        self._on_stopped(error)
+
     def _put_one(self, saved: Saved) -> None:
         try:
             self._put(saved)
         except (OSError, ImageError, Cancelled) as error:
-            with self._changed:
-                self._is_stopped = True
-            self._on_stopped(error)
+            self._stop(error)
+            return
+        except MemoryError:
+            self._stop(no_memory())
             return
         with self._changed:
             self._saved.popleft()

@@ -4,6 +4,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import qcow2
@@ -31,6 +32,9 @@ class BackupTarget(ABC):
     def __init__(self, path: str) -> None:
         self.path = path
         self._driver = BlockingDriver()
+
+    def begin(self) -> None:  # noqa: B027
+        """The disk is frozen: what is at *path* may be overwritten from now on. Raises: OSError, ImageError."""
 
     @abstractmethod
     def _begun(self) -> Target:
@@ -75,7 +79,7 @@ class BackupFile(BackupTarget):
     """The file *path*, which becomes a disk.
 
     A new one is made as `.NAME.backup` beside it, and gets its name once it is whole. One that *exists* is overwritten;
-    of a raw one the first bytes come last. A death leaves no disk.
+    of a raw one the first bytes come last. A death leaves no disk. Before `begin` nothing that exists is changed.
     """
 
     def __init__(self, path: str, options: Options, image_format: str, *, exists: bool, keys: Keyring | None) -> None:
@@ -87,6 +91,7 @@ class BackupFile(BackupTarget):
         if not exists:
             require_own_name(path)
         self._made = None if exists else hidden(path, "backup")
+        self._target: Target | None = None
         with ExitStack() as stack:
             below = None
             if options.backing_name is not None:
@@ -97,11 +102,22 @@ class BackupFile(BackupTarget):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
                 require_ours(self._made)
             self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made))
-            self._target = self._of_format(image_format, options, below, keys)
-            self._driver.run(self._target.begin())
+            stack.callback(self._remove)
+            if image_format == "raw" and self._file.is_device and self._file.size() < options.size:
+                raise ImageError(path, f"the device has {self._file.size()} bytes, the disk {options.size}")
+            self._of_format = partial(self._format, image_format, options, below, keys)
+            if self._made is not None:  # nobody's yet; and no guest waits for what it takes
+                self.begin()
             self._closing = stack.pop_all()
 
-    def _of_format(self, image_format: str, options: Options, below: Node | None, keys: Keyring | None) -> Target:
+    def begin(self) -> None:
+        """As of a `BackupTarget`; the passphrase of its options is needed here last."""
+        if self._target is None:
+            target = self._of_format()
+            self._driver.run(target.begin())
+            self._target = target
+
+    def _format(self, image_format: str, options: Options, below: Node | None, keys: Keyring | None) -> Target:
         file, size = self._file, options.size
         if options.encryption is not None:
             run(create(file, options))
@@ -111,11 +127,10 @@ class BackupFile(BackupTarget):
             return NewImage(file, options, below, reads_zeros=not file.is_device)
         if not file.is_device:
             file.set_length(0)
-        elif file.size() < size:
-            raise ImageError(file.path, f"the device has {file.size()} bytes, the disk {size}")
         return InPlace(RawImage(file, size, read_only=False), size, is_zero=not file.is_device, length=size)
 
     def _begun(self) -> Target:
+        assert self._target is not None
         return self._target
 
     def finish(self) -> None:
@@ -135,10 +150,12 @@ class BackupFile(BackupTarget):
 
     def close(self) -> None:
         """Close the file; one that was made and is not whole is gone. Raises: OSError."""
-        with self._closing:
-            if self._made is not None:
-                with suppress(FileNotFoundError):  # others have removed it
-                    os.unlink(self._made)
+        self._closing.close()
+
+    def _remove(self) -> None:
+        if self._made is not None:
+            with suppress(FileNotFoundError):  # others have removed it
+                os.unlink(self._made)
 
 
 def _opened(path: str) -> HostFile:

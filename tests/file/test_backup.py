@@ -1,11 +1,13 @@
 """A backup of a disk that a guest writes to: it is the disk of the moment at which it was asked for."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -20,6 +22,8 @@ from tests.program import qcow2_tool_ok
 from tests.realfault.death import dying_from_start
 from tests.slowdisk import SlowDisk
 from vhost import Control, ControlError
+from vhost.backup import Feed
+from vhost.frozen import Saved
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB + 12 * KIB  # ends in the midst of a chunk
@@ -210,6 +214,38 @@ def test_backup_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         assert (said.returncode, json.loads(said.stdout)["state"]) == (0, "completed"), said.stderr
         daemon.stop()
     assert_same_bytes((tmp_path / "there").read_bytes(), b"w" * BLOCK + held[BLOCK:])
+
+
+@pytest.mark.parametrize("content", [b"t" * 2 * SIZE, b""], ids=["file", "image"])
+def test_refused_backup_leaves_what_is_there(tmp_path: Path, content: bytes) -> None:
+    image, _ = make(tmp_path, "plain")
+    there = tmp_path / "there"
+    there.write_bytes(content)
+    if not content:
+        qcow2.create(there, SIZE)
+    before = there.read_bytes()
+    with start(image) as daemon, FrontEnd(daemon.socket_path), control(image) as client:
+        with pytest.raises(ControlError, match="'weekly' not found"):
+            client.backup("there", existing=True, bitmap="weekly")
+        assert there.read_bytes() == before
+        assert client.wait(client.backup("there", existing=True, bitmap="nightly").job).state == "completed"
+        daemon.stop()
+    assert_clean(there)
+
+
+def test_a_target_that_finds_no_memory_is_not_the_guests_trouble() -> None:
+    stopped: SimpleQueue[Exception] = SimpleQueue()
+
+    def put(saved: Saved) -> None:
+        raise MemoryError
+
+    feed = Feed(put, lambda nbytes: None, stopped.put)
+    feed.give(Saved(0, BLOCK, None))
+    feed.go_on()
+    error = stopped.get(timeout=TIMEOUT)
+    feed.close()
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOMEM
 
 
 def test_backup_outlives_a_resize_and_no_stop_of_the_rings(tmp_path: Path) -> None:
