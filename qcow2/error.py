@@ -59,6 +59,10 @@ class NotTried(OSError):
     """The host lacked something that an operation needs before it begins: nothing has happened, so nothing is lost."""
 
 
+class BelowUnclean(OSError):
+    """A file under the image, which was written, is not clean; the image is."""
+
+
 NO_MEMORY = os.strerror(errno.ENOMEM)  # which takes memory from the C library
 
 

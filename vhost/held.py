@@ -16,7 +16,7 @@ from qcow2.engine.image import Image
 from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
-from qcow2.error import UnsupportedImage
+from qcow2.error import BelowUnclean, UnsupportedImage
 from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
@@ -339,6 +339,9 @@ class HeldImage:
         self._drop_beside()
         try:
             self.disk.clean()
+        except BelowUnclean as error:
+            log.error("%s: is not closed cleanly: %s", error.filename, error.strerror)
+            self._forget(self.disk)
         except OSError as error:
             log.error("%s: cannot be closed cleanly, and is kept: %s", self.options.blk_file, error.strerror)
         else:

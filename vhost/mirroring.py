@@ -187,7 +187,7 @@ class Mirroring(Work):
             pivot.switch()
             try:
                 pivot.sync()
-            except OSError as error:
+            except (OSError, MemoryError) as error:  # the path is turned: no failure may undo it
                 problems.append(problem_of(error))
 
         def begin(done: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
 from qcow2.engine.packing import PART_BYTES
-from qcow2.error import UnsupportedImage
+from qcow2.error import BelowUnclean, UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.library.awaitable import AwaitableDisk
 from qcow2.library.bitmaps import Bitmaps
@@ -229,16 +229,21 @@ class Disk(AwaitableDisk):
     def clean(self) -> None:
         """Leave the image clean on the disk, and no link log; its files stay open, and it is read from then on only.
 
-        Raises: OSError if a write or sync failed, now or before.
+        Raises: OSError if a write or sync failed, now or before; BelowUnclean if only of a base that was committed to.
         """
         if self.chain.end_below is not None:
             self._run(self.chain.end_below)
-        below = self.chain.written_below
-        if below is not None:
-            self._run(below.close)
-            self.chain.written_below = None
+        below, self.chain.written_below = self.chain.written_below, None
+        failure: OSError | None = None
+        try:
+            if below is not None:
+                self._run(below.close)
+        except OSError as error:  # the image does not need what was written there, and has not failed
+            failure = error
         self._run(self.image.close)
         self._remove_log()
+        if below is not None and failure is not None:
+            raise BelowUnclean(failure.errno, failure.strerror, below.file.path) from failure
 
     def close(self) -> None:
         """Leave the image clean and close its files; a second time does nothing.

@@ -77,7 +77,7 @@ class Overlay:
         self._chain.gate.way(self._path, BACKING, self._backing_name())  # or the next open would be refused
 
     def _is_top(self, path: str) -> bool:
-        return os.path.samestat(os.lstat(path), os.fstat(self._top.fd))
+        return leads_to(path, self._top)
 
     def _make_file(self) -> HostFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -197,11 +197,20 @@ class Overlay:
     def discard(self) -> None:
         """Remove the overlay and the new name; `switch` has not been called, or has failed."""
         with ExitStack() as stack:  # one that fails keeps none of the others
-            if self._was_named and self._is_top(self._frozen):
+            # a rename may have been done and say it failed: then the new name is the last one
+            if self._was_named and self._is_top(self._path) and self._is_top(self._frozen):
                 stack.callback(os.unlink, self._frozen)
             stack.callback(_remove, self._temporary)
             stack.callback(self.file.close)
             stack.callback(self.memory.remove if self.memory.is_made else self.memory.close)
+
+
+def leads_to(path: str, file: HostFile) -> bool:
+    """Whether *path* itself, no link to it, is a name of *file*. Raises: OSError."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(file.fd))
+    except FileNotFoundError:
+        return False
 
 
 def _remove(path: str) -> None:

@@ -14,7 +14,7 @@ from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
 from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_ours, require_own_name
-from qcow2.node.overlay import sync_directory
+from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.recovery import remove_logs_of
 
 
@@ -69,15 +69,18 @@ class NewFile:
 
     def name(self) -> None:
         """Give it the name that was wanted; stable on return. Raises: OSError, FileExistsError."""
-        if self._is_at(self.path):
-            return
+        if not self._is_at(self.path):
+            self._link()
+        if self._is_at(self.temporary):
+            os.unlink(self.temporary)
+        sync_directory(self.path)  # once more, too: the last one may have failed
+
+    def _link(self) -> None:
         if not self._is_at(self.temporary):
             raise FileNotFoundError(errno.ENOENT, "the copy has been moved or removed", self.temporary)
         if os.path.lexists(self.path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
         os.link(self.temporary, self.path)
-        os.unlink(self.temporary)
-        sync_directory(self.path)
 
     def discard(self) -> None:
         """Remove what was made, whichever name it has. Raises: OSError."""
@@ -137,10 +140,10 @@ class Pivot:
         sync_directory(os.path.abspath(self._served))
 
     def discard(self) -> None:
-        """Let all be as it was. Raises: OSError."""
+        """Let all be as it was; what a rename has done that says it failed, stays. Raises: OSError."""
         with suppress(FileNotFoundError):
             os.unlink(self._temporary)
-        if self._was_named and self._old is not None:
+        if self._was_named and self._old is not None and leads_to(self._served, self._top):
             os.unlink(self._old)
 
 

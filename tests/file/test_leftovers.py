@@ -1,5 +1,6 @@
 """What a daemon that died left beside an image goes with the next start, unless it may be somebody's."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import qcow2
 from qcow2.driver.file import HostFile
 from qcow2.engine.create import Options as ImageOptions
 from qcow2.lock import lock_image
-from qcow2.node.pivot import NewFile
+from qcow2.node.pivot import NewFile, Pivot
+from tests.oracle import assert_clean
 from vhost.backuptarget import BackupFile
 from vhost.held import HeldImage
 from vhost.option import Options
@@ -29,6 +31,87 @@ def take(image: Path, *, read_only: bool = False) -> set[str]:
     with HeldImage(Options(blk_file=str(image), read_only=read_only)) as held:
         held.take()
         return {path.name for path in image.parent.iterdir() if path.name.startswith(".")}
+
+
+def test_a_target_that_cannot_be_made_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="limit"):
+        BackupFile(str(tmp_path / "copy"), ImageOptions(1 << 62), "qcow2", exists=False, keys=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_was_not_stable_is_synced_again(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = [OSError(errno.EIO, "the directory")]
+    fsync, synced = os.fsync, []
+
+    def failing_once(fd: int) -> None:
+        if outcomes:
+            raise outcomes.pop()
+        fsync(fd)
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+    new = NewFile(str(image.with_name("copy")), str(image.parent))
+    with HostFile.open(str(image), writable=False) as like:
+        new.make(like, lambda file: None)
+    monkeypatch.setattr(os, "fsync", failing_once)
+    with pytest.raises(OSError):
+        new.name()
+    new.name()
+    assert synced == [str(image.parent)]
+    assert sorted(os.listdir(image.parent)) == ["copy", "disk"]
+
+
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does what it is asked to rename, and says that it has failed."""
+    rename = os.rename
+
+    def done_and_failed(old: str, new: str) -> None:
+        rename(old, new)
+        raise OSError(errno.EIO, "the answer")
+
+    monkeypatch.setattr(os, "rename", done_and_failed)
+
+
+@pytest.mark.usefixtures("lying")
+@pytest.mark.parametrize("what", ["overlay", "pivot"])
+def test_what_is_served_keeps_a_name(image: Path, what: str) -> None:
+    copy = image.with_name("copy")
+    qcow2.create(copy, size=MIB)
+    with HeldImage(Options(blk_file=str(image))) as held, HostFile.open(str(copy), writable=False) as file:
+        held.take()
+        assert held.disk is not None
+        served = held.disk.files[0]
+        if what == "overlay":
+            overlay = held.prepare_overlay("frozen", {})
+            overlay.name_frozen()
+            with pytest.raises(OSError):
+                overlay.switch()
+            held.discard_overlay(overlay)
+        else:
+            pivot = Pivot(str(image), served, str(copy), file)
+            pivot.prepare()
+            with pytest.raises(OSError):
+                pivot.switch()
+            pivot.discard()
+        assert [path for path in image.parent.iterdir() if path.stat().st_ino == os.fstat(served.fd).st_ino]
+
+
+def test_a_base_that_failed_leaves_the_image_clean_and_free(image: Path) -> None:
+    top = image.with_name("top")
+    qcow2.create(top, backing="disk")
+    with HeldImage(Options(blk_file=str(top))) as held:
+        held.take()
+        assert held.disk is not None
+        opened = held.prepare_writer(held.disk.chain.nodes[1], MIB)
+        for close in held.adopt_writer(opened):
+            close()
+        held.disk.write(0, b"kept")
+        opened.node.fail(OSError(errno.EIO, "a sync"))
+        held.let_go()
+        assert held.disk is None
+    assert_clean(top)
+    with qcow2.open(top, "r+") as disk:
+        assert disk.read(0, 4) == b"kept"
 
 
 @pytest.mark.parametrize("is_link", [False, True])
