@@ -45,10 +45,15 @@ class BitmapFitting(Part):
         What is new of the disk, or *all* of it, is dirty in those that record.
         Raises: UnsupportedImage, OSError; whatever *change* does.
         """
-        await self._bitmaps.settle()
-        if not self._bitmaps.stored or (size == self._geometry.size and not all_dirty):
-            await change
-            return
+        try:
+            await self._bitmaps.settle()
+            if not self._bitmaps.stored or (size == self._geometry.size and not all_dirty):
+                await change
+                return
+            await self._bitmaps.give_up()  # `reload` would take for stable what its sync has failed to make so
+        except BaseException:
+            change.close()
+            raise
         fitted = Fitted()
         try:
             self._root.next_bitmaps = await self._fit(size, fitted, all_dirty=all_dirty)
@@ -67,7 +72,6 @@ class BitmapFitting(Part):
     async def _fit(self, size: int, fitted: Fitted, *, all_dirty: bool) -> BitmapsPlace:
         """The bitmaps of a disk of *size* bytes, stable; what the header shall say of them."""
         place = await hoist(self._root)
-        await self._bitmaps.give_up()
         left = [*self._bitmaps.directory_clusters()]
         wanted = [
             await self._fit_bitmap(each, size, fitted, left, all_dirty=all_dirty) for each in self._bitmaps.stored

@@ -10,6 +10,7 @@ kill, with the hot zones whole after a power loss, or if somebody else comes aft
 The image's mark says where the live bits are. Stamp 0: no link waits, only the bits are live.
 """
 
+import errno
 import logging
 from array import array
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.space import Space
 from qcow2.engine.stability import is_harmless
+from qcow2.error import CorruptImage
 from qcow2.format import layout
 from qcow2.format.bitmap import bitmap_directory
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, BitmapFlags
@@ -89,13 +91,20 @@ class Bitmaps(Part):
         return any(each.is_kept for each in self.stored)
 
     async def reload(self) -> None:
-        """The directory in the file is another one; nothing is live. Raises: OSError, CorruptImage."""
+        """The directory in the file is another one; nothing is live.
+
+        Raises: OSError, CorruptImage; then the image takes no more writes: nobody knows where to record them.
+        """
         assert not self._is_live
         self._mapping.disown_metadata(self.owned)
         self.stored, self.owned = [], array("Q")
-        self.stored, self.owned = await load_bitmaps(
-            self._file, self._root.header, self._geometry, self._mapping.is_metadata
-        )
+        try:
+            self.stored, self.owned = await load_bitmaps(
+                self._file, self._root.header, self._geometry, self._mapping.is_metadata
+            )
+        except (OSError, CorruptImage) as error:
+            self._stability.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            raise
         self._mapping.own_metadata(self.owned)
         self._choose()
 
@@ -352,16 +361,14 @@ class Bitmaps(Part):
         """Mark those in which nobody can record as worth nothing, stable before the first change."""
         lost = [each for each in self.stored if each.is_kept and each.problem]
         for each in lost:
-            await self.write_flags(each, each.bitmap.record.flags | BitmapFlags.IN_USE)
+            where = each.bitmap.host_offset + layout.BITMAP_FLAGS_OFFSET
+            flags = layout.BITMAP_FLAGS.pack(each.bitmap.record.flags | BitmapFlags.IN_USE)
+            await self._stability.write(where, flags)
         if lost:
-            await self._stability.sync()
+            await self._stability.sync()  # until then who changes something gives them up
+            for each in lost:
+                each.set_record(flags=each.bitmap.record.flags | BitmapFlags.IN_USE)
             self._choose()
-
-    async def write_flags(self, each: StoredBitmap, flags: int) -> None:
-        """Change the flags of a bitmap in its directory entry; stable after the next sync."""
-        where = each.bitmap.host_offset + layout.BITMAP_FLAGS_OFFSET
-        await self._stability.write(where, layout.BITMAP_FLAGS.pack(flags))
-        each.set_record(flags=flags)
 
     async def read_bits(self, each: StoredBitmap) -> bytes:
         """The bits of a bitmap: the live ones, else what the image holds."""

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Read, ReadInto, Store, Sync, Write
 from qcow2.engine.bitmapplan import BitmapPlan
-from qcow2.error import ImageError
+from qcow2.engine.image import Image
+from qcow2.error import ImageError, NotTried
+from qcow2.format.layout import BITMAP_FLAGS, BITMAP_FLAGS_OFFSET, BitmapFlags
 from qcow2.plane.linklog import LIMIT
+from tests.bitmapreader import read_bitmaps
 from tests.crash.bitmaps import NAMES, bitmap_opener
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.history import SECTOR, History
 from tests.crash.images import open_image, start
 from tests.crash.workload import Action, Guest
+from tests.engine import Breaker
 
 STEPS = [
     [Action("write", 3, 2), Action("write", 40, 3)],
@@ -158,3 +163,75 @@ def test_a_header_that_found_no_space_is_written_again_later(kind: str, error: i
             break
         assert goes_on == (error != errno.EIO), f"write {number} of the header"
     assert number > 2
+
+
+async def add_one(image: Image) -> None:
+    async def add(plan: BitmapPlan) -> None:
+        await plan.add("third", None, enabled=True)
+
+    await image.change_bitmaps(add)
+
+
+async def grow(image: Image) -> None:
+    await image.grow(image.size + CLUSTER)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "a fault of the test"), NotTried(errno.ENOMEM, "a fault of the test")], ids=repr
+)
+@pytest.mark.parametrize("change", [add_one, grow])
+def test_bitmaps_that_cannot_be_read_again_record_or_nothing_is_written(
+    change: Callable[[Image], Coroutine[Any, Any, None]], error: OSError
+) -> None:
+    refused = 0
+    for number in itertools.count(1):
+        reads = 0
+
+        def fault(operation: Operation, number: int = number) -> OSError | None:
+            nonlocal reads
+            reads += isinstance(operation, Read)
+            return error if isinstance(operation, Read) and reads == number else None
+
+        begun, breaker = start("bitmaps"), Breaker()
+        file, driver = begun.image.copy(), CrashDriver(2, fault=breaker)
+        image = driver.run(open_image(file, begun.backing))
+        breaker.fault = fault
+        with suppress(OSError):
+            driver.run(change(image))
+        breaker.fault = None
+        if reads < number:
+            break
+        try:
+            driver.run(image.write(0, MemoryBuffer(memoryview(bytearray(b"x" * SECTOR)))))
+            driver.run(image.close())
+        except OSError:
+            refused += 1
+        else:
+            said = read_bitmaps(file.read)
+            assert all(0 in said[name].sectors() for name in NAMES), f"read {number}: sector 0 has changed"
+    assert refused
+
+
+@pytest.mark.parametrize("first", ["write", "grow"])
+def test_bitmap_is_void_on_the_disk_before_anything_is_written_without_it(first: str) -> None:
+    def fault(operation: Operation) -> OSError | None:
+        return NotTried(errno.ENOMEM, "a fault of the test") if isinstance(operation, Sync) else None
+
+    begun, breaker = start("bitmaps"), Breaker()
+    file, driver = begun.image.copy(), CrashDriver(2, fault=breaker)
+    content = MemoryBuffer(memoryview(bytearray(b"x" * SECTOR)))
+    image = driver.run(open_image(file, begun.backing))
+    driver.run(image.write(0, content))  # so that the next one needs no cluster
+    driver.run(image.close())
+    for each in driver.run(image.bitmaps()):
+        file.write(each.bitmap.host_offset + BITMAP_FLAGS_OFFSET, BITMAP_FLAGS.pack(1 << 20 | BitmapFlags.AUTO))
+    image = driver.run(open_image(file, begun.backing))
+    assert image.bitmap_problems
+    breaker.fault = fault
+    with pytest.raises(NotTried):
+        driver.run(grow(image) if first == "grow" else image.write(0, content))
+    with pytest.raises(NotTried):
+        driver.run(image.write(0, content))
+    breaker.fault = None
+    driver.run(image.write(0, content))
+    driver.run(image.close())
