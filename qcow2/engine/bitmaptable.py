@@ -92,6 +92,7 @@ class _Taken:
         self._geometry = geometry
         self._file_end = file_end
         self._is_metadata = is_metadata
+        self._room = layout.MAX_BITMAP_TABLE_BYTES
 
     def take(self, host_offset: int, nbytes: int) -> str:
         """Why these bytes cannot be a part of a bitmap; empty: they are."""
@@ -112,6 +113,9 @@ class _Taken:
         """Read the table of a bitmap; why it makes no sense."""
         record: BitmapRecord = stored.bitmap.record
         nbytes = record.table_size * ENTRY_SIZE
+        if nbytes > self._room:
+            return f"is one of those with more than {layout.MAX_BITMAP_TABLE_BYTES} bytes of tables together"
+        self._room -= nbytes
         if problem := self.take(record.table_offset, nbytes):
             return f"has a table that {problem}"
         table = words_of(await Read(self._file, record.table_offset, nbytes))

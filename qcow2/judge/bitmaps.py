@@ -31,8 +31,13 @@ async def count_bitmaps(census: "Census") -> None:
         census.report.error(f"the bitmaps cannot be read: {problem}")
         return
     geometry, names = Geometry.of(census.record), set[bytes]()
+    room = layout.MAX_BITMAP_TABLE_BYTES
     for bitmap in bitmaps:
         _judge_bitmap(census, bitmap, geometry, names)
+        room -= bitmap.record.table_size * ENTRY_SIZE
+        if room < 0:  # as a writer has it
+            census.report.error(f"tables of bitmaps take more than {layout.MAX_BITMAP_TABLE_BYTES} bytes together")
+            return
         await _count_bitmap(census, bitmap)
 
 

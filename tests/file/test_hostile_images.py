@@ -165,3 +165,26 @@ def test_subclusters_of_less_than_a_sector_are_refused(tmp_path: Path) -> None:
     build(Recipe(size=1 << 20, cluster_bits=13, incompatible=EXTENDED_L2), tmp_path / "a")
     (one,) = visit("write", [tmp_path / "a"])
     assert "extended L2 entries need 14" in one.text
+
+
+def huge_tables(path: Path, nbitmaps: int, nentries: int) -> Path:
+    """An image with bitmaps that are in use, their tables in a hole of the file."""
+    recipe = Recipe(size=600 * 4096, cluster_bits=12, bitmaps=[(f"b{index:02}", 16) for index in range(nbitmaps)])
+    recipe.data(0, b"first")
+    built = build(recipe, path)
+    content = path.read_bytes()
+    hole = 1 << 30
+    for index in range(nbitmaps):
+        name = content.index(f"b{index:02}".encode())
+        built.poke(name - 24, struct.pack(">QII", hole, nentries, 1 << 1 | 1 << 0))
+        hole += nentries * 8
+    built.truncate(hole)
+    return path
+
+
+def test_tables_of_bitmaps_take_no_memory_without_bound(tmp_path: Path) -> None:
+    paths = [huge_tables(tmp_path / "long", 2, 0x8000000), huge_tables(tmp_path / "many", 48, 1 << 20)]
+    for action in ("write", "info"):
+        visits = visit(action, paths)
+        no_visit_failed(visits)
+        assert [each.end for each in visits] == ["done"] * 2
