@@ -14,7 +14,7 @@ from qcow2.engine.writable import WritableImage
 from qcow2.error import BitmapError, UnsupportedImage
 from qcow2.format.header import header_over
 from qcow2.format.layout import ENTRY_SIZE
-from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_sizes
+from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_possible, require_sizes
 from qcow2.plane.entry import words_of
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class Image(WritableImage):
         from qcow2.engine.expansion import expand_zeros, has_zero_flags
 
         for snapshot in await self.snapshots():
+            require_possible(self.file.path, snapshot, self.header.record)
             record = snapshot.record
             l1 = words_of(await Read(self.file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))
             if await has_zero_flags(self.file, self.geometry, l1):
@@ -211,11 +212,7 @@ class Image(WritableImage):
         A death leaves what was, or all that was planned.
         Raises: BitmapError, UnsupportedImage, CorruptImage, OSError.
         """
-        changes = self._writable()
-        if changes.uncounted.is_due:
-            await changes.uncounted.look_if_cheap()
-            changes.require_trust()
-        await changes.links.commit()
+        changes = await self._alone()
         await changes.bitmaps.settle()
         changes.links.end_log()  # which has no room for their bits if it was begun without
         await changes.guard(changes.bitmap_directory.change(change))

@@ -290,3 +290,12 @@ def test_directory_beyond_any_file(tmp_path: Path, offset: int) -> None:
     assert "leaves the file" in qcow2_tool("bitmap", "--clear", path, "b").stderr
     with qcow2.open(path) as disk:
         assert disk.read(0, 512) == bytes(512)
+
+
+def test_change_of_the_bitmaps_voids_what_others_promise(tmp_path: Path) -> None:
+    built = build(Recipe(size=SIZE, autoclear=1 << 5 | 1 << 2), tmp_path / "disk")
+    qcow2_tool_ok("bitmap", "--add", built.path, "new")
+    assert built.peek(88, 8) == (1).to_bytes(8, "big")
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.write(0, b"x")
+    assert len(bitmaps_of(built.path)["new"].dirty) == 1
