@@ -96,14 +96,14 @@ class Refcounts:
         if block is not None:
             self._blocks.move_to_end(index)
             return block
+        await self._make_room()
         block = Block(await Read(self._file, self.block_offset(index), self._geometry.cluster_size))
         self._blocks[index] = block
-        await self._evict()
         return block
 
-    async def _evict(self) -> None:
-        """Forget the block that was not used for the longest time, if there are too many."""
-        if len(self._blocks) > self._max_blocks:
+    async def _make_room(self) -> None:
+        """Forget the block that was not used for the longest time, if another one would be too many."""
+        if len(self._blocks) >= self._max_blocks:
             index = next(iter(self._blocks))
             await self._write_block(index)
             del self._blocks[index]
@@ -257,12 +257,12 @@ class Refcounts:
         block = Block(zeroed(self._geometry.cluster_size))
         lib.refcount_set(block.view, self._order, cluster % self.per_block, 1)
         host_offset = cluster << self._geometry.cluster_bits
+        await self._make_room()  # which may fail: not once the table points at the block, which is nobody's then
         await self._stability.write(host_offset, block.data)
         await self._stability.sync()
         await self._stability.write(self.table_offset + index * ENTRY_SIZE, bytes_of([host_offset]))
         self.table[index] = host_offset
         self._blocks[index] = block
-        await self._evict()
 
     async def link_block(self, index: int, cluster: int) -> None:
         """Let *cluster*, stable zeros that another block counts, hold block *index*; the caller holds `mutex`.

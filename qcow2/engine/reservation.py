@@ -5,6 +5,7 @@ All of it is stable after the next sync. Who hands them out is `qcow2.engine.all
 
 import errno
 from collections.abc import Iterable
+from contextlib import suppress
 
 from qcow2.driver.operation import Resize, Zero
 from qcow2.engine.foresight import Foresight
@@ -196,7 +197,8 @@ class Reservations:
         """
         bits = self._geometry.cluster_bits
         refcounts = self._refcounts
-        start = max(self._geometry.clusters(self._file_size), len(refcounts.table) * refcounts.per_block)
+        counted = len(refcounts.table) * refcounts.per_block
+        start = max(self._geometry.clusters(self._file_size), counted, self._uncounted.end)
         plan = refcounts.plan_table(index, start, self._foresight.blocks)
         await self._extend(plan.clusters.stop << bits)
         for cluster, content in plan.content():
@@ -234,12 +236,13 @@ class Reservations:
         Raises: OSError; then the image takes no more writes.
         """
         dropped = []
-        for index in indexes:
-            if self._refcounts.has_block(index) and await self._refcounts.counts_itself_alone(index):
-                cluster = self._refcounts.block_offset(index) >> self._geometry.cluster_bits
-                if self._uncounted.usable(range(cluster, cluster + 1)):  # nothing else refers to it
-                    await self._refcounts.unlink_block(index)
-                    dropped.append(cluster)
+        with suppress(OSError):  # the other blocks are left; if no more writes are taken, the sync says so
+            for index in indexes:
+                if self._refcounts.has_block(index) and await self._refcounts.counts_itself_alone(index):
+                    cluster = self._refcounts.block_offset(index) >> self._geometry.cluster_bits
+                    if self._uncounted.usable(range(cluster, cluster + 1)):  # nothing else refers to it
+                        await self._refcounts.unlink_block(index)
+                        dropped.append(cluster)
         if dropped:
             try:
                 await self._stability.sync()
