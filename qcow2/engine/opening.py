@@ -8,7 +8,7 @@ from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.header import Header, read_header, require_uncorrupted
 from qcow2.format.layout import ENTRY_SIZE, HEADER_INCOMPATIBLE_OFFSET, CryptMethod
 from qcow2.format.refusal import l1_entries
-from qcow2.format.snapshot import Choice, find_snapshot, read_snapshots
+from qcow2.format.snapshot import Choice, find_snapshot, read_snapshots, require_possible
 
 
 async def open_header(file: File, options: OpenOptions, *, has_data_file: bool) -> Header:
@@ -40,8 +40,9 @@ def _require_writable(file: File, header: Header, options: OpenOptions) -> None:
 
 
 async def _header_of(file: File, header: Header, wanted: str | Choice) -> Header:
-    """*header* as if the disk were what the snapshot *wanted* holds. Raises: FileNotFoundError, CorruptImage."""
+    """*header* as if the disk were what the snapshot *wanted* holds. Raises: as `open_header`."""
     snapshot = find_snapshot(file.path, await read_snapshots(file, header), wanted)
+    require_possible(file.path, snapshot, header.record)
     record = snapshot.record
     end = record.l1_table_offset + record.l1_size * ENTRY_SIZE
     if record.l1_size < l1_entries(

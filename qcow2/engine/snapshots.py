@@ -8,6 +8,7 @@ copy at worst. Each change is one write of the header; what it points at is stab
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 from qcow2.driver.operation import Read, Size
 from qcow2.engine.metadata import snapshot_clusters
@@ -19,7 +20,14 @@ from qcow2.engine.space import Space
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.format.refusal import l1_entries
-from qcow2.format.snapshot import Snapshot, SnapshotTable, new_snapshot, pack_snapshots, require_sizes
+from qcow2.format.snapshot import (
+    Snapshot,
+    SnapshotTable,
+    new_snapshot,
+    pack_snapshots,
+    require_possible,
+    require_sizes,
+)
 from qcow2.plane.entry import bytes_of, l1_flagged, l1_is_private, l1_shared, l1_table, words_of
 from qcow2.plane.tally import Role, Tally
 
@@ -31,6 +39,7 @@ class Snapshots(Part):
 
     def __init__(self, opened: Opened, root: Root, space: Space, found: Found) -> None:
         super().__init__(opened, root, space)
+        self._uncounted = space.uncounted
         self.table = found.snapshots
         self._owned = found.owned_by_snapshots
 
@@ -49,10 +58,11 @@ class Snapshots(Part):
             snapshot = new_snapshot(self.table, name, date_ns, offset, len(l1), self._geometry.size)
             table = SnapshotTable.of((*self.table.snapshots, snapshot), self._file.path)
             areas.append(await self._write_area(pack_snapshots(table.snapshots)))
+            owned = await self._owned_by_all(table, areas[-1])
             await self._root.begin_unsound()
             await self._share(l1)
             await self._raise(tree)
-        await self._publish(table, areas[-1])
+        await self._publish(table, areas[-1], owned)
         await self._root.end_unsound()
         return snapshot
 
@@ -84,9 +94,10 @@ class Snapshots(Part):
         table = SnapshotTable.of([each for each in self.table.snapshots if each is not snapshot], self._file.path)
         area = await self._write_area(pack_snapshots(table.snapshots))
         async with Rollback(self._undo, [area]):
+            owned = await self._owned_by_all(table, area)
             await self._root.begin_unsound()
             await self._stability.sync()
-        await self._publish(table, area)
+        await self._publish(table, area, owned)
         await self._reaper.free(self._clusters(snapshot.record.l1_table_offset, len(l1) * ENTRY_SIZE))
         await self.let_go(tree)
         await self._correct_copied()
@@ -102,6 +113,7 @@ class Snapshots(Part):
 
     async def _l1_of(self, snapshot: Snapshot) -> "array[int]":
         """The L1 table of *snapshot*, its flags left out: they are of another time."""
+        require_possible(self._file.path, snapshot, self._root.header.record)
         record = snapshot.record
         nbytes = record.l1_size * ENTRY_SIZE
         if record.l1_table_offset % self._geometry.cluster_size or record.l1_table_offset + nbytes > await self._end():
@@ -172,23 +184,27 @@ class Snapshots(Part):
             await self._refcounts.raise_by(tree)
         await self._stability.sync()
 
-    async def _publish(self, table: SnapshotTable, area: range) -> None:
-        """Let the header point at *table*, which lies in *area*, stable; the old one is freed."""
+    async def _owned_by_all(self, table: SnapshotTable, area: range) -> "array[int]":
+        """The clusters of *table*, which lies in *area*, and of the tables of its snapshots.
+
+        Raises: OSError; UnsupportedImage if that is more than a writer would open.
+        """
+        record = replace(self._root.header.record, snapshots_offset=area.start << self._geometry.cluster_bits)
+        return await snapshot_clusters(self._file, self._geometry, record, table, await self._end())
+
+    async def _publish(self, table: SnapshotTable, area: range, owned: "array[int]") -> None:
+        """Let the header point at *table*, which lies in *area*, stable; the old one is freed.
+
+        *owned*: the clusters of all tables then.
+        """
         record = self._root.header.record
         old = self._clusters(record.snapshots_offset, self.table.nbytes) if self.table.nbytes else range(0)
         await self._root.set_snapshots(len(table.snapshots), area.start << self._geometry.cluster_bits)
         self.table = table
-        await self._own_tables()
-        await self._reaper.free(old)
-
-    async def _own_tables(self) -> None:
-        """Tell the mapping where the tables of the snapshots lie now."""
-        owned = await snapshot_clusters(
-            self._file, self._geometry, self._root.header.record, self.table, await self._end()
-        )
         self._mapping.disown_metadata(self._owned)
         self._mapping.own_metadata(owned)
         self._owned = owned
+        await self._reaper.free(old)
 
     async def _switch(self, snapshot: Snapshot, l1: "array[int]", area: range) -> None:
         """Let the disk be what *l1*, stable in *area*, maps; the old L1 table is freed."""
@@ -242,6 +258,6 @@ class Snapshots(Part):
             self._mapping.cache.resize()
 
     async def _alone(self, clusters: list[int]) -> set[int]:
-        """Those of the host *clusters* that count one."""
+        """Those of the host *clusters* that count one, and no less than they are referenced, as far as is known."""
         async with self._refcounts.mutex.hold():
-            return set(await self._refcounts.last_references(clusters))
+            return set(await self._refcounts.last_references(clusters)) - await self._uncounted.among(clusters)

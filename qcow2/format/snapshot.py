@@ -10,7 +10,7 @@ from qcow2.driver.operation import File, Read, Size
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout, refusal
 from qcow2.format.header import Header
-from qcow2.format.layout import SNAPSHOT_EXTRA, SnapshotRecord
+from qcow2.format.layout import SECTOR_SIZE, SNAPSHOT_EXTRA, HeaderRecord, SnapshotRecord
 
 MAX_NAME_BYTES = 255  # as QEMU has it
 SIZES_BYTES = 16  # of extra data: the length of the VM state, and that of the disk
@@ -24,7 +24,7 @@ class Snapshot:
     id: str
     name: str
     vm_state_size: int
-    disk_size: int  # bytes; the image's own size where the snapshot does not say
+    disk_size: int  # bytes, whole sectors; the image's own size where the snapshot does not say
     icount: int | None
     extra: bytes  # as it stands in the file, with what we do not know
 
@@ -123,6 +123,15 @@ def require_sizes(path: str, table: SnapshotTable) -> None:
             raise UnsupportedImage(path, f"{message}: see qcow2 check -r all")
 
 
+def require_possible(path: str, snapshot: Snapshot, record: HeaderRecord) -> None:
+    """Raises: UnsupportedImage if the L1 table of *snapshot*, or the one that its disk needs, is beyond the limit."""
+    needed = refusal.l1_entries(snapshot.disk_size, record.cluster_bits, record.entry_size)
+    nbytes = max(snapshot.record.l1_size, needed) * layout.ENTRY_SIZE
+    if nbytes > layout.MAX_L1_BYTES:
+        message = f"snapshot {snapshot.name!r}, of a disk of {snapshot.disk_size} bytes, has an L1 table of {nbytes}"
+        raise UnsupportedImage(path, f"{message} bytes, limit {layout.MAX_L1_BYTES}")
+
+
 async def read_snapshots(file: File, header: Header) -> SnapshotTable:
     """Read the snapshot table that *header* points at.
 
@@ -181,7 +190,7 @@ async def _read_snapshot(file: File, header: Header, offset: int, index: int) ->
         os.fsdecode(strings[: record.id_size]),
         os.fsdecode(strings[record.id_size :]),
         state_size if len(extra) >= 8 else record.vm_state_size,
-        disk_size if len(extra) >= 16 else header.record.size,
+        (disk_size if len(extra) >= 16 else header.record.size) // SECTOR_SIZE * SECTOR_SIZE,
         icount if len(extra) >= 24 else None,
         extra,
     )
