@@ -60,6 +60,11 @@ def _make(path: str) -> None:
         raise _ElsewhereMade(error) from error
 
 
+def is_same_file(path: str, other: str) -> bool:
+    """Whether two paths lead to one file; false if either leads to none."""
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
 def path_of_descriptor(fd: int) -> str:
     """A path that leads to the file of *fd*: its own, so that names relative to it are found, while it has one.
 

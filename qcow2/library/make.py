@@ -1,20 +1,20 @@
 """New images from Python."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from operator import index
 from typing import TypeVar
 
-from qcow2.driver.file import run
+from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
 from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, VERSIONS
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
-from qcow2.library.hostfile import created, opened, reserve
+from qcow2.library.hostfile import created, is_same_file, opened, reserve
 from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
-from qcow2.node.gate import backing_path
+from qcow2.node.gate import DATA, MAX_DEPTH, backing_path, named_path
 
 T = TypeVar("T")
 
@@ -93,13 +93,21 @@ def create(
 
 
 def make_qcow2(
-    path: str, options: Options, data_file_use: str | None, announce: Callable[[], None] = lambda: None
+    path: str,
+    options: Options,
+    data_file_use: str | None,
+    announce: Callable[[], None] = lambda: None,
+    *,
+    looks_below: bool = True,
 ) -> None:
     """Make it of whatever is at *path*, with its data file if it has one. *announce()* once nothing is in the way.
 
+    Unless it *looks_below*, nothing is known of a backing file but its name.
     Raises: as of `create`.
     """
     whole = plan(options)
+    if options.backing_name is not None:
+        _refuse_what_it_rests_on(path, options, looks_below=looks_below)
     with ExitStack() as stack:
         file = stack.enter_context(created(path))
         if options.data_file_name is not None:
@@ -109,6 +117,41 @@ def make_qcow2(
         if options.preallocation is Preallocation.FALLOC:
             reserve(file)
         run(write_header(file, whole))
+
+
+def _refuse_what_it_rests_on(path: str, options: Options, *, looks_below: bool) -> None:
+    """Raises: ValueError if a file to be made is the backing file, or one that this needs; OSError, ImageError."""
+    assert options.backing_name is not None
+    assert options.backing_format is not None
+    below = backing_path(path, options.backing_name)
+    if is_same_file(path, below):
+        raise ValueError(f"{path}: an image cannot be its own backing file")
+    made = [path]
+    if options.data_file_name is not None:
+        made.append(named_path(path, DATA, options.data_file_name))
+    for needed in _files_of(below, options.backing_format) if looks_below else [below]:
+        for each in made:
+            if is_same_file(each, needed):
+                raise ValueError(f"{each}: the backing file {below} is this file, or rests on it")
+
+
+def _files_of(path: str, image_format: str | None) -> Iterator[str]:
+    """The files of the image at *path* and of all that is under it, as their headers say now; no locks are taken.
+
+    Below one whose format nobody says nothing is known. Raises: OSError, ImageError.
+    """
+    for _ in range(MAX_DEPTH):
+        yield path
+        if image_format is None:
+            return
+        known = format_of(path, image_format)
+        with HostFile.open(path) as file:
+            below, data = known.below(file), known.data(file)
+        if data:
+            yield named_path(path, DATA, data)
+        if below is None:
+            return
+        path, image_format = backing_path(path, below.name), below.image_format
 
 
 def _make_raw(name: str, image_format: str, size: int, preallocation: str, encryption: Encryption | None) -> None:

@@ -1,7 +1,6 @@
 """`qcow2 create`: a new image."""
 
 import argparse
-import os
 from dataclasses import dataclass
 
 from qcow2.driver.file import run
@@ -129,7 +128,8 @@ def _create_qcow2(request: Request, arguments: argparse.Namespace) -> None:
         if not arguments.quiet:
             print(_announcement(request, options, size), flush=True)
 
-    make_qcow2(request.path, options, request.given.get("data_file_use"), announce)
+    use = request.given.get("data_file_use")
+    make_qcow2(request.path, options, use, announce, looks_below=not arguments.unsafe)
 
 
 def _create_raw(request: Request, arguments: argparse.Namespace) -> None:
@@ -190,9 +190,6 @@ def _validate_backing(request: Request) -> None:
     if backing_format not in FORMATS:
         raise ValueError(f"backing format {backing_format!r} is not supported, only {' and '.join(FORMATS)}")
     validate_backing(name, backing_format)
-    path = backing_path(request.path, name)
-    if os.path.exists(request.path) and os.path.exists(path) and os.path.samefile(request.path, path):
-        raise ValueError(f"{request.path}: an image cannot be its own backing file")
 
 
 def _backing_size(request: Request) -> int:

@@ -1,17 +1,21 @@
 """`create`: images that QEMU finds clean, of every shape, and never a half-made one."""
 
 import itertools
+import os
+import struct
 from pathlib import Path
 
 import pytest
 
+import qcow2
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, create
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import load_header
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.oracle import assert_clean, assert_same_disk, qemu_img, read_header
-from tests.program import qcow2_tool, qcow2_tool_ok
+from tests.program import TOOL, qcow2_tool, qcow2_tool_ok
+from tests.program import run as run_program
 
 SIZES = {9: (0, 512, 1 << 20), 12: (512, 5 << 20), 16: (0, 1000 * 512, 10 << 20), 21: (512, 33 << 20)}
 SHAPES = [(bits, order) for bits, order in itertools.product(SIZES, (0, 2, 4, 6))]
@@ -63,6 +67,66 @@ def test_an_image_is_not_its_own_backing_file(tmp_path: Path) -> None:
     done = qcow2_tool("create", "-b", "a", "-F", "qcow2", tmp_path / "a")
     assert done.returncode == 1
     assert "its own backing file" in done.stderr
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> dict[Path, bytes]:
+    """mid over base, whose data is in another file, and what the files hold."""
+    qcow2_tool_ok("create", "-q", "-o", "data_file=data", tmp_path / "base", "1M")
+    qcow2_tool_ok("create", "-q", "-b", "base", "-F", "qcow2", tmp_path / "mid")
+    os.link(tmp_path / "base", tmp_path / "same")
+    with qcow2.open(tmp_path / "base", writable=True) as disk:
+        disk.write(0, b"x" * 5000)
+    return {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+DATA_FILE = "data_file={},data_file_use=empty"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-b", "mid", "-F", "qcow2", "base"],
+        ["-b", "mid", "-F", "qcow2", "same", "1M"],
+        ["-b", "mid", "-F", "qcow2", "data"],
+        ["-b", "base", "-F", "qcow2", "-o", DATA_FILE.format("base"), "new"],
+        ["-b", "base", "-F", "raw", "-o", DATA_FILE.format("same"), "new"],
+        ["-b", "mid", "-F", "qcow2", "-o", DATA_FILE.format("data"), "new"],
+        ["-u", "-b", "base", "-F", "qcow2", "same", "1M"],
+        ["-u", "-b", "base", "-F", "raw", "-o", DATA_FILE.format("base"), "new", "1M"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_new_image_would_rest_on_is_left_alone(
+    tmp_path: Path, chain: dict[Path, bytes], words: list[str]
+) -> None:
+    done = run_program(TOOL, "create", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "rests on it" in done.stderr or "its own backing file" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == chain
+
+
+def test_below_an_image_that_does_not_say_its_format_its_file_is_known(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", "-q", tmp_path / "base", "1M")
+    header, place = bytearray((tmp_path / "base").read_bytes()), 2000
+    header[8:20] = struct.pack(">QI", place, len(b"base"))  # as old programs wrote it
+    header[place : place + 4] = b"base"
+    (tmp_path / "mid").write_bytes(header)
+    before = (tmp_path / "base").read_bytes()
+    done = qcow2_tool("create", "-b", "mid", "-F", "qcow2", tmp_path / "base")
+    assert done.returncode == 1
+    assert "rests on it" in done.stderr
+    assert (tmp_path / "base").read_bytes() == before
+
+
+def test_of_a_backing_file_nobody_looks_at_only_the_name_counts(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", "-q", tmp_path / "base", "1M")
+    qcow2_tool_ok("create", "-q", "-b", "base", "-F", "qcow2", tmp_path / "mid")
+    qcow2_tool_ok("create", "-q", "-u", "-b", "nowhere", "-F", "qcow2", tmp_path / "new", "1M")
+    (tmp_path / "base").unlink()
+    assert qcow2_tool("create", "-q", "-b", "mid", "-F", "qcow2", tmp_path / "base", "1M").returncode == 1
+    assert not (tmp_path / "base").exists()
+    qcow2_tool_ok("create", "-q", "-u", "-b", "mid", "-F", "qcow2", tmp_path / "top", "1M")
 
 
 @pytest.mark.parametrize(

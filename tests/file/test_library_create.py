@@ -86,3 +86,18 @@ def test_what_cannot_be_made_is_refused(tmp_path: Path, options: dict[str, Any],
     with pytest.raises(ValueError, match=text):
         qcow2.create(tmp_path / "disk", MIB, **options)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_it_would_rest_on_is_left_alone(tmp_path: Path) -> None:
+    for name, options in (("base", {"size": MIB}), ("mid", {"backing": "base"})):
+        qcow2.create(tmp_path / name, **options)
+        use(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name, options in (
+        ("base", {"backing": "base"}),
+        ("base", {"backing": "mid"}),
+        ("new", {"backing": "mid", "data_file": "base", "data_file_use": "empty"}),
+    ):
+        with pytest.raises(ValueError, match=r"its own backing file|rests on it"):
+            qcow2.create(tmp_path / name, **options)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
