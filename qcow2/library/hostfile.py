@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from qcow2.driver.far import FarFile
-from qcow2.driver.file import HostFile
+from qcow2.driver.file import HostFile, keep_access_time
 from qcow2.driver.operation import File
 from qcow2.error import ImageError
-from qcow2.lock import lock_image
+from qcow2.lock import ImageLocked, lock_image
 from qcow2.node.gate import backing_path
 
 
@@ -30,34 +30,38 @@ def created(path: str) -> Iterator[HostFile]:
 
     Raises: OSError, ImageLocked.
     """
-    is_new = not os.path.lexists(path)
-    try:
-        if is_new:
-            _make(path)
+    if os.path.lexists(path):
         with opened(path, writable=True) as file:
             yield file
-    except _ElsewhereMade as error:
-        raise error.cause from None
-    except BaseException:
-        if is_new:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        raise
+        return
+    with _make(path) as file:
+        try:
+            lock_image(file.fd, path, writable=True)
+        except ImageLocked:
+            raise  # somebody has opened it meanwhile and fills it
+        except OSError:
+            _remove(file)
+            raise
+        is_ours = not file.size()  # else somebody had filled it before we had the lock
+        try:
+            yield file
+        except BaseException:
+            if is_ours:
+                _remove(file)
+            raise
 
 
-class _ElsewhereMade(Exception):
-    """Somebody else has made the file meanwhile: it is not ours to remove."""
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(cause)
-        self.cause = cause
+def _make(path: str) -> HostFile:
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    keep_access_time(fd)
+    return HostFile(path, fd, writable=True)
 
 
-def _make(path: str) -> None:
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-    except FileExistsError as error:
-        raise _ElsewhereMade(error) from error
+def _remove(file: HostFile) -> None:
+    """Unless it has another name by now: what has its name is somebody else's then."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(file.path), os.fstat(file.fd)):
+            os.unlink(file.path)
 
 
 def is_same_file(path: str, other: str) -> bool:

@@ -299,6 +299,20 @@ def test_killed_convert_leaves_nothing_that_opens_as_whole(
         assert target.stat().st_size < 8 * MIB
 
 
+def test_what_was_renamed_to_the_targets_name_stays(tmp_path: Path) -> None:
+    source, target, other = tmp_path / "source", tmp_path / "target", tmp_path / "other"
+    source.write_bytes(b"x" * (8 * MIB))
+    other.write_bytes(b"somebody's")
+    command = [TOOL, "convert", "-f", "raw", "-O", "qcow2", "-r", "4M", source, target]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: target.exists() and target.stat().st_size > MIB)
+        other.rename(target)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=TIMEOUT)
+    assert process.returncode == -signal.SIGTERM
+    assert target.read_bytes() == b"somebody's"
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     ends = time.monotonic() + TIMEOUT
     while not is_so():

@@ -1,12 +1,16 @@
 """`qcow2.create` with each feature of the format: QEMU finds what was asked for, and what is written is read back."""
 
 import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qcow2
+from qcow2.library.hostfile import created
 from tests.oracle import qemu_img
 
 MIB = 1 << 20
@@ -101,3 +105,32 @@ def test_what_it_would_rest_on_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"its own backing file|rests on it"):
             qcow2.create(tmp_path / name, **options)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def interfere(monkeypatch: pytest.MonkeyPatch, path: Path, between: Callable[[], object]) -> None:
+    """Call *between()* when somebody has just made the file *path*."""
+    really_open = os.open
+
+    def opening(name: Any, flags: int, *rest: Any, **options: Any) -> int:
+        fd = really_open(name, flags, *rest, **options)
+        if flags & os.O_EXCL and os.fspath(name) == str(path):
+            between()
+        return fd
+
+    monkeypatch.setattr(os, "open", opening)
+
+
+def test_a_file_that_somebody_else_has_locked_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        interfere(monkeypatch, tmp_path / "disk", lambda: stack.enter_context(created(str(tmp_path / "disk"))))
+        with pytest.raises(OSError, match="is another process using the image"):
+            qcow2.create(tmp_path / "disk", MIB)
+        assert (tmp_path / "disk").exists()
+
+
+def test_a_file_that_somebody_else_has_filled_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").touch()
+    interfere(monkeypatch, tmp_path / "disk", lambda: (tmp_path / "disk").write_bytes(b"somebody's"))
+    with pytest.raises(ValueError, match="exists: say data_file_use=keep"):
+        qcow2.create(tmp_path / "disk", MIB, data_file="data")
+    assert (tmp_path / "disk").read_bytes() == b"somebody's"
