@@ -47,7 +47,7 @@ def convert_image(source: str, target: str, pace: Pace, wanted: Conversion) -> N
             source, wanted.source_format, OpenOptions(snapshot=wanted.snapshot, keys=keys_of(wanted.key))
         )
         for link in image.chain:
-            if is_at(link.file, target):
+            if is_at(link.file, target) or is_at(link.data_file, target):
                 raise ImageError(target, "the target is the source, or under it")
         file = stack.enter_context(created(target))
         options = Options(size=image.size, cluster_bits=wanted.cluster_bits, compression=wanted.compression)

@@ -64,7 +64,7 @@ def _remove(file: HostFile) -> None:
             os.unlink(file.path)
 
 
-def is_same_file(path: str, other: str) -> bool:
+def are_one_file(path: str, other: str) -> bool:
     """Whether two paths lead to one file; false if either leads to none."""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 

@@ -11,7 +11,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
 from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, VERSIONS
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
-from qcow2.library.hostfile import created, is_same_file, opened, reserve
+from qcow2.library.hostfile import are_one_file, created, opened, reserve
 from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import DATA, MAX_DEPTH, backing_path, named_path
@@ -124,14 +124,14 @@ def _refuse_what_it_rests_on(path: str, options: Options, *, looks_below: bool) 
     assert options.backing_name is not None
     assert options.backing_format is not None
     below = backing_path(path, options.backing_name)
-    if is_same_file(path, below):
+    if are_one_file(path, below):
         raise ValueError(f"{path}: an image cannot be its own backing file")
     made = [path]
     if options.data_file_name is not None:
         made.append(named_path(path, DATA, options.data_file_name))
     for needed in _files_of(below, options.backing_format) if looks_below else [below]:
         for each in made:
-            if is_same_file(each, needed):
+            if are_one_file(each, needed):
                 raise ValueError(f"{each}: the backing file {below} is this file, or rests on it")
 
 

@@ -17,6 +17,7 @@ from qcow2.job.newimage import NewImage
 from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target
 from qcow2.library.hostfile import created, is_at
 from qcow2.node.formats import format_of
+from qcow2.node.gate import DATA, named_path
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
 from qcow2.tool.encryption import encryption_of
@@ -51,6 +52,8 @@ def new_target(wish: Wish, sources: list[Node], base: Node | None) -> Iterator[T
     Raises: Failure before the file is touched; ImageError.
     """
     refuse_source(wish.path, sources)
+    if name := wish.given.get("data_file"):
+        refuse_source(named_path(wish.path, DATA, name), sources)
     try:
         with created(wish.path) as file, _new(file, wish, base) as target:
             yield target
@@ -183,8 +186,9 @@ def warn_of_bitmaps(disk: "Disk") -> None:
 
 
 def refuse_source(path: str, sources: list[Node]) -> None:
-    """Raises: Failure if the target is what is read."""
+    """Raises: Failure if the target, a file or a URI, is what is read."""
     for image in sources:
         for link in image.chain:
-            if is_at(link.file, path):
-                raise Failure(f"{path}: the target is the source, or under it")
+            for file in (link.file, link.data_file):
+                if path == file.path or is_at(file, path):
+                    raise Failure(f"{path}: the target is the source, or under it")

@@ -354,6 +354,29 @@ def test_source_is_no_target(images: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["top", "data"],
+        ["-n", "top", "data"],
+        ["-f", "raw", "-o", "data_file=data,data_file_use=empty", "data", "new"],
+        ["-o", "data_file=data,data_file_use=empty", "top", "new"],
+    ],
+    ids=" ".join,
+)
+def test_data_file_of_a_source_is_no_target(tmp_path: Path, words: list[str]) -> None:
+    qcow2.create(tmp_path / "base", MIB, data_file="data")
+    qcow2.create(tmp_path / "top", backing="base")
+    with qcow2.open(tmp_path / "base", writable=True) as disk:
+        disk.write(0, b"x" * MIB)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [TOOL, "convert", "-U", "-O", "qcow2", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the target is the source, or under it\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_signal_asks_how_far_it_is(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"x" * (4 * MIB))

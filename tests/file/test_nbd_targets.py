@@ -401,3 +401,14 @@ def test_tool_copies_to_and_from_an_export(tmp_path: Path, server: str) -> None:
         ours.stop()
     assert_not_corrupt(tmp_path / "back")
     assert_same_bytes(read(tmp_path / "back"), held)
+
+
+@pytest.mark.parametrize("words", [("convert", "-n"), ("convert",)], ids=" ".join)
+def test_an_export_is_not_converted_onto_itself(tmp_path: Path, words: tuple[str, ...]) -> None:
+    image, held = make(tmp_path, "overlay")
+    with Server(image, "-t", "-e", "2") as ours:
+        done = qcow2_tool(*words, "-f", "raw", "-O", "raw", ours.uri, ours.uri)
+        ours.stop()
+    assert done.returncode == 1
+    assert done.stderr.endswith("the target is the source, or under it\n")
+    assert_same_bytes(read(image), held)
