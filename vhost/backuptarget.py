@@ -10,13 +10,13 @@ from typing import Any
 import qcow2
 from qcow2 import ImageError
 from qcow2.driver.file import BlockingDriver, HostFile, run
-from qcow2.engine.create import Options, create
+from qcow2.engine.create import Options
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import InNew, InPlace, Target
+from qcow2.job.target import InNew, InPlace, Target, create_all_but_magic
 from qcow2.lock import lock_image
 from qcow2.node.leftover import hidden, require_ours, require_own_name
 from qcow2.node.node import Node
@@ -120,8 +120,8 @@ class BackupFile(BackupTarget):
     def _format(self, image_format: str, options: Options, below: Node | None, keys: Keyring | None) -> Target:
         file, size = self._file, options.size
         if options.encryption is not None:
-            run(create(file, options))
-            image = run(Image.open(file, backing=below, options=OpenOptions(writable=True, keys=keys)))
+            header = run(create_all_but_magic(file, options))
+            image = run(Image.open(file, backing=below, options=OpenOptions(writable=True, keys=keys), header=header))
             return InNew(file, image, size, is_zero=below is None)
         if image_format == "qcow2":
             return NewImage(file, options, below, reads_zeros=not file.is_device)

@@ -3,7 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from sys import byteorder
 
@@ -237,7 +237,7 @@ async def write_tables(file: File, plan: Plan) -> None:
 
     Raises: UnsupportedImage, before the file is touched, if the header does not fit.
     """
-    packed = _packed(file, plan)
+    _, packed = header_of(file, plan)
     await Resize(file, 0)
     await Zero(file, 0, plan.end_offset)
     await Sync(file)
@@ -255,7 +255,7 @@ async def write_tables(file: File, plan: Plan) -> None:
 
 async def write_header(file: File, plan: Plan) -> None:
     """Make the file an image, once all of it is stable: the magic goes in one sector, last."""
-    packed = _packed(file, plan)
+    _, packed = header_of(file, plan)
     await Sync(file)
     await Write(file, 0, packed[: layout.SECTOR_SIZE])
     await Sync(file)
@@ -328,8 +328,9 @@ def refcounts_of_one(count: int, refcount_order: int) -> bytes:
     return bytes([full]) * whole + (bytes([full & (1 << rest * width) - 1]) if rest else b"")
 
 
-def _packed(file: File, plan: Plan) -> bytes:
-    return pack_new_header(
+def header_of(file: File, plan: Plan) -> tuple[Header, bytes]:
+    """As of `new_header`."""
+    return new_header(
         file,
         plan.options,
         plan.l1_size,
@@ -340,7 +341,7 @@ def _packed(file: File, plan: Plan) -> bytes:
     )
 
 
-def pack_new_header(
+def new_header(
     file: File,
     options: Options,
     l1_size: int,
@@ -349,8 +350,8 @@ def pack_new_header(
     table_clusters: int,
     *,
     luks_offset: int = 0,
-) -> bytes:
-    """The first cluster of an image with *options*, as far as it is used, that has its tables in these places.
+) -> tuple[Header, bytes]:
+    """The header of an image with *options* that has its tables in these places; its cluster, as far as it is used.
 
     Raises: UnsupportedImage if it does not fit a cluster.
     """
@@ -385,8 +386,9 @@ def pack_new_header(
         extensions = (Extension(ExtensionMagic.CRYPTO, data), *extensions)
     if options.data_file_name is not None:
         extensions = (Extension(ExtensionMagic.DATA_FILE, os.fsencode(options.data_file_name)), *extensions)
-    header = Header(record, later_fields, extensions, None)
-    return pack_header(file, header.with_backing(options.backing_name, options.backing_format))[1]
+    header = Header(record, later_fields, extensions, None).with_backing(options.backing_name, options.backing_format)
+    record, packed = pack_header(file, header)
+    return replace(header, record=record), packed
 
 
 def feature_names(version: int, cluster_size: int) -> tuple[Extension, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import File
 from qcow2.engine.data import ByGuest, Data, SectorCipher
@@ -10,6 +11,9 @@ from qcow2.error import UnsupportedImage, WrongKey
 from qcow2.format.header import Header
 from qcow2.format.layout import CryptMethod
 from qcow2.format.luks import CipherSpec, Encryption, Luks, SlotRecord
+
+if TYPE_CHECKING:
+    from qcow2.engine.luks import Vault
 
 NO_KEY = "the image is encrypted, and no key was given"
 LEGACY = CipherSpec("aes", "cbc", "plain64", None, 16)
@@ -33,9 +37,14 @@ class Keyring:
     async def cipher(self, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> SectorCipher:
         """By the LUKS header there, or of a disk elsewhere. Raises: WrongKey, UnsupportedImage, CorruptImage."""
         from qcow2.engine.luks import Vault  # and with it libcrypto
+
+        return await self.cipher_of(await Vault.read(file, host_offset, nbytes, is_detached=is_detached))
+
+    async def cipher_of(self, vault: "Vault") -> SectorCipher:
+        """What opens *vault* deciphers. Raises: WrongKey."""
         from qcow2.plane.cipher import Cipher, wipe
 
-        vault = await Vault.read(file, host_offset, nbytes, is_detached=is_detached)
+        file = vault.file
         record = vault.luks.record
         name = record.digest, record.digest_salt, vault.luks.spec
         if name not in self._ciphers:

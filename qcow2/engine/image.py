@@ -12,7 +12,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.engine.opening import open_header
 from qcow2.engine.writable import WritableImage
 from qcow2.error import BitmapError, UnsupportedImage
-from qcow2.format.header import header_over
+from qcow2.format.header import Header, header_over
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_possible, require_sizes
 from qcow2.plane.entry import words_of
@@ -37,14 +37,17 @@ class Image(WritableImage):
         data_file: File | None = None,
         options: OpenOptions | None = None,
         log: "LinkLog | None" = None,
+        header: Header | None = None,
     ) -> "Image":
         """Open the image in *file*, already locked, over *backing*, already open; its data may be in *data_file*.
 
         For writing it must not be dirty: repair it first. Links may wait in *log*, if it is given, until `flush`.
+        Of a new image that has no magic yet *header* is what it says.
         Raises: UnsupportedImage, CorruptImage.
         """
         options = options or OpenOptions()
-        header = await open_header(file, options, has_data_file=data_file is not None)
+        if header is None:
+            header = await open_header(file, options, has_data_file=data_file is not None)
         data = await open_data(file, header, options.keys, has_data=options.has_data, data_file=data_file)
         record = header.record
         l1 = words_of(await Read(file, record.l1_table_offset, record.l1_size * ENTRY_SIZE))

@@ -17,6 +17,7 @@ from qcow2.format.luks import (
     DIGEST_BYTES,
     DISABLED,
     ENABLED,
+    MAGIC,
     MAX_ITERATIONS,
     MIN_ITERATIONS,
     NSLOTS,
@@ -207,13 +208,17 @@ class NewVault:
         record = self.luks.record
         return record.payload_offset or record.end_offset
 
-    async def write(self, file: File, host_offset: int) -> None:
-        """Put it where zeros are; the header's first sector, without which it is none, last. Not stable on return."""
+    async def write(self, file: File, host_offset: int, *, has_magic: bool = True) -> None:
+        """Put it where zeros are; the header's first sector, without which it is none, last. Not stable on return.
+
+        Unless it *has_magic* it is none yet.
+        """
         record = self.luks.record
         await Write(file, host_offset + record.slots[0].material_sector * SECTOR_SIZE, self.material)
         await Write(file, host_offset + SECTOR_SIZE, self.header[SECTOR_SIZE:])
         await Sync(file)
-        await Write(file, host_offset, self.header[:SECTOR_SIZE])
+        magic = MAGIC if has_magic else bytes(len(MAGIC))
+        await Write(file, host_offset, magic + self.header[len(MAGIC) : SECTOR_SIZE])
 
 
 async def new_vault(encryption: Encryption, *, is_detached: bool = False) -> NewVault:

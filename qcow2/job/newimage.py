@@ -10,7 +10,7 @@ from qcow2.driver.operation import CopyRange, File, Resize, Sync, Together, Writ
 from qcow2.engine.create import (
     Options,
     Preallocation,
-    pack_new_header,
+    new_header,
     plan,
     refcount_clusters,
     refcounts_of_one,
@@ -55,7 +55,7 @@ class NewImage:
 
         Raises: UnsupportedImage, before the file is touched, if the header does not fit; OSError.
         """
-        pack_new_header(self._file, self._options, self._whole.l1_size, self.unit, self.unit, 1)
+        new_header(self._file, self._options, self._whole.l1_size, self.unit, self.unit, 1)
         await Resize(self._file, 0)
         await Zero(self._file, 0, SECTOR_SIZE)
         await Sync(self._file)
@@ -204,7 +204,7 @@ class NewImage:
             first = index * per_block
             await self._write_whole(blocks + index, self._refcounts(first, min(per_block, end - first)))
         await Resize(self._file, end << self._options.cluster_bits)
-        packed = pack_new_header(
+        _, packed = new_header(
             self._file, self._options, self._whole.l1_size, self.unit, table << self._options.cluster_bits, ntable
         )
         await Write(self._file, SECTOR_SIZE, packed[SECTOR_SIZE:].ljust(self.unit - SECTOR_SIZE, b"\0"))

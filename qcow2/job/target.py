@@ -3,17 +3,20 @@
 from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import CopyRange, File, Read, Resize, Sync, Write
+from qcow2.driver.operation import CopyRange, File, Resize, Sync, Write
 from qcow2.engine.compressed import level_of
+from qcow2.engine.create import Options, header_of, plan, write_tables
 from qcow2.engine.image import Image
+from qcow2.format import layout
+from qcow2.format.header import Header
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.source import Piece
 from qcow2.node.node import Node
 
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
+MAGIC = layout.MAGIC.to_bytes(4, "big")
 FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk
-MAGIC_BYTES = 4
 
 
 class Target(Protocol):
@@ -148,30 +151,38 @@ class Over(InPlace):
         self._first = bytearray()
 
 
-class InNew(InPlace):
-    """A new image in *file* that is none until it holds all of the disk: its first bytes, the magic, come last."""
+async def create_all_but_magic(file: File, options: Options) -> Header:
+    """Make of whatever *file* holds what is a new image, as the header says, once MAGIC is written. Stable on return.
 
-    def __init__(self, file: File, image: Node, size: int, *, is_zero: bool) -> None:
-        """*image* is open, and closed when the disk is in it."""
+    Raises: ValueError or UnsupportedImage before the file is touched.
+    """
+    whole = plan(options)
+    await write_tables(file, whole)
+    header, packed = header_of(file, whole)
+    await Write(file, len(MAGIC), packed[len(MAGIC) : SECTOR_SIZE])
+    await Sync(file)
+    return header
+
+
+class InNew(InPlace):
+    """A new image in *file* that is none until it holds all of the disk: its magic comes last."""
+
+    def __init__(self, file: File, image: Node, size: int, *, is_zero: bool, magic: bytes = MAGIC) -> None:
+        """*image* is open, without its *magic*, and closed when the disk is in it."""
         super().__init__(image, size, is_zero=is_zero)
         self._file = file
         self._first = bytearray()  # of the disk: none has to wait
-        self._magic = b""
+        self._magic = magic
 
     async def begin(self) -> None:
-        """Take the magic away."""
-        self._magic = await Read(self._file, 0, MAGIC_BYTES)
-        await self._write_magic(bytes(MAGIC_BYTES))
+        """It has no magic."""
 
     async def finish(self) -> None:
         """Close the image; once that is stable, make it one."""
         await super().finish()
         await self._image.close()
         await Sync(self._file)
-        await self._write_magic(self._magic)
-
-    async def _write_magic(self, magic: bytes) -> None:
-        await Write(self._file, 0, magic)
+        await Write(self._file, 0, self._magic)
         await Sync(self._file)
 
 

@@ -1,7 +1,7 @@
 """A raw disk behind a LUKS header, or one that is to be."""
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
-from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync
+from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync, Zero
 from qcow2.engine.data import STEP, Data
 from qcow2.engine.encryption import Keyring, Sealed
 from qcow2.error import CorruptImage, WrongKey
@@ -139,10 +139,26 @@ async def write_detached(file: File, encryption: Encryption) -> None:
 
 async def write_luks(file: File, encryption: Encryption, size: int) -> None:
     """Make an encrypted raw disk of *size* bytes of whatever *file* holds; it is noise. Stable on return."""
+    await _write_luks(file, encryption, size, has_magic=True)
+
+
+async def create_all_but_magic(file: File, encryption: Encryption, size: int, keys: Keyring) -> LuksImage:
+    """The same, but none until who has filled it writes MAGIC at its start -> it, opened with one of *keys*."""
+    from qcow2.engine.luks import Vault
+
+    luks = await _write_luks(file, encryption, size, has_magic=False)
+    cipher, start = await keys.cipher_of(Vault(file, 0, luks)), luks.record.payload_offset
+    return LuksImage(file, Data(file, cipher, origin=start), start, size, read_only=False)
+
+
+async def _write_luks(file: File, encryption: Encryption, size: int, *, has_magic: bool) -> Luks:
     from qcow2.engine.luks import new_vault  # and with it libcrypto
 
     vault = await new_vault(encryption)
     await Resize(file, 0)
-    await Resize(file, vault.nbytes + size)
-    await vault.write(file, 0)
+    await Zero(file, 0, vault.nbytes)  # a device's
     await Sync(file)
+    await Resize(file, vault.nbytes + size)
+    await vault.write(file, 0, has_magic=has_magic)
+    await Sync(file)
+    return vault.luks

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.create import Options, Preallocation
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target
+from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target, create_all_but_magic
 from qcow2.library.hostfile import created, is_at
 from qcow2.node.formats import format_of
 from qcow2.node.gate import DATA, named_path
@@ -89,8 +89,8 @@ def _new(file: HostFile, wish: Wish, base: Node | None) -> Iterator[Target]:
 def _new_encrypted(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Target:
     if wish.is_compressed:
         raise Failure("Compression and encryption not supported at the same time")
-    run(create(file, options))
-    image = run(Image.open(file, backing=base, options=_to_write(options)))
+    header = run(create_all_but_magic(file, options))
+    image = run(Image.open(file, backing=base, options=_to_write(options), header=header))
     return InNew(file, image, wish.size, is_zero=base is None)
 
 
@@ -99,15 +99,15 @@ def _only(passphrase: bytes | bytearray) -> Keyring:
 
 
 def _new_luks(file: HostFile, wish: Wish) -> Target:
-    from qcow2.node.luks import LuksImage, write_luks
+    from qcow2.format.luks import MAGIC
+    from qcow2.node import luks
 
     encryption = encryption_of(wish.given, wish.secrets)
     assert encryption is not None  # there is no other such image
     if is_detached(wish.given):
         raise Failure(f"{DETACHED}: create the header, then copy with -n and --target-image-opts")
-    run(write_luks(file, encryption, wish.size))
-    image = run(LuksImage.unlock(file, _only(encryption.passphrase), writable=True))
-    return InNew(file, image, wish.size, is_zero=False)
+    image = run(luks.create_all_but_magic(file, encryption, wish.size, _only(encryption.passphrase)))
+    return InNew(file, image, wish.size, is_zero=False, magic=MAGIC)
 
 
 def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node | None) -> Iterator[Target]:
@@ -117,8 +117,8 @@ def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node
 
     use = wish.given.get("data_file_use")
     with new_data_file(wish.path, options, use) as data_file:
-        run(create(file, options))
-        image = run(Image.open(file, backing=base, data_file=data_file, options=_to_write(options)))
+        header = run(create_all_but_magic(file, options))
+        image = run(Image.open(file, backing=base, data_file=data_file, options=_to_write(options), header=header))
         is_noise = options.data_file_raw and options.encryption is not None
         yield InNew(file, image, wish.size, is_zero=use != KEEP and base is None and not is_noise)
 

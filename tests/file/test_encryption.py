@@ -4,7 +4,9 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import pytest
 
 import qcow2
 from qcow2 import ImageError, WrongKey
+from tests.file.test_convert import wait_until
 from tests.oracle import ask_qemu, peers
-from tests.program import qcow2_tool, qcow2_tool_ok
+from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
 
 KEY = b"correct horse\n"  # the newline is part of it
 SIZE = 4 << 20
@@ -377,3 +380,63 @@ def test_ciphers_that_only_another_library_has(tmp_path: Path, secret: list[str]
             assert disk.read(65536, 4096) == b"\7" * 4096
             assert disk.read(0, 65536) == content[:65536]
         assert content[:64] not in path.read_bytes()
+
+
+# -- a convert that ends while it derives the key of what it has made, which is nothing yet
+
+ENCRYPTED = {
+    "qcow2": ("qcow2", "encrypt.format=luks,encrypt.key-secret=s0"),
+    "data file": ("qcow2", "encrypt.format=luks,encrypt.key-secret=s0,data_file=data"),
+    "luks": ("luks", "key-secret=s0"),
+}
+WITHOUT_MEMORY = """
+import hashlib, sys
+from qcow2.tool.command import main
+derive, target = hashlib.pbkdf2_hmac, sys.argv[-1]
+old = open(target, "rb").read(4096)
+def without_memory(*given):
+    first = open(target, "rb").read(4096)
+    if first != old and any(first[6:8]):
+        raise MemoryError
+    return derive(*given)
+hashlib.pbkdf2_hmac = without_memory
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def convert(directory: Path, secret: list[str], image_format: str, wanted: str) -> list[str]:
+    """The words that make an encrypted image, called target."""
+    (directory / "source").write_bytes(b"x" * 4096)
+    names = [str(directory / name) for name in ("source", "target")]
+    return ["convert", *secret, "-f", "raw", "-O", image_format, "-o", wanted, *names]
+
+
+def has_header(path: Path) -> bool:
+    """Whether there is one, but perhaps for its magic."""
+    return path.exists() and any(path.read_bytes()[6:8])
+
+
+@pytest.mark.parametrize(("image_format", "wanted"), ENCRYPTED.values(), ids=ENCRYPTED)
+def test_killed_before_it_copies_a_convert_leaves_nothing_that_opens(
+    tmp_path: Path, secret: list[str], image_format: str, wanted: str
+) -> None:
+    target = tmp_path / "target"
+    with subprocess.Popen([TOOL, *convert(tmp_path, secret, image_format, wanted)]) as process:
+        wait_until(lambda: has_header(target))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(ImageError, match="magic"):
+        qcow2.open(target, format=image_format, key=KEY)
+
+
+@pytest.mark.parametrize(("image_format", "wanted"), ENCRYPTED.values(), ids=ENCRYPTED)
+def test_what_a_convert_replaces_is_no_image_if_the_key_cannot_be_derived(
+    tmp_path: Path, secret: list[str], image_format: str, wanted: str
+) -> None:
+    target = tmp_path / "target"
+    qcow2.create(target, 4096, format=image_format, key=KEY, iter_time=10)
+    command = [sys.executable, "-c", WITHOUT_MEMORY, *convert(tmp_path, secret, image_format, wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (1, "qcow2: Cannot allocate memory\n")
+    with pytest.raises(ImageError, match="magic"):
+        qcow2.open(target, format=image_format, key=KEY)
