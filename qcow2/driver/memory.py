@@ -26,15 +26,18 @@ class SharedMemory:
         self._map: mmap.mmap | None = None
         self._fd = -1
 
-    def load(self, is_trusted: Callable[[int], bool], nbytes: int | None = None) -> bytes:
+    def load(self, is_trusted: Callable[[int], bool], limit: int, nbytes: int | None = None) -> bytes:
         """All an earlier process left there, or its first *nbytes*; *is_trusted* says of which users we take anything.
 
-        Raises: OSError; EPERM if what is there is not what such a user's process could have left.
+        Raises: OSError; EPERM if what is there is not what such a user's process could have left, EFBIG if it is longer
+        than *limit*.
         """
         fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self._refuse_foreign(os.fstat(fd), is_trusted)
             size = os.fstat(fd).st_size
+            if size > limit:
+                raise OSError(errno.EFBIG, f"{size} bytes long, limit {limit}", self.path)
             return os.pread(fd, size if nbytes is None else min(size, nbytes), 0)
         finally:
             os.close(fd)

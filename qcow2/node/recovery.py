@@ -17,7 +17,7 @@ from qcow2.format.header import Header, read_header
 from qcow2.lock import lock_image
 from qcow2.node.gate import ANY, BACKING, DATA, Gate
 from qcow2.node.logplace import all_logs, find_log, origin_of, remove_log
-from qcow2.plane.linklog import RECORDS_OFFSET, FoundLog, Link, Mark, read_log
+from qcow2.plane.linklog import MAX_LOG_BYTES, RECORDS_OFFSET, FoundLog, Link, Mark, read_log
 
 log = logging.getLogger("qcow2")
 
@@ -131,7 +131,7 @@ def _waiting(file: HostFile, mark: Mark, memory: SharedMemory | None) -> tuple[F
     if memory is None:
         raise _Unusable("is not there")
     try:
-        content = memory.load(lambda user: may_write(os.fstat(file.fd), user))
+        content = memory.load(lambda user: may_write(os.fstat(file.fd), user), MAX_LOG_BYTES)
     except OSError as error:
         raise _Unusable(f"cannot be read: {error.strerror}") from error
     found = read_log(content)
@@ -205,10 +205,12 @@ def _load_own(
         return user == os.geteuid()
 
     try:
-        found = read_log(memory.load(is_ours, RECORDS_OFFSET))  # most logs are others': a look at the header tells
+        found = read_log(
+            memory.load(is_ours, MAX_LOG_BYTES, RECORDS_OFFSET)
+        )  # most logs are others': a look at the header tells
         if found is None or not _is_of(file, found) or is_in_use(memory.path):
             return None
-        found = read_log(memory.load(is_ours))
+        found = read_log(memory.load(is_ours, MAX_LOG_BYTES))
     except OSError:
         return None
     is_ours_still = found is not None and (found.origin.path == origin_of(file).path or has_moved(found))

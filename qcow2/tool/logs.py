@@ -12,7 +12,7 @@ from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
 from qcow2.node.gate import backing_path
 from qcow2.node.logplace import NAME, all_logs, origin_of, remove_log
-from qcow2.plane.linklog import FoundLog, Mark, read_log
+from qcow2.plane.linklog import MAX_LOG_BYTES, FoundLog, Mark, read_log
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import say
 
@@ -80,7 +80,7 @@ def _remove(tag: str, logs: dict[str, SharedMemory], directory: str) -> None:
 
 def _facts_of(tag: str, memory: SharedMemory) -> LogFacts:
     """What is said of a log. Raises: OSError; FileNotFoundError if it is gone."""
-    found = read_log(memory.load(lambda user: True))
+    found = read_log(memory.load(lambda user: True, MAX_LOG_BYTES))
     if found is None:
         return LogFacts(tag, memory.path, "", 0, "no log")
     image = os.fsdecode(found.origin.path)

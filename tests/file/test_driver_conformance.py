@@ -55,20 +55,20 @@ def shared(path: Path) -> Iterator[SharedMemory]:
 @contextmanager
 def blocking(path: Path) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
-        yield Rig(file, BlockingDriver().run, path.read_bytes, memory, partial(memory.load, lambda user: True))
+        yield Rig(file, BlockingDriver().run, path.read_bytes, memory, partial(memory.load, lambda user: True, 1 << 20))
 
 
 @contextmanager
 def pool(path: Path) -> Iterator[Rig]:
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory, PoolDriver(3) as driver:
-        yield Rig(file, driver.run, path.read_bytes, memory, partial(memory.load, lambda user: True))
+        yield Rig(file, driver.run, path.read_bytes, memory, partial(memory.load, lambda user: True, 1 << 20))
 
 
 @contextmanager
 def side_by_side(path: Path) -> Iterator[Rig]:
     driver = SharedDriver()
     with HostFile.open(str(path), writable=True) as file, shared(path) as memory:
-        yield Rig(file, driver.run, path.read_bytes, memory, partial(memory.load, lambda user: True))
+        yield Rig(file, driver.run, path.read_bytes, memory, partial(memory.load, lambda user: True, 1 << 20))
         driver.close()
 
 
@@ -79,7 +79,7 @@ def ring(path: Path, aio: Aio = Aio.AUTO) -> Iterator[Rig]:
             slot = worker.call(lambda: worker.add_file(file.fd))
             driver = RingDriver(worker, {file: slot}, None)
             run = partial(run_on_worker, worker, driver)
-            yield Rig(file, run, path.read_bytes, memory, partial(memory.load, lambda user: True))
+            yield Rig(file, run, path.read_bytes, memory, partial(memory.load, lambda user: True, 1 << 20))
 
 
 def threads(path: Path) -> AbstractContextManager[Rig]:

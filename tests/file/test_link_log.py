@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
 from tests.frontend import F_CONFIG_WCE, F_FLUSH, FrontEnd
 from tests.oracle import assert_clean, assert_not_corrupt, assert_same_bytes, qemu_img, qemu_io, qemu_read, read_header
-from tests.program import Daemon, qcow2_tool, qcow2_tool_ok
+from tests.program import TIMEOUT, TOOL, Daemon, qcow2_tool, qcow2_tool_ok
 
 CLUSTER = 1 << 16
 NCLUSTERS = 40
@@ -424,6 +425,22 @@ def test_log_of_an_image_that_was_renamed_goes_if_it_says_nothing(
         log.chmod(0o600)
     assert_same_bytes(contents(moved, logs), written(base))
     assert bool(list(logs.iterdir())) == (not is_flushed)  # another file may have had these numbers
+
+
+def test_what_is_longer_than_any_log_is_not_read(image: Path, logs: Path) -> None:
+    log = die(image, logs)
+    kept = log.read_bytes()
+    contents(image, logs)
+    log.write_bytes(kept)
+    log.chmod(0o600)
+    huge = logs / "qcow2-links-"  # listed first
+    huge.touch(0o600)
+    os.truncate(huge, 8 << 30)
+    command = ["prlimit", f"--as={2 << 30}", TOOL, "link-logs", f"--link-log={logs}", "--clean"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert f"{huge}: {8 << 30} bytes long, limit" in done.stderr
+    assert list(logs.iterdir()) == [huge]
 
 
 def test_log_that_cannot_be_read_is_named_and_the_list_is_no_success(tmp_path: Path) -> None:
