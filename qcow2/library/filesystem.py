@@ -18,8 +18,10 @@ class _OwnedFile(DiskFile):
     def close(self) -> None:
         """Leave the image clean."""
         if not self.closed:
-            super().close()
-            self._disk.close()
+            try:
+                super().close()
+            finally:
+                self._disk.close()
 
 
 class DiskFileSystem(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types

@@ -1,6 +1,7 @@
 """The library's wider face: making, copying and comparing images, modes and descriptors, an event loop, fsspec."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -135,6 +136,20 @@ def test_fsspec_reads_and_writes(path: Path) -> None:
     assert str(path) in system.ls(str(path.parent), detail=False)
     with system.open(str(path)) as file:
         assert file.read(517)[512:] == b"hello"
+
+
+def test_fsspec_closes_what_it_cannot_flush(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    file = DiskFileSystem(skip_instance_cache=True).open(str(path), "r+b")
+    file.write(b"hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            file.close()
+    assert file.closed
+    qcow2.open(path, "r+").close()  # it is not locked
 
 
 def test_fsspec_that_is_missing_is_named(tmp_path: Path) -> None:
