@@ -38,13 +38,14 @@ def options_of(text: str) -> dict[str, str]:
     try:
         words = text.removeprefix(PREFIX)
         found = json.loads(words if '"' in words else words.replace("'", '"'))  # QEMU takes both quotes
+        said = dict(_flat(found)) if isinstance(found, dict) else None
     except ValueError as error:
         raise ValueError(f"Could not parse the JSON options: {error}") from error
     except RecursionError as error:
         raise ValueError("Could not parse the JSON options: too deep") from error
-    if not isinstance(found, dict):
+    if said is None:
         raise ValueError("Invalid JSON object given")
-    return dict(_flat(found))
+    return said
 
 
 def _flat(facts: dict[str, Any], lead: str = "") -> Iterator[tuple[str, str]]:

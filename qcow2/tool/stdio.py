@@ -1,11 +1,13 @@
 """Standard input, output and error: descriptors 0, 1 and 2, to which libraries write whatever they are."""
 
+import codecs
 import io
 import os
 import sys
 from typing import Any
 
 OUTPUT = "standard output"
+ERRORS = "qcow2-name"
 
 
 def occupy() -> None:
@@ -39,12 +41,22 @@ class _Named(io.FileIO):
             raise
 
 
+def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A byte of a name that was no text is itself, what else cannot be said is said as an escape."""
+    assert isinstance(error, UnicodeEncodeError)
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 def name_output() -> None:
     """Let errors of standard output say so, and let names of files be printed as the bytes that they are."""
+    codecs.register_error(ERRORS, _encode)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not what somebody has put in its place
         encoding, is_terminal = sys.stdout.encoding, sys.stdout.isatty()
         output = io.BufferedWriter(_Named(1, OUTPUT))
-        named = io.TextIOWrapper(output, encoding, "surrogateescape", line_buffering=is_terminal)
+        named = io.TextIOWrapper(output, encoding, ERRORS, line_buffering=is_terminal)
         sys.stdout = sys.__stdout__ = named  # type: ignore[misc] # who drops the one does not flush: it might wait
     if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr.reconfigure(errors="surrogateescape")
+        sys.stderr.reconfigure(errors=ERRORS)

@@ -21,7 +21,7 @@ from tests.builder.record import (
     feature_name_table,
 )
 from tests.oracle import held_by_qemu, sha256
-from tests.program import DAEMON, TIMEOUT, qcow2_tool, run
+from tests.program import DAEMON, TIMEOUT, TOOL, qcow2_tool, run
 
 
 def sound(path: Path) -> None:
@@ -398,3 +398,21 @@ def test_a_corrupt_table_is_named_by_its_place(tmp_path: Path) -> None:
             disk.read(0, 512)
         assert caught.value.host_offset == built.l2_entry_offset(0)
         assert disk.read(65536, 512) == bytes(512)
+
+
+def test_what_no_byte_stands_for_is_said_as_an_escape(tmp_path: Path) -> None:
+    for words in (['json:{"driver":"\\ud800","filename":"x"}'], ["json:{'filename':'\\ud800'}"]):
+        done = qcow2_tool("info", *words)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "\\ud800" in done.stderr
+    name = os.fsdecode(b"\xff")  # what a byte stands for is said as that
+    assert f"/{name}: No such" in os.fsdecode(
+        subprocess.run([TOOL, "info", tmp_path / name], capture_output=True).stderr
+    )
+
+
+def test_a_name_that_nests_too_deep_is_refused() -> None:
+    for depth in (100, 950, 5000):
+        for opening, end in (('{"a":', "}"), ("[", "]")):
+            done = qcow2_tool("info", 'json:{"a":' + opening * depth + "1" + end * depth + "}")
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), depth
