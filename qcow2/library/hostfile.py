@@ -39,7 +39,7 @@ def created(path: str) -> Iterator[HostFile]:
             lock_image(file.fd, path, writable=True)
         except ImageLocked:
             raise  # somebody has opened it meanwhile and fills it
-        except OSError:
+        except BaseException:  # an interrupt, too
             _remove(file)
             raise
         is_ours = not file.size()  # else somebody had filled it before we had the lock
