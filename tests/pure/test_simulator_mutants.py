@@ -1,10 +1,11 @@
 """Whoever changes the C sees here which mutants of the simulator have to follow."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tests.sim.build import ROOT
+from tests.sim.build import ROOT, put
 from tests.sim.hunt import DURABILITY, TABLE, fault_of
 from tests.sim.mutant import MUTANTS, Mutant
 from tests.sim.patch import PATCHES
@@ -45,3 +46,11 @@ def test_who_falls_over_has_found_nothing() -> None:
     assert fault_of("", "Traceback (most recent call last):\nCalledProcessError: gcc\n") is None  # it was not built
     assert fault_of("history 7\n", "") is None  # a death by a signal
     assert fault_of(f"{began}100000 calls in one life: it spins\nTally(histories=8)\n", "") is not None
+
+
+def test_a_compiler_reads_its_header_whole_while_another_run_writes_the_same(tmp_path: Path) -> None:
+    header = tmp_path / "of.h"
+    header.write_text("of the first run")
+    with header.open() as reading:
+        put(header, "of the second run")
+        assert (reading.read(), header.read_text()) == ("of the first run", "of the second run")

@@ -95,7 +95,14 @@ def _write(directory: Path, sources: dict[str, str]) -> None:
     for name, text in sources.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        put(path, text)
+
+
+def put(path: Path, text: str) -> None:
+    """Bring *text* to *path* as a whole: a compiler of another process may be reading what is there."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def _link(room: str, sources: dict[str, str], place: Path, target: Path) -> None:
@@ -121,7 +128,7 @@ def _object(name: str, text: str, headers: str, include: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     source = include / name
-    source.write_text(text)
+    put(source, text)
     partial = path.with_suffix(f".{os.getpid()}")
     includes = [f"-I{include}", f"-I{sysconfig.get_path('include')}"]
     flags = [*FLAGS, "-g0", "-O1", "-fPIC", "-Wno-unused", "-DASSERTIONS"]
