@@ -16,6 +16,8 @@ from qcow2.native import ffi, lib
 from qcow2.plane.entry import l1_table, words_of
 
 MAX_SNAPSHOT_CLUSTERS = 1 << 20  # clusters with tables of snapshots that are kept in memory, 8 bytes each
+PIECE = 1 << 20  # bytes of L1 tables that are read at a time
+EMPTY = bytes(PIECE)
 
 
 def table_clusters(geometry: Geometry, header: Header, l1: "array[int]", refcount_table: "array[int]") -> "array[int]":
@@ -74,13 +76,28 @@ async def snapshot_clusters(
             raise UnsupportedImage(file.path, message)
 
     add(record.snapshots_offset, table.nbytes)
-    for host_offset, nbytes in _l1_tables(table):
-        add(host_offset, nbytes)
-        if host_offset + nbytes <= file_size:
-            for entry in set(words_of(await Read(file, host_offset, nbytes))):
+    for start, stop in _l1_stretches(geometry, table, file_size):
+        add(start, stop - start)
+        for host_offset in range(start, stop, PIECE):
+            data = await Read(file, host_offset, min(PIECE, stop - host_offset))
+            for entry in set(words_of(data)) if data != EMPTY else ():
                 if l1_table(entry):
                     add(l1_table(entry), geometry.cluster_size)
     return array("Q", sorted(clusters))
+
+
+def _l1_stretches(geometry: Geometry, table: SnapshotTable, file_size: int) -> list[list[int]]:
+    """Start and end of what the snapshots' L1 tables take, each byte once: those that overlap could take forever."""
+    stretches: list[list[int]] = []
+    for start, nbytes in sorted(_l1_tables(table)):
+        stop = start + nbytes
+        if start % geometry.cluster_size or stop > file_size:
+            continue
+        if stretches and start < stretches[-1][1]:
+            stretches[-1][1] = max(stretches[-1][1], stop)
+        else:
+            stretches.append([start, stop])
+    return stretches
 
 
 def _l1_tables(table: SnapshotTable) -> set[tuple[int, int]]:

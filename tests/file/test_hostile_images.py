@@ -188,3 +188,21 @@ def test_tables_of_bitmaps_take_no_memory_without_bound(tmp_path: Path) -> None:
         visits = visit(action, paths)
         no_visit_failed(visits)
         assert [each.end for each in visits] == ["done"] * 2
+
+
+def snapshot_entries(*l1_tables: tuple[int, int]) -> bytes:
+    """A snapshot table for L1 tables that each have a place and so many entries."""
+    return b"".join(
+        struct.pack(">QIHHIIQII", offset, nentries, 2, 2, 0, 0, 0, 0, 16) + struct.pack(">QQ4s4x", 0, 4096, b"idme")
+        for offset, nentries in l1_tables
+    )
+
+
+def test_l1_tables_of_snapshots_that_overlap_are_read_once(tmp_path: Path) -> None:
+    built = victim(tmp_path / "overlapping")
+    entries = snapshot_entries(*((1 << 30, (4 << 20) - index) for index in range(1000)))
+    built.poke(1 << 29, entries)
+    built.set_header(snapshots_offset=1 << 29, nb_snapshots=1000)
+    built.truncate((1 << 30) + (32 << 20))
+    (one,) = visit("write", [built.path])
+    assert one.end == "done"
