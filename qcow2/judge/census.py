@@ -18,6 +18,7 @@ from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
 
 Progress = Callable[[int, int], None]  # tables done, of how many
 MIN_SLACK = 1024  # clusters past the plausible end that the tally has room for: a new refcount structure goes there
+MAX_PAST_END = 1 << 24  # clusters past the end of the file that are counted: each may take a page, of 20 KiB
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Census:
     file_size: int
     tally: Tally
     report: Report
+    plausible_clusters: int  # where a file ended at most that was cut off
     blocks: "array[int]" = field(default_factory=lambda: array("Q"))  # host offset of each sound refcount block, else 0
     old_structure: "array[int]" = field(
         default_factory=lambda: array("Q")
@@ -42,7 +44,7 @@ class Census:
     lacks_snapshots: bool = False  # their table, of which the header tells, cannot be read
     askew: set[int] = field(default_factory=set)  # clusters of L2 tables that name places which nothing needs askew
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
-    is_l1_cut_off: bool = False  # by a cluster or more: what it referred to is not known
+    is_cut_off: bool = False  # the image refers to clusters that the file had
 
     @property
     def record(self) -> HeaderRecord:
@@ -83,10 +85,15 @@ class Census:
         first, last = self.cluster_of(host_offset), self.cluster_of(host_offset + nbytes - 1)
         if last >= self.file_clusters:
             self.report.loss(f"{what} at {host_offset:#x} ends past the end of the file at {self.file_size:#x}")
+            self.miss(last)
         if last >= self.tally.nclusters:
             return False
         self.tally.add(first, last - first + 1, role, weight)
         return True
+
+    def miss(self, cluster: int) -> None:
+        """Something refers to *cluster*, past the end of the file."""
+        self.is_cut_off |= cluster < self.plausible_clusters
 
     def is_counted(self, host_offset: int, nbytes: int) -> bool:
         """Whether anything referenced one of these clusters before."""
@@ -111,8 +118,8 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     """
     file_size, l1_end = await Size(file), header.record.l1_end
     census = _begin(file, header, max(file_size, l1_end), report)
-    census.is_l1_cut_off = l1_end - file_size >= census.cluster_size
-    if census.is_l1_cut_off:
+    if l1_end - file_size >= census.cluster_size:
+        census.is_cut_off = True
         report.loss(f"L1 table ends at {l1_end:#x}, past the end of the file at {file_size:#x}")
     census.add("header", 0, census.cluster_size, Role.SINGLE)
     await _count_luks(census)
@@ -139,9 +146,9 @@ def _begin(file: File, header: Header, file_size: int, report: Report) -> Census
         raise UnsupportedImage(file.path, f"the file is {clusters} clusters long, limit for a check {MAX_CLUSTERS}")
     report.total_clusters = -(-record.size >> record.cluster_bits)
     plausible = clusters + report.total_clusters
-    plausible += plausible // 32 + MIN_SLACK
+    plausible = min(plausible + plausible // 32, MAX_CLUSTERS) + MIN_SLACK
     tally = Tally(
-        min(plausible, MAX_CLUSTERS + MIN_SLACK),
+        min(plausible, clusters + MAX_PAST_END),
         Entries(
             record.cluster_bits,
             record.version,
@@ -150,7 +157,7 @@ def _begin(file: File, header: Header, file_size: int, report: Report) -> Census
         ),
         file_size,
     )
-    return Census(file, header, file_size, tally, report)
+    return Census(file, header, file_size, tally, report, plausible)
 
 
 async def _count_luks(census: Census) -> None:
@@ -336,6 +343,7 @@ def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
         offset, nbytes = entries.payload(entry)
         if census.cluster_of(offset + nbytes - 1) >= census.file_clusters:
             report.loss(f"{where}: compressed data at {offset:#x} ends past the end of the file")
+            census.miss(census.cluster_of(offset + nbytes - 1))
         return
     offset = entries.host_offset(entry)
     if offset % census.cluster_size:
@@ -343,6 +351,7 @@ def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
         find(f"{where}: data cluster at {offset:#x} is not aligned")
     elif offset and census.cluster_of(offset) >= census.file_clusters:
         report.loss(f"{where}: data cluster at {offset:#x} lies past the end of the file at {census.file_size:#x}")
+        census.miss(census.cluster_of(offset))
 
 
 def _judge_refcount_structure(census: Census) -> None:

@@ -53,7 +53,7 @@ async def repair(
     found = before.report
     if mode is RepairMode.ALL and await find_table(before):
         before = await judge(file, Report())
-    if _is_cut_off(before.census) or not _is_judged(before.census, mode):
+    if before.census.is_cut_off or not _is_judged(before.census, mode):
         return found
     # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
@@ -146,11 +146,6 @@ async def _correct_places(census: Census) -> None:
         if is_table_alone(census, cluster):
             await _write_difference(census.file, cluster << bits, old, new)
     await Sync(census.file)
-
-
-def _is_cut_off(census: Census) -> bool:
-    """Whether the image refers to clusters that the file does not have."""
-    return census.is_l1_cut_off or int(census.tally.end(census.tally.nclusters)) > census.file_clusters
 
 
 def _is_judged(census: Census, mode: RepairMode) -> bool:

@@ -206,3 +206,17 @@ def test_l1_tables_of_snapshots_that_overlap_are_read_once(tmp_path: Path) -> No
     built.truncate((1 << 30) + (32 << 20))
     (one,) = visit("write", [built.path])
     assert one.end == "done"
+
+
+def test_references_past_the_end_take_no_memory_without_bound(tmp_path: Path) -> None:
+    """Each of 65536 is to clusters that nothing else is near: 20 KiB of counts of their own."""
+    built = build(Recipe(size=1 << 45), tmp_path / "far")
+    start, per_table = 1 << 20, 8192
+    built.truncate(start + (8 << 16))
+    for number in range(8):
+        built.set_l1(number, COPIED | start + (number << 16))
+        places = range(number * per_table, (number + 1) * per_table)
+        built.poke(start + (number << 16), struct.pack(">8192Q", *(COPIED | (place + 16) << 28 for place in places)))
+    for action in ("check", "repair"):
+        (one,) = visit(action, [built.path])
+        assert one.end == "done", one.text
