@@ -152,16 +152,16 @@ async def read_snapshots(file: File, header: Header) -> SnapshotTable:
     return SnapshotTable(tuple(found), end - start)
 
 
-async def count_snapshots(file: File, header: Header) -> int | None:
-    """How many snapshots the table has that *header* points at, whatever it says; None if that cannot be told.
+async def count_snapshots(file: File, header: Header, limit: int) -> tuple[int, bool]:
+    """How many snapshots the table has that *header* points at, whatever it says, of *limit* at most; if it ends there.
 
     Behind the last one nothing but zeros is in its cluster.
     """
     size, file_size, start = header.cluster_size, await Size(file), header.record.snapshots_offset
     if not start or start % size or start >= file_size:
-        return None
+        return 0, False
     count, end = 0, start
-    while count < layout.MAX_SNAPSHOTS and end < file_size:
+    while count < limit and end < file_size:
         try:
             snapshot, stop = await _read_snapshot(file, header, end + -end % 8, count)
         except UnsupportedImage:
@@ -171,7 +171,7 @@ async def count_snapshots(file: File, header: Header) -> int | None:
         if not record.l1_table_offset or record.l1_table_offset % size or max(stop, l1_end) > file_size:
             break
         count, end = count + 1, stop
-    return count if end % size and not any(await Read(file, end, -end % size)) else None
+    return count, bool(end % size) and not any(await Read(file, end, -end % size))
 
 
 async def _read_snapshot(file: File, header: Header, offset: int, index: int) -> tuple[Snapshot, int]:

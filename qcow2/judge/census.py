@@ -225,8 +225,10 @@ async def _count_snapshots(census: Census) -> None:
 async def _header_with_snapshots(census: Census) -> Header:
     """The header, with as many snapshots as its table has if it says more than there can be."""
     record, limit = census.record, layout.MAX_SNAPSHOTS
-    count = await count_snapshots(census.file, census.header) if record.nb_snapshots > limit else None
-    if count is None:
+    if record.nb_snapshots <= limit:
+        return census.header
+    count, ends = await count_snapshots(census.file, census.header, limit)
+    if not ends:
         return census.header
     census.report.corruption(f"nb_snapshots {record.nb_snapshots}, limit {limit}: the snapshot table has {count}")
     census.counted_snapshots = count

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 
-from qcow2.driver.operation import Sync, Write
+from qcow2.driver.operation import File, Sync, Write
 from qcow2.format import layout
+from qcow2.format.header import Header
 from qcow2.format.snapshot import count_snapshots, read_snapshots
 from qcow2.judge.census import Census
 from qcow2.judge.check import Verdict, read_block
 from qcow2.plane.tally import stored_refcount
 
 MAX_LOOKED_AT = 1 << 18  # clusters
+MAX_ENTRIES = MAX_LOOKED_AT + 2 * layout.MAX_SNAPSHOTS  # of tables that may be in those
 
 
 async def find_table(verdict: Verdict) -> bool:
@@ -25,7 +27,9 @@ async def find_table(verdict: Verdict) -> bool:
     held = await _held(verdict)
     if held is None:
         return False
-    places = [cluster for cluster in held if await _has_table(census, cluster)]
+    places = await _places(census, held)
+    if places is None:
+        return False
     if len(places) == 1:
         await _point_at(census, census.record.nb_snapshots, places[0] << census.record.cluster_bits)
     elif not held and not census.header.is_dirty:
@@ -49,14 +53,24 @@ async def _held(verdict: Verdict) -> list[int] | None:
     return held
 
 
-async def _has_table(census: Census, cluster: int) -> bool:
-    """Whether as many snapshots as the header says, and no more, are in the table at *cluster*."""
-    record = replace(census.record, snapshots_offset=cluster << census.record.cluster_bits)
-    header = replace(census.header, record=record)
-    if await count_snapshots(census.file, header) != record.nb_snapshots:
-        return False
-    table = await read_snapshots(census.file, header)
-    return all(each.id and each.record.l1_size for each in table.snapshots)  # an L1 table may pass for a nameless one
+async def _places(census: Census, held: list[int]) -> list[int] | None:
+    """The clusters with a table of as many snapshots as the header says; None if that would take forever to tell."""
+    places, room = list[int](), MAX_ENTRIES
+    for cluster in held:
+        record = replace(census.record, snapshots_offset=cluster << census.record.cluster_bits)
+        header = replace(census.header, record=record)
+        count, ends = await count_snapshots(census.file, header, min(record.nb_snapshots + 1, layout.MAX_SNAPSHOTS))
+        room -= count + 1
+        if room < 0:
+            return None
+        if ends and count == record.nb_snapshots and await _is_named(census.file, header):
+            places.append(cluster)
+    return places
+
+
+async def _is_named(file: File, header: Header) -> bool:
+    """Whether each snapshot has an id and an L1 table: an L1 table may pass for a nameless one."""
+    return all(each.id and each.record.l1_size for each in (await read_snapshots(file, header)).snapshots)
 
 
 async def _point_at(census: Census, count: int, host_offset: int) -> None:

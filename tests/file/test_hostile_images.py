@@ -220,3 +220,19 @@ def test_references_past_the_end_take_no_memory_without_bound(tmp_path: Path) ->
     for action in ("check", "repair"):
         (one,) = visit(action, [built.path])
         assert one.end == "done", one.text
+
+
+@pytest.mark.parametrize("nb_snapshots", [3, 65535])
+def test_a_lost_snapshot_table_is_not_looked_for_without_end(tmp_path: Path, nb_snapshots: int) -> None:
+    """Each of 1500 clusters could be the first one of a table that goes on to the end of the file."""
+    built = build(Recipe(size=600 * 4096, cluster_bits=12), tmp_path / "many")
+    start = 1 << 20
+    entries = snapshot_entries((4096, 1)) * (1500 * 64)
+    built.poke(start, entries)
+    for number in range(1500):
+        built.set_refcount(start + (number << 12), 1)
+    built.set_header(nb_snapshots=nb_snapshots, snapshots_offset=512)
+    before = built.path.read_bytes()
+    (one,) = visit("repair", [built.path])
+    assert one.end == "refused", one.text
+    assert built.path.read_bytes() == before
