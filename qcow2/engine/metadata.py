@@ -5,19 +5,19 @@ Bitmaps are not among them: the first change voids them (`qcow2.engine.root`), b
 
 from array import array
 
-from qcow2.driver.operation import File, Read
+from qcow2.driver.operation import File
 from qcow2.engine.mapping import sort_clusters
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.geometry import Geometry
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, HeaderRecord
+from qcow2.format.pieces import pieces
 from qcow2.format.snapshot import SnapshotTable
 from qcow2.native import ffi, lib
 from qcow2.plane.entry import l1_table, words_of
 
 MAX_SNAPSHOT_CLUSTERS = 1 << 20  # clusters with tables of snapshots that are kept in memory, 8 bytes each
 PIECE = 1 << 20  # bytes of L1 tables that are read at a time
-EMPTY = bytes(PIECE)
 
 
 def table_clusters(geometry: Geometry, header: Header, l1: "array[int]", refcount_table: "array[int]") -> "array[int]":
@@ -78,9 +78,8 @@ async def snapshot_clusters(
     add(record.snapshots_offset, table.nbytes)
     for start, stop in _l1_stretches(geometry, table, file_size):
         add(start, stop - start)
-        for host_offset in range(start, stop, PIECE):
-            data = await Read(file, host_offset, min(PIECE, stop - host_offset))
-            for entry in set(words_of(data)) if data != EMPTY else ():
+        async for _, piece in pieces(file, start, stop - start, PIECE):
+            for entry in set(words_of(piece)):
                 if l1_table(entry):
                     add(l1_table(entry), geometry.cluster_size)
     return array("Q", sorted(clusters))

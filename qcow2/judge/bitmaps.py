@@ -59,7 +59,7 @@ async def _count_bitmap(census: "Census", bitmap: Bitmap) -> None:
         return
     if not census.add(f"table of bitmap {bitmap.name!r}", host_offset, nbytes, Role.SINGLE):
         return
-    async for entry in census.entries(host_offset, nentries):
+    async for _, entry in census.entries(host_offset, nentries):
         offset = entry & layout.BITMAP_ENTRY_OFFSET_MASK
         if entry & layout.BITMAP_ENTRY_RESERVED or (offset and entry & layout.BITMAP_ENTRY_ALL_ONES):
             census.report.corruption(f"entry {entry:#018x} of bitmap {bitmap.name!r} has reserved bits set")

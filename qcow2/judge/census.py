@@ -1,6 +1,5 @@
 """Everything that references a host cluster, walked once and counted; nothing found on the way is believed."""
 
-import struct
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,11 @@ from qcow2.error import ImageError, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, HeaderRecord
+from qcow2.format.pieces import pieces
 from qcow2.format.snapshot import SIZES_BYTES, Snapshot, count_snapshots, read_snapshots
 from qcow2.judge.bitmaps import count_bitmaps
 from qcow2.judge.report import Report
-from qcow2.plane.entry import Entries, l1_has_reserved_bits, l1_table
+from qcow2.plane.entry import Entries, l1_has_reserved_bits, l1_table, words_of
 from qcow2.plane.tally import MAX_CLUSTERS, Role, Tally
 
 Progress = Callable[[int, int], None]  # tables done, of how many
@@ -100,14 +100,12 @@ class Census:
         first, last = self.cluster_of(host_offset), self.cluster_of(host_offset + nbytes - 1)
         return self.tally.has_any(first, last - first + 1)
 
-    async def entries(self, host_offset: int, nentries: int) -> AsyncIterator[int]:
-        """The entries of a table, read one cluster at a time."""
-        per_cluster = self.cluster_size // ENTRY_SIZE
-        for first in range(0, nentries, per_cluster):
-            count = min(per_cluster, nentries - first)
-            data = await Read(self.file, host_offset + first * ENTRY_SIZE, count * ENTRY_SIZE)
-            for entry in struct.unpack(f">{count}Q", data):
-                yield entry
+    async def entries(self, host_offset: int, nentries: int) -> AsyncIterator[tuple[int, int]]:
+        """Index and value of the entries of a table that are not zero, read one cluster at a time."""
+        async for at, data in pieces(self.file, host_offset, nentries * ENTRY_SIZE, self.cluster_size):
+            for index, entry in enumerate(words_of(data), at // ENTRY_SIZE):
+                if entry:
+                    yield index, entry
 
 
 async def take_census(file: File, header: Header, report: Report, progress: Progress | None = None) -> Census:
@@ -178,11 +176,7 @@ async def _count_l1(census: Census, what: str, host_offset: int, nentries: int, 
     report = census.report
     if not census.add(what, host_offset, nentries * ENTRY_SIZE, Role.SINGLE, weight):
         return
-    index = -1
-    async for entry in census.entries(host_offset, nentries):
-        index += 1
-        if not entry:
-            continue
+    async for index, entry in census.entries(host_offset, nentries):
         if l1_has_reserved_bits(entry):
             report.corruption(f"{what} entry {index} has reserved bits set: {entry:#018x}")
         if table_offset := l1_table(entry):
@@ -254,10 +248,9 @@ async def _count_refcount_structure(census: Census) -> None:
     if offset + nbytes > census.file_size > offset + nbytes - census.cluster_size:
         census.report.corruption(f"refcount table at {offset:#x} is cut off by the end of the file")
         census.must_rebuild = True
-    entries = array("Q")
-    async for entry in census.entries(offset, nbytes // ENTRY_SIZE):
-        entries.append(_count_block(census, len(entries), entry) if entry else 0)
-    census.blocks = entries
+    census.blocks = array("Q", bytes(nbytes))
+    async for index, entry in census.entries(offset, nbytes // ENTRY_SIZE):
+        census.blocks[index] = _count_block(census, index, entry)
 
 
 def _count_structure(census: Census, what: str, host_offset: int, nbytes: int) -> bool:

@@ -236,3 +236,14 @@ def test_a_lost_snapshot_table_is_not_looked_for_without_end(tmp_path: Path, nb_
     (one,) = visit("repair", [built.path])
     assert one.end == "refused", one.text
     assert built.path.read_bytes() == before
+
+
+def test_holes_in_tables_are_passed_over(tmp_path: Path) -> None:
+    """256 L1 tables of 32 MiB each lie in a hole."""
+    built = victim(tmp_path / "hole")
+    built.poke(1 << 29, snapshot_entries(*(((1 << 30) + (index << 25), 4 << 20) for index in range(256))))
+    built.set_header(snapshots_offset=1 << 29, nb_snapshots=256)
+    built.truncate(9 << 30)
+    for action in ("check", "repair"):
+        (one,) = visit(action, [built.path])
+        assert one.end == "done", one.text
