@@ -6,6 +6,7 @@ except for entries that are held: they are in the link log (`qcow2.engine.links`
 
 from array import array
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from qcow2.driver.operation import File, Read, Signal
@@ -20,12 +21,24 @@ from qcow2.plane.l2cache import Kind, L2Cache, Run
 
 KNOWN_SLICES = 16  # of a new table: all of it with clusters of 64 KiB
 SOME_LINKS = 256  # runs of entries that are handed to the driver in one piece
+FEW_CLUSTERS = 16  # whose places among all metadata are found one by one
 MISS, BAD = int(Kind.MISS), int(Kind.BAD)
 
 
 def sort_clusters(clusters: "array[int]") -> None:
     """Put *clusters* in ascending order."""
     lib.clusters_sort(ffi.from_buffer("uint64_t[]", clusters), len(clusters))
+
+
+def _without(clusters: "array[int]", lost: Iterable[int]) -> "array[int]":
+    """The sorted *clusters* but for those of *lost*, each as often as it is named there."""
+    times, kept = Counter(lost), array("Q")
+    for cluster in clusters:
+        if times.get(cluster):
+            times[cluster] -= 1
+        else:
+            kept.append(cluster)
+    return kept
 
 
 class Mapping:
@@ -68,10 +81,10 @@ class Mapping:
         self.file_end = self.geometry.round_up(nbytes)
         self.cache.set_file_end(self.file_end)
 
-    def own_metadata(self, clusters: Iterable[int]) -> None:
+    def own_metadata(self, clusters: Sequence[int]) -> None:
         """Guest data may not lie in these host *clusters*; one that is named twice has to be disowned twice."""
         self.cache.release_metadata()
-        if self._metadata:
+        if len(clusters) <= FEW_CLUSTERS:
             for cluster in clusters:
                 insort(self._metadata, cluster)
         else:
@@ -79,11 +92,14 @@ class Mapping:
             sort_clusters(self._metadata)
         self.cache.set_metadata(self._metadata)
 
-    def disown_metadata(self, clusters: Iterable[int]) -> None:
+    def disown_metadata(self, clusters: Sequence[int]) -> None:
         """These host *clusters* hold metadata no longer."""
         self.cache.release_metadata()
-        for cluster in clusters:
-            del self._metadata[bisect_left(self._metadata, cluster)]
+        if len(clusters) <= FEW_CLUSTERS:
+            for cluster in clusters:
+                del self._metadata[bisect_left(self._metadata, cluster)]
+        else:
+            self._metadata = _without(self._metadata, clusters)
         self.cache.set_metadata(self._metadata)
 
     def first_metadata(self, clusters: range) -> int | None:

@@ -247,3 +247,19 @@ def test_holes_in_tables_are_passed_over(tmp_path: Path) -> None:
     for action in ("check", "repair"):
         (one,) = visit(action, [built.path])
         assert one.end == "done", one.text
+
+
+def test_bitmaps_and_snapshots_with_many_clusters_are_opened_soon(tmp_path: Path) -> None:
+    """131072 clusters of a bitmap lie in front of a million of L1 tables."""
+    recipe = Recipe(size=1 << 41, cluster_bits=12, bitmaps=[("many", 9)])
+    built = build(recipe, tmp_path / "large")
+    name = built.path.read_bytes().index(b"many")
+    (table,) = struct.unpack(">Q", built.peek(name - 24, 8))
+    built.poke(name - 12, struct.pack(">I", 1 << 1 | 1 << 0))  # in use: its bits are not read
+    built.poke(table, struct.pack(">131072Q", *(1 << 30 | index << 12 for index in range(131072))))
+    entries = snapshot_entries(*(((2 << 30) + (index << 25), 4 << 20) for index in range(127)))
+    built.poke(1 << 29, entries)
+    built.set_header(snapshots_offset=1 << 29, nb_snapshots=127)
+    built.truncate(6 << 30)
+    (one,) = visit("write", [built.path])
+    assert one.end == "done", one.text
