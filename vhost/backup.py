@@ -145,6 +145,7 @@ class Backup(Work):
             raise ValueError(refusal)
 
     def prepare(self) -> None:
+        self._served.device.worker.call(self._frozen.try_again)  # before the target may fail once more
         self._feed.go_on()
 
     def begin(self, reins: Reins) -> Coroutine[Any, Any, None]:
@@ -261,7 +262,7 @@ class Feed:
             self._changed.notify()
 
     def go_on(self) -> None:
-        """There is a target; or, after an error: try again."""
+        """There is a target; or, after an error other than an ImageError: try again."""
         with self._changed:
             self._is_stopped = False
             self._changed.notify()
@@ -291,6 +292,7 @@ class Feed:
     def _stop(self, error: Exception) -> None:
         with self._changed:
             self._is_stopped = True
+            self._is_ending |= isinstance(error, ImageError)  # it may not be put a second time
         self._on_stopped(error)
 
     def _put_one(self, saved: Saved) -> None:

@@ -25,6 +25,13 @@ class BackupExport(BackupTarget):
         self._target: Target | None = None
         self._export: NbdExport | None = None
 
+    def put(self, saved: Saved) -> None:
+        try:
+            super().put(saved)
+        except (OSError, ImageError):
+            self._line.require_going()  # who gave it up knows why
+            raise
+
     def _begun(self) -> Target:
         if self._target is None:
             self._target = self._reach()

@@ -116,7 +116,7 @@ class Frozen:
         self._source = Source.of(image)
         self._wanted = wanted
         self._put = put
-        self._lost = ""  # why, for good
+        self._ended = ""  # why, for good
         self._stopped: Exception | None = None  # why the target takes nothing more for now
         self._reins = Reins()
         self._locks = RangeLocks()
@@ -157,9 +157,9 @@ class Frozen:
     async def walk(self, reins: Reins) -> None:
         """Save what is wanted, and return once the target has taken all; begun again, it goes on where it was.
 
-        Raises: Cancelled, ValueError; OSError, ImageError of the target.
+        Raises: Cancelled, ValueError; OSError of the target.
         """
-        self._reins, self._stopped = reins, None
+        self._reins = reins
         reins.begin(self._total)
         reins.advance(self._saved)
         chunk, end = 0, self._wanted.end
@@ -189,8 +189,8 @@ class Frozen:
         return min(nbytes // CHUNK, WIDE)
 
     def _require_going(self) -> None:
-        if self._lost:
-            raise ValueError(self._lost)
+        if self._ended:
+            raise ValueError(self._ended)
         self._reins.require_going()
         if self._stopped is not None:
             raise self._stopped
@@ -207,7 +207,7 @@ class Frozen:
             except (OSError, ImageError) as error:
                 self.lose(describe(error))
                 return
-            if self._lost:
+            if self._ended:
                 return
             chunk = -(-(start + saved.nbytes) // CHUNK)
             self._wanted.clear(start >> CHUNK_BITS, chunk)
@@ -242,7 +242,7 @@ class Frozen:
 
     async def _have_room(self) -> None:
         """A request of the guest waits for the target, but not for ever; and not at all if all requests are awaited."""
-        while self._waiting >= MOST_BYTES and not self._lost:
+        while self._waiting >= MOST_BYTES and not self._ended:
             is_awaited = self._reins.is_cancelled and self._waiting < AWAITED_BYTES
             if is_awaited:
                 return
@@ -260,13 +260,24 @@ class Frozen:
         self.look()
 
     def stop(self, error: Exception) -> None:
-        """The target takes nothing more because of *error*, until there is another `walk`."""
-        self._stopped = error
-        self.look()
+        """The target takes nothing more because of *error*: until `try_again`, or after an ImageError for good."""
+        if isinstance(error, ImageError):
+            self._end(describe(error))
+        else:
+            self._stopped = error
+            self.look()
+
+    def try_again(self) -> None:
+        """The target is given once more what it did not take: what stopped it does not count for the next `walk`."""
+        self._stopped = None
 
     def lose(self, why: str) -> None:
         """Nothing is wanted any more: it cannot be had."""
-        self._lost = self._lost or f"the disk of that moment is lost: {why}"
+        self._end(f"the disk of that moment is lost: {why}")
+
+    def _end(self, why: str) -> None:
+        """Nothing is wanted any more."""
+        self._ended = self._ended or why
         self._wanted.clear(0, self._wanted.end)
         self.look()
 

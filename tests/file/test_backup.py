@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -12,6 +13,7 @@ from queue import SimpleQueue
 import pytest
 
 import qcow2
+from qcow2 import ImageError
 from tests import slowdisk
 from tests.file.test_jobs import control, ctl, open_files, start
 from tests.frontend import BackendGone, FrontEnd
@@ -246,6 +248,27 @@ def test_a_target_that_finds_no_memory_is_not_the_guests_trouble() -> None:
     feed.close()
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOMEM
+
+
+def test_what_may_not_be_put_twice_is_not() -> None:
+    puts: SimpleQueue[Saved] = SimpleQueue()
+    stopped: SimpleQueue[Exception] = SimpleQueue()
+
+    def put(saved: Saved) -> None:
+        puts.put(saved)
+        raise ImageError("copy", "No space left on device")
+
+    feed = Feed(put, lambda nbytes: None, stopped.put)
+    feed.give(Saved(0, 0, None))
+    feed.go_on()
+    stopped.get(timeout=TIMEOUT)
+    feed.go_on()
+    for thread in threading.enumerate():
+        if thread.name == "backup":
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
+    feed.close()
+    assert puts.qsize() == 1
 
 
 def test_backup_outlives_a_resize_and_no_stop_of_the_rings(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qcow2 import ImageError
 from qcow2.driver.file import HostFile, go_on, outcome
 from qcow2.driver.operation import Operation
 from qcow2.driver.task import Scheduler, Task
@@ -82,6 +83,28 @@ def test_change_does_not_wait_for_a_target_that_has_failed(copy: Copy) -> None:
     assert not any(copy.frozen.bits)
     (walked,) = copy.run(copy.frozen.walk(Reins()))
     assert "is lost: the guest wrote on" in str(walked.take_error())
+
+
+def test_failure_of_what_may_not_be_done_again_ends_a_copy_that_has_made_room(copy: Copy) -> None:
+    reins = Reins()
+    walked = copy.run(copy.frozen.walk(reins))
+    reins.cancel()
+    copy.frozen.stop(ImageError("target", "No space left on device"))
+    copy.frozen.look()
+    copy.go_on()
+    assert walked
+    copy.frozen.try_again()
+    copy.frozen.taken(MOST_BYTES)
+    (again,) = copy.run(copy.frozen.walk(Reins()))
+    assert str(again.take_error()) == "target: No space left on device"
+    assert copy.run(copy.frozen.save(MOST_BYTES, CHUNK))
+
+
+def test_failure_between_two_walks_is_told_by_the_second(copy: Copy) -> None:
+    copy.frozen.try_again()
+    copy.frozen.stop(OSError(errno.EIO, "gone"))
+    (walked,) = copy.run(copy.frozen.walk(Reins()))
+    assert isinstance(walked.take_error(), OSError)
 
 
 def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None:
