@@ -28,6 +28,7 @@ from qcow2.node.node import Node
 from ring.thread import start_deaf
 from vhost.backupexport import BackupExport
 from vhost.backuptarget import BackupFile, BackupTarget
+from vhost.clock import Clock
 from vhost.device import die
 from vhost.frozen import CHUNK_BITS, Frozen, Saved, Wanted
 from vhost.job import RoomWanted, Work
@@ -38,7 +39,6 @@ class Backup(Work):
     """Copy the disk as it is now, or what *bitmap* says of it, to *target*."""
 
     kind = "backup"
-    look_seconds = 1.0
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Backup(Work):
         self._served = served
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
+        self._clock: Clock | None = None
         if self._image.is_encrypted and image_format == "raw":
             raise UnsupportedImage(self._image.file.path, "encrypted: a raw backup would hold it in plain")
         self._target: BackupTarget
@@ -93,6 +94,7 @@ class Backup(Work):
             self._close()
             raise
         try:
+            self._clock = Clock(self._tick)  # before what may hang
             self._target.begin()
         except BaseException:
             self.leave()
@@ -118,7 +120,8 @@ class Backup(Work):
                 assert isinstance(self._image, Image)
                 self._bitmap = await self._image.freeze_bitmap(bitmap)
             try:
-                self._frozen = Frozen(self._image, self._wanted(), self._feed.give)
+                device = self._served.device
+                self._frozen = Frozen(self._image, self._wanted(), self._feed.give, lambda: device.is_alone)
             except MemoryError:  # of a copy, which is no reason to trust the disk no more
                 if self._bitmap is not None:
                     assert isinstance(self._image, Image)
@@ -202,17 +205,22 @@ class Backup(Work):
             self._served.backend.run(self._image.thaw_bitmap(self._bitmap, is_copied=False), _forget_error)
 
     def _close(self) -> None:
+        if self._clock is not None:
+            self._clock.close()
         self._target.abort()
         self._feed.close()
         self._target.close()
 
-    # on the thread of the target
+    # on the threads of the target and of the clock
 
     def _taken(self, nbytes: int) -> None:
         self._tell(partial(self._frozen.taken, nbytes))
 
     def _stopped(self, error: Exception) -> None:
         self._tell(partial(self._frozen.stop, error))
+
+    def _tick(self) -> None:
+        self._tell(self._frozen.look)
 
     def _tell(self, tell: Callable[[], None]) -> None:
         def told() -> None:

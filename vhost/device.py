@@ -56,6 +56,7 @@ class Device:
         self._num_queues = num_queues
         self._writeback = writeback
         self.is_attached = False
+        self.is_alone = False  # on the worker: all requests are awaited, or none is served
         self.session: Session | None = None  # of the front-end that is here
         self.on_alone: Callable[[], None] = lambda: None  # on the worker, before it awaits all that is under way
         self.on_shared: Callable[[], None] = lambda: None  # on the worker, once work may go on beside requests
@@ -149,14 +150,14 @@ class Device:
         """On the worker, which alone changes `is_attached`: what it runs next may rely on it."""
         self.backend.attach(self.worker, self.block)
         self.is_attached = True
-        self.on_shared()
+        self._share()
 
     def _detach(self) -> None:
         if self.is_attached:
             self.worker.call(self._quiesce_and_detach)
 
     def _quiesce_and_detach(self) -> None:
-        self.on_alone()
+        self._be_alone()
         self.worker.quiesce()
         self.is_attached = False
         self.backend.detach()
@@ -274,11 +275,19 @@ class Device:
 
         So however many FLUSHes come, no other request waits for the disk because of them.
         """
-        self.on_alone()
+        self._be_alone()
         try:
             return self.worker.run_alone(begin, is_late, self.backend.await_syncs)
         finally:
-            self.on_shared()
+            self._share()
+
+    def _be_alone(self) -> None:
+        self.is_alone = True
+        self.on_alone()
+
+    def _share(self) -> None:
+        self.is_alone = False
+        self.on_shared()
 
     def _current_offer(self) -> Offer:
         properties = self.backend.properties

@@ -10,9 +10,8 @@ The disk is worth more than its copy: whatever goes wrong ends the copy, and no 
 
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from qcow2 import ImageError
 from qcow2.driver.operation import Signal, give_way
@@ -107,15 +106,23 @@ class Wanted:
 class Frozen:
     """What is *wanted* of the disk of *image*, given to *put* as it is saved. On the worker.
 
-    `taken`, `stop` and `lose` are told what becomes of it.
+    `taken`, `stop` and `lose` are told what becomes of it; `look` is called now and then, or patience would not end.
     """
 
-    def __init__(self, image: Node, wanted: Wanted, put: Callable[[Saved], None]) -> None:
+    def __init__(
+        self,
+        image: Node,
+        wanted: Wanted,
+        put: Callable[[Saved], None],
+        are_all_awaited: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """*are_all_awaited()*: whether somebody waits for the end of all requests."""
         self.image = image
         self._size = image.size
         self._source = Source.of(image)
         self._wanted = wanted
         self._put = put
+        self._are_all_awaited = are_all_awaited
         self._ended = ""  # why, for good
         self._stopped: Exception | None = None  # why the target takes nothing more for now
         self._reins = Reins()
@@ -140,7 +147,7 @@ class Frozen:
             while (chunk := self._wanted.next(chunk, end)) < end:
                 stop = min(chunk + await self._stride(chunk), end)
                 async with self._locks.hold(chunk, stop - 1):
-                    await self._save(chunk, stop, self._have_room)
+                    await self._save(chunk, stop)
         except MemoryError:
             self.lose("no memory for what is about to change")
 
@@ -167,8 +174,9 @@ class Frozen:
             self._require_going()
             stop = min(chunk + await self._stride(chunk), end)
             await reins.wait((stop - chunk) * CHUNK if stop - chunk <= WINDOW else 0)
+            await self._await_room()  # not with the lock, which a request of the guest may wait for
             async with self._locks.hold(chunk, stop - 1):
-                await self._save(chunk, stop, self._await_room)
+                await self._save(chunk, stop)
             if stop // WIDE > chunk // WIDE:
                 self._give(Saved(stop << CHUNK_BITS, 0, None))
             chunk = stop
@@ -195,15 +203,13 @@ class Frozen:
         if self._stopped is not None:
             raise self._stopped
 
-    async def _save(self, chunk: int, end: int, have_room: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _save(self, chunk: int, end: int) -> None:
         """Save what is wanted of these chunks, which are locked."""
         while (chunk := self._wanted.next(chunk, end)) < end:
             start = chunk << CHUNK_BITS
             await self._reins.give_way()
             try:
-                saved = await self._read(
-                    start, min(self._wanted.run_end(chunk, end) << CHUNK_BITS, self._size), have_room
-                )
+                saved = await self._read(start, min(self._wanted.run_end(chunk, end) << CHUNK_BITS, self._size))
             except (OSError, ImageError) as error:
                 self.lose(describe(error))
                 return
@@ -219,13 +225,13 @@ class Frozen:
         self._passing += saved.data is None
         self._put(saved)
 
-    async def _read(self, start: int, end: int, have_room: Callable[[], Coroutine[Any, Any, None]]) -> Saved:
-        """What is at the front of the range, whole chunks of it. Raises: Cancelled, OSError, ImageError."""
+    async def _read(self, start: int, end: int) -> Saved:
+        """What is at the front of the range, whole chunks of it. Raises: OSError, ImageError."""
         content, nbytes = await self._source.find(start)
         zeros = min(nbytes, end - start) if content is Content.ZEROS else 0
         if zeros == end - start or zeros >= CHUNK:
             return Saved(start, zeros if zeros == end - start else zeros - zeros % CHUNK, None)
-        await have_room()
+        await self._have_room()
         data = memoryview(bytearray(min(end - start, WINDOW * CHUNK)))
         self._moved = self._moved if self._waiting else time.monotonic()
         self._waiting += len(data)
@@ -243,8 +249,7 @@ class Frozen:
     async def _have_room(self) -> None:
         """A request of the guest waits for the target, but not for ever; and not at all if all requests are awaited."""
         while self._waiting >= MOST_BYTES and not self._ended:
-            is_awaited = self._reins.is_cancelled and self._waiting < AWAITED_BYTES
-            if is_awaited:
+            if self._are_all_awaited() and self._waiting < AWAITED_BYTES:
                 return
             if self._stopped is not None or time.monotonic() - self._moved >= PATIENCE_SECONDS:
                 why = "takes nothing" if self._stopped is None else "has failed"

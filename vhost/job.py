@@ -30,7 +30,6 @@ class Work(ABC):
 
     kind: str
     about: dict[str, Any]  # what was asked for
-    look_seconds: float | None = None  # how often `look` is called at least
     awaits_word: bool = False  # once it is done with the disk, until it is told to finish or to end
     on_behind: Callable[[], None] = lambda: None  # to be told, on any thread, when it is not done with it any more
 
@@ -55,7 +54,7 @@ class Work(ABC):
         """
 
     def look(self) -> None:  # noqa: B027
-        """On the disk's thread while it is under way: its reins were changed, or some time has passed."""
+        """On the disk's thread while it is under way: its reins were changed."""
 
     def require_finishable(self) -> None:  # noqa: B027
         """Whether one that awaits word may be told to finish. Raises: OSError, ImageError, ValueError."""

@@ -176,7 +176,7 @@ class JobThread:
         with self._changed:
             if not outcome.done():
                 job.turn(job.standing)
-            self._changed.wait_for(lambda: job.is_stirred, LOOK_SECONDS if job.rate else job.work.look_seconds)
+            self._changed.wait_for(lambda: job.is_stirred, LOOK_SECONDS if job.rate else None)
             job.is_stirred = False
 
     def _is_over(self, error: Exception) -> bool:

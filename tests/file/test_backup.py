@@ -25,6 +25,7 @@ from tests.realfault.death import dying_from_start
 from tests.slowdisk import SlowDisk
 from vhost import Control, ControlError
 from vhost.backup import Feed
+from vhost.clock import Clock
 from vhost.frozen import Saved
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -248,6 +249,15 @@ def test_a_target_that_finds_no_memory_is_not_the_guests_trouble() -> None:
     feed.close()
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOMEM
+
+
+def test_clock_ticks_until_it_is_closed() -> None:
+    ticks: SimpleQueue[None] = SimpleQueue()
+    clock = Clock(lambda: ticks.put(None), 0.001)
+    for _ in range(3):
+        ticks.get(timeout=TIMEOUT)
+    clock.close()
+    assert "clock" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_what_may_not_be_put_twice_is_not() -> None:

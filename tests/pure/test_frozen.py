@@ -25,8 +25,12 @@ class Copy:
 
     def __init__(self, file: HostFile, size: int = SIZE) -> None:
         self.saved: list[Saved] = []
+        self.are_all_awaited = False
         self.frozen = Frozen(
-            RawImage(file, size, read_only=True), Wanted(size, [(0, size - 2 * CHUNK)]), self.saved.append
+            RawImage(file, size, read_only=True),
+            Wanted(size, [(0, size - 2 * CHUNK)]),
+            self.saved.append,
+            lambda: self.are_all_awaited,
         )
         self._scheduler = Scheduler(self._start)
 
@@ -107,6 +111,13 @@ def test_failure_between_two_walks_is_told_by_the_second(copy: Copy) -> None:
     assert isinstance(walked.take_error(), OSError)
 
 
+def test_change_does_not_wait_for_a_walk_that_waits_for_the_target(copy: Copy) -> None:
+    copy.frozen.taken(MOST_BYTES // 2)
+    walked = copy.run(copy.frozen.walk(Reins()))
+    assert copy.run(copy.frozen.save(MOST_BYTES, CHUNK))
+    assert not walked
+
+
 def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None:
     reins = Reins()
     walked = copy.run(copy.frozen.walk(reins))
@@ -114,6 +125,7 @@ def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None
     assert not walked
     assert not waiting
     reins.cancel()
+    copy.are_all_awaited = True
     copy.frozen.look()
     copy.go_on()
     assert waiting
@@ -126,6 +138,15 @@ def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None
     copy.go_on()
     assert again[0].take_error() is None
     assert sum(each.nbytes for each in copy.saved) == MOST_BYTES + 3 * CHUNK
+
+
+def test_change_waits_where_a_walk_has_made_room_and_requests_go_on(copy: Copy) -> None:
+    reins = Reins()
+    copy.run(copy.frozen.walk(reins))
+    reins.cancel()
+    copy.frozen.look()
+    copy.go_on()
+    assert not copy.run(copy.frozen.save(MOST_BYTES, 512))
 
 
 def test_copy_is_not_whole_before_its_target_has_taken_the_zeros_at_its_end(tmp_path: Path) -> None:
