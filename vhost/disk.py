@@ -163,7 +163,10 @@ class ImageBackend:
         self._worker.set_trace(trace)
 
     def put_between(self, layer: Layer | None) -> None:
-        """Let every change of the guest go through *layer*, until the image is detached; nothing is under way."""
+        """Let every change of the guest go through *layer*, until the image is detached.
+
+        Nothing is under way, but where changes are to go through none: those that began go on as they did.
+        """
         self.layer = layer
         self._block.set_changes_punt(layer is not None)
 

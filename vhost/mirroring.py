@@ -7,6 +7,7 @@ was served, a death after its copy.
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,7 @@ from vhost.problem import describe, problem_of
 from vhost.servedchain import ServedChain
 
 WIDTH = 4  # chunks at a time, which is not to keep requests waiting
+AGAIN_SECONDS = 10.0  # between two attempts to be rid of the copy, at each of which requests wait
 FLUSHES = 4  # before the pause, which so finds little to make stable
 
 log = logging.getLogger("vhost")
@@ -245,21 +247,40 @@ class Mirroring(Work):
             self._is_over = True
 
     def leave(self) -> None:
-        try:
-            with self._device.keeping():
+        """Return once the copy is out of the guest's way: no change goes to what no job looks after."""
+        while not self._let_out():
+            time.sleep(AGAIN_SECONDS)
+
+    def _let_out(self) -> bool:
+        """Whether the copy is not beside the disk any more; what is not whole is gone, or said to be left."""
+        with self._device.keeping():
+            try:
                 self._drop()
                 if not self._is_over:
                     self._place.discard()
-        except OSError as error:
-            log.error("%s: a copy that is not whole is left: %s", self._place.path, error.strerror)
+            except (OSError, MemoryError) as error:
+                log.error("%s: a copy that is not whole is left: %s", self._place.path, problem_of(error))
+            return not self._is_beside()
+
+    def _is_beside(self) -> bool:
+        """Whether the worker has the copy; the device is kept."""
+        return self._copy is not None and self._held.beside is self._copy
 
     def _drop(self) -> None:
-        """Let the copy go, which is not whole; the device is kept. Raises: OSError."""
-        if self._is_under_way():
-            assert self._copy is not None
+        """Let the copy go, which is not whole; the device is kept. Raises: OSError, MemoryError."""
+        copy = self._copy
+        if self._is_beside():
+            self._device.worker.call(self._leave_layer)  # whether what is under way ends or not
             self._exchange(lambda done: done(""), lambda: self._put_beside(None), lambda: None)
-            self._held.close_beside(self._copy)
+            self._copy = self._mirror = None
+            assert copy is not None
+            self._held.close_beside(copy)
         self._copy = self._mirror = None  # or the image was let go, and the copy closed
+
+    def _leave_layer(self) -> None:
+        """On the worker: changes that come from now on go to the disk alone."""
+        if self._is_under_way():
+            self._backend.put_between(None)
 
     def _put_beside(self, copy: Disk | None) -> None:
         """The worker has nothing of the image."""
