@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Protocol
 
@@ -70,6 +71,8 @@ class CopyFile:
         self.image_format = image_format
         self.is_new = not exists
         self._held = held
+        self._device = served.device
+        self._files: list[HostFile] = []  # of the open copy, which are written
         self._only_top = only_top
         if exists and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
@@ -98,6 +101,7 @@ class CopyFile:
         except BaseException:
             self.discard()
             raise
+        self._files = [file for file in copy.files if file.writable]
         return copy
 
     def _require_fit(self, copy: Disk, source: Node) -> None:
@@ -151,7 +155,14 @@ class CopyFile:
         """It can."""
 
     def settle(self) -> None:
-        """It is made stable where it is closed."""
+        """As of a `CopyPlace`; does nothing once the image was let go."""
+        with ExitStack() as closing:
+            with self._device.keeping():
+                if not all(file.is_open for file in self._files):
+                    return
+                own = [closing.enter_context(_second(file)) for file in self._files]
+            for file in own:  # the guest may let the others go meanwhile
+                run(_sync(file))
 
     def name(self) -> None:
         """As of a `CopyPlace`."""
@@ -165,6 +176,14 @@ class CopyFile:
 
     def abort(self) -> None:
         """It is here."""
+
+
+def _second(file: HostFile) -> HostFile:
+    return HostFile(file.path, os.dup(file.fd), writable=True)
+
+
+async def _sync(file: HostFile) -> None:
+    await Sync(file)
 
 
 def _is_same(file: HostFile | None, other: HostFile | None) -> bool:

@@ -30,7 +30,6 @@ from vhost.servedchain import ServedChain
 
 WIDTH = 4  # chunks at a time, which is not to keep requests waiting
 AGAIN_SECONDS = 10.0  # between two attempts to be rid of the copy, at each of which requests wait
-FLUSHES = 4  # before the pause, which so finds little to make stable
 
 log = logging.getLogger("vhost")
 
@@ -162,13 +161,16 @@ class Mirroring(Work):
         require_turnable(self._held.options.blk_file, disk.files[0])
 
     def finish(self) -> None:
+        try:
+            self._place.settle()
+        except OSError as error:  # which is told once: another sync could succeed
+            raise _failed(error) from error
         with self._device.keeping() as is_held:
             if not is_held or not self._is_under_way():
                 raise RoomWanted
             self.require_finishable()
             assert self._copy is not None
-            for _ in range(FLUSHES):
-                beside(self._device, self._backend, self._copy.image.flush())
+            beside(self._device, self._backend, self._copy.image.flush())
             self._place.name()
             assert self._held.disk is not None
             path = self._place.path
@@ -226,7 +228,7 @@ class Mirroring(Work):
         try:
             self._part()
         except OSError as error:
-            raise JobFailed(f"no copy is left: {describe(error)}") from error
+            raise _failed(error) from error
 
     def _part(self) -> None:
         """Raises: OSError, RoomWanted, JobFailed."""
@@ -301,6 +303,10 @@ class Mirroring(Work):
             self._held.close_clean(past)
         except OSError as error:  # its content is whole all the same
             log.error("%s: what was served is not closed cleanly: %s", past.files[0].path, error.strerror)
+
+
+def _failed(error: OSError) -> JobFailed:
+    return JobFailed(f"no copy is left: {describe(error)}")
 
 
 BEHIND = "the copy is behind"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from tests import slowdisk
 from tests.file.test_jobs import (
     BLOCK,
     MIB,
@@ -30,6 +31,7 @@ from tests.oracle import assert_clean, assert_not_corrupt, backing_name, qemu_im
 from tests.patience import TIMEOUT
 from tests.program import Daemon, qcow2_tool_ok
 from tests.realfault.death import dying_from_start
+from tests.slowdisk import SlowDisk
 from vhost import Control, ControlError
 
 __all__ = ["chain", "top"]  # fixtures
@@ -234,6 +236,31 @@ def test_a_copy_that_fails_is_not_the_guests_trouble(top: Path, tmp_path: Path) 
         client.wait(job)
         daemon.stop()
     assert content(tmp_path / "copy") == content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
+
+
+@pytest.mark.parametrize("word", ["cancel", "complete"])
+def test_guest_restarts_while_a_copy_is_made_stable(top: Path, tmp_path: Path, word: str) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    qcow2.create(backing / "copy", len(SHOWN))
+    with SlowDisk(backing, mount_point) as disk, start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror(str(mount_point / "copy"), existing=True).job
+            until(client, job, "ready")
+            with disk.holding(slowdisk.FSYNC):
+                getattr(client, word)(job)
+                disk.wait_for_one()
+                queue = guest.stop_queue()
+                disk.let_go()
+            guest.start_queue(queue)
+            if word == "cancel":
+                ended = client.wait(job)
+                assert (ended.state, "the image was let go" in ended.error) == ("failed", True), ended
+            else:
+                assert client.wait(job).state == "completed"  # after it was begun anew
+            guest.write(0, b"w" * BLOCK)
+        daemon.stop()
 
 
 def test_a_write_that_the_copy_does_not_take_is_copied_later(tmp_path: Path) -> None:

@@ -41,3 +41,4 @@ class KernelFile(SimulatedFile):
     """A file with a descriptor."""
 
     __slots__ = ("direct_fd", "fd")
+    is_open = True

@@ -5,6 +5,7 @@ What decides there is what ships; names, threads and files of the host are here.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -66,6 +67,16 @@ class SimulatedFeed(Feed):
             self._put_one(self._saved[0])
 
 
+class StoppedClock:
+    """No target hangs."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        pass
+
+    def close(self) -> None:
+        """It never ticks."""
+
+
 class SimulatedNewFile:
     """The file of a mirror; another one each time it is made, which has its name from the start."""
 
@@ -108,8 +119,13 @@ class SimulatedPivot:
 def install(host: LiveHost, kernel: Kernel) -> None:
     """Let jobs find the simulated host, and work in pieces that fit its small disks."""
     SimulatedFeed.kernel = kernel
-    vars(backup).update(BackupFile=partial(SimulatedTarget, host), Feed=SimulatedFeed, start_deaf=lambda thread: None)
-    vars(mirrorcopy).update(NewFile=partial(SimulatedNewFile, host), run=host.through)
+    vars(backup).update(
+        BackupFile=partial(SimulatedTarget, host),
+        Feed=SimulatedFeed,
+        Clock=StoppedClock,
+        start_deaf=lambda thread: None,
+    )
+    vars(mirrorcopy).update(NewFile=partial(SimulatedNewFile, host), run=host.through, _second=nullcontext)
     vars(mirroring).update(
         Pivot=lambda *given: SimulatedPivot(host, *given),
         require_turnable=lambda served, top: None,
