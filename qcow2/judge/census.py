@@ -8,7 +8,7 @@ from qcow2.driver.operation import File, Read, Size
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.format import layout
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, HeaderRecord
+from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, HeaderRecord
 from qcow2.format.pieces import pieces
 from qcow2.format.snapshot import SIZES_BYTES, Snapshot, count_snapshots, read_snapshots
 from qcow2.judge.bitmaps import count_bitmaps
@@ -31,6 +31,7 @@ class Census:
     tally: Tally
     report: Report
     plausible_clusters: int  # where a file ended at most that was cut off
+    true_size: int  # of the file; *file_size* is at least where the active L1 table ends
     blocks: "array[int]" = field(default_factory=lambda: array("Q"))  # host offset of each sound refcount block, else 0
     old_structure: "array[int]" = field(
         default_factory=lambda: array("Q")
@@ -45,6 +46,7 @@ class Census:
     askew: set[int] = field(default_factory=set)  # clusters of L2 tables that name places which nothing needs askew
     must_rebuild: bool = False  # the refcounts cannot be put right where they are
     is_cut_off: bool = False  # the image refers to clusters that the file had
+    has_short_table: bool = False  # one that begins in the file and ends past it: what it lacks reads as zeros
 
     @property
     def record(self) -> HeaderRecord:
@@ -115,7 +117,8 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     Raises: UnsupportedImage, CorruptImage if something cannot be found or would take forever.
     """
     file_size, l1_end = await Size(file), header.record.l1_end
-    census = _begin(file, header, max(file_size, l1_end), report)
+    census = _begin(file, header, file_size, report)
+    census.has_short_table = l1_end > file_size
     if l1_end - file_size >= census.cluster_size:
         census.is_cut_off = True
         report.loss(f"L1 table ends at {l1_end:#x}, past the end of the file at {file_size:#x}")
@@ -136,9 +139,10 @@ async def take_census(file: File, header: Header, report: Report, progress: Prog
     return census
 
 
-def _begin(file: File, header: Header, file_size: int, report: Report) -> Census:
+def _begin(file: File, header: Header, true_size: int, report: Report) -> Census:
     """An empty census; it has room for references past the end of the file, as a power loss may leave them."""
     record = header.record
+    file_size = max(true_size, record.l1_end)
     clusters = -(-file_size >> record.cluster_bits)
     if clusters > MAX_CLUSTERS:
         raise UnsupportedImage(file.path, f"the file is {clusters} clusters long, limit for a check {MAX_CLUSTERS}")
@@ -153,9 +157,9 @@ def _begin(file: File, header: Header, file_size: int, report: Report) -> Census
             has_subclusters=record.has_subclusters,
             is_identity=record.has_data_file,
         ),
-        file_size,
+        true_size,
     )
-    return Census(file, header, file_size, tally, report, plausible)
+    return Census(file, header, file_size, tally, report, plausible, true_size)
 
 
 async def _count_luks(census: Census) -> None:
@@ -285,6 +289,7 @@ def _count_block(census: Census, index: int, entry: int) -> int:
 
 async def _count_l2(census: Census, table_offset: int, weight: int) -> None:
     table = await Read(census.file, table_offset, census.cluster_size)
+    census.has_short_table |= table_offset + census.cluster_size > census.true_size
     if census.record.has_data_file:
         _judge_identity(census, table_offset, table)
         return
@@ -336,7 +341,7 @@ def _judge_l2_entry(census: Census, where: str, entry: int) -> None:
         report.corruption(f"{where}{colon} {contradiction}")
     if entries.is_compressed(entry):
         offset, nbytes = entries.payload(entry)
-        if census.cluster_of(offset + nbytes - 1) >= census.file_clusters:
+        if (offset + nbytes - 1) // SECTOR_SIZE * SECTOR_SIZE >= census.true_size:  # the stream ends in that sector
             report.loss(f"{where}: compressed data at {offset:#x} ends past the end of the file")
             census.miss(census.cluster_of(offset + nbytes - 1))
         return

@@ -41,6 +41,9 @@ async def judge(file: File, report: Report, progress: Progress | None = None) ->
     census = await take_census(file, header, report, progress)
     verdict = Verdict(census)
     await _compare(verdict)
+    if census.has_short_table and report.leaks:
+        report.is_dark = True
+        report.tell("the file ends inside a table, which may have referred to what seems to be leaked")
     await _judge_copied(census)
     for cluster in census.tally.overlaps():
         report.corruption(f"tables overlap at {cluster << census.record.cluster_bits:#x}")

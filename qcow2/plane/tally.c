@@ -196,7 +196,8 @@ static int count_compressed(struct tally *tally, const struct tally_format *form
     struct payload payload = entry_payload(&format->entries, entry);
     uint64_t first = payload.host_offset >> bits;
     uint64_t last = (payload.host_offset + payload.nbytes - 1) >> bits;
-    int is_bad = entry_is_copied(entry) || entry.bitmap || (last << bits) >= format->file_end;
+    uint64_t last_sector = (payload.host_offset + payload.nbytes - 1) & ~UINT64_C(511); /* the stream ends in it */
+    int is_bad = entry_is_copied(entry) || entry.bitmap || last_sector >= format->file_end;
 
     if (last >= tally->nclusters)
         return 1;
