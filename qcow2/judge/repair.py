@@ -21,6 +21,7 @@ from qcow2.judge.report import Report
 from qcow2.judge.snapshots import complete_snapshots
 from qcow2.plane.tally import Role, set_refcount, stored_refcount
 
+MAX_HELD = 1 << 28  # clusters of a file, 5 bytes each, that are kept while something cannot be found
 MAX_COUNTED = 1 << 16  # with so many references no wider count is ever needed
 
 
@@ -256,7 +257,15 @@ async def change_width(file: File, refcount_order: int) -> None:
 
 
 def _hold_unreferenced(census: Census) -> None:
-    """Count each cluster of the file that nothing refers to: it may hold what cannot be found."""
+    """Count each cluster of the file that nothing refers to: it may hold what cannot be found.
+
+    Raises: UnsupportedImage beyond the limit.
+    """
+    if census.file_clusters > MAX_HELD:
+        message = (
+            f"{census.file_clusters} clusters would have to be kept, limit {MAX_HELD}: not all references are found"
+        )
+        raise UnsupportedImage(census.file.path, message)
     cluster = 0
     while cluster < census.file_clusters:
         used = census.tally.next(cluster)

@@ -263,3 +263,18 @@ def test_bitmaps_and_snapshots_with_many_clusters_are_opened_soon(tmp_path: Path
     built.truncate(6 << 30)
     (one,) = visit("write", [built.path])
     assert one.end == "done", one.text
+
+
+def test_a_sparse_file_in_the_dark_takes_no_memory_without_bound(tmp_path: Path) -> None:
+    """A reference that leads nowhere, and no refcounts: new ones would keep each of 2^28 clusters, and one."""
+    recipe = Recipe(size=600 * 4096, cluster_bits=12)
+    recipe.data(3, b"data")
+    built = build(recipe, tmp_path / "sparse")
+    built.set_l2(3, COPIED | 1 << 55)
+    built.set_refcount_table(0, 0)
+    built.truncate((1 << 40) + 4096)
+    before = built.peek(0, 1 << 20)
+    (one,) = visit("repair", [built.path])
+    assert one.end == "refused"
+    assert "limit" in one.text
+    assert built.peek(0, 1 << 20) == before
