@@ -184,9 +184,8 @@ class Disk(AwaitableDisk):
     @property
     def info(self) -> Facts:
         """What the image is, as its file says now: the keys and values of `qcow2 info --output=json`."""
-        self._require_open()
         header = next(iter(self.chain.headers), None)
-        return self._thread.call(partial(facts_of_file, self.files[0], self.chain.image_format, header))
+        return self._call(partial(facts_of_file, self.files[0], self.chain.image_format, header))
 
     def create_snapshot(self, name: str) -> Snapshot:
         """Keep what the disk holds now as the internal snapshot *name*, which may be there twice.
@@ -276,15 +275,23 @@ class Disk(AwaitableDisk):
         """Run the coroutine that *begin* makes to its end, in this disk's turn; *nthreads* help where it takes long."""
 
         def run() -> T:
-            self._require_open()  # it may have been closed while this call waited for its turn
             if not nthreads:
                 return self._driver.run(begin())
             with PoolDriver(nthreads) as driver:
                 return driver.run(begin())
 
+        return self._call(run)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Call *function* in this disk's turn."""
+
+        def call() -> T:
+            self._require_open()  # it may have been closed while this call waited for its turn
+            return function()
+
         if not self._thread.is_ours:
             raise OSError(errno.EBADF, "the disk was opened by the parent process", self._path)
-        return self._thread.call(run)
+        return self._thread.call(call)
 
     def _require_open(self) -> None:
         if not self.files[0].is_open:

@@ -62,7 +62,7 @@ class OwnThread:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._works = threading.Lock()  # held by the one thread that takes jobs
+        self._works = threading.RLock()  # held by the one thread that takes jobs, which does not wait for itself
         self._has_thread = False
         self._is_stopped = False
         self._turn = threading.Lock()  # held by whoever is at it
@@ -135,7 +135,7 @@ def _do(job: _Job, turn: threading.Lock) -> None:
     job.end()
 
 
-def _work(jobs: "SimpleQueue[_Job | None]", works: threading.Lock, turn: threading.Lock) -> None:
+def _work(jobs: "SimpleQueue[_Job | None]", works: "threading.RLock", turn: threading.Lock) -> None:
     if not works.acquire(blocking=False):
         return
     try:

@@ -7,6 +7,7 @@
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -229,6 +230,41 @@ def test_child_of_a_fork_cannot_use_the_disk_and_does_not_close_it(overlay: Path
         disk.write(4096, b"more")
         assert disk.read(0, 3) == b"new"
     assert_not_corrupt(overlay)
+
+
+def test_child_of_a_fork_is_told_no_facts(overlay: Path) -> None:
+    with qcow2.open(overlay) as disk:
+        disk.read(0, 4096)
+        assert disk.info["virtual-size"] == disk.size
+        child = os.fork()
+        if not child:
+            signal.alarm(TIMEOUT)  # nobody answers
+            try:
+                disk.info  # noqa: B018
+            except OSError as error:
+                os._exit(0 if "parent process" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_facts_of_a_disk_that_is_closed_are_none(overlay: Path) -> None:
+    disk = qcow2.open(overlay)
+    disk.close()
+    with pytest.raises(ValueError, match="the disk is closed"):
+        disk.info  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:unclosed")
+def test_disk_that_is_dropped_on_its_own_thread_ends_that(overlay: Path) -> None:
+    """A garbage collector runs anywhere."""
+    held = [qcow2.open(overlay, writable=True)]
+    held[0].write(0, b"new")
+    caller = threading.Thread(target=held[0]._thread.call, args=(held.clear,), daemon=True)
+    caller.start()
+    caller.join(TIMEOUT)
+    assert not caller.is_alive()
+    with qcow2.open(overlay, writable=True) as disk:
+        assert disk.read(0, 3) == b"new"
 
 
 def test_close_gives_the_locks_back_while_a_child_of_a_fork_lives(overlay: Path) -> None:
