@@ -23,6 +23,7 @@ from qcow2.format.refusal import l1_entries
 from qcow2.format.snapshot import (
     Snapshot,
     SnapshotTable,
+    is_cut_short,
     new_snapshot,
     pack_snapshots,
     require_possible,
@@ -73,6 +74,9 @@ class Snapshots(Part):
         """
         self._require_applicable(snapshot)
         l1 = await self._l1_of(snapshot)
+        if is_cut_short(snapshot, self._root.header.record):
+            message = f"L1 table of snapshot {snapshot.name!r} is too short for {snapshot.disk_size} bytes"
+            raise CorruptImage(self._file.path, snapshot.record.l1_table_offset, message)
         nentries = max(len(l1), l1_entries(snapshot.disk_size, self._geometry.cluster_bits, self._geometry.entry_size))
         l1.extend([0] * (nentries - len(l1)))
         tree, old = await self.count(l1), await self.count(self._mapping.l1)

@@ -132,6 +132,12 @@ def require_possible(path: str, snapshot: Snapshot, record: HeaderRecord) -> Non
         raise UnsupportedImage(path, f"{message} bytes, limit {layout.MAX_L1_BYTES}")
 
 
+def is_cut_short(snapshot: Snapshot, record: HeaderRecord) -> bool:
+    """Whether the L1 table of *snapshot*, which says how long its disk is, does not map all of that."""
+    needed = refusal.l1_entries(snapshot.disk_size, record.cluster_bits, record.entry_size)
+    return snapshot.is_complete and snapshot.record.l1_size < needed
+
+
 async def read_snapshots(file: File, header: Header) -> SnapshotTable:
     """Read the snapshot table that *header* points at.
 

@@ -10,7 +10,7 @@ from qcow2.format import layout
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, HeaderRecord
 from qcow2.format.pieces import pieces
-from qcow2.format.snapshot import SIZES_BYTES, Snapshot, count_snapshots, read_snapshots
+from qcow2.format.snapshot import SIZES_BYTES, Snapshot, count_snapshots, is_cut_short, read_snapshots
 from qcow2.judge.bitmaps import count_bitmaps
 from qcow2.judge.report import Report
 from qcow2.plane.entry import Entries, l1_has_reserved_bits, l1_table, words_of
@@ -211,6 +211,9 @@ async def _count_snapshots(census: Census) -> None:
             census.must_complete_snapshots = True
         if snapshot.disk_size and not snapshot.record.l1_size:
             census.report.loss(f"snapshot {snapshot.id!r} ({snapshot.name!r}) has no L1 table")
+        elif is_cut_short(snapshot, record):
+            what = f"L1 table of snapshot {snapshot.id!r} ({snapshot.name!r}) has {snapshot.record.l1_size} entries"
+            census.report.loss(f"{what}, too few for {snapshot.disk_size} bytes")
         key = snapshot.record.l1_table_offset, snapshot.record.l1_size
         shared[key] = shared.get(key, 0) + 1
     for (host_offset, nentries), weight in shared.items():

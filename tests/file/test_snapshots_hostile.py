@@ -123,3 +123,24 @@ def test_snapshot_with_which_no_writer_would_open_the_image_is_not_made(
         disk.create_snapshot("third")
         assert disk.read(0, 2 * CLUSTER) == OLD + NEW
     assert_clean(path)
+
+
+def test_snapshot_whose_l1_table_is_too_short_has_lost_something(tmp_path: Path) -> None:
+    """What the lost entries led to leaks, says qemu-img: a repair must not free it, and no disk be half of zeros."""
+    recipe = Recipe(size=SIZE, cluster_bits=12)
+    recipe.data(0, b"first")
+    recipe.data(600, b"second")  # of another L2 table
+    recipe.snapshot("short")
+    del recipe.view[600]
+    built = build(recipe, tmp_path / "disk")
+    assert_clean(built.path)
+    say(built, L1_SIZE, struct.pack(">I", 1))
+    counts = [built.refcount(offset) for offset in range(0, built.path.stat().st_size, 4096)]
+    done = qcow2_tool("check", "-r", "all", built.path)
+    assert done.returncode == 2
+    assert "'short') has 1 entries, too few for 4194304 bytes" in done.stderr
+    assert [built.refcount(offset) for offset in range(0, built.path.stat().st_size, 4096)] == counts
+    with qcow2.open(built.path, writable=True) as disk:
+        with pytest.raises(qcow2.CorruptImage, match="'short' is too short for 4194304 bytes"):
+            disk.apply_snapshot("short")
+        assert disk.read(0, 5) == b"first"
