@@ -15,6 +15,11 @@ from qcow2.library.file import DiskFile
 class _OwnedFile(DiskFile):
     """The one file of a disk: closing it closes the disk."""
 
+    @property
+    def size(self) -> int:
+        """What fsspec counts from the end with."""
+        return self._disk.size
+
     def close(self) -> None:
         """Leave the image clean."""
         if not self.closed:
@@ -58,6 +63,9 @@ class DiskFileSystem(AbstractFileSystem):  # type: ignore[misc] # fsspec has no 
         return [{"name": name, "size": None, "type": kinds[os.path.isdir(name)]} for name in names]
 
     @classmethod
-    def _strip_protocol(cls, path: str) -> str:
+    def _strip_protocol(cls, path: Any) -> Any:
+        """The path, or the paths if there are many, without the protocol."""
+        if isinstance(path, list):
+            return [cls._strip_protocol(each) for each in path]
         path = os.path.expanduser(str(path))
         return path.removeprefix("qcow2://")

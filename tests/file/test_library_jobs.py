@@ -138,6 +138,21 @@ def test_fsspec_reads_and_writes(path: Path) -> None:
         assert file.read(517)[512:] == b"hello"
 
 
+def test_fsspec_reads_from_the_end_and_blocks(path: Path) -> None:
+    with qcow2.open(path, "r+") as disk:
+        disk.write(0, b"first")
+        disk.write(disk.size - 4, b"last")
+    system, name = DiskFileSystem(skip_instance_cache=True), f"qcow2://{path}"
+    assert system.cat_file(name, start=-512) == bytes(508) + b"last"
+    assert system.cat_file(name, end=-1)[-4:] == b"\0las"
+    assert system.cat_file(name, start=1, end=3) == b"ir"
+    assert system.read_block(name, 0, 5) == b"first"
+    assert system.cat_ranges([name] * 2, [0, 1], [2, 3]) == [b"fi", b"ir"]
+    assert system.cat([name, str(path)]) == {str(path): system.cat_file(name)}
+    with system.open(name) as file:
+        assert file.size == 3 * MIB
+
+
 def test_fsspec_closes_what_it_cannot_flush(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
