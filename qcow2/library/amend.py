@@ -35,7 +35,8 @@ from qcow2.format.layout import (
 from qcow2.judge.check import judge
 from qcow2.judge.repair import change_width, repair
 from qcow2.judge.report import Report
-from qcow2.library.disk import Key, open_disk
+from qcow2.library.disk import open_disk
+from qcow2.library.key import Key
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from qcow2.error import ImageError
 from qcow2.job.commit import commit
 from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
-from qcow2.library.disk import Disk, Key, keys_of
+from qcow2.library.disk import Disk
+from qcow2.library.key import Key, keys_of
 from qcow2.node.chain import Chain, chain_paths
 from qcow2.node.gate import backing_path
 

@@ -16,8 +16,8 @@ from qcow2.job.newimage import NewImage
 from qcow2.job.pace import Pace
 from qcow2.job.source import Source
 from qcow2.job.target import InPlace, Target
-from qcow2.library.disk import Key, keys_of
 from qcow2.library.hostfile import created, is_at
+from qcow2.library.key import Key, keys_of
 from qcow2.node.chain import Chain
 from qcow2.node.raw import RawImage
 

@@ -15,7 +15,6 @@ from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.driver.pool import PoolDriver
 from qcow2.engine.create import Preallocation
-from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
 from qcow2.engine.packing import PART_BYTES
@@ -27,6 +26,7 @@ from qcow2.library.facts import Facts, facts_of_file
 from qcow2.library.file import DiskFile
 from qcow2.library.glance import Glance
 from qcow2.library.hostfile import is_writable, path_of_descriptor, reserve
+from qcow2.library.key import Key, keys_of
 from qcow2.library.own_thread import OwnThread
 from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
@@ -35,8 +35,6 @@ from qcow2.node.gate import ANY, Gate
 from qcow2.node.node import Node
 
 T = TypeVar("T")
-Phrases = bytes | bytearray | Iterable[bytes]
-Key = Phrases | Callable[[str], Phrases] | Keyring | None
 
 log = logging.getLogger("qcow2")
 
@@ -336,18 +334,6 @@ class Disk(AwaitableDisk):
 def _tell_of_void_bitmaps(path: str) -> None:
     """A line of the logger, no warning: where warnings are errors this would be one in the middle of a write."""
     log.warning("%s: persistent bitmaps are not maintained: they are void from now on", path)
-
-
-def keys_of(key: Key) -> Keyring | None:
-    """What the engine asks for keys; None if there is none."""
-    if key is None or isinstance(key, Keyring):
-        return key
-
-    def keys(path: str) -> Iterable[bytearray]:
-        found = key(path) if callable(key) else key
-        return map(bytearray, [found] if isinstance(found, bytes | bytearray) else found)  # theirs stays
-
-    return Keyring(keys)
 
 
 def open_disk(

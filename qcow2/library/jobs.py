@@ -13,7 +13,7 @@ from qcow2.job import compare as comparison
 from qcow2.job.pace import Pace, Progress
 from qcow2.library.commit import commit_image
 from qcow2.library.convert import Conversion, convert_image
-from qcow2.library.disk import Key, keys_of
+from qcow2.library.key import Key, keys_of
 from qcow2.library.make import PathLike, chosen, cluster_bits_of
 from qcow2.library.rebase import rebase_image
 from qcow2.library.stream import stream_image

@@ -13,8 +13,9 @@ from qcow2.format.layout import Autoclear
 from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
-from qcow2.library.disk import Disk, Key, keys_of, open_disk
+from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import is_at, is_same_file
+from qcow2.library.key import Key, keys_of
 from qcow2.node.chain import Chain
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node

@@ -7,8 +7,9 @@ from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.stream import name_of_base, stream
 from qcow2.library.commit import depth_of
-from qcow2.library.disk import Key, open_disk
+from qcow2.library.disk import open_disk
 from qcow2.library.hostfile import require_way
+from qcow2.library.key import Key
 
 
 def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) -> None:
