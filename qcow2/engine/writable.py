@@ -88,14 +88,24 @@ class WritableImage(ReadableImage):
 
         Raises: ValueError, UnsupportedImage; OSError, CorruptImage; then nothing, a part or all of it is written.
         """
-        self.require_compressible()
-        level = level_of(self.header.compression_type, level)
-        end, size = guest_offset + len(source), self.geometry.cluster_size
-        if guest_offset % size or (end % size and end != self.size):
-            raise ValueError(f"{len(source)} bytes at {guest_offset} are not whole clusters of {size} bytes")
+        level = self._require_packable(guest_offset, len(source), level)
         changes = await self._changing()
         await changes.bitmaps.mark(guest_offset, len(source))
         await changes.guard(changes.packer.write(guest_offset, source, level))
+
+    async def fetch_compressed(self, guest_offset: int, source: memoryview) -> None:
+        """The same for what the disk shows there already, while nobody else writes: no bitmap knows."""
+        level = self._require_packable(guest_offset, len(source), None)
+        changes = await self._changing()
+        await changes.guard(changes.packer.write(guest_offset, source, level))
+
+    def _require_packable(self, guest_offset: int, nbytes: int, level: int | None) -> int:
+        """The level to compress with. Raises: as `write_compressed`."""
+        self.require_compressible()
+        end, size = guest_offset + nbytes, self.geometry.cluster_size
+        if guest_offset % size or (end % size and end != self.size):
+            raise ValueError(f"{nbytes} bytes at {guest_offset} are not whole clusters of {size} bytes")
+        return level_of(self.header.compression_type, level)
 
     async def fetch(self, guest_offset: int, nbytes: int, content: memoryview | None = None) -> None:
         """Let the image itself have *content*, what shows through it in the range, or zeros if that is what does.

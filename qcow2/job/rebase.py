@@ -119,7 +119,7 @@ class _Difference:
             if stop < start:
                 await self._overlay.fetch(offset + stop, start - stop)
             if self._is_compressed and start < end:
-                await self._overlay.write_compressed(offset + start, content[start:end])
+                await self._overlay.fetch_compressed(offset + start, content[start:end])
             elif start < end:
                 await self._overlay.fetch(offset + start, end - start, content[start:end])
             stop = end

@@ -19,6 +19,7 @@ from qcow2.job.pace import Pace
 from qcow2.job.rebase import copy_difference
 from qcow2.node.raw import RawImage
 from qcow2.tool.rebase import change_header
+from tests.bitmapreader import bitmaps_of
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.engine import noise
 from tests.oracle import assert_clean, assert_not_corrupt, qemu_img, qemu_io, qemu_read
@@ -72,6 +73,21 @@ def test_any_image_shows_the_same_over_any_other(tmp_path: Path, seed: int) -> N
     assert_clean(top)
     info = json.loads(qemu_img("info", "--output=json", top).stdout)
     assert info.get("backing-filename") == (None if new is None else new.name)
+
+
+@pytest.mark.parametrize("options", [[], ["-c"]])
+def test_bitmaps_do_not_record_the_copies(tmp_path: Path, options: list[str]) -> None:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu_img("create", "-q", "-f", "qcow2", base, "8M")
+    qemu_io(base, f"write -P 7 {MIB} {MIB}")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    qemu_img("bitmap", "--add", top, "b0")
+    qemu_io(top, f"write -P 8 {4 * MIB} 65536")
+    (before,) = bitmaps_of(top).values()
+    assert before.dirty
+    qcow2_tool_ok("rebase", *options, "-b", "", top)
+    assert bitmaps_of(top) == {"b0": before}
+    assert qemu_read(top)[MIB : 2 * MIB] == b"\7" * MIB
 
 
 def test_what_is_the_same_in_both_is_not_copied(tmp_path: Path) -> None:
