@@ -57,6 +57,11 @@ class FakeServer:
         with self._changed:
             assert self._changed.wait_for(lambda: self._is_held, TIMEOUT)
 
+    def hold(self) -> None:
+        """Answer none from now on."""
+        with self._changed:
+            self._nanswered = len(self.commands)
+
     def let_go(self) -> None:
         """Answer all from now on."""
         with self._changed:

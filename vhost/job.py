@@ -132,6 +132,7 @@ class Job:
         self.is_behind = False  # what was done has to be done again
         self.is_finishing = False  # at what nothing holds up
         self.is_cancelled = False
+        self.is_leaving = False  # it was, while it was ready: something whole was to be left
         self.is_stirred = False  # something of it was changed
         self.reins = Reins()
         self.state = self.standing

@@ -182,6 +182,7 @@ class Jobs:
     def _cancel(self, job: Job) -> None:
         job.is_cancelled = True
         job.reins.cancel()
+        job.is_leaving |= job.is_ready
         if job.is_ready:  # it ends soon, and is not to be waited for as it is
             job.turn(job.standing)
         else:

@@ -19,6 +19,7 @@ from vhost.policy import OnError, State, is_final
 from vhost.problem import refusal_of
 
 LOOK_SECONDS = 0.05  # between two looks of a job that a rate keeps waiting
+NOTHING_LEFT = "it fell behind, or had to make room, as it was told to end: no copy is left"
 RETRY_SECONDS = 1.0  # until a job that ignores errors is begun again
 
 
@@ -65,7 +66,7 @@ class JobThread:
                 self._stand_back()
                 if self._is_over(error):
                     return
-        self._end(State.CANCELLED)
+        self._end(*((State.FAILED, NOTHING_LEFT) if self._job.is_leaving else (State.CANCELLED,)))
 
     def _stand_back(self) -> None:
         """The attempt is over, the job is not yet."""

@@ -331,6 +331,22 @@ def test_mirror_begins_anew_where_the_image_was_let_go(tmp_path: Path) -> None:
         assert_same_bytes(bytes(server.content), read(image))
 
 
+def test_mirror_that_cannot_leave_a_whole_copy_any_more_has_failed(tmp_path: Path) -> None:
+    image, _ = make(tmp_path, "plain")
+    with FakeServer(tmp_path / "server", SIZE) as server, start(image) as daemon:
+        with FrontEnd(daemon.socket_path), control(image) as client:
+            job = client.mirror(server.uri, existing=True).job
+            until(client, job, "ready")
+            server.hold()
+            client.cancel(job)
+            server.wait_for_one()
+            client.resize(SIZE + MIB)
+            server.let_go()
+            ended = client.wait(job)
+            assert (ended.state, "no copy is left" in ended.error) == ("failed", True), ended
+        daemon.stop()
+
+
 # -- the connection, in this process
 
 
