@@ -52,6 +52,9 @@ class CopyPlace(Protocol):
     def name(self) -> None:
         """It is whole: let it have its name. Raises: OSError."""
 
+    def unname(self) -> None:
+        """It is not served after all: let it have no name again. Raises: OSError."""
+
     def discard(self) -> None:
         """It is not whole, and closed: let it be gone. Raises: OSError."""
 
@@ -169,9 +172,14 @@ class CopyFile:
         if self._new is not None:
             self._new.name()
 
+    def unname(self) -> None:
+        """As of a `CopyPlace`; what the path that is served leads to keeps its name."""
+        if self._new is not None and not self._new.is_led_to_by(self._held.options.blk_file):
+            self._new.unname()
+
     def discard(self) -> None:
-        """As of a `CopyPlace`; what was there stays."""
-        if self._new is not None:
+        """As of a `CopyPlace`; what was there, or the path that is served leads to, stays."""
+        if self._new is not None and not self._new.is_led_to_by(self._held.options.blk_file):
             self._new.discard()
 
     def abort(self) -> None:
@@ -236,6 +244,9 @@ class CopyExport:
 
     def name(self) -> None:
         """It has its own."""
+
+    def unname(self) -> None:
+        """It keeps it."""
 
     def discard(self) -> None:
         """Leave the server. What was overwritten is."""

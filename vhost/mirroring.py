@@ -171,19 +171,24 @@ class Mirroring(Work):
             self.require_finishable()
             assert self._copy is not None
             beside(self._device, self._backend, self._copy.image.flush())
-            self._place.name()
-            assert self._held.disk is not None
-            path = self._place.path
-            pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], path, self._copy.files[0])
-            past, problem = self._serve_copy(pivot)
+            try:
+                self._place.name()
+                past, problem = self._serve_copy()
+            except BaseException:
+                with suppress(OSError):
+                    self._place.unname()
+                raise
         self._close(past)
         if problem:
             raise JobFailed(f"the copy is served, but may not be after a power loss, and no more is written: {problem}")
 
-    def _serve_copy(self, pivot: Pivot) -> tuple[Disk, str]:
+    def _serve_copy(self) -> tuple[Disk, str]:
         """-> what was served, and what is wrong with the path, if anything is. Raises: RoomWanted, OSError."""
+        assert self._held.disk is not None
         assert self._copy is not None
         copy = self._copy.image
+        path = self._place.path
+        pivot = Pivot(self._held.options.blk_file, self._held.disk.files[0], path, self._copy.files[0])
         past: list[Disk] = []
         problems: list[str] = []
 
@@ -204,8 +209,8 @@ class Mirroring(Work):
             for problem in problems:
                 copy.fail(OSError(errno.EIO, problem))
 
-        pivot.prepare()
         try:
+            pivot.prepare()
             self._exchange(begin, swap, attached)
         except BaseException:
             pivot.discard()

@@ -82,6 +82,22 @@ class NewFile:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
         os.link(self.temporary, self.path)
 
+    def unname(self) -> None:
+        """Let it be at `temporary` alone, as before `name`; stable on return. Raises: OSError."""
+        if not self._is_at(self.path):
+            return
+        if not self._is_at(self.temporary):
+            os.link(self.path, self.temporary)
+        os.unlink(self.path)
+        sync_directory(self.path)
+
+    def is_led_to_by(self, path: str) -> bool:
+        """Whether *path* leads to what was made. Raises: OSError."""
+        try:
+            return numbers_of(os.stat(path)) == self._made
+        except FileNotFoundError:
+            return False
+
     def discard(self) -> None:
         """Remove what was made, whichever name it has. Raises: OSError."""
         for path in (self.temporary, self.path):
@@ -107,16 +123,19 @@ class Pivot:
         require_there(target, copy)
         self._served = served
         self._top = top
+        self._copy = copy
         self._target = os.path.realpath(target)
         directory, base = os.path.split(os.path.abspath(served))
         self._temporary = hidden(os.path.abspath(served), "pivot")
         self._old = None if os.path.islink(served) else _free_name(os.path.join(directory, f"{base}.old"), top)
+        self._is_at_hand = False
         self._was_named = False
 
     def prepare(self) -> None:
         """Give what is served a name that it keeps, stable on return, and have the new one at hand. Raises: OSError."""
         remove_pivot(self._served)  # of a process that died in between
         self._point(self._temporary)
+        self._is_at_hand = True
         if self._old is not None and not os.path.lexists(self._old):
             os.link(self._served, self._old)
             self._was_named = True
@@ -132,8 +151,17 @@ class Pivot:
 
     def switch(self) -> None:
         """Let the path lead to the target. Raises: OSError, and then nothing has changed."""
-        os.rename(self._temporary, self._served)
+        try:
+            os.rename(self._temporary, self._served)
+        except OSError:  # a network file system may have done it, and say that it has not
+            if not self._is_turned():
+                raise
         self._was_named = False
+
+    def _is_turned(self) -> bool:
+        with suppress(OSError):
+            return os.path.samestat(os.stat(self._served), os.fstat(self._copy.fd))
+        return False
 
     def sync(self) -> None:
         """Make that stable. Raises: OSError."""
@@ -141,8 +169,9 @@ class Pivot:
 
     def discard(self) -> None:
         """Let all be as it was; what a rename has done that says it failed, stays. Raises: OSError."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._temporary)
+        if self._is_at_hand:
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
         if self._was_named and self._old is not None and leads_to(self._served, self._top):
             os.unlink(self._old)
 

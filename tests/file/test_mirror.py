@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.driver.file import HostFile
+from qcow2.node.pivot import Pivot
 from tests import slowdisk
 from tests.file.test_jobs import (
     BLOCK,
@@ -261,6 +263,50 @@ def test_guest_restarts_while_a_copy_is_made_stable(top: Path, tmp_path: Path, w
                 assert client.wait(job).state == "completed"  # after it was begun anew
             guest.write(0, b"w" * BLOCK)
         daemon.stop()
+
+
+def test_a_copy_has_no_name_while_it_cannot_be_served(top: Path, tmp_path: Path) -> None:
+    in_the_way = top.with_name(f".{top.name}.pivot")
+    in_the_way.mkdir()
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.mirror(str(tmp_path / "moved")).job
+        until(client, job, "ready")
+        client.complete(job)
+        while "is in the way" not in client.job(job).error:
+            assert client.next_event(TIMEOUT) is not None
+        until(client, job, "ready")
+        assert ((tmp_path / "moved").exists(), (tmp_path / ".moved.mirror").exists()) == (False, True)
+        in_the_way.rmdir()
+        guest.write(0, b"w" * BLOCK)
+        client.complete(job)
+        assert client.wait(job).state == "completed"
+        daemon.stop()
+    assert sorted(name for name in os.listdir(tmp_path) if name.startswith(".")) == []
+    assert content(top) == content(tmp_path / "moved") == b"w" * BLOCK + SHOWN[BLOCK:]
+
+
+def test_what_is_in_the_way_of_a_pivot_stays(tmp_path: Path) -> None:
+    for name in ("served", "copy"):
+        (tmp_path / name).touch()
+    (tmp_path / ".served.pivot").mkdir()
+    with HostFile.open(str(tmp_path / "served")) as top, HostFile.open(str(tmp_path / "copy")) as copy:
+        pivot = Pivot(str(tmp_path / "served"), top, str(tmp_path / "copy"), copy)
+        with pytest.raises(FileExistsError):
+            pivot.prepare()
+        pivot.discard()
+
+
+def test_a_rename_that_was_done_is_done_whatever_it_says(tmp_path: Path) -> None:
+    for name in ("served", "copy"):
+        (tmp_path / name).write_text(name)
+    with HostFile.open(str(tmp_path / "served")) as top, HostFile.open(str(tmp_path / "copy")) as copy:
+        pivot = Pivot(str(tmp_path / "served"), top, str(tmp_path / "copy"), copy)
+        pivot.prepare()
+        (tmp_path / ".served.pivot").rename(tmp_path / "served")  # as a server does whose first answer is lost
+        pivot.switch()
+        pivot.sync()
+        pivot.discard()
+    assert ((tmp_path / "served").read_text(), (tmp_path / "served.old").read_text()) == ("copy", "served")
 
 
 def test_a_write_that_the_copy_does_not_take_is_copied_later(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ class SimulatedNewFile:
     def name(self) -> None:
         """It has it."""
 
+    def unname(self) -> None:
+        """It keeps it."""
+
+    def is_led_to_by(self, path: str) -> bool:
+        return False
+
     def discard(self) -> None:
         """Nobody takes it for a disk."""
 
