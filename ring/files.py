@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ring.native import Pointer, check, ffi, lib
-from ring.operations import DATA, READ, WRITE, Done, Operations, Piece
+from ring.operations import DATA, DESPITE, READ, WRITE, Done, Operations, Piece
 from ring.trace import Trace
 
 
@@ -63,6 +63,10 @@ class Files:
     def write(self, slot: int, host_offset: int, pieces: Sequence[Piece], done: Done, *, data: bool = False) -> None:
         """Write *pieces* one after the other; their bytes must not change until *done*."""
         self._operations.transfer(WRITE | DATA * data, slot, host_offset, pieces, done)
+
+    def write_despite(self, slot: int, host_offset: int, piece: Piece, done: Done) -> None:
+        """Write *piece* though a sync of the file may have failed."""
+        self._operations.transfer(WRITE | DESPITE, slot, host_offset, [piece], done)
 
     def write_at_once(self, slot: int, host_offset: int, pieces: Sequence[Piece], *, data: bool = False) -> bool:
         """Write *pieces* before this returns, if they are few bytes and the host does not make writers wait lately.

@@ -92,6 +92,7 @@ static void begin_piece(struct worker *worker, uint32_t number, uint32_t flags, 
     operation->pieces = &operation->piece;
     operation->piece_count = 1;
     operation->data = flags & TRANSFER_DATA;
+    operation->despite = flags & TRANSFER_DESPITE;
     begin(worker, number, flags & TRANSFER_WRITE ? VERB_WRITE : VERB_READ, slot, host_offset, piece.nbytes);
 }
 

@@ -11,7 +11,7 @@ from ring.request import GuestSlice
 Piece = GuestSlice | bytes | bytearray | memoryview
 Done = Callable[[int], None]  # called on the worker thread with 0 or -errno
 
-READ, WRITE, DATA = 0, 1, 2  # enum transfer_flag
+READ, WRITE, DATA, DESPITE = 0, 1, 2, 4  # enum transfer_flag
 HOST_MEMORY = (1 << 64) - 1  # PIECE_HOST: the piece is an address of this process
 AGAIN, BUSY = -errno.EAGAIN, -errno.EBUSY  # not at once; no operation is free
 

@@ -245,7 +245,7 @@ void operation_submit(struct worker *worker, uint32_t number)
     bool is_transfer = operation->verb == VERB_READ || operation->verb == VERB_WRITE;
     int result;
 
-    if (operation->verb != VERB_READ && worker->files[operation->slot].error) {
+    if (operation->verb != VERB_READ && worker->files[operation->slot].error && !operation->despite) {
         end(worker, number, -EIO);
         return;
     }

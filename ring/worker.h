@@ -204,7 +204,12 @@ struct file {
     struct line served;
 };
 
-enum transfer_flag { TRANSFER_READ = 0, TRANSFER_WRITE = 1, TRANSFER_DATA = 2 };
+enum transfer_flag {
+    TRANSFER_READ = 0,
+    TRANSFER_WRITE = 1,
+    TRANSFER_DATA = 2,
+    TRANSFER_DESPITE = 4, /* of one piece: also after a sync of the file has failed */
+};
 
 #define PIECE_HOST UINT64_MAX        /* piece.start is an address of this process */
 #define PIECE_ZEROS (UINT64_MAX - 1) /* nbytes of zeros, to be written */
@@ -246,6 +251,7 @@ struct operation {
     const struct extent_cipher *cipher; /* of a device's transfer; NULL: the bytes are as they are */
     bool data;   /* may go through direct_fd */
     bool direct; /* went through it */
+    bool despite; /* carried out though a sync of the file has failed */
     bool has_turn; /* it has waited for that, see turn.c */
     bool occupies; /* counts in file.occupying */
     uint8_t refusals; /* in a row: the kernel said "not now" */

@@ -352,9 +352,10 @@ class ImageBackend:
         """What lies in *file* takes no more writes: the image, or one below it that a job writes."""
         assert self._held.disk is not None
         others = self._held.disk.chain.nodes[1:] + ([] if self._beside is None else [self._beside])
-        (*(node for node in others if file is node.file), self._image)[0].fail(
-            OSError(number, f"sync failed: {os.strerror(number)}")
-        )
+        node = (*(node for node in others if file is node.file), self._image)[0]
+        error = OSError(number, f"sync failed: {os.strerror(number)}")
+        node.fail(error)  # at once; the rest may have to wait
+        self._driver.run(node.lose(error), lambda task: None)
 
     def _refuse_writes(self) -> None:
         """A metadata write or a sync failed: no success of the data plane may hide it."""

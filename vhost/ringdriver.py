@@ -57,6 +57,8 @@ class RingDriver:
                 worker.read(self._slots[file], host_offset, [target], self._end(task, file, lambda: bytes(target)))
             case op.ReadInto(file=file, host_offset=host_offset, target=buffer, data=data):
                 worker.read(self._slots[file], host_offset, [_piece(buffer)], self._end(task, file), data=data)
+            case op.WriteDespite(file=file, host_offset=host_offset, pieces=[piece]):
+                worker.write_despite(self._slots[file], host_offset, _piece(piece), self._end(task, file))
             case op.Write(file=file, host_offset=host_offset, pieces=pieces, data=data):
                 self._write(task, file, host_offset, [*map(_piece, pieces)], data=data)
             case op.WriteSome(file=file, parts=parts):

@@ -193,6 +193,7 @@ PERFORMERS: dict[type[op.Operation], Callable[[Any], Any]] = {  # looked up for 
     op.Read: lambda each: _read(_host(each.file), each.host_offset, each.nbytes),
     op.ReadInto: lambda each: _read_into(_host(each.file), each.host_offset, each.target),
     op.Write: lambda each: _write(_host(each.file), each.host_offset, [bytes_of(p) for p in each.pieces]),
+    op.WriteDespite: lambda each: _write(_host(each.file), each.host_offset, [bytes_of(p) for p in each.pieces]),
     op.WriteSome: lambda each: 0,  # who calls us waits for each
     op.Zero: lambda each: _zero(_host(each.file), each.host_offset, each.nbytes),
     op.Resize: lambda each: _resize(_host(each.file), each.nbytes, reserve=each.reserve),

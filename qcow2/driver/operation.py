@@ -146,6 +146,12 @@ class Write(Operation):
         self.data = data  # guest data: an O_DIRECT mode may bypass the page cache
 
 
+class WriteDespite(Write):
+    """`Write`, though a sync of *file* may have failed: then no Sync of this process makes it stable."""
+
+    __slots__ = ()
+
+
 class WriteSome(Operation):
     """`Write` the first of *parts*, (host offset, bytes), before anything else happens -> how many.
 

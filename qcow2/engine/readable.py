@@ -116,6 +116,10 @@ class ReadableImage:
         """Take no more writes because of *error*; reads go on, close leaves the dirty bit."""
         self._stability.fail(error)
 
+    async def lose(self, error: OSError) -> None:
+        """`fail` because of *error*, with which a sync failed; the next open for writing writes all tables again."""
+        await self._stability.lose(error)
+
     def _refuse_writes(self) -> None:
         self._cache.set_file(self._slot, writable=False)
         self.on_failure()

@@ -1,9 +1,10 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-from qcow2.driver.operation import File, Read
+from qcow2.driver.operation import File, Read, WriteDespite
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.stability import Stability, is_harmless
 from qcow2.format import layout
@@ -30,6 +31,7 @@ class Root:
         self.next_bitmaps: BitmapsPlace | None = None  # changes together with the disk's size
         self._stability = stability
         self._mutex = Mutex()
+        stability.warn_next = self._warn_next
 
     @property
     def file(self) -> File:
@@ -87,6 +89,17 @@ class Root:
             if self.header.is_dirty:
                 word = self.header.record.incompatible_features
                 await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
+
+    async def _warn_next(self) -> None:
+        """Set the dirty bit, as far as that can be done: a sync has failed, and the next open writes all tables again.
+
+        One byte, and whatever else is under way here: that has failed, too. Version 2 has no such bit.
+        """
+        if self.header.record.version >= 3:
+            offset = layout.HEADER_INCOMPATIBLE_OFFSET + layout.FEATURE_WORD.size - 1
+            word = self.header.record.incompatible_features | layout.Incompatible.DIRTY
+            with suppress(OSError):
+                await WriteDespite(self.file, offset, bytes([word & 0xFF]))
 
     async def mark_corrupt(self) -> None:
         """Set the corrupt bit, stable on return: nobody writes before a repair. Version 2 has no place for it."""

@@ -1,7 +1,8 @@
 """What an image promises about its host file: metadata writes, syncs, and the end of trust after one fails."""
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from qcow2.driver.operation import File, Sync, Write, WriteSome
 from qcow2.engine.statistics import Statistics
@@ -23,6 +24,10 @@ def lacks_space(error: OSError) -> bool:
     return bool(lib.lacks_space(-(error.errno or 0)))
 
 
+async def _warn_nobody() -> None:
+    """There is nothing to know."""
+
+
 class Stability:
     """The gate through which every metadata write and sync of an image goes.
 
@@ -37,6 +42,7 @@ class Stability:
         self.file = file
         self._data_file = None if data_file is file else data_file
         self.error: OSError | None = None
+        self.warn_next: Callable[[], Coroutine[Any, Any, None]] = _warn_nobody  # that a sync failed: see `lose`
         self._statistics = statistics
         self._on_failure = on_failure
 
@@ -45,6 +51,15 @@ class Stability:
         if self.error is None:
             self.error = error
             self._on_failure()
+
+    async def lose(self, error: OSError) -> None:
+        """`fail` because of *error*, with which a sync failed, and let the next process know.
+
+        For the host what it could not write is as good as written: no later sync tries again, and what is read back
+        is no longer what the disk holds.
+        """
+        self.fail(error)
+        await self.warn_next()
 
     def require_trust(self) -> None:
         """Raises: OSError(EIO) once a metadata write or a sync has failed."""
@@ -90,6 +105,6 @@ class Stability:
         except NotTried:
             raise
         except OSError as error:
-            self.fail(error)
+            await self.lose(error)
             raise
         self.require_trust()

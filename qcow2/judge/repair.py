@@ -19,6 +19,7 @@ from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, mis
 from qcow2.judge.losttable import find_table
 from qcow2.judge.report import Report
 from qcow2.judge.snapshots import complete_snapshots
+from qcow2.judge.writeback import write_back
 from qcow2.plane.tally import Role, set_refcount, stored_refcount
 
 MAX_HELD = 1 << 28  # clusters of a file, 5 bytes each, that are kept while something cannot be found
@@ -56,6 +57,8 @@ async def repair(
         before = await judge(file, Report())
     if before.census.is_cut_off or not _is_judged(before.census, mode):
         return found
+    if before.census.header.is_dirty:
+        await write_back(before.census)
     # The clusters of bitmaps were counted; those of features we do not know were not, and are leaks from now on.
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
     if mode is RepairMode.ALL and before.census.askew:

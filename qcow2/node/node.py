@@ -41,6 +41,9 @@ class Node(Backing, Protocol):
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*."""
 
+    async def lose(self, error: OSError) -> None:
+        """`fail` because of *error*, with which a sync of its file failed; as far as it can the next process knows."""
+
     async def write(self, guest_offset: int, source: Buffer) -> None:
         """Put *source*, inside the disk, at *guest_offset*; process-safe on return, stable after `flush`."""
 

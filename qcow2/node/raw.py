@@ -88,6 +88,10 @@ class RawImage:
         """Take no more writes because of *error*."""
         self._stability.fail(error)
 
+    async def lose(self, error: OSError) -> None:
+        """`fail`: there are no tables that a process after this one would have to write again."""
+        self._stability.fail(error)
+
     def _refuse_writes(self) -> None:
         self._map.set_file(self._slot, writable=False)
         self.on_failure()

@@ -164,7 +164,7 @@ MIRRORED: dict[str, tuple[ModuleType, dict[str, int]]] = {
     ),
     "transfer_flag": (
         ring._native,
-        {f"TRANSFER_{name}": getattr(operations, name) for name in ("READ", "WRITE", "DATA")},
+        {f"TRANSFER_{name}": getattr(operations, name) for name in ("READ", "WRITE", "DATA", "DESPITE")},
     ),
     "l2_kind": (qcow2._native, {f"L2_{kind.name}": kind for kind in RunKind}),
 }

@@ -174,6 +174,18 @@ def test_failed_sync_fails_every_later_change_of_python(fd: int) -> None:
     os.close(good)
 
 
+def test_after_a_failed_sync_a_mark_can_be_left_for_the_next_process(fd: int) -> None:
+    good = os.dup(fd)
+    with Guest(fd) as guest:
+        break_syncs(fd)
+        assert wait_for_operation(guest, "sync", guest.slot) == -errno.EIO
+        os.dup2(good, fd, inheritable=False)
+        assert wait_for_operation(guest, "write_despite", guest.slot, 7, b"x") == 0
+        assert wait_for_operation(guest, "write", guest.slot, 7, [b"y"]) == -errno.EIO  # still
+        assert os.pread(good, 1, 7) == b"x"
+    os.close(good)
+
+
 def test_write_in_flight_when_a_sync_fails_is_an_error(fd: int) -> None:
     held: list[Request] = []
     arrived = threading.Event()

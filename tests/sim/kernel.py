@@ -85,6 +85,7 @@ class Kernel(Host):
         self.failures = 0  # that somebody was told of, in this life
         self.ever_failed = False
         self.sync_failed_at: int | None = None  # in the journal, in this life
+        self.failed_at = 0  # the last time that anything else did
         self.life_began = 0
         self.files: dict[int, KernelFile] = {}
         self.memories: list[KernelMemory] = []
@@ -387,7 +388,9 @@ class Kernel(Host):
         if job.result < 0 and -job.result not in (*PASSING, errno.EOPNOTSUPP):
             self.failures += 1
             self.ever_failed = True
-            if job.opcode == FSYNC and self.sync_failed_at is None:
+            if job.opcode != FSYNC:
+                self.failed_at = len(self.journal)
+            elif self.sync_failed_at is None:
                 self.sync_failed_at = len(self.journal)
 
     def _end(self, job: Job) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qcow2.engine.image import Image
+from qcow2.format.layout import HEADER_INCOMPATIBLE_OFFSET, Incompatible
 from ring.files import look_at
 from ring.native import lib
 from tests.crash.driver import Completed
@@ -190,10 +191,19 @@ class World(Served):
         except Violation:
             if not failed:
                 raise
+            self._require_warning(image)
             raise Dead from None  # it says so; what it leaves is as after a death
         if block.takes_no_writes:
             raise Violation("writes have ended, and the image closes as if nothing had happened")
         self._judge(self._through(look(self._through(open_again(self.file, self.backing, self.data)))), power=False)
+
+    def _require_warning(self, image: Image) -> None:
+        """A sync has failed: whoever opens the image next is told."""
+        failed_at = self.kernel.sync_failed_at
+        told = image.header.record.version >= 3 and failed_at is not None and self.kernel.failed_at < failed_at
+        word = int.from_bytes(self.file.read(HEADER_INCOMPATIBLE_OFFSET, 8), "big")
+        if told and not word & Incompatible.DIRTY:
+            raise Violation("a sync has failed, and the image does not say so")
 
     def _meet(self, worker: SimulatedWorker, *, is_last: bool) -> None:
         """The guest is there: a new one, or one that has waited for the daemon."""
