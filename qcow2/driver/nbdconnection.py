@@ -64,7 +64,7 @@ class NbdConnection:
         self._nbd = load_library(uri)
         self._uri = uri
         self._patience = patience
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come where this very thread has it, and give up
         self._error: BaseException | None = None  # once it is gone
         self._new: deque[Command] = deque()
         self._is_closing = False

@@ -7,7 +7,7 @@ from typing import Any
 
 from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.far import End, FarFile
+from qcow2.driver.far import End, FarFile, in_use
 from qcow2.driver.file import ZEROS, HostFile, bytes_of
 from qcow2.driver.nbdconnection import Command, Completion, NbdConnection
 
@@ -44,6 +44,7 @@ class NbdExport(FarFile, HostFile):
             self.close()
             raise
         self._is_open = True
+        in_use.add(self)
         return self
 
     @property
@@ -79,7 +80,12 @@ class NbdExport(FarFile, HostFile):
     def close(self) -> None:
         """Leave the server; a second time does nothing."""
         self._is_open = False
+        in_use.discard(self)
         self.connection.close()
+
+    def give_up(self) -> None:
+        """As `FarFile.give_up`."""
+        self.connection.abort()
 
     def begin(self, operation: op.Operation, end: End) -> None:
         """As `FarFile.begin`."""

@@ -14,7 +14,7 @@ from qcow2.driver import operation as op
 from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile, go_on, outcome, result_of
 from qcow2.driver.task import Scheduler, Task
-from qcow2.driver.thread import start_quiet
+from qcow2.driver.thread import start_quiet, take
 from qcow2.native import lib
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class PoolDriver:
     def _complete(self) -> None:
         """Let those go on whose operation is done."""
         while True:
-            task, value, error = self._done.get()
+            task, value, error = take(self._done)
             self._under_way -= 1
             go_on(self._scheduler, task, value, error)
             if self._done.empty():
@@ -81,7 +81,7 @@ class PoolDriver:
     def _has_threads(self) -> bool:
         """Start them with the first one's work; they take no signals. Where there are none, we do it."""
         if len(self._threads) < self._nthreads:
-            thread = threading.Thread(target=self._serve, name="qcow2 pool", daemon=True)
+            thread = threading.Thread(target=self._serve, args=(self._work,), name="qcow2 pool", daemon=True)
             try:
                 start_quiet(thread)
                 self._threads.append(thread)
@@ -89,22 +89,23 @@ class PoolDriver:
                 self._nthreads = len(self._threads)
         return bool(self._threads)
 
-    def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
+    def _serve(self, given: "SimpleQueue[tuple[Task, op.Operation] | None]") -> None:
+        while (work := given.get()) is not None:
             task, operation = work
             value, error = outcome(operation)
             if self._syncs and error is None:
                 _begin_writeback(operation)
             self._done.put((task, value, error))
             del work, task, operation, value, error  # and with them what they refer to
+        given.put(None)  # for the next
 
     def close(self) -> None:
         """End the threads once they have done what they were given: buffers and files are theirs until then."""
-        for _ in self._threads:
-            self._work.put(None)
+        self._work.put(None)  # one for all: a signal may have come between a thread's start and its entry here
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        self._work = SimpleQueue()
 
     def __enter__(self) -> "PoolDriver":
         return self

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from qcow2.driver.far import FarFile
 from qcow2.driver.file import HostFile, keep_access_time
 from qcow2.driver.operation import File
+from qcow2.driver.thread import undisturbed
 from qcow2.error import ImageError
 from qcow2.lock import ImageLocked, lock_image
 from qcow2.node.gate import backing_path
@@ -31,30 +32,39 @@ def created(path: str) -> Iterator[HostFile]:
     Raises: OSError, ImageLocked.
     """
     if os.path.lexists(path):
-        with opened(path, writable=True) as file:
-            yield file
+        with opened(path, writable=True) as known:
+            yield known
         return
-    with _make(path) as file:
-        try:
-            lock_image(file.fd, path, writable=True)
-        except ImageLocked:
-            raise  # somebody has opened it meanwhile and fills it
-        except BaseException:  # an interrupt, too
+    file: HostFile | None = None
+    is_ours = True
+    try:
+        with undisturbed():  # an interrupt finds no file that nobody knows of
+            file = _make(path)
+            try:
+                is_ours = _lock_new(file)
+            except ImageLocked:  # somebody has opened it meanwhile, and fills it
+                is_ours = False
+                raise
+        yield file
+    except BaseException:
+        if file is not None and is_ours:
             _remove(file)
-            raise
-        is_ours = not file.size()  # else somebody had filled it before we had the lock
-        try:
-            yield file
-        except BaseException:
-            if is_ours:
-                _remove(file)
-            raise
+        raise
+    finally:
+        if file is not None:
+            file.close()
 
 
 def _make(path: str) -> HostFile:
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     keep_access_time(fd)
     return HostFile(path, fd, writable=True)
+
+
+def _lock_new(file: HostFile) -> bool:
+    """Lock it; whether nobody has filled it before. Raises: OSError, ImageLocked."""
+    lock_image(file.fd, file.path, writable=True)
+    return not file.size()
 
 
 def _remove(file: HostFile) -> None:

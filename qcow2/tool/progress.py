@@ -1,6 +1,7 @@
 """How far a job is, as qemu-img tells it: with -p on a line of standard output, else when SIGUSR1 asks for it.
 
-A signal that ends the program ends the job first, at its next piece: what it has open is left clean.
+A signal that ends the program ends the job first, at its next piece: what it has open is left clean. For an export
+nobody waits then.
 """
 
 import signal
@@ -9,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from qcow2.job.pace import Cancelled, Pace
+from qcow2.driver.far import give_up_all
+from qcow2.job.pace import Pace
 from qcow2.tool.interruption import ENDS, Interrupted
 
 STEP = 0.5  # per cent between two updates of the line
@@ -31,6 +33,7 @@ def shown(*, is_wanted: bool, rate: int = 0) -> Iterator[Pace]:
     def end(number: int, frame: FrameType | None) -> None:
         came.append(number)
         pace.cancel()
+        give_up_all()
         if len(came) > 1:  # whoever asks twice does not want to wait
             raise Interrupted(number)
 
@@ -43,8 +46,10 @@ def shown(*, is_wanted: bool, rate: int = 0) -> Iterator[Pace]:
         line.begin()
         yield pace
         line.end()
-    except Cancelled:
-        raise Interrupted(came[0]) from None
+    except Exception:
+        if came:  # the error is that nobody waited
+            raise Interrupted(came[0]) from None
+        raise
     finally:
         signal.signal(signal.SIGUSR1, asked_before)
         for number, handler in before.items():

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from tests.nbdclient import FLUSH, Server
 from tests.nbdfake import ALL, HAS_FLAGS, READ_ONLY, SEND_FLUSH, FakeServer
 from tests.oracle import assert_not_corrupt, assert_same_bytes
 from tests.patience import TIMEOUT
-from tests.program import SERIAL, qcow2_tool, qcow2_tool_ok
+from tests.program import SERIAL, TOOL, qcow2_tool, qcow2_tool_ok
 from vhost import ControlError
 
 __all__ = ["binding"]  # a fixture
@@ -218,6 +219,25 @@ def test_server_that_hangs_keeps_nobody_who_cancels(tmp_path: Path, kind: str, n
             load.drain()
             daemon.stop()
     assert_same_bytes(read(image), load.expected())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("convert", "-f", "raw"), ("compare", "-f", "raw", "-F", "raw"), ("dd", "-f", "raw")],
+    ids=lambda words: words[0],
+)
+def test_server_that_hangs_keeps_no_tool_that_is_told_to_end(tmp_path: Path, words: tuple[str, ...]) -> None:
+    target = tmp_path / "target"
+    if words[0] == "compare":
+        target.write_bytes(bytes(SIZE))
+    with FakeServer(tmp_path / "server", SIZE, nanswered=0) as server:
+        names = [f"if={server.uri}", f"of={target}"] if words[0] == "dd" else [server.uri, str(target)]
+        with subprocess.Popen([TOOL, *words, *names], stderr=subprocess.PIPE, text=True) as process:
+            server.wait_for_one()
+            process.terminate()
+            _, said = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, said) == (-signal.SIGTERM, "")
+    assert target.exists() is (words[0] == "compare")
 
 
 @pytest.mark.parametrize("kind", ["backup", "mirror"])
