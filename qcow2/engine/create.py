@@ -238,7 +238,7 @@ async def write_tables(file: File, plan: Plan) -> None:
     Raises: UnsupportedImage, before the file is touched, if the header does not fit.
     """
     _, packed = header_of(file, plan)
-    await Resize(file, 0)
+    await empty(file, plan.end_offset)
     await Zero(file, 0, plan.end_offset)
     await Sync(file)
     await Resize(file, plan.end_offset)
@@ -261,9 +261,15 @@ async def write_header(file: File, plan: Plan) -> None:
     await Sync(file)
 
 
+async def empty(file: File, nbytes: int) -> None:
+    """Let *file* be empty, if it can have *nbytes*; a device keeps what it has. Raises: OSError; it is as before."""
+    await Resize(file, nbytes)
+    await Resize(file, 0)
+
+
 async def write_raw(file: File, size: int, preallocation: Preallocation) -> None:
     """Make a raw image of *size* bytes of whatever *file* holds; stable on return."""
-    await Resize(file, 0)
+    await empty(file, size)
     await Zero(file, 0, size)  # a device's
     await Resize(file, size)
     if preallocation is Preallocation.FULL:

@@ -10,7 +10,6 @@ from qcow2.engine.image import Image
 from qcow2.format import layout
 from qcow2.format.header import Header
 from qcow2.format.layout import SECTOR_SIZE
-from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.source import Piece
 from qcow2.node.node import Node
 
@@ -59,7 +58,7 @@ class InPlace:
     """A disk that is there: a raw file, a block device, an image that is written to as its guest would."""
 
     def __init__(self, image: Node, size: int, *, is_zero: bool, length: int | None = None) -> None:
-        """*size* bytes of it are written, what is behind them reads as zeros at the end.
+        """*size* bytes of it are written; what is behind them stays.
 
         *is_zero*: all of it reads as zeros now; *length*: which the file gets at the end.
         """
@@ -69,6 +68,7 @@ class InPlace:
         self._is_zero = is_zero
         self._length = length
         self._first = bytearray(FIRST_BYTES)  # written last
+        self._put_first: Runs = []  # of them
 
     async def begin(self) -> None:
         """Take away the first bytes of what was there."""
@@ -119,6 +119,7 @@ class InPlace:
     async def _write(self, offset: int, data: memoryview) -> None:
         if offset < len(self._first):
             nwaiting = min(len(data), len(self._first) - offset)
+            self._put_first.append((offset, offset + nwaiting))
             self._first[offset : offset + nwaiting] = data[:nwaiting]
             offset += nwaiting
             data = data[nwaiting:]
@@ -133,13 +134,11 @@ class InPlace:
 
     async def finish(self) -> None:
         """The first bytes, once all others are stable."""
-        await self._fill(self._size, self._image.size - self._size)
         if self._length is not None:
             await Resize(self._image.file, self._length)
         await self._image.flush()
-        first = memoryview(self._first)
-        for start, end in data_runs(first, max(SPARSE_UNIT, self.unit)):
-            await self._store(start, first[start : min(end, self._size)])
+        for start, end in self._put_first:
+            await self._store(start, memoryview(self._first)[start:end])
         await self._image.flush()
 
 

@@ -55,9 +55,9 @@ def convert_image(source: str, target: str, pace: Pace, wanted: Conversion) -> N
         if wanted.target_format == "raw":
             into = _raw(file, image.size)
         elif wanted.is_compressed:
-            into = NewCompressedImage(file, options, level=wanted.level)
+            into = NewCompressedImage(file, options, level=wanted.level, reads_zeros=not file.is_device)
         else:
-            into = NewImage(file, options)
+            into = NewImage(file, options, reads_zeros=not file.is_device)
         driver = stack.enter_context(PoolDriver(WIDTH))
         try:
             driver.run(copy(Source.of(image), into, pace, Manner()))

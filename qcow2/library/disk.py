@@ -162,6 +162,8 @@ class Disk(AwaitableDisk):
         self._require_inside(0, 0)
         kind = Preallocation(preallocation)
         if shrink and nbytes < self.size:
+            if self.files[0].is_device and not isinstance(self.image, Image):
+                raise UnsupportedImage(self.files[0].path, "Cannot resize device files")
             self._run(lambda: self.image.shrink(nbytes))
             return
         data_file = next((file for file in self.files if file is self.image.data_file), self.files[0])

@@ -2,7 +2,8 @@
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync, Zero
-from qcow2.engine.data import STEP, Data
+from qcow2.engine.create import empty
+from qcow2.engine.data import STEP, Data, SectorCipher
 from qcow2.engine.encryption import Keyring, Sealed
 from qcow2.error import CorruptImage, WrongKey
 from qcow2.format.layout import SECTOR_SIZE
@@ -32,6 +33,7 @@ class LuksImage(RawImage):
     def __init__(self, file: File, data: Data, start: int, size: int, *, read_only: bool) -> None:
         """The disk begins at *start* of *file*."""
         super().__init__(file, size, read_only=read_only)
+        self.header_file = file
         self._data = data
         self._start = start
         self._native = data.native
@@ -57,11 +59,13 @@ class LuksImage(RawImage):
         start = luks.record.payload_offset
         if has_data and keys is None:
             raise WrongKey(file.path, "the image is encrypted, and no key was given")
-        if not has_data or keys is None:
-            return cls(file, Data(file, Sealed(file.path), origin=start), start, size, read_only=not writable)
-        place, is_detached = file if header is None else header, header is not None
-        cipher = await keys.cipher(place, 0, await Size(place), is_detached=is_detached)
-        return cls(file, Data(file, cipher, origin=start), start, size, read_only=not writable)
+        cipher: SectorCipher = Sealed(file.path)
+        if has_data and keys is not None:
+            place, is_detached = file if header is None else header, header is not None
+            cipher = await keys.cipher(place, 0, await Size(place), is_detached=is_detached)
+        image = cls(file, Data(file, cipher, origin=start), start, size, read_only=not writable)
+        image.header_file = file if header is None else header
+        return image
 
     async def resolve(self, guest_offset: int, nbytes: int) -> Run:
         """Data: a hole of the file is none of the disk."""
@@ -101,7 +105,7 @@ class LuksImage(RawImage):
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; zeros are written to what is new. Stable on return.
 
-        Raises: ValueError, OSError; a death may leave noise past the old end.
+        Raises: ValueError, OSError; a power loss may leave noise past the old end, a kill leaves less than all of it.
         """
         await self._resize(nbytes, grows=True)
 
@@ -114,12 +118,24 @@ class LuksImage(RawImage):
         old, size = self.size, nbytes + -nbytes % SECTOR_SIZE
         if nbytes < 0 or (size != old and (size > old) != grows):
             raise ValueError(f"{self.file.path}: size {nbytes}, the disk has {old} and cannot get there so")
-        await Resize(self.file, self._start + size)
+        if size > old:
+            await self._append(old, size)
+        else:
+            await Resize(self.file, self._start + size)
+        await self._stability.sync()
         self.size = size
         self._map.set_size(size)
-        if size > old:
+
+    async def _append(self, old: int, size: int) -> None:
+        """Write zeros behind the end: never is the file longer than what was written. Raises: OSError; it is as before.
+
+        A death leaves the disk longer than before, or as long.
+        """
+        try:
             await self.write_zeroes(old, size - old, unmap=False)
-        await self._stability.sync()
+        except OSError:
+            await Resize(self.file, self._start + old)
+            raise
 
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
         """All of it has space as far as the host gave it."""
@@ -131,7 +147,7 @@ async def write_detached(file: File, encryption: Encryption) -> None:
     from qcow2.engine.luks import new_vault  # and with it libcrypto
 
     vault = await new_vault(encryption, is_detached=True)
-    await Resize(file, 0)
+    await empty(file, encryption.nbytes)
     await Resize(file, encryption.nbytes)
     await vault.write(file, 0)
     await Sync(file)
@@ -155,7 +171,7 @@ async def _write_luks(file: File, encryption: Encryption, size: int, *, has_magi
     from qcow2.engine.luks import new_vault  # and with it libcrypto
 
     vault = await new_vault(encryption)
-    await Resize(file, 0)
+    await empty(file, vault.nbytes + size)
     await Zero(file, 0, vault.nbytes)  # a device's
     await Sync(file)
     await Resize(file, vault.nbytes + size)

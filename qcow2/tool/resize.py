@@ -74,6 +74,8 @@ def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preal
         known = format_of(image.path, image.image_format)
         old = outline(image.path, image.image_format, image.luks_header).size
         size = _wanted(arguments.size, old)
+        if size < old and arguments.shrink and file.is_device and not known.has_metadata:
+            raise Failure("Cannot resize device files")
         if known.has_metadata:
             header = run(read_header(file, trust_refcounts=False))
             require_uncorrupted(file, header)

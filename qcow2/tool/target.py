@@ -1,13 +1,12 @@
 """What convert and dd write to: a new image, or one that is there."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, Preallocation
+from qcow2.engine.create import Options, Preallocation, write_zeros
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
@@ -15,9 +14,10 @@ from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import CompressedInPlace, InNew, InPlace, Target, create_all_but_magic
-from qcow2.library.hostfile import created, is_at
+from qcow2.library.hostfile import created, is_at, reserve
 from qcow2.node.formats import format_of
 from qcow2.node.gate import DATA, named_path
+from qcow2.node.luks import LuksImage
 from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
 from qcow2.tool.encryption import encryption_of
@@ -90,6 +90,8 @@ def _new_encrypted(file: HostFile, wish: Wish, options: Options, base: Node | No
     if wish.is_compressed:
         raise Failure("Compression and encryption not supported at the same time")
     header = run(create_all_but_magic(file, options))
+    if options.preallocation is Preallocation.FALLOC:
+        reserve(file)
     image = run(Image.open(file, backing=base, options=_to_write(options), header=header))
     return InNew(file, image, wish.size, is_zero=base is None)
 
@@ -136,10 +138,13 @@ def _new_raw(file: HostFile, wish: Wish) -> Target:
     preallocation = raw_preallocation(wish.given)
     if not file.is_device:
         file.set_length(0)
-        if preallocation is Preallocation.FALLOC and wish.size:
-            os.posix_fallocate(file.fd, 0, wish.size)
-    is_zero = not file.is_device and preallocation is not Preallocation.FULL
-    return InPlace(RawImage(file, wish.size, read_only=False), wish.size, is_zero=is_zero, length=wish.size)
+        if preallocation is Preallocation.FALLOC:
+            file.set_length(wish.size)
+            reserve(file)
+        elif preallocation is Preallocation.FULL:
+            run(write_zeros(file, 0, wish.size))
+    image = RawImage(file, wish.size, read_only=False)
+    return InPlace(image, wish.size, is_zero=not file.is_device, length=wish.size)
 
 
 @contextmanager
@@ -150,6 +155,8 @@ def present_target(wish: Wish, sources: list[Node], *, is_zero: bool) -> Iterato
     """
     refuse_source(wish.path, sources)
     with _opened(wish) as disk:
+        for file in (disk.image.data_file, *disk.chain.headers):
+            refuse_source(file.path, sources)
         warn_of_bitmaps(disk)
         if is_zero and disk.image.backing is not None:
             raise Failure("Cannot use --target-is-zero when the destination image has a backing file")
@@ -189,6 +196,7 @@ def refuse_source(path: str, sources: list[Node]) -> None:
     """Raises: Failure if the target, a file or a URI, is what is read."""
     for image in sources:
         for link in image.chain:
-            for file in (link.file, link.data_file):
+            header = link.header_file if isinstance(link, LuksImage) else link.file
+            for file in (link.file, link.data_file, header):
                 if path == file.path or is_at(file, path):
                     raise Failure(f"{path}: the target is the source, or under it")

@@ -16,6 +16,7 @@ from tests.program import TIMEOUT, Daemon, qcow2_tool, qcow2_tool_ok
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and loop devices need root")
 MIB = 1 << 20
+LUKS = ("--object", "secret,id=key,data=123456", "-o", "key-secret=key,iter-time=10")
 
 
 def _run(*words: str | Path) -> str:
@@ -206,3 +207,41 @@ def test_convert_to_a_full_file_system_leaves_nothing(full: Path, tmp_path: Path
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "No space left on device" in done.stderr
         assert sorted(full.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words", [("raw",), ("luks", *LUKS), ("qcow2", "-o", "preallocation=metadata")], ids=lambda words: words[0]
+)
+def test_a_device_that_is_too_short_keeps_what_it_has(tmp_path: Path, words: tuple[str, ...]) -> None:
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"x" * (8 * MIB))
+    with loop_device(backing) as device:
+        done = qcow2_tool("create", "-f", *words, device, "8M" if words[0] == "luks" else "16M")
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert device.read_bytes() == b"x" * (8 * MIB)
+
+
+def test_a_device_does_not_get_shorter(tmp_path: Path) -> None:
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"x" * (8 * MIB))
+    with loop_device(backing) as device:
+        done = qcow2_tool("resize", "-f", "raw", "--shrink", device, "1M")
+        assert (done.returncode, done.stderr) == (1, "qcow2: Cannot resize device files\n")
+        with (
+            qcow2.open(str(device), format="raw", writable=True) as disk,
+            pytest.raises(qcow2.UnsupportedImage, match="Cannot resize"),
+        ):
+            disk.resize(MIB, shrink=True)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_a_device_held_is_no_part_of_the_disk_that_is_copied_to_it(tmp_path: Path, compress: bool) -> None:
+    """Half of each cluster is not zeros, and cannot be compressed."""
+    backing, source = tmp_path / "backing", tmp_path / "source"
+    backing.write_bytes(b"x" * (8 * MIB))
+    source.write_bytes(b"".join(os.urandom(60 << 10) + bytes(4 << 10) for _ in range(32)) + b"end".ljust(4096))
+    with loop_device(backing) as device:
+        qcow2.convert(source, device, source_format="raw", compress=compress)
+        with qcow2.open(str(device)) as disk:
+            assert disk.read(0, disk.size) == source.read_bytes()

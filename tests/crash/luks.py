@@ -42,18 +42,18 @@ def size_of(nsectors: int) -> bytes:
 
 @dataclass(frozen=True)
 class Growth:
-    """What is past the old end is noise until the disk has grown, and its length on the way."""
+    """Until the disk has grown its length is on the way, and a power loss leaves noise past the old end."""
 
     begun: int
     ended: int
     first: int
     end: int
 
-    def explains(self, sector: int, found: bytes) -> bool:
+    def explains(self, sector: int, found: bytes, *, power: bool) -> bool:
         """Whether it may have left *found* in that sector."""
         if sector == SIZE_AT:
             return self.first <= int.from_bytes(found, "big") <= self.end
-        return self.first <= sector < self.end
+        return power and self.first <= sector < self.end
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class LuksExplorer(Explorer):
             found = content[sector * SECTOR : (sector + 1) * SECTOR]
             if found in self._allowed.get(sector, {history.before(sector)}):
                 continue
-            if growth is None or not growth.explains(sector, found):
+            if growth is None or not growth.explains(sector, found, power=power):
                 raise Violation(f"{where}: sector {sector} holds {name(found)}")
 
 

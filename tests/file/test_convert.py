@@ -128,9 +128,27 @@ def test_sparse_stays_as_sparse_as_with_qemu(tmp_path: Path, words: tuple[str, .
     assert ours <= theirs + (64 << 10)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-S 0 -O raw",
+        "-O raw -o preallocation=falloc",
+        "-O raw -o preallocation=full",
+        "-O qcow2 -o preallocation=full",
+        "-O qcow2 -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,preallocation=falloc",
+        "-O qcow2 -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,preallocation=full",
+    ],
+)
+def test_what_shall_have_space_has_it(tmp_path: Path, words: str) -> None:
+    (tmp_path / "source").write_bytes(bytes(8 * MIB))
+    secret = ["--object", "secret,id=key,data=123456"] if "secret" in words else []
+    qcow2_tool_ok("convert", *secret, "-f", "raw", *words.split(), tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target").stat().st_blocks * 512 >= 8 * MIB
+
+
 @pytest.mark.parametrize("fills", [(), ("--target-is-zero",)], ids=["", "target-is-zero"])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_target_that_is_there_gets_the_disk_and_zeros_after_it(
+def test_target_that_is_there_gets_the_disk_and_keeps_what_is_behind_it(
     images: Path, tmp_path: Path, image_format: str, fills: tuple[str, ...]
 ) -> None:
     target = tmp_path / "target"
@@ -139,7 +157,7 @@ def test_target_that_is_there_gets_the_disk_and_zeros_after_it(
         qemu_io(target, "write -P 9 0 4M", options=("-f", image_format))
     qcow2_tool_ok("convert", "-n", *fills, "-O", image_format, images / "long", target)
     assert qemu_read(target, image_format)[: 3 * MIB] == qemu_read(images / "long")
-    assert qemu_read(target, image_format)[3 * MIB :] == bytes(MIB)
+    assert qemu_read(target, image_format)[3 * MIB :] == (bytes(MIB) if fills else b"\t" * MIB)
     if image_format == "qcow2":
         assert_clean(target)
 
@@ -175,7 +193,7 @@ def test_last_cluster_of_a_shorter_source_is_not_compressed(tmp_path: Path) -> N
     qemu_img("create", "-q", "-f", "qcow2", target, "1M")
     qemu_io(target, "write -P 9 0 1M")
     qcow2_tool_ok("convert", "-c", "-n", "-f", "raw", "-O", "qcow2", source, target)
-    assert qemu_read(target) == source.read_bytes().ljust(MIB, b"\0")
+    assert qemu_read(target) == source.read_bytes().ljust(MIB, b"\t")
     assert_clean(target)
 
 
@@ -361,6 +379,7 @@ def test_source_is_no_target(images: Path, tmp_path: Path) -> None:
         ["-n", "top", "data"],
         ["-f", "raw", "-o", "data_file=data,data_file_use=empty", "data", "new"],
         ["-o", "data_file=data,data_file_use=empty", "top", "new"],
+        ["-n", "-f", "raw", "data", "base"],
     ],
     ids=" ".join,
 )

@@ -150,3 +150,11 @@ def test_the_daemon_refuses_a_header_for_what_has_none(tmp_path: Path) -> None:
     command = [DAEMON, "--socket-path=s", "--blk-file=a", f"--luks-header={tmp_path}/h"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, "a qcow2 image has no such file" in done.stderr) == (1, True)
+
+
+def test_the_header_of_a_source_is_no_target(header: Path, secret: list[str]) -> None:
+    before = header.read_bytes()
+    done = qcow2_tool("convert", "-U", *secret, "--image-opts", named(header), "-O", "qcow2", header)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the target is the source, or under it\n")
+    assert header.read_bytes() == before
