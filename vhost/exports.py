@@ -5,6 +5,7 @@ memory and nothing of the data plane. It ends when its standard input does, so n
 """
 
 import logging
+import select
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ from typing import Any
 from ring.thread import start_deaf
 
 PROGRAM = "import sys; from qcow2.tool import program; sys.exit(program())"
-ENDING_SECONDS = 10.0
+PATIENCE_SECONDS = 10.0  # with a process that is to begin, or to end
+KILLED_SECONDS = 1.0  # with one that was killed
 
 log = logging.getLogger("vhost")
 
@@ -67,14 +69,23 @@ class _Export:
 
     def _listen(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._said = line.strip()
-            log.warning("export of %s: %s", self._file, self._said)
+        with self._process.stderr as stderr:
+            for line in stderr:
+                self._said = line.strip()
+                log.warning("export of %s: %s", self._file, self._said)
+        self._process.wait()  # for one that nobody else waits for any more
 
-    def wait_until_ready(self) -> None:
-        """Return once clients may come. Raises: ExportRefused."""
+    def wait_until_ready(self, patience: float) -> None:
+        """Return once clients may come. Raises: ExportRefused, after *patience* seconds at the latest."""
         assert self._process.stdout is not None
-        if not self._process.stdout.readline():
+        with self._process.stdout as stdout:
+            poll = select.poll()
+            poll.register(stdout, select.POLLIN)
+            if not poll.poll(patience * 1000):
+                self._kill()
+                raise ExportRefused(f"it has not begun within {patience:g} s: does the storage hang?")
+            is_ready = bool(stdout.readline())
+        if not is_ready:
             self.end()
             raise ExportRefused(self._said.removeprefix("qcow2: ") or "the export has ended before it began")
 
@@ -89,18 +100,24 @@ class _Export:
         self._process.stdin.close()
 
     def end(self) -> None:
-        """Return once it is gone."""
+        """Return once it is gone, or cannot be made to go."""
         self.tell_to_end()
         try:
-            self._process.wait(ENDING_SECONDS)
+            self._process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._listener.join()
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._process.stdout.close()
-        self._process.stderr.close()
+            self._kill()
+        else:
+            self._listener.join()
+
+    def _kill(self) -> None:
+        self.tell_to_end()
+        self._process.kill()
+        try:
+            self._process.wait(KILLED_SECONDS)
+        except subprocess.TimeoutExpired:  # it sleeps in the kernel, on a dead network file system say
+            log.error("export of %s: process %d was killed, and has not ended", self._file, self._process.pid)
+        else:
+            self._listener.join()
 
 
 def _text(value: object, name: str) -> str:
@@ -127,12 +144,16 @@ class Exports:
     """The exports of one daemon, which serves *image*; a context manager that ends them. For one thread at a time.
 
     *allowed*: directories beneath which lies what exported images name; None: anywhere. *refusal*: why there are none.
+    *patience*: seconds that a process has to begin.
     """
 
-    def __init__(self, image: str, allowed: tuple[str, ...] | None, refusal: str = "") -> None:
+    def __init__(
+        self, image: str, allowed: tuple[str, ...] | None, refusal: str = "", patience: float = PATIENCE_SECONDS
+    ) -> None:
         self._image = Path(image)
         self._allowed = allowed or ()
         self._refusal = refusal
+        self._patience = patience
         self._exports: dict[str, _Export] = {}
 
     def start(
@@ -172,7 +193,7 @@ class Exports:
             export = _Export(file, uri, command)
         except OSError as error:
             raise ExportRefused(f"{sys.executable}: {error.strerror}") from error
-        export.wait_until_ready()
+        export.wait_until_ready(self._patience)
         self._exports[file] = export
         return self._describe(file)
 

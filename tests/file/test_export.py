@@ -12,11 +12,14 @@ import pytest
 
 import qcow2
 import vhost
+from tests import slowdisk
 from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.nbdclient import Client
 from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.program import DAEMON, TIMEOUT, Daemon, run
+from tests.slowdisk import SlowDisk
+from vhost.exports import ExportRefused, Exports
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -145,6 +148,18 @@ def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
         again = ctl(image, "export", "start", "one.qcow2", "--socket", tmp_path / "other")
         assert "one.qcow2 is exported already" in again.stderr
         end(daemon)
+
+
+def test_an_export_that_hangs_as_it_begins_is_refused(image: Path, tmp_path: Path) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    qcow2.create(backing / "frozen", SIZE)
+    with SlowDisk(backing, mount_point) as disk, Exports(str(image), None, patience=0.1) as exports:
+        with disk.holding(slowdisk.OPEN):
+            with pytest.raises(ExportRefused, match=r"not begun within 0\.1 s"):
+                exports.start(str(mount_point / "frozen"), str(tmp_path / "sock"))
+        assert exports.list() == []
 
 
 def test_a_policy_holds_for_exports_too(image: Path, tmp_path: Path) -> None:
