@@ -145,8 +145,15 @@ class BackupFile(BackupTarget):
             os.unlink(self._made)
             sync_directory(self.path)
         except OSError as error:
+            self._unname()
             raise ImageError(self.path, str(error.strerror)) from error
         self._made = None
+
+    def _unname(self) -> None:
+        """What failed is not to be taken for a backup that has not."""
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(self.path), os.fstat(self._file.fd)):
+                os.unlink(self.path)
 
     def close(self) -> None:
         """Close the file; one that was made and is not whole is gone. Raises: OSError."""

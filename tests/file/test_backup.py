@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 import qcow2
 from qcow2 import ImageError
+from qcow2.engine.create import Options
 from tests import slowdisk
 from tests.file.test_jobs import control, ctl, open_files, start
 from tests.frontend import BackendGone, FrontEnd
@@ -25,6 +27,7 @@ from tests.realfault.death import dying_from_start
 from tests.slowdisk import SlowDisk
 from vhost import Control, ControlError
 from vhost.backup import Feed
+from vhost.backuptarget import BackupFile
 from vhost.clock import Clock
 from vhost.frozen import Saved
 
@@ -389,6 +392,19 @@ def test_a_backup_that_others_have_removed_is_not_the_guests_trouble(tmp_path: P
         guest.flush()
         daemon.stop()
     assert read(image)[:BLOCK] == b"w" * BLOCK
+
+
+def test_a_backup_whose_name_cannot_be_made_stable_has_none(tmp_path: Path) -> None:
+    target = BackupFile(str(tmp_path / "copy"), Options(SIZE), "qcow2", exists=False, keys=None)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # the directory cannot be opened
+    try:
+        with pytest.raises(ImageError, match="Too many open files"):
+            target.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        target.close()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_change_saves_its_neighbours_too(tmp_path: Path) -> None:
