@@ -181,15 +181,16 @@ class Committing(Work):
 
     def leave(self) -> None:
         with self._served.device.keeping() as is_held:
-            if not is_held or self._served.held.written_below is not self._below:
+            below = self._served.held.written_below  # of ours, or of an attempt that came no further
+            if not is_held or below is None:
                 return
             outcome: Future[str] = new_future()
             worker = self._served.device.worker
-            worker.call(lambda: self._served.backend.retire(self._below, outcome.set_result))
+            worker.call(lambda: self._served.backend.retire(below, outcome.set_result))
             failure = worker.wait(outcome)
             try:
-                self._served.held.share(self._below)
+                self._served.held.share(below)
             except OSError as error:
                 failure = failure or str(error)
         if failure:  # its content is whole all the same
-            log.error("%s: is not closed cleanly: %s", self._below.file.path, failure)
+            log.error("%s: is not closed cleanly: %s", below.file.path, failure)
