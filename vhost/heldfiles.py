@@ -1,6 +1,7 @@
 """What a worker has to know of the files of a held image, and who may still read from them."""
 
 import os
+import threading
 from collections.abc import Callable, Collection
 from functools import partial
 
@@ -21,25 +22,33 @@ class HeldFiles:
         self.traits: dict[HostFile, Pointer] = {}
         self.are_direct = are_direct
         self._on_wait = on_wait
+        self._lock = threading.Lock()  # of changes of the two: workers and jobs add and forget
         self._memory: set[tuple[int, int]] = set()  # of the guest, files by device and inode
 
     def add_disk(self, disk: Disk) -> None:
         """All of *disk*, which was opened just now. Raises: OSError; then some are known, to be forgotten."""
         if self.are_direct:
             files = [file for file in disk.files if not shares_pages(disk, file)]
-            self.direct_fds = {**self.direct_fds, **open_all_direct(files)}
+            self._know_direct(open_all_direct(files))
         for file in disk.files:
             self._look_at(file)
 
     def add_written(self, file: HostFile, *, is_direct: bool) -> None:
         """One that is about to be written. Raises: OSError; then it may be known, to be forgotten."""
         if is_direct:
-            self.direct_fds = {**self.direct_fds, file: (fd := open_direct(file))}
+            fd = open_direct(file)
+            self._know_direct({file: fd})
             lock_transfers(fd, file.path, writable=True)
         self._look_at(file)
 
+    def _know_direct(self, fds: dict[HostFile, int]) -> None:
+        with self._lock:
+            self.direct_fds = {**self.direct_fds, **fds}
+
     def _look_at(self, file: HostFile) -> None:
-        self.traits = {**self.traits, file: look_at(file.fd, self.direct_fds.get(file, -1))}
+        traits = look_at(file.fd, self.direct_fds.get(file, -1))
+        with self._lock:
+            self.traits = {**self.traits, file: traits}
 
     def admit(self, memory: Collection[tuple[int, int]], disks: Collection[Disk]) -> None:
         """Return once no daemon that died reads from *disks* into the guest's *memory*, files by device and inode.
@@ -73,7 +82,8 @@ class HeldFiles:
 
     def forget(self, files: Collection[HostFile]) -> list[Callable[[], None]]:
         """No worker has them. -> what closes their second descriptors."""
-        gone = [fd for file, fd in self.direct_fds.items() if file in files]
-        self.direct_fds = {file: fd for file, fd in self.direct_fds.items() if file not in files}
-        self.traits = {file: traits for file, traits in self.traits.items() if file not in files}
+        with self._lock:
+            gone = [fd for file, fd in self.direct_fds.items() if file in files]
+            self.direct_fds = {file: fd for file, fd in self.direct_fds.items() if file not in files}
+            self.traits = {file: traits for file, traits in self.traits.items() if file not in files}
         return [partial(os.close, fd) for fd in gone]
