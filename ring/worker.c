@@ -9,19 +9,20 @@
 #include "ring/window.h"
 #include "ring/word.h"
 
-#define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick */
+#define POLL_MILLISECONDS 1 /* between looks at a ring whose driver does not kick, or tries to hear of commands */
 
 /* ---- life ---- */
 
-static int poll_control(struct worker *worker)
+/* Without an entry round_once tries again: a worker that hears of no command never ends. */
+static void poll_control(struct worker *worker)
 {
     struct io_uring_sqe *entry = uring_entry(&worker->uring);
 
+    worker->control_unarmed = !entry;
     if (!entry)
-        return -EBUSY;
+        return;
     io_uring_prep_poll_multishot(entry, worker->control_fd, POLLIN);
     io_uring_sqe_set_data64(entry, TAG_CONTROL);
-    return 0;
 }
 
 static void init_lists(struct worker *worker)
@@ -158,6 +159,8 @@ static int round_once(struct worker *worker)
     worker->returned_nbytes = 0;
     reap(worker);
     operations_retry(worker);
+    if (worker->control_unarmed)
+        poll_control(worker);
     operations_tell_room(worker);
     queues_fetch(worker);
     commits_start(worker);
@@ -181,7 +184,7 @@ static int sleep_for_work(struct worker *worker)
 
     ASSERT(!worker->dirty_count && !worker->event_count);
     poll_sleeps(&worker->poll);
-    result = uring_wait(&worker->uring, queues_poll(worker) ? POLL_MILLISECONDS : 0);
+    result = uring_wait(&worker->uring, queues_poll(worker) || worker->control_unarmed ? POLL_MILLISECONDS : 0);
     poll_woke(&worker->poll);
     return result;
 }

@@ -294,6 +294,7 @@ struct worker {
     bool idle_owed; /* EVENT_IDLE is to come */
     uint32_t awaited; /* requests; the last of them brings EVENT_IDLE, too */
     bool progress;  /* something happened in this round */
+    bool control_unarmed; /* nothing polls control_fd: there was no entry */
     bool control_told; /* an EVENT_CONTROL is not delivered yet */
     uint32_t requests_in_flight;
     uint64_t busy_nbytes;     /* of the requests in flight and of those that ended in this round */
