@@ -11,8 +11,9 @@ from qcow2 import Disk
 from qcow2.driver.file import HostFile, perform, run
 from qcow2.driver.nbdexport import NbdExport
 from qcow2.driver.operation import Sync
-from qcow2.engine.create import Options, Preallocation, create, write_raw
+from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
+from qcow2.engine.plain import Preallocation, write_raw
 from qcow2.error import UnsupportedImage
 from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain

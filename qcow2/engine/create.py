@@ -4,10 +4,10 @@ import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
 from sys import byteorder
 
 from qcow2.driver.operation import File, Resize, Sync, Write, Zero
+from qcow2.engine.plain import Preallocation, empty, write_zeros
 from qcow2.format import layout
 from qcow2.format.clusters import clusters_of, counting_clusters
 from qcow2.format.header import Extension, Header, pack_header
@@ -15,8 +15,6 @@ from qcow2.format.layout import Compatible, CompressionType, ExtensionMagic, Fea
 from qcow2.format.luks import Encryption
 from qcow2.format.refusal import l1_entries
 from qcow2.plane.entry import Entries, l1_entry
-
-ZERO_PIECE = bytes(1 << 20)
 
 # (word, mask, name); the first two matter most and are kept where clusters are too small for all of them.
 FEATURE_NAMES = (
@@ -30,15 +28,6 @@ FEATURE_NAMES = (
     (FeatureNameType.AUTOCLEAR, layout.Autoclear.RAW_EXTERNAL_DATA, "raw external data"),
 )
 SMALL_CLUSTER_SIZE = 4096  # up to here the long table would leave too little room for a backing file name
-
-
-class Preallocation(Enum):
-    """How much of the disk exists before the guest writes."""
-
-    OFF = "off"
-    METADATA = "metadata"  # every cluster mapped, the file sparse
-    FALLOC = "falloc"  # and its space reserved
-    FULL = "full"  # and written with zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,28 +248,6 @@ async def write_header(file: File, plan: Plan) -> None:
     await Sync(file)
     await Write(file, 0, packed[: layout.SECTOR_SIZE])
     await Sync(file)
-
-
-async def empty(file: File, nbytes: int) -> None:
-    """Let *file* be empty, if it can have *nbytes*; a device keeps what it has. Raises: OSError; it is as before."""
-    await Resize(file, nbytes)
-    await Resize(file, 0)
-
-
-async def write_raw(file: File, size: int, preallocation: Preallocation) -> None:
-    """Make a raw image of *size* bytes of whatever *file* holds; stable on return."""
-    await empty(file, size)
-    await Zero(file, 0, size)  # a device's
-    await Resize(file, size)
-    if preallocation is Preallocation.FULL:
-        await write_zeros(file, 0, size)
-    await Sync(file)
-
-
-async def write_zeros(file: File, start: int, end: int) -> None:
-    """Zeros that take their space. Raises: OSError."""
-    for host_offset in range(start, end, len(ZERO_PIECE)):
-        await Write(file, host_offset, memoryview(ZERO_PIECE)[: end - host_offset])
 
 
 def _tables(plan: Plan) -> Iterator[tuple[int, bytes]]:

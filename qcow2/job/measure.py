@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from qcow2.engine.create import Options, Preallocation
+from qcow2.engine.create import Options
 from qcow2.engine.image import Image
+from qcow2.engine.plain import Preallocation
 from qcow2.format.bitmap import bitmap_directory, read_bitmaps
 from qcow2.format.clusters import clusters_of, counting_clusters, full_clusters
 from qcow2.format.layout import ENTRY_SIZE, BitmapRecord

@@ -7,15 +7,8 @@ refcount is 1, and none need be kept. Memory is bounded: an L2 table goes to the
 from array import array
 
 from qcow2.driver.operation import CopyRange, File, Resize, Sync, Together, Write, Zero
-from qcow2.engine.create import (
-    Options,
-    Preallocation,
-    new_header,
-    plan,
-    refcount_clusters,
-    refcounts_of_one,
-    table_of,
-)
+from qcow2.engine.create import Options, new_header, plan, refcount_clusters, refcounts_of_one, table_of
+from qcow2.engine.plain import Preallocation
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
 from qcow2.job.source import Piece
 from qcow2.job.target import Runs

@@ -14,10 +14,10 @@ from qcow2.driver.buffer import MemoryBuffer, fillable
 from qcow2.driver.file import BlockingDriver, HostFile
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.driver.pool import PoolDriver
-from qcow2.engine.create import Preallocation
 from qcow2.engine.image import Image
 from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
 from qcow2.engine.packing import PART_BYTES
+from qcow2.engine.plain import Preallocation
 from qcow2.error import BelowUnclean, UnsupportedImage
 from qcow2.format.snapshot import Snapshot
 from qcow2.library.awaitable import AwaitableDisk

@@ -8,7 +8,8 @@ from operator import index
 from typing import TypeVar
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, Preallocation, max_size, plan, write_header, write_raw, write_tables
+from qcow2.engine.create import Options, max_size, plan, write_header, write_tables
+from qcow2.engine.plain import Preallocation, write_raw
 from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, VERSIONS
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
 from qcow2.library.hostfile import are_one_file, created, opened, reserve

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 from qcow2.driver.file import HostFile, run
 from qcow2.driver.operation import Resize, Sync
-from qcow2.engine.create import Options, Preallocation, write_raw, write_zeros
+from qcow2.engine.create import Options
+from qcow2.engine.plain import Preallocation, write_raw, write_zeros
 from qcow2.library.hostfile import created, opened, reserve
 from qcow2.node.gate import DATA, named_path
 

@@ -2,9 +2,9 @@
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync, Zero
-from qcow2.engine.create import empty
 from qcow2.engine.data import STEP, Data, SectorCipher
 from qcow2.engine.encryption import Keyring, Sealed
+from qcow2.engine.plain import empty
 from qcow2.error import CorruptImage, WrongKey
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks

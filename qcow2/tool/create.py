@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass
 
 from qcow2.driver.file import run
-from qcow2.engine.create import Options, Preallocation, write_raw
+from qcow2.engine.create import Options
+from qcow2.engine.plain import Preallocation, write_raw
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.hostfile import created, opened, reserve
 from qcow2.library.make import make_qcow2

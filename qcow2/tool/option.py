@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import TypeVar
 
-from qcow2.engine.create import Options, Preallocation, max_size
+from qcow2.engine.create import Options, max_size
+from qcow2.engine.plain import Preallocation
 from qcow2.format.layout import (
     COMPRESSIONS,
     MAX_BACKING_NAME_BYTES,

@@ -4,8 +4,8 @@ import argparse
 import re
 
 from qcow2.driver.file import run
-from qcow2.engine.create import Preallocation
 from qcow2.engine.growth import grown_size
+from qcow2.engine.plain import Preallocation
 from qcow2.engine.shedding import shrunk_size
 from qcow2.format.header import read_header, require_uncorrupted
 from qcow2.library.disk import open_disk

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, Preallocation, write_zeros
+from qcow2.engine.create import Options
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
+from qcow2.engine.plain import Preallocation, write_zeros
 from qcow2.error import ImageError
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage

@@ -11,10 +11,11 @@ from typing import Any
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Store
-from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import OpenOptions
+from qcow2.engine.plain import Preallocation
 from qcow2.engine.replay import clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.format.header import read_header

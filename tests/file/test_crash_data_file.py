@@ -9,10 +9,11 @@ import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Zero
-from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.create import Options, create
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
 from qcow2.engine.part import Part
+from qcow2.engine.plain import Preallocation
 from qcow2.engine.shedding import Shedder
 from qcow2.engine.write import Writer
 from qcow2.format.header import read_header

@@ -9,7 +9,8 @@ import pytest
 
 import qcow2
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.create import Options, create
+from qcow2.engine.plain import Preallocation
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import load_header
 from tests.crash.driver import CrashDriver, SimulatedFile, points

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import File
-from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.create import Options, create
 from qcow2.engine.encryption import Keyring, SectorCipher
 from qcow2.engine.image import Image
 from qcow2.engine.luks import Vault
 from qcow2.engine.opened import OpenOptions
+from qcow2.engine.plain import Preallocation
 from qcow2.plane.cipher import Cipher
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.engine import ENCRYPTION, noise

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from qcow2.engine.create import Options, Preallocation, create
+from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
+from qcow2.engine.plain import Preallocation
 from qcow2.format.header import read_header
 from qcow2.format.snapshot import read_snapshots
 from qcow2.judge.check import check
