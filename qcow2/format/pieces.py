@@ -9,11 +9,10 @@ async def pieces(file: File, host_offset: int, nbytes: int, most: int) -> AsyncI
     """Of the *nbytes* at *host_offset* all but zeros, *most* at a time: how far in, and what is there."""
     zeros, at = bytes(most), 0
     while at < nbytes:
-        is_data, stretch = await Occupied(file, host_offset + at, nbytes - at)
-        if not is_data and stretch >= most:
-            at += stretch // most * most
-            continue
         content = await Read(file, host_offset + at, min(most, nbytes - at))
         if content != zeros:
             yield at, content
         at += most
+        if content == zeros and at < nbytes:
+            is_data, stretch = await Occupied(file, host_offset + at, nbytes - at)
+            at += 0 if is_data else stretch // most * most
