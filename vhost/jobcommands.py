@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from qcow2.driver.uri import is_nbd
 from vhost.backup import Backup
 from vhost.committing import Committing
 from vhost.device import Device
@@ -12,6 +13,8 @@ from vhost.job import JobRefused, Report, Work
 from vhost.jobs import Jobs
 from vhost.mirroring import Mirroring
 from vhost.policy import COPY_FORMATS, OnError
+from vhost.probe import Probe
+from vhost.problem import describe
 from vhost.servedchain import ServedChain
 from vhost.streaming import Streaming
 
@@ -23,6 +26,7 @@ class JobCommands:
 
     def __init__(self, device: Device, backend: ImageBackend, held: HeldImage, jobs: Jobs) -> None:
         self._served = ServedChain(device, backend, held)
+        self._probe = Probe()
         self._jobs = jobs
 
     def require_none(self) -> None:
@@ -62,6 +66,7 @@ class JobCommands:
         if not isinstance(top, bool) or not isinstance(existing, bool):
             raise JobRefused("top and existing are true or false")
         only_top, is_existing = top, existing
+        self._require_answer(target)
         return self._start(
             lambda: Mirroring(self._served, target, format, only_top=only_top, is_existing=is_existing), rate, on_error
         )
@@ -92,11 +97,20 @@ class JobCommands:
             raise JobRefused("a backing file is for what a bitmap says: all of the disk needs none")
         names = {"bitmap": _named(bitmap), "backing": _named(backing)}
         image_format, is_existing = _named(format), existing
+        self._require_answer(name)
         return self._start(
             lambda: Backup(self._served, name, image_format, exists=is_existing, **names),
             rate,
             on_error,
         )
+
+    def _require_answer(self, target: str) -> None:
+        """Before the device is kept, which the guest's restart waits for."""
+        if not is_nbd(target):
+            try:
+                self._probe.require_answer(self._served.held.options.blk_file, target)
+            except OSError as error:
+                raise JobRefused(describe(error)) from error
 
     def _start(self, work: Callable[[], Work], rate: object, on_error: object) -> dict[str, Any]:
         nbytes = _rate(rate)

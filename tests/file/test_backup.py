@@ -30,6 +30,7 @@ from vhost.backup import Feed
 from vhost.backuptarget import BackupFile
 from vhost.clock import Clock
 from vhost.frozen import Saved
+from vhost.probe import Probe
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB + 12 * KIB  # ends in the midst of a chunk
@@ -405,6 +406,20 @@ def test_a_backup_whose_name_cannot_be_made_stable_has_none(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         target.close()
     assert os.listdir(tmp_path) == []
+
+
+def test_storage_that_hangs_is_seen_before_anybody_waits_for_it(tmp_path: Path) -> None:
+    backing, mount_point, probe = tmp_path / "backing", tmp_path / "slow", Probe()
+    backing.mkdir()
+    mount_point.mkdir()
+    before = threading.active_count()
+    with SlowDisk(backing, mount_point) as disk:
+        with disk.holding(slowdisk.LOOKUP):
+            for _ in range(2):
+                with pytest.raises(OSError, match=r"does not answer within 0\.05 s"):
+                    probe.require_answer(str(tmp_path / "disk"), "slow/copy", 0.05)
+            assert threading.active_count() == before + 1
+        probe.require_answer(str(tmp_path / "disk"), "slow/copy", TIMEOUT)
 
 
 def test_a_change_saves_its_neighbours_too(tmp_path: Path) -> None:
