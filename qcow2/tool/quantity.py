@@ -8,14 +8,17 @@ from qcow2.tool.identity import is_qemu_img, say
 SUFFIXES = "bkmgtpe"
 LIMIT = (1 << 63) - 512
 HEXADECIMAL = re.compile(r"0x[0-9a-f]+", re.IGNORECASE)
-WRITTEN = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.ASCII | re.IGNORECASE)
+WRITTEN = re.compile(r"(\d+\.?\d*|\.\d+)([bkmgtpe]?)", re.ASCII | re.IGNORECASE)
+LEAD = re.compile(r"\s*\+?(?=[\d.])", re.ASCII)  # of a number that C's strtod reads
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like 512, 0x200, 64k, 1.5T.
+    """Bytes of a size like 512, 0x200, 64k, 1.5T; `qemu-img` also takes spaces and a plus in front.
 
     Raises: ValueError with the text and the limit.
     """
+    if is_qemu_img() and (lead := LEAD.match(text)):
+        text = text[lead.end() :]
     if HEXADECIMAL.fullmatch(text):
         text = str(int(text, 16))
     match = WRITTEN.fullmatch(text)
@@ -33,12 +36,12 @@ def parse_size(text: str) -> int:
 
 
 def size_of(what: str, text: str) -> int:
-    """The same, of *what* it is; `qemu-img` also takes what C's strtod does, spaces and a plus in front.
+    """The same, of *what* it is.
 
     Raises: ValueError; Failure for what `qemu-img` has its own words for.
     """
     try:
-        return parse_size(re.sub(r"^\s*\+?(?=\d)", "", text, flags=re.ASCII) if is_qemu_img() else text)
+        return parse_size(text)
     except ValueError as error:
         if not is_qemu_img():
             raise

@@ -215,6 +215,8 @@ ROWS = [
     "convert",
     "convert -m 17 base new",
     "convert -r +1M -O qcow2 base new",
+    "create -f raw new +1M",
+    "create -f raw new 1.M",
     "convert -F raw base new",
     "convert -c -S 0 -C base new",
     "compare -T foo base top",
