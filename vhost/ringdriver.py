@@ -11,8 +11,8 @@ from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.far import FarFile
 from qcow2.driver.file import perform, store
 from qcow2.driver.task import Scheduler, Task
-from qcow2.engine.stability import lacks_space
 from qcow2.error import NotTried, no_memory
+from qcow2.plane.space import lacks_space
 from ring.operations import Piece
 from ring.request import GuestSlice
 from ring.thread import new_future

@@ -82,10 +82,11 @@ class PoolDriver:
         """Start them with the first one's work; they take no signals. Where there are none, we do it."""
         if len(self._threads) < self._nthreads:
             thread = threading.Thread(target=self._serve, args=(self._work,), name="qcow2 pool", daemon=True)
+            self._threads.append(thread)  # a signal may come as soon as it has started
             try:
                 start_quiet(thread)
-                self._threads.append(thread)
             except RuntimeError:
+                self._threads.pop()
                 self._nthreads = len(self._threads)
         return bool(self._threads)
 
@@ -101,9 +102,10 @@ class PoolDriver:
 
     def close(self) -> None:
         """End the threads once they have done what they were given: buffers and files are theirs until then."""
-        self._work.put(None)  # one for all: a signal may have come between a thread's start and its entry here
+        self._work.put(None)  # one for all
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # else a signal came before its start
+                thread.join()
         self._threads.clear()
         self._work = SimpleQueue()
 

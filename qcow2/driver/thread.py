@@ -24,12 +24,13 @@ def start_quiet(thread: threading.Thread) -> None:
 @contextmanager
 def undisturbed() -> Iterator[Callable[[], None]]:
     """No handler of a signal raises in this thread, until what this gives is called, or to the end of it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def end() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # raises for one that came before
         yield end
     finally:
         end()

@@ -69,9 +69,10 @@ async def snapshot_clusters(
     clusters: set[int] = set()
 
     def add(host_offset: int, nbytes: int) -> None:
-        if host_offset + nbytes <= file_size:
-            clusters.update(range(host_offset >> geometry.cluster_bits, geometry.clusters(host_offset + nbytes)))
-        if len(clusters) > MAX_SNAPSHOT_CLUSTERS:
+        span = range(host_offset >> geometry.cluster_bits, geometry.clusters(host_offset + nbytes))
+        if host_offset + nbytes <= file_size and len(span) <= MAX_SNAPSHOT_CLUSTERS:
+            clusters.update(span)
+        if max(len(span), len(clusters)) > MAX_SNAPSHOT_CLUSTERS:
             message = f"tables of snapshots take more than their limit of {MAX_SNAPSHOT_CLUSTERS} clusters"
             raise UnsupportedImage(file.path, message)
 

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from qcow2.driver.operation import File, Resize, Sync, Write, Zero
+from qcow2.driver.operation import File, Resize, Size, Sync, Write, Zero
 
 ZERO_PIECE = bytes(1 << 20)
 
@@ -17,8 +17,9 @@ class Preallocation(Enum):
 
 
 async def empty(file: File, nbytes: int) -> None:
-    """Let *file* be empty, if it can have *nbytes*; a device keeps what it has. Raises: OSError; it is as before."""
-    await Resize(file, nbytes)
+    """Let *file* be empty, if it can have *nbytes*; a device keeps what it has. Raises: OSError; it is there then."""
+    if await Size(file):
+        await Resize(file, nbytes)
     await Resize(file, 0)
 
 

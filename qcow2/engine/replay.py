@@ -44,17 +44,20 @@ async def replay(file: File, header: Header, links: Iterable[Link], data_file: F
         old.setdefault(link.cluster, []).append(link.old_entry)
     links, dropped = target.accept(links)
     wanted: list[Link] = []
+    replayed = 0
     for first, group in by_slice(target.geometry, links):
         entries = target.entries.unpack(await Read(file, target.entry_offset(first), target.geometry.slice_bytes))
         for link in group:
             entry = entries[link.cluster % len(entries)]
             if any(target.entries.is_alike(entry, each) for each in old[link.cluster]):
-                wanted.append(link)
+                replayed += 1
             elif entry != link.new_entry:
                 dropped += 1
+                continue
+            wanted.append(link)  # also what is there: the sync of a replay before this one may have failed
     await _write(file, file if data_file is None else data_file, target, wanted)
     await clear_mark(file)
-    return Outcome(replayed=len(wanted), dropped=dropped)
+    return Outcome(replayed, dropped)
 
 
 async def are_in(file: File, header: Header, links: Iterable[Link]) -> bool:

@@ -13,9 +13,9 @@ from qcow2.engine.opened import Opened
 from qcow2.engine.reaper import Reaper
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.root import Root
-from qcow2.engine.stability import lacks_space
 from qcow2.engine.uncounted import Uncounted
 from qcow2.error import MetadataOverlap
+from qcow2.plane.space import lacks_space
 
 SCANNED_BLOCKS = 4  # refcount blocks looked at for holes before a reservation goes to the end of the file
 SEARCHED_CLUSTERS = 1 << 24  # clusters past the end of the file that may count as used before we give up

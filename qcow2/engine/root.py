@@ -1,14 +1,13 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
-from qcow2.driver.operation import File, Read, WriteDespite
+from qcow2.driver.operation import File, Read
 from qcow2.engine.rangelock import Mutex
 from qcow2.engine.stability import Stability, is_harmless
 from qcow2.format import layout
-from qcow2.format.header import Extension, Header, rewrite_header
+from qcow2.format.header import Extension, Header, rewrite_header, warn_next
 from qcow2.format.layout import ExtensionMagic
 
 
@@ -91,15 +90,8 @@ class Root:
                 await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 
     async def _warn_next(self) -> None:
-        """Set the dirty bit, as far as that can be done: a sync has failed, and the next open writes all tables again.
-
-        One byte, and whatever else is under way here: that has failed, too. Version 2 has no such bit.
-        """
-        if self.header.record.version >= 3:
-            offset = layout.HEADER_INCOMPATIBLE_OFFSET + layout.FEATURE_WORD.size - 1
-            word = self.header.record.incompatible_features | layout.Incompatible.DIRTY
-            with suppress(OSError):
-                await WriteDespite(self.file, offset, bytes([word & 0xFF]))
+        """As `warn_next`."""
+        await warn_next(self.file)
 
     async def mark_corrupt(self) -> None:
         """Set the corrupt bit, stable on return: nobody writes before a repair. Version 2 has no place for it."""
@@ -176,7 +168,7 @@ class Root:
                 self.header = await rewrite_header(self.file, _marked(header, before))
             except OSError as error:
                 if not (is_harmless(error) and await self._begins_with(before)):
-                    self._stability.fail(error)  # nobody knows which header stands there
+                    await self._stability.lose(error)  # nobody knows which header stands there
                 raise
 
     async def _begins_with(self, content: bytes) -> bool:

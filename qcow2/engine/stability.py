@@ -7,7 +7,7 @@ from typing import Any
 from qcow2.driver.operation import File, Sync, Write, WriteSome
 from qcow2.engine.statistics import Statistics
 from qcow2.error import NotTried
-from qcow2.native import lib
+from qcow2.plane.space import lacks_space
 
 
 def is_harmless(error: OSError) -> bool:
@@ -17,11 +17,6 @@ def is_harmless(error: OSError) -> bool:
     and its caller leaves memory as it was.
     """
     return isinstance(error, NotTried) or lacks_space(error)
-
-
-def lacks_space(error: OSError) -> bool:
-    """Whether the host had no room, or the quota none: the rule is `qcow2/plane/space.h`."""
-    return bool(lib.lacks_space(-(error.errno or 0)))
 
 
 async def _warn_nobody() -> None:

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from qcow2.driver.operation import File, Read, Size, Sync, Write
+from qcow2.driver.operation import File, Read, Size, Sync, Write, WriteDespite
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout, refusal
 from qcow2.format.layout import (
@@ -302,7 +303,7 @@ async def rewrite_header(file: File, header: Header) -> Header:
     if has_more:
         await _write_rest(file, header, old, new)
     await Write(file, 0, new[: layout.SECTOR_SIZE])
-    await Sync(file)
+    await make_stable(file)
     used = max(_sectors_end(old), _sectors_end(new))
     if has_more and used < header.cluster_size:  # a name was there for a while
         await Write(file, used, bytes(min(header.cluster_size - used, MAX_NAME_AREA)))
@@ -317,11 +318,11 @@ async def _write_rest(file: File, header: Header, old: bytes, new: bytes) -> Non
     if first is not None and place + len(name) <= header.cluster_size:
         if name:
             await Write(file, place, name)
-            await Sync(file)
+            await make_stable(file)
         await Write(file, 0, first)
-        await Sync(file)
+        await make_stable(file)
     await Write(file, layout.SECTOR_SIZE, new[layout.SECTOR_SIZE : place])
-    await Sync(file)
+    await make_stable(file)
 
 
 def _sectors_end(cluster: bytes) -> int:
@@ -345,7 +346,7 @@ async def set_lazy_refcounts(file: File, header: Header, *, is_lazy: bool) -> He
     word = header.record.compatible_features
     word = word | Compatible.LAZY_REFCOUNTS if is_lazy else word ^ (word & int(Compatible.LAZY_REFCOUNTS))
     await Write(file, layout.HEADER_COMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word))
-    await Sync(file)
+    await make_stable(file)
     return replace(header, record=replace(header.record, compatible_features=word))
 
 
@@ -354,14 +355,36 @@ async def mark_repaired(file: File, header: Header) -> Header:
 
     Eight bytes inside one sector, never the whole header: a power loss leaves the old or the new bits.
     """
-    await Sync(file)
+    await make_stable(file)
     word = header.record.incompatible_features
     cleared = word ^ (word & int(Incompatible.DIRTY | Incompatible.CORRUPT))  # `& ~bits` would lose unknown ones
     if cleared == word:
         return header
     await Write(file, layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(cleared))
-    await Sync(file)
+    await make_stable(file)
     return replace(header, record=replace(header.record, incompatible_features=cleared))
+
+
+async def warn_next(file: File) -> None:
+    """Set the dirty bit, as far as that can be done: a sync has failed, and the next open writes all tables again.
+
+    One byte, and whatever else is under way here: that has failed, too. Version 2 has no such bit.
+    """
+    offset = layout.HEADER_INCOMPATIBLE_OFFSET + layout.FEATURE_WORD.size - 1
+    with suppress(OSError):
+        known = await Read(file, 0, offset + 1)
+        (version,) = layout.HEADER_VERSION.unpack_from(known, layout.HEADER_VERSION_OFFSET)
+        if version >= 3:
+            await WriteDespite(file, offset, bytes([known[offset] | Incompatible.DIRTY]))
+
+
+async def make_stable(file: File) -> None:
+    """Sync an image that nobody serves; the next one knows if that fails. Raises: OSError."""
+    try:
+        await Sync(file)
+    except OSError:
+        await warn_next(file)
+        raise
 
 
 async def clear_autoclear(file: File, header: Header, *, maintained: int = 0) -> Header:
@@ -373,5 +396,5 @@ async def clear_autoclear(file: File, header: Header, *, maintained: int = 0) ->
     if word == header.record.autoclear_features:
         return header
     await Write(file, layout.HEADER_AUTOCLEAR_OFFSET, layout.FEATURE_WORD.pack(word))
-    await Sync(file)
+    await make_stable(file)
     return replace(header, record=replace(header.record, autoclear_features=word))

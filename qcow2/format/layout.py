@@ -176,6 +176,8 @@ class HeaderRecord:
 # Header fields that change together, in one write: they share the first sector, so a power loss keeps or loses all.
 HEADER_BACKING_OFFSET = 8
 HEADER_BACKING = struct.Struct(">QI")  # backing_file_offset, backing_file_size
+HEADER_VERSION_OFFSET = 4
+HEADER_VERSION = struct.Struct(">I")
 HEADER_SIZE_OFFSET = 24
 HEADER_SIZE = struct.Struct(">Q")
 HEADER_L1_OFFSET = 36

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from qcow2.driver.operation import File, Sync, Write
+from qcow2.driver.operation import File, Write
 from qcow2.format import layout
-from qcow2.format.header import Header
+from qcow2.format.header import Header, make_stable
 from qcow2.format.snapshot import count_snapshots, read_snapshots
 from qcow2.judge.census import Census
 from qcow2.judge.check import Verdict, read_block
@@ -75,4 +75,4 @@ async def _is_named(file: File, header: Header) -> bool:
 
 async def _point_at(census: Census, count: int, host_offset: int) -> None:
     await Write(census.file, layout.HEADER_SNAPSHOTS_OFFSET, layout.HEADER_SNAPSHOTS.pack(count, host_offset))
-    await Sync(census.file)
+    await make_stable(census.file)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 
-from qcow2.driver.operation import File, Read, Resize, Size, Sync, Write
+from qcow2.driver.operation import File, Read, Resize, Size, Write
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format import layout
-from qcow2.format.header import Header, clear_autoclear, mark_repaired, read_header
+from qcow2.format.header import Header, clear_autoclear, make_stable, mark_repaired, read_header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, Autoclear
 from qcow2.judge.census import Census, Progress, is_needlessly_askew, misplaced
 from qcow2.judge.check import Verdict, block_indexes, is_table_alone, judge, miscopied, read_block
@@ -112,7 +112,7 @@ async def _correct_snapshots(census: Census, count: int) -> None:
     """Let the header say how many there are; stable on return."""
     found = layout.HEADER_SNAPSHOTS.pack(count, census.record.snapshots_offset)
     await Write(census.file, layout.HEADER_SNAPSHOTS_OFFSET, found)
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 async def _let_go_of_askew(census: Census) -> None:
@@ -125,7 +125,7 @@ async def _let_go_of_askew(census: Census) -> None:
             if not entries.is_compressed(entry) and is_needlessly_askew(census, entry):
                 table[index] = entries.without_cluster(entry) if entries.has_subclusters else entries.zeros
         await _write_difference(census.file, cluster << census.record.cluster_bits, old, entries.pack(table))
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 async def _correct_places(census: Census) -> None:
@@ -149,7 +149,7 @@ async def _correct_places(census: Census) -> None:
             new[index * entries.nbytes : (index + 1) * entries.nbytes] = entries.pack([mended])
         if is_table_alone(census, cluster):
             await _write_difference(census.file, cluster << bits, old, new)
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 def _is_judged(census: Census, mode: RepairMode) -> bool:
@@ -176,7 +176,7 @@ async def _adjust_refcounts(verdict: Verdict, *, lower: bool) -> None:
             if (stored_refcount(old, order, cluster - first) > counted) is lower:
                 set_refcount(new, order, cluster - first, counted)
         await _write_difference(census.file, census.blocks[index], old, new)
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 async def _correct_blocks(verdict: Verdict) -> None:
@@ -187,7 +187,7 @@ async def _correct_blocks(verdict: Verdict) -> None:
         assert old is not None  # else the structure would be rebuilt
         new = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
         await _write_difference(census.file, census.blocks[index], old, new)
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 async def _write_difference(file: File, host_offset: int, old: bytes, new: bytes | bytearray) -> None:
@@ -206,7 +206,7 @@ async def _correct_copied(census: Census, *, counted: bool = True) -> None:
         new = bytearray(found.data)
         found.entries.flip(new, found.indexes)
         await _write_difference(census.file, found.host_offset, found.data, new)
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 async def _rebuild(census: Census) -> Header:
@@ -223,7 +223,7 @@ async def _rebuild(census: Census) -> Header:
         block = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
         await Write(census.file, where << bits, block)
     await Write(census.file, start << bits, struct.pack(f">{len(table)}Q", *table))
-    await Sync(census.file)
+    await make_stable(census.file)
     await _point_at(census, start << bits, table_clusters)
     record = replace(census.record, refcount_table_offset=start << bits, refcount_table_clusters=table_clusters)
     return replace(census.header, record=record)
@@ -237,7 +237,7 @@ async def _point_at(census: Census, table_offset: int, table_clusters: int) -> N
         order = census.record.refcount_order
         layout.HEADER_REFCOUNT_ORDER.pack_into(sector, layout.HEADER_REFCOUNT_ORDER_OFFSET, order)
     await Write(census.file, 0, bytes(sector))
-    await Sync(census.file)
+    await make_stable(census.file)
 
 
 async def change_width(file: File, refcount_order: int) -> None:

@@ -1,7 +1,8 @@
 """Snapshot table entries that lack what version 3 asks for, completed as the specification reads them."""
 
-from qcow2.driver.operation import Sync, Write
+from qcow2.driver.operation import Write
 from qcow2.format import layout
+from qcow2.format.header import make_stable
 from qcow2.format.layout import Incompatible
 from qcow2.format.snapshot import SnapshotTable, pack_snapshots
 from qcow2.judge.census import Census
@@ -22,6 +23,6 @@ async def complete_snapshots(census: Census) -> None:
     dirty = record.incompatible_features | int(Incompatible.DIRTY)
     await Write(file, host_offset, pack_snapshots(table.snapshots))
     await Write(file, layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(dirty))
-    await Sync(file)
+    await make_stable(file)
     await Write(file, layout.HEADER_SNAPSHOTS_OFFSET, layout.HEADER_SNAPSHOTS.pack(len(completed), host_offset))
-    await Sync(file)
+    await make_stable(file)

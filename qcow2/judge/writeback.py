@@ -4,8 +4,10 @@ The host tells of that once, and takes for written what it could not write: it r
 again, and the disk holds something older, until the page cache forgets. Restartable: nothing changes but the disk.
 """
 
-from qcow2.driver.operation import Occupied, Read, Sync, Write
+from qcow2.driver.operation import Occupied, Read, Write
+from qcow2.format.header import make_stable
 from qcow2.judge.census import Census
+from qcow2.plane.space import lacks_space
 from qcow2.plane.tally import Role
 
 STEP = 1 << 20  # bytes at a time
@@ -17,10 +19,14 @@ async def write_back(census: Census) -> None:
     The header first: who dies in between, after a power loss too, leaves an image with a dirty bit. Raises: OSError.
     """
     await _write_back(census, 0, census.cluster_size)
-    await Sync(census.file)
+    await make_stable(census.file)
     for cluster in census.tally.clusters(Role.SINGLE | Role.L2):
-        await _write_back(census, cluster << census.record.cluster_bits, census.cluster_size)
-    await Sync(census.file)
+        try:
+            await _write_back(census, cluster << census.record.cluster_bits, census.cluster_size)
+        except OSError as error:
+            if not lacks_space(error):  # a full host that copies on write: nothing is worse than it was
+                raise
+    await make_stable(census.file)
 
 
 async def _write_back(census: Census, start: int, nbytes: int) -> None:

@@ -208,6 +208,17 @@ def test_l1_tables_of_snapshots_that_overlap_are_read_once(tmp_path: Path) -> No
     assert one.end == "done"
 
 
+def test_l1_tables_of_snapshots_in_one_long_row_are_refused(tmp_path: Path) -> None:
+    """Each overlaps the next, so that all are one stretch of a TiB."""
+    built = victim(tmp_path / "in-a-row")
+    entries = snapshot_entries(*(((1 << 30) + index * ((32 << 20) - 4096), 4 << 20) for index in range(30000)))
+    built.poke(1 << 29, entries)
+    built.set_header(snapshots_offset=1 << 29, nb_snapshots=30000)
+    built.truncate(1 << 40)
+    (one,) = visit("write", [built.path])
+    assert one.end == "refused"
+
+
 def test_references_past_the_end_take_no_memory_without_bound(tmp_path: Path) -> None:
     """Each of 65536 is to clusters that nothing else is near: 20 KiB of counts of their own."""
     built = build(Recipe(size=1 << 45), tmp_path / "far")

@@ -43,6 +43,7 @@ GLUE = {  # where an image meets a device
     "vhost/problem.py",
     "vhost/servedchain.py",
     "vhost/imagecommands.py",
+    "vhost/jobcommands.py",
     "vhost/bitmapaction.py",
     "vhost/overlaybitmaps.py",
     "vhost/overlaywish.py",

@@ -1,9 +1,11 @@
 """Replay: what a killed process logged is brought into its image, whatever the image contradicts is not."""
 
+import errno
 import random
 
 import pytest
 
+from qcow2.driver import operation as op
 from qcow2.engine.replay import Outcome, replay
 from qcow2.format.header import read_header
 from qcow2.judge.check import check
@@ -106,6 +108,26 @@ def test_what_a_sync_that_failed_has_lost_is_written_again(lazy: bool) -> None:
     left = Bench(driver, bench.breaker, on_disk, bench.base, bench.image)
     assert left.reopened_content() == expected
     assert lazy or CrashDriver().run(check(on_disk)).corruptions == 0
+
+
+def test_a_replay_whose_sync_failed_is_done_again() -> None:
+    """It finds its entries in place, where the host thinks that they are on the disk."""
+    bench = killed()
+    expected, on_disk, links = bench.content(), bench.file.copy(), logged(bench)
+    syncs = []
+
+    def fault(operation: op.Operation) -> OSError | None:
+        syncs.extend([operation] if isinstance(operation, op.Sync) else [])
+        return OSError(errno.EIO, "as told") if operation in syncs[1:] else None  # after the entries
+
+    with pytest.raises(OSError, match="as told"):
+        CrashDriver(fault=fault).run(recover(bench.file, links))
+    driver = CrashDriver()
+    driver.run(recover(bench.file, links))
+    for entry in driver.journal:
+        if isinstance(entry, Issued):
+            entry.effect.apply(on_disk)
+    assert Bench(driver, bench.breaker, on_disk, bench.base, bench.image).reopened_content() == expected
 
 
 def test_a_cluster_that_has_changed_since_keeps_what_it_has() -> None:
