@@ -31,7 +31,7 @@ MAX_WRITE = 128 << 10
 ROOT = 1
 MNT_DETACH = 2
 KEEP = "keep"
-ANYWHERE, READS = -1, -2  # in place of a host offset
+ANYWHERE, READS, SYNCS = -1, -2, -3  # in place of a host offset
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -105,6 +105,15 @@ class SlowDisk:
         finally:
             self.let_go()
 
+    @contextmanager
+    def unsyncable(self, code: int) -> Iterator[None]:
+        """What is synced fails with *code*, until the end."""
+        self._tell(f"{code}@{SYNCS}")
+        try:
+            yield
+        finally:
+            self.let_go()
+
     def wait_for_one(self) -> None:
         """Return once an operation is held."""
         assert self._server.stdout
@@ -119,7 +128,7 @@ class Server:
         self._backing = backing
         self._names: dict[int, str] = {}
         self._held: set[int] = set()
-        self._fault: tuple[int, int] | None = None  # how writes fail, and where the first one does; or reads
+        self._fault: tuple[int, int] | None = None  # how writes fail, and where the first one does; or reads, or syncs
         self._waiting: list[bytes] = []
         self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # what is asked may be withdrawn
         options = f"fd={self._fuse},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
@@ -260,6 +269,11 @@ class Server:
         counts = st.f_blocks, st.f_bfree, st.f_bavail, st.f_files, st.f_ffree
         return struct.pack("<5Q4I24x", *counts, st.f_bsize, st.f_namemax, st.f_frsize, 0)
 
+    def _fsync(self, node: int, body: bytes) -> bytes:
+        if self._fault is not None and self._fault[1] == SYNCS:
+            raise OSError(self._fault[0], "")
+        return b""
+
     def _nothing(self, node: int, body: bytes) -> bytes:
         return b""
 
@@ -274,7 +288,7 @@ ANSWERS: dict[int, Callable[[Server, int, bytes], bytes]] = {
     CREATE: Server._create,
     READ: Server._read,
     WRITE: Server._write,
-    FSYNC: Server._nothing,
+    FSYNC: Server._fsync,
     FLUSH: Server._nothing,
     RELEASE: Server._release,
     FALLOCATE: Server._fallocate,

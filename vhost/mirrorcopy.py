@@ -20,6 +20,7 @@ from qcow2.node.chain import Chain
 from qcow2.node.node import Node
 from qcow2.node.pivot import NewFile
 from qcow2.node.raw import RawImage
+from vhost.beside import beside
 from vhost.exportline import ExportLine
 from vhost.held import HeldImage
 from vhost.servedchain import ServedChain
@@ -76,7 +77,8 @@ class CopyFile:
         self.is_new = not exists
         self._held = held
         self._device = served.device
-        self._files: list[HostFile] = []  # of the open copy, which are written
+        self._backend = served.backend
+        self._copy: Disk | None = None  # opened last
         self._only_top = only_top
         if exists and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
@@ -105,7 +107,7 @@ class CopyFile:
         except BaseException:
             self.discard()
             raise
-        self._files = [file for file in copy.files if file.writable]
+        self._copy = copy
         return copy
 
     def _require_fit(self, copy: Disk, source: Node) -> None:
@@ -162,11 +164,27 @@ class CopyFile:
         """As of a `CopyPlace`; does nothing once the image was let go."""
         with ExitStack() as closing:
             with self._device.keeping():
-                if not all(file.is_open for file in self._files):
+                if not self._is_beside():
                     return
-                own = [closing.enter_context(_second(file)) for file in self._files]
+                assert self._copy is not None
+                own = [closing.enter_context(_second(file)) for file in self._copy.files if file.writable]
             for file in own:  # the guest may let the others go meanwhile
-                run(_sync(file))
+                self._sync(file)
+
+    def _sync(self, file: HostFile) -> None:
+        """Raises: OSError; then the copy takes no more writes, and who opens it next knows (law 7)."""
+        try:
+            run(_sync(file))
+        except OSError as error:
+            with self._device.keeping():
+                if self._is_beside():
+                    assert self._copy is not None
+                    beside(self._device, self._backend, self._copy.image.lose(error))
+            raise
+
+    def _is_beside(self) -> bool:
+        """Whether the copy is open and written; the device is kept."""
+        return self._copy is not None and self._held.beside is self._copy
 
     def name(self) -> None:
         """As of a `CopyPlace`."""

@@ -1,5 +1,6 @@
 """`ctl mirror`: the copy is in step, and is served, or left; and a death at any moment finds the disk or its copy."""
 
+import errno
 import json
 import os
 import signal
@@ -263,6 +264,26 @@ def test_guest_restarts_while_a_copy_is_made_stable(top: Path, tmp_path: Path, w
                 assert client.wait(job).state == "completed"  # after it was begun anew
             guest.write(0, b"w" * BLOCK)
         daemon.stop()
+
+
+@pytest.mark.parametrize("word", ["cancel", "complete"])
+def test_a_copy_that_is_not_stable_says_so_to_who_opens_it(top: Path, tmp_path: Path, word: str) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    qcow2.create(backing / "copy", len(SHOWN))
+    with SlowDisk(backing, mount_point) as disk, start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror(str(mount_point / "copy"), existing=True).job
+            until(client, job, "ready")
+            with disk.unsyncable(errno.EIO):
+                getattr(client, word)(job)
+                ended = client.wait(job)
+            assert (ended.state, "no copy is left" in ended.error) == ("failed", True), ended
+            guest.write(0, b"w" * BLOCK)
+            guest.flush()
+        daemon.stop()
+    assert json.loads(qcow2_tool_ok("info", "--output=json", backing / "copy"))["dirty-flag"]
 
 
 def test_a_copy_has_no_name_while_it_cannot_be_served(top: Path, tmp_path: Path) -> None:
