@@ -153,7 +153,8 @@ class Jobs:
             job = self._find(number)
             if job.state in (State.COMPLETED, State.FAILED):
                 raise JobRefused(f"job {number} has ended: {job.state}")
-            self._cancel(job)
+            if job.state not in ENDED:
+                self._cancel(job)
             return job.report()
 
     # with the lock

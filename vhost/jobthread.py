@@ -129,7 +129,10 @@ class JobThread:
         return State.COMPLETED
 
     def _await_word(self) -> bool:
-        """Whether it is to finish, not to end. Raises: RoomWanted if it has to begin again first."""
+        """Whether it is to finish, not to end.
+
+        Raises: RoomWanted if it has to begin again first; Cancelled if it was before it was ready.
+        """
 
         job = self._job
 
@@ -140,6 +143,8 @@ class JobThread:
             return must_begin_again() or job.is_cancelled or (job.may_finish and not job.is_paused)
 
         with self._changed:
+            if job.is_cancelled and not job.is_leaving:
+                raise Cancelled
             job.is_ready = True
             job.turn(job.standing)
             self._changed.wait_for(may_go_on)

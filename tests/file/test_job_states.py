@@ -1,7 +1,7 @@
 """How it stands with a job is told with the answer, whatever its thread has come to."""
 
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -15,7 +15,7 @@ from tests.program import TIMEOUT, qcow2_tool_ok
 from tests.served import serve
 from vhost.job import Report, Work
 from vhost.jobs import Jobs
-from vhost.policy import OnError, State
+from vhost.policy import ENDED, OnError, State
 
 
 class Gated(Work):
@@ -75,6 +75,36 @@ def test_every_answer_tells_how_it_stands(tmp_path: Path) -> None:
                 while told.get(timeout=TIMEOUT) != "cancelled":
                     pass
                 assert not work.is_finished
+
+
+class Parting(Gated):
+    """Is cancelled in its last piece, right before it would be ready."""
+
+    awaits_word = True
+
+    def __init__(self, cancel: Callable[[], Report]) -> None:
+        super().__init__()
+        self._cancel = cancel
+        self.has_parted = False
+
+    async def _move(self) -> None:
+        assert self._cancel().state == "running"
+
+    def part(self) -> None:
+        self.has_parted = True
+
+
+def test_nothing_is_left_of_what_was_cancelled_before_it_was_ready(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[State] = SimpleQueue()
+    with serve(tmp_path / "image") as served, FrontEnd(served.socket_path):
+        device = served.device
+        with Jobs(device, device.backend, lambda report: told.put(report.state)) as jobs:
+            work = Parting(lambda: jobs.cancel(1))
+            jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+            while (state := told.get(timeout=TIMEOUT)) not in ENDED:
+                pass
+    assert (state, work.has_parted) == ("cancelled", False)
 
 
 class Starved(Work):

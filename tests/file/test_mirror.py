@@ -110,6 +110,7 @@ def test_the_copy_is_left_as_of_that_moment(top: Path, tmp_path: Path, image_for
         then = load.expected()
         client.cancel(job)
         assert client.wait(job).state == "cancelled"
+        assert client.cancel(job).state == client.job(job).state == "cancelled"
         with qcow2.open(tmp_path / "copy", format=image_format) as disk:  # which nobody uses
             assert disk.read(0, disk.size) == then
         load.run(50)
