@@ -96,6 +96,8 @@ class CopyFile:
         """As of a `CopyPlace`."""
         assert self._held.disk is not None
         if self._new is not None:
+            if self._is_served():
+                raise OSError(errno.ESTALE, "the path that is served leads to it", self.path)
             self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
         try:
             copy = self._held.open_beside(self.path if self._new is None else self._new.temporary, self.image_format)
@@ -193,13 +195,17 @@ class CopyFile:
 
     def unname(self) -> None:
         """As of a `CopyPlace`; what the path that is served leads to keeps its name."""
-        if self._new is not None and not self._new.is_led_to_by(self._held.options.blk_file):
+        if self._new is not None and not self._is_served():
             self._new.unname()
 
     def discard(self) -> None:
         """As of a `CopyPlace`; what was there, or the path that is served leads to, stays."""
-        if self._new is not None and not self._new.is_led_to_by(self._held.options.blk_file):
+        if self._new is not None and not self._is_served():
             self._new.discard()
+
+    def _is_served(self) -> bool:
+        """Whether the path that is served leads to the new file."""
+        return self._new is not None and self._new.is_led_to_by(self._held.options.blk_file)
 
     def abort(self) -> None:
         """It is here."""

@@ -423,6 +423,22 @@ def test_a_copy_that_others_have_moved_is_not_served(top: Path, tmp_path: Path) 
     assert content(top)[:BLOCK] == b"w" * BLOCK
 
 
+def test_a_copy_that_is_served_after_all_is_not_made_anew(top: Path, tmp_path: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.mirror("copy").job
+        until(client, job, "ready")
+        queue = guest.stop_queue()
+        until(client, job, "waiting")
+        top.unlink()
+        top.symlink_to(".copy.mirror")  # as a rename leaves it that says it has failed
+        guest.start_queue(queue)
+        ended = client.wait(job)
+        assert (ended.state, ended.error) == ("failed", f"{tmp_path}/copy: the path that is served leads to it"), ended
+        guest.write(0, b"w" * BLOCK)
+        daemon.stop()
+    assert content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
+
+
 @pytest.mark.parametrize("name", ["base", "mid"])
 def test_a_top_whose_backing_file_others_have_replaced_is_not_copied(top: Path, tmp_path: Path, name: str) -> None:
     with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
