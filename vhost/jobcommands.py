@@ -98,17 +98,19 @@ class JobCommands:
         names = {"bitmap": _named(bitmap), "backing": _named(backing)}
         image_format, is_existing = _named(format), existing
         self._require_answer(name)
+        if names["backing"] is not None:
+            self._require_answer(name, names["backing"])
         return self._start(
             lambda: Backup(self._served, name, image_format, exists=is_existing, **names),
             rate,
             on_error,
         )
 
-    def _require_answer(self, target: str) -> None:
-        """Before the device is kept, which the guest's restart waits for."""
-        if not is_nbd(target):
+    def _require_answer(self, *names: str) -> None:
+        """Before the device is kept, which the guest's restart waits for; *names* as of a `Probe`."""
+        if not is_nbd(names[0]):
             try:
-                self._probe.require_answer(self._served.held.options.blk_file, target)
+                self._probe.require_answer(self._served.held.options.blk_file, *names)
             except OSError as error:
                 raise JobRefused(describe(error)) from error
 

@@ -14,24 +14,28 @@ class Probe:
     """Asks for files on threads of its own: at most one a file waits for storage that hangs."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[str, str], threading.Thread] = {}
+        self._waiting: dict[tuple[str, ...], threading.Thread] = {}
 
-    def require_answer(self, beside: str, name: str, patience: float = PATIENCE_SECONDS) -> None:
-        """Return once the host says what the file *name* is, as seen from the directory of *beside*, or that none is.
+    def require_answer(self, beside: str, *names: str, patience: float = PATIENCE_SECONDS) -> None:
+        """Return once the host says what the file *names* lead to is, or that none is.
 
+        The first of them as seen from the directory of *beside*, each other one from that of the one before it.
         Raises: OSError if it does not within *patience* seconds, or if there is no thread to be had.
         """
         self._waiting = {key: thread for key, thread in self._waiting.items() if thread.is_alive()}
-        thread = self._waiting.get((beside, name))
+        thread = self._waiting.get((beside, *names))
         if thread is None:
-            thread = threading.Thread(target=_ask, args=(beside, name), name="probe", daemon=True)
+            thread = threading.Thread(target=_ask, args=(beside, *names), name="probe", daemon=True)
             start_deaf(thread)
-            self._waiting[beside, name] = thread
+            self._waiting[beside, *names] = thread
         thread.join(patience)
         if thread.is_alive():
-            raise OSError(errno.ETIMEDOUT, f"does not answer within {patience:g} s: does the storage hang?", name)
+            raise OSError(errno.ETIMEDOUT, f"does not answer within {patience:g} s: does the storage hang?", names[-1])
 
 
-def _ask(beside: str, name: str) -> None:
+def _ask(beside: str, *names: str) -> None:
     with suppress(OSError, ValueError):  # said by who opens it
-        os.stat(os.path.join(os.path.dirname(os.path.realpath(beside)), name))
+        path = os.path.realpath(beside)
+        for name in names:
+            path = os.path.join(os.path.dirname(path), name)
+        os.stat(path)

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -417,9 +418,31 @@ def test_storage_that_hangs_is_seen_before_anybody_waits_for_it(tmp_path: Path) 
         with disk.holding(slowdisk.LOOKUP):
             for _ in range(2):
                 with pytest.raises(OSError, match=r"does not answer within 0\.05 s"):
-                    probe.require_answer(str(tmp_path / "disk"), "slow/copy", 0.05)
+                    probe.require_answer(str(tmp_path / "disk"), "slow/copy", patience=0.05)
             assert threading.active_count() == before + 1
-        probe.require_answer(str(tmp_path / "disk"), "slow/copy", TIMEOUT)
+        probe.require_answer(str(tmp_path / "disk"), "slow/copy", patience=TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target": "slow/copy"}, {"target": "copy", "bitmap": "nightly", "backing": "slow/base"}],
+    ids=["target", "backing"],
+)
+def test_guest_restarts_while_storage_is_asked(tmp_path: Path, options: dict[str, str]) -> None:
+    image, _ = make(tmp_path, "plain")
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    qcow2.create(backing / "base", SIZE)
+    with SlowDisk(backing, mount_point) as disk, start(image) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(image) as client, ThreadPoolExecutor(1) as pool:
+            with disk.holding(slowdisk.LOOKUP):
+                asked = pool.submit(client.backup, **options)
+                disk.wait_for_one()
+                guest.start_queue(guest.stop_queue())
+                guest.write(0, b"w" * BLOCK)
+            assert client.wait(asked.result(TIMEOUT).job).has_ended
+        daemon.stop()
 
 
 def test_a_change_saves_its_neighbours_too(tmp_path: Path) -> None:
