@@ -10,7 +10,7 @@ The disk is worth more than its copy: whatever goes wrong ends the copy, and no 
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from qcow2 import ImageError
@@ -147,7 +147,7 @@ class Frozen:
             while (chunk := self._wanted.next(chunk, end)) < end:
                 stop = min(chunk + await self._stride(chunk), end)
                 async with self._locks.hold(chunk, stop - 1):
-                    await self._save(chunk, stop)
+                    await self._save(chunk, stop, self._have_room)
         except MemoryError:
             self.lose("no memory for what is about to change")
 
@@ -176,7 +176,9 @@ class Frozen:
             await reins.wait((stop - chunk) * CHUNK if stop - chunk <= WINDOW else 0)
             await self._await_room()  # not with the lock, which a request of the guest may wait for
             async with self._locks.hold(chunk, stop - 1):
-                await self._save(chunk, stop)
+                await self._save(chunk, stop, self._has_room)
+            if self._wanted.next(chunk, stop) < stop:
+                continue
             if stop // WIDE > chunk // WIDE:
                 self._give(Saved(stop << CHUNK_BITS, 0, None))
             chunk = stop
@@ -203,17 +205,18 @@ class Frozen:
         if self._stopped is not None:
             raise self._stopped
 
-    async def _save(self, chunk: int, end: int) -> None:
-        """Save what is wanted of these chunks, which are locked."""
+    async def _save(self, chunk: int, end: int, has_room: Callable[[], Awaitable[bool]]) -> None:
+        """Save what is wanted of these chunks, which are locked, or what there is room for."""
         while (chunk := self._wanted.next(chunk, end)) < end:
             start = chunk << CHUNK_BITS
             await self._reins.give_way()
             try:
-                saved = await self._read(start, min(self._wanted.run_end(chunk, end) << CHUNK_BITS, self._size))
+                stop = min(self._wanted.run_end(chunk, end) << CHUNK_BITS, self._size)
+                saved = await self._read(start, stop, has_room)
             except (OSError, ImageError) as error:
                 self.lose(describe(error))
                 return
-            if self._ended:
+            if self._ended or saved is None:
                 return
             chunk = -(-(start + saved.nbytes) // CHUNK)
             self._wanted.clear(start >> CHUNK_BITS, chunk)
@@ -225,13 +228,14 @@ class Frozen:
         self._passing += saved.data is None
         self._put(saved)
 
-    async def _read(self, start: int, end: int) -> Saved:
-        """What is at the front of the range, whole chunks of it. Raises: OSError, ImageError."""
+    async def _read(self, start: int, end: int, has_room: Callable[[], Awaitable[bool]]) -> Saved | None:
+        """What is at the front of the range, whole chunks of it; None without room. Raises: OSError, ImageError."""
         content, nbytes = await self._source.find(start)
         zeros = min(nbytes, end - start) if content is Content.ZEROS else 0
         if zeros == end - start or zeros >= CHUNK:
             return Saved(start, zeros if zeros == end - start else zeros - zeros % CHUNK, None)
-        await self._have_room()
+        if not await has_room():
+            return None
         data = memoryview(bytearray(min(end - start, WINDOW * CHUNK)))
         self._moved = self._moved if self._waiting else time.monotonic()
         self._waiting += len(data)
@@ -246,16 +250,21 @@ class Frozen:
             self._require_going()
             await self._turn.wait()
 
-    async def _have_room(self) -> None:
+    async def _has_room(self) -> bool:
+        """The walk does not wait where others wait for it."""
+        return self._waiting < MOST_BYTES
+
+    async def _have_room(self) -> bool:
         """A request of the guest waits for the target, but not for ever; and not at all if all requests are awaited."""
         while self._waiting >= MOST_BYTES and not self._ended:
             if self._are_all_awaited() and self._waiting < AWAITED_BYTES:
-                return
+                break
             if self._stopped is not None or time.monotonic() - self._moved >= PATIENCE_SECONDS:
                 why = "takes nothing" if self._stopped is None else "has failed"
                 self.lose(f"the guest wrote on, and {self._waiting} bytes wait for a target that {why}")
-                return
+                break
             await self._turn.wait()
+        return True
 
     def taken(self, nbytes: int) -> None:
         """The target has taken *nbytes* more, or, if that is 0, what has none in memory."""

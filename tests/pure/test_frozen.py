@@ -32,9 +32,17 @@ class Copy:
             self.saved.append,
             lambda: self.are_all_awaited,
         )
+        self.nanswered: int | None = None  # operations until one is held; None: all are answered
+        self._held: list[tuple[Task, Operation]] = []
         self._scheduler = Scheduler(self._start)
 
     def _start(self, task: Task, operation: Operation) -> None:
+        if self.nanswered == 0:
+            self._held.append((task, operation))
+            self.nanswered = None
+            return
+        if self.nanswered is not None:
+            self.nanswered -= 1
         go_on(self._scheduler, task, *outcome(operation))
 
     def run(self, coroutine: Coroutine[Any, Any, None]) -> list[Task]:
@@ -46,6 +54,11 @@ class Copy:
 
     def go_on(self) -> None:
         self._scheduler.run()
+
+    def let_go(self) -> None:
+        """Answer what is held."""
+        self._start(*self._held.pop())
+        self.go_on()
 
 
 @pytest.fixture
@@ -116,6 +129,27 @@ def test_change_does_not_wait_for_a_walk_that_waits_for_the_target(copy: Copy) -
     walked = copy.run(copy.frozen.walk(Reins()))
     assert copy.run(copy.frozen.save(MOST_BYTES, CHUNK))
     assert not walked
+
+
+def test_walk_that_finds_no_room_any_more_hears_a_cancel(tmp_path: Path) -> None:
+    path, size, reins = tmp_path / "disk", MOST_BYTES + (WINDOW + 4) * CHUNK, Reins()
+    path.write_bytes(b"d" * size)
+    with HostFile.open(str(path)) as file:
+        copy = Copy(file, size)
+        copy.nanswered = 1
+        walked = copy.run(copy.frozen.walk(reins))  # up to where it asks what is in chunks that it has locked
+        assert copy.run(copy.frozen.save(WINDOW * CHUNK, MOST_BYTES))
+        copy.let_go()
+        assert not walked
+        reins.cancel()
+        copy.frozen.look()
+        copy.go_on()
+        assert isinstance(walked[0].take_error(), Cancelled)
+        waiting = copy.run(copy.frozen.save(0, CHUNK))
+        copy.frozen.taken(WINDOW * CHUNK)
+        copy.go_on()
+        assert waiting
+        assert copy.saved[-1].guest_offset == 0
 
 
 def test_change_does_not_wait_where_all_requests_are_awaited(copy: Copy) -> None:
