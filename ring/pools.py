@@ -19,12 +19,14 @@ POOL_THREADS = 2
 class Pools:
     """Two of them, so that what hangs holds up no computation. For the worker thread, but where a method says so."""
 
-    def __init__(self, host: Host, wake: Callable[[], None]) -> None:
-        """*wake* lets the worker thread call `deliver`, from any thread."""
+    def __init__(self, host: Host, wake: Callable[[], None], post: Callable[[Callable[[], None]], None]) -> None:
+        """*wake* lets the worker thread call `deliver`, from any thread; *post* is that of the worker."""
         self._wake = wake
+        self._post = post
         self._compute = host.pool(POOL_THREADS, "compute")
         self._host = host.pool(POOL_THREADS, "host")
         self._ended: deque[Callable[[], None]] = deque()
+        self._told: deque[Callable[[], None]] = deque()
         self.under_way = 0
 
     def compute(self, function: Callable[[], T], done: Outcome[T]) -> None:
@@ -61,8 +63,18 @@ class Pools:
         self._ended.append(lambda: done(result, error))
         self._wake()
 
+    def tell(self, function: Callable[[], None]) -> None:
+        """As *post*, and also while the worker thread waits for what is under way, which may wait for this."""
+        self._told.append(function)
+        self._post(self._hear)  # and wakes it; what is posted later comes later
+
+    def _hear(self) -> None:
+        while self._told:
+            self._told.popleft()()
+
     def deliver(self) -> None:
-        """Tell those whose function has ended."""
+        """Run what was told, and tell those whose function has ended."""
+        self._hear()
         while self._ended:
             self._ended.popleft()()
             self.under_way -= 1

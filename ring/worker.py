@@ -79,8 +79,9 @@ class Worker(Queues, Files):
         self._on_request = on_request
         self._on_death = on_death
         self._host = host
-        self._pools = Pools(host, self._wake)
+        self._pools = Pools(host, self._wake, self.post)
         self.await_future = self._pools.await_future  # for the worker thread
+        self.tell = self._pools.tell  # from any thread
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
         self._started: Future[None] = new_future()
         self._lock = threading.Lock()  # guards _open, and the control fd while it is written

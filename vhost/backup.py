@@ -227,7 +227,7 @@ class Backup(Work):
             tell()
             self._served.backend.go_on()
 
-        self._served.device.worker.post(told)
+        self._served.device.worker.tell(told)  # a request may wait for it, which the worker waits for
 
 
 def _format_of(target: str, image_format: str | None, bitmap: str | None, backing: str | None) -> str:

@@ -13,6 +13,7 @@ from tests.frontend import (
     GUEST_ADDRESS,
     IN,
     OK,
+    OUT,
     REM_MEM_REG,
     SET_MEM_TABLE,
     USER_ADDRESS,
@@ -20,9 +21,15 @@ from tests.frontend import (
     FrontEnd,
 )
 from tests.served import Served, serve
+from tests.slowdisk import WRITE, SlowDisk
+from vhost import frozen
+from vhost.frozen import CHUNK, MOST_BYTES, WINDOW
+from vhost.jobcommands import JobCommands
+from vhost.jobs import Jobs
 
 SLOT = 1 << 20
 READ = 64 << 10
+WINDOW_BYTES = WINDOW * CHUNK
 
 
 class Dimm:
@@ -122,3 +129,31 @@ def test_whole_table_is_replaced_beside_requests_in_flight(served: Served, disk:
             answered = 0
             assert dimm.bytes[:] == content
             dimm.bytes[:] = bytes(SLOT)
+
+
+def test_memory_goes_though_a_backup_keeps_the_write_from_it_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backing, mount_point, disk = tmp_path / "backing", tmp_path / "slow", tmp_path / "disk.raw"
+    backing.mkdir()
+    mount_point.mkdir()
+    nwindows = MOST_BYTES // WINDOW_BYTES + 40
+    disk.write_bytes(b"d" * nwindows * WINDOW_BYTES)
+    (backing / "copy").touch()
+    with SlowDisk(backing, mount_point) as slow, serve(disk, format="raw") as served, Dimm(0) as dimm:
+        with Jobs(served.device, served.backend, lambda report: None) as jobs, FrontEnd(served.socket_path) as guest:
+            guest.tell(ADD_MEM_REG, bytes(8) + dimm.region, fds=(dimm.fd,))
+            with slow.holding(WRITE):
+                commands = JobCommands(served.device, served.backend, served.held, jobs)
+                commands.backup(str(mount_point / "copy"), format="raw", existing=True)
+                slow.wait_for_one()
+                answered = 0
+                for window in range(nwindows):
+                    while not guest.queues[0].free:
+                        answered += len(guest.wait())
+                    guest.queues[0].submit_from(OUT, window * WINDOW_BYTES, dimm.start, WINDOW_BYTES)
+                wait_for_fetched(served, nwindows)
+                monkeypatch.setattr(frozen, "PATIENCE_SECONDS", 0.0)
+                guest.tell(REM_MEM_REG, bytes(8) + dimm.region)
+                while answered < nwindows:
+                    answered += len(guest.wait())
