@@ -22,6 +22,7 @@ from qcow2.job.pace import Pace
 from qcow2.node.node import Node
 from qcow2.node.pivot import Pivot, require_turnable
 from vhost.beside import beside
+from vhost.device import PATIENCE_SECONDS
 from vhost.job import JobFailed, RoomWanted, Work
 from vhost.mirrorcopy import CopyExport, CopyFile, CopyPlace
 from vhost.policy import COPY_FORMATS
@@ -30,6 +31,7 @@ from vhost.servedchain import ServedChain
 
 WIDTH = 4  # chunks at a time, which is not to keep requests waiting
 AGAIN_SECONDS = 10.0  # between two attempts to be rid of the copy, at each of which requests wait
+AGAIN_PATIENCE_SECONDS = 0.5  # at all but the first: what has not ended by then hangs, and all the others wait for it
 
 log = logging.getLogger("vhost")
 
@@ -266,7 +268,8 @@ class Mirroring(Work):
                 if not self._is_over:
                     self._place.discard()
             except (OSError, MemoryError) as error:
-                log.error("%s: a copy that is not whole is left: %s", self._place.path, problem_of(error))
+                if not self._is_beside():
+                    log.error("%s: a copy that is not whole is left: %s", self._place.path, problem_of(error))
             return not self._is_beside()
 
     def _is_beside(self) -> bool:
@@ -277,8 +280,9 @@ class Mirroring(Work):
         """Let the copy go, which is not whole; the device is kept. Raises: OSError, MemoryError."""
         copy = self._copy
         if self._is_beside():
+            patience = PATIENCE_SECONDS if self._is_under_way() else AGAIN_PATIENCE_SECONDS
             self._device.worker.call(self._leave_layer)  # whether what is under way ends or not
-            self._exchange(lambda done: done(""), lambda: self._put_beside(None), lambda: None)
+            self._exchange(lambda done: done(""), lambda: self._put_beside(None), lambda: None, patience)
             self._copy = self._mirror = None
             assert copy is not None
             self._held.close_beside(copy)
@@ -294,10 +298,14 @@ class Mirroring(Work):
         self._held.beside = copy
 
     def _exchange(
-        self, begin: Callable[[Callable[[str], None]], None], swap: Callable[[], None], attached: Callable[[], None]
+        self,
+        begin: Callable[[Callable[[str], None]], None],
+        swap: Callable[[], None],
+        attached: Callable[[], None],
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         """Raises: RoomWanted, OSError."""
-        refusal = self._device.exchange(begin, swap, attached)
+        refusal = self._device.exchange(begin, swap, attached, patience)
         if refusal == BEHIND:
             raise RoomWanted
         if refusal:
