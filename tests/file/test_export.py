@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,12 @@ def test_an_export_that_hangs_as_it_begins_is_refused(image: Path, tmp_path: Pat
     backing.mkdir()
     mount_point.mkdir()
     qcow2.create(backing / "frozen", SIZE)
-    with SlowDisk(backing, mount_point) as disk, Exports(str(image), None, patience=0.1) as exports:
-        with disk.holding(slowdisk.OPEN):
-            with pytest.raises(ExportRefused, match=r"not begun within 0\.1 s"):
-                exports.start(str(mount_point / "frozen"), str(tmp_path / "sock"))
+    with SlowDisk(backing, mount_point) as disk, Exports(str(image), None, patience=5) as exports:
+        with disk.holding(slowdisk.OPEN), ThreadPoolExecutor(1) as pool:
+            started = pool.submit(exports.start, str(mount_point / "frozen"), str(tmp_path / "sock"))
+            disk.wait_for_one()
+            with pytest.raises(ExportRefused, match="not begun within 5 s"):
+                started.result(TIMEOUT)
         assert exports.list() == []
 
 
