@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     Control = AbstractContextManager[object]
 
+COMMANDS = ("ctl", "libvirt-xml")
 PROGRESS_SECONDS = 5
 STATS = (
     "requests",
@@ -67,17 +68,23 @@ def _run(arguments: list[str]) -> int:
     if "--print-capabilities" in arguments:
         print(CAPABILITIES)
         return 0
+    if arguments and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        return _complain(
+            f"{arguments[0]!r} is no command: those are {', '.join(COMMANDS)}; else options serve an image"
+        )
     if arguments[:1] == ["ctl"]:
         from qcow2.tool.interruption import run_to_end
         from vhost.controlclient import main as control
 
         return run_to_end(lambda: control(arguments[1:]))
     from vhost.argument import UsageError
-    from vhost.option import parse
+    from vhost.option import parse, whole_parser
     from vhost.systemd import activated_fd
 
     try:
         if arguments[:1] == ["libvirt-xml"]:
+            if {"-h", "--help"} & {*arguments}:
+                whole_parser().parse_args(arguments)  # which prints it, and exits
             return _print_xml(parse(arguments[1:]))
         options = parse(arguments, activated_fd=activated_fd())
     except (UsageError, ValueError) as error:

@@ -321,7 +321,9 @@ def _closing_unless_done(fds: Sequence[int]) -> Iterator[None]:
 
 def _no_ring(number: int, at: QueueLayout) -> str:
     """What is wrong with a ring that the worker finds to be none."""
-    what = "outside guest memory" if number == errno.EFAULT else "not of a ring's size, alignment and base"
+    what = "not of a ring's size, alignment and base"
+    if number == errno.EFAULT:
+        what = "outside the memory that the front-end shares (QEMU: a memory backend with share=on)"
     places = f"{at.descriptor_address:#x}, {at.driver_address:#x} and {at.device_address:#x}"
     return f"{at.size} entries at {places} from {at.base:#x} are {what}"
 

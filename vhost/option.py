@@ -243,6 +243,7 @@ def _parser() -> Parser:
         prog=PROGRAM,
         allow_abbrev=False,
         description="Serve a disk image to a virtual machine.",
+        epilog=f"{PROGRAM} ctl --help and {PROGRAM} libvirt-xml --help tell what else it does.",
         argument_default=argparse.SUPPRESS,
     )
     for each in fields(Options):

@@ -45,8 +45,6 @@ def in_qemus_words(path: str) -> Iterator[None]:
         reason = str(error).removeprefix(f"{path}: ")
         if is_qemu_img():
             reason = _in_its_words(reason)
-        elif reason.startswith(NO_QCOW2):
-            reason += "; a raw disk needs -f raw"
         raise Failure(f"Could not open '{path}': {reason}") from error
 
 

@@ -299,3 +299,11 @@ def test_sources_that_are_only_younger_do_no_harm(tree: Path, tmp_path: Path) ->
     for source in ("ring/worker.c", "qcow2/native.cdef"):
         os.utime(tree / source, (1 << 32, 1 << 32))
     assert run_in(tree, "qcow2.tool", "program", "check", tmp_path / "disk").returncode == 0
+
+
+def test_the_other_commands_are_told_of() -> None:
+    assert "ctl --help" in run(DAEMON, "--help").stdout
+    assert "libvirt domain" in " ".join(run(DAEMON, "libvirt-xml", "--help").stdout.split())
+    done = subprocess.run([DAEMON, "serve", "--blk-file=a"], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert "'serve' is no command: those are ctl, libvirt-xml" in done.stderr
