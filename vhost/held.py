@@ -30,7 +30,7 @@ from vhost.direct import PAGE
 from vhost.heldfiles import HeldFiles
 from vhost.option import Options
 from vhost.overlaywish import overlay_options
-from vhost.problem import describe
+from vhost.problem import describe, tell_of_lost_name
 from virtio.block import Unavailable
 from virtio.config import Properties
 
@@ -337,6 +337,7 @@ class HeldImage:
         if self.disk is None:
             return
         self._drop_beside()
+        tell_of_lost_name(self.disk.files[0], self.options.blk_file)
         try:
             self.disk.clean()
         except BelowUnclean as error:
@@ -355,6 +356,7 @@ class HeldImage:
         if self.disk is None:
             return
         self._drop_beside()
+        tell_of_lost_name(self.disk.files[0], self.options.blk_file)
         try:
             self.disk.clean()
         except OSError as error:

@@ -1,9 +1,14 @@
 """What went wrong with the image or the host, on one line."""
 
 import errno
+import logging
+import os
 
 from qcow2 import ImageError
+from qcow2.driver.file import HostFile
 from qcow2.error import no_memory
+
+log = logging.getLogger("vhost")
 
 
 def describe(error: OSError | ImageError) -> str:
@@ -27,3 +32,10 @@ def refusal_of(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return str(error)
     raise error
+
+
+def tell_of_lost_name(file: HostFile, path: str) -> None:
+    """Say that *path* leads to another file than *file*, which a guest has written to, or to none."""
+    if file.writable and not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fd))):
+        fate = "lost" if os.fstat(file.fd).st_nlink == 0 else "under that file's other name"
+        log.warning("%s: leads no longer to the image that was served: what was written is %s", path, fate)

@@ -123,3 +123,19 @@ def test_failing_copies_do_not_end_the_daemon(tmp_path: Path, aio: str) -> None:
         guest.write(1 << 21, b"d" * 512)
         daemon.stop()
     assert_clean(overlay)
+
+
+@pytest.mark.parametrize("fate", ["lost", "under that file's other name"])
+def test_a_name_that_was_taken_away_is_told_of(image: Path, fate: str) -> None:
+    with Daemon(image) as daemon:
+        with FrontEnd(daemon.socket_path) as front_end:
+            front_end.write(0, b"a" * CLUSTER)
+            moved = image.rename(image.with_name("moved"))
+            image.write_bytes(moved.read_bytes())
+            if fate == "lost":
+                moved.unlink()
+        daemon.stop()
+        assert daemon.process.stderr is not None
+        assert f"{image}: leads no longer to the image that was served: what was written is {fate}" in (
+            daemon.process.stderr.read()
+        )
