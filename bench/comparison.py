@@ -63,6 +63,12 @@ def traced_qemu(program: str) -> Contestant:
     )
 
 
+def _exchange(case: Case, images: dict[str, Path]) -> None:
+    """Let each server have the other's image: of two copies that are overwritten the first made is the slower one."""
+    if case.images is Images.PER_SERVER:
+        images.update(zip(images, [*images.values()][::-1], strict=True))
+
+
 class Arena:
     """Where cases run: a directory on a disk and one on tmpfs."""
 
@@ -84,6 +90,7 @@ class Arena:
                 ours.append(self.run(case, our_daemon(), images, self._seconds))
                 theirs.append(self.run(case, qemu(aio, self._opponent), images, self._seconds))
                 say(f"  {ours[-1].iops:12,.0f} {theirs[-1].iops:12,.0f}  {ours[-1].iops / theirs[-1].iops:6.2f} x")
+                _exchange(case, images)
             traced = self._trace(case, images) if case.job.read_percent < 100 else None
             return Comparison(case, aio, trials, tuple(ours), tuple(theirs), traced)
         finally:
