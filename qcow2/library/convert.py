@@ -42,7 +42,7 @@ def convert_image(source: str, target: str, pace: Pace, wanted: Conversion) -> N
     Raises: OSError, ImageError, ValueError, Cancelled; a new file is gone then, another one no image.
     """
     with ExitStack() as stack:
-        chain = stack.enter_context(Chain())
+        chain = stack.enter_context(Chain(needs_all=True))
         image = chain.open(
             source, wanted.source_format, OpenOptions(snapshot=wanted.snapshot, keys=keys_of(wanted.key))
         )

@@ -78,6 +78,7 @@ class Chain:
     image_format: str = "qcow2"  # of the top
     progress: "Progress | None" = None  # told how far the repair of a dirty image is
     force_share: bool = False  # read without locks, though others may be writing
+    needs_all: bool = False  # refuse what is read while writes wait in its link log, which would be missing
     log_directory: str = DEFAULT_DIRECTORY  # of the link log of an image that is written
     discard_log: bool = False  # go on without one that is missing or does not count
     memory: SharedMemory | None = None  # which that log is in

@@ -29,9 +29,9 @@ def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
         repair_unclean(file, header, chain.progress)
         log = begin_log(chain, file, header) if file is chain.files[0] else None
     elif header.log_mark and not chain.force_share:
-        from qcow2.node.recovery import warn_of_waiting
+        from qcow2.node.recovery import tell_of_waiting
 
-        warn_of_waiting(file, header.log_mark)
+        tell_of_waiting(file, header.log_mark, needs_all=chain.needs_all and options.snapshot is None)
     return run(Image.open(file, backing=backing, data_file=data_file, options=options, log=log))
 
 

@@ -12,7 +12,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import SharedMemory, is_in_use
 from qcow2.engine.replay import are_in, clear_mark, replay
 from qcow2.engine.restore import restore_bits
-from qcow2.error import ImageError
+from qcow2.error import ImageError, UnsupportedImage
 from qcow2.format.header import Header, read_header
 from qcow2.lock import lock_image
 from qcow2.node.gate import ANY, BACKING, DATA, Gate
@@ -120,10 +120,18 @@ def _tag_below(file: HostFile, mark: Mark, directory: str, *, discard: bool) -> 
     return found.below
 
 
-def warn_of_waiting(file: HostFile, word: int) -> None:
-    """Say that a reader of the image in *file*, whose header's mark is *word*, does not see all that was written."""
-    if word and Mark.parse(word).stamp:
-        log.warning("%s: writes that wait in its link log are not shown: open it for writing once", file.path)
+def tell_of_waiting(file: HostFile, word: int, *, needs_all: bool) -> None:
+    """Say that a reader of the image in *file*, whose header's mark is *word*, does not see all that was written.
+
+    Raises: UnsupportedImage for a reader that *needs_all*, unless the host has been started anew since: they are lost.
+    """
+    mark = Mark.parse(word)
+    if not mark.stamp:
+        return
+    if needs_all and not this_boot().is_other_unit(mark.boot_unit):
+        message = "writes wait in its link log and would be missing: open it for writing once, or give -U"
+        raise UnsupportedImage(file.path, message)
+    log.warning("%s: writes that wait in its link log are not shown: open it for writing once", file.path)
 
 
 def _waiting(file: HostFile, mark: Mark, memory: SharedMemory | None) -> tuple[FoundLog, list[Link]]:

@@ -91,7 +91,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         snapshot = wanted_snapshot(arguments)
         images = [
-            stack.enter_context(open_source(each, arguments, snapshot))
+            stack.enter_context(open_source(each, arguments, snapshot, needs_all=True))
             for each in (named(text, arguments.source_format, is_options=arguments.image_opts) for text in paths)
         ]
         size = sum(image.size for image in images)

@@ -52,7 +52,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     skip = _number(given, "skip", 0) * block
     with ExitStack() as stack:
         wanted = named(given["if"], arguments.format, is_options=arguments.image_opts)
-        image = stack.enter_context(open_source(wanted, arguments))
+        image = stack.enter_context(open_source(wanted, arguments, needs_all=True))
         end = min(image.size, _number(given, "count", image.size) * block)
         if skip > end:
             say(f"{given['if']}: cannot skip to specified offset")

@@ -46,15 +46,17 @@ def wanted_snapshot(arguments: argparse.Namespace) -> str | Choice | None:
 
 
 @contextmanager
-def open_source(image: Named, arguments: argparse.Namespace, snapshot: str | Choice | None = None) -> Iterator[Node]:
+def open_source(
+    image: Named, arguments: argparse.Namespace, snapshot: str | Choice | None = None, *, needs_all: bool = False
+) -> Iterator[Node]:
     """The disk in *image*, or what it was at *snapshot*.
 
-    Raises: Failure.
+    Raises: Failure; if it *needs_all*, also while writes wait in a link log.
     """
     path, image_format = image.path, image.image_format
     if snapshot is not None and not format_of(path, image_format).has_snapshots:
         raise Failure("Failed to load snapshot: Device is not accepting snapshots")
-    how = {"force_share": arguments.force_share, "luks_header": image.luks_header}
+    how = {"force_share": arguments.force_share, "luks_header": image.luks_header, "needs_all": needs_all}
     with Chain(**how, reaches_exports=True) as chain:
         yield _open(chain, path, image_format, OpenOptions(snapshot=snapshot, keys=arguments.keys))
 

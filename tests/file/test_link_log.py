@@ -461,6 +461,16 @@ def test_readers_say_that_they_do_not_show_all(
     with qcow2.open(str(image)) as disk:
         assert_same_bytes(disk.read(0, disk.size), base)
     assert "writes that wait in its link log are not shown" in caplog.text
+    copy = image.with_name("copy")
+    for words in (["convert", image, copy], ["dd", f"if={image}", f"of={copy}"]):
+        done = qcow2_tool(*words)
+        assert done.returncode == 1
+        assert "writes wait in its link log and would be missing" in done.stderr
+        assert not copy.exists()
+    with pytest.raises(qcow2.UnsupportedImage, match="would be missing"):
+        qcow2.convert(image, copy)
+    qcow2_tool_ok("convert", "-U", image, copy)
+    assert_same_bytes(copy.read_bytes(), base)
 
 
 def test_a_directory_that_does_not_exist_costs_speed_and_nothing_else(image: Path, logs: Path, base: bytes) -> None:
