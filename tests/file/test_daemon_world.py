@@ -237,7 +237,7 @@ def test_work_on_a_far_file_without_a_thread_fails_and_nothing_after_it() -> Non
 # Memory
 
 
-@pytest.mark.parametrize("command", [[TOOL, "check"], [TOOL, "map"], [DAEMON, "--fd=0", "--blk-file"]])
+@pytest.mark.parametrize("command", [[TOOL, "map"], [DAEMON, "--fd=0", "--blk-file"]])
 def test_no_memory_is_one_line(tmp_path: Path, command: list[str | Path]) -> None:
     path = tmp_path / "wide.qcow2"
     qcow2_tool_ok("create", "-o", "cluster_size=2M", path, f"{1 << 60}")  # an L1 table of 16 MiB
