@@ -401,7 +401,7 @@ uint64_t host_waits(void)
 
 struct host_alignment host_alignment(int fd)
 {
-    return (struct host_alignment){512, 512};
+    return (struct host_alignment){16, 512}; /* of memory: what malloc keeps, or chance would decide what is direct */
 }
 
 bool host_is_waitable(int fd)
