@@ -91,6 +91,20 @@ static int choose_way(struct worker *worker, struct operation *operation, struct
     return bounce_front(worker, operation, single, gather);
 }
 
+/* What the next submission moves, and which way. -> 0; as those two; -EFAULT: the guest's memory is gone. */
+static int gather_way(struct worker *worker, struct operation *operation, struct iovec *single, struct gather *gather)
+{
+    int result = gather_next(worker, operation, single, gather);
+
+    if (result == 0)
+        result = choose_way(worker, operation, single, gather);
+    if (result == 0 && gather_has_lost(worker, operation)) {
+        bounce_drop(worker, operation);
+        result = -EFAULT;
+    }
+    return result;
+}
+
 /* To copy much out of the page cache takes a processor's time. While more is under way each second long read is
  * another thread's, so that two copy at once. */
 static bool goes_aside(struct worker *worker, const struct operation *operation, uint64_t nbytes)
@@ -113,18 +127,12 @@ static int submit_transfer(struct worker *worker, uint32_t number)
     struct iovec single;
     struct gather gather;
     struct io_uring_sqe *entry;
-    int result = gather_next(worker, operation, &single, &gather);
+    int result = gather_way(worker, operation, &single, &gather);
 
     if (result == 0 && copies_zeros(operation)) {
         memset(operation->bounce, 0, operation->nbytes);
         finish(worker, number);
         return MOVED;
-    }
-    if (result == 0)
-        result = choose_way(worker, operation, &single, &gather);
-    if (result == 0 && gather_has_lost(worker, operation)) {
-        bounce_drop(worker, operation);
-        result = -EFAULT;
     }
     if (result < 0)
         return result;
@@ -189,11 +197,7 @@ static int perform_here(struct worker *worker, uint32_t number)
     if (operation->verb != VERB_READ && operation->verb != VERB_WRITE) {
         prepare_zero(worker, operation, &entry);
     } else {
-        result = gather_next(worker, operation, &single, &gather);
-        if (result == 0 && gather_has_lost(worker, operation)) {
-            bounce_drop(worker, operation);
-            result = -EFAULT;
-        }
+        result = gather_way(worker, operation, &single, &gather);
         if (result < 0)
             return result;
         prepare_transfer(&entry, operation, &worker->files[operation->slot], &gather);

@@ -22,6 +22,8 @@ from virtio.block import UNMAP, RequestType, Status
 EMPTY, FULL = -11, -28  # -EAGAIN, -ENOSPC
 DATA_NBYTES = 16 * 1024  # of a request, at most
 TABLE_NBYTES = 16 * 32
+SHIFTS = (1, 4, 8)  # bytes, which leave data less aligned than the simulated O_DIRECT wants
+SLOT_NBYTES = 32 + TABLE_NBYTES + DATA_NBYTES + max(SHIFTS)
 PATIENCE = 20_000 * MS  # a request that takes longer, once the world is kind, is lost
 HEADER = struct.Struct("<IIQ")
 RANGE = struct.Struct("<QII")
@@ -54,6 +56,7 @@ class Setup:
     mix: dict[str, int]  # kinds of requests, and how often of their sum
     calm: int  # more requests, once the world is kind
     polled: bool  # the first queue's driver never kicks
+    crooked: float  # how often data lies where O_DIRECT does not take it, of 1
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Asked:
     begun: int  # position in the journal
     posted_at: int
     slot: int
+    shift: int = 0  # of the data in it, in bytes
     overtaken: int = 0
     versions: list[Version] = field(default_factory=list)
     flush: Flush | None = None
@@ -84,7 +88,7 @@ class Queue:
         self.ring: Any = ffi.new("struct driver_ring *")
         flags = lib.RING_EVENT_IDX * setup.event_idx | lib.RING_PACKED * setup.packed
         lib.driver_ring_init(self.ring, memory.host(self.address, nbytes), setup.size, flags, base)
-        self.slots = [memory.allocate(32 + TABLE_NBYTES + DATA_NBYTES, align=512) for _ in range(setup.depth)]
+        self.slots = [memory.allocate(SLOT_NBYTES, align=512) for _ in range(setup.depth)]
         self.free = list(range(len(self.slots)))
         self.asked: dict[int, Asked] = {}  # by head
         self.base = base  # for the next daemon, if the last one has said it
@@ -211,7 +215,9 @@ class Guest:
         kind = self.random.choices([*self.setup.mix], [*self.setup.mix.values()])[0]
         sector, nsectors = self._aim(kind)
         at = self.random.randrange(len(queue.free))
-        asked = Asked(self.requests + 1, kind, sector, nsectors, 0, self.kernel.now, queue.free[at])
+        is_crooked = self.setup.crooked and self.random.random() < self.setup.crooked
+        shift = self.random.choice(SHIFTS) if is_crooked else 0
+        asked = Asked(self.requests + 1, kind, sector, nsectors, 0, self.kernel.now, queue.free[at], shift)
         head = self._add(queue, asked)
         if head == FULL:
             return False
@@ -254,7 +260,7 @@ class Guest:
 
     def _add(self, queue: Queue, asked: Asked) -> int:
         header = queue.slots[asked.slot]
-        status, table, data = header + 16, header + 32, header + 32 + TABLE_NBYTES
+        status, table, data = header + 16, header + 32, header + 32 + TABLE_NBYTES + asked.shift
         memory = self.memory
         memory.store(status, b"\xaa")
         nbytes, is_writable = asked.nsectors * SECTOR, asked.kind == "read"
@@ -329,7 +335,7 @@ class Guest:
                 raise Violation(f"flush {asked.number} succeeds after a failed sync")
             asked.flush.acked = position
         if asked.kind == "read":
-            self._judge_read(asked, header + 32 + TABLE_NBYTES, position)
+            self._judge_read(asked, header + 32 + TABLE_NBYTES + asked.shift, position)
 
     def _judge_read(self, asked: Asked, address: int, position: int) -> None:
         content = self.memory.load(address, asked.nsectors * SECTOR)

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ring/assertion.h"
 #include "ring/host.h"
 #include "ring/pieces.h"
 #include "ring/storage.h"
@@ -15,6 +16,8 @@
 
 #define JOBS 2048
 #define READY 8192
+#define DIRECT_MEMORY 16u /* of memory: what malloc keeps, or chance would decide what is direct */
+#define DIRECT_OFFSET 512u
 
 /* Python's part, in the extension's wrapper. */
 void sim_turn(void);
@@ -43,6 +46,7 @@ static uint64_t random_state;
 static struct job jobs[JOBS];
 static struct watch watches[SIM_FDS];
 static uint64_t counts[SIM_FDS];
+static bool direct[SIM_FDS]; /* opened with O_DIRECT */
 static struct io_uring_sqe entries[URING_ENTRIES];
 static uint32_t entry_count;
 static struct uring_completion ready[READY];
@@ -82,6 +86,7 @@ void sim_reset(uint64_t seed)
         free_job(&jobs[i]);
     memset(watches, 0, sizeof(watches));
     memset(counts, 0, sizeof(counts));
+    memset(direct, 0, sizeof(direct));
     entry_count = ready_first = ready_count = 0;
     state = (struct sim){.clock = state.clock, .far = state.far, .due = UINT64_MAX, .turn = UINT64_MAX};
     random_state = seed * 0x9e3779b97f4a7c15u + 1;
@@ -107,6 +112,21 @@ static bool lives(void)
 }
 
 /* ---- jobs ---- */
+
+static bool suits(uint64_t word, uint64_t alignment)
+{
+    return word % alignment == 0;
+}
+
+/* A kernel might refuse it, or read and write around it: neither is wanted. */
+static void require_aligned(int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset)
+{
+    for (uint32_t i = 0; direct[fd] && i < count; i++) {
+        ASSERT(suits(offset, DIRECT_OFFSET));
+        ASSERT(suits((uintptr_t)iovecs[i].iov_base, DIRECT_MEMORY));
+        ASSERT(suits(iovecs[i].iov_len, DIRECT_OFFSET));
+    }
+}
 
 static uint32_t new_job(uint64_t user_data, const struct iovec *iovecs, uint32_t count)
 {
@@ -161,13 +181,17 @@ static bool is_vectored(uint8_t opcode)
 
 static uint32_t job_of(const struct io_uring_sqe *entry)
 {
-    void *address = (void *)(uintptr_t)entry->addr;
-    struct iovec single = {address, entry->len};
+    struct iovec single = {(void *)(uintptr_t)entry->addr, entry->len}, *iovecs = &single;
+    uint32_t count = 1;
 
     if (entry->opcode == IORING_OP_FSYNC || entry->opcode == IORING_OP_FALLOCATE)
         return new_job(entry->user_data, NULL, 0);
-    return is_vectored(entry->opcode) ? new_job(entry->user_data, address, entry->len)
-                                      : new_job(entry->user_data, &single, 1);
+    if (is_vectored(entry->opcode)) {
+        iovecs = single.iov_base;
+        count = entry->len;
+    }
+    require_aligned(entry->fd, iovecs, count, entry->off);
+    return new_job(entry->user_data, iovecs, count);
 }
 
 static uint64_t length_of(const struct io_uring_sqe *entry, uint32_t job)
@@ -324,6 +348,7 @@ int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uin
 {
     uint32_t job = new_job(0, iovecs, count);
 
+    require_aligned(fd, iovecs, count, host_offset);
     return perform(job, IORING_OP_READ, fd, host_offset, jobs[job].nbytes, 1);
 }
 
@@ -331,6 +356,7 @@ int64_t host_write(int fd, const struct iovec *iovecs, uint32_t count, uint64_t 
 {
     uint32_t job = new_job(0, iovecs, count);
 
+    require_aligned(fd, iovecs, count, host_offset);
     return perform(job, IORING_OP_WRITE, fd, host_offset, jobs[job].nbytes, 1);
 }
 
@@ -401,12 +427,17 @@ uint64_t host_waits(void)
 
 struct host_alignment host_alignment(int fd)
 {
-    return (struct host_alignment){16, 512}; /* of memory: what malloc keeps, or chance would decide what is direct */
+    return (struct host_alignment){DIRECT_MEMORY, DIRECT_OFFSET};
 }
 
 bool host_is_waitable(int fd)
 {
     return true;
+}
+
+void sim_set_direct(int fd)
+{
+    direct[fd] = true;
 }
 
 void sim_raise(int fd)

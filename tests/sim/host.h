@@ -28,6 +28,8 @@ void sim_complete(uint32_t job, int result);
 /* Copy what it writes out, or what it reads in. */
 void sim_job_load(uint32_t job, void *to);
 void sim_job_store(uint32_t job, const void *from, uint64_t nbytes);
+/* A descriptor for O_DIRECT: what it takes is checked. */
+void sim_set_direct(int fd);
 /* Signal an eventfd; sim_count: signals that nobody took. */
 void sim_raise(int fd);
 uint64_t sim_count(int fd);

@@ -107,6 +107,8 @@ class Kernel(Host):
         """A new process asks: nothing is under way, nobody polls, nothing is due."""
         calls.answer_with(self)
         lib.sim_reset(self.random.getrandbits(63) | 1)
+        for file in self.files.values():
+            lib.sim_set_direct(file.direct_fd)
         self.state.turn = SPIN
         self.trouble = self._troubles
         self._events.clear()
@@ -236,6 +238,7 @@ class Kernel(Host):
         """Give *file* a descriptor."""
         file.fd, file.direct_fd = self.eventfd(), self.eventfd()
         self.files[file.fd] = self.files[file.direct_fd] = file
+        lib.sim_set_direct(file.direct_fd)
 
     def begin(self, number: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> None:
         """An entry was submitted."""

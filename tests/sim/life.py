@@ -263,6 +263,7 @@ class World(Served):
             mix=MIXES[mix],
             calm=num_queues * (draw.choice((4, 4, 8, 120)) if num_queues > 1 else 4),
             polled=draw.random() < 0.15,
+            crooked=draw.choice((0, 0, 0.2, 1)),
         )
 
     def _retire(self) -> None:

@@ -167,4 +167,5 @@ class LiveWorld(Served):
             mix=MIXES[draw.choice(("plane", "spread", "clear", "settle"))],
             calm=4,
             polled=False,
+            crooked=draw.choice((0, 0.2)),
         )

@@ -10,7 +10,7 @@ from tests.sim.trouble import Violation
 AFTERMATH = 150 * MS  # after the last trouble; what was slow, or waited for that, has ended
 SOON = 50 * MS  # in a kind world, where an operation takes 0.4 of them
 SOON_IF_FILLED = 200 * MS  # on a host that stays full each write asks for space in vain, one after the other
-OVERTAKEN = 150  # by requests of its kind, of other queues, that came later
+OVERTAKEN = 200  # by requests of its kind, of other queues, that came later
 STOP = 150 * MS
 
 

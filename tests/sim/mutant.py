@@ -377,6 +377,16 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "other_queues_wait_while_the_first_works",
+        "liveness: every queue gets its share",
+        Edit(
+            "ring/queue.c",
+            "        fetch(worker, queue);\n        is_crowded",
+            "        if (!queue->index || !worker->queues[0].in_flight)\n"
+            "            fetch(worker, queue);\n        is_crowded",
+        ),
+    ),
+    Mutant(
         "a_polled_ring_is_forgotten_for_seconds",
         "liveness: an answer comes soon",
         Edit("ring/worker.c", "POLL_MILLISECONDS 1 ", "POLL_MILLISECONDS 5000 "),
@@ -400,6 +410,12 @@ MUTANTS = [
             "        finish_disabling(worker, queue);\n",
         ),
     ),
+    Mutant(
+        "o_direct_gets_any_memory",
+        "cache=none: what O_DIRECT does not take goes through a buffer",
+        Edit("ring/gather.c", "iov_base & (file->memory_align - 1)) ||", "iov_base & 0) ||"),
+        is_direct=True,
+    ),
     # what was wrong once, in the history of these sources
     Mutant(
         "once_a_cancelled_sync_had_failed",
@@ -418,6 +434,16 @@ MUTANTS = [
             "storage != STORAGE_FAR)\n        result = perform_here",
             "storage != STORAGE_FAR && !operation)\n        result = perform_here",
         ),
+    ),
+    Mutant(
+        "once_cancelled_work_went_another_way",
+        "cache=none: what O_DIRECT does not take goes through a buffer; until 474cfb0",
+        Edit(
+            "ring/transfer.c",
+            "        result = gather_way(worker, operation, &single, &gather);\n        if",
+            "        result = gather_next(worker, operation, &single, &gather);\n        if",
+        ),
+        is_direct=True,
     ),
     Mutant(
         "once_the_maps_error_went_nowhere",
