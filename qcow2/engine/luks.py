@@ -20,7 +20,6 @@ from qcow2.format.luks import (
     MAGIC,
     MAX_ITERATIONS,
     MIN_ITERATIONS,
-    NSLOTS,
     SALT_BYTES,
     STRIPES,
     Encryption,
@@ -54,12 +53,14 @@ class Vault:
     file: File
     host_offset: int
     luks: Luks
+    nbytes: int
 
     @classmethod
     async def read(cls, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> "Vault":
         """Raises: UnsupportedImage, CorruptImage."""
         data = await Read(file, host_offset, min(LuksRecord.NBYTES, nbytes))
-        return cls(file, host_offset, parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached))
+        luks = parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached)
+        return cls(file, host_offset, luks, nbytes)
 
     async def open(self, passphrases: Iterable[Secret]) -> Unlocked:
         """The first slot that one of *passphrases* opens.
@@ -238,8 +239,3 @@ async def new_vault(encryption: Encryption, *, is_detached: bool = False) -> New
     wipe(key)
     sealed = replace(record, digest=digest, digest_salt=salt, digest_iterations=iterations).with_slot(0, slot)
     return NewVault(replace(luks, record=sealed), sealed.pack(), material)
-
-
-def free_slot(luks: Luks) -> int | None:
-    """The first slot that is off."""
-    return next((number for number in range(NSLOTS) if number not in luks.enabled), None)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from qcow2.engine.luks import Vault, free_slot
+from qcow2.engine.luks import Vault
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, NSLOTS
 from qcow2.plane.cipher import wipe
 
@@ -41,11 +41,16 @@ async def change_slots(vault: Vault, keys: list[bytes], change: Addition | Erasu
 
 
 def _slot_to_add(vault: Vault, wanted: int | None) -> int:
-    number = free_slot(vault.luks) if wanted is None else wanted
+    record, enabled = vault.luks.record, vault.luks.enabled
+    free = (number for number in range(NSLOTS) if number not in enabled and record.material_end(number) <= vault.nbytes)
+    number = next(free, None) if wanted is None else wanted
     if number is None:
         raise ValueError("Can't add a keyslot - all keyslots are in use")
-    if number in vault.luks.enabled:
+    if number in enabled:
         raise ValueError(f"Refusing to overwrite active keyslot {number} - please erase it first")
+    if record.material_end(number) > vault.nbytes:
+        text = f"its material ends at {record.material_end(number)}, past the LUKS header of {vault.nbytes} bytes"
+        raise ValueError(f"Can't add keyslot {number}: {text}")
     return number
 
 

@@ -99,7 +99,11 @@ class LuksRecord:
     @property
     def end_offset(self) -> int:
         """Where the last key material ends."""
-        return (max(slot.material_sector for slot in self.slots) + self.material_sectors) * SECTOR_SIZE
+        return max(self.material_end(number) for number in range(NSLOTS))
+
+    def material_end(self, number: int) -> int:
+        """Where the key material of slot *number* ends."""
+        return (self.slots[number].material_sector + self.material_sectors) * SECTOR_SIZE
 
     def with_slot(self, number: int, slot: SlotRecord) -> "LuksRecord":
         """This header with another *slot*."""
@@ -145,7 +149,7 @@ class Luks:
 def parse_luks(path: str, data: bytes, limit: int, host_offset: int = 0, *, is_detached: bool = False) -> Luks:
     """Take apart the header that begins *data*, lies at *host_offset* and has *limit* bytes with its key material.
 
-    Raises: UnsupportedImage, CorruptImage.
+    The material of a slot that is off may lie past that: nobody reads it. Raises: UnsupportedImage, CorruptImage.
     """
     if len(data) < LuksRecord.NBYTES or data[:6] != MAGIC:
         raise UnsupportedImage(path, f"not a LUKS header: magic {data[:6].hex()}, not {MAGIC.hex()}")
@@ -257,8 +261,8 @@ def _validate_areas(path: str, host_offset: int, record: LuksRecord, limit: int,
             message = f"{what}: key material at sector {slot.material_sector}, inside what ends at sector {ends_at}"
             raise CorruptImage(path, host_offset, message)
         ends_at = slot.material_sector + record.material_sectors
-    if ends_at * SECTOR_SIZE > limit:
-        raise CorruptImage(path, host_offset, f"LUKS key material ends at {ends_at * SECTOR_SIZE}, limit {limit}")
+        if slot.is_enabled and ends_at * SECTOR_SIZE > limit:
+            raise CorruptImage(path, host_offset, f"LUKS key material ends at {ends_at * SECTOR_SIZE}, limit {limit}")
     if not is_detached and not record.payload_sector:
         raise UnsupportedImage(path, "a LUKS header whose disk is in another file: open that one, and name this header")
     if not is_detached and record.payload_sector < max(MIN_SECTOR, ends_at):

@@ -163,7 +163,7 @@ async def create_all_but_magic(file: File, encryption: Encryption, size: int, ke
     from qcow2.engine.luks import Vault
 
     luks = await _write_luks(file, encryption, size, has_magic=False)
-    cipher, start = await keys.cipher_of(Vault(file, 0, luks)), luks.record.payload_offset
+    cipher, start = await keys.cipher_of(Vault(file, 0, luks, encryption.nbytes)), luks.record.payload_offset
     return LuksImage(file, Data(file, cipher, origin=start), start, size, read_only=False)
 
 

@@ -154,7 +154,7 @@ class Looker:
     def _look(self, file: SimulatedFile) -> bytes:
         driver = CrashDriver()
         luks, size = driver.run(read_luks(file))
-        vault = Vault(file, 0, luks)
+        vault = Vault(file, 0, luks, luks.record.end_offset)
         keys = {each: key for each in PASSPHRASES if (key := self._opened(vault, each)) is not None}
         if not keys:
             raise Violation("no passphrase opens the disk")

@@ -280,6 +280,28 @@ def test_key_slots_are_added_and_erased_and_qemu_agrees(tmp_path: Path, secret: 
                 qcow2.open(path, key=key)
 
 
+def test_what_a_slot_that_is_off_has_past_the_headers_end_is_nobodys(tmp_path: Path, secret: list[str]) -> None:
+    path = create(tmp_path / "disk", secret)
+    content = bytearray(path.read_bytes())
+    at = content.index(bytes.fromhex("0537be77 00000010")) + 16  # the header's length, in its extension
+    content[at : at + 8] = (512 << 10).to_bytes(8, "big")  # of eight slots of 252 KiB
+    path.write_bytes(content)
+    plain = tmp_path / "plain"
+    plain.write_bytes(bytes(SIZE))
+    for peer in peers():
+        qemu(peer, "compare", *secret, "--image-opts", f"driver=raw,file.filename={plain}", options(path))
+    with qcow2.open(path, key=KEY, writable=True) as disk:
+        assert disk.read(0, SIZE) == bytes(SIZE)
+    fast = "encrypt.state=active,encrypt.iter-time=10,encrypt.new-secret="
+    said = amend(path, {"a": KEY, "b": b"second"}, f"{fast}b,encrypt.keyslot=7")
+    assert "Can't add keyslot 7: its material ends at 2066432, past the LUKS header of 524288 bytes" in said
+    assert amend(path, {"a": KEY, "b": b"second"}, f"{fast}b") == ""
+    assert "all keyslots are in use" in amend(path, {"a": KEY, "c": b"third"}, f"{fast}c")
+    (tmp_path / "key").write_bytes(b"second")
+    for peer in peers():
+        qemu(peer, "compare", *secret, "--image-opts", f"driver=raw,file.filename={plain}", options(path))
+
+
 def test_a_raw_luks_image_is_read_and_written_by_qemu_and_us(tmp_path: Path, secret: list[str]) -> None:
     path, plain = tmp_path / "disk.luks", tmp_path / "plain"
     words = ["-f", "luks", "-o", "key-secret=s0,iter-time=10"]
