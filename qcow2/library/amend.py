@@ -32,11 +32,13 @@ from qcow2.format.layout import (
     ExtensionMagic,
     Incompatible,
 )
+from qcow2.job.pace import Pace
 from qcow2.judge.check import judge
 from qcow2.judge.repair import change_width, repair
 from qcow2.judge.report import Report
 from qcow2.library.disk import open_disk
 from qcow2.library.key import Key
+from qcow2.library.own_thread import undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def amend_image(
         assert isinstance(image, Image)
         run(require_amendable(image, wanted))
         tell(0, 3)
-        run(prepare(image, wanted))
+        undisturbed(lambda: run(prepare(image, wanted)), Pace())
         disk.clean()
         tell(1, 3)
         run(amend_header(image.file, wanted, lambda: tell(2, 3)))

@@ -13,6 +13,7 @@ from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.library.disk import Disk
 from qcow2.library.key import Key, keys_of
+from qcow2.library.own_thread import undisturbed
 from qcow2.node.chain import Chain, chain_paths
 from qcow2.node.gate import backing_path
 
@@ -54,13 +55,17 @@ def commit_image(
         overlay = disk.image
         assert isinstance(overlay, Image)
         below = chain.nodes[depth]
-        try:
-            with PoolDriver(WIDTH) as driver:
-                driver.run(commit(overlay, below, pace))
-        finally:
-            run(below.close())
-        if empties and depth == 1:
-            run(overlay.empty())
+
+        def work() -> None:
+            try:
+                with PoolDriver(WIDTH) as driver:
+                    driver.run(commit(overlay, below, pace))
+            finally:
+                run(below.close())
+            if empties and depth == 1:
+                run(overlay.empty())
+
+        undisturbed(work, pace)
 
 
 def depth_of(path: str, image_format: str, base: str | None) -> int:

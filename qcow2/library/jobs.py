@@ -1,6 +1,7 @@
 """Long work from Python: each call returns when it is done; *progress(done, total)*, in bytes, sees how far it is.
 
-What *progress* raises ends the job, and is raised: the image is left as the job's own description says.
+It is called on the job's thread, which may not be the caller's. What it raises ends the job, and is raised; so does an
+interrupt of the caller (KeyboardInterrupt): the image is left as the job's own description says.
 """
 
 import os

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from qcow2.job.pace import Pace
+
 T = TypeVar("T")
 
 
@@ -40,13 +42,14 @@ class _Job:
         self._is_done = True
         self._done.release()
 
-    def wait(self) -> Any:
+    def wait(self, interrupted: Callable[[], None]) -> Any:
         interrupt: BaseException | None = None
         while not self._is_done:
             try:
                 self._done.acquire()
             except BaseException as error:  # raised by a signal handler of the caller's
                 interrupt = error
+                interrupted()
         failure, self._error = interrupt or self._error, None
         if failure is None:
             return self._result
@@ -72,8 +75,8 @@ class OwnThread:
         """Not so in the child of a fork, which has no such thread."""
         return self._process == os.getpid()
 
-    def call(self, function: Callable[[], T]) -> T:
-        """Return what *function* returns, raise what it raises."""
+    def call(self, function: Callable[[], T], interrupted: Callable[[], None] = lambda: None) -> T:
+        """Return what *function* returns, raise what it raises; *interrupted* is called each time the caller is."""
         if not self._has_thread and not self._is_stopped:
             self._has_thread = self._start()
         if not self._has_thread:
@@ -83,7 +86,7 @@ class OwnThread:
         self._jobs.put(job)
         if self._is_stopped:  # perhaps after we looked: nobody may be left to take it
             self._run_what_is_left()
-        result: T = job.wait()
+        result: T = job.wait(interrupted)
         return result
 
     def call_here(self, function: Callable[[], T]) -> T:
@@ -127,6 +130,18 @@ class OwnThread:
                 if job is not None:
                     _do(job, self._turn)
         self._jobs.put(None)  # for one that has yet to look
+
+
+def undisturbed(function: Callable[[], T], pace: Pace) -> T:
+    """Call *function*, a job at *pace*, on a thread of its own; an interrupt cancels it, and is raised when that ends.
+
+    *function* writes to an image that is closed cleanly whatever happens.
+    """
+    thread = OwnThread()
+    try:
+        return thread.call(function, pace.cancel)
+    finally:
+        thread.stop()
 
 
 def _do(job: _Job, turn: threading.Lock) -> None:

@@ -16,6 +16,7 @@ from qcow2.job.rebase import copy_difference
 from qcow2.library.disk import Disk, open_disk
 from qcow2.library.hostfile import is_at, is_same_file
 from qcow2.library.key import Key, keys_of
+from qcow2.library.own_thread import undisturbed
 from qcow2.node.chain import Chain
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
@@ -65,8 +66,12 @@ def rebase_image(
 
 def bring_over(disk: Disk, image: Image, new: Node | None, pace: Pace, *, is_compressed: bool = False) -> None:
     """Write to *image* what shows through it now and would not with *new* under it; *disk* is clean then."""
-    with PoolDriver(WIDTH) as driver:
-        driver.run(copy_difference(image, new, pace, is_same_file=is_same_file, is_compressed=is_compressed))
+
+    def work() -> None:
+        with PoolDriver(WIDTH) as driver:
+            driver.run(copy_difference(image, new, pace, is_same_file=is_same_file, is_compressed=is_compressed))
+
+    undisturbed(work, pace)
     disk.clean()  # law 6: all that the new chain needs is stable
 
 

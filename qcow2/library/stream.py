@@ -10,6 +10,7 @@ from qcow2.library.commit import depth_of
 from qcow2.library.disk import open_disk
 from qcow2.library.hostfile import require_way
 from qcow2.library.key import Key
+from qcow2.library.own_thread import undisturbed
 
 
 def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) -> None:
@@ -25,6 +26,10 @@ def stream_image(path: str, base: str | None, pace: Pace, *, key: Key = None) ->
         name, image_format = name_of_base(overlay, below)
         if below is not None and name is not None:
             require_way(overlay.file, name, below.file)
-        with PoolDriver(WIDTH) as driver:
-            driver.run(stream(overlay, below, pace))
-        run(overlay.put_over(below, name, image_format))
+
+        def work() -> None:
+            with PoolDriver(WIDTH) as driver:
+                driver.run(stream(overlay, below, pace))
+            run(overlay.put_over(below, name, image_format))
+
+        undisturbed(work, pace)

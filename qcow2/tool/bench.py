@@ -7,6 +7,7 @@ from qcow2.driver.pool import PoolDriver
 from qcow2.error import ImageError
 from qcow2.job.bench import Load, bench
 from qcow2.library.disk import open_disk
+from qcow2.library.own_thread import undisturbed
 from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.file import add_log_options, how_to_open
@@ -63,7 +64,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         with shown(is_wanted=False) as pace, PoolDriver(min(load.depth, 8)) as driver:
             started = time.monotonic()
             try:
-                driver.run(bench(disk.image, load, pace))
+                undisturbed(lambda: driver.run(bench(disk.image, load, pace)), pace)
             except (OSError, ImageError) as error:
                 raise Failure(f"Failed request: {getattr(error, 'strerror', None) or error}") from error
             took = time.monotonic() - started

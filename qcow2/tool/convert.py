@@ -13,6 +13,7 @@ from qcow2.job.copy import CopyFailed, Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
 from qcow2.library.hostfile import is_same_file
+from qcow2.library.own_thread import undisturbed
 from qcow2.node.formats import FORMATS
 from qcow2.node.gate import backing_path
 from qcow2.node.node import Node
@@ -119,7 +120,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         syncs = arguments.target_cache != UNSAFE
         driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS), syncs=syncs))
         try:
-            driver.run(copy(source, target, pace, manner, None if is_shared else below))
+            undisturbed(lambda: driver.run(copy(source, target, pace, manner, None if is_shared else below)), pace)
         except CopyFailed as failure:
             raise Failure(f"{failure}: {reason_of(failure)}") from failure
     finish()

@@ -42,8 +42,9 @@ def _raised() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in ENDS:
             signal.signal(each, signal.SIG_IGN)  # a second one would break into the cleaning up
-        if (far := sys.modules.get("qcow2.driver.far")) is not None:  # else nothing waits for another host
-            far.give_up_all()
+        give_up_all = getattr(sys.modules.get("qcow2.driver.far"), "give_up_all", None)
+        if give_up_all is not None:  # else nothing waits for another host: it is not even imported, or just being so
+            give_up_all()
         raise Interrupted(number)
 
     for number in ENDS:

@@ -1,0 +1,84 @@
+"""Jobs from Python that an interrupt meets: it breaks into none of their steps, and ends them soon."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import qcow2
+from tests.oracle import assert_clean, qemu_img, qemu_io
+from tests.program import TIMEOUT
+
+NBYTES = 8 << 20
+JOBS: dict[str, Callable[..., None]] = {
+    "commit": qcow2.commit,
+    "rebase": lambda path, **how: qcow2.rebase(path, None, **how),
+    "stream": qcow2.stream,
+}
+BROKEN_INTO = """
+import signal, sys, qcow2, qcow2.library.jobs
+places = []
+def look(number, frame):
+    while frame is not None:
+        places.extend([frame.f_code.co_filename] if "/qcow2/job/" in frame.f_code.co_filename else [])
+        frame = frame.f_back
+signal.signal(signal.SIGALRM, look)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+path, job = sys.argv[1:]
+qcow2.rebase(path, None) if job == "rebase" else getattr(qcow2, job)(path)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(*places)
+"""
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=1k", base, str(NBYTES))
+    qemu_io(base, f"write -q -P 1 0 {NBYTES}")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=1k", "-b", base, "-F", "qcow2", top)
+    qemu_io(top, f"write -q -P 2 0 {NBYTES // 2}")
+    return top
+
+
+@pytest.mark.parametrize("job", [*JOBS])
+def test_a_signal_breaks_into_no_step_of_a_job(overlay: Path, job: str) -> None:
+    command = [sys.executable, "-c", BROKEN_INTO, overlay, job]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+@pytest.mark.parametrize("job", [*JOBS])
+def test_an_interrupted_job_ends_and_the_disk_is_as_it_was(overlay: Path, job: str) -> None:
+    told: list[tuple[int, int]] = []
+    came = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> Any:
+        came.set()
+        raise KeyboardInterrupt
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            came.wait(TIMEOUT)
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            JOBS[job](overlay, progress=progress)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert told[-1][0] < told[-1][1], "it went on to its end"
+    for path in (overlay, overlay.with_name("base")):
+        assert_clean(path)
+    with qcow2.open(overlay) as disk:
+        assert len(disk.files) == 2
+        assert disk.read(0, NBYTES) == bytes([2]) * (NBYTES // 2) + bytes([1]) * (NBYTES // 2)
