@@ -231,3 +231,8 @@ $(VENV)/installed-fuzz: pyproject.toml | $(VENV)/installed
 .PHONY: survey
 survey: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.vm $(SURVEY)
+
+.PHONY: help
+help:
+	@echo "make demo: a guest on a disk of ours; make test: every test; and:"
+	@sed -n 's/^| `\(make .*\)` | \(.*\) |$$/\1: \2/p' README.md | tr -d '`'

@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        lacking = message.removeprefix("the following arguments are required: ")
+        choices = [each.choices for each in self._actions if each.metavar == lacking != message and each.choices]
+        raise UsageError(message + "".join(f", one of {', '.join(each)}" for each in choices))
 
 
 def path_of(text: str) -> str:

@@ -5,6 +5,7 @@ its steps. It holds nothing that cannot be given up: when all requests have to w
 to make room, ends at its next piece, and is begun again once the disk goes on; what it has done stays.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -17,6 +18,8 @@ from vhost.job import Job, JobRefused, Report, Room, RoomWanted, Work
 from vhost.jobthread import JobThread, wake
 from vhost.policy import ENDED, OnError, State
 from vhost.problem import refusal_of
+
+log = logging.getLogger("vhost")
 
 REMEMBERED = 32  # jobs that have ended
 
@@ -49,6 +52,7 @@ class Jobs:
         with self._changed:
             self._is_ending = True
             if self._current is not None:
+                log.warning("job %d, %s, ends with the daemon", self._current.number, self._current.work.kind)
                 self._cancel(self._current)
             thread = self._thread
         if thread is not None:

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 dd`."""
     add_format_option(parser, of="of the source")
     add_image_options(parser)
-    parser.add_argument("-O", "--output-format", default="raw", metavar="FMT", help="of the target: raw or qcow2")
+    parser.add_argument(
+        "-O", "--output-format", default="raw", metavar="FMT", help="of the target: raw (the default) or qcow2"
+    )
     add_source_options(parser)
     parser.add_argument(
         "operands",

@@ -202,6 +202,8 @@ def test_daemon_that_ends_ends_its_job(top: Path) -> None:
         client.stream(rate=1)
         guest.write(0, b"w" * BLOCK)
         daemon.stop()
+        assert daemon.process.stderr is not None
+        assert "job 1, stream, ends with the daemon" in daemon.process.stderr.read()
     assert backing_name(top) == "mid"
     assert content(top) == b"w" * BLOCK + SHOWN[BLOCK:]
     assert_clean(top)
@@ -313,6 +315,7 @@ def test_ctl_shows_jobs_to_people_and_to_programs(top: Path) -> None:
         refused = ctl(top, "job", "cancel", "1")
         assert (refused.returncode, refused.stdout) == (1, "")
         assert refused.stderr == "vhost-user-qcow2: ctl: job 1 has ended: completed\n"
+        assert "required: ACTION, one of list, wait, pause" in ctl(top, "job").stderr
 
 
 def test_ctl_draws_a_bar_on_a_terminal(top: Path) -> None:
