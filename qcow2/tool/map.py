@@ -33,7 +33,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     wanted = the_image(arguments)
     start = size_of("start offset", arguments.start_offset)
     length = None if arguments.max_length is None else size_of("max length", arguments.max_length)
-    with Chain(force_share=arguments.force_share, luks_header=wanted.luks_header) as chain:
+    with Chain(force_share=arguments.force_share, luks_header=wanted.luks_header, reaches_exports=True) as chain:
         with opening(wanted.path):
             image = chain.open(wanted.path, wanted.image_format, OpenOptions(has_data=False))
         end = image.size if length is None else min(image.size, start + length)

@@ -432,6 +432,9 @@ def test_tool_copies_to_and_from_an_export(tmp_path: Path, server: str) -> None:
             zeros = [extent for extent in disk.extents() if extent.is_zero]
             assert sum(extent.nbytes for extent in zeros) > SIZE // 4  # which the server tells of
             assert not any(disk.read(zeros[0].guest_offset, zeros[0].nbytes))
+            extents = [(extent.guest_offset, extent.nbytes, extent.is_zero) for extent in disk.extents()]
+        mapped = json.loads(qcow2_tool_ok("map", "--output=json", ours.uri))
+        assert [(each["start"], each["length"], each["zero"]) for each in mapped] == extents
         for refused in ("convert", "-O", "qcow2", image, ours.uri), ("convert", image, ours.uri):
             assert qcow2_tool(*refused).returncode == 1
         ours.stop()
