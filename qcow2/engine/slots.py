@@ -1,9 +1,10 @@
 """Which key slots are added and erased: the rules before `qcow2.engine.luks` writes. One slot is always left."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qcow2.engine.luks import Vault
-from qcow2.format.luks import DEFAULT_ITER_TIME_MS, NSLOTS
+from qcow2.format.luks import DEFAULT_ITER_TIME_MS, NSLOTS, require_passphrase
 from qcow2.plane.cipher import wipe
 
 
@@ -11,20 +12,23 @@ from qcow2.plane.cipher import wipe
 class Addition:
     """Let *passphrase* open a slot, the first that is free unless a number is given."""
 
-    passphrase: bytes = field(repr=False)
+    passphrase: bytes | bytearray = field(repr=False)
     number: int | None = None
     iter_time_ms: int = DEFAULT_ITER_TIME_MS
+
+    def __post_init__(self) -> None:
+        require_passphrase(self.passphrase)
 
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
     """Let nothing open that slot, or those that *passphrase* opens; one of the two is given."""
 
-    passphrase: bytes | None = field(default=None, repr=False)
+    passphrase: bytes | bytearray | None = field(default=None, repr=False)
     number: int | None = None
 
 
-async def change_slots(vault: Vault, keys: list[bytes], change: Addition | Erasure) -> None:
+async def change_slots(vault: Vault, keys: Sequence[bytes | bytearray], change: Addition | Erasure) -> None:
     """Do *change*, if one of *keys* opens a slot; stable on return. A death leaves the old slots or the new ones.
 
     Raises: WrongKey, OSError; ValueError for what would lose the key, or makes no sense.

@@ -270,6 +270,12 @@ def _validate_areas(path: str, host_offset: int, record: LuksRecord, limit: int,
         raise CorruptImage(path, host_offset, message)
 
 
+def require_passphrase(passphrase: bytes | bytearray) -> None:
+    """Raises: ValueError if a key slot may not be made of it."""
+    if not passphrase:
+        raise ValueError("the passphrase is empty: anybody could open the key slot")
+
+
 DEFAULT_SPEC = CipherSpec("aes", "xts", "plain64", None, 64)  # as QEMU's
 
 
@@ -282,6 +288,9 @@ class Encryption:
     passphrase: bytes | bytearray = field(repr=False)
     iter_time_ms: int = DEFAULT_ITER_TIME_MS  # that deriving a key takes
     iterations: int | None = None  # that do so, if they are not to be found out
+
+    def __post_init__(self) -> None:
+        require_passphrase(self.passphrase)
 
     @property
     def nbytes(self) -> int:

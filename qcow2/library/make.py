@@ -53,7 +53,7 @@ def create(
     name = os.fsdecode(path)
     if format not in FORMATS:
         raise ValueError(f"{name}: format {format!r} cannot be created, only {', '.join(FORMATS)}")
-    encryption = None if key is None else Encryption(DEFAULT_SPEC, "sha256", _nonempty(key), iter_time)
+    encryption = None if key is None else Encryption(DEFAULT_SPEC, "sha256", _bytes(key), iter_time)
     below = None if backing is None else os.fsdecode(backing)
     if below is not None:
         below_size = _size_of(backing_path(name, below), backing_format)
@@ -172,8 +172,8 @@ def _make_raw(name: str, image_format: str, size: int, preallocation: str, encry
             reserve(file)
 
 
-def _nonempty(key: bytes) -> bytes:
-    if not isinstance(key, bytes | bytearray) or not key:
+def _bytes(key: bytes) -> bytes:
+    if not isinstance(key, bytes | bytearray):
         raise ValueError("the key of a new image is some bytes")
     return bytes(key)
 

@@ -138,16 +138,16 @@ def _run(words: list[str]) -> int:
         given = build_parser(words[:1]).parse_args(words)
     except SystemExit:  # the parser has printed what was asked for
         return 0
-    given.secrets = Secrets(getattr(given, "object", []))
     given.keys = None
-    if given.secrets:
-        from qcow2.engine.encryption import Keyring
-        from qcow2.plane.cipher import keep_secrets
+    with Secrets(getattr(given, "object", [])) as given.secrets:
+        if given.secrets:
+            from qcow2.engine.encryption import Keyring
+            from qcow2.plane.cipher import keep_secrets
 
-        keep_secrets()
-        given.keys = Keyring(given.secrets.keys)
-    status: int = _room(given.command).run_command(given)
-    return status
+            keep_secrets()
+            given.keys = Keyring(given.secrets.keys)
+        status: int = _room(given.command).run_command(given)
+        return status
 
 
 def _room(command: str) -> Any:

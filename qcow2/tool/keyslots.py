@@ -33,14 +33,18 @@ def amend_slots(
     """
     from qcow2.engine.luks import Vault  # and with it libcrypto
     from qcow2.engine.slots import change_slots
+    from qcow2.plane.cipher import wipe
 
     host_offset, nbytes = (0, file.size()) if format_of(file.path, image_format).has_key_slots else _area(file)
     change = _change(given, secrets)
     vault = run(Vault.read(file, host_offset, nbytes, is_detached=is_detached))
+    keys = secrets.keys(file.path)
     try:
-        run(change_slots(vault, secrets.keys(file.path), change))
+        run(change_slots(vault, keys, change))
     except ValueError as error:
         raise Failure(str(error)) from error
+    finally:
+        wipe(*keys)
 
 
 def _area(file: HostFile) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from typing import Self
 
 from qcow2.tool.commas import split_commas
 
@@ -9,39 +10,41 @@ KNOWN = ("id", "file", "data", "format")
 
 
 class Secrets:
-    """The secrets of one command line, by their ids; a file is read when its secret is wanted."""
+    """The secrets of one command line, by their ids; a file, perhaps a pipe, is read once, when its secret is wanted.
+
+    What was read is kept until the end of the block.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         """Raises: ValueError for what is no secret that we understand."""
         self._given = {each["id"]: each for each in map(_parse, texts)}
+        self._read: dict[str, bytearray] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._read:
+            from qcow2.plane.cipher import wipe
+
+            wipe(*self._read.values())
+        self._read.clear()
 
     def __bool__(self) -> bool:
         """Whether there is one."""
         return bool(self._given)
 
-    def __getitem__(self, name: str) -> bytes:
-        """The secret of this id. Raises: ValueError if there is none, or it is no base64; OSError."""
+    def __getitem__(self, name: str) -> bytearray:
+        """The secret of this id, ours. Raises: ValueError if there is none, or it is no base64; OSError."""
         if name not in self._given:
             raise ValueError(f"No secret with id '{name}'")
-        given = self._given[name]
-        if "file" in given:
-            with open(given["file"], "rb") as file:
-                content = file.read()
-        else:
-            content = given["data"].encode(errors="surrogateescape")
-        if given.get("format", "raw") == "raw":
-            return content
-        import base64
-        import binascii
+        if name not in self._read:
+            self._read[name] = _read(self._given[name])
+        return self._read[name]
 
-        try:
-            return base64.b64decode(b"".join(content.split()), validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"secret '{name}' is not valid base64: {error}") from None
-
-    def keys(self, path: str) -> list[bytes]:
-        """All of them: which one opens the image at *path* shows when it is tried."""
-        return [self[name] for name in self._given]
+    def keys(self, path: str) -> list[bytearray]:
+        """Copies of all, the caller's to wipe: which one opens the image at *path* shows when it is tried."""
+        return [bytearray(self[name]) for name in self._given]
 
 
 def add_object_option(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,29 @@ def add_object_option(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET",
         help="secret,id=ID,file=FILE: a key for encrypted images; or data=TEXT for FILE; and format=base64",
     )
+
+
+def _read(given: dict[str, str]) -> bytearray:
+    from qcow2.plane.cipher import wipe
+
+    if "file" in given:
+        with open(given["file"], "rb", buffering=0) as file:
+            content = file.readall()
+    else:
+        content = given["data"].encode(errors="surrogateescape")
+    read = bytearray(content) if given.get("format", "raw") == "raw" else _decoded(given["id"], content)
+    wipe(content)
+    return read
+
+
+def _decoded(name: str, content: bytes) -> bytearray:
+    import base64
+    import binascii
+
+    try:
+        return bytearray(base64.b64decode(b"".join(content.split()), validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"secret '{name}' is not valid base64: {error}") from None
 
 
 def _parse(text: str) -> dict[str, str]:

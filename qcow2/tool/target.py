@@ -178,7 +178,7 @@ def _opened(wish: Wish) -> "Disk":
             wish.path,
             writable=True,
             format=wish.image_format,
-            key=wish.secrets.keys,
+            key=Keyring(wish.secrets.keys),
             luks_header=wish.luks_header,
         )
     except OSError as error:

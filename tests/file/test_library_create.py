@@ -78,7 +78,7 @@ def test_over_what_a_data_file_holds(tmp_path: Path) -> None:
         ({"format": "vmdk"}, "format 'vmdk' cannot be created, only qcow2, raw"),
         ({"format": "luks"}, "a luks image needs a key"),
         ({"format": "raw", "key": KEY}, "a raw one has none"),
-        ({"key": b""}, "the key of a new image is some bytes"),
+        ({"key": b""}, "the passphrase is empty"),
         ({"format": "raw", "data_file": "data"}, "a raw image has no data file"),
         ({"preallocation": "some"}, "preallocation 'some' is not one of off, metadata"),
         ({"extended_l2": True, "cluster_size": 4096}, "extended_l2 on needs clusters of 16384 bytes"),
