@@ -9,7 +9,6 @@ import errno
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 from qcow2.error import ImageError
 from qcow2.nbd import wire
@@ -257,7 +256,7 @@ class Connection:
             raise OSError(errno.EINVAL, "the status of no bytes")
         limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
         for number, context in self._contexts:
-            found = list(islice(context.statuses(request.offset, request.nbytes), limit))
+            found = context.statuses(request.offset, request.nbytes, limit)
             self._replies.status(request.cookie, number, found, is_last=number == self._contexts[-1][0])
 
     def _cache(self, offset: int, nbytes: int, memory: memoryview) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
@@ -69,8 +70,8 @@ class Context(Protocol):
 
     name: bytes
 
-    def statuses(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Length and flags of each stretch from *offset* on, within *nbytes*."""
+    def statuses(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
+        """Length and flags of each stretch from *offset* on, within *nbytes*, of the first *limit* of them."""
 
 
 class Export:
@@ -195,11 +196,11 @@ class _Extents:
         self._node = node
         self._driver = driver
 
-    def statuses(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Length and flags of each stretch."""
-        return iter(self._driver.run(self._look(offset, nbytes)))
+    def statuses(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
+        """As `Context.statuses`; what comes after the beginning of the next stretch is not looked at."""
+        return self._driver.run(self._look(offset, nbytes, limit))
 
-    async def _look(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
+    async def _look(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         end = offset + nbytes
         while offset < end:
@@ -207,7 +208,7 @@ class _Extents:
             flags = int(self._flags(extent))
             if found and found[-1][1] == flags:
                 found[-1] = (found[-1][0] + extent.nbytes, flags)
-            elif len(found) == MAX_EXTENTS:
+            elif len(found) == limit:
                 break
             else:
                 found.append((extent.nbytes, flags))
@@ -223,8 +224,11 @@ class _DirtyBitmap:
         self._granularity_bits = granularity_bits
         self._bits = bits
 
-    def statuses(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Length and flags of each stretch."""
+    def statuses(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
+        """As `Context.statuses`."""
+        return list(islice(self._stretches(offset, nbytes), limit))
+
+    def _stretches(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
         shift, end = self._granularity_bits, offset + nbytes
         start = offset >> shift >> 3  # byte of the bits
         part = self._bits()[start : ((end - 1) >> shift >> 3) + 1]

@@ -27,6 +27,16 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+def break_mapping(image: Path, *, cluster: int) -> None:
+    """Let the entry of *cluster* lead past every file."""
+    with image.open("r+b") as file:
+        file.seek(40)
+        file.seek(struct.unpack(">Q", file.read(8))[0])
+        l2 = struct.unpack(">Q", file.read(8))[0] & ((1 << 56) - 512)
+        file.seek(l2 + 8 * cluster)
+        file.write(struct.pack(">Q", 1 << 63 | 1 << 55 | 512))
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with empty_disk(tmp_path_factory.mktemp("served"), SIZE) as server:
@@ -111,6 +121,14 @@ def test_allocation(image: Path) -> None:
         }
         with pytest.raises(NbdError, match=str(EINVAL)):
             client.status(0, 0)
+
+
+def test_who_wants_one_stretch_is_told_before_the_others_are_looked_at(image: Path) -> None:
+    break_mapping(image, cluster=3)
+    with Server(image, "-r") as server, server.client(contexts=("base:allocation",)) as client:
+        assert client.status(0, SIZE, flags=nbd.REQ_ONE) == {"base:allocation": [(CLUSTER, 3)]}
+        with pytest.raises(NbdError, match=f"^{EIO}$"):
+            client.status(0, SIZE)
 
 
 def test_the_status_of_a_bitmap(image: Path) -> None:
@@ -227,12 +245,7 @@ def test_requests_of_nothing(image: Path) -> None:
 
 
 def test_an_unreadable_cluster_is_an_error_and_no_end(image: Path) -> None:
-    with image.open("r+b") as file:  # the mapping of cluster 1 leads past every file
-        file.seek(40)
-        file.seek(struct.unpack(">Q", file.read(8))[0])
-        l2 = struct.unpack(">Q", file.read(8))[0] & ((1 << 56) - 512)
-        file.seek(l2 + 8)
-        file.write(struct.pack(">Q", 1 << 63 | 1 << 55 | 512))
+    break_mapping(image, cluster=1)
     with Server(image, "-r") as server, server.client() as client:
         for nbytes in (512, CLUSTER):
             with pytest.raises(NbdError, match=f"^{EIO}$"):
