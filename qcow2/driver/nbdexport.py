@@ -14,7 +14,8 @@ from qcow2.driver.nbdconnection import Command, Completion, NbdConnection
 SECTOR_SIZE = 512
 PIECE = 32 << 20  # bytes of a read or write, where the server knows no other limit
 STRETCH = 128 << 20  # bytes of zeros, or looked through, by one request
-ZERO = 2  # NBD_STATE_ZERO
+REQ_ONE = 1 << 3  # NBD_CMD_FLAG_REQ_ONE: others would be looked up for nothing
+ZERO = 1 << 1  # NBD_STATE_ZERO
 CONTEXT = "base:allocation"
 
 Issue = Callable[[Any, Completion], object]
@@ -209,7 +210,7 @@ def _flush(handle: Any, completion: Completion) -> None:
 
 
 def _status(nbytes: int, host_offset: int, heard: Callable[..., int], handle: Any, completion: Completion) -> None:
-    handle.aio_block_status(nbytes, host_offset, heard, completion=completion)
+    handle.aio_block_status(nbytes, host_offset, heard, completion=completion, flags=REQ_ONE)
 
 
 def _first_run(entries: list[int], nbytes: int) -> tuple[bool, int]:

@@ -18,6 +18,7 @@ from qcow2.driver.file import perform
 from tests.file.test_backup import BLOCK, KIB, MIB, SIZE, dirty, make, read, written_while
 from tests.file.test_jobs import control, ctl, start
 from tests.file.test_mirror import get_ready, until
+from tests.file.test_nbd import CLUSTER, break_mapping
 from tests.frontend import FrontEnd
 from tests.libnbd import binding, needs_binding
 from tests.load import Load
@@ -395,6 +396,22 @@ def test_an_extent_without_bytes_is_no_reason_to_ask_again(entries: list[int], r
     from qcow2.driver.nbdexport import _first_run
 
     assert _first_run(entries, 4096) == run
+
+
+def test_no_more_than_one_run_is_asked_for(tmp_path: Path) -> None:
+    """The server would have to look for the others: one of them cannot be told."""
+    from qcow2.driver.nbdexport import NbdExport
+
+    image = tmp_path / "broken"
+    qcow2.create(image, MIB)
+    with qcow2.open(image, "r+") as disk:
+        disk.write(CLUSTER, b"x" * CLUSTER)
+    break_mapping(image, cluster=3)
+    with Server(image, "-r") as server, NbdExport(server.uri, writable=False).connect() as export:
+        assert perform(op.Occupied(export, 0, MIB)) == (False, CLUSTER)
+        assert perform(op.Occupied(export, CLUSTER, MIB - CLUSTER)) == (True, CLUSTER)
+        with pytest.raises(OSError, match="Input/output error"):
+            perform(op.Occupied(export, 3 * CLUSTER, CLUSTER))
 
 
 def test_what_lies_past_the_end_is_zeros_or_no_space(tmp_path: Path) -> None:
