@@ -246,7 +246,7 @@ def _control(
 
             commands = Commands(device, stop_fd, describe, take_snapshot, on_jobs, exports, on_image)
             backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
-            with Control(endpoint.unix_socket, commands), jobs:
+            with Control(endpoint, commands), jobs:
                 yield
 
         yield begin

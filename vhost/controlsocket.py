@@ -18,7 +18,7 @@ from ring.thread import start_deaf
 from vhost import event
 from vhost.controlcommands import COMMANDS, VERSION, CommandError, Commands
 from vhost.device import die
-from vhost.endpoint import Door
+from vhost.endpoint import Door, Endpoint
 from vhost.event import Event
 
 LINE_MAX = 64 << 10
@@ -72,11 +72,12 @@ class Client:
 
 
 class Control:
-    """A context manager: serves *commands* to the clients of *listener* while it is entered."""
+    """A context manager: serves *commands* to the clients of *endpoint* while it is entered."""
 
-    def __init__(self, listener: socket.socket, commands: Commands) -> None:
-        listener.listen(CLIENTS_MAX)
-        self._listener = listener
+    def __init__(self, endpoint: Endpoint, commands: Commands) -> None:
+        """Raises: EndpointError if others cannot come to it any more."""
+        endpoint.begin(CLIENTS_MAX)
+        self._listener = endpoint.unix_socket
         self._commands = commands
         self._clients: dict[int, Client] = {}
         self._events: deque[Event] = deque()

@@ -59,16 +59,16 @@ class Endpoint:
     path: str | None = None  # of a socket of our own, which does not listen yet
     identity: tuple[int, int] | None = None  # of that path
 
-    def begin(self) -> None:
-        """Let front-ends come; until now they were refused, which they take better than an end in the greeting.
+    def begin(self, backlog: int = 1) -> None:
+        """Let visitors come; until now they were refused, which front-ends take better than an end in the greeting.
 
-        Raises: EndpointError if the path is another's by now: to others a socket that does not listen is left over.
+        Raises: EndpointError if the path is another's by now.
         """
         if self.path is None:
             return
         if self.identity is None or _identity(self.path) != self.identity:
             raise EndpointError(f"socket {self.path} is gone, or another process has put its own there")
-        self.unix_socket.listen(1)
+        self.unix_socket.listen(backlog)
 
     def visitors(self, stop_fd: int) -> Iterator[socket.socket]:
         """Yield one front-end's socket after the other, each the caller's to close, until *stop_fd* is readable."""
@@ -107,7 +107,7 @@ def _is_readable(fd: int, stop_fd: int) -> bool:
 
 @contextlib.contextmanager
 def listen(path: str, *, mode: int | None = None, group: int | None = None, at_once: bool = True) -> Iterator[Endpoint]:
-    """Listen on *path*, in place of a socket nobody listens on any more; the path is removed at the end.
+    """Listen on *path*, in place of a socket that no process has any more; the path is removed at the end.
 
     Who may write to it by *mode* may connect; without one the umask decides. *group* is a number.
     If not *at_once*, only the path is taken, until `begin`.
@@ -173,7 +173,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket at *path* if nobody listens on it."""
+    """Remove the socket at *path* if no process has it."""
     try:
         kind = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -189,9 +189,11 @@ def _remove_stale(path: str) -> None:
 
 
 def _is_live(path: str) -> bool:
-    """Whether a process listens on *path*; one that is too busy to accept (EAGAIN) does."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
+    """Whether a process has the socket at *path*, which need not listen yet: it is of the wrong type (EPROTOTYPE).
+
+    A stream would be refused by a socket that does not listen as by one that is left over.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 

@@ -299,14 +299,14 @@ def test_client_without_a_descriptor_for_it_is_served_once_there_is_one(daemon: 
 BROKEN = """
 import socket, sys
 from vhost.controlsocket import Control
+from vhost.endpoint import listen
 
 class Broken:
     def run(self, request, client):
         raise LookupError("a bug of ours")
 
-listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[1])
-with Control(listener, Broken()):
+client = socket.socket(socket.AF_UNIX)
+with listen(sys.argv[1], at_once=False) as endpoint, Control(endpoint, Broken()):
     client.connect(sys.argv[1])
     client.send(b"{}\\n")
     client.recv(1 << 16), client.recv(1 << 16)

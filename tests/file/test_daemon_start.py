@@ -82,13 +82,19 @@ def test_stale_socket_is_replaced(image: Path, tmp_path: Path) -> None:
     assert ends_well(process)
 
 
-def test_live_socket_is_refused_and_left_alone(image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--socket-path", "--control"])
+@pytest.mark.parametrize("is_listening", [True, False])
+def test_live_socket_is_refused_and_left_alone(image: Path, tmp_path: Path, option: str, is_listening: bool) -> None:
+    """A daemon that repairs its image has a socket and does not listen yet."""
     path = tmp_path / "live.sock"
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
-        other.listen()
-        assert refuses(run(f"--blk-file={image}", "--format=raw", f"--socket-path={path}"), str(path), "in use")
-    assert path.exists()
+        if is_listening:
+            other.listen()
+        identity = path.lstat().st_ino
+        done = run(f"--blk-file={image}", "--format=raw", f"--socket-path={tmp_path}/own.sock", f"{option}={path}")
+        assert refuses(done, str(path), "in use")
+        assert path.lstat().st_ino == identity
 
 
 def test_file_that_is_no_socket_is_refused_and_left_alone(image: Path, tmp_path: Path) -> None:
@@ -239,11 +245,12 @@ def test_nobody_is_let_in_before_the_image_is_held(image: Path, tmp_path: Path) 
     assert outcomes <= {errno.ENOENT, errno.ECONNREFUSED}
 
 
-def test_path_that_another_took_meanwhile_is_left_to_it(image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--socket-path", "--control"])
+def test_path_that_another_took_meanwhile_is_left_to_it(image: Path, tmp_path: Path, option: str) -> None:
     path = tmp_path / "taken.sock"
     with qcow2.open(str(image), format="raw", writable=True) as disk:
         disk.flush()  # so that its end takes no time: the daemon waits a second for it
-        process = start(f"--blk-file={image}", f"--socket-path={path}")
+        process = start(f"--blk-file={image}", f"--socket-path={tmp_path}/own.sock", f"{option}={path}")
         while not path.exists():
             assert process.poll() is None
         path.unlink()
