@@ -6,6 +6,8 @@ from ring.native import Pointer, check, ffi, lib
 from ring.operations import DATA, DESPITE, READ, WRITE, Done, Operations, Piece
 from ring.trace import Trace
 
+FILES_MAX: int = lib.WORKER_FILES  # of a worker
+
 
 def look_at(fd: int, direct_fd: int = -1) -> Pointer:
     """What a worker has to know of a file; on any thread but its own, since a file may hang."""

@@ -13,6 +13,7 @@ class Library(Protocol):
 
     WORKER_OPERATIONS: int
     WORKER_EVENTS: int
+    WORKER_FILES: int
     RING_EVENT_IDX: int
     RING_PACKED: int
 

@@ -77,6 +77,8 @@ class Committing(Work):
         image = self._served.image()
         if image.data_file is not image.file:
             raise UnsupportedImage(image.file.path, "its data is in another file, which would be left: take a snapshot")
+        assert self._served.held.disk is not None
+        self._served.held.disk.chain.require_room()
 
     @property
     def _nodes(self) -> list[Node]:

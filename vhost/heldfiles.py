@@ -1,5 +1,6 @@
 """What a worker has to know of the files of a held image, and who may still read from them."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Collection
@@ -8,7 +9,7 @@ from functools import partial
 from qcow2 import Disk
 from qcow2.driver.file import HostFile
 from qcow2.lock import await_transfers, guest_key, lock_transfers, share_image
-from ring.files import look_at
+from ring.files import FILES_MAX, look_at
 from ring.native import Pointer
 from vhost.direct import open_all_direct, open_direct, shares_pages
 
@@ -46,6 +47,10 @@ class HeldFiles:
             self.direct_fds = {**self.direct_fds, **fds}
 
     def _look_at(self, file: HostFile) -> None:
+        if len(self.traits) >= FILES_MAX:  # found out by the worker it would be too late to refuse
+            raise OSError(
+                errno.EMFILE, f"with it more than {FILES_MAX} files would be served: commit or stream first", file.path
+            )
         traits = look_at(file.fd, self.direct_fds.get(file, -1))
         with self._lock:
             self.traits = {**self.traits, file: traits}

@@ -138,6 +138,8 @@ class Chain:
     def open_below(self, file: HostFile, name: str, image_format: str, options: OpenOptions) -> Node:
         """Open what the image in *file*, opened with *options*, names as its backing file. Raises: as `open`."""
         path = self.gate.way(file.path, BACKING, name)
+        if len(self.files) >= MAX_DEPTH:
+            raise UnsupportedImage(file.path, f"more than {MAX_DEPTH} files in the backing chain")
         self._refuse_cycle(file, path)
         known = format_of(path, image_format)
         is_writable = 0 < self.writable_depth == len(self.files)
@@ -167,6 +169,14 @@ class Chain:
         if path is None or file is not self.files[0]:
             return None
         return self._hold(path, lambda: HostFile.open(path), writable=False, among=self.headers)
+
+    def require_room(self) -> None:
+        """Whether the next open takes one file more, an overlay. Raises: UnsupportedImage."""
+        if len(self.files) >= MAX_DEPTH:
+            raise UnsupportedImage(
+                self.files[0].path,
+                f"a chain of {len(self.files)} files, and more than {MAX_DEPTH} do not open: commit or stream first",
+            )
 
     def drop_between(self, base: Node | None) -> list[HostFile]:
         """Forget what is between the top, which does not show it any more, and *base*; its files, open."""
@@ -204,8 +214,6 @@ class Chain:
 
     def _refuse_cycle(self, file: HostFile, path: str) -> None:
         way = " -> ".join(self._way_to(path))
-        if len(self.files) >= MAX_DEPTH:
-            raise UnsupportedImage(file.path, f"more than {MAX_DEPTH} files in the backing chain")
         if os.path.exists(path) and any(
             os.path.samestat(os.stat(path), os.fstat(f.fd)) for f in [*self.files, *self.data_files]
         ):

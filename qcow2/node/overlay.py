@@ -36,7 +36,8 @@ class Overlay:
     def __init__(self, chain: Chain, below: Image, name: str, wanted: Options, options: OpenOptions) -> None:
         """*name* is what *below* shall be called, as seen from its directory. The overlay is to be as *wanted*.
 
-        Raises: OSError, FileExistsError if something else has that name; UnsupportedImage; ValueError.
+        Raises: OSError, FileExistsError if something else has that name; UnsupportedImage, of a full chain, too;
+        ValueError.
         """
         self.below = below
         self._chain = chain
@@ -46,6 +47,7 @@ class Overlay:
         self._temporary = hidden(self._path, "overlay")
         self._was_named = False
         self._memory_below: SharedMemory | None = None
+        chain.require_room()
         self._require_names(name, below.header)
         remove_overlay(self._top.path, chain.log_directory)
         self.file, self.memory = self._make_file(), SharedMemory("")
