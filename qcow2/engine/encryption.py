@@ -140,8 +140,15 @@ async def open_data(
 
     passphrases = keys.require(file.path)
     key = bytearray(LEGACY.key_bytes)
-    start = passphrases[0][: len(key)]  # nothing tells a wrong one from the right one
+    start = passphrases[0][: len(key)]
     key[: len(start)] = start
-    cipher = Cipher(file.path, LEGACY, key)
-    wipe(key, start, *passphrases)
-    return ByGuest(place, cipher)
+    wipe(*passphrases)
+    try:
+        if len(passphrases) > 1:
+            count = len(passphrases)
+            raise WrongKey(
+                file.path, f"{count} keys are given, and legacy AES tells no wrong one: name it, or give one"
+            )
+        return ByGuest(place, Cipher(file.path, LEGACY, key))
+    finally:
+        wipe(key, start)

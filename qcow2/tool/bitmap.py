@@ -113,7 +113,7 @@ def _act(
             for each in list(bitmaps):
                 bitmaps.remove(each.name)
         case "merge" if given.source_file is not None:
-            other = named(given.source_file, given.source_format, is_options=given.image_opts)
+            other = named(given.source_file, given.source_format, given.secrets, is_options=given.image_opts)
             with opened_without_data(other, writable=False) as disk:
                 bitmaps.merge(name, str(source), disk)
         case "merge":

@@ -41,7 +41,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             one, other = (
                 stack.enter_context(open_source(image, arguments))
                 for image in (
-                    named(text, image_format, is_options=arguments.image_opts)
+                    named(text, image_format, arguments.secrets, is_options=arguments.image_opts)
                     for text, image_format in zip(arguments.filenames, formats, strict=True)
                 )
             )

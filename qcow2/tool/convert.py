@@ -93,7 +93,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         snapshot = wanted_snapshot(arguments)
         images = [
             stack.enter_context(open_source(each, arguments, snapshot, needs_all=True))
-            for each in (named(text, arguments.source_format, is_options=arguments.image_opts) for text in paths)
+            for each in (
+                named(text, arguments.source_format, arguments.secrets, is_options=arguments.image_opts)
+                for text in paths
+            )
         ]
         size = sum(image.size for image in images)
         wish = Wish(
@@ -144,7 +147,7 @@ def _name_target(arguments: argparse.Namespace) -> str | None:
         raise Failure("--target-image-opts requires use of -n flag")
     if not arguments.filenames:
         raise Failure("Must specify image file name")
-    target = named(arguments.filenames[-1], arguments.target_format, is_options=True)
+    target = named(arguments.filenames[-1], arguments.target_format, arguments.secrets, is_options=True)
     arguments.filenames[-1], arguments.target_format = target.path, target.image_format
     return target.luks_header
 

@@ -53,7 +53,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise Failure(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
     skip = _number(given, "skip", 0) * block
     with ExitStack() as stack:
-        wanted = named(given["if"], arguments.format, is_options=arguments.image_opts)
+        wanted = named(given["if"], arguments.format, arguments.secrets, is_options=arguments.image_opts)
         image = stack.enter_context(open_source(wanted, arguments, needs_all=True))
         end = min(image.size, _number(given, "count", image.size) * block)
         if skip > end:

@@ -13,11 +13,13 @@ from qcow2.tool.commas import split_commas
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.opening import opening
-from qcow2.tool.secret import add_object_option
+from qcow2.tool.secret import Secrets, add_object_option
 
 MAGICS = {b"QFI\xfb": "qcow2", b"LUKS": "luks"}
 FILE = "file:"  # in front of a path that has a colon itself
 HEADER = "header.filename"
+KEY = "key-secret"
+KEYS = (KEY, f"encrypt.{KEY}")  # of a luks image, of a qcow2 one
 BELOW = "backing."  # of the options of the backing file
 WARNING = """WARNING: Image format was not specified for '{}' and probing guessed raw.
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
@@ -49,17 +51,21 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add_object_option(parser)
 
 
-def named(text: str, image_format: str | None, *, is_options: bool = False, writes: bool = False) -> Named:
+def named(
+    text: str, image_format: str | None, secrets: Secrets, *, is_options: bool = False, writes: bool = False
+) -> Named:
     """What *text*, a file's name, or a list of options, names; *image_format* as it was given with it.
+
+    Which of the *secrets* opens it is chosen if it says so.
 
     Raises: Failure.
     """
     if is_options:
         if image_format is not None:
             raise Failure("--image-opts and --format are mutually exclusive")
-        return _of_options(dict(_split(text)), text)
+        return _of_options(dict(_split(text)), text, secrets)
     if text.startswith(PREFIX):
-        return _of_options(_parsed(text), text)
+        return _of_options(_parsed(text), text, secrets)
     path = bare(text)
     if image_format is None:
         return Named(path, guessed(path, writes=writes))
@@ -76,7 +82,8 @@ def bare(name: str) -> str:
 
 def the_image(arguments: argparse.Namespace, *, writes: bool = False) -> Named:
     """What the one name of a command line names. Raises: Failure."""
-    return named(arguments.filename, arguments.format, is_options=arguments.image_opts, writes=writes)
+    name, secrets = arguments.filename, arguments.secrets
+    return named(name, arguments.format, secrets, is_options=arguments.image_opts, writes=writes)
 
 
 def guessed(path: str, *, writes: bool = False) -> str:
@@ -110,7 +117,7 @@ def _parsed(text: str) -> dict[str, str]:
         raise Failure(f"Could not open '{text}': {error}") from error
 
 
-def _of_options(given: dict[str, str], text: str) -> Named:
+def _of_options(given: dict[str, str], text: str, secrets: Secrets) -> Named:
     driver = given.pop("driver", None)
     path = next((given.pop(key) for key in PATH_KEYS if key in given), None)
     for key in [*filter(is_tuning, given)]:
@@ -125,19 +132,23 @@ def _of_options(given: dict[str, str], text: str) -> Named:
         raise Failure(f"Could not open '{text}': A block device must be specified for \"file\"")
     if driver is None:
         driver = guessed(path)
-    _require_backing(path, {key.removeprefix(BELOW): given.pop(key) for key in [*given] if key.startswith(BELOW)}, text)
-    own = ("key-secret", HEADER) if FORMATS[driver].has_key_slots else ()
+    below = {key.removeprefix(BELOW): given.pop(key) for key in [*given] if key.startswith(BELOW)}
+    _require_backing(path, below, text, secrets)
+    own = (KEY, HEADER) if FORMATS[driver].has_key_slots else ()
     given.pop("header.driver", None) if HEADER in given else None
     unknown = [key for key in given if not key.startswith("encrypt.") and key not in own]
     if unknown:
         raise Failure(f"Could not open '{text}': Block format '{driver}' does not support the option '{unknown[0]}'")
+    for key in KEYS:
+        if key in given:
+            secrets.choose(given.get(HEADER, path), given[key])
     return Named(path, driver, given)
 
 
-def _require_backing(path: str, given: dict[str, str], text: str) -> None:
+def _require_backing(path: str, given: dict[str, str], text: str, secrets: Secrets) -> None:
     """Return if *given*, said of the backing file of the image at *path*, names the one that the image names.
 
-    What else it says, the key's id, needs no more: each key that is given is tried. Raises: Failure.
+    Raises: Failure.
     """
     if not given:
         return
@@ -146,7 +157,7 @@ def _require_backing(path: str, given: dict[str, str], text: str) -> None:
     from qcow2.library.hostfile import opened
     from qcow2.node.gate import backing_path
 
-    said = _of_options(given, text).path
+    said = _of_options(given, text, secrets).path
     with opening(path), opened(path, force_share=True) as file:
         name = run(read_header(file, trust_refcounts=False)).backing_name
     if name is None or not os.path.exists(said) or not os.path.samefile(said, backing_path(path, name)):

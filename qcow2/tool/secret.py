@@ -19,6 +19,7 @@ class Secrets:
         """Raises: ValueError for what is no secret that we understand."""
         self._given = {each["id"]: each for each in map(_parse, texts)}
         self._read: dict[str, bytearray] = {}
+        self._chosen: dict[str, str] = {}  # ids by paths
 
     def __enter__(self) -> Self:
         return self
@@ -42,9 +43,16 @@ class Secrets:
             self._read[name] = _read(self._given[name])
         return self._read[name]
 
+    def choose(self, path: str, name: str) -> None:
+        """Let the image at *path*, or whose LUKS header is there, be opened with the secret of this id alone."""
+        self._chosen[path] = name
+
     def keys(self, path: str) -> list[bytearray]:
-        """Copies of all, the caller's to wipe: which one opens the image at *path* shows when it is tried."""
-        return [bytearray(self[name]) for name in self._given]
+        """Copies, the caller's to wipe, of what may open the image at *path*: the chosen one, else all, to be tried."""
+        from qcow2.library.hostfile import are_one_file
+
+        chosen = [name for each, name in self._chosen.items() if each == path or are_one_file(each, path)]
+        return [bytearray(self[name]) for name in chosen[:1] or self._given]
 
 
 def add_object_option(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from tests.program import TIMEOUT, TOOL, qcow2_tool
+from tests.oracle import ask_qemu
+from tests.program import TIMEOUT, TOOL, Daemon, complaints, qcow2_tool, qcow2_tool_ok
 
 KEY = b"correct horse"
 PIPE = ["--object", "secret,id=s0,file=/dev/stdin"]
@@ -58,3 +59,69 @@ def test_an_empty_secret_opens_no_further_slot(tmp_path: Path) -> None:
     done = qcow2_tool("amend", *words, "-o", "encrypt.state=active,encrypt.new-secret=new", path)
     assert (done.returncode, done.stderr) == (1, "qcow2: the passphrase is empty: anybody could open the key slot\n")
     assert path.read_bytes() == before
+
+
+# -- legacy AES: nothing in the image tells a wrong key from the right one
+
+CONTENT = b"Z" * 1024 + bytes((1 << 20) - 1024)
+SECRETS = ["--object", "secret,id=new,data=new", "--object", "secret,id=old,data=old"]
+UNNAMED = "2 keys are given, and legacy AES tells no wrong one"
+
+
+@pytest.fixture
+def legacy(tmp_path: Path) -> Path:
+    """An image of QEMU's, with the key "old"."""
+    path = tmp_path / "legacy"
+    how = ["--object", "secret,id=s0,data=old"]
+    wanted = ["-o", "encrypt.format=aes,encrypt.key-secret=s0"]
+    opts = f"driver=qcow2,file.filename={path},encrypt.format=aes,encrypt.key-secret=s0"
+    for command in (
+        ["qemu-img", "create", "-q", *how, "-f", "qcow2", *wanted, path, "1M"],
+        ["qemu-io", *how, "-c", "write -q -P 0x5a 0 1k", "--image-opts", opts],
+    ):
+        assert ask_qemu(command).returncode == 0
+    return path
+
+
+def test_of_several_secrets_legacy_aes_takes_the_one_that_is_named(tmp_path: Path, legacy: Path) -> None:
+    target, plain = tmp_path / "target", tmp_path / "plain"
+    opts = f"driver=qcow2,file.filename={legacy},encrypt.key-secret=old"
+    wanted = LUKS.replace("s0", "new")
+    qcow2_tool_ok("convert", *SECRETS, "-O", "qcow2", "-o", wanted, "--image-opts", opts, target)
+    with qcow2.open(target, key=b"new") as disk:
+        assert disk.read(0, disk.size) == CONTENT
+    top = tmp_path / "top"
+    qcow2_tool_ok("create", "-q", *SECRETS, "-o", wanted, "-b", legacy.name, "-F", "qcow2", top)
+    opts = f"driver=qcow2,file.filename={top},encrypt.key-secret=new"
+    below = f"backing.driver=qcow2,backing.file.filename={legacy},backing.encrypt.key-secret=old"
+    qcow2_tool_ok("convert", *SECRETS, "-O", "raw", "--image-opts", f"{opts},{below}", plain)
+    assert plain.read_bytes() == CONTENT
+
+
+def test_of_several_secrets_legacy_aes_takes_none_that_is_not_named(tmp_path: Path, legacy: Path) -> None:
+    done = qcow2_tool("convert", *SECRETS, "-O", "raw", legacy, tmp_path / "plain")
+    assert done.returncode == 1
+    assert UNNAMED in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "plain").exists()
+    with pytest.raises(qcow2.WrongKey, match=UNNAMED):
+        qcow2.open(legacy, key=[b"new", b"old"])
+
+
+def test_of_several_keys_the_daemon_takes_none_for_legacy_aes(tmp_path: Path, legacy: Path) -> None:
+    for name in ("new", "old"):
+        (tmp_path / name).write_text(name)
+    with Daemon(legacy, "--read-only", *(f"--key-file={tmp_path / name}" for name in ("new", "old"))) as daemon:
+        _, said = daemon.process.communicate(timeout=TIMEOUT)
+    assert daemon.process.returncode == 1
+    assert UNNAMED in said
+    assert complaints(said).count("\n") == 1
+
+
+def test_an_image_opens_with_the_secret_that_its_options_name_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qcow2.create(path, 1 << 20, key=b"old", iter_time=10)
+    for name, status in (("old", 0), ("new", 1), ("none", 1)):
+        opts = f"driver=qcow2,file.filename={path},encrypt.key-secret={name}"
+        done = qcow2_tool("convert", *SECRETS, "-O", "raw", "--image-opts", opts, tmp_path / "plain")
+        assert done.returncode == status, done.stderr
