@@ -9,6 +9,7 @@ from qcow2.engine.compressed import Payload
 from qcow2.engine.links import Links
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
+from qcow2.engine.partial import PartialWrites, is_partial
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
@@ -34,6 +35,7 @@ class Writer(Part):
     def __init__(self, opened: Opened, root: Root, space: Space, links: Links, tables: Tables) -> None:
         super().__init__(opened, root, space)
         self.locks = RangeLocks(opened.mapping.cache)
+        self._partial = PartialWrites(self.locks, opened.geometry.cluster_size)
         self._copies = Turns(max(4, COPY_BYTES // opened.geometry.cluster_size))
         self._tables = tables
         self._links = links
@@ -45,13 +47,13 @@ class Writer(Part):
         Raises: OSError; a data write that failed has changed no metadata.
         """
         nbytes = len(source)
-        if self._data.is_encrypted and (guest_offset | nbytes) % SECTOR_SIZE:
-            await self._write_odd(guest_offset, source)
+        if self._data.is_encrypted and is_partial(guest_offset, nbytes):
+            await self._partial.write(guest_offset, source, self._reader.read, self.write_held)
             return
         done = 0
         while done < nbytes:
             run = self._mapping.known(guest_offset + done, nbytes - done)
-            if run.kind != DATA or not run.copied:
+            if run.kind != DATA or not run.copied or self._partial.are_there:
                 await self._write_locked(run, guest_offset + done, source.slice(done, nbytes - done))
                 return
             # No await between the mapping and the start of the transfer: Grace then covers it (law 5).
@@ -75,15 +77,6 @@ class Writer(Part):
         while done < len(source):
             run = await self._mapping.resolve(guest_offset + done, len(source) - done)
             done += await self._write_run(run, guest_offset + done, source.slice(done, run.nbytes))
-
-    async def _write_odd(self, guest_offset: int, source: Buffer) -> None:
-        """Write parts of sectors, which are encrypted as a whole. No guest does: whole sectors do not wait for it."""
-        start, end = guest_offset - guest_offset % SECTOR_SIZE, guest_offset + len(source)
-        end += -end % SECTOR_SIZE
-        async with self.locks.hold(self._geometry.cluster_of(start), self._geometry.cluster_of(end - 1)):
-            content = await self._old_content(start, end)
-            content[guest_offset - start : guest_offset - start + len(source)] = source.load()
-            await self.write_held(start, MemoryBuffer(content))
 
     async def _write_run(self, run: Run, guest_offset: int, source: Buffer) -> int:
         """Write the front of *source* to the clusters of *run*, which are locked; how many bytes were written."""

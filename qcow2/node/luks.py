@@ -4,7 +4,9 @@ from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync, Zero
 from qcow2.engine.data import STEP, Data, SectorCipher
 from qcow2.engine.encryption import Keyring, Sealed
+from qcow2.engine.partial import PartialWrites, is_partial
 from qcow2.engine.plain import empty
+from qcow2.engine.rangelock import RangeLocks
 from qcow2.error import CorruptImage, WrongKey
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks
@@ -36,6 +38,8 @@ class LuksImage(RawImage):
         self.header_file = file
         self._data = data
         self._start = start
+        self._locks = RangeLocks()  # on sectors
+        self._partial = PartialWrites(self._locks, SECTOR_SIZE)
         self._native = data.native
         if self._native is not None:
             self._map.set_cipher(start, *self._native)
@@ -80,16 +84,20 @@ class LuksImage(RawImage):
         await self._data.read(self._start + guest_offset, target)
 
     async def write(self, guest_offset: int, source: Buffer) -> None:
-        """Put *source* at *guest_offset*; process-safe on return. Parts of sectors, are written alone."""
+        """Put *source* at *guest_offset*; process-safe on return."""
         self._require_writable()
-        first, end = guest_offset - guest_offset % SECTOR_SIZE, guest_offset + len(source)
-        if first == guest_offset and end % SECTOR_SIZE == 0:
-            await self._data.write(self._start + guest_offset, source)
-            return
-        content = zeroed(end + -end % SECTOR_SIZE - first)
-        await self.read(first, MemoryBuffer(content))
-        content[guest_offset - first : end - first] = source.load()
-        await self._data.write(self._start + first, content)
+        if is_partial(guest_offset, len(source)):
+            await self._partial.write(guest_offset, source, self.read, self._put)
+        elif self._partial.are_there:
+            first, end = guest_offset // SECTOR_SIZE, (guest_offset + len(source)) // SECTOR_SIZE
+            async with self._locks.hold(first, end - 1):
+                await self._put(guest_offset, source)
+        else:
+            await self._put(guest_offset, source)
+
+    async def _put(self, guest_offset: int, source: Buffer) -> None:
+        """Write whole sectors."""
+        await self._data.write(self._start + guest_offset, source)
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Write zeros; the space stays."""
