@@ -330,15 +330,20 @@ def _sealed(control: "Callable[[Device], Control]") -> "Callable[[Device], Contr
 
 
 class Stopped(Exception):
-    """A signal came before the image was open."""
+    """A signal came before the image was open; the main thread's."""
 
 
 def _stop_if_asked(stop_fd: int) -> None:
-    """Raise Stopped once a signal came."""
+    """Raise Stopped once a signal came; on a thread of the control socket, which others await, an OSError."""
+    import errno
+    import threading
+
     from vhost.endpoint import is_stopping
 
     if is_stopping(stop_fd):
-        raise Stopped
+        if threading.current_thread() is threading.main_thread():
+            raise Stopped
+        raise OSError(errno.ECANCELED, "the daemon is ending")
 
 
 def _repair_progress(path: str, stop_fd: int) -> "Callable[[int, int], None]":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from ring.thread import start_deaf
+from vhost.device import die
 from vhost.snapshot import Pace, SnapshotRefused, SnapshotUnstable
 
 PATIENCE_SECONDS = 10.0
@@ -41,6 +42,8 @@ class Steps(Pace):
             self._heard.put(take(self.name, self))
         except (SnapshotRefused, SnapshotUnstable, RuntimeError, MemoryError) as error:
             self._heard.put(error)
+        except BaseException as error:  # a bug of ours: nobody would be heard any more
+            die(error)
 
     @property
     def is_over(self) -> bool:
