@@ -13,11 +13,11 @@ from qcow2.driver.shared import SharedDriver
 from qcow2.engine.bitmaptable import StoredBitmap, set_runs
 from qcow2.engine.image import Image
 from qcow2.error import BitmapError, UnsupportedImage
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.nbd.wire import Allocation, Transmission
 from qcow2.node.extent import Extent, find_extent
 from qcow2.node.node import Node
 
-MIN_BLOCK = 1
 PREFERRED_BLOCK = 4096
 MAX_REQUEST = 32 << 20  # bytes that a READ or WRITE may have
 MAX_EXTENTS = 2048  # of one answer to BLOCK_STATUS
@@ -101,6 +101,11 @@ class Export:
     def read_only(self) -> bool:
         """Whether nobody may write."""
         return self._node.read_only
+
+    @property
+    def min_block(self) -> int:
+        """What requests should be a multiple of; others are served, too."""
+        return SECTOR_SIZE if self._node.is_encrypted else 1
 
     def flags(self, *, is_structured: bool) -> Transmission:
         """What a client may ask for."""

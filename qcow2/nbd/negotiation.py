@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qcow2.nbd import wire
 from qcow2.nbd.error import ProtocolViolation
-from qcow2.nbd.export import MAX_REQUEST, MIN_BLOCK, PREFERRED_BLOCK, Export
+from qcow2.nbd.export import MAX_REQUEST, PREFERRED_BLOCK, Export
 from qcow2.nbd.stream import Stream
 from qcow2.nbd.wire import Answer, Handshake, Info, Option
 
@@ -146,7 +146,7 @@ class Negotiation:
         if Info.DESCRIPTION in wanted and export.description:
             self._reply(option, Answer.INFO, wire.U16.pack(Info.DESCRIPTION) + export.description)
         if Info.BLOCK_SIZE in wanted:
-            sizes = wire.INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, MIN_BLOCK, PREFERRED_BLOCK, MAX_REQUEST)
+            sizes = wire.INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, export.min_block, PREFERRED_BLOCK, MAX_REQUEST)
             self._reply(option, Answer.INFO, sizes)
         self._reply(option, Answer.ACK)
 

@@ -261,14 +261,21 @@ def test_an_internal_snapshot(image: Path) -> None:
         assert client.read(CLUSTER, CLUSTER) == b"\1" * CLUSTER
 
 
-def test_an_encrypted_disk(tmp_path: Path) -> None:
-    path, secret = tmp_path / "luks.qcow2", "secret,id=s,data=abc"
-    qcow2_tool_ok(
-        "create", "--object", secret, "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", path, SIZE
-    )
-    with Server(path, "--object", secret) as server, server.client() as client:
+@pytest.mark.parametrize(
+    ("image_format", "wanted"),
+    [("luks", "key-secret=s,iter-time=10"), ("qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10")],
+)
+def test_an_encrypted_disk(tmp_path: Path, image_format: str, wanted: str) -> None:
+    """Clients are told to send whole sectors; one that does not is served."""
+    path, secret = tmp_path / "disk", ("--object", "secret,id=s,data=abc")
+    qcow2_tool_ok("create", *secret, "-f", image_format, "-o", wanted, path, SIZE)
+    with Server(path, *secret, "-f", image_format) as server, server.client(waits=True) as client:
+        client.greet()
+        assert client.option(nbd.STRUCTURED) == [(nbd.ACK, b"")]
+        assert struct.unpack(">III", client.go("", 3)[3]) == (512, 4096, 32 << 20)
+        client.request(nbd.WRITE_ZEROES, 0, 128 << 10)
         client.write(1000, b"x" * 70_000)
         assert client.read(0, 128 << 10)[999:71_001] == b"\0" + b"x" * 70_000 + b"\0"
         client.request(nbd.FLUSH)
-    with qcow2.open(path, key=b"abc") as disk:
+    with qcow2.open(path, key=b"abc", format=image_format) as disk:
         assert disk.read(999, 70_002) == b"\0" + b"x" * 70_000 + b"\0"
