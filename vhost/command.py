@@ -280,6 +280,7 @@ def _trace(path: str) -> "Iterator[Trace]":
 def _confine(options: "Options") -> None:
     from qcow2.node.chain import chain_places
     from vhost.held import gate_of
+    from vhost.reach import own_directories
     from vhost.sandbox import confine
 
     places = chain_places(options.blk_file, options.format, gate_of(options), options.data_file)
@@ -291,17 +292,8 @@ def _confine(options: "Options") -> None:
         changed=[path for path in changed if path is not None],
         log_directory=options.link_log,
         sockets=[path for path in (options.socket_path, options.control) if path is not None],
-        directories=_snapshot_directories(options),
+        directories=own_directories(options),
     )
-
-
-def _snapshot_directories(options: "Options") -> list[str]:
-    """Where files are made and named if somebody asks for a snapshot, which need not be refused."""
-    import os
-
-    path = os.path.realpath(options.blk_file)
-    is_out = options.control is None or options.read_only or options.format != "qcow2" or options.trace_io is not None
-    return [] if is_out or not os.path.isfile(path) else [os.path.dirname(path)]
 
 
 @contextmanager

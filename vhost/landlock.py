@@ -22,18 +22,19 @@ class Access(IntFlag):
     REMOVE_DIR = 1 << 4
     REMOVE_FILE = 1 << 5
     MAKE_REG = 1 << 8
+    REFER = 1 << 13  # names in another directory
     TRUNCATE = 1 << 14
     IOCTL_DEV = 1 << 15
 
     READ_TREE = READ_FILE | READ_DIR
     CHANGE = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV
-    OF_DIRECTORIES = READ_DIR | REMOVE_DIR | REMOVE_FILE | MAKE_REG
+    OF_DIRECTORIES = READ_DIR | REMOVE_DIR | REMOVE_FILE | MAKE_REG | REFER
 
 
 Rule = tuple[str, Access]  # a path, what may be done at or beneath it
 
 # What each version can forbid at all, and what a sandbox lacks without it.
-HANDLED = ((1, (1 << 13) - 1), (2, 1 << 13), (3, Access.TRUNCATE), (5, Access.IOCTL_DEV))
+HANDLED = ((1, (1 << 13) - 1), (2, Access.REFER), (3, Access.TRUNCATE), (5, Access.IOCTL_DEV))
 LACKS = ((3, "truncation"), (4, "TCP"), (5, "ioctls of devices"), (6, "abstract sockets and signals"))
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -27,6 +27,7 @@ from vhost.job import JobFailed, RoomWanted, Work
 from vhost.mirrorcopy import CopyExport, CopyFile, CopyPlace
 from vhost.policy import COPY_FORMATS
 from vhost.problem import describe, problem_of
+from vhost.reach import require_turn
 from vhost.servedchain import ServedChain
 
 WIDTH = 4  # chunks at a time, which is not to keep requests waiting
@@ -64,6 +65,8 @@ class Mirroring(Work):
             self._place = CopyExport(held, target, exists=is_existing)
         else:
             self._place = CopyFile(served, target, self._format, only_top=only_top, exists=is_existing)
+            if self._format == held.options.format:
+                require_turn(held.options, self._place.path)
         self._place.try_out(image)
         self.about: dict[str, Any] = {
             "target": target,

@@ -19,7 +19,7 @@ from vhost.seccomp import forbid_new_rings, restrict_calls
 
 PR_SET_NO_NEW_PRIVS = 38
 KEEP_LOG = Access.CHANGE | Access.READ_DIR | Access.MAKE_REG | Access.REMOVE_FILE
-NAME_FILES = Access.CHANGE | Access.READ_DIR | Access.MAKE_REG | Access.REMOVE_FILE
+NAME_FILES = KEEP_LOG | Access.REFER
 FIND_LOGS = Access.READ_DIR | Access.REMOVE_DIR  # an empty one
 
 log = logging.getLogger("vhost")
@@ -32,7 +32,7 @@ def confine(
     """Confine this thread, and those it starts, for good.
 
     *images* are the files of the chain, of which *changed* are written to. What lies in *log_directory* is all its own,
-    others beside it may be found, and not opened. So is all that lies in *directories*, where snapshots are taken.
+    others beside it may be found, and not opened. So is all that lies in *directories*, where files are made.
     *sockets* are removed at the end. Says what the kernel has no means for. Raises: OSError.
     """
     parents = [os.path.dirname(os.path.abspath(path)) for path in sockets]

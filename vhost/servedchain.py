@@ -19,6 +19,7 @@ from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
 from vhost.job import RoomWanted
+from vhost.reach import require_reach
 
 
 class ServedChain:
@@ -68,8 +69,9 @@ class ServedChain:
         raise ValueError(f"{name}: is not in the backing chain of {path}")
 
     def require_foreign(self, path: str) -> None:
-        """Raises: ValueError if *path*, which is to be written, leads to a file of what is served; OSError."""
+        """Raises: ValueError if *path*, which is to be written, leads to a file of what is served, or out; OSError."""
         assert self.held.disk is not None
+        require_reach(self.held.options, path)
         with suppress(FileNotFoundError):
             wanted = os.stat(path)
             if any(os.path.samestat(wanted, os.fstat(file.fd)) for file in self.held.disk.files):

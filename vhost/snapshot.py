@@ -6,6 +6,7 @@ none. That what was written before, and the name, become stable is what only a F
 then closed behind the guest's back.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -19,6 +20,7 @@ from vhost.held import HeldImage
 from vhost.overlaybitmaps import Found, OverlayBitmaps
 from vhost.overlaywish import OverlayWish
 from vhost.problem import describe, problem_of
+from vhost.reach import require_reach
 from virtio.block import Unavailable
 
 
@@ -73,6 +75,8 @@ class Snapshots:
         return self._take(name, Pace(), wish)
 
     def _take(self, name: str, pace: Pace, wish: OverlayWish) -> str:
+        options = self._held.options
+        require_reach(options, os.path.join(os.path.dirname(os.path.realpath(options.blk_file)), name))
         overlay, bitmaps = self._held.prepare_overlay(name, wish.given), wish.bitmaps
         past: list[SharedMemory | None] = []
         stable: Future[tuple[str, bool]] = Future()

@@ -127,11 +127,10 @@ def test_daemon_killed_after_a_snapshot_is_followed_by_one_with_its_command_line
 def test_sandboxed_daemon_names_files_in_the_directory_of_the_image_and_takes_them_again(
     image: Path, tmp_path: Path, cache: str
 ) -> None:
-    (tmp_path / "elsewhere").mkdir()
     options = ("--sandbox", f"--cache={cache}")
     with start(image, *options) as daemon:
         with FrontEnd(daemon.socket_path) as guest:
-            assert "cross-device" in refusal(image, "elsewhere/f")
+            assert refusal(image, "../f").endswith(f"--sandbox leaves {tmp_path}")
             guest.write(0, b"a" * BLOCK)
             freeze(image, "frozen")
             guest.write(BLOCK, b"b" * BLOCK)

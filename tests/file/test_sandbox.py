@@ -16,6 +16,7 @@ from tests.file.test_control import ask
 from tests.frontend import BackendGone, FrontEnd
 from tests.oracle import assert_clean, assert_not_corrupt
 from tests.program import TIMEOUT, Daemon, complaints, qcow2_tool_ok
+from vhost import Control, ControlError
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -102,6 +103,63 @@ def test_disk_grows_in_the_sandbox(tmp_path: Path, image: Path) -> None:
         daemon.stop()
         assert not control.exists()  # it may remove what is its own
     assert_clean(image)
+
+
+def job(client: Control, kind: str, target: str) -> None:
+    """It comes to its good end."""
+    begun = client.wait((client.backup if kind == "backup" else client.mirror)(target).job)
+    if kind == "mirror":
+        assert begun.state == "ready", begun
+        begun = client.wait(client.complete(begun.job).job)
+    assert begun.state == "completed", begun
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [(("--format=raw",), "backup"), (("--format=raw",), "mirror"), (("--read-only",), "backup")],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_jobs_of_any_disk_make_files_in_the_directory_of_the_image(
+    tmp_path: Path, image: Path, base: Path, options: tuple[str, ...], kind: str
+) -> None:
+    disk, control = base if "--format=raw" in options else image, tmp_path / "control"
+    with Daemon(disk, "--sandbox", *options, f"--control={control}") as daemon, FrontEnd(daemon.socket_path):
+        with Control(control) as client:
+            job(client, kind, "copy")
+        daemon.stop()
+    assert (tmp_path / "copy").is_file()
+
+
+def test_snapshot_may_lie_below_the_directory_of_the_image(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "below").mkdir()
+    qcow2_tool_ok("rebase", "-u", "-b", "", image)  # which it would name from its directory
+    control = tmp_path / "control"
+    with Daemon(image, "--sandbox", f"--control={control}") as daemon, FrontEnd(daemon.socket_path) as guest:
+        guest.write(0, b"1" * 512)
+        ask(control, "snapshot", "below/frozen")
+        guest.write(512, b"2" * 512)
+        daemon.stop()
+    with qcow2.open(image) as top, qcow2.open(tmp_path / "below" / "frozen") as frozen:
+        assert top.read(0, 1024) == b"1" * 512 + b"2" * 512
+        assert frozen.read(0, 1024) == b"1" * 512 + bytes(512)
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_what_the_sandbox_could_not_finish_is_refused_at_once(tmp_path: Path, image: Path, is_link: bool) -> None:
+    served, control = image, tmp_path / "control"
+    (tmp_path / "below").mkdir()
+    if is_link:
+        served = tmp_path / "below" / "link"
+        served.symlink_to(image)
+    with Daemon(served, "--sandbox", f"--control={control}") as daemon, FrontEnd(daemon.socket_path):
+        with Control(control) as client:
+            with pytest.raises(ControlError, match=r"copy: is not in .*: --sandbox makes no symbolic link"):
+                client.mirror("copy" if is_link else "below/copy")
+            for begin in (client.backup, client.mirror, client.snapshot):
+                with pytest.raises(ControlError, match=rf"\.\./away: --sandbox leaves {tmp_path}$"):
+                    begin("../away")
+            job(client, "backup", "copy")
+        daemon.stop()
 
 
 # What somebody who has taken the daemon over can reach: each line of this runs confined as a daemon is.
