@@ -60,15 +60,16 @@ class Backup(Work):
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
         self._clock: Clock | None = None
-        if self._image.is_encrypted and image_format == "raw":
-            raise UnsupportedImage(self._image.file.path, "encrypted: a raw backup would hold it in plain")
+        encrypted = served.held.encrypted_in()
+        if encrypted is not None and image_format == "raw":
+            raise UnsupportedImage(encrypted.file.path, "encrypted: a raw backup would hold it in plain")
         self._target: BackupTarget
         if is_nbd(target):
             size, options = self._image.size, served.held.options
             self._target = BackupExport(target, size, options, exists=exists, is_whole=bitmap is None)
             self._begin_copy(bitmap)
             return
-        with served.held.encrypted_as(self._image) as encryption:
+        with served.held.encrypted_as_copied() as encryption:
             self._target = self._file_of(target, image_format, backing, encryption, exists=exists)
             self._begin_copy(bitmap)
 

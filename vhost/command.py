@@ -165,7 +165,7 @@ def serve_image(options: "Options", stop_fd: int) -> None:
                 held.look()
             else:
                 held.take()
-            if options.trace_io is not None and held.is_encrypted:
+            if options.trace_io is not None and held.encrypted_in() is not None:
                 raise Unavailable(f"--trace-io={options.trace_io}: would hold what an encrypted disk keeps secret")
             trace = stack.enter_context(_trace(options.trace_io)) if options.trace_io is not None else None
             if options.sandbox:

@@ -21,7 +21,7 @@ from qcow2.job.pace import Pace
 from qcow2.job.reins import Reins
 from qcow2.job.visible import require_hidden
 from qcow2.node.leftover import Named, numbers_of
-from qcow2.node.node import Node
+from qcow2.node.node import Node, encrypted_among
 from ring.thread import new_future
 from vhost.beside import beside
 from vhost.job import JobFailed, RoomWanted, Work
@@ -70,7 +70,7 @@ class Committing(Work):
     def _require_cipher(self) -> None:
         """Law 12: a base in plain gets nothing that is encrypted now."""
         committed = self._nodes[self._nodes.index(self._top) : self._nodes.index(self._below)]
-        if any(node.is_encrypted for node in committed) and not self._below.is_encrypted:
+        if encrypted_among(committed) is not None and not self._below.is_encrypted:
             raise UnsupportedImage(self._below.file.path, "is not encrypted: it would hold in plain what is committed")
 
     def _require_freezable(self) -> None:

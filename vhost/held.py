@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 
 from qcow2 import Disk, ImageError
@@ -22,7 +22,7 @@ from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
 from qcow2.node.leftover import copies_left, remove_leftovers
-from qcow2.node.node import Node
+from qcow2.node.node import Node, encrypted_among
 from qcow2.node.overlay import Overlay
 from qcow2.node.reopened import Reopened
 from ring.native import Pointer
@@ -84,10 +84,10 @@ class HeldImage:
     def is_held(self) -> bool:
         return self.disk is not None
 
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether what the guest writes must not be found in a file as it is."""
-        return self.disk is not None and self.disk.image.is_encrypted
+    def encrypted_in(self, *, only_top: bool = False) -> Node | None:
+        """The first that is encrypted of what a copy takes: of the image, if it is *only_top*, else of its chain."""
+        nodes = [] if self.disk is None else self.disk.chain.nodes
+        return encrypted_among(nodes[:1] if only_top else nodes)
 
     @property
     def properties(self) -> Properties:
@@ -192,8 +192,11 @@ class HeldImage:
             raise
         return overlay
 
-    def encrypted_as(self, node: Node) -> AbstractContextManager[Encryption | None]:
-        """How a new image is encrypted that holds what *node* does, which we have opened: as `encrypted_alike`."""
+    def encrypted_as_copied(self, *, only_top: bool = False) -> AbstractContextManager[Encryption | None]:
+        """How a new image is encrypted that is a copy: as what `encrypted_in` finds. Raises: as `encrypted_alike`."""
+        node = self.encrypted_in(only_top=only_top)
+        if node is None:
+            return nullcontext()
         return encrypted_alike(self._opening.keys, node.file.path, node.cipher)
 
     def other_keys(self) -> Keyring | None:

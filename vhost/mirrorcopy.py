@@ -115,7 +115,7 @@ class CopyFile:
     def _require_fit(self, copy: Disk, source: Node) -> None:
         if copy.size != source.size:
             raise ValueError(f"{self.path}: is {copy.size} bytes long, the disk is {source.size}")
-        if source.is_encrypted and not copy.image.is_encrypted:
+        if self._held.encrypted_in(only_top=self._only_top) is not None and not copy.image.is_encrypted:
             raise UnsupportedImage(self.path, "not encrypted, as the disk is: it would hold that in plain")
         if self._only_top:
             self._require_same_below(copy)
@@ -131,7 +131,7 @@ class CopyFile:
         if self.image_format == "raw":
             run(write_raw(file, source.size, Preallocation.OFF))
             return
-        with self._held.encrypted_as(source) as encryption:
+        with self._held.encrypted_as_copied(only_top=self._only_top) as encryption:
             run(create(file, self._options(source, encryption)))
 
     def _options(self, source: Node, encryption: Encryption | None) -> Options:

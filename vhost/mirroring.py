@@ -83,8 +83,9 @@ class Mirroring(Work):
             raise ValueError(f"a copy is {' or '.join(COPY_FORMATS)}, not {self._format!r}")
         if image.read_only:
             raise OSError(errno.EROFS, "opened read-only", image.file.path)
-        if image.is_encrypted and self._format == "raw":
-            raise UnsupportedImage(image.file.path, "encrypted: a raw copy would hold it in plain")
+        encrypted = self._held.encrypted_in(only_top=self._only_top)
+        if encrypted is not None and self._format == "raw":
+            raise UnsupportedImage(encrypted.file.path, "encrypted: a raw copy would hold it in plain")
         if self._only_top and not (isinstance(image, Image) and image.backing is not None and self._format == "qcow2"):
             raise UnsupportedImage(
                 image.file.path, "only what is over a backing file has a top, and a qcow2 copy of it"

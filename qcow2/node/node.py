@@ -1,6 +1,6 @@
 """A node: what can be read and written like a disk, whatever its format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from qcow2.driver.operation import Buffer
@@ -70,3 +70,8 @@ class Node(Backing, Protocol):
 
     async def close(self) -> None:
         """Leave the disk clean; raises what a failed sync raised."""
+
+
+def encrypted_among(nodes: Iterable[Node]) -> Node | None:
+    """The first of *nodes* that is encrypted: a new file that takes what they hold has to be, too (law 12)."""
+    return next((node for node in nodes if node.is_encrypted), None)

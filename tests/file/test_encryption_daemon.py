@@ -128,8 +128,13 @@ def test_a_raw_luks_image_is_served(tmp_path: Path, key: Path, options: tuple[st
     assert not holds_pattern(path)
 
 
-def test_a_trace_of_an_encrypted_disk_is_refused(tmp_path: Path, image: Path, key: Path) -> None:
-    with Daemon(image, f"--key-file={key}", f"--trace-io={tmp_path}/trace") as daemon:
+@pytest.mark.parametrize("is_below", [False, True])
+def test_a_trace_of_an_encrypted_disk_is_refused(tmp_path: Path, image: Path, key: Path, is_below: bool) -> None:
+    if is_below:
+        qcow2.create(tmp_path / "plain", backing=image, backing_format="qcow2")
+    with Daemon(
+        tmp_path / "plain" if is_below else image, f"--key-file={key}", f"--trace-io={tmp_path}/trace"
+    ) as daemon:
         _, said = daemon.process.communicate(timeout=TIMEOUT)
     assert daemon.process.returncode == 1
     assert "--trace-io" in said

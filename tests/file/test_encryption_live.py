@@ -155,3 +155,53 @@ def test_a_raw_luks_disk_is_backed_up_encrypted(tmp_path: Path, key: Path, logs:
         guest.finish(guest.control.backup("copy"))
         guest.work(2)
     assert content(tmp_path / "copy") == then
+
+
+@pytest.fixture
+def overlay(image: Path) -> Path:
+    """One in plain, which has nothing of its own, over the encrypted image."""
+    path = image.parent / "overlay.qcow2"
+    qcow2.create(path, SIZE, backing=image.name, backing_format="qcow2")
+    return path
+
+
+def test_what_shows_through_a_plain_overlay_is_copied_encrypted(overlay: Path, key: Path, logs: Path) -> None:
+    then = BASE.ljust(SIZE, b"\0")
+    with Guest(overlay, key, logs) as guest:
+        guest.finish(guest.control.backup("backup"))
+        job = guest.control.mirror("copy").job
+        until(guest.control, job, "ready")
+        guest.finish(guest.control.complete(job))
+        guest.end()
+    for name in ("backup", "copy"):
+        assert not holds_pattern(overlay.parent / name)
+        assert content(overlay.parent / name) == then
+    assert master_key_of(overlay) == master_key_of(overlay.parent / "copy")
+
+
+def test_what_shows_through_a_plain_overlay_is_not_copied_in_plain(overlay: Path, key: Path, logs: Path) -> None:
+    qcow2_tool_ok("create", "-q", overlay.parent / "plain", str(SIZE))
+    nobody = f"nbd+unix:///?socket={overlay.parent}/nobody"
+    with Guest(overlay, key, logs) as guest:
+        with pytest.raises(ControlError, match=r"disk\.qcow2: encrypted: a raw backup would hold it in plain"):
+            guest.control.backup("raw", format="raw")
+        with pytest.raises(ControlError, match="encrypted: a raw backup would hold it in plain"):
+            guest.control.backup(nobody, existing=True)
+        with pytest.raises(ControlError, match="encrypted: a raw copy would hold it in plain"):
+            guest.control.mirror("raw", "raw")
+        with pytest.raises(ControlError, match="encrypted: a raw copy would hold it in plain"):
+            guest.control.mirror(nobody, "raw", existing=True)
+        with pytest.raises(ControlError, match="not encrypted, as the disk is"):
+            guest.control.mirror("plain", existing=True)
+        guest.end()
+    assert not (overlay.parent / "raw").exists()
+
+
+def test_the_top_over_an_encrypted_base_is_its_own(overlay: Path, key: Path, logs: Path) -> None:
+    with Guest(overlay, key, logs) as guest:
+        job = guest.control.mirror("copy", top=True).job
+        until(guest.control, job, "ready")
+        guest.finish(guest.control.complete(job))
+        guest.end()
+    assert not holds_pattern(overlay.parent / "copy")
+    assert content(overlay.parent / "copy") == BASE.ljust(SIZE, b"\0")
