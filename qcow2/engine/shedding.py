@@ -2,7 +2,8 @@
 
 Each entry that goes shows what is below, whichever others have gone: so no order among them matters. What they led to
 is free once it is stable that they do not (law 5). When an overlay is emptied its backing file holds the same bytes,
-stable. When a disk is shortened nobody looks past its end: its size goes first, in one write.
+stable. When a disk is shortened nobody looks past its end: its size goes first, in one write. What a death leaves
+mapped there goes when the disk is shortened again, be it to the same size.
 """
 
 from array import array
@@ -55,25 +56,29 @@ class Shedder(Part):
         """Let the disk be *nbytes* long, as `shrunk_size` said; stable on return. A death leaves the old or the new.
 
         What is cut off is gone: also from the last cluster, so that growing again, with whatever program, shows zeros.
+        So is what a shrink that did not come to its end has left, past the end of a disk that is so short already.
         Raises: OSError; the disk may be shorter then, and what it had past its end still be there.
         """
-        old_size = self._geometry.size
-        if nbytes == old_size:
-            return
-        await self._root.set_size(nbytes)
+        if nbytes != self._geometry.size:
+            await self._root.set_size(nbytes)
         end = self._geometry.round_up(nbytes)
         try:
+            self._look_at(max(self._geometry.size, len(self._mapping.l1) << self._geometry.table_bits))
             await self.shed(end)
-            await self._clear_rest(nbytes, min(end, old_size))
+            await self._clear_rest(nbytes, min(end, self._geometry.size))
             await self._links.commit()
             if self._geometry.has_data_file:
                 await self._cut_data_file(nbytes)
         finally:
-            self._geometry.size = nbytes
-            self._mapping.cache.resize()
+            self._look_at(nbytes)
         await self._stability.sync()
         if self._mapping.cache.untouched is not None:
             self._mapping.cache.set_untouched(await find_untouched(self._data, self._geometry))
+
+    def _look_at(self, nbytes: int) -> None:
+        """Let the disk be *nbytes* long for all that is done from now on, whatever the header says."""
+        self._geometry.size = nbytes
+        self._mapping.cache.resize()
 
     async def _cut_data_file(self, nbytes: int) -> None:
         """Let the external data file be no longer than the disk; what is encrypted ends with a cluster of zeros."""

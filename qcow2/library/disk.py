@@ -156,13 +156,14 @@ class Disk(AwaitableDisk):
     def resize(self, nbytes: int, *, shrink: bool = False, preallocation: Preallocation | str = "off") -> None:
         """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros. It survives a power loss.
 
-        A disk gets shorter only with *shrink*: what is past its end is lost. *preallocation* is for what is new.
+        A disk gets shorter only with *shrink*: what is past its end is lost. One that is so short already loses what a
+        shrink that was interrupted has left there. *preallocation* is for what is new.
         Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage; OSError.
         """
         self._require_inside(0, 0)
         kind = Preallocation(preallocation)
-        if shrink and nbytes < self.size:
-            if self.files[0].is_device and not isinstance(self.image, Image):
+        if shrink and nbytes <= self.size:
+            if nbytes < self.size and self.files[0].is_device and not isinstance(self.image, Image):
                 raise UnsupportedImage(self.files[0].path, "Cannot resize device files")
             self._run(lambda: self.image.shrink(nbytes))
             return

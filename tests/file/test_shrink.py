@@ -41,6 +41,35 @@ def test_the_rest_is_as_it_was_and_the_end_does_not_come_back(
     assert_same_disk(path, before[:size].ljust(4 * MIB, b"\0"))
 
 
+@pytest.mark.parametrize("again", [MIB - 3072, MIB // 2], ids=["the same size", "less"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cluster_size": 512}, {"compat": "0.10"}, {"lazy_refcounts": "on"}, {"extended_l2": "on"}],
+    ids=str,
+)
+def test_who_shrinks_again_finishes_what_was_interrupted(
+    tmp_path: Path, options: dict[str, object], again: int
+) -> None:
+    path = image(tmp_path / "a", 3 * MIB, **options)
+    qemu_io(path, "write -c -P 9 0 64k", "write -P 7 64k 3008k")
+    before = qemu_read(path)
+    patch_size(path, MIB - 3072)  # a death after the first write of a shrink
+    host = path.stat().st_size
+    assert qcow2_tool_ok("resize", "--shrink", path, str(again)) == "Image resized.\n"
+    assert_clean(path)
+    assert_same_disk(path, before[:again])
+    assert path.stat().st_size < host - MIB
+    qemu_img("resize", "-q", "-f", "qcow2", path, "3M")
+    assert_same_disk(path, before[:again].ljust(3 * MIB, b"\0"))
+
+
+def patch_size(path: Path, size: int) -> None:
+    """Let the header, and nothing else, say that the disk is so long."""
+    with path.open("r+b") as file:
+        file.seek(24)
+        file.write(struct.pack(">Q", size))
+
+
 def blocks(content: bytes) -> list[int]:
     """Where the refcount blocks of an image with clusters of 512 bytes lie."""
     table, nclusters = struct.unpack_from(">QI", content, 48)
