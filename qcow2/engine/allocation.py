@@ -43,7 +43,8 @@ class Allocator:
         self._file = opened.file
         self._data = opened.data
         has_key = opened.data.native is not None  # without it nobody writes data
-        self._encrypts = opened.data.is_encrypted and has_key
+        # What is handed out may become a cluster of the disk; not so where those are in another file.
+        self._blanks = opened.data.is_encrypted and has_key and not opened.geometry.has_data_file
         self._geometry = opened.geometry
         self._refcounts = refcounts
         self._root = root
@@ -60,7 +61,7 @@ class Allocator:
         self._low = 0  # at so many the next reservation begins
         self._low_unsynced = 0  # the same for copies
         self._next_bytes = FIRST_RUN_BYTES
-        most_if_lazy = MAX_LAZY_BLANK_BYTES if self._encrypts else MAX_LAZY_RUN_BYTES
+        most_if_lazy = MAX_LAZY_BLANK_BYTES if self._blanks else MAX_LAZY_RUN_BYTES
         self._max_bytes = most_if_lazy if root.is_lazy else MAX_RUN_BYTES
 
     async def allocate(self, nclusters: int) -> range:
@@ -80,7 +81,7 @@ class Allocator:
     async def allocate_zeros(self) -> range:
         """Take one host cluster as from `allocate`, which holds zeros as they are: for metadata."""
         taken = await self.allocate(1)
-        if self._encrypts:
+        if self._blanks:
             async with Rollback(self._reaper.free, taken):
                 await Zero(self._file, taken.start << self._geometry.cluster_bits, self._geometry.cluster_size)
                 await self._stability.sync()
@@ -261,8 +262,8 @@ class Allocator:
             ended.set()
 
     async def _blank(self, area: range) -> None:
-        """Let *area* decrypt to zeros, if the image is encrypted."""
-        if not self._encrypts:
+        """Let *area* decrypt to zeros, if it may hold what is encrypted."""
+        if not self._blanks:
             return
         bits = self._geometry.cluster_bits
         offset, end = area.start << bits, area.stop << bits

@@ -364,6 +364,36 @@ def test_an_encrypted_data_file_is_ciphertext_throughout(tmp_path: Path, is_raw:
         assert (tmp_path / "plain").read_bytes() == model
 
 
+@pytest.mark.parametrize("is_raw", [False, True])
+@pytest.mark.parametrize("is_served", [False, True])
+def test_what_an_encrypted_image_sets_aside_is_not_in_its_data_file(
+    tmp_path: Path, is_served: bool, is_raw: bool
+) -> None:
+    """Clusters of the image file, for tables and bits of bitmaps: the disk has data at the same offsets."""
+    path, full, step = tmp_path / "disk.qcow2", 8 * MIB, 512 * MIB
+    key = tmp_path / "key"
+    key.write_bytes(b"k")
+    options = {"data_file_raw": True} if is_raw else {}
+    qcow2.create(path, 16 * step, data_file="disk.raw", key=b"k", iter_time=10, **options)  # type: ignore[arg-type]
+    data = random.Random(4).randbytes(full)
+    with qcow2.open(path, writable=True, key=b"k") as disk:
+        disk.write(0, data)
+        disk.bitmaps.add("changes")
+    places = range(step, 16 * step, step)
+    if is_served:
+        with Daemon(path, f"--key-file={key}") as daemon, FrontEnd(daemon.socket_path) as guest:
+            for place in places:
+                guest.write(place, b"w" * 512)
+            daemon.stop()
+    else:
+        with qcow2.open(path, writable=True, key=b"k") as disk:
+            for place in places:
+                disk.write(place, b"w" * 512)
+    with qcow2.open(path, key=b"k") as disk:
+        assert disk.read(0, full) == data
+        assert all(disk.read(place, 512) == b"w" * 512 for place in places)
+
+
 def test_content_that_exists_is_not_kept_as_ciphertext(tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(b"k" * SIZE)
     (tmp_path / "key").write_bytes(b"key")
