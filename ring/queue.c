@@ -291,7 +291,8 @@ bool queues_arm(struct worker *worker)
         if (is_served(queue)) {
             available = virtqueue_arm(&queue->ring);
             log_device_area(worker, queue);
-            queue_has_lost(worker, queue);
+            if (queue_has_lost(worker, queue))
+                finish_drain(worker, queue); /* what it owes is not to be had any more */
         }
         queue->armed = true;
         more |= available && has_room(worker, queue);
@@ -300,7 +301,6 @@ bool queues_arm(struct worker *worker)
         else
             deactivate(worker, i);
     }
-    call_log(worker);
     return more;
 }
 

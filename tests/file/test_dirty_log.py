@@ -257,6 +257,16 @@ def test_log_call_is_signalled_once_bits_are_set(disk: int) -> None:
     os.close(call)
 
 
+def test_a_log_call_that_is_a_kick_does_not_keep_the_worker_busy(disk: int) -> None:
+    with Guest(disk) as guest, log_of(guest):
+        guest.worker.call(lambda: guest.worker.set_log_call(os.dup(guest.queue.kick_fd)))
+        guest.ask(IN, 0, room=512)
+        before = guest.worker.counters.kicks
+        for _ in range(200):
+            guest.worker.call(lambda: None)
+        assert guest.worker.counters.kicks - before <= 210  # one for each time that it was woken
+
+
 # Through the socket
 
 

@@ -3,11 +3,13 @@
 import os
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bench.driver import Buffer, DriverMemory
+from bench.driver import Buffer, DriverMemory, DriverQueue
+from ring.inflight import InflightRegion, inflight_nbytes
 from ring.memory import MemoryRegion
 from ring.request import Request
 from tests.blockguest import IN, MIB, OK, OUT, Guest, open_pipe
@@ -269,3 +271,28 @@ def test_a_ring_lost_just_before_the_worker_sleeps_is_told_of_at_once(tmp_path: 
         os.truncate(guest.memory.fd, lost)
         os.eventfd_write(guest.queue.kick_fd, 1)
         assert guest.broken.wait(TIMEOUT)
+
+
+def test_a_drain_ends_whose_ring_is_lost_while_all_requests_wait() -> None:
+    """The ring owes what was in flight in an earlier daemon; nobody fetches from it, so nobody else meets the loss."""
+    drained, nbytes = threading.Event(), inflight_nbytes(2, 128, packed=False)
+    inflight = os.memfd_create("in-flight", os.MFD_CLOEXEC)
+    os.truncate(inflight, nbytes)
+    os.pwrite(inflight, struct.pack("<QHHHH", 0, 1, 128, 0, 0), nbytes // 2)
+    os.pwrite(inflight, struct.pack("<B", 1), nbytes // 2 + 16)  # head 0 of queue 1 is in flight
+    with Guest() as guest, DriverMemory(MIB, guest_address=1 << 40) as memory, DriverQueue(memory, 128) as queue:
+
+        def lose(done: Callable[[None], None]) -> None:
+            guest.worker.start_queue(1, queue.layout)
+            guest.worker.drain_queue(1, lambda base: drained.set())
+            os.truncate(memory.fd, 0)
+            guest.worker.compute(lambda: guest.broken.wait(TIMEOUT), lambda result, error: done(None))
+
+        def begin() -> None:
+            guest.worker.set_memory([guest.memory.region(), memory.region()])
+            guest.worker.set_inflight(InflightRegion(inflight, 0, nbytes, 2))
+            guest.worker.run_alone(lose, lambda: False)
+
+        guest.drain()
+        guest.worker.call(begin)
+        assert drained.wait(TIMEOUT)
