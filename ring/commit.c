@@ -7,6 +7,7 @@
 
 #define LONE_REQUESTS 64 /* that no other queue came between: only one is in use */
 #define QUICK_SYNCS 8    /* in a row: the next will be one, too */
+#define INTERRUPTIONS_MAX 100 /* in a row; near files are asked until they answer */
 #define AHEAD_NBYTES (1u << 20) /* with no more than so much dirty, starting to write it holds nobody up */
 
 static void serve(struct worker *worker, struct waiter *waiter, int result)
@@ -155,10 +156,25 @@ void commits_start(struct worker *worker)
     commits_write_ahead(worker); /* of those that wait behind another sync */
 }
 
+/* A sync that was interrupted is done anew, for all who wait by now. */
+static void wait_again(struct file *file)
+{
+    for (struct waiter *waiter; (waiter = line_leave(&file->waiting));)
+        line_join(&file->served, waiter);
+    line_move(&file->waiting, &file->served);
+}
+
+static bool is_interrupted(struct file *file, int result)
+{
+    file->interruptions = result == -EINTR ? file->interruptions + 1 : 0;
+    return file->interruptions && file->interruptions <= INTERRUPTIONS_MAX;
+}
+
 void commit_completed(struct worker *worker, uint32_t slot, int result)
 {
     struct file *file = &worker->files[slot];
-    bool untried = result == -ECANCELED && file->storage == STORAGE_FAR;
+    bool again = is_interrupted(file, result);
+    bool untried = again || (result == -ECANCELED && file->storage == STORAGE_FAR);
 
     /* The kernel could make no thread for it: nothing was tried, so nothing has failed, but for those who wait. */
     if (result == -ECANCELED && !untried)
@@ -169,6 +185,8 @@ void commit_completed(struct worker *worker, uint32_t slot, int result)
         turn_vacate(worker, file);
     worker->progress = true;
     file->syncing = false;
+    if (again)
+        wait_again(file);
     file->dirty += untried ? file->syncing_dirty : 0;
     file->syncing_dirty = 0;
     file->quick_syncs = worker->now - file->sync_began < PACE_STALL_NS ? file->quick_syncs + 1 : 0;

@@ -105,11 +105,15 @@ static int gather_way(struct worker *worker, struct operation *operation, struct
     return result;
 }
 
+#define ASIDE_NBYTES (4u << 20)
+
 /* To copy much out of the page cache takes a processor's time. While more is under way each second long read is
- * another thread's, so that two copy at once. */
+ * another thread's, so that two copy at once; and whatever is so long that others would wait for it is. */
 static bool goes_aside(struct worker *worker, const struct operation *operation, uint64_t nbytes)
 {
-    if (operation->verb != VERB_READ || operation->direct || nbytes <= PACE_NBYTES || worker->requests_in_flight < 2)
+    if (operation->direct || nbytes > ASIDE_NBYTES)
+        return !operation->direct;
+    if (operation->verb != VERB_READ || nbytes <= PACE_NBYTES || worker->requests_in_flight < 2)
         return false;
     worker->goes_aside = !worker->goes_aside;
     return worker->goes_aside;

@@ -194,7 +194,8 @@ struct file {
     uint64_t syncing_dirty; /* and that the one in flight is for */
     uint64_t trace_id; /* of that fdatasync */
     uint64_t sync_began;
-    uint32_t quick_syncs; /* the last so many */
+    uint32_t quick_syncs;   /* the last so many */
+    uint32_t interruptions; /* of syncs, the last so many */
     uint64_t *word; /* its first page, mapped; NULL: not yet, or never if it was refused */
     bool word_refused;
     uint32_t word_losses; /* stores to it that went nowhere */

@@ -19,11 +19,18 @@ static struct request_copy copy_of(const struct extent_place *place)
     };
 }
 
+static bool names_at_once(struct worker *worker, const struct extent_place *place)
+{
+    return place->memory || worker_is_near(worker, place->name_slot);
+}
+
 int place_fill(struct worker *worker, struct request *request, const struct extent_place *place, uint64_t start,
                uint64_t nbytes)
 {
     struct request_copy copy = copy_of(place);
 
+    if (!place->after_sync && !names_at_once(worker, place))
+        return -EAGAIN; /* it is named right after, on this thread */
     if (place->old_nbytes)
         return request_copy_at_once(worker, request, &copy, start, nbytes);
     return request_write_at_once(worker, request, place->slot, place->host_offset, start, nbytes);
@@ -56,11 +63,6 @@ static bool may_copy(const struct worker *worker, const struct extent_place *pla
 {
     return place->old_nbytes <= REQUEST_COPY_NBYTES &&
            (place->old_slot == EXTENT_NO_SLOT || worker_has_slot(worker, place->old_slot));
-}
-
-static bool names_at_once(struct worker *worker, const struct extent_place *place)
-{
-    return place->memory || worker_is_near(worker, place->name_slot);
 }
 
 bool flight_suits(struct worker *worker, const struct extent_place *place, uint64_t nbytes)

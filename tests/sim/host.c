@@ -47,6 +47,7 @@ static struct job jobs[JOBS];
 static struct watch watches[SIM_FDS];
 static uint64_t counts[SIM_FDS];
 static bool direct[SIM_FDS]; /* opened with O_DIRECT */
+static bool far[SIM_FDS];    /* where nothing is done at once */
 static struct io_uring_sqe entries[URING_ENTRIES];
 static uint32_t entry_count;
 static struct uring_completion ready[READY];
@@ -87,8 +88,9 @@ void sim_reset(uint64_t seed)
     memset(watches, 0, sizeof(watches));
     memset(counts, 0, sizeof(counts));
     memset(direct, 0, sizeof(direct));
+    memset(far, 0, sizeof(far));
     entry_count = ready_first = ready_count = 0;
-    state = (struct sim){.clock = state.clock, .far = state.far, .due = UINT64_MAX, .turn = UINT64_MAX};
+    state = (struct sim){.clock = state.clock, .due = UINT64_MAX, .turn = UINT64_MAX};
     random_state = seed * 0x9e3779b97f4a7c15u + 1;
 }
 
@@ -116,6 +118,12 @@ static bool lives(void)
 static bool suits(uint64_t word, uint64_t alignment)
 {
     return word % alignment == 0;
+}
+
+/* On this thread: the call might hang with the file's server. */
+static void require_near(int fd)
+{
+    ASSERT(!far[fd]);
 }
 
 /* A kernel might refuse it, or read and write around it: neither is wanted. */
@@ -348,6 +356,7 @@ int64_t host_read_cached(int fd, const struct iovec *iovecs, uint32_t count, uin
 {
     uint32_t job = new_job(0, iovecs, count);
 
+    require_near(fd);
     require_aligned(fd, iovecs, count, host_offset);
     return perform(job, IORING_OP_READ, fd, host_offset, jobs[job].nbytes, 1);
 }
@@ -356,12 +365,14 @@ int64_t host_write(int fd, const struct iovec *iovecs, uint32_t count, uint64_t 
 {
     uint32_t job = new_job(0, iovecs, count);
 
+    require_near(fd);
     require_aligned(fd, iovecs, count, host_offset);
     return perform(job, IORING_OP_WRITE, fd, host_offset, jobs[job].nbytes, 1);
 }
 
 int host_sync(int fd)
 {
+    require_near(fd);
     return (int)perform(new_job(0, NULL, 0), IORING_OP_FSYNC, fd, 0, 0, 0);
 }
 
@@ -369,11 +380,13 @@ int host_perform(const struct io_uring_sqe *entry)
 {
     uint32_t job = job_of(entry);
 
+    require_near(entry->fd);
     return (int)perform(job, entry->opcode, entry->fd, entry->off, length_of(entry, job), 0);
 }
 
 int host_write_ahead(int fd)
 {
+    require_near(fd);
     return lives() ? sim_write_ahead(fd) : -EIO;
 }
 
@@ -435,9 +448,10 @@ bool host_is_waitable(int fd)
     return true;
 }
 
-void sim_set_direct(int fd)
+void sim_add_file(int fd, int direct_fd, bool is_far)
 {
-    direct[fd] = true;
+    direct[direct_fd] = true;
+    far[fd] = far[direct_fd] = is_far;
 }
 
 void sim_raise(int fd)
@@ -485,5 +499,5 @@ void host_nudge(int thread)
 
 enum storage storage_of(int fd)
 {
-    return state.far ? STORAGE_FAR : STORAGE_NEAR;
+    return far[fd] ? STORAGE_FAR : STORAGE_NEAR;
 }

@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define SIM_FDS 4096 /* descriptors are below it */
@@ -16,7 +17,6 @@ struct sim {
     uint64_t calls;
     uint64_t turn;
     uint32_t dead;
-    uint32_t far;
 };
 
 struct sim *sim_state(void);
@@ -28,8 +28,8 @@ void sim_complete(uint32_t job, int result);
 /* Copy what it writes out, or what it reads in. */
 void sim_job_load(uint32_t job, void *to);
 void sim_job_store(uint32_t job, const void *from, uint64_t nbytes);
-/* A descriptor for O_DIRECT: what it takes is checked. */
-void sim_set_direct(int fd);
+/* A file, and its descriptor for O_DIRECT: what that takes is checked, and who enters one that is far. */
+void sim_add_file(int fd, int direct_fd, bool is_far);
 /* Signal an eventfd; sim_count: signals that nobody took. */
 void sim_raise(int fd);
 uint64_t sim_count(int fd);

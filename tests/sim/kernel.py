@@ -88,6 +88,7 @@ class Kernel(Host):
         self.failed_at = 0  # the last time that anything else did
         self.life_began = 0
         self.files: dict[int, KernelFile] = {}
+        self._far: dict[str, bool] = {}  # by path
         self.memories: list[KernelMemory] = []
         self.error: BaseException | None = None
         self.death: Callable[[], None] | None = None  # what is done once the process dies
@@ -98,7 +99,6 @@ class Kernel(Host):
         self._ticket = 0
         self._next_fd = FIRST_FD
         self.state.clock = 1_000_000
-        self.state.far = trouble.far
         self.reset()
 
     # lives
@@ -108,7 +108,7 @@ class Kernel(Host):
         calls.answer_with(self)
         lib.sim_reset(self.random.getrandbits(63) | 1)
         for file in self.files.values():
-            lib.sim_set_direct(file.direct_fd)
+            self._tell_of(file)
         self.state.turn = SPIN
         self.trouble = self._troubles
         self._events.clear()
@@ -238,7 +238,16 @@ class Kernel(Host):
         """Give *file* a descriptor."""
         file.fd, file.direct_fd = self.eventfd(), self.eventfd()
         self.files[file.fd] = self.files[file.direct_fd] = file
-        lib.sim_set_direct(file.direct_fd)
+        self._tell_of(file)
+
+    def _tell_of(self, file: KernelFile) -> None:
+        lib.sim_add_file(file.fd, file.direct_fd, self._is_far(file))
+
+    def _is_far(self, file: KernelFile) -> bool:
+        """All files are, or each is or is not for itself, whatever becomes of it."""
+        if self.trouble.far and file.path not in self._far:
+            self._far[file.path] = self._seed % 3 == 0 or self.random.random() < 0.5
+        return self.trouble.far and self._far[file.path]
 
     def begin(self, number: int, opcode: int, fd: int, offset: int, nbytes: int, mode: int) -> None:
         """An entry was submitted."""
@@ -301,7 +310,7 @@ class Kernel(Host):
     ) -> Job:
         job = Job(number, opcode, file, offset, 0, is_late=self.random.random() < 0.5)
         if may_pass and self._happens(self.trouble.passing):
-            job.result = -(errno.ECANCELED if opcode == FSYNC else self.random.choice(PASSING))
+            job.result = -self.random.choice(PASSING[1:] if opcode == FSYNC else PASSING)
             return job
         fails = self._happens(self.trouble.failing_sync if opcode == FSYNC else self.trouble.failing)
         if opcode in READS:
@@ -400,7 +409,7 @@ class Kernel(Host):
         self._look_at_memory()
         self.note("end", job.opcode, job.offset, job.result, self.now)
         self._complete(job)
-        if job.result == -errno.ECANCELED and self.trouble.far:
+        if job.result == -errno.ECANCELED and self._is_far(job.file):
             self.failures += 1  # nobody does it here: who waits is told
             self.ever_failed = True
         lib.sim_complete(job.number, job.result)

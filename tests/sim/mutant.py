@@ -142,6 +142,7 @@ MUTANTS = [
         "cancelled_sync_is_done",
         "Law 2",
         Edit("ring/commit.c", "        result = host_sync(file->fd);", "        result = 0;"),
+        ("512", "snapshot"),
     ),
     Mutant(
         "refused_work_is_forgotten",
@@ -416,6 +417,12 @@ MUTANTS = [
         Edit("ring/gather.c", "iov_base & (file->memory_align - 1)) ||", "iov_base & 0) ||"),
         is_direct=True,
     ),
+    Mutant(
+        "a_far_name_is_written_at_once",
+        "liveness: storage that may hang is not entered from the worker's thread",
+        Edit("virtio/place.c", "if (!place->after_sync && !names_at_once", "if (!place && !names_at_once"),
+        ("data-file", "data-file-overlay"),
+    ),
     # what was wrong once, in the history of these sources
     Mutant(
         "once_a_cancelled_sync_had_failed",
@@ -444,6 +451,11 @@ MUTANTS = [
             "        result = gather_next(worker, operation, &single, &gather);\n        if",
         ),
         is_direct=True,
+    ),
+    Mutant(
+        "once_an_interrupted_sync_had_failed",
+        "Law 7: a failure is one; until 946a400",
+        Edit("ring/commit.c", "bool again = is_interrupted(file, result);", "bool again = false;"),
     ),
     Mutant(
         "once_the_maps_error_went_nowhere",

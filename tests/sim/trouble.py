@@ -32,4 +32,4 @@ class Trouble:
     full: bool = False  # for a while, now and then, most writes find no space
     filled: bool = False  # from some moment on most blocks of files cannot be written, however kind the world is
     punches: bool = True
-    far: bool = False  # files lie on a network, as it seems
+    far: bool = False  # files, or some of them, lie on a network, as it seems
