@@ -15,6 +15,7 @@ from vhost.clientsnapshots import InternalSnapshots
 from vhost.policy import ENDED
 
 GREETING_TIMEOUT = 5.0  # seconds; a front-end's socket, say, never greets
+SILENT = f"whoever listens there has not greeted us in {GREETING_TIMEOUT:g} s"
 STEP = 0.5  # seconds between two looks at how far a job is
 EventName = Literal["job", "snapshot", "snapshot-internal", "bitmap", "error"]
 
@@ -83,7 +84,10 @@ class Control:
             with self._about_daemon():
                 self._socket.settimeout(GREETING_TIMEOUT)
                 self._socket.connect(self.path)
-                greeting = self._line(monotonic() + GREETING_TIMEOUT).get("vhost-user-qcow2", {})
+                line = self._line(monotonic() + GREETING_TIMEOUT)
+                if "error" in line:
+                    raise ControlError(f"{self.path}: {line['error']}")
+                greeting = line.get("vhost-user-qcow2", {})
                 self.version, self.commands = greeting.get("version", 0), tuple(greeting.get("commands", ()))
         except BaseException:
             self.__exit__()
@@ -201,7 +205,6 @@ class Control:
 
     def commit(self, base: str | None = None, *, active: bool = False, rate: int = 0, on_error: str = "report") -> Job:
         """Begin to bring what is between the image and *base*, or its backing file's, into that.
-
         *active*: and what the image holds itself; *base* is its backing file then, if nothing is said.
         """
         options = {**({} if base is None else {"base": base}), **({"active": True} if active else {})}
@@ -220,7 +223,6 @@ class Control:
         """Begin to copy the disk to *target*, as seen from the image's directory, and to keep the two in step.
 
         An NBD URI, which can be left only, is *existing* and raw.
-
         *top*: the image alone, over the same backing file; *existing*: what *target* holds is overwritten.
         """
         options = {} if image_format is None else {"format": image_format}
@@ -337,7 +339,9 @@ class Control:
     def _about_daemon(self) -> Iterator[None]:
         try:
             yield
-        except (TimeoutError, ConnectionResetError, BrokenPipeError, ValueError, KeyError, TypeError):
+        except TimeoutError:
+            raise ControlError(f"{self.path}: {SILENT}") from None
+        except (ConnectionResetError, BrokenPipeError, ValueError, KeyError, TypeError):
             text = f"{self.path}: no daemon of ours answers there, or it ended before it answered"
             raise ControlError(text) from None
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The control socket: lines of JSON in, lines of JSON out, on a thread of its own.
+"""The control socket: lines of JSON in, lines of JSON out, on a thread of its own, and one that greets.
 
 A client is bounded in everything: one line of at most 64 KiB, one answer at a time, which it reads before it is read
 again; sixteen clients. One that breaks a rule is told so and dropped; nobody else notices.
@@ -16,26 +16,23 @@ from typing import Any
 
 from ring.thread import start_deaf
 from vhost import event
-from vhost.controlcommands import COMMANDS, VERSION, CommandError, Commands
+from vhost.controlcommands import CommandError, Commands
 from vhost.device import die
-from vhost.endpoint import Door, Endpoint
+from vhost.endpoint import Endpoint
 from vhost.event import Event
+from vhost.greeter import CLIENTS_MAX, SUBSCRIBE, Greeter
 
 LINE_MAX = 64 << 10
 UNSENT_MAX = 1 << 20  # bytes that wait for one who does not read the events it asked for
-CLIENTS_MAX = 16
-SUBSCRIBE = "subscribe"  # which concerns the connection alone
-GREETING = {"vhost-user-qcow2": {"version": VERSION, "commands": [*COMMANDS, SUBSCRIBE]}}
 
 
 class Client:
     """One connection: what it sent and we have not answered, what we answered and it has not read."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+    def __init__(self, connection: socket.socket, unsent: bytes) -> None:
         self.socket = connection
         self.received = bytearray()
-        self.unsent = bytearray(_line(GREETING))
+        self.unsent = bytearray(unsent)
         self.is_leaving = False  # once it has read what is unsent
         self.wants: frozenset[str] = frozenset()  # events by their names
 
@@ -80,17 +77,19 @@ class Control:
         self._listener = endpoint.unix_socket
         self._commands = commands
         self._clients: dict[int, Client] = {}
+        self._arrived: deque[Client] = deque()
         self._events: deque[Event] = deque()
         self._thread = threading.Thread(target=self._main, name="control", daemon=True)
         self._stop_fd = -1
         self._event_fd = -1
-        self._telling = threading.Lock()  # guards what any thread may use: the events, and their fd
+        self._telling = threading.Lock()  # guards what any thread may use: who arrived, the events, and their fd
 
     def __enter__(self) -> "Control":
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._commands.on_event = self.tell
-        self._door = Door(self._listener, self._stop_fd)
+        self._greeter = Greeter(self._listener, self._stop_fd, self._welcome)
+        self._greeter.start()
         start_deaf(self._thread)
         return self
 
@@ -98,11 +97,14 @@ class Control:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         os.eventfd_write(self._stop_fd, 1)
+        self._greeter.join()
         self._thread.join()
         os.close(self._stop_fd)
         with self._telling:
             os.close(self._event_fd)
             self._event_fd = -1
+        for client in self._arrived:
+            client.socket.close()
 
     def tell(self, event: Event) -> None:
         """Send *event* to those who want it; for any thread."""
@@ -110,6 +112,12 @@ class Control:
             if self._event_fd >= 0:
                 self._events.append(event)
                 os.eventfd_write(self._event_fd, 1)
+
+    def _welcome(self, connection: socket.socket, unsent: bytes) -> None:
+        """On the greeter's thread."""
+        with self._telling:
+            self._arrived.append(Client(connection, unsent))
+            os.eventfd_write(self._event_fd, 1)
 
     def _main(self) -> None:
         try:
@@ -124,11 +132,10 @@ class Control:
                 break
             if self._event_fd in ready:
                 os.eventfd_read(self._event_fd)
+                self._admit()
             self._tell_events()
             for fd in ready & self._clients.keys():
                 self._serve(self._clients[fd])
-            if self._listener.fileno() in ready:
-                self._accept()
         for client in self._clients.values():
             client.socket.close()
             self._commands.leave(client)
@@ -136,11 +143,15 @@ class Control:
     def _wait(self) -> set[int]:
         poll = select.poll()
         poll.register(self._stop_fd, select.POLLIN)
-        poll.register(self._listener, select.POLLIN)
         poll.register(self._event_fd, select.POLLIN)
         for fd, client in self._clients.items():
             poll.register(fd, select.POLLOUT if client.unsent else select.POLLIN)
         return {fd for fd, _ in poll.poll()}
+
+    def _admit(self) -> None:
+        while self._arrived:
+            client = self._arrived.popleft()
+            self._clients[client.socket.fileno()] = client
 
     def _tell_events(self) -> None:
         while self._events:
@@ -154,16 +165,8 @@ class Control:
     def _drop(self, client: Client) -> None:
         del self._clients[client.socket.fileno()]
         client.socket.close()
+        self._greeter.leave()
         self._commands.leave(client)
-
-    def _accept(self) -> None:
-        connection = self._door.open()
-        if connection is None:
-            return
-        if len(self._clients) == CLIENTS_MAX:
-            connection.close()
-            return
-        self._clients[connection.fileno()] = Client(connection)
 
     def _serve(self, client: Client) -> None:
         try:

@@ -8,16 +8,22 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.frontend import F_CONFIG_WCE, F_FLUSH, FrontEnd
 from tests.oracle import assert_clean
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
+from vhost import Control, ControlError
+from vhost.client import GREETING_TIMEOUT
+from vhost.controlcommands import Commands
+from vhost.controlsocket import Control as ControlSocket
+from vhost.endpoint import listen
 
 MIB = 1 << 20
 
@@ -313,6 +319,58 @@ with listen(sys.argv[1], at_once=False) as endpoint, Control(endpoint, Broken())
 """
 
 
+class Busy:
+    """Commands that take until they are let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def run(self, request: dict[str, Any], client: object) -> str:
+        self.begun.set()
+        assert self.may_end.wait(TIMEOUT)
+        return "done"
+
+    def leave(self, client: object) -> None:
+        pass
+
+
+def test_client_is_greeted_while_a_command_of_another_runs(control: Path) -> None:
+    busy = Busy()
+    with listen(str(control), at_once=False) as endpoint, ControlSocket(endpoint, cast("Commands", busy)):
+        with ExitStack() as stack, connect(control) as first, connect(control) as second:
+            stack.callback(busy.may_end.set)
+            first.sendall(b"{}\n")
+            assert busy.begun.wait(TIMEOUT)
+            second.settimeout(GREETING_TIMEOUT)
+            with first.makefile("rb") as answers, second.makefile("rb") as greetings, Control(control):
+                assert b"version" in greetings.readline()
+                assert b"version" in answers.readline()
+                busy.may_end.set()
+                assert json.loads(answers.readline()) == {"result": "done"}
+
+
+def test_one_client_too_many_is_told_so(daemon: Daemon, control: Path) -> None:
+    with ExitStack() as stack:
+        for _ in range(16):
+            stack.enter_context(Control(control))
+        with pytest.raises(ControlError, match="16 clients are connected"), Control(control):
+            pass
+        assert ctl(control, "status").stderr.count("16 clients are connected") == 1
+    while ctl(control, "status").returncode:  # refused while the sixteen are being dropped
+        pass
+
+
+def test_who_hangs_up_is_no_daemon_of_ours(control: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(control))
+        listener.listen()
+        hangup = threading.Thread(target=lambda: listener.accept()[0].close())
+        hangup.start()
+        with pytest.raises(ControlError, match="no daemon of ours answers there"), Control(control):
+            pass
+        hangup.join()
+
+
 def test_a_bug_of_ours_ends_the_process(control: Path) -> None:
     command = [sys.executable, "-c", BROKEN, control]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -347,6 +405,7 @@ def test_ctl_gives_up_on_a_socket_that_does_not_greet(control: Path) -> None:
         _, complaint = program.communicate(timeout=TIMEOUT)
     assert program.returncode == 1
     assert (complaint.count("\n"), str(control) in complaint) == (1, True)
+    assert (complaint.count("\n"), f"{control}: whoever listens there has not greeted us" in complaint) == (1, True)
 
 
 @pytest.mark.parametrize("place", range(3))
