@@ -158,7 +158,7 @@ def serve_image(options: "Options", stop_fd: int) -> None:
         endpoint = stack.enter_context(_endpoint(options))
         control = stack.enter_context(_control(options, stop_fd))
         options = stack.enter_context(_with_private_logs(options))
-        progress = partial(_repair_progress, options.blk_file, stop_fd)
+        progress = partial(_repair_progress, stop_fd)
         held = stack.enter_context(HeldImage(options, progress, partial(_stop_if_asked, stop_fd), _keys(options)))
         try:
             if options.incoming:
@@ -338,7 +338,7 @@ def _stop_if_asked(stop_fd: int) -> None:
         raise OSError(errno.ECANCELED, "the daemon is ending")
 
 
-def _repair_progress(path: str, stop_fd: int) -> "Callable[[int, int], None]":
+def _repair_progress(stop_fd: int, path: str) -> "Callable[[int, int], None]":
     """Say that the image is being repaired, and every few seconds how far it is; raise Stopped once a signal came."""
     import logging
     import time

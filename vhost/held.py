@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 
 from qcow2 import Disk, ImageError
@@ -21,13 +21,14 @@ from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
-from qcow2.node.leftover import copies_left, remove_leftovers
+from qcow2.node.leftover import remove_leftovers
 from qcow2.node.node import Node, encrypted_among
 from qcow2.node.overlay import Overlay
 from qcow2.node.reopened import Reopened
 from ring.native import Pointer
 from vhost.direct import PAGE
 from vhost.heldfiles import HeldFiles
+from vhost.leftcopies import LeftCopies
 from vhost.option import Options
 from vhost.overlaywish import overlay_options
 from vhost.problem import describe, tell_of_lost_name
@@ -48,11 +49,11 @@ class HeldImage:
     def __init__(
         self,
         options: Options,
-        progress: Callable[[], Progress | None] = lambda: None,
+        progress: Callable[[str], Progress | None] = lambda path: None,
         on_wait: Callable[[], None] = lambda: None,
         keys: Keyring | None = None,
     ) -> None:
-        """*progress()* makes what a repair of a dirty image is told to; *on_wait()* may raise while one waits."""
+        """*progress(path)* makes what a repair of the dirty image there is told to; it and *on_wait()* may raise."""
         self.disk: Disk | None = None
         self.beside: Disk | None = None  # one that is written beside it, and not served
         self.options = options
@@ -62,7 +63,7 @@ class HeldImage:
         self._outline = Outline(0, 0)  # while it is not held
         self._past = Statistics()  # of earlier holdings
         self._files = HeldFiles(are_direct=options.cache.direct, on_wait=on_wait)
-        self._told: set[str] = set()  # paths of copies that were left
+        self.left_copies = LeftCopies()
 
     def __enter__(self) -> "HeldImage":
         return self
@@ -120,36 +121,37 @@ class HeldImage:
             raise Unavailable(describe(error)) from error
         if not options.read_only:
             remove_leftovers(options.blk_file, options.link_log)
-            self._tell_of_copies()
+            self.left_copies.tell(options.blk_file)
 
-    def _tell_of_copies(self) -> None:
-        """Name, once each, what a backup or mirror that was killed has left: nobody else looks for hidden files."""
-        with suppress(OSError):
-            for path in copies_left(self.options.blk_file):
-                if path not in self._told:
-                    log.warning(
-                        "%s: was left by a backup or mirror that was killed: no disk, and in nobody's use", path
-                    )
-                self._told.add(path)
-
-    def _open(self, path: str, image_format: str, data_file: str | None = None) -> Disk:
-        options = self.options
-        chain = Chain(
-            data_file=data_file,
-            luks_header=options.luks_header,
-            progress=self._progress(),
-            log_directory=options.link_log,
-            discard_log=options.discard_link_log,
-            gate=gate_of(options),
-            on_wait=self._on_wait,
-        )
-        disk = Disk.of(chain, path, image_format, self._opening)
+    def _open(self, path: str, image_format: str, data_file: str | None = None, *, writable: bool = True) -> Disk:
+        opening = self._opening if writable else replace(self._opening, writable=False, lazy_refcounts=None)
+        disk = Disk.of(self._chain(path, data_file), path, image_format, opening)
         try:
             self._files.add_disk(disk)
         except OSError:
             self._close(disk, disk.close)
             raise
         return disk
+
+    def _chain(self, path: str, data_file: str | None = None) -> Chain:
+        options = self.options
+        return Chain(
+            data_file=data_file,
+            luks_header=options.luks_header,
+            progress=self._progress(path),
+            log_directory=options.link_log,
+            discard_log=options.discard_link_log,
+            gate=gate_of(options),
+            on_wait=self._on_wait,
+        )
+
+    def repair(self, path: str, image_format: str) -> None:
+        """Leave the image at *path*, which is another one, closed cleanly. For any thread.
+
+        Raises: OSError, ImageError.
+        """
+        opening = replace(self._opening, keys=self.other_keys())
+        Disk.of(self._chain(path), path, image_format, opening).close()
 
     def _close(self, disk: Disk, close: Callable[[], None]) -> None:
         """Forget the files of *disk*, which *close* closes. Raises: OSError, the last of those that closing raised."""
@@ -272,12 +274,12 @@ class HeldImage:
         disks = [disk for disk in (self.disk, self.beside) if disk is not None]
         return [file for disk in disks for file in disk.files if not isinstance(file, FarFile)]
 
-    def open_beside(self, path: str, image_format: str) -> Disk:
-        """The image at *path*, opened as the one that is served would be, which it may become.
+    def open_beside(self, path: str, image_format: str, *, writable: bool = True) -> Disk:
+        """The image at *path*, opened as the one that is served would be, which it may become if it is *writable*.
 
         As yet it changes nothing of what is served. Raises: OSError, ImageError.
         """
-        disk = self._open(path, image_format)
+        disk = self._open(path, image_format, writable=writable)
         try:
             self._files.admit_all(disk.files[0], disk.files)
         except OSError:

@@ -15,6 +15,7 @@ from qcow2.engine.create import Options, create
 from qcow2.engine.image import Image
 from qcow2.engine.plain import Preallocation, write_raw
 from qcow2.error import UnsupportedImage
+from qcow2.format.header import read_header
 from qcow2.format.luks import Encryption
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
@@ -40,7 +41,7 @@ class CopyPlace(Protocol):
         """Say what can be known at once. Raises: OSError, ImageError, ValueError."""
 
     def reach(self) -> None:
-        """Do what may take long before `open`, which nobody is to wait for. Raises: OSError, Cancelled."""
+        """Do what may take long before `open`, which nobody is to wait for. Raises: OSError, ImageError, Cancelled."""
 
     def open(self, source: Node) -> Disk:
         """The copy of *source*, to be written. Raises: OSError, ImageError, ValueError."""
@@ -84,23 +85,39 @@ class CopyFile:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
         served.require_foreign(self.path)
         self._new = None if exists else NewFile(self.path, held.options.link_log)
+        if self._new is not None:
+            held.left_copies.know(self._new.temporary)
 
     def try_out(self, source: Node) -> None:
-        """As of a `CopyPlace`."""
-        self._held.close_beside(self.open(source))
+        """As of a `CopyPlace`; repairs nothing, as the device is kept."""
+        self._held.close_beside(self._open(source, writable=not self._is_unclean()))
+
+    def _is_unclean(self) -> bool:
+        """Whether what is there has to be repaired before it is written. Raises: OSError, ImageError."""
+        if self._new is not None or self.image_format != "qcow2":
+            return False
+        with HostFile.open(self.path) as file:
+            return run(read_header(file, trust_refcounts=False)).is_dirty
 
     def reach(self) -> None:
-        """It is here."""
+        """Repair what is there. Raises: ImageError, too."""
+        if self._is_unclean():
+            self._held.repair(self.path, self.image_format)
 
     def open(self, source: Node) -> Disk:
         """As of a `CopyPlace`."""
+        self._copy = self._open(source, writable=True)
+        return self._copy
+
+    def _open(self, source: Node, *, writable: bool) -> Disk:
         assert self._held.disk is not None
         if self._new is not None:
             if self._is_served():
                 raise OSError(errno.ESTALE, "the path that is served leads to it", self.path)
             self._new.make(self._held.disk.files[0], lambda file: self._fill(file, source))
         try:
-            copy = self._held.open_beside(self.path if self._new is None else self._new.temporary, self.image_format)
+            path = self.path if self._new is None else self._new.temporary
+            copy = self._held.open_beside(path, self.image_format, writable=writable)
             try:
                 self._require_fit(copy, source)
             except BaseException:
@@ -109,7 +126,6 @@ class CopyFile:
         except BaseException:
             self.discard()
             raise
-        self._copy = copy
         return copy
 
     def _require_fit(self, copy: Disk, source: Node) -> None:

@@ -24,6 +24,7 @@ GLUE = {  # where an image meets a device
     "vhost/ringdriver.py",
     "vhost/held.py",
     "vhost/heldfiles.py",
+    "vhost/leftcopies.py",
     "vhost/direct.py",
     "vhost/past.py",
     "vhost/snapshot.py",

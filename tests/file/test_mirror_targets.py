@@ -1,0 +1,59 @@
+"""What a mirror finds at its target: an image that was not closed cleanly, or its own copy after the guest paused."""
+
+from pathlib import Path
+
+import qcow2
+from tests import slowdisk
+from tests.file.test_jobs import SHOWN, chain, content, control, start, top
+from tests.file.test_mirror import until
+from tests.frontend import FrontEnd
+from tests.oracle import assert_clean
+from tests.slowdisk import SlowDisk
+
+__all__ = ["chain", "top"]  # fixtures
+
+
+def make_dirty(path: Path) -> None:
+    qcow2.create(path, len(SHOWN), lazy_refcounts=True, preallocation="metadata")
+    with path.open("r+b") as file:  # the dirty bit
+        file.seek(72)
+        file.write((1).to_bytes(8, "big"))
+
+
+def test_a_target_that_was_not_closed_cleanly_is_repaired_while_the_guest_restarts(top: Path, tmp_path: Path) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    make_dirty(backing / "copy")
+    with SlowDisk(backing, mount_point) as disk, start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            with disk.holding(slowdisk.WRITE):
+                job = client.mirror(str(mount_point / "copy"), existing=True).job
+                disk.wait_for_one()
+                guest.start_queue(guest.stop_queue())
+                disk.let_go()
+            until(client, job, "ready")
+            client.cancel(job)
+            client.wait(job)
+        daemon.stop()
+        assert daemon.process.stderr is not None
+        said = daemon.process.stderr.read()
+    assert f"{mount_point / 'copy'}: was not closed cleanly, repairing it" in said
+    assert f"{top}: was not closed cleanly" not in said
+    assert_clean(backing / "copy")
+    assert content(backing / "copy") == SHOWN
+
+
+def test_the_copy_of_the_job_under_way_is_nobodys_left_over(top: Path, tmp_path: Path) -> None:
+    (tmp_path / ".other.mirror").write_bytes(b"")
+    with start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror("copy").job
+            until(client, job, "ready")
+            guest.start_queue(guest.stop_queue())
+            until(client, job, "ready")
+        daemon.stop()
+        assert daemon.process.stderr is not None
+        said = daemon.process.stderr.read()
+    assert ".other.mirror: was left" in said
+    assert ".copy.mirror: was left" not in said
