@@ -311,6 +311,21 @@ class Mapping:
         self._outdated.update(self._loading)
         self.cache.resize()
 
+    async def change_l1(self, l1: "array[int]") -> None:
+        """Let the L1 table hold *l1*, in the file and in memory; what they led to is the caller's. No entry is held.
+
+        Raises: OSError; then a part of it does, the same one in both.
+        """
+
+        def take(part: slice) -> None:
+            entries = slice(part.start // ENTRY_SIZE, part.stop // ENTRY_SIZE)
+            self.l1[entries] = l1[entries]
+
+        try:
+            await self._stability.change(self.l1_offset, bytes_of(self.l1), bytes_of(l1), take)
+        finally:
+            self.forget(self.l1)
+
     async def set_table(self, guest_offset: int, host_offset: int) -> None:
         """Let the L1 entry of *guest_offset* point at the private table at *host_offset*, which is counted."""
         index = self.geometry.l1_index(guest_offset)

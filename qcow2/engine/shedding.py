@@ -13,6 +13,7 @@ from qcow2.engine.data import find_untouched
 from qcow2.engine.links import Links
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.engine.snapshots import Snapshots
 from qcow2.engine.space import Space
@@ -20,8 +21,9 @@ from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, ExtensionMagic
-from qcow2.plane.entry import bytes_of, l1_shared, l1_table
+from qcow2.plane.entry import l1_shared, l1_table
 from qcow2.plane.l2cache import Kind
+from qcow2.plane.tally import Tally
 
 
 def shrunk_size(file: File, header: Header, nbytes: int) -> int:
@@ -106,13 +108,22 @@ class Shedder(Part):
     async def _drop_tables(self, first: int) -> None:
         """Let the L1 entries from index *first* on be empty, and what they led to free."""
         l1 = self._mapping.l1
-        dropped = l1_shared(l1[first:])
+        dropped = array("Q", bytes(first * ENTRY_SIZE)) + l1_shared(l1[first:])
         if not any(dropped):
             return
         tree = await self._snapshots.count(dropped)
-        empty = array("Q", bytes(len(dropped) * ENTRY_SIZE))
-        await self._stability.write(self._mapping.l1_offset + first * ENTRY_SIZE, bytes_of(empty))
+        async with Rollback(self._let_go_of_some, dropped):
+            await self._mapping.change_l1(l1[:first] + array("Q", bytes(len(l1[first:]) * ENTRY_SIZE)))
+        await self._let_go(dropped, tree)
+
+    async def _let_go_of_some(self, dropped: "array[int]") -> None:
+        """Free what those of the L1 entries *dropped* led to that are empty by now; the file has the others still."""
+        if self._stability.error is None:
+            gone = array("Q", (0 if still else entry for entry, still in zip(dropped, self._mapping.l1, strict=True)))
+            await self._let_go(gone, await self._snapshots.count(gone))
+
+    async def _let_go(self, dropped: "array[int]", tree: Tally) -> None:
+        """Free what the L1 entries *dropped* led to, which *tree* counts."""
         bits = self._geometry.cluster_bits
         self._mapping.disown_metadata([l1_table(entry) >> bits for entry in dropped if l1_table(entry)])
-        self._mapping.forget(l1[:first] + empty)
         await self._snapshots.let_go(tree)

@@ -168,19 +168,13 @@ class Snapshots(Part):
         """Clear every COPIED flag below *l1*, stable on return; and in the active L1 table, if it has its entries."""
         try:
             if is_active:
-                await self._stability.write(self._mapping.l1_offset, bytes_of(l1))
-                self._mapping.l1[:] = l1
+                await self._mapping.change_l1(l1)
             for _, table in self._tables(l1):
                 old = await Read(self._file, table, self._geometry.cluster_size)
-                await self._change(table, old, self._mapping.entries.shared(old))
+                await self._stability.change(table, old, self._mapping.entries.shared(old))
             await self._stability.sync()
         finally:
             self._mapping.cache.resize()  # forget the entries as they were
-
-    async def _change(self, host_offset: int, old: bytes, new: bytes) -> None:
-        """Write the table at *host_offset* if it is *new*."""
-        if new != old:
-            await self._stability.write(host_offset, new)
 
     async def _raise(self, tree: Tally) -> None:
         """Count what *tree* counts once more, stable on return."""
@@ -254,9 +248,9 @@ class Snapshots(Part):
             for _, table in self._tables(array("Q", filter(l1_is_private, new))):
                 old = await Read(self._file, table, self._geometry.cluster_size)
                 entries = self._mapping.entries
-                await self._change(table, old, entries.flagged(old, await self._alone(entries.clusters(old))))
-            await self._change(self._mapping.l1_offset, bytes_of(l1), bytes_of(new))
-            l1[:] = new
+                flagged = entries.flagged(old, await self._alone(entries.clusters(old)))
+                await self._stability.change(table, old, flagged)
+            await self._mapping.change_l1(new)
             await self._stability.sync()
         finally:
             self._mapping.cache.resize()

@@ -1,22 +1,37 @@
 """What an image promises about its host file: metadata writes, syncs, and the end of trust after one fails."""
 
 import errno
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from qcow2.driver.operation import File, Sync, Write, WriteSome
 from qcow2.engine.statistics import Statistics
 from qcow2.error import NotTried
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.space import lacks_space
+
+PAGE = 4096  # bytes that a host finds room for together, or not at all
 
 
 def is_harmless(error: OSError) -> bool:
     """Whether a metadata write that failed with *error* has changed nothing.
 
-    Nothing was tried, or space was lacking: it lies inside one cluster, nothing that depends on it has happened yet,
-    and its caller leaves memory as it was.
+    Nothing was tried, or space was lacking: it lies inside one page (see `Stability.change`), or where nothing leads to
+    yet, or its caller knows that a part may be written; and memory is left as it was.
     """
     return isinstance(error, NotTried) or lacks_space(error)
+
+
+def _differing(host_offset: int, old: bytes, new: bytes) -> Iterator[slice]:
+    """The parts of *new*, whole sectors of a page each, that differ from *old*; they lie at *host_offset*."""
+    start = 0
+    while start < len(new):
+        stop = min(len(new), start + PAGE - (host_offset + start) % PAGE)
+        if old[start:stop] != new[start:stop]:
+            places = [slice(at, min(at + SECTOR_SIZE, stop)) for at in range(start, stop, SECTOR_SIZE)]
+            changed = [place for place in places if old[place] != new[place]]
+            yield slice(changed[0].start, changed[-1].stop)
+        start = stop
 
 
 async def _warn_nobody() -> None:
@@ -72,6 +87,17 @@ class Stability:
                 self.fail(error)
             raise
         self.require_trust()
+
+    async def change(
+        self, host_offset: int, old: bytes, new: bytes, on_written: Callable[[slice], None] = lambda part: None
+    ) -> None:
+        """Let the metadata at *host_offset*, *old*, be *new*; process-safe on return. A page is written at a time.
+
+        Raises: OSError; the parts that *on_written* was told of are new, for lack of space all others as they were.
+        """
+        for part in _differing(host_offset, old, new):
+            await self.write(host_offset + part.start, new[part])
+            on_written(part)
 
     async def write_some(self, parts: Sequence[tuple[int, bytes]]) -> int:
         """`write` the first of *parts*, host offset and bytes -> how many: one at least."""

@@ -1,0 +1,64 @@
+"""A host without room that writes each page of a file elsewhere: what it refuses ends in the middle of a table."""
+
+import errno
+from contextlib import suppress
+
+import pytest
+
+from qcow2.driver.operation import Operation, Write
+from qcow2.judge.check import check
+from tests.crash.driver import piece_bytes, simulated
+from tests.engine import Bench, open_again, set_up
+
+pytestmark = pytest.mark.pure
+
+PAGE = 4096
+SECTOR = 512
+TABLE = SECTOR // 8 * SECTOR  # guest bytes that an L2 table maps
+PAGE_OF_L1 = PAGE // 8 * TABLE  # guest bytes that a page of the L1 table maps
+
+
+class FullHost:
+    """Has room for *npages* pages, and then for none: of each write what lies in these gets through."""
+
+    def __init__(self, npages: int) -> None:
+        self.left = npages
+
+    def __call__(self, operation: Operation) -> OSError | None:
+        if not isinstance(operation, Write):
+            return None
+        content = b"".join(map(piece_bytes, operation.pieces))
+        start = operation.host_offset
+        npages = -(-(start + len(content)) // PAGE) - start // PAGE
+        if npages <= self.left:
+            self.left -= npages
+            return None
+        fits = max(0, (start // PAGE + self.left) * PAGE - start)
+        simulated(operation.file).write(start, content[:fits])
+        self.left = 0
+        return OSError(errno.ENOSPC, "as told")
+
+
+def assert_not_corrupt(bench: Bench) -> None:
+    assert bench.driver.run(check(bench.file)).corruptions == 0
+
+
+@pytest.mark.parametrize("npages", range(12))
+def test_shrink_that_finds_no_room_loses_nothing_that_is_written_after_it(npages: int) -> None:
+    size, places = 4 * PAGE_OF_L1, [part * PAGE_OF_L1 + TABLE for part in range(4)]
+    bench = set_up(size)
+    for place in places:
+        bench.write(place, b"a" * SECTOR)
+    bench.driver.run(bench.image.flush())
+    bench.breaker.fault = FullHost(npages)
+    with suppress(OSError):
+        bench.driver.run(bench.image.shrink(TABLE))
+    bench.breaker.fault = None
+    bench.driver.run(bench.image.grow(size))
+    for place in places[1:]:
+        bench.write(place, b"b" * SECTOR)
+    bench.driver.run(bench.image.flush())
+    again = open_again(bench)
+    assert [again.read(place, SECTOR) for place in places[1:]] == [b"b" * SECTOR] * 3
+    bench.close()
+    assert_not_corrupt(bench)
