@@ -80,7 +80,8 @@ class Backup(Work):
         self._served.require_foreign(path)
         backing_format = None if backing is None else "qcow2"
         options = Options(self._image.size, backing_name=backing, backing_format=backing_format, encryption=encryption)
-        return BackupFile(path, options, image_format, exists=exists, keys=held.other_keys())
+        allowed = held.options.allow_files
+        return BackupFile(path, options, image_format, exists=exists, keys=held.other_keys(), allow_files=allowed)
 
     def _begin_copy(self, bitmap: str | None) -> None:
         """Freeze the disk, and only then, since that may be refused, overwrite what is at the target."""

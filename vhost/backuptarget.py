@@ -3,6 +3,7 @@
 import errno
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -82,9 +83,19 @@ class BackupFile(BackupTarget):
     of a raw one the first bytes come last. A death leaves no disk. Before `begin` nothing that exists is changed.
     """
 
-    def __init__(self, path: str, options: Options, image_format: str, *, exists: bool, keys: Keyring | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        options: Options,
+        image_format: str,
+        *,
+        exists: bool,
+        keys: Keyring | None,
+        allow_files: Iterable[str] | None = None,
+    ) -> None:
         """The size, the qcow2 image under it and the encryption are those of *options*; *keys* open both images.
 
+        What the one under it names lies beneath *allow_files*.
         Raises: OSError, ImageError, ValueError.
         """
         super().__init__(path)
@@ -96,7 +107,9 @@ class BackupFile(BackupTarget):
             below = None
             if options.backing_name is not None:
                 name = os.path.join(os.path.dirname(path), options.backing_name)
-                below = stack.enter_context(qcow2.open(name, key=keys)).image
+                disk = stack.enter_context(qcow2.open(name, key=keys, allow_files=allow_files))
+                disk.chain.require_room()
+                below = disk.image
             if self._made is not None:
                 if os.path.lexists(path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)

@@ -17,6 +17,7 @@ from qcow2.node.node import Node
 from qcow2.node.raw import RawImage
 from tests.builder.recipe import Recipe
 from tests.builder.writer import build
+from tests.ctl import ctl
 from tests.frontend import FrontEnd
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok
 
@@ -134,6 +135,21 @@ def test_a_daemon_refuses_what_is_not(tmp_path: Path, elsewhere: Path, options: 
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "is not allowed" in done.stderr
+
+
+def test_a_backup_lies_over_no_chain_that_is_not_allowed(tmp_path: Path, elsewhere: Path) -> None:
+    before = overlay(tmp_path, str(elsewhere))
+    image = before.with_name("served.qcow2")
+    qcow2.create(image, 4 * MIB)
+    with qcow2.open(image, "r+") as disk:
+        disk.bitmaps.add("nightly")
+    options = (f"--control={image}.control", f"--allow-files={image.parent}")
+    with Daemon(image, *options) as daemon, FrontEnd(daemon.socket_path):
+        done = ctl(image, "backup", "--bitmap=nightly", f"--backing={before.name}", "copy")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"{before}: backing file '{elsewhere}' is not allowed" in done.stderr
+        daemon.stop()
+    assert not image.with_name("copy").exists()
 
 
 class Ours(RawImage):

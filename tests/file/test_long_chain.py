@@ -54,6 +54,19 @@ def test_what_would_make_it_longer_is_refused_and_the_guest_goes_on(full: Path, 
     assert full.with_name("frozen").exists()
 
 
+def test_a_backup_over_it_is_refused(full: Path, tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    qcow2.create(image, SIZE)
+    with qcow2.open(image, "r+") as disk:
+        disk.bitmaps.add("nightly")
+    with serve(image) as daemon, FrontEnd(daemon.socket_path):
+        done = ctl(image, "backup", "--bitmap=nightly", f"--backing={full.name}", "copy")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.rstrip("\n").endswith(FULL)
+        daemon.stop()
+    assert not (tmp_path / "copy").exists()
+
+
 def test_a_mirror_that_takes_more_files_than_a_worker_has_is_refused(tmp_path: Path) -> None:
     image = make_chain(tmp_path, 65, with_data_files=lambda number: number < 64)
     with serve(image) as daemon, FrontEnd(daemon.socket_path) as guest:
