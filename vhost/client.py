@@ -170,9 +170,13 @@ class Control:
         address: str = "localhost",
         bitmaps: Sequence[str] = (),
         certificates: str | os.PathLike[str] | None = None,
+        no_tls: bool = False,
     ) -> Export:
-        """Offer the frozen image *file* over NBD, at *socket* or *port*; with *certificates* nothing without TLS."""
-        place: dict[str, Any] = {"port": port, "address": address}
+        """Offer the frozen image *file* over NBD, at *socket* or *port*; with *certificates* nothing without TLS.
+
+        An *address* that others than that host reach takes those, or *no_tls*.
+        """
+        place: dict[str, Any] = {"port": port, "address": address} | ({"no_tls": True} if no_tls else {})
         if socket is not None:
             place = {"socket": os.path.abspath(socket)}
         if certificates is not None:

@@ -263,7 +263,7 @@ ARGUMENTS = {
 OPTIONS = {  # which may be left out
     "snapshot": ("bitmap-add", "carry-bitmaps", "options"),
     "snapshot-begin": ("bitmap-add", "carry-bitmaps", "options"),
-    "export-start": ("socket", "address", "port", "bitmaps", "certificates"),
+    "export-start": ("socket", "address", "port", "bitmaps", "certificates", "no-tls"),
     "stream": ("base", "rate", "on-error"),
     "commit": ("base", "active", "rate", "on-error"),
     "mirror": ("format", "top", "existing", "rate", "on-error"),

@@ -21,6 +21,9 @@ def add_export(commands: Any) -> list[argparse.ArgumentParser]:
     start.add_argument(
         "--tls-creds", metavar="DIR", dest="certificates", type=os.path.abspath, help="nothing without TLS"
     )
+    start.add_argument(
+        "--no-tls", action="store_const", const=True, help="whoever reaches the address may read it, in plain"
+    )
     stop = actions.add_parser("stop", help="end it; who still reads is cut off")
     stop.add_argument("file", metavar="NAME", help="as with start")
     return [start, stop, actions.add_parser("list", help="what is exported, and where")]

@@ -164,18 +164,25 @@ class Exports:
         port: object = 0,
         bitmaps: object = (),
         certificates: object = None,
+        no_tls: object = False,
     ) -> dict[str, Any]:
         """Offer *file*, a qcow2 image as seen from the directory of the image, which nobody writes to.
 
         At *socket*, a path, or *port* of *address*; with *certificates*, a directory, nothing is said without TLS.
+        An address that others than this host reach takes those, or *no_tls*.
         Raises: ExportRefused.
         """
         file, names = _text(file, "file"), _texts(bitmaps, "bitmaps")
         place = _place_of(socket, address, port)
         directory = None if certificates is None else _text(certificates, "certificates")
-        return self._start(file, place, names, directory)
+        if not isinstance(no_tls, bool):
+            raise ExportRefused(f"no-tls is true or false, not {no_tls!r}")
+        tls = [] if directory is None else [f"--tls-creds={directory}"]
+        uri = place.uri("nbd" if directory is None else "nbds")
+        options = [*place.options, *tls, *(["--no-tls"] if no_tls else [])]
+        return self._start(file, uri, [*options, *(f"--bitmap={name}" for name in names)])
 
-    def _start(self, file: str, place: Place, bitmaps: list[str], certificates: str | None) -> dict[str, Any]:
+    def _start(self, file: str, uri: str, wanted: list[str]) -> dict[str, Any]:
         if self._refusal:
             raise ExportRefused(self._refusal)
         if file in self._exports and self._exports[file].is_alive:
@@ -183,12 +190,9 @@ class Exports:
         self._forget(file)
         options = ["--read-only", "--persistent", "--shared=0", "--allocation-depth"]
         options += ["--end-with-input", "--pid-file=/dev/stdout"]
-        options += [f"--bitmap={name}" for name in bitmaps]
         options += [f"--allow-files={directory}" for directory in self._allowed]
-        options += [f"--tls-creds={certificates}"] if certificates is not None else []
         path = self._image.resolve().parent / file
-        command = [sys.executable, "-P", "-c", PROGRAM, "serve-nbd", *options, *place.options, "--", str(path)]
-        uri = place.uri("nbds" if certificates is not None else "nbd")
+        command = [sys.executable, "-P", "-c", PROGRAM, "serve-nbd", *options, *wanted, "--", str(path)]
         try:
             export = _Export(file, uri, command)
         except OSError as error:

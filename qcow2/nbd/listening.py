@@ -1,6 +1,8 @@
 """Where clients come from: a Unix socket, TCP, or sockets that systemd listens on for us."""
 
 import contextlib
+import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -46,12 +48,18 @@ def listening_on_path(path: str) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def listening_on_port(address: str, port: int) -> Iterator[list[socket.socket]]:
-    """Sockets for each address that *address*, a name or a number, stands for. Raises: OSError naming it."""
+def listening_on_port(address: str, port: int, *, is_open: bool) -> Iterator[list[socket.socket]]:
+    """Sockets for each address that *address*, a name or a number, stands for.
+
+    Raises: OSError naming it; EACCES if others than this host reach it, unless the disk *is_open* to them.
+    """
     with contextlib.ExitStack() as stack:
         listeners = []
         try:
             places = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            if not is_open and not all(_is_loopback(str(place[0])) for *_, place in places):
+                text = "others than this host reach it, without TLS: give --tls-creds, or --no-tls"
+                raise PermissionError(errno.EACCES, text)
             for family, kind, protocol, _, place in places:
                 listener = stack.enter_context(socket.socket(family, kind, protocol))
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,6 +71,10 @@ def listening_on_port(address: str, port: int) -> Iterator[list[socket.socket]]:
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), f"{address}:{port}") from None
         yield listeners
+
+
+def _is_loopback(number: str) -> bool:
+    return ipaddress.ip_address(number).is_loopback
 
 
 def _remove_stale(path: str) -> None:

@@ -22,7 +22,7 @@ from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.source import wanted_snapshot
 
 PORT = 10809
-ADDRESS = "localhost"  # a disk without a password is not for the whole network unless somebody says so
+ADDRESS = "localhost"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tls-creds", metavar="DIR", help="of server-cert.pem, server-key.pem, ca-cert.pem: nothing without TLS"
     )
+    parser.add_argument("--no-tls", action="store_true", help="whoever reaches the address may have the disk, in plain")
     parser.add_argument(
         "--tls-verify-peer", choices=("on", "off"), default="on", help="clients need a certificate too (default: on)"
     )
@@ -131,6 +132,8 @@ def _terms(arguments: argparse.Namespace) -> Terms:
 def _validate(arguments: argparse.Namespace) -> None:
     if arguments.socket is not None and (arguments.port is not None or arguments.bind is not None):
         raise UsageError("--socket and --port or --bind exclude each other")
+    if arguments.no_tls and arguments.tls_creds is not None:
+        raise UsageError("--no-tls and --tls-creds exclude each other")
     if arguments.fork and arguments.end_with_input:
         raise UsageError("--fork and --end-with-input exclude each other")
     if arguments.shared < 0:
@@ -187,4 +190,5 @@ def _listeners(arguments: argparse.Namespace, stack: ExitStack) -> list[socket.s
     if given and arguments.port is None and arguments.bind is None:
         return [stack.enter_context(listener) for listener in given]
     port = PORT if arguments.port is None else arguments.port
-    return stack.enter_context(listening_on_port(arguments.bind or ADDRESS, port))
+    is_open = arguments.tls_creds is not None or arguments.no_tls
+    return stack.enter_context(listening_on_port(arguments.bind or ADDRESS, port, is_open=is_open))

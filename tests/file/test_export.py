@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,6 +129,13 @@ def test_no_export_outlives_the_daemon(image: Path, tmp_path: Path) -> None:
                 assert client.is_dropped()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
     path = tmp_path / "sock"
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
@@ -148,6 +156,16 @@ def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
         ctl_ok(image, "export", "start", "one.qcow2", "--socket", path)
         again = ctl(image, "export", "start", "one.qcow2", "--socket", tmp_path / "other")
         assert "one.qcow2 is exported already" in again.stderr
+        ctl_ok(image, "export", "stop", "one.qcow2")
+        place = ("one.qcow2", "--port", str(free_port()), "--bind", "0.0.0.0")
+        in_plain = ctl(image, "export", "start", *place)
+        assert in_plain.stderr.count("\n") == 1
+        assert "0.0.0.0" in in_plain.stderr
+        assert "give --tls-creds, or --no-tls" in in_plain.stderr
+        assert ctl_ok(image, "export", "start", *place, "--no-tls")["uri"].startswith("nbd://0.0.0.0:")
+        ctl_ok(image, "export", "stop", "one.qcow2")
+        with vhost.Control(f"{image}.control") as control:
+            assert control.export_start("one.qcow2", port=free_port(), address="0.0.0.0", no_tls=True).running
         end(daemon)
 
 

@@ -147,13 +147,14 @@ def test_a_server_in_the_background(image: Path, tmp_path: Path) -> None:
     assert (failed.returncode, failed.stderr) == (1, "qcow2: Dirty bitmap 'none' not found\n")
 
 
-def test_tcp(image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("-b", "127.0.0.1"), ("-b", "0.0.0.0", "--no-tls")], ids=" ".join)
+def test_tcp(image: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     pid_file = tmp_path / "pid"
     os.mkfifo(pid_file)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [TOOL, "serve-nbd", "-b", "127.0.0.1", "-p", str(port), "--pid-file", pid_file, image]
+    command = [TOOL, "serve-nbd", *options, "-p", str(port), "--pid-file", pid_file, image]
     with subprocess.Popen(command) as process:
         pid_file.read_text()
         said = qemu_img("info", f"nbd://127.0.0.1:{port}").stdout
@@ -171,6 +172,12 @@ def test_tcp(image: Path, tmp_path: Path) -> None:
         (["--tls-creds", "nowhere"], "nowhere"),
         (["-l", "none"], "none"),
         (["-k", "x" * 200], "x" * 200),
+        (
+            ["-b", "0.0.0.0"],
+            "0.0.0.0:10809: others than this host reach it, without TLS: give --tls-creds, or --no-tls",
+        ),
+        (["-b", "::", "-p", "0"], ":::0: others than this host reach it"),
+        (["--tls-creds", "a", "--no-tls"], "exclude"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(image: Path, options: list[str], said: str) -> None:
@@ -248,6 +255,16 @@ def test_tls_in_the_middle_of_the_negotiation(image: Path, certificates: Path) -
             }
             assert {client.reply().cookie for _ in range(12)} == cookies
             assert client.read(0, 3 << 20) == data
+
+
+def test_with_tls_others_than_this_host_may_come(image: Path, certificates: Path, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    os.mkfifo(pid_file)
+    options = ["-b", "0.0.0.0", "-p", "0", "--tls-creds", certificates, "--pid-file", pid_file]
+    with subprocess.Popen([TOOL, "serve-nbd", *options, image]) as process:
+        assert int(pid_file.read_text()) == process.pid
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
 
 
 @pytest.mark.parametrize("verifies", ["on", "off"])
