@@ -159,8 +159,9 @@ def serve_image(options: "Options", stop_fd: int) -> None:
         control = stack.enter_context(_control(options, stop_fd))
         options = stack.enter_context(_with_private_logs(options))
         progress = partial(_repair_progress, stop_fd)
-        held = stack.enter_context(HeldImage(options, progress, partial(_stop_if_asked, stop_fd), _keys(options)))
         try:
+            keys = _keys(options, stop_fd)
+            held = stack.enter_context(HeldImage(options, progress, partial(_stop_if_asked, stop_fd), keys))
             if options.incoming:
                 held.look()
             else:
@@ -194,19 +195,24 @@ def serve_image(options: "Options", stop_fd: int) -> None:
         print(_stats(counters, held.statistics), flush=True)
 
 
-def _keys(options: "Options") -> "Keyring | None":
+def _keys(options: "Options", stop_fd: int) -> "Keyring | None":
     """What opens encrypted images. From here on nothing that we have in memory gets into a core dump.
 
-    Raises: Unavailable.
+    Raises: Unavailable; Stopped if a signal came before the keys.
     """
     if not options.key_fds and not options.key_files:
         return None
     from qcow2.engine.encryption import Keyring
     from qcow2.plane.cipher import keep_secrets
+    from vhost.endpoint import is_readable
     from vhost.keys import Keys
 
+    def wait(fd: int) -> None:
+        if not is_readable(fd, stop_fd):
+            raise Stopped
+
     keep_secrets()
-    return Keyring(Keys(options.key_fds, options.key_files))
+    return Keyring(Keys(options.key_fds, options.key_files, wait))
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class Connection:
             if stop_fd in ready:
                 return
             if self._backchannel is not None and self._backchannel.fileno() in ready:
-                self._receive_acks(self._backchannel)
+                self._receive_ack(self._backchannel)
             if self._device.changed_fd in ready:
                 self._learn_offer()
             if self._channel.fileno() in ready:
@@ -85,8 +85,8 @@ class Connection:
         self._session.offer = self._device.offer
         self._run(self._session.tell_config_change(), Fds())
 
-    def _receive_acks(self, backchannel: BackendChannel) -> None:
-        if not backchannel.receive_acks():
+    def _receive_ack(self, backchannel: BackendChannel) -> None:
+        if not backchannel.receive_ack():
             self._session.lose_backend_channel()
             self._close_backchannel()
 

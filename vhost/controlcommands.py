@@ -155,7 +155,7 @@ class Commands:
             raise CommandError(f"{name!r} is not the name of a file")
         wanted = _overlay_wish(**wish)
         self.jobs.require_none()
-        self._steps = Steps(lambda name, pace: self._take_snapshot(name, pace, wanted), name)
+        self._steps = Steps(lambda name, pace: self._take_snapshot(name, pace, wanted), name, self._stop_fd)
         self._steps.begin()
 
     def snapshot_next(self) -> dict[str, Any] | None:

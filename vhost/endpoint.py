@@ -76,7 +76,7 @@ class Endpoint:
             yield self.unix_socket
             return
         door = Door(self.unix_socket, stop_fd)
-        while _is_readable(self.unix_socket.fileno(), stop_fd):
+        while is_readable(self.unix_socket.fileno(), stop_fd):
             visitor = door.open()
             if visitor is None:
                 continue
@@ -97,7 +97,7 @@ def is_stopping(stop_fd: int, milliseconds: int = 0) -> bool:
     return bool(ready.poll(milliseconds))
 
 
-def _is_readable(fd: int, stop_fd: int) -> bool:
+def is_readable(fd: int, stop_fd: int) -> bool:
     """Wait for *fd*; False if *stop_fd* came first or with it."""
     ready = select.poll()
     ready.register(fd, select.POLLIN)

@@ -4,7 +4,8 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from io import FileIO
 
 from virtio.block import Unavailable
 
@@ -16,10 +17,10 @@ log = logging.getLogger("vhost")
 class Keys:
     """The content of files that hold a key each, as it is: a newline at the end is part of it."""
 
-    def __init__(self, fds: Iterable[int], paths: Iterable[str]) -> None:
-        """The *fds* are closed. Raises: Unavailable."""
-        self._held = [_Held(_read(fd, f"--key-fd={fd}")) for fd in fds]
-        self._held += [_Held(_read(_open(path), f"--key-file={path}")) for path in paths]
+    def __init__(self, fds: Iterable[int], paths: Iterable[str], wait: Callable[[int], None] = lambda fd: None) -> None:
+        """The *fds* are closed. *wait(fd)* is to return once a pipe, say, has something. Raises: Unavailable."""
+        self._held = [_Held(_read(fd, f"--key-fd={fd}", wait)) for fd in fds]
+        self._held += [_Held(_read(_open(path), f"--key-file={path}", wait)) for path in paths]
 
     def __bool__(self) -> bool:
         return bool(self._held)
@@ -49,17 +50,27 @@ class _Held:
 
 
 def _open(path: str) -> int:
+    """At once, also a FIFO that nobody writes to yet."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
         raise Unavailable(f"--key-file={path}: {error.strerror}") from error
 
 
-def _read(fd: int, option: str) -> bytearray:
+def _take(file: FileIO, view: memoryview, wait: Callable[[int], None]) -> int:
+    """The next bytes, 0 at the end of *file* or *view*."""
+    nbytes = None
+    while nbytes is None:
+        wait(file.fileno())
+        nbytes = file.readinto(view)
+    return nbytes
+
+
+def _read(fd: int, option: str, wait: Callable[[int], None]) -> bytearray:
     content, end = bytearray(MAX_KEY_BYTES + 1), 0
     try:
         with open(fd, "rb", buffering=0) as file, memoryview(content) as view:
-            while nbytes := file.readinto(view[end:]):
+            while nbytes := _take(file, view[end:], wait):
                 end += nbytes
     except OSError as error:
         raise Unavailable(f"{option}: {error.strerror}") from error

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable
 
 FIRST_FD = 3  # SD_LISTEN_FDS_START
+PATIENCE_MILLISECONDS = 1000  # a guest waits, and who wants us to end
 
 log = logging.getLogger("vhost")
 
@@ -45,8 +47,8 @@ class ServiceManager:
             self._socket.close()
 
     def tell(self, state: str) -> None:
-        """Tell it *state*, if it listens."""
-        self._try(lambda told: told.send(state.encode()))
+        """Tell it *state*, if it listens; not one that does not read what it is told."""
+        self._try(lambda told: _send(told, state.encode()))
 
     def _try(self, what: Callable[[socket.socket], object]) -> None:
         if self._socket is None:
@@ -57,3 +59,11 @@ class ServiceManager:
             log.warning("the service manager is not told: NOTIFY_SOCKET: %s", error.strerror)
             self._socket.close()
             self._socket = None
+
+
+def _send(told: socket.socket, state: bytes) -> None:
+    """Raises: OSError, also if there is no room for *state*."""
+    room = select.poll()
+    room.register(told, select.POLLOUT)
+    room.poll(PATIENCE_MILLISECONDS)
+    told.send(state, socket.MSG_DONTWAIT)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -17,10 +18,13 @@ import qcow2
 from qcow2.lock import OURS
 from tests.file.test_direct import lock, wait_for_line
 from tests.frontend import IN, OK, FrontEnd
+from tests.listening import visit
 from tests.patience import TIMEOUT
-from tests.program import Daemon
+from tests.program import DAEMON, Daemon
+from vhost import Control
 from vhost.daemon import run
 from vhost.endpoint import listen
+from vhost.together import PATIENCE_SECONDS
 from virtio.block import BlockDevice, DeviceBackend
 
 
@@ -108,6 +112,71 @@ def test_a_command_that_opens_an_image_does_not_keep_the_daemon(
 
 def test_a_snapshot_whose_thread_fails_ends_the_process() -> None:
     """A bug of ours on it: who waits for its next step would wait for ever."""
-    program = "from vhost.together import Steps; Steps(lambda name, pace: {}[name], 'frozen').begin()"
+    program = "from vhost.together import Steps; Steps(lambda name, pace: {}[name], 'frozen', -1).begin()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, "KeyError" in done.stderr) == (70, True)
+
+
+def test_a_snapshot_that_waits_for_its_client_is_called_off(tmp_path: Path) -> None:
+    """Its guest waits, too, and would have for ten seconds."""
+    image = tmp_path / "disk"
+    qcow2.create(image, 1 << 20)
+    with Daemon(image, f"--control={image}.control") as daemon:
+        with FrontEnd(daemon.socket_path), Control(f"{image}.control") as client:
+            client.ask("snapshot-begin", name="frozen")
+            client.ask("snapshot-next")
+            asked = time.monotonic()
+            daemon.stop()
+            assert time.monotonic() - asked < PATIENCE_SECONDS
+    assert not (tmp_path / "frozen").exists()
+
+
+@pytest.mark.parametrize("option", ["--key-fd", "--key-file"])
+def test_a_key_that_does_not_come_is_waited_for_until_a_signal(tmp_path: Path, option: str) -> None:
+    key, socket_path = tmp_path / "key", tmp_path / "socket"
+    os.mkfifo(key)
+    with contextlib.ExitStack() as stack:
+        both = os.open(key, os.O_RDWR)
+        stack.callback(os.close, both)
+        value = both if option == "--key-fd" else key
+        command = [DAEMON, f"--socket-path={socket_path}", f"--blk-file={tmp_path}/disk", f"{option}={value}"]
+        process = stack.enter_context(subprocess.Popen(command, pass_fds=[both], stderr=subprocess.PIPE, text=True))
+        stack.callback(process.kill)
+        os.write(both, b"half a k")
+        while select.select([both], [], [], 0)[0]:  # until it has that half
+            assert process.poll() is None
+        process.terminate()
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, said) == (0, "")
+
+
+def fill(path: Path, stack: contextlib.ExitStack) -> None:
+    """Send until there is no room at *path*, whoever sends."""
+    sent = 1
+    while sent:
+        sender = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        sender.connect(str(path))
+        sender.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += sender.send(b"x")
+
+
+def test_a_service_manager_that_reads_nothing_keeps_nobody_waiting(tmp_path: Path) -> None:
+    image, path, notify = tmp_path / "disk", tmp_path / "socket", tmp_path / "notify"
+    qcow2.create(image, 1 << 20)
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(str(notify))
+        fill(notify, stack)
+        command = [DAEMON, f"--socket-path={path}", f"--blk-file={image}"]
+        environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
+        process = stack.enter_context(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        stack.callback(process.kill)
+        with visit(process, path) as guest:
+            assert guest.read(0, 512) == bytes(512)
+        process.terminate()
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert "the service manager is not told" in said

@@ -21,6 +21,7 @@ from tests.frontend import (
     OUT,
     REPLY,
     VERSION,
+    BackendGone,
     FrontEnd,
 )
 from tests.program import qcow2_tool_ok
@@ -69,6 +70,21 @@ def test_front_end_is_told_and_may_ask_before_it_acknowledges(served: Served) ->
         guest.write(NEW - 4096, b"\x5a" * 4096)
         assert guest.read(NEW - 4096, 4096) == b"\x5a" * 4096
         assert guest.read(OLD, 4096) == bytes(4096)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_acknowledgement_that_nobody_asked_for_ends_the_visit(served: Served, asked: int) -> None:
+    """Else a front-end that sends nothing else would keep the daemon from its signals."""
+    with FrontEnd(served.socket_path) as guest, channel_of(guest) as channel:
+        for nbytes in [NEW][:asked]:
+            served.device.resize(nbytes)
+            assert exactly(channel, 12) == TOLD
+            acknowledge(channel)
+            assert guest.size == nbytes
+        acknowledge(channel)
+        with pytest.raises(BackendGone):  # noqa: PT012 - until it happens
+            for _ in range(1000):
+                guest.read_config()
 
 
 def test_new_size_is_there_at_the_next_open(served: Served, image: Path) -> None:
