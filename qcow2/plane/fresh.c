@@ -176,10 +176,17 @@ static struct entry entry_after(struct l2map *map, const struct touched *touched
     return entry_written(&map->format, touched->entry, host_offset, touched->first, touched->last);
 }
 
-/* The bytes of a whole subcluster, or of several, can be encrypted: the disk does not end in the last one. */
+/* Whether the disk does not end in the last subcluster. */
 static int is_whole(const struct l2map *map, const struct touched *touched)
 {
     return touched->nbytes == (uint64_t)(touched->last + 1 - touched->first) << map->format.subcluster_bits;
+}
+
+/* The disk ends inside a subcluster, of which nothing is encrypted, or whose cluster may hold anything behind that. */
+static int is_end_pythons(const struct l2map *map, const struct touched *touched)
+{
+    return (map->cipher || (entry_has_cluster(&map->format, touched->entry) && !map->format.is_identity)) &&
+           !is_whole(map, touched);
 }
 
 /* Whether the name waits for the data: something shows that must not be lost, or in the place may be anything. */
@@ -235,7 +242,7 @@ static int take(void *context, uint64_t guest_offset, uint64_t nbytes, int syncs
     waits = must_wait(map, &touched, &old);
     out->after_sync = waits && may_name_after_sync(map, cluster, syncs);
     if (old.kind == EXTENT_PUNT || (waits && !out->after_sync && !may_name_in_log(map)) ||
-        (waits && map->cipher && !is_whole(map, &touched)) || (is_kept && !map->format.word_bits) ||
+        (waits && is_end_pythons(map, &touched)) || (is_kept && !map->format.word_bits) ||
         !find_cluster(map, &touched, waits, &host_cluster))
         return -EAGAIN;
     entry = entry_after(map, &touched, host_cluster << map->cluster_bits, !waits);

@@ -1,13 +1,15 @@
 """Images with subclusters, by engine and extent map in turns, against a model; what a kill leaves in the link log."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qcow2.engine.replay import replay
 from qcow2.format.header import read_header
-from tests.engine import Bench, set_up, waiting
+from qcow2.format.layout import HEADER_SIZE, HEADER_SIZE_OFFSET
+from tests.engine import Bench, open_again, set_up, waiting
 from tests.extents import DISCARD, KEEP, UNMAP, UNTOUCHED, Plane, clear_by, write_by
 
 BITS = 14
@@ -150,3 +152,21 @@ def test_a_fresh_cluster_with_nothing_below_is_the_guests_as_a_whole() -> None:
     bench, plane, _ = started()
     assert plane.write(2 * CLUSTER + 512, b"x" * 512)
     assert entry_words(bench, 2)[1] == 0xFFFFFFFF
+
+
+def test_what_a_kept_cluster_held_past_the_end_of_the_disk_is_not_named() -> None:
+    cluster, unit = 1 << 16, 1 << 11
+    bench = set_up(2 * cluster, cluster_bits=16, has_subclusters=True, log_capacity=200)
+    last = cluster + 3 * unit
+    bench.write(0, b"s" * 2 * cluster)
+    bench.driver.run(bench.image.write_zeroes(cluster + unit, cluster - unit, unmap=False))
+    bench.driver.run(bench.image.shrink(last + 512))
+    plane = Plane(bench.driver, bench.image, bench.file, bench.base)
+    bench.write(last - unit, b"w" * unit)  # so that the table is in memory, and a stock
+    assert plane.write(last - 2 * unit, b"w" * unit)
+    assert not write_by(plane, bench, last, b"w" * 512)
+    bench.close()
+    with_more = bench.file.copy()
+    with_more.write(HEADER_SIZE_OFFSET, HEADER_SIZE.pack(2 * cluster))  # as QEMU grows it
+    longer = open_again(replace(bench, file=with_more))
+    assert longer.read(last, unit) == (b"w" * 512).ljust(unit, b"\0")
