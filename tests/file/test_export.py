@@ -165,7 +165,7 @@ def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
         assert ctl_ok(image, "export", "start", *place, "--no-tls")["uri"].startswith("nbd://0.0.0.0:")
         ctl_ok(image, "export", "stop", "one.qcow2")
         with vhost.Control(f"{image}.control") as control:
-            assert control.export_start("one.qcow2", port=free_port(), address="0.0.0.0", no_tls=True).running
+            assert control.export_start("one.qcow2", port=free_port(), address="0.0.0.0", no_tls=True).is_running
         end(daemon)
 
 
