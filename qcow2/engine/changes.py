@@ -79,7 +79,7 @@ class Changes:
             raise
 
     async def close(self) -> None:
-        """Bring the disk in the state of a clean close."""
+        """Bring the disk in the state of a clean close; dirty if flags or counts are wrong since a snapshot failed."""
         await self.links.close()
         await self.bitmaps.settle()
         await self.packer.close()

@@ -24,6 +24,7 @@ class Root:
     def __init__(self, header: Header, stability: Stability, *, is_lazy: bool) -> None:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
+        self._is_unsound = False  # flags or counts on the disk are wrong in another way
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
         self.breakable = layout.PROMISES ^ header.kept_promises
         self.broken_promises = self.breakable  # the autoclear bits that a change breaks
@@ -55,7 +56,7 @@ class Root:
                     self._must_mark = False
 
     async def begin_unsound(self) -> None:
-        """Return once the dirty bit is stable: until `end_unsound` a death leaves flags and counts to a repair.
+        """Return once the dirty bit is stable: until `end_unsound` a death, or a close, leaves the rest to a repair.
 
         Version 2 has no such bit, and is left to `qcow2 check -r`.
         """
@@ -64,9 +65,11 @@ class Root:
                 word = self.header.record.incompatible_features
                 await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
             self._must_mark = False
+            self._is_unsound = True
 
     async def end_unsound(self) -> None:
         """Flags and counts on the disk are right again, unless they are lazy."""
+        self._is_unsound = False
         if not self.is_lazy:
             await self.mark_clean()
 
@@ -83,9 +86,9 @@ class Root:
                 await self._write(offset, bytes([kept & layout.PROMISES]), autoclear_features=kept)
 
     async def mark_clean(self) -> None:
-        """Clear the dirty bit, if it is set, stable on return; everything else is stable already."""
+        """Clear the dirty bit, if it is set and nothing unsound; stable on return, everything else is so already."""
         async with self._mutex.hold():
-            if self.header.is_dirty:
+            if self.header.is_dirty and not self._is_unsound:
                 word = self.header.record.incompatible_features
                 await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 

@@ -2,8 +2,9 @@
 
 No death leaves a COPIED flag at a cluster that counts more than one, nor a count that is too low: flags go before
 counts rise, counts rise before a table that needs them is pointed at, and fall after it is not; flags come back last.
-In between the dirty bit is set, so that the next open repairs leaks and missing flags; in version 2 the latter cost a
-copy at worst. Each change is one write of the header; what it points at is stable before (law 6).
+In between the dirty bit is set, so that the next open repairs leaks and missing flags, also those of a change that
+failed and could not be taken back; in version 2 the latter cost a copy at worst. Each change is one write of the
+header; what it points at is stable before (law 6).
 """
 
 from array import array

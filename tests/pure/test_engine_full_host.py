@@ -7,6 +7,7 @@ import pytest
 
 from qcow2.driver.operation import Operation, Write
 from qcow2.judge.check import check
+from qcow2.judge.repair import repair
 from tests.crash.driver import piece_bytes, simulated
 from tests.engine import Bench, open_again, set_up
 
@@ -62,3 +63,26 @@ def test_shrink_that_finds_no_room_loses_nothing_that_is_written_after_it(npages
     assert [again.read(place, SECTOR) for place in places[1:]] == [b"b" * SECTOR] * 3
     bench.close()
     assert_not_corrupt(bench)
+
+
+@pytest.mark.parametrize("npages", range(40))
+@pytest.mark.parametrize("what", ["create", "delete"])
+def test_snapshot_that_finds_no_room_leaves_nothing_wrong_that_the_dirty_bit_hides(what: str, npages: int) -> None:
+    bench = set_up(2 * PAGE_OF_L1)
+    places = [part * PAGE_OF_L1 // 3 for part in range(6)]
+    for place in places:
+        bench.write(place, b"a" * SECTOR)
+    if what == "delete":
+        bench.driver.run(bench.image.create_snapshot("one", 0))
+    image = bench.image
+    bench.breaker.fault = FullHost(npages)
+    with suppress(OSError):
+        bench.driver.run(image.create_snapshot("two", 0) if what == "create" else image.delete_snapshot("one"))
+    bench.breaker.fault = None
+    bench.close()
+    found = bench.driver.run(check(bench.file))
+    assert found.corruptions == 0 or found.is_dirty
+    bench.driver.run(repair(bench.file))
+    bench.assert_sound()
+    again = open_again(bench, writable=True)
+    assert [again.read(place, SECTOR) for place in places] == [b"a" * SECTOR] * 6
