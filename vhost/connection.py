@@ -19,6 +19,7 @@ from vhost.backchannel import BackendChannel
 from vhost.channel import Channel, Fds
 from vhost.device import Device
 from vhost.message import Inflight, Region, Request
+from vhost.problem import describe
 from vhost.session import Session
 from vhost.vring import Steps
 
@@ -83,7 +84,7 @@ class Connection:
     def _learn_offer(self) -> None:
         os.eventfd_read(self._device.changed_fd)
         self._session.offer = self._device.offer
-        self._run(self._session.tell_config_change(), Fds())
+        self._run(self._session.tell_config_change(), Fds(), Request.GET_CONFIG)
 
     def _receive_ack(self, backchannel: BackendChannel) -> None:
         if not backchannel.receive_ack():
@@ -101,12 +102,12 @@ class Connection:
             return
         message, fds = received
         try:
-            self._run(self._session.receive(message), fds)
+            self._run(self._session.receive(message), fds, message.request)
         finally:
             fds.close()
 
-    def _run(self, steps: Steps, fds: Fds) -> None:
-        """Perform each effect that *steps* yields and send its result, or its failure, back in."""
+    def _run(self, steps: Steps, fds: Fds, request: int) -> None:
+        """Perform each effect that *steps*, of *request*, yields and send its result, or its failure, back in."""
         try:
             wanted = next(steps)
             while True:
@@ -114,7 +115,7 @@ class Connection:
                     result = self._perform(wanted, fds)
                 except OSError as error:
                     wanted = steps.throw(error)  # or it is the end of the visit, which is told of
-                    self._tell(f"the front-end is refused: {error.strerror or error}")
+                    self._tell(f"the front-end is refused {Request(request).name}: {describe(error)}")
                 else:
                     wanted = steps.send(result)
         except StopIteration:

@@ -34,7 +34,7 @@ from tests.frontend import (
 )
 from tests.packedqueue import PackedQueue
 from tests.patience import TIMEOUT
-from tests.program import Daemon
+from tests.program import Daemon, complaints
 
 pytestmark = pytest.mark.xdist_group("daemon habits")  # one daemon for many
 
@@ -186,3 +186,15 @@ def two_queues(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemo
         yield daemon, guest
         guest.socket.close()
         daemon.stop()
+
+
+def test_refusal_names_the_message_and_what_is_wrong_once_a_visit(image: Path) -> None:
+    with Daemon(image) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, image.open() as file:
+            for _ in range(2):
+                with pytest.raises(AssertionError):
+                    guest.tell(SET_VRING_CALL, struct.pack("<Q", 0), fds=(file.fileno(),))
+        daemon.stop()
+        assert daemon.process.stderr is not None
+        said = complaints(daemon.process.stderr.read())
+    assert said == "vhost-user-qcow2: the front-end is refused SET_VRING_CALL: call of queue 0: Invalid argument\n"
