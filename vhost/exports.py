@@ -5,6 +5,7 @@ memory and nothing of the data plane. It ends when its standard input does, so n
 """
 
 import logging
+import os
 import select
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ring.thread import start_deaf
 
@@ -44,7 +46,7 @@ class Place:
     def uri(self, scheme: str) -> str:
         """As clients take it."""
         if self.socket is not None:
-            return f"{scheme}+unix:///?socket={self.socket}"
+            return f"{scheme}+unix:///?socket={quote(os.fsencode(self.socket))}"
         address = f"[{self.address}]" if ":" in self.address else self.address
         return f"{scheme}://{address}:{self.port}"
 

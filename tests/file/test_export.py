@@ -183,6 +183,14 @@ def test_an_export_that_hangs_as_it_begins_is_refused(image: Path, tmp_path: Pat
         assert exports.list() == []
 
 
+def test_the_uri_leads_to_a_socket_of_any_name(image: Path, tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "other.qcow2", SIZE)
+    with start(image) as daemon, FrontEnd(daemon.socket_path):
+        uri = ctl_ok(image, "export", "start", "other.qcow2", "--socket", tmp_path / "a#b c%41&d=é+")["uri"]
+        assert json.loads(qemu_img("info", "--output=json", uri).stdout)["virtual-size"] == SIZE
+        end(daemon)
+
+
 def test_a_policy_holds_for_exports_too(image: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
