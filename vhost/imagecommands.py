@@ -95,9 +95,12 @@ class ImageCommands:
         """Let the disk hold what it held at an internal snapshot; no guest is to see that."""
         wanted = self._existing(name, by_id=True)
         self._require_no_job()
+        self._alone(lambda image: image.apply_snapshot(wanted), self._require_no_guest)
+
+    def _require_no_guest(self) -> None:
+        """While the device is held, which a front-end that comes waits for before it sees the disk."""
         if self._device.session is not None:
             raise ImageRefused("a front-end uses the disk, which would change under its guest: end it first")
-        self._alone(lambda image: image.apply_snapshot(wanted))
 
     def _existing(self, name: object, *, by_id: bool) -> str:
         """The name of a snapshot that there is. Raises: ImageRefused."""
@@ -107,14 +110,17 @@ class ImageCommands:
             find_snapshot(image.file.path, SnapshotTable.of(found, image.file.path), wanted, by_id=by_id)
         return wanted
 
-    def _alone(self, change: Callable[[Image], Coroutine[Any, Any, T]]) -> T:
-        """Await *change* of the image while requests wait; what it gives."""
+    def _alone(
+        self, change: Callable[[Image], Coroutine[Any, Any, T]], require: Callable[[], None] = lambda: None
+    ) -> T:
+        """Await *change* of the image while requests wait; what it gives. *require()* raises if it may not be."""
         results: list[T] = []
 
         async def begin(image: Image) -> None:
             results.append(await change(image))
 
         with self._holding() as image:
+            require()
             for _ in range(FLUSHES):
                 if self._device.flush_now() < 0:
                     raise ImageRefused("what the disk holds cannot be made stable")
