@@ -172,16 +172,11 @@ class Control:
         certificates: str | os.PathLike[str] | None = None,
         no_tls: bool = False,
     ) -> Export:
-        """Offer the frozen image *file* over NBD, at *socket* or *port*; with *certificates* nothing without TLS.
-
-        An *address* that others than that host reach takes those, or *no_tls*.
-        """
-        place: dict[str, Any] = {"port": port, "address": address} | ({"no_tls": True} if no_tls else {})
-        if socket is not None:
-            place = {"socket": os.path.abspath(socket)}
-        if certificates is not None:
-            place["certificates"] = os.path.abspath(certificates)
-        return _export_of(self.ask("export-start", file=file, bitmaps=list(bitmaps), **place))
+        """Offer the frozen image *file* over NBD; beyond that host with *certificates*, for TLS alone, or *no_tls*."""
+        place = {"port": port, "address": address} if socket is None else {"socket": os.path.abspath(socket)}
+        directory = None if certificates is None else os.path.abspath(certificates)
+        tls = _given(certificates=directory, no_tls=no_tls)
+        return _export_of(self.ask("export-start", file=file, bitmaps=list(bitmaps), **place, **tls))
 
     def export_stop(self, file: str) -> None:
         """End it; who still reads is cut off."""
