@@ -202,6 +202,8 @@ def _keys(options: "Options", stop_fd: int) -> "Keyring | None":
     """
     if not options.key_fds and not options.key_files:
         return None
+    from functools import partial
+
     from qcow2.engine.encryption import Keyring
     from qcow2.plane.cipher import keep_secrets
     from vhost.endpoint import is_readable
@@ -212,7 +214,7 @@ def _keys(options: "Options", stop_fd: int) -> "Keyring | None":
             raise Stopped
 
     keep_secrets()
-    return Keyring(Keys(options.key_fds, options.key_files, wait))
+    return Keyring(Keys(options.key_fds, options.key_files, wait), partial(_stop_if_asked, stop_fd))
 
 
 @contextmanager

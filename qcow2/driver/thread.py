@@ -10,6 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 BLINK_SECONDS = 1.0
+LOOK_SECONDS = 0.1
 
 
 def start_quiet(thread: threading.Thread) -> None:
@@ -46,3 +47,33 @@ def take(queue: "SimpleQueue[T]") -> T:
             return queue.get(timeout=BLINK_SECONDS)
         except Empty:
             continue
+
+
+def interruptible(function: Callable[[], T], on_wait: Callable[[], None], drop: Callable[[T], object]) -> T:
+    """What *function* returns, called beside the main thread, which hears signals meanwhile; on others right here.
+
+    A handler may raise, and so may *on_wait()*, called now and then: nobody waits then, and *drop* gets the result.
+    Raises: what *function* does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function()
+    from concurrent.futures import Future, wait
+
+    def work() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # the waiter's
+            result.set_exception(error)
+
+    try:
+        result: Future[T] = Future()
+        start_quiet(threading.Thread(target=work, name="qcow2 compute", daemon=True))
+    except RuntimeError:  # no thread to be had
+        return function()
+    try:
+        while not wait([result], LOOK_SECONDS).done:
+            on_wait()
+    except BaseException:
+        result.add_done_callback(lambda ended: ended.exception() or drop(ended.result()))
+        raise
+    return result.result()

@@ -25,12 +25,15 @@ class Keyring:
     One thread at a time uses it, and the images opened with it.
     """
 
-    def __init__(self, passphrases: Callable[[str], Iterable[bytes | bytearray]]) -> None:
+    def __init__(
+        self, passphrases: Callable[[str], Iterable[bytes | bytearray]], on_wait: Callable[[], None] = lambda: None
+    ) -> None:
         """*passphrases(path)*: what may open the image at *path*; asked for when it is opened for the first time.
 
-        A bytearray is ours, to be wiped.
+        A bytearray is ours, to be wiped. *on_wait()* may raise while a key is derived for the main thread.
         """
         self.passphrases = passphrases
+        self.on_wait = on_wait
         self._ciphers: dict[tuple[bytes, bytes, CipherSpec], SectorCipher] = {}
         self._opened: dict[SectorCipher, Callable[[], Encryption]] = {}
 
@@ -50,7 +53,7 @@ class Keyring:
         if name not in self._ciphers:
             passphrases = self.require(file.path)
             try:
-                unlocked = await vault.open(passphrases)
+                unlocked = await vault.open(passphrases, self.on_wait)
             finally:
                 wipe(*passphrases)
             cipher = self._ciphers[name] = Cipher(file.path, vault.luks.spec, unlocked.key)

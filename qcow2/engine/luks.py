@@ -7,17 +7,19 @@ leaves the old slots or the new ones.
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from qcow2.driver.operation import Compute, File, Read, Sync, Write
-from qcow2.error import WrongKey
+from qcow2.driver.thread import interruptible
+from qcow2.error import UnsupportedImage, WrongKey
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import (
     DIGEST_BYTES,
     DISABLED,
     ENABLED,
     MAGIC,
+    MAX_ALL_ITERATIONS,
     MAX_ITERATIONS,
     MIN_ITERATIONS,
     SALT_BYTES,
@@ -62,36 +64,50 @@ class Vault:
         luks = parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached)
         return cls(file, host_offset, luks, nbytes)
 
-    async def open(self, passphrases: Iterable[Secret]) -> Unlocked:
-        """The first slot that one of *passphrases* opens.
+    async def open(self, passphrases: Iterable[Secret], on_wait: Callable[[], None] = lambda: None) -> Unlocked:
+        """The first slot that one of *passphrases* opens; *on_wait()* may raise meanwhile.
 
-        Raises: WrongKey.
+        Raises: WrongKey; UnsupportedImage if that would take forever.
         """
+        if (count := self.luks.all_iterations) > MAX_ALL_ITERATIONS:
+            raise UnsupportedImage(
+                self.file.path, f"its key slots ask for {count} iterations, limit {MAX_ALL_ITERATIONS}"
+            )
         for opener, passphrase in enumerate(passphrases):
             for number in self.luks.enabled:
-                if key := await self.open_slot(number, passphrase):
+                if key := await self.open_slot(number, passphrase, on_wait):
                     return Unlocked(key, self.luks.record.slots[number], opener)
         raise WrongKey(self.file.path, "the key opens no key slot")
 
-    async def open_slot(self, number: int, passphrase: Secret) -> bytearray | None:
-        """The master key, the caller's to wipe, if *passphrase* opens that slot."""
+    async def open_slot(
+        self, number: int, passphrase: Secret, on_wait: Callable[[], None] = lambda: None
+    ) -> bytearray | None:
+        """The master key, the caller's to wipe, if *passphrase* opens that slot; *on_wait()* may raise meanwhile."""
         record, slot = self.luks.record, self.luks.record.slots[number]
-        derived = await _derive(self.luks.hash_name, passphrase, slot.salt, slot.iterations, record.key_bytes)
+        derived = await _derive(self.luks.hash_name, passphrase, slot.salt, slot.iterations, record.key_bytes, on_wait)
         where = self.host_offset + slot.material_sector * SECTOR_SIZE
         material = bytearray(await Read(self.file, where, record.material_sectors * SECTOR_SIZE))
         Cipher(self.file.path, self.luks.spec, derived).decrypt(0, material)
         key = _merge(self.luks.hash_name, memoryview(material)[: record.key_bytes * STRIPES], record.key_bytes)
         wipe(derived, material)
-        digest = await _derive(self.luks.hash_name, key, record.digest_salt, record.digest_iterations, DIGEST_BYTES)
+        digest = await _derive(
+            self.luks.hash_name, key, record.digest_salt, record.digest_iterations, DIGEST_BYTES, on_wait
+        )
         if digest == record.digest:
             return key
         wipe(key)
         return None
 
     async def add_slot(self, number: int, passphrase: Secret, key: Secret, iter_time_ms: int) -> "Vault":
-        """Let *passphrase* open slot *number*, which is off; stable on return."""
+        """Let *passphrase* open slot *number*, which is off; stable on return.
+
+        Raises: ValueError if all slots together would ask for too much.
+        """
         record = self.luks.record
         iterations = await _iterations(self.luks.hash_name, record.key_bytes, iter_time_ms)
+        if (count := self.luks.all_iterations + iterations + record.digest_iterations) > MAX_ALL_ITERATIONS:
+            text = f"with it the key slots would ask for {count} iterations, limit {MAX_ALL_ITERATIONS}"
+            raise ValueError(f"Can't add a keyslot: {text}")
         sealed, material = await _seal(self.luks, number, passphrase, key, iterations)
         await Write(self.file, self.host_offset + sealed.material_sector * SECTOR_SIZE, material)
         await Sync(self.file)
@@ -122,9 +138,20 @@ class Vault:
                 await Sync(self.file)
 
 
-async def _derive(hash_name: str, passphrase: Secret, salt: bytes, iterations: int, nbytes: int) -> bytes:
-    """What the hash makes of *passphrase*: fresh bytes, the caller's to wipe."""
-    derived: bytes = await Compute(lambda: hashlib.pbkdf2_hmac(hash_name, passphrase, salt, iterations, nbytes))
+async def _derive(
+    hash_name: str,
+    passphrase: Secret,
+    salt: bytes,
+    iterations: int,
+    nbytes: int,
+    on_wait: Callable[[], None] = lambda: None,
+) -> bytes:
+    """What the hash makes of *passphrase*: fresh bytes, the caller's to wipe; *on_wait()* may raise meanwhile."""
+
+    def derive() -> bytes:
+        return hashlib.pbkdf2_hmac(hash_name, passphrase, salt, iterations, nbytes)
+
+    derived: bytes = await Compute(lambda: interruptible(derive, on_wait, wipe))
     return derived
 
 

@@ -23,6 +23,7 @@ MIN_SECTOR = 8  # of key material and of the payload
 AREA_ALIGNMENT = 8  # sectors
 MIN_ITERATIONS = 1000
 MAX_ITERATIONS = 1 << 27  # some minutes: what an image asks of us has to end
+MAX_ALL_ITERATIONS = 2 * MAX_ITERATIONS  # of all key slots that are on, each with the digest: a wrong key tries them
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5", "sm3")
 DEFAULT_ITER_TIME_MS = 2000
 MODES = ("ecb", "cbc", "ctr", "xts")
@@ -144,6 +145,12 @@ class Luks:
     def enabled(self) -> list[int]:
         """The numbers of the slots that a passphrase opens."""
         return [number for number, slot in enumerate(self.record.slots) if slot.is_enabled]
+
+    @property
+    def all_iterations(self) -> int:
+        """What it takes at most to try each of them once, and its master key."""
+        digest = self.record.digest_iterations
+        return sum(self.record.slots[number].iterations + digest for number in self.enabled)
 
 
 def parse_luks(path: str, data: bytes, limit: int, host_offset: int = 0, *, is_detached: bool = False) -> Luks:

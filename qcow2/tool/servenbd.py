@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from qcow2.driver.shared import SharedDriver
 from qcow2.engine.opened import OpenOptions
@@ -100,8 +102,10 @@ def _leave_terminal(tell_fd: int) -> None:
 
 
 def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> None:
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(Stopped):
         stop_fd = stack.enter_context(_stopped_by_signals())
+        if arguments.keys is not None:
+            arguments.keys.on_wait = partial(_stop_if_asked, stop_fd)
         tls = None
         if arguments.tls_creds is not None:
             from qcow2.nbd.tls import server_context
@@ -140,6 +144,15 @@ def _validate(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--shared={arguments.shared} is not a number of clients")
     if not 0 <= (arguments.port or 0) < 1 << 16:
         raise UsageError(f"--port={arguments.port} is not a port")
+
+
+class Stopped(Exception):
+    """A signal came before the image was open."""
+
+
+def _stop_if_asked(stop_fd: int) -> None:
+    if select.select([stop_fd], [], [], 0)[0]:
+        raise Stopped
 
 
 @contextmanager
