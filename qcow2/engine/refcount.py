@@ -301,7 +301,7 @@ class Refcounts:
         More than *enough* entries it has only if it must. Raises: OSError(EFBIG) beyond the limit of the format's
         writers.
         """
-        grown = len(self.table) * 3 // 2
+        grown = min(len(self.table) * 3 // 2, MAX_REFCOUNT_TABLE_BYTES // ENTRY_SIZE)
         nentries = min(grown, enough) if needed_index < enough else grown
         return TablePlan(self._geometry, self.table, max(needed_index + 1, nentries), start)
 

@@ -75,3 +75,18 @@ def test_each_block_is_owned_though_another_one_found_no_room(monkeypatch: pytes
         if fault.seen < number:
             break
     assert number > 40
+
+
+@pytest.mark.parametrize("nclusters", [4, 6])
+def test_table_grows_as_far_as_its_limit(nclusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refcount, "MAX_REFCOUNT_TABLE_BYTES", nclusters * CLUSTER)
+    piece = PER_BLOCK * CLUSTER
+    counted = nclusters * CLUSTER // 8 * piece  # bytes of the file, at most
+    bench, end = set_up(counted, refcount_order=6), 0
+    with suppress(OSError):
+        while end < counted:
+            bench.write(end, noise(piece, end))
+            end += piece
+    assert end > counted * 15 // 16
+    bench.close()
+    bench.assert_sound()
