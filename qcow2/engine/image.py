@@ -89,6 +89,8 @@ class Image(WritableImage):
 
         changes = await self._alone()
         size = shrunk_size(self.file, self.header, nbytes)
+        if size != self.size:
+            require_sizes(self.file.path, changes.snapshots.table)
         await changes.guard(changes.fitting.change(size, changes.shedder.shrink(size)))
 
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
