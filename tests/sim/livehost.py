@@ -31,6 +31,7 @@ from vhost.device import Device
 from vhost.disk import ImageBackend
 from vhost.held import HeldImage
 from vhost.heldfiles import HeldFiles
+from vhost.leftcopies import LeftCopies
 from vhost.overlaywish import overlay_options
 from vhost.servedchain import ServedChain
 from virtio.config import Properties
@@ -153,7 +154,16 @@ class LiveHost(HeldImage):
         self.through = through
         self.disk: Any = LiveDisk(chain)
         self.beside: Any = None
-        self.options: Any = SimpleNamespace(format="qcow2", blk_file="disk", data_file=None, link_log="")
+        self.options: Any = SimpleNamespace(
+            format="qcow2",
+            blk_file="disk",
+            data_file=None,
+            link_log="",
+            allow_files=None,
+            control=None,
+            sandbox=False,
+        )
+        self.left_copies = LeftCopies()
         self._files = HeldFiles(are_direct=False, on_wait=lambda: None)
         for file in chain.files:
             self._files.add_written(file, is_direct=False)
@@ -222,7 +232,7 @@ class LiveHost(HeldImage):
         """Whoever writes there from now on is found out."""
         file.writable = False
 
-    def open_beside(self, path: str, image_format: str) -> Any:
+    def open_beside(self, path: str, image_format: str, *, writable: bool = True) -> Any:
         file = next(file for file in self.every_file if file.path == path)
         files = {each.path: each for each in self.every_file}
         below = self.through(backing_of(files, file))
