@@ -55,7 +55,7 @@ def encryption_of(given: dict[str, str], secrets: Secrets | None, prefix: str = 
     return Encryption(
         _spec(wanted, prefix),
         _choice(wanted, prefix, "hash-alg", "sha256", HASHES),
-        secrets[wanted["key-secret"]],
+        secrets.for_new_slot(wanted["key-secret"]),
         parse_iter_time(wanted.get("iter-time"), prefix),
     )
 

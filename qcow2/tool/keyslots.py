@@ -69,7 +69,9 @@ def _change(given: dict[str, str], secrets: Secrets) -> "Addition | Erasure":
     if state == "active":
         if "new-secret" not in given:
             raise Failure("Parameter 'encrypt.new-secret' is required when adding a keyslot")
-        return Addition(secrets[given["new-secret"]], number, parse_iter_time(given.get("iter-time"), "encrypt."))
+        return Addition(
+            secrets.for_new_slot(given["new-secret"]), number, parse_iter_time(given.get("iter-time"), "encrypt.")
+        )
     if number is None and "old-secret" not in given:
         text = "either explicit keyslot index or the password currently contained in them must be given"
         raise Failure(f"To erase keyslot(s), {text}")

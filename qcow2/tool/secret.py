@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from qcow2.tool.commas import split_commas
+from qcow2.tool.identity import is_qemu_img, say
 
 KNOWN = ("id", "file", "data", "format")
 
@@ -43,6 +44,16 @@ class Secrets:
             self._read[name] = _read(self._given[name])
         return self._read[name]
 
+    def for_new_slot(self, name: str) -> bytearray:
+        """The same, to make a key slot of: QEMU takes text alone, without NUL; that is said, or refused in its name."""
+        secret = self[name]
+        if not _is_text(secret):
+            if is_qemu_img():
+                raise ValueError(f"Data from secret {name} is not valid UTF-8")
+            text = "is not UTF-8, or has a NUL byte: QEMU will not open this image with it"
+            say(f"warning: the secret '{name}' {text}")
+        return secret
+
     def choose(self, path: str, name: str) -> None:
         """Let the image at *path*, or whose LUKS header is there, be opened with the secret of this id alone."""
         self._chosen[path] = name
@@ -64,6 +75,13 @@ def add_object_option(parser: argparse.ArgumentParser) -> None:
         metavar="SECRET",
         help="secret,id=ID,file=FILE: a key for encrypted images; or data=TEXT for FILE; and format=base64",
     )
+
+
+def _is_text(secret: bytearray) -> bool:
+    try:
+        return "\0" not in secret.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def _read(given: dict[str, str]) -> bytearray:

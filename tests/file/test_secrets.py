@@ -61,6 +61,32 @@ def test_an_empty_secret_opens_no_further_slot(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a\0b"])
+def test_a_passphrase_that_qemu_never_takes_is_told_of(tmp_path: Path, content: bytes) -> None:
+    path, copy, plain = (tmp_path / name for name in ("disk", "copy", "plain"))
+    (tmp_path / "key").write_bytes(content)
+    (tmp_path / "other").write_bytes(KEY)
+    secrets = [word for name in ("key", "other") for word in ("--object", f"secret,id={name},file={tmp_path / name}")]
+    said = "qcow2: warning: the secret 'key' is not UTF-8, or has a NUL byte: QEMU will not open this image with it\n"
+    wanted = LUKS.replace("s0", "key")
+    for words in (
+        ["create", "-q", "-o", wanted, path, "1M"],
+        ["convert", "-O", "qcow2", "-o", wanted, path, copy],
+        ["amend", "-o", "encrypt.state=active,encrypt.new-secret=key,encrypt.iter-time=10", copy],
+    ):
+        done = qcow2_tool(*words[:1], *secrets, *words[1:])
+        assert (done.returncode, done.stderr) == (0, said)
+    done = qcow2_tool("convert", *secrets, "-O", "raw", path, plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    qemu_img = tmp_path / "qemu-img"
+    qemu_img.symlink_to(TOOL)
+    command = [qemu_img, "create", "-q", *secrets, "-f", "qcow2", "-o", wanted, tmp_path / "new", "1M"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("Data from secret key is not valid UTF-8\n")
+    assert not (tmp_path / "new").exists()
+
+
 # -- legacy AES: nothing in the image tells a wrong key from the right one
 
 CONTENT = b"Z" * 1024 + bytes((1 << 20) - 1024)
