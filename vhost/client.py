@@ -5,7 +5,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, Literal
@@ -148,7 +148,7 @@ class Control:
         *options* of what is served then, as of `create -o`: cluster_size, compression_type, extended_l2,
         lazy_refcounts, refcount_bits.
         """
-        wish = _given(bitmap_add=list(bitmap_add), carry_bitmaps=carry_bitmaps, options=dict(options or {}))
+        wish = given(bitmap_add=list(bitmap_add), carry_bitmaps=carry_bitmaps, options=dict(options or {}))
         self.ask("snapshot", name=name, **wish)
 
     @property
@@ -175,7 +175,7 @@ class Control:
         """Offer the frozen image *file* over NBD; beyond that host with *certificates*, for TLS alone, or *no_tls*."""
         place = {"port": port, "address": address} if socket is None else {"socket": os.path.abspath(socket)}
         directory = None if certificates is None else os.path.abspath(certificates)
-        tls = _given(certificates=directory, no_tls=no_tls)
+        tls = given(certificates=directory, no_tls=no_tls)
         return _export_of(self.ask("export-start", file=file, bitmaps=list(bitmaps), **place, **tls))
 
     def export_stop(self, file: str) -> None:
@@ -347,46 +347,9 @@ class Control:
             raise ControlError(f"{self.path or repr(self.path)}: {error.strerror or error}") from None
 
 
-def snapshot_together(
-    paths: Sequence[str | os.PathLike[str]], names: Sequence[str], **wish: Any
-) -> list[dict[str, Any]]:
-    """Freeze the disks of the daemons at *paths* as *names* at one instant, or none of them. -> as of `snapshot`, each.
-
-    *wish* is as of `Control.snapshot`, for each.
-    Raises: ControlError.
-    """
-    with ExitStack() as stack:
-        controls = [stack.enter_context(Control(path)) for path in paths]
-        try:
-            _ask_each(controls, "snapshot-begin", [{"name": name, **_given(**wish)} for name in names])
-            for _ in ("requests wait", "the overlays have their names"):
-                _ask_each(controls, "snapshot-next", [{}] * len(controls))
-            return _ask_each(controls, "snapshot-next", [{}] * len(controls))
-        except ControlError:
-            for control in controls:
-                with suppress(ControlError):  # of who has not begun, or is done
-                    control.ask("snapshot-cancel")
-            raise
-
-
-def _given(**options: Any) -> dict[str, Any]:
+def given(**options: Any) -> dict[str, Any]:
     """Those that say something: a daemon of an earlier version need not know the others."""
     return {name: value for name, value in options.items() if value}
-
-
-def _ask_each(controls: Sequence[Control], command: str, arguments: Sequence[dict[str, Any]]) -> list[Any]:
-    """Ask all at once, and wait for all. Raises: ControlError, the first one."""
-    results, errors = [], []
-    for control, given in zip(controls, arguments, strict=True):
-        control.send(command, **given)
-    for control in controls:
-        try:
-            results.append(control.receive())
-        except ControlError as error:
-            errors.append(ControlError(f"{control.path}: {str(error).removeprefix(f'{control.path}: ')}"))
-    if errors:
-        raise errors[0]
-    return results
 
 
 def _export_of(said: dict[str, Any]) -> Export:

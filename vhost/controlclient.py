@@ -7,7 +7,8 @@ from typing import Any
 
 from vhost import PROGRAM
 from vhost.argument import Parser, UsageError, options_of, size_of
-from vhost.client import Control, ControlError, snapshot_together
+from vhost.client import Control, ControlError
+from vhost.clienttogether import snapshot_together
 from vhost.ctlbitmap import add_bitmap, add_snapshot_internal, run_bitmap, run_snapshot_internal
 from vhost.ctlexport import add_export, request_of
 from vhost.ctljob import add_commands, run_command
