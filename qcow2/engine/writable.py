@@ -75,7 +75,7 @@ class WritableImage(ReadableImage):
         Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
         """
         changes = await self._changing()
-        await changes.bitmaps.mark(guest_offset, len(source))
+        await changes.guard(changes.bitmaps.mark(guest_offset, len(source)))
         await changes.guard(changes.writer.write(guest_offset, source))
 
     def require_compressible(self) -> None:
@@ -90,7 +90,7 @@ class WritableImage(ReadableImage):
         """
         level = self._require_packable(guest_offset, len(source), level)
         changes = await self._changing()
-        await changes.bitmaps.mark(guest_offset, len(source))
+        await changes.guard(changes.bitmaps.mark(guest_offset, len(source)))
         await changes.guard(changes.packer.write(guest_offset, source, level))
 
     async def fetch_compressed(self, guest_offset: int, source: memoryview) -> None:
@@ -119,13 +119,13 @@ class WritableImage(ReadableImage):
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
         changes = await self._changing()
-        await changes.bitmaps.mark(guest_offset, nbytes)
+        await changes.guard(changes.bitmaps.mark(guest_offset, nbytes))
         await changes.guard(changes.zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap))
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
         changes = await self._changing()
-        await changes.bitmaps.mark(guest_offset, nbytes)
+        await changes.guard(changes.bitmaps.mark(guest_offset, nbytes))
         await changes.guard(changes.zeroer.discard(guest_offset, nbytes))
 
     async def flush(self) -> None:

@@ -15,6 +15,7 @@ from tests.builder import Built, Recipe, build
 from tests.builder.record import COPIED, OFFSET_MASK
 from tests.engine import Bench, open_again, set_up
 from tests.frontend import FrontEnd
+from tests.oracle import qemu_img
 from tests.program import Daemon
 
 CLUSTER = 65536
@@ -62,6 +63,20 @@ def test_uncounted_table_of_a_snapshot_ends_all_writes(tmp_path: Path, what: str
         assert incompatible(built) & Incompatible.CORRUPT
         with pytest.raises(qcow2.CorruptImage, match="marked corrupt"):
             qcow2.open(built.path, writable=True)
+
+
+def test_uncounted_table_ends_all_writes_though_a_bitmap_meets_it_first(tmp_path: Path) -> None:
+    built = snapshotted(tmp_path)
+    qemu_img("bitmap", "--add", built.path, "records")  # whose bits have no cluster yet
+    built.set_refcount(number(built, 64), 0)
+    disk = qcow2.open(built.path, writable=True)
+    with pytest.raises(qcow2.CorruptImage, match="has refcount 0"):
+        disk.write(0, NEW)
+    with pytest.raises(OSError, match="no more writes"):
+        disk.write(0, NEW)
+    with pytest.raises(OSError, match="no more writes"):
+        disk.close()
+    assert incompatible(built) & Incompatible.CORRUPT
 
 
 def test_guest_data_inside_a_snapshots_table_is_refused(tmp_path: Path) -> None:
