@@ -113,7 +113,7 @@ DAMAGED_LUKS: dict[str, tuple[Change, str]] = {
     "no slot is on": (("I", SLOT_0, 0xDEAD), "no key slot is on"),
     "state": (("I", SLOT_3, 7), "key slot 3: state 0x00000007"),
     "key material over the header": (("I", SLOT_0 + 40, 0), "key slot 0: key material at sector 0"),
-    "key material past the end": (("I", SLOT_3 + 40, 1 << 20), "LUKS key material ends at"),
+    "key material past the end": (("I", SLOT_0 + 40, 1 << 20), "LUKS key material ends at"),
     "stripes": (("I", SLOT_0 + 44, 3999), "3999 stripes"),
 }
 
