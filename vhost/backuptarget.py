@@ -95,7 +95,7 @@ class BackupFile(BackupTarget):
     ) -> None:
         """The size, the qcow2 image under it and the encryption are those of *options*; *keys* open both images.
 
-        What the one under it names lies beneath *allow_files*.
+        What the one under it names lies beneath *allow_files*, if they are given, or beside it.
         Raises: OSError, ImageError, ValueError.
         """
         super().__init__(path)
@@ -107,6 +107,8 @@ class BackupFile(BackupTarget):
             below = None
             if options.backing_name is not None:
                 name = os.path.join(os.path.dirname(path), options.backing_name)
+                if allow_files is not None:
+                    allow_files = [*allow_files, os.path.dirname(os.path.realpath(name))]
                 disk = stack.enter_context(qcow2.open(name, key=keys, allow_files=allow_files))
                 disk.chain.require_room()
                 below = disk.image

@@ -214,7 +214,8 @@ def _keys(options: "Options", stop_fd: int) -> "Keyring | None":
             raise Stopped
 
     keep_secrets()
-    return Keyring(Keys(options.key_fds, options.key_files, wait), partial(_stop_if_asked, stop_fd))
+    keys = Keys(options.key_fds, options.key_files, wait)
+    return Keyring(keys, partial(_stop_if_asked, stop_fd), are_ranked=True)
 
 
 @contextmanager

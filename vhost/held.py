@@ -204,7 +204,7 @@ class HeldImage:
 
     def other_keys(self) -> Keyring | None:
         """The same, for images that another thread opens."""
-        return None if self._opening.keys is None else Keyring(self._opening.keys.passphrases)
+        return None if self._opening.keys is None else self._opening.keys.again()
 
     def discard_overlay(self, overlay: Overlay) -> None:
         """Serve what was served. Raises: OSError."""

@@ -65,8 +65,6 @@ class Mirroring(Work):
             self._place = CopyExport(held, target, exists=is_existing)
         else:
             self._place = CopyFile(served, target, self._format, only_top=only_top, exists=is_existing)
-            if self._format == held.options.format:
-                require_turn(held.options, self._place.path)
         self._place.try_out(image)
         self.about: dict[str, Any] = {
             "target": target,
@@ -164,6 +162,8 @@ class Mirroring(Work):
             )
         if self._held.options.data_file is not None:
             raise ValueError("a daemon with --data-file would use it for the copy")
+        if isinstance(self._place, CopyFile):
+            require_turn(self._held.options, self._place.path)
         require_turnable(self._held.options.blk_file, disk.files[0])
 
     def finish(self) -> None:

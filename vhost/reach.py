@@ -6,16 +6,21 @@ from vhost.option import Options
 
 
 def own_directories(options: Options) -> list[str]:
-    """Where snapshots and copies may be made: nowhere without a control socket, or beside a device."""
+    """Where snapshots and copies may be made: nowhere without a control socket, or beside a device.
+
+    Nor beside what is read only, and perhaps others' as well: who may make files there may change all.
+    """
     path = os.path.realpath(options.blk_file)
-    return [os.path.dirname(path)] if options.control is not None and os.path.isfile(path) else []
+    is_out = options.control is None or options.read_only or not os.path.isfile(path)
+    return [] if is_out else [os.path.dirname(path)]
 
 
 def require_reach(options: Options, path: str) -> None:
     """Raises: ValueError if no sandboxed daemon may make or change a file at *path*."""
     own, place = own_directories(options), os.path.realpath(path)
     if options.sandbox and not any(os.path.commonpath([directory, place]) == directory for directory in own):
-        where = " and ".join(own) or f"no directory beside {options.blk_file}"
+        why = ", which is read only" if options.read_only else ""
+        where = " and ".join(own) or f"no directory beside {options.blk_file}{why}"
         raise ValueError(f"{path}: --sandbox leaves {where}")
 
 
@@ -23,4 +28,5 @@ def require_turn(options: Options, path: str) -> None:
     """Raises: ValueError if only a symbolic link, which no sandbox makes, could let the served path lead to *path*."""
     served = os.path.dirname(os.path.abspath(options.blk_file))
     if options.sandbox and not os.path.samefile(served, os.path.dirname(os.path.realpath(path))):
-        raise ValueError(f"{path}: is not in {served}: --sandbox makes no symbolic link, which serving it would take")
+        text = "--sandbox makes no symbolic link, which serving it would take: it can be left only"
+        raise ValueError(f"{path}: is not in {served}: {text}")

@@ -26,16 +26,26 @@ class Keyring:
     """
 
     def __init__(
-        self, passphrases: Callable[[str], Iterable[bytes | bytearray]], on_wait: Callable[[], None] = lambda: None
+        self,
+        passphrases: Callable[[str], Iterable[bytes | bytearray]],
+        on_wait: Callable[[], None] = lambda: None,
+        *,
+        are_ranked: bool = False,
     ) -> None:
         """*passphrases(path)*: what may open the image at *path*; asked for when it is opened for the first time.
 
-        A bytearray is ours, to be wiped. *on_wait()* may raise while a key is derived for the main thread.
+        A bytearray is ours, to be wiped. *on_wait()* may raise while a key is derived for the main thread. The first of
+        those that *are_ranked* is that of legacy AES, which cannot tell; else there must be one only.
         """
         self.passphrases = passphrases
         self.on_wait = on_wait
+        self.are_ranked = are_ranked
         self._ciphers: dict[tuple[bytes, bytes, CipherSpec], SectorCipher] = {}
         self._opened: dict[SectorCipher, Callable[[], Encryption]] = {}
+
+    def again(self) -> "Keyring":
+        """One that has opened nothing, for another thread."""
+        return Keyring(self.passphrases, are_ranked=self.are_ranked)
 
     async def cipher(self, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> SectorCipher:
         """By the LUKS header there, or of a disk elsewhere. Raises: WrongKey, UnsupportedImage, CorruptImage."""
@@ -147,7 +157,7 @@ async def open_data(
     key[: len(start)] = start
     wipe(*passphrases)
     try:
-        if len(passphrases) > 1:
+        if len(passphrases) > 1 and not keys.are_ranked:
             count = len(passphrases)
             raise WrongKey(
                 file.path, f"{count} keys are given, and legacy AES tells no wrong one: name it, or give one"

@@ -152,6 +152,24 @@ def test_a_backup_lies_over_no_chain_that_is_not_allowed(tmp_path: Path, elsewhe
     assert not image.with_name("copy").exists()
 
 
+def test_backups_of_each_night_may_lie_over_one_another_elsewhere(tmp_path: Path) -> None:
+    image, nights = tmp_path / "disks" / "served.qcow2", tmp_path / "backups"
+    for path in (image.parent, nights):
+        path.mkdir()
+    qcow2.create(image, 4 * MIB)
+    with qcow2.open(image, "r+") as disk:
+        disk.bitmaps.add("nightly")
+    options = (f"--control={image}.control", f"--allow-files={image.parent}")
+    with Daemon(image, *options) as daemon, FrontEnd(daemon.socket_path):
+        wanted: list[list[str]] = [[], *(["--bitmap=nightly", f"--backing={n}"] for n in "012")]
+        for number, how in enumerate(wanted):
+            assert ctl(image, "backup", *how, str(nights / str(number))).returncode == 0
+            assert ctl(image, "job", "wait", str(number + 1)).returncode == 0
+        daemon.stop()
+    with qcow2.open(nights / "3") as disk:
+        assert len(disk.files) == 4
+
+
 class Ours(RawImage):
     """A disk of a format of a user's own."""
 
