@@ -17,7 +17,6 @@ class BackendChannel:
         """
         self._channel = Channel(_socket(fd))
         self._flags = VERSION | (HeaderFlag.NEED_REPLY if acks else 0)
-        self._owed = 0  # acknowledgements
 
     def fileno(self) -> int:
         return self._channel.fileno()
@@ -31,13 +30,12 @@ class BackendChannel:
         Raises: OSError if the channel is broken, ProtocolViolation if nobody reads it.
         """
         self._channel.send(BackendRequest.CONFIG_CHANGE_MSG, self._flags, b"")
-        if self._flags & HeaderFlag.NEED_REPLY:
-            self._owed += 1
 
     def receive_ack(self) -> bool:
         """Take one that has arrived; False once the front-end has closed the channel.
 
-        Raises: ProtocolViolation for anything but an acknowledgement that we asked for.
+        One a call: a flood of them must not keep others waiting. One that nobody asked for is dropped, too.
+        Raises: ProtocolViolation for anything but an acknowledgement.
         """
         try:
             received = self._channel.receive()
@@ -46,10 +44,9 @@ class BackendChannel:
         if received is not None:
             message, fds = received
             fds.close()
-            if message.request != BackendRequest.CONFIG_CHANGE_MSG or message.flags != REPLY_FLAGS or not self._owed:
-                raise ProtocolViolation(f"message {message.request} on the back-end channel is no reply that is owed")
+            if message.request != BackendRequest.CONFIG_CHANGE_MSG or message.flags != REPLY_FLAGS:
+                raise ProtocolViolation(f"message {message.request} on the back-end channel is no acknowledgement")
             U64.parse(message.payload)  # whether it could read the space; if not, it keeps what it knew
-            self._owed -= 1
         return True
 
 
