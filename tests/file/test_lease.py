@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -241,3 +242,36 @@ def test_pauses_leave_no_closed_images_in_memory(image: Path) -> None:
             assert images() - before <= 2 * 2  # those that are open, and those that were last
     finally:
         gc.enable()
+
+
+START = """
+import gc, os, sys, threading
+from pathlib import Path
+from tests.file.test_lease import images
+from tests.frontend import FrontEnd
+from vhost.command import serve_image
+from vhost.endpoint import listen
+from vhost.option import parse
+
+stop_fd = os.eventfd(0)
+with listen(sys.argv[1]) as endpoint:
+    options = parse([f"--fd={os.dup(endpoint.unix_socket.fileno())}", f"--blk-file={sys.argv[2]}"])
+    daemon = threading.Thread(target=serve_image, args=(options, stop_fd))
+    daemon.start()
+    with FrontEnd(Path(sys.argv[1])) as guest:
+        gc.disable()
+        for _ in range(3):
+            guest.start_queue(guest.stop_queue())
+        gc.unfreeze()  # or what is frozen would not be counted
+        print(images())
+    os.eventfd_write(stop_fd, 1)
+    daemon.join()
+"""
+
+
+def test_image_of_the_start_is_collected_as_those_of_later_pauses(image: Path) -> None:
+    overlay = image.with_name("overlay")
+    qcow2.create(overlay, backing=image.name)
+    command = [sys.executable, "-c", START, image.with_name("socket"), overlay]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=True)
+    assert int(done.stdout) <= 2 * 2  # those that are open, and those that were last
