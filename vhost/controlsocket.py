@@ -88,7 +88,7 @@ class Control:
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._commands.on_event = self.tell
-        self._greeter = Greeter(self._listener, self._stop_fd, self._welcome)
+        self._greeter = Greeter(self._listener, self._stop_fd, self._welcome, self._lose)
         self._greeter.start()
         start_deaf(self._thread)
         return self
@@ -119,6 +119,13 @@ class Control:
             self._arrived.append(Client(connection, unsent))
             os.eventfd_write(self._event_fd, 1)
 
+    def _lose(self, connection: socket.socket) -> None:
+        """On the greeter's thread: drop one that has left, unless it is among our clients, who are dropped there."""
+        with self._telling:
+            for client in [client for client in self._arrived if client.socket is connection]:
+                self._arrived.remove(client)
+                connection.close()
+
     def _main(self) -> None:
         try:
             self._serve_clients()
@@ -136,9 +143,8 @@ class Control:
             self._tell_events()
             for fd in ready & self._clients.keys():
                 self._serve(self._clients[fd])
-        for client in self._clients.values():
-            client.socket.close()
-            self._commands.leave(client)
+        for client in list(self._clients.values()):
+            self._drop(client)
 
     def _wait(self) -> set[int]:
         poll = select.poll()
@@ -149,9 +155,10 @@ class Control:
         return {fd for fd, _ in poll.poll()}
 
     def _admit(self) -> None:
-        while self._arrived:
-            client = self._arrived.popleft()
-            self._clients[client.socket.fileno()] = client
+        with self._telling:
+            while self._arrived:
+                client = self._arrived.popleft()
+                self._clients[client.socket.fileno()] = client
 
     def _tell_events(self) -> None:
         while self._events:
@@ -164,8 +171,8 @@ class Control:
 
     def _drop(self, client: Client) -> None:
         del self._clients[client.socket.fileno()]
+        self._greeter.leave(client.socket)
         client.socket.close()
-        self._greeter.leave()
         self._commands.leave(client)
 
     def _serve(self, client: Client) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, cast
 
 import pytest
@@ -263,8 +264,6 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(daemon: Daemon, c
     clients = [connect(control) for _ in range(20)]  # more than are served at once
     for client in clients:
         client.close()
-    while ctl(control, "status").returncode:  # refused while the twenty are being dropped
-        pass
     while len(os.listdir(fds)) > before:
         ask(control, "status")
 
@@ -323,10 +322,11 @@ class Busy:
     """Commands that take until they are let go."""
 
     def __init__(self) -> None:
-        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.asked: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self.may_end = threading.Event()
 
     def run(self, request: dict[str, Any], client: object) -> str:
-        self.begun.set()
+        self.asked.put(request)
         assert self.may_end.wait(TIMEOUT)
         return "done"
 
@@ -340,7 +340,7 @@ def test_client_is_greeted_while_a_command_of_another_runs(control: Path) -> Non
         with ExitStack() as stack, connect(control) as first, connect(control) as second:
             stack.callback(busy.may_end.set)
             first.sendall(b"{}\n")
-            assert busy.begun.wait(TIMEOUT)
+            assert busy.asked.get(timeout=TIMEOUT) == {}
             second.settimeout(GREETING_TIMEOUT)
             with first.makefile("rb") as answers, second.makefile("rb") as greetings, Control(control):
                 assert b"version" in greetings.readline()
@@ -356,8 +356,55 @@ def test_one_client_too_many_is_told_so(daemon: Daemon, control: Path) -> None:
         with pytest.raises(ControlError, match="16 clients are connected"), Control(control):
             pass
         assert ctl(control, "status").stderr.count("16 clients are connected") == 1
-    while ctl(control, "status").returncode:  # refused while the sixteen are being dropped
-        pass
+    assert ask(control, "status")["size"] == 64 * MIB
+
+
+def test_clients_that_have_left_take_nobodys_place(daemon: Daemon, control: Path) -> None:
+    with ExitStack() as stack:
+        for _ in range(15):
+            stack.enter_context(Control(control))
+        for _ in range(400):
+            with Control(control):
+                pass
+
+
+def test_one_client_too_many_is_let_in_where_another_leaves(daemon: Daemon, control: Path) -> None:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Control(control)) for _ in range(16)]
+        with connect(control) as one_more, one_more.makefile("rb") as lines:
+            clients[5].__exit__()
+            assert b"version" in lines.readline()
+
+
+def test_clients_that_have_left_while_a_command_runs_take_nobodys_place(control: Path) -> None:
+    busy = Busy()
+    with listen(str(control), at_once=False) as endpoint, ControlSocket(endpoint, cast("Commands", busy)):
+        with ExitStack() as stack, connect(control) as first:
+            stack.callback(busy.may_end.set)
+            first.sendall(b"{}\n")
+            assert busy.asked.get(timeout=TIMEOUT) == {}
+            before = len(os.listdir("/proc/self/fd"))
+            for _ in range(100):
+                with Control(control):
+                    pass
+            assert len(os.listdir("/proc/self/fd")) - before <= 16
+
+
+def test_client_that_has_left_keeps_its_place_until_its_command_is_run(control: Path) -> None:
+    busy = Busy()
+    with listen(str(control), at_once=False) as endpoint, ControlSocket(endpoint, cast("Commands", busy)):
+        with ExitStack() as stack, connect(control) as first:
+            stack.callback(busy.may_end.set)
+            first.sendall(b"{}\n")
+            assert busy.asked.get(timeout=TIMEOUT) == {}
+            for number in range(15):
+                with Control(control) as client:
+                    client.send("flush", number=number)
+            with pytest.raises(ControlError, match="16 clients are connected"), Control(control):
+                pass
+            busy.may_end.set()
+            numbers = [busy.asked.get(timeout=TIMEOUT)["number"] for _ in range(15)]
+    assert sorted(numbers) == [*range(15)]
 
 
 def test_who_hangs_up_is_no_daemon_of_ours(control: Path) -> None:
