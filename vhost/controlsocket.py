@@ -72,8 +72,8 @@ class Control:
     """A context manager: serves *commands* to the clients of *endpoint* while it is entered."""
 
     def __init__(self, endpoint: Endpoint, commands: Commands) -> None:
-        """Raises: EndpointError if others cannot come to it any more."""
-        endpoint.begin(CLIENTS_MAX)
+        """Without its path, too: the guest is to have its disk. Raises: EndpointError if that is another's by now."""
+        endpoint.begin(CLIENTS_MAX, may_be_gone=True)
         self._listener = endpoint.unix_socket
         self._commands = commands
         self._clients: dict[int, Client] = {}

@@ -59,14 +59,17 @@ class Endpoint:
     path: str | None = None  # of a socket of our own, which does not listen yet
     identity: tuple[int, int] | None = None  # of that path
 
-    def begin(self, backlog: int = 1) -> None:
+    def begin(self, backlog: int = 1, *, may_be_gone: bool = False) -> None:
         """Let visitors come; until now they were refused, which front-ends take better than an end in the greeting.
 
-        Raises: EndpointError if the path is another's by now.
+        If it *may_be_gone*, we say of a path that is removed by now that nobody can come.
+        Raises: EndpointError if the path is another's by now, or is removed.
         """
         if self.path is None:
             return
-        if self.identity is None or _identity(self.path) != self.identity:
+        if may_be_gone and not os.path.lexists(self.path):
+            log.warning("socket %s is gone: nobody can come to it", self.path)
+        elif self.identity is None or _identity(self.path) != self.identity:
             raise EndpointError(f"socket {self.path} is gone, or another process has put its own there")
         self.unix_socket.listen(backlog)
 
