@@ -22,6 +22,7 @@ from qcow2.driver.thread import start_quiet
 T = TypeVar("T")
 
 NHELPERS = 4
+NO_TRANSFERS = (op.Sync, op.Compute)  # and may take long: no Grace waits for them
 AT_ONCE = (op.Store, op.Size, op.Allocated, op.WriteSome)  # a Store is done before anything else happens
 
 
@@ -51,6 +52,7 @@ class SharedDriver:
         self._scheduler = Scheduler(self._start)
         self._seats: dict[Task, _Seat] = {}
         self._under_way: set[Task] = set()  # whose operation is being performed
+        self._transfers: set[Task] = set()  # of those, what a Grace waits for
         self._syncs: dict[op.File, list[Task]] = {}  # for each file that is being synced: who waits for the next one
         self._joined: dict[Task, list[Task]] = {}  # who is served by the sync that a task performs
         self._graces: list[tuple[Task, set[Task]]] = []  # each waits for the transfers that it found under way
@@ -106,6 +108,8 @@ class SharedDriver:
 
     def _hand_out(self, task: Task, operation: op.Operation) -> None:
         self._under_way.add(task)
+        if not isinstance(operation, NO_TRANSFERS):
+            self._transfers.add(task)
         seat = self._seats.get(task)
         if seat is not None:
             seat.task, seat.operation = task, operation
@@ -133,8 +137,8 @@ class SharedDriver:
             self._hand_out(waiting[0], operation)
 
     def _begin_grace(self, task: Task) -> None:
-        if self._under_way:
-            self._graces.append((task, set(self._under_way)))
+        if self._transfers:
+            self._graces.append((task, set(self._transfers)))
         else:
             self._scheduler.resume(task)
 
@@ -142,6 +146,7 @@ class SharedDriver:
         value, error = outcome(operation)
         with self._lock:
             self._under_way.discard(task)
+            self._transfers.discard(task)
             go_on(self._scheduler, task, value, error)
             if self._graces:
                 self._end_graces(task)

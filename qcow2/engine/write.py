@@ -48,7 +48,7 @@ class Writer(Part):
         """
         nbytes = len(source)
         if self._data.is_encrypted and is_partial(guest_offset, nbytes):
-            await self._partial.write(guest_offset, source, self._reader.read, self.write_held)
+            await self._partial.write(guest_offset, source, self._reader.read, self.write_held, self.write)
             return
         done = 0
         while done < nbytes:

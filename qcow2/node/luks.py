@@ -87,7 +87,7 @@ class LuksImage(RawImage):
         """Put *source* at *guest_offset*; process-safe on return."""
         self._require_writable()
         if is_partial(guest_offset, len(source)):
-            await self._partial.write(guest_offset, source, self.read, self._put)
+            await self._partial.write(guest_offset, source, self.read, self._put, self.write)
         elif self._partial.are_there:
             first, end = guest_offset // SECTOR_SIZE, (guest_offset + len(source)) // SECTOR_SIZE
             async with self._locks.hold(first, end - 1):

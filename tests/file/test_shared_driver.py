@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile
-from qcow2.driver.operation import Grace, ReadInto, Signal, Size
+from qcow2.driver.operation import Compute, Grace, ReadInto, Signal, Size
 from qcow2.driver.shared import SharedDriver
 from tests.program import TIMEOUT
 from tests.slowdisk import READ, SlowDisk
@@ -90,3 +90,28 @@ def test_a_bug_in_what_was_spawned_ends_the_process_loudly() -> None:
     done = subprocess.run([sys.executable, "-c", BUG], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == os.EX_SOFTWARE
     assert "KeyError: 'ours'" in done.stderr
+
+
+def test_a_grace_waits_for_no_computation() -> None:
+    """Nor for a sync: a client's flush would hold up the writes of others."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        begun.set()
+        ended.wait(TIMEOUT)
+
+    async def look() -> None:
+        await Compute(compute)
+
+    async def wait() -> None:
+        await Grace()
+
+    driver = SharedDriver()
+    other = threading.Thread(target=lambda: driver.run(look()))
+    other.start()
+    assert begun.wait(TIMEOUT)
+    driver.run(wait())
+    assert other.is_alive()
+    ended.set()
+    other.join(TIMEOUT)
+    driver.close()

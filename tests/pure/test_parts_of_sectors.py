@@ -50,7 +50,7 @@ async def change(node: Node, start: int, data: bytes) -> None:
         await node.write_zeroes(start, len(data), unmap=False)
 
 
-@pytest.mark.parametrize("unit", [HALF, 100, WHOLE])
+@pytest.mark.parametrize("unit", [HALF, 100, WHOLE, 700])
 @pytest.mark.parametrize("begin", [raw_luks, qcow2, overlay, subclusters])
 def test_each_byte_is_what_one_of_its_writers_wrote(begin: Callable[[int], Started], unit: int) -> None:
     """Of *unit* bytes each, or whole sectors beside them."""
