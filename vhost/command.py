@@ -187,9 +187,9 @@ def serve_image(options: "Options", stop_fd: int) -> None:
                 writeback=options.cache.writeback,
                 worker=options.worker,
                 control=_sealed(control_of) if options.sandbox else control_of,
-                on_ready=lambda: manager.tell("READY=1"),
+                on_ready=manager.tell_ready,
             )
-            manager.tell("STOPPING=1")
+            manager.tell_stopping()
         except Stopped:
             return
         held.end()  # while a second signal still cannot interrupt it

@@ -1,13 +1,18 @@
 """Socket activation and notification of systemd, as sd_listen_fds(3) and sd_notify(3) describe them."""
 
+import contextlib
 import logging
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable
 
+from ring.thread import start_deaf
+
 FIRST_FD = 3  # SD_LISTEN_FDS_START
-PATIENCE_MILLISECONDS = 1000  # a guest waits, and who wants us to end
+PATIENCE_MILLISECONDS = 1000  # who wants us to end waits
+READY = b"READY=1"
 
 log = logging.getLogger("vhost")
 
@@ -36,6 +41,8 @@ class ServiceManager:
 
     def __enter__(self) -> "ServiceManager":
         self._socket: socket.socket | None = None
+        self._waiting: threading.Thread | None = None  # until it has ended, the socket is its own
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)  # readable: it is to end
         address = os.environ.get("NOTIFY_SOCKET")
         if address is not None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -43,12 +50,50 @@ class ServiceManager:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._stop_waiting()
+        os.close(self._stop_fd)
         if self._socket is not None:
             self._socket.close()
 
-    def tell(self, state: str) -> None:
-        """Tell it *state*, if it listens; not one that does not read what it is told."""
-        self._try(lambda told: _send(told, state.encode()))
+    def tell_ready(self) -> None:
+        """Tell it that we serve. It may take its time until it has room for that, and nobody waits for it."""
+        self._try(self._begin_ready)
+
+    def tell_stopping(self) -> None:
+        """Tell it that we end, if it has room for that within a second."""
+        self._stop_waiting()
+        self._try(_send_stopping)
+
+    def _begin_ready(self, told: socket.socket) -> None:
+        try:
+            told.send(READY, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            waiting = threading.Thread(target=self._main, name="ready", daemon=True)
+            start_deaf(waiting)
+            self._waiting = waiting
+
+    def _main(self) -> None:
+        try:
+            self._try(self._send_ready)
+        except BaseException as error:  # a bug of ours
+            from vhost.device import die  # late: who only asks for our options needs no device
+
+            die(error)
+
+    def _send_ready(self, told: socket.socket) -> None:
+        ready = select.poll()
+        ready.register(told, select.POLLOUT)
+        ready.register(self._stop_fd, select.POLLIN)
+        while all(fd != self._stop_fd for fd, _ in ready.poll()):
+            with contextlib.suppress(BlockingIOError):  # another took the room
+                told.send(READY, socket.MSG_DONTWAIT)
+                return
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            os.eventfd_write(self._stop_fd, 1)
+            self._waiting.join()
+            self._waiting = None
 
     def _try(self, what: Callable[[socket.socket], object]) -> None:
         if self._socket is None:
@@ -61,9 +106,9 @@ class ServiceManager:
             self._socket = None
 
 
-def _send(told: socket.socket, state: bytes) -> None:
-    """Raises: OSError, also if there is no room for *state*."""
+def _send_stopping(told: socket.socket) -> None:
+    """Raises: OSError, also if there is no room for it."""
     room = select.poll()
     room.register(told, select.POLLOUT)
     room.poll(PATIENCE_MILLISECONDS)
-    told.send(state, socket.MSG_DONTWAIT)
+    told.send(b"STOPPING=1", socket.MSG_DONTWAIT)

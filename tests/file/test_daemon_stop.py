@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +164,46 @@ def fill(path: Path, stack: contextlib.ExitStack) -> None:
                 sent += sender.send(b"x")
 
 
-def test_a_service_manager_that_reads_nothing_keeps_nobody_waiting(tmp_path: Path) -> None:
-    image, path, notify = tmp_path / "disk", tmp_path / "socket", tmp_path / "notify"
-    qcow2.create(image, 1 << 20)
+@contextlib.contextmanager
+def told(tmp_path: Path, *options: str) -> Iterator[tuple["subprocess.Popen[str]", socket.socket]]:
+    """A daemon at *tmp_path*/socket, and its service manager, which has no room for what it is told."""
+    qcow2.create(tmp_path / "disk", 1 << 20)
+    notify = tmp_path / "notify"
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.settimeout(TIMEOUT)
         manager.bind(str(notify))
         fill(notify, stack)
-        command = [DAEMON, f"--socket-path={path}", f"--blk-file={image}"]
+        command = [DAEMON, f"--socket-path={tmp_path}/socket", f"--blk-file={tmp_path}/disk", *options]
         environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
         process = stack.enter_context(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         stack.callback(process.kill)
-        with visit(process, path) as guest:
+        yield process, manager
+
+
+def hear(manager: socket.socket) -> bytes:
+    """The next that a daemon tells it."""
+    while (heard := manager.recv(100)) == b"x":
+        pass
+    return heard
+
+
+@pytest.mark.parametrize("options", [(), ("--sandbox",)])
+def test_a_service_manager_that_is_slow_hears_all_the_same(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Or it would end us, who serve a guest, as one that never was ready."""
+    with told(tmp_path, *options) as (process, manager):
+        with visit(process, tmp_path / "socket") as guest:
+            assert guest.read(0, 512) == bytes(512)  # which waits for no manager
+            assert hear(manager) == b"READY=1"
+        process.terminate()
+        assert hear(manager) == b"STOPPING=1"
+        process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+
+
+def test_a_service_manager_that_reads_nothing_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with told(tmp_path) as (process, _):
+        with visit(process, tmp_path / "socket") as guest:
             assert guest.read(0, 512) == bytes(512)
         process.terminate()
         _, said = process.communicate(timeout=TIMEOUT)
