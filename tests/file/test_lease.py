@@ -17,6 +17,7 @@ from tests.patience import TIMEOUT
 from tests.program import Daemon, complaints, qcow2_tool_ok
 from tests.served import serve
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64 << 20
 FILES_MAX = 256  # WORKER_FILES: a worker knows no more at a time
 
@@ -273,5 +274,5 @@ def test_image_of_the_start_is_collected_as_those_of_later_pauses(image: Path) -
     overlay = image.with_name("overlay")
     qcow2.create(overlay, backing=image.name)
     command = [sys.executable, "-c", START, image.with_name("socket"), overlay]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=True)
     assert int(done.stdout) <= 2 * 2  # those that are open, and those that were last
