@@ -30,7 +30,7 @@ from qcow2.format.snapshot import (
     require_possible,
     require_sizes,
 )
-from qcow2.plane.entry import bytes_of, l1_flagged, l1_is_private, l1_shared, l1_table, words_of
+from qcow2.plane.entry import bytes_of, l1_flagged, l1_is_sound, l1_shared, l1_table, words_of
 from qcow2.plane.tally import Role, Tally
 
 STEP = 1 << 16  # references that are let go of at a time
@@ -241,12 +241,17 @@ class Snapshots(Part):
             await self._root.end_unsound()
 
     async def _correct_copied(self) -> None:
-        """Set the COPIED flag of what counts one, and of nothing else, in the active tables; stable on return."""
+        """Set the COPIED flag of what counts one, and of nothing else, in the active tables; stable on return.
+
+        What a table counts says nothing of its entries: if it is too high, data below it may still count one.
+        """
         try:
+            async with self._refcounts.mutex.hold():
+                await self._refcounts.write_all()  # those of a write that failed may be in memory alone
             l1 = self._mapping.l1
             bits = self._geometry.cluster_bits
             new = l1_flagged(l1, await self._alone([table >> bits for _, table in self._tables(l1)]), bits)
-            for _, table in self._tables(array("Q", filter(l1_is_private, new))):
+            for _, table in self._tables(array("Q", filter(self._is_possible, new))):
                 old = await Read(self._file, table, self._geometry.cluster_size)
                 entries = self._mapping.entries
                 flagged = entries.flagged(old, await self._alone(entries.clusters(old)))
@@ -255,6 +260,10 @@ class Snapshots(Part):
             await self._stability.sync()
         finally:
             self._mapping.cache.resize()
+
+    def _is_possible(self, entry: int) -> bool:
+        """Whether an L1 *entry* leads to a place where a table can be."""
+        return l1_is_sound(entry, self._geometry.cluster_size) and l1_table(entry) < self._mapping.file_end
 
     async def _alone(self, clusters: list[int]) -> set[int]:
         """Those of the host *clusters* that count one, and no less than they are referenced, as far as is known."""
