@@ -268,4 +268,5 @@ class Snapshots(Part):
     async def _alone(self, clusters: list[int]) -> set[int]:
         """Those of the host *clusters* that count one, and no less than they are referenced, as far as is known."""
         async with self._refcounts.mutex.hold():
-            return set(await self._refcounts.last_references(clusters)) - await self._uncounted.among(clusters)
+            alone = await self._refcounts.last_references(set(clusters))  # two entries may share a cluster
+            return set(alone) - await self._uncounted.among(alone)

@@ -55,6 +55,37 @@ def test_what_counts_too_low_is_not_overwritten_once_one_snapshot_is_left(tmp_pa
         assert disk.read(0, 4 * CLUSTER) == OLD * 4
 
 
+def test_cluster_that_two_entries_of_a_table_share_is_not_overwritten_once_no_snapshot_is_left(tmp_path: Path) -> None:
+    recipe = Recipe(size=SIZE)
+    recipe.data(0, OLD)
+    recipe.view[1] = recipe.view[0]
+    recipe.snapshot("s1")
+    recipe.data(5, NEW)  # the disk has an L2 table of its own
+    built = build(recipe, tmp_path / "disk")
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.delete_snapshot("s1")
+    assert_clean(built.path)
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.write(0, NEW)
+        assert disk.read(0, 2 * CLUSTER) == NEW + OLD
+
+
+def test_what_an_unsound_l1_entry_leads_to_is_no_table_whose_flags_come_back(tmp_path: Path) -> None:
+    recipe = Recipe(size=2 * (CLUSTER // 8) * CLUSTER)
+    recipe.data(1, OLD)
+    recipe.snapshot("s1")
+    recipe.data(0, OLD)
+    recipe.data(2, NEW)
+    built = build(recipe, tmp_path / "disk")
+    data = built.l2(0) & OFFSET_MASK
+    built.poke(data + 1024, struct.pack(">Q", built.l2(2) & OFFSET_MASK))
+    built.set_l1(1, data + 512 | 1 << 63)
+    before = built.peek(data, CLUSTER)
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.delete_snapshot("s1")
+    assert built.peek(data, CLUSTER) == before
+
+
 @pytest.mark.parametrize(
     ("field", "packed"),
     [
