@@ -1,7 +1,7 @@
 """``python -m bench.tool``: the `qcow2` tool and the library beside qemu-img, pair after pair on the same images.
 
 ``--peer`` names the other qemu-img (11.1 for the figures of docs/speed.md), ``--place`` a directory on the disk that is
-meant; warm means that sources are in the page cache. Each row is the median of what they took and of the ratios.
+meant. Sources are in the page cache, unless ``--cold``. Each row is the median of what they took and of the ratios.
 ``reads`` compares with what else reads qcow2 from Python, if it is there:
 pip install dissect.hypervisor libqcow-python.
 """
@@ -35,7 +35,16 @@ class Place:
     root: Path
     peer: str
     nbytes: int  # of the disk that is converted
+    is_cold: bool = False  # nothing of what is there is in the page cache when a run begins
     made: set[str] = field(default_factory=set)
+
+    def get_ready(self) -> None:
+        if not self.is_cold:
+            return
+        for path in self.root.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def qemu(self, *words: str) -> None:
         subprocess.run([self.peer, *words], cwd=self.root, check=True, stdout=subprocess.DEVNULL)
@@ -181,6 +190,7 @@ def row(case: Case, place: Place, count: int) -> str:
         for program, words, kept in ((OURS, case.ours, ours), (place.peer, case.theirs, theirs)):
             line = words(place)
             case.before(place)
+            place.get_ready()
             if number:
                 kept.append(took(program, line, place))
             else:
@@ -289,10 +299,11 @@ def main() -> int:
     parser.add_argument("--peer", default="qemu-img", help="the other program")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--size", type=int, default=4, help="GiB of the disk that is converted (default: 4)")
+    parser.add_argument("--cold", action="store_true", help="sources are read from the disk each time")
     parser.add_argument("--place", help="where the images are made (default: the temporary directory)")
     given = parser.parse_args()
     with TemporaryDirectory(dir=given.place) as directory:
-        place = Place(Path(directory), given.peer, given.size << 30)
+        place = Place(Path(directory), given.peer, given.size << 30, given.cold)
         print("| case | ours | qemu-img | times as fast | processor seconds | wanted |", flush=True)
         print("|---|---|---|---|---|---|", flush=True)
         for case in CASES:
