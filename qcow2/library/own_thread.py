@@ -46,10 +46,11 @@ class _Job:
         interrupt: BaseException | None = None
         while not self._is_done:
             try:
+                if interrupt is not None:
+                    interrupted()
                 self._done.acquire()
-            except BaseException as error:  # raised by a signal handler of the caller's
+            except BaseException as error:  # raised by a signal handler of the caller's, here or there
                 interrupt = error
-                interrupted()
         failure, self._error = interrupt or self._error, None
         if failure is None:
             return self._result

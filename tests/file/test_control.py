@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
@@ -334,19 +334,26 @@ class Busy:
         pass
 
 
-def test_client_is_greeted_while_a_command_of_another_runs(control: Path) -> None:
+@contextmanager
+def at_work(control: Path) -> Iterator[tuple[Busy, socket.socket]]:
+    """A control socket while the command of a client of its runs."""
     busy = Busy()
     with listen(str(control), at_once=False) as endpoint, ControlSocket(endpoint, cast("Commands", busy)):
-        with ExitStack() as stack, connect(control) as first, connect(control) as second:
+        with ExitStack() as stack, connect(control) as first:
             stack.callback(busy.may_end.set)
             first.sendall(b"{}\n")
             assert busy.asked.get(timeout=TIMEOUT) == {}
-            second.settimeout(GREETING_TIMEOUT)
-            with first.makefile("rb") as answers, second.makefile("rb") as greetings, Control(control):
-                assert b"version" in greetings.readline()
-                assert b"version" in answers.readline()
-                busy.may_end.set()
-                assert json.loads(answers.readline()) == {"result": "done"}
+            yield busy, first
+
+
+def test_client_is_greeted_while_a_command_of_another_runs(control: Path) -> None:
+    with at_work(control) as (busy, first), connect(control) as second:
+        second.settimeout(GREETING_TIMEOUT)
+        with first.makefile("rb") as answers, second.makefile("rb") as greetings, Control(control):
+            assert b"version" in greetings.readline()
+            assert b"version" in answers.readline()
+            busy.may_end.set()
+            assert json.loads(answers.readline()) == {"result": "done"}
 
 
 def test_one_client_too_many_is_told_so(daemon: Daemon, control: Path) -> None:
@@ -377,34 +384,24 @@ def test_one_client_too_many_is_let_in_where_another_leaves(daemon: Daemon, cont
 
 
 def test_clients_that_have_left_while_a_command_runs_take_nobodys_place(control: Path) -> None:
-    busy = Busy()
-    with listen(str(control), at_once=False) as endpoint, ControlSocket(endpoint, cast("Commands", busy)):
-        with ExitStack() as stack, connect(control) as first:
-            stack.callback(busy.may_end.set)
-            first.sendall(b"{}\n")
-            assert busy.asked.get(timeout=TIMEOUT) == {}
-            before = len(os.listdir("/proc/self/fd"))
-            for _ in range(100):
-                with Control(control):
-                    pass
-            assert len(os.listdir("/proc/self/fd")) - before <= 16
+    with at_work(control):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(100):
+            with Control(control):
+                pass
+        assert len(os.listdir("/proc/self/fd")) - before <= 16
 
 
 def test_client_that_has_left_keeps_its_place_until_its_command_is_run(control: Path) -> None:
-    busy = Busy()
-    with listen(str(control), at_once=False) as endpoint, ControlSocket(endpoint, cast("Commands", busy)):
-        with ExitStack() as stack, connect(control) as first:
-            stack.callback(busy.may_end.set)
-            first.sendall(b"{}\n")
-            assert busy.asked.get(timeout=TIMEOUT) == {}
-            for number in range(15):
-                with Control(control) as client:
-                    client.send("flush", number=number)
-            with pytest.raises(ControlError, match="16 clients are connected"), Control(control):
-                pass
-            busy.may_end.set()
-            numbers = [busy.asked.get(timeout=TIMEOUT)["number"] for _ in range(15)]
-    assert sorted(numbers) == [*range(15)]
+    with at_work(control) as (busy, _):
+        for number in range(15):
+            with Control(control) as client:
+                client.send("flush", number=number)
+        with pytest.raises(ControlError, match="16 clients are connected"), Control(control):
+            pass
+        busy.may_end.set()
+        numbers = [busy.asked.get(timeout=TIMEOUT)["number"] for _ in range(15)]
+        assert sorted(numbers) == [*range(15)]
 
 
 def test_who_hangs_up_is_no_daemon_of_ours(control: Path) -> None:
