@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from operator import index
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
 from qcow2.library.hostfile import are_one_file, created, opened, reserve
 from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
-from qcow2.node.gate import DATA, MAX_DEPTH, backing_path, named_path
+from qcow2.node.gate import DATA, backing_path, named_path, require_room
 
 T = TypeVar("T")
 
@@ -121,7 +122,10 @@ def make_qcow2(
 
 
 def _refuse_what_it_rests_on(path: str, options: Options, *, looks_below: bool) -> None:
-    """Raises: ValueError if a file to be made is the backing file, or one that this needs; OSError, ImageError."""
+    """Raises: ValueError if a file to be made is the backing file, or one that this needs; OSError, ImageError.
+
+    UnsupportedImage if the chain is full.
+    """
     assert options.backing_name is not None
     assert options.backing_format is not None
     below = backing_path(path, options.backing_name)
@@ -139,9 +143,12 @@ def _refuse_what_it_rests_on(path: str, options: Options, *, looks_below: bool) 
 def _files_of(path: str, image_format: str | None) -> Iterator[str]:
     """The files of the image at *path* and of all that is under it, as their headers say now; no locks are taken.
 
-    Below one whose format nobody says nothing is known. Raises: OSError, ImageError.
+    Below one whose format nobody says nothing is known.
+    Raises: OSError, ImageError; UnsupportedImage if they take no overlay.
     """
-    for _ in range(MAX_DEPTH):
+    top = path
+    for nfiles in count(1):
+        require_room(top, nfiles)
         yield path
         if image_format is None:
             return

@@ -59,6 +59,7 @@ def rebase_image(
             below = backing_path(path, name)
             _refuse_itself(below, disk)
             new = chain.open(below, backing_format, OpenOptions(keys=keys_of(key)))
+            chain.require_room()
         header_over(image.file, image.header, name, backing_format)  # refuse what does not fit
         bring_over(disk, image, new, pace, is_compressed=is_compressed)
         run(change_header(image.file, name, backing_format))

@@ -15,7 +15,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.lock import lock_image, show_life, unlock
 from qcow2.node.formats import Format, Outline, format_of
-from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate
+from qcow2.node.gate import ANY, BACKING, DATA, MAX_DEPTH, Gate, require_room
 from qcow2.node.node import Node
 
 if TYPE_CHECKING:
@@ -172,11 +172,7 @@ class Chain:
 
     def require_room(self) -> None:
         """Whether the next open takes one file more, an overlay. Raises: UnsupportedImage."""
-        if len(self.files) >= MAX_DEPTH:
-            raise UnsupportedImage(
-                self.files[0].path,
-                f"a chain of {len(self.files)} files, and more than {MAX_DEPTH} do not open: commit or stream first",
-            )
+        require_room(self.files[0].path, len(self.files))
 
     def drop_between(self, base: Node | None) -> list[HostFile]:
         """Forget what is between the top, which does not show it any more, and *base*; its files, open."""

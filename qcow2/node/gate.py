@@ -18,6 +18,13 @@ PLAIN = ("qcow2", "raw")  # formats of which a name says no more, whatever the h
 MAX_DEPTH = 100  # files of a chain
 
 
+def require_room(path: str, nfiles: int) -> None:
+    """Whether a chain of *nfiles*, the first at *path*, opens with one more over it. Raises: UnsupportedImage."""
+    if nfiles >= MAX_DEPTH:
+        text = f"a chain of {nfiles} files, and more than {MAX_DEPTH} do not open: commit or stream first"
+        raise UnsupportedImage(path, text)
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """What images may name."""

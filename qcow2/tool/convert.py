@@ -25,7 +25,7 @@ from qcow2.tool.option import asks_for_help, parse_options, print_help, split_op
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import size_of
 from qcow2.tool.refused import once_it_has_begun, unreadable
-from qcow2.tool.source import add_snapshot_option, add_source_options, open_source, wanted_snapshot
+from qcow2.tool.source import add_snapshot_option, add_source_options, open_base, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 
 CONCATENATED = "Having a backing file for the target makes no sense when concatenating multiple input images"
@@ -265,7 +265,7 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
     if not image_format:
         raise Failure("Use of backing file requires explicit backing format")
     validate_backing(name, image_format)
-    with open_source(Named(backing_path(wish.path, name), image_format), arguments) as base:
+    with open_base(Named(backing_path(wish.path, name), image_format), arguments) as base:
         yield base
 
 

@@ -21,7 +21,7 @@ from qcow2.tool.named import Named, add_format_option, add_image_options, the_im
 from qcow2.tool.opening import cannot_open, opening
 from qcow2.tool.option import validate_backing
 from qcow2.tool.progress import shown
-from qcow2.tool.source import add_source_options, open_source
+from qcow2.tool.source import add_source_options, open_base
 from qcow2.tool.target import refuse_source, warn_of_bitmaps
 
 
@@ -117,7 +117,7 @@ def _new_backing(arguments: argparse.Namespace, name: str, backing_format: str) 
     path = backing_path(arguments.filename, name)
     with ExitStack() as stack:
         try:
-            new = stack.enter_context(open_source(Named(path, backing_format), arguments))
+            new = stack.enter_context(open_base(Named(path, backing_format), arguments))
         except Failure as failure:
             text = str(failure).removeprefix(f"Could not open '{path}': ")
             raise Failure(f"Could not open new backing file '{name}': {text}") from failure

@@ -8,6 +8,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.format.snapshot import Choice
 from qcow2.node.chain import Chain
 from qcow2.node.formats import format_of
+from qcow2.node.gate import require_room
 from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.commas import split_commas
@@ -43,6 +44,14 @@ def wanted_snapshot(arguments: argparse.Namespace) -> str | Choice | None:
             raise Failure(f"Failed in parsing snapshot param '{wanted}'")
         given[name] = value if equals else "on"
     return Choice(given.get("snapshot.id"), given.get("snapshot.name"))
+
+
+@contextmanager
+def open_base(image: Named, arguments: argparse.Namespace) -> Iterator[Node]:
+    """The disk in *image*, which another is to be over. Raises: Failure; UnsupportedImage if its chain is full."""
+    with open_source(image, arguments) as base:
+        require_room(image.path, len(base.chain))
+        yield base
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import qcow2
 from qcow2.node.gate import MAX_DEPTH
 from tests.ctl import ctl, told
 from tests.frontend import FrontEnd
-from tests.program import Daemon
+from tests.program import Daemon, qcow2_tool
 
 SIZE = 1 << 20
 FULL = f"a chain of {MAX_DEPTH} files, and more than {MAX_DEPTH} do not open: commit or stream first"
@@ -77,3 +77,46 @@ def test_a_mirror_that_takes_more_files_than_a_worker_has_is_refused(tmp_path: P
         told(image, "snapshot", "frozen")
         daemon.stop()
     assert not [path for path in tmp_path.iterdir() if "copy" in path.name]
+
+
+@pytest.fixture
+def disk(full: Path) -> Path:
+    (full.parent / "disk").write_bytes(bytes(SIZE))
+    return full.parent / "disk"
+
+
+@pytest.mark.parametrize("command", ["create -f qcow2", "convert -f raw -O qcow2 {disk}"])
+def test_no_new_image_lies_over_it(disk: Path, full: Path, command: str) -> None:
+    verb, *words = command.format(disk=disk).split()
+    done = qcow2_tool(verb, "-b" if verb == "create" else "-B", full, "-F", "qcow2", *words, disk.with_name("new"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.rstrip("\n").endswith(FULL)
+    assert not disk.with_name("new").exists()
+
+
+def test_what_is_there_is_left_where_a_new_image_would_not_open(disk: Path, full: Path) -> None:
+    disk.write_bytes(b"precious")
+    with pytest.raises(qcow2.UnsupportedImage, match=FULL):
+        qcow2.create(disk, backing=full)
+    assert disk.read_bytes() == b"precious"
+
+
+def test_no_image_is_put_over_it(full: Path) -> None:
+    image = full.with_name("new")
+    qcow2.create(image, backing="98")
+    before = image.read_bytes()
+    done = qcow2_tool("rebase", "-f", "qcow2", "-b", full, "-F", "qcow2", image)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.rstrip("\n").endswith(FULL)
+    with pytest.raises(qcow2.UnsupportedImage, match=FULL):
+        qcow2.rebase(image, full)
+    assert image.read_bytes() == before
+
+
+def test_a_chain_of_one_file_less_takes_one_more(full: Path) -> None:
+    image = full.with_name("new")
+    qcow2.create(image, backing="98")
+    qcow2.rebase(image, "97")
+    qcow2.rebase(image, "98")
+    with qcow2.open(image) as disk:
+        assert len(disk.files) == MAX_DEPTH + 1
