@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.library.facts import Facts, facts_of, limits_of
+from qcow2.library.hostfile import opened
+from qcow2.node.formats import format_of
 from qcow2.node.gate import MAX_DEPTH, backing_path
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.failure import Failure
@@ -14,6 +16,7 @@ from qcow2.tool.file import ordered, print_json
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
+from qcow2.tool.pastend import warn_of_rest
 from qcow2.tool.quantity import format_size
 
 
@@ -40,6 +43,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         chain = [facts_of(image.path, image.image_format, **how)]
         if arguments.backing_chain:
             _follow(chain, arguments.force_share)
+        if not arguments.force_share:
+            _warn_of_rests(chain)
     if arguments.limits:
         for facts in chain:
             facts["limits"] = limits_of(facts)
@@ -48,6 +53,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join("\n".join(_lines(facts)) for facts in chain))
     return 0
+
+
+def _warn_of_rests(chain: list[Facts]) -> None:
+    for facts in chain:
+        if format_of(facts["filename"], facts["format"]).has_metadata:
+            with opened(facts["filename"]) as file:
+                warn_of_rest(file)
 
 
 def _follow(chain: list[Facts], force_share: bool) -> None:

@@ -63,6 +63,59 @@ def test_who_shrinks_again_finishes_what_was_interrupted(
     assert_same_disk(path, before[:again].ljust(3 * MIB, b"\0"))
 
 
+def left_past_end(path: Path) -> str:
+    """The line about *path*, a disk of one MiB."""
+    what = "something is mapped past its end, as a shrink that was interrupted leaves it"
+    return f"qcow2: {path}: {what}: qcow2 resize --shrink {path} {MIB} takes it away\n"
+
+
+@pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"compat": "0.10"}, {"extended_l2": "on"}], ids=str)
+def test_who_looks_is_told_of_a_shrink_that_was_interrupted(tmp_path: Path, options: dict[str, object]) -> None:
+    path = image(tmp_path / "a", 3 * MIB, **options)
+    qemu_io(path, f"write {MIB} 64k" if options else f"write -c {MIB} 64k")
+    assert complaints(path) == ["", ""]
+    patch_size(path, MIB)
+    assert complaints(path) == [left_past_end(path)] * 2
+    qcow2_tool_ok("resize", "--shrink", path, str(MIB))
+    assert complaints(path) == ["", ""]
+
+
+def test_what_a_shrink_left_is_told_of_each_image_of_a_chain(tmp_path: Path) -> None:
+    base = image(tmp_path / "base", 3 * MIB)
+    qemu_io(base, f"write {MIB} 64k")
+    path = image(tmp_path / "a", MIB, backing_file=base, backing_fmt="qcow2")
+    patch_size(base, MIB)
+    assert qcow2_tool("info", "--backing-chain", path).stderr == left_past_end(base)
+    assert qcow2_tool("info", path).stderr == ""
+
+
+def test_zeros_past_the_end_are_nothing_to_tell(tmp_path: Path) -> None:
+    path = image(tmp_path / "a", 3 * MIB)
+    qemu_io(path, f"write -z {MIB} 1M")
+    patch_size(path, MIB)
+    assert complaints(path) == ["", ""]
+
+
+def test_the_state_of_a_machine_is_past_the_end_by_right(tmp_path: Path) -> None:
+    path = image(tmp_path / "a", 3 * MIB, cluster_size=512)
+    qemu_io(path, f"write {MIB} 64k")
+    qemu_img("snapshot", "-c", "one", path)
+    patch_size(path, MIB)
+    assert complaints(path) == [left_past_end(path)] * 2
+    content = bytearray(path.read_bytes())
+    (table,) = struct.unpack_from(">Q", content, 64)
+    struct.pack_into(">Q", content, table + 40, 64 << 10)  # so many bytes, as savevm says
+    path.write_bytes(content)
+    assert complaints(path) == ["", ""]
+
+
+def complaints(path: Path) -> list[str]:
+    """What info and check say besides."""
+    done = [qcow2_tool(command, path) for command in ("info", "check")]
+    assert [each.returncode for each in done] == [0, 0]
+    return [each.stderr for each in done]
+
+
 def patch_size(path: Path, size: int) -> None:
     """Let the header, and nothing else, say that the disk is so long."""
     with path.open("r+b") as file:
