@@ -129,6 +129,7 @@ class Backup(Work):
                     assert isinstance(self._image, Image)
                     await self._image.thaw_bitmap(self._bitmap, is_copied=False)
                 raise no_memory() from None
+            self._frozen.on_end = lambda: self.on_behind()  # which is not known yet
             self._served.backend.freeze(self._frozen)  # the target may take something before this thread goes on
 
         self._alone(look())
@@ -150,8 +151,14 @@ class Backup(Work):
             raise ValueError(refusal)
 
     def prepare(self) -> None:
+        if self.is_lost:
+            raise ValueError(self._frozen.ended)
         self._served.device.worker.call(self._frozen.try_again)  # before the target may fail once more
         self._feed.go_on()
+
+    @property
+    def is_lost(self) -> bool:
+        return bool(self._frozen.ended)
 
     def begin(self, reins: Reins) -> Coroutine[Any, Any, None]:
         return self._frozen.walk(reins)

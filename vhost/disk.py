@@ -123,8 +123,7 @@ class ImageBackend:
         extent_map = self._image.extent_map
         block.set_extent_map(None if extent_map is None else ExtentMap(*extent_map))
         if self._frozen is not None and self._frozen.image is not self._image:
-            self._frozen.lose("the image was let go meanwhile")
-            self._frozen = None
+            self._lose_frozen(self._frozen)
         self._ask_frozen()
         self._image.on_failure = self._refuse_writes
         self._image.on_bitmaps_void = self._tell_of_void_bitmaps
@@ -171,6 +170,8 @@ class ImageBackend:
         self._block.set_changes_punt(layer is not None)
 
     def detach(self) -> None:
+        if self._frozen is not None:
+            self._lose_frozen(self._frozen)
         self._let_go()
         self._forget_files(self._slots.keys(), (self._image, self._beside))
 
@@ -257,6 +258,10 @@ class ImageBackend:
             self._frozen = None
             self._ask_frozen()
             self.go_on()
+
+    def _lose_frozen(self, frozen: Frozen) -> None:
+        frozen.lose("the image was let go meanwhile")
+        self._frozen = None
 
     def _ask_frozen(self) -> None:
         self._block.set_frozen(None if self._frozen is None else self._frozen.bits)

@@ -123,7 +123,8 @@ class Frozen:
         self._wanted = wanted
         self._put = put
         self._are_all_awaited = are_all_awaited
-        self._ended = ""  # why, for good
+        self.ended = ""  # why, for good
+        self.on_end: Callable[[], None] = lambda: None  # to be told of that
         self._stopped: Exception | None = None  # why the target takes nothing more for now
         self._reins = Reins()
         self._locks = RangeLocks()
@@ -199,8 +200,8 @@ class Frozen:
         return min(nbytes // CHUNK, WIDE)
 
     def _require_going(self) -> None:
-        if self._ended:
-            raise ValueError(self._ended)
+        if self.ended:
+            raise ValueError(self.ended)
         self._reins.require_going()
         if self._stopped is not None:
             raise self._stopped
@@ -216,7 +217,7 @@ class Frozen:
             except (OSError, ImageError) as error:
                 self.lose(describe(error))
                 return
-            if self._ended or saved is None:
+            if self.ended or saved is None:
                 return
             chunk = -(-(start + saved.nbytes) // CHUNK)
             self._wanted.clear(start >> CHUNK_BITS, chunk)
@@ -256,7 +257,7 @@ class Frozen:
 
     async def _have_room(self) -> bool:
         """A request of the guest waits for the target, but not for ever; and not at all if all requests are awaited."""
-        while self._waiting >= MOST_BYTES and not self._ended:
+        while self._waiting >= MOST_BYTES and not self.ended:
             if self._are_all_awaited() and self._waiting < AWAITED_BYTES:
                 break
             if self._stopped is not None or time.monotonic() - self._moved >= PATIENCE_SECONDS:
@@ -291,9 +292,10 @@ class Frozen:
 
     def _end(self, why: str) -> None:
         """Nothing is wanted any more."""
-        self._ended = self._ended or why
+        self.ended = self.ended or why
         self._wanted.clear(0, self._wanted.end)
         self.look()
+        self.on_end()
 
     def look(self) -> None:
         """Let whoever waits look again."""

@@ -31,7 +31,9 @@ class Work(ABC):
     kind: str
     about: dict[str, Any]  # what was asked for
     awaits_word: bool = False  # once it is done with the disk, until it is told to finish or to end
-    on_behind: Callable[[], None] = lambda: None  # to be told, on any thread, when it is not done with it any more
+    on_behind: Callable[[], None] = lambda: (
+        None
+    )  # to be told, on any thread, when it is not done with it any more, or lost
 
     def prepare(self) -> None:  # noqa: B027, most need nothing
         """What comes before it is begun, each time, on the job's thread.
@@ -52,6 +54,11 @@ class Work(ABC):
 
         Raises: OSError, ImageError, ValueError, RoomWanted, JobFailed.
         """
+
+    @property
+    def is_lost(self) -> bool:
+        """For any thread: whether it can only fail, and `prepare` says why, however long it waits for the disk."""
+        return False
 
     def look(self) -> None:  # noqa: B027
         """On the disk's thread while it is under way: its reins were changed."""

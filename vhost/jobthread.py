@@ -74,17 +74,18 @@ class JobThread:
             self._job.is_begun = self._job.is_ready = self._job.is_finishing = False
 
     def _await_room(self) -> Reins | None:
-        """What it is begun with, once it may be; None if it was cancelled first."""
+        """What it is begun with, once it may be or is lost; None if it was cancelled first."""
+        job = self._job
         with self._changed:
-            while not self._job.is_cancelled and (self._job.is_paused or not self._room.is_there):
-                self._job.turn(self._job.standing)
+            while not (job.is_cancelled or job.work.is_lost) and (job.is_paused or not self._room.is_there):
+                job.turn(job.standing)
                 self._changed.wait()
-            if self._job.is_cancelled:
+            if job.is_cancelled:
                 return None
-            self._job.reins = Reins(self._job.rate)
-            self._job.is_begun = True
-            self._job.turn(self._job.standing)
-            return self._job.reins
+            job.reins = Reins(job.rate)
+            job.is_begun = True
+            job.turn(job.standing)
+            return job.reins
 
     def _go(self, reins: Reins) -> State:
         """Do it -> how it has ended."""

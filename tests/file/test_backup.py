@@ -19,6 +19,7 @@ from qcow2 import ImageError
 from qcow2.engine.create import Options
 from tests import slowdisk
 from tests.file.test_jobs import control, ctl, open_files, start
+from tests.file.test_mirror import until
 from tests.frontend import BackendGone, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, assert_same_bytes
@@ -310,6 +311,19 @@ def test_backup_outlives_a_resize_and_no_stop_of_the_rings(tmp_path: Path) -> No
     wanted = b"v" * 64 * KIB + b"w" * 64 * KIB + held[128 * KIB :] + b"w" * 64 * KIB
     assert_same_bytes(read(tmp_path / "next"), wanted.ljust(2 * SIZE - SIZE % MIB, b"\0"))
     assert sorted(os.listdir(tmp_path)) == ["copy", "disk", "next"]
+
+
+@pytest.mark.parametrize(("policy", "is_paused"), [("report", False), ("stop", True)])
+def test_backup_fails_as_the_image_is_let_go_for_good(tmp_path: Path, policy: str, is_paused: bool) -> None:
+    image, _ = make(tmp_path, "plain")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        job = client.backup("lost", rate=1, on_error=policy).job
+        if is_paused:
+            client.pause(job)
+        guest.stop_queue()
+        until(client, job, "failed")
+        assert client.job(job).error == "the disk of that moment is lost: the image was let go meanwhile"
+        assert not [name for name in os.listdir(tmp_path) if "lost" in name]
 
 
 def test_target_that_hangs_holds_up_no_guest(tmp_path: Path) -> None:
