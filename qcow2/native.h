@@ -63,9 +63,10 @@ struct stretch_pair {
 int64_t equal_between(int one, int other, const struct stretch_pair *pairs, size_t npairs, uint8_t *scratch);
 
 /* Copy stretches of a file to another one but for zeros, in units of `unit` bytes, of which a piece is a multiple;
- * `scratch` has room for a piece. 0, or -errno: then some of it may be there. */
+ * `scratch` has room for a piece. What was no zeros is in `bounds`, as `data_runs` says it, of one stretch behind the
+ * other, and how many numbers of each in `counts`. 0, or -errno: then some of it may be there. */
 int copy_between(int source, int target, const struct stretch_pair *pairs, size_t npairs, size_t unit,
-                 uint8_t *scratch);
+                 uint8_t *scratch, uint32_t *bounds, uint32_t *counts);
 
 /* Decompress the raw deflate stream at the front of `stream`, ignoring what follows it. 0; -ENOMEM; -EINVAL if it is
  * none, or does not end after exactly cluster_nbytes. `cluster` holds anything after an error. */

@@ -45,7 +45,15 @@ class Lib(Protocol):
     def read_at_once(self, translate: int, extents: int, guest_offset: int, nbytes: int, data: Pointer) -> int: ...
     def equal_between(self, one: int, other: int, pairs: Pointer, npairs: int, scratch: Pointer) -> int: ...
     def copy_between(
-        self, source: int, target: int, pairs: Pointer, npairs: int, unit: int, scratch: Pointer
+        self,
+        source: int,
+        target: int,
+        pairs: Pointer,
+        npairs: int,
+        unit: int,
+        scratch: Pointer,
+        bounds: Pointer,
+        counts: Pointer,
     ) -> int: ...
     def inflate_cluster(self, stream: Pointer, stream_nbytes: int, cluster: Pointer, cluster_nbytes: int) -> int: ...
 

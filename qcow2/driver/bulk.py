@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 from qcow2.driver import operation as op
@@ -36,11 +37,16 @@ def _memory_of(operation: op.ReadInto | op.Write) -> memoryview | bytes | bytear
     return piece.view if isinstance(piece, MemoryBuffer) else None
 
 
-def copy_data(operation: op.CopyData, source: int, target: int) -> None:
+def copy_data(operation: op.CopyData, source: int, target: int) -> list[list[tuple[int, int]]]:
     """Do what *operation* promises, from one descriptor to the other. Raises: OSError."""
-    pairs = ffi.new("struct stretch_pair[]", operation.pairs)
+    pairs, n = ffi.new("struct stretch_pair[]", operation.pairs), len(operation.pairs)
+    bounds = ffi.new("uint32_t[]", sum(nbytes // operation.unit + 2 for _, _, nbytes in operation.pairs))
+    counts = ffi.new("uint32_t[]", n)
     with _borrowed(operation.scratch) as scratch:
-        check(lib.copy_between(source, target, pairs, len(operation.pairs), operation.unit, scratch))
+        check(lib.copy_between(source, target, pairs, n, operation.unit, scratch, bounds, counts))
+    numbers = iter(ffi.unpack(bounds, sum(counts)))
+    of_each = [islice(numbers, count) for count in counts]
+    return [list(zip(some, some, strict=True)) for some in of_each]
 
 
 def count_equal(operation: op.Equal, one: int, other: int) -> int:

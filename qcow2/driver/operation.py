@@ -276,8 +276,9 @@ Pairs = Sequence[tuple[int, int, int]]  # stretches of two files that go togethe
 class CopyData(Operation):
     """Copy *pairs* of *file* to another one but for zeros, in units of *unit* bytes, which divides `LARGEST_UNIT`.
 
-    Through *scratch*, memory of `SCRATCH_BYTES`; only files of the host can be given. An error leaves a part of them
-    there. Stable after the next Sync of *target*.
+    -> of each pair what was no zeros, as [(start, end)] counted from its front. Through *scratch*, memory of
+    `SCRATCH_BYTES`; only files of the host can be given. An error leaves a part of them there. Stable after the next
+    Sync of *target*.
     """
 
     __slots__ = ("file", "pairs", "scratch", "target", "unit")

@@ -5,20 +5,19 @@ Windows are under way side by side, as many as the crew is wide; the walk over t
 one window for each place in the crew, and what the target keeps.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import LARGEST_UNIT, SCRATCH_BYTES, Compute, CopyData, Together
-from qcow2.error import ImageError
+from qcow2.driver.operation import Compute, Together, Write
 from qcow2.format.layout import MAX_CLUSTER_SIZE
+from qcow2.job.blame import blamed
 from qcow2.job.content import SPARSE_UNIT, data_runs, different_units
-from qcow2.job.crew import WIDTH, Buffers, Turn, Windows
+from qcow2.job.crew import WIDTH, Turn, Windows
+from qcow2.job.filetofile import FileToFile, Stretch
 from qcow2.job.pace import Pace
-from qcow2.job.source import Content, Piece, Source
+from qcow2.job.source import Content, Source
 from qcow2.job.target import Runs, Target
 from qcow2.node.node import Node
 
@@ -49,25 +48,6 @@ async def copy(source: Source, target: Target, pace: Pace, manner: Manner, base:
     await target.finish()
 
 
-class Stretch(NamedTuple):
-    """Data of the disk, which begins and ends at whole units of the target, and the memory for it."""
-
-    offset: int
-    data: memoryview
-
-
-class CopyFailed(Exception):
-    """What could not be done, and where on the disk, in qemu-img's words; the cause says why."""
-
-
-@contextmanager
-def _blamed(what: str, offset: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ImageError) as error:
-        raise CopyFailed(f"error while {what} {offset}") from error
-
-
 class _Copy:
     def __init__(self, source: Source, target: Target, pace: Pace, manner: Manner, base: Node | None) -> None:
         self._source = source
@@ -78,7 +58,9 @@ class _Copy:
         self._windows = Windows(
             manner.width, min(manner.window, WINDOW_WITH_RATE) if pace.is_limited else manner.window
         )
-        self._scratch = Buffers(SCRATCH_BYTES)
+        self._file_to_file = FileToFile(
+            source, target, manner.sparse_unit, keeps_order=manner.keeps_order, offloads=manner.offloads
+        )
         self._under_way: set[int] = set()  # where those windows begin
         self._position = 0
         self._known = (Content.ZEROS, 0)  # the extent that was found last, and its end
@@ -112,7 +94,7 @@ class _Copy:
         """What is at *offset*, and where that ends."""
         content, end = self._known
         if offset >= end:
-            with _blamed("reading block status at offset", offset):
+            with blamed("reading block status at offset", offset):
                 content, nbytes = await self._source.find(offset)
             if content is Content.ZEROS and not self._manner.sparse_unit:
                 content = Content.DATA
@@ -181,7 +163,7 @@ class _Copy:
 
     async def _place(self, stretches: list[Stretch], turn: Turn) -> None:
         """Fill the memory of *stretches*, and put what the target needs of them there."""
-        if self._base is None and await self._copy_pieces(stretches, turn):
+        if self._base is None and await self._file_to_file.copy(stretches, turn):
             return
         parts = [
             (offset + start, data[start:end], inside)
@@ -196,15 +178,18 @@ class _Copy:
             for (offset, data, inside), known in zip(parts, packed, strict=True)
         ]
         turn.give_way()
-        writes = [self._target.writes(*put) for put in puts]
-        together = [write for some in writes if some is not None for write in some]
-        with suppress(OSError):  # where it was shows when they are written one after the other
-            if None not in writes:
-                if together:
-                    await Together(together)
+        if self._target.is_plain:
+            writes = [
+                Write(at.file, at.host_offset, data[start:end], data=True)
+                for offset, data, inside, place in puts
+                for start, end, at in self._target.spots(offset, inside, place)
+            ]
+            with suppress(OSError):  # where it was shows when they are written one after the other
+                if writes:
+                    await Together(writes)
                 return
         for put in puts:
-            with _blamed("writing at byte", put[0]):
+            with blamed("writing at byte", put[0]):
                 await self._target.put(*put)
 
     async def _look(self, stretches: list[Stretch]) -> list[Runs]:
@@ -217,56 +202,13 @@ class _Copy:
                 return looked
         found = []
         for offset, data in stretches:
-            with _blamed("reading at byte", offset):
+            with blamed("reading at byte", offset):
                 found.append(await self._source.look(offset, data, partial(self._runs, data)))
         return found
 
     async def _needed(self, offset: int, data: memoryview, runs: Runs) -> list[tuple[int, int, Runs]]:
         """Parts that the target needs: (start, end, runs inside)."""
         return [(0, len(data), runs)] if self._base is None else await self._different(self._base, offset, data, runs)
-
-    async def _copy_pieces(self, stretches: list[Stretch], turn: Turn) -> bool:
-        """Copy *stretches* from file to file; false: it is not done."""
-        if self._manner.offloads:
-            ((offset, data),) = stretches
-            there = await self._source.in_one_piece(offset, len(data))
-            if there is not None:
-                await self._offload(there, offset, data, turn)
-            return there is not None
-        unit, pairs = self._manner.sparse_unit, []
-        source = target = None
-        if not unit or LARGEST_UNIT % unit:
-            return False
-        for offset, data in stretches:
-            place = self._target.straight(offset)
-            there = None if place is None else await self._source.in_one_piece(offset, len(data))
-            if place is None or there is None or source not in (None, there.file) or target not in (None, place.file):
-                return False
-            source, target = there.file, place.file
-            pairs.append((there.host_offset, place.host_offset, len(data)))
-        assert source is not None
-        assert target is not None
-        scratch = self._scratch.take()
-        with suppress(OSError):  # whose it is shows when it is read, and written
-            await CopyData(source, target, pairs, unit, scratch)
-            self._scratch.give(scratch)
-            return True
-        return False
-
-    async def _offload(self, there: Piece, offset: int, data: memoryview, turn: Turn) -> None:
-        """Have the host copy what *data* has room for, and do it ourselves if it cannot."""
-        runs: Runs = [(0, len(data))]
-        if self._manner.keeps_order:
-            await turn.come()
-        place = self._target.place(offset, len(data), runs, None)
-        turn.give_way()
-        with _blamed("writing at byte", offset):
-            could = await self._target.take(offset, len(data), place, there)
-        if not could:
-            with _blamed("reading at byte", offset):
-                await there.reading(data)
-            with _blamed("writing at byte", offset):
-                await self._target.put(offset, data, runs, place)
 
     def _runs_of(self, stretches: list[Stretch]) -> list[Runs]:
         return [self._runs(data) for _, data in stretches]

@@ -31,6 +31,7 @@ class NewCompressedImage(NewImage):
     ) -> None:
         """As of any new image. Raises: ValueError if there is no such *level*."""
         super().__init__(file, options, backing, reads_zeros=reads_zeros)
+        self.is_plain = False
         self._level = level_of(options.compression, level)
         self._most = min(MAX_SHARED, (1 << (1 << options.refcount_order)) - 1)
         self._cursor = 0  # where in the file the next stream may begin; 0: nowhere
@@ -64,7 +65,7 @@ class NewCompressedImage(NewImage):
             for cluster in range(low, high):
                 stream = None if packed is None else packed.get(cluster - first)
                 if stream is None:
-                    plain.append((cluster, cluster + 1, self._take(cluster, cluster + 1)))
+                    plain += self._take(cluster, cluster + 1)
                 else:
                     streams.append((self._take_bytes(cluster, len(stream)), stream))
         return plain if packed is None else (plain, streams)
@@ -108,9 +109,6 @@ class NewCompressedImage(NewImage):
             pieces.append(stream)
             end = host_offset + len(stream)
         await self._write_streams(begin, pieces)
-
-    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
-        """Streams are joined while others are written."""
 
     async def _write_streams(self, host_offset: int, streams: list[bytes]) -> None:
         """Not a byte more than theirs: the next one of the sector may be under way."""

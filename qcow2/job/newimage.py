@@ -1,7 +1,8 @@
 """A new image, written in one pass: data in the order it comes, then the tables, and the header when all is stable.
 
-Until then there is no magic in the file: it is no image. No cluster is freed on the way and none is shared: each
-refcount is 1, and none need be kept. Memory is bounded: an L2 table goes to the file when the copy has passed it.
+Until then there is no magic in the file: it is no image. No cluster is shared: each refcount is 1, and none need be
+kept; 0 are those of the few clusters that were taken and not needed, and that nobody took after. Memory is bounded: an
+L2 table goes to the file when the copy has passed it.
 """
 
 from array import array
@@ -11,7 +12,8 @@ from qcow2.engine.create import Options, new_header, plan, refcount_clusters, re
 from qcow2.engine.plain import Preallocation
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
 from qcow2.job.source import Piece
-from qcow2.job.target import Runs
+from qcow2.job.target import Runs, Spots
+from qcow2.native import ffi, lib
 from qcow2.node.node import Node
 from qcow2.plane.entry import bytes_of, l1_entry
 
@@ -28,12 +30,14 @@ class NewImage:
         self._options = options
         self._backing_size = backing.size if backing is not None else 0
         self._reads_zeros = reads_zeros
+        self.is_plain = not self._writes_all
         self._whole = plan(options)
         self._l1 = array("Q", bytes(self._whole.l1_size * ENTRY_SIZE))
         self._tables: dict[int, list[int]] = {}
         self._entries = options.entries
         self._per_table = options.cluster_size // self._entries.nbytes
         self._next = 1 + self._whole.l1_clusters  # host cluster
+        self._left_over: list[tuple[int, int]] = []  # host clusters before that: (first, how many)
 
     @property
     def _maps_all(self) -> bool:
@@ -60,16 +64,20 @@ class NewImage:
 
     def place(self, offset: int, nbytes: int, runs: Runs, packed: object = None) -> Place:
         """Take clusters for all that holds data, or for all there is, and map them."""
-        return [(low, high, self._take(low, high)) for low, high in self._ranges(offset, nbytes, runs)]
+        return [part for low, high in self._ranges(offset, nbytes, runs) for part in self._take(low, high)]
 
     def _ranges(self, offset: int, nbytes: int, runs: Runs) -> list[tuple[int, int]]:
         """Which clusters of these bytes are to be stored; what a backing file would show in the others is hidden."""
         first, last = offset // self.unit, -(-(offset + nbytes) // self.unit)
-        if self._maps_all or (self._options.version < 3 and first * self.unit < self._backing_size):
-            return [(first, last)]  # version 2 hides what a backing file shows by a cluster full of zeros
+        if self._stores_zeros(first):
+            return [(first, last)]
         ranges = self._touched(offset, runs)
         self._hide(first, min(last, -(-self._backing_size // self.unit)), ranges)
         return ranges
+
+    def _stores_zeros(self, cluster: int) -> bool:
+        """Whether it has a host cluster whatever it holds: version 2 hides what a backing file shows by zeros."""
+        return self._maps_all or (self._options.version < 3 and cluster * self.unit < self._backing_size)
 
     def _touched(self, offset: int, runs: Runs) -> list[tuple[int, int]]:
         """The clusters that hold data, as (first, after the last)."""
@@ -82,14 +90,45 @@ class NewImage:
                 ranges.append((low, high))
         return ranges
 
-    def _take(self, low: int, high: int) -> int:
+    def _take(self, low: int, high: int) -> Place:
         """Host clusters for guest clusters."""
-        host = self._next
-        self._next += high - low
-        placed = self._entries.data(host << self._options.cluster_bits, high - low)
-        for cluster, entry in enumerate(placed, low):
-            self._set(cluster, entry)
-        return host
+        place = []
+        while low < high:
+            host, count = self._take_run(high - low)
+            for cluster, entry in enumerate(self._entries.data(host << self._options.cluster_bits, count), low):
+                self._set(cluster, entry)
+            place.append((low, low + count, host))
+            low += count
+        return place
+
+    def _take_run(self, most: int) -> tuple[int, int]:
+        """Host clusters that follow one another: the first, and how many. Those that are left over come first."""
+        if not self._left_over:
+            self._next += most
+            return self._next - most, most
+        host, count = self._left_over.pop()
+        if count > most:
+            self._left_over.append((host + most, count - most))
+        return host, min(most, count)
+
+    def settle(self, offset: int, runs: Runs, place: object) -> None:
+        """What holds no data gives its clusters back: nobody has written to them."""
+        assert isinstance(place, list)
+        if self._stores_zeros(offset // self.unit):
+            return
+        holding = {cluster for low, high in self._touched(offset, runs) for cluster in range(low, high)}
+        for low, high, host in place:
+            for cluster in range(low, high):
+                if cluster not in holding:
+                    self._give_back(cluster, host + cluster - low)
+
+    def _give_back(self, cluster: int, host: int) -> None:
+        self._set(cluster, self._entries.zeros if cluster * self.unit < self._backing_size else 0)
+        before, count = self._left_over.pop() if self._left_over else (host, 0)
+        if before + count == host:
+            self._left_over.append((before, count + 1))
+        else:
+            self._left_over += [(before, count), (host, 1)]
 
     def _set(self, cluster: int, entry: int) -> None:
         index, inside = divmod(cluster, self._per_table)
@@ -107,27 +146,35 @@ class NewImage:
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write what is not zeros; whole clusters where the file may hold anything."""
-        writes = self._writes(offset, data, runs, place)
+        writes = self._writes(offset, data, runs, place) if self.is_plain else self._whole_clusters(offset, data, place)
         if writes:
             await Together(writes)
 
-    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write] | None:
-        """All of it."""
-        return self._writes(offset, data, runs, place)
-
-    def _writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write]:
+    def _whole_clusters(self, offset: int, data: memoryview, place: object) -> list[Write]:
         assert isinstance(place, list)
         writes: list[Write] = []
         for low, high, host in place:
             start, end = low * self.unit - offset, high * self.unit - offset
-            if self._writes_all:
-                writes.append(self._writing(host, 0, data[start:end], bytes(max(0, end - len(data)))))
-                continue
-            for run_start, run_end in runs:
-                if run_start < end and start < run_end:
-                    part = data[max(run_start, start) : min(run_end, end)]
-                    writes.append(self._writing(host, max(run_start - start, 0), part))
+            writes.append(self._writing(host, 0, data[start:end], bytes(max(0, end - len(data)))))
         return writes
+
+    def _writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write]:
+        return [
+            Write(at.file, at.host_offset, data[start:end], data=True)
+            for start, end, at in self.spots(offset, runs, place)
+        ]
+
+    def spots(self, offset: int, runs: Runs, place: object) -> Spots:
+        """In the clusters that they have."""
+        assert isinstance(place, list)
+        spots: Spots = []
+        for low, high, host in place:
+            first, last = low * self.unit - offset, high * self.unit - offset
+            for run_start, run_end in runs:
+                start, end = max(run_start, first), min(run_end, last)
+                if start < end:
+                    spots.append((start, end, Piece(self._file, (host << self._options.cluster_bits) + start - first)))
+        return spots
 
     def straight(self, offset: int) -> None:
         """What it holds decides."""
@@ -177,8 +224,8 @@ class NewImage:
         table = self._tables.pop(index, None)
         if table is None:
             return
-        host_offset = self._next << self._options.cluster_bits
-        self._next += 1
+        host, _ = self._take_run(1)
+        host_offset = host << self._options.cluster_bits
         self._l1[index] = l1_entry(host_offset)
         await Write(self._file, host_offset, self._entries.pack(table))
 
@@ -187,6 +234,7 @@ class NewImage:
         for index in sorted(self._tables):
             await self._write_table(index)
         await self._write_whole(1, bytes_of(self._l1))
+        self._leave_end()
         ntable, nblocks = refcount_clusters(self._options, self._next)
         table, blocks = self._next, self._next + ntable
         end = blocks + nblocks
@@ -205,9 +253,20 @@ class NewImage:
         await Write(self._file, 0, packed[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
         await Sync(self._file)
 
+    def _leave_end(self) -> None:
+        """What is left over at the end is no part of the image."""
+        self._left_over.sort()
+        while self._left_over and sum(self._left_over[-1]) == self._next:
+            self._next = self._left_over.pop()[0]
+
     def _refcounts(self, first: int, count: int) -> bytes:
         """Of host clusters, as in a block that begins with the first."""
-        return refcounts_of_one(count, self._options.refcount_order)
+        ones = bytearray(refcounts_of_one(count, self._options.refcount_order))
+        block = ffi.from_buffer("uint8_t[]", ones)
+        for host, left_over in self._left_over:
+            for index in range(max(host, first), min(host + left_over, first + count)):
+                lib.refcount_set(block, self._options.refcount_order, index - first, 0)
+        return bytes(ones)
 
     async def _write_whole(self, host: int, content: bytes) -> None:
         """Clusters to their end."""

@@ -14,6 +14,7 @@ from qcow2.job.source import Piece
 from qcow2.node.node import Node
 
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
+Spots = list[tuple[int, int, Piece]]  # (start, end) of a part of a run, and its place in a file
 MAGIC = layout.MAGIC.to_bytes(4, "big")
 FIRST_BYTES = 64 << 10  # partition table, boot sector, superblock: without them nobody takes it for a disk
 
@@ -22,6 +23,7 @@ class Target(Protocol):
     """Is written once, in ranges that begin and end at a multiple of *unit*, or at the end of the disk."""
 
     unit: int
+    is_plain: bool  # what is not zeros goes to a file as it is: `spots` says where, and `put` does nothing else
 
     async def begin(self) -> None:
         """Make sure that nobody takes it for whole from now on."""
@@ -35,8 +37,11 @@ class Target(Protocol):
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write *data*, of which only *runs* are not zeros, at the *place* decided on."""
 
-    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write] | None:
-        """All that `put` would do; None: it does more than write to a file."""
+    def spots(self, offset: int, runs: Runs, place: object) -> Spots:
+        """Where *runs* of what is at *offset* go, if the target is plain."""
+
+    def settle(self, offset: int, runs: Runs, place: object) -> None:
+        """Of what was placed as if all of it were data only *runs* are, if the target is plain; the rest is zeros."""
 
     def straight(self, offset: int) -> Piece | None:
         """Where what is at *offset* goes as it is, whatever it holds, if zeros may be left out there."""
@@ -63,6 +68,7 @@ class InPlace:
         *is_zero*: all of it reads as zeros now; *length*: which the file gets at the end.
         """
         self.unit = SECTOR_SIZE
+        self.is_plain = False
         self._image = image
         self._size = size
         self._is_zero = is_zero
@@ -91,9 +97,13 @@ class InPlace:
             stop = end
         await self._fill(offset + stop, len(data) - stop)
 
-    def writes(self, offset: int, data: memoryview, runs: Runs, place: object) -> list[Write] | None:
+    def spots(self, offset: int, runs: Runs, place: object) -> Spots:
         """The image decides."""
-        return None
+        raise NotImplementedError
+
+    def settle(self, offset: int, runs: Runs, place: object) -> None:
+        """The image has."""
+        raise NotImplementedError
 
     def straight(self, offset: int) -> Piece | None:
         """In a raw file that is empty, behind what has to wait."""

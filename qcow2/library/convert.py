@@ -9,7 +9,8 @@ from qcow2.engine.create import Options
 from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.format.layout import CompressionType
-from qcow2.job.copy import CopyFailed, Manner, copy
+from qcow2.job.blame import CopyFailed
+from qcow2.job.copy import Manner, copy
 from qcow2.job.crew import WIDTH
 from qcow2.job.newcompressed import NewCompressedImage
 from qcow2.job.newimage import NewImage

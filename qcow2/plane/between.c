@@ -1,5 +1,7 @@
 /* Files read, compared and copied; a piece at a time where what was read is looked at: the core's cache has it then. */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -8,6 +10,7 @@
 #define COMPARED 4096
 #define UNITS (BETWEEN_PIECE / 512)
 #define MAX_EXTENTS 64
+#define WORTH_RESERVING (64u << 10)
 
 static size_t least(uint64_t one, size_t other)
 {
@@ -37,10 +40,19 @@ static int fill(int fd, uint8_t *bytes, size_t nbytes, uint64_t host_offset)
     return 0;
 }
 
+/* Take space for what is to be written, so that the write need not do it block by block; a host that cannot says so
+ * when it writes. */
+static void reserve(int fd, uint64_t host_offset, uint64_t nbytes)
+{
+    if (nbytes >= WORTH_RESERVING)
+        (void)fallocate(fd, 0, (off_t)host_offset, (off_t)nbytes);
+}
+
 static int store(int fd, const uint8_t *bytes, size_t nbytes, uint64_t host_offset)
 {
     ssize_t count;
 
+    reserve(fd, host_offset, nbytes);
     while (nbytes) {
         count = pwrite(fd, bytes, nbytes, (off_t)host_offset);
         if (count < 0) {
@@ -147,33 +159,63 @@ int64_t equal_between(int one, int other, const struct stretch_pair *pairs, size
     return total;
 }
 
-static int copy_pair(int source, int target, const struct stretch_pair *pair, size_t unit, uint8_t *scratch)
+/* Append the runs of a piece at `start` of its stretch, whose last one may go on. -> how many numbers there are. */
+static size_t append_runs(uint32_t *bounds, size_t count, const uint32_t *found, size_t nfound, uint32_t start)
 {
-    uint32_t bounds[UNITS + 2];
+    size_t i = 0;
+
+    if (count && nfound && found[0] == 0 && bounds[count - 1] == start) {
+        bounds[count - 1] = start + found[1];
+        i = 2;
+    }
+    for (; i < nfound; i++)
+        bounds[count++] = start + found[i];
+    return count;
+}
+
+/* Copy what is data of a piece that is in `scratch`. */
+static int store_runs(int target, const uint8_t *scratch, uint64_t host_offset, const uint32_t *found, size_t nfound)
+{
+    size_t i;
+    int error = 0;
+
+    for (i = 0; i < nfound && !error; i += 2)
+        error = store(target, scratch + found[i], found[i + 1] - found[i], host_offset + found[i]);
+    return error;
+}
+
+/* -> how many numbers are in `bounds`, or -errno. */
+static int64_t copy_pair(int source, int target, const struct stretch_pair *pair, size_t unit, uint8_t *scratch,
+                         uint32_t *bounds)
+{
+    uint32_t found[UNITS + 2];
     uint64_t done;
-    size_t count, nbounds, i;
+    size_t count, nfound, nbounds = 0;
     int error;
 
     for (done = 0; done < pair->nbytes; done += count) {
         count = least(pair->nbytes - done, BETWEEN_PIECE);
         error = fill(source, scratch, count, pair->one_offset + done);
-        nbounds = error ? 0 : data_runs(scratch, count, unit, bounds);
-        for (i = 0; i < nbounds && !error; i += 2)
-            error = store(target, scratch + bounds[i], bounds[i + 1] - bounds[i],
-                          pair->other_offset + done + bounds[i]);
+        nfound = error ? 0 : data_runs(scratch, count, unit, found);
+        error = error ? error : store_runs(target, scratch, pair->other_offset + done, found, nfound);
         if (error)
             return error;
+        nbounds = append_runs(bounds, nbounds, found, nfound, (uint32_t)done);
     }
-    return 0;
+    return (int64_t)nbounds;
 }
 
 int copy_between(int source, int target, const struct stretch_pair *pairs, size_t npairs, size_t unit,
-                 uint8_t *scratch)
+                 uint8_t *scratch, uint32_t *bounds, uint32_t *counts)
 {
+    int64_t count;
     size_t i;
-    int error = 0;
 
-    for (i = 0; i < npairs && !error; i++)
-        error = copy_pair(source, target, pairs + i, unit, scratch);
-    return error;
+    for (i = 0; i < npairs; i++, bounds += count) {
+        count = copy_pair(source, target, pairs + i, unit, scratch, bounds);
+        if (count < 0)
+            return (int)count;
+        counts[i] = (uint32_t)count;
+    }
+    return 0;
 }

@@ -8,8 +8,9 @@ from functools import partial
 from qcow2.driver.pool import PoolDriver
 from qcow2.driver.uri import is_nbd
 from qcow2.format.layout import MIN_CLUSTER_SIZE
+from qcow2.job.blame import CopyFailed
 from qcow2.job.content import SPARSE_UNIT
-from qcow2.job.copy import CopyFailed, Manner, copy
+from qcow2.job.copy import Manner, copy
 from qcow2.job.source import Source
 from qcow2.job.target import Target
 from qcow2.library.hostfile import is_same_file

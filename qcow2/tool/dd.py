@@ -5,7 +5,8 @@ from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
 from qcow2.format.layout import SECTOR_SIZE
-from qcow2.job.copy import CopyFailed, Manner, copy
+from qcow2.job.blame import CopyFailed
+from qcow2.job.copy import Manner, copy
 from qcow2.job.crew import WIDTH
 from qcow2.job.pace import Pace
 from qcow2.job.source import Part, Source

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -318,12 +319,16 @@ def test_data_is_copied_from_file_to_file_and_zeros_are_left_out(rig: Rig, tmp_p
     expected = bytearray(b"\xff" * 1_000_000)
     rig.run(do(op.Write(rig.file, 0, expected)))
     with HostFile.open(str(source)) as file:
-        rig.run(do(op.CopyData(file, rig.file, [(6, 10, len(content) + 50)], unit, scratch)))
+        found = rig.run(do(op.CopyData(file, rig.file, [(6, 10, len(content) + 50)], unit, scratch)))
     content += bytes(50)  # past the end of the file
     for start in range(0, len(content), unit):
         if any(piece := content[start : start + unit]):
             expected[10 + start : 10 + start + len(piece)] = piece
     assert rig.content() == expected
+    units = [any(content[start : start + unit]) for start in range(0, len(content), unit)]
+    told = [any(start <= at * unit < end for start, end in found[0]) for at in range(len(units))]
+    assert told == units
+    assert all(before[1] < after[0] for before, after in pairwise(found[0]))
 
 
 @FROM_FILE_TO_FILE

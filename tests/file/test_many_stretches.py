@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import qcow2
-from qcow2.job.copy import MAX_STRETCHES
+from qcow2.job.copy import MAX_STRETCHES, WINDOW
+from qcow2.job.crew import WIDTH
 from tests.oracle import assert_clean, qemu_img, qemu_read
 from tests.program import TOOL, qcow2_tool, qcow2_tool_ok
 
@@ -47,6 +48,9 @@ def scattered(path: Path, seed: int, size: int = SIZE) -> bytearray:
         ["-O", "qcow2", "-o", "cluster_size=2M"],
         ["-O", "qcow2", "-S", "0"],
         ["-O", "qcow2", "-S", "16M"],
+        ["-O", "qcow2", "-o", "compat=0.10"],
+        ["-O", "qcow2", "-o", "extended_l2=on,refcount_bits=1"],
+        ["-O", "qcow2", "-o", "preallocation=metadata"],
         ["-O", "qcow2", "-c"],
         ["-O", "qcow2", "-r", "1G"],
         ["-O", "raw", "-S", "512"],
@@ -85,7 +89,32 @@ def test_the_later_comes_later_in_the_file(tmp_path: Path) -> None:
     assert places == sorted(places)
 
 
-def test_a_write_that_fails_says_where_on_the_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["0.10", "1.1"])
+def test_clusters_that_zeros_would_have_had_are_used_by_what_follows(tmp_path: Path, version: str) -> None:
+    """Each window is half zeros that are written, above what a backing file shows and past its end."""
+    draw = random.Random(8)
+    content = b"".join(draw.choice([draw.randbytes, bytes])(CLUSTER) for _ in range(SIZE // CLUSTER))
+    ndata = sum(1 for start in range(0, SIZE, CLUSTER) if any(content[start : start + CLUSTER]))
+    (tmp_path / "source").write_bytes(content)
+    (tmp_path / "base").write_bytes(b"\xff" * (SIZE // 2))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", str(tmp_path / "top"), str(SIZE))
+    with qcow2.open(tmp_path / "top", "r+") as disk:
+        disk.write(0, content)
+    words = ["-O", "qcow2", "-W", "-o", f"compat={version}"]
+    qcow2_tool_ok("convert", "-f", "raw", *words, tmp_path / "source", tmp_path / "new")
+    qcow2_tool_ok(
+        "convert", "-f", "qcow2", *words, "-B", tmp_path / "base", "-F", "raw", tmp_path / "top", tmp_path / "over"
+    )
+    for name in ("new", "over"):
+        assert_clean(tmp_path / name)
+        assert qemu_read(tmp_path / name) == content
+    half_windows = WIDTH * WINDOW // 2
+    assert (tmp_path / "new").stat().st_size < ndata * CLUSTER + half_windows + 16 * CLUSTER
+    assert (tmp_path / "new").stat().st_blocks * 512 < (ndata + 16) * CLUSTER
+
+
+@pytest.mark.parametrize("order", [[], ["-W"]], ids=["in order", "-W"])
+def test_a_write_that_fails_says_where_on_the_disk(tmp_path: Path, order: list[str]) -> None:
     """The window has two stretches, and room is for the first one only."""
     with (tmp_path / "source").open("wb") as file:
         for offset in (0, 8 << 20):
@@ -96,7 +125,7 @@ def test_a_write_that_fails_says_where_on_the_disk(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, ((1 << 20) + (512 << 10), resource.RLIM_INFINITY))
 
     for image_format in ("qcow2", "raw"):
-        command = [TOOL, "convert", "-f", "raw", "-O", image_format, tmp_path / "source", tmp_path / "new"]
+        command = [TOOL, "convert", *order, "-f", "raw", "-O", image_format, tmp_path / "source", tmp_path / "new"]
         done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
         assert done.returncode == 1
         assert f"error while writing at byte {8 << 20}: File too large" in done.stderr
