@@ -4,6 +4,7 @@ Killed at any moment the image shows the same: data that is written in place of 
 """
 
 from array import array
+from collections.abc import Callable
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import File, Read
@@ -15,10 +16,14 @@ from qcow2.plane.entry import Entries, l1_table
 from qcow2.plane.l2cache import Kind, Run
 
 
-async def expand_zeros(opened: Opened, writer: Writer, zeroer: Zeroer) -> None:
-    """Let no cluster of the disk have the zero flag: none it is, or one that holds zeros. Nobody else acts."""
+async def expand_zeros(opened: Opened, writer: Writer, zeroer: Zeroer, on_step: Callable[[], None]) -> None:
+    """Let no cluster of the disk have the zero flag: none it is, or one that holds zeros. Nobody else acts.
+
+    *on_step()* may raise.
+    """
     geometry, offset = opened.geometry, 0
     while offset < geometry.size:
+        on_step()
         run = await opened.mapping.resolve(offset, min(geometry.size, geometry.slice_end(offset)) - offset)
         match run.kind:
             case Kind.ZERO_ALLOCATED:

@@ -3,6 +3,7 @@
 What changes images is imported by the first one that is opened for writing: who only reads starts sooner.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qcow2.driver.operation import File, Read, Resize, Size
@@ -101,9 +102,10 @@ class Image(WritableImage):
         changes = await self._alone()
         await changes.guard(changes.writer.preallocate(guest_offset, nbytes, writes=writes))
 
-    async def expand_zeros(self) -> None:
+    async def expand_zeros(self, on_step: Callable[[], None] = lambda: None) -> None:
         """Let nothing say zeros that version 2 cannot say so; the disk is as it was. Nothing else is under way.
 
+        *on_step()*, called now and then, may raise: some are said otherwise then.
         Raises: OSError, CorruptImage; UnsupportedImage if a snapshot says so, which is left as it is.
         """
         from qcow2.engine.expansion import expand_zeros, has_zero_flags
@@ -116,7 +118,7 @@ class Image(WritableImage):
                 message = f"snapshot {snapshot.name!r} has zero clusters, which version 2 does not know"
                 raise UnsupportedImage(self.file.path, message)
         changes = await self._alone()
-        await changes.guard(expand_zeros(self._opened, changes.writer, changes.zeroer))
+        await changes.guard(expand_zeros(self._opened, changes.writer, changes.zeroer, on_step))
         await changes.links.commit()
         if await has_zero_flags(self.file, self.geometry, self._mapping.l1):
             raise UnsupportedImage(self.file.path, "there are zero clusters past the end of the disk")

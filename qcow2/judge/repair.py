@@ -209,7 +209,7 @@ async def _correct_copied(census: Census, *, counted: bool = True) -> None:
     await make_stable(census.file)
 
 
-async def _rebuild(census: Census) -> Header:
+async def _rebuild(census: Census, progress: Progress | None = None) -> Header:
     """Write a whole new refcount structure to free clusters, then let the header point at it."""
     if census.report.is_dark:
         _hold_unreferenced(census)
@@ -218,10 +218,13 @@ async def _rebuild(census: Census) -> Header:
     bits = census.record.cluster_bits
     census.tally.add(start, table_clusters + len(indexes), Role.SINGLE)
     table = [0] * (table_clusters * census.cluster_size // ENTRY_SIZE)
-    for where, index in enumerate(indexes, start + table_clusters):
+    for done, index in enumerate(indexes):
+        where = start + table_clusters + done
         table[index] = where << bits
         block = census.tally.pack(census.record.refcount_order, index * census.per_block, census.cluster_size)
         await Write(census.file, where << bits, block)
+        if progress is not None:
+            progress(done + 1, len(indexes))
     await Write(census.file, start << bits, struct.pack(f">{len(table)}Q", *table))
     await make_stable(census.file)
     await _point_at(census, start << bits, table_clusters)
@@ -240,12 +243,14 @@ async def _point_at(census: Census, table_offset: int, table_clusters: int) -> N
     await make_stable(census.file)
 
 
-async def change_width(file: File, refcount_order: int) -> None:
+async def change_width(file: File, refcount_order: int, progress: Progress | None = None) -> None:
     """Give the sound image in *file*, of version 3 and locked, refcounts of another width; stable on return.
 
-    A new structure of them is stable before the header points at it. Raises: OSError, ImageError; it is as it was.
+    A new structure of them is stable before the header points at it. *progress*, told of each table that was read and
+    then of each block that was written, may raise.
+    Raises: OSError, ImageError; it is as it was.
     """
-    census = (await judge(file, Report())).census
+    census = (await judge(file, Report(), progress)).census
     if census.report.unsound:
         raise CorruptImage(file.path, 0, "not consistent: repair it before its refcounts get another width")
     width, limit = 1 << refcount_order, (1 << (1 << refcount_order)) - 1
@@ -256,7 +261,7 @@ async def change_width(file: File, refcount_order: int) -> None:
                 message = f"cannot have refcounts of {width} bits: the cluster at {where:#x} has {count}"
                 raise UnsupportedImage(file.path, message)
     census.header = replace(census.header, record=replace(census.record, refcount_order=refcount_order))
-    await _rebuild(census)
+    await _rebuild(census, progress)
 
 
 def _hold_unreferenced(census: Census) -> None:

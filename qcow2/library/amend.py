@@ -5,7 +5,6 @@ then one sector of the header.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qcow2.driver.file import run
@@ -40,6 +39,8 @@ from qcow2.library.disk import open_disk
 from qcow2.library.key import Key
 from qcow2.library.own_thread import undisturbed
 
+STEPS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Amendment:
@@ -62,32 +63,35 @@ class CannotAmend(ImageError):
 def amend_image(
     path: str,
     wanted: Amendment,
+    pace: Pace,
     *,
-    tell: Callable[[int, int], None] = lambda done, total: None,
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
     key: Key = None,
 ) -> None:
     """Let the image at *path* be what is *wanted*; stable on return. Its disk is as before, but for the size.
 
-    *tell(done, total)* sees how many steps are done.
-    Raises: OSError, ImageError, ValueError; what was not refused at once may be done in part, each part whole.
+    *pace* is told how many steps are done.
+    Raises: OSError, ImageError, ValueError, Cancelled; what was not refused at once may be done in part, each part
+    whole.
     """
     with open_disk(path, writable=True, log_directory=log_directory, discard_log=discard_log, key=key) as disk:
         image = disk.image
         assert isinstance(image, Image)
-        run(require_amendable(image, wanted))
-        tell(0, 3)
-        undisturbed(lambda: run(prepare(image, wanted)), Pace())
+        run(require_amendable(image, wanted, pace))
+        pace.tell(0, STEPS)
+        undisturbed(lambda: run(prepare(image, wanted, pace)), pace)
         disk.clean()
-        tell(1, 3)
-        run(amend_header(image.file, wanted, lambda: tell(2, 3)))
-        tell(3, 3)
-        disk.abandon()  # it is clean, and its header is not the one it was opened with
+        try:
+            pace.tell(1, STEPS)
+            undisturbed(lambda: run(amend_header(image.file, wanted, pace)), pace)
+            pace.tell(STEPS, STEPS)
+        finally:
+            disk.abandon()  # it is clean, and its header may not be the one it was opened with
 
 
-async def require_amendable(image: Image, wanted: Amendment) -> None:
-    """Raises: CannotAmend if *image* cannot be what is *wanted*."""
+async def require_amendable(image: Image, wanted: Amendment, pace: Pace) -> None:
+    """Raises: CannotAmend if *image* cannot be what is *wanted*; Cancelled."""
     path, record = image.file.path, image.header.record
     version = wanted.version or record.version
     order = record.refcount_order if wanted.refcount_order is None else wanted.refcount_order
@@ -103,10 +107,10 @@ async def require_amendable(image: Image, wanted: Amendment) -> None:
         raise CannotAmend(path, "compat=0.10 requires refcount_bits=16")
     if version < record.version:
         size = image.size if wanted.size is None else wanted.size + -wanted.size % SECTOR_SIZE
-        await _require_old_enough(image, size)
+        await _require_old_enough(image, size, pace)
 
 
-async def _require_old_enough(image: Image, size: int) -> None:
+async def _require_old_enough(image: Image, size: int, pace: Pace) -> None:
     """Raises: CannotAmend if the image, with a disk of *size* bytes, has what version 2 does not."""
     path, header = image.file.path, image.header
     word = header.record.incompatible_features
@@ -120,23 +124,31 @@ async def _require_old_enough(image: Image, size: int) -> None:
         raise CannotAmend(path, "Internal snapshots prevent downgrade of image")
     if header.compression_type is not CompressionType.ZLIB:
         report = Report()
-        await judge(image.file, report)
+        await judge(image.file, report, lambda done, total: pace.require_going())
         if report.compressed_clusters or header.record.nb_snapshots:
             raise CannotAmend(
                 path, "Cannot downgrade an image with zstd compression type and existing compressed clusters"
             )
 
 
-async def prepare(image: Image, wanted: Amendment) -> None:
-    """What comes before another header: the disk's length, zeros said as version 2 can. It is to be closed then."""
+async def prepare(image: Image, wanted: Amendment, pace: Pace) -> None:
+    """What comes before another header: the disk's length, zeros said as version 2 can. It is to be closed then.
+
+    Raises: OSError, ImageError, Cancelled; then, too.
+    """
+    pace.require_going()
     if wanted.size is not None and wanted.size != image.size:
         await image.grow(wanted.size)
     if wanted.version == 2 and image.header.record.version > 2:
-        await image.expand_zeros()
+        await image.expand_zeros(pace.require_going)
 
 
-async def amend_header(file: File, wanted: Amendment, tell: Callable[[], None] = lambda: None) -> None:
-    """Let the header of a clean image say what is *wanted*; stable on return. *tell* is called half-way."""
+async def amend_header(file: File, wanted: Amendment, pace: Pace) -> None:
+    """Let the header of a clean image say what is *wanted*; stable on return.
+
+    Raises: OSError, ImageError; Cancelled, some of it is so then.
+    """
+    pace.require_going()
     header = await read_header(file)
     version = wanted.version or header.record.version
     if version > header.record.version:
@@ -147,10 +159,10 @@ async def amend_header(file: File, wanted: Amendment, tell: Callable[[], None] =
             await repair(file)
     if wanted.lazy_refcounts is not None and version >= 3:
         header = await set_lazy_refcounts(file, header, is_lazy=wanted.lazy_refcounts)
-    tell()
+    pace.tell(2, STEPS)
     if wanted.refcount_order not in (None, header.record.refcount_order):
         assert wanted.refcount_order is not None
-        await change_width(file, wanted.refcount_order)
+        await change_width(file, wanted.refcount_order, lambda done, total: pace.require_going())
     header = await read_header(file)
     if version < header.record.version:
         header = await clear_autoclear(file, header, maintained=Autoclear(0))

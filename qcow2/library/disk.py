@@ -20,6 +20,7 @@ from qcow2.engine.packing import PART_BYTES
 from qcow2.engine.plain import Preallocation
 from qcow2.error import BelowUnclean, UnsupportedImage
 from qcow2.format.snapshot import Snapshot
+from qcow2.job.pace import Pace
 from qcow2.library.awaitable import AwaitableDisk
 from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.facts import Facts, facts_of_file
@@ -27,6 +28,7 @@ from qcow2.library.file import DiskFile
 from qcow2.library.glance import Glance
 from qcow2.library.hostfile import is_writable, path_of_descriptor, reserve
 from qcow2.library.key import Key, keys_of
+from qcow2.library.lengthen import lengthen
 from qcow2.library.own_thread import OwnThread
 from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
@@ -157,7 +159,7 @@ class Disk(AwaitableDisk):
         """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros. It survives a power loss.
 
         A disk gets shorter only with *shrink*: what is past its end is lost. One that is so short already loses what a
-        shrink that was interrupted has left there. *preallocation* is for what is new.
+        shrink that was interrupted has left there. *preallocation* is for what is new; an interrupt ends it early.
         Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage; OSError.
         """
         self._require_inside(0, 0)
@@ -169,12 +171,10 @@ class Disk(AwaitableDisk):
             return
         data_file = next((file for file in self.files if file is self.image.data_file), self.files[0])
         end, file_end = self.size, data_file.size()
-        self._run(lambda: self.image.grow(nbytes))
-        if kind is not Preallocation.OFF and end < self.size:
-            writes = kind is Preallocation.FULL
-            self._run(lambda: self.image.preallocate(end, self.size - end, writes=writes))
-            if kind is Preallocation.FALLOC:
-                reserve(data_file, min(end, file_end) if data_file is not self.files[0] else file_end)
+        pace = Pace()
+        self._call(lambda: self._driver.run(lengthen(self.image, nbytes, kind, pace)), pace.cancel)
+        if kind is Preallocation.FALLOC and end < self.size:
+            reserve(data_file, min(end, file_end) if data_file is not self.files[0] else file_end)
 
     @property
     def snapshots(self) -> "SnapshotList":
@@ -283,8 +283,8 @@ class Disk(AwaitableDisk):
 
         return self._call(run)
 
-    def _call(self, function: Callable[[], T]) -> T:
-        """Call *function* in this disk's turn."""
+    def _call(self, function: Callable[[], T], interrupted: Callable[[], None] = lambda: None) -> T:
+        """Call *function* in this disk's turn; *interrupted* each time the caller is."""
 
         def call() -> T:
             self._require_open()  # it may have been closed while this call waited for its turn
@@ -292,7 +292,7 @@ class Disk(AwaitableDisk):
 
         if not self._thread.is_ours:
             raise OSError(errno.EBADF, "the disk was opened by the parent process", self._path)
-        return self._thread.call(call)
+        return self._thread.call(call, interrupted)
 
     def _require_open(self) -> None:
         if not self.files[0].is_open:

@@ -72,7 +72,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             return 0
         with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
             try:
-                amend_image(image.path, _amendment(given), tell=pace.tell, **how_to_open(arguments))
+                amend_image(image.path, _amendment(given), pace, **how_to_open(arguments))
             except CannotAmend as error:
                 raise Failure(error.reason) from error
     return 0

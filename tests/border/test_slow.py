@@ -12,7 +12,7 @@ import qcow2
 from tests import slowdisk
 from tests.border.library import ACKNOWLEDGED, FLUSHED
 from tests.frontend import FLUSH, FrontEnd
-from tests.oracle import assert_not_corrupt
+from tests.oracle import assert_clean, assert_not_corrupt, read_header
 from tests.program import TIMEOUT, TOOL, Daemon, qcow2_tool_ok
 from tests.slowdisk import SlowDisk
 
@@ -82,6 +82,35 @@ def test_tool(disk: SlowDisk, command: str) -> None:
         process = interrupt(disk, [TOOL, *words, *([] if image in words else [image])], number)
         assert process.returncode in (0, -number)
         assert_kept(image)
+
+
+def call_off(disk: SlowDisk, number: signal.Signals, *words: str | Path) -> None:
+    """Run the tool, and give it *number* while its first write hangs: it dies of that without a word."""
+    with subprocess.Popen([TOOL, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with disk.holding(slowdisk.WRITE):
+            disk.wait_for_one()
+            process.send_signal(number)
+            disk.let_others_pass()
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, said) == (-number, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_another_refcount_width_is_called_off_between_two_steps(disk: SlowDisk, number: signal.Signals) -> None:
+    image = new_image(disk, number)
+    call_off(disk, number, "amend", "-o", "refcount_bits=64", image)
+    assert read_header(image).fields["refcount_order"] == 4
+    assert_clean(image)
+    assert_kept(image)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_preallocation_is_called_off_between_two_steps(disk: SlowDisk, number: signal.Signals) -> None:
+    image = disk.path / "image"
+    image.touch()
+    call_off(disk, number, "resize", "-f", "raw", "--preallocation=full", image, "512M")
+    assert image.stat().st_size == 512 << 20
+    assert image.stat().st_blocks * 512 < 256 << 20, "it went on to its end"
 
 
 def test_library(disk: SlowDisk) -> None:

@@ -71,13 +71,13 @@ async def do_amend(draw: random.Random, chain: Chain, before: bytes) -> bytes:
     )
     top = await _top(chain, draw)
     try:
-        await require_amendable(top, wanted)
+        await require_amendable(top, wanted, Pace())
     except CannotAmend:
         await top.close()
         return before
-    await prepare(top, wanted)
+    await prepare(top, wanted, Pace())
     await top.close()
-    await amend_header(top.file, wanted)
+    await amend_header(top.file, wanted, Pace())
     return before
 
 

@@ -1,7 +1,9 @@
 """`qcow2 amend`: another version, other refcounts, the same disk, also wherever it is interrupted."""
 
+import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import qcow2
 from qcow2.format.header import Header as OurHeader
 from qcow2.format.header import read_header as load
 from qcow2.format.header import rewrite_header
+from qcow2.job.pace import Cancelled, Pace
 from qcow2.judge.check import check
 from qcow2.judge.repair import change_width
+from qcow2.library.amend import Amendment, amend_image
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.images import check_image, open_image, read_all, start
 from tests.crash.moments import states
@@ -167,6 +171,53 @@ def test_every_moment_of_another_width(kind: str, order: int) -> None:
         assert seen(state, kind) == start(kind).contents
     assert order in widths
     assert not driver.run(check(file)).leaks
+
+
+class CalledOff(Pace):
+    """Is told to end when the job looks for the *last* time."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self._left = last
+
+    def require_going(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self.cancel()
+        super().require_going()
+
+
+def call_off(path: Path, wanted: Amendment, last: int) -> bool:
+    """Whether the amendment was at its end before."""
+    try:
+        amend_image(str(path), wanted, CalledOff(last))
+    except Cancelled:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [Amendment(refcount_order=6), Amendment(version=2, refcount_order=4), Amendment(lazy_refcounts=True)],
+    ids=str,
+)
+def test_wherever_it_is_called_off_the_image_is_sound(tmp_path: Path, wanted: Amendment) -> None:
+    begun, path = tmp_path / "begun", tmp_path / "a"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=8", begun, "256k")
+    qemu_io(begun, "write -P 1 0 100k", "write -z 50k 20k", "write -z 200k 10k")
+    before = qemu_read(begun)
+    for last in itertools.count(1):
+        shutil.copy(begun, path)
+        is_done = call_off(path, wanted, last)
+        assert_clean(path)
+        assert qemu_read(path) == before
+        header = read_header(path).fields
+        if is_done:
+            break
+        assert (header["version"], header.get("refcount_order")) == (3, 3)
+    assert last > 2
+    assert wanted.version in (None, header["version"])
+    assert wanted.refcount_order in (None, header.get("refcount_order", 4))
 
 
 @pytest.mark.parametrize("name", ["", "b", "x" * 700])
