@@ -73,7 +73,8 @@ threads: guest-packages $(VENV)/installed
 kill: guest-packages $(VENV)/installed
 	$(BIN)/python -m tests.kill $(KILL)
 
-# LIVE: minutes; a guest that verifies what it wrote while its disk is frozen, streamed, committed, its daemons killed.
+# LIVE: minutes; a guest that verifies what it wrote while its disk is frozen, streamed, committed, its daemons killed,
+# and that migrates.
 .PHONY: live
 live: guest-packages $(VENV)/installed
 	tests/vm/peers 11.1

@@ -50,10 +50,10 @@ def boot(kernel: Kernel, initrd: Path) -> Boot:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
-    """Return what starts our daemon: serve(image, *options), a context manager."""
+    """Return what starts our daemon: serve(image, *options, name=of the socket), a context manager."""
 
-    def start(image: Path, *options: str) -> Backend:
-        socket_path = tmp_path / f"{image.stem}.sock"
+    def start(image: Path, *options: str, name: str = "") -> Backend:
+        socket_path = tmp_path / f"{name or image.stem}.sock"
         program = installed_program("vhost-user-qcow2")
         return Backend([program, f"--socket-path={socket_path}", f"--blk-file={image}", *options], socket_path)
 

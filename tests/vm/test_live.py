@@ -1,4 +1,4 @@
-"""A guest that writes and verifies, while its disk is frozen, copied and committed, and its daemons are killed.
+"""A guest that writes and verifies, while its disk is frozen, copied and committed, it moves, and its daemons die.
 
 `make live` does that for LIVE_MINUTES, ten without it; after each thing that was done every file of the chain is
 checked, by this system's QEMU and by that of JUDGE_BIN, a directory.
@@ -6,7 +6,7 @@ checked, by this system's QEMU and by that of JUDGE_BIN, a directory.
 
 import os
 import random
-import subprocess
+import re
 import threading
 import time
 from collections import Counter
@@ -15,47 +15,40 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from guest import Backend, Guest, vhost_user_disk
 
-import qcow2
 from qcow2.node.chain import chain_paths
-from qcow2.node.extent import Extent
 from tests.kill.round import wait_for_the_kernel
 from tests.patience import TIMEOUT
 from tests.vm.conftest import Boot, Serve
+from tests.vm.judges import assert_reported, assert_sound
+from tests.vm.sides import Sides
 from tests.vm.test_reconnect import job, wait_until_at_work, wait_until_connected
 from tests.vm.tool import make_image
 from vhost import Control, ControlError
+from vhost.client import Job
 
 MINUTES = float(os.environ.get("LIVE_MINUTES", "0"))
-LEAKS = 3  # exit code of qemu-img check
-CHUNK = 64 << 10  # of a backup
 LEFT = ("frozen*", "copy*", "backup*", ".copy*", ".backup*", "*.old*", "*.committing*")  # what nobody may need
 DEEP = 12  # files of a chain, after which it is made shorter
 
 
 class Life:
-    """One disk, its guest and its daemon now."""
+    """One disk, and what is done to it."""
 
-    def __init__(self, image: Path, serve: Serve, stack: ExitStack, seed: int) -> None:
+    def __init__(self, image: Path, serve: Serve, boot: Boot, stack: ExitStack, seed: int) -> None:
         self.image = image
         self.draw = random.Random(seed)
         self.done: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self._serve = serve
-        self._stack = stack
         self._made = 0  # names that were given
         self._bitmap = ""
         self._backup = image  # the last one of that bitmap
-        self.daemon = self.begin()
+        self.sides = Sides(image, serve, boot, stack, self._options)
+        self.control = self.sides.control
+        self.sides.boot(job(2), queues=2, packed=seed % 2 == 1)
 
-    def begin(self) -> Backend:
-        cache = self.draw.choice(("writeback", "writethrough", "none"))
-        daemon = self._serve(self.image, f"--cache={cache}", f"--control={self.image}.control")
-        return self._stack.enter_context(daemon)
-
-    def control(self) -> Control:
-        return Control(f"{self.image}.control")
+    def _options(self) -> list[str]:
+        return [f"--cache={self.draw.choice(('writeback', 'writethrough', 'none'))}"]
 
     def snapshot(self) -> None:
         with self.control() as control:
@@ -107,7 +100,7 @@ class Life:
         path = self.image.with_name(self._name("backup"))
         ended = control.wait(control.backup(path.name, **options).job)
         assert ended.state == "completed", ended
-        self._judge(path)
+        assert_sound(path)
         return path
 
     def bitmaps(self) -> None:
@@ -138,47 +131,87 @@ class Life:
             control.resize(int(control.status()["size"]) + (1 << 20))
 
     def kill(self) -> None:
-        self.daemon.process.kill()
-        self.daemon.process.wait()
+        self.sides.daemon.process.kill()
+        self.sides.daemon.process.wait()
         self.check(is_dead=True)
-        self.daemon = self.begin()
+        self.sides.begin()
 
     def kill_at_work(self) -> None:
         """In the midst of a snapshot or a job."""
         with self.control() as control:
             with suppress(ControlError):
                 self._begin_slowly(control)
-            killer = threading.Timer(self.draw.random() / 10, self.daemon.process.kill)
+            killer = threading.Timer(self.draw.random() / 10, self.sides.daemon.process.kill)
             killer.start()
             with suppress(ControlError):
                 while True:
                     control.snapshot(self._name("frozen"), carry_bitmaps=True)
                     self.done["snapshot"] += 1
         killer.join()
-        self.daemon.process.wait()
+        self.sides.daemon.process.wait()
         self.check(is_dead=True)
-        self.daemon = self.begin()
+        self.sides.begin()
 
-    def _begin_slowly(self, control: Control) -> None:
+    def _begin_slowly(self, control: Control) -> int:
         match self.draw.choice(("stream", "commit", "mirror", "backup")):
             case "stream":
-                control.stream(rate=1 << 20)
+                return control.stream(rate=1 << 20).job
             case "commit":
-                control.commit(rate=1 << 20)
+                return control.commit(rate=1 << 20).job
             case "mirror":
-                control.set_rate(control.mirror(self._name("copy"), rate=1 << 20).job, 0)
+                return control.set_rate(control.mirror(self._name("copy"), rate=1 << 20).job, 0).job
             case _:
-                control.backup(self._name("backup"), rate=1 << 20)
+                return control.backup(self._name("backup"), rate=1 << 20).job
 
     def restart(self) -> None:
-        self.daemon.stop()
+        self.sides.daemon.stop()
         self.check(is_dead=True)
-        self.daemon = self.begin()
+        self.sides.begin()
 
-    def act(self, guest: Guest) -> None:
+    def migrate(self) -> None:
+        """To another QEMU, on the daemon that it came from or a new one, or nearly; half the time beside a job."""
+        begun = 0
+        if self.draw.random() < 0.5:
+            self.snapshot()  # or there may be nothing to stream or commit
+            with self.control() as control:
+                begun = self._begin_slowly(control)
+        if self.draw.random() < 0.2:
+            self.sides.cancel(self.draw.choice(("active", "pre-switchover")))
+            self.done["thought better of it"] += 1
+        else:
+            self.sides.move()
+            self._look_at_what_waits(begun)
+            if self.draw.random() < 0.5:
+                self.sides.end_idle(kill=self.draw.random() < 0.5)
+        self._end_jobs()
+
+    def _look_at_what_waits(self, begun: int) -> None:
+        """The job *begun* waits for the guest in the daemon that it has left; it fails if it is a backup."""
+        with self.sides.idle_control() as control:
+            control.subscribe("job")
+            while begun and not ((left := control.job(begun)).has_ended or left.state == rest_of(left)):
+                assert control.next_event(TIMEOUT) is not None, left
+            if begun:
+                self.done[f"left {left.kind} {left.state}"] += 1
+
+    def _end_jobs(self) -> None:
+        """Those that go on where the guest is now; it may be back."""
+        with self.control() as control:
+            for known in control.jobs():
+                if not known.has_ended:
+                    with suppress(ControlError):  # it has by now
+                        control.set_rate(known.job, 0)
+                    ended = control.wait(known.job)
+                    if ended.state == "ready":
+                        control.cancel(known.job)
+                        ended = control.wait(known.job)
+                    self.done[f"went on: {ended.kind} {ended.state} {ended.error}".strip()] += 1
+
+    def act(self) -> None:
         """Do one thing, wait until the guest has gone on, and look at the files."""
         actions = [self.snapshot, self.stream, self.commit, self.commit_all, self.resize]
         actions += [self.mirror, self.backup, self.backup, self.bitmaps, self.kill, self.kill_at_work, self.restart]
+        actions += [self.migrate, self.migrate, self.migrate]
         if len(self._chain()) > DEEP:
             actions = [self.stream]
         action = self.draw.choice(actions)
@@ -187,8 +220,8 @@ class Life:
             self.done[action.__name__] += 1
         except ControlError as error:
             self.refused[f"{action.__name__}: {error}"] += 1
-        wait_until_connected(guest, self.daemon)
-        wait_until_at_work(guest, self.daemon)
+        wait_until_connected(self.sides.guest, self.sides.daemon)
+        wait_until_at_work(self.sides.guest, self.sides.daemon)
         self.check(is_dead=False)
 
     def _chain(self, top: Path | None = None) -> list[Path]:
@@ -200,38 +233,36 @@ class Life:
         with self.control() if not is_dead else ExitStack() as control:
             if isinstance(control, Control) and any(not known.has_ended for known in control.jobs()):
                 return  # which writes to one of them
-        needed = {*chain, *self._chain(self._backup)}
-        for pattern in LEFT:
-            for path in {*self.image.parent.glob(pattern)} - needed:
-                path.unlink()
+        self._clean({*chain, *self._chain(self._backup)})
         for path in chain if is_dead else ():
             wait_for_the_kernel(path)
         for path in chain if is_dead else chain[1:]:
-            self._judge(path, *([] if is_dead else ["-U"]))
+            assert_sound(path, *([] if is_dead else ["-U"]))
 
-    def _judge(self, path: Path, *options: str) -> None:
-        for program in JUDGES:
-            command = [program, "check", "-q", "-f", "qcow2", *options, path]
-            judged = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert judged.returncode in (0, LEAKS), f"{path}: {judged.stdout}{judged.stderr}; {self.done}"
+    def _clean(self, needed: set[Path]) -> None:
+        """The files that no disk needs; a job that waits for the guest may need them."""
+        if self.sides.idle is not None:
+            with self.sides.idle_control() as control:
+                if any(not known.has_ended for known in control.jobs()):
+                    return
+        for pattern in LEFT:
+            for path in {*self.image.parent.glob(pattern)} - needed:
+                path.unlink()
+
+    def finish(self) -> int:
+        """Let the guest end, and both daemons -> how many rounds it has verified."""
+        self.sides.guest.unplug("flag")
+        result = self.sides.guest.finish(TIMEOUT)
+        self.sides.daemon.stop()
+        if self.sides.idle is not None:
+            self.sides.end_idle(kill=False)
+        self.check(is_dead=True)
+        return max(int(line.split()[1]) for line in result.console if re.fullmatch(r"verified \d+", line))
 
 
-def assert_reported(before: Path, whole: Path, after: Path) -> None:
-    """What differs between two backups a bitmap has reported by the next one, which is over the first."""
-    with qcow2.open(before) as one, qcow2.open(whole) as other, qcow2.open(after) as top:
-        own = [extent for extent in top.extents(0, top.size) if extent.depth == 0 and extent.is_present]
-        reported = {chunk for extent in own for chunk in chunks_of(extent)}
-        for chunk in range(min(one.size, other.size) // CHUNK):
-            if chunk not in reported:
-                pair = one.read(chunk * CHUNK, CHUNK), other.read(chunk * CHUNK, CHUNK)
-                assert pair[0] == pair[1], f"{whole} differs from {before} at {chunk * CHUNK:#x}, not reported"
-
-
-def chunks_of(extent: Extent) -> range:
-    return range(extent.guest_offset // CHUNK, -(-(extent.guest_offset + extent.nbytes) // CHUNK))
-
-
-JUDGES = ["/usr/bin/qemu-img", *([f"{directory}/qemu-img"] if (directory := os.environ.get("JUDGE_BIN")) else [])]
+def rest_of(job: Job) -> str:
+    """How it stands with a job whose daemon the guest has left."""
+    return "failed" if job.kind == "backup" else "waiting"
 
 
 @pytest.mark.skipif(not MINUTES, reason="LIVE_MINUTES is not set: make live")
@@ -239,19 +270,11 @@ def test_guest_verifies_what_it_wrote_through_a_life_of_operations(boot: Boot, s
     image = make_image(tmp_path / "disk.qcow2", "256M", "compat=1.1")
     seed = int(os.environ.get("LIVE_SEED", "0"))
     with ExitStack() as stack:
-        life = Life(image, serve, stack, seed)
-        disk = vhost_user_disk(life.daemon.socket_path, queues=2, packed=seed % 2 == 1, reconnect=1)
-        guest = boot(job(2), [*disk, "-device", "virtio-rng-pci,id=flag,addr=1e.0"], cpus=2)
-        with guest:
-            wait_until_at_work(guest, life.daemon)
-            ends_at = time.monotonic() + 60 * MINUTES
-            while time.monotonic() < ends_at:
-                life.act(guest)
-            guest.unplug("flag")
-            result = guest.finish(TIMEOUT)
-            life.daemon.stop()
-        life.check(is_dead=True)
-    rounds = sum("verified" in line for line in result.console if not line.startswith("+"))
-    assert rounds
+        life = Life(image, serve, boot, stack, seed)
+        wait_until_at_work(life.sides.guest, life.sides.daemon)
+        ends_at = time.monotonic() + 60 * MINUTES
+        while time.monotonic() < ends_at:
+            life.act()
+        rounds = life.finish()
     print(f"{MINUTES:g} minutes, seed {seed}: {dict(life.done)}; {rounds} rounds of fio verified, 0 errors")
     print(f"refused: {dict(life.refused)}")

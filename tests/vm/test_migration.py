@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guest import Backend, Guest, installed_program, vhost_user_disk
+from guest import Backend, Guest, vhost_user_disk
 
 from tests.patience import TIMEOUT
-from tests.vm.conftest import Boot
+from tests.vm.conftest import Boot, Serve
+from tests.vm.journey import Journey
 from tests.vm.tool import run
 
 MIGRATIONS = int(os.environ.get("MIGRATIONS", "2"))
@@ -41,11 +42,12 @@ JOB = f"""
 
 
 class Hosts:
-    """Two daemons on one image, and the QEMU that has the guest now; a context manager."""
+    """Two daemons on one image, and the guest that moves between them; a context manager."""
 
-    def __init__(self, boot: Boot, image: Path, options: list[str], properties: str, cpus: int) -> None:
+    def __init__(self, boot: Boot, serve: Serve, image: Path, options: list[str], properties: str, cpus: int) -> None:
         """*options* are the daemons', *properties* the disk's."""
         self._boot = boot
+        self._serve = serve
         self._image = image
         self._options = options
         self._properties = properties
@@ -55,62 +57,38 @@ class Hosts:
 
     def __enter__(self) -> "Hosts":
         with ExitStack() as stack:
-            self.daemons = [stack.enter_context(self._daemon(name)) for name in ("here", "there")]
-            self._running = stack.enter_context(ExitStack())
-            self.guest = self._start(self._running, self.daemons[0])
+            here = stack.enter_context(self._serve(self._image, *self._options, name="here"))
+            there = stack.enter_context(self._serve(self._image, *self._options, "--incoming", name="there"))
+            self.daemons = [here, there]
+            self._journey = stack.enter_context(Journey(self._start, here, self._image.with_name("migration")))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def _daemon(self, name: str) -> Backend:
-        path = self._image.with_name(f"{name}.sock")
-        options = [*self._options, *(["--incoming"] if name == "there" else [])]
-        command = [installed_program("vhost-user-qcow2"), f"--socket-path={path}", f"--blk-file={self._image}"]
-        return Backend([*command, *options], path)
-
-    def _start(self, stack: ExitStack, daemon: Backend, *arguments: str) -> Guest:
+    def _start(self, daemon: Backend, arguments: list[str]) -> Guest:
         *chardev, device = vhost_user_disk(daemon.socket_path)
         disk = [*chardev, f"{device},{self._properties}"]
         flag = ["-device", "virtio-rng-pci,id=flag,addr=0x1e"]
-        guest = stack.enter_context(self._boot(JOB, [*disk, *flag, *arguments], cpus=self._cpus))
-        capabilities = [
-            {"capability": "events", "state": True},
-            {"capability": "pause-before-switchover", "state": True},
-        ]
-        guest.command("migrate-set-capabilities", capabilities=capabilities)
-        guest.command("migrate-set-parameters", **{"max-bandwidth": 1 << 30, "downtime-limit": 5000})
-        return guest
+        return self._boot(JOB, [*disk, *flag, *arguments], cpus=self._cpus)
 
-    def begin_to_move(self, stack: ExitStack) -> Guest:
-        """Start another QEMU and the migration to it, which will stop before the guest is handed over."""
-        target = self._start(stack, self.daemons[(self._moves + 1) % 2], "-incoming", "defer")
-        address = f"unix:{self._image.with_name('migration')}"
-        target.command("migrate-incoming", uri=address)
-        self.guest.command("migrate", uri=address)
-        return target
+    @property
+    def guest(self) -> Guest:
+        return self._journey.guest
+
+    @property
+    def _other(self) -> Backend:
+        return self.daemons[(self._moves + 1) % 2]
 
     def move(self) -> None:
         """Migrate the guest, which goes on in another QEMU on the other daemon."""
-        with ExitStack() as stack:
-            target = self.begin_to_move(stack)
-            wait_for_migration(self.guest, "pre-switchover")
-            self.guest.command("migrate-continue", state="pre-switchover")
-            wait_for_migration(self.guest, "completed")
-            target.wait_for_event("RESUME")
-            self._running.close()
-            self._running.push(stack.pop_all())
-        self.guest = target
+        self._journey.move(self._other)
         self._moves += 1
 
     def cancel(self, status: str) -> None:
         """Begin to migrate the guest, and think better of it when the migration is at *status*; the guest stays."""
-        with ExitStack() as stack:
-            self.begin_to_move(stack)
-            wait_for_migration(self.guest, status)
-            self.guest.command("migrate_cancel")
-            wait_for_migration(self.guest, "cancelled")
+        self._journey.cancel(self._other, status)
 
     def finish(self) -> None:
         """Let the guest end its job, in which it verifies what it has written last, and both daemons after it."""
@@ -121,11 +99,6 @@ class Hosts:
         run("qemu-img", "check", self._image)
 
 
-def wait_for_migration(guest: Guest, status: str) -> None:
-    while (now := guest.wait_for_event("MIGRATION")["status"]) != status:
-        assert now != "failed", "the migration failed"
-
-
 WAYS = {
     "writeback": ([], "num-queues=1", 1),
     "writethrough, four queues": (["--cache=writethrough", "--lazy-refcounts=off"], "num-queues=4", 4),
@@ -134,8 +107,8 @@ WAYS = {
 
 
 @pytest.fixture(params=WAYS if MIGRATIONS > 2 else ["writeback", "packed rings"])
-def hosts(request: pytest.FixtureRequest, boot: Boot, lazy_image: Path) -> Iterator[Hosts]:
-    with Hosts(boot, lazy_image, *WAYS[request.param]) as running:
+def hosts(request: pytest.FixtureRequest, boot: Boot, serve: Serve, lazy_image: Path) -> Iterator[Hosts]:
+    with Hosts(boot, serve, lazy_image, *WAYS[request.param]) as running:
         running.guest.wait_for("verified 1", TIMEOUT)
         yield running
 
