@@ -49,13 +49,14 @@ def take(queue: "SimpleQueue[T]") -> T:
             continue
 
 
-def interruptible(function: Callable[[], T], on_wait: Callable[[], None], drop: Callable[[T], object]) -> T:
-    """What *function* returns, called beside the main thread, which hears signals meanwhile; on others right here.
+def interruptible(function: Callable[[], T], on_wait: Callable[[], None] | None, drop: Callable[[T], object]) -> T:
+    """What *function* returns, called beside this thread, which looks meanwhile whether it is to go on waiting.
 
-    A handler may raise, and so may *on_wait()*, called now and then: nobody waits then, and *drop* gets the result.
+    The main thread hears signals, whose handlers may raise, and so may *on_wait()*, called now and then on any thread:
+    nobody waits then, and *drop* gets the result. Where neither can happen it is called right here.
     Raises: what *function* does.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if on_wait is None and threading.current_thread() is not threading.main_thread():
         return function()
     from concurrent.futures import Future, wait
 
@@ -72,7 +73,8 @@ def interruptible(function: Callable[[], T], on_wait: Callable[[], None], drop: 
         return function()
     try:
         while not wait([result], LOOK_SECONDS).done:
-            on_wait()
+            if on_wait is not None:
+                on_wait()
     except BaseException:
         result.add_done_callback(lambda ended: ended.exception() or drop(ended.result()))
         raise

@@ -28,13 +28,13 @@ class Keyring:
     def __init__(
         self,
         passphrases: Callable[[str], Iterable[bytes | bytearray]],
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[], None] | None = None,
         *,
         are_ranked: bool = False,
     ) -> None:
         """*passphrases(path)*: what may open the image at *path*; asked for when it is opened for the first time.
 
-        A bytearray is ours, to be wiped. *on_wait()* may raise while a key is derived for the main thread. The first of
+        A bytearray is ours, to be wiped. *on_wait()* may raise while a key is derived, on any thread. The first of
         those that *are_ranked* is that of legacy AES, which cannot tell; else there must be one only.
         """
         self.passphrases = passphrases
@@ -45,7 +45,7 @@ class Keyring:
 
     def again(self) -> "Keyring":
         """One that has opened nothing, for another thread."""
-        return Keyring(self.passphrases, are_ranked=self.are_ranked)
+        return Keyring(self.passphrases, self.on_wait, are_ranked=self.are_ranked)
 
     async def cipher(self, file: File, host_offset: int, nbytes: int, *, is_detached: bool = False) -> SectorCipher:
         """By the LUKS header there, or of a disk elsewhere. Raises: WrongKey, UnsupportedImage, CorruptImage."""

@@ -64,7 +64,7 @@ class Vault:
         luks = parse_luks(file.path, data, nbytes, host_offset, is_detached=is_detached)
         return cls(file, host_offset, luks, nbytes)
 
-    async def open(self, passphrases: Iterable[Secret], on_wait: Callable[[], None] = lambda: None) -> Unlocked:
+    async def open(self, passphrases: Iterable[Secret], on_wait: Callable[[], None] | None = None) -> Unlocked:
         """The first slot that one of *passphrases* opens; *on_wait()* may raise meanwhile.
 
         Raises: WrongKey; UnsupportedImage if that would take forever.
@@ -80,7 +80,7 @@ class Vault:
         raise WrongKey(self.file.path, "the key opens no key slot")
 
     async def open_slot(
-        self, number: int, passphrase: Secret, on_wait: Callable[[], None] = lambda: None
+        self, number: int, passphrase: Secret, on_wait: Callable[[], None] | None = None
     ) -> bytearray | None:
         """The master key, the caller's to wipe, if *passphrase* opens that slot; *on_wait()* may raise meanwhile."""
         record, slot = self.luks.record, self.luks.record.slots[number]
@@ -144,7 +144,7 @@ async def _derive(
     salt: bytes,
     iterations: int,
     nbytes: int,
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None] | None = None,
 ) -> bytes:
     """What the hash makes of *passphrase*: fresh bytes, the caller's to wipe; *on_wait()* may raise meanwhile."""
 

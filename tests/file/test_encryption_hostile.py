@@ -1,12 +1,15 @@
 """Encrypted images that lie: whatever their headers say, opening them ends, and in a refusal."""
 
+import json
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,8 @@ from qcow2.driver.file import HostFile, run
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.judge.check import check
 from tests.file.test_convert import wait_until
-from tests.program import DAEMON, TOOL, complaints, qcow2_tool, qcow2_tool_ok
+from tests.frontend import FrontEnd
+from tests.program import DAEMON, TOOL, Daemon, complaints, qcow2_tool, qcow2_tool_ok
 
 MUTANTS = 150
 SMALL = "cluster_size=4k,encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=1,encrypt.hash-alg=sha1"
@@ -80,13 +84,13 @@ def seconds_of(pid: int) -> float:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("program", ["convert", "serve-nbd", "daemon"])
 def test_a_signal_ends_who_derives_a_key(tmp_path: Path, program: str, number: signal.Signals) -> None:
-    path, key, socket = slow(tmp_path / "disk", LONG), tmp_path / "key", tmp_path / "socket"
+    path, key, place = slow(tmp_path / "disk", LONG), tmp_path / "key", tmp_path / "socket"
     key.write_bytes(b"k")
     secret = ["--object", f"secret,id=s0,file={key}"]
     command: list[str | Path] = {
         "convert": [TOOL, "convert", *secret, "-O", "raw", path, tmp_path / "plain"],
-        "serve-nbd": [TOOL, "serve-nbd", *secret, "-k", socket, path],
-        "daemon": [DAEMON, f"--key-file={key}", f"--socket-path={socket}", f"--blk-file={path}"],
+        "serve-nbd": [TOOL, "serve-nbd", *secret, "-k", place, path],
+        "daemon": [DAEMON, f"--key-file={key}", f"--socket-path={place}", f"--blk-file={path}"],
     }[program]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -96,6 +100,32 @@ def test_a_signal_ends_who_derives_a_key(tmp_path: Path, program: str, number: s
         finally:
             process.kill()
     assert (process.returncode, complaints(said)) == (-number if program == "convert" else 0, "")
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "request_"),
+    [
+        ("disk", {"command": "resize", "size": 2 << 20}),
+        ("copy", {"command": "mirror", "target": "copy", "existing": True}),
+    ],
+)
+def test_a_signal_ends_a_command_that_derives_a_key(tmp_path: Path, waits_for: str, request_: dict[str, Any]) -> None:
+    image, key = tmp_path / "disk", tmp_path / "key"
+    key.write_bytes(b"k")
+    qcow2.create(image, 1 << 20, key=b"k", iter_time=1)
+    with ExitStack() as stack:
+        daemon = stack.enter_context(Daemon(image, f"--control={image}.control", f"--key-file={key}"))
+        guest = stack.enter_context(FrontEnd(daemon.socket_path))
+        if waits_for == "disk":
+            guest.stop_queue()  # the image is let go: it may be another one when it is opened again
+        slow(tmp_path / waits_for, LONG)
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(f"{image}.control")
+        before = seconds_of(daemon.process.pid)
+        client.sendall(json.dumps(request_).encode() + b"\n")
+        wait_until(lambda: seconds_of(daemon.process.pid) > before + 2)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(20) == 0
 
 
 def test_all_key_slots_together_ask_for_less_than_forever(tmp_path: Path) -> None:
