@@ -354,10 +354,10 @@ class ImageBackend:
         return Status.IOERR
 
     def _sync_failed(self, file: HostFile, number: int) -> None:
-        """What lies in *file* takes no more writes: the image, or one below it that a job writes."""
+        """What lies in *file*, or has its data there, takes no more writes: the image, or one that a job writes."""
         assert self._held.disk is not None
         others = self._held.disk.chain.nodes[1:] + ([] if self._beside is None else [self._beside])
-        node = (*(node for node in others if file is node.file), self._image)[0]
+        node = next((node for node in others if file in (node.file, node.data_file)), self._image)
         error = OSError(number, f"sync failed: {os.strerror(number)}")
         node.fail(error)  # at once; the rest may have to wait
         self._driver.run(node.lose(error), lambda task: None)

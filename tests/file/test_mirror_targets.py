@@ -1,6 +1,8 @@
-"""What a mirror finds at its target: an image that was not closed cleanly, or its own copy after the guest paused."""
+"""What a mirror finds at its target: an image not closed cleanly, its own copy after a pause, a host that fails."""
 
 from pathlib import Path
+
+import pytest
 
 import qcow2
 from tests import slowdisk
@@ -8,6 +10,7 @@ from tests.file.test_jobs import SHOWN, chain, content, control, start, top
 from tests.file.test_mirror import until
 from tests.frontend import FrontEnd
 from tests.oracle import assert_clean
+from tests.realfault.host import SYNC, Fault, Host
 from tests.slowdisk import SlowDisk
 
 __all__ = ["chain", "top"]  # fixtures
@@ -57,3 +60,23 @@ def test_the_copy_of_the_job_under_way_is_nobodys_left_over(top: Path, tmp_path:
         said = daemon.process.stderr.read()
     assert ".other.mirror: was left" in said
     assert ".copy.mirror: was left" not in said
+
+
+@pytest.mark.parametrize("failing", ["copy", "data"])
+def test_a_copy_that_cannot_be_synced_is_not_the_guests_trouble(top: Path, tmp_path: Path, failing: str) -> None:
+    qcow2.create(tmp_path / "copy", len(SHOWN), data_file="data")
+    host = Host(tmp_path / failing, Fault(for_good=True), tmp_path / "told")
+    with start(top, "--aio=threads", under=host.under) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror("copy", existing=True).job
+            until(client, job, "ready")
+            host.aim(2)  # a sync of a second descriptor, and its close, come first
+            host.arm()
+            client.complete(job)
+            assert client.wait(job).state == "failed"
+            assert host.hit == SYNC
+            assert client.status()["failed"] is False
+            guest.write(0, b"w" * 4096)
+            guest.flush()
+        daemon.stop()
+    assert content(top)[:4096] == b"w" * 4096
