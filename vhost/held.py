@@ -19,6 +19,7 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.engine.statistics import Statistics
 from qcow2.error import BelowUnclean, UnsupportedImage
 from qcow2.format.luks import Encryption
+from qcow2.job.pace import while_going
 from qcow2.node.chain import Chain, outline
 from qcow2.node.formats import Outline
 from qcow2.node.gate import BACKING, Gate
@@ -146,13 +147,11 @@ class HeldImage:
             on_wait=self._on_wait,
         )
 
-    def repair(self, path: str, image_format: str) -> None:
-        """Leave the image at *path*, which is another one, closed cleanly. For any thread.
-
-        Raises: OSError, ImageError.
-        """
-        opening = replace(self._opening, keys=self.other_keys())
-        Disk.of(self._chain(path), path, image_format, opening).close()
+    def repair(self, path: str, image_format: str, require_going: Callable[[], None]) -> None:
+        """For any thread: leave another image clean, unless *require_going()* raises. Raises: OSError, ImageError."""
+        chain = self._chain(path)
+        chain.progress = while_going(require_going, chain.progress)
+        Disk.of(chain, path, image_format, replace(self._opening, keys=self.other_keys())).close()
 
     def _close(self, disk: Disk, close: Callable[[], None]) -> None:
         """Forget the files of *disk*, which *close* closes. Raises: OSError, the last of those that closing raised."""

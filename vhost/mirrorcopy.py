@@ -17,6 +17,7 @@ from qcow2.engine.plain import Preallocation, write_raw
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import read_header
 from qcow2.format.luks import Encryption
+from qcow2.job.pace import Cancelled
 from qcow2.node.chain import Chain
 from qcow2.node.node import Node
 from qcow2.node.pivot import NewFile
@@ -80,6 +81,7 @@ class CopyFile:
         self._device = served.device
         self._backend = served.backend
         self._copy: Disk | None = None  # opened last
+        self._is_aborted = False
         self._only_top = only_top
         if exists and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
@@ -100,9 +102,13 @@ class CopyFile:
             return run(read_header(file, trust_refcounts=False)).is_dirty
 
     def reach(self) -> None:
-        """Repair what is there. Raises: ImageError, too."""
+        """Repair what is there. Raises: ImageError, Cancelled, too."""
         if self._is_unclean():
-            self._held.repair(self.path, self.image_format)
+            self._held.repair(self.path, self.image_format, self._require_going)
+
+    def _require_going(self) -> None:
+        if self._is_aborted:
+            raise Cancelled
 
     def open(self, source: Node) -> Disk:
         """As of a `CopyPlace`."""
@@ -224,7 +230,8 @@ class CopyFile:
         return self._new is not None and self._new.is_led_to_by(self._held.options.blk_file)
 
     def abort(self) -> None:
-        """It is here."""
+        """It is here; a repair of it ends early."""
+        self._is_aborted = True
 
 
 def _second(file: HostFile) -> HostFile:

@@ -14,6 +14,17 @@ class Cancelled(Exception):
     """The job was told to end before it was done."""
 
 
+def while_going(require_going: Callable[[], None], progress: Progress | None) -> Progress:
+    """What tells *progress*, if there is one, unless *require_going()* raises."""
+
+    def tell(done: int, total: int) -> None:
+        require_going()
+        if progress is not None:
+            progress(done, total)
+
+    return tell
+
+
 class Pace:
     """Shared by a job and whoever started it; both on the job's thread, but for `cancel`."""
 

@@ -48,13 +48,14 @@ async def repair(
     Data is not touched. Nothing is written if something lies past the end of the file: it is gone, and zeros in its
     place would pass for it; but a snapshot table that the header misses is looked for. While references cannot be
     followed, what seems to leak may be theirs: counts that are too low are raised, none is lowered, and the structure
-    of an image with snapshots is not rebuilt.
+    of an image with snapshots is not rebuilt. *progress* is told of each count, of which there may be several, and may
+    raise: the next repair goes on then.
     Raises: OSError, UnsupportedImage, CorruptImage.
     """
     before = await judge(file, Report(say), progress)
     found = before.report
     if mode is RepairMode.ALL and await find_table(before):
-        before = await judge(file, Report())
+        before = await judge(file, Report(), progress)
     if before.census.is_cut_off or not _is_judged(before.census, mode):
         return found
     if before.census.header.is_dirty:
@@ -63,22 +64,22 @@ async def repair(
     await clear_autoclear(file, before.census.header, maintained=Autoclear.BITMAPS)
     if mode is RepairMode.ALL and before.census.askew:
         await _let_go_of_askew(before.census)
-        before = await judge(file, Report())
+        before = await judge(file, Report(), progress)
     if mode is RepairMode.ALL and before.census.must_complete_snapshots and not found.is_dark:
         await complete_snapshots(before.census)
-        before = await judge(file, Report())
+        before = await judge(file, Report(), progress)
     if mode is RepairMode.ALL and before.census.counted_snapshots is not None and not before.report.is_dark:
         await _correct_snapshots(before.census, before.census.counted_snapshots)
-        before = await judge(file, Report())
+        before = await judge(file, Report(), progress)
     if mode is RepairMode.LEAKS:
         await _adjust_refcounts(before, lower=True)
         await _correct_copied(before.census)
     elif before.report.is_dark and not before.census.must_rebuild:
         await _adjust_refcounts(before, lower=False)
-        await _correct_copied((await judge(file, Report())).census, counted=False)
+        await _correct_copied((await judge(file, Report(), progress)).census, counted=False)
     else:
         await _repair_all(before)
-    after = (await judge(file, Report())).report
+    after = (await judge(file, Report(), progress)).report
     after.corruptions_fixed = max(0, found.corruptions - after.corruptions)
     after.leaks_fixed = max(0, found.leaks - after.leaks)
     if not after.unsound:

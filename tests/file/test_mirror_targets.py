@@ -9,7 +9,7 @@ from tests import slowdisk
 from tests.file.test_jobs import SHOWN, chain, content, control, start, top
 from tests.file.test_mirror import until
 from tests.frontend import FrontEnd
-from tests.oracle import assert_clean
+from tests.oracle import assert_clean, read_header
 from tests.realfault.host import SYNC, Fault, Host
 from tests.slowdisk import SlowDisk
 
@@ -45,6 +45,25 @@ def test_a_target_that_was_not_closed_cleanly_is_repaired_while_the_guest_restar
     assert f"{top}: was not closed cleanly" not in said
     assert_clean(backing / "copy")
     assert content(backing / "copy") == SHOWN
+
+
+def test_a_job_that_is_cancelled_does_not_repair_its_target_to_the_end(top: Path, tmp_path: Path) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    make_dirty(backing / "copy")
+    with SlowDisk(backing, mount_point) as disk, start(top) as daemon:
+        with FrontEnd(daemon.socket_path), control(top) as client:
+            with disk.holding(slowdisk.WRITE):
+                job = client.mirror(str(mount_point / "copy"), existing=True).job
+                disk.wait_for_one()
+                client.cancel(job)
+                disk.let_go()
+            assert client.wait(job).state == "cancelled"
+        daemon.stop()
+    assert read_header(backing / "copy").fields["incompatible_features"] == 1
+    qcow2.open(backing / "copy", "r+").close()
+    assert_clean(backing / "copy")
 
 
 def test_the_copy_of_the_job_under_way_is_nobodys_left_over(top: Path, tmp_path: Path) -> None:
