@@ -2,7 +2,8 @@
 
 The moment is that of the command, before it is answered: while requests wait, the chunks to copy are marked as wanted
 (`vhost/frozen.py`). The target is brought what is saved by a thread of its own: one that hangs holds up nobody else. A
-bitmap goes on recording; what was copied is cleared in it once the target is whole, but for what has changed since.
+bitmap goes on recording; what was copied is cleared in it once the target is whole, but for what has changed since,
+unless it is to keep that.
 """
 
 import errno
@@ -32,6 +33,7 @@ from vhost.clock import Clock
 from vhost.device import die
 from vhost.frozen import CHUNK_BITS, Frozen, Saved, Wanted
 from vhost.job import RoomWanted, Work
+from vhost.policy import BitmapMode
 from vhost.servedchain import ServedChain
 
 
@@ -48,6 +50,7 @@ class Backup(Work):
         *,
         exists: bool,
         bitmap: str | None,
+        bitmap_mode: BitmapMode,
         backing: str | None,
     ) -> None:
         """*target* is as seen from the directory of the image, or an NBD URI; *backing* as seen from that of *target*.
@@ -55,7 +58,16 @@ class Backup(Work):
         Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be done.
         """
         image_format = _format_of(target, image_format, bitmap, backing)
-        self.about: dict[str, Any] = {"target": target, "format": image_format, "bitmap": bitmap, "backing": backing}
+        mode = None if bitmap is None else bitmap_mode
+        self.about: dict[str, Any] = {
+            "target": target,
+            "format": image_format,
+            "bitmap": bitmap,
+            "bitmap-mode": mode,
+            "backing": backing,
+        }
+        self._is_to_forget = mode is BitmapMode.ON_SUCCESS
+        self._is_increment = bitmap is not None
         self._served = served
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
@@ -81,7 +93,15 @@ class Backup(Work):
         backing_format = None if backing is None else "qcow2"
         options = Options(self._image.size, backing_name=backing, backing_format=backing_format, encryption=encryption)
         allowed = held.options.allow_files
-        return BackupFile(path, options, image_format, exists=exists, keys=held.other_keys(), allow_files=allowed)
+        return BackupFile(
+            path,
+            options,
+            image_format,
+            exists=exists,
+            is_increment=self._is_increment,
+            keys=held.other_keys(),
+            allow_files=allowed,
+        )
 
     def _begin_copy(self, bitmap: str | None) -> None:
         """Freeze the disk, and only then, since that may be refused, overwrite what is at the target."""
@@ -169,7 +189,7 @@ class Backup(Work):
     def finish(self) -> None:
         self._feed.close()
         self._target.finish()
-        if self._bitmap is not None:
+        if self._bitmap is not None and self._is_to_forget:
             self._forget(self._bitmap)
 
     def _forget(self, bitmap: FrozenBitmap) -> None:

@@ -15,9 +15,10 @@ from qcow2.engine.create import Options
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
+from qcow2.error import UnsupportedImage
 from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
-from qcow2.job.target import InNew, InPlace, Target, create_all_but_magic
+from qcow2.job.target import MAGIC, InNew, InPlace, Target, create_all_but_magic
 from qcow2.lock import lock_image
 from qcow2.node.leftover import hidden, require_ours, require_own_name
 from qcow2.node.node import Node
@@ -90,11 +91,13 @@ class BackupFile(BackupTarget):
         image_format: str,
         *,
         exists: bool,
+        is_increment: bool = False,
         keys: Keyring | None,
         allow_files: Iterable[str] | None = None,
     ) -> None:
         """The size, the qcow2 image under it and the encryption are those of *options*; *keys* open both images.
 
+        *is_increment*: it holds what has changed, and no image that exists is worth less.
         What the one under it names lies beneath *allow_files*, if they are given, or beside it.
         Raises: OSError, ImageError, ValueError.
         """
@@ -118,6 +121,8 @@ class BackupFile(BackupTarget):
                 require_ours(self._made)
             self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made))
             stack.callback(self._remove)
+            if is_increment and self._made is None:
+                _require_no_image(self._file)
             if image_format == "raw" and self._file.is_device and self._file.size() < options.size:
                 raise ImageError(path, f"the device has {self._file.size()} bytes, the disk {options.size}")
             self._of_format = partial(self._format, image_format, options, below, keys)
@@ -183,6 +188,12 @@ class BackupFile(BackupTarget):
 def _opened(path: str) -> HostFile:
     """Raises: OSError, ImageLocked."""
     return _locked(HostFile.open(path, writable=True))
+
+
+def _require_no_image(file: HostFile) -> None:
+    """The bitmap may have forgotten what is in it. Raises: OSError, UnsupportedImage."""
+    if os.pread(file.fd, len(MAGIC), 0) == MAGIC:
+        raise UnsupportedImage(file.path, "holds an image: an increment replaces none; remove it or name another")
 
 
 def _made(path: str) -> HostFile:

@@ -234,6 +234,7 @@ class Control:
         format: str | None = None,
         existing: bool = False,
         bitmap: str | None = None,
+        bitmap_mode: str | None = None,
         backing: str | None = None,
         rate: int = 0,
         on_error: str = "report",
@@ -241,8 +242,9 @@ class Control:
         """Begin to copy the disk of this moment to *target*, or what *bitmap* says has changed, over *backing*.
 
         *target*: a file, or an NBD URI. *format*: qcow2 if not said, of an export raw.
+        *bitmap_mode*: `never` lets the bitmap keep what was copied, `on-success`, if not said, forget it at the end.
         """
-        words = {"format": format, "bitmap": bitmap, "backing": backing}
+        words = {"format": format, "bitmap": bitmap, "bitmap-mode": bitmap_mode, "backing": backing}
         given = {key: word for key, word in words.items() if word is not None}
         return self._job("backup", target=target, existing=existing, rate=rate, on_error=on_error, **given)
 

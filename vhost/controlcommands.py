@@ -267,7 +267,7 @@ OPTIONS = {  # which may be left out
     "stream": ("base", "rate", "on-error"),
     "commit": ("base", "active", "rate", "on-error"),
     "mirror": ("format", "top", "existing", "rate", "on-error"),
-    "backup": ("format", "existing", "bitmap", "backing", "rate", "on-error"),
+    "backup": ("format", "existing", "bitmap", "bitmap-mode", "backing", "rate", "on-error"),
 }
 
 LOOKS = ("status", "stats", "metrics")  # which wait for nobody

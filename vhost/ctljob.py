@@ -25,6 +25,7 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     backup.add_argument("--format", choices=COPY_FORMATS, help="of the file (default: qcow2); an export is raw")
     backup.add_argument("--existing", action="store_true", help="overwrite the file, device or export that is there")
     backup.add_argument("--bitmap", metavar="NAME", help="only what it has recorded, and let it forget that at the end")
+    backup.add_argument("--keep-bitmap", action="store_true", help="let the bitmap forget nothing")
     backup.add_argument("--backing", metavar="FILE", help="the backup before, over which the new one is a whole disk")
     commit.add_argument("--active", action="store_true", help="and what the image holds itself")
     mirror = commands.add_parser("mirror", help="copy the disk, and keep the copy in step until it is served, or left")
@@ -70,7 +71,8 @@ def run_command(control: Control, request: dict[str, Any]) -> int:
             return _begun(control, control.mirror(target, image_format, **given, rate=rate, on_error=on_error), request)
         case {"command": "backup"}:
             chosen = {key: request[key] for key in ("format", "existing", "bitmap", "backing", "rate", "on_error")}
-            return _begun(control, control.backup(request["target"], **chosen), request)
+            mode = "never" if request["keep_bitmap"] else None
+            return _begun(control, control.backup(request["target"], **chosen, bitmap_mode=mode), request)
         case {"action": "list"}:
             return _show_all(control.jobs(), is_json=request["json"])
         case {"action": "wait", "job": number}:

@@ -12,7 +12,7 @@ from vhost.held import HeldImage
 from vhost.job import JobRefused, Report, Work
 from vhost.jobs import Jobs
 from vhost.mirroring import Mirroring
-from vhost.policy import COPY_FORMATS, OnError
+from vhost.policy import COPY_FORMATS, BitmapMode, OnError
 from vhost.probe import Probe
 from vhost.problem import describe
 from vhost.servedchain import ServedChain
@@ -81,6 +81,7 @@ class JobCommands:
         format: object = None,
         existing: object = False,
         bitmap: object = None,
+        bitmap_mode: object = None,
         backing: object = None,
         rate: object = 0,
         on_error: object = "report",
@@ -95,13 +96,16 @@ class JobCommands:
             raise JobRefused(f"{format!r} is none of {', '.join(COPY_FORMATS)}")
         if bitmap is None and backing is not None:
             raise JobRefused("a backing file is for what a bitmap says: all of the disk needs none")
+        if bitmap is None and bitmap_mode is not None:
+            raise JobRefused("bitmap-mode is for a backup by a bitmap")
+        mode = _bitmap_mode(bitmap_mode)
         names = {"bitmap": _named(bitmap), "backing": _named(backing)}
         image_format, is_existing = _named(format), existing
         self._require_answer(name)
         if names["backing"] is not None:
             self._require_answer(name, names["backing"])
         return self._start(
-            lambda: Backup(self._served, name, image_format, exists=is_existing, **names),
+            lambda: Backup(self._served, name, image_format, exists=is_existing, bitmap_mode=mode, **names),
             rate,
             on_error,
         )
@@ -160,6 +164,14 @@ def _rate(rate: object) -> int:
     if not isinstance(rate, int) or isinstance(rate, bool) or not 0 <= rate < RATE_LIMIT:
         raise JobRefused(f"{rate!r} is not a rate in bytes a second")
     return rate
+
+
+def _bitmap_mode(mode: object) -> BitmapMode:
+    if mode is None:
+        return BitmapMode.ON_SUCCESS
+    if not isinstance(mode, str) or mode not in tuple(BitmapMode):
+        raise JobRefused(f"{mode!r} is none of {', '.join(BitmapMode)}")
+    return BitmapMode(mode)
 
 
 def _policy(on_error: object) -> OnError:

@@ -30,6 +30,13 @@ class OnError(StrEnum):
     IGNORE = "ignore"  # it is begun again, until it is cancelled
 
 
+class BitmapMode(StrEnum):
+    """What a bitmap forgets of what a backup has copied, as QEMU calls it."""
+
+    ON_SUCCESS = "on-success"  # all of it, once the backup is whole
+    NEVER = "never"  # nothing
+
+
 def is_final(policy: OnError, error: Exception) -> bool:
     """Whether a job with *policy* fails of *error*; what is no error of the host fails it in any case."""
     if not isinstance(error, OSError) or policy is OnError.REPORT:

@@ -234,12 +234,56 @@ def test_refused_backup_leaves_what_is_there(tmp_path: Path, content: bytes) -> 
         qcow2.create(there, SIZE)
     before = there.read_bytes()
     with start(image) as daemon, FrontEnd(daemon.socket_path), control(image) as client:
-        with pytest.raises(ControlError, match="'weekly' not found"):
+        with pytest.raises(ControlError, match="'weekly' not found" if content else "holds an image"):
             client.backup("there", existing=True, bitmap="weekly")
         assert there.read_bytes() == before
-        assert client.wait(client.backup("there", existing=True, bitmap="nightly").job).state == "completed"
+        bitmap = "nightly" if content else None
+        assert client.wait(client.backup("there", existing=True, bitmap=bitmap).job).state == "completed"
         daemon.stop()
     assert_clean(there)
+
+
+def test_an_increment_that_is_given_twice_stays(tmp_path: Path) -> None:
+    """The bitmap has forgotten what is in it: the second one would hold nothing."""
+    image, held = make(tmp_path, "plain")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        assert client.wait(client.backup("whole").job).state == "completed"
+        guest.write(MIB, b"w" * BLOCK)
+        night = {"bitmap": "nightly", "backing": "whole", "existing": True}
+        (tmp_path / "night").touch()
+        assert client.wait(client.backup("night", **night).job).state == "completed"
+        with pytest.raises(ControlError, match="/night: holds an image: an increment replaces none"):
+            client.backup("night", **night)
+        daemon.stop()
+    assert_same_bytes(read(tmp_path / "night"), held[:MIB] + b"w" * BLOCK + held[MIB + BLOCK :])
+
+
+def test_a_backup_keeps_the_bitmap_if_that_is_said(tmp_path: Path) -> None:
+    image, held = make(tmp_path, "plain")
+    with start(image) as daemon, FrontEnd(daemon.socket_path) as guest, control(image) as client:
+        assert client.wait(client.backup("whole").job).state == "completed"
+        guest.write(MIB, b"w" * BLOCK)
+        night = {"bitmap": "nightly", "backing": "whole"}
+        job = client.wait(client.backup("one", **night, bitmap_mode="never").job)
+        assert (job.state, job.about["bitmap-mode"]) == ("completed", "never")
+        guest.write(3 * MIB, b"v" * BLOCK)
+        said = ctl(image, "backup", "two", "--bitmap=nightly", "--backing=whole", "--keep-bitmap", "--wait")
+        assert said.returncode == 0, said.stderr
+        assert client.wait(client.backup("three", **night).job).done == 128 * KIB
+        for options, why in (
+            ({"bitmap_mode": "never"}, "bitmap-mode is for a backup by a bitmap"),
+            ({**night, "bitmap_mode": "always"}, "'always' is none of on-success, never"),
+        ):
+            with pytest.raises(ControlError, match=why):
+                client.backup("four", **options)
+        daemon.stop()
+    wanted = bytearray(held)
+    wanted[MIB : MIB + BLOCK] = b"w" * BLOCK
+    assert_same_bytes(read(tmp_path / "one"), bytes(wanted))
+    wanted[3 * MIB : 3 * MIB + BLOCK] = b"v" * BLOCK
+    assert_same_bytes(read(tmp_path / "two"), bytes(wanted))
+    assert_same_bytes(read(tmp_path / "three"), bytes(wanted))
+    assert dirty(image, "nightly") == []
 
 
 def test_a_target_that_finds_no_memory_is_not_the_guests_trouble() -> None:

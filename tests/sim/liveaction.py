@@ -28,6 +28,7 @@ from vhost.job import RoomWanted, Work
 from vhost.mirroring import Mirroring
 from vhost.overlaybitmaps import OverlayBitmaps
 from vhost.overlaywish import OverlayWish
+from vhost.policy import BitmapMode
 from vhost.snapshot import Pace as NoPace
 from vhost.snapshot import Snapshots
 from vhost.streaming import Streaming
@@ -205,6 +206,7 @@ class Operator:
                 "qcow2",
                 exists=False,
                 bitmap=bitmap and bitmap.name,
+                bitmap_mode=BitmapMode.ON_SUCCESS,
                 backing=base and base.path,
             )
             target: Any = work._target
