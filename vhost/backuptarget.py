@@ -20,7 +20,7 @@ from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import MAGIC, InNew, InPlace, Target, create_all_but_magic
 from qcow2.lock import lock_image
-from qcow2.node.leftover import hidden, require_ours, require_own_name
+from qcow2.node.leftover import hidden, require_left, require_ours, require_own_name
 from qcow2.node.node import Node
 from qcow2.node.overlay import sync_directory
 from qcow2.node.raw import RawImage
@@ -201,6 +201,7 @@ def _made(path: str) -> HostFile:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = _locked(HostFile(path, os.open(path, flags, 0o600), writable=True))
     try:
+        require_left(file, path)
         if os.fstat(file.fd).st_nlink == 1 and os.path.samestat(os.fstat(file.fd), os.lstat(path)):
             return file
         os.unlink(path)  # it has its name, and was to lose this one

@@ -11,10 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile
+from qcow2.format import layout
 from qcow2.lock import is_written, lock_image
 from qcow2.node.recovery import remove_logs_of
 
 WHAT = ("overlay", "pivot", "mirror", "backup")
+HEADS = (layout.MAGIC.to_bytes(4, "big"), bytes(4))  # of an image, and of one whose magic comes last
+VERSIONS = (b"\0\0\0\2", b"\0\0\0\3")
 COPY = re.compile(r"\..+\.(mirror|backup)")
 
 
@@ -56,7 +59,29 @@ def require_ours(name: str) -> None:
     """Whether nothing is at *name*, or a file, as a death of ours leaves one. Raises: FileExistsError."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(name).st_mode):
-            raise FileExistsError(errno.EEXIST, "is in the way, and no file that we leave", name)
+            raise _in_the_way(name)
+
+
+def require_left(file: HostFile, name: str, *, is_over: bool = False) -> None:
+    """Whether a death of ours may have left *file* at *name*: it is an image, or its first sector was to come last.
+
+    *is_over*: an image names a file under it. A second name of a file may always go.
+    Raises: FileExistsError, OSError.
+    """
+    head = os.pread(file.fd, layout.SECTOR_SIZE, 0)
+    is_image = head[:4] in HEADS and head[4:8] in VERSIONS and (any(head[8:16]) or not is_over)
+    if any(head) and not is_image and os.fstat(file.fd).st_nlink == 1:
+        raise _in_the_way(name)
+
+
+def _looked_at(name: str, path: str) -> HostFile:
+    """The file at *name*, whose log names it *path*. Raises: OSError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return HostFile(path, os.open(name, flags), writable=False)
+
+
+def _in_the_way(name: str) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "is in the way, and no file that we leave", name)
 
 
 def remove_overlay(path: str, log_directory: str) -> None:
@@ -66,8 +91,8 @@ def remove_overlay(path: str, log_directory: str) -> None:
     """
     name = hidden(os.path.realpath(path), "overlay")
     require_ours(name)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with suppress(FileNotFoundError), HostFile(path, os.open(name, flags), writable=False) as left:
+    with suppress(FileNotFoundError), _looked_at(name, path) as left:
+        require_left(left, name, is_over=True)
         if os.fstat(left.fd).st_nlink == 1:  # else it is the image itself, after a snapshot that was called off
             lock_image(left.fd, name, writable=True)
             remove_logs_of(left, log_directory)
@@ -81,9 +106,11 @@ def remove_pivot(path: str) -> None:
     Raises: OSError, FileExistsError if it is none of these.
     """
     name = hidden(os.path.abspath(path), "pivot")
-    if not os.path.islink(name):
-        require_ours(name)
     with suppress(FileNotFoundError):
+        if not os.path.islink(name):
+            require_ours(name)
+            with _looked_at(name, name) as left:
+                require_left(left, name)
         os.unlink(name)
 
 
@@ -115,8 +142,7 @@ def copies_left(path: str) -> list[str]:
 
 def _is_left(name: str) -> bool:
     with suppress(OSError):
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with HostFile(name, os.open(name, flags), writable=False) as file:
+        with _looked_at(name, name) as file:
             status = os.fstat(file.fd)
             return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and not is_written(file.fd, name)
     return False

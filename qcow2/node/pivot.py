@@ -13,7 +13,7 @@ from contextlib import suppress
 from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
-from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_ours, require_own_name
+from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_left, require_ours, require_own_name
 from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.recovery import remove_logs_of
 
@@ -56,6 +56,7 @@ class NewFile:
         require_ours(self.temporary)
         with suppress(FileNotFoundError), HostFile.open(self.temporary, writable=True) as file:
             lock_image(file.fd, self.temporary, writable=True)
+            require_left(file, self.temporary)
             self._unlink(self.temporary)
 
     def _unlink(self, path: str) -> None:

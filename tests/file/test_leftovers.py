@@ -141,6 +141,61 @@ def test_what_may_be_somebodys_stays(image: Path) -> None:
             held.prepare_overlay("frozen", {})
 
 
+SOMEBODYS = [b"notes of mine\n", b"\x7fELF", b"QFI\xfb but no more", b"\xebx\x90MSDOS"]
+
+
+@pytest.mark.parametrize("content", SOMEBODYS, ids=["text", "program", "magic alone", "sector"])
+def test_file_of_somebody_stays_whatever_its_name(image: Path, content: bytes) -> None:
+    names = [".disk.overlay", ".copy.mirror", ".copy.backup"]
+    for name in names:
+        image.with_name(name).write_bytes(content)
+    assert take(image) == set(names)
+    target = str(image.with_name("copy"))
+    with HeldImage(Options(blk_file=str(image))) as held:
+        held.take()
+        with pytest.raises(FileExistsError, match="in the way"):
+            held.prepare_overlay("frozen", {})
+    with HostFile.open(str(image)) as like, pytest.raises(FileExistsError, match="in the way"):
+        NewFile(target, str(image.parent)).make(like, lambda file: None)
+    with pytest.raises(FileExistsError, match="in the way"):
+        BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None)
+    assert [image.with_name(name).read_bytes() for name in names] == [content] * 3
+
+
+def test_disk_of_its_own_is_no_overlay_that_a_death_left(image: Path) -> None:
+    qcow2.create(image.with_name(".disk.overlay"), size=MIB)
+    assert take(image) == {".disk.overlay"}
+
+
+@pytest.mark.parametrize("nbytes", [0, 4, 512])
+def test_image_that_a_death_left_before_its_first_sector_goes(image: Path, nbytes: int) -> None:
+    """It has none yet, or, being encrypted, all but the magic."""
+    for name in (".disk.overlay", ".copy.mirror", ".copy.backup"):
+        path = image.with_name(name)
+        qcow2.create(path, size=MIB, backing=image)
+        path.write_bytes((bytes(nbytes) + path.read_bytes()[nbytes:]) if nbytes else b"")
+    assert take(image) == {".copy.mirror", ".copy.backup"}
+    target = str(image.with_name("copy"))
+    with HostFile.open(str(image)) as like:
+        new = NewFile(target, str(image.parent))
+        new.make(like, lambda file: None)
+        new.discard()
+    BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None).close()
+    assert sorted(os.listdir(image.parent)) == ["disk"]
+
+
+def test_file_of_somebody_is_no_pivot_that_a_death_left(image: Path) -> None:
+    copy, pivot = image.with_name("copy"), image.with_name(".disk.pivot")
+    qcow2.create(copy, size=MIB)
+    pivot.write_bytes(b"the only name of this file")
+    with HeldImage(Options(blk_file=str(image))) as held, HostFile.open(str(copy)) as file:
+        held.take()
+        assert held.disk is not None
+        with pytest.raises(FileExistsError, match="in the way"):
+            Pivot(str(image), held.disk.files[0], str(copy), file).prepare()
+    assert pivot.exists()
+
+
 def test_overlay_that_is_in_use_stays(image: Path) -> None:
     overlay = image.with_name(".disk.overlay")
     qcow2.create(overlay, size=MIB)

@@ -165,7 +165,7 @@ def test_frozen_name_must_be_one_that_the_next_daemon_may_open(image: Path, tmp_
 
 def test_name_left_by_a_death_in_between_is_taken(image: Path) -> None:
     os.link(image, image.with_name("frozen"))
-    image.with_name(".disk.qcow2.overlay").write_bytes(b"half of one")
+    image.with_name(".disk.qcow2.overlay").write_bytes(bytes(BLOCK) + b"half of one")
     with start(image) as daemon, FrontEnd(daemon.socket_path) as guest:
         guest.write(0, b"a" * BLOCK)
         freeze(image, "frozen")
