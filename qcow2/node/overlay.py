@@ -25,6 +25,7 @@ from qcow2.node.chain import Chain
 from qcow2.node.gate import BACKING
 from qcow2.node.leftover import hidden, remove_overlay, require_own_name
 from qcow2.node.logplace import new_log
+from qcow2.node.ownership import own_as
 
 
 class Overlay:
@@ -85,9 +86,7 @@ class Overlay:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         file = HostFile(self._top.path, os.open(self._temporary, flags, 0o600), writable=True)
         try:
-            status = os.fstat(self._top.fd)
-            os.fchown(file.fd, status.st_uid, status.st_gid)
-            os.fchmod(file.fd, stat.S_IMODE(status.st_mode))
+            own_as(file, self._top)
             lock_image(file.fd, self._temporary, writable=True)
             file.life_fd = show_life(self._temporary, file.fd)
         except BaseException:

@@ -15,6 +15,7 @@ from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
 from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_left, require_ours, require_own_name
 from qcow2.node.overlay import leads_to, sync_directory
+from qcow2.node.ownership import own_as
 from qcow2.node.recovery import remove_logs_of
 
 
@@ -43,9 +44,7 @@ class NewFile:
         with HostFile(self.temporary, os.open(self.temporary, flags, 0o600), writable=True) as file:
             self._made = numbers_of(os.fstat(file.fd))
             try:
-                status = os.fstat(like.fd)
-                os.fchown(file.fd, status.st_uid, status.st_gid)
-                os.fchmod(file.fd, stat.S_IMODE(status.st_mode))
+                own_as(file, like)
                 fill(file)
             except BaseException:
                 self.discard()
