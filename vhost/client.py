@@ -203,7 +203,7 @@ class Control:
         return self._job("stream", **({} if base is None else {"base": base}), rate=rate, on_error=on_error)
 
     def commit(self, base: str | None = None, *, active: bool = False, rate: int = 0, on_error: str = "report") -> Job:
-        """Begin to bring what is between the image and *base*, or its backing file's, into that.
+        """Begin to bring what is between the image and *base*, or, if that is one file, the lowest, into that.
         *active*: and what the image holds itself; *base* is its backing file then, if nothing is said.
         """
         options = {**({} if base is None else {"base": base}), **({"active": True} if active else {})}

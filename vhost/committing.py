@@ -34,26 +34,25 @@ log = logging.getLogger("vhost")
 
 
 class Committing(Work):
-    """Bring what is between the served image and *base*, a file of its chain, into that; None: its backing file's."""
+    """Bring what is between the served image and *base*, a file of its chain, into that; None: the lowest."""
 
     kind = "commit"
 
     def __init__(self, served: ServedChain, base: str | None, *, is_active: bool) -> None:
-        """*base* is as seen from the directory of the image; *is_active*: what that holds now comes, too.
+        """*base* is as seen from the directory of the image; None: only if one file is between that and the lowest.
 
-        So it does where nothing is between. Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be
-        done.
+        *is_active*: what the image holds now comes, too; then None is its backing file.
+        Raises: RoomWanted; ValueError, UnsupportedImage, OSError if that cannot be done.
         """
         served.require_free()
         self._served = served
-        self._base = base
         self._served.image()
-        self._is_to_freeze = is_active or (base is None and len(self._nodes) == 2)
+        self._is_to_freeze = is_active
         self._frozen: list[Named] = []  # files that are in what is committed, and are removed then
         self.about: dict[str, Any] = {"base": base, "active": self._is_to_freeze}
         if self._is_to_freeze:
             self._require_freezable()
-            self._base = base or self._first_base()
+        self._base = base or (self._first_base() if is_active else self._only_base())
         self._image, self._top, self._below = self._find()
         self._require_committable()
 
@@ -107,14 +106,21 @@ class Committing(Work):
         paths = [node.file.path for node in self._nodes[1:]]
         return os.path.realpath(next((path for path in paths if not self._is_frozen_by_us(path)), paths[-1]))
 
+    def _only_base(self) -> str:
+        """The lowest, if there can be no doubt what comes into it: not one more each time. Raises: ValueError."""
+        top, *between, lowest = (node.file.path for node in self._nodes)
+        if not between:
+            raise ValueError(f"{top} is over {lowest}: nothing is between; --active commits the disk itself")
+        if len(between) > 1:
+            raise ValueError(f"between {top} and {lowest} are {', '.join(between)}: say --base")
+        return os.path.realpath(lowest)
+
     def _find(self) -> tuple[Image, Image, Node]:
         """The served image, the top of what is committed, and the base, as they are now."""
         image = self._served.image()
         top, path = image if self._is_to_freeze else image.backing, image.file.path
-        if not isinstance(top, Image) or (self._base is None and len(self._nodes) < 3):
-            raise ValueError(f"{path}: nothing is between it and a base")
-        base = self._nodes[2] if self._base is None else self._served.below(self._base)
-        if base is top:
+        base = self._served.below(self._base)
+        if base is top or not isinstance(top, Image):
             raise ValueError(f"{self._base}: is the backing file of {path}: nothing is between them (--active?)")
         if top.size < min(image.size, base.size):
             raise ValueError(f"{top.file.path}: is shorter than {path} and than {base.file.path}, which would show")

@@ -19,7 +19,7 @@ def add_commands(commands: Any, parse_size: Callable[[str], int]) -> list[argpar
     stream = commands.add_parser("stream", help="pull what the image shows of its backing files into it")
     stream.add_argument("--base", metavar="FILE", help="only what is above this file of its chain")
     commit = commands.add_parser("commit", help="bring what is frozen under the image into the file under that")
-    commit.add_argument("--base", metavar="FILE", help="into this file of its chain")
+    commit.add_argument("--base", metavar="FILE", help="this file of its chain; needed where several are frozen")
     backup = commands.add_parser("backup", help="copy the disk of this moment, or what a bitmap says has changed")
     backup.add_argument("target", metavar="TARGET", help="a file, as seen from the image's directory, or an NBD URI")
     backup.add_argument("--format", choices=COPY_FORMATS, help="of the file (default: qcow2); an export is raw")

@@ -42,7 +42,7 @@ class JobCommands:
     def commit(
         self, base: object = None, active: object = False, rate: object = 0, on_error: object = "report"
     ) -> dict[str, Any]:
-        """Bring what is between the image and *base*, or its backing file's, into that; if *active*, its own, too."""
+        """Bring what is between the image and *base*, or the lowest, into that; if *active*, its own, too."""
         if not isinstance(active, bool):
             raise JobRefused(f"active is true or false, not {active!r}")
         if not (base is None or (isinstance(base, str) and base)):

@@ -372,6 +372,25 @@ def test_snapshots_are_committed_one_after_the_other(tmp_path: Path, base_format
     assert content(top) == load.expected()
 
 
+def test_commit_that_does_not_say_where_is_taken_if_only_one_file_can_be_meant(top: Path, tmp_path: Path) -> None:
+    """Given again and again it would merge one more file each time, and the disk itself at last."""
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        guest.write(0, b"w" * BLOCK)
+        client.snapshot("frozen")
+        with pytest.raises(ControlError, match=r"/top and .*/base are .*/frozen, .*/mid: say --base"):
+            client.commit()
+        assert client.wait(client.commit("mid").job).state == "completed"
+        assert client.wait(client.commit().job).state == "completed"
+        with pytest.raises(ControlError, match=r"/base: nothing is between; --active commits the disk itself"):
+            client.commit()
+        said = ctl(top, "commit", "--wait")
+        assert (said.returncode, "--active commits the disk itself" in said.stderr) == (1, True)
+        daemon.stop()
+    assert sorted(os.listdir(tmp_path)) == ["base", "frozen", "mid", "top"]
+    assert backing_name(top) == "base"
+    assert content(top) == content(tmp_path / "base") == b"w" * BLOCK + SHOWN[BLOCK:]
+
+
 def test_one_frozen_disk_is_committed_to_another_past_the_page_cache(top: Path, tmp_path: Path) -> None:
     with start(top, "--cache=none") as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
         for name in ("monday", "tuesday"):
@@ -486,7 +505,7 @@ def test_commit_of_a_disk_that_lies_right_over_its_base(tmp_path: Path) -> None:
     with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
         for text in (b"one", b"two"):
             guest.write(MIB, text.ljust(BLOCK) * 32)
-            assert client.wait(client.commit().job).state == "completed"
+            assert client.wait(client.commit(active=True).job).state == "completed"
             assert_clean(base)
             assert content(base)[MIB : MIB + 3] == text
             assert guest.read(MIB, BLOCK) == text.ljust(BLOCK)

@@ -181,7 +181,13 @@ class Operator:
         self._ledger.has_committed = True
         is_active = self._draw.random() < 0.3
         self._carries = True
-        return self._work(lambda: Committing(self._served, self._some_base(), is_active=is_active))
+        base = self._some_base() or (None if is_active else self._second_below())
+        return self._work(lambda: Committing(self._served, base, is_active=is_active))
+
+    def _second_below(self) -> str | None:
+        """Under the file that is frozen right under the image, if one is."""
+        disk = self._served.held.disk
+        return None if disk is None else next((file.path for file in disk.chain.files[2:]), None)
 
     def _some_base(self) -> str | None:
         return self._draw.choice([None, None, *(file.path for file in self._host.every_file)])

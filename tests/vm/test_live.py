@@ -59,7 +59,7 @@ class Life:
         self._job(lambda control: control.stream(rate=self.draw.choice((0, 4 << 20))).job)
 
     def commit(self) -> None:
-        self._job(lambda control: control.commit(rate=self.draw.choice((0, 4 << 20))).job)
+        self._job(lambda control: control.commit(self._base(), rate=self.draw.choice((0, 4 << 20))).job)
 
     def commit_all(self) -> None:
         self._job(lambda control: control.commit(active=True).job)
@@ -157,7 +157,7 @@ class Life:
             case "stream":
                 return control.stream(rate=1 << 20).job
             case "commit":
-                return control.commit(rate=1 << 20).job
+                return control.commit(self._base(), rate=1 << 20).job
             case "mirror":
                 return control.set_rate(control.mirror(self._name("copy"), rate=1 << 20).job, 0).job
             case _:
@@ -226,6 +226,10 @@ class Life:
 
     def _chain(self, top: Path | None = None) -> list[Path]:
         return [Path(path) for path in chain_paths(str(top or self.image), "qcow2")]
+
+    def _base(self) -> str | None:
+        """Below what is frozen right under the image, if anything is."""
+        return next((str(path) for path in self._chain()[2:]), None)
 
     def check(self, *, is_dead: bool) -> None:
         """Each file that nobody writes; those that nobody needs go."""
