@@ -9,6 +9,7 @@ from qcow2.driver.file import HostFile, keep_access_time
 from qcow2.driver.operation import File
 from qcow2.driver.thread import undisturbed
 from qcow2.error import ImageError
+from qcow2.library.place import place_of
 from qcow2.lock import ImageLocked, lock_image
 from qcow2.node.gate import backing_path
 
@@ -75,8 +76,10 @@ def _remove(file: HostFile) -> None:
 
 
 def are_one_file(path: str, other: str) -> bool:
-    """Whether two paths lead to one file; false if either leads to none."""
-    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+    """Whether two paths lead to one file or device, or to parts of it that overlap; false if either leads to none."""
+    if not (os.path.exists(path) and os.path.exists(other)):
+        return False
+    return place_of(os.stat(path)).overlaps(place_of(os.stat(other)))
 
 
 def path_of_descriptor(fd: int) -> str:
@@ -115,20 +118,21 @@ def is_same_file(one: File, other: File) -> bool:
     assert isinstance(other, HostFile)
     if isinstance(one, FarFile) or isinstance(other, FarFile):
         return type(one) is type(other) and one.path == other.path
-    return os.path.samestat(os.fstat(one.fd), os.fstat(other.fd))
+    return place_of(os.fstat(one.fd)) == place_of(os.fstat(other.fd))
 
 
 def is_at(file: File, path: str) -> bool:
-    """Whether *path* leads to what *file* is open on."""
+    """Whether *path* leads to what *file* is open on, or to a part of it: what is written there changes that."""
     assert isinstance(file, HostFile)
     if isinstance(file, FarFile):
         return file.path == path
-    return os.path.exists(path) and os.path.samestat(os.fstat(file.fd), os.stat(path))
+    return os.path.exists(path) and place_of(os.fstat(file.fd)).overlaps(place_of(os.stat(path)))
 
 
 def require_way(image: File, name: str, base: File) -> None:
     """Raises: ImageError unless what *image* would call *name* is *base*."""
     assert isinstance(image, HostFile)
     assert isinstance(base, HostFile)
-    if not is_at(base, backing_path(image.path, name)):
+    path = backing_path(image.path, name)
+    if not (os.path.exists(path) and place_of(os.stat(path)) == place_of(os.fstat(base.fd))):
         raise ImageError(image.path, f"the backing file name {name!r} would not lead to {base.path}")

@@ -8,7 +8,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.driver.operation import Resize, Sync
 from qcow2.engine.create import Options
 from qcow2.engine.plain import Preallocation, write_raw, write_zeros
-from qcow2.library.hostfile import created, opened, reserve
+from qcow2.library.hostfile import are_one_file, created, opened, reserve
 from qcow2.node.gate import DATA, named_path
 
 KEEP, EMPTY = "keep", "empty"
@@ -45,7 +45,7 @@ def _validate(image_path: str, path: str, options: Options, use: str | None) -> 
         if use == KEEP:
             raise FileNotFoundError(2, os.strerror(2), path)
         return
-    if os.path.exists(image_path) and os.path.samefile(path, image_path):
+    if are_one_file(path, image_path):
         raise ValueError(f"{path}: an image cannot be its own data file")
     if use is None:
         raise ValueError(f"data file {path!r} exists: say data_file_use={KEEP}, or {EMPTY} to lose what it holds")

@@ -245,3 +245,32 @@ def test_what_a_device_held_is_no_part_of_the_disk_that_is_copied_to_it(tmp_path
         qcow2.convert(source, device, source_format="raw", compress=compress)
         with qcow2.open(str(device)) as disk:
             assert disk.read(0, disk.size) == source.read_bytes()
+
+
+@pytest.mark.parametrize("source", ["device", "backing"])
+def test_the_source_is_no_target_by_another_way(tmp_path: Path, source: str) -> None:
+    """Another node of the device, and the loop device over the file, or the file under it."""
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"b" * (4 * MIB))
+    with loop_device(backing) as device:
+        node = tmp_path / "node"
+        os.mknod(node, device.stat().st_mode, device.stat().st_rdev)
+        read = device if source == "device" else backing
+        for target in (node, backing, device):
+            done = qcow2_tool("convert", "-U", "-f", "raw", "-O", "raw", read, target)
+            assert (done.returncode, done.stderr) == (1, f"qcow2: {target}: the target is the source, or under it\n")
+    assert backing.read_bytes() == b"b" * (4 * MIB)
+
+
+def test_parts_of_one_file_are_copied_to_each_other(tmp_path: Path) -> None:
+    backing = tmp_path / "backing"
+    backing.write_bytes(b"a" * MIB + b"b" * (2 * MIB))
+    half = ("--sizelimit", str(MIB))
+    with (
+        loop_device(backing, *half) as first,
+        loop_device(backing, *half, "--offset", str(MIB)) as second,
+        loop_device(backing, *half, "--offset", str(MIB + MIB // 2)) as crossing,
+    ):
+        assert qcow2_tool("convert", "-f", "raw", "-O", "raw", second, crossing).returncode == 1
+        qcow2_tool_ok("convert", "-f", "raw", "-O", "raw", first, second)
+    assert backing.read_bytes() == b"a" * (2 * MIB) + b"b" * MIB
