@@ -20,9 +20,9 @@ from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import MAGIC, InNew, InPlace, Target, create_all_but_magic
 from qcow2.lock import lock_image
-from qcow2.node.leftover import hidden, require_left, require_ours, require_own_name
+from qcow2.node.leftover import give_name, hidden, require_left, require_ours, require_own_name
 from qcow2.node.node import Node
-from qcow2.node.overlay import sync_directory
+from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.raw import RawImage
 from vhost.frozen import Saved
 from vhost.problem import describe
@@ -154,26 +154,33 @@ class BackupFile(BackupTarget):
         return self._target
 
     def finish(self) -> None:
-        """All has been stored: let it be a disk of that name, stable. Raises: OSError, ImageError."""
+        """All has been stored: let it be a disk of that name, stable. Raises: OSError, ImageError.
+
+        What is whole stays, and an error says where: its name may be taken by now, say.
+        """
         super().finish()
         if self._made is None:
             return
+        made, self._made = self._made, None
+        if not leads_to(made, self._file):
+            raise ImageError(made, "the backup has been moved or removed")
         try:
-            if not os.path.lexists(self._made) or not os.path.samestat(os.lstat(self._made), os.fstat(self._file.fd)):
-                raise ImageError(self._made, "the backup has been moved or removed")
-            os.link(self._made, self.path)
-            os.unlink(self._made)
+            give_name(made, self.path)
             sync_directory(self.path)
+            if leads_to(made, self._file):
+                os.unlink(made)
         except OSError as error:
-            self._unname()
-            raise ImageError(self.path, str(error.strerror)) from error
-        self._made = None
+            self._unname(made)
+            raise ImageError(made, f"the backup is whole, and stays under this name: {describe(error)}") from error
 
-    def _unname(self) -> None:
+    def _unname(self, made: str) -> None:
         """What failed is not to be taken for a backup that has not."""
         with suppress(OSError):
-            if os.path.samestat(os.lstat(self.path), os.fstat(self._file.fd)):
-                os.unlink(self.path)
+            if leads_to(self.path, self._file):
+                if not leads_to(made, self._file):
+                    give_name(self.path, made)
+                if leads_to(made, self._file) and leads_to(self.path, self._file):
+                    os.unlink(self.path)
 
     def close(self) -> None:
         """Close the file; one that was made and is not whole is gone. Raises: OSError."""

@@ -24,9 +24,7 @@ class LeftCopies:
         with suppress(OSError):
             for path in copies_left(image_path):
                 if _real(path) not in self._known:
-                    log.warning(
-                        "%s: was left by a backup or mirror that was killed: no disk, and in nobody's use", path
-                    )
+                    log.warning("%s: was left by a backup or mirror, and is in nobody's use", path)
                 self._known.add(_real(path))
 
 

@@ -56,6 +56,10 @@ class CopyPlace(Protocol):
     def name(self) -> None:
         """It is whole: let it have its name. Raises: OSError."""
 
+    @property
+    def place(self) -> str:
+        """Where it is now, under its name or not yet. Raises: OSError."""
+
     def unname(self) -> None:
         """It is not served after all: let it have no name again. Raises: OSError."""
 
@@ -215,6 +219,11 @@ class CopyFile:
         if self._new is not None:
             self._new.name()
 
+    @property
+    def place(self) -> str:
+        """As of a `CopyPlace`."""
+        return self.path if self._new is None else self._new.place
+
     def unname(self) -> None:
         """As of a `CopyPlace`; what the path that is served leads to keeps its name."""
         if self._new is not None and not self._is_served():
@@ -292,6 +301,11 @@ class CopyExport:
 
     def name(self) -> None:
         """It has its own."""
+
+    @property
+    def place(self) -> str:
+        """The export."""
+        return self.path
 
     def unname(self) -> None:
         """It keeps it."""

@@ -256,8 +256,17 @@ class Mirroring(Work):
             copy, self._copy, self._mirror = self._copy, None, None
             assert copy is not None
             self._held.close_clean(copy)
-            self._place.name()
             self._is_over = True
+            self._name()
+
+    def _name(self) -> None:
+        """Let the copy, which is whole, have its name. Raises: FileNotFoundError; JobFailed, and it stays there."""
+        try:
+            self._place.name()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise JobFailed(f"{self._place.place}: the copy is whole, and stays there: {describe(error)}") from error
 
     def leave(self) -> None:
         """Return once the copy is out of the guest's way: no change goes to what no job looks after."""

@@ -56,6 +56,7 @@ CALLS: dict[str, tuple[int, int | None]] = {
     "renameat": (264, 38),
     "linkat": (265, 37),
     "readlinkat": (267, 78),
+    "renameat2": (316, 276),
     "faccessat": (269, 48),
     "sync_file_range": (277, 84),
     "fallocate": (285, 47),

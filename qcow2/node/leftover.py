@@ -3,6 +3,7 @@
 Each is `.NAME.what` beside the file that is to be NAME, or that is served as NAME.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -16,6 +17,8 @@ from qcow2.lock import is_written, lock_image
 from qcow2.node.recovery import remove_logs_of
 
 WHAT = ("overlay", "pivot", "mirror", "backup")
+AT_FDCWD = -100
+RENAME_NOREPLACE = 1
 HEADS = (layout.MAGIC.to_bytes(4, "big"), bytes(4))  # of an image, and of one whose magic comes last
 VERSIONS = (b"\0\0\0\2", b"\0\0\0\3")
 COPY = re.compile(r"\..+\.(mirror|backup)")
@@ -34,6 +37,22 @@ def require_own_name(path: str) -> None:
         raise ValueError(f"{path!r} is not the name of a file")
     if any(base.startswith(".") and base.endswith(f".{what}") and len(base) > len(what) + 2 for what in WHAT):
         raise ValueError(f"{base!r}: files of such names are taken for what a death left, and removed")
+
+
+def give_name(name: str, path: str) -> None:
+    """Let what is at *name* be at *path*, too, or, where files have one name only, there alone.
+
+    Raises: OSError, FileExistsError if something is there.
+    """
+    try:
+        os.link(name, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(AT_FDCWD, os.fsencode(name), AT_FDCWD, os.fsencode(path), RENAME_NOREPLACE) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), name, None, path) from None
 
 
 def numbers_of(status: os.stat_result) -> tuple[int, int]:

@@ -13,7 +13,15 @@ from contextlib import suppress
 from qcow2.driver.file import HostFile
 from qcow2.error import UnsupportedImage
 from qcow2.lock import lock_image
-from qcow2.node.leftover import hidden, numbers_of, remove_pivot, require_left, require_ours, require_own_name
+from qcow2.node.leftover import (
+    give_name,
+    hidden,
+    numbers_of,
+    remove_pivot,
+    require_left,
+    require_ours,
+    require_own_name,
+)
 from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.ownership import own_as
 from qcow2.node.recovery import remove_logs_of
@@ -80,16 +88,22 @@ class NewFile:
             raise FileNotFoundError(errno.ENOENT, "the copy has been moved or removed", self.temporary)
         if os.path.lexists(self.path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
-        os.link(self.temporary, self.path)
+        give_name(self.temporary, self.path)
 
     def unname(self) -> None:
         """Let it be at `temporary` alone, as before `name`; stable on return. Raises: OSError."""
         if not self._is_at(self.path):
             return
         if not self._is_at(self.temporary):
-            os.link(self.path, self.temporary)
-        os.unlink(self.path)
+            give_name(self.path, self.temporary)
+        if self._is_at(self.path):
+            os.unlink(self.path)
         sync_directory(self.path)
+
+    @property
+    def place(self) -> str:
+        """Where it is now. Raises: OSError."""
+        return self.path if self._is_at(self.path) else self.temporary
 
     def is_led_to_by(self, path: str) -> bool:
         """Whether *path* leads to what was made. Raises: OSError."""

@@ -37,6 +37,11 @@ def forgetful(at: int) -> list[str]:
     return ["env", f"LD_PRELOAD={library()}", f"FSYNC_FAILS={at}"]
 
 
+def linkless() -> list[str]:
+    """What runs a daemon where a file has one name only."""
+    return ["env", f"LD_PRELOAD={library()}", "NO_LINKS=1"]
+
+
 def waiting(at: int, pipe: Path) -> list[str]:
     """What runs a daemon whose *at*-th sync of a directory ends once who has opened *pipe* for writing closes it."""
     return ["env", f"LD_PRELOAD={library()}", f"FSYNC_WAITS={at}", f"FSYNC_PIPE={pipe}"]
