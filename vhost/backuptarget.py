@@ -20,7 +20,7 @@ from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import MAGIC, InNew, InPlace, Target, create_all_but_magic
 from qcow2.lock import lock_image
-from qcow2.node.leftover import give_name, hidden, require_left, require_ours, require_own_name
+from qcow2.node.leftover import give_name, hidden, require_lasting_name, require_left, require_ours
 from qcow2.node.node import Node
 from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.raw import RawImage
@@ -103,7 +103,7 @@ class BackupFile(BackupTarget):
         """
         super().__init__(path)
         if not exists:
-            require_own_name(path)
+            require_lasting_name(path)
         self._made = None if exists else hidden(path, "backup")
         self._target: Target | None = None
         with ExitStack() as stack:

@@ -20,7 +20,7 @@ from qcow2.job.crew import BESIDE_A_GUEST, Windows
 from qcow2.job.pace import Pace
 from qcow2.job.reins import Reins
 from qcow2.job.visible import require_hidden
-from qcow2.node.leftover import Named, numbers_of
+from qcow2.node.leftover import COMMITTING, Named, numbers_of
 from qcow2.node.node import Node, encrypted_among
 from ring.thread import new_future
 from vhost.beside import beside
@@ -92,7 +92,7 @@ class Committing(Work):
     @property
     def _frozen_name(self) -> str:
         """How the files are called that what the image holds is frozen in, if not with a number."""
-        return f"{os.path.realpath(self._served.image().file.path)}.committing"
+        return f"{os.path.realpath(self._served.image().file.path)}.{COMMITTING}"
 
     def _is_frozen_by_us(self, path: str) -> bool:
         return os.path.realpath(path).rstrip("0123456789") == self._frozen_name

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from qcow2 import ImageError
 from qcow2.driver.memory import SharedMemory
 from qcow2.driver.task import Task
+from qcow2.node.leftover import require_lasting_name
 from qcow2.node.overlay import Overlay
 from vhost.device import Device
 from vhost.disk import ImageBackend
@@ -60,6 +61,7 @@ class Snapshots:
         Raises: SnapshotRefused, SnapshotUnstable.
         """
         try:
+            require_lasting_name(name)
             with self._device.holding():
                 return self._take(name, pace, wish)
         except (OSError, ImageError) as error:

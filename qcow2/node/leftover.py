@@ -21,6 +21,7 @@ AT_FDCWD = -100
 RENAME_NOREPLACE = 1
 HEADS = (layout.MAGIC.to_bytes(4, "big"), bytes(4))  # of an image, and of one whose magic comes last
 VERSIONS = (b"\0\0\0\2", b"\0\0\0\3")
+COMMITTING = "committing"  # IMAGE.committing, or with a number: what a commit freezes, and removes at its end
 COPY = re.compile(r"\..+\.(mirror|backup)")
 
 
@@ -58,6 +59,14 @@ def give_name(name: str, path: str) -> None:
 def numbers_of(status: os.stat_result) -> tuple[int, int]:
     """Device and inode: which file it is, whatever its name."""
     return status.st_dev, status.st_ino
+
+
+def require_lasting_name(path: str) -> None:
+    """The same, of a file that no commit is to remove either. Raises: ValueError."""
+    require_own_name(path)
+    base = os.path.basename(path)
+    if base.rstrip("0123456789").endswith(f".{COMMITTING}"):
+        raise ValueError(f"{base!r}: files of such names are taken for what a commit has frozen, and removed")
 
 
 @dataclass(frozen=True, slots=True)

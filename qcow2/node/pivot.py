@@ -18,9 +18,9 @@ from qcow2.node.leftover import (
     hidden,
     numbers_of,
     remove_pivot,
+    require_lasting_name,
     require_left,
     require_ours,
-    require_own_name,
 )
 from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.ownership import own_as
@@ -37,7 +37,7 @@ class NewFile:
         """
         self.path = path
         self._log_directory = log_directory
-        require_own_name(path)
+        require_lasting_name(path)
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         os.stat(os.path.dirname(path) or ".")

@@ -535,6 +535,17 @@ def test_name_of_what_was_frozen_may_be_gone_before_the_end(top: Path, tmp_path:
     assert not is_replaced or frozen.read_bytes() == b"somebody's"
 
 
+@pytest.mark.parametrize("number", ["", "9"])
+def test_nothing_is_called_like_what_a_commit_removes(top: Path, tmp_path: Path, number: str) -> None:
+    name = f"top.committing{number}"
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+        for make in (client.snapshot, client.mirror, client.backup):
+            with pytest.raises(ControlError, match=f"{name}': .* what a commit has frozen, and removed"):
+                make(name)
+        daemon.stop()
+    assert not (tmp_path / name).exists()
+
+
 def test_bitmaps_stay_with_the_image_that_is_committed(top: Path) -> None:
     qemu_img("bitmap", "--add", top, "changes")
     with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
