@@ -159,7 +159,8 @@ class Snapshots(Part):
         if not content:
             return range(0)
         area = await self._allocator.allocate_area(self._geometry.clusters(len(content)))
-        await self._stability.write(area.start << self._geometry.cluster_bits, content)
+        async with Rollback(self._reaper.free, area):
+            await self._stability.write(area.start << self._geometry.cluster_bits, content)
         return area
 
     def _clusters(self, host_offset: int, nbytes: int) -> range:

@@ -114,6 +114,31 @@ def test_snapshot_that_finds_no_room_leaves_nothing_wrong_that_the_dirty_bit_hid
     assert [again.read(place, SECTOR) for place in places] == [b"a" * SECTOR] * len(places)
 
 
+@pytest.mark.parametrize("nth", range(2))
+@pytest.mark.parametrize("what", CHANGES)
+def test_snapshot_whose_tables_find_no_room_takes_none(what: str, nth: int) -> None:
+    bench = set_up(2 * PAGE_OF_L1)
+    bench.write(0, b"a" * SECTOR)
+    for name in ("one", "three"):
+        bench.driver.run(bench.image.create_snapshot(name, 0))
+    bench.driver.run(bench.image.flush())
+    end, left = bench.file.size, nth
+
+    def refuse_new(operation: Operation) -> OSError | None:
+        nonlocal left
+        if not isinstance(operation, Write) or operation.host_offset < end:
+            return None
+        left -= 1
+        return OSError(errno.ENOSPC, "as told") if left < 0 else None
+
+    bench.breaker.fault = refuse_new
+    with suppress(OSError):
+        bench.driver.run(CHANGES[what](bench.image))
+    bench.breaker.fault = None
+    bench.close()
+    bench.assert_sound()
+
+
 @pytest.mark.parametrize("npages", range(8))
 def test_flags_come_back_below_a_table_that_a_full_host_left_counted_too_high(npages: int) -> None:
     bench = set_up(TABLE)
