@@ -15,9 +15,9 @@ from qcow2.engine.space import Space
 from qcow2.engine.write import Writer
 from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
-from qcow2.format.geometry import Geometry
+from qcow2.format.geometry import Geometry, whole_sectors
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES, SECTOR_SIZE
+from qcow2.format.layout import ENTRY_SIZE, MAX_L1_BYTES
 from qcow2.format.refusal import l1_entries
 from qcow2.plane.entry import bytes_of
 from qcow2.plane.untouched import Untouched
@@ -29,7 +29,7 @@ def grown_size(file: File, header: Header, nbytes: int) -> int:
     Raises: ValueError for a size that it cannot have; UnsupportedImage for content that cannot grow with it.
     """
     record = header.record
-    size = nbytes + -nbytes % SECTOR_SIZE
+    size = whole_sectors(file.path, nbytes)
     old_size = Geometry.of(record).size
     if size < old_size:
         raise ValueError(f"{file.path}: size {nbytes} is less than the disk has, {old_size}; it can only grow")

@@ -19,8 +19,9 @@ from qcow2.engine.snapshots import Snapshots
 from qcow2.engine.space import Space
 from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
+from qcow2.format.geometry import whole_sectors
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE, ExtensionMagic
+from qcow2.format.layout import ENTRY_SIZE, ExtensionMagic
 from qcow2.plane.entry import l1_shared, l1_table
 from qcow2.plane.l2cache import Kind
 from qcow2.plane.tally import Tally
@@ -32,8 +33,8 @@ def shrunk_size(file: File, header: Header, nbytes: int) -> int:
     Raises: ValueError for a size that it cannot have; UnsupportedImage for content that cannot shrink with it.
     """
     record = header.record
-    size = nbytes + -nbytes % SECTOR_SIZE
-    if not 0 <= size <= record.size:
+    size = whole_sectors(file.path, nbytes)
+    if size > record.size:
         raise ValueError(f"{file.path}: size {nbytes} is not from 0 to {record.size}, the disk cannot shrink to it")
     if record.nb_snapshots and record.version < 3:
         message = f"{record.nb_snapshots} internal snapshots in an image of version 2: it cannot be resized"

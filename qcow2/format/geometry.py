@@ -7,6 +7,13 @@ from qcow2.format.layout import SECTOR_SIZE, SUBCLUSTERS, HeaderRecord
 SLICE_BYTES = 4096  # the unit in which L2 tables are read and cached, unless a cluster is smaller
 
 
+def whole_sectors(path: str, nbytes: int) -> int:
+    """The size that a disk of *nbytes* has: rounded up to a sector. Raises: ValueError for a negative one."""
+    if nbytes < 0:
+        raise ValueError(f"{path}: size {nbytes} is negative")
+    return nbytes + -nbytes % SECTOR_SIZE
+
+
 @dataclass(slots=True)
 class Geometry:
     """The sizes that follow from a header. Only `size` ever changes, and only the growing of the disk changes it."""

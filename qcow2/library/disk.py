@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
+from operator import index
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +20,7 @@ from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
 from qcow2.engine.packing import PART_BYTES
 from qcow2.engine.plain import Preallocation
 from qcow2.error import BelowUnclean, UnsupportedImage
+from qcow2.format.geometry import whole_sectors
 from qcow2.format.snapshot import Snapshot
 from qcow2.job.pace import Pace
 from qcow2.library.awaitable import AwaitableDisk
@@ -162,7 +164,8 @@ class Disk(AwaitableDisk):
         shrink that was interrupted has left there. *preallocation* is for what is new; an interrupt ends it early.
         Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage; OSError.
         """
-        self._require_inside(0, 0)
+        self._require_open()
+        whole_sectors(self._path, index(nbytes))
         kind = Preallocation(preallocation)
         if shrink and nbytes <= self.size:
             if nbytes < self.size and self.files[0].is_device and not isinstance(self.image, Image):

@@ -11,7 +11,8 @@ from typing import TypeVar
 from qcow2.driver.file import HostFile, run
 from qcow2.engine.create import Options, max_size, plan, write_header, write_tables
 from qcow2.engine.plain import Preallocation, write_raw
-from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, SECTOR_SIZE, VERSIONS
+from qcow2.format.geometry import whole_sectors
+from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, VERSIONS
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
 from qcow2.library.hostfile import are_one_file, created, opened, reserve
 from qcow2.library.newdata import KEEP, data_file_size, new_data_file
@@ -61,12 +62,9 @@ def create(
         size = below_size if size is None else size
     if size is None and data_file is not None and data_file_use == KEEP:
         size = data_file_size(name, os.fsdecode(data_file))
-    size = None if size is None else index(size)
-    if size is None or size < 0:
-        raise ValueError(
-            f"{name}: size {size}, and neither a backing file nor the content of a data file to take it from"
-        )
-    size += -size % SECTOR_SIZE
+    if size is None:
+        raise ValueError(f"{name}: no size, and neither a backing file nor the content of a data file to take it from")
+    size = whole_sectors(name, index(size))
     if format != "qcow2":
         if below is not None or data_file is not None:
             raise ValueError(f"{name}: a {format} image has no {'data' if below is None else 'backing'} file")

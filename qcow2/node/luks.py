@@ -8,6 +8,7 @@ from qcow2.engine.partial import PartialWrites, is_partial
 from qcow2.engine.plain import empty
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.error import CorruptImage, WrongKey
+from qcow2.format.geometry import whole_sectors
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks
 from qcow2.node.raw import RawImage
@@ -123,8 +124,8 @@ class LuksImage(RawImage):
 
     async def _resize(self, nbytes: int, *, grows: bool) -> None:
         self._require_writable()
-        old, size = self.size, nbytes + -nbytes % SECTOR_SIZE
-        if nbytes < 0 or (size != old and (size > old) != grows):
+        old, size = self.size, whole_sectors(self.file.path, nbytes)
+        if size != old and (size > old) != grows:
             raise ValueError(f"{self.file.path}: size {nbytes}, the disk has {old} and cannot get there so")
         if size > old:
             await self._append(old, size)

@@ -9,6 +9,7 @@ from qcow2.engine.backing import Capabilities
 from qcow2.engine.data import Data, SectorCipher
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
+from qcow2.format.geometry import whole_sectors
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.plane.l2cache import ExtentMap, Kind, RawMap, Run
 
@@ -144,7 +145,7 @@ class RawImage:
         Nothing else is under way. Raises: ValueError for less than now; OSError, then the disk goes on as it was.
         """
         self._require_writable()
-        size = nbytes + -nbytes % SECTOR_SIZE
+        size = whole_sectors(self.file.path, nbytes)
         if size < self.size:
             raise ValueError(
                 f"{self.file.path}: size {nbytes} is less than the disk has, {self.size}; it can only grow"
@@ -162,8 +163,8 @@ class RawImage:
         Raises: ValueError for more than now, or a negative size; OSError, then the disk goes on as it was.
         """
         self._require_writable()
-        size = nbytes + -nbytes % SECTOR_SIZE
-        if not 0 <= size <= self.size:
+        size = whole_sectors(self.file.path, nbytes)
+        if size > self.size:
             raise ValueError(
                 f"{self.file.path}: size {nbytes} is not from 0 to {self.size}, the disk cannot shrink to it"
             )

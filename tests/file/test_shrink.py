@@ -69,6 +69,20 @@ def left_past_end(path: Path) -> str:
     return f"qcow2: {path}: {what}: qcow2 resize --shrink {path} {MIB} takes it away\n"
 
 
+@pytest.mark.parametrize("nbytes", [-1, -511, -512, -MIB])
+@pytest.mark.parametrize("image_format", ["qcow2", "raw", "luks"])
+def test_no_disk_gets_a_negative_size(tmp_path: Path, image_format: str, nbytes: int) -> None:
+    for size in (MIB, 0):
+        path = tmp_path / f"{size}"
+        key = {"key": b"k"} if image_format == "luks" else {}
+        qcow2.create(path, size, format=image_format, iter_time=10, **key)  # type: ignore[arg-type]
+        with qcow2.open(path, "r+", format=image_format, **key) as disk:  # type: ignore[arg-type]
+            for shrink in (True, False):
+                with pytest.raises(ValueError, match=f"size {nbytes}"):
+                    disk.resize(nbytes, shrink=shrink)
+            assert disk.size == size
+
+
 @pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"compat": "0.10"}, {"extended_l2": "on"}], ids=str)
 def test_who_looks_is_told_of_a_shrink_that_was_interrupted(tmp_path: Path, options: dict[str, object]) -> None:
     path = image(tmp_path / "a", 3 * MIB, **options)
