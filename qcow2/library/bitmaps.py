@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcow2.engine.bitmapdirectory import Change
 from qcow2.engine.bitmaptable import StoredBitmap, set_runs
@@ -42,34 +43,30 @@ class Bitmaps:
 
     def __iter__(self) -> Iterator[Bitmap]:
         """Raises: UnsupportedImage, CorruptImage, OSError."""
-        for stored in self._stored():
-            record = stored.bitmap.record
-            name = os.fsdecode(stored.bitmap.raw_name)
-            yield Bitmap(name, 1 << record.granularity_bits, stored.is_kept, stored.is_usable)
+        found: list[StoredBitmap] = self._run(self._image().bitmaps)
+        return iter(
+            [
+                Bitmap(
+                    os.fsdecode(stored.bitmap.raw_name),
+                    1 << stored.bitmap.record.granularity_bits,
+                    stored.is_kept,
+                    stored.is_usable,
+                )
+                for stored in found
+            ]
+        )
 
-    def _stored(self) -> list[StoredBitmap]:
-        image = self._image()
-        found: list[StoredBitmap] = self._run(image.bitmaps)
-        return found
-
-    def _find(self, name: str) -> StoredBitmap:
-        for stored in self._stored():
-            if stored.bitmap.raw_name == os.fsencode(name):
-                if not stored.is_usable:
-                    raise BitmapError(f"Bitmap '{name}' is inconsistent and cannot be used")
-                return stored
-        raise BitmapError(f"Dirty bitmap '{name}' not found")
+    def _look(self, name: str) -> "_Look":
+        look: _Look = self._run(partial(_look, self._image(), name))
+        return look
 
     def dirty(self, name: str) -> Iterator[tuple[int, int]]:
         """What has changed, as of now: offset and length of each stretch of the disk.
 
         Raises: BitmapError, which is a ValueError, for a bitmap that is not there or says nothing; OSError.
         """
-        image, stored = self._image(), self._find(name)
-        bits = stored.bitmap.record.granularity_bits
-        for first, end in set_runs(self._run(lambda: image.bitmap_bits(stored))):
-            start = first << bits
-            yield start, min(end << bits, image.size) - start
+        bits, order, size = self._look(name)
+        return ((first << order, min(end << order, size) - (first << order)) for first, end in set_runs(bits))
 
     def add(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
         """Make an empty bitmap, a bit for *granularity* bytes; by default a cluster, from 4 to 64 KiB.
@@ -100,11 +97,7 @@ class Bitmaps:
         The granularities may differ: what a bit stands for is rounded out.
         Raises: BitmapError, also if the disks have different sizes; OSError.
         """
-        self._find(name)
-        other = self if disk is None else disk.bitmaps
-        stored, size = other._find(source), other._image().size
-        bits: bytes = other._run(lambda: other._image().bitmap_bits(stored))
-        granularity_bits = stored.bitmap.record.granularity_bits
+        bits, granularity_bits, size = (self if disk is None else disk.bitmaps)._look(source)
         self._change(lambda plan: plan.merge(name, bits, granularity_bits, size))
 
     def copy(self, bitmap: StoredEntry, bits: bytes, size: int) -> None:
@@ -114,3 +107,22 @@ class Bitmaps:
     def _change(self, change: Change) -> None:
         image = self._image()
         self._run(lambda: image.change_bitmaps(change))
+
+
+class _Look(NamedTuple):
+    """What a bitmap says at one moment."""
+
+    bits: bytes
+    granularity_bits: int
+    size: int  # of the disk
+
+
+async def _look(image: Image, name: str) -> _Look:
+    """Raises: BitmapError, OSError."""
+    for stored in await image.bitmaps():
+        if stored.bitmap.raw_name == os.fsencode(name):
+            if not stored.is_usable:
+                raise BitmapError(f"Bitmap '{name}' is inconsistent and cannot be used")
+            bits = await image.bitmap_bits(stored)
+            return _Look(bits, stored.bitmap.record.granularity_bits, image.size)
+    raise BitmapError(f"Dirty bitmap '{name}' not found")

@@ -225,7 +225,12 @@ class Disk(AwaitableDisk):
         return self.image
 
     def extents(self, offset: int = 0, nbytes: int | None = None) -> Iterator[Extent]:
-        """Tell where the *nbytes* at *offset*, or all from there on, come from, in stretches as long as possible."""
+        """Tell where the *nbytes* at *offset*, or all from there on, come from, in stretches as long as possible.
+
+        They are looked for while the iteration goes on, some hundred at a time: a disk that changes meanwhile shows
+        before or after. Raises: ValueError at the call if the range is not inside the disk; CorruptImage, OSError
+        later, and ValueError once the disk is closed.
+        """
         end = offset + self._require_inside(offset, max(0, self.size - offset) if nbytes is None else nbytes)
         return extents_of(self.image, offset, end, self._run)
 

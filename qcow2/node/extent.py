@@ -54,12 +54,17 @@ Found = Coroutine[Any, Any, list[Extent]]
 def extents_of(
     image: Backing, start: int, end: int, run: Callable[[Callable[[], Found]], list[Extent]]
 ) -> Iterator[Extent]:
-    """The extents of the disk from *start* to *end*, as long as possible; *run* runs what its argument begins."""
+    """The extents of the disk from *start* to *end*, as long as possible; *run* runs what its argument begins.
+
+    They are looked for a batch at a time, as the iteration goes on.
+    """
 
     def pieces() -> Iterator[Extent]:
         offset = start
         while offset < end:
             found = run(partial(_batch, image, offset, end))
+            if not found:
+                return
             yield from found
             offset = found[-1].guest_offset + found[-1].nbytes
 
@@ -67,7 +72,9 @@ def extents_of(
 
 
 async def _batch(image: Backing, guest_offset: int, end: int) -> list[Extent]:
+    """The next ones from *guest_offset* on; none past the end of the disk, which may have got shorter."""
     found: list[Extent] = []
+    end = min(end, image.size)
     while guest_offset < end and len(found) < BATCH:
         extent = await find_extent(image, guest_offset, min(end - guest_offset, MAX_STEP))
         found.append(extent)

@@ -299,3 +299,39 @@ def test_change_of_the_bitmaps_voids_what_others_promise(tmp_path: Path) -> None
     with qcow2.open(built.path, writable=True) as disk:
         disk.write(0, b"x")
     assert len(bitmaps_of(built.path)["new"].dirty) == 1
+
+
+def test_what_is_dirty_is_what_was_when_it_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    qcow2.create(path, SIZE)
+    with qcow2.open(path, "r+") as disk:
+        disk.bitmaps.add("b", 65536)
+        disk.write(70_000, b"x")
+        dirty, known = disk.bitmaps.dirty("b"), iter(disk.bitmaps)
+        disk.bitmaps.clear("b")
+        disk.write(SIZE - 1, b"x")
+        assert list(dirty) == [(65536, 65536)]
+        late, disk_size = disk.bitmaps.dirty("b"), disk.size
+        disk.resize(2 * SIZE)
+        disk.bitmaps.remove("b")
+        assert list(late) == [(3 << 20, disk_size - (3 << 20))]
+        assert [bitmap.name for bitmap in known] == ["b"]
+
+
+def test_a_bitmap_that_nobody_knows_is_refused_at_the_call(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    qcow2.create(path, SIZE)
+    with qcow2.open(path, "r+") as disk, pytest.raises(ValueError, match="'b' not found"):
+        disk.bitmaps.dirty("b")
+
+
+def test_a_disk_that_gets_shorter_has_no_more_extents(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    qcow2.create(path, 8 << 20, cluster_size=512)
+    with qcow2.open(path, "r+") as disk:
+        for offset in range(0, 1 << 20, 1024):
+            disk.write(offset, b"x")
+        extents = disk.extents()
+        next(extents)
+        disk.resize(1 << 20, shrink=True)
+        assert max(extent.guest_offset + extent.nbytes for extent in extents) <= 1 << 20
