@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class DiskFile(io.RawIOBase):
     """A position in *disk*; closing it leaves the disk open. Any number may be open, on any thread.
 
-    `flush` makes what was written survive a power loss. The length is fixed: what does not fit is not written.
+    `flush` makes what was written survive a power loss. The length is fixed: of what does not fit nothing is written.
     """
 
     def __init__(self, disk: "Disk") -> None:
@@ -77,18 +77,20 @@ class DiskFile(io.RawIOBase):
         return content
 
     def write(self, data: Any) -> int:
-        """Write the front of *data* that fits; how many bytes that were.
+        """Write *data*; how many bytes that were: all, for `shutil` and `tarfile` do not count.
 
-        Raises: OSError(ENOSPC) at the end of the disk, OSError(EBADF) if it is read-only.
+        Raises: OSError(ENOSPC) if it ends past the end of the disk, and nothing is written; OSError(EBADF) if the disk
+        is read-only.
         """
         self._require_open()
         if not self.writable():
             raise io.UnsupportedOperation(errno.EBADF, "the disk is read-only", self.name)
         view = memoryview(data).cast("B")
-        nbytes = max(0, min(len(view), self._disk.size - self._position))
-        if len(view) and not nbytes:
-            raise OSError(errno.ENOSPC, f"the disk ends at {self._disk.size}", self.name)
-        self._disk.write(self._position if nbytes else 0, view[:nbytes])
+        nbytes = len(view)
+        if nbytes and self._position + nbytes > self._disk.size:
+            text = f"{nbytes} bytes at {self._position} do not fit, the disk ends at {self._disk.size}"
+            raise OSError(errno.ENOSPC, text, self.name)
+        self._disk.write(self._position if nbytes else 0, view)
         self._position += nbytes
         return nbytes
 

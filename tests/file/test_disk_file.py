@@ -1,5 +1,6 @@
 """A disk as a file object, in the hands of the standard library."""
 
+import errno
 import io
 import os
 import shutil
@@ -46,7 +47,7 @@ def test_an_archive_is_written_to_it_and_read_from_it(disk: qcow2.Disk, tmp_path
 def test_positions(disk: qcow2.Disk) -> None:
     with disk.file() as file:
         assert file.seek(-4, os.SEEK_END) == SIZE - 4
-        assert file.write(b"end of it") == 4  # as much as fits
+        assert file.write(b"end ") == 4
         with pytest.raises(OSError, match=f"ends at {SIZE}"):
             file.write(b"x")
         assert file.read(1) == b""
@@ -63,6 +64,25 @@ def test_positions(disk: qcow2.Disk) -> None:
     assert disk.read(SIZE - 4, 4) == b"end "
     with pytest.raises(ValueError, match="closed"):
         file.tell()
+
+
+def test_who_does_not_count_is_told_that_not_all_fits(disk: qcow2.Disk) -> None:
+    with disk.file() as file:
+        file.seek(100)
+        with pytest.raises(OSError, match=f"ends at {SIZE}") as caught:
+            shutil.copyfileobj(io.BytesIO(os.urandom(SIZE)), file)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, disk.files[0].path)
+
+
+def test_of_what_does_not_fit_nothing_is_written(disk: qcow2.Disk) -> None:
+    disk.write(SIZE - 4, b"mine")
+    with disk.file() as file:
+        for position in (SIZE - 4, SIZE, SIZE + 9):
+            file.seek(position)
+            with pytest.raises(OSError, match=f"ends at {SIZE}"):
+                file.write(b"yours")
+            assert (file.tell(), file.write(b"")) == (position, 0)
+    assert disk.read(SIZE - 4, 4) == b"mine"
 
 
 def test_a_buffer_is_filled_in_place(disk: qcow2.Disk) -> None:

@@ -138,6 +138,15 @@ def test_fsspec_reads_and_writes(path: Path) -> None:
         assert file.read(517)[512:] == b"hello"
 
 
+def test_fsspec_writes_no_part_of_what_does_not_fit(path: Path) -> None:
+    with fsspec.open(f"qcow2://{path}", "r+b") as file:
+        file.seek(3 * MIB - 4)
+        with pytest.raises(OSError, match=f"ends at {3 * MIB}"):
+            file.write(b"too long")
+    with qcow2.open(path) as disk:
+        assert disk.read(3 * MIB - 4, 4) == bytes(4)
+
+
 def test_fsspec_reads_from_the_end_and_blocks(path: Path) -> None:
     with qcow2.open(path, "r+") as disk:
         disk.write(0, b"first")
