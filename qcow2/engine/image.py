@@ -72,13 +72,18 @@ class Image(WritableImage):
         Nothing else is under way. A death at any moment leaves the old disk or the new one.
         Raises: ValueError, UnsupportedImage; OSError, then the disk goes on as it was.
         """
+        changes = await self._alone()
+        size = await self.grown_size(nbytes)
+        await changes.guard(changes.fitting.change(size, changes.grower.grow(size)))
+
+    async def grown_size(self, nbytes: int) -> int:
+        """*nbytes* rounded up to a sector, if `grow` would not refuse it. Raises: ValueError, UnsupportedImage."""
         from qcow2.engine.growth import grown_size
 
-        changes = await self._alone()
         size = grown_size(self.file, self.header, nbytes)
         if size != self.size:
-            require_sizes(self.file.path, changes.snapshots.table)
-        await changes.guard(changes.fitting.change(size, changes.grower.grow(size)))
+            require_sizes(self.file.path, (await self._alone()).snapshots.table)
+        return size
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; what is past that is gone. Stable on return.
@@ -110,6 +115,17 @@ class Image(WritableImage):
         """
         from qcow2.engine.expansion import expand_zeros, has_zero_flags
 
+        await self.require_expandable()
+        changes = await self._alone()
+        await changes.guard(expand_zeros(self._opened, changes.writer, changes.zeroer, on_step))
+        await changes.links.commit()
+        if await has_zero_flags(self.file, self.geometry, self._mapping.l1):
+            raise UnsupportedImage(self.file.path, "there are zero clusters past the end of the disk")
+
+    async def require_expandable(self) -> None:
+        """Raises: UnsupportedImage if a snapshot says zeros as version 2 cannot; CorruptImage, OSError."""
+        from qcow2.engine.expansion import has_zero_flags
+
         for snapshot in await self.snapshots():
             require_possible(self.file.path, snapshot, self.header.record)
             record = snapshot.record
@@ -117,11 +133,6 @@ class Image(WritableImage):
             if await has_zero_flags(self.file, self.geometry, l1):
                 message = f"snapshot {snapshot.name!r} has zero clusters, which version 2 does not know"
                 raise UnsupportedImage(self.file.path, message)
-        changes = await self._alone()
-        await changes.guard(expand_zeros(self._opened, changes.writer, changes.zeroer, on_step))
-        await changes.links.commit()
-        if await has_zero_flags(self.file, self.geometry, self._mapping.l1):
-            raise UnsupportedImage(self.file.path, "there are zero clusters past the end of the disk")
 
     async def empty(self) -> None:
         """Let what is below show everywhere: the same bytes as now, says the caller, and stable. Stable on return.

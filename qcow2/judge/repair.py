@@ -251,6 +251,13 @@ async def change_width(file: File, refcount_order: int, progress: Progress | Non
     then of each block that was written, may raise.
     Raises: OSError, ImageError; it is as it was.
     """
+    census = await require_width(file, refcount_order, progress)
+    census.header = replace(census.header, record=replace(census.record, refcount_order=refcount_order))
+    await _rebuild(census, progress)
+
+
+async def require_width(file: File, refcount_order: int, progress: Progress | None = None) -> Census:
+    """Who refers to what in the image in *file*, which can have such refcounts. Raises: OSError, ImageError."""
     census = (await judge(file, Report(), progress)).census
     if census.report.unsound:
         raise CorruptImage(file.path, 0, "not consistent: repair it before its refcounts get another width")
@@ -261,8 +268,7 @@ async def change_width(file: File, refcount_order: int, progress: Progress | Non
                 where = cluster << census.record.cluster_bits
                 message = f"cannot have refcounts of {width} bits: the cluster at {where:#x} has {count}"
                 raise UnsupportedImage(file.path, message)
-    census.header = replace(census.header, record=replace(census.record, refcount_order=refcount_order))
-    await _rebuild(census, progress)
+    return census
 
 
 def _hold_unreferenced(census: Census) -> None:

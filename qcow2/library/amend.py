@@ -5,9 +5,10 @@ then one sector of the header.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qcow2.driver.file import run
+from qcow2.driver.file import HostFile, run
 from qcow2.driver.memory import DEFAULT_DIRECTORY
 from qcow2.driver.operation import File
 from qcow2.engine.create import feature_names
@@ -15,6 +16,7 @@ from qcow2.engine.image import Image
 from qcow2.error import ImageError
 from qcow2.format.header import (
     Extension,
+    Header,
     clear_autoclear,
     pack_header,
     read_header,
@@ -33,11 +35,12 @@ from qcow2.format.layout import (
 )
 from qcow2.job.pace import Pace
 from qcow2.judge.check import judge
-from qcow2.judge.repair import change_width, repair
+from qcow2.judge.repair import change_width, repair, require_width
 from qcow2.judge.report import Report
 from qcow2.library.disk import open_disk
 from qcow2.library.key import Key
 from qcow2.library.own_thread import undisturbed
+from qcow2.node.gate import DATA, named_path
 
 STEPS = 3
 
@@ -50,6 +53,14 @@ class Amendment:
     version: int | None = None
     lazy_refcounts: bool | None = None
     refcount_order: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFileName:
+    """What the header shall say of the external data file; None: as it does."""
+
+    name: str | None = None  # "": nothing
+    is_raw: bool | None = None  # unless so, it need not be the same disk as a raw image any more
 
 
 class CannotAmend(ImageError):
@@ -65,26 +76,37 @@ def amend_image(
     wanted: Amendment,
     pace: Pace,
     *,
+    named: DataFileName | None = None,
+    first: Callable[[HostFile], None] = lambda file: None,
     log_directory: str = DEFAULT_DIRECTORY,
     discard_log: bool = False,
     key: Key = None,
 ) -> None:
     """Let the image at *path* be what is *wanted*; stable on return. Its disk is as before, but for the size.
 
-    *pace* is told how many steps are done.
-    Raises: OSError, ImageError, ValueError, Cancelled; what was not refused at once may be done in part, each part
-    whole.
+    *first*, given the image file, is called once nothing is in the way and before anything changes. A data file that is
+    *named* is the one that gets longer; the header calls it so last. *pace* is told how many steps are done.
+    Raises: OSError, ImageError, ValueError, Cancelled, what *first* raises; what was not refused at once may be done in
+    part, each part whole.
     """
-    with open_disk(path, writable=True, log_directory=log_directory, discard_log=discard_log, key=key) as disk:
-        image = disk.image
+    data_file = named_path(path, DATA, named.name) if named is not None and named.name else None
+    with open_disk(
+        path, writable=True, log_directory=log_directory, discard_log=discard_log, key=key, data_file=data_file
+    ) as disk:
+        image, file = disk.image, disk.files[0]
         assert isinstance(image, Image)
         run(require_amendable(image, wanted, pace))
+        if named is not None:
+            run(renamed(file, named))
+        first(file)
         pace.tell(0, STEPS)
         undisturbed(lambda: run(prepare(image, wanted, pace)), pace)
         disk.clean()
         try:
             pace.tell(1, STEPS)
-            undisturbed(lambda: run(amend_header(image.file, wanted, pace)), pace)
+            undisturbed(lambda: run(amend_header(file, wanted, pace)), pace)
+            if named is not None:
+                run(name_data_file(file, named))
             pace.tell(STEPS, STEPS)
         finally:
             disk.abandon()  # it is clean, and its header may not be the one it was opened with
@@ -105,6 +127,10 @@ async def require_amendable(image: Image, wanted: Amendment, pace: Pace) -> None
             text = "Refcount widths other than 16 bits require compatibility level 1.1 or above"
             raise CannotAmend(path, f"{text} (use compat=1.1 or greater)")
         raise CannotAmend(path, "compat=0.10 requires refcount_bits=16")
+    if wanted.size is not None:
+        await image.grown_size(wanted.size)
+    if order != record.refcount_order:
+        await require_width(image.file, order, lambda done, total: pace.require_going())
     if version < record.version:
         size = image.size if wanted.size is None else wanted.size + -wanted.size % SECTOR_SIZE
         await _require_old_enough(image, size, pace)
@@ -120,6 +146,7 @@ async def _require_old_enough(image: Image, size: int, pace: Pace) -> None:
         raise CannotAmend(path, f"Cannot downgrade an image with incompatible features {rest:#x} set")
     if header.extension(ExtensionMagic.BITMAPS) is not None:
         raise CannotAmend(path, "Cannot downgrade an image with persistent bitmaps: remove them first")
+    await image.require_expandable()
     if any(snapshot.disk_size != size for snapshot in await image.snapshots()):
         raise CannotAmend(path, "Internal snapshots prevent downgrade of image")
     if header.compression_type is not CompressionType.ZLIB:
@@ -169,12 +196,18 @@ async def amend_header(file: File, wanted: Amendment, pace: Pace) -> None:
         await rewrite_header(file, header.with_version(version))
 
 
-async def name_data_file(file: File, name: str | None, *, is_raw: bool | None) -> None:
-    """Let the header call the external data file *name*, if that is "" nothing; None: as it does. Stable on return.
+async def name_data_file(file: File, wanted: DataFileName) -> None:
+    """Let the header say of the external data file what is *wanted*; stable on return. Nobody looks at the data.
 
-    Unless *is_raw*, it need not be the same disk as a raw image any more. Nobody looks at the data.
     Raises: CannotAmend, UnsupportedImage before anything has changed; OSError.
     """
+    header = await renamed(file, wanted)
+    await rewrite_header(file, await clear_autoclear(file, header, maintained=PROMISES))
+
+
+async def renamed(file: File, wanted: DataFileName) -> Header:
+    """The header of the image in *file* as it is *wanted*. Raises: CannotAmend, UnsupportedImage, OSError."""
+    name, is_raw = wanted.name, wanted.is_raw
     header = await read_header(file)
     require_uncorrupted(file, header)
     record = header.record
@@ -191,4 +224,4 @@ async def name_data_file(file: File, name: str | None, *, is_raw: bool | None) -
         extensions = (Extension(ExtensionMagic.DATA_FILE, os.fsencode(name)), *extensions)
     header = replace(header, record=record, extensions=extensions)
     pack_header(file, header)
-    await rewrite_header(file, await clear_autoclear(file, header, maintained=PROMISES))
+    return header

@@ -2,9 +2,9 @@
 
 import argparse
 
-from qcow2.driver.file import run
+from qcow2.driver.file import HostFile, run
 from qcow2.format.layout import VERSIONS
-from qcow2.library.amend import Amendment, CannotAmend, amend_image, name_data_file
+from qcow2.library.amend import Amendment, CannotAmend, DataFileName, amend_image, name_data_file, renamed
 from qcow2.library.facts import backing_of
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import FORMATS, format_of
@@ -62,32 +62,45 @@ def run_command(arguments: argparse.Namespace) -> int:
     given = _given(arguments.options)
     with opening(image.path):
         _require_backing(image.path, given)
-        slots = {name.removeprefix(SLOT): given.pop(name) for name in list(given) if name.startswith(SLOT)}
-        if slots:
-            with recovered(image.path, arguments) as file:
-                amend_slots(file, "qcow2", slots, arguments.secrets)
-        if data := {name: given.pop(name) for name in DATA_FILE if name in given}:
-            _amend_data_file(image.path, data, arguments)
-        if not given and (slots or data):
-            return 0
-        with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
-            try:
-                amend_image(image.path, _amendment(given), pace, **how_to_open(arguments))
-            except CannotAmend as error:
-                raise Failure(error.reason) from error
+        try:
+            _amend(image.path, given, arguments)
+        except CannotAmend as error:
+            raise Failure(error.reason) from error
     return 0
 
 
-def _amend_data_file(path: str, given: dict[str, str], arguments: argparse.Namespace) -> None:
-    """Only the header changes: the new file holds what the old one did, says the user."""
-    raw = given.get("data_file_raw")
+def _amend(path: str, given: dict[str, str], arguments: argparse.Namespace) -> None:
+    """Nothing is changed before all of *given* is looked at; then the key slots, what else there is, the data file.
+
+    That file may be elsewhere by now, and no key be known: so the disk is opened only for what needs it.
+    """
+    slots = {name.removeprefix(SLOT): given.pop(name) for name in list(given) if name.startswith(SLOT)}
+    named = _data_file(given)
+    wanted = _amendment(given)
+
+    def amend_first(file: HostFile) -> None:
+        if slots:
+            amend_slots(file, "qcow2", slots, arguments.secrets)
+
+    if given or not (slots or named):
+        with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
+            amend_image(path, wanted, pace, named=named, first=amend_first, **how_to_open(arguments))
+        return
+    with recovered(path, arguments) as file:
+        if named is not None:
+            run(renamed(file, named))
+        amend_first(file)
+        if named is not None:
+            run(name_data_file(file, named))
+
+
+def _data_file(given: dict[str, str]) -> DataFileName | None:
+    """What is said of it, which is taken out of *given*: the file holds what the old one did, says the user."""
+    data = {name: given.pop(name) for name in DATA_FILE if name in given}
+    raw = data.get("data_file_raw")
     if raw is not None and raw not in SWITCH:
         raise Failure("Parameter 'data_file_raw' expects 'on' or 'off'")
-    with recovered(path, arguments) as file:
-        try:
-            run(name_data_file(file, given.get("data_file"), is_raw=None if raw is None else SWITCH[raw]))
-        except CannotAmend as error:
-            raise Failure(error.reason) from error
+    return DataFileName(data.get("data_file"), None if raw is None else SWITCH[raw]) if data else None
 
 
 def _amend_luks(image: Named, arguments: argparse.Namespace) -> None:

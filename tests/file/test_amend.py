@@ -138,6 +138,74 @@ def test_the_data_file_gets_another_name(tmp_path: Path, monkeypatch: pytest.Mon
         assert Path(path).read_bytes() == content
 
 
+FAST = "encrypt.state=active,encrypt.iter-time=10,encrypt.new-secret=s"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("data_file=new,compat=0.42", "Unknown compatibility level 0.42"),
+        ("data_file=new,refcount_bits=3", "must be a power of two"),
+        ("data_file=new,lazy_refcounts=maybe", "expects 'on' or 'off'"),
+        ("data_file=new,size=512", "would lose"),
+        ("data_file=new,size=7E", "limit"),
+        ("data_file=new,compat=0.10", "Cannot downgrade an image with a data file"),
+        (f"{FAST},data_file=new,data_file_raw=on", "data-file-raw cannot be set"),
+        (f"{FAST},data_file_raw=maybe", "expects 'on' or 'off'"),
+        (f"{FAST},compat=0.42", "Unknown compatibility level 0.42"),
+        (f"{FAST},size=512", "would lose"),
+        (f"{FAST},size=7E", "limit"),
+        ("encrypt.state=inactive,encrypt.keyslot=0,size=2M,data_file=new", "the only active keyslot"),
+    ],
+)
+def test_of_several_changes_none_is_made_if_one_is_refused(tmp_path: Path, words: str, said: str) -> None:
+    path = tmp_path / "a"
+    qcow2.create(path, MIB, data_file="old", key=b"k", iter_time=10)
+    (tmp_path / "new").write_bytes(bytes(MIB))
+    secrets = ["--object", "secret,id=k,data=k", "--object", "secret,id=s,data=s"]
+    assert_refused_as_it_is(path, *secrets, "-o", words, said=said)
+
+
+@pytest.mark.parametrize("words", ["size=2M,refcount_bits=1", "refcount_bits=1,lazy_refcounts=on"])
+def test_refcounts_that_are_too_narrow_are_refused_before_anything_changes(tmp_path: Path, words: str) -> None:
+    path = tmp_path / "a"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, "write -P 1 0 64k")
+    qemu_img("snapshot", "-c", "s", path)
+    assert_refused_as_it_is(path, "-o", words, said="cannot have refcounts of 1 bits")
+
+
+def test_zeros_of_a_snapshot_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    qemu_img("create", "-q", "-f", "qcow2", path, "2M")
+    qemu_io(path, "write -P 1 0 64k", "write -z 0 64k")
+    qemu_img("snapshot", "-c", "s", path)
+    qemu_img("resize", "-q", "--shrink", path, "1M")
+    assert_refused_as_it_is(path, "-o", "compat=0.10,size=2M", said="which version 2 does not know")
+
+
+def assert_refused_as_it_is(path: Path, *words: str, said: str) -> None:
+    before = path.read_bytes()
+    done = qcow2_tool("amend", *words, path)
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_longer_disk_is_one_with_the_data_file_of_the_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("a")
+    qcow2.create(path, MIB, data_file="old")
+    with qcow2.open(path, "r+") as disk:
+        disk.write(0, b"data")
+    (tmp_path / "old").rename(tmp_path / "new")
+    qcow2_tool_ok("amend", "-o", "data_file=new,size=2M", path)
+    assert not (tmp_path / "old").exists()
+    assert (tmp_path / "new").stat().st_size == 2 * MIB
+    assert qemu_read(path) == b"data".ljust(2 * MIB, b"\0")
+
+
 def seen(file: SimulatedFile, kind: str) -> bytes:
     driver = CrashDriver()
     disk = driver.run(open_image(file, start(kind).backing))
