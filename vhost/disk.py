@@ -25,7 +25,7 @@ from vhost.frozen import Frozen
 from vhost.held import HeldImage
 from vhost.option import CacheMode
 from vhost.past import Past
-from vhost.problem import describe, problem_of
+from vhost.problem import Told, describe, problem_of
 from vhost.ringdriver import RingDriver
 from virtio.block import CHANGES, UNMAP, RequestType, Status
 from virtio.config import Properties
@@ -64,7 +64,7 @@ class ImageBackend:
         self._cache = cache
         self._trace = trace
         self._slots: dict[op.File, int] = {}
-        self._told: set[str] = set()
+        self.told = Told()
         self.on_problem: Callable[[str], None] = lambda text: None  # told, on the worker, what is logged as an error
         self._links_wait = False
         self._past: Past | None = None  # what FLUSH waits for after a snapshot
@@ -338,7 +338,7 @@ class ImageBackend:
     def _status(self, task: Task, *, changes: bool = True) -> int:
         """How a request ended, which perhaps *changes* the image.
 
-        What is wrong with the image or the host is logged once; our own bugs are raised. Where memory ran out between
+        What is wrong with the image or the host is logged; our own bugs are raised. Where memory ran out between
         two operations nobody knows how far the engine came: the image takes no more writes.
         """
         error = task.take_error()
@@ -376,8 +376,7 @@ class ImageBackend:
         self._tell(f"no link log, so the first write to each cluster of an overlay waits for the disk: {error}")
 
     def _tell(self, text: str) -> None:
-        if text not in self._told and len(self._told) < 100:
-            self._told.add(text)
+        if self.told.is_news(text):
             log.error("%s", text)
             self.on_problem(text)
 

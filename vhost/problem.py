@@ -3,12 +3,35 @@
 import errno
 import logging
 import os
+from collections.abc import Callable
+from time import monotonic
 
 from qcow2 import ImageError
 from qcow2.driver.file import HostFile
 from qcow2.error import no_memory
 
+AGAIN_SECONDS = 60.0
+TOLD_MAX = 100  # texts in that time
+
 log = logging.getLogger("vhost")
+
+
+class Told:
+    """What was told lately: each text is told once a minute for as long as it comes, so a later outage is told, too."""
+
+    def __init__(self, now: Callable[[], float] = monotonic) -> None:
+        self._now = now
+        self._when: dict[str, float] = {}  # the oldest first
+
+    def is_news(self, text: str) -> bool:
+        """Whether *text* is to be told, which counts as told then."""
+        now = self._now()
+        while self._when and next(iter(self._when.values())) <= now - AGAIN_SECONDS:
+            del self._when[next(iter(self._when))]
+        if text in self._when or len(self._when) >= TOLD_MAX:
+            return False
+        self._when[text] = now
+        return True
 
 
 def describe(error: OSError | ImageError) -> str:
