@@ -293,6 +293,7 @@ class Frozen:
     def _end(self, why: str) -> None:
         """Nothing is wanted any more."""
         self.ended = self.ended or why
+        self._reins.cancel()  # a walk that is held, or slow, ends as well
         self._wanted.clear(0, self._wanted.end)
         self.look()
         self.on_end()

@@ -26,12 +26,13 @@ from tests.oracle import assert_clean, assert_not_corrupt, assert_same_bytes
 from tests.patience import TIMEOUT
 from tests.program import qcow2_tool_ok
 from tests.realfault.death import dying_from_start
+from tests.realfault.host import WRITE, Fault, Host
 from tests.slowdisk import SlowDisk
 from vhost import Control, ControlError
 from vhost.backup import Feed
 from vhost.backuptarget import BackupFile
 from vhost.clock import Clock
-from vhost.frozen import Saved
+from vhost.frozen import MOST_BYTES, Saved
 from vhost.probe import Probe
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -368,6 +369,31 @@ def test_backup_fails_as_the_image_is_let_go_for_good(tmp_path: Path, policy: st
         until(client, job, "failed")
         assert client.job(job).error == "the disk of that moment is lost: the image was let go meanwhile"
         assert not [name for name in os.listdir(tmp_path) if "lost" in name]
+
+
+@pytest.mark.parametrize("held_by", ["an error", "a command", "a rate"])
+def test_backup_whose_moment_is_lost_while_it_is_held_fails(tmp_path: Path, held_by: str) -> None:
+    image, target = tmp_path / "disk", tmp_path / "copy"
+    size = MOST_BYTES + MIB
+    image.write_bytes(b"t" * size)
+    target.touch()
+    host = Host(target, Fault(for_good=True), tmp_path / "told")
+    with start(image, "--format=raw", under=host.under) as daemon, FrontEnd(daemon.socket_path) as guest:
+        with control(image) as client:
+            job = client.backup("copy", format="raw", existing=True, rate=1, on_error="stop").job
+            host.aim(0)
+            host.arm()
+            if held_by == "an error":
+                client.set_rate(job, 0)
+                until(client, job, "paused")
+            elif held_by == "a command":
+                client.pause(job)
+            for chunk in range(0, size, 64 * KIB):
+                guest.write(chunk, b"w" * BLOCK)
+            ended = client.wait(job)
+            assert (ended.state, "wait for a target that has failed" in ended.error) == ("failed", True)
+            assert host.hit == WRITE
+        daemon.stop()
 
 
 def test_target_that_hangs_holds_up_no_guest(tmp_path: Path) -> None:
