@@ -21,7 +21,7 @@ from qcow2.node.node import Node
 from qcow2.tool.cache import CACHE_MODES, UNSAFE
 from qcow2.tool.failure import Failure, reason_of
 from qcow2.tool.identity import is_qemu_img, say
-from qcow2.tool.named import FILE, Named, add_format_option, add_image_options, named
+from qcow2.tool.named import Named, add_format_option, add_image_options, named, new_file, present_file
 from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import size_of
@@ -89,7 +89,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if is_qemu_img() and arguments.target_format in FORMATS:
         _refuse_unreadable(dict(split_options(arguments.target_format_options)), arguments.target_format)
     rate = 0 if arguments.rate_limit is None else size_of("rate limit", arguments.rate_limit)
-    *paths, path = arguments.filenames
+    *paths, name = arguments.filenames
+    path = _target_path(name, arguments)
     with ExitStack() as stack:
         snapshot = wanted_snapshot(arguments)
         images = [
@@ -101,7 +102,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         ]
         size = sum(image.size for image in images)
         wish = Wish(
-            path.removeprefix(FILE),
+            path,
             _known_format(arguments.target_format),
             size,
             _given(arguments),
@@ -151,6 +152,13 @@ def _name_target(arguments: argparse.Namespace) -> str | None:
     target = named(arguments.filenames[-1], arguments.target_format, arguments.secrets, is_options=True)
     arguments.filenames[-1], arguments.target_format = target.path, target.image_format
     return target.luks_header
+
+
+def _target_path(name: str, arguments: argparse.Namespace) -> str:
+    """The path that the target's *name* is, or its URI. Raises: Failure."""
+    if arguments.target_image_opts or is_nbd(name):
+        return name
+    return present_file(name) if arguments.no_create else new_file(name)
 
 
 def _warn_of_loss(offset: int, error: Exception) -> None:

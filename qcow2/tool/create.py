@@ -15,7 +15,7 @@ from qcow2.node.gate import backing_path
 from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import default_format, is_qemu_img
-from qcow2.tool.named import FILE
+from qcow2.tool.named import new_file
 from qcow2.tool.option import (
     LEGACY,
     OPTIONS,
@@ -38,12 +38,8 @@ class Request:
     """What the command line asks for; the size may have to be looked up."""
 
     name: str  # of the image, as it was typed
+    path: str  # that this is
     given: dict[str, str]  # with what other options than -o say
-
-    @property
-    def path(self) -> str:
-        """Of the image."""
-        return self.name.removeprefix(FILE)
 
     @property
     def backing_name(self) -> str | None:
@@ -85,9 +81,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.filename is None:
         raise UsageError("Expecting image file name")
+    path = new_file(arguments.filename)
     if is_qemu_img():
         _refuse_in_its_words(arguments)
-    request = _request(arguments)
+    request = _request(path, arguments)
     match arguments.format:
         case "raw":
             _create_raw(request, arguments)
@@ -172,12 +169,13 @@ def _refuse_second_size(path: str, given: dict[str, str]) -> None:
         raise Failure(f"{path}: The image size must be specified only once")
 
 
-def _request(arguments: argparse.Namespace) -> Request:
+def _request(path: str, arguments: argparse.Namespace) -> Request:
     given = parse_options(arguments.options, arguments.format)
     if arguments.size is not None:
         _refuse_second_size(arguments.filename, given)
     typed = {"size": arguments.size, "backing_file": arguments.backing, "backing_fmt": arguments.backing_format}
-    return Request(arguments.filename, given | {name: text for name, text in typed.items() if text is not None})
+    said = given | {name: text for name, text in typed.items() if text is not None}
+    return Request(arguments.filename, path, said)
 
 
 def _validate_backing(request: Request) -> None:

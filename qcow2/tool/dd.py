@@ -13,7 +13,7 @@ from qcow2.job.source import Part, Source
 from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, reason_of
 from qcow2.tool.identity import say
-from qcow2.tool.named import FILE, add_format_option, add_image_options, named
+from qcow2.tool.named import add_format_option, add_image_options, named, new_file
 from qcow2.tool.quantity import size_of
 from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import Wish, new_target
@@ -60,7 +60,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         if skip > end:
             say(f"{given['if']}: cannot skip to specified offset")
         nbytes = max(0, end - skip)
-        path, size = given["of"].removeprefix(FILE), nbytes + -nbytes % SECTOR_SIZE
+        path, size = new_file(given["of"]), nbytes + -nbytes % SECTOR_SIZE
         wish = Wish(path, arguments.output_format, size, {}, secrets=arguments.secrets)
         target = stack.enter_context(new_target(wish, [image], None))
         driver = stack.enter_context(PoolDriver(WIDTH))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qcow2.driver.uri import is_nbd
+from qcow2.driver.uri import is_nbd, protocol_of
 from qcow2.node.formats import FORMATS
 from qcow2.node.jsonname import HOST_DRIVERS, PATH_KEYS, PREFIX, is_tuning, options_of
 from qcow2.tool.commas import split_commas
@@ -66,7 +66,7 @@ def named(
         return _of_options(dict(_split(text)), text, secrets)
     if text.startswith(PREFIX):
         return _of_options(_parsed(text), text, secrets)
-    path = bare(text)
+    path = present_file(text)
     if image_format is None:
         return Named(path, guessed(path, writes=writes))
     if image_format not in FORMATS:
@@ -78,6 +78,24 @@ def bare(name: str) -> str:
     """The path that *name* is, which may say that it is one: then what looks like a protocol in it is none."""
     path = name.removeprefix(FILE)
     return f"./{path}" if path != name and ":" in path.partition("/")[0] else path
+
+
+def present_file(name: str) -> str:
+    """The path that *name* is, or the URI. Raises: Failure if it is one of a protocol that is not spoken here."""
+    if not is_nbd(name) and (protocol := protocol_of(name)) is not None:
+        raise Failure(f"Could not open '{name}': Unknown protocol '{protocol}'; {_as_file(name)}")
+    return bare(name)
+
+
+def new_file(name: str) -> str:
+    """The path that *name*, of a file to be made, is. Raises: Failure if it is one of a protocol."""
+    if (protocol := protocol_of(name)) is not None:
+        raise Failure(f"{name}: Protocol driver '{protocol}' does not support image creation; {_as_file(name)}")
+    return bare(name)
+
+
+def _as_file(name: str) -> str:
+    return f"a file is ./{name} or {FILE}{name}"
 
 
 def the_image(arguments: argparse.Namespace, *, writes: bool = False) -> Named:

@@ -141,6 +141,47 @@ def test_file_names_with_their_protocol_start_where_the_process_does(
             assert disk.read(0, 1) == seen
 
 
+@pytest.mark.parametrize("words", ["create -f raw NAME 1M", "convert source NAME", "dd -f qcow2 if=source of=NAME"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rbd:img",
+        "ssh:img",
+        "nbd:localhost:10809",
+        "iscsi:img",
+        "http:img",
+        "gluster+tcp:img",
+        "blkdebug::img",
+        "json:{}",
+    ],
+)
+def test_name_of_a_protocol_makes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    qcow2.create("source", 1 << 20)
+    done = qcow2_tool(*words.replace("NAME", name).split())
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.endswith(f"does not support image creation; a file is ./{name} or file:{name}\n")
+    assert os.listdir() == ["source"]
+    for way in (f"./{name}", f"file:{name}"):
+        qcow2_tool_ok(*words.replace("NAME", way).split())
+        assert sorted(os.listdir()) == sorted(["source", name])
+        os.unlink(name)
+
+
+@pytest.mark.parametrize("words", ["info -f raw NAME", "convert -n source NAME", "convert -f raw NAME copy"])
+def test_name_of_a_protocol_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    qcow2.create("source", 1 << 20)
+    Path("rbd:img").write_bytes(bytes(1 << 20))
+    reason = "Could not open 'rbd:img': Unknown protocol 'rbd'; a file is ./rbd:img or file:rbd:img"
+    done = qcow2_tool(*words.replace("NAME", "rbd:img").split())
+    assert (done.returncode, done.stderr) == (1, f"qcow2: {reason}\n")
+    for way in ("./rbd:img", "file:rbd:img"):
+        qcow2_tool_ok(*words.replace("NAME", way).split())
+
+
 @pytest.mark.parametrize("words", [("info",), ("map",), ("check",), ("info", "--output=json"), ("--help",)])
 def test_output_that_goes_nowhere_is_an_error_of_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
     path = tmp_path / "disk"
