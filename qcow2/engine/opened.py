@@ -31,6 +31,7 @@ class OpenOptions:
     snapshot: str | Choice | None = None  # read the disk as this one, an id or else a name, holds it
     keys: "Keyring | None" = None  # what may open it, if it is encrypted
     has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
+    has_below: bool = True  # else its backing file is not opened, and nobody may look at what would show through
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def open_qcow2(chain: "Chain", file: HostFile, options: OpenOptions) -> Image:
 
         bring_links_in(chain, file, data_file)
         header = run(read_header(file, trust_refcounts=False))
-    backing = _open_backing(chain, file, header, options)
+    backing = _open_backing(chain, file, header, options) if options.has_below else None
     if options.writable:
         repair_unclean(file, header, chain.progress)
         log = begin_log(chain, file, header) if file is chain.files[0] else None

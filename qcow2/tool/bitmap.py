@@ -95,9 +95,12 @@ def _validated(arguments: argparse.Namespace) -> int | None:
 
 @contextmanager
 def opened_without_data(image: Named, *, writable: bool, **log: Any) -> Iterator[Disk]:
-    """The image, whose data nobody looks at: no key is needed. Raises: OSError, ImageError, Failure."""
+    """The image, whose data nobody looks at: it needs no key, and nothing under it.
+
+    Raises: OSError, ImageError, Failure.
+    """
     with opening(image.path):
-        options = OpenOptions(writable=writable, has_data=False)
+        options = OpenOptions(writable=writable, has_data=False, has_below=False)
         disk = Disk.of(Chain(**log), image.path, image.image_format, options)
     with disk:
         yield disk

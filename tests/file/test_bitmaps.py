@@ -268,3 +268,22 @@ def test_who_finds_no_room_is_told_what_the_host_says(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "qcow2: Operation add on bitmap x failed: File too large\n")
     assert_clean(image)
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["missing", "in use"])
+def test_a_bitmap_of_an_overlay_needs_nothing_under_it(tmp_path: Path, is_there: bool) -> None:
+    base, top, other = (tmp_path / name for name in ("base", "top", "other"))
+    qcow2.create(base, 1 << 20)
+    for overlay in (top, other):
+        qcow2.create(overlay, backing="base")
+    with qcow2.open(base, writable=True):
+        if not is_there:
+            base.unlink()
+        for overlay in (top, other):
+            qcow2_tool_ok("bitmap", "--add", overlay, "kept")
+        qcow2_tool_ok("bitmap", "--merge", "kept", "-b", other, "-F", "qcow2", top, "kept")
+        qcow2_tool_ok("bitmap", "--add", "--remove", top, "gone")
+    if is_there:
+        with qcow2.open(top) as disk:
+            assert [bitmap.name for bitmap in disk.bitmaps] == ["kept"]
+        assert_clean(top)
