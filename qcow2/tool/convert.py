@@ -25,7 +25,7 @@ from qcow2.tool.named import Named, add_format_option, add_image_options, named,
 from qcow2.tool.option import asks_for_help, parse_options, print_help, split_options, validate_backing
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import size_of
-from qcow2.tool.refused import once_it_has_begun, unreadable
+from qcow2.tool.refused import NO_BACKING, once_it_has_begun, unreadable
 from qcow2.tool.source import add_snapshot_option, add_source_options, open_base, open_source, wanted_snapshot
 from qcow2.tool.target import Wish, new_target, present_target
 
@@ -264,6 +264,8 @@ def _base(wish: Wish, arguments: argparse.Namespace) -> Iterator[Node | None]:
     if not name:
         if image_format and not FORMATS[wish.image_format].has_metadata:
             raise Failure(f"Backing file format not supported for file format '{wish.image_format}'")
+        if image_format and not arguments.no_create:
+            raise Failure(f"{wish.path}: error while converting {wish.image_format}: {NO_BACKING}")
         yield None
         return
     if not FORMATS[wish.image_format].has_metadata:

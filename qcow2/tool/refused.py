@@ -18,6 +18,7 @@ MIN_EXTENDED = 1 << MIN_CLUSTER_BITS_OF_SUBCLUSTERS
 NO_CLUSTERS = "Cluster size must be a power of two between 512 and 2048k"
 NO_REFCOUNTS = "Refcount width must be a power of two and may not exceed 64 bits"
 TOO_FEW_FOR_EXTENDED = f"Extended L2 entries are only supported with cluster sizes of at least {MIN_EXTENDED} bytes"
+NO_BACKING = "Backing format cannot be used without backing file"
 NO_SIZE = "Image creation needs a size parameter"
 ANY_SIZE = (
     "Parameter '{}' expects a non-negative number below 2^64\n"
@@ -75,7 +76,7 @@ def once_it_has_begun(given: dict[str, str], size: int) -> str | None:
     if cluster_size & (cluster_size - 1) or not MIN_CLUSTER_SIZE <= cluster_size <= MAX_CLUSTER_SIZE:
         return NO_CLUSTERS
     if given.get("backing_fmt") and not given.get("backing_file"):
-        return "Backing format cannot be used without backing file"
+        return NO_BACKING
     if given.get("backing_file") and preallocation != "off" and not SWITCH[given.get("extended_l2", "off")]:
         return "Backing file and preallocation can only be used at the same time if extended_l2 is on"
     if version < 3 and SWITCH[given.get("lazy_refcounts", "off")]:

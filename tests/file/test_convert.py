@@ -396,6 +396,15 @@ def test_data_file_of_a_source_is_no_target(tmp_path: Path, words: list[str]) ->
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("words", ["-F qcow2", "-o backing_fmt=qcow2"])
+def test_format_of_no_backing_file_is_refused(images: Path, tmp_path: Path, words: str) -> None:
+    target = tmp_path / "target"
+    done = qcow2_tool("convert", "-O", "qcow2", *words.split(), images / "data", target)
+    reason = "error while converting qcow2: Backing format cannot be used without backing file"
+    assert (done.returncode, done.stderr) == (1, f"qcow2: {target}: {reason}\n")
+    assert not target.exists()
+
+
 def test_signal_asks_how_far_it_is(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"x" * (4 * MIB))
