@@ -30,9 +30,11 @@ def opened(path: str, *, writable: bool = False, force_share: bool = False) -> I
 def created(path: str) -> Iterator[HostFile]:
     """The file at *path*, made if there is none, locked, with its old content; after an error a new one is gone again.
 
+    What a link leads to is made, and is what goes: the link stays.
     Raises: OSError, ImageLocked.
     """
-    if os.path.lexists(path):
+    place = _end_of(path)
+    if os.path.lexists(place):
         with opened(path, writable=True) as known:
             yield known
         return
@@ -40,7 +42,7 @@ def created(path: str) -> Iterator[HostFile]:
     is_ours = True
     try:
         with undisturbed():  # an interrupt finds no file that nobody knows of
-            file = _make(path)
+            file = _make(path, place)
             try:
                 is_ours = _lock_new(file)
             except ImageLocked:  # somebody has opened it meanwhile, and fills it
@@ -49,15 +51,24 @@ def created(path: str) -> Iterator[HostFile]:
         yield file
     except BaseException:
         if file is not None and is_ours:
-            _remove(file)
+            _remove(file, place)
         raise
     finally:
         if file is not None:
             file.close()
 
 
-def _make(path: str) -> HostFile:
-    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+def _end_of(path: str) -> str:
+    """Where a link leads that leads to nothing yet; else *path*."""
+    return os.path.realpath(path) if os.path.islink(path) and not os.path.exists(path) else path
+
+
+def _make(path: str, place: str) -> HostFile:
+    try:
+        fd = os.open(place, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        error.filename = path
+        raise
     keep_access_time(fd)
     return HostFile(path, fd, writable=True)
 
@@ -68,11 +79,11 @@ def _lock_new(file: HostFile) -> bool:
     return not file.size()
 
 
-def _remove(file: HostFile) -> None:
+def _remove(file: HostFile, place: str) -> None:
     """Unless it has another name by now: what has its name is somebody else's then."""
     with suppress(FileNotFoundError):
-        if os.path.samestat(os.lstat(file.path), os.fstat(file.fd)):
-            os.unlink(file.path)
+        if os.path.samestat(os.lstat(place), os.fstat(file.fd)):
+            os.unlink(place)
 
 
 def are_one_file(path: str, other: str) -> bool:

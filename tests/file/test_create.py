@@ -174,3 +174,28 @@ def test_a_disk_of_nothing_takes_no_more_than_is_measured_and_grows(tmp_path: Pa
     qcow2_tool_ok("resize", path, "1M")
     assert_clean(path)
     assert_same_disk(path, bytes(1 << 20))
+
+
+@pytest.mark.parametrize("words", ["create NAME 1M", "create -f raw NAME 1M", "convert -O qcow2 source NAME"])
+def test_a_link_that_leads_to_nothing_says_where_the_image_is(tmp_path: Path, words: str) -> None:
+    link, place = tmp_path / "link", tmp_path / "elsewhere" / "image"
+    place.parent.mkdir()
+    link.symlink_to("elsewhere/image")
+    qcow2.create(tmp_path / "source", 1 << 20)
+    command = [
+        tmp_path / word if word in ("source", "link") else word for word in words.replace("NAME", "link").split()
+    ]
+    qcow2_tool_ok(*command)
+    assert link.is_symlink()
+    assert place.is_file()
+    place.unlink()
+    done = run_program("prlimit", "--fsize=100", TOOL, *command)
+    assert (done.returncode, place.exists(), link.is_symlink()) == (1, False, True)
+
+
+def test_a_link_to_where_nothing_can_be_is_named(tmp_path: Path) -> None:
+    for name, leads in (("gone", "missing/image"), ("round", "round")):
+        (tmp_path / name).symlink_to(leads)
+        done = qcow2_tool("create", tmp_path / name, "1M")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"qcow2: {tmp_path / name}: ")
