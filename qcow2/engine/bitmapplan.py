@@ -98,7 +98,7 @@ class BitmapPlan:
             raise BitmapError(f"Bitmap name {name!r} has a zero byte")
         if nbytes > layout.MAX_BITMAP_NAME_BYTES:
             raise BitmapError(f"Name length exceeds maximum ({layout.MAX_BITMAP_NAME_BYTES} characters)")
-        if self._geometry.version < 3:
+        if not self._geometry.can_have_bitmaps:
             raise BitmapError("Cannot store dirty bitmaps in qcow2 v2 files")
         if any(each.bitmap.raw_name == os.fsencode(name) for each in self.planned):
             raise BitmapError(f"Bitmap already exists: {name}")

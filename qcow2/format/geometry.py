@@ -54,6 +54,11 @@ class Geometry:
             block_bits=bits + 3 - record.refcount_order,
         )
 
+    @property
+    def can_have_bitmaps(self) -> bool:
+        """Whether there is a place for dirty bitmaps: version 2 has none."""
+        return self.version >= 3
+
     def cluster_of(self, offset: int) -> int:
         """Number of the cluster that holds the byte at *offset*."""
         return offset >> self.cluster_bits

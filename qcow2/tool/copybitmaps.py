@@ -30,7 +30,7 @@ class Copied:
 def bitmaps_to_copy(wish: Wish, images: Sequence[Node], arguments: argparse.Namespace) -> list[Copied]:
     """Those of the one source. Raises: Failure, before the target is touched; OSError."""
     (image,) = images
-    if not isinstance(image, Image):
+    if not (isinstance(image, Image) and image.geometry.can_have_bitmaps):
         raise Failure("Source lacks bitmap support")
     if not format_of(wish.path, wish.image_format).has_metadata or wish.given.get("compat") in ("0.10", "v2"):
         raise Failure(f"Format driver '{wish.image_format}' does not support bitmaps")

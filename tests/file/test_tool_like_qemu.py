@@ -28,6 +28,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         qemu_io(place / name, "write -P 3 64k 256k")
     qemu_io(place / "other", "write -P 4 200000 1")
     qemu_io(place / "zeros", "write -z 0 512k", "write -P 0 512k 64k")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", place / "old", "1M")
     qemu_img("create", "-q", "-f", "qcow2", place / "noted", "5G")
     for name in ("one", "another"):
         qemu_img("bitmap", "--add", "-g", "512", place / "noted", name)
@@ -157,6 +158,7 @@ ROWS = [
     "measure -O qcow2 -o backing_file=data,backing_fmt=qcow2 top",
     "measure -O qcow2 -f raw raw --output=json",
     "measure -O qcow2 noted",
+    "measure -O qcow2 old",
     "measure -O qcow2 -l first kept",
     "measure -O raw summit",
     "measure -O vmdk --size 1G",
