@@ -41,8 +41,10 @@ async def size_of_copy(options: Options, source: Node) -> Measures:
     required = full
     if not _is_reserved(options) and options.backing_name is None:
         required = full - _data_bytes(options) + await _bytes_with_data(options, source)
-    can_copy = isinstance(source, Image) and source.geometry.can_have_bitmaps and options.version >= 3
-    return Measures(required, full, await _bitmap_bytes(options, source) if can_copy else None)
+    bitmaps = None
+    if isinstance(source, Image) and source.geometry.can_have_bitmaps and options.version >= 3:
+        bitmaps = await _bitmap_bytes(options, source)
+    return Measures(required, full, bitmaps)
 
 
 def _is_reserved(options: Options) -> bool:
