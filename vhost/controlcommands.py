@@ -1,7 +1,8 @@
 """What the control socket may ask of a running daemon; documented in docs/control.md.
 
-Everything here runs on the control socket's own thread. It reaches the data plane as the control thread does, through
-`Worker.call`, and never waits for the control thread: a vhost-user message in progress cannot hold it up, nor it one.
+Everything here runs on the commander, one after the other, but for LOOKS, which change nothing and wait for nobody. It
+reaches the data plane as the control thread does, through `Worker.call`, and never waits for the control thread: a
+vhost-user message in progress cannot hold it up, nor it one.
 """
 
 import os
@@ -71,11 +72,13 @@ class Commands:
             raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}{also}")
         for word in _words(arguments):
             _require_name(word)
+        if name in LOOKS:  # on another thread than the steps
+            return command(self)
         if self._steps is not None and self._steps.is_over and name not in STEPS:  # nobody let it go on
             self._steps = None
         if name in STEPS and (self._steps is None or client is not self._leader):
             raise CommandError("no snapshot of this client is under way")
-        if name not in (*STEPS, *LOOKS) and self._steps is not None:
+        if name not in STEPS and self._steps is not None:
             raise CommandError("a snapshot of several disks is under way")
         self._leader = client if name == "snapshot-begin" else self._leader
         try:
@@ -270,7 +273,7 @@ OPTIONS = {  # which may be left out
     "backup": ("format", "existing", "bitmap", "bitmap-mode", "backing", "rate", "on-error"),
 }
 
-LOOKS = ("status", "stats", "metrics")  # which wait for nobody
+LOOKS = ("status", "stats", "metrics", "job-list")  # for any thread: they wait for nobody
 STEPS = ("snapshot-next", "snapshot-cancel")
 
 

@@ -1,7 +1,9 @@
-"""The control socket: lines of JSON in, lines of JSON out, on a thread of its own, and one that greets.
+"""The control socket: lines of JSON in, lines of JSON out, on a thread of its own, one that greets, one that acts.
 
 A client is bounded in everything: one line of at most 64 KiB, one answer at a time, which it reads before it is read
 again; sixteen clients. One that breaks a rule is told so and dropped; nobody else notices.
+
+One command is under way at a time. Who only looks is answered meanwhile; what else is asked stays in its socket.
 """
 
 import contextlib
@@ -11,12 +13,15 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from ring.thread import start_deaf
 from vhost import event
-from vhost.controlcommands import CommandError, Commands
+from vhost.commander import Commander
+from vhost.controlcommands import LOOKS, CommandError, Commands
 from vhost.device import die
 from vhost.endpoint import Endpoint
 from vhost.event import Event
@@ -27,13 +32,14 @@ UNSENT_MAX = 1 << 20  # bytes that wait for one who does not read the events it 
 
 
 class Client:
-    """One connection: what it sent and we have not answered, what we answered and it has not read."""
+    """One connection: what it sent of a line, what we answered and it has not read."""
 
     def __init__(self, connection: socket.socket, unsent: bytes) -> None:
         self.socket = connection
         self.received = bytearray()
         self.unsent = bytearray(unsent)
         self.is_leaving = False  # once it has read what is unsent
+        self.is_waiting = False  # until the command that is under way, its own or another's, is done
         self.wants: frozenset[str] = frozenset()  # events by their names
 
     def send(self) -> None:
@@ -41,13 +47,27 @@ class Client:
         with contextlib.suppress(BlockingIOError):
             del self.unsent[: self.socket.send(self.unsent)]
 
-    def receive(self) -> None:
-        """Take what is there. Raises: OSError if it is gone."""
-        with contextlib.suppress(BlockingIOError):
-            data = self.socket.recv(LINE_MAX)
-            if not data:
-                raise ConnectionResetError
-            self.received += data
+    def receive(self, is_its_turn: Callable[[bytes], bool]) -> bytes | None:
+        """The next line, if all of it is there and *is_its_turn*; if that is not so it stays there.
+
+        Raises: OSError if it is gone.
+        """
+        try:
+            there = self.socket.recv(LINE_MAX, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        if not there:
+            raise ConnectionResetError
+        end = there.find(b"\n") + 1
+        line = bytes(self.received) + there[: end - 1]
+        if end and not is_its_turn(line):
+            self.is_waiting = True
+            return None
+        self.received += self.socket.recv(end or len(there))
+        if not end:
+            return None
+        self.received.clear()
+        return line
 
     def subscribe(self, request: dict[str, Any]) -> list[str]:
         """Want the events that *request* names from now on, or all; -> what is wanted. Raises: CommandError."""
@@ -59,14 +79,6 @@ class Client:
         self.wants |= frozenset(names)
         return sorted(self.wants)
 
-    def next_line(self) -> bytes | None:
-        """The next complete line, if there is one."""
-        line, newline, rest = self.received.partition(b"\n")
-        if not newline:
-            return None
-        self.received = rest
-        return bytes(line)
-
 
 class Control:
     """A context manager: serves *commands* to the clients of *endpoint* while it is entered."""
@@ -76,13 +88,16 @@ class Control:
         endpoint.begin(CLIENTS_MAX, may_be_gone=True)
         self._listener = endpoint.unix_socket
         self._commands = commands
+        self._commander = Commander()
+        self._is_acting = False  # a command is under way
+        self._done: deque[tuple[Client, bytes]] = deque()  # what is to be answered
         self._clients: dict[int, Client] = {}
         self._arrived: deque[Client] = deque()
         self._events: deque[Event] = deque()
         self._thread = threading.Thread(target=self._main, name="control", daemon=True)
         self._stop_fd = -1
         self._event_fd = -1
-        self._telling = threading.Lock()  # guards what any thread may use: who arrived, the events, and their fd
+        self._telling = threading.Lock()  # guards what any thread may use: who arrived, events, answers, and their fd
 
     def __enter__(self) -> "Control":
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -90,15 +105,18 @@ class Control:
         self._commands.on_event = self.tell
         self._greeter = Greeter(self._listener, self._stop_fd, self._welcome, self._lose)
         self._greeter.start()
+        self._commander.start()
         start_deaf(self._thread)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._commander.wait()  # what it does is answered
         os.eventfd_write(self._stop_fd, 1)
         self._greeter.join()
         self._thread.join()
+        self._commander.end()  # the clients have left
         os.close(self._stop_fd)
         with self._telling:
             os.close(self._event_fd)
@@ -135,11 +153,12 @@ class Control:
     def _serve_clients(self) -> None:
         while True:
             ready = self._wait()
-            if self._stop_fd in ready:
-                break
             if self._event_fd in ready:
                 os.eventfd_read(self._event_fd)
                 self._admit()
+                self._answer_done()
+            if self._stop_fd in ready:
+                break
             self._tell_events()
             for fd in ready & self._clients.keys():
                 self._serve(self._clients[fd])
@@ -151,7 +170,8 @@ class Control:
         poll.register(self._stop_fd, select.POLLIN)
         poll.register(self._event_fd, select.POLLIN)
         for fd, client in self._clients.items():
-            poll.register(fd, select.POLLOUT if client.unsent else select.POLLIN)
+            if client.unsent or not client.is_waiting:
+                poll.register(fd, select.POLLOUT if client.unsent else select.POLLIN)
         return {fd for fd, _ in poll.poll()}
 
     def _admit(self) -> None:
@@ -173,15 +193,13 @@ class Control:
         del self._clients[client.socket.fileno()]
         self._greeter.leave(client.socket)
         client.socket.close()
-        self._commands.leave(client)
+        self._commander.give(partial(self._commands.leave, client))
 
     def _serve(self, client: Client) -> None:
         try:
             if client.unsent:
                 client.send()
-            else:
-                client.receive()
-            while not client.unsent and not client.is_leaving and (line := client.next_line()) is not None:
+            elif (line := client.receive(self._is_turn_of)) is not None:
                 self._answer(client, line)
             if len(client.received) > LINE_MAX and not client.unsent:
                 client.is_leaving = True
@@ -192,17 +210,40 @@ class Control:
         except OSError:
             self._drop(client)
 
-    def _answer(self, client: Client, line: bytes) -> None:
-        client.unsent += _line(self._reply(client, line))
-        client.send()
+    def _is_turn_of(self, line: bytes) -> bool:
+        return not self._is_acting or _may_be_answered_at_once(_request_of(line))
 
-    def _reply(self, client: Client, line: bytes) -> dict[str, Any]:
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            return {"error": "not a line of JSON"}
-        if not isinstance(request, dict):
-            return {"error": "not a JSON object"}
+    def _answer(self, client: Client, line: bytes) -> None:
+        """Now, or once the command is done. Raises: OSError if it is gone."""
+        request = _request_of(line)
+        if _may_be_answered_at_once(request):
+            client.unsent += _line(self._reply(client, request))
+            client.send()
+            return
+        self._is_acting = client.is_waiting = True
+        self._commander.give(partial(self._act, client, request))
+
+    def _act(self, client: Client, request: dict[str, Any] | str) -> None:
+        """On the commander's thread."""
+        answer = _line(self._reply(client, request))
+        with self._telling:
+            self._done.append((client, answer))
+            os.eventfd_write(self._event_fd, 1)
+
+    def _answer_done(self) -> None:
+        """Let the next command come."""
+        while self._done:
+            client, answer = self._done.popleft()
+            self._is_acting = False
+            for each in self._clients.values():
+                each.is_waiting = False
+            if client in self._clients.values():
+                client.unsent += answer
+                self._serve(client)
+
+    def _reply(self, client: Client, request: dict[str, Any] | str) -> dict[str, Any]:
+        if isinstance(request, str):
+            return {"error": request}
         tag = {"id": request["id"]} if "id" in request else {}
         try:
             if request.get("command") == SUBSCRIBE:
@@ -212,6 +253,20 @@ class Control:
             return {**tag, "error": str(error)}
         except MemoryError:
             return {**tag, "error": "out of memory"}
+
+
+def _request_of(line: bytes) -> dict[str, Any] | str:
+    """What *line* asks for; or why that is nothing."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not a line of JSON"
+    return request if isinstance(request, dict) else "not a JSON object"
+
+
+def _may_be_answered_at_once(request: dict[str, Any] | str) -> bool:
+    """Whether it waits for nothing, so that nobody waits for it."""
+    return isinstance(request, str) or request.get("command") in (*LOOKS, SUBSCRIBE)
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -95,7 +95,8 @@ class HeldImage:
     @property
     def properties(self) -> Properties:
         """What a driver learns about the disk; as it was when last looked at, if the image is not held."""
-        known = self._outline if self.disk is None else _outline_of(self.disk)
+        disk = self.disk  # which another thread may let go
+        known = self._outline if disk is None else _outline_of(disk)
         return Properties(
             size=known.size,
             physical_block_size=PAGE,

@@ -13,7 +13,7 @@ from tests import slowdisk
 from tests.border.library import ACKNOWLEDGED, FLUSHED
 from tests.frontend import FLUSH, FrontEnd
 from tests.oracle import assert_clean, assert_not_corrupt, read_header
-from tests.program import TIMEOUT, TOOL, Daemon, qcow2_tool_ok
+from tests.program import DAEMON, TIMEOUT, TOOL, Daemon, qcow2_tool_ok, run
 from tests.slowdisk import SlowDisk
 
 SIZE = 8 << 20
@@ -137,6 +137,21 @@ def test_daemon(disk: SlowDisk) -> None:
         with qcow2.open(image, writable=True) as opened:
             assert opened.read(ACKNOWLEDGED, 4096) == b"A" * 4096
         assert_kept(image)
+
+
+def test_a_daemon_says_how_it_is_while_a_command_hangs(disk: SlowDisk) -> None:
+    image = new_image(disk, 0)
+    control = f"--control={image}.control"
+    with Daemon(image, control) as daemon, FrontEnd(daemon.socket_path) as front_end:
+        front_end.write(ACKNOWLEDGED, b"A" * 4096)
+        with disk.holding(slowdisk.FSYNC):
+            hanging = subprocess.Popen([DAEMON, "ctl", control, "flush"])
+            disk.wait_for_one()
+            for words in (["status"], ["stats"], ["job", "list"]):
+                assert run(DAEMON, "ctl", control, *words).returncode == 0
+            assert hanging.poll() is None
+        assert hanging.wait(TIMEOUT) == 0
+        daemon.stop()
 
 
 def test_library_waits_for_a_slow_disk_and_no_longer(disk: SlowDisk) -> None:
