@@ -28,7 +28,7 @@ from qcow2.library.bitmaps import Bitmaps
 from qcow2.library.facts import Facts, facts_of_file
 from qcow2.library.file import DiskFile
 from qcow2.library.glance import Glance
-from qcow2.library.hostfile import is_writable, path_of_descriptor, reserve
+from qcow2.library.hostfile import is_writable, path_of_descriptor
 from qcow2.library.key import Key, keys_of
 from qcow2.library.lengthen import lengthen
 from qcow2.library.own_thread import OwnThread
@@ -172,12 +172,8 @@ class Disk(AwaitableDisk):
                 raise UnsupportedImage(self.files[0].path, "Cannot resize device files")
             self._run(lambda: self.image.shrink(nbytes))
             return
-        data_file = next((file for file in self.files if file is self.image.data_file), self.files[0])
-        end, file_end = self.size, data_file.size()
         pace = Pace()
-        self._call(lambda: self._driver.run(lengthen(self.image, nbytes, kind, pace)), pace.cancel)
-        if kind is Preallocation.FALLOC and end < self.size:
-            reserve(data_file, min(end, file_end) if data_file is not self.files[0] else file_end)
+        self._call(lambda: lengthen(self.image, self.files, nbytes, kind, pace), pace.cancel)
 
     @property
     def snapshots(self) -> "SnapshotList":
