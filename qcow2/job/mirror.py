@@ -49,6 +49,7 @@ class Mirror:
         self._behind = bytearray(b"\1" * nchunks)
         self._untouched = bytearray(b"\1" * nchunks if is_new and not only_top else nchunks)  # reads as zeros there
         self._trouble: OSError | ImageError | None = None  # of a change that the target did not take
+        self._has_failed = False  # `catch_up` has said why, and was not begun again
         self._locks = RangeLocks()
         self._turns = Turns(PIECES)
         self._buffers = Buffers(CHUNK)
@@ -66,9 +67,20 @@ class Mirror:
     async def catch_up(self, pace: Pace, *, width: int) -> None:
         """Copy what is behind, *width* chunks at a time, until nothing is.
 
+        After an error what the target did not take meanwhile is only copied: it may take that by now.
         Raises: what the target did not take of a change; OSError, ImageError, Cancelled.
         """
         self._tell(pace)
+        if self._has_failed and not self._is_broken:
+            self._trouble = None
+        self._has_failed = False
+        try:
+            await self._catch_up(pace, width)
+        except (OSError, ImageError):
+            self._has_failed = True
+            raise
+
+    async def _catch_up(self, pace: Pace, width: int) -> None:
         self._raise_trouble()
         while self._behind.find(1) >= 0:
             async with Crew(width) as crew:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.job.mirror import CHUNK
 from tests import slowdisk
 from tests.file.test_jobs import SHOWN, chain, content, control, start, top
 from tests.file.test_mirror import until
 from tests.frontend import FrontEnd
 from tests.oracle import assert_clean, read_header
-from tests.realfault.host import SYNC, Fault, Host
+from tests.patience import TIMEOUT
+from tests.realfault.host import SYNC, WRITE, Fault, Host
 from tests.slowdisk import SlowDisk
 
 __all__ = ["chain", "top"]  # fixtures
@@ -99,3 +101,27 @@ def test_a_copy_that_cannot_be_synced_is_not_the_guests_trouble(top: Path, tmp_p
             guest.flush()
         daemon.stop()
     assert content(top)[:4096] == b"w" * 4096
+
+
+def test_what_the_copy_did_not_take_while_the_job_was_paused_is_no_news(top: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").write_bytes(bytes(len(SHOWN)))
+    host = Host(tmp_path / "copy", Fault(for_good=True), tmp_path / "told")
+    with start(top, under=host.under) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        job = client.mirror("copy", "raw", existing=True, on_error="stop").job
+        until(client, job, "ready")
+        host.aim(0)
+        host.arm()
+        guest.write(0, b"w" * 4096)
+        until(client, job, "paused")
+        guest.write(CHUNK, b"v" * 4096)
+        assert host.hit == WRITE
+        host.arm(False)
+        client.resume(job)
+        while client.job(job).state not in ("ready", "paused"):
+            assert client.next_event(TIMEOUT) is not None
+        assert client.job(job).state == "ready"
+        client.cancel(job)
+        assert client.wait(job).state == "cancelled"
+        daemon.stop()
+    assert (tmp_path / "copy").read_bytes() == content(top)
+    assert content(top) == b"w" * 4096 + SHOWN[4096:CHUNK] + b"v" * 4096 + SHOWN[CHUNK + 4096 :]
