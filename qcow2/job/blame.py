@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from qcow2.error import ImageError
 
+WRITING = "writing at byte"
+
 
 class CopyFailed(Exception):
     """What could not be done, and where on the disk, in qemu-img's words; the cause says why."""

@@ -12,7 +12,7 @@ from functools import partial
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, Together, Write
 from qcow2.format.layout import MAX_CLUSTER_SIZE
-from qcow2.job.blame import blamed
+from qcow2.job.blame import WRITING, blamed
 from qcow2.job.content import SPARSE_UNIT, data_runs, different_units
 from qcow2.job.crew import WIDTH, Turn, Windows
 from qcow2.job.filetofile import FileToFile, Stretch
@@ -45,7 +45,8 @@ async def copy(source: Source, target: Target, pace: Pace, manner: Manner, base:
     """
     await target.begin()
     await _Copy(source, target, pace, manner, base).run()
-    await target.finish()
+    with blamed(WRITING, source.size):
+        await target.finish()
 
 
 class _Copy:
@@ -82,7 +83,8 @@ class _Copy:
             if content is Content.DATA:
                 await self._gather(offset, stop - offset)
             elif content is Content.ZEROS:
-                await self._target.zero(offset, stop - offset)
+                with blamed(WRITING, offset):
+                    await self._target.zero(offset, stop - offset)
                 self._pace.advance(stop - offset)
             else:
                 self._pace.advance(stop - offset)
@@ -158,7 +160,8 @@ class _Copy:
         finally:
             self._under_way.discard(first)
         self._windows.buffers.give(buffer)
-        await self._target.advance(min(self._under_way, default=first))
+        with blamed(WRITING, first):
+            await self._target.advance(min(self._under_way, default=first))
         self._pace.advance(nbytes)
 
     async def _place(self, stretches: list[Stretch], turn: Turn) -> None:
@@ -189,7 +192,7 @@ class _Copy:
                     await Together(writes)
                 return
         for put in puts:
-            with blamed("writing at byte", put[0]):
+            with blamed(WRITING, put[0]):
                 await self._target.put(*put)
 
     async def _look(self, stretches: list[Stretch]) -> list[Runs]:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from qcow2.driver.operation import LARGEST_UNIT, SCRATCH_BYTES, CopyData, File
-from qcow2.job.blame import blamed
+from qcow2.job.blame import WRITING, blamed
 from qcow2.job.crew import Buffers, Turn
 from qcow2.job.source import Piece, Source
 from qcow2.job.target import Runs, Target
@@ -95,7 +95,7 @@ class FileToFile:
     async def _put(self, offset: int, data: memoryview, runs: Runs, place: object, there: Piece) -> None:
         with blamed("reading at byte", offset):
             await there.reading(data)
-        with blamed("writing at byte", offset):
+        with blamed(WRITING, offset):
             await self._target.put(offset, data, runs, place)
 
     async def _offload(self, stretches: Sequence[Stretch], pieces: Sequence[Piece], turn: Turn) -> None:
@@ -109,7 +109,7 @@ class FileToFile:
         ]
         turn.give_way()
         for (offset, data), there, runs, place in zip(stretches, pieces, whole, places, strict=True):
-            with blamed("writing at byte", offset):
+            with blamed(WRITING, offset):
                 could = await self._target.take(offset, len(data), place, there)
             if not could:
                 await self._put(offset, data, runs, place, there)

@@ -109,7 +109,11 @@ def reserve(file: HostFile, start: int = 0) -> None:
     """Have the host set space aside for all of *file* from *start* on. Raises: OSError."""
     nbytes = file.size() - start
     if nbytes > 0 and not file.is_device:
-        os.posix_fallocate(file.fd, start, nbytes)
+        try:
+            os.posix_fallocate(file.fd, start, nbytes)
+        except OSError as error:
+            error.filename = file.path
+            raise
 
 
 MODES = {"r": False, "rb": False, "r+": True, "rb+": True, "r+b": True}

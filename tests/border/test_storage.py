@@ -199,6 +199,16 @@ def test_convert_to_a_device_full_of_old_bytes(tmp_path: Path, words: str) -> No
             assert disk.read(0, 8 * MIB) == source.read_bytes()
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_space_that_cannot_be_set_aside_is_missed_by_name(full: Path, image_format: str) -> None:
+    new, old = full / "new", full / "old"
+    done = qcow2_tool("create", "-q", "-f", image_format, "-o", "preallocation=falloc", new, "4M")
+    assert (done.returncode, done.stderr) == (1, f"qcow2: {new}: No space left on device\n")
+    qcow2_tool_ok("create", "-q", "-f", image_format, old, "64k")
+    done = qcow2_tool("resize", "-f", image_format, "--preallocation=falloc", old, "4M")
+    assert (done.returncode, done.stderr) == (1, f"qcow2: {old}: No space left on device\n")
+
+
 def test_convert_to_a_full_file_system_leaves_nothing(full: Path, tmp_path: Path) -> None:
     before = sorted(full.iterdir())
     for words in ("-O qcow2", "-O raw", "-c -O qcow2 -S 0"):

@@ -363,6 +363,20 @@ def test_failed_convert_leaves_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("words", [["-c"], ["-O", "qcow2"], ["-c", "-o", "cluster_size=4k"]], ids=" ".join)
+def test_convert_that_runs_full_at_the_end_says_where(tmp_path: Path, words: list[str]) -> None:
+    """What does not fit any more is no data, but a table or a refcount; the target was there and could be made."""
+    (tmp_path / "noise").write_bytes(random.Random(1).randbytes(MIB))
+    command = [TOOL, "convert", "-f", "raw", "-O", "qcow2", *words, tmp_path / "noise", tmp_path / "new"]
+    subprocess.run(command, check=True, timeout=TIMEOUT)
+    nbytes = (tmp_path / "new").stat().st_size
+    (tmp_path / "new").unlink()
+    limited = ["prlimit", f"--fsize={nbytes - 4096}", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (1, f"qcow2: error while writing at byte {MIB}: File too large\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_source_is_no_target(images: Path, tmp_path: Path) -> None:
     for name in ("data", "top"):
         (tmp_path / name).write_bytes((images / name).read_bytes())

@@ -3,6 +3,7 @@
 import itertools
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from qcow2.error import UnsupportedImage
 from qcow2.format.header import load_header
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.oracle import assert_clean, assert_same_disk, qemu_img, read_header
-from tests.program import TOOL, qcow2_tool, qcow2_tool_ok
+from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
 from tests.program import run as run_program
 
 SIZES = {9: (0, 512, 1 << 20), 12: (512, 5 << 20), 16: (0, 1000 * 512, 10 << 20), 21: (512, 33 << 20)}
@@ -189,8 +190,10 @@ def test_a_link_that_leads_to_nothing_says_where_the_image_is(tmp_path: Path, wo
     assert link.is_symlink()
     assert place.is_file()
     place.unlink()
-    done = run_program("prlimit", "--fsize=100", TOOL, *command)
+    limited = ["prlimit", "--fsize=100", TOOL, *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, place.exists(), link.is_symlink()) == (1, False, True)
+    assert "File too large" in done.stderr
 
 
 def test_a_link_to_where_nothing_can_be_is_named(tmp_path: Path) -> None:
