@@ -280,14 +280,19 @@ class Control:
         return self._job("job-set-rate", job=number, rate=rate)
 
     def wait(self, number: int, progress: Callable[[Job], None] = lambda job: None) -> Job:
-        """How a job ended, once it has, or how it stands once it is ready; *progress* is told meanwhile."""
+        """How a job ended, once it has, or how it stands once it is ready; *progress* is told meanwhile.
+
+        Takes the events of that job; all others stay for `next_event`.
+        """
         self.subscribe("job")
         while True:
             job = self.job(number)
             progress(job)
             if job.has_ended or job.state == "ready":
                 return job
-            self.next_event(STEP)
+            deadline = monotonic() + STEP
+            while not self._take_events_of(number) and self._receive_event(deadline):
+                pass
 
     def subscribe(self, *names: EventName) -> None:
         """Have events of these names told from now on; none: all."""
@@ -297,11 +302,8 @@ class Control:
         """The next event, which is waited for; None after so many *seconds* without one."""
         deadline = None if seconds is None else monotonic() + seconds
         while not self._events:
-            with self._about_daemon():
-                try:
-                    self._keep_event(self._line(deadline))
-                except TimeoutError:
-                    return None
+            if not self._receive_event(deadline):
+                return None
         return self._events.popleft()
 
     def events(self) -> Iterator[Event]:
@@ -310,6 +312,22 @@ class Control:
             event = self.next_event()
             assert event is not None
             yield event
+
+    def _receive_event(self, deadline: float | None) -> bool:
+        """Whether a line has come before *deadline*."""
+        with self._about_daemon():
+            try:
+                self._keep_event(self._line(deadline))
+            except TimeoutError:
+                return False
+        return True
+
+    def _take_events_of(self, job: int) -> bool:
+        """Whether there were any."""
+        others = [event for event in self._events if event.name != "job" or event.data["job"] != job]
+        are_any = len(others) < len(self._events)
+        self._events = deque(others)
+        return are_any
 
     def _job(self, command: str, **arguments: Any) -> Job:
         return _job_of(self.ask(command, **arguments))

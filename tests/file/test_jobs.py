@@ -25,6 +25,7 @@ from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from tests.realfault.death import dying_from_start
 from tests.served import serve
 from vhost import Control, ControlError
+from vhost.client import Job
 from vhost.jobcommands import JobCommands
 from vhost.jobs import Jobs
 from vhost.overlaybitmaps import OverlayBitmaps
@@ -300,6 +301,23 @@ def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
         ]
         with pytest.raises(ControlError, match="weather"):
             teller.ask("subscribe", events=["weather"])
+
+
+def test_who_waits_for_a_job_misses_no_other_event(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client, control(top) as other:
+        client.subscribe("bitmap")
+        job = client.stream(rate=1).job
+
+        def hurry(_: Job) -> None:
+            if not list(other.bitmaps):
+                other.bitmaps.add("daily")
+                other.set_rate(job, 0)
+
+        assert client.wait(job, hurry).state == "completed"
+        event = client.next_event(TIMEOUT)
+        assert event is not None
+        assert event.name == "bitmap"
+        assert client.next_event(0) is None
 
 
 def test_ctl_shows_jobs_to_people_and_to_programs(top: Path) -> None:
