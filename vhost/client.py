@@ -5,7 +5,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, Literal
@@ -22,6 +22,10 @@ EventName = Literal["job", "snapshot", "snapshot-internal", "bitmap", "error"]
 
 class ControlError(Exception):
     """The daemon does not do what it was asked for, or there is none; one line says why."""
+
+
+class DaemonEnded(ControlError):
+    """It closed the conversation, between two lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,10 +312,9 @@ class Control:
 
     def events(self) -> Iterator[Event]:
         """Each event that comes, until the daemon ends."""
-        while True:
-            event = self.next_event()
-            assert event is not None
-            yield event
+        with suppress(DaemonEnded):
+            while (event := self.next_event()) is not None:
+                yield event
 
     def _receive_event(self, deadline: float | None) -> bool:
         """Whether a line has come before *deadline*."""
@@ -345,8 +348,10 @@ class Control:
                 raise TimeoutError
             self._socket.settimeout(None if deadline is None else max(deadline - monotonic(), 0.001))
             data = self._socket.recv(1 << 16)
+            if not data and not self._received:
+                raise EOFError
             if not data:
-                raise ValueError("the daemon has ended")
+                raise ValueError("the daemon has ended within a line")
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
         answer = json.loads(line)
@@ -360,9 +365,9 @@ class Control:
             yield
         except TimeoutError:
             raise ControlError(f"{self.path}: {SILENT}") from None
-        except (ConnectionResetError, BrokenPipeError, ValueError, KeyError, TypeError):
-            text = f"{self.path}: no daemon of ours answers there, or it ended before it answered"
-            raise ControlError(text) from None
+        except (ConnectionResetError, BrokenPipeError, EOFError, ValueError, KeyError, TypeError) as error:
+            kind = DaemonEnded if isinstance(error, EOFError) else ControlError
+            raise kind(f"{self.path}: no daemon of ours answers there, or it ended before it answered") from None
         except OSError as error:
             raise ControlError(f"{self.path or repr(self.path)}: {error.strerror or error}") from None
 

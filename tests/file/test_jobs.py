@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -301,6 +302,23 @@ def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
         ]
         with pytest.raises(ControlError, match="weather"):
             teller.ask("subscribe", events=["weather"])
+
+
+def test_events_end_with_the_daemon(top: Path) -> None:
+    command = [DAEMON, "ctl", f"--control={top}.control", "events"]
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as events:
+            assert events.stdout is not None
+            while not select.select([events.stdout], [], [], 0)[0]:  # it has subscribed
+                client.bitmaps.add("daily")
+                client.bitmaps.remove("daily")
+            client.subscribe("bitmap")
+            client.bitmaps.add("daily")
+            daemon.stop()
+            assert [event.name for event in client.events()] == ["bitmap"]
+            said, complaint = events.communicate(timeout=TIMEOUT)
+        assert (events.returncode, complaint) == (0, "")
+        assert {json.loads(line)["event"] for line in said.splitlines()} == {"bitmap"}
 
 
 def test_who_waits_for_a_job_misses_no_other_event(top: Path) -> None:
