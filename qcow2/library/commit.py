@@ -49,12 +49,33 @@ def commit_image(
     the two is worth nothing any more, but through the image.
     Raises: OSError, ImageError, ValueError, Cancelled; what the image shows is as before.
     """
+    disk = open_to_commit(
+        path, base, image_format=image_format, log_directory=log_directory, discard_log=discard_log, key=key
+    )
+    commit_opened(disk, pace, empties=empties)
+
+
+def open_to_commit(
+    path: str,
+    base: str | None,
+    *,
+    image_format: str = "qcow2",
+    log_directory: str = DEFAULT_DIRECTORY,
+    discard_log: bool = False,
+    key: Key = None,
+) -> Disk:
+    """The image at *path*, with *base* writable under it. Raises: OSError, ImageError."""
     depth = depth_of(path, image_format, base)
     chain = Chain(log_directory=log_directory, discard_log=discard_log, writable_depth=depth)
-    with Disk.of(chain, path, image_format, OpenOptions(writable=True, keys=keys_of(key))) as disk:
-        overlay = disk.image
+    return Disk.of(chain, path, image_format, OpenOptions(writable=True, keys=keys_of(key)))
+
+
+def commit_opened(disk: Disk, pace: Pace, *, empties: bool = True) -> None:
+    """Do what `commit_image` does with what `open_to_commit` has opened, and close it. Raises: as `commit_image`."""
+    with disk:
+        overlay, depth = disk.image, disk.chain.writable_depth
         assert isinstance(overlay, Image)
-        below = chain.nodes[depth]
+        below = disk.chain.nodes[depth]
 
         def work() -> None:
             try:

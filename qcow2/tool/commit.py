@@ -4,11 +4,13 @@ import argparse
 
 from qcow2.error import ImageError
 from qcow2.job.visible import SeenBySnapshot
-from qcow2.library.commit import NoBacking, NotInChain, commit_image
+from qcow2.library.commit import NoBacking, NotInChain, commit_opened, open_to_commit
+from qcow2.library.disk import Disk
 from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure
 from qcow2.tool.file import add_log_options, how_to_open
-from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.identity import is_qemu_img
+from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import size_of
@@ -34,33 +36,41 @@ def run_command(arguments: argparse.Namespace) -> int:
     Raises: Failure, ValueError, OSError, ImageError; what the image shows is as before then.
     """
     image = the_image(arguments)
-    path = image.path
     rate = 0 if arguments.rate_limit is None else size_of("rate limit", arguments.rate_limit)
     with shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate) as pace:
+        disk = _opened(image, arguments)
         try:
-            commit_image(
-                path,
-                arguments.base,
-                pace,
-                empties=not arguments.drop and arguments.base is None,
-                image_format=image.image_format,
-                **how_to_open(arguments),
-            )
-        except NoBacking as error:
-            if arguments.base is not None:
-                raise Failure(_not_found(arguments.base, path)) from error
-            raise Failure("Image does not have a backing file") from error
-        except NotInChain as error:
-            raise Failure(_not_found(arguments.base, path)) from error
+            commit_opened(disk, pace, empties=not arguments.drop and arguments.base is None)
         except SeenBySnapshot as error:
             raise Failure(str(error)) from error
         except OSError as error:
-            raise Failure(cannot_open(path, error)) from error
+            raise Failure(f"Block job failed: {_place_of(error)}{error.strerror or error}") from error
         except ImageError as error:
-            raise Failure(f"Could not open '{path}': {error}") from error
+            raise Failure(f"Block job failed: {error}") from error
     if not arguments.quiet:
         print("Image committed.")
     return 0
+
+
+def _opened(image: Named, arguments: argparse.Namespace) -> Disk:
+    path = image.path
+    try:
+        return open_to_commit(path, arguments.base, image_format=image.image_format, **how_to_open(arguments))
+    except NoBacking as error:
+        if arguments.base is not None:
+            raise Failure(_not_found(arguments.base, path)) from error
+        raise Failure("Image does not have a backing file") from error
+    except NotInChain as error:
+        raise Failure(_not_found(arguments.base, path)) from error
+    except OSError as error:
+        raise Failure(cannot_open(path, error)) from error
+    except ImageError as error:
+        raise Failure(f"Could not open '{path}': {error}") from error
+
+
+def _place_of(error: OSError) -> str:
+    """The file that something was wrong with, in front of what that was; QEMU names none."""
+    return "" if is_qemu_img() or error.filename is None else f"{error.filename}: "
 
 
 def _not_found(base: str, path: str) -> str:

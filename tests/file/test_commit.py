@@ -250,3 +250,17 @@ def shown(base: SimulatedFile, top: SimulatedFile) -> bytes:
     content = bytearray(overlay.size)
     driver.run(overlay.read(0, MemoryBuffer(memoryview(content))))
     return bytes(content)
+
+
+def test_commit_that_runs_full_says_so_of_the_file(tmp_path: Path) -> None:
+    """Both images could be opened; the one below cannot take all."""
+    base, top = tmp_path / "base", tmp_path / "top"
+    qcow2.create(base, 8 << 20)
+    qcow2.create(top, backing="base")
+    with qcow2.open(top, writable=True) as disk:
+        disk.write(0, b"x" * (6 << 20))
+    command = ["prlimit", "--fsize=1000000", TOOL, "commit", top]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (1, f"qcow2: Block job failed: {base}: File too large\n")
+    with qcow2.open(top) as disk:
+        assert disk.read(0, 6 << 20) == b"x" * (6 << 20)
