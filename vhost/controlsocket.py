@@ -91,7 +91,7 @@ class Control:
         self._commander = Commander()
         self._is_acting = False  # a command is under way
         self._done: deque[tuple[Client, bytes]] = deque()  # what is to be answered
-        self._clients: dict[int, Client] = {}
+        self._clients: dict[int, Client] = {}  # whose command was under way last comes last
         self._arrived: deque[Client] = deque()
         self._events: deque[Event] = deque()
         self._thread = threading.Thread(target=self._main, name="control", daemon=True)
@@ -160,8 +160,8 @@ class Control:
             if self._stop_fd in ready:
                 break
             self._tell_events()
-            for fd in ready & self._clients.keys():
-                self._serve(self._clients[fd])
+            for client in [client for fd, client in self._clients.items() if fd in ready]:
+                self._serve(client)
         for client in list(self._clients.values()):
             self._drop(client)
 
@@ -221,6 +221,7 @@ class Control:
             client.send()
             return
         self._is_acting = client.is_waiting = True
+        self._clients[client.socket.fileno()] = self._clients.pop(client.socket.fileno())
         self._commander.give(partial(self._act, client, request))
 
     def _act(self, client: Client, request: dict[str, Any] | str) -> None:

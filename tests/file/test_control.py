@@ -377,6 +377,17 @@ def test_who_only_looks_is_answered_while_a_command_of_another_runs(control: Pat
         assert b"done" in answers.readline()
 
 
+def test_client_of_many_commands_lets_another_come_between(control: Path) -> None:
+    with at_work(control) as (busy, first), ExitStack() as stack:
+        others = [stack.enter_context(Control(control)) for _ in range(3)]
+        first.sendall(b'{"from": "first"}\n' * 20)
+        for number, other in enumerate(others):
+            other.send("flush", number=number)
+        busy.may_end.set()
+        asked = [busy.asked.get(timeout=TIMEOUT) for _ in range(23)]
+        assert {request.get("number") for request in asked[:4]} >= {0, 1, 2}
+
+
 def test_lines_that_come_together_are_answered_in_their_order(control: Path) -> None:
     with at_work(control) as (busy, first), first.makefile("rb") as answers:
         first.sendall(b'{"command": "status", "id": 1}\n{"id": 2}\n{"command": "status", "id": 3}\nrubbish\n')
