@@ -112,6 +112,11 @@ class ReadableImage:
         """Whether the extent map may answer writes."""
         return False
 
+    @property
+    def failure(self) -> OSError | None:
+        """Why it takes no more writes, if it takes none."""
+        return self._stability.failure
+
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*; reads go on, close leaves the dirty bit."""
         self._stability.fail(error)

@@ -74,7 +74,15 @@ class Stability:
     def require_trust(self) -> None:
         """Raises: OSError(EIO) once a metadata write or a sync has failed."""
         if self.error is not None:
-            raise OSError(errno.EIO, f"no more writes after: {self.error.strerror}", self.file.path)
+            raise self._refusal(self.error)
+
+    @property
+    def failure(self) -> OSError | None:
+        """What `require_trust` raises, if it does."""
+        return None if self.error is None else self._refusal(self.error)
+
+    def _refusal(self, error: OSError) -> OSError:
+        return OSError(errno.EIO, f"no more writes after: {error.strerror}", self.file.path)
 
     async def write(self, host_offset: int, *pieces: bytes | bytearray | memoryview) -> None:
         """Write metadata; process-safe on return."""

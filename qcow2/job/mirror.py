@@ -6,7 +6,6 @@ or not be changed in both, is behind again, and is copied anew. A piece of the d
 changed, so the copy never gets old bytes over newer ones, nor two writes to one place in another order than the disk.
 """
 
-import errno
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -261,7 +260,7 @@ class Mirror:
 
     def _break(self) -> None:
         self._is_broken = True
-        self._trouble = self._trouble or OSError(errno.EIO, "takes no more writes", self._target.file.path)
+        self._trouble = self._trouble or self._target.failure
         self.on_behind()
 
     def _hold(self, offset: int, nbytes: int) -> Hold:

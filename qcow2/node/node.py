@@ -38,6 +38,10 @@ class Node(Backing, Protocol):
     def set_link_policy(self, policy: "LinkPolicy") -> None:
         """Say when links may wait, if there are any."""
 
+    @property
+    def failure(self) -> OSError | None:
+        """Why it takes no more writes, if it takes none."""
+
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*."""
 

@@ -85,6 +85,11 @@ class RawImage:
     def set_link_policy(self, policy: "LinkPolicy") -> None:
         """There are no links."""
 
+    @property
+    def failure(self) -> OSError | None:
+        """Why it takes no more writes, if it takes none."""
+        return self._stability.failure
+
     def fail(self, error: OSError) -> None:
         """Take no more writes because of *error*."""
         self._stability.fail(error)

@@ -94,7 +94,8 @@ def test_a_copy_that_cannot_be_synced_is_not_the_guests_trouble(top: Path, tmp_p
             host.aim(2)  # a sync of a second descriptor, and its close, come first
             host.arm()
             client.complete(job)
-            assert client.wait(job).state == "failed"
+            ended = client.wait(job)
+            assert (ended.state, "no more writes after: sync failed: Input/output" in ended.error) == ("failed", True)
             assert host.hit == SYNC
             assert client.status()["failed"] is False
             guest.write(0, b"w" * 4096)
