@@ -134,12 +134,20 @@ def _texts(values: object, name: str) -> list[str]:
     return [_text(value, name) for value in values]
 
 
+def _path(value: object, name: str) -> str:
+    """One that leads to the same place from wherever a client runs."""
+    path = _text(value, name)
+    if not os.path.isabs(path):
+        raise ExportRefused(f"{name} {path!r} is not absolute: it would be seen from the daemon's directory")
+    return path
+
+
 def _place_of(socket: object, address: object, port: object) -> Place:
     if (socket is None) == (port == 0):
         raise ExportRefused("either socket or port says where clients come to")
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
         raise ExportRefused(f"{port!r} is not a port")
-    return Place(None if socket is None else _text(socket, "socket"), _text(address, "address"), port)
+    return Place(None if socket is None else _path(socket, "socket"), _text(address, "address"), port)
 
 
 class Exports:
@@ -176,7 +184,7 @@ class Exports:
         """
         file, names = _text(file, "file"), _texts(bitmaps, "bitmaps")
         place = _place_of(socket, address, port)
-        directory = None if certificates is None else _text(certificates, "certificates")
+        directory = None if certificates is None else _path(certificates, "certificates")
         if not isinstance(no_tls, bool):
             raise ExportRefused(f"no-tls is true or false, not {no_tls!r}")
         tls = [] if directory is None else [f"--tls-creds={directory}"]

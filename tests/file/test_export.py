@@ -169,6 +169,17 @@ def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
         end(daemon)
 
 
+def test_path_that_depends_on_who_sees_it_is_refused(image: Path, tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "frozen", SIZE)
+    with start(image) as daemon, FrontEnd(daemon.socket_path), vhost.Control(f"{image}.control") as control:
+        for place in ({"socket": "sock"}, {"socket": str(tmp_path / "sock"), "certificates": "pki"}):
+            with pytest.raises(vhost.ControlError, match="is not absolute"):
+                control.ask("export-start", file="frozen", **place)
+        assert control.exports() == []
+        daemon.stop()
+    assert not Path("sock").exists()
+
+
 def test_an_export_that_hangs_as_it_begins_is_refused(image: Path, tmp_path: Path) -> None:
     backing, mount_point = tmp_path / "backing", tmp_path / "slow"
     backing.mkdir()
