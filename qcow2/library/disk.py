@@ -162,7 +162,8 @@ class Disk(AwaitableDisk):
 
         A disk gets shorter only with *shrink*: what is past its end is lost. One that is so short already loses what a
         shrink that was interrupted has left there. *preallocation* is for what is new; an interrupt ends it early.
-        Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage; OSError.
+        Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage, OSError: it is as long as
+        before then, unless the host fails again or the disk was to get shorter.
         """
         self._require_open()
         whole_sectors(self._path, index(nbytes))
@@ -223,9 +224,8 @@ class Disk(AwaitableDisk):
     def extents(self, offset: int = 0, nbytes: int | None = None) -> Iterator[Extent]:
         """Tell where the *nbytes* at *offset*, or all from there on, come from, in stretches as long as possible.
 
-        They are looked for while the iteration goes on, some hundred at a time: a disk that changes meanwhile shows
-        before or after. Raises: ValueError at the call if the range is not inside the disk; CorruptImage, OSError
-        later, and ValueError once the disk is closed.
+        They are looked for while the iteration goes on, and show what changes meanwhile or not.
+        Raises: ValueError at the call if the range is not inside the disk; later CorruptImage, OSError.
         """
         end = offset + self._require_inside(offset, max(0, self.size - offset) if nbytes is None else nbytes)
         return extents_of(self.image, offset, end, self._run)

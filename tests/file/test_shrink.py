@@ -1,7 +1,9 @@
 """A disk that becomes shorter: what is cut off is gone, what is left is as it was, also wherever it is interrupted."""
 
+import os
 import random
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.images import KINDS, check_image, open_image, read_all, start
 from tests.crash.moments import states
 from tests.oracle import assert_clean, assert_same_disk, qemu_img, qemu_io, qemu_read, read_header
-from tests.program import qcow2_tool, qcow2_tool_ok
+from tests.program import TOOL, qcow2_tool, qcow2_tool_ok
 
 MIB = 1 << 20
 
@@ -214,6 +216,55 @@ def test_what_is_new_is_preallocated(tmp_path: Path, mode: str, has_backing: boo
         assert path.stat().st_blocks * 512 >= 4 * MIB
     done = qcow2_tool("resize", "--shrink", f"--preallocation={mode}", path, "1M")
     assert (done.returncode, done.stderr) == (1, "qcow2: Preallocation can only be used for growing images\n")
+
+
+def may_mount() -> bool:
+    return os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+
+
+FULL_HOST = """
+mount -t tmpfs -o size=5m none "$1" && cp "$2"/* "$1" || exit 9
+"$3" resize -f "$4" --preallocation="$5" "$1/a" 32M
+status=$?
+cp "$1"/* "$2"
+exit $status
+"""  # mount point, where the files are, tool, format, mode
+
+
+@pytest.mark.skipif(not may_mount(), reason="mounts take root and a namespace")
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("qcow2", "falloc"),
+        ("qcow2", "full"),
+        ("bitmap", "full"),
+        ("raw", "falloc"),
+        ("raw", "full"),
+        ("data", "falloc"),
+        ("data", "full"),
+    ],
+)
+def test_a_host_without_space_for_what_is_new_leaves_the_size(tmp_path: Path, kind: str, mode: str) -> None:
+    (there := tmp_path / "there").mkdir()
+    (files := tmp_path / "files").mkdir()
+    full = "disk.raw" if kind == "data" else "a"
+    path, image_format = files / "a", "raw" if kind == "raw" else "qcow2"
+    qcow2.create(path, 3 * MIB, format=image_format, data_file="disk.raw" if kind == "data" else None)
+    content = random.Random(kind).randbytes(3 * MIB)
+    with qcow2.open(path, "r+", format=image_format) as disk:
+        disk.write(0, content)
+        if kind == "bitmap":
+            disk.bitmaps.add("b")
+    words = ["unshare", "-m", "sh", "-c", FULL_HOST, "sh", there, files, TOOL, image_format, mode]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"qcow2: {there / full}: No space left on device\n")
+    with qcow2.open(path, format=image_format) as disk:
+        assert (disk.size, disk.read(0, disk.size)) == (3 * MIB, content)
+        assert kind == "bitmap" or path.stat().st_size <= 4 * MIB
+        if image_format == "qcow2":
+            assert "No errors" in qcow2_tool_ok("check", path)
+        if kind == "bitmap":
+            assert list(disk.bitmaps.dirty("b")) == []
 
 
 @pytest.mark.parametrize("kind", ["small", "small-lazy", "width-64", "compressed", "snapshot", "v2", "v2-backing"])
