@@ -1,9 +1,11 @@
-"""The face of a disk for who has an event loop: each call runs on a thread of the loop's, in the disk's turn."""
+"""The face of a disk for who has an event loop: each call is done on the disk's own thread, in its turn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+from qcow2.library.own_thread import OwnThread
 
 T = TypeVar("T")
 
@@ -18,34 +20,38 @@ class AwaitableDisk:
     discard: Callable[[int, int], None]
     flush: Callable[[], None]
     close: Callable[[], None]
+    _thread: OwnThread
 
-    async def aread(self, offset: int, nbytes: int) -> bytes:
-        """As `read`; the event loop goes on meanwhile. Calls of one disk take turns, in the order they were made."""
-        return await _aside(self.read, offset, nbytes)
+    def aread(self, offset: int, nbytes: int) -> Coroutine[Any, Any, bytes]:
+        """As `read`; the event loop goes on meanwhile. Calls of one disk take turns, in the order they were made.
 
-    async def areadinto(self, offset: int, buffer: bytearray | memoryview) -> None:
+        A call is made here, whenever it is awaited: what it raises is raised there.
+        """
+        return self._begin(lambda: self.read(offset, nbytes))
+
+    def areadinto(self, offset: int, buffer: bytearray | memoryview) -> Coroutine[Any, Any, None]:
         """As `readinto`; who cancels it must not use *buffer* before the disk is closed."""
-        await _aside(self.readinto, offset, buffer)
+        return self._begin(lambda: self.readinto(offset, buffer))
 
-    async def awrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """As `write`; one that is cancelled may be written all the same."""
-        await _aside(self.write, offset, data)
+    def awrite(self, offset: int, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:
+        """As `write`; one that is cancelled is written all the same."""
+        return self._begin(lambda: self.write(offset, data))
 
-    async def awrite_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
+    def awrite_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> Coroutine[Any, Any, None]:
         """As `write_zeroes`."""
-        await _aside(self.write_zeroes, offset, nbytes, unmap=unmap)
+        return self._begin(lambda: self.write_zeroes(offset, nbytes, unmap=unmap))
 
-    async def adiscard(self, offset: int, nbytes: int) -> None:
+    def adiscard(self, offset: int, nbytes: int) -> Coroutine[Any, Any, None]:
         """As `discard`."""
-        await _aside(self.discard, offset, nbytes)
+        return self._begin(lambda: self.discard(offset, nbytes))
 
-    async def aflush(self) -> None:
+    def aflush(self) -> Coroutine[Any, Any, None]:
         """As `flush`."""
-        await _aside(self.flush)
+        return self._begin(lambda: self.flush())
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Coroutine[Any, Any, None]:
         """As `close`."""
-        await _aside(self.close)
+        return self._begin(lambda: self.close())
 
     async def __aenter__(self) -> Self:
         return self
@@ -55,8 +61,25 @@ class AwaitableDisk:
     ) -> None:
         await self.aclose()
 
+    def _begin(self, function: Callable[[], T]) -> Coroutine[Any, Any, T]:
+        """Have *function* called in its turn, cancelled or not -> how it ends, to be awaited."""
+        future: Any = import_module("concurrent.futures").Future()
+        future.set_running_or_notify_cancel()
+        self._thread.begin(lambda: _settle(future, function))
+        return _end_of(future)
 
-async def _aside(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """Call *function* on a thread of the event loop's. Who awaits this has loaded asyncio; nobody else needs it."""
-    result: T = await import_module("asyncio").to_thread(function, *arguments, **named)
-    return result
+
+def _settle(future: Any, function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:  # of who awaits it
+        future.set_exception(error)
+        del future  # whose exception has this frame
+
+
+async def _end_of(future: Any) -> Any:
+    """Who awaits this has loaded asyncio; nobody else needs it."""
+    try:
+        return await import_module("asyncio").wrap_future(future)
+    finally:
+        del future  # as above

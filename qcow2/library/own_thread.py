@@ -17,6 +17,8 @@ from qcow2.job.pace import Pace
 
 T = TypeVar("T")
 
+_taking = threading.local()  # jobs: the queue that a thread is there for
+
 
 class _Job:
     """One function under way; `wait` tells how it ended."""
@@ -69,7 +71,7 @@ class OwnThread:
         self._works = threading.RLock()  # held by the one thread that takes jobs, which does not wait for itself
         self._has_thread = False
         self._is_stopped = False
-        self._turn = threading.Lock()  # held by whoever is at it
+        self._turn = threading.RLock()  # held by whoever is at it
 
     @property
     def is_ours(self) -> bool:
@@ -77,18 +79,42 @@ class OwnThread:
         return self._process == os.getpid()
 
     def call(self, function: Callable[[], T], interrupted: Callable[[], None] = lambda: None) -> T:
-        """Return what *function* returns, raise what it raises; *interrupted* is called each time the caller is."""
-        if not self._has_thread and not self._is_stopped:
-            self._has_thread = self._start()
-        if not self._has_thread:
+        """Return what *function* returns, raise what it raises; *interrupted* is called each time the caller is.
+
+        What is called in a turn is a part of that.
+        """
+        if self._is_here or not self._can_start():
             with self._turn:
                 return function()
         job = _Job(function)
+        self._put(job)
+        result: T = job.wait(interrupted)
+        return result
+
+    def begin(self, function: Callable[[], None]) -> None:
+        """Have *function* called in its turn, which comes after what was called or begun before; raises nothing.
+
+        Without a thread, and in the child of a fork, it has been called on return, and takes its turns itself.
+        """
+        if not self.is_ours or self._is_here or not self._can_start():
+            function()
+        else:
+            self._put(_Job(function))
+
+    @property
+    def _is_here(self) -> bool:
+        return getattr(_taking, "jobs", None) is self._jobs
+
+    def _can_start(self) -> bool:
+        """Whether there is a thread, by now."""
+        if not self._has_thread and not self._is_stopped:
+            self._has_thread = self._start()
+        return self._has_thread
+
+    def _put(self, job: _Job) -> None:
         self._jobs.put(job)
         if self._is_stopped:  # perhaps after we looked: nobody may be left to take it
             self._run_what_is_left()
-        result: T = job.wait(interrupted)
-        return result
 
     def call_here(self, function: Callable[[], T]) -> T:
         """The same on the caller's thread. *function* leaves all as it was, wherever an interrupt breaks into it."""
@@ -145,15 +171,16 @@ def undisturbed(function: Callable[[], T], pace: Pace) -> T:
         thread.stop()
 
 
-def _do(job: _Job, turn: threading.Lock) -> None:
+def _do(job: _Job, turn: "threading.RLock") -> None:
     with turn:
         job.run()
     job.end()
 
 
-def _work(jobs: "SimpleQueue[_Job | None]", works: "threading.RLock", turn: threading.Lock) -> None:
+def _work(jobs: "SimpleQueue[_Job | None]", works: "threading.RLock", turn: "threading.RLock") -> None:
     if not works.acquire(blocking=False):
         return
+    _taking.jobs = jobs
     try:
         while (job := jobs.get()) is not None:
             _do(job, turn)

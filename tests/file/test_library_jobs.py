@@ -126,6 +126,44 @@ def test_event_loop_goes_on(path: Path) -> None:
     assert_clean(path)
 
 
+def test_awaited_calls_take_turns_as_they_were_made(path: Path) -> None:
+    async def work() -> None:
+        async with qcow2.open(path, "r+") as disk:
+            first, second = disk.awrite(0, b"first"), disk.awrite(0, b"second")
+            await second
+            await first
+            assert await disk.aread(0, 6) == b"second"
+            for draw in range(20):
+                writes = [disk.awrite(0, b"%03d" % number) for number in range(draw, draw + 50)]
+                _, seen, *_ = await asyncio.gather(writes[-1], disk.aread(0, 3), *writes[:-1])
+                assert seen == b"%03d" % (draw + 49)
+
+    asyncio.run(work())
+
+
+def test_awaited_call_is_made_before_there_is_a_loop(path: Path) -> None:
+    with qcow2.open(path, "r+") as disk:
+        asyncio.run(disk.awrite(0, b"x"))
+        assert asyncio.run(disk.aread(0, 1)) == b"x"
+        with pytest.raises(ValueError, match="not inside"):
+            asyncio.run(disk.aread(3 * MIB, 1))
+
+
+def test_who_gives_up_a_close_has_closed(path: Path) -> None:
+    async def work() -> None:
+        disk = qcow2.open(path, "r+")
+        write = disk.awrite(0, b"written all the same")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(write, disk.aclose()), 0)
+        await disk.aclose()
+        with pytest.raises(ValueError, match="closed"):
+            await disk.aread(0, 1)
+
+    asyncio.run(work())
+    with qcow2.open(path) as disk:
+        assert disk.read(0, 20) == b"written all the same"
+
+
 def test_fsspec_reads_and_writes(path: Path) -> None:
     fsspec.register_implementation("qcow2", DiskFileSystem, clobber=True)  # which an installation does: see the recipe
     with fsspec.open(f"qcow2://{path}", "r+b") as file:
