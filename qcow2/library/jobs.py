@@ -15,7 +15,7 @@ from qcow2.job.pace import Pace, Progress
 from qcow2.library.commit import commit_image
 from qcow2.library.convert import Conversion, convert_image
 from qcow2.library.key import Key, keys_of
-from qcow2.library.make import PathLike, chosen, cluster_bits_of
+from qcow2.library.make import PathLike, chosen, cluster_bits_of, refuse_others
 from qcow2.library.rebase import rebase_image
 from qcow2.library.stream import stream_image
 from qcow2.node.chain import Chain
@@ -41,13 +41,17 @@ def convert(
 ) -> None:
     """Copy the disk of *source*, or what it was at *snapshot*, to a new image *target*, as sparse as it can be.
 
-    *level* is of the compression: 1 to 12 of zlib, 1 to 19 of zstd. *rate* is in bytes a second, 0 as fast as it goes.
-    Stable on return; *target* gets its header, or if it is raw its
-    first bytes, last.
+    *level* is of what *compress* does: 1 to 12 of zlib, 1 to 19 of zstd. *rate* is in bytes a second, 0 as fast as it
+    goes. Stable on return; *target* gets its header, or if it is raw its first bytes, last.
     Raises: ValueError, OSError, ImageError; a new file is gone then.
     """
     if format not in ("qcow2", "raw") or source_format not in FORMATS:
         raise ValueError(f"cannot convert from {source_format!r} to {format!r}")
+    if format == "raw":
+        name, of_qcow2 = os.fsdecode(target), {"compress": compress, "compression": compression, "level": level}
+        refuse_others(f"{name}: a raw image", convert, **of_qcow2, cluster_size=cluster_size)
+    if level is not None and not compress:
+        raise ValueError(f"level {level} without compress")
     wanted = Conversion(
         source_format=source_format,
         target_format=format,

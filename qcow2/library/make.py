@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from inspect import signature
 from itertools import count
 from operator import index
 from typing import TypeVar
@@ -68,8 +69,25 @@ def create(
     if format != "qcow2":
         if below is not None or data_file is not None:
             raise ValueError(f"{name}: a {format} image has no {'data' if below is None else 'backing'} file")
+        refuse_others(
+            f"{name}: a {format} image",
+            create,
+            backing_format=backing_format,
+            cluster_size=cluster_size,
+            compat=compat,
+            lazy_refcounts=lazy_refcounts,
+            refcount_bits=refcount_bits,
+            extended_l2=extended_l2,
+            compression=compression,
+            data_file_raw=data_file_raw,
+            data_file_use=data_file_use,
+        )
         _make_raw(name, format, size, preallocation, encryption)
         return
+    if below is None and backing_format != "qcow2":
+        raise ValueError(f"{name}: backing_format {backing_format!r} without a backing file")
+    if data_file is None and data_file_use is not None:
+        raise ValueError(f"{name}: data_file_use {data_file_use!r} without a data file")
     options = Options(
         size=size,
         version=chosen("compat", compat, VERSIONS),
@@ -198,6 +216,13 @@ def _power(name: str, value: int, low: int, high: int) -> int:
     if value & (value - 1) or not low <= value <= high:
         raise ValueError(f"{name} {value} is not a power of two from {low} to {high}")
     return value.bit_length() - 1
+
+
+def refuse_others(what: str, function: Callable[..., None], **given: object) -> None:
+    """Raises: ValueError unless what is *given*, which makes no sense here, is as *function* has it by default."""
+    defaults = signature(function).parameters
+    if others := [name for name, value in given.items() if value != defaults[name].default]:
+        raise ValueError(f"{what} has no {', '.join(others)}")
 
 
 def chosen(name: str, text: str, choices: dict[str, T]) -> T:

@@ -91,6 +91,21 @@ def test_copies_are_told_how_far_they_are(path: Path, tmp_path: Path) -> None:
     assert qcow2.compare(path, tmp_path / "raw", other_format="raw") == 2 * MIB
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"format": "raw", "compress": True}, "a raw image has no compress"),
+        ({"format": "raw", "compression": "zstd", "level": 3}, "a raw image has no compression, level"),
+        ({"format": "raw", "cluster_size": 4096}, "a raw image has no cluster_size"),
+        ({"level": 3}, "level 3 without compress"),
+    ],
+)
+def test_copies_drop_no_option(path: Path, tmp_path: Path, options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        qcow2.convert(path, tmp_path / "new", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
 def test_progress_that_raises_ends_the_job(path: Path, tmp_path: Path) -> None:
     def refuse(done: int, total: int) -> None:
         raise KeyboardInterrupt
