@@ -40,6 +40,14 @@ def require_own_name(path: str) -> None:
         raise ValueError(f"{base!r}: files of such names are taken for what a death left, and removed")
 
 
+def require_lasting_name(path: str) -> None:
+    """The same, of a file that no commit is to remove either. Raises: ValueError."""
+    require_own_name(path)
+    base = os.path.basename(path)
+    if base.rstrip("0123456789").endswith(f".{COMMITTING}"):
+        raise ValueError(f"{base!r}: files of such names are taken for what a commit has frozen, and removed")
+
+
 def give_name(name: str, path: str) -> None:
     """Let what is at *name* be at *path*, too, or, where files have one name only, there alone.
 
@@ -59,14 +67,6 @@ def give_name(name: str, path: str) -> None:
 def numbers_of(status: os.stat_result) -> tuple[int, int]:
     """Device and inode: which file it is, whatever its name."""
     return status.st_dev, status.st_ino
-
-
-def require_lasting_name(path: str) -> None:
-    """The same, of a file that no commit is to remove either. Raises: ValueError."""
-    require_own_name(path)
-    base = os.path.basename(path)
-    if base.rstrip("0123456789").endswith(f".{COMMITTING}"):
-        raise ValueError(f"{base!r}: files of such names are taken for what a commit has frozen, and removed")
 
 
 @dataclass(frozen=True, slots=True)
