@@ -16,6 +16,7 @@ from qcow2.format.geometry import whole_sectors
 from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, VERSIONS
 from qcow2.format.luks import DEFAULT_ITER_TIME_MS, DEFAULT_SPEC, Encryption
 from qcow2.library.hostfile import are_one_file, created, opened, reserve
+from qcow2.library.key import Phrase, phrase_of
 from qcow2.library.newdata import KEEP, data_file_size, new_data_file
 from qcow2.node.formats import FORMATS, format_of
 from qcow2.node.gate import DATA, backing_path, named_path, require_room
@@ -42,7 +43,7 @@ def create(
     data_file: PathLike | None = None,
     data_file_raw: bool = False,
     data_file_use: str | None = None,
-    key: bytes | None = None,
+    key: Phrase | None = None,
     iter_time: int = DEFAULT_ITER_TIME_MS,
 ) -> None:
     """Make a new image at *path* of whatever is there; open it then to use it. The format is qcow2, raw or luks.
@@ -51,12 +52,12 @@ def create(
     *data_file* are recorded as they are: relative ones start at the directory of the image. Of a data file that exists
     *data_file_use* says whether to "keep" what it holds, which *data_file_raw* then shows, or to "empty" it.
     With a *key* it is encrypted with LUKS (AES-256 in XTS mode); to try a key takes *iter_time* milliseconds.
-    Raises: ValueError for what cannot be; OSError, ImageError. A file that was not there is gone then.
+    Raises: ValueError for what cannot be; TypeError; OSError, ImageError. A file that was not there is gone then.
     """
     name = os.fsdecode(path)
     if format not in FORMATS:
         raise ValueError(f"{name}: format {format!r} cannot be created, only {', '.join(FORMATS)}")
-    encryption = None if key is None else Encryption(DEFAULT_SPEC, "sha256", _bytes(key), iter_time)
+    encryption = None if key is None else Encryption(DEFAULT_SPEC, "sha256", bytes(phrase_of(key)), iter_time)
     below = None if backing is None else os.fsdecode(backing)
     if below is not None:
         below_size = _size_of(backing_path(name, below), backing_format)
@@ -193,12 +194,6 @@ def _make_raw(name: str, image_format: str, size: int, preallocation: str, encry
         run(write_raw(file, size, kind))
         if kind is Preallocation.FALLOC:
             reserve(file)
-
-
-def _bytes(key: bytes) -> bytes:
-    if not isinstance(key, bytes | bytearray):
-        raise ValueError("the key of a new image is some bytes")
-    return bytes(key)
 
 
 def _size_of(path: str, image_format: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,6 +52,33 @@ def test_encrypted(tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.Mon
     options = f"driver=qcow2,file.filename={tmp_path / 'disk'},encrypt.key-secret=s"
     qemu_img("convert", *secret, "--image-opts", options, "-O", "raw", str(tmp_path / "plain"))
     assert (tmp_path / "plain").read_bytes()[5000:9000] == b"here" * 1000
+
+
+@pytest.mark.parametrize("given", [bytes, bytearray, memoryview, lambda key: array("B", key)])
+def test_a_key_is_any_buffer(tmp_path: Path, given: Callable[[bytes], Any]) -> None:
+    path, key = tmp_path / "disk", given(KEY)
+    qcow2.create(path, MIB, key=key, iter_time=10)
+    for keys in (key, [b"wrong", key], (each for each in [key]), lambda path: key, lambda path: [key]):
+        qcow2.open(path, key=keys).close()
+    assert bytes(key) == KEY
+
+
+def test_each_image_of_a_chain_is_tried_with_all_keys(tmp_path: Path) -> None:
+    for name, backing in (("base", None), ("top", "base")):
+        qcow2.create(tmp_path / name, MIB, backing=backing, key=name.encode(), iter_time=10)
+    qcow2.open(tmp_path / "top", key=(key for key in (b"top", b"base"))).close()
+
+
+@pytest.mark.parametrize("key", ["text", "", 5, [b"bytes", "text"], [1, 2], lambda path: "text"])
+def test_what_is_no_key_is_said(tmp_path: Path, key: Any) -> None:
+    path = tmp_path / "disk"
+    if not callable(key):
+        with pytest.raises(TypeError, match=r"a key is bytes, not (str|int|list)"):
+            qcow2.create(path, MIB, key=key)
+        assert not path.exists()
+    qcow2.create(path, MIB, key=KEY, iter_time=10)
+    with pytest.raises(TypeError, match=r"a key is bytes, not (str|int)"):
+        qcow2.open(path, key=key)
 
 
 def test_raw_luks(tmp_path: Path) -> None:
