@@ -233,6 +233,7 @@ def _control(
     from vhost.controlcommands import Commands
     from vhost.controlsocket import Control
     from vhost.endpoint import listen
+    from vhost.errorevents import telling_errors
     from vhost.event import Event
     from vhost.exports import Exports
     from vhost.imagecommands import ImageCommands
@@ -249,15 +250,14 @@ def _control(
             device: "Device", backend: "ImageBackend", held: "HeldImage", take_snapshot: "TakeSnapshot"
         ) -> "Iterator[None]":
             jobs = Jobs(device, backend, lambda report: commands.on_event(Event("job", report.as_json())))
-            on_jobs = JobCommands(device, backend, held, jobs)
+            on_jobs = JobCommands(device, backend, held, jobs, lambda *taken: commands.tell_of_snapshot(*taken))
             on_image = ImageCommands(device, backend, held, jobs.require_none)
 
             def describe() -> dict[str, Any]:
                 return {**image, "failed": backend.has_failed}
 
             commands = Commands(device, stop_fd, describe, take_snapshot, on_jobs, exports, on_image)
-            backend.on_problem = lambda text: commands.on_event(Event("error", {"message": text}))
-            with Control(endpoint, commands), jobs:
+            with Control(endpoint, commands), telling_errors(commands.on_event), jobs:
                 yield
 
         yield begin

@@ -153,6 +153,7 @@ class Committing(Work):
         except SnapshotUnstable as unstable:
             raise JobFailed(str(unstable)) from unstable
         self._is_to_freeze = False
+        self._served.on_frozen(os.path.basename(name), failure)
         if failure:  # its content is whole all the same
             log.error("%s: is not closed cleanly: %s", name, failure)
 

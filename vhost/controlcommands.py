@@ -150,7 +150,7 @@ class Commands:
             raise CommandError(f"{name!r} is not the name of a file")
         wanted = _overlay_wish(**wish)
         self.jobs.require_none()
-        return self._taken(name, self._take_snapshot(name, Pace(), wanted))
+        return self.tell_of_snapshot(name, self._take_snapshot(name, Pace(), wanted))
 
     def snapshot_begin(self, name: object, **wish: object) -> None:
         """The same, one step after the other, with other disks at one instant: make the overlay."""
@@ -165,7 +165,7 @@ class Commands:
         """Let requests wait; then let the overlay have its name; then go on, and say what was done."""
         assert self._steps is not None
         failure = self._steps.go_on()
-        return None if failure is None else self._taken(self._steps.name, failure)
+        return None if failure is None else self.tell_of_snapshot(self._steps.name, failure)
 
     def snapshot_cancel(self) -> None:
         """Let the disk go on as it was."""
@@ -173,7 +173,8 @@ class Commands:
         self._steps.call_off()
         self._steps = None
 
-    def _taken(self, name: str, failure: str) -> dict[str, Any]:
+    def tell_of_snapshot(self, name: str, failure: str) -> dict[str, Any]:
+        """What is said of the snapshot *name*, which is taken; for any thread."""
         taken = {"snapshot": name, **({"not-closed-cleanly": failure} if failure else {})}
         self.on_event(Event("snapshot", taken))
         return taken

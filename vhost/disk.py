@@ -65,7 +65,6 @@ class ImageBackend:
         self._trace = trace
         self._slots: dict[op.File, int] = {}
         self.told = Told()
-        self.on_problem: Callable[[str], None] = lambda text: None  # told, on the worker, what is logged as an error
         self._links_wait = False
         self._past: Past | None = None  # what FLUSH waits for after a snapshot
         self._frozen: Frozen | None = None  # whom changes ask first
@@ -378,7 +377,6 @@ class ImageBackend:
     def _tell(self, text: str) -> None:
         if self.told.is_news(text):
             log.error("%s", text)
-            self.on_problem(text)
 
 
 def _set_slot(file: op.File, slot: int | None, nodes: Nodes) -> None:

@@ -58,6 +58,8 @@ class _Export:
         self.uri = uri
         self._file = file
         self._said = ""
+        self._is_offered = False
+        self._is_settled = threading.Event()  # whether it is offered
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -75,7 +77,11 @@ class _Export:
             for line in stderr:
                 self._said = line.strip()
                 log.warning("export of %s: %s", self._file, self._said)
-        self._process.wait()  # for one that nobody else waits for any more
+        status = self._process.wait()  # for one that nobody else waits for any more
+        self._is_settled.wait()
+        if self._is_offered:
+            how = f"killed by signal {-status}" if status < 0 else self._said or f"status {status}"
+            log.error("export of %s: has ended by itself, %s", self._file, how)
 
     def wait_until_ready(self, patience: float) -> None:
         """Return once clients may come. Raises: ExportRefused, after *patience* seconds at the latest."""
@@ -90,6 +96,8 @@ class _Export:
         if not is_ready:
             self.end()
             raise ExportRefused(self._said.removeprefix("qcow2: ") or "the export has ended before it began")
+        self._is_offered = True
+        self._is_settled.set()
 
     @property
     def is_alive(self) -> bool:
@@ -98,6 +106,8 @@ class _Export:
 
     def tell_to_end(self) -> None:
         """Its clients get what they are owed, and no more."""
+        self._is_offered = False
+        self._is_settled.set()
         assert self._process.stdin is not None
         self._process.stdin.close()
 

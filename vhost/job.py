@@ -10,7 +10,7 @@ from typing import Any
 from qcow2.job.reins import Reins
 from vhost.policy import ENDED, OnError, State
 
-log = logging.getLogger("vhost")
+log = logging.getLogger("vhost.job")  # whose errors are no events of their own
 
 
 class JobRefused(Exception):

@@ -24,8 +24,17 @@ RATE_LIMIT = 1 << 63
 class JobCommands:
     """Starts jobs on the image of *held*, which is under *device* as *backend*, and has them looked after."""
 
-    def __init__(self, device: Device, backend: ImageBackend, held: HeldImage, jobs: Jobs) -> None:
+    def __init__(
+        self,
+        device: Device,
+        backend: ImageBackend,
+        held: HeldImage,
+        jobs: Jobs,
+        on_frozen: Callable[[str, str], object] = lambda name, failure: None,
+    ) -> None:
+        """*on_frozen(name, failure)* is told, on any thread, that a job has taken a snapshot, as `Snapshots.take`."""
         self._served = ServedChain(device, backend, held)
+        self._served.on_frozen = on_frozen
         self._probe = Probe()
         self._jobs = jobs
 

@@ -129,6 +129,24 @@ def test_no_export_outlives_the_daemon(image: Path, tmp_path: Path) -> None:
                 assert client.is_dropped()
 
 
+def test_an_export_that_dies_is_told_of(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sock"
+    with start(image) as daemon, FrontEnd(daemon.socket_path), vhost.Control(f"{image}.control") as control:
+        control.subscribe("error")
+        for name in ("one.qcow2", "two.qcow2"):
+            control.snapshot(name)
+            control.export_start(name, socket=path)
+            if name == "one.qcow2":
+                control.export_stop(name)  # as it was told to
+        process = int(subprocess.check_output(["pgrep", "-P", str(daemon.process.pid)]))
+        os.kill(process, signal.SIGKILL)
+        event = control.next_event(TIMEOUT)
+        assert event is not None
+        assert event.data == {"message": "export of two.qcow2: has ended by itself, killed by signal 9"}
+        assert [export.is_running for export in control.exports()] == [False]
+        daemon.stop()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

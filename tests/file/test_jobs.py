@@ -304,6 +304,16 @@ def test_events_tell_of_jobs_and_snapshots(top: Path) -> None:
             teller.ask("subscribe", events=["weather"])
 
 
+def test_what_a_commit_freezes_is_a_snapshot_that_is_told_of(top: Path) -> None:
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as teller, control(top) as client:
+        teller.subscribe("snapshot")
+        assert client.wait(client.commit("base", active=True).job).state == "completed"
+        event = teller.next_event(TIMEOUT)
+        assert event is not None
+        assert event.data == {"snapshot": "top.committing"}
+        daemon.stop()
+
+
 def test_events_end_with_the_daemon(top: Path) -> None:
     command = [DAEMON, "ctl", f"--control={top}.control", "events"]
     with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:

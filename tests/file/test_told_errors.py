@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from tests.file.test_daemon_failure import fail_a_metadata_write
 from tests.frontend import IN, IOERR, FrontEnd
+from tests.patience import TIMEOUT
+from tests.program import Daemon
 from tests.served import serve
+from vhost import Control
 from vhost.problem import AGAIN_SECONDS, TOLD_MAX, Told
 
 CLUSTER = 65536
@@ -40,15 +44,15 @@ class Clock:
         return self.seconds
 
 
-def test_error_that_comes_again_is_told_again(image: Path) -> None:
-    clock, told = Clock(), list[str]()
+def test_error_that_comes_again_is_told_again(image: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
     with serve(image) as served, FrontEnd(served.socket_path) as guest:
-        served.backend.told, served.backend.on_problem = Told(clock), told.append
+        served.backend.told = Told(clock)
         for moment in (0.0, 1.0, AGAIN_SECONDS - 1, AGAIN_SECONDS, AGAIN_SECONDS + 1, 5 * AGAIN_SECONDS):
             clock.seconds = moment
             assert guest.do(IN, 0, nbytes=CLUSTER).status == IOERR
-        assert len(told) == 3
-        assert len(set(told)) == 1
+        assert len(caplog.messages) == 3
+        assert len(set(caplog.messages)) == 1
 
 
 def test_flood_of_errors_is_cut_and_does_not_hide_the_next() -> None:
@@ -57,3 +61,20 @@ def test_flood_of_errors_is_cut_and_does_not_hide_the_next() -> None:
     assert sum(told.is_news(f"error {number}") for number in range(2 * TOLD_MAX)) == TOLD_MAX
     clock.seconds = AGAIN_SECONDS
     assert told.is_news("error of the next outage")
+
+
+def test_an_image_that_cannot_be_closed_is_an_event(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qcow2.create(path, size=MIB)
+    with Daemon(path, f"--control={path}.control") as daemon, FrontEnd(daemon.socket_path) as guest:
+        with Control(f"{path}.control") as control:
+            control.subscribe("error")
+            guest.write(0, b"a" * CLUSTER)
+            guest.flush()
+            fail_a_metadata_write(daemon, guest)
+            guest.stop_queue()
+            heard = ""
+            while "cannot be closed cleanly, and is kept" not in heard:
+                event = control.next_event(TIMEOUT)
+                assert event is not None, heard
+                heard += event.data["message"]
