@@ -100,15 +100,18 @@ def test_clone(place: Path) -> None:
         assert clone.read(MIB, 5) == b"hello"
 
 
-def test_incremental_backup(place: Path) -> None:
+@pytest.mark.parametrize("growth", [0, MIB + 512, 512 - MIB])
+def test_incremental_backup(place: Path, growth: int) -> None:
     def change() -> None:
         with qcow2.open(place / "disk.qcow2", "r+") as disk:
+            disk.resize(disk.size + growth, shrink=True)
             disk.write(5 * MIB, b"new" * 100_000)
 
     play("Incremental backup with a bitmap", place, change)
     assert qcow2.compare(place / "disk.qcow2", place / "monday.qcow2") is None
-    assert (place / "monday.qcow2").stat().st_size < MIB
-    with qcow2.open(place / "disk.qcow2") as disk:
+    assert growth > 0 or (place / "monday.qcow2").stat().st_size < MIB
+    with qcow2.open(place / "disk.qcow2") as disk, qcow2.open(place / "monday.qcow2") as copy:
+        assert copy.size == disk.size
         assert list(disk.bitmaps.dirty("backup")) == []
 
 
