@@ -6,7 +6,9 @@
 
 #include "ring/pieces.h"
 #include "ring/window.h"
+#include "ring/word.h"
 
+#define STORES_DIRTY 4096u /* bytes; see write_cached */
 #define COPY_PIECES 34 /* 64 KiB in pages, one of them split in two, and what is around */
 
 bool at_once_allows(const struct file *file, uint64_t nbytes, uint64_t now)
@@ -26,6 +28,19 @@ static int64_t read_cached(struct file *file, const struct gather *gather, uint6
     return result;
 }
 
+/* After each sync the first store to a page faults, which costs more than a write: it has to pay. */
+static int64_t write_cached(struct file *file, const struct operation *operation, const struct gather *gather,
+                            uint64_t host_offset)
+{
+    bool is_word = gather->count == 1 && gather->nbytes == sizeof(uint64_t) && host_offset % sizeof(uint64_t) == 0;
+    bool pays = file->dirty >= STORES_DIRTY;
+
+    if (operation->stores && is_word && pays &&
+        word_store(file, host_offset, gather->iovecs[0].iov_base, sizeof(uint64_t)))
+        return sizeof(uint64_t);
+    return host_write(file->fd, gather->iovecs, gather->count, host_offset);
+}
+
 /* Read what is in the page cache, or write to it, on this thread. -> bytes, or -errno; -EAGAIN: it would wait. */
 int at_once_transfer(struct worker *worker, struct operation *operation, const struct gather *gather)
 {
@@ -37,7 +52,7 @@ int at_once_transfer(struct worker *worker, struct operation *operation, const s
     if (operation->verb == VERB_READ)
         result = read_cached(file, gather, host_offset, began);
     else
-        result = host_write(file->fd, gather->iovecs, gather->count, host_offset);
+        result = write_cached(file, operation, gather, host_offset);
     if (worker->trace && operation->trace_id)
         trace_done(worker->trace, operation->trace_id, result);
     if (result > 0 && operation->verb == VERB_WRITE)
@@ -141,12 +156,19 @@ int request_write_at_once(struct worker *worker, struct request *request, uint32
     return worker_has_slot(worker, slot) ? write_at_once(worker, &operation) : -EAGAIN;
 }
 
-int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes)
+static int write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes,
+                       bool stores)
 {
     struct piece piece = {PIECE_HOST, (uintptr_t)bytes, nbytes};
     struct operation operation = write_of(slot, host_offset, &piece);
 
+    operation.stores = stores;
     return worker->files[slot].error ? -EIO : write_now(worker, &operation);
+}
+
+int worker_write_entry(struct worker *worker, uint32_t slot, uint64_t host_offset, const void *bytes, uint32_t nbytes)
+{
+    return write_entry(worker, slot, host_offset, bytes, nbytes, false);
 }
 
 bool worker_allows_entry(struct worker *worker, uint32_t slot, uint32_t nbytes)
@@ -210,7 +232,7 @@ static int write_table(struct extent_writer *writer, uint32_t slot, uint64_t hos
 {
     struct worker *worker = ((struct table_writer *)writer)->worker;
 
-    return worker_allows_entry(worker, slot, nbytes) ? worker_write_entry(worker, slot, host_offset, bytes, nbytes)
+    return worker_allows_entry(worker, slot, nbytes) ? write_entry(worker, slot, host_offset, bytes, nbytes, true)
                                                      : -EAGAIN;
 }
 

@@ -53,6 +53,10 @@ class Files:
         lib.worker_remove_file(self._native, slot)
         self._on_sync_failed.pop(slot, None)
 
+    def cut_file(self, slot: int, nbytes: int) -> None:
+        """The caller is about to let the file in *slot* be no longer than *nbytes*."""
+        lib.worker_cut_file(self._native, slot, nbytes)
+
     def set_trace(self, trace: Trace) -> None:
         """Record from now on what changes the files, what is synced and the requests for it; it outlives the worker."""
         self._trace = trace

@@ -87,24 +87,6 @@ void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes)
     memcpy(memory, bytes, nbytes);
 }
 
-uint64_t *host_map_page(int fd, uint32_t *losses)
-{
-    void *page = mmap(NULL, HOST_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-
-    if (page == MAP_FAILED)
-        return NULL;
-    if (loss_expect(page, HOST_PAGE, HOST_PAGE, losses) == 0)
-        return page;
-    munmap(page, HOST_PAGE);
-    return NULL;
-}
-
-void host_unmap_page(uint64_t *page)
-{
-    loss_forget(page);
-    munmap(page, HOST_PAGE);
-}
-
 /* Where addresses are few what is needed comes first. */
 static bool addresses_abound(void)
 {
@@ -113,9 +95,10 @@ static bool addresses_abound(void)
     return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
 }
 
-const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses)
+uint8_t *host_map_file(int fd, uint64_t nbytes, bool writable, uint32_t *losses)
 {
-    void *bytes = addresses_abound() ? mmap(NULL, nbytes, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
+    int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+    void *bytes = addresses_abound() ? mmap(NULL, nbytes, protection, MAP_SHARED, fd, 0) : MAP_FAILED;
 
     if (bytes == MAP_FAILED)
         return NULL;

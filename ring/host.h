@@ -35,12 +35,9 @@ void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes);
 
 #define HOST_PAGE 4096u
 
-/* The file's first page, shared with the page cache; *losses counts those in it (loss.h). -> NULL: not to be had */
-uint64_t *host_map_page(int fd, uint32_t *losses);
-void host_unmap_page(uint64_t *page);
-
-/* nbytes of the file, to be read: past its end there is nothing but losses (loss.h). -> NULL: not to be had */
-const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses);
+/* nbytes of the file, shared with the page cache: past its end there is nothing but *losses (loss.h).
+ * -> NULL: not to be had */
+uint8_t *host_map_file(int fd, uint64_t nbytes, bool writable, uint32_t *losses);
 void host_unmap_file(const uint8_t *bytes, uint64_t nbytes);
 /* Whether the page cache holds so many pages of a mapping, as far as the kernel says: none that is still being read. */
 #define HOST_STRETCH 64u

@@ -77,8 +77,7 @@ static bool is_wanted(const struct file *file)
     return !file->window.refused && file->storage == STORAGE_NEAR && file->direct_fd < 0;
 }
 
-/* A power of two, past the end of most files: then it holds what they grow by. */
-static uint64_t size_for(uint64_t end)
+uint64_t window_size(uint64_t end)
 {
     uint64_t nbytes = WINDOW_MIN;
 
@@ -91,7 +90,7 @@ static void open_window(struct file *file, uint64_t nbytes)
 {
     struct window *window = &file->window;
     uint64_t *seen = calloc(seen_nbytes(nbytes), 1);
-    const uint8_t *bytes = seen ? host_map_file(file->fd, nbytes, &window->losses) : NULL;
+    const uint8_t *bytes = seen ? host_map_file(file->fd, nbytes, false, &window->losses) : NULL;
 
     if (window->seen && bytes)
         memcpy(seen, window->seen, seen_nbytes(window->nbytes));
@@ -135,7 +134,7 @@ void window_note(struct file *file, uint64_t host_offset, uint64_t nbytes, uint6
     if (!nbytes || end > WINDOW_MAX || now < window->resumes || !is_wanted(file))
         return;
     if (end > window->nbytes)
-        open_window(file, size_for(end));
+        open_window(file, window_size(end));
     if (!window->bytes)
         return;
     for (uint64_t page = page_of(host_offset); page <= page_of(end - 1); page++)

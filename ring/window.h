@@ -9,4 +9,6 @@ int64_t window_read(struct file *file, const struct gather *gather, uint64_t hos
 void window_note(struct file *file, uint64_t host_offset, uint64_t nbytes, uint64_t now);
 /* A copy took so long: did it wait for the disk? Then what was seen is not there any more. */
 void window_ended(struct file *file, uint64_t began, uint64_t ended);
+/* How much of a file to map that reaches to `end`: a power of two, past the end of most; it holds what they grow by. */
+uint64_t window_size(uint64_t end);
 void window_close(struct file *file);

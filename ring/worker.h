@@ -176,6 +176,15 @@ struct window {
     bool refused;
 };
 
+/* A mapping of a file, to store single words (word.h). */
+struct words {
+    uint8_t *bytes; /* NULL: none */
+    uint64_t nbytes;
+    uint64_t length; /* of them, those that the file has, at least */
+    uint32_t losses; /* stores to it that went nowhere */
+    bool refused;    /* no other mapping is asked for */
+};
+
 struct file {
     int fd;
     int direct_fd;         /* -1: none */
@@ -196,9 +205,7 @@ struct file {
     uint64_t sync_began;
     uint32_t quick_syncs;   /* the last so many */
     uint32_t interruptions; /* of syncs, the last so many */
-    uint64_t *word; /* its first page, mapped; NULL: not yet, or never if it was refused */
-    bool word_refused;
-    uint32_t word_losses; /* stores to it that went nowhere */
+    struct words words;
     struct window window;
     int error;    /* of a failed fdatasync, for good */
     struct line waiting;
@@ -251,6 +258,7 @@ struct operation {
     uint8_t epoch;
     const struct extent_cipher *cipher; /* of a device's transfer; NULL: the bytes are as they are */
     bool data;   /* may go through direct_fd */
+    bool stores; /* may be a store, if it is a word */
     bool direct; /* went through it */
     bool despite; /* carried out though a sync of the file has failed */
     bool has_turn; /* it has waited for that, see turn.c */
@@ -408,6 +416,8 @@ void worker_look_at(int fd, int direct_fd, struct file_traits *traits);
 int worker_add_file(struct worker *worker, int fd, int direct_fd, int sync, const struct file_traits *traits);
 /* Whether a call on the file may be made on the worker's thread. */
 int worker_is_near(struct worker *worker, uint32_t slot);
+/* The file is about to be no longer than that. */
+void worker_cut_file(struct worker *worker, uint32_t slot, uint64_t nbytes);
 /* Nothing is under way on it; its number may be given to another file. */
 void worker_remove_file(struct worker *worker, uint32_t slot);
 

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import resource
 import signal
 import socket
 import struct
@@ -82,6 +83,10 @@ class Daemon:
         self.socket_path.unlink(missing_ok=True)
         if error is not None and said:
             error.add_note(f"the daemon said: {said}")
+
+    def forbid_mappings(self) -> None:
+        """Let it change the image by calls alone, which can fail: where addresses are few it maps no file."""
+        resource.prlimit(self.process.pid, resource.RLIMIT_AS, (1 << 46, resource.RLIM_INFINITY))
 
     def kill(self, *, at_once: bool = False) -> None:
         """SIGKILL, and wait until it is gone; unless *at_once*, until its last transfers have ended, too.

@@ -116,6 +116,7 @@ class RingDriver:
         return self._trace is None and not self._worker.is_near(self._slots[file])
 
     def _resize(self, operation: op.Resize) -> None:
+        self._worker.cut_file(self._slots[operation.file], operation.nbytes)
         if self._trace is None:
             perform(operation)
             return

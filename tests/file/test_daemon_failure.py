@@ -28,6 +28,7 @@ def image(tmp_path: Path) -> Path:
 def guest(image: Path) -> Iterator[tuple[Daemon, FrontEnd]]:
     """A guest whose first cluster is allocated and stable."""
     with Daemon(image) as daemon, FrontEnd(daemon.socket_path) as front_end:
+        daemon.forbid_mappings()
         front_end.write(0, b"a" * CLUSTER)
         front_end.flush()
         yield daemon, front_end
@@ -73,6 +74,7 @@ def test_after_a_failed_metadata_write_reads_go_on(guest: tuple[Daemon, FrontEnd
 
 def test_status_says_that_nothing_is_written_any_more(image: Path) -> None:
     with Daemon(image, f"--control={image}.control") as daemon, FrontEnd(daemon.socket_path) as front_end:
+        daemon.forbid_mappings()
         front_end.write(0, b"a" * CLUSTER)
         front_end.flush()
         with Control(f"{image}.control") as control:

@@ -324,6 +324,11 @@ class MemoryDaemon(Daemon):
         super().__init__(image, *options)
         self.socket_path = directory / "s"
 
+    def __enter__(self) -> "MemoryDaemon":
+        super().__enter__()
+        self.forbid_mappings()  # F_SEAL_WRITE demands that there are none
+        return self
+
 
 def segment(guest_offset: int, nbytes: int) -> bytes:
     return (guest_offset // 512).to_bytes(8, "little") + (nbytes // 512).to_bytes(4, "little") + bytes(4)

@@ -1,18 +1,21 @@
-"""Reads through a mapping of the image: what they return, and what is left of them."""
+"""Reads and entries through mappings of the image: what they return or leave, and what is left of them."""
 
 import os
+import resource
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qcow2
-from tests.frontend import IN, OK, FrontEnd
+from tests.frontend import FLUSH, IN, IOERR, OK, WRITE_ZEROES, FrontEnd
 from tests.program import Daemon, qcow2_tool_ok
 
 CLUSTER = 64 << 10
 NCLUSTERS = 16
 PLACES = [(0, 4096), (512, 512), (3584, 1024), (CLUSTER - 512, 1024), (5 * CLUSTER + 8192, 32768)]
+MUCH = 32 << 10  # bytes since the last sync: what is cleared then is stored, not written
 TIMES = 3  # from the page cache, noted and mapped; then through the mapping
 
 
@@ -45,6 +48,11 @@ def mappings(daemon: Daemon, image: Path) -> int:
 def read_by_calls(daemon: Daemon) -> int:
     """Bytes so far."""
     return int(Path(f"/proc/{daemon.process.pid}/io").read_text().split()[1])
+
+
+def calls_that_write(daemon: Daemon) -> int:
+    """So far, signals of the queue included."""
+    return int(Path(f"/proc/{daemon.process.pid}/io").read_text().split()[7])
 
 
 def is_near(path: Path) -> bool:
@@ -124,3 +132,43 @@ def test_what_goes_past_the_page_cache_is_not_mapped(image: Path) -> None:
     with Daemon(image, "--cache=none") as daemon, FrontEnd(daemon.socket_path) as guest:
         read_all(guest)
         assert mappings(daemon, image) == 0
+
+
+def test_an_entry_is_stored_without_a_call(daemon: Daemon, image: Path) -> None:
+    if not is_near(image):
+        pytest.skip(f"{image} is not on a disk of this host")
+    with FrontEnd(daemon.socket_path) as guest:
+        guest.write(CLUSTER, bytes(MUCH))
+        guest.write_zeroes(0, CLUSTER, unmap=False)
+        before = calls_that_write(daemon)
+        for cluster in range(1, NCLUSTERS):
+            guest.write_zeroes(cluster * CLUSTER, CLUSTER, unmap=False)
+        assert calls_that_write(daemon) - before < 3 * NCLUSTERS // 2, "one signals the end"
+
+
+def test_entries_outlive_the_daemon(daemon: Daemon, image: Path) -> None:
+    with FrontEnd(daemon.socket_path) as guest:
+        guest.write(CLUSTER, content(CLUSTER, MUCH))
+        for cluster in range(0, NCLUSTERS, 2):
+            guest.write_zeroes(cluster * CLUSTER, CLUSTER, unmap=False)
+            guest.write((NCLUSTERS + cluster) * CLUSTER, b"n" * 512)
+        daemon.kill()
+    with qcow2.open(str(image)) as disk:
+        for cluster in range(NCLUSTERS):
+            old = content(cluster * CLUSTER, CLUSTER)
+            assert disk.read(cluster * CLUSTER, CLUSTER) == (bytes(CLUSTER) if cluster % 2 == 0 else old)
+            new = b"n" * 512 if cluster % 2 == 0 else bytes(512)
+            assert disk.read((NCLUSTERS + cluster) * CLUSTER, 512) == new
+
+
+def test_an_entry_that_is_gone_is_no_success(daemon: Daemon, image: Path) -> None:
+    """Its page is cut off once it is mapped, and no write brings it back."""
+    segment = struct.pack("<QII", CLUSTER // 512, CLUSTER // 512, 0)
+    with FrontEnd(daemon.socket_path) as guest:
+        guest.write(CLUSTER, bytes(MUCH))
+        guest.write_zeroes(0, CLUSTER, unmap=False)
+        os.truncate(image, 0)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        assert guest.do(WRITE_ZEROES, 0, segment).status == IOERR
+        assert guest.do(FLUSH).status == IOERR
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -406,18 +406,9 @@ void host_store(uint8_t *memory, const void *bytes, uint32_t nbytes)
     sim_store((uintptr_t)memory, bytes, nbytes);
 }
 
-uint64_t *host_map_page(int fd, uint32_t *losses)
+uint8_t *host_map_file(int fd, uint64_t nbytes, bool writable, uint32_t *losses)
 {
-    return NULL; /* a write to the file is the same: only a death or a reader of the page cache could tell */
-}
-
-void host_unmap_page(uint64_t *page)
-{
-}
-
-const uint8_t *host_map_file(int fd, uint64_t nbytes, uint32_t *losses)
-{
-    return NULL; /* what it would read is what the page cache says */
+    return NULL; /* what it would read or take is in the page cache, where a read or write finds or leaves the same */
 }
 
 void host_unmap_file(const uint8_t *bytes, uint64_t nbytes)
