@@ -1,6 +1,7 @@
 """The face of a disk for who has an event loop: each call is done on the disk's own thread, in its turn."""
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -65,7 +66,7 @@ class AwaitableDisk:
         """Have *function* called in its turn, cancelled or not -> how it ends, to be awaited."""
         future: Any = import_module("concurrent.futures").Future()
         future.set_running_or_notify_cancel()
-        self._thread.begin(lambda: _settle(future, function))
+        self._thread.begin(partial(_settle, future, function))  # no frame: see there
         return _end_of(future)
 
 

@@ -38,6 +38,8 @@ class _Job:
             self._result = function()
         except BaseException as error:  # its caller's
             self._error = error
+        finally:
+            del function  # a traceback may have this frame
 
     def end(self) -> None:
         """Let the caller go on."""

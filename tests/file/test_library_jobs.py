@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import fsspec
@@ -162,6 +164,20 @@ def test_awaited_call_is_made_before_there_is_a_loop(path: Path) -> None:
         assert asyncio.run(disk.aread(0, 1)) == b"x"
         with pytest.raises(ValueError, match="not inside"):
             asyncio.run(disk.aread(3 * MIB, 1))
+
+
+def test_awaited_call_that_failed_keeps_no_disk(path: Path) -> None:
+    async def work() -> "weakref.ref[qcow2.Disk]":
+        async with qcow2.open(path) as disk:
+            with pytest.raises(ValueError, match="not inside"):
+                await disk.aread(3 * MIB, 1)
+            return weakref.ref(disk)
+
+    gc.disable()
+    try:
+        assert asyncio.run(work())() is None
+    finally:
+        gc.enable()
 
 
 def test_who_gives_up_a_close_has_closed(path: Path) -> None:
