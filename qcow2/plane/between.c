@@ -1,5 +1,4 @@
 /* Files read, compared and copied; a piece at a time where what was read is looked at: the core's cache has it then. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>

@@ -144,10 +144,8 @@ class Operator:
 
     def _change_bitmaps(self) -> str:
         began, known = self._now(), self._ledger.bitmaps_of(self._top)
-        name = f"bitmap{began}"
-        actions: list[dict[str, Any]] = [
-            {"action": "add", "name": name, "granularity": self._draw.choice(GRANULARITIES)}
-        ]
+        name, grain = f"bitmap{began}", self._draw.choice(GRANULARITIES)
+        actions: list[dict[str, Any]] = [{"action": "add", "name": name, "granularity": grain}]
         old = self._draw.choice(known) if known else None
         kind = self._draw.choice(("add", "remove", "clear", "rotate")) if old else "add"
         if old and kind == "rotate":
@@ -158,19 +156,20 @@ class Operator:
             self._commands.bitmap_change(actions)
         except ImageRefused:
             return " refused"
-        self._note_bitmaps(kind, name, old, began)
+        self._note_bitmaps(kind, name, old, began, grain)
         return f" {kind}"
 
-    def _note_bitmaps(self, kind: str, name: str, old: Kept | None, began: int) -> None:
+    def _note_bitmaps(self, kind: str, name: str, old: Kept | None, began: int, grain: int) -> None:
         now = self._now()
         if old and kind != "add":
             old.last = began
         if old and kind in ("clear", "rotate"):
-            self._ledger.bitmaps.append(Kept(self._top, old.name, covers=now, exact=began, first=now))
+            self._ledger.bitmaps.append(Kept(self._top, old.name, now, began, old.grain, first=now))
         if kind == "add":
-            self._ledger.bitmaps.append(Kept(self._top, name, covers=now, exact=began, first=now))
+            self._ledger.bitmaps.append(Kept(self._top, name, now, began, grain, first=now))
         if old and kind == "rotate":
-            self._ledger.bitmaps.append(Kept(self._top, name, covers=old.covers, exact=old.exact, first=now))
+            coarser = max(grain, old.grain)
+            self._ledger.bitmaps.append(Kept(self._top, name, old.covers, old.exact, coarser, first=now))
 
     # jobs
 

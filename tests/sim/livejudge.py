@@ -58,7 +58,7 @@ class LiveJudge(Judge):
                 raise Violation(f"sector {sector} has changed since {kept.covers}, and {kept.name} does not say so")
 
     def _require_exact(self, kept: Kept, said: Said) -> None:
-        per_granule = said.granularities[kept.name]
+        per_granule = max(said.granularities[kept.name], kept.grain // SECTOR)
         for granule in {sector // per_granule for sector in said.after[kept.name]}:
             sectors = range(granule * per_granule, (granule + 1) * per_granule)
             if not any(self._is_changed(sector, kept.exact) for sector in sectors):

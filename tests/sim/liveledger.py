@@ -29,13 +29,14 @@ class Kept:
     """A bitmap of the image *path*.
 
     While that is served, and from *first* to *last*, it reports what has changed since *covers*, and, after a kill,
-    nothing that has not since *exact*.
+    nothing that has not since *exact*, to the bytes of *grain*: what was merged into it may have been coarser.
     """
 
     path: str
     name: str
     covers: Position
     exact: Position
+    grain: int
     first: Position
     last: Position | None = None
 
@@ -62,14 +63,14 @@ class Ledger:
     def carry(self, past: str, path: str) -> None:
         """The image *path* has the bitmaps of *past*, wherever it is served."""
         for each in self.bitmaps_of(past):
-            self.bitmaps.append(Kept(path, each.name, each.covers, each.exact, first=0))
+            self.bitmaps.append(Kept(path, each.name, each.covers, each.exact, each.grain, first=0))
 
     def forget(self, bitmap: Kept, moment: Position, began: Position, ended: Position) -> None:
         """Between *began* and *ended* it came to report what has changed since *moment* only."""
         bitmap.last = began
         self.bitmaps += [
-            Kept(bitmap.path, bitmap.name, covers=moment, exact=bitmap.exact, first=began, last=ended),
-            Kept(bitmap.path, bitmap.name, covers=moment, exact=moment, first=ended),
+            Kept(bitmap.path, bitmap.name, moment, bitmap.exact, bitmap.grain, first=began, last=ended),
+            Kept(bitmap.path, bitmap.name, moment, moment, bitmap.grain, first=ended),
         ]
 
     def backup_before(self, bitmap: Kept) -> Copy | None:
