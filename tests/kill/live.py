@@ -84,8 +84,10 @@ class Operator:
         self._await(control, control.stream(rate=self._draw.choice(RATES)).job)
 
     def _commit(self, control: Control) -> None:
-        is_active = self._draw.random() < 0.3
-        self._await(control, control.commit(active=is_active, rate=self._draw.choice(RATES)).job)
+        """What the image holds, or the file under it, into what is under that."""
+        is_active, below = self._draw.random() < 0.3, chain_paths(str(self._path), "qcow2")[2:]
+        base = None if is_active or not below else below[0]
+        self._await(control, control.commit(base, active=is_active, rate=self._draw.choice(RATES)).job)
 
     def _bitmaps(self, control: Control) -> None:
         """One that goes on, or a new one in its place."""
@@ -166,6 +168,8 @@ class LiveRound(Round):
     def run(self) -> None:
         super().run()
         for path in chain_paths(str(self._start.path), "qcow2"):
+            with qcow2.open(path, "r+"):
+                pass  # one that a commit was killed in says that it is to be repaired
             assert_not_corrupt(Path(path))
         self.done.update(self._operator.done)
 
