@@ -1,7 +1,9 @@
 /* Files read, compared and copied; a piece at a time where what was read is looked at: the core's cache has it then. */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <string.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "qcow2/native.h"
@@ -39,11 +41,13 @@ static int fill(int fd, uint8_t *bytes, size_t nbytes, uint64_t host_offset)
     return 0;
 }
 
-/* Take space for what is to be written, so that the write need not do it block by block; a host that cannot says so
- * when it writes. */
+/* Take space for what is to be written, where the write would do so block by block, under the file's lock: on ext4.
+ * Elsewhere it may cost a call over a network, or compression. Who finds no space says so when it writes. */
 static void reserve(int fd, uint64_t host_offset, uint64_t nbytes)
 {
-    if (nbytes >= WORTH_RESERVING)
+    struct statfs system;
+
+    if (nbytes >= WORTH_RESERVING && fstatfs(fd, &system) == 0 && system.f_type == EXT4_SUPER_MAGIC)
         (void)fallocate(fd, 0, (off_t)host_offset, (off_t)nbytes);
 }
 
