@@ -20,7 +20,7 @@ from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import MAGIC, InNew, InPlace, Target, create_all_but_magic
 from qcow2.lock import lock_image
-from qcow2.node.leftover import give_name, hidden, require_lasting_name, require_left, require_ours
+from qcow2.node.leftover import give_name, hidden, require_copy_left, require_lasting_name, require_ours
 from qcow2.node.node import Node
 from qcow2.node.overlay import leads_to, sync_directory
 from qcow2.node.raw import RawImage
@@ -119,7 +119,7 @@ class BackupFile(BackupTarget):
                 if os.path.lexists(path):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
                 require_ours(self._made)
-            self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made))
+            self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made, image_format))
             stack.callback(self._remove)
             if is_increment and self._made is None:
                 _require_no_image(self._file)
@@ -203,12 +203,12 @@ def _require_no_image(file: HostFile) -> None:
         raise UnsupportedImage(file.path, "holds an image: an increment replaces none; remove it or name another")
 
 
-def _made(path: str) -> HostFile:
-    """The file *path*, or the one that a process which died left there. Raises: OSError, ImageLocked."""
+def _made(path: str, image_format: str) -> HostFile:
+    """The file *path*, or what a process that died left there. Raises: OSError, ImageLocked."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = _locked(HostFile(path, os.open(path, flags, 0o600), writable=True))
     try:
-        require_left(file, path)
+        require_copy_left(file, path, image_format)
         if os.fstat(file.fd).st_nlink == 1 and os.path.samestat(os.fstat(file.fd), os.lstat(path)):
             return file
         os.unlink(path)  # it has its name, and was to lose this one

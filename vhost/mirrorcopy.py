@@ -90,7 +90,7 @@ class CopyFile:
         if exists and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
         served.require_foreign(self.path)
-        self._new = None if exists else NewFile(self.path, held.options.link_log)
+        self._new = None if exists else NewFile(self.path, held.options.link_log, image_format)
         if self._new is not None:
             held.left_copies.know(self._new.temporary)
 

@@ -90,16 +90,31 @@ def require_ours(name: str) -> None:
             raise _in_the_way(name)
 
 
-def require_left(file: HostFile, name: str, *, is_over: bool = False) -> None:
+def _require_left(file: HostFile, name: str, *, is_over: bool = False) -> None:
     """Whether a death of ours may have left *file* at *name*: it is an image, or its first sector was to come last.
 
     *is_over*: an image names a file under it. A second name of a file may always go.
     Raises: FileExistsError, OSError.
     """
+    if not _is_begun(file, is_over=is_over):
+        raise _in_the_way(name)
+
+
+def require_copy_left(file: HostFile, name: str, image_format: str) -> None:
+    """Whether a copy of *image_format* may take the place of *file*, which is locked for us, at *name*.
+
+    A raw copy takes that of any: what a death leaves of one begins as the guest wrote it.
+    Raises: FileExistsError, OSError.
+    """
+    if image_format != "raw" and not _is_begun(file):
+        raise FileExistsError(errno.EEXIST, "is in the way, and may be a copy of ours: move or remove it", name)
+
+
+def _is_begun(file: HostFile, *, is_over: bool = False) -> bool:
+    """Whether it is an image, with *is_over* over another, or was to get its first sector last, or has two names."""
     head = os.pread(file.fd, layout.SECTOR_SIZE, 0)
     is_image = head[:4] in HEADS and head[4:8] in VERSIONS and (any(head[8:16]) or not is_over)
-    if any(head) and not is_image and os.fstat(file.fd).st_nlink == 1:
-        raise _in_the_way(name)
+    return is_image or not any(head) or os.fstat(file.fd).st_nlink != 1
 
 
 def _looked_at(name: str, path: str) -> HostFile:
@@ -120,7 +135,7 @@ def remove_overlay(path: str, log_directory: str) -> None:
     name = hidden(os.path.realpath(path), "overlay")
     require_ours(name)
     with suppress(FileNotFoundError), _looked_at(name, path) as left:
-        require_left(left, name, is_over=True)
+        _require_left(left, name, is_over=True)
         if os.fstat(left.fd).st_nlink == 1:  # else it is the image itself, after a snapshot that was called off
             lock_image(left.fd, name, writable=True)
             remove_logs_of(left, log_directory)
@@ -138,7 +153,7 @@ def remove_pivot(path: str) -> None:
         if not os.path.islink(name):
             require_ours(name)
             with _looked_at(name, name) as left:
-                require_left(left, name)
+                _require_left(left, name)
         os.unlink(name)
 
 

@@ -18,8 +18,8 @@ from qcow2.node.leftover import (
     hidden,
     numbers_of,
     remove_pivot,
+    require_copy_left,
     require_lasting_name,
-    require_left,
     require_ours,
 )
 from qcow2.node.overlay import leads_to, sync_directory
@@ -30,13 +30,14 @@ from qcow2.node.recovery import remove_logs_of
 class NewFile:
     """A file that shall be at *path*, and is at `temporary` until then."""
 
-    def __init__(self, path: str, log_directory: str) -> None:
+    def __init__(self, path: str, log_directory: str, image_format: str) -> None:
         """*log_directory* is where the link log of an image in it lies, which goes with it.
 
         Raises: FileExistsError if something is there; ValueError if nothing can be.
         """
         self.path = path
         self._log_directory = log_directory
+        self._image_format = image_format
         require_lasting_name(path)
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
@@ -63,7 +64,7 @@ class NewFile:
         require_ours(self.temporary)
         with suppress(FileNotFoundError), HostFile.open(self.temporary, writable=True) as file:
             lock_image(file.fd, self.temporary, writable=True)
-            require_left(file, self.temporary)
+            require_copy_left(file, self.temporary, self._image_format)
             self._unlink(self.temporary)
 
     def _unlink(self, path: str) -> None:

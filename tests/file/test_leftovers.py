@@ -49,7 +49,7 @@ def test_a_name_that_was_not_stable_is_synced_again(image: Path, monkeypatch: py
         fsync(fd)
         synced.append(os.readlink(f"/proc/self/fd/{fd}"))
 
-    new = NewFile(str(image.with_name("copy")), str(image.parent))
+    new = NewFile(str(image.with_name("copy")), str(image.parent), "qcow2")
     with HostFile.open(str(image), writable=False) as like:
         new.make(like, lambda file: None)
     monkeypatch.setattr(os, "fsync", failing_once)
@@ -155,9 +155,9 @@ def test_file_of_somebody_stays_whatever_its_name(image: Path, content: bytes) -
         held.take()
         with pytest.raises(FileExistsError, match="in the way"):
             held.prepare_overlay("frozen", {})
-    with HostFile.open(str(image)) as like, pytest.raises(FileExistsError, match="in the way"):
-        NewFile(target, str(image.parent)).make(like, lambda file: None)
-    with pytest.raises(FileExistsError, match="in the way"):
+    with HostFile.open(str(image)) as like, pytest.raises(FileExistsError, match="may be a copy of ours"):
+        NewFile(target, str(image.parent), "qcow2").make(like, lambda file: None)
+    with pytest.raises(FileExistsError, match="in the way, and may be a copy of ours: move or remove it"):
         BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None)
     assert [image.with_name(name).read_bytes() for name in names] == [content] * 3
 
@@ -177,7 +177,7 @@ def test_image_that_a_death_left_before_its_first_sector_goes(image: Path, nbyte
     assert take(image) == {".copy.mirror", ".copy.backup"}
     target = str(image.with_name("copy"))
     with HostFile.open(str(image)) as like:
-        new = NewFile(target, str(image.parent))
+        new = NewFile(target, str(image.parent), "qcow2")
         new.make(like, lambda file: None)
         new.discard()
     BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None).close()
@@ -235,7 +235,7 @@ def test_nothing_that_shall_stay_gets_such_a_name(image: Path, name: str) -> Non
         with pytest.raises(ValueError, match="taken for what a death left"):
             held.prepare_overlay(name, {})
     with pytest.raises(ValueError, match="taken for what a death left"):
-        NewFile(target, str(image.parent))
+        NewFile(target, str(image.parent), "qcow2")
     with pytest.raises(ValueError, match="taken for what a death left"):
         BackupFile(target, ImageOptions(MIB), "qcow2", exists=False, keys=None)
     assert not os.path.lexists(target)

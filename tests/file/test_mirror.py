@@ -224,6 +224,33 @@ def test_the_log_of_a_copy_goes_with_it(top: Path, tmp_path: Path, is_killed: bo
     assert not list(logs.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["mirror", "backup"])
+def test_a_raw_copy_that_a_death_left_is_made_anew(top: Path, tmp_path: Path, kind: str) -> None:
+    """It begins as the guest wrote it, with a boot sector, say."""
+    boot = b"\xebx\x90MSDOS".ljust(BLOCK, b"b")
+    left = tmp_path / f".copy.{kind}"
+    with start(top) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
+        guest.write(0, boot)
+        if kind == "mirror":
+            until(client, client.mirror("copy", "raw").job, "ready")
+            daemon.kill()
+        else:
+            daemon.stop()
+            left.write_bytes(boot)  # all is there, but its name
+    assert left.read_bytes()[:BLOCK] == boot
+    with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+        with pytest.raises(ControlError, match="may be a copy of ours: move or remove it"):
+            client.mirror("copy", "qcow2") if kind == "mirror" else client.backup("copy", format="qcow2")
+        job = (client.mirror("copy", "raw") if kind == "mirror" else client.backup("copy", format="raw")).job
+        if kind == "mirror":
+            until(client, job, "ready")
+            client.cancel(job)
+        assert client.wait(job).error == ""
+        daemon.stop()
+    assert (tmp_path / "copy").read_bytes() == content(top)
+    assert not left.exists()
+
+
 def test_a_copy_that_fails_is_not_the_guests_trouble(top: Path, tmp_path: Path) -> None:
     limit = ["prlimit", f"--fsize={4 * MIB}:", "--"]
     with start(top, under=limit) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
