@@ -4,7 +4,9 @@ import argparse
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
+from qcow2.driver.uri import is_nbd
 from qcow2.error import ImageError, UnsupportedImage
 from qcow2.library.facts import Facts, facts_of, limits_of
 from qcow2.library.hostfile import opened
@@ -57,8 +59,9 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def _warn_of_rests(chain: list[Facts]) -> None:
     for facts in chain:
-        if format_of(facts["filename"], facts["format"]).has_metadata:
-            with opened(facts["filename"]) as file:
+        path = facts["filename"]
+        if format_of(path, facts["format"]).has_metadata and not is_nbd(path):
+            with suppress(OSError), opened(path) as file:
                 warn_of_rest(file)
 
 

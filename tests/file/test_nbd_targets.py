@@ -97,6 +97,14 @@ def test_the_export_is_the_disk(tmp_path: Path, server: str, kind: str) -> None:
     assert_same_bytes(read(image), load.expected())
 
 
+def test_info_tells_of_an_image_in_an_export(tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "disk", MIB)
+    with qemu_nbd(tmp_path / "disk", "raw") as uri:
+        done = qcow2_tool("info", "-f", "qcow2", uri)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"virtual size: 1 MiB ({MIB} bytes)\n" in done.stdout
+
+
 def test_zeros_at_the_end_of_the_disk_are_in_the_export_too(tmp_path: Path) -> None:
     qcow2.create(tmp_path / "disk", 1 << 30)  # four stretches of zeros
     with FakeServer(tmp_path / "server", 1 << 30) as server, start(tmp_path / "disk") as daemon:
