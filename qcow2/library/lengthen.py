@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from qcow2.driver.file import HostFile, run
+from qcow2.engine.image import Image
 from qcow2.engine.plain import Preallocation
 from qcow2.error import ImageError
 from qcow2.job.pace import Pace
@@ -18,8 +19,8 @@ def lengthen(image: Node, files: Sequence[HostFile], nbytes: int, preallocation:
 
     Nothing else is under way. The size is stable before the space is there: a death leaves the longer disk with less
     of it, as does a host that fails again while the disk gets its old size back.
-    Raises: OSError, ImageError, ValueError; the size is as before then. Cancelled between two pieces; the rest is left
-    as without preallocation.
+    Raises: OSError, ImageError, ValueError; the size is as before then, as is the length of a file of mere data.
+    Cancelled between two pieces; the rest is left as without preallocation.
     """
     data_file = next((file for file in files if file is image.data_file), files[0])
     end, file_end = image.size, data_file.size()
@@ -32,6 +33,10 @@ def lengthen(image: Node, files: Sequence[HostFile], nbytes: int, preallocation:
             _reserve(data_file, file_end if data_file is files[0] else min(end, file_end))
     except (OSError, ImageError):
         _shorten(image, end)
+        holds_tables = isinstance(image, Image) and data_file is files[0]
+        if image.size == end and not holds_tables and not data_file.is_device:
+            with suppress(OSError):
+                data_file.set_length(file_end)  # which need not be the disk's
         raise
 
 

@@ -231,7 +231,18 @@ exit $status
 """  # mount point, where the files are, tool, format, mode
 
 
-@pytest.mark.skipif(not may_mount(), reason="mounts take root and a namespace")
+def resize_on_full_host(there: Path, files: Path, image_format: str, mode: str) -> str:
+    """Have that fail -> what it says."""
+    words = ["unshare", "-m", "sh", "-c", FULL_HOST, "sh", there, files, TOOL, image_format, mode]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr
+
+
+needs_mounts = pytest.mark.skipif(not may_mount(), reason="mounts take root and a namespace")
+
+
+@needs_mounts
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
@@ -255,9 +266,7 @@ def test_a_host_without_space_for_what_is_new_leaves_the_size(tmp_path: Path, ki
         disk.write(0, content)
         if kind == "bitmap":
             disk.bitmaps.add("b")
-    words = ["unshare", "-m", "sh", "-c", FULL_HOST, "sh", there, files, TOOL, image_format, mode]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, f"qcow2: {there / full}: No space left on device\n")
+    assert resize_on_full_host(there, files, image_format, mode) == f"qcow2: {there / full}: No space left on device\n"
     with qcow2.open(path, format=image_format) as disk:
         assert (disk.size, disk.read(0, disk.size)) == (3 * MIB, content)
         assert kind == "bitmap" or path.stat().st_size <= 4 * MIB
@@ -265,6 +274,26 @@ def test_a_host_without_space_for_what_is_new_leaves_the_size(tmp_path: Path, ki
             assert "No errors" in qcow2_tool_ok("check", path)
         if kind == "bitmap":
             assert list(disk.bitmaps.dirty("b")) == []
+
+
+@needs_mounts
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize(
+    ("has_data_file", "length"), [(False, 1000), (True, 1_500_000)], ids=["within a sector", "past the disk"]
+)
+def test_a_host_without_space_leaves_the_length_of_the_file(
+    tmp_path: Path, mode: str, has_data_file: bool, length: int
+) -> None:
+    (there := tmp_path / "there").mkdir()
+    (files := tmp_path / "files").mkdir()
+    file = files / ("disk.raw" if has_data_file else "a")
+    if has_data_file:
+        qcow2.create(files / "a", MIB, data_file=file.name, data_file_raw=True)
+    content = random.Random(mode).randbytes(min(length, MIB))
+    file.write_bytes(content.ljust(length, b"\0"))
+    said = resize_on_full_host(there, files, "qcow2" if has_data_file else "raw", mode)
+    assert said == f"qcow2: {there / file.name}: No space left on device\n"
+    assert file.read_bytes() == content.ljust(length, b"\0")
 
 
 @pytest.mark.parametrize("kind", ["small", "small-lazy", "width-64", "compressed", "snapshot", "v2", "v2-backing"])
