@@ -31,9 +31,8 @@ class Work(ABC):
     kind: str
     about: dict[str, Any]  # what was asked for
     awaits_word: bool = False  # once it is done with the disk, until it is told to finish or to end
-    on_behind: Callable[[], None] = lambda: (
-        None
-    )  # to be told, on any thread, when it is not done with it any more, or lost
+    # to be told, on any thread, when it is not done with the disk any more, or lost
+    on_behind: Callable[[], None] = staticmethod(lambda: None)
 
     def prepare(self) -> None:  # noqa: B027, most need nothing
         """What comes before it is begun, each time, on the job's thread.

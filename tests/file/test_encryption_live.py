@@ -1,7 +1,8 @@
 """What is made of an encrypted disk while it is served: encrypted as that is, opened by the same key, with its own."""
 
+import resource
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ class Guest:
         """Wait until it has."""
         ended = self.control.wait(job.job)
         assert ended.state == "completed", ended
+
+    @contextmanager
+    def without_room(self) -> Iterator[None]:
+        """No file takes anything from the daemon meanwhile."""
+        pid = self._daemon.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
     def work(self, seed: int) -> bytes:
         """Write anywhere -> what the disk holds. Nothing of it is in a file as it is."""
@@ -125,6 +137,18 @@ def test_backups_are_full_and_by_bitmap(image: Path, guest: Guest) -> None:
     with pytest.raises(ControlError, match="encrypted: a raw backup would hold it in plain"):
         guest.control.backup("plain", format="raw")
     assert not (image.parent / "plain").exists()
+
+
+@pytest.mark.parametrize("guest", [()], indirect=True)
+def test_a_backup_that_cannot_be_begun_is_refused_and_the_guest_goes_on(image: Path, guest: Guest) -> None:
+    there = image.parent / "there"
+    there.write_bytes(bytes(SIZE))
+    with guest.without_room(), pytest.raises(ControlError, match="File too large"):
+        guest.control.backup("there", existing=True)
+    then = guest.work(1)
+    guest.finish(guest.control.backup("there", existing=True))
+    guest.work(2)
+    assert content(there) == then
 
 
 @pytest.mark.parametrize("guest", [("--cache=none",)], indirect=True, ids=" ".join)
