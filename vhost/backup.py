@@ -67,7 +67,6 @@ class Backup(Work):
             "backing": backing,
         }
         self._is_to_forget = mode is BitmapMode.ON_SUCCESS
-        self._is_increment = bitmap is not None
         self._served = served
         self._image = self._require_image(bitmap)
         self._bitmap: FrozenBitmap | None = None
@@ -98,7 +97,7 @@ class Backup(Work):
             options,
             image_format,
             exists=exists,
-            is_increment=self._is_increment,
+            is_forgotten=self._is_to_forget,
             keys=held.other_keys(),
             allow_files=allowed,
         )

@@ -1,4 +1,4 @@
-"""`ctl mirror --existing` to a block device: what lay there is overwritten, and the device may be left or served."""
+"""`--existing` to a block device: a mirror overwrites what lay there, and leaves or serves it; so does a backup."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import qcow2
 from tests.border.test_storage import loop_device
 from tests.file.test_jobs import BLOCK, MIB, SHOWN, SIZE, chain, content, control, start, top
 from tests.file.test_mirror import get_ready, until
@@ -135,3 +136,21 @@ def test_a_disk_that_outgrows_the_device_loses_the_copy_alone(tmp_path: Path) ->
             assert (ended.state, ended.error) == ("failed", f"{device}: No space left on device")
             daemon.stop()
         assert disk.read_bytes() == SHOWN + b"w" * BLOCK + bytes(MIB - BLOCK)
+
+
+def test_a_device_that_holds_an_increment_is_freed_as_the_refusal_says(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    qcow2.create(disk, SIZE)
+    with qcow2.open(disk, "r+") as new:
+        new.bitmaps.add("nightly")
+    with noisy_device(tmp_path / "lun", SIZE + 8 * MIB) as device, start(disk) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(disk) as client:
+            for fill in (b"1", b"2"):
+                guest.write(0, fill * BLOCK)
+                job = client.backup(str(device), existing=True, bitmap="nightly").job
+                assert client.wait(job).state == "completed"
+                with pytest.raises(ControlError, match=r"clear its start \(blkdiscard -z -l 64KiB\) or name another"):
+                    client.backup(str(device), existing=True, bitmap="nightly")
+                assert content(device)[:BLOCK] == fill * BLOCK
+                subprocess.run(["blkdiscard", "-z", "-l", "64KiB", device], check=True, timeout=TIMEOUT)
+        daemon.stop()
