@@ -4,7 +4,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from qcow2.library.own_thread import OwnThread
 
@@ -21,6 +21,7 @@ class AwaitableDisk:
     discard: Callable[[int, int], None]
     flush: Callable[[], None]
     close: Callable[[], None]
+    _path: str
     _thread: OwnThread
 
     def aread(self, offset: int, nbytes: int) -> Coroutine[Any, Any, bytes]:
@@ -52,7 +53,7 @@ class AwaitableDisk:
 
     def aclose(self) -> Coroutine[Any, Any, None]:
         """As `close`."""
-        return self._begin(lambda: self.close())
+        return self._begin(lambda: self.close(), lambda: self.close())
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,12 +63,19 @@ class AwaitableDisk:
     ) -> None:
         await self.aclose()
 
-    def _begin(self, function: Callable[[], T]) -> Coroutine[Any, Any, T]:
-        """Have *function* called in its turn, cancelled or not -> how it ends, to be awaited."""
+    def _begin(self, function: Callable[[], T], once_closed: Callable[[], T] | None = None) -> Coroutine[Any, Any, T]:
+        """Have *function* called in its turn, cancelled or not -> how it ends, to be awaited.
+
+        Of a disk that is closed, or being closed, *once_closed* is called here instead.
+        """
         future: Any = import_module("concurrent.futures").Future()
         future.set_running_or_notify_cancel()
-        self._thread.begin(partial(_settle, future, function))  # no frame: see there
+        if not self._thread.begin(partial(_settle, future, function)):  # no frame: see there
+            _settle(future, once_closed or self._refuse_closed)
         return _end_of(future)
+
+    def _refuse_closed(self) -> NoReturn:
+        raise ValueError(f"{self._path}: the disk is closed")
 
 
 def _settle(future: Any, function: Callable[[], Any]) -> None:

@@ -300,7 +300,7 @@ class Disk(AwaitableDisk):
 
     def _require_open(self) -> None:
         if not self.files[0].is_open:
-            raise ValueError(f"{self._path}: the disk is closed")
+            self._refuse_closed()
 
     def _require_inside(self, offset: int, nbytes: int) -> int:
         self._require_open()

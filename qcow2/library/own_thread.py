@@ -24,16 +24,24 @@ class _Job:
     """One function under way; `wait` tells how it ended."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        self._function: Callable[[], Any] | None = function
+        self._functions = [function]  # until it is claimed
         self._is_done = False
         self._done = threading.Lock()
         self._done.acquire()
         self._result: Any = None
         self._error: BaseException | None = None
 
+    def claim(self) -> Callable[[], Any] | None:
+        """What to call, for the first who asks."""
+        try:
+            return self._functions.pop()
+        except IndexError:
+            return None
+
     def run(self) -> None:
-        function, self._function = self._function, None
-        assert function is not None
+        function = self.claim()
+        if function is None:
+            return
         try:
             self._result = function()
         except BaseException as error:  # its caller's
@@ -89,19 +97,29 @@ class OwnThread:
             with self._turn:
                 return function()
         job = _Job(function)
-        self._put(job)
+        self._jobs.put(job)
+        if self._is_stopped:  # perhaps after we looked: nobody may be left to take it
+            self._run_what_is_left()
         result: T = job.wait(interrupted)
         return result
 
-    def begin(self, function: Callable[[], None]) -> None:
+    def begin(self, function: Callable[[], None]) -> bool:
         """Have *function* called in its turn, which comes after what was called or begun before; raises nothing.
 
-        Without a thread, and in the child of a fork, it has been called on return, and takes its turns itself.
+        Once it is stopped, or being so: False, and *function* is not called. Never waits while there is a thread.
+        Where none can start, and in the child of a fork, it has been called on return, and takes its turns itself.
         """
-        if not self.is_ours or self._is_here or not self._can_start():
+        if not self.is_ours or self._is_here:
             function()
+        elif self._can_start():
+            job = _Job(function)
+            self._jobs.put(job)
+            return not self._is_stopped or job.claim() is None  # nobody may be left to take it
+        elif self._is_stopped:
+            return False
         else:
-            self._put(_Job(function))
+            function()
+        return True
 
     @property
     def _is_here(self) -> bool:
@@ -112,11 +130,6 @@ class OwnThread:
         if not self._has_thread and not self._is_stopped:
             self._has_thread = self._start()
         return self._has_thread
-
-    def _put(self, job: _Job) -> None:
-        self._jobs.put(job)
-        if self._is_stopped:  # perhaps after we looked: nobody may be left to take it
-            self._run_what_is_left()
 
     def call_here(self, function: Callable[[], T]) -> T:
         """The same on the caller's thread. *function* leaves all as it was, wherever an interrupt breaks into it."""

@@ -20,7 +20,7 @@ from types import FrameType
 import pytest
 
 import qcow2
-from qcow2.library.own_thread import _Job
+from qcow2.library.own_thread import OwnThread, _Job
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.patience import TIMEOUT
 
@@ -178,7 +178,8 @@ def test_interrupts_at_any_moment_leave_the_disk_going(overlay: Path, seed: int)
     assert_not_corrupt(overlay)
 
 
-def test_a_call_that_meets_a_close_is_refused(overlay: Path) -> None:
+@pytest.mark.parametrize("ask", [qcow2.Disk.flush, lambda disk: asyncio.run(disk.aflush())], ids=["call", "awaited"])
+def test_a_call_that_meets_a_close_is_refused(overlay: Path, ask: Callable[[qcow2.Disk], None]) -> None:
     """The close comes after the call has found the disk's thread, and before it has handed in what to do."""
     disk = qcow2.open(overlay)
     disk.read(0, 1)
@@ -194,7 +195,7 @@ def test_a_call_that_meets_a_close_is_refused(overlay: Path) -> None:
     def call() -> None:
         sys.settrace(close_first)
         try:
-            disk.flush()
+            ask(disk)
         except ValueError as error:
             said.append(str(error))
         finally:
@@ -204,6 +205,42 @@ def test_a_call_that_meets_a_close_is_refused(overlay: Path) -> None:
     caller.start()
     caller.join(TIMEOUT)
     assert said == [f"{overlay}: the disk is closed"]
+
+
+def test_who_awaits_a_disk_that_is_being_given_up_does_not_wait_in_the_loop(overlay: Path) -> None:
+    """Who gives it up waits for what the disk's thread is at."""
+    disk, at_work, goes_on, is_stopped = qcow2.open(overlay), *(threading.Event() for _ in range(3))
+    said = []
+
+    def work() -> None:
+        at_work.set()
+        goes_on.wait(TIMEOUT)
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if frame.f_code is OwnThread.is_ours.fget.__code__:  # asked in the midst of it
+            sys.settrace(None)
+            is_stopped.set()
+
+    def give_up() -> None:
+        sys.settrace(look)
+        disk.abandon()
+
+    def ask() -> None:
+        try:
+            asyncio.run(disk.aread(0, 1))
+        except ValueError as error:
+            said.append((str(error), goes_on.is_set()))
+
+    disk._thread.begin(work)
+    assert at_work.wait(TIMEOUT)
+    threads = [threading.Thread(target=target, daemon=True) for target in (give_up, ask)]
+    threads[0].start()
+    assert is_stopped.wait(TIMEOUT)
+    threads[1].start()
+    threads[1].join(TIMEOUT / 4)
+    goes_on.set()
+    threads[0].join(TIMEOUT)
+    assert said == [(f"{overlay}: the disk is closed", False)]
 
 
 def test_dropped_disk_warns_and_gives_its_lock_back(overlay: Path) -> None:
