@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,9 +91,21 @@ def call_off(disk: SlowDisk, number: signal.Signals, *words: str | Path) -> None
         with disk.holding(slowdisk.WRITE):
             disk.wait_for_one()
             process.send_signal(number)
+            wait_until_heard(process.pid)
             disk.let_others_pass()
         _, said = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, said) == (-number, "")
+
+
+def wait_until_heard(pid: int) -> None:
+    """Return once the first thread of the process has no signal before it and sleeps again."""
+    ends_at = time.monotonic() + TIMEOUT
+    while time.monotonic() < ends_at:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        if status["State"][0] == "S" and not int(status["SigPnd"], 16) | int(status["ShdPnd"], 16):
+            return
+    raise TimeoutError(f"process {pid} hears no signal")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
