@@ -80,6 +80,8 @@ NEWER = (  # what 10.0 and later say in other words: docs/qemu-img.md
     "bench --pattern=300 -w base",
     "bitmap noted b0",
     "convert -m 17 base new",
+    "convert -m 17 data new",
+    "convert -m 0 data new",
 )
 
 
