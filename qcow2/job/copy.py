@@ -181,11 +181,12 @@ class _Copy:
             for (offset, data, inside), known in zip(parts, packed, strict=True)
         ]
         turn.give_way()
-        if self._target.is_plain:
+        plain = self._target.plain
+        if plain is not None:
             writes = [
                 Write(at.file, at.host_offset, data[start:end], data=True)
                 for offset, data, inside, place in puts
-                for start, end, at in self._target.spots(offset, inside, place)
+                for start, end, at in plain.spots(offset, inside, place)
             ]
             with suppress(OSError):  # where it was shows when they are written one after the other
                 if writes:

@@ -8,7 +8,7 @@ from qcow2.driver.operation import LARGEST_UNIT, SCRATCH_BYTES, CopyData, File
 from qcow2.job.blame import WRITING, blamed
 from qcow2.job.crew import Buffers, Turn
 from qcow2.job.source import Piece, Source
-from qcow2.job.target import Runs, Target
+from qcow2.job.target import Plain, Runs, Target
 
 
 class Stretch(NamedTuple):
@@ -44,8 +44,9 @@ class FileToFile:
             return True
         if not self._unit or LARGEST_UNIT % self._unit:
             return False
-        if self._target.is_plain and not self._keeps_order:
-            await self._copy_placed(stretches, pieces)
+        plain = self._target.plain
+        if plain is not None and not self._keeps_order:
+            await self._copy_placed(plain, stretches, pieces)
             return True
         return await self._copy_straight(stretches, pieces)
 
@@ -69,14 +70,13 @@ class FileToFile:
         self._scratch.give(scratch)
         return found
 
-    async def _copy_placed(self, stretches: Sequence[Stretch], pieces: Sequence[Piece]) -> None:
+    async def _copy_placed(self, plain: Plain, stretches: Sequence[Stretch], pieces: Sequence[Piece]) -> None:
         """Place all as if it were data, and tell the target afterwards what was."""
-        placed = [
-            (offset, data, whole, self._target.place(offset, len(data), whole, None))
-            for offset, data in stretches
-            for whole in [[(0, len(data))]]
-        ]
-        spots = [self._target.spots(offset, whole, place) for offset, _, whole, place in placed]
+        placed = []
+        for offset, data in stretches:
+            whole: Runs = [(0, len(data))]
+            placed.append((offset, data, whole, self._target.place(offset, len(data), whole, None)))
+        spots = [plain.spots(offset, whole, place) for offset, _, whole, place in placed]
         pairs = [
             (there.host_offset + start, at.host_offset, end - start)
             for some, there in zip(spots, pieces, strict=True)
@@ -90,7 +90,7 @@ class FileToFile:
             return
         for (offset, _, _, place), some in zip(placed, spots, strict=True):
             runs = [(start + low, start + high) for start, _, _ in some for low, high in next(found)]
-            self._target.settle(offset, runs, place)
+            plain.settle(offset, runs, place)
 
     async def _put(self, offset: int, data: memoryview, runs: Runs, place: object, there: Piece) -> None:
         with blamed("reading at byte", offset):

@@ -31,7 +31,7 @@ class NewCompressedImage(NewImage):
     ) -> None:
         """As of any new image. Raises: ValueError if there is no such *level*."""
         super().__init__(file, options, backing, reads_zeros=reads_zeros)
-        self.is_plain = False
+        self.plain = None
         self._level = level_of(options.compression, level)
         self._most = min(MAX_SHARED, (1 << (1 << options.refcount_order)) - 1)
         self._cursor = 0  # where in the file the next stream may begin; 0: nowhere

@@ -12,7 +12,7 @@ from qcow2.engine.create import Options, new_header, plan, refcount_clusters, re
 from qcow2.engine.plain import Preallocation
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
 from qcow2.job.source import Piece
-from qcow2.job.target import Runs, Spots
+from qcow2.job.target import Plain, Runs, Spots
 from qcow2.native import ffi, lib
 from qcow2.node.node import Node
 from qcow2.plane.entry import bytes_of, l1_entry
@@ -30,7 +30,7 @@ class NewImage:
         self._options = options
         self._backing_size = backing.size if backing is not None else 0
         self._reads_zeros = reads_zeros
-        self.is_plain = not self._writes_all
+        self.plain: Plain | None = None if self._writes_all else self
         self._whole = plan(options)
         self._l1 = array("Q", bytes(self._whole.l1_size * ENTRY_SIZE))
         self._tables: dict[int, list[int]] = {}
@@ -146,7 +146,9 @@ class NewImage:
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write what is not zeros; whole clusters where the file may hold anything."""
-        writes = self._writes(offset, data, runs, place) if self.is_plain else self._whole_clusters(offset, data, place)
+        writes = (
+            self._whole_clusters(offset, data, place) if self._writes_all else self._writes(offset, data, runs, place)
+        )
         if writes:
             await Together(writes)
 

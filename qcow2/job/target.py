@@ -23,7 +23,7 @@ class Target(Protocol):
     """Is written once, in ranges that begin and end at a multiple of *unit*, or at the end of the disk."""
 
     unit: int
-    is_plain: bool  # what is not zeros goes to a file as it is: `spots` says where, and `put` does nothing else
+    plain: "Plain | None"  # itself, if what is not zeros goes to a file as it is, and `put` does nothing else
 
     async def begin(self) -> None:
         """Make sure that nobody takes it for whole from now on."""
@@ -36,12 +36,6 @@ class Target(Protocol):
 
     async def put(self, offset: int, data: memoryview, runs: Runs, place: object) -> None:
         """Write *data*, of which only *runs* are not zeros, at the *place* decided on."""
-
-    def spots(self, offset: int, runs: Runs, place: object) -> Spots:
-        """Where *runs* of what is at *offset* go, if the target is plain."""
-
-    def settle(self, offset: int, runs: Runs, place: object) -> None:
-        """Of what was placed as if all of it were data only *runs* are, if the target is plain; the rest is zeros."""
 
     def straight(self, offset: int) -> Piece | None:
         """Where what is at *offset* goes as it is, whatever it holds, if zeros may be left out there."""
@@ -59,6 +53,16 @@ class Target(Protocol):
         """All has been written: make it whole, and stable."""
 
 
+class Plain(Protocol):
+    """What more can be said of a target to whose file data goes as it is."""
+
+    def spots(self, offset: int, runs: Runs, place: object) -> Spots:
+        """Where *runs* of what is at *offset* go."""
+
+    def settle(self, offset: int, runs: Runs, place: object) -> None:
+        """Of what was placed as if all of it were data only *runs* are; the rest is zeros."""
+
+
 class InPlace:
     """A disk that is there: a raw file, a block device, an image that is written to as its guest would."""
 
@@ -68,7 +72,7 @@ class InPlace:
         *is_zero*: all of it reads as zeros now; *length*: which the file gets at the end.
         """
         self.unit = SECTOR_SIZE
-        self.is_plain = False
+        self.plain: Plain | None = None
         self._image = image
         self._size = size
         self._is_zero = is_zero
@@ -96,14 +100,6 @@ class InPlace:
             await self._write(offset + start, data[start:end])
             stop = end
         await self._fill(offset + stop, len(data) - stop)
-
-    def spots(self, offset: int, runs: Runs, place: object) -> Spots:
-        """The image decides."""
-        raise NotImplementedError
-
-    def settle(self, offset: int, runs: Runs, place: object) -> None:
-        """The image has."""
-        raise NotImplementedError
 
     def straight(self, offset: int) -> Piece | None:
         """In a raw file that is empty, behind what has to wait."""
