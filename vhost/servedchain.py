@@ -13,7 +13,7 @@ from qcow2.driver.task import Task
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage, no_memory
 from qcow2.job.stream import name_of_base
-from qcow2.library.hostfile import require_way
+from qcow2.library.hostfile import is_at, require_way
 from qcow2.node.node import Node
 from vhost.device import Device
 from vhost.disk import ImageBackend
@@ -70,13 +70,11 @@ class ServedChain:
         raise ValueError(f"{name}: is not in the backing chain of {path}")
 
     def require_foreign(self, path: str) -> None:
-        """Raises: ValueError if *path*, which is to be written, leads to a file of what is served, or out; OSError."""
+        """Raises: ValueError if *path*, which is to be written, leads to, or into, what is served, or out; OSError."""
         assert self.held.disk is not None
         require_reach(self.held.options, path)
-        with suppress(FileNotFoundError):
-            wanted = os.stat(path)
-            if any(os.path.samestat(wanted, os.fstat(file.fd)) for file in self.held.disk.files):
-                raise ValueError(f"{path}: is a file of the disk that is served")
+        if any(is_at(file, path) for file in self.held.disk.files):
+            raise ValueError(f"{path}: is a file of the disk that is served")
 
     def require_over(self, image: Image, base: Node | None) -> tuple[str | None, str | None]:
         """What *image* is to call *base*, and its format.

@@ -90,7 +90,7 @@ def are_one_file(path: str, other: str) -> bool:
     """Whether two paths lead to one file or device, or to parts of it that overlap; false if either leads to none."""
     if not (os.path.exists(path) and os.path.exists(other)):
         return False
-    return place_of(os.stat(path)).overlaps(place_of(os.stat(other)))
+    return place_of(path).overlaps(place_of(other))
 
 
 def path_of_descriptor(fd: int) -> str:
@@ -133,7 +133,7 @@ def is_same_file(one: File, other: File) -> bool:
     assert isinstance(other, HostFile)
     if isinstance(one, FarFile) or isinstance(other, FarFile):
         return type(one) is type(other) and one.path == other.path
-    return place_of(os.fstat(one.fd)) == place_of(os.fstat(other.fd))
+    return place_of(one.fd) == place_of(other.fd)
 
 
 def is_at(file: File, path: str) -> bool:
@@ -141,7 +141,7 @@ def is_at(file: File, path: str) -> bool:
     assert isinstance(file, HostFile)
     if isinstance(file, FarFile):
         return file.path == path
-    return os.path.exists(path) and place_of(os.fstat(file.fd)).overlaps(place_of(os.stat(path)))
+    return os.path.exists(path) and place_of(file.fd).overlaps(place_of(path))
 
 
 def require_way(image: File, name: str, base: File) -> None:
@@ -149,5 +149,5 @@ def require_way(image: File, name: str, base: File) -> None:
     assert isinstance(image, HostFile)
     assert isinstance(base, HostFile)
     path = backing_path(image.path, name)
-    if not (os.path.exists(path) and place_of(os.stat(path)) == place_of(os.fstat(base.fd))):
+    if not (os.path.exists(path) and place_of(path) == place_of(base.fd)):
         raise ImageError(image.path, f"the backing file name {name!r} would not lead to {base.path}")

@@ -3,20 +3,20 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 import qcow2
-from tests.border.test_storage import loop_device
+from tests.border.test_storage import loop_device, partitioned_device
 from tests.file.test_jobs import BLOCK, MIB, SHOWN, SIZE, chain, content, control, start, top
 from tests.file.test_mirror import get_ready, until
 from tests.frontend import FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean
 from tests.patience import TIMEOUT
-from tests.program import qcow2_tool_ok
+from tests.program import Daemon, qcow2_tool_ok
 from vhost import Control, ControlError
 
 __all__ = ["chain", "top"]  # fixtures
@@ -154,3 +154,38 @@ def test_a_device_that_holds_an_increment_is_freed_as_the_refusal_says(tmp_path:
                 assert content(device)[:BLOCK] == fill * BLOCK
                 subprocess.run(["blkdiscard", "-z", "-l", "64KiB", device], check=True, timeout=TIMEOUT)
         daemon.stop()
+
+
+def assert_known_as_source(client: Control, target: Path) -> None:
+    refused = pytest.raises(ControlError, match=f"^{target}: is a file of the disk that is served$")
+    with refused:
+        client.mirror(str(target), "raw", existing=True)
+    with refused:
+        client.backup(str(target), format="raw", existing=True)
+
+
+def test_a_device_over_a_file_of_the_disk_is_no_target(top: Path) -> None:
+    files = {path: path.read_bytes() for path in top.parent.iterdir()}
+    with ExitStack() as stack:
+        devices = [stack.enter_context(loop_device(path)) for path in files]
+        devices.append(stack.enter_context(loop_device(top, "--offset=65536", "--sizelimit=65536")))
+        with start(top) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+            for device in devices:
+                assert_known_as_source(client, device)
+            client.snapshot("frozen")
+            for device in devices:
+                assert_known_as_source(client, device)
+            daemon.stop()
+    top.with_name("frozen").rename(top)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_part_of_a_disk_that_is_served_is_no_target(tmp_path: Path) -> None:
+    with partitioned_device(tmp_path / "backing") as (device, partition):
+        before, at = device.read_bytes(), tmp_path / "control"
+        with Daemon(device, "--format=raw", f"--control={at}") as daemon, FrontEnd(daemon.socket_path):
+            with Control(at) as client:
+                for target in (partition, tmp_path / "backing"):
+                    assert_known_as_source(client, target)
+            daemon.stop()
+        assert device.read_bytes() == before

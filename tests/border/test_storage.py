@@ -2,6 +2,7 @@
 
 import errno
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -284,3 +285,43 @@ def test_parts_of_one_file_are_copied_to_each_other(tmp_path: Path) -> None:
         assert qcow2_tool("convert", "-f", "raw", "-O", "raw", second, crossing).returncode == 1
         qcow2_tool_ok("convert", "-f", "raw", "-O", "raw", first, second)
     assert backing.read_bytes() == b"a" * (2 * MIB) + b"b" * MIB
+
+
+@contextmanager
+def partitioned_device(path: Path) -> Iterator[tuple[Path, Path]]:
+    """A device of *path*, 4 MiB, and its one partition, from 1 MiB to 3 MiB."""
+    start, nsectors = 2 * MIB // 1024, 4 * MIB // 1024
+    entry = struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), start, nsectors)
+    content = bytearray(4 * MIB)
+    content[446 : 446 + len(entry)], content[510:512] = entry, b"\x55\xaa"
+    path.write_bytes(content)
+    with loop_device(path) as device:
+        _run("partx", "--add", device)
+        try:
+            yield device, Path(f"{device}p1")
+        finally:
+            _run("partx", "--delete", device)
+
+
+def test_a_partition_is_a_part_of_its_disk(tmp_path: Path) -> None:
+    with partitioned_device(tmp_path / "backing") as (device, partition):
+        before = device.read_bytes()
+        for source, target in ((device, partition), (partition, device), (partition, tmp_path / "backing")):
+            done = qcow2_tool("convert", "-U", "-f", "raw", "-O", "raw", source, target)
+            assert (done.returncode, done.stderr) == (1, f"qcow2: {target}: the target is the source, or under it\n")
+        with loop_device(tmp_path / "backing", "--sizelimit", str(MIB)) as front:
+            qcow2_tool_ok("convert", "-n", "-f", "raw", "-O", "raw", front, partition)
+        assert device.read_bytes() == before[:MIB] * 2 + before[2 * MIB :]
+
+
+def test_a_loop_device_is_its_file_whatever_that_is_called_by_now(tmp_path: Path) -> None:
+    backing, moved = tmp_path / "backing", tmp_path / "moved"
+    backing.write_bytes(b"b" * MIB)
+    with loop_device(backing) as device:
+        moved.hardlink_to(backing)
+        backing.unlink()
+        backing.write_bytes(b"c" * MIB)
+        done = qcow2_tool("convert", "-f", "raw", "-O", "raw", moved, device)
+        assert (done.returncode, done.stderr) == (1, f"qcow2: {device}: the target is the source, or under it\n")
+        assert moved.read_bytes() == b"b" * MIB
+        qcow2_tool_ok("convert", "-f", "raw", "-O", "raw", backing, device)
