@@ -1,5 +1,6 @@
 """The data plane that ships, and the engine, on a simulated kernel: nothing is lost, nobody waits for ever."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from ring.build import FLAGS
 from tests.sim.mutant import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+LIVE = ("backup", "backup of a bitmap", "bitmap add", "commit", "mirror", "mirror left", "snapshot", "stream")
 QUICK = ("refused_work_is_forgotten", "fetched_chain_is_not_noted", "cluster_is_handed_out_twice")
 
 
@@ -66,8 +68,9 @@ def test_what_breaks_the_c_is_c(mutant: Mutant) -> None:
 
 
 def test_deaths_within_live_operations_leave_what_the_laws_allow() -> None:
-    done = simulate("--states", "1000", what="tests.sim.live")  # all: make simulate-live
+    done = simulate("--states", "1000", "--more", "100", what="tests.sim.live")  # all: make simulate-live
     assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for name in LIVE if not re.search(rf"\b{name} \d", done.stdout)] == []
 
 
 def test_data_files_with_ciphers_keep_every_promise() -> None:

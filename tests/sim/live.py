@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first history")
     parser.add_argument("--histories", type=int, default=10_000, help="at most")
     parser.add_argument("--states", type=int, default=200_000, help="to be visited")
+    parser.add_argument("--more", type=int, default=0, help="histories after those, whose deaths are not visited")
     parser.add_argument("--mutant", choices=[*BY_NAME], help="break the code; stop at the first violation")
     parser.add_argument("--mutants", action="store_true", help="the same with each in turn: all must be found")
     options = parser.parse_args(arguments)
@@ -25,13 +26,15 @@ def main(arguments: list[str]) -> int:
     load([])
     if options.mutant:
         BY_NAME[options.mutant]()
-    began, states, opened, failed, histories = time.monotonic(), 0, 0, 0, 0
+    began, states, opened, failed, histories, more = time.monotonic(), 0, 0, 0, 0, options.more
     done: Counter[str] = Counter()
     for seed in range(options.seed, options.seed + options.histories):
-        if states >= options.states or (options.mutant and failed):
+        visits = states < options.states
+        more -= not visits
+        if more < 0 or (options.mutant and failed):
             break
         histories += 1
-        walk, fault = run_one(seed, done)
+        walk, fault = run_one(seed, done, visits=visits)
         states, opened = states + walk[0], opened + walk[1]
         if fault:
             failed += 1
@@ -56,7 +59,7 @@ def hunt() -> int:
     return 1 if left else 0
 
 
-def run_one(seed: int, done: Counter[str]) -> tuple[tuple[int, int], str]:
+def run_one(seed: int, done: Counter[str], *, visits: bool) -> tuple[tuple[int, int], str]:
     """How many states were visited and opened, and what was wrong."""
     from tests.sim.livelife import LiveWorld
     from tests.sim.livewalk import LiveWalk
@@ -66,8 +69,9 @@ def run_one(seed: int, done: Counter[str]) -> tuple[tuple[int, int], str]:
     walk, fault = None, ""
     try:
         world.run()
-        walk = LiveWalk(world)
-        walk.visit()
+        if visits:
+            walk = LiveWalk(world)
+            walk.visit()
     except Violation as error:
         fault = f"{', '.join(world.ledger.done)}: {error}"
     except Exception:

@@ -80,7 +80,7 @@ class StoppedClock:
 class SimulatedNewFile:
     """The file of a mirror; another one each time it is made, which has its name from the start."""
 
-    def __init__(self, host: LiveHost, path: str, log_directory: str) -> None:
+    def __init__(self, host: LiveHost, path: str, log_directory: str, image_format: str) -> None:
         self.temporary = ""
         self._host = host
 
@@ -94,6 +94,10 @@ class SimulatedNewFile:
 
     def unname(self) -> None:
         """It keeps it."""
+
+    @property
+    def place(self) -> str:
+        return self.temporary
 
     def is_led_to_by(self, path: str) -> bool:
         return False
