@@ -151,9 +151,10 @@ class Committing(Work):
         except SnapshotRefused as refusal:
             raise OSError(errno.EIO, str(refusal)) from refusal
         except SnapshotUnstable as unstable:
+            self._served.on_frozen(os.path.basename(name), "", str(unstable))
             raise JobFailed(str(unstable)) from unstable
         self._is_to_freeze = False
-        self._served.on_frozen(os.path.basename(name), failure)
+        self._served.on_frozen(os.path.basename(name), failure, "")
         if failure:  # its content is whole all the same
             log.error("%s: is not closed cleanly: %s", name, failure)
 

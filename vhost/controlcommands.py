@@ -144,13 +144,13 @@ class Commands:
             raise CommandError(str(refusal)) from refusal
         return {"size": self._device.backend.properties.size}
 
-    def snapshot(self, name: object, **wish: object) -> dict[str, Any]:
+    def snapshot(self, name: object, **wish: object) -> dict[str, Any] | None:
         """Freeze what the disk holds as the file *name*; what is served becomes an overlay of it."""
         if not isinstance(name, str):
             raise CommandError(f"{name!r} is not the name of a file")
         wanted = _overlay_wish(**wish)
         self.jobs.require_none()
-        return self.tell_of_snapshot(name, self._take_snapshot(name, Pace(), wanted))
+        return self._telling_of(name, lambda: self._take_snapshot(name, Pace(), wanted))
 
     def snapshot_begin(self, name: object, **wish: object) -> None:
         """The same, one step after the other, with other disks at one instant: make the overlay."""
@@ -164,8 +164,7 @@ class Commands:
     def snapshot_next(self) -> dict[str, Any] | None:
         """Let requests wait; then let the overlay have its name; then go on, and say what was done."""
         assert self._steps is not None
-        failure = self._steps.go_on()
-        return None if failure is None else self.tell_of_snapshot(self._steps.name, failure)
+        return self._telling_of(self._steps.name, self._steps.go_on)
 
     def snapshot_cancel(self) -> None:
         """Let the disk go on as it was."""
@@ -173,9 +172,19 @@ class Commands:
         self._steps.call_off()
         self._steps = None
 
-    def tell_of_snapshot(self, name: str, failure: str) -> dict[str, Any]:
+    def _telling_of(self, name: str, take: Callable[[], str | None]) -> dict[str, Any] | None:
+        """*take* the snapshot *name*, or go on with it, and tell of it once it is taken, stable or not."""
+        try:
+            failure = take()
+        except SnapshotUnstable as unstable:
+            self.tell_of_snapshot(name, unstable=str(unstable))
+            raise
+        return None if failure is None else self.tell_of_snapshot(name, failure)
+
+    def tell_of_snapshot(self, name: str, failure: str = "", unstable: str = "") -> dict[str, Any]:
         """What is said of the snapshot *name*, which is taken; for any thread."""
-        taken = {"snapshot": name, **({"not-closed-cleanly": failure} if failure else {})}
+        said = {"not-closed-cleanly": failure, "unstable": unstable}
+        taken = {"snapshot": name, **{key: why for key, why in said.items() if why}}
         self.on_event(Event("snapshot", taken))
         return taken
 

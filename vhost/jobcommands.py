@@ -30,9 +30,12 @@ class JobCommands:
         backend: ImageBackend,
         held: HeldImage,
         jobs: Jobs,
-        on_frozen: Callable[[str, str], object] = lambda name, failure: None,
+        on_frozen: Callable[[str, str, str], object] = lambda name, failure, unstable: None,
     ) -> None:
-        """*on_frozen(name, failure)* is told, on any thread, that a job has taken a snapshot, as `Snapshots.take`."""
+        """*on_frozen(name, failure, unstable)* is told, on any thread, that a job has taken a snapshot.
+
+        *failure*: what `Snapshots.take` returned; *unstable*: what it raised, as SnapshotUnstable.
+        """
         self._served = ServedChain(device, backend, held)
         self._served.on_frozen = on_frozen
         self._probe = Probe()

@@ -29,7 +29,7 @@ class ServedChain:
         self.device = device
         self.backend = backend
         self.held = held
-        self.on_frozen: Callable[[str, str], object] = lambda name, failure: None
+        self.on_frozen: Callable[[str, str, str], object] = lambda name, failure, unstable: None
 
     def require_free(self) -> None:
         """Raises: ValueError if a trace tells of the files that there are."""

@@ -6,7 +6,7 @@ import signal
 import stat
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -379,6 +379,41 @@ def test_names_that_are_not_stable_let_no_flush_succeed(image: Path) -> None:
         assert "may not survive a power loss" in refusal(image, "frozen")
         assert guest.read(0, BLOCK) == b"a" * BLOCK
         assert guest.do(FLUSH).status == IOERR
+
+
+def ask_each(client: Control, *commands: str) -> str:
+    """The error of the last of them."""
+    *steps, last = [(each, {} if each == "snapshot-next" else {"name": "frozen"}) for each in commands]
+    for command, arguments in steps:
+        client.ask(command, **arguments)
+    with pytest.raises(ControlError) as refused:
+        client.ask(last[0], **last[1])
+    return str(refused.value)
+
+
+UNSTABLE: dict[str, Callable[[Control], str]] = {
+    "alone": lambda client: ask_each(client, "snapshot"),
+    "together": lambda client: ask_each(client, "snapshot-begin", *["snapshot-next"] * 3),
+    "commit": lambda client: client.wait(client.commit(active=True).job).error,
+}
+
+
+@pytest.mark.parametrize("way", UNSTABLE)
+def test_who_subscribed_hears_of_a_snapshot_that_is_not_stable(image: Path, way: str) -> None:
+    top = image.with_name("top.qcow2")
+    qcow2_tool_ok("create", "-b", image.name, "-F", "qcow2", top)
+    with (
+        start(top, under=forgetful(2)) as daemon,
+        FrontEnd(daemon.socket_path),
+        Control(f"{top}.control") as listener,
+        Control(f"{top}.control") as client,
+    ):
+        listener.subscribe("snapshot")
+        said = UNSTABLE[way](client)
+        event = listener.next_event(TIMEOUT)
+        assert event is not None
+        assert event.data == {"snapshot": "top.qcow2.committing" if way == "commit" else "frozen", "unstable": said}
+        assert "may not survive a power loss" in said
 
 
 # Several disks
