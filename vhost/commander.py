@@ -1,4 +1,4 @@
-"""A thread for what the control socket's clients ask that may take long: who only looks is answered meanwhile."""
+"""A thread for what may take long of what clients ask the control socket for: the rest is answered meanwhile."""
 
 import threading
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What the control socket may ask of a running daemon; documented in docs/control.md.
 
-Everything here runs on the commander, one after the other, but for LOOKS, which change nothing and wait for nobody. It
-reaches the data plane as the control thread does, through `Worker.call`, and never waits for the control thread: a
+Everything here runs on the commander, one after the other, but for AT_ONCE, which take no lock that anybody waits in.
+It reaches the data plane as the control thread does, through `Worker.call`, and never waits for the control thread: a
 vhost-user message in progress cannot hold it up, nor it one.
 """
 
@@ -72,8 +72,16 @@ class Commands:
             raise CommandError(f"{name} takes {' and '.join(wanted) or 'no arguments'}{also}")
         for word in _words(arguments):
             _require_name(word)
-        if name in LOOKS:  # on another thread than the steps
-            return command(self)
+        given = {key.replace("-", "_"): value for key, value in arguments.items()}
+        try:
+            return command(self, **given) if name in AT_ONCE else self._run_in_turn(name, command, client, given)
+        except (JobRefused, ExportRefused, ImageRefused, SnapshotRefused, SnapshotUnstable) as refusal:
+            raise CommandError(str(refusal)) from refusal
+        except RuntimeError:
+            raise CommandError("the daemon is ending") from None
+
+    def _run_in_turn(self, name: Any, command: Callable[..., Any], client: object, given: dict[str, Any]) -> Any:
+        """On the commander, where the steps are. Raises: what *command* raises, CommandError."""
         if self._steps is not None and self._steps.is_over and name not in STEPS:  # nobody let it go on
             self._steps = None
         if name in STEPS and (self._steps is None or client is not self._leader):
@@ -82,11 +90,7 @@ class Commands:
             raise CommandError("a snapshot of several disks is under way")
         self._leader = client if name == "snapshot-begin" else self._leader
         try:
-            return command(self, **{key.replace("-", "_"): value for key, value in arguments.items()})
-        except (JobRefused, ExportRefused, ImageRefused, SnapshotRefused, SnapshotUnstable) as refusal:
-            raise CommandError(str(refusal)) from refusal
-        except RuntimeError:
-            raise CommandError("the daemon is ending") from None
+            return command(self, **given)
         finally:
             if self._steps is not None and self._steps.is_over:
                 self._steps = None
@@ -283,7 +287,17 @@ OPTIONS = {  # which may be left out
     "backup": ("format", "existing", "bitmap", "bitmap-mode", "backing", "rate", "on-error"),
 }
 
-LOOKS = ("status", "stats", "metrics", "job-list")  # for any thread: they wait for nobody
+AT_ONCE = (  # for any thread: they wait for nobody
+    "status",
+    "stats",
+    "metrics",
+    "export-list",
+    "job-list",
+    "job-pause",
+    "job-resume",
+    "job-cancel",
+    "job-set-rate",
+)
 STEPS = ("snapshot-next", "snapshot-cancel")
 
 

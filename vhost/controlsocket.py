@@ -3,7 +3,7 @@
 A client is bounded in everything: one line of at most 64 KiB, one answer at a time, which it reads before it is read
 again; sixteen clients. One that breaks a rule is told so and dropped; nobody else notices.
 
-One command is under way at a time. Who only looks is answered meanwhile; what else is asked stays in its socket.
+One command is under way at a time. What waits for nobody is answered meanwhile; what else is asked stays in its socket.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from ring.thread import start_deaf
 from vhost import event
 from vhost.commander import Commander
-from vhost.controlcommands import LOOKS, CommandError, Commands
+from vhost.controlcommands import AT_ONCE, CommandError, Commands
 from vhost.device import die
 from vhost.endpoint import Endpoint
 from vhost.event import Event
@@ -267,7 +267,7 @@ def _request_of(line: bytes) -> dict[str, Any] | str:
 
 def _may_be_answered_at_once(request: dict[str, Any] | str) -> bool:
     """Whether it waits for nothing, so that nobody waits for it."""
-    return isinstance(request, str) or request.get("command") in (*LOOKS, SUBSCRIBE)
+    return isinstance(request, str) or request.get("command") in (*AT_ONCE, SUBSCRIBE)
 
 
 def _line(value: dict[str, Any]) -> bytes:

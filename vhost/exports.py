@@ -160,8 +160,14 @@ def _place_of(socket: object, address: object, port: object) -> Place:
     return Place(None if socket is None else _path(socket, "socket"), _text(address, "address"), port)
 
 
+def _describe(file: str, export: _Export) -> dict[str, Any]:
+    return {"export": file, "uri": export.uri, "running": export.is_alive}
+
+
 class Exports:
-    """The exports of one daemon, which serves *image*; a context manager that ends them. For one thread at a time.
+    """The exports of one daemon, which serves *image*; a context manager that ends them.
+
+    For one thread at a time, but for `list`.
 
     *allowed*: directories beneath which lies what exported images name; None: anywhere. *refusal*: why there are none.
     *patience*: seconds that a process has to begin.
@@ -174,7 +180,7 @@ class Exports:
         self._allowed = allowed or ()
         self._refusal = refusal
         self._patience = patience
-        self._exports: dict[str, _Export] = {}
+        self._exports: dict[str, _Export] = {}  # never changed, but replaced: any thread may read it
 
     def start(
         self,
@@ -218,8 +224,8 @@ class Exports:
         except OSError as error:
             raise ExportRefused(f"{sys.executable}: {error.strerror}") from error
         export.wait_until_ready(self._patience)
-        self._exports[file] = export
-        return self._describe(file)
+        self._exports = {**self._exports, file: export}
+        return _describe(file, export)
 
     def stop(self, file: object) -> None:
         """End the export of *file*; its clients are cut off. Raises: ExportRefused if there is none."""
@@ -229,17 +235,13 @@ class Exports:
         self._forget(file)
 
     def list(self) -> list[dict[str, Any]]:
-        """What is exported, and was and has ended by itself."""
-        return [self._describe(file) for file in self._exports]
-
-    def _describe(self, file: str) -> dict[str, Any]:
-        export = self._exports[file]
-        return {"export": file, "uri": export.uri, "running": export.is_alive}
+        """What is exported, and was and has ended by itself. For any thread."""
+        return [_describe(file, export) for file, export in self._exports.items()]
 
     def _forget(self, file: str) -> None:
-        export = self._exports.pop(file, None)
-        if export is not None:
-            export.end()
+        if file in self._exports:
+            self._exports[file].end()
+            self._exports = {name: export for name, export in self._exports.items() if name != file}
 
     def __enter__(self) -> "Exports":
         return self

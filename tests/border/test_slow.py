@@ -152,16 +152,18 @@ def test_daemon(disk: SlowDisk) -> None:
         assert_kept(image)
 
 
-def test_a_daemon_says_how_it_is_while_a_command_hangs(disk: SlowDisk) -> None:
+def test_a_daemon_says_how_it_is_and_ends_a_job_while_a_command_hangs(disk: SlowDisk, tmp_path: Path) -> None:
     image = new_image(disk, 0)
     control = f"--control={image}.control"
     with Daemon(image, control) as daemon, FrontEnd(daemon.socket_path) as front_end:
         front_end.write(ACKNOWLEDGED, b"A" * 4096)
+        assert run(DAEMON, "ctl", control, "backup", "--rate=1", str(tmp_path / "copy")).returncode == 0
         with disk.holding(slowdisk.FSYNC):
             hanging = subprocess.Popen([DAEMON, "ctl", control, "flush"])
             disk.wait_for_one()
-            for words in (["status"], ["stats"], ["job", "list"]):
+            for words in (["status"], ["stats"], ["job", "list"], ["export", "list"], ["job", "cancel", "1"]):
                 assert run(DAEMON, "ctl", control, *words).returncode == 0
+            assert run(DAEMON, "ctl", control, "job", "wait", "1").stderr.endswith("job 1 cancelled\n")
             assert hanging.poll() is None
         assert hanging.wait(TIMEOUT) == 0
         daemon.stop()

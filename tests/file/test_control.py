@@ -22,7 +22,7 @@ from tests.oracle import assert_clean
 from tests.program import DAEMON, TIMEOUT, Daemon, qcow2_tool_ok, run
 from vhost import Control, ControlError
 from vhost.client import GREETING_TIMEOUT
-from vhost.controlcommands import LOOKS, Commands
+from vhost.controlcommands import AT_ONCE, Commands
 from vhost.controlsocket import Control as ControlSocket
 from vhost.endpoint import listen
 
@@ -326,8 +326,8 @@ class Busy:
         self.may_end = threading.Event()
 
     def run(self, request: dict[str, Any], client: object) -> str:
-        if request.get("command") in LOOKS:
-            return "looked"
+        if request.get("command") in AT_ONCE:
+            return "at once"
         self.asked.put(request)
         assert self.may_end.wait(TIMEOUT)
         return "done"
@@ -358,19 +358,19 @@ def test_client_is_greeted_while_a_command_of_another_runs(control: Path) -> Non
             assert json.loads(answers.readline()) == {"result": "done"}
 
 
-def test_who_only_looks_is_answered_while_a_command_of_another_runs(control: Path) -> None:
+def test_what_waits_for_nobody_is_answered_while_a_command_of_another_runs(control: Path) -> None:
     with at_work(control) as (busy, _), connect(control) as second, second.makefile("rb") as answers:
         second.settimeout(GREETING_TIMEOUT)
-        for name in LOOKS:
+        for name in AT_ONCE:
             second.sendall(json.dumps({"command": name}).encode() + b"\n")
         second.sendall(b'{"command": "flush"}\n')
         assert b"version" in answers.readline()
-        assert [json.loads(answers.readline())["result"] for _ in LOOKS] == ["looked"] * len(LOOKS)
+        assert [json.loads(answers.readline())["result"] for _ in AT_ONCE] == ["at once"] * len(AT_ONCE)
         with connect(control) as third, third.makefile("rb") as others:
             third.settimeout(GREETING_TIMEOUT)
             third.sendall(b'{"command": "status"}\n')
             assert b"version" in others.readline()
-            assert b"looked" in others.readline()
+            assert b"at once" in others.readline()
         assert busy.asked.empty()
         busy.may_end.set()
         assert busy.asked.get(timeout=TIMEOUT) == {"command": "flush"}
@@ -394,7 +394,7 @@ def test_lines_that_come_together_are_answered_in_their_order(control: Path) -> 
         busy.may_end.set()
         told = [json.loads(answers.readline()) for _ in range(6)][1:]
         assert [each.get("id") for each in told] == [None, 1, 2, 3, None]
-        assert [each.get("result") for each in told] == ["done", "looked", "done", "looked", None]
+        assert [each.get("result") for each in told] == ["done", "at once", "done", "at once", None]
 
 
 def test_one_client_too_many_is_told_so(daemon: Daemon, control: Path) -> None:
