@@ -97,7 +97,7 @@ class Backup(Work):
             options,
             image_format,
             exists=exists,
-            is_forgotten=self._is_to_forget,
+            is_increment=self.about["bitmap"] is not None,
             keys=held.other_keys(),
             allow_files=allowed,
         )

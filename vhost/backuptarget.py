@@ -91,13 +91,13 @@ class BackupFile(BackupTarget):
         image_format: str,
         *,
         exists: bool,
-        is_forgotten: bool = False,
+        is_increment: bool = False,
         keys: Keyring | None,
         allow_files: Iterable[str] | None = None,
     ) -> None:
         """The size, the qcow2 image under it and the encryption are those of *options*; *keys* open both images.
 
-        *is_forgotten*: once it is whole no bitmap tells of what is in it, and no image that exists is worth less.
+        *is_increment*: it holds what has changed, and replaces no image that exists.
         What the one under it names lies beneath *allow_files*, if they are given, or beside it.
         Raises: OSError, ImageError, ValueError.
         """
@@ -121,7 +121,7 @@ class BackupFile(BackupTarget):
                 require_ours(self._made)
             self._file = stack.enter_context(_opened(path) if self._made is None else _made(self._made, image_format))
             stack.callback(self._remove)
-            if is_forgotten and self._made is None:
+            if is_increment and self._made is None:
                 _require_no_image(self._file)
             if image_format == "raw" and self._file.is_device and self._file.size() < options.size:
                 raise ImageError(path, f"the device has {self._file.size()} bytes, the disk {options.size}")
@@ -198,7 +198,7 @@ def _opened(path: str) -> HostFile:
 
 
 def _require_no_image(file: HostFile) -> None:
-    """The bitmap may have forgotten what is in it. Raises: OSError, UnsupportedImage."""
+    """A bitmap may have forgotten what is in it, also one that is to be kept. Raises: OSError, UnsupportedImage."""
     if os.pread(file.fd, len(MAGIC), 0) == MAGIC:
         way = "clear its start (blkdiscard -z -l 64KiB)" if file.is_device else "remove it"
         raise UnsupportedImage(file.path, f"holds an image: an increment replaces none; {way} or name another")
