@@ -141,6 +141,9 @@ def install(host: LiveHost, kernel: Kernel) -> None:
         require_turnable=lambda served, top: None,
     )
     vars(overlaybitmaps).update(run=host.through)
-    vars(servedchain).update(require_way=lambda image, name, base: None)  # there are no names but these
+    vars(servedchain).update(  # there are no names but these
+        require_way=lambda image, name, base: None,
+        is_at=lambda file, path: file.path == path,
+    )
     vars(frozen).update(WINDOW=1)
     vars(mirror).update(CHUNK=16 << 10, UNIT=512)
