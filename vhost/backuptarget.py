@@ -19,6 +19,7 @@ from qcow2.error import UnsupportedImage
 from qcow2.job.content import SPARSE_UNIT, data_runs
 from qcow2.job.newimage import NewImage
 from qcow2.job.target import MAGIC, InNew, InPlace, Target, create_all_but_magic
+from qcow2.library.hostfile import is_at
 from qcow2.lock import lock_image
 from qcow2.node.leftover import give_name, hidden, require_copy_left, require_lasting_name, require_ours
 from qcow2.node.node import Node
@@ -114,6 +115,8 @@ class BackupFile(BackupTarget):
                     allow_files = [*allow_files, os.path.dirname(os.path.realpath(name))]
                 disk = stack.enter_context(qcow2.open(name, key=keys, allow_files=allow_files))
                 disk.chain.require_room()
+                if any(is_at(file, path) for file in disk.files):
+                    raise ValueError(f"{path}: is a file of the backup before, which this one is over")
                 below = disk.image
             if self._made is not None:
                 if os.path.lexists(path):

@@ -180,6 +180,20 @@ def test_a_device_over_a_file_of_the_disk_is_no_target(top: Path) -> None:
     assert {path: path.read_bytes() for path in files} == files
 
 
+def test_a_device_under_the_backup_before_takes_no_increment(tmp_path: Path) -> None:
+    disk, full, lowest = (tmp_path / name for name in ("disk", "full", "lowest"))
+    qcow2.create(disk, SIZE)
+    with qcow2.open(disk, "r+") as new:
+        new.bitmaps.add("nightly")
+    lowest.write_bytes(SHOWN)
+    qcow2.create(full, backing=lowest, backing_format="raw")
+    with loop_device(lowest) as device, start(disk) as daemon, FrontEnd(daemon.socket_path), control(disk) as client:
+        with pytest.raises(ControlError, match=f"^{device}: is a file of the backup before, which this one is over$"):
+            client.backup(str(device), existing=True, bitmap="nightly", backing=str(full))
+        daemon.stop()
+    assert lowest.read_bytes() == SHOWN
+
+
 def test_a_part_of_a_disk_that_is_served_is_no_target(tmp_path: Path) -> None:
     with partitioned_device(tmp_path / "backing") as (device, partition):
         before, at = device.read_bytes(), tmp_path / "control"

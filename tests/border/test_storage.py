@@ -12,8 +12,9 @@ import pytest
 
 import qcow2
 from tests.frontend import FLUSH, IOERR, OK, OUT, FrontEnd
-from tests.oracle import assert_not_corrupt
+from tests.oracle import assert_not_corrupt, backing_name
 from tests.program import TIMEOUT, Daemon, qcow2_tool, qcow2_tool_ok
+from vhost import Control
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and loop devices need root")
 MIB = 1 << 20
@@ -312,6 +313,22 @@ def test_a_partition_is_a_part_of_its_disk(tmp_path: Path) -> None:
         with loop_device(tmp_path / "backing", "--sizelimit", str(MIB)) as front:
             qcow2_tool_ok("convert", "-n", "-f", "raw", "-O", "raw", front, partition)
         assert device.read_bytes() == before[:MIB] * 2 + before[2 * MIB :]
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["disk", "partition"])
+def test_a_sandboxed_daemon_streams_down_to_a_device(tmp_path: Path, *, is_whole: bool) -> None:
+    top = tmp_path / "top"
+    with partitioned_device(tmp_path / "backing") as (device, partition):
+        base = device if is_whole else partition
+        qcow2_tool_ok("create", "-b", base, "-F", "raw", tmp_path / "mid")
+        qcow2_tool_ok("create", "-b", "mid", "-F", "qcow2", top)
+        confined = ("--sandbox", f"--allow-files={tmp_path}", "--allow-files=/dev")
+        with Daemon(top, f"--control={top}.control", *confined) as daemon, FrontEnd(daemon.socket_path):
+            with Control(f"{top}.control") as client:
+                ended = client.wait(client.stream(str(base)).job)
+                assert (ended.state, ended.error) == ("completed", "")
+            daemon.stop()
+        assert backing_name(top) == str(base)
 
 
 def test_a_loop_device_is_its_file_whatever_that_is_called_by_now(tmp_path: Path) -> None:
