@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from qcow2.driver.task import Task
+from qcow2.driver.uri import is_nbd
 from qcow2.engine.image import Image
 from qcow2.error import UnsupportedImage, no_memory
 from qcow2.job.stream import name_of_base
@@ -63,6 +64,8 @@ class ServedChain:
         """
         assert self.held.disk is not None
         chain, path = self.held.disk.chain, self.held.disk.files[0].path
+        if is_nbd(name):
+            raise ValueError(f"{name}: no disk that is served is over an export")
         wanted = os.stat(os.path.join(os.path.dirname(os.path.realpath(path)), name))
         for node, file in zip(chain.nodes[1:], chain.files[1:], strict=True):
             if os.path.samestat(wanted, os.fstat(file.fd)):

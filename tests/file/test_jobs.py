@@ -131,6 +131,9 @@ def test_only_one_job_at_a_time_and_what_else_is_refused(top: Path) -> None:
         for base in ("nowhere", "top", "mid"):
             with pytest.raises(ControlError, match=base):
                 client.stream(base)
+        for begin in (client.stream, client.commit):
+            with pytest.raises(ControlError, match="nbd://localhost/x: no disk that is served is over an export"):
+                begin("nbd://localhost/x")
         with pytest.raises(ControlError, match="'hope' is none of report"):
             client.stream(on_error="hope")
         with pytest.raises(ControlError, match="there is no job 1"):
