@@ -122,7 +122,7 @@ def snapshot_lines(snapshots: Iterable[Facts]) -> list[str]:
 
 
 def _row(tag_id: str, tag: str, size: str, date: str, clock: str, icount: str) -> str:
-    return f"{tag_id:<10}{tag:<17}{size:>8}{date:>20}{clock:>13}{icount:>11}"
+    return f"{tag_id:<9} {tag:<16} {size:>8}{date:>20}{clock:>13}{icount:>11}"
 
 
 def _snapshot_line(snapshot: Facts) -> str:
@@ -136,7 +136,7 @@ def _snapshot_line(snapshot: Facts) -> str:
 def _specific_lines(data: Facts, indent: str = "    ") -> list[str]:
     """Nested facts, each level farther in."""
     lines = []
-    for key, value in data.items():
+    for key, value in ordered(data).items():
         name = f"{indent}{key.replace('-', ' ')}:"
         if isinstance(value, list):
             value = {f"[{number}]": each for number, each in enumerate(value)}
