@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 from ring.thread import start_deaf
 
-PROGRAM = "import sys; from qcow2.tool import program; sys.exit(program())"
+PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from qcow2.tool import program; sys.exit(program())"
+LIBRARY = str(Path(__file__).resolve().parents[1])  # where our packages are: of an installed program only it knows
 PATIENCE_SECONDS = 10.0  # with a process that is to begin, or to end
 KILLED_SECONDS = 1.0  # with one that was killed
 
@@ -218,7 +219,7 @@ class Exports:
         options += ["--end-with-input", "--pid-file=/dev/stdout"]
         options += [f"--allow-files={directory}" for directory in self._allowed]
         path = self._image.resolve().parent / file
-        command = [sys.executable, "-P", "-c", PROGRAM, "serve-nbd", *options, *wanted, "--", str(path)]
+        command = [sys.executable, "-P", "-c", PROGRAM, LIBRARY, "serve-nbd", *options, *wanted, "--", str(path)]
         try:
             export = _Export(file, uri, command)
         except OSError as error:

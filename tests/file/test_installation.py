@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import TIMEOUT
+from tests.frontend import FrontEnd
+from tests.program import TIMEOUT, Daemon
 
 pytestmark = pytest.mark.xdist_group("installation")  # installed once
 
@@ -70,6 +71,18 @@ def test_programs_do_their_work(installed: Installed, tmp_path: Path) -> None:
     installed.program("qcow2", "create", image, "1M")
     assert json.loads(installed.program("qcow2", "info", "--output=json", image))["virtual-size"] == 1 << 20
     assert json.loads(installed.program("vhost-user-qcow2", "--print-capabilities"))["type"] == "block"
+
+
+def test_daemon_finds_the_program_that_exports(
+    installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.program.DAEMON", installed.below(f"{installed.prefix}/bin/vhost-user-qcow2"))
+    image, control = tmp_path / "disk.qcow2", f"--control={tmp_path}/control"
+    installed.program("qcow2", "create", image, "1M")
+    with Daemon(image, control, under=("env", "-i", "-C", "/")) as daemon, FrontEnd(daemon.socket_path):
+        installed.program("vhost-user-qcow2", "ctl", control, "snapshot", "frozen")
+        installed.program("vhost-user-qcow2", "ctl", control, "export", "start", "frozen", f"--socket={tmp_path}/nbd")
+        assert (tmp_path / "nbd").is_socket()
 
 
 def test_only_what_this_project_has_is_installed(installed: Installed) -> None:
