@@ -1,5 +1,7 @@
 """Requests of one size over a disk, so many at a time: how long they take."""
 
+import errno
+import os
 from dataclasses import dataclass
 
 from qcow2.driver.buffer import MemoryBuffer
@@ -24,7 +26,12 @@ class Load:
 
 
 async def bench(image: Node, load: Load, pace: Pace) -> None:
-    """Do as *load* says, at the end of the disk from its start again. Raises: OSError, ImageError, Cancelled."""
+    """Do as *load* says, at the end of the disk from its start again.
+
+    Raises: OSError, EIO before anything is changed if the first request is not inside; ImageError, Cancelled.
+    """
+    if load.offset + load.nbytes > image.size:  # of each later one `_next` sees to it
+        raise OSError(errno.EIO, os.strerror(errno.EIO), image.file.path)
     pace.begin(load.count)
     requests = _Requests(image, load, pace)
     step = load.flush_interval if load.flush_interval and load.drains else load.count
@@ -73,5 +80,5 @@ class _Requests:
         load, offset = self._load, self._offset
         self._offset += load.step
         if self._offset + load.nbytes > self._image.size:
-            self._offset = load.offset if load.offset + load.nbytes <= self._image.size else 0
+            self._offset = load.offset
         return offset

@@ -16,6 +16,7 @@ from qcow2.tool.opening import in_qemus_words
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
 
+MAX_COUNT = (1 << 31) - 1
 MAX_DEPTH = 1024
 MAX_BYTES = 1 << 30  # of buffers
 
@@ -57,8 +58,6 @@ def run_command(arguments: argparse.Namespace) -> int:
         how = {"format": image.image_format, "luks_header": image.luks_header, **how_to_open(arguments)}
         disk = open_disk(image.path, writable=load.writes, **how)
     with disk:
-        if load.nbytes > disk.size:
-            raise Failure(f"{image.path}: requests of {load.nbytes} bytes do not fit the disk of {disk.size}")
         if not arguments.quiet:
             print("\n".join(_announced(load)), flush=True)
         with shown(is_wanted=False) as pace, PoolDriver(min(load.depth, 8)) as driver:
@@ -83,7 +82,7 @@ def _announced(load: Load) -> list[str]:
 
 
 def _load(arguments: argparse.Namespace) -> Load:
-    count = _number(arguments.count, 0, 1 << 31, "Invalid request count specified")
+    count = _number(arguments.count, 1, MAX_COUNT, "Invalid request count specified")
     depth = _number(arguments.depth, 1, MAX_DEPTH, "Invalid queue depth specified")
     nbytes = parse_size(arguments.buffer_size)
     if not 1 <= nbytes <= MAX_BYTES // depth:

@@ -48,7 +48,33 @@ def test_reads_change_nothing(path: Path) -> None:
     before = path.read_bytes()
     assert qcow2_tool_ok("bench", "-q", "-c", "500", path) == ""
     assert path.read_bytes() == before
-    assert "do not fit" in qcow2_tool("bench", "-s", "2M", "-d", "1", path).stderr
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+@pytest.mark.parametrize("verb", [["-w", "--pattern=7"], []], ids=["write", "read"])
+@pytest.mark.parametrize(
+    "place",
+    [["-o", "1M"], ["-o", "4M"], ["-o", "8G"], ["-o", "1022k"], ["-c", "3", "-o", "1040k"], ["-s", "2M"]],
+    ids=["end", "past", "far", "across", "wrapping", "long"],
+)
+def test_what_begins_outside_the_disk_fails_and_changes_nothing(
+    path: Path, place: list[str], verb: list[str], image_format: str
+) -> None:
+    if image_format == "raw":
+        path.write_bytes(b"\1" * MIB)
+    else:
+        qemu_io(path, "write -P 1 0 1M")
+    before = path.read_bytes()
+    done = qcow2_tool("bench", "-c", "1", "-d", "1", *verb, *place, "-f", image_format, path)
+    assert (done.returncode, done.stderr) == (1, "qcow2: Failed request: Input/output error\n")
+    assert "completed" not in done.stdout
+    assert path.read_bytes() == before
+
+
+def test_no_requests_are_refused(path: Path) -> None:
+    done = qcow2_tool("bench", "-c", "0", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Invalid request count specified" in done.stderr
 
 
 def test_what_cannot_be_read_is_zeros_and_said(path: Path) -> None:
