@@ -19,7 +19,7 @@ from qcow2.library.make import PathLike, chosen, cluster_bits_of, refuse_others
 from qcow2.library.rebase import rebase_image
 from qcow2.library.stream import stream_image
 from qcow2.node.chain import Chain
-from qcow2.node.formats import FORMATS
+from qcow2.node.formats import FORMATS, format_of
 
 NTHREADS = 4
 
@@ -99,6 +99,7 @@ def rebase(
     recorded as it is.
     Raises: OSError, ImageError; it is over the old one then.
     """
+    format_of(os.fsdecode(path), backing_format)
     name = None if backing is None else os.fsdecode(backing)
     pace = Pace(progress)
     rebase_image(os.fsdecode(path), name, backing_format if name else None, pace, is_compressed=compress, key=key)

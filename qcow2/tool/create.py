@@ -186,8 +186,6 @@ def _validate_backing(request: Request) -> None:
         return
     if backing_format is None:
         raise ValueError(f"backing file {name!r} needs its format, which is never guessed: -F {'|'.join(FORMATS)}")
-    if backing_format not in FORMATS:
-        raise ValueError(f"backing format {backing_format!r} is not supported, only {' and '.join(FORMATS)}")
     validate_backing(name, backing_format)
 
 

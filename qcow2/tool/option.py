@@ -1,7 +1,6 @@
 """`-o name=value,...`: what a new image shall be."""
 
 import os
-import re
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from qcow2.format.layout import (
     VERSIONS,
 )
 from qcow2.library.newdata import EMPTY, KEEP
+from qcow2.node.formats import FORMATS
 from qcow2.tool.commas import split_commas
 from qcow2.tool.encryption import captions, encryption_of
 from qcow2.tool.quantity import parse_size
@@ -56,7 +56,11 @@ OPTIONS = {
 HINTS = ("extent_size_hint", "nocow")  # to one kind of host file system: taken, and not passed on
 LEGACY = "encryption"  # with AES
 SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-MAX_FORMAT_BYTES = 15  # QEMU opens no image that says more
+QEMU_FORMATS = (  # which a header may name beside ours, for QEMU to open; of one that is none it opens nothing
+    "blkdebug blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg file ftp ftps gluster "
+    "host_cdrom host_device http https iscsi iser nbd nfs null-aio null-co nvme parallels preallocate qcow qed quorum "
+    "rbd replication snapshot-access ssh throttle vdi vhdx vmdk vpc vvfat"
+)
 RAW_PREALLOCATIONS = {kind.value: kind for kind in Preallocation if kind is not Preallocation.METADATA}
 PREALLOCATIONS = {kind.value: kind for kind in Preallocation}
 
@@ -157,10 +161,15 @@ def raw_preallocation(given: dict[str, str]) -> Preallocation:
     return _choice(given, "preallocation", "off", RAW_PREALLOCATIONS)
 
 
+def validate_backing_format(name: str) -> None:
+    """Raises: ValueError if nobody knows a format of that *name*."""
+    if name not in FORMATS and name not in QEMU_FORMATS.split():
+        raise ValueError(f"Invalid format name: '{name}'")
+
+
 def validate_backing(name: str, backing_format: str) -> None:
     """Raises: ValueError if a header cannot or should not say so."""
-    if not re.fullmatch(rf"[\w-]{{1,{MAX_FORMAT_BYTES}}}", backing_format, re.ASCII):
-        raise ValueError(f"backing format {backing_format!r} is no name of 1 to {MAX_FORMAT_BYTES} letters")
+    validate_backing_format(backing_format)
     if len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES:
         nbytes = len(os.fsencode(name))
         raise ValueError(f"backing file name of {nbytes} bytes, limit {MAX_BACKING_NAME_BYTES}: {name[:40]!r}...")

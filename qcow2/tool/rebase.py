@@ -19,7 +19,7 @@ from qcow2.tool.file import add_log_options, how_to_open, recovered
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import cannot_open, opening
-from qcow2.tool.option import validate_backing
+from qcow2.tool.option import validate_backing, validate_backing_format
 from qcow2.tool.progress import shown
 from qcow2.tool.source import add_source_options, open_base
 from qcow2.tool.target import refuse_source, warn_of_bitmaps
@@ -54,6 +54,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     """
     if arguments.backing is None and not arguments.unsafe:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
+    if arguments.backing_format is not None:
+        validate_backing_format(arguments.backing_format)
     image = the_image(arguments)
     arguments.filename = image.path
     if not format_of(image.path, image.image_format).has_metadata:

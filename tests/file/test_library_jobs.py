@@ -58,6 +58,14 @@ def test_nonsense_is_not_made(tmp_path: Path, options: dict[str, object]) -> Non
     assert not (tmp_path / "a").exists()
 
 
+def test_rebase_refuses_a_format_that_is_none(path: Path) -> None:
+    before = path.read_bytes()
+    for backing in ("base", None):
+        with pytest.raises(qcow2.UnsupportedImage, match="format 'qcow22' is not supported"):
+            qcow2.rebase(path, backing, backing_format="qcow22")
+    assert path.read_bytes() == before
+
+
 def test_modes_and_descriptors(path: Path) -> None:
     with qcow2.open(path, "r+") as disk:
         disk.write(0, b"x")

@@ -48,8 +48,12 @@ def test_rebase_without_a_look_records_the_format_it_is_given(tmp_path: Path) ->
     qcow2_tool_ok("rebase", "-u", "-b", "/some/backing/file/path", "-F", "host_device", path)
     info = json.loads(qemu_img("info", "--output=json", path).stdout)
     assert (info["backing-filename"], info["backing-filename-format"]) == ("/some/backing/file/path", "host_device")
-    for word in ("", "x" * 16, "a b", "ä"):
-        assert "is no name of 1 to 15 letters" in qcow2_tool("rebase", "-u", "-b", "b", "-F", word, path).stderr
+    before = path.read_bytes()
+    for word in ("", "x" * 16, "a b", "ä", "qcow22"):
+        for name in ("b", ""):
+            done = qcow2_tool("rebase", "-u", "-b", name, "-F", word, path)
+            assert (done.returncode, done.stderr) == (1, f"qcow2: Invalid format name: '{word}'\n")
+    assert path.read_bytes() == before
 
 
 def test_short_last_entry_of_the_feature_names_counts(tmp_path: Path) -> None:
