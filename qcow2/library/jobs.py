@@ -130,7 +130,9 @@ def compare(
     """
     with ExitStack() as stack:
         left, right = (
-            stack.enter_context(Chain()).open(os.fsdecode(path), image_format, OpenOptions(keys=keys_of(key)))
+            stack.enter_context(Chain(needs_all=True)).open(
+                os.fsdecode(path), image_format, OpenOptions(keys=keys_of(key))
+            )
             for path, image_format in ((one, format), (other, other_format or format))
         )
         driver = stack.enter_context(PoolDriver(NTHREADS))

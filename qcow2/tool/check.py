@@ -14,7 +14,7 @@ from qcow2.tool.file import add_log_options, print_json, recovered
 from qcow2.tool.identity import is_qemu_img, say
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
-from qcow2.tool.pastend import warn_of_rest
+from qcow2.tool.warning import warn_of_rest, warn_of_waiting
 
 IN_THE_DARK = "not all references can be found: clusters that seem to leak may be in use, and are kept by a repair"
 NOT_CLOSED = "not closed cleanly: the next writable open repairs this"
@@ -47,6 +47,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{image.path}: cannot repair with --force-share")
     with opening(image.path), _opened(image.path, arguments) as file:
         report = _check(file, arguments)
+        if not arguments.force_share:
+            warn_of_waiting(file)
         if not report.check_errors and not report.corruptions and not arguments.force_share:
             warn_of_rest(file)
     if arguments.output == "json":

@@ -39,7 +39,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         try:
             one, other = (
-                stack.enter_context(open_source(image, arguments))
+                stack.enter_context(open_source(image, arguments, needs_all=True))
                 for image in (
                     named(text, image_format, arguments.secrets, is_options=arguments.image_opts)
                     for text, image_format in zip(arguments.filenames, formats, strict=True)

@@ -18,8 +18,8 @@ from qcow2.tool.file import ordered, print_json
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.named import add_format_option, add_image_options, the_image
 from qcow2.tool.opening import opening
-from qcow2.tool.pastend import warn_of_rest
 from qcow2.tool.quantity import format_size
+from qcow2.tool.warning import warn_of_rest, warn_of_waiting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +62,7 @@ def _warn_of_rests(chain: list[Facts]) -> None:
         path = facts["filename"]
         if format_of(path, facts["format"]).has_metadata and not is_nbd(path):
             with suppress(OSError), opened(path) as file:
+                warn_of_waiting(file)
                 warn_of_rest(file)
 
 

@@ -467,8 +467,16 @@ def test_readers_say_that_they_do_not_show_all(
         assert done.returncode == 1
         assert "writes wait in its link log and would be missing" in done.stderr
         assert not copy.exists()
+    done = qcow2_tool("compare", "-F", "raw", image, image.with_name("base"))
+    assert "writes wait in its link log and would be missing" in done.stderr
+    assert done.returncode == 2
+    for command in ("check", "info"):
+        assert "writes that wait in its link log are not shown" in qcow2_tool(command, image).stderr
+        assert "link log" not in qcow2_tool(command, "-U", image).stderr
     with pytest.raises(qcow2.UnsupportedImage, match="would be missing"):
         qcow2.convert(image, copy)
+    with pytest.raises(qcow2.UnsupportedImage, match="would be missing"):
+        qcow2.compare(image, image.with_name("base"), other_format="raw")
     qcow2_tool_ok("convert", "-U", image, copy)
     assert_same_bytes(copy.read_bytes(), base)
 

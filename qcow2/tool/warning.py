@@ -1,4 +1,6 @@
-"""One line about what a shrink left behind that was interrupted: nothing else tells before QEMU lets the disk grow."""
+"""One line about what a reader of the metadata alone does not see in it, and should know."""
+
+from contextlib import suppress
 
 from qcow2.driver.file import HostFile, run
 from qcow2.error import ImageError
@@ -6,6 +8,15 @@ from qcow2.format.geometry import Geometry
 from qcow2.format.header import read_header
 from qcow2.judge.pastend import maps_past_end
 from qcow2.tool.identity import is_qemu_img, say
+
+
+def warn_of_waiting(file: HostFile) -> None:
+    """Say if acknowledged writes wait in the link log of the image in *file*: their clusters look like leaks."""
+    with suppress(OSError, ImageError):
+        if mark := run(read_header(file, trust_refcounts=False)).log_mark:
+            from qcow2.node.recovery import tell_of_waiting  # the engine
+
+            tell_of_waiting(file, mark, needs_all=False)
 
 
 def warn_of_rest(file: HostFile) -> None:
