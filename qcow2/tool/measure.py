@@ -3,7 +3,7 @@
 import argparse
 
 from qcow2.driver.file import run
-from qcow2.engine.create import Options
+from qcow2.engine.create import Options, plan
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.snapshot import Choice
 from qcow2.job.measure import Measures, size_of_copy, size_of_empty, size_of_raw
@@ -92,7 +92,10 @@ def _measured(arguments: argparse.Namespace, snapshot: str | Choice | None) -> M
 def _options(given: dict[str, str], size: int, arguments: argparse.Namespace) -> Options:
     if is_qemu_img() and (text := unmeasurable(given, size)) is not None:
         raise Failure(text)
-    return image_options(given, size, secrets=arguments.secrets)
+    options = image_options(given, size, secrets=arguments.secrets)
+    if not is_qemu_img():  # which measures some that it refuses to create
+        plan(options)
+    return options
 
 
 def _of_unmapped(size: int, given: dict[str, str], arguments: argparse.Namespace) -> Measures:

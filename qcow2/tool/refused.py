@@ -17,6 +17,7 @@ NEWER = "compatibility level 1.1 {} above (use version=v3 or greater)"
 MIN_EXTENDED = 1 << MIN_CLUSTER_BITS_OF_SUBCLUSTERS
 NO_CLUSTERS = "Cluster size must be a power of two between 512 and 2048k"
 NO_REFCOUNTS = "Refcount width must be a power of two and may not exceed 64 bits"
+OTHER_REFCOUNTS = "Different refcount widths than 16 bits require"
 TOO_FEW_FOR_EXTENDED = f"Extended L2 entries are only supported with cluster sizes of at least {MIN_EXTENDED} bytes"
 NO_BACKING = "Backing format cannot be used without backing file"
 NO_SIZE = "Image creation needs a size parameter"
@@ -84,7 +85,7 @@ def once_it_has_begun(given: dict[str, str], size: int) -> str | None:
     if bits < 1 or bits > 64 or bits & (bits - 1):
         return NO_REFCOUNTS
     if version < 3 and bits != 16:
-        return f"Different refcount widths than 16 bits require {NEWER.format('or')}"
+        return f"{OTHER_REFCOUNTS} {NEWER.format('or')}"
     if version < 3 and given.get("compression_type", "zlib") != "zlib":
         return f"Non-zlib compression type is only supported with {NEWER.format('and')}"
     is_extended = SWITCH[given.get("extended_l2", "off")]
@@ -110,6 +111,8 @@ def unmeasurable(given: dict[str, str], size: int) -> str | None:
         return f"invalid parameter value: {given['preallocation']}"
     if bits < 1 or bits > 64 or bits & (bits - 1):
         return NO_REFCOUNTS
+    if version < 3 and bits != 16:
+        return f"{OTHER_REFCOUNTS} compatibility level 1.1 or above (use compat=1.1 or greater)"
     if is_extended and cluster_size < MIN_EXTENDED:
         return TOO_FEW_FOR_EXTENDED
     if size > max_size(cluster_size.bit_length() - 1, ENTRY_SIZE << is_extended):

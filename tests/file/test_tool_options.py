@@ -256,6 +256,26 @@ def test_image_that_is_full_is_as_large_as_was_measured(tmp_path: Path, options:
     assert path.stat().st_size <= measured
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "extended_l2=on,cluster_size=4k",
+        "refcount_bits=8,compat=0.10",
+        "lazy_refcounts=on,compat=0.10",
+        "compression_type=zstd,compat=0.10",
+        "extended_l2=on,compat=0.10",
+        "data_file=data,compat=0.10",
+        "data_file_raw=on",
+    ],
+)
+def test_image_that_cannot_be_made_is_not_measured(tmp_path: Path, base: Path, options: str) -> None:
+    created = qcow2_tool("create", "-q", "-o", options, tmp_path / "image", "1M")
+    assert created.returncode == 1
+    for source in (["--size", "1M"], [base]):
+        measured = qcow2_tool("measure", "-O", "qcow2", "-o", options, *source)
+        assert (measured.returncode, measured.stdout, measured.stderr) == (1, "", created.stderr)
+
+
 @pytest.mark.parametrize("backing", [(), ("-b", "base", "-F", "qcow2")], ids=["alone", "over the base"])
 def test_target_that_is_there_holds_the_disk_whatever_it_is_over(top: Path, backing: tuple[str, ...]) -> None:
     target = top.with_name("new")
