@@ -145,9 +145,10 @@ class RawImage:
             await self._stability.sync()
 
     async def grow(self, nbytes: int) -> None:
-        """Let the disk be *nbytes* long, rounded up to a sector; stable on return. A block device has grown already.
+        """Let the file be *nbytes* long at least, and the disk, rounded up to a sector; stable on return.
 
-        Nothing else is under way. Raises: ValueError for less than now; OSError, then the disk goes on as it was.
+        A block device has grown already. Nothing else is under way.
+        Raises: ValueError for less than now; OSError, then the disk goes on as it was.
         """
         self._require_writable()
         size = whole_sectors(self.file.path, nbytes)
@@ -157,14 +158,15 @@ class RawImage:
             )
         if size > FILE_SIZE_MAX:
             raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have, {FILE_SIZE_MAX}")
-        await Resize(self.file, size)
+        await Resize(self.file, max(nbytes, await Size(self.file)))
         await self._stability.sync()
         self.size = size
         self._map.set_size(size)
 
     async def shrink(self, nbytes: int) -> None:
-        """Let the disk be *nbytes* long, rounded up to a sector; stable on return. Nothing else is under way.
+        """Let the file be *nbytes* long, and the disk, rounded up to a sector; stable on return.
 
+        Nothing else is under way.
         Raises: ValueError for more than now, or a negative size; OSError, then the disk goes on as it was.
         """
         self._require_writable()
@@ -173,17 +175,17 @@ class RawImage:
             raise ValueError(
                 f"{self.file.path}: size {nbytes} is not from 0 to {self.size}, the disk cannot shrink to it"
             )
-        await Resize(self.file, size)
+        await Resize(self.file, nbytes)
         await self._stability.sync()
         self.size = size
         self._map.set_size(size)
 
     async def preallocate(self, guest_offset: int, nbytes: int, *, writes: bool) -> None:
-        """Have zeros written to the range, if *writes*; only the host could set space aside."""
+        """Have zeros written to what the file has of the range, if *writes*; only the host could set space aside."""
         self._require_writable()
-        step = 1 << 20
-        for start in range(guest_offset, guest_offset + nbytes if writes else 0, step):
-            await self._data.write(start, bytes(min(step, guest_offset + nbytes - start)))
+        step, end = 1 << 20, min(guest_offset + nbytes, await Size(self.file))
+        for start in range(guest_offset, end if writes else 0, step):
+            await self._data.write(start, bytes(min(step, end - start)))
         await self._stability.sync()
 
     async def settle(self) -> None:

@@ -3,11 +3,12 @@
 import argparse
 import re
 
-from qcow2.driver.file import run
+from qcow2.driver.file import HostFile, run
 from qcow2.engine.growth import grown_size
 from qcow2.engine.plain import Preallocation
 from qcow2.engine.shedding import shrunk_size
 from qcow2.format.header import read_header, require_uncorrupted
+from qcow2.format.layout import SECTOR_SIZE
 from qcow2.library.disk import open_disk
 from qcow2.library.hostfile import opened
 from qcow2.node.chain import outline
@@ -71,23 +72,31 @@ def run_command(arguments: argparse.Namespace) -> int:
 def _validated(image: Named, arguments: argparse.Namespace, preallocation: Preallocation) -> int:
     """The size to be; without a lock that lasts, so that the image can be repaired after."""
     with opened(image.path) as file:
-        known = format_of(image.path, image.image_format)
         old = outline(image.path, image.image_format, image.luks_header).size
         size = _wanted(arguments.size, old)
-        if size < old and arguments.shrink and file.is_device and not known.has_metadata:
+        has_metadata = format_of(image.path, image.image_format).has_metadata
+        if has_metadata:
+            _require_fit_for_image(file, old, size)
+        elif size < old and arguments.shrink and file.is_device:
             raise Failure("Cannot resize device files")
-        if known.has_metadata:
-            header = run(read_header(file, trust_refcounts=False))
-            require_uncorrupted(file, header)
-            if is_qemu_img() and header.record.nb_snapshots and header.record.version < 3:
-                raise Failure("Can't resize a v2 image which has snapshots")
-            (shrunk_size if size < old else grown_size)(file, header, size)
+        elif size > old and preallocation is Preallocation.METADATA:
+            raise Failure("Unsupported preallocation mode: metadata")
     if size <= old and preallocation is not Preallocation.OFF:
         raise Failure("Preallocation can only be used for growing images")
     if size < old and not arguments.shrink:
         say("Use the --shrink option to perform a shrink operation.")
         raise Failure(WARNING)
+    if has_metadata and size % SECTOR_SIZE:
+        raise Failure(f"The new size must be a multiple of {SECTOR_SIZE}")
     return size
+
+
+def _require_fit_for_image(file: HostFile, old: int, size: int) -> None:
+    header = run(read_header(file, trust_refcounts=False))
+    require_uncorrupted(file, header)
+    if is_qemu_img() and header.record.nb_snapshots and header.record.version < 3:
+        raise Failure("Can't resize a v2 image which has snapshots")
+    (shrunk_size if size < old else grown_size)(file, header, size)
 
 
 def _wanted(text: str, old: int) -> int:
@@ -99,9 +108,7 @@ def _wanted(text: str, old: int) -> int:
             raise
         first, _, hint = ANY_SIZE.format("size").partition("\n")
         raise Failure(first, hint=hint) from error
-    if text[:1] not in ("+", "-"):
-        return change
-    size = old + change if text[0] == "+" else old - change
+    size = change if text[:1] not in ("+", "-") else old + change if text[0] == "+" else old - change
     if size <= 0:
         raise Failure("New image size must be positive")
     return size

@@ -269,9 +269,10 @@ def test_disk_of_no_bytes_gets_and_keeps_no_bitmap(tmp_path: Path) -> None:
     qcow2_tool_ok("create", empty, "0")
     qcow2_tool_ok("create", small, "1M")
     qcow2_tool_ok("bitmap", "--add", small, "b")
-    for arguments in (("bitmap", "--add", empty, "b"), ("resize", "--shrink", small, "0")):
-        done = qcow2_tool(*arguments)
-        assert (done.returncode, "a disk of 0 bytes has no bitmaps" in done.stderr) == (1, True)
+    done = qcow2_tool("bitmap", "--add", empty, "b")
+    assert (done.returncode, "a disk of 0 bytes has no bitmaps" in done.stderr) == (1, True)
+    with qcow2.open(small, "r+") as disk, pytest.raises(qcow2.UnsupportedImage, match="0 bytes has no bitmaps"):
+        disk.resize(0, shrink=True)
     qemu_img("info", empty)
     qemu_img("info", small)
 

@@ -133,7 +133,8 @@ def test_sizes_mean_what_they_mean_to_qemu(tmp_path: Path, text: str, size: int)
 
 def test_a_size_is_rounded_up_to_a_sector(tmp_path: Path) -> None:
     path = created(tmp_path / "a", SMALL)
-    qcow2_tool_ok("resize", path, str(SMALL + 1))
+    with qcow2.open(path, "r+") as disk:
+        disk.resize(SMALL + 1)
     assert read_header(path).fields["size"] == SMALL + 512
     assert_clean(path)
 
@@ -225,3 +226,26 @@ def test_raw_disk_grows_and_shrinks_only_if_told(tmp_path: Path) -> None:
     with qcow2.open(str(tmp_path / "a"), format="raw", writable=True) as disk:
         disk.resize(1024, shrink=True)
     assert (tmp_path / "a").read_bytes() == b"\1" * 1024
+
+
+@pytest.mark.parametrize("preallocation", ["off", "falloc", "full"])
+def test_a_raw_file_is_as_long_as_it_was_told(tmp_path: Path, preallocation: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"\1" * 1000)
+    with qcow2.open(path, "r+", format="raw") as disk:
+        disk.resize(1500, preallocation=preallocation)
+        assert disk.size == 1536
+        assert disk.read(0, 1536) == b"\1" * 1000 + bytes(536)
+    assert path.read_bytes() == b"\1" * 1000 + bytes(500)
+    with qcow2.open(path, "r+", format="raw") as disk:
+        disk.resize(999, shrink=True)
+        assert disk.size == 1024
+    assert path.read_bytes() == b"\1" * 999
+
+
+def test_a_raw_file_loses_nothing_of_its_last_sector_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"\1" * 1536)
+    with qcow2.open(path, "r+", format="raw") as disk:
+        disk.resize(1500)
+    assert path.read_bytes() == b"\1" * 1536

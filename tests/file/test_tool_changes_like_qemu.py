@@ -12,6 +12,7 @@ from tests.oracle import assert_clean, peers, qemu_img, qemu_io
 from tests.program import TOOL
 
 CHANGES = ("commit", "resize", "amend", "rebase", "snapshot", "bitmap")
+RAW = ("raw", "odd")
 IMAGES = ("base", "top", "summit", "kept", "old", "noted")
 
 
@@ -34,6 +35,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", "oldkept", "1M")
     qemu_img("snapshot", "-c", "one", "oldkept")
     qemu_img("create", "-q", "-f", "raw", "raw", "1M")
+    Path("odd").write_bytes(b"\1" * 1000)
     qemu_img("create", "-q", "-f", "qcow2", "noted", "1M")
     for name in ("b0", "b1"):
         qemu_img("bitmap", "--add", "-g", "64k", "noted", name)
@@ -120,6 +122,25 @@ ROWS = [
     "resize --shrink --preallocation=full base 64k",
     "resize -f raw raw 2M",
     "resize -f raw --shrink raw 64k",
+    "resize -f raw --preallocation=metadata raw 2M",
+    "resize -f raw --preallocation=metadata raw 1M",
+    "resize -f raw raw 1048577",
+    "resize -f raw odd 1500",
+    "resize -f raw odd +1",
+    "resize -f raw odd 1010",
+    "resize -f raw --shrink odd 1010",
+    "resize -f raw --shrink odd 1",
+    "resize -f raw --shrink odd 0",
+    "resize -f raw --preallocation=full odd 1500",
+    "resize -f raw --preallocation=falloc odd 1500",
+    "resize --shrink base 0",
+    "resize base 0",
+    "resize base 1048577",
+    "resize base 1.1M",
+    "resize base +1000",
+    "resize base 1000",
+    "resize --shrink base 1000",
+    "resize --shrink base -1000",
     "resize kept 2M",
     "resize --shrink kept 512k",
     "resize top 3M",
@@ -289,13 +310,14 @@ def test_same_words_change_the_same(originals: Path, tmp_path: Path, peer: str, 
         shutil.copytree(originals, place)
         status, text = said(program, place, words)
         changed = [place / each for each in IMAGES if each in words.split() and words.split()[0] in CHANGES]
-        results.append((status, adapted(without_times(text), peer), [facts(path) for path in changed]))
+        raw = [(place / each).read_bytes() for each in RAW if each in words.split() and words.startswith("resize")]
+        results.append((status, adapted(without_times(text), peer), [facts(path) for path in changed], raw))
         for path in changed if name == "ours" else ():
             assert_clean(path)
     ours, theirs = results
     assert ours[0] == theirs[0], (ours[1], theirs[1])
     assert ours[1] == theirs[1] or (has_other_words(peer, words) and "No such file" not in theirs[1])
-    assert ours[2] == theirs[2]
+    assert ours[2:] == theirs[2:]
 
 
 def linked(tmp_path: Path) -> Path:
