@@ -1,7 +1,8 @@
 """`qcow2 map`: which image of a chain holds each part of the disk, and where."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from qcow2.driver.file import BlockingDriver
 from qcow2.engine.opened import OpenOptions
@@ -33,14 +34,16 @@ def run_command(arguments: argparse.Namespace) -> int:
     wanted = the_image(arguments)
     start = size_of("start offset", arguments.start_offset)
     length = None if arguments.max_length is None else size_of("max length", arguments.max_length)
-    with Chain(force_share=arguments.force_share, luks_header=wanted.luks_header, reaches_exports=True) as chain:
+    with Chain(force_share=arguments.force_share, luks_header=wanted.luks_header, reaches_exports=True) as files:
         with opening(wanted.path):
-            image = chain.open(wanted.path, wanted.image_format, OpenOptions(has_data=False))
+            image = files.open(wanted.path, wanted.image_format, OpenOptions(has_data=False))
         end = image.size if length is None else min(image.size, start + length)
         driver = BlockingDriver()
         extents = extents_of(image, start, end, lambda begin: driver.run(begin()))
         if arguments.output == "json":
-            _print_json(extents)
+            nothing = Extent(start, 0, 0, image.file, False, False, False, False, None)
+            first = next(extents, nothing)
+            _print_json(chain((first,), extents))
         else:
             _print_table(extents)
     return 0
@@ -49,8 +52,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 WORDS = ("false", "true")  # of JSON
 
 
-def _print_json(extents: Iterator[Extent]) -> None:
-    """One line an extent, keys in qemu-img's order."""
+def _print_json(extents: Iterable[Extent]) -> None:
+    """One line an extent, of which there is one at least; keys in qemu-img's order."""
     lead = "["
     for extent in extents:
         start, nbytes, depth, _, is_present, is_zero, is_data, is_compressed, host_offset = extent
@@ -61,7 +64,7 @@ def _print_json(extents: Iterator[Extent]) -> None:
             end="",
         )
         lead = ",\n"
-    print("]" if lead != "[" else "[]")
+    print("]")
 
 
 def _print_table(extents: Iterator[Extent]) -> None:

@@ -29,6 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_io(place / "other", "write -P 4 200000 1")
     qemu_io(place / "zeros", "write -z 0 512k", "write -P 0 512k 64k")
     qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", place / "old", "1M")
+    qemu_img("create", "-q", "-f", "qcow2", place / "nothing", "0")
     qemu_img("create", "-q", "-f", "qcow2", place / "noted", "5G")
     for name in ("one", "another"):
         qemu_img("bitmap", "--add", "-g", "512", place / "noted", name)
@@ -172,6 +173,13 @@ ROWS = [
     "map --output=json top",
     "map --output=json -f raw raw",
     "map -s 100k -l 300k --output=json summit",
+    "map -l 0 --output=json data",
+    "map -l 0 -s 64k --output=json top",
+    "map -s 2M --output=json top",
+    "map -s 3M -l 1M --output=json summit",
+    "map -s 3M --output=json -f raw raw",
+    "map --output=json nothing",
+    "map nothing",
     "map data",
     "map reserved",
     "map --output=json reserved",
