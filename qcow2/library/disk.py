@@ -160,9 +160,8 @@ class Disk(AwaitableDisk):
     def resize(self, nbytes: int, *, shrink: bool = False, preallocation: Preallocation | str = "off") -> None:
         """Let the disk be *nbytes* long, rounded up to 512; what is new reads as zeros. It survives a power loss.
 
-        A raw file is *nbytes* long then. A disk gets shorter only with *shrink*: what is past its end is lost. One that
-        is so short already loses what a shrink that was interrupted has left there. *preallocation* is for what is new;
-        an interrupt ends it early.
+        A raw file is *nbytes* long. A disk gets shorter only with *shrink*: what is past its end is lost, also what an
+        interrupted shrink has left past the same size. *preallocation* is for what is new; an interrupt ends it early.
         Raises: ValueError for a size that it cannot have; UnsupportedImage, CorruptImage, OSError: it is as long as
         before then, unless the host fails again or the disk was to get shorter.
         """
