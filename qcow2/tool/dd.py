@@ -14,12 +14,12 @@ from qcow2.node.formats import FORMATS
 from qcow2.tool.failure import Failure, reason_of
 from qcow2.tool.identity import say
 from qcow2.tool.named import add_format_option, add_image_options, named, new_file
-from qcow2.tool.quantity import size_of
+from qcow2.tool.quantity import size_between
 from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import Wish, new_target
 
 OPERANDS = ("if", "of", "bs", "count", "skip")
-MAX_BLOCK = (1 << 31) - 1
+MAX_BLOCK, MAX_NUMBER = (1 << 31) - 1, (1 << 63) - 1
 DEFAULT_BLOCK = 512
 
 
@@ -49,14 +49,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise Failure("Must specify both input and output files")
     if arguments.output_format not in FORMATS:
         raise Failure("Unknown file format")
-    block = _number(given, "bs", DEFAULT_BLOCK)
-    if not 1 <= block <= MAX_BLOCK:
-        raise Failure(f"Invalid bs specified. Must be between 1 and {MAX_BLOCK}.")
-    skip = _number(given, "skip", 0) * block
+    block = size_between("bs", given.get("bs", str(DEFAULT_BLOCK)), 1, MAX_BLOCK)
+    count = size_between("count", given.get("count", str(MAX_NUMBER)), 0, MAX_NUMBER)
+    skip = size_between("skip", given.get("skip", "0"), 0, MAX_NUMBER) * block
     with ExitStack() as stack:
         wanted = named(given["if"], arguments.format, arguments.secrets, is_options=arguments.image_opts)
         image = stack.enter_context(open_source(wanted, arguments, needs_all=True))
-        end = min(image.size, _number(given, "count", image.size) * block)
+        end = min(image.size, count * block)
         if skip > end:
             say(f"{given['if']}: cannot skip to specified offset")
         nbytes = max(0, end - skip)
@@ -80,7 +79,3 @@ def _operands(words: list[str]) -> dict[str, str]:
             raise Failure(f"unrecognized operand {name}")
         given[name] = value
     return given
-
-
-def _number(given: dict[str, str], name: str, otherwise: int) -> int:
-    return size_of(name, given[name]) if name in given else otherwise

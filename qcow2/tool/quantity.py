@@ -1,6 +1,7 @@
 """Sizes as people write and read them."""
 
 import re
+from collections.abc import Callable
 
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img, say
@@ -17,6 +18,13 @@ def parse_size(text: str) -> int:
 
     Raises: ValueError with the text and the limit.
     """
+    nbytes = _number(text)
+    if nbytes > LIMIT:
+        raise ValueError(f"size {text!r} is more than the limit of {LIMIT} bytes")
+    return nbytes
+
+
+def _number(text: str) -> int:
     if is_qemu_img() and (lead := LEAD.match(text)):
         text = text[lead.end() :]
     if HEXADECIMAL.fullmatch(text):
@@ -29,10 +37,7 @@ def parse_size(text: str) -> int:
     exponent = max(0, SUFFIXES.find(suffix.lower() or "b"))
     if part.strip("0") and not exponent:
         raise ValueError(f"size {text!r} has a fraction of a byte")
-    nbytes = (int(whole + part) << 10 * exponent) // int("1" + "0" * len(part))
-    if nbytes > LIMIT:
-        raise ValueError(f"size {text!r} is more than the limit of {LIMIT} bytes")
-    return nbytes
+    return (int(whole + part) << 10 * exponent) // int("1" + "0" * len(part))
 
 
 def size_of(what: str, text: str) -> int:
@@ -40,8 +45,20 @@ def size_of(what: str, text: str) -> int:
 
     Raises: ValueError; Failure for what `qemu-img` has its own words for.
     """
+    return _said(parse_size, what, text)
+
+
+def size_between(what: str, text: str, least: int, most: int) -> int:
+    """The same, from *least* to *most*. Raises: as `size_of`; Failure with these two."""
+    nbytes = _said(_number, what, text)
+    if not least <= nbytes <= most:
+        raise Failure(f"Invalid {what} specified. Must be between {least} and {most}.")
+    return nbytes
+
+
+def _said(parse: Callable[[str], int], what: str, text: str) -> int:
     try:
-        return parse_size(text)
+        return parse(text)
     except ValueError as error:
         if not is_qemu_img():
             raise

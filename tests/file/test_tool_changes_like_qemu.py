@@ -291,6 +291,13 @@ ROWS = [
     "map --image-opts base",
     "map -s x base",
     "dd bs=x if=base of=new",
+    "dd bs=9E if=base of=new",
+    "dd skip=9223372036854775807 if=base of=new",
+    "dd bs=4k skip=9223372036854775807 if=base of=new",
+    "dd count=9223372036854775807 if=base of=new",
+    "dd skip=9223372036854775808 if=base of=new",
+    "dd count=8E if=base of=new",
+    "dd count=99E if=base of=new",
     "dd skip=x if=base of=new",
     "bench --flush-interval=10 base",
     "bench -w --flush-interval=10 base",
@@ -311,6 +318,9 @@ def test_same_words_change_the_same(originals: Path, tmp_path: Path, peer: str, 
         status, text = said(program, place, words)
         changed = [place / each for each in IMAGES if each in words.split() and words.split()[0] in CHANGES]
         raw = [(place / each).read_bytes() for each in RAW if each in words.split() and words.startswith("resize")]
+        raw += (
+            [(place / "new").read_bytes()] if words.startswith("dd") and words.endswith("of=new") and not status else []
+        )
         results.append((status, adapted(without_times(text), peer), [facts(path) for path in changed], raw))
         for path in changed if name == "ours" else ():
             assert_clean(path)
