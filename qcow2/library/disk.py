@@ -304,7 +304,7 @@ class Disk(AwaitableDisk):
 
     def _require_inside(self, offset: int, nbytes: int) -> int:
         self._require_open()
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+        if offset < 0 or nbytes < 0 or index(offset + nbytes) > self.size:
             raise ValueError(f"{nbytes} bytes at {offset} are not inside the disk of {self.size} bytes")
         return nbytes
 

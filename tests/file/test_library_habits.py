@@ -72,6 +72,19 @@ def test_a_position_is_a_whole_number(path: Path) -> None:
         assert file.seek(-1, io.SEEK_END) == SIZE - 1
 
 
+@pytest.mark.parametrize("image_format", ["qcow2", "raw", "luks"])
+def test_a_range_is_of_whole_numbers(tmp_path: Path, image_format: str) -> None:
+    key = b"key" if image_format == "luks" else None
+    qcow2.create(tmp_path / "new", SIZE, format=image_format, key=key, iter_time=10)
+    with qcow2.open(tmp_path / "new", "r+", format=image_format, key=key) as disk:
+        for start, nbytes in ((0, 512.0), (0.0, 512), (0.0, 65536), (0.5, 0), (0, float("nan"))):
+            for act in (disk.read, disk.write_zeroes, disk.discard, disk.extents):
+                with pytest.raises(TypeError):
+                    act(start, nbytes)  # type: ignore[operator]
+            with pytest.raises(TypeError):
+                disk.write(float(start), b"x" * 512)
+
+
 @pytest.mark.parametrize("size", [1.5, "1M"])
 def test_a_size_is_a_whole_number_and_nothing_is_made_of_another(tmp_path: Path, size: Any) -> None:
     with pytest.raises(TypeError):
