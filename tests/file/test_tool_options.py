@@ -256,6 +256,16 @@ def test_image_that_is_full_is_as_large_as_was_measured(tmp_path: Path, options:
     assert path.stat().st_size <= measured
 
 
+@pytest.mark.parametrize("size", ["512k", "3M"])
+def test_snapshot_is_as_long_as_its_disk_was(base: Path, tmp_path: Path, size: str) -> None:
+    before = qemu_read(base)
+    qcow2_tool_ok("snapshot", "-c", "kept", base)
+    qcow2_tool_ok("resize", "-q", "--shrink", base, size)
+    qcow2_tool_ok("convert", "-O", "raw", "-l", "kept", base, tmp_path / "raw")
+    assert (tmp_path / "raw").read_bytes() == before
+    assert qcow2_tool_ok("measure", "-O", "raw", "-l", "kept", base).startswith(f"required size: {len(before)}\n")
+
+
 @pytest.mark.parametrize(
     "options",
     [
