@@ -9,7 +9,7 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qcow2.native import ffi
@@ -27,8 +27,17 @@ class SharedMemory:
         self._fd = -1
 
     def load(self, is_trusted: Callable[[int], bool], limit: int, nbytes: int | None = None) -> bytes:
-        """All an earlier process left there, or its first *nbytes*; *is_trusted* says of which users we take anything.
+        """All an earlier process left there, or its first *nbytes*. Raises: as `reading`."""
+        with self.reading(is_trusted, limit) as (read, size):
+            return read(0, size if nbytes is None else min(size, nbytes))
 
+    @contextlib.contextmanager
+    def reading(
+        self, is_trusted: Callable[[int], bool], limit: int
+    ) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
+        """What reads at an offset so many bytes that an earlier process left there, and how many there are.
+
+        *is_trusted* says of which users we take anything.
         Raises: OSError; EPERM if what is there is not what such a user's process could have left, EFBIG if it is longer
         than *limit*.
         """
@@ -38,7 +47,7 @@ class SharedMemory:
             size = os.fstat(fd).st_size
             if size > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes long, limit {limit}", self.path)
-            return os.pread(fd, size if nbytes is None else min(size, nbytes), 0)
+            yield lambda offset, nbytes: os.pread(fd, nbytes, offset), size
         finally:
             os.close(fd)
 

@@ -286,7 +286,9 @@ def read_log(content: bytes) -> FoundLog | None:
         return None
     origin = Origin(Boot(began, boot_id), device, inode, content[HEADER.size : end])
     live = parse_live(memoryview(content)[live_offset(capacity) :])
-    return FoundLog(tag, origin, _valid_records(content, capacity), live, _tag_below(content))
+    return FoundLog(
+        tag, origin, valid_records(memoryview(content)[RECORDS_OFFSET:], capacity), live, _tag_below(content)
+    )
 
 
 def _tag_below(content: bytes) -> int:
@@ -294,13 +296,23 @@ def _tag_below(content: bytes) -> int:
     return int(tag) if checksum == zlib.crc32(content[BELOW_OFFSET : BELOW_OFFSET + 4]) else 0
 
 
-def _valid_records(content: bytes, capacity: int) -> dict[int, tuple[int, ...]]:
-    """By sequence number, those that are whole and where they belong."""
+def capacity_of(head: bytes) -> int:
+    """How many records a log has room for, by its header."""
+    return int(HEADER.unpack_from(head)[3])
+
+
+def number_of(record: bytes) -> int:
+    """What number a record claims, 0 if it is not whole."""
+    return int(RECORD.unpack_from(record)[5]) if len(record) >= RECORD.size else 0
+
+
+def valid_records(slots: bytes | memoryview, capacity: int, first_slot: int = 0) -> dict[int, tuple[int, ...]]:
+    """By sequence number, those that are whole and where they belong; *slots* are those from *first_slot* on."""
     records = {}
-    for slot in range(min(capacity, (len(content) - RECORDS_OFFSET) // RECORD_BYTES)):
-        start = RECORDS_OFFSET + slot * RECORD_BYTES
-        record = content[start : start + RECORD.size]
-        (checksum,) = CHECKSUM.unpack_from(content, start + RECORD.size)
+    for slot in range(first_slot, min(capacity, first_slot + len(slots) // RECORD_BYTES)):
+        start = (slot - first_slot) * RECORD_BYTES
+        record = slots[start : start + RECORD.size]
+        (checksum,) = CHECKSUM.unpack_from(slots, start + RECORD.size)
         if checksum == zlib.crc32(record):
             cluster, old, old_bitmap, new, new_bitmap, *rest = RECORD.unpack(record)
             fields = (cluster, old | old_bitmap << WORD_BITS, new | new_bitmap << WORD_BITS, *rest)

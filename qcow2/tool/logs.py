@@ -12,7 +12,8 @@ from qcow2.error import ImageError
 from qcow2.format.header import Header, read_header
 from qcow2.node.gate import backing_path
 from qcow2.node.logplace import NAME, all_logs, origin_of, remove_log
-from qcow2.plane.linklog import MAX_LOG_BYTES, FoundLog, Mark, read_log
+from qcow2.plane.linklog import MAX_LOG_BYTES, FoundLog, Mark
+from qcow2.plane.logglance import glance
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import say
 
@@ -49,22 +50,25 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.remove:
         return 0
     facts, status = [], 0
+    is_json = arguments.output == "json"
     for tag, memory in logs.items():
         try:
             fact = _facts_of(tag, memory)
             if arguments.clean and fact.state == "stale":
                 remove_log(memory)
-            else:
-                facts.append(fact)
+                continue
         except FileNotFoundError:  # gone since it was listed
-            pass
+            continue
         except OSError as error:
             say(f"{memory.path}: {error.strerror}")
             status = 1
-    if arguments.output == "json":
+            continue
+        if is_json:
+            facts.append(fact)
+        else:
+            print(f"{tag}  {fact.state:8}  {fact.waiting:6} waiting  {fact.image}", flush=True)
+    if is_json:
         print_json([asdict(each) for each in facts])
-    for each in facts if arguments.output == "human" else ():
-        print(f"{each.tag}  {each.state:8}  {each.waiting:6} waiting  {each.image}")
     return status
 
 
@@ -80,7 +84,8 @@ def _remove(tag: str, logs: dict[str, SharedMemory], directory: str) -> None:
 
 def _facts_of(tag: str, memory: SharedMemory) -> LogFacts:
     """What is said of a log. Raises: OSError; FileNotFoundError if it is gone."""
-    found = read_log(memory.load(lambda user: True, MAX_LOG_BYTES))
+    with memory.reading(lambda user: True, MAX_LOG_BYTES) as (read, _):
+        found = glance(read)
     if found is None:
         return LogFacts(tag, memory.path, "", 0, "no log")
     image = os.fsdecode(found.origin.path)

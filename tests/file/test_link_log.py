@@ -454,6 +454,16 @@ def test_log_that_cannot_be_read_is_named_and_the_list_is_no_success(tmp_path: P
     assert "000002" in done.stdout
 
 
+def test_each_log_is_said_before_the_next_is_looked_at(tmp_path: Path) -> None:
+    for name in ("000001", "000003"):
+        (tmp_path / f"qcow2-links-{name}").write_bytes(b"none")
+        (tmp_path / f"qcow2-links-{name}").chmod(0o600)
+    (tmp_path / "qcow2-links-000002").mkdir()
+    command = [TOOL, "link-logs", f"--link-log={tmp_path}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT)
+    assert [line.partition("00000")[2][:1] for line in done.stdout.splitlines()] == ["1", "2", "3"]
+
+
 def test_readers_say_that_they_do_not_show_all(
     image: Path, logs: Path, base: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ from qcow2.plane.linklog import (
     Mark,
     read_log,
 )
+from qcow2.plane.logglance import glance
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.engine import ORIGIN, TAG, waiting
 
@@ -207,3 +208,40 @@ def test_what_follows_the_records_is_no_live_bits_if_it_does_not_say_so() -> Non
     found = read_log(Log().content().ljust(MAX_LOG_BYTES, b"\0"))
     assert found is not None
     assert found.live is None
+
+
+def glanced(content: bytes) -> tuple[int, int]:
+    """How many links a glance at a log says that wait, and how many bytes it read."""
+    taken = list[int]()
+
+    def read(offset: int, nbytes: int) -> bytes:
+        taken.append(nbytes)
+        return content[offset : offset + nbytes]
+
+    found = glance(read)
+    assert found is not None
+    return found.waiting(), sum(taken)
+
+
+@pytest.mark.parametrize("capacity", [4, 5, 8, 16])
+def test_a_glance_tells_what_waits(capacity: int) -> None:
+    log, rng = Log(capacity), random.Random(capacity)
+    for number in range(300):
+        if log.log.room and rng.random() < 0.6:
+            log.append(*map(link, range(number, number + rng.randint(1, log.log.room))))
+        elif log.log.room < capacity - 1:
+            log.forget(rng.randint(int(log.log.native.first) + 1, log.log.next))
+        for content in [log.content(), *torn(log, (log.log.next - 1) % capacity), *torn(log, rng.randrange(capacity))]:
+            assert glanced(content)[0] == log.found(content).waiting()
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_a_glance_reads_what_waits_and_little_more(rounds: int) -> None:
+    log = Log(1 << 12)
+    for _ in range(rounds + 1):
+        log.append(*map(link, range(3000)))
+        log.forget(log.log.next)
+    log.append(*map(link, range(20)))
+    waiting, nread = glanced(log.content())
+    assert waiting == 20
+    assert nread <= RECORDS_OFFSET + 40 * RECORD_BYTES
