@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from qcow2.driver.file import run
 from qcow2.error import ImageError
@@ -24,15 +25,29 @@ VERBS = ("create", "apply", "delete")
 NOT_FOUND = {"apply": "Failed to load snapshot: No such file or directory", "delete": "snapshot not found"}
 
 
+class Once(argparse.Action):
+    """What to do, which is one thing: of two snapshots to be made one would be forgotten in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Keep it. Raises: ArgumentError for a second one."""
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, f"not allowed with argument {'/'.join(self.option_strings)}")
+        setattr(namespace, self.dest, self.const or values)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 snapshot`."""
     add_format_option(parser)
     add_image_options(parser)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("-l", "--list", action="store_true", help="list the snapshots (default)")
-    what.add_argument("-c", "--create", metavar="NAME", help="keep what the disk holds now as a snapshot")
-    what.add_argument("-a", "--apply", metavar="SNAPSHOT", help="go back to the snapshot of that id, or else name")
-    what.add_argument("-d", "--delete", metavar="NAME", help="forget the first snapshot of that name")
+    what.add_argument("-l", "--list", action=Once, nargs=0, const=True, help="list the snapshots (default)")
+    what.add_argument("-c", "--create", action=Once, metavar="NAME", help="keep what the disk holds now as a snapshot")
+    what.add_argument(
+        "-a", "--apply", action=Once, metavar="SNAPSHOT", help="go back to the snapshot of that id, or else name"
+    )
+    what.add_argument("-d", "--delete", action=Once, metavar="NAME", help="forget the first snapshot of that name")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but the list")
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="list though others may be writing to the image"

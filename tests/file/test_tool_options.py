@@ -87,6 +87,12 @@ def test_snapshot_is_chosen_by_id_by_name_or_both(base: Path, wanted: str, patte
         assert target.read_bytes()[:65536] == bytes([pattern]) * 65536
 
 
+def test_of_several_snapshots_none_is_made(base: Path) -> None:
+    done = qcow2_tool("snapshot", "-c", "a", "-c", "b", base)
+    assert (done.returncode, "-c/--create: not allowed with argument -c/--create" in done.stderr) == (1, True)
+    assert qcow2_tool_ok("snapshot", "-l", base) == ""
+
+
 def test_snapshots_of_one_name_are_said(base: Path) -> None:
     assert qcow2_tool("snapshot", "-c", "a", base).stderr == ""
     assert "1 snapshots are named 'a' already" in qcow2_tool("snapshot", "-c", "a", base).stderr
