@@ -193,6 +193,18 @@ def test_raw_disk_grows_too(tmp_path: Path) -> None:
         assert path.read_bytes()[-512:] == b"\xa5" * 512
 
 
+def test_raw_disk_has_whole_sectors_whatever_its_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(OLD))
+    with serve(path, format="raw") as served, FrontEnd(served.socket_path) as guest:
+        served.device.resize(OLD + 100)
+        assert (guest.size, path.stat().st_size) == (OLD + 512, OLD + 100)
+        assert guest.read(OLD, 512) == bytes(512)
+        guest.write(OLD, b"\xa5" * 512)
+        guest.flush()
+    assert path.read_bytes()[OLD:] == b"\xa5" * 512
+
+
 def test_disk_that_is_paused_may_be_resized_while_its_cache_is_switched(image: Path) -> None:
     """Nobody holds the image then, but for the moments in which it grows."""
     with serve(image) as served, FrontEnd(served.socket_path, features=F_FLUSH | F_CONFIG_WCE) as guest:
