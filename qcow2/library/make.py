@@ -182,16 +182,15 @@ def _files_of(path: str, image_format: str | None) -> Iterator[str]:
 def _make_raw(name: str, image_format: str, size: int, preallocation: str, encryption: Encryption | None) -> None:
     if (image_format == "luks") != (encryption is not None):
         raise ValueError(f"{name}: a luks image needs a key, and a raw one has none")
-    if encryption is not None:
-        from qcow2.node.luks import write_luks  # and with it libcrypto
-
-        chosen("preallocation", preallocation, {"off": None})
-        with created(name) as file:
-            run(write_luks(file, encryption, size))
-        return
-    kind = chosen("preallocation", preallocation, {each: Preallocation(each) for each in ("off", "falloc", "full")})
+    kinds = ("off", "falloc", "full")
+    kind = chosen("preallocation", preallocation, {each: Preallocation(each) for each in kinds})
     with created(name) as file:
-        run(write_raw(file, size, kind))
+        if encryption is None:
+            run(write_raw(file, size, kind))
+        else:
+            from qcow2.node.luks import write_luks  # and with it libcrypto
+
+            run(write_luks(file, encryption, size, is_full=kind is Preallocation.FULL))
         if kind is Preallocation.FALLOC:
             reserve(file)
 

@@ -5,7 +5,7 @@ from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync, Zero
 from qcow2.engine.data import STEP, Data, SectorCipher
 from qcow2.engine.encryption import Keyring, Sealed
 from qcow2.engine.partial import PartialWrites, is_partial
-from qcow2.engine.plain import empty
+from qcow2.engine.plain import empty, write_zeros
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.error import CorruptImage, WrongKey
 from qcow2.format.geometry import whole_sectors
@@ -162,9 +162,12 @@ async def write_detached(file: File, encryption: Encryption) -> None:
     await Sync(file)
 
 
-async def write_luks(file: File, encryption: Encryption, size: int) -> None:
-    """Make an encrypted raw disk of *size* bytes of whatever *file* holds; it is noise. Stable on return."""
-    await _write_luks(file, encryption, size, has_magic=True)
+async def write_luks(file: File, encryption: Encryption, size: int, *, is_full: bool = False) -> None:
+    """Make an encrypted raw disk of *size* bytes of whatever *file* holds; it is noise. Stable on return.
+
+    If it *is_full*, all of it is written to.
+    """
+    await _write_luks(file, encryption, size, has_magic=True, is_full=is_full)
 
 
 async def create_all_but_magic(file: File, encryption: Encryption, size: int, keys: Keyring) -> LuksImage:
@@ -176,7 +179,7 @@ async def create_all_but_magic(file: File, encryption: Encryption, size: int, ke
     return LuksImage(file, Data(file, cipher, origin=start), start, size, read_only=False)
 
 
-async def _write_luks(file: File, encryption: Encryption, size: int, *, has_magic: bool) -> Luks:
+async def _write_luks(file: File, encryption: Encryption, size: int, *, has_magic: bool, is_full: bool = False) -> Luks:
     from qcow2.engine.luks import new_vault  # and with it libcrypto
 
     vault = await new_vault(encryption)
@@ -184,6 +187,8 @@ async def _write_luks(file: File, encryption: Encryption, size: int, *, has_magi
     await Zero(file, 0, vault.nbytes)  # a device's
     await Sync(file)
     await Resize(file, vault.nbytes + size)
+    if is_full:
+        await write_zeros(file, vault.nbytes, vault.nbytes + size)
     await vault.write(file, 0, has_magic=has_magic)
     await Sync(file)
     return vault.luks

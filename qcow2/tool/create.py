@@ -22,6 +22,7 @@ from qcow2.tool.option import (
     asks_for_help,
     image_options,
     is_detached,
+    luks_preallocation,
     parse_options,
     print_help,
     raw_preallocation,
@@ -152,7 +153,7 @@ def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
         raise ValueError(f"{request.path}: a raw image has no backing file")
     encryption = encryption_of(request.given, arguments.secrets)
     assert encryption is not None  # there is no other such image
-    is_header = is_detached(request.given)
+    is_header, preallocation = is_detached(request.given), luks_preallocation(request.given)
     typed = -1 if is_header and "size" not in request.given else _size(request, look=False)
     with created(request.path) as file:
         if not arguments.quiet:
@@ -161,7 +162,10 @@ def _create_luks(request: Request, arguments: argparse.Namespace) -> None:
         if is_header:
             run(write_detached(file, encryption))
         else:
-            run(write_luks(file, encryption, typed + -typed % SECTOR_SIZE))
+            size = typed + -typed % SECTOR_SIZE
+            run(write_luks(file, encryption, size, is_full=preallocation is Preallocation.FULL))
+            if preallocation is Preallocation.FALLOC:
+                reserve(file)
 
 
 def _refuse_second_size(path: str, given: dict[str, str]) -> None:

@@ -46,6 +46,7 @@ OPTIONS = {
     "luks": {
         **captions(),
         DETACHED: "<bool (on/off)> - Create a detached LUKS header",
+        "preallocation": "<str>    - Preallocation mode (allowed values: off, falloc, full)",
         "size": "<size>            - Virtual disk size",
     },
     "raw": {
@@ -159,6 +160,11 @@ def raw_preallocation(given: dict[str, str]) -> Preallocation:
     Raises: ValueError.
     """
     return _choice(given, "preallocation", "off", RAW_PREALLOCATIONS)
+
+
+def luks_preallocation(given: dict[str, str]) -> Preallocation:
+    """The same of a new luks image, which has no metadata but its header. Raises: ValueError."""
+    return _choice(given, "preallocation", "off", PREALLOCATIONS)
 
 
 def validate_backing_format(name: str) -> None:

@@ -25,7 +25,7 @@ from qcow2.tool.encryption import encryption_of
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import say
 from qcow2.tool.opening import cannot_open
-from qcow2.tool.option import DETACHED, image_options, is_detached, raw_preallocation
+from qcow2.tool.option import DETACHED, image_options, is_detached, luks_preallocation, raw_preallocation
 from qcow2.tool.secret import Secrets
 
 if TYPE_CHECKING:
@@ -109,7 +109,10 @@ def _new_luks(file: HostFile, wish: Wish) -> Target:
     assert encryption is not None  # there is no other such image
     if is_detached(wish.given):
         raise Failure(f"{DETACHED}: create the header, then copy with -n and --target-image-opts")
+    preallocation = luks_preallocation(wish.given)
     image = run(luks.create_all_but_magic(file, encryption, wish.size, _only(encryption.passphrase)))
+    if preallocation is Preallocation.FALLOC:  # else all of it is written in any case
+        reserve(file)
     return InNew(file, image, wish.size, is_zero=False, magic=MAGIC)
 
 

@@ -340,6 +340,27 @@ def test_a_raw_luks_image_is_read_and_written_by_qemu_and_us(tmp_path: Path, sec
         assert disk.read(0, len(model)) == model
 
 
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize("how", ["create", "convert"])
+def test_a_raw_luks_image_has_its_space_at_once(tmp_path: Path, secret: list[str], mode: str, how: str) -> None:
+    results = []
+    (tmp_path / "raw").write_bytes(bytes(SIZE))
+    for program in (TOOL, *peers()):
+        path = tmp_path / "disk"
+        words = [*secret, "-o", f"key-secret=s0,iter-time=10,preallocation={mode}"]
+        if how == "create":
+            said = qemu(str(program), "create", *words, "-f", "luks", str(path), str(SIZE))
+        else:
+            said = qemu(str(program), "convert", *words, "-f", "raw", "-O", "luks", str(tmp_path / "raw"), str(path))
+        is_there = path.stat().st_blocks * 512 >= SIZE
+        results.append((said, path.stat().st_size, is_there))
+        assert is_there or (how, mode) in [("create", "off"), ("create", "metadata")]
+        with qcow2.open(path, format="luks", key=KEY) as disk:
+            assert how == "create" or disk.read(0, disk.size) == bytes(SIZE)
+        path.unlink()
+    assert results == [results[0]] * len(results)
+
+
 @pytest.mark.skipif(shutil.which("cryptsetup") is None, reason="cryptsetup is not installed")
 def test_cryptsetup_opens_what_we_made_and_we_what_it_made(tmp_path: Path, secret: list[str]) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

@@ -81,8 +81,10 @@ def test_what_is_no_key_is_said(tmp_path: Path, key: Any) -> None:
         qcow2.open(path, key=key)
 
 
-def test_raw_luks(tmp_path: Path) -> None:
-    qcow2.create(tmp_path / "disk", 10 * MIB, format="luks", key=KEY, iter_time=10)
+@pytest.mark.parametrize("mode", ["off", "falloc", "full"])
+def test_raw_luks(tmp_path: Path, mode: str) -> None:
+    qcow2.create(tmp_path / "disk", 10 * MIB, format="luks", key=KEY, iter_time=10, preallocation=mode)
+    assert ((tmp_path / "disk").stat().st_blocks * 512 >= 10 * MIB) is (mode != "off")
     use(tmp_path / "disk", format="luks", key=KEY)
     assert info(tmp_path / "disk", "-f", "luks")["virtual-size"] == 10 * MIB
 
