@@ -1,5 +1,6 @@
 """The `vhost-user-qcow2` command line: open an image, put it under a device, serve it until a signal."""
 
+import signal
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ CAPABILITIES = '{"type": "block", "features": ["blk-file", "read-only"]}'
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; the exit status. Where nobody reads what is printed, this process dies of that."""
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until somebody sees to it: nothing has begun that needs an end
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)

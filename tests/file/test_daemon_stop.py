@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -209,3 +210,21 @@ def test_a_service_manager_that_reads_nothing_keeps_nobody_waiting(tmp_path: Pat
         _, said = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert "the service manager is not told" in said
+
+
+EARLY = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == "vhost.endpoint":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from vhost.command import main
+sys.exit(main())
+"""
+
+
+def test_an_interrupt_before_anything_has_begun_ends_without_a_word(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EARLY, f"--socket-path={tmp_path}/socket", f"--blk-file={tmp_path}/disk"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
