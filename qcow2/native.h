@@ -16,6 +16,7 @@
 #include "qcow2/plane/stock.h"
 #include "qcow2/plane/tally.h"
 #include "qcow2/plane/untouched.h"
+#include "ring/stop.h"
 
 /* Deallocate nbytes at host_offset without changing the file's length; 0 or -errno. */
 int punch_hole(int fd, uint64_t host_offset, uint64_t nbytes);

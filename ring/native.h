@@ -3,5 +3,6 @@
 
 #include "ring/inflight.h"
 #include "ring/memory.h"
+#include "ring/stop.h"
 #include "ring/worker.h"
 #include "virtio/block.h"

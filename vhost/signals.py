@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Iterator
 
+from ring.native import lib
+
 # A service manager, a terminal that closes, Ctrl-C, Ctrl-\, a container that shuts down, a limit of CPU time.
 STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPWR, signal.SIGXCPU)
 
@@ -25,12 +27,11 @@ def stop_signals(*, is_last: bool = False) -> Iterator[int]:
     no more than that, and are ignored from then on, so that its status says how it went.
     """
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def ask_to_stop(_number: int, _frame: object) -> None:
-        os.eventfd_write(stop_fd, 1)
-
-    wanted = [number for number in STOP if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
-    before = {number: signal.signal(number, ask_to_stop) for number in wanted}
+    before = {number: signal.getsignal(number) for number in STOP}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        lib.tell_at_signal(number, stop_fd)
     before |= {number: signal.signal(number, signal.SIG_IGN) for number in STRAY}
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # whatever our parent thought
     try:

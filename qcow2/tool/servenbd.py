@@ -11,6 +11,7 @@ from functools import partial
 
 from qcow2.driver.shared import SharedDriver
 from qcow2.engine.opened import OpenOptions
+from qcow2.native import lib
 from qcow2.nbd.export import Cache, Export, Terms
 from qcow2.nbd.listening import inherited, listening_on_path, listening_on_port
 from qcow2.nbd.server import Server
@@ -162,7 +163,7 @@ def _stopped_by_signals() -> Iterator[int]:
     before = {number: signal.getsignal(number) for number in ENDS}
     for number in ENDS:
         if before[number] is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os.eventfd_write(stop_fd, 1))
+            lib.tell_at_signal(number, stop_fd)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)  # by a parent of many threads
     try:
         yield stop_fd

@@ -228,3 +228,25 @@ def test_an_interrupt_before_anything_has_begun_ends_without_a_word(tmp_path: Pa
     command = [sys.executable, "-c", EARLY, f"--socket-path={tmp_path}/socket", f"--blk-file={tmp_path}/disk"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+HEARD = """
+import select, signal, sys
+from ring.thread import start_deaf
+from threading import Thread
+from vhost.signals import stop_signals
+def end():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.raise_signal(signal.SIGTERM)
+with stop_signals() as stop_fd:
+    poll = select.poll()
+    poll.register(stop_fd, select.POLLIN)
+    start_deaf(Thread(target=end))
+    sys.exit(not poll.poll(30_000))
+"""
+
+
+def test_a_signal_is_heard_that_another_thread_gets() -> None:
+    """Python would run its handler once the poll has returned; so it does with one that comes right before the poll."""
+    done = subprocess.run([sys.executable, "-c", HEARD], timeout=TIMEOUT, check=False)
+    assert done.returncode == 0

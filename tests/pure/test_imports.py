@@ -51,7 +51,8 @@ GLUE = {  # where an image meets a device
     "vhost/argument.py",
     "vhost/command.py",
 }
-NEUTRAL = {"ring/extent.h", "ring/assertion.h"}  # the seam between a device and an image; what both rely on
+# The seam between a device and an image; what both rely on; what a signal is to who waits for one.
+NEUTRAL = {"ring/extent.h", "ring/assertion.h", "ring/stop.h"}
 COMPOSITION = {"ring/native.h"}  # what the extension's wrapper includes: all of the data plane
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
