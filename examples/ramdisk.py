@@ -19,4 +19,6 @@ class RamDisk(BlockDevice):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: ramdisk.py SOCKET")
     vhost.serve(RamDisk(64 << 20), socket_path=sys.argv[1])

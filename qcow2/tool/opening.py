@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qcow2.error import ImageError, UnknownFeatures
+from qcow2.lock import ImageLocked
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
 from qcow2.tool.stdio import OUTPUT
@@ -63,4 +64,5 @@ def cannot_open(path: str, error: OSError) -> str:
         return f"'': {error.strerror}"
     if is_qemu_img() and isinstance(error, IsADirectoryError):
         return f"Could not open '{path}': 'file' driver requires '{error.filename or path}' to be a regular file"
-    return f"Could not open '{path}': Could not open '{error.filename or path}': {error.strerror or error}"
+    reason = f"Could not open '{error.filename or path}': {error.strerror or error}"
+    return reason if isinstance(error, ImageLocked) else f"Could not open '{path}': {reason}"

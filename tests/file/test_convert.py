@@ -472,3 +472,10 @@ def test_no_cluster_of_zeros_is_compressed(tmp_path: Path, sparse: str) -> None:
         (17 << 10, 1024),
     ]
     assert qemu_read(tmp_path / "new") == content
+
+
+def test_a_source_that_is_in_use_is_named_once(tmp_path: Path) -> None:
+    qcow2.create(tmp_path / "used", MIB)
+    with qcow2.open(tmp_path / "used", writable=True):
+        done = qcow2_tool("convert", tmp_path / "used", tmp_path / "copy")
+    assert (done.returncode, done.stderr.count("used'"), done.stderr.count("\n")) == (1, 1, 1)
