@@ -12,6 +12,7 @@ from qcow2.engine.data import Data
 from qcow2.engine.opened import OpenOptions
 from qcow2.engine.readable import ReadableImage
 from qcow2.error import UnsupportedImage
+from qcow2.format.geometry import require_inside
 from qcow2.format.header import Header
 from qcow2.format.layout import Autoclear, Incompatible
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class WritableImage(ReadableImage):
-    """What a `ReadableImage` can do, and change. Its coroutines may run side by side; the same scheduler runs all."""
+    """What a `ReadableImage` can do, and change. Its coroutines may run side by side; the same scheduler runs all.
+
+    A range outside the disk is its caller's mistake, and ends in a ValueError before anything has changed.
+    """
 
     def __init__(
         self, file: File, data: Data, header: Header, l1: "array[int]", backing: Backing | None, options: OpenOptions
@@ -74,6 +78,7 @@ class WritableImage(ReadableImage):
 
         Raises: OSError, CorruptImage; then nothing, a part or all of it is written.
         """
+        require_inside(self.geometry.size, guest_offset, len(source))
         changes = await self._changing()
         await changes.guard(changes.bitmaps.mark(guest_offset, len(source)))
         await changes.guard(changes.writer.write(guest_offset, source))
@@ -101,6 +106,7 @@ class WritableImage(ReadableImage):
 
     def _require_packable(self, guest_offset: int, nbytes: int, level: int | None) -> int:
         """The level to compress with. Raises: as `write_compressed`."""
+        require_inside(self.geometry.size, guest_offset, nbytes)
         self.require_compressible()
         end, size = guest_offset + nbytes, self.geometry.cluster_size
         if guest_offset % size or (end % size and end != self.size):
@@ -113,17 +119,20 @@ class WritableImage(ReadableImage):
         Where it has anything, also what was written meanwhile, that stays: the disk is the same, so no bitmap knows.
         Raises: OSError, CorruptImage; then a part of it is the image's.
         """
+        require_inside(self.geometry.size, guest_offset, nbytes)
         changes = await self._changing()
         await changes.guard(changes.fetcher.fetch(guest_offset, nbytes, content))
 
     async def write_zeroes(self, guest_offset: int, nbytes: int, *, unmap: bool) -> None:
         """Make the range read as zeros; *unmap* lets go of the host clusters that it covers, else they are kept."""
+        require_inside(self.geometry.size, guest_offset, nbytes)
         changes = await self._changing()
         await changes.guard(changes.bitmaps.mark(guest_offset, nbytes))
         await changes.guard(changes.zeroer.write_zeroes(guest_offset, nbytes, unmap=unmap))
 
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Let go of the host clusters that the range covers, which then read as zeros; the rest stays as it is."""
+        require_inside(self.geometry.size, guest_offset, nbytes)
         changes = await self._changing()
         await changes.guard(changes.bitmaps.mark(guest_offset, nbytes))
         await changes.guard(changes.zeroer.discard(guest_offset, nbytes))

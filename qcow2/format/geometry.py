@@ -14,6 +14,12 @@ def whole_sectors(path: str, nbytes: int) -> int:
     return nbytes + -nbytes % SECTOR_SIZE
 
 
+def require_inside(size: int, guest_offset: int, nbytes: int) -> None:
+    """Raises: ValueError if the range is not inside a disk of *size* bytes."""
+    if guest_offset < 0 or nbytes < 0 or guest_offset + nbytes > size:
+        raise ValueError(f"{nbytes} bytes at {guest_offset} are not inside the disk of {size} bytes")
+
+
 @dataclass(slots=True)
 class Geometry:
     """The sizes that follow from a header. Only `size` ever changes, and only the growing of the disk changes it."""

@@ -20,7 +20,7 @@ from qcow2.engine.opened import DEFAULT_CACHE_SIZE, OpenOptions
 from qcow2.engine.packing import PART_BYTES
 from qcow2.engine.plain import Preallocation
 from qcow2.error import BelowUnclean, UnsupportedImage
-from qcow2.format.geometry import whole_sectors
+from qcow2.format.geometry import require_inside, whole_sectors
 from qcow2.format.snapshot import Snapshot
 from qcow2.job.pace import Pace
 from qcow2.library.awaitable import AwaitableDisk
@@ -304,8 +304,7 @@ class Disk(AwaitableDisk):
 
     def _require_inside(self, offset: int, nbytes: int) -> int:
         self._require_open()
-        if offset < 0 or nbytes < 0 or index(offset + nbytes) > self.size:
-            raise ValueError(f"{nbytes} bytes at {offset} are not inside the disk of {self.size} bytes")
+        require_inside(self.size, index(offset), index(nbytes))
         return nbytes
 
     def __repr__(self) -> str:
