@@ -10,6 +10,8 @@ import gc
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -17,6 +19,8 @@ import pytest
 
 TIERS = ("vm", "border", "file", "pure")
 SEED = "SAMPLE_SEED"
+LOGS = Path("/dev/shm")
+RECORDS_OFFSET = 4096  # of a link log; its image's path comes before
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +42,30 @@ def _compile() -> None:
     """Make the bytecode, which each program that a test starts makes anew where Python is told to write none."""
     for room in ("ring", "virtio", "qcow2", "vhost", "tests"):
         compileall.compile_dir(Path(__file__).parents[1] / room, quiet=2)
+
+
+@pytest.fixture(autouse=True)
+def no_log_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The images of a test go with its directory; what was killed in it has left logs of them in memory."""
+    place = os.fsencode(request.getfixturevalue("tmp_path")) if "tmp_path" in request.fixturenames else b""
+    yield
+    if place:
+        for log in LOGS.glob("qcow2-links[-.]*"):
+            with suppress(OSError):
+                remove_log(log, place)
+
+
+def remove_log(log: Path, place: bytes) -> None:
+    """Remove *log* if it is of an image in *place*, or a directory of such logs."""
+    if log.is_dir():
+        for each in log.iterdir():
+            remove_log(each, place)
+        log.rmdir()
+        return
+    with log.open("rb") as file:
+        is_of_it = place in file.read(RECORDS_OFFSET)
+    if is_of_it:
+        log.unlink()
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
