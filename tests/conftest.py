@@ -55,17 +55,18 @@ def no_log_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
                 remove_log(log, place)
 
 
-def remove_log(log: Path, place: bytes) -> None:
-    """Remove *log* if it is of an image in *place*, or a directory of such logs."""
+def remove_log(log: Path, place: bytes) -> bool:
+    """Remove *log* if it is of an image in *place*, or a directory that has some; whether it was."""
     if log.is_dir():
-        for each in log.iterdir():
-            remove_log(each, place)
-        log.rmdir()
-        return
+        is_of_it = any([remove_log(each, place) for each in log.iterdir()])  # an empty one may be a daemon's that runs
+        if is_of_it:
+            log.rmdir()
+        return is_of_it
     with log.open("rb") as file:
         is_of_it = place in file.read(RECORDS_OFFSET)
     if is_of_it:
         log.unlink()
+    return is_of_it
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
