@@ -57,8 +57,8 @@ def no_log_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def remove_log(log: Path, place: bytes) -> bool:
     """Remove *log* if it is of an image in *place*, or a directory that has some; whether it was."""
-    if log.is_dir():
-        is_of_it = sum(remove_log(each, place) for each in log.iterdir()) > 0  # an empty one may be a daemon's that runs
+    if log.is_dir():  # an empty one may be of a daemon that runs
+        is_of_it = sum(remove_log(each, place) for each in log.iterdir()) > 0
         if is_of_it:
             log.rmdir()
         return is_of_it
