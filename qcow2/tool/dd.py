@@ -1,6 +1,7 @@
 """`qcow2 dd`: copy a part of a disk to a new image."""
 
 import argparse
+import sys
 from contextlib import ExitStack
 
 from qcow2.driver.pool import PoolDriver
@@ -19,7 +20,7 @@ from qcow2.tool.source import add_source_options, open_source
 from qcow2.tool.target import Wish, new_target
 
 OPERANDS = ("if", "of", "bs", "count", "skip")
-MAX_BLOCK, MAX_NUMBER = (1 << 31) - 1, (1 << 63) - 1
+MAX_BLOCK, MAX_NUMBER = (1 << 31) - 1, sys.maxsize
 DEFAULT_BLOCK = 512
 
 

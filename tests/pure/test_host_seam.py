@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = {"host.c", "storage.c", "threads.c", "uring.c"}  # what the simulator replaces
-BESIDE = {"loss.c", "memory.c", "trace.c"}  # mappings of memory, and a file for whoever wants a trace
+BESIDE = {"loss.c", "memory.c", "trace.c", "stop.h"}  # memory; a file for whoever wants a trace; signals
 CALLS = re.compile(
     r"(?<![\w.>])(?:p?readv?2?|p?writev?2?|f?stat[xf]?s?|fcntl|ioctl|close|open|f(?:data)?sync|fallocate|ftruncate"
     r"|sync_file_range|eventfd\w*|poll|epoll\w*|mmap|munmap|madvise|clock_gettime|nanosleep|syscall|gettid|tgkill"
