@@ -24,6 +24,8 @@ class GuestSlice:
         """Borrow *nbytes* of this slice from *start*; no copy."""
         if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
             raise ValueError(f"slice of {nbytes} bytes at {start} leaves a buffer of {self.nbytes}")
+        if nbytes == self.nbytes:
+            return self
         return GuestSlice(self.worker, self.request_id, self.start + start, nbytes)
 
     def load(self) -> bytes:
@@ -47,20 +49,16 @@ class GuestSlice:
 class Request:
     """One parsed and validated request that C did not serve alone."""
 
-    __slots__ = ("flags", "id", "nbytes", "offset", "type", "worker")
+    __slots__ = ("flags", "id", "nbytes", "offset", "queue", "type", "worker")
 
     def __init__(self, worker: Pointer, request_id: int, type: int, flags: int, offset: int, nbytes: int) -> None:
         self.worker = worker
         self.id = request_id
+        self.queue = request_id >> 16 & 0xFFFF  # the number of the one it came from
         self.type = type  # the virtio-blk request type
         self.flags = flags  # of write-zeroes: UNMAP
         self.offset = offset  # bytes
         self.nbytes = nbytes
-
-    @property
-    def queue(self) -> int:
-        """The number of the queue it came from."""
-        return self.id >> 16 & 0xFFFF
 
     def data(self) -> GuestSlice:
         """The guest's buffer, *nbytes* long: to be filled by IN, to be read by OUT; empty for other types."""

@@ -46,7 +46,8 @@ class Admission(Generic[R]):
         """A request of *queue* has ended, perhaps while it was being begun."""
         self._total -= 1
         self._under_way[queue] -= 1
-        self._look_at(queue)
+        if self._waiting:
+            self._look_at(queue)
 
     def _look_at(self, queue: int) -> None:
         self._changed.append(queue)
@@ -60,7 +61,7 @@ class Admission(Generic[R]):
             self._is_beginning = False
 
     def _begin_from(self, queue: int) -> None:
-        while (request := self._next(queue)) is not None:
+        while self._waiting and (request := self._next(queue)) is not None:
             self._total += 1
             self._under_way[request.queue] += 1
             self._begin(request)

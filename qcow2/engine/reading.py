@@ -1,7 +1,5 @@
 """The read path: each run of the mapping from where it is."""
 
-from typing import assert_never
-
 from qcow2.driver.operation import Buffer
 from qcow2.engine.backing import Backing, Place, Seen
 from qcow2.engine.compressed import CompressedClusters
@@ -48,21 +46,17 @@ class Reader:
             done += run.nbytes
 
     async def _read_run(self, run: Run, guest_offset: int, target: Buffer) -> None:
-        match Kind(run.kind):
-            case Kind.DATA:
-                await self._data.read(run.host_offset, target, guest_offset)
-            case Kind.ZERO_PLAIN | Kind.ZERO_ALLOCATED:
-                target.zero()
-            case Kind.UNALLOCATED:
-                await self._read_backing(guest_offset, target)
-            case Kind.COMPRESSED:
-                start = guest_offset % self._mapping.geometry.cluster_size
-                content = await self._compressed.read(run.entry)
-                target.store(memoryview(content)[start : start + len(target)])
-            case Kind.MISS | Kind.BAD:
-                raise AssertionError(f"unresolved {run}")
-            case kind:
-                assert_never(kind)
+        if run.kind == DATA:
+            await self._data.read(run.host_offset, target, guest_offset)
+        elif run.kind == COMPRESSED:
+            start = guest_offset % self._mapping.geometry.cluster_size
+            content = await self._compressed.read(run.entry)
+            target.store(memoryview(content)[start : start + len(target)])
+        elif run.kind == UNALLOCATED:
+            await self._read_backing(guest_offset, target)
+        else:
+            assert run.kind in (ZERO_PLAIN, ZERO_ALLOCATED)
+            target.zero()
 
     async def _read_backing(self, guest_offset: int, target: Buffer) -> None:
         """What shows through: the backing image, and zeros past its end."""
@@ -105,9 +99,9 @@ class Reader:
         return True
 
     async def _run_is_zero(self, run: Run, guest_offset: int) -> bool:
-        if run.kind in (Kind.ZERO_PLAIN, Kind.ZERO_ALLOCATED):
+        if run.kind in (ZERO_PLAIN, ZERO_ALLOCATED):
             return True
-        if run.kind != Kind.UNALLOCATED:
+        if run.kind != UNALLOCATED:
             return False
         if self.backing is None or guest_offset >= self.backing.size:
             return True

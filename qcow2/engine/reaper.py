@@ -6,6 +6,7 @@ that no late punch can hit whoever gets it next.
 """
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from qcow2.engine.uncounted import Uncounted
 from qcow2.error import CorruptImage, no_memory
 from qcow2.native import ffi
 
+PUNCHES = 8  # at a time
 STEP = 2048  # references taken at a time: requests go on in between
 MAX_WAITING = 1 << 18  # clusters: with more the extent map frees no others, so that they do not fill our memory
 
@@ -100,13 +102,32 @@ class Reaper:
             self._statistics.clusters_freed += len(unused)
 
     async def _punch(self, clusters: list[int]) -> None:
-        """Give the space of *clusters* back; whether they read as zeros is seen to when they are allocated."""
+        """Give the space of *clusters* back, `PUNCHES` areas at a time.
+
+        Whether they read as zeros is seen to when they are allocated.
+        """
+        areas = list(consecutive(clusters))
+        queue, errors = iter(areas), list[BaseException]()
+        beside = [Signal() for _ in areas[1:PUNCHES]]
+        for ended in beside:
+            await Spawn(self._punch_some(queue, errors, ended))
+        await self._punch_some(queue, errors, Signal())
+        for ended in beside:
+            await ended.wait()
+        if errors:
+            raise errors[0]
+
+    async def _punch_some(self, areas: Iterator[range], errors: list[BaseException], ended: Signal) -> None:
+        """What is left of *areas*, which others take from as well."""
         bits = self._geometry.cluster_bits
-        for area in consecutive(clusters):
-            try:
+        try:
+            for area in areas:
                 await Zero(self._file, area.start << bits, len(area) << bits)
-            except OSError:
-                return  # the host keeps its space, nothing else is lost
+        except OSError:  # the host keeps its space, nothing else is lost
+            deque(areas, maxlen=0)
+        except BaseException as error:  # raised when no other one is under way
+            errors.append(error)
+        ended.set()
 
 
 def consecutive(clusters: Iterable[int]) -> Iterator[range]:
