@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import qcow2
 from qcow2.library.filesystem import DiskFileSystem
 from tests.oracle import assert_clean, qemu_img, qemu_io, qemu_read
+from tests.program import TIMEOUT
 
 MIB = 1 << 20
 
@@ -181,9 +183,13 @@ def test_awaited_call_that_failed_keeps_no_disk(path: Path) -> None:
                 await disk.aread(3 * MIB, 1)
             return weakref.ref(disk)
 
+    before = set(threading.enumerate())
     gc.disable()
     try:
-        assert asyncio.run(work())() is None
+        disk = asyncio.run(work())
+        for thread in set(threading.enumerate()) - before:  # the disk's own lets go of it when it has ended
+            thread.join(TIMEOUT)
+        assert disk() is None
     finally:
         gc.enable()
 
