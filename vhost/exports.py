@@ -17,7 +17,13 @@ from urllib.parse import quote
 
 from ring.thread import start_deaf
 
-PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from qcow2.tool import program; sys.exit(program())"
+PROGRAM = """\
+import sys
+library = sys.argv.pop(1)
+if library not in sys.path:
+    sys.path.insert(0, library)
+from qcow2.tool import program
+sys.exit(program())"""
 LIBRARY = str(Path(__file__).resolve().parents[1])  # where our packages are: of an installed program only it knows
 PATIENCE_SECONDS = 10.0  # with a process that is to begin, or to end
 KILLED_SECONDS = 1.0  # with one that was killed

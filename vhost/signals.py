@@ -26,15 +26,15 @@ def stop_signals(*, is_last: bool = False) -> Iterator[int]:
     SIGHUP is left ignored if it is: nohup(1) says so. With *is_last* the process ends after this: those signals ask for
     no more than that, and are ignored from then on, so that its status says how it went.
     """
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STRAY}  # refused but to the main thread
+    asking = [number for number in STOP if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    before |= {number: signal.getsignal(number) for number in asking}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    before = {number: signal.getsignal(number) for number in STOP}
-    if before[signal.SIGHUP] is signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    for number in before:
-        lib.tell_at_signal(number, stop_fd)
-    before |= {number: signal.signal(number, signal.SIG_IGN) for number in STRAY}
-    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # whatever our parent thought
     try:
+        for number in asking:
+            lib.tell_at_signal(number, stop_fd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # whatever our parent thought
         yield stop_fd
     finally:
         if not is_last:

@@ -21,7 +21,7 @@ from qcow2.driver.thread import start_quiet
 
 T = TypeVar("T")
 
-NHELPERS = 4
+NHELPERS = 12  # more than the reaper punches holes at a time: somebody may wait for what else is spawned
 NO_TRANSFERS = (op.Sync, op.Compute)  # and may take long: no Grace waits for them
 AT_ONCE = (op.Store, op.Size, op.Allocated, op.WriteSome)  # a Store is done before anything else happens
 

@@ -54,9 +54,10 @@ class Reader:
             target.store(memoryview(content)[start : start + len(target)])
         elif run.kind == UNALLOCATED:
             await self._read_backing(guest_offset, target)
-        else:
-            assert run.kind in (ZERO_PLAIN, ZERO_ALLOCATED)
+        elif run.kind in (ZERO_PLAIN, ZERO_ALLOCATED):
             target.zero()
+        else:
+            raise AssertionError(f"unresolved {run}")
 
     async def _read_backing(self, guest_offset: int, target: Buffer) -> None:
         """What shows through: the backing image, and zeros past its end."""

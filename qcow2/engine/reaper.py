@@ -6,7 +6,6 @@ that no late punch can hit whoever gets it next.
 """
 
 import errno
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +19,8 @@ from qcow2.native import ffi
 PUNCHES = 8  # at a time
 STEP = 2048  # references taken at a time: requests go on in between
 MAX_WAITING = 1 << 18  # clusters: with more the extent map frees no others, so that they do not fill our memory
+
+Errors = list[BaseException | None]  # one, for which there is room
 
 
 class Reaper:
@@ -107,27 +108,32 @@ class Reaper:
         Whether they read as zeros is seen to when they are allocated.
         """
         areas = list(consecutive(clusters))
-        queue, errors = iter(areas), list[BaseException]()
+        queue, errors = iter(areas), Errors([None])
         beside = [Signal() for _ in areas[1:PUNCHES]]
         for ended in beside:
             await Spawn(self._punch_some(queue, errors, ended))
         await self._punch_some(queue, errors, Signal())
         for ended in beside:
             await ended.wait()
-        if errors:
+        if errors[0] is not None:
             raise errors[0]
 
-    async def _punch_some(self, areas: Iterator[range], errors: list[BaseException], ended: Signal) -> None:
+    async def _punch_some(self, areas: Iterator[range], errors: Errors, ended: Signal) -> None:
         """What is left of *areas*, which others take from as well."""
         bits = self._geometry.cluster_bits
         try:
             for area in areas:
                 await Zero(self._file, area.start << bits, len(area) << bits)
-        except OSError:  # the host keeps its space, nothing else is lost
-            deque(areas, maxlen=0)
+        except OSError:
+            pass  # the host keeps the space of all that is left, nothing else is lost
+        except GeneratorExit:
+            raise
         except BaseException as error:  # raised when no other one is under way
-            errors.append(error)
-        ended.set()
+            errors[0] = error
+        finally:
+            for _ in areas:
+                pass  # without a list, for which there may be no memory
+            ended.set()
 
 
 def consecutive(clusters: Iterable[int]) -> Iterator[range]:

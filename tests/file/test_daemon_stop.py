@@ -250,3 +250,27 @@ def test_a_signal_is_heard_that_another_thread_gets() -> None:
     """Python would run its handler once the poll has returned; so it does with one that comes right before the poll."""
     done = subprocess.run([sys.executable, "-c", HEARD], timeout=TIMEOUT, check=False)
     assert done.returncode == 0
+
+
+ELSEWHERE = """
+import os, signal
+from threading import Thread
+from vhost.signals import stop_signals
+def use():
+    try:
+        with stop_signals():
+            pass
+    except ValueError:
+        print("refused", flush=True)
+thread = Thread(target=use)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_signals_that_only_the_main_thread_may_ask_for_stay_as_they_were() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "refused\n")

@@ -6,10 +6,12 @@ import sys
 import threading
 from pathlib import Path
 
+from qcow2.driver import shared
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile
 from qcow2.driver.operation import Compute, Grace, ReadInto, Signal, Size
 from qcow2.driver.shared import SharedDriver
+from qcow2.engine import reaper
 from tests.program import TIMEOUT
 from tests.slowdisk import READ, SlowDisk
 
@@ -115,3 +117,8 @@ def test_a_grace_waits_for_no_computation() -> None:
     ended.set()
     other.join(TIMEOUT)
     driver.close()
+
+
+def test_the_reaper_leaves_a_helper_to_others() -> None:
+    """What else the engine spawns, as the commit that a FLUSH waits for, would wait behind its punches."""
+    assert shared.NHELPERS > reaper.PUNCHES + 1
