@@ -53,7 +53,7 @@ def test_no_death_while_the_disk_grows_leaves_bitmaps_of_another_size(kind: str)
         assert read_bitmaps(file.read).keys() == {"fine", "coarse"}
         return content
 
-    assert Explorer(run, judged).explore(stride=20) > 50
+    assert Explorer(run, judged).explore(stride=10) > 50
 
 
 def bit_comes_late(patch: Patch) -> None:
