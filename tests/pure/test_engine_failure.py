@@ -3,6 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -245,3 +246,38 @@ def test_nothing_is_given_back_once_no_more_is_written() -> None:
     kinds = [type(operation) for operation in begun]
     assert op.Grace in kinds
     assert not {op.Zero, op.Write} & set(kinds[kinds.index(op.Grace) :])
+
+
+def punched_apart(error: BaseException) -> tuple[Bench, int]:
+    """24 clusters let go of at once, none beside another, the third punch failing with *error*; how many there were."""
+    bench, punches = set_up(64 * CLUSTER, cluster_bits=12), 0
+
+    def fault(operation: op.Operation) -> Any:
+        nonlocal punches
+        punches += isinstance(operation, op.Zero)
+        return error if isinstance(operation, op.Zero) and punches == 3 else None
+
+    for number in range(24):
+        for half in (0, 24):
+            bench.write((half + number) * CLUSTER, b"\1" * CLUSTER)
+    bench.breaker.fault = fault
+    with contextlib.suppress(OSError):  # where no more is written
+        bench.driver.run(bench.image.discard(0, 24 * CLUSTER))
+    bench.driver.finish()
+    return bench, punches
+
+
+def test_a_punch_that_fails_lets_the_host_keep_the_space_and_nothing_else() -> None:
+    bench, punches = punched_apart(OSError(errno.ENOMEM, "as told"))
+    bench.close()
+    bench.assert_sound()
+    assert bench.reopened_content()[: 48 * CLUSTER] == bytes(24 * CLUSTER) + b"\1" * 24 * CLUSTER
+    assert 3 <= punches < 24
+
+
+def test_a_punch_that_raises_ends_all_writes_and_the_others_end_first() -> None:
+    bench, punches = punched_apart(MemoryError())
+    assert refused(bench) == errno.EIO
+    with pytest.raises(OSError):
+        bench.close()
+    assert 3 <= punches < 24
