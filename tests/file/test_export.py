@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,9 @@ def test_an_export_that_hangs_as_it_begins_is_refused(image: Path, tmp_path: Pat
             with pytest.raises(ExportRefused, match="not begun within 5 s"):
                 started.result(TIMEOUT)
         assert exports.list() == []
+        for thread in threading.enumerate():
+            if thread.name == "export":  # it ends with the process, which did not die while OPEN was held
+                thread.join(TIMEOUT)
 
 
 def test_the_uri_leads_to_a_socket_of_any_name(image: Path, tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ def test_bitmaps_of_a_disk_that_no_guest_uses(image: Path) -> None:
         with FrontEnd(daemon.socket_path) as guest:
             told(image, "bitmap", "add", "b")
             guest.write(0, b"x" * BLOCK)
+            guest.stop_queue()  # the image is let go
         told(image, "bitmap", "add", "c")
         qemu_io(image, "write 1M 64k")  # nobody holds it
         assert [each["dirty"] for each in json.loads(told(image, "bitmap", "list", "--json"))] == [131072, 65536]
