@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from qcow2.format.header import printable
 from vhost.argument import Parser, UsageError
 from vhost.client import Control
 from vhost.clientbitmaps import LiveBitmap
@@ -100,13 +102,18 @@ def _described(bitmap: LiveBitmap) -> str:
     dirty = f"{quantity(bitmap.dirty)} dirty" if bitmap.dirty is not None else "not valid"
     state = "enabled" if bitmap.enabled else "disabled"
     busy = ", busy" if bitmap.busy else ""
-    return f"{bitmap.name}: {dirty}, {quantity(bitmap.granularity)} a bit, {state}{busy}"
+    return f"{_shown(bitmap.name)}: {dirty}, {quantity(bitmap.granularity)} a bit, {state}{busy}"
 
 
 def _moment(snapshot: dict[str, Any]) -> str:
     """A snapshot on one line."""
     date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot["date-sec"]))
-    return f"{snapshot['id']}: {snapshot['name']}, {date}"
+    return f"{_shown(snapshot['id'])}: {_shown(snapshot['name'])}, {date}"
+
+
+def _shown(name: str) -> str:
+    """A name of the image's, on one line of a terminal."""
+    return printable(os.fsencode(name))
 
 
 def run_snapshot_internal(control: Control, request: dict[str, Any]) -> int:

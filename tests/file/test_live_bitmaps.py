@@ -298,6 +298,17 @@ def reported(image: Path) -> dict[str, set[int]]:
     }
 
 
+def test_no_name_draws_lines_of_its_own(image: Path) -> None:
+    name = "day\nnight: 0 B dirty\x1b[2K"
+    with Daemon(image, f"--control={image}.control") as daemon, FrontEnd(daemon.socket_path):
+        told(image, "bitmap", "add", name)
+        told(image, "snapshot-internal", "create", name)
+        for command in ("bitmap", "snapshot-internal"):
+            (line,) = told(image, command, "list").splitlines()
+            assert "day?night: 0 B dirty?[2K" in line
+            assert json.loads(told(image, command, "list", "--json"))[0]["name"] == name
+
+
 def test_a_snapshot_with_bitmaps(image: Path) -> None:
     frozen = image.with_name("frozen")
     with Daemon(image, f"--control={image}.control", f"--link-log={image.parent}") as daemon:
