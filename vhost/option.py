@@ -207,6 +207,8 @@ def _require_sense(options: Options) -> None:
         raise UsageError("give one of --socket-path=PATH and --fd=N")
     if options.socket_path is None and (options.socket_mode is not None or options.socket_group is not None):
         raise UsageError("--socket-mode and --socket-group are for a --socket-path=PATH")
+    if options.control is not None and options.socket_path is not None:
+        _require_two_sockets(options.socket_path, options.control)
     if options.format != "qcow2" and options.lazy_refcounts is not None:
         wish = "on" if options.lazy_refcounts else "off"
         raise UsageError(f"--lazy-refcounts={wish}: a {options.format} image has no refcounts")
@@ -214,6 +216,11 @@ def _require_sense(options: Options) -> None:
         raise UsageError(f"--luks-header={options.luks_header}: a {options.format} image has no such file")
     if options.incoming and options.trace_io:
         raise UsageError("--incoming and --trace-io: a trace begins with the image")
+
+
+def _require_two_sockets(socket_path: str, control: str) -> None:
+    if os.path.realpath(socket_path) == os.path.realpath(control):
+        raise UsageError(f"--socket-path={socket_path} and --control={control}: one socket cannot be both")
 
 
 def _allowed(options: Options) -> tuple[str, ...] | None:

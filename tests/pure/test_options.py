@@ -89,6 +89,7 @@ BAD = [
     (["--blk-file=a"], "--socket-path=PATH and --fd=N"),
     ([*REQUIRED, "--fd=3"], "--socket-path=PATH and --fd=N"),
     (["--socket-path=s", "--blk-file="], "path is empty"),
+    (["--blk-file=a", "--socket-path=s", "--control=./s"], "--socket-path=s and --control=./s: one socket"),
     ([*REQUIRED, "--format=vmdk"], "'vmdk'"),
     ([*REQUIRED, "--format=auto"], "'auto'"),
     ([*REQUIRED, "--cache=fast"], "'fast'"),
