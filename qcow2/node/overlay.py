@@ -116,13 +116,21 @@ class Overlay:
     def name_frozen(self) -> None:
         """Give what is below its new name beside the old one, stable on return. Raises: OSError."""
         if not os.path.lexists(self._frozen):
-            os.link(self._path, self._frozen, follow_symlinks=False)
+            self._link_frozen()
             self._was_named = True
         if (
             not self._is_top(self._frozen) or os.fstat(self._top.fd).st_nlink < 2
         ):  # or `switch` would take the last name
             raise FileExistsError(errno.EEXIST, "is no second name of the image", self._frozen)
         sync_directory(self._frozen)
+
+    def _link_frozen(self) -> None:
+        try:
+            os.link(self._path, self._frozen, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            raise OSError(errno.EXDEV, f"has to be on the file system of {self._path}", self._frozen) from error
 
     def make_tables(self, used: Iterable[range]) -> None:
         """Have L2 tables where the disk is *used*: a first write there is no other than the next. Raises: OSError."""

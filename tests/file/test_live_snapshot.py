@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -242,6 +243,14 @@ def test_what_is_refused_changes_nothing(image: Path, tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_text() == "precious"
     left = {path.name for path in tmp_path.iterdir() if not path.is_socket()}
     assert left == {"disk.qcow2", "frozen", "taken", "elsewhere"}
+
+
+def test_another_file_system_is_refused_by_the_path_that_is_there(image: Path) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as other, start(image) as daemon, FrontEnd(daemon.socket_path):
+        if os.stat(other).st_dev == image.stat().st_dev:
+            pytest.skip("the image is in /dev/shm itself")
+        assert refusal(image, f"{other}/frozen") == f"{other}/frozen: has to be on the file system of {image}"
+        assert os.listdir(other) == []
 
 
 @pytest.mark.parametrize("option", ["--read-only", "--trace-io=trace", "--format=raw"])
