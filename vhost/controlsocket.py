@@ -8,6 +8,7 @@ One command is under way at a time. What waits for nobody is answered meanwhile;
 
 import contextlib
 import json
+import math
 import os
 import select
 import socket
@@ -259,10 +260,18 @@ class Control:
 def _request_of(line: bytes) -> dict[str, Any] | str:
     """What *line* asks for; or why that is nothing."""
     try:
-        request = json.loads(line)
+        request = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return "not a line of JSON"
     return request if isinstance(request, dict) else "not a JSON object"
+
+
+def _finite(text: str) -> float:
+    """A number that an answer may repeat: JSON has no others. Raises: ValueError."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
 
 
 def _may_be_answered_at_once(request: dict[str, Any] | str) -> bool:

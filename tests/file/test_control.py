@@ -219,6 +219,9 @@ GARBAGE = [
     b'{"command": "export-start", "file": "a", "socket": "/s", "certificates": "\\ud800"}' + b"\n",
     b'{"command": "export-start", "file": "a", "port": 1, "bitmaps": ["\\ud800"]}' + b"\n",
     b'{"command": "mirror", "target": "a\\u0000b"}' + b"\n",
+    b'{"command": "status", "id": NaN}\n',
+    b'{"command": "status", "id": -Infinity}\n',
+    b'{"command": "status", "id": 1e400}\n',
     b"[" * 60000 + b"\n",
     b"9" * 60000 + b"\n",
 ]
