@@ -309,6 +309,16 @@ def test_no_name_draws_lines_of_its_own(image: Path) -> None:
             assert json.loads(told(image, command, "list", "--json"))[0]["name"] == name
 
 
+def test_a_backup_by_bitmap_outlives_a_snapshot_that_carries_it(image: Path) -> None:
+    nightly = ("backup", "--wait", "--bitmap=nightly")
+    with Daemon(image, f"--control={image}.control") as daemon, FrontEnd(daemon.socket_path):
+        told(image, "bitmap", "add", "nightly")
+        told(image, "snapshot", "carried", "--carry-bitmaps")
+        told(image, *nightly, "night1", "--backing=carried")
+        told(image, "snapshot", "left")
+        assert "nightly" in ctl(image, *nightly, "night2", "--backing=night1").stderr
+
+
 def test_a_snapshot_with_bitmaps(image: Path) -> None:
     frozen = image.with_name("frozen")
     with Daemon(image, f"--control={image}.control", f"--link-log={image.parent}") as daemon:
