@@ -10,6 +10,7 @@ export PYTHON
 JOBS ?= $(shell expr 2 \* $$(nproc))
 PYTEST = $(BIN)/pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
 
+.DEFAULT_GOAL := help
 .PHONY: demo test deep check vm migrate asan kill threads bench compare install build-packages guest-packages
 
 demo: export PYTHONPATH := $(CURDIR)

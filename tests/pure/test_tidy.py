@@ -45,6 +45,14 @@ def test_lines_of_prose_fit() -> None:
     assert [f"{name_of(path)}:{n}" for path in DOCS for n, line in prose(path) if len(line) > 100] == []
 
 
+def test_make_alone_does_nothing_but_help() -> None:
+    would, helps = (
+        subprocess.check_output(["make", "-n", *target], cwd=ROOT, text=True, timeout=TIMEOUT)
+        for target in ((), ("help",))
+    )
+    assert would == helps
+
+
 def laws() -> set[int]:
     """Numbers of the laws that there are."""
     text = (ROOT / "docs" / "laws.md").read_text()
