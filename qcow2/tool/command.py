@@ -158,7 +158,7 @@ def _room(command: str) -> Any:
 def build_parser(wanted: Collection[str] = tuple(COMMANDS)) -> Parser:
     """The command line, for the program and its manual; in full for the *wanted* commands only."""
     parser = Parser(prog="qcow2", allow_abbrev=False, description="Create, inspect and repair qcow2 images.")
-    parser.add_argument("--version", action=Version, nargs=0, help="say which version this is")
+    parser.add_argument("-V", "--version", action=Version, nargs=0, help="say which version this is")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (_, caption) in COMMANDS.items():
         parser_of_command = commands.add_parser(name, help=caption, description=caption, allow_abbrev=False)

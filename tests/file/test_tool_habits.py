@@ -28,9 +28,11 @@ def test_options_may_stand_between_the_names(tmp_path: Path) -> None:
     assert qcow2_tool("create", path, "1M", "2M").returncode == 1
 
 
-@pytest.mark.parametrize("program", [TOOL, DAEMON], ids=["qcow2", "vhost-user-qcow2"])
-def test_version_is_said(program: Path) -> None:
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=TIMEOUT)
+@pytest.mark.parametrize(
+    ("program", "option"), [(TOOL, "--version"), (TOOL, "-V"), (DAEMON, "--version")], ids=["qcow2", "-V", "daemon"]
+)
+def test_version_is_said(program: Path, option: str) -> None:
+    said = subprocess.run([program, option], capture_output=True, text=True, timeout=TIMEOUT)
     assert (said.returncode, said.stdout, said.stderr) == (0, f"{program.name} version {qcow2.__version__}\n", "")
 
 
