@@ -25,7 +25,8 @@ def validate_identity(file: File, record: HeaderRecord, file_size: int) -> None:
         raise UnsupportedImage(file.path, message)
     if record.magic != layout.MAGIC:
         magic = f"magic {record.magic:#010x}, not {layout.MAGIC:#010x}"
-        raise UnsupportedImage(file.path, f"not a qcow2 image: {magic}; of a raw disk say that it is raw")
+        message = f"not a qcow2 image: {magic}; of a raw disk say -f raw, to a daemon --format=raw"
+        raise UnsupportedImage(file.path, message)
     if record.version not in (2, 3):
         raise UnsupportedImage(file.path, f"qcow2 version {record.version}, supported are 2 and 3")
     if not layout.MIN_CLUSTER_BITS <= record.cluster_bits <= layout.MAX_CLUSTER_BITS:

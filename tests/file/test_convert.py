@@ -244,7 +244,7 @@ def test_bitmaps_are_copied_if_they_can_be(tmp_path: Path) -> None:
 def test_raw_disk_is_never_guessed(images: Path, tmp_path: Path) -> None:
     done = qcow2_tool("convert", "-O", "qcow2", images / "raw", tmp_path / "new")
     assert done.returncode == 1
-    assert done.stderr.endswith("; of a raw disk say that it is raw\n")
+    assert done.stderr.endswith("; of a raw disk say -f raw, to a daemon --format=raw\n")
     assert not (tmp_path / "new").exists()
 
 
