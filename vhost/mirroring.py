@@ -57,6 +57,7 @@ class Mirroring(Work):
         self._mirror: Mirror | None = None
         self._copy: Disk | None = None  # that `_mirror` writes
         self._is_over = False  # the copy is served, or left whole
+        self._unclean: OSError | None = None  # why what was served is not closed cleanly
         image = self._require_possible()
         self._place: CopyPlace
         if is_export and self._format != "raw":
@@ -269,9 +270,14 @@ class Mirroring(Work):
             raise JobFailed(f"{self._place.place}: the copy is whole, and stays there: {describe(error)}") from error
 
     def leave(self) -> None:
-        """Return once the copy is out of the guest's way: no change goes to what no job looks after."""
+        """Return once the copy is out of the guest's way: no change goes to what no job looks after.
+
+        Raises: OSError if what was served is not closed cleanly.
+        """
         while not self._let_out():
             time.sleep(AGAIN_SECONDS)
+        if self._unclean is not None:
+            raise self._unclean
 
     def _let_out(self) -> bool:
         """Whether the copy is not beside the disk any more; what is not whole is gone, or said to be left."""
@@ -328,7 +334,8 @@ class Mirroring(Work):
         try:
             self._held.close_clean(past)
         except OSError as error:  # its content is whole all the same
-            log.error("%s: what was served is not closed cleanly: %s", past.files[0].path, error.strerror)
+            said = f"what was served is not closed cleanly: {error.strerror}"
+            self._unclean = OSError(error.errno, said, past.files[0].path)
 
 
 def _failed(error: OSError) -> JobFailed:

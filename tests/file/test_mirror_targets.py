@@ -1,5 +1,6 @@
 """What a mirror finds at its target: an image not closed cleanly, its own copy after a pause, a host that fails."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,27 @@ def test_a_copy_that_cannot_be_synced_is_not_the_guests_trouble(top: Path, tmp_p
             guest.flush()
         daemon.stop()
     assert content(top)[:4096] == b"w" * 4096
+
+
+def test_a_job_says_that_what_was_served_is_not_closed_cleanly(top: Path) -> None:
+    host = Host(top, Fault(errno.ENOSPC, for_good=True), top.with_name("told"))
+    with start(top, "--aio=threads", under=host.under) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror("copy").job
+            until(client, job, "ready")
+            guest.write(0, b"w" * 4096)
+            host.aim(2)  # syncs of links that wait come first
+            host.arm()
+            client.complete(job)
+            ended = client.wait(job)
+            assert (ended.state, ended.error) == (
+                "completed",
+                f"{top}: what was served is not closed cleanly: No space left on device",
+            )
+            assert guest.read(0, 4096) == b"w" * 4096
+        daemon.stop()
+    assert top.samefile(top.with_name("copy"))
+    assert_clean(top)
 
 
 def test_what_the_copy_did_not_take_while_the_job_was_paused_is_no_news(top: Path, tmp_path: Path) -> None:
