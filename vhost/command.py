@@ -150,6 +150,7 @@ def serve_image(options: "Options", stop_fd: int) -> None:
     from contextlib import ExitStack
     from functools import partial
 
+    from qcow2.node.logplace import tell_if_no_place
     from vhost.daemon import run
     from vhost.disk import ImageBackend
     from vhost.held import HeldImage
@@ -160,6 +161,7 @@ def serve_image(options: "Options", stop_fd: int) -> None:
         manager = stack.enter_context(ServiceManager())
         endpoint = stack.enter_context(_endpoint(options))
         control = stack.enter_context(_control(options, stop_fd))
+        tell_if_no_place(options.link_log)
         options = stack.enter_context(_with_private_logs(options))
         progress = partial(_repair_progress, stop_fd)
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import glob
+import logging
 import os
 import stat
 import tempfile
@@ -15,6 +16,15 @@ from qcow2.plane.linklog import CAPACITY, MAX_CAPACITY, TAG_BITS, LinkLog, Origi
 
 NAME = "qcow2-links-"  # and the tag
 PRIVATE = "qcow2-links."  # how the name of a directory of a sandboxed process begins
+
+log = logging.getLogger("qcow2")
+
+
+def tell_if_no_place(directory: str) -> None:
+    """Say if no log can be in *directory*, which is none: who goes on is slower, and a kill says more of bitmaps."""
+    if not os.path.isdir(directory):
+        text = "is no directory: no link log, so the first write to each cluster of an overlay waits for the disk"
+        log.warning("--link-log=%s: %s", directory, text)
 
 
 def origin_of(file: HostFile) -> Origin:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -498,6 +499,18 @@ def test_a_directory_that_does_not_exist_costs_speed_and_nothing_else(image: Pat
         assert serving.process.stderr is not None
         assert "no link log" in serving.process.stderr.read()
     assert_same_bytes(contents(image, logs), written(base))
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file"])
+def test_what_is_no_directory_is_told_at_the_start(image: Path, logs: Path, place: str) -> None:
+    (logs / "file").touch()
+    with daemon(image, logs / place) as serving:
+        with FrontEnd(serving.socket_path):
+            pass
+        serving.process.send_signal(signal.SIGTERM)
+        _, said = serving.process.communicate(timeout=TIMEOUT)
+    assert said.startswith(f"vhost-user-qcow2: --link-log={logs / place}: is no directory: ")
+    assert said.count("\n") == 1
 
 
 def test_a_python_program_that_is_killed_loses_nothing(image: Path, logs: Path, base: bytes) -> None:
