@@ -31,7 +31,7 @@ CACHE_BYTES = 4 << 20
 class Block:
     """One refcount block in memory, as it is in the file or about to be."""
 
-    __slots__ = ("data", "is_changed", "view")
+    __slots__ = ("changed", "data", "view")
 
     def __init__(self, data: bytes | memoryview) -> None:
         """Raises: NotTried if there is no memory for it."""
@@ -40,7 +40,12 @@ class Block:
         except MemoryError:
             raise no_memory() from None
         self.view = ffi.from_buffer("uint8_t[]", self.data)
-        self.is_changed = False  # differs from the file, or may
+        self.changed = range(0)  # bytes, whole sectors, outside of which it is as it is in the file
+
+    def mark(self, sectors: slice) -> None:
+        """The bytes of *sectors* may differ from the file now."""
+        changed = self.changed or range(sectors.start, sectors.stop)
+        self.changed = range(min(changed.start, sectors.start), max(changed.stop, sectors.stop))
 
 
 class Refcounts:
@@ -59,6 +64,7 @@ class Refcounts:
         self.table = table
         self.table_offset = table_offset
         self.mutex = Mutex()
+        self.are_too_high = False  # some counts, by a change that failed: the next repair finds the leaks
         self.max_value = (1 << (1 << geometry.refcount_order)) - 1
         self._file = file
         self._geometry = geometry
@@ -110,9 +116,10 @@ class Refcounts:
 
     async def _write_block(self, index: int) -> None:
         block = self._blocks[index]
-        if block.is_changed:
-            await self._stability.write(self.block_offset(index), block.data)
-            block.is_changed = False
+        if changed := block.changed:  # no more than that: the rest may be a hole, which takes space when it is written
+            content = bytes(block.data[changed.start : changed.stop])
+            await self._stability.write(self.block_offset(index) + changed.start, content)
+            block.changed = range(0)
 
     async def content(self, index: int) -> bytes | None:
         """The counts of block *index*, None where all are zero; the caller holds `mutex`."""
@@ -191,14 +198,29 @@ class Refcounts:
     async def raise_by(self, tally: Tally) -> None:
         """Add what *tally* counts, for which there is room; written on return, unless lazy. The caller holds `mutex`.
 
-        Raises: OSError; then some counts are too high.
+        Raises: OSError; then nothing has changed in memory, though counts may have risen in the file; `are_too_high`
+        if that could not be.
         """
-        for index in self._indexes(tally):
-            block = await self._block(index)
-            tally.raise_counts(block.view, self._order, index * self.per_block, self.per_block)
-            block.is_changed = True
-            if not self._is_lazy:
-                await self._write_block(index)
+        raised: list[int] = []
+        try:
+            for index in self._indexes(tally):
+                await self._change_block(tally, index, 1)
+                raised.append(index)
+                if not self._is_lazy:
+                    await self._write_block(index)
+        except OSError:
+            self.are_too_high = True
+            for index in raised:
+                await self._change_block(tally, index, -1)
+            self.are_too_high = False
+            raise
+
+    async def _change_block(self, tally: Tally, index: int, sign: int) -> None:
+        """Add what *tally* counts in one block, or take it back."""
+        block, first = await self._block(index), index * self.per_block
+        entries = tally.next(first) or 0, tally.end(first + self.per_block) - 1
+        tally.change_counts(block.view, self._order, first, self.per_block, sign)
+        block.mark(self._sectors(*(entry - first for entry in entries)))
 
     def _indexes(self, tally: Tally) -> Iterator[int]:
         """The blocks in which *tally* counts something."""
@@ -225,8 +247,7 @@ class Refcounts:
             cluster = index * self.per_block + entries[0]
             raise OverflowError(f"no refcount block counts cluster {cluster}, which is referenced")
         block = await self._block(index)
-        start, stop = ((entry << self._order) // 8 // SECTOR_SIZE * SECTOR_SIZE for entry in (entries[0], entries[-1]))
-        sectors = slice(start, stop + SECTOR_SIZE)
+        sectors = self._sectors(entries[0], entries[-1])
         old = bytes(block.data[sectors])
         view = ffi.from_buffer("uint64_t[]", entries)
         done = lib.refcount_add(block.view, self._order, view, len(entries), delta)
@@ -236,9 +257,14 @@ class Refcounts:
             cluster = index * self.per_block + entries[done]
             raise OverflowError(f"refcount {value} of cluster {cluster}, limit {self.max_value}")
         if self._is_lazy:
-            block.is_changed = True
+            block.mark(sectors)
         else:
             await self._write_sectors(index, block, sectors, old)
+
+    def _sectors(self, first: int, last: int) -> slice:
+        """The bytes of a block, whole sectors, that have its entries from *first* to *last*."""
+        start, stop = ((entry << self._order) // 8 // SECTOR_SIZE * SECTOR_SIZE for entry in (first, last))
+        return slice(start, stop + SECTOR_SIZE)
 
     async def _write_sectors(self, index: int, block: Block, sectors: slice, old: bytes) -> None:
         """Write changed *sectors* of *block*, or make them *old* again."""
@@ -246,7 +272,7 @@ class Refcounts:
             await self._stability.write(self.block_offset(index) + sectors.start, bytes(block.data[sectors]))
         except OSError:
             block.data[sectors] = old
-            block.is_changed = True  # a part of it may have reached the file
+            block.mark(sectors)  # a part of it may have reached the file
             raise
 
     async def create_block(self, index: int, cluster: int) -> None:

@@ -24,7 +24,7 @@ class Root:
     def __init__(self, header: Header, stability: Stability, *, is_lazy: bool) -> None:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
-        self._is_unsound = False  # flags or counts on the disk are wrong in another way
+        self._nunsound = 0  # changes that are under way or failed: flags or counts on the disk are wrong in another way
         self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
         self.breakable = layout.PROMISES ^ header.kept_promises
         self.broken_promises = self.breakable  # the autoclear bits that a change breaks
@@ -65,11 +65,11 @@ class Root:
                 word = self.header.record.incompatible_features
                 await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
             self._must_mark = False
-            self._is_unsound = True
+            self._nunsound += 1
 
     async def end_unsound(self) -> None:
-        """Flags and counts on the disk are right again, unless they are lazy."""
-        self._is_unsound = False
+        """Flags and counts on the disk are right again, unless they are lazy: for each `begin_unsound` that was."""
+        self._nunsound -= 1
         if not self.is_lazy:
             await self.mark_clean()
 
@@ -88,7 +88,7 @@ class Root:
     async def mark_clean(self) -> None:
         """Clear the dirty bit, if it is set and nothing unsound; stable on return, everything else is so already."""
         async with self._mutex.hold():
-            if self.header.is_dirty and not self._is_unsound:
+            if self.header.is_dirty and not self._nunsound:
                 word = self.header.record.incompatible_features
                 await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
 

@@ -132,13 +132,13 @@ uint64_t tally_fits(const struct tally *tally, const uint8_t *block, uint32_t or
     return n;
 }
 
-void tally_raise(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n)
+void tally_change(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n, int sign)
 {
     for (uint64_t i = 0; i < n; i++) {
         uint32_t count = tally_count(tally, first + i);
 
         if (count)
-            refcount_set(block, order, i, refcount_get(block, order, i) + count);
+            refcount_set(block, order, i, refcount_get(block, order, i) + (uint64_t)((int64_t)count * sign));
     }
 }
 

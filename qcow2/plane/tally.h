@@ -44,8 +44,8 @@ uint64_t tally_next(const struct tally *tally, uint64_t from, uint32_t roles);
 /* Whether the refcounts in block, whose first entry counts cluster `first`, can hold what n clusters count besides; the
  * index of the first that cannot, else n. */
 uint64_t tally_fits(const struct tally *tally, const uint8_t *block, uint32_t order, uint64_t first, uint64_t n);
-/* Add what n clusters count to the refcounts in block, which fit. */
-void tally_raise(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n);
+/* Add what n clusters count to the refcounts in block, which fit; sign -1: take it away. */
+void tally_change(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n, int sign);
 /* One past the last cluster below end that has a count. */
 uint64_t tally_end(const struct tally *tally, uint64_t end);
 /* The first of the earliest n consecutive clusters without a count, which may lie past nclusters. */

@@ -97,9 +97,12 @@ class Tally:
         index = lib.tally_fits(self._tally, block, refcount_order, first, nentries)
         return first + index if index < nentries else None
 
-    def raise_counts(self, block: Pointer, refcount_order: int, first: int, nentries: int) -> None:
-        """Add what we counted from cluster *first* on to the refcounts in *block*, which can hold it."""
-        lib.tally_raise(self._tally, block, refcount_order, first, nentries)
+    def change_counts(self, block: Pointer, refcount_order: int, first: int, nentries: int, sign: int) -> None:
+        """Add what we counted from cluster *first* on to the refcounts in *block*, which can hold it; or take it away.
+
+        *sign*: 1 or -1.
+        """
+        lib.tally_change(self._tally, block, refcount_order, first, nentries, sign)
 
     def find_free(self, nclusters: int) -> int:
         """The first of the earliest *nclusters* consecutive clusters without a reference."""

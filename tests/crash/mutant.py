@@ -193,7 +193,7 @@ def refcounts_are_not_written(patch: Patch) -> None:
     """Law 4, accurate."""
 
     async def keep(self: Refcounts, index: int, block: Any, sectors: slice, old: bytes) -> None:
-        block.is_changed = True
+        block.mark(sectors)
 
     patch.setattr(Refcounts, "_write_sectors", keep)
 

@@ -1,7 +1,9 @@
 """Internal snapshots of a disk that is in use: what they hold, also after a kill, and what is refused."""
 
+import errno
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,14 +11,17 @@ import pytest
 import qcow2
 from tests.bitmapreader import bitmaps_of
 from tests.ctl import ctl, told
-from tests.frontend import FrontEnd
+from tests.frontend import FLUSH, OK, FrontEnd
 from tests.load import Load
 from tests.oracle import assert_clean, assert_not_corrupt, peers, qemu_img
 from tests.program import DAEMON, Daemon, qcow2_tool_ok
+from tests.realfault.host import WRITE, Fault, Host
+from vhost.client import Control, ControlError
 
 MIB = 1 << 20
 SIZE = 8 * MIB
 BLOCK = 4096
+CALLS = 48  # more than a snapshot takes of the host
 
 
 def start(image: Path, *options: str) -> Daemon:
@@ -142,3 +147,36 @@ def test_going_back_while_no_guest_is_there(image: Path) -> None:
             assert guest.read(0, BLOCK) == b"a" * BLOCK
         daemon.stop()
     assert_clean(image)
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+@pytest.mark.parametrize("options", ["refcount_bits=2", "refcount_bits=2,lazy_refcounts=on"])
+def test_a_snapshot_that_finds_no_room_changes_nothing(tmp_path: Path, options: str, for_good: bool) -> None:
+    """Whichever write fails: no count stays raised, which would end at the limit of refcounts of 2 bits."""
+    image = tmp_path / "disk"
+    qcow2_tool_ok("create", "-o", options, image, str(SIZE))
+    host = Host(image, Fault(errno.ENOSPC, for_good=for_good), tmp_path / "told")
+    daemon = Daemon(image, f"--control={image}.control", "--aio=threads", f"--link-log={tmp_path}", under=host.under)
+    with daemon, FrontEnd(daemon.socket_path) as guest, Control(f"{image}.control") as client:
+        load = Load(guest, SIZE // BLOCK)
+        load.run(100)
+        load.drain()
+        assert guest.do(FLUSH).status == OK
+        hits = []
+        for at in range(CALLS):
+            host.aim(at)
+            host.arm()
+            with suppress(ControlError):
+                client.internal_snapshots.create(f"of {at}")
+            host.arm(False)
+            hits.append(host.hit)
+            for made in client.internal_snapshots:
+                client.internal_snapshots.delete(made["name"])
+        assert hits.count(WRITE) > 4
+        assert host.hit == 0  # what is behind the last call has been tried
+        load.run(100)
+        load.drain()
+        daemon.stop()
+    qcow2.open(image, writable=True).close()  # what could not be taken back is repaired
+    assert_clean(image)
+    assert content(image) == load.expected()

@@ -73,6 +73,7 @@ class Host:
     def aim(self, count: int) -> None:
         """Let the fault strike at the call after the next *count*, those that are not armed left out."""
         self._told.at = self._told.seen + count + 1
+        self._told.hit = 0
 
     @property
     def hit(self) -> int:
