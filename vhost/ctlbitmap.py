@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from qcow2.format.header import printable
 from vhost.argument import Parser, UsageError
 from vhost.client import Control
 from vhost.clientbitmaps import LiveBitmap
@@ -113,7 +111,7 @@ def _moment(snapshot: dict[str, Any]) -> str:
 
 def _shown(name: str) -> str:
     """A name of the image's, on one line of a terminal."""
-    return printable(os.fsencode(name))
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def run_snapshot_internal(control: Control, request: dict[str, Any]) -> int:

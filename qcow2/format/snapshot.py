@@ -106,8 +106,10 @@ class Choice:
 def find_snapshot(path: str, table: SnapshotTable, wanted: str | Choice, *, by_id: bool = True) -> Snapshot:
     """The first snapshot whose id, with *by_id*, or else whose name is *wanted*.
 
-    Raises: FileNotFoundError.
+    Raises: FileNotFoundError; TypeError for what is neither: None would choose any.
     """
+    if not isinstance(wanted, str | Choice):
+        raise TypeError(f"a snapshot is chosen by its id or name, not by {wanted!r}")
     choices = [wanted] if isinstance(wanted, Choice) else [Choice(id=wanted)] * by_id + [Choice(name=wanted)]
     found = [each for choice in choices for each in table.snapshots if choice.is_met_by(each)]
     if not found:

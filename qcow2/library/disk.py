@@ -35,7 +35,7 @@ from qcow2.library.own_thread import OwnThread
 from qcow2.library.snapshots import SnapshotList
 from qcow2.node.chain import Chain
 from qcow2.node.extent import Extent, extents_of
-from qcow2.node.gate import ANY, Gate
+from qcow2.node.gate import Gate
 from qcow2.node.node import Node
 
 T = TypeVar("T")
@@ -392,7 +392,7 @@ def open_disk(
         progress=progress,
         log_directory=log_directory,
         discard_log=discard_log,
-        gate=ANY if allow_files is None else Gate(*2 * [tuple(allow_files)]),
+        gate=Gate.beneath(allow_files),
         on_wait=on_wait,
         reaches_exports=True,
     )

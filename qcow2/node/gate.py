@@ -6,6 +6,7 @@ that is open then, so nobody can exchange it in between.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qcow2.driver.file import HostFile
@@ -31,6 +32,15 @@ class Gate:
 
     directories: tuple[str, ...] | None = None  # beneath which backing files lie; None: anywhere
     data_directories: tuple[str, ...] | None = None  # the same of data files, which an image has written to
+
+    @classmethod
+    def beneath(cls, directories: Iterable[str] | None) -> "Gate":
+        """For all files alike. Raises: TypeError for a text, whose letters would be directories, `/` among them."""
+        if directories is None:
+            return ANY
+        if isinstance(directories, str | bytes):
+            raise TypeError(f"allow_files is a list of directories, not {directories!r}")
+        return cls(*2 * [tuple(directories)])
 
     def way(self, namer: str, role: str, name: str) -> str:
         """The path of the file that the image at *namer* calls *name*; *role* is BACKING or DATA.

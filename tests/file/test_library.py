@@ -164,3 +164,10 @@ def test_what_is_read_is_an_object_of_its_own(tmp_path: Path, nbytes: int) -> No
         disk.write(65_000, b"x" * 80_000)
         assert (read, hash(read)) == (b"\xa7" * nbytes, hash(b"\xa7" * nbytes))
     assert (bytes(1), bytes(2), b"") == (b"\0", b"\0\0", bytes(0))
+
+
+def test_a_directory_is_not_taken_for_its_letters(tmp_path: Path) -> None:
+    """Among which is the root: every file would be allowed."""
+    qcow2.create(tmp_path / "disk", 1 << 20)
+    with pytest.raises(TypeError, match="allow_files is a list of directories, not '/tmp'"):
+        qcow2.open(tmp_path / "disk", allow_files="/tmp")

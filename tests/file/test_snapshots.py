@@ -183,6 +183,8 @@ def test_a_name_that_is_not_there(tmp_path: Path) -> None:
         for act in (disk.apply_snapshot, disk.delete_snapshot):
             with pytest.raises(FileNotFoundError, match="'two' not found"):
                 act("two")
+            with pytest.raises(TypeError, match="not by None"):
+                act(None)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="256 bytes, limit 255"):
             disk.create_snapshot("n" * 256)
         with pytest.raises(ValueError, match="has a zero byte"):
