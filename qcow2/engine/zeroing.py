@@ -67,8 +67,11 @@ class Zeroer(Part):
             guest_offset += run.nbytes
 
     async def cover(self, guest_offset: int, end: int) -> None:
-        """Say zeros, or hold them where version 2 cannot, for a run of one slice that maps nothing; it is locked."""
-        if not self._mapping.cache.can_say_zeros:
+        """Say zeros, or hold them where version 2 cannot, for a run of one slice that maps nothing; it is locked.
+
+        Version 2 without a backing file says zeros by mapping nothing, which is not said any more over another one.
+        """
+        if self._geometry.version < 3:
             for start in range(guest_offset, end, STEP):
                 await self._writer.write_held(start, MemoryBuffer(zeroed(min(STEP, end - start))))
         elif self._geometry.has_subclusters:

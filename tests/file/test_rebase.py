@@ -242,3 +242,16 @@ def test_files_are_told_by_what_is_open(tmp_path: Path) -> None:
     qcow2.rebase(top, new, backing_format="raw", progress=exchange)
     (tmp_path / "kept").replace(new)
     assert qemu_read(top) == b"1" * MIB
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_an_image_over_nothing_keeps_its_zeros_over_another(tmp_path: Path, compat: str) -> None:
+    """Version 2 says them by mapping nothing; qemu-img 7.2 and 11.1 let the other show there."""
+    path, other = tmp_path / "disk", tmp_path / "other"
+    other.write_bytes(b"o" * (1 << 20))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"compat={compat}", path, "2M")
+    qemu_io(path, "write -P 7 100k 30k")
+    qemu_img("convert", "-O", "raw", path, tmp_path / "before")
+    qcow2_tool_ok("rebase", "-b", other, "-F", "raw", path)
+    assert qemu_img("compare", "-f", "raw", "-F", "qcow2", tmp_path / "before", path).returncode == 0
+    assert_clean(path)
