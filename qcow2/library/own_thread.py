@@ -92,7 +92,10 @@ class OwnThread:
         """Return what *function* returns, raise what it raises; *interrupted* is called each time the caller is.
 
         What is called in a turn is a part of that.
+        Raises: RuntimeError once the interpreter ends: no thread runs any more that could do it.
         """
+        if sys.is_finalizing():
+            raise RuntimeError("the interpreter ends: a disk was not closed before")
         if self._is_here or not self._can_start():
             with self._turn:
                 return function()
@@ -106,9 +109,12 @@ class OwnThread:
     def begin(self, function: Callable[[], None]) -> bool:
         """Have *function* called in its turn, which comes after what was called or begun before; raises nothing.
 
-        Once it is stopped, or being so: False, and *function* is not called. Never waits while there is a thread.
+        Once it is stopped, or being so, or the interpreter ends: False, and *function* is not called. Never waits
+        while there is a thread.
         Where none can start, and in the child of a fork, it has been called on return, and takes its turns itself.
         """
+        if sys.is_finalizing():
+            return False
         if not self.is_ours or self._is_here:
             function()
         elif self._can_start():

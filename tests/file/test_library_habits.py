@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 import qcow2
 from qcow2.error import MetadataOverlap, UnknownFeatures
+from tests.patience import TIMEOUT
 
 SIZE = 1 << 20
 
@@ -104,3 +107,19 @@ def test_what_is_printed_names_the_image(path: Path) -> None:
 
 def test_a_listing_shows_what_is_for_others() -> None:
     assert {name for name in dir(qcow2) if not name.startswith("_")} == {*qcow2.__all__} - {"__version__"}
+
+
+USED_AT_THE_END = {
+    "a file": "f = disk.file(); f.write(b'x')",
+    "a buffered file": "import io; f = io.BufferedWriter(disk.file()); f.write(b'x')",
+    "a generator": "def use():\n with disk:\n  yield\nheld = use(); next(held)",
+    "a finalizer": "class Held:\n def __del__(self, disk=disk):\n  disk.write(0, b'y'); disk.close()\nheld = Held()",
+}
+
+
+@pytest.mark.parametrize("program", USED_AT_THE_END.values(), ids=USED_AT_THE_END)
+def test_an_interpreter_that_ends_waits_for_no_disk(path: Path, program: str) -> None:
+    """No thread runs any more then: who asks for one would wait for ever."""
+    opened = f"import qcow2; disk = qcow2.open({str(path)!r}, 'r+'); disk.write(0, b'x')"
+    done = subprocess.run([sys.executable, "-c", f"{opened}\n{program}"], capture_output=True, timeout=TIMEOUT)
+    assert done.returncode == 0
