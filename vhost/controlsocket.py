@@ -154,13 +154,16 @@ class Control:
     def _serve_clients(self) -> None:
         while True:
             ready = self._wait()
+            has_answered = False
             if self._event_fd in ready:
                 os.eventfd_read(self._event_fd)
                 self._admit()
-                self._answer_done()
+                has_answered = self._answer_done()
             if self._stop_fd in ready:
                 break
             self._tell_events()
+            if has_answered:
+                continue  # those who waited were not looked at, and may come before those who did not
             for client in [client for fd, client in self._clients.items() if fd in ready]:
                 self._serve(client)
         for client in list(self._clients.values()):
@@ -232,8 +235,9 @@ class Control:
             self._done.append((client, answer))
             os.eventfd_write(self._event_fd, 1)
 
-    def _answer_done(self) -> None:
-        """Let the next command come."""
+    def _answer_done(self) -> bool:
+        """Let the next command come, if one is done; whether it is."""
+        is_done = bool(self._done)
         while self._done:
             client, answer = self._done.popleft()
             self._is_acting = False
@@ -242,6 +246,7 @@ class Control:
             if client in self._clients.values():
                 client.unsent += answer
                 self._serve(client)
+        return is_done
 
     def _reply(self, client: Client, request: dict[str, Any] | str) -> dict[str, Any]:
         if isinstance(request, str):

@@ -383,6 +383,8 @@ def test_what_waits_for_nobody_is_answered_while_a_command_of_another_runs(contr
 def test_client_of_many_commands_lets_another_come_between(control: Path) -> None:
     with at_work(control) as (busy, first), ExitStack() as stack:
         others = [stack.enter_context(Control(control)) for _ in range(3)]
+        for other in others:
+            other.ask(AT_ONCE[0])  # it is greeted before it is among those who are read
         first.sendall(b'{"from": "first"}\n' * 20)
         for number, other in enumerate(others):
             other.send("flush", number=number)
