@@ -188,6 +188,9 @@ def undisturbed(function: Callable[[], T], pace: Pace) -> T:
     thread = OwnThread()
     try:
         return thread.call(function, pace.cancel)
+    except BaseException:  # perhaps an interrupt that came before we waited
+        pace.cancel()
+        raise
     finally:
         thread.stop()
 

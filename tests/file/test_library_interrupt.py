@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import qcow2
+from qcow2.job.pace import Pace
 from tests.oracle import assert_clean, qemu_img, qemu_io
 from tests.program import TIMEOUT
 
-NBYTES = 8 << 20
+NBYTES = 40 << 20  # half of it is more than is under way at a time
 JOBS: dict[str, Callable[..., None]] = {
     "commit": qcow2.commit,
     "rebase": lambda path, **how: qcow2.rebase(path, None, **how),
@@ -59,20 +60,27 @@ def test_a_signal_breaks_into_no_step_of_a_job(overlay: Path, job: str) -> None:
 
 
 @pytest.mark.parametrize("job", [*JOBS])
-def test_an_interrupted_job_ends_and_the_disk_is_as_it_was(overlay: Path, job: str) -> None:
+def test_an_interrupted_job_ends_and_the_disk_is_as_it_was(
+    overlay: Path, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[tuple[int, int]] = []
-    came = threading.Event()
+    is_cancelled = threading.Event()
+    cancel = Pace.cancel
 
     def interrupt(number: int, frame: FrameType | None) -> Any:
-        came.set()
         raise KeyboardInterrupt
+
+    def cancel_and_tell(pace: Pace) -> None:
+        cancel(pace)
+        is_cancelled.set()
 
     def progress(done: int, total: int) -> None:
         told.append((done, total))
         if len(told) == 2:
             os.kill(os.getpid(), signal.SIGUSR2)
-            came.wait(TIMEOUT)
+            is_cancelled.wait(TIMEOUT)  # or it might have ended before its caller had a turn
 
+    monkeypatch.setattr(Pace, "cancel", cancel_and_tell)
     before = signal.signal(signal.SIGUSR2, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
