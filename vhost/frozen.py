@@ -31,6 +31,7 @@ MOST_BYTES = 64 << 20  # before a request of the guest does
 AWAITED_BYTES = 256 << 20  # before one does that somebody awaits: a resize, or the end
 PATIENCE_SECONDS = 10.0  # of such a request, while the target takes nothing
 SET = re.compile(rb"[^\0]")
+NOT_FULL = re.compile(rb"[^\xff]")
 
 
 @dataclass(slots=True)
@@ -98,9 +99,15 @@ class Wanted:
 
     def run_end(self, first: int, end: int) -> int:
         """Where the run that *first* is in ends, *end* at the latest."""
-        while first < end and self.bits[first // 8] >> first % 8 & 1:
-            first += 1
-        return first
+        chunk = first
+        while chunk < end and self.bits[chunk // 8] >> chunk % 8 & 1:
+            chunk += 1
+            if chunk % 8 == 0 and chunk < end:
+                found = NOT_FULL.search(self.bits, chunk // 8, -(-end // 8))
+                if found is None:
+                    return end
+                chunk = max(chunk, found.start() * 8)
+        return min(chunk, end)
 
 
 class Frozen:

@@ -46,6 +46,7 @@ class Mirror:
         self._only_top = only_top
         nchunks = -(-source.size // CHUNK)
         self._behind = bytearray(b"\1" * nchunks)
+        self._nbehind = nchunks  # which are too many to be counted at each step
         self._untouched = bytearray(b"\1" * nchunks if is_new and not only_top else nchunks)  # reads as zeros there
         self._trouble: OSError | ImageError | None = None  # of a change that the target did not take
         self._has_failed = False  # `catch_up` has said why, and was not begun again
@@ -118,7 +119,11 @@ class Mirror:
 
     def _tell(self, pace: Pace) -> None:
         size = self._source.size
-        pace.tell(max(0, size - self._behind.count(1) * CHUNK), size)
+        pace.tell(max(0, size - self._nbehind * CHUNK), size)
+
+    def _set_behind(self, first: int, end: int, *, is_behind: bool) -> None:
+        self._nbehind += is_behind * (end - first) - self._behind.count(1, first, end)
+        self._behind[first:end] = bytes([is_behind]) * (end - first)
 
     # copying
 
@@ -137,7 +142,7 @@ class Mirror:
                     nbytes = min(extent.nbytes, CHUNK - offset % CHUNK)
                     await self._copy(offset, nbytes)
                 offset += nbytes
-            self._behind[chunk : chunk + nchunks] = bytes(nchunks)
+            self._set_behind(chunk, chunk + nchunks, is_behind=False)
         self._tell(pace)
 
     async def _copy(self, offset: int, nbytes: int) -> None:
@@ -248,7 +253,7 @@ class Mirror:
 
     def _fall_behind(self, offset: int, nbytes: int, trouble: OSError | ImageError | None = None) -> None:
         first, last = offset // CHUNK, (offset + nbytes - 1) // CHUNK
-        self._behind[first : last + 1] = b"\1" * (last + 1 - first)
+        self._set_behind(first, last + 1, is_behind=True)
         if not self._is_broken:  # else the reason is told once
             self._trouble = trouble or self._trouble
         self.on_behind()

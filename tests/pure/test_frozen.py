@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,18 @@ def test_wanted_chunks_are_found_and_counted() -> None:
     wanted.clear(0, 35)
     assert [wanted.next(0, end) for end in (35, 36, 200)] == [35, 35, 35]
     assert wanted.nbytes(100 * CHUNK + 1) == 6 * CHUNK + 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_of_what_is_wanted_end_where_bits_do(seed: int) -> None:
+    draw = random.Random(seed)
+    runs = [(bool(number % 2), draw.choice((1, 3, 8, 9, 64, 300))) for number in range(12)]
+    bits = [is_set for is_set, count in runs for _ in range(count)]
+    wanted = Wanted(len(bits) * CHUNK, [])
+    wanted.bits[:] = bytes(
+        sum(bits[at + bit] << bit for bit in range(8) if at + bit < len(bits)) for at in range(0, len(bits), 8)
+    )
+    for first in range(len(bits)):
+        for end in (len(bits), first + 1, min(first + 70, len(bits))):
+            assert wanted.next(first, end) == next((at for at in range(first, end) if bits[at]), end)
+            assert wanted.run_end(first, end) == next((at for at in range(first, end) if not bits[at]), end)
