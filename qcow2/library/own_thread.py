@@ -17,6 +17,8 @@ from qcow2.job.pace import Pace
 
 T = TypeVar("T")
 
+LOOK_SECONDS = 0.5  # until a signal is seen that came right before the caller began to wait: it wakes nobody
+
 _taking = threading.local()  # jobs: the queue that a thread is there for
 
 
@@ -60,7 +62,7 @@ class _Job:
             try:
                 if interrupt is not None:
                     interrupted()
-                self._done.acquire()
+                self._done.acquire(timeout=LOOK_SECONDS)
             except BaseException as error:  # raised by a signal handler of the caller's, here or there
                 interrupt = error
         failure, self._error = interrupt or self._error, None
