@@ -236,5 +236,5 @@ survey: guest-packages $(VENV)/installed
 
 .PHONY: help
 help:
-	@echo "make demo: a guest on a disk of ours; make test: every test; and:"
+	@echo "make install: programs, manual, completion, units; make demo: a guest on a disk of ours; make test: every test"
 	@sed -n 's/^| `\(make .*\)` | \(.*\) |$$/\1: \2/p' README.md | tr -d '`'

@@ -51,10 +51,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             warn_of_waiting(file)
         if not report.check_errors and not report.corruptions and not arguments.force_share:
             warn_of_rest(file)
-    if arguments.output == "json":
-        print_json(_facts(report, image.path))
-    elif not arguments.quiet:
-        print("\n".join(_lines(report)))
+    if not arguments.quiet:
+        _print(report, image.path, is_json=arguments.output == "json")
     if report.is_dark:
         say(f"{image.path}: {IN_THE_DARK}")
     elif report.is_dirty and not report.check_errors and not is_qemu_img():
@@ -127,6 +125,13 @@ def _status(report: Report) -> int:
     if report.corruptions:
         return 2
     return 3 if report.leaks else 0
+
+
+def _print(report: Report, path: str, *, is_json: bool) -> None:
+    if is_json:
+        print_json(_facts(report, path))
+    else:
+        print("\n".join(_lines(report)))
 
 
 def _facts(report: Report, path: str) -> dict[str, int | str]:

@@ -11,8 +11,8 @@ import pytest
 
 import qcow2
 from tests.builder import Built, Recipe, build
-from tests.oracle import assert_clean, qemu_check
-from tests.program import qcow2_tool
+from tests.oracle import assert_clean, qemu_check, qemu_img
+from tests.program import qcow2_tool, qcow2_tool_ok
 
 COPIED = 1 << 63
 OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -48,6 +48,13 @@ def test_a_sound_image_gets_qemus_report(tmp_path: Path, cluster_bits: int, refc
     report = ours(tmp_path / "a")
     assert report == qemu_check(tmp_path / "a")
     assert report[0] == 0
+
+
+@pytest.mark.parametrize("output", ["human", "json"])
+def test_quiet_is_as_quiet_as_qemu(tmp_path: Path, output: str) -> None:
+    qcow2.create(tmp_path / "a", 1 << 20)
+    words = "check", "-q", f"--output={output}", "-f", "qcow2", tmp_path / "a"
+    assert qcow2_tool_ok(*words) == qemu_img(*words).stdout == ""
 
 
 def test_version_2_snapshots_and_bitmaps_get_qemus_report(tmp_path: Path) -> None:
