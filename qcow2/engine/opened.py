@@ -33,6 +33,11 @@ class OpenOptions:
     has_data: bool = True  # else an encrypted image opens without a key, and only its mapping can be looked at
     has_below: bool = True  # else its backing file is not opened, and nobody may look at what would show through
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a size that is none."""
+        if self.cache_size < 0:
+            raise ValueError(f"cache_size {self.cache_size} is not a number of bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:

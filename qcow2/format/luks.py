@@ -26,6 +26,7 @@ MAX_ITERATIONS = 1 << 27  # some minutes: what an image asks of us has to end
 MAX_ALL_ITERATIONS = 2 * MAX_ITERATIONS  # of all key slots that are on, each with the digest: a wrong key tries them
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160", "md5", "sm3")
 DEFAULT_ITER_TIME_MS = 2000
+MAX_ITER_TIME_MS = 60_000
 MODES = ("ecb", "cbc", "ctr", "xts")
 IV_GENERATORS = ("plain", "plain64", "essiv")
 ONE_KEY = {  # bytes, of the ciphers that libcrypto always has, and of those that libgcrypt has
@@ -297,7 +298,11 @@ class Encryption:
     iterations: int | None = None  # that do so, if they are not to be found out
 
     def __post_init__(self) -> None:
+        """Raises: ValueError."""
         require_passphrase(self.passphrase)
+        if not 0 <= self.iter_time_ms <= MAX_ITER_TIME_MS:
+            limits = f"from 0 to {MAX_ITER_TIME_MS}"
+            raise ValueError(f"iter_time {self.iter_time_ms} is not a number of milliseconds {limits}")
 
     @property
     def nbytes(self) -> int:

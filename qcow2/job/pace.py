@@ -29,6 +29,9 @@ class Pace:
     """Shared by a job and whoever started it; both on the job's thread, but for `cancel`."""
 
     def __init__(self, progress: Progress | None = None, rate: int = 0) -> None:
+        """Raises: ValueError for a *rate* below 0."""
+        if rate < 0:
+            raise ValueError(f"rate {rate} is not a number of bytes a second, or 0 for as fast as it goes")
         self._progress = progress
         self._rate = rate  # bytes a second; 0: as fast as it goes
         self._started = time.monotonic()

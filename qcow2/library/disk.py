@@ -231,7 +231,7 @@ class Disk(AwaitableDisk):
         return extents_of(self.image, offset, end, self._run)
 
     def clean(self) -> None:
-        """Leave the image clean on the disk, and no link log; its files stay open, and it is read from then on only.
+        """Leave the image clean, and no link log; its files stay open, and nothing but to close it is left to be asked.
 
         Raises: OSError if a write or sync failed, now or before; BelowUnclean if only of a base that was committed to.
         """

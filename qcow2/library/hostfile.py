@@ -96,8 +96,10 @@ def are_one_file(path: str, other: str) -> bool:
 def path_of_descriptor(fd: int) -> str:
     """A path that leads to the file of *fd*: its own, so that names relative to it are found, while it has one.
 
-    Raises: OSError.
+    Raises: OSError; TypeError for True and False, which are numbers as well, and meant as something else.
     """
+    if isinstance(fd, bool):
+        raise TypeError(f"{fd} is neither a path nor a file descriptor")
     status = os.fstat(fd)
     path = os.readlink(f"/proc/self/fd/{fd}")
     if os.path.exists(path) and os.path.samestat(os.stat(path), status):

@@ -55,6 +55,7 @@ def create(
     Raises: ValueError for what cannot be; TypeError; OSError, ImageError. A file that was not there is gone then.
     """
     name = os.fsdecode(path)
+    _require_flags(lazy_refcounts=lazy_refcounts, extended_l2=extended_l2, data_file_raw=data_file_raw)
     if format not in FORMATS:
         raise ValueError(f"{name}: format {format!r} cannot be created, only {', '.join(FORMATS)}")
     encryption = None if key is None else Encryption(DEFAULT_SPEC, "sha256", bytes(phrase_of(key)), iter_time)
@@ -210,6 +211,13 @@ def _power(name: str, value: int, low: int, high: int) -> int:
     if value & (value - 1) or not low <= value <= high:
         raise ValueError(f"{name} {value} is not a power of two from {low} to {high}")
     return value.bit_length() - 1
+
+
+def _require_flags(**given: object) -> None:
+    """Raises: TypeError for "off", which would be taken for True."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} {value!r} is not True or False")
 
 
 def refuse_others(what: str, function: Callable[..., None], **given: object) -> None:

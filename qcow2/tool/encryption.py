@@ -5,6 +5,7 @@ from qcow2.format.luks import (
     DEFAULT_ITER_TIME_MS,
     HASHES,
     IV_GENERATORS,
+    MAX_ITER_TIME_MS,
     MODES,
     ONE_KEY,
     STRIPES,
@@ -24,7 +25,6 @@ LUKS_OPTIONS = {  # kind, caption
     "iter-time": ("<num>", "Time to spend in PBKDF in milliseconds"),
 }
 ALGORITHMS = {f"{name}-{nbytes * 8}": (name, nbytes) for name, keys in ONE_KEY.items() for nbytes in keys}
-MAX_ITER_TIME_MS = 60_000
 
 
 def captions(prefix: str = "") -> dict[str, str]:

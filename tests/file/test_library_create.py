@@ -124,11 +124,19 @@ def test_over_what_a_data_file_holds(tmp_path: Path) -> None:
         ({"extended_l2": True, "cluster_size": 4096}, "extended_l2 on needs clusters of 16384 bytes"),
         ({"extended_l2": True, "compat": "0.10"}, "needs 1.1"),
         ({"data_file_raw": True}, "data-file-raw requires data-file"),
+        ({"key": KEY, "iter_time": -1}, "iter_time -1 is not a number of milliseconds from 0 to 60000"),
     ],
 )
 def test_what_cannot_be_made_is_refused(tmp_path: Path, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         qcow2.create(tmp_path / "disk", MIB, **options)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["lazy_refcounts", "extended_l2", "data_file_raw"])
+def test_off_is_not_taken_for_true(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} 'off' is not True or False"):
+        qcow2.create(tmp_path / "disk", MIB, **{name: "off"})  # type: ignore[arg-type]
     assert [*tmp_path.iterdir()] == []
 
 

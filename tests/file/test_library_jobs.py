@@ -68,7 +68,17 @@ def test_rebase_refuses_a_format_that_is_none(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_numbers_that_count_nothing_are_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="cache_size -1 is not a number of bytes"):
+        qcow2.open(path, cache_size=-1)
+    with pytest.raises(ValueError, match="rate -1 is not a number of bytes a second"):
+        qcow2.convert(path, path.with_name("new"), rate=-1)
+    assert not path.with_name("new").exists()
+
+
 def test_modes_and_descriptors(path: Path) -> None:
+    with pytest.raises(TypeError, match="True is neither"):
+        qcow2.open(True)  # meant as something else, and a descriptor to isinstance
     with qcow2.open(path, "r+") as disk:
         disk.write(0, b"x")
     with path.open("rb") as file:
