@@ -1,14 +1,15 @@
 """Compare two disks: what differs first, in content or, if asked, in what each image says of the range.
 
-Windows of both disks are compared side by side; the lowest difference counts. Stretches that both disks have as they
-are in two files make a window together: each step of one costs the same, however much it looks at.
+Windows of both disks are compared side by side; what is lowest counts, a difference or a failed read. Stretches that
+both disks have as they are in two files make a window together: each step of one costs the same, however much it looks
+at.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, Equal
@@ -66,7 +67,7 @@ async def compare(one: Node, other: Node, pace: Pace, *, is_strict: bool = False
     """The first difference; what one disk has more than the other must be zeros.
 
     *is_strict* compares the kinds of extents, too, and stops at the end of the shorter disk.
-    Raises: OSError, ImageError, ReadFailed.
+    Raises: ReadFailed, OSError or ImageError of what comes before the first difference.
     """
     return await _Comparison(one, other, pace, is_strict=is_strict).run()
 
@@ -77,12 +78,29 @@ class _Comparison:
         self._pace = pace
         self._is_strict = is_strict
         self._crew = Crew(WIDTH)
-        self._first: Difference | None = None
+        self._first: Difference | ReadFailed | None = None
         self._buffers = Buffers(WINDOW)
         self._gathered: list[Pair] = []  # for the next window in two files
         self._ngathered = 0  # bytes
 
     async def run(self) -> Difference | None:
+        try:
+            await self._walk_both()
+        except (OSError, ImageError):  # of what lies behind all windows
+            await self._end()
+            if self._first is None:
+                raise
+        await self._end()
+        if isinstance(self._first, ReadFailed):
+            raise self._first
+        return self._first
+
+    async def _end(self) -> None:
+        """Return when all windows have ended."""
+        await self._begin_gathered()
+        await self._crew.join()
+
+    async def _walk_both(self) -> None:
         sizes = [image.size for image in self._images]
         end = min(sizes)
         total = end if self._is_strict else max(sizes)
@@ -90,8 +108,6 @@ class _Comparison:
         await self._walk(end)
         if self._first is None and total > end:
             await self._walk_tail(self._images[sizes.index(total)], end, total)
-        await self._crew.join()
-        return self._first
 
     async def _walk(self, end: int) -> None:
         offset = 0
@@ -114,7 +130,6 @@ class _Comparison:
                 stop = min(stop, offset + WINDOW)
                 await self._begin(offset, stop - offset, one, other)
             offset = stop
-        await self._begin_gathered()
 
     async def _walk_tail(self, image: Node, offset: int, end: int) -> None:
         while offset < end and self._first is None:
@@ -125,7 +140,7 @@ class _Comparison:
                 self._pace.advance(nbytes)
             else:
                 nbytes = min(nbytes, WINDOW)
-                await self._crew.start(self._compare_with_zeros(image, offset, nbytes))
+                await self._start(self._compare_with_zeros(image, offset, nbytes))
             offset += nbytes
 
     def _status(self, index: int, extent: Extent) -> tuple[bool, ...]:
@@ -137,11 +152,11 @@ class _Comparison:
     async def _begin(self, offset: int, nbytes: int, one: Extent, other: Extent) -> None:
         """Have the range compared, now or with the next ones."""
         if one.is_zero or other.is_zero:
-            await self._crew.start(self._compare_with_zeros(self._images[one.is_zero], offset, nbytes))
+            await self._start(self._compare_with_zeros(self._images[one.is_zero], offset, nbytes))
             return
         pieces = [await in_one_piece(image, offset, nbytes) for image in self._images]
         if pieces[0] is None or pieces[1] is None:
-            await self._crew.start(self._compare(offset, nbytes))
+            await self._start(self._compare(offset, nbytes))
             return
         pair = Pair(offset, nbytes, pieces[0], pieces[1])
         if self._gathered and not pair.is_beside(self._gathered[0]):
@@ -151,10 +166,19 @@ class _Comparison:
         if self._ngathered >= WINDOW or len(self._gathered) == MAX_PAIRS:
             await self._begin_gathered()
 
+    async def _start(self, window: Coroutine[Any, Any, None]) -> None:
+        await self._crew.start(self._noting_failure(window))
+
+    async def _noting_failure(self, window: Coroutine[Any, Any, None]) -> None:
+        try:
+            await window
+        except ReadFailed as failure:
+            self._note(failure)
+
     async def _begin_gathered(self) -> None:
         gathered, self._gathered, self._ngathered = self._gathered, [], 0
         if gathered:
-            await self._crew.start(self._compare_in_files(gathered))
+            await self._start(self._compare_in_files(gathered))
 
     async def _compare_in_files(self, pairs: list[Pair]) -> None:
         scratch = self._buffers.take()
@@ -205,6 +229,6 @@ class _Comparison:
         if nequal < nbytes:
             self._note(Difference(Found.CONTENT, offset + nequal))
 
-    def _note(self, difference: Difference) -> None:
-        if self._first is None or difference.guest_offset < self._first.guest_offset:
-            self._first = difference
+    def _note(self, found: Difference | ReadFailed) -> None:
+        if self._first is None or found.guest_offset < self._first.guest_offset:
+            self._first = found

@@ -112,14 +112,37 @@ OLDER = [
 
 
 def test_compare_tells_what_it_cannot_read(tmp_path: Path) -> None:
-    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "a", "1M")
-    qemu_io(tmp_path / "a", "write -c -P 6 512k 64k")
-    place = (tmp_path / "a").stat().st_size // 65536 * 65536
-    with (tmp_path / "a").open("r+b") as file:
-        file.seek(place)
-        file.write(b"\xff" * 40)
+    make_unreadable(tmp_path / "a", "1M", "512k")
     status, text = said(TOOL, tmp_path, "compare a a")
     assert (status, "Error while reading offset 524288 of a: " in text) == (4, True)
+
+
+def make_unreadable(path: Path, size: str, where: str, *commands: str) -> None:
+    """An image with a compressed cluster that nobody can expand."""
+    qemu_img("create", "-q", "-f", "qcow2", path, size)
+    qemu_io(path, *commands, f"write -c -P 6 {where} 64k")
+    place = path.stat().st_size // 65536 * 65536
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 40)
+
+
+@pytest.mark.parametrize("peer", peers())
+def test_compare_finds_what_differs_before_what_it_cannot_read(tmp_path: Path, peer: str) -> None:
+    make_unreadable(tmp_path / "a", "8M", "2M", "write -P 5 0 2M")
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "b", "8M")
+    qemu_io(tmp_path / "b", "write -P 7 0 8M")
+    assert said(TOOL, tmp_path, "compare a b") == said(peer, tmp_path, "compare a b")
+
+
+def test_compare_finds_what_differs_before_a_broken_table(tmp_path: Path) -> None:
+    for name, pattern in (("a", 5), ("b", 7)):
+        qemu_img("create", "-q", "-f", "qcow2", tmp_path / name, "1G")
+        qemu_io(tmp_path / name, f"write -P {pattern} 511M 1M", "write -P 5 512M 64k")
+    with (tmp_path / "a").open("r+b") as file:
+        file.seek(int.from_bytes(os.pread(file.fileno(), 8, 40), "big") + 8)
+        file.write((1 << 63 | 1 << 40).to_bytes(8, "big"))
+    assert said(TOOL, tmp_path, "compare a b") == (1, f"Content mismatch at offset {511 * MIB}!\n")
 
 
 ROWS = [
