@@ -56,6 +56,7 @@ def named(
 ) -> Named:
     """What *text*, a file's name, or a list of options, names; *image_format* as it was given with it.
 
+    What is given takes precedence over what json:{...} says, as with QEMU.
     Which of the *secrets* opens it is chosen if it says so.
 
     Raises: Failure.
@@ -65,7 +66,8 @@ def named(
             raise Failure("--image-opts and --format are mutually exclusive")
         return _of_options(dict(_split(text)), text, secrets)
     if text.startswith(PREFIX):
-        return _of_options(_parsed(text), text, secrets)
+        said = _parsed(text)
+        return _of_options(said if image_format is None else {**said, "driver": image_format}, text, secrets)
     path = present_file(text)
     if image_format is None:
         return Named(path, guessed(path, writes=writes))
@@ -137,6 +139,7 @@ def _parsed(text: str) -> dict[str, str]:
 
 def _of_options(given: dict[str, str], text: str, secrets: Secrets) -> Named:
     driver = given.pop("driver", None)
+    host_driver = given.get("file.driver", "file")
     path = next((given.pop(key) for key in PATH_KEYS if key in given), None)
     for key in [*filter(is_tuning, given)]:
         given.pop(key)
@@ -146,15 +149,18 @@ def _of_options(given: dict[str, str], text: str, secrets: Secrets) -> Named:
         raise Failure(f"Could not open '{text}': Cannot find device='{text}' nor node-name='{text}'")
     if driver is not None and driver not in FORMATS:
         raise Failure(f"Could not open '{text}': Unknown driver '{driver}'")
+    if host_driver not in HOST_DRIVERS:
+        raise Failure(f"Could not open '{text}': Unknown protocol '{host_driver}'")
     if path is None:
         raise Failure(f"Could not open '{text}': A block device must be specified for \"file\"")
     if driver is None:
         driver = guessed(path)
     below = {key.removeprefix(BELOW): given.pop(key) for key in [*given] if key.startswith(BELOW)}
+    if below and not FORMATS[driver].has_metadata:
+        raise Failure(f"Could not open '{text}': Driver doesn't support backing files")
     _require_backing(path, below, text, secrets)
-    own = (KEY, HEADER) if FORMATS[driver].has_key_slots else ()
     given.pop("header.driver", None) if HEADER in given else None
-    unknown = [key for key in given if not key.startswith("encrypt.") and key not in own]
+    unknown = [key for key in given if not _is_option_of(driver, key)]
     if unknown:
         raise Failure(f"Could not open '{text}': Block format '{driver}' does not support the option '{unknown[0]}'")
     for key in KEYS:
@@ -163,8 +169,13 @@ def _of_options(given: dict[str, str], text: str, secrets: Secrets) -> Named:
     return Named(path, driver, given)
 
 
+def _is_option_of(driver: str, key: str) -> bool:
+    known = FORMATS[driver]
+    return (known.has_metadata and key.startswith("encrypt.")) or (known.has_key_slots and key in (KEY, HEADER))
+
+
 def _require_backing(path: str, given: dict[str, str], text: str, secrets: Secrets) -> None:
-    """Return if *given*, said of the backing file of the image at *path*, names the one that the image names.
+    """Return if *given*, said of the backing file of the image at *path*, names the one, and the format, that it names.
 
     Raises: Failure.
     """
@@ -175,8 +186,13 @@ def _require_backing(path: str, given: dict[str, str], text: str, secrets: Secre
     from qcow2.library.hostfile import opened
     from qcow2.node.gate import backing_path
 
-    said = _of_options(given, text, secrets).path
+    says_format = "driver" in given
+    said = _of_options(given, text, secrets)
     with opening(path), opened(path, force_share=True) as file:
-        name = run(read_header(file, trust_refcounts=False)).backing_name
-    if name is None or not os.path.exists(said) or not os.path.samefile(said, backing_path(path, name)):
-        raise Failure(f"{path}: {said!r} is not its backing file; `rebase` changes which one that is")
+        header = run(read_header(file, trust_refcounts=False))
+    name = header.backing_name
+    if name is None or not os.path.exists(said.path) or not os.path.samefile(said.path, backing_path(path, name)):
+        raise Failure(f"{path}: {said.path!r} is not its backing file; `rebase` changes which one that is")
+    if says_format and said.image_format != header.backing_format:
+        reason = f"is {header.backing_format}, not {said.image_format}; `rebase -u` changes what it is"
+        raise Failure(f"{path}: its backing file {reason}")

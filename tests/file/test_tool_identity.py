@@ -91,11 +91,55 @@ def test_images_are_named_by_options(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--image-opts", "driver=nbd,file.filename=a"], "Unknown driver 'nbd'"),
         (["--image-opts", "driver=raw,file.filename=a,size=3"], "does not support the option 'size'"),
         (["json:{"], "Could not parse"),
+        (["--image-opts", "driver=raw,file.filename=a,encrypt.format=luks"], "does not support the option 'encrypt"),
+        (["--image-opts", "driver=raw,file.filename=a,file.driver=qcow2"], "Unknown protocol 'qcow2'"),
+        (["-f", "raw", "json:{'driver': 'qcow2', 'file.filename': 'a', 'backing': {'file.filename': 'b'}}"], "backing"),
     ],
 )
 def test_what_no_options_name_is_refused(words: list[str], said: str) -> None:
     done = qcow2_tool("info", *words)
     assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+
+
+@pytest.fixture
+def guests(tmp_path: Path) -> Path:
+    """A guest's raw disk that begins as a qcow2 image over a file of the host's does."""
+    secret, guests = tmp_path / "secret", tmp_path / "guests"
+    secret.write_bytes(b"secret!!" * 8192)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", guests)
+    return guests
+
+
+@pytest.mark.parametrize("driver", [{}, {"driver": "raw"}, {"driver": "qcow2"}, {"driver": "foo"}], ids=str)
+@pytest.mark.parametrize("said", [[], ["-f", "raw"], ["-f", "qcow2"], ["-f", "foo"]], ids=str)
+def test_a_format_that_is_given_goes_before_one_that_is_named(
+    tmp_path: Path, guests: Path, said: list[str], driver: dict[str, str]
+) -> None:
+    name, read = "json:" + json.dumps({**driver, "file": {"filename": str(guests)}}), []
+    for program, out in ((TOOL, tmp_path / "ours"), (Path("qemu-img"), tmp_path / "theirs")):
+        done = run(program, "convert", *said, "-O", "raw", name, out)
+        read.append((done.returncode, out.read_bytes() if out.exists() else b""))
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("words", ["resize -f raw NAME +1M", "compare -f raw -F raw NAME PATH", "measure -f raw NAME"])
+def test_a_guests_header_is_data_whatever_names_it(guests: Path, words: str) -> None:
+    before = guests.read_bytes()
+    said = []
+    for name in (str(guests), "json:" + json.dumps({"file.filename": str(guests)})):
+        places = {"NAME": name, "PATH": str(guests)}
+        said.append(qcow2_tool_ok(*(places.get(word, word) for word in words.split())))
+        assert guests.read_bytes()[: len(before)] == before
+        guests.write_bytes(before)
+    assert said[0] == said[1]
+
+
+def test_the_format_of_a_backing_file_must_be_the_one_that_the_image_names(tmp_path: Path, guests: Path) -> None:
+    top = tmp_path / "top"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", guests, "-F", "qcow2", top)
+    options = f"driver=qcow2,file.filename={top},backing.driver=raw,backing.file.filename={guests}"
+    done = qcow2_tool("convert", "-O", "raw", "--image-opts", options, tmp_path / "out")
+    assert (done.returncode, "its backing file is qcow2, not raw" in done.stderr) == (1, True), done.stderr
 
 
 def test_options_of_a_backing_file_must_be_of_the_one_that_the_image_names(tmp_path: Path) -> None:
