@@ -13,7 +13,8 @@ from qcow2.engine.opened import OpenOptions
 from qcow2.engine.opening import open_header
 from qcow2.engine.writable import WritableImage
 from qcow2.error import BitmapError, UnsupportedImage
-from qcow2.format.header import Header, header_over
+from qcow2.format.geometry import Geometry
+from qcow2.format.header import Header, header_over, read_header
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.format.snapshot import Snapshot, find_snapshot, read_snapshots, require_possible, require_sizes
 from qcow2.plane.entry import words_of
@@ -208,13 +209,24 @@ class Image(WritableImage):
         await changes.guard(changes.snapshots.delete(snapshot))
 
     async def bitmaps(self) -> "list[StoredBitmap]":
-        """The persistent bitmaps, in the order of their directory. Raises: CorruptImage, OSError."""
+        """The persistent bitmaps, in the order of their directory. Raises: CorruptImage, OSError.
+
+        They are of the disk as it is now, also where the image is open as a snapshot.
+        """
         if self._changes is not None:
             return self._changes.bitmaps.stored
         from qcow2.engine.bitmaptable import load_bitmaps
 
-        stored, _ = await load_bitmaps(self.file, self.header, self.geometry, lambda cluster: False)
+        header = await read_header(self.file)
+        stored, _ = await load_bitmaps(self.file, header, Geometry.of(header.record), lambda cluster: False)
         return stored
+
+    async def bitmapped_size(self) -> int:
+        """Length of the disk that the bitmaps are of; that of a snapshot may be another. Raises: OSError."""
+        return (await self._bitmapped()).size
+
+    async def _bitmapped(self) -> Geometry:
+        return self.geometry if self._changes is not None else Geometry.of((await read_header(self.file)).record)
 
     async def bitmap_bits(self, stored: "StoredBitmap") -> bytes:
         """The bits of one of `bitmaps`, as of now; bit n is bit n % 8 of byte n // 8. Raises: OSError."""
@@ -222,7 +234,7 @@ class Image(WritableImage):
             return await self._changes.bitmaps.read_bits(stored)
         from qcow2.engine.bitmaptable import stored_bits
 
-        return await stored_bits(self.file, self.geometry, stored)
+        return await stored_bits(self.file, await self._bitmapped(), stored)
 
     async def change_bitmaps(self, change: "Change") -> None:
         """Let *change* plan which bitmaps there are, and then have them; stable on return. Nothing else is under way.

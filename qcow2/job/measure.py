@@ -18,7 +18,7 @@ class Measures:
 
     required: int  # at first
     fully_allocated: int  # once the guest has written everything
-    bitmaps: int | None  # of the source, if they were taken along; None if they cannot be
+    bitmaps: int | None  # of the source, if they were taken along; None if they cannot be, as to a snapshot's length
 
 
 def size_of_raw(size: int) -> Measures:
@@ -80,11 +80,13 @@ async def _bytes_with_data(options: Options, source: Node) -> int:
     return counted
 
 
-async def _bitmap_bytes(options: Options, source: Image) -> int:
-    """Clusters of the directory, and of all bitmaps with all their bits."""
+async def _bitmap_bytes(options: Options, source: Image) -> int | None:
+    """Clusters of the directory, and of all bitmaps with all their bits; None: they are of a disk of another size."""
     directory = bitmap_directory(source.file, source.header)
-    if directory is None:
+    if directory is None or not directory.nb_bitmaps:
         return 0
+    if await source.bitmapped_size() != source.size:
+        return None
     clusters = entries = 0
     for bitmap in await read_bitmaps(source.file, directory):
         bits = -(-source.size >> bitmap.record.granularity_bits)

@@ -31,6 +31,7 @@ class Bitmap:
 class Bitmaps:
     """The bitmaps of one disk; iterating gives them in the order of their directory.
 
+    They are of the disk as it is now: a disk that is open as a snapshot may have another length.
     What changes them is stable on return, and needs a disk that is open for writing.
     """
 
@@ -124,5 +125,5 @@ async def _look(image: Image, name: str) -> _Look:
             if not stored.is_usable:
                 raise BitmapError(f"Bitmap '{name}' is inconsistent and cannot be used")
             bits = await image.bitmap_bits(stored)
-            return _Look(bits, stored.bitmap.record.granularity_bits, image.size)
+            return _Look(bits, stored.bitmap.record.granularity_bits, await image.bitmapped_size())
     raise BitmapError(f"Dirty bitmap '{name}' not found")

@@ -34,7 +34,11 @@ def bitmaps_to_copy(wish: Wish, images: Sequence[Node], arguments: argparse.Name
         raise Failure("Source lacks bitmap support")
     if not format_of(wish.path, wish.image_format).has_metadata or wish.given.get("compat") in ("0.10", "v2"):
         raise Failure(f"Format driver '{wish.image_format}' does not support bitmaps")
-    stored = [each for each in run(image.bitmaps()) if not _is_skipped(each, arguments)]
+    every = run(image.bitmaps())
+    if every and (size := run(image.bitmapped_size())) != image.size:
+        text = f"bitmaps are of the disk as it is now, of {size} bytes: a snapshot of {image.size} bytes has none"
+        raise Failure(f"{image.file.path}: {text}")
+    stored = [each for each in every if not _is_skipped(each, arguments)]
     return [Copied(each.bitmap, run(image.bitmap_bits(each)), image.size) for each in stored]
 
 

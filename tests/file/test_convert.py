@@ -241,6 +241,27 @@ def test_bitmaps_are_copied_if_they_can_be(tmp_path: Path) -> None:
     assert (skipped.returncode, skipped.stderr.count("Skipping inconsistent bitmap")) == (0, 2)
 
 
+def test_bitmaps_are_of_the_disk_as_it_is_now(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    qemu_img("create", "-q", "-f", "qcow2", source, "1G")
+    qemu_img("snapshot", "-c", "same", source)
+    qemu_img("bitmap", "--add", source, "one")
+    qemu_io(source, "write 512M 64k")
+    qcow2_tool_ok("convert", "-l", "same", "--bitmaps", "-O", "qcow2", source, tmp_path / "ours")
+    qemu_img("convert", "-l", "same", "--bitmaps", "-O", "qcow2", source, tmp_path / "theirs")
+    assert bitmaps_of(tmp_path / "ours") == bitmaps_of(tmp_path / "theirs")
+    qcow2_tool_ok("resize", source, "100G")
+    for words in ([], ["--skip-broken-bitmaps"]):
+        done = qcow2_tool("convert", "-l", "same", "--bitmaps", *words, "-O", "qcow2", source, tmp_path / "new")
+        text = "bitmaps are of the disk as it is now, of 107374182400 bytes: a snapshot of 1073741824 bytes has none"
+        assert (done.returncode, done.stderr) == (1, f"qcow2: {source}: {text}\n")
+    assert not (tmp_path / "new").exists()
+    assert "bitmaps size" not in qcow2_tool_ok("measure", "-l", "same", "-O", "qcow2", source)
+    with qcow2.open(source, snapshot="same") as disk:
+        assert [(bitmap.name, bitmap.is_valid) for bitmap in disk.bitmaps] == [("one", True)]
+        assert list(disk.bitmaps.dirty("one")) == [(512 * MIB, 65536), (1 << 30, 99 << 30)]
+
+
 def test_raw_disk_is_never_guessed(images: Path, tmp_path: Path) -> None:
     done = qcow2_tool("convert", "-O", "qcow2", images / "raw", tmp_path / "new")
     assert done.returncode == 1
