@@ -54,6 +54,7 @@ async def repair(
     """
     before = await judge(file, Report(say), progress)
     found = before.report
+    await make_stable(file)  # what a writer that died has changed: no count falls before (law 5), nothing is named (6)
     if mode is RepairMode.ALL and await find_table(before):
         before = await judge(file, Report(), progress)
     if before.census.is_cut_off or not _is_judged(before.census, mode):
