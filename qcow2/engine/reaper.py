@@ -35,6 +35,7 @@ class Reaper:
         self._stability = opened.stability
         self._statistics = opened.statistics
         self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
+        self.has_dropped = False  # clusters stay counted for want of space, memory or a sync
         self._waiting: list[int] = []
         self._under_way: Signal | None = None
 
@@ -77,7 +78,7 @@ class Reaper:
         try:
             await self._release(batch)
         except OSError:
-            pass  # a sync or write that failed has ended all writes; without space or memory the clusters stay counted
+            self.has_dropped = True  # or a sync or write that failed has ended all writes
         except MemoryError:
             self._stability.fail(no_memory())
         except (CorruptImage, OverflowError) as error:

@@ -208,12 +208,19 @@ class Refcounts:
                 raised.append(index)
                 if not self._is_lazy:
                     await self._write_block(index)
-        except OSError:
-            self.are_too_high = True
-            for index in raised:
-                await self._change_block(tally, index, -1)
-            self.are_too_high = False
+        except (OSError, MemoryError):
+            await self._lower(tally, raised)
             raise
+
+    async def take_back(self, tally: Tally) -> None:
+        """Let counts be as before `raise_by`, in memory until `write_all`. Raises: OSError; `are_too_high` then."""
+        await self._lower(tally, self._indexes(tally))
+
+    async def _lower(self, tally: Tally, indexes: Iterable[int]) -> None:
+        self.are_too_high = True
+        for index in indexes:
+            await self._change_block(tally, index, -1)
+        self.are_too_high = False
 
     async def _change_block(self, tally: Tally, index: int, sign: int) -> None:
         """Add what *tally* counts in one block, or take it back."""

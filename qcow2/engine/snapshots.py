@@ -186,7 +186,11 @@ class Snapshots(Part):
         """Count what *tree* counts once more, stable on return."""
         async with self._refcounts.mutex.hold():
             await self._refcounts.raise_by(tree)
-        await self._stability.sync()
+            try:
+                await self._stability.sync()
+            except (OSError, MemoryError):  # also one that was not even tried, after which all goes on
+                await self._refcounts.take_back(tree)
+                raise
 
     async def _owned_by_all(self, table: SnapshotTable, area: range) -> "array[int]":
         """The clusters of *table*, which lies in *area*, and of the tables of its snapshots.
@@ -224,7 +228,8 @@ class Snapshots(Part):
         await self._reaper.free(old)
 
     async def let_go(self, tree: Tally) -> None:
-        """Take back what *tree* counts, stable on return."""
+        """Take back what *tree* counts, stable on return; what cannot be is left to the next open's repair."""
+        self._reaper.has_dropped = False
         batch: list[int] = []
         for cluster in tree.clusters(Role.L2 | Role.DATA):
             batch += [cluster] * tree.count(cluster)
@@ -235,6 +240,7 @@ class Snapshots(Part):
         await self._reaper.free(batch)
         await self._reaper.drain()
         self._stability.require_trust()
+        self._refcounts.are_too_high |= self._reaper.has_dropped
         await self._stability.sync()
 
     async def _undo(self, areas: list[range]) -> None:
@@ -264,6 +270,7 @@ class Snapshots(Part):
         try:
             async with self._refcounts.mutex.hold():
                 await self._refcounts.write_all()  # those of a write that failed may be in memory alone
+            await self._stability.sync()  # no flag is set before its count is one
             l1 = self._mapping.l1
             bits = self._geometry.cluster_bits
             new = l1_flagged(l1, await self._alone([table >> bits for _, table in self._tables(l1)]), bits)

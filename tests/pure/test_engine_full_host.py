@@ -12,6 +12,7 @@ from qcow2.engine.image import Image
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
 from tests.crash.driver import piece_bytes, simulated
+from tests.crash.fault import Fault
 from tests.engine import Bench, open_again, set_up
 
 pytestmark = pytest.mark.pure
@@ -112,6 +113,31 @@ def test_snapshot_that_finds_no_room_leaves_nothing_wrong_that_the_dirty_bit_hid
     bench.assert_sound()
     again = open_again(bench, writable=True)
     assert [again.read(place, SECTOR) for place in places] == [b"a" * SECTOR] * len(places)
+
+
+@pytest.mark.parametrize("at", range(1, 26))
+@pytest.mark.parametrize("code", [errno.ECANCELED, errno.ENOSPC], ids=errno.errorcode.get)
+@pytest.mark.parametrize("lazy", [False, True], ids=["accurate", "lazy"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_snapshot_of_which_the_host_does_not_even_try_a_step_hides_no_leak(
+    what: str, lazy: bool, code: int, at: int
+) -> None:
+    """What goes on after it would copy all that is counted too high."""
+    bench = set_up(64 * SECTOR, lazy=lazy)
+    bench.write(0, b"a" * 40 * SECTOR)
+    if what != "create":
+        bench.driver.run(bench.image.create_snapshot("one", 0))
+        bench.write(0, b"b" * 10 * SECTOR)
+    bench.breaker.fault = fault = Fault(code, at, is_untried=code == errno.ECANCELED)
+    with fault.during(), suppress(OSError):
+        bench.driver.run(CHANGES[what](bench.image))
+    bench.breaker.fault = None
+    with suppress(OSError):  # it takes no more writes
+        bench.close()
+    found = bench.driver.run(check(bench.file))
+    assert (found.corruptions, found.leaks) == (0, 0) or found.is_dirty or bench.image.failure
+    bench.driver.run(repair(bench.file))
+    bench.assert_sound()
 
 
 @pytest.mark.parametrize("nth", range(2))
