@@ -1,6 +1,7 @@
 """The bitmaps extension of the header, put in, changed and taken out: one sector decides, so no death finds a half."""
 
 from dataclasses import replace
+from functools import partial
 
 from qcow2.engine.root import Root
 from qcow2.engine.stability import is_harmless
@@ -17,7 +18,7 @@ async def set_bitmaps(root: Root, record: BitmapsRecord | None) -> None:
     if record is None:
         await _take_out(root)
         return
-    await root.rewrite(_with(root.header, record.pack()))
+    await root.rewrite(partial(_with, data=record.pack()))
     await root.set_autoclear(Autoclear.BITMAPS, on=True)
 
 
@@ -27,7 +28,7 @@ async def _take_out(root: Root) -> None:
     if root.header.extension(ExtensionMagic.BITMAPS) is None:
         return
     try:
-        await root.rewrite(_with(root.header, None))
+        await root.rewrite(partial(_with, data=None))
     except OSError as error:
         if is_harmless(error) and was_valid:  # the bitmaps are there still; law 11
             await root.set_autoclear(Autoclear.BITMAPS, on=True)
@@ -65,13 +66,19 @@ async def hoist(root: Root) -> int:
     The feature name table, which is for people, makes room for it if need be.
     Raises: OSError; UnsupportedImage if other extensions leave no room.
     """
-    header = root.header
-    if _data_offset(header) + BitmapsRecord.FORMAT.size > SECTOR_SIZE:
-        names = [each for each in header.extensions if each.magic == ExtensionMagic.FEATURE_NAMES]
-        others = [each for each in header.extensions if each.magic != ExtensionMagic.FEATURE_NAMES]
-        header = replace(header, extensions=(*others, *names))
-        if _data_offset(header) + BitmapsRecord.FORMAT.size > SECTOR_SIZE:
+    if not _is_hoisted(root.header):
+        if not _is_hoisted(_with_names_last(root.header)):
             message = f"header extensions leave the bitmaps no room in the first {SECTOR_SIZE} bytes: remove them first"
             raise UnsupportedImage(root.file.path, message)
-        await root.rewrite(header)
-    return _data_offset(header)
+        await root.rewrite(_with_names_last)
+    return _data_offset(root.header)
+
+
+def _is_hoisted(header: Header) -> bool:
+    return _data_offset(header) + BitmapsRecord.FORMAT.size <= SECTOR_SIZE
+
+
+def _with_names_last(header: Header) -> Header:
+    names = [each for each in header.extensions if each.magic == ExtensionMagic.FEATURE_NAMES]
+    others = [each for each in header.extensions if each.magic != ExtensionMagic.FEATURE_NAMES]
+    return replace(header, extensions=(*others, *names))

@@ -151,10 +151,10 @@ class Image(WritableImage):
         """
         self.refuse_snapshots()
         changes = await self._alone()
-        header = header_over(self.file, changes.root.header, name, backing_format)
+        header_over(self.file, changes.root.header, name, backing_format)  # which refuses what does not fit
         await changes.bitmaps.settle()
         await changes.links.flush()
-        await changes.root.rewrite(header)
+        await changes.root.rewrite(lambda header: header_over(self.file, header, name, backing_format))
         self.show_below(backing)
 
     def show_below(self, backing: "Backing | None") -> None:

@@ -1,5 +1,6 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -158,14 +159,16 @@ class Root:
             offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
             await self._write(offset, bytes([changed & layout.PROMISES]), autoclear_features=changed)
 
-    async def rewrite(self, header: Header) -> None:
-        """Let the first cluster say what *header* says, and the mark what it does; stable on return.
+    async def rewrite(self, change: Callable[[Header], Header]) -> None:
+        """Let the first cluster say what *change* makes of the header, and the mark what it does; stable on return.
 
-        No link waits and no bits are live; but the mark may name the log of what is below.
+        No link waits and no bits are live; but the mark may name the log of what is below, and the refcount table
+        may move until we have the mutex.
         Raises: OSError; if a lack of space let it say what it did, the image may be written on.
         """
         self._stability.require_trust()
         async with self._mutex.hold():
+            header = change(self.header)
             before = (await Read(self.file, 0, header.cluster_size)).rstrip(b"\0")
             try:
                 self.header = await rewrite_header(self.file, _marked(header, before))

@@ -61,7 +61,7 @@ def header_is_pointed_elsewhere_early() -> None:
 
     async def put_over(self: Image, backing: Any, name: str | None, backing_format: str | None) -> None:
         changes = await self._changing()
-        await changes.root.rewrite(header_over(self.file, changes.root.header, name, backing_format))
+        await changes.root.rewrite(lambda header: header_over(self.file, header, name, backing_format))
         self.show_below(backing)
 
     patch(streaming, "stream", stream)
