@@ -82,6 +82,7 @@ class OwnThread:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._works = threading.RLock()  # held by the one thread that takes jobs, which does not wait for itself
         self._has_thread = False
+        self._may_have_thread = False  # an interrupt keeps from us whether one has started
         self._is_stopped = False
         self._turn = threading.RLock()  # held by whoever is at it
 
@@ -152,6 +153,7 @@ class OwnThread:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:  # what blocks them may raise for one that came before
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            self._may_have_thread = True
             thread.start()
         except RuntimeError:
             return False
@@ -164,11 +166,13 @@ class OwnThread:
 
         An interpreter that ends lets no other thread run any more: nobody waits for one.
         """
-        has_thread, self._has_thread, self._is_stopped = self._has_thread, False, True
-        if has_thread and self.is_ours and not sys.is_finalizing():
+        self._has_thread, self._is_stopped = False, True
+        if self._may_have_thread and self.is_ours and not sys.is_finalizing():
             self._jobs.put(None)
+            self._may_have_thread = False
             with self._works:  # it has ended
                 pass
+            self._jobs.put(None)  # for one that has yet to look
 
     def _run_what_is_left(self) -> None:
         """End the thread, if there is one, and do what it has not done."""

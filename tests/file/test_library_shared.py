@@ -169,6 +169,26 @@ def test_an_interrupt_of_the_first_call_leaves_no_signal_blocked(overlay: Path) 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+FIRST_STEP = """
+import signal, sys, threading, qcow2
+block = signal.pthread_sigmask
+def late(how, which):  # the signal came while it was blocked, and is acted on after
+    if how == signal.SIG_SETMASK: signal.raise_signal(signal.SIGINT)
+    return block(how, which)
+signal.pthread_sigmask = late
+try: qcow2.commit(sys.argv[1])
+except KeyboardInterrupt: signal.pthread_sigmask = block
+left = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+for thread in left: thread.join(10)
+assert block is signal.pthread_sigmask and not any(thread.is_alive() for thread in left), left
+"""
+
+
+def test_an_interrupt_while_the_thread_of_a_job_starts_leaves_no_thread(overlay: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP, overlay], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("seed", range(int(os.environ.get("DISK_SEEDS", "4"))))
 def test_interrupts_at_any_moment_leave_the_disk_going(overlay: Path, seed: int) -> None:
     done = subprocess.run(
