@@ -4,14 +4,16 @@ import argparse
 import time
 
 from qcow2.driver.pool import PoolDriver
+from qcow2.engine.opened import OpenOptions
 from qcow2.error import ImageError
 from qcow2.job.bench import Load, bench
-from qcow2.library.disk import open_disk
+from qcow2.library.disk import Disk
 from qcow2.library.own_thread import undisturbed
+from qcow2.node.chain import Chain
 from qcow2.tool.cache import CACHE_MODES
 from qcow2.tool.failure import Failure, UsageError
-from qcow2.tool.file import add_log_options, how_to_open
-from qcow2.tool.named import add_format_option, add_image_options, the_image
+from qcow2.tool.file import add_log_options, log_of
+from qcow2.tool.named import Named, add_format_option, add_image_options, the_image
 from qcow2.tool.opening import in_qemus_words
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import parse_size
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--native", action="store_true", help="accepted, as -i native")
     parser.add_argument("-t", "--cache", choices=CACHE_MODES, help="accepted; the page cache is used")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    parser.add_argument("-U", "--force-share", action="store_true", help="accepted for reads that share")
+    parser.add_argument("-U", "--force-share", action="store_true", help="read though others may be writing to it")
     add_log_options(parser)
     parser.add_argument("filename", nargs="?")
 
@@ -55,8 +57,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if load.writes and arguments.force_share:
         raise Failure(f"Could not open '{image.path}': force-share=on can only be used with read-only images")
     with in_qemus_words(image.path):
-        how = {"format": image.image_format, "luks_header": image.luks_header, **how_to_open(arguments)}
-        disk = open_disk(image.path, writable=load.writes, **how)
+        disk = _opened(image, arguments, writable=load.writes)
     with disk:
         if not arguments.quiet:
             print("\n".join(_announced(load)), flush=True)
@@ -70,6 +71,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(f"Run completed in {took:3.3f} seconds.")
     return 0
+
+
+def _opened(image: Named, arguments: argparse.Namespace, *, writable: bool) -> Disk:
+    """Raises: OSError, ImageError."""
+    how = {"force_share": arguments.force_share, "luks_header": image.luks_header, **log_of(arguments)}
+    options = OpenOptions(writable, keys=arguments.keys)
+    return Disk.of(Chain(**how, reaches_exports=True), image.path, image.image_format, options)
 
 
 def _announced(load: Load) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.oracle import assert_clean, qemu_img, qemu_io, qemu_read
+from tests.oracle import assert_clean, held_by_qemu, qemu_img, qemu_io, qemu_read
 from tests.program import qcow2_tool, qcow2_tool_ok
 
 MIB = 1 << 20
@@ -48,6 +48,12 @@ def test_reads_change_nothing(path: Path) -> None:
     before = path.read_bytes()
     assert qcow2_tool_ok("bench", "-q", "-c", "500", path) == ""
     assert path.read_bytes() == before
+
+
+def test_an_image_in_use_is_measured_with_force_share(path: Path) -> None:
+    with held_by_qemu(path):
+        assert "lock" in qcow2_tool("bench", "-c", "5", path).stderr
+        assert "Run completed" in qcow2_tool_ok("bench", "-U", "-c", "5", path)
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
