@@ -39,7 +39,7 @@ class Device:
     What is under the backend is held while a ring runs, and from the start, if it is then, until rings have stopped
     for the first time: another process may have it in between.
 
-    `resize` is for any thread; the rest is the control thread's.
+    What is for any thread says so; the rest is the control thread's.
     """
 
     def __init__(self, backend: Backend, *, num_queues: int, writeback: bool, worker: WorkerOptions = PLAIN) -> None:
@@ -163,7 +163,7 @@ class Device:
         self.backend.detach()
 
     def resize(self, nbytes: int, patience: float = PATIENCE_SECONDS) -> None:
-        """Let the disk be *nbytes* long, rounded up to a sector, and tell the front-end; stable on return.
+        """Let the disk be *nbytes* long, rounded up to a sector, and tell the front-end; stable on return. Any thread.
 
         Requests wait until it is done, and none is lost. The guest sees the new size once its driver reads it.
         Raises: ResizeRefused, also if those under way have not ended after *patience* seconds: the others go on then.

@@ -134,6 +134,7 @@ class Job:
         self.is_paused = False
         self.is_begun = False  # an attempt is under way
         self.is_ready = False  # it awaits word
+        self.was_ready = False  # it was said to
         self.may_finish = False  # it was told to
         self.is_behind = False  # what was done has to be done again
         self.is_finishing = False  # at what nothing holds up

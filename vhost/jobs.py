@@ -187,7 +187,7 @@ class Jobs:
     def _cancel(self, job: Job) -> None:
         job.is_cancelled = True
         job.reins.cancel()
-        job.is_leaving |= job.is_ready
+        job.is_leaving |= job.was_ready
         if job.is_ready:  # it ends soon, and is not to be waited for as it is
             job.turn(job.standing)
         else:
@@ -202,6 +202,8 @@ class Jobs:
             self._room.is_there = False
             self._changed.notify_all()  # one that is ready is not any more
             job = self._current
+            if job is not None:
+                job.is_behind = True
         if job is not None:
             job.reins.cancel()
             wake(job, self._device, self._backend)

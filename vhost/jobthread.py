@@ -19,7 +19,7 @@ from vhost.policy import OnError, State, is_final
 from vhost.problem import refusal_of
 
 LOOK_SECONDS = 0.05  # between two looks of a job that a rate keeps waiting
-NOTHING_LEFT = "it fell behind, or had to make room, as it was told to end: no copy is left"
+NOTHING_LEFT = "it fell behind, or had to make room, before it could end: no copy is left"
 RETRY_SECONDS = 1.0  # until a job that ignores errors is begun again
 
 
@@ -146,7 +146,9 @@ class JobThread:
         with self._changed:
             if job.is_cancelled and not job.is_leaving:
                 raise Cancelled
-            job.is_ready = True
+            if must_begin_again():
+                raise RoomWanted
+            job.is_ready = job.was_ready = True
             job.turn(job.standing)
             self._changed.wait_for(may_go_on)
             if must_begin_again():

@@ -56,6 +56,7 @@ class Mirroring(Work):
         self._format = image_format or ("raw" if is_export else held.options.format)
         self._mirror: Mirror | None = None
         self._copy: Disk | None = None  # that `_mirror` writes
+        self._is_to_end = False  # before it was ready
         self._is_over = False  # the copy is served, or left whole
         self._unclean: OSError | None = None  # why what was served is not closed cleanly
         image = self._require_possible()
@@ -96,6 +97,8 @@ class Mirroring(Work):
     def prepare(self) -> None:
         was_usable = self._is_usable()
         if not was_usable:  # which nobody else changes
+            with self._device.keeping():
+                self._drop()
             self._place.reach()
         with self._device.keeping() as is_held:
             if not is_held or (was_usable and not self._is_usable()):
@@ -143,10 +146,12 @@ class Mirroring(Work):
         try:
             await mirror.catch_up(pace, width=WIDTH)
         except OSError:
-            pace.require_going()  # who was told to end has not failed
+            if self._is_to_end:
+                pace.require_going()  # who was told to end has not failed; who has to make room may have
             raise
 
     def abort(self) -> None:
+        self._is_to_end = True
         self._place.abort()
 
     # its end
@@ -283,9 +288,11 @@ class Mirroring(Work):
         """Whether the copy is not beside the disk any more; what is not whole is gone, or said to be left."""
         with self._device.keeping():
             try:
-                self._drop()
-                if not self._is_over:
-                    self._place.discard()
+                try:
+                    self._drop()
+                finally:
+                    if not (self._is_over or self._is_beside()):
+                        self._place.discard()
             except (OSError, MemoryError) as error:
                 if not self._is_beside():
                     log.error("%s: a copy that is not whole is left: %s", self._place.path, problem_of(error))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qcow2.driver.operation import Compute
-from qcow2.job.pace import Pace
+from qcow2.job.pace import Cancelled, Pace
 from tests.frontend import FrontEnd
 from tests.program import TIMEOUT, qcow2_tool_ok
 from tests.served import serve
@@ -105,6 +105,88 @@ def test_nothing_is_left_of_what_was_cancelled_before_it_was_ready(tmp_path: Pat
             while (state := told.get(timeout=TIMEOUT)) not in ENDED:
                 pass
     assert (state, work.has_parted) == ("cancelled", False)
+
+
+class Ready(Work):
+    """Has nothing to move, each time it is begun; *on_begin(n)* is called then."""
+
+    kind = "ready"
+    awaits_word = True
+
+    def __init__(self, on_begin: Callable[["Ready", int], object]) -> None:
+        self.about: dict[str, Any] = {}
+        self.nbegun = 0
+        self.has_parted = False
+        self._on_begin = on_begin
+
+    def begin(self, pace: Pace) -> Coroutine[Any, Any, None]:
+        self.nbegun += 1
+        return self._move()
+
+    async def _move(self) -> None:
+        self._on_begin(self, self.nbegun)
+
+    def finish(self) -> None:
+        raise AssertionError("it was not told to")
+
+    def part(self) -> None:
+        self.has_parted = True
+
+
+def test_ready_is_not_told_of_what_is_behind_already(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[tuple[State, int]] = SimpleQueue()
+    work = Ready(lambda work, n: work.on_behind() if n == 1 else None)
+    with serve(tmp_path / "image") as served, FrontEnd(served.socket_path):
+        device = served.device
+        with Jobs(device, device.backend, lambda report: told.put((report.state, work.nbegun))) as jobs:
+            jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+            while (now := told.get(timeout=TIMEOUT))[0] != "ready":
+                pass
+    assert now == ("ready", 2)
+
+
+def test_what_was_ready_and_leaves_nothing_has_failed(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[Report] = SimpleQueue()
+    with serve(tmp_path / "image") as served, FrontEnd(served.socket_path):
+        device = served.device
+        with Jobs(device, device.backend, told.put) as jobs:
+
+            def be_cancelled(work: Ready, nbegun: int) -> None:
+                if nbegun == 2:
+                    jobs.cancel(1)
+                    raise Cancelled
+
+            work = Ready(be_cancelled)
+            jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+            while told.get(timeout=TIMEOUT).state != "ready":
+                pass
+            work.on_behind()
+            while (ended := told.get(timeout=TIMEOUT)).state not in ENDED:
+                pass
+    assert (ended.state, "no copy is left" in ended.error, work.has_parted) == ("failed", True, False)
+
+
+def test_what_is_ready_begins_anew_though_room_came_back_before_it_looked(tmp_path: Path) -> None:
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[tuple[State, int]] = SimpleQueue()
+    work = Ready(lambda work, n: None)
+    with serve(tmp_path / "image") as served, FrontEnd(served.socket_path):
+        device = served.device
+        with Jobs(device, device.backend, lambda report: told.put((report.state, work.nbegun))) as jobs:
+
+            def blink() -> None:
+                with jobs._changed:  # which the job's thread wants before it looks
+                    device.on_alone()
+                    device.on_shared()
+
+            jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+            while told.get(timeout=TIMEOUT)[0] != "ready":
+                pass
+            device.worker.call(blink)
+            while told.get(timeout=TIMEOUT) != ("ready", 2):
+                pass
 
 
 class Starved(Work):

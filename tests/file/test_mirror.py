@@ -299,7 +299,7 @@ def test_a_copy_that_is_not_stable_says_so_to_who_opens_it(top: Path, tmp_path: 
     backing, mount_point = tmp_path / "backing", tmp_path / "slow"
     backing.mkdir()
     mount_point.mkdir()
-    qcow2.create(backing / "copy", len(SHOWN))
+    qcow2.create(backing / "copy", len(SHOWN), preallocation="metadata")  # no reservation ahead syncs by itself
     with SlowDisk(backing, mount_point) as disk, start(top) as daemon:
         with FrontEnd(daemon.socket_path) as guest, control(top) as client:
             job = client.mirror(str(mount_point / "copy"), existing=True).job
@@ -312,6 +312,25 @@ def test_a_copy_that_is_not_stable_says_so_to_who_opens_it(top: Path, tmp_path: 
             guest.flush()
         daemon.stop()
     assert json.loads(qcow2_tool_ok("info", "--output=json", backing / "copy"))["dirty-flag"]
+
+
+def test_a_copy_that_could_not_be_made_stable_is_made_anew(top: Path, tmp_path: Path) -> None:
+    backing, mount_point = tmp_path / "backing", tmp_path / "slow"
+    backing.mkdir()
+    mount_point.mkdir()
+    qcow2.create(backing / "copy", len(SHOWN))
+    with SlowDisk(backing, mount_point) as disk, start(top) as daemon:
+        with FrontEnd(daemon.socket_path), control(top) as client:
+            client.subscribe("job")
+            with disk.unsyncable(errno.EIO):
+                job = client.mirror(str(mount_point / "copy"), existing=True, on_error="ignore").job
+                while not client.job(job).error:
+                    assert client.next_event(TIMEOUT) is not None
+            until(client, job, "ready")
+            client.cancel(job)
+            assert client.wait(job).state == "cancelled"
+        daemon.stop()
+    assert content(backing / "copy") == SHOWN
 
 
 def test_a_copy_has_no_name_while_it_cannot_be_served(top: Path, tmp_path: Path) -> None:
