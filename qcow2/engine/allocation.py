@@ -171,6 +171,7 @@ class Allocator:
     async def allocate_area(self, nclusters: int) -> range:
         """Take exactly *nclusters* consecutive host clusters, past everything in the file; in it where it cannot grow.
 
+        There also of what was reserved ahead: nothing else is under way.
         They are as any others that are handed out, except that this is stable after the next sync only.
         Raises: OSError; ENOSPC leaks a part of the area at worst. CorruptImage.
         """
@@ -180,6 +181,7 @@ class Allocator:
             if not lacks_room(error):
                 raise
             lack = error.errno or errno.ENOSPC
+        await self._reservations_end()
         try:
             return await self._take_area(nclusters, may_grow=False)
         except OSError as error:
@@ -190,6 +192,8 @@ class Allocator:
     async def _take_area(self, nclusters: int, *, may_grow: bool) -> range:
         while True:
             async with self._refcounts.mutex.hold():
+                if not may_grow:
+                    await self._give_back()
                 area = await self._reservations.find_area(nclusters, may_grow=may_grow)
                 missing = self._reservations.missing_blocks(area)
                 if not missing:
@@ -283,12 +287,15 @@ class Allocator:
 
         Nothing else is under way. Process-safe on return.
         """
-        while signal := self._under_way or self._gathering:
-            await signal.wait()
+        await self._reservations_end()
         async with self._refcounts.mutex.hold():
             await self._give_back()
             await self._refcounts.write_all()
             await self._reservations.cut()
+
+    async def _reservations_end(self) -> None:
+        while signal := self._under_way or self._gathering:
+            await signal.wait()
 
     async def cut_off(self) -> None:
         """Let the file be cut at the next `close` after what is used, also of what was in it when it was opened.
@@ -319,6 +326,7 @@ class Allocator:
         try:
             for area in [*self._stock.take_all(), *self._unsynced.take_all()]:
                 await self._refcounts.add(area, -1)
+                self._reservations.reuse(area.start)
         except OverflowError as error:
             contradiction = OSError(errno.EIO, str(error), self._file.path)
             self._stability.fail(contradiction)

@@ -9,10 +9,13 @@ from array import array
 
 from qcow2.driver.operation import CopyRange, File, Resize, Sync, Together, Write, Zero
 from qcow2.engine.create import Options, new_header, plan, refcount_clusters, refcounts_of_one, table_of
+from qcow2.engine.image import Image
+from qcow2.engine.opened import OpenOptions
 from qcow2.engine.plain import Preallocation
+from qcow2.format.header import Header
 from qcow2.format.layout import ENTRY_SIZE, SECTOR_SIZE
 from qcow2.job.source import Piece
-from qcow2.job.target import Plain, Runs, Spots
+from qcow2.job.target import MAGIC, LastStep, Plain, Runs, Spots, without_magic
 from qcow2.native import ffi, lib
 from qcow2.node.node import Node
 from qcow2.plane.entry import bytes_of, l1_entry
@@ -31,6 +34,7 @@ class NewImage:
         self._backing_size = backing.size if backing is not None else 0
         self._reads_zeros = reads_zeros
         self.plain: Plain | None = None if self._writes_all else self
+        self.last_step: LastStep | None = None
         self._whole = plan(options)
         self._l1 = array("Q", bytes(self._whole.l1_size * ENTRY_SIZE))
         self._tables: dict[int, list[int]] = {}
@@ -232,7 +236,7 @@ class NewImage:
         await Write(self._file, host_offset, self._entries.pack(table))
 
     async def finish(self) -> None:
-        """Tables, refcounts, and once they are stable the header."""
+        """Tables, refcounts, the header, and once they are stable its magic."""
         for index in sorted(self._tables):
             await self._write_table(index)
         await self._write_whole(1, bytes_of(self._l1))
@@ -247,13 +251,22 @@ class NewImage:
             first = index * per_block
             await self._write_whole(blocks + index, self._refcounts(first, min(per_block, end - first)))
         await Resize(self._file, end << self._options.cluster_bits)
-        _, packed = new_header(
+        header, packed = new_header(
             self._file, self._options, self._whole.l1_size, self.unit, table << self._options.cluster_bits, ntable
         )
-        await Write(self._file, SECTOR_SIZE, packed[SECTOR_SIZE:].ljust(self.unit - SECTOR_SIZE, b"\0"))
+        await Write(self._file, len(MAGIC), packed[len(MAGIC) :].ljust(self.unit - len(MAGIC), b"\0"))
         await Sync(self._file)
-        await Write(self._file, 0, packed[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
+        if self.last_step is not None:
+            await self._go_on(header, self.last_step)
+        await Write(self._file, 0, MAGIC)
         await Sync(self._file)
+
+    async def _go_on(self, header: Header, step: LastStep) -> None:
+        """Take *step* with the image, which nobody else can open yet."""
+        options = OpenOptions(writable=True, has_data=False, has_below=False)
+        image = await Image.open(self._file, options=options, header=without_magic(header))
+        await step(image)
+        await image.close()
 
     def _leave_end(self) -> None:
         """What is left over at the end is no part of the image."""

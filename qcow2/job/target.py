@@ -1,6 +1,8 @@
 """What a copy writes to. A target that nobody finished must not pass for a whole disk: its first bytes come last."""
 
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import CopyRange, File, Resize, Sync, Write
@@ -13,6 +15,7 @@ from qcow2.format.layout import SECTOR_SIZE
 from qcow2.job.source import Piece
 from qcow2.node.node import Node
 
+LastStep = Callable[[Image], Coroutine[Any, Any, None]]  # with the image that holds all of the disk
 Runs = list[tuple[int, int]]  # (start, end) in a buffer, of what is not zeros
 Spots = list[tuple[int, int, Piece]]  # (start, end) of a part of a run, and its place in a file
 MAGIC = layout.MAGIC.to_bytes(4, "big")
@@ -24,6 +27,7 @@ class Target(Protocol):
 
     unit: int
     plain: "Plain | None"  # itself, if what is not zeros goes to a file as it is, and `put` does nothing else
+    last_step: LastStep | None  # of `finish`: a new image is none before
 
     async def begin(self) -> None:
         """Make sure that nobody takes it for whole from now on."""
@@ -73,6 +77,7 @@ class InPlace:
         """
         self.unit = SECTOR_SIZE
         self.plain: Plain | None = None
+        self.last_step: LastStep | None = None
         self._image = image
         self._size = size
         self._is_zero = is_zero
@@ -146,6 +151,9 @@ class InPlace:
         for start, end in self._put_first:
             await self._store(start, memoryview(self._first)[start:end])
         await self._image.flush()
+        if self.last_step is not None:
+            assert isinstance(self._image, Image)
+            await self.last_step(self._image)
 
 
 class Over(InPlace):
@@ -159,6 +167,7 @@ class Over(InPlace):
 async def create_all_but_magic(file: File, options: Options) -> Header:
     """Make of whatever *file* holds what is a new image, as the header says, once MAGIC is written. Stable on return.
 
+    -> its header without the magic: who opens it by that does not write it, whatever of the header changes.
     Raises: ValueError or UnsupportedImage before the file is touched.
     """
     whole = plan(options)
@@ -166,7 +175,12 @@ async def create_all_but_magic(file: File, options: Options) -> Header:
     header, packed = header_of(file, whole)
     await Write(file, len(MAGIC), packed[len(MAGIC) : SECTOR_SIZE])
     await Sync(file)
-    return header
+    return without_magic(header)
+
+
+def without_magic(header: Header) -> Header:
+    """The same of what is no image yet."""
+    return replace(header, record=replace(header.record, magic=0))
 
 
 class InNew(InPlace):

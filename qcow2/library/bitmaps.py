@@ -10,7 +10,6 @@ from qcow2.engine.bitmapdirectory import Change
 from qcow2.engine.bitmaptable import StoredBitmap, set_runs
 from qcow2.engine.image import Image
 from qcow2.error import BitmapError
-from qcow2.format.bitmap import Bitmap as StoredEntry
 
 if TYPE_CHECKING:
     from qcow2.library.disk import Disk
@@ -100,10 +99,6 @@ class Bitmaps:
         """
         bits, granularity_bits, size = (self if disk is None else disk.bitmaps)._look(source)
         self._change(lambda plan: plan.merge(name, bits, granularity_bits, size))
-
-    def copy(self, bitmap: StoredEntry, bits: bytes, size: int) -> None:
-        """Make a bitmap like one of a disk of *size* bytes, with its *bits*. Raises: BitmapError, OSError."""
-        self._change(lambda plan: plan.copy(bitmap, bits, size))
 
     def _change(self, change: Change) -> None:
         image = self._image()

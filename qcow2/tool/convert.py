@@ -1,7 +1,7 @@
 """`qcow2 convert`: copy disks to a new image, or to one that is there."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -12,7 +12,7 @@ from qcow2.job.blame import CopyFailed
 from qcow2.job.content import SPARSE_UNIT
 from qcow2.job.copy import Manner, copy
 from qcow2.job.source import Source
-from qcow2.job.target import Target
+from qcow2.job.target import LastStep, Target
 from qcow2.library.hostfile import is_same_file
 from qcow2.library.own_thread import undisturbed
 from qcow2.node.formats import FORMATS
@@ -116,11 +116,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         _validate_compression(wish, arguments)
         if wish.given.get("backing_file") and len(images) > 1:
             raise Failure(CONCATENATED)
-        finish = _bitmaps(wish, images, arguments) if arguments.bitmaps else _nothing
+        last_step = _bitmaps(wish, images, arguments) if arguments.bitmaps else None
         below = stack.enter_context(_base(wish, arguments))
         is_shared = below is not None and _is_backing_of(below, images[0])
         source = Source.of(*images, tells_below=is_shared, on_loss=_warn_of_loss if arguments.salvage else None)
         target = stack.enter_context(_target(wish, images, below, arguments))
+        target.last_step = last_step
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate))
         syncs = arguments.target_cache != UNSAFE
         driver = stack.enter_context(PoolDriver(min(manner.width, MAX_THREADS), syncs=syncs))
@@ -128,19 +129,14 @@ def run_command(arguments: argparse.Namespace) -> int:
             undisturbed(lambda: driver.run(copy(source, target, pace, manner, None if is_shared else below)), pace)
         except CopyFailed as failure:
             raise Failure(f"{failure}: {reason_of(failure)}") from failure
-    finish()
     return 0
 
 
-def _nothing() -> None:
-    """Nothing is left to do."""
-
-
-def _bitmaps(wish: Wish, images: list[Node], arguments: argparse.Namespace) -> Callable[[], None]:
-    """What makes the bitmaps of the source again in the target, once it is whole. Raises: Failure, OSError."""
+def _bitmaps(wish: Wish, images: list[Node], arguments: argparse.Namespace) -> LastStep:
+    """What makes the bitmaps of the source again in the target, which has the disk. Raises: Failure, OSError."""
     from qcow2.tool.copybitmaps import bitmaps_to_copy, copy_bitmaps
 
-    return partial(copy_bitmaps, bitmaps_to_copy(wish, images, arguments), wish.path)
+    return partial(copy_bitmaps, bitmaps_to_copy(wish, images, arguments), is_new=not arguments.no_create)
 
 
 def _name_target(arguments: argparse.Namespace) -> str | None:

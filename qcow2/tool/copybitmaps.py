@@ -1,20 +1,19 @@
-"""Dirty bitmaps of the source of `qcow2 convert`, made again in the target once it holds the disk."""
+"""Dirty bitmaps of the source of `qcow2 convert`, made again in the target once it holds the disk: all, or none."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcow2.driver.file import run
+from qcow2.engine.bitmapplan import BitmapPlan
 from qcow2.engine.bitmaptable import StoredBitmap
 from qcow2.engine.image import Image
-from qcow2.error import ImageError
+from qcow2.error import BitmapError, ImageError
 from qcow2.format.bitmap import Bitmap
 from qcow2.node.formats import format_of
 from qcow2.node.node import Node
-from qcow2.tool.bitmap import opened_without_data
-from qcow2.tool.failure import Failure
+from qcow2.tool.failure import Failure, reason_of
 from qcow2.tool.identity import program, say
-from qcow2.tool.named import Named
 from qcow2.tool.target import Wish
 
 
@@ -52,13 +51,18 @@ def _is_skipped(stored: StoredBitmap, arguments: argparse.Namespace) -> bool:
     return True
 
 
-def copy_bitmaps(copied: list[Copied], path: str) -> None:
-    """Make the bitmaps in the image at *path*. Raises: Failure, OSError, ImageError."""
-    if not copied:
-        return
-    with opened_without_data(Named(path, "qcow2"), writable=True) as disk:
+async def copy_bitmaps(copied: list[Copied], image: Image, *, is_new: bool) -> None:
+    """Make the bitmaps in *image*, which holds the disk and keeps it if it is not *new*. Raises: Failure."""
+
+    async def plan_all(plan: BitmapPlan) -> None:
         for each in copied:
             try:
-                disk.bitmaps.copy(each.bitmap, each.bits, each.size)
-            except (ImageError, ValueError) as error:
+                await plan.copy(each.bitmap, each.bits, each.size)
+            except BitmapError as error:
                 raise Failure(f"Failed to create bitmap {each.bitmap.name}: {error}") from error
+
+    try:
+        await image.change_bitmaps(plan_all)
+    except (OSError, ImageError) as error:
+        text = "Failed to create bitmaps" if is_new else "The disk is copied, its bitmaps are not"
+        raise Failure(f"{text}: {reason_of(error)}") from error

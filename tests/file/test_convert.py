@@ -241,6 +241,47 @@ def test_bitmaps_are_copied_if_they_can_be(tmp_path: Path) -> None:
     assert (skipped.returncode, skipped.stderr.count("Skipping inconsistent bitmap")) == (0, 2)
 
 
+@pytest.mark.parametrize("options", [[], ["-o", "lazy_refcounts=on"], ["-c"], ["-n"]], ids=" ".join)
+def test_copy_with_bitmaps_takes_no_more_than_was_measured(tmp_path: Path, options: list[str]) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    qemu_img("create", "-q", "-f", "qcow2", source, "20M")
+    names = ("one", "two")
+    for name in names:
+        qemu_img("bitmap", "--add", source, name)
+    qemu_io(source, "write -P 5 0 20M")
+    measured = json.loads(qcow2_tool_ok("measure", "-O", "qcow2", "--output=json", source))
+    nbytes = measured["required"] + measured["bitmaps"]
+    if options == ["-n"]:
+        qcow2_tool_ok("create", "-q", target, "20M")
+    words = [TOOL, "convert", "--bitmaps", *options, "-O", "qcow2", source, target]
+    done = subprocess.run(["prlimit", f"--fsize={nbytes}", *words], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_clean(target)
+    assert sorted(bitmaps_of(target)) == sorted(names)
+    for name in names:
+        assert bitmaps_of(target)[name].dirty == bitmaps_of(source)[name].dirty
+    assert target.stat().st_size <= nbytes
+
+
+def test_copy_whose_bitmaps_have_no_room_is_none(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    qemu_img("create", "-q", "-f", "qcow2", source, "4M")
+    for name in ("one", "two"):
+        qemu_img("bitmap", "--add", source, name)
+    qemu_io(source, "write -P 5 0 4M")
+    measured = json.loads(qcow2_tool_ok("measure", "-O", "qcow2", "--output=json", source))
+    limited = ["prlimit", f"--fsize={measured['required'] + measured['bitmaps'] - 65536}", TOOL]
+    words = ["convert", "--bitmaps", "-O", "qcow2", source, target]
+    done = subprocess.run([*limited, *words], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (1, "qcow2: Failed to create bitmaps: File too large\n")
+    assert not target.exists()
+    qcow2_tool_ok("create", "-q", target, "4M")
+    done = subprocess.run([*limited, *words, "-n"], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.stderr == "qcow2: The disk is copied, its bitmaps are not: File too large\n"
+    assert qcow2.compare(source, target) is None
+    assert not bitmaps_of(target)
+
+
 def test_bitmaps_are_of_the_disk_as_it_is_now(tmp_path: Path) -> None:
     source = tmp_path / "source"
     qemu_img("create", "-q", "-f", "qcow2", source, "1G")
