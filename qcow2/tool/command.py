@@ -13,7 +13,7 @@ from qcow2.sources import StaleExtension
 from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.identity import QEMU_IMG, SPOKEN, is_qemu_img, say
 from qcow2.tool.secret import Secrets
-from qcow2.tool.stdio import OUTPUT, name_output, occupy
+from qcow2.tool.stdio import is_of_output, name_output, occupy
 
 COMMANDS = {
     "create": ("create", "make a new image"),
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.filename == OUTPUT:
+        if is_of_output(error):
             sys.stdout = None  # Python would try again at exit, and complain itself
         return _complain(_text_of(error))
     except Failure as failure:

@@ -14,6 +14,7 @@ from qcow2.tool.named import Named, add_format_option, add_image_options, the_im
 from qcow2.tool.opening import cannot_open
 from qcow2.tool.progress import shown
 from qcow2.tool.quantity import size_of
+from qcow2.tool.stdio import is_of_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         except SeenBySnapshot as error:
             raise Failure(str(error)) from error
         except OSError as error:
+            if is_of_output(error):
+                raise
             raise Failure(f"Block job failed: {_place_of(error)}{error.strerror or error}") from error
         except ImageError as error:
             raise Failure(f"Block job failed: {error}") from error

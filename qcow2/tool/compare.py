@@ -1,7 +1,8 @@
 """`qcow2 compare`: do two images hold the same disk."""
 
 import argparse
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from qcow2.driver.pool import PoolDriver
 from qcow2.error import ImageError
@@ -12,6 +13,7 @@ from qcow2.tool.failure import Failure, UsageError
 from qcow2.tool.named import add_format_option, add_image_options, named
 from qcow2.tool.progress import shown
 from qcow2.tool.source import add_source_options, open_source
+from qcow2.tool.stdio import OUTPUT, is_of_output
 
 DIFFERENT, CANNOT_OPEN, NO_STATUS, CANNOT_READ = 1, 2, 3, 4  # exit statuses; 0: identical
 
@@ -47,11 +49,24 @@ def run_command(arguments: argparse.Namespace) -> int:
             )
         except Failure as failure:
             raise Failure(str(failure), CANNOT_OPEN) from failure
-        with shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
+        with _output(), shown(is_wanted=arguments.progress and not arguments.quiet) as pace:
             lines, status = _compared(one, other, pace, is_strict=arguments.strict)
             if not arguments.quiet:
-                print("\n".join(lines))
+                print("\n".join(lines), flush=True)
     return status
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Raises: Failure if what is printed in this block does not fit: 1 would say that the disks differ."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if not is_of_output(error):
+            raise
+        raise Failure(f"{OUTPUT}: {error.strerror}", NO_STATUS) from error
 
 
 def _compared(one: Node, other: Node, pace: Pace, *, is_strict: bool) -> tuple[list[str], int]:
@@ -81,4 +96,6 @@ def _run(one: Node, other: Node, pace: Pace, *, is_strict: bool) -> Difference |
             text = f"Error while reading offset {failure.guest_offset} of {failure.path}: {reason}"
             raise Failure(text, CANNOT_READ) from failure
         except (OSError, ImageError) as error:
+            if is_of_output(error):
+                raise
             raise Failure(str(error), NO_STATUS) from error

@@ -26,13 +26,26 @@ def run_to_end(main: Callable[[], int]) -> int:
     try:
         with _raised():
             status = main()
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            _flush(has_failed=status != 0)
             return status
     except Interrupted as interrupted:
         return _die(interrupted.number)
     except BrokenPipeError:
         return die_of_closed_pipe()
+
+
+def _flush(*, has_failed: bool) -> None:
+    """Print what is left; where that fails, a command that *has_failed* has said why. Raises: OSError."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        sys.stdout = None  # Python would try again at exit, and complain itself
+        if not has_failed:
+            raise
 
 
 @contextmanager

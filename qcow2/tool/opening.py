@@ -8,7 +8,7 @@ from qcow2.error import ImageError, UnknownFeatures
 from qcow2.lock import ImageLocked
 from qcow2.tool.failure import Failure
 from qcow2.tool.identity import is_qemu_img
-from qcow2.tool.stdio import OUTPUT
+from qcow2.tool.stdio import is_of_output
 
 NO_QCOW2 = "not a qcow2 image"
 
@@ -34,7 +34,7 @@ def in_qemus_words(path: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.filename == OUTPUT:
+        if is_of_output(error):
             raise
         raise Failure(cannot_open(path, error)) from error
     except UnknownFeatures as error:

@@ -25,6 +25,11 @@ def occupy() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
+def is_of_output(error: Exception) -> bool:
+    """Whether *error* is that what we print goes nowhere: nothing is wrong with an image then."""
+    return isinstance(error, OSError) and error.filename == OUTPUT
+
+
 class _Named(io.FileIO):
     """A descriptor whose errors say what it is."""
 

@@ -1,11 +1,14 @@
 """What hands that know qemu-img do with the tool, and what a terminal does to it."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
+import termios
 import time
+from array import array
 from contextlib import suppress
 from pathlib import Path
 
@@ -206,6 +209,50 @@ def test_tool_whose_output_nobody_reads_dies_of_it_without_a_word(tmp_path: Path
     done = subprocess.run([TOOL, *words, path], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+SHOWING = {  # what shows how far it is, and its exit status for an output that fails
+    "compare -p base copy": 3,
+    "commit -p top": 1,
+    "convert -p top new": 1,
+    "rebase -p -b  top": 1,
+}
+FIRST_LINE = len("    (0.00/100%)\r")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name, more in (("base", ()), ("copy", ()), ("top", ("-b", "base", "-F", "qcow2"))):
+        qemu_img("create", "-q", "-f", "qcow2", *more, tmp_path / name, "1M")
+        qemu_io(tmp_path / name, "write -P 1 0 1M")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", SHOWING)
+def test_output_that_is_full_on_the_way_is_an_error_of_one_line(images: Path, words: str) -> None:
+    limit = 16 << 20
+    with (images / "log").open("wb") as log:
+        log.seek(limit - FIRST_LINE)
+        program = ["prlimit", f"--fsize={limit}", TOOL, *words.split(" ")]
+        done = subprocess.run(
+            program, stdout=log, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, cwd=images, check=False
+        )
+    assert (done.returncode, done.stderr) == (SHOWING[words], "qcow2: standard output: File too large\n")
+
+
+@pytest.mark.parametrize("words", SHOWING)
+def test_tool_whose_reader_leaves_on_the_way_dies_of_it_without_a_word(images: Path, words: str) -> None:
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1)  # as small as it can be
+    os.write(writer, bytes(size - FIRST_LINE))
+    program = subprocess.Popen([TOOL, *words.split(" ")], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=images)
+    os.close(writer)
+    held = array("i", [0])
+    while held[0] < size and program.poll() is None:  # then it waits for room
+        fcntl.ioctl(reader, termios.FIONREAD, held)
+    os.close(reader)
+    _, said = program.communicate(timeout=TIMEOUT)
+    assert (program.returncode, said) == (-signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(
