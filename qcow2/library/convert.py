@@ -19,6 +19,7 @@ from qcow2.job.source import Source
 from qcow2.job.target import InPlace, Target
 from qcow2.library.hostfile import created, is_at
 from qcow2.library.key import Key, keys_of
+from qcow2.library.own_thread import undisturbed
 from qcow2.node.chain import Chain
 from qcow2.node.raw import RawImage
 
@@ -61,7 +62,7 @@ def convert_image(source: str, target: str, pace: Pace, wanted: Conversion) -> N
             into = NewImage(file, options, reads_zeros=not file.is_device)
         driver = stack.enter_context(PoolDriver(WIDTH))
         try:
-            driver.run(copy(Source.of(image), into, pace, Manner()))
+            undisturbed(lambda: driver.run(copy(Source.of(image), into, pace, Manner())), pace)
         except CopyFailed as failure:
             raise failure.__cause__ or failure from None
 

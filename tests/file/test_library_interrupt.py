@@ -20,6 +20,7 @@ from tests.program import TIMEOUT
 NBYTES = 40 << 20  # half of it is more than is under way at a time
 JOBS: dict[str, Callable[..., None]] = {
     "commit": qcow2.commit,
+    "convert": lambda path, **how: qcow2.convert(path, path.with_name("new"), **how),
     "rebase": lambda path, **how: qcow2.rebase(path, None, **how),
     "stream": qcow2.stream,
 }
@@ -36,7 +37,8 @@ def look(number, frame):  # a step is a coroutine's that a driver runs
 signal.signal(signal.SIGALRM, look)
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 path, job = sys.argv[1:]
-qcow2.rebase(path, None) if job == "rebase" else getattr(qcow2, job)(path)
+more = {"convert": [path + ".new"], "rebase": [None]}.get(job, [])
+getattr(qcow2, job)(path, *more)
 signal.setitimer(signal.ITIMER_REAL, 0)
 print(*places)
 """
@@ -90,6 +92,7 @@ def test_an_interrupted_job_ends_and_the_disk_is_as_it_was(
     assert told[-1][0] < told[-1][1], "it went on to its end"
     for path in (overlay, overlay.with_name("base")):
         assert_clean(path)
+    assert not overlay.with_name("new").exists()
     with qcow2.open(overlay) as disk:
         assert len(disk.files) == 2
         assert disk.read(0, NBYTES) == bytes([2]) * (NBYTES // 2) + bytes([1]) * (NBYTES // 2)
