@@ -35,6 +35,13 @@ static void free_slots(struct l2map *map)
     free(map->referenced);
 }
 
+static void forget_all(struct l2map *map)
+{
+    map->nused = 0;
+    map->hand = 0;
+    memset(map->buckets, 0xff, (map->bucket_mask + 1) * sizeof(*map->buckets));
+}
+
 int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
 {
     struct l2map resized = *map;
@@ -44,8 +51,6 @@ int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
         nbuckets *= 2;
     resized.size = size;
     resized.nslots = nslots;
-    resized.nused = 0;
-    resized.hand = 0;
     resized.bucket_mask = nbuckets - 1;
     resized.words = calloc(nslots * slice_nwords(map), sizeof(*map->words));
     resized.slice_of = calloc(nslots, sizeof(*map->slice_of));
@@ -54,11 +59,14 @@ int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
     resized.referenced = calloc(nslots, sizeof(*map->referenced));
     if (!resized.words || !resized.slice_of || !resized.next || !resized.buckets || !resized.referenced) {
         free_slots(&resized);
-        return -ENOMEM;
+        if (!map->words)
+            return -ENOMEM;
+        map->size = size;
+    } else {
+        free_slots(map);
+        *map = resized;
     }
-    memset(resized.buckets, 0xff, nbuckets * sizeof(*resized.buckets));
-    free_slots(map);
-    *map = resized;
+    forget_all(map);
     return 0;
 }
 

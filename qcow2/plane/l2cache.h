@@ -25,7 +25,7 @@ struct untouched;
 /* A map of an image of `size` guest bytes; slices of min(cluster, 4 KiB), nslots of them at most; NULL if memory lacks. */
 struct l2map *l2map_create(const struct entry_format *format, uint64_t size, uint32_t nslots);
 void l2map_destroy(struct l2map *map);
-/* The disk has `size` guest bytes now; nslots slices, none of them in the cache any more. -ENOMEM changes nothing. */
+/* The disk has `size` guest bytes now; nslots slices, or as many as before if memory lacks; none of them is there. */
 int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots);
 
 /* l1: entries in host byte order, borrowed until the next call. */

@@ -11,6 +11,7 @@ from qcow2.driver.operation import Operation, Write
 from qcow2.engine.image import Image
 from qcow2.judge.check import check
 from qcow2.judge.repair import repair
+from qcow2.plane.l2cache import L2Cache
 from tests.crash.driver import piece_bytes, simulated
 from tests.crash.fault import Fault
 from tests.engine import Bench, open_again, set_up
@@ -180,3 +181,17 @@ def test_flags_come_back_below_a_table_that_a_full_host_left_counted_too_high(np
     bench.close()
     found = bench.driver.run(check(bench.file))
     assert (found.corruptions, found.is_dirty) == (0, False)
+
+
+def test_disk_goes_back_though_its_tables_find_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the header says so there is no way back: the cache keeps the memory that it has."""
+    bench = set_up(64 * SECTOR)
+    bench.write(0, b"a" * 40 * SECTOR)
+    bench.driver.run(bench.image.create_snapshot("one", 0))
+    before = bench.content()
+    bench.write(0, b"b" * 10 * SECTOR)
+    monkeypatch.setattr(L2Cache, "_slots", lambda cache: 1 << 31)  # a terabyte
+    bench.driver.run(bench.image.apply_snapshot("one"))
+    assert bench.content() == before
+    bench.close()
+    bench.assert_sound()
