@@ -1,7 +1,7 @@
 """`qcow2 convert`: copy disks to a new image, or to one that is there."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -119,7 +119,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         last_step = _bitmaps(wish, images, arguments) if arguments.bitmaps else None
         below = stack.enter_context(_base(wish, arguments))
         is_shared = below is not None and _is_backing_of(below, images[0])
-        source = Source.of(*images, tells_below=is_shared, on_loss=_warn_of_loss if arguments.salvage else None)
+        source = Source.of(*images, tells_below=is_shared, on_loss=_on_loss(arguments))
         target = stack.enter_context(_target(wish, images, below, arguments))
         target.last_step = last_step
         pace = stack.enter_context(shown(is_wanted=arguments.progress and not arguments.quiet, rate=rate))
@@ -155,6 +155,13 @@ def _target_path(name: str, arguments: argparse.Namespace) -> str:
     if arguments.target_image_opts or is_nbd(name):
         return name
     return present_file(name) if arguments.no_create else new_file(name)
+
+
+def _on_loss(arguments: argparse.Namespace) -> Callable[[int, Exception], None] | None:
+    """What hears of each sector that cannot be read; None: that is an error."""
+    if not arguments.salvage:
+        return None
+    return (lambda offset, error: None) if arguments.quiet else _warn_of_loss
 
 
 def _warn_of_loss(offset: int, error: Exception) -> None:

@@ -46,6 +46,20 @@ class _Named(io.FileIO):
             raise
 
 
+class _Heedless(io.FileIO):
+    """A descriptor that takes what cannot be written: words that nobody hears end no work."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "w", closefd=False)
+
+    def write(self, data: Any, /) -> int:
+        """Never raises OSError."""
+        try:
+            return super().write(data) or len(data)  # None where it would have to wait
+        except OSError:
+            return len(data)
+
+
 def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
     """A byte of a name that was no text is itself, what else cannot be said is said as an escape."""
     assert isinstance(error, UnicodeEncodeError)
@@ -56,7 +70,7 @@ def _encode(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def name_output() -> None:
-    """Let errors of standard output say so, and let names of files be printed as the bytes that they are."""
+    """Let errors of standard output say so, those of standard error pass, and names of files be the bytes they are."""
     codecs.register_error(ERRORS, _encode)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not what somebody has put in its place
         encoding, is_terminal = sys.stdout.encoding, sys.stdout.isatty()
@@ -64,4 +78,7 @@ def name_output() -> None:
         named = io.TextIOWrapper(output, encoding, ERRORS, line_buffering=is_terminal)
         sys.stdout = sys.__stdout__ = named  # type: ignore[misc] # who drops the one does not flush: it might wait
     if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr.reconfigure(errors=ERRORS)
+        errors = io.BufferedWriter(_Heedless(2))
+        sys.stderr = sys.__stderr__ = io.TextIOWrapper(  # type: ignore[misc]
+            errors, sys.stderr.encoding, ERRORS, line_buffering=True
+        )

@@ -1,12 +1,15 @@
 """`qcow2 bench` moves what it says, and `convert --salvage` what can be read."""
 
+import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.oracle import assert_clean, held_by_qemu, qemu_img, qemu_io, qemu_read
-from tests.program import qcow2_tool, qcow2_tool_ok
+from tests.program import TIMEOUT, TOOL, qcow2_tool, qcow2_tool_ok
 
 MIB = 1 << 20
 
@@ -83,17 +86,57 @@ def test_no_requests_are_refused(path: Path) -> None:
     assert "Invalid request count specified" in done.stderr
 
 
-def test_what_cannot_be_read_is_zeros_and_said(path: Path) -> None:
+@pytest.fixture
+def broken(path: Path) -> Path:
+    """A disk of which one cluster cannot be read."""
     qemu_io(path, "write -c -P 6 512k 64k", "write -P 7 0 64k")
     content = bytearray(path.read_bytes())
     (entry,) = [int.from_bytes(content[at : at + 8], "big") for at in range(0x40000 + 64, 0x40000 + 72, 8)]
     place = entry & ((1 << 54) - 1)
     content[place : place + 40] = b"\xff" * 40
     path.write_bytes(content)
-    new = path.with_name("new")
-    assert qcow2_tool("convert", "-O", "raw", path, new).returncode == 1
-    done = qcow2_tool("convert", "--salvage", "-O", "raw", path, new)
+    return path
+
+
+SALVAGED = (b"\7" * 65536).ljust(MIB, b"\0")
+
+
+def test_what_cannot_be_read_is_zeros_and_said(broken: Path) -> None:
+    new = broken.with_name("new")
+    assert qcow2_tool("convert", "-O", "raw", broken, new).returncode == 1
+    done = qcow2_tool("convert", "--salvage", "-O", "raw", broken, new)
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 128
     assert "warning: error while reading offset 524288: " in done.stderr
-    assert new.read_bytes() == (b"\7" * 65536).ljust(MIB, b"\0")
+    assert new.read_bytes() == SALVAGED
+
+
+def test_what_cannot_be_read_is_not_said_with_quiet(broken: Path) -> None:
+    done = qcow2_tool("convert", "--salvage", "-q", "-O", "raw", broken, broken.with_name("new"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert broken.with_name("new").read_bytes() == SALVAGED
+
+
+@pytest.mark.parametrize("errors", ["full", "unread"])
+def test_words_that_nobody_hears_end_no_rescue(broken: Path, errors: str) -> None:
+    new, words = broken.with_name("new"), ["convert", "--salvage", "-O", "raw"]
+    if errors == "full":
+        fd = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, fd = os.pipe()
+        os.close(reader)
+    done = subprocess.run([TOOL, *words, broken, new], stderr=fd, timeout=TIMEOUT, check=False)
+    os.close(fd)
+    assert (done.returncode, new.read_bytes()) == (0, SALVAGED)
+
+
+def test_asking_how_far_it_is_ends_nothing_where_nobody_hears(path: Path) -> None:
+    qemu_io(path, "write -P 7 0 1M")
+    new, words = path.with_name("new"), ["convert", "-p", "-r", "1M", "-O", "raw"]
+    with open("/dev/full", "w") as full:
+        program = subprocess.Popen([TOOL, *words, path, new], stdout=subprocess.PIPE, stderr=full)
+        assert program.stdout is not None
+        program.stdout.read(1)  # it shows how far it is, and so hears the signal
+        program.send_signal(signal.SIGUSR1)
+        said, _ = program.communicate(timeout=TIMEOUT)
+    assert (program.returncode, b"100.00" in said, new.read_bytes()) == (0, True, b"\7" * MIB)
