@@ -19,11 +19,10 @@ struct l2map *l2map_create(const struct entry_format *format, uint64_t size, uin
     map->table_bits = format->cluster_bits - entry_format_bits(format);
     map->slice_bits = least(map->table_bits, MAX_SLICE_BITS - format->word_bits);
     map->slot = map->data_slot = SLOT_UNKNOWN;
-    if (l2map_resize(map, size, nslots) < 0) {
-        free(map);
-        return NULL;
-    }
-    return map;
+    if (l2map_resize(map, size, nslots) == 0)
+        return map;
+    free(map);
+    return NULL;
 }
 
 static void free_slots(struct l2map *map)
@@ -33,13 +32,6 @@ static void free_slots(struct l2map *map)
     free(map->next);
     free(map->buckets);
     free(map->referenced);
-}
-
-static void forget_all(struct l2map *map)
-{
-    map->nused = 0;
-    map->hand = 0;
-    memset(map->buckets, 0xff, (map->bucket_mask + 1) * sizeof(*map->buckets));
 }
 
 int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
@@ -61,12 +53,13 @@ int l2map_resize(struct l2map *map, uint64_t size, uint32_t nslots)
         free_slots(&resized);
         if (!map->words)
             return -ENOMEM;
-        map->size = size;
-    } else {
+        resized = *map;
+        resized.size = size;
+    } else
         free_slots(map);
-        *map = resized;
-    }
-    forget_all(map);
+    resized.nused = resized.hand = 0;
+    memset(resized.buckets, 0xff, (resized.bucket_mask + 1) * sizeof(*resized.buckets));
+    *map = resized;
     return 0;
 }
 
