@@ -2,13 +2,18 @@
 
 import argparse
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from qcow2.driver.file import HostFile, run
+from qcow2.error import UnsupportedImage
+from qcow2.format.header import read_header
 from qcow2.judge.check import check
+from qcow2.judge.datafile import judge_data_file
 from qcow2.judge.report import MAX_LINES, Report
 from qcow2.library.hostfile import opened
 from qcow2.node.formats import format_of
+from qcow2.node.gate import ANY, DATA
 from qcow2.tool.cache import CACHE_IS_THE_HOSTS, CACHE_MODES
 from qcow2.tool.file import add_log_options, print_json, recovered
 from qcow2.tool.identity import is_qemu_img, say
@@ -45,8 +50,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         return NO_CHECK
     if arguments.repair and arguments.force_share:
         raise ValueError(f"{image.path}: cannot repair with --force-share")
-    with opening(image.path), _opened(image.path, arguments) as file:
-        report = _check(file, arguments)
+    with opening(image.path), _opened(image.path, arguments) as file, _data_file_of(file) as data_file:
+        report = _check(file, data_file, arguments)
         if not arguments.force_share:
             warn_of_waiting(file)
         if not report.check_errors and not report.corruptions and not arguments.force_share:
@@ -66,7 +71,22 @@ def _opened(path: str, arguments: argparse.Namespace) -> AbstractContextManager[
     return recovered(path, arguments)
 
 
-def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
+@contextmanager
+def _data_file_of(file: HostFile) -> Iterator[HostFile | None]:
+    """The external data file, whose length is asked and no more; None if there is none, or its name is no file's.
+
+    Raises: OSError, ImageError.
+    """
+    name = run(read_header(file, trust_refcounts=False)).data_file_name
+    try:
+        data_file = ANY.open(file.path, DATA, name, writable=False) if name else None
+    except UnsupportedImage:
+        data_file = None
+    with data_file or nullcontext():
+        yield data_file
+
+
+def _check(file: HostFile, data_file: HostFile | None, arguments: argparse.Namespace) -> Report:
     said = Findings(is_kept=arguments.repair is not None)
     progress = _show_progress if not arguments.quiet and sys.stderr.isatty() else None
     if arguments.repair is None:
@@ -75,6 +95,9 @@ def _check(file: HostFile, arguments: argparse.Namespace) -> Report:
         from qcow2.judge.repair import RepairMode, repair
 
         report = run(repair(file, RepairMode(arguments.repair), say=said.say, progress=progress))
+        report.say = said.say
+    if data_file is not None:
+        run(judge_data_file(file, data_file, report))
     if progress is not None:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     said.end(report)

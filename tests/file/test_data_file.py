@@ -1,6 +1,7 @@
 """Images whose data is in a file of its own: read, written, checked, made, as QEMU does, and safer."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -123,8 +124,7 @@ def test_info_and_map_say_what_qemu_says(tmp_path: Path, is_raw: bool) -> None:
         line.replace(f"{tmp_path}/", "") for line in qcow2_tool_ok("map", path).split("\n")[1:]
     ]
     path.with_name("disk.raw").unlink()
-    qcow2_tool_ok("info", path)
-    qcow2_tool_ok("check", path)  # neither needs it
+    qcow2_tool_ok("info", path)  # does not need it
     assert "disk.raw: No such file" in qcow2_tool("map", path).stderr
 
 
@@ -401,6 +401,37 @@ def test_content_that_exists_is_not_kept_as_ciphertext(tmp_path: Path) -> None:
     options = f"data_file=disk.raw,data_file_raw=on,data_file_use=keep,{LUKS}"
     done = qcow2_tool("create", *words, options, tmp_path / "disk.qcow2", str(SIZE))
     assert (done.returncode, "not encrypted with the key" in done.stderr) == (1, True)
+
+
+@RAW
+@pytest.mark.parametrize("extra", ["", ",extended_l2=on"])
+def test_what_a_data_file_has_lost_is_told(tmp_path: Path, is_raw: bool, extra: str) -> None:
+    path = make(tmp_path, is_raw=is_raw, name=f"disk.raw{extra}")
+    io(path, "write -P 5 0 3M", "write -z 1M 128k", "write -P 6 3100k 4k")
+    qcow2_tool_ok("check", path)
+    data_file = tmp_path / "disk.raw"
+    os.truncate(data_file, MIB - 512)  # inside a cluster that begins before
+    lost = [
+        f"ERROR data cluster at {at:#x} lies past the end of the data file at 0xffe00"
+        for at in range(MIB + (128 << 10), SIZE if is_raw else 3 * MIB + 65536, 65536)
+    ]
+    if is_raw:
+        lost.insert(0, "ERROR the disk ends at 0x400000, its raw data file at 0xffe00")
+    for words in ([], ["-U"], ["-r", "leaks"], ["-r", "all"]):
+        done = qcow2_tool("check", *words, path)
+        assert (done.returncode, done.stderr.splitlines()) == (2, lost)
+        assert f"{len(lost)} errors were found on the image." in done.stdout
+    os.truncate(data_file, SIZE)
+    qcow2_tool_ok("check", path)
+
+
+@pytest.mark.parametrize("words", [[], ["-U"], ["-r", "leaks"], ["-r", "all"]], ids=" ".join)
+def test_image_whose_data_file_is_gone_is_not_called_sound(tmp_path: Path, words: list[str]) -> None:
+    path = make(tmp_path, is_raw=False)
+    (tmp_path / "disk.raw").unlink()
+    done = qcow2_tool("check", *words, path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"qcow2: {tmp_path / 'disk.raw'}: No such file or directory\n"
 
 
 def test_places_that_are_known_are_repaired(tmp_path: Path) -> None:
