@@ -14,6 +14,7 @@ from qcow2.node.gate import backing_path
 from qcow2.node.logplace import NAME, all_logs, origin_of, remove_log
 from qcow2.plane.linklog import MAX_LOG_BYTES, FoundLog, Mark
 from qcow2.plane.logglance import glance
+from qcow2.tool.failure import UsageError
 from qcow2.tool.file import print_json
 from qcow2.tool.identity import say
 
@@ -34,7 +35,7 @@ class LogFacts:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `qcow2 link-logs`."""
     parser.add_argument("--link-log", metavar="DIR", default=DEFAULT_DIRECTORY, help=f"default: {DEFAULT_DIRECTORY}")
-    parser.add_argument("--output", default="human", choices=["human", "json"])
+    parser.add_argument("--output", choices=["human", "json"], help="of the list; default: human")
     parser.add_argument("--remove", metavar="TAG", action="append", default=[], help="remove this log for good")
     parser.add_argument("--clean", action="store_true", help="remove all that are stale")
 
@@ -42,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """List the logs, or remove some; 1 if one cannot be read.
 
-    Raises: ValueError for a tag that is not there or is in use, OSError.
+    Raises: UsageError, ValueError for a tag that is not there or is in use, OSError.
     """
+    if arguments.remove and (arguments.clean or arguments.output is not None):
+        raise UsageError(f"--remove and {'--clean' if arguments.clean else '--output'} are mutually exclusive")
     logs = {os.path.basename(memory.path).removeprefix(NAME): memory for memory in all_logs(arguments.link_log)}
     for tag in arguments.remove:
         _remove(tag, logs, arguments.link_log)

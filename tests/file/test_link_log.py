@@ -455,6 +455,16 @@ def test_log_that_cannot_be_read_is_named_and_the_list_is_no_success(tmp_path: P
     assert "000002" in done.stdout
 
 
+@pytest.mark.parametrize("more", ["--clean", "--output=json", "--output=human"])
+def test_what_removes_one_log_neither_cleans_nor_lists(tmp_path: Path, more: str) -> None:
+    log = tmp_path / "qcow2-links-000001"
+    log.write_bytes(b"none")
+    log.chmod(0o600)
+    done = qcow2_tool("link-logs", f"--link-log={tmp_path}", "--remove", "000001", more)
+    said = f"qcow2: --remove and {more.partition('=')[0]} are mutually exclusive\n"
+    assert (done.returncode, done.stderr, log.exists()) == (1, said, True)
+
+
 def test_each_log_is_said_before_the_next_is_looked_at(tmp_path: Path) -> None:
     for name in ("000001", "000003"):
         (tmp_path / f"qcow2-links-{name}").write_bytes(b"none")
