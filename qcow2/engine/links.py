@@ -206,6 +206,13 @@ class Links:
         self._gather()
         first = self._geometry.cluster_of(guest_offset)
         stored = self._log.append(map(Link, range(first, first + len(entries)), old_entries, entries))
+        undo = stored.undo
+
+        def take_from_memory() -> None:
+            undo()
+            self._mapping.hold(guest_offset, old_entries)
+
+        stored.undo = take_from_memory
         batch = self._next
         batch.links.extend(self._earlier(batch, range(first, first + len(entries))))
         batch.links.append((guest_offset, entries))
@@ -259,6 +266,7 @@ class Links:
         self._mapping.release(link.guest_offset, link.old_entries)
         for earlier in (*batch.links, *self._next.links):
             self._mapping.remember_again(*earlier, link.guest_offset, link.old_entries)
+        self._gather()
         if not self._mapping.holds:
             self.policy.on_waiting(False)
 
@@ -317,6 +325,7 @@ class Links:
 
     async def _commit(self, batch: Batch, last: Batch) -> Batch:
         """Let the links of *batch* be in the file, and those of *last* stable; the batch that is to be stable next."""
+        self._in_file.clear()
         mark = 0 if self._log is None else self._log.next  # no link of *batch* has this number or a later one
         try:
             await self._stability.sync()

@@ -9,13 +9,12 @@ It also takes COPIED flags from what others refer to, which an overwrite would c
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import suppress
 
 from qcow2.driver.operation import Grace, Read
 from qcow2.engine.opened import Opened
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.root import Root
-from qcow2.error import CorruptImage, ImageError, no_memory
+from qcow2.error import CorruptImage, ImageError, NotTried, no_memory
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.judge.census import Census, take_census
 from qcow2.judge.check import is_table_alone, miscopied
@@ -76,12 +75,19 @@ class Uncounted:
         return self._is_cheap
 
     async def look_if_cheap(self) -> None:
-        """Take the census before the first change, if it has few tables to read; who comes meanwhile waits."""
+        """Take the census before the first change, if it has few tables to read; who comes meanwhile waits.
+
+        Raises: NotTried: nothing has changed.
+        """
         if self._is_cheap:
             async with self._refcounts.mutex.hold():
                 if self._is_cheap:
-                    with suppress(OSError, ImageError):  # what cannot be looked at is in use
+                    try:
                         await self.look()
+                    except NotTried:
+                        raise  # the next change looks again
+                    except (OSError, ImageError):
+                        pass  # what cannot be looked at is in use
                     self._is_cheap = False  # not again, unless there is no other way
 
     async def look(self) -> bool:
@@ -117,15 +123,17 @@ class Uncounted:
 
         In a cluster that guest data or another table claims they may be no flags.
         """
-        async for found in miscopied(census, counted=True):
-            if not is_table_alone(census, census.cluster_of(found.host_offset)):
-                continue
-            for index in found.indexes:
-                entry = found.entries.at(found.data, index)
-                if found.entries.is_copied(entry):
-                    changed = found.entries.pack([found.entries.flipped(entry)])
-                    await self._stability.write(found.host_offset + index * found.entries.nbytes, changed)
-        self._mapping.forget(words_of(await self._active_l1()))
+        try:
+            async for found in miscopied(census, counted=True):
+                if not is_table_alone(census, census.cluster_of(found.host_offset)):
+                    continue
+                for index in found.indexes:
+                    entry = found.entries.at(found.data, index)
+                    if found.entries.is_copied(entry):
+                        changed = found.entries.pack([found.entries.flipped(entry)])
+                        await self._stability.write(found.host_offset + index * found.entries.nbytes, changed)
+        finally:
+            self._mapping.forget(words_of(await self._active_l1()))
 
     async def _active_l1(self) -> bytes:
         record = self._root.header.record

@@ -165,9 +165,11 @@ class LinkLog:
 
     def take_waiting(self) -> list[tuple[int, int]]:
         """What the extent map has appended since it was asked last: guest clusters and their new entries."""
-        count, self.native.nlinks = int(self.native.nlinks), 0
-        found = WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size))) if count else ()
-        return [(cluster, word | bitmap << WORD_BITS) for cluster, word, bitmap in found]
+        count = int(self.native.nlinks)
+        records = WAITING.iter_unpack(bytes(ffi.buffer(self.native.links, count * WAITING.size))) if count else ()
+        found = [(cluster, word | bitmap << WORD_BITS) for cluster, word, bitmap in records]
+        self.native.nlinks = 0  # once there was memory for them
+        return found
 
     async def begin(self, nbytes: int = 0) -> None:
         """Make the memory, of *nbytes* at least, a log, before the first link. Raises: OSError if none is to be had."""

@@ -1,17 +1,25 @@
 """Links that wait for their data: made in memory and in the log, committed together, never overtaken."""
 
 import errno
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Operation, Read, Store, Sync, Write
+from qcow2.engine.image import Image
 from qcow2.engine.linkpolicy import LinkPolicy
+from qcow2.engine.opened import OpenOptions
+from qcow2.engine.replay import replay
 from qcow2.engine.root import BitmapsPlace
+from qcow2.error import NotTried
+from qcow2.format.header import read_header
 from qcow2.format.layout import HEADER_REFCOUNT_TABLE_OFFSET
+from qcow2.node.raw import RawImage
 from qcow2.plane.linklog import LIMIT
-from tests.engine import TAG, Bench, mark_of, noise, set_up, waiting
+from tests.crash.driver import CrashDriver
+from tests.engine import TAG, Bench, mark_of, noise, open_again, read, set_up, waiting
 
 CLUSTER = 512
 BASE = noise(200 * CLUSTER, 7)
@@ -437,3 +445,133 @@ def test_the_refcount_table_moves_while_the_header_names_another_file(before: in
     assert together(bench, bench.image.put_over(None, None, None), move_soon()) == [None, None]
     assert int.from_bytes(bench.file.read(HEADER_REFCOUNT_TABLE_OFFSET, 8), "big") == moved
     assert root.header.record.refcount_table_offset == moved
+
+
+def lacks_mark(operation: Operation) -> OSError | None:
+    return OSError(errno.ENOSPC, "as told") if isinstance(operation, Store) and operation.mark is not None else None
+
+
+@pytest.mark.parametrize("lacks", ["sync", "space"])
+def test_what_an_earlier_commit_brought_into_the_file_answers_for_no_later_link(lacks: str) -> None:
+    """Of one cluster: what is told done is in the log or the file (law 1)."""
+    cluster, part = 1 << 16, 2048
+    base = noise(16 * cluster, 1)
+    bench = set_up(len(base), cluster_bits=16, has_subclusters=True, base=base, log_capacity=64)
+    bench.write(0, b"a" * part)
+    bench.breaker.fault = lacks_mark
+    with suppress(OSError):
+        bench.driver.run(bench.image.flush())
+
+    def lacks_more(operation: Operation) -> OSError | None:
+        if lacks == "sync" and isinstance(operation, Sync):
+            return NotTried(errno.ENOMEM, "as told")
+        if lacks == "space" and isinstance(operation, Write) and sum(map(len, operation.pieces)) <= 64:
+            return OSError(errno.ENOSPC, "as told")
+        return lacks_mark(operation)
+
+    bench.breaker.fault = lacks_more
+    shown = b"b" * part
+    try:
+        bench.write(4 * part, shown)
+    except OSError:
+        shown = base[4 * part : 5 * part]
+    bench.breaker.fault = None
+    killed = bench.file.after_kill()
+    driver = CrashDriver()
+    header = driver.run(read_header(killed))
+    driver.run(replay(killed, header, waiting(killed) or []))
+    image = driver.run(Image.open(killed, backing=driver.run(RawImage.open(bench.base))))
+    assert read(driver, image, 0, part) == b"a" * part
+    assert read(driver, image, 4 * part, part) == shown == bench.read(4 * part, part)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_neighbour_writes_into_a_cluster_that_is_taken_back(seed: int) -> None:
+    cluster = 1 << 16
+    base = noise(16 * cluster, 1)
+    bench = set_up(len(base), cluster_bits=16, base=base, log_capacity=64, seed=seed)
+    bench.write(3 * cluster, b"c" * 4096)
+    bench.driver.run(bench.image.flush())
+    tasks: list[Any] = []
+
+    def fault(operation: Operation) -> OSError | None:
+        if isinstance(operation, Sync):
+            return NotTried(errno.ENOMEM, "as told")
+        failure = lacks_mark(operation)
+        if failure is not None and len(tasks) == 1:
+            beside = bench.image.write(4096, MemoryBuffer(memoryview(b"b" * 4096)))
+            tasks.append(bench.driver.spawn(beside, lambda task: None))
+        return failure
+
+    bench.breaker.fault = fault
+    tasks.append(bench.driver.spawn(bench.image.write(0, MemoryBuffer(memoryview(b"a" * 4096))), lambda task: None))
+    bench.driver.finish()
+    bench.breaker.fault = None
+    for task, offset, byte in zip(tasks, (0, 4096), (b"a", b"b"), strict=True):
+        shown = base[offset : offset + 4096] if task.error else byte * 4096
+        assert bench.read(offset, 4096) == shown
+
+
+def test_a_link_of_the_data_plane_still_waits_for_a_flush_where_another_is_taken_back() -> None:
+    cluster = 1 << 16
+    bench = set_up(16 * cluster, cluster_bits=16, base=noise(16 * cluster, 1), log_capacity=64)
+    bench.write(3 * cluster, b"c" * 512)
+    bench.driver.run(bench.image.flush())
+    told: list[bool] = []
+    bench.image.set_link_policy(LinkPolicy(on_waiting=told.append))
+    changes = bench.image._changes
+    log, (new,) = changes.links.log, bench.driver.run(changes._space.allocator.allocate_unsynced(1))
+    entry = bench.image._mapping.entries.data(new * cluster, 1)[0]
+    nfailed = 0
+
+    def fault(operation: Operation) -> OSError | None:
+        nonlocal nfailed
+        if isinstance(operation, Sync) and nfailed == 1:  # meanwhile, as the data plane does it
+            nfailed = 2
+            log.native.links[0] = (7, (entry, 0))
+            log.native.nlinks = 1
+            bench.image._cache.update(7 * cluster, [entry])
+            told.append(True)
+            return NotTried(errno.ECANCELED, "as told")
+        failure = lacks_mark(operation) if not nfailed else None
+        nfailed += failure is not None
+        return failure
+
+    bench.breaker.fault = fault
+    with pytest.raises(OSError, match="as told"):
+        bench.write(5 * cluster, b"b" * 4096)
+    bench.breaker.fault = None
+    assert told[-1]
+    assert bench.image.has_waiting_links
+
+
+@pytest.mark.parametrize("kind", [Read, Write])
+def test_a_census_that_was_not_even_tried_is_taken_at_the_next_write(kind: type[Operation]) -> None:
+    """COPIED flags that are wrong, as damage of others leaves them, would let a write hit a snapshot."""
+    cluster = 4096
+    bench = set_up(64 * cluster, cluster_bits=12)
+    bench.write(0, b"s" * 8 * cluster)
+    bench.driver.run(bench.image.create_snapshot("s", 0))
+    bench.close()
+    l1 = int.from_bytes(bench.file.read(40, 8), "big")
+    table = int.from_bytes(bench.file.read(l1, 8), "big") & 0x00FF_FFFF_FFFF_FE00
+    for place in (l1, *range(table, table + 64, 8)):
+        bench.file.write(place, bytes([bench.file.read(place, 1)[0] | 0x80]))
+    again = open_again(bench, writable=True)
+    again.content()
+    nfailed = 0
+
+    def fault(operation: Operation) -> OSError | None:
+        nonlocal nfailed
+        nfailed += isinstance(operation, kind)
+        return NotTried(errno.ECANCELED, "as told") if isinstance(operation, kind) and nfailed == 1 else None
+
+    again.breaker.fault = fault
+    with suppress(OSError):
+        again.write(0, b"n" * cluster)
+    again.breaker.fault = None
+    again.write(cluster, b"n" * cluster)
+    driver, options = CrashDriver(), OpenOptions(snapshot="s")
+    assert (
+        read(driver, driver.run(Image.open(again.file.copy(), options=options)), 0, 8 * cluster) == b"s" * 8 * cluster
+    )
