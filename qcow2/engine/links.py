@@ -205,14 +205,8 @@ class Links:
         assert self._log is not None
         self._gather()
         first = self._geometry.cluster_of(guest_offset)
-        stored = self._log.append(map(Link, range(first, first + len(entries)), old_entries, entries))
-        undo = stored.undo
-
-        def take_from_memory() -> None:
-            undo()
-            self._mapping.hold(guest_offset, old_entries)
-
-        stored.undo = take_from_memory
+        links = map(Link, range(first, first + len(entries)), old_entries, entries)
+        stored = self._log.append(links, lambda: self._mapping.hold(guest_offset, old_entries))
         batch = self._next
         batch.links.extend(self._earlier(batch, range(first, first + len(entries))))
         batch.links.append((guest_offset, entries))

@@ -182,11 +182,18 @@ class LinkLog:
         whole += CHECKSUM.pack(zlib.crc32(whole))
         await Store(self._memory, (0, whole.ljust(RECORDS_OFFSET, b"\0")))
 
-    def append(self, links: Iterable[Link]) -> Store:
-        """Remember *links*, for which there is room, as soon as what is returned is awaited."""
+    def append(self, links: Iterable[Link], undo: Callable[[], None] = lambda: None) -> Store:
+        """Remember *links*, for which there is room, as soon as what is returned is awaited; else *undo*."""
         before = self.native.next
         parts = [self._record(*link) for link in links]
-        return self._store(parts, before, self._mark())
+        stored = self._store(parts, before, self._mark())
+
+        def undo_all(forget: Callable[[], None] = stored.undo) -> None:
+            forget()
+            undo()
+
+        stored.undo = undo_all
+        return stored
 
     def forget(self, before: int) -> Store:
         """Let the log begin with sequence number *before*, once awaited: the links in front are in the file."""
