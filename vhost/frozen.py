@@ -85,29 +85,25 @@ class Wanted:
 
     def next(self, first: int, end: int) -> int:
         """The first one from *first* on; *end* if there is none before."""
-        chunk = first
+        return self._find(first, end, is_set=True)
+
+    def run_end(self, first: int, end: int) -> int:
+        """Where the run that *first* is in ends, *end* at the latest."""
+        return self._find(first, end, is_set=False)
+
+    def _find(self, chunk: int, end: int, *, is_set: bool) -> int:
+        """The first one from *chunk* to before *end* that *is_set*, or is not: whole bytes of others are skipped."""
+        worth_a_look = SET if is_set else NOT_FULL
         while chunk < end:
-            if self.bits[chunk // 8] >> chunk % 8 & 1:
+            if (self.bits[chunk // 8] >> chunk % 8 & 1) == is_set:
                 return chunk
             chunk += 1
             if chunk % 8 == 0 and chunk < end:
-                found = SET.search(self.bits, chunk // 8, -(-end // 8))
+                found = worth_a_look.search(self.bits, chunk // 8, -(-end // 8))
                 if found is None:
                     return end
                 chunk = max(chunk, found.start() * 8)
         return end
-
-    def run_end(self, first: int, end: int) -> int:
-        """Where the run that *first* is in ends, *end* at the latest."""
-        chunk = first
-        while chunk < end and self.bits[chunk // 8] >> chunk % 8 & 1:
-            chunk += 1
-            if chunk % 8 == 0 and chunk < end:
-                found = NOT_FULL.search(self.bits, chunk // 8, -(-end // 8))
-                if found is None:
-                    return end
-                chunk = max(chunk, found.start() * 8)
-        return min(chunk, end)
 
 
 class Frozen:
