@@ -146,15 +146,18 @@ class OwnThread:
             return function()
 
     def _start(self) -> bool:
-        """Whether there is a thread now, which takes no signals. One too many, after an interrupt, ends at once."""
-        thread = threading.Thread(
-            target=_work, args=(self._jobs, self._works, self._turn), name="qcow2 disk", daemon=True
-        )
+        """Whether there is a thread now, which takes no signals. One too many, after an interrupt, ends at once.
+
+        Its object may end with it: the callbacks of weak references to it would swallow an interrupt. So here, where
+        none comes.
+        """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:  # what blocks them may raise for one that came before
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             self._may_have_thread = True
-            thread.start()
+            threading.Thread(
+                target=_work, args=(self._jobs, self._works, self._turn), name="qcow2 disk", daemon=True
+            ).start()
         except RuntimeError:
             return False
         finally:
