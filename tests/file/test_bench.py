@@ -146,6 +146,16 @@ def test_backups_of_both_servers_are_timed(tmp_path: Path, seconds: str) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sample(3, of="runs of bench")
+def test_what_bitmaps_cost_is_told(tmp_path: Path) -> None:
+    options = ("--mib=32", "--passes=2", "--seconds=0.05", f"--directory={tmp_path}")
+    command = [sys.executable, "-m", "bench.bitmaps", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == 0, run.stderr
+    assert 0 < float(run.stdout.split("enabled over disabled: ")[1].split()[0]) < 100
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
     images = tmp_path / "images"
