@@ -93,7 +93,7 @@ class Bitmaps(Part):
     async def reload(self) -> None:
         """The directory in the file is another one; nothing is live.
 
-        Raises: OSError, CorruptImage; then the image takes no more writes: nobody knows where to record them.
+        If it cannot be read the image takes no more writes: nobody knows where to record them. That undoes no change.
         """
         assert not self._is_live
         self._mapping.disown_metadata(self.owned)
@@ -104,7 +104,6 @@ class Bitmaps(Part):
             )
         except (OSError, CorruptImage) as error:
             self._stability.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
-            raise
         self._mapping.own_metadata(self.owned)
         self._choose()
 

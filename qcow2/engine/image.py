@@ -240,7 +240,8 @@ class Image(WritableImage):
         """Let *change* plan which bitmaps there are, and then have them; stable on return. Nothing else is under way.
 
         A death leaves what was, or all that was planned.
-        Raises: BitmapError, UnsupportedImage, CorruptImage, OSError.
+        Raises: BitmapError, UnsupportedImage, CorruptImage, OSError; then they are as before, or nobody knows which
+        they are, and the image takes no more writes.
         """
         changes = await self._alone()
         await changes.bitmaps.settle()
@@ -266,7 +267,8 @@ class Image(WritableImage):
         """Let a bitmap say what has changed since it was frozen, if what it said *is_copied*; else that, too.
 
         Stable on return. If it is copied nothing else is under way.
-        Raises: BitmapError if the image was closed since; OSError, after which it is as not copied.
+        Raises: BitmapError if the image was closed since; OSError, after which it is as not copied, unless the image
+        takes no more writes: then nobody knows.
         """
         bitmaps = self._writable().bitmaps
         if not bitmaps.holds(frozen):

@@ -1,18 +1,21 @@
 """A bitmap frozen for who copies what it reports: what goes when that is done, and what stays."""
 
+import errno
+import itertools
 import random
 from typing import Any
 
 import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.driver.operation import Operation, Read, Size
 from qcow2.engine.image import Image
 from qcow2.error import BitmapError
 from tests.bitmapreader import read_bitmaps
 from tests.crash.driver import CrashDriver, SimulatedFile, points
 from tests.crash.explorer import subsets
 from tests.crash.images import check_image, open_image, read_all, start
-from tests.engine import Bench, set_up
+from tests.engine import Bench, Breaker, set_up
 
 SECTOR = 512
 FIRST, SINCE, LATER = {3, 4, 40}, {4, 5, 60}, {7}
@@ -190,3 +193,39 @@ def test_what_a_bitmap_forgets_is_stable(what: str) -> None:
                 content = after.run(read_all(after.run(open_image(state, None))))
                 assert content[3 * SECTOR : 4 * SECTOR] == b"x" * SECTOR
     assert forgotten
+
+
+@pytest.mark.parametrize("what", ["clear", "copied"])
+def test_what_a_bitmap_has_forgotten_is_not_told_as_failed(what: str) -> None:
+    """Who reads it again to record in it may fail; a copy that is thrown away because of that is nobody's any more."""
+    for number in itertools.count(1):
+        begun, seen, breaker = start("bitmaps"), 0, Breaker()
+        file, driver = begun.image.copy(), CrashDriver(2, fault=breaker)
+        image = driver.run(open_image(file, begun.backing))
+        write(driver, image, FIRST)
+        before = dirty(Bench(driver, breaker, file, None, image), "fine")
+
+        def fault(operation: Operation, number: int = number) -> OSError | None:
+            nonlocal seen
+            seen += isinstance(operation, Read | Size)
+            return OSError(errno.EIO, "as told") if isinstance(operation, Read | Size) and seen == number else None
+
+        frozen = driver.run(image.freeze_bitmap("fine"))
+        if what == "clear":
+            driver.run(image.thaw_bitmap(frozen, is_copied=False))
+        breaker.fault, is_told = fault, True
+        try:
+            if what == "clear":
+                driver.run(image.change_bitmaps(lambda plan: plan.clear("fine")))
+            else:
+                driver.run(image.thaw_bitmap(frozen, is_copied=True))
+        except OSError:
+            is_told = False
+        breaker.fault = None
+        assert said(file) == (set() if is_told else before), f"read {number}"
+        if seen < number:
+            break
+        if is_told:
+            with pytest.raises(OSError, match="no more writes"):
+                write(driver, image, LATER)
+    assert number > 6
