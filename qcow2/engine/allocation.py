@@ -8,7 +8,7 @@ syncs before the link anyway takes clusters of which all this is true after that
 
 import errno
 import os
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -75,7 +75,7 @@ class Allocator:
         self._stability.require_trust()
         taken = self._stock.take(nclusters)
         if len(self._stock) <= self._low and self._under_way is None and self._reservations.room:
-            await Spawn(self._ahead(self._reserve_once(self._run_length(), self._begin())))
+            await Spawn(self._ahead(self._reserve_once))
         return taken
 
     async def allocate_zeros(self) -> range:
@@ -109,7 +109,7 @@ class Allocator:
         self._stability.require_trust()
         taken = self._unsynced.take(nclusters)
         if len(self._unsynced) <= self._low_unsynced and self._gathering is None and self._reservations.room:
-            await Spawn(self._ahead(self._gather_once(self._run_length(), self._begin_gathering())))
+            await Spawn(self._ahead(self._gather_once))
         return taken
 
     async def _gather(self, nclusters: int) -> None:
@@ -118,31 +118,24 @@ class Allocator:
             self._unsynced.add([self._stock.take(nclusters)])
             return
         try:
-            await self._gather_once(max(nclusters, self._run_length()), self._begin_gathering())
+            await self._gather_once(max(nclusters, self._run_length()))
         except OSError as error:
             if not lacks_room(error) or not self._stock:
                 raise
             self._unsynced.add([self._stock.take(nclusters)])
 
-    async def _gather_once(self, wanted: int, ended: Signal) -> None:
+    async def _gather_once(self, wanted: int) -> None:
+        if self._gathering is not None:
+            return
+        self._gathering = ended = Signal()
         try:
+            self._unsynced.keep(0)
             self._unsynced.add(await self._reservations.reserve_what_fits(wanted))
             self._low_unsynced = len(self._unsynced) // 2
         finally:
             self._gathering = None
             self._unsynced.keep(self._low_unsynced)
             ended.set()
-
-    def _begin_gathering(self) -> Signal:
-        self._unsynced.keep(0)
-        self._gathering = Signal()
-        return self._gathering
-
-    def _begin(self) -> Signal:
-        """A reservation begins: until it has ended the extent map may take all that is left."""
-        self._stock.keep(0)
-        self._under_way = Signal()
-        return self._under_way
 
     def allow_links(self) -> None:
         """What must be stable before a cluster of the stock may be linked is: the extent map may link them, too."""
@@ -225,13 +218,13 @@ class Allocator:
         if self._under_way is not None:
             await self._under_way.wait()
             return
-        await self._reserve_once(max(nclusters, self._run_length()), self._begin())
+        await self._reserve_once(max(nclusters, self._run_length()))
 
-    async def _ahead(self, reserving: Coroutine[Any, Any, None]) -> None:
+    async def _ahead(self, reserve: Callable[[int], Coroutine[Any, Any, None]]) -> None:
         """Reserve before the last cluster is taken: nobody waits then, nor does all that is under way enter Python."""
         try:
             with suppress(OSError, CorruptImage):  # who needs the clusters meets the error again
-                await reserving
+                await reserve(self._run_length())
         except MemoryError:
             self._stability.fail(no_memory())
 
@@ -246,9 +239,16 @@ class Allocator:
                 raise
             return self._unsynced.take_all()
 
-    async def _reserve_once(self, wanted: int, ended: Signal) -> None:
-        """Reserve, make it stable and put it into the stock."""
+    async def _reserve_once(self, wanted: int) -> None:
+        """Reserve, make it stable and put it into the stock, unless somebody is at it.
+
+        Until that has ended the extent map may take all that is left.
+        """
+        if self._under_way is not None:
+            return
+        self._under_way = ended = Signal()
         try:
+            self._stock.keep(0)
             areas = await self._reserve_or_take_back(wanted)
             try:
                 for area in areas:

@@ -1,9 +1,10 @@
 """A batch of links that wait: what one commit brings into the file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qcow2.driver.operation import Signal
+from qcow2.format.geometry import Geometry
 
 
 @dataclass(slots=True)
@@ -50,3 +51,27 @@ class Batch:
         self.error = error
         self.linked.set()
         self.stable.set()
+
+    def earlier(self, clusters: Iterable[int], cluster_bits: int) -> list[tuple[int, Sequence[int]]]:
+        """The links of *clusters* that were gathered, no longer the latest."""
+        gathered = self.gathered
+        return [(cluster << cluster_bits, (gathered.pop(cluster),)) for cluster in clusters if cluster in gathered]
+
+    def joined(self, geometry: Geometry) -> Iterable[tuple[int, list[int]]]:
+        """The links in order, of each cluster the last one; those that meet within a slice as one."""
+        bits = geometry.cluster_bits
+        in_slice = 1 << geometry.slice_bits - bits
+        newest = {
+            cluster: entry
+            for guest_offset, entries in self.links
+            for cluster, entry in enumerate(entries, guest_offset >> bits)
+        } | self.gathered
+        start, joined = 0, list[int]()
+        for cluster in sorted(newest):
+            if cluster != start + len(joined) or not cluster % in_slice:
+                if joined:
+                    yield start << bits, joined
+                start, joined = cluster, []
+            joined.append(newest[cluster])
+        if joined:
+            yield start << bits, joined

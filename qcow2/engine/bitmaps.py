@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qcow2.driver.operation import Mark as HeaderMark
-from qcow2.driver.operation import Signal, Spawn, Store
+from qcow2.driver.operation import Signal, Store
+from qcow2.engine.background import Background
 from qcow2.engine.bitmaptable import StoredBitmap, load_bitmaps, stored_bits
 from qcow2.engine.frozenbitmap import Follower, FrozenBitmap
 from qcow2.engine.links import Links
@@ -74,7 +75,7 @@ class Bitmaps(Part):
         self._is_mirrored = False  # they are there besides, each change of them stored
         self._hot: set[int] = set()
         self._next = Batch()
-        self._is_running = False
+        self._heating = Background(self._run, opened.stability)
         self._turn = Mutex()
         links.before_renewal = self.settle
         links.wanted_nbytes = self._wanted_nbytes
@@ -152,24 +153,27 @@ class Bitmaps(Part):
         batch.zones.update(zones)
         if zones.start - 1 in self._hot:  # in order, as it seems: each of the next would cost a sync
             batch.zones.update(range(zones.stop, min(zones.stop + AHEAD, int(self._dirty.native.nzones))))
-        if not self._is_running:
-            self._is_running = True
-            await Spawn(self._run())
+        await self._heating.begin()
         await batch.done.wait()
         if batch.error is not None:
             raise batch.error
 
     async def _run(self) -> None:
-        while self._next.zones:
-            async with self._turn.hold():
-                batch, self._next = self._next, Batch()
-                try:
-                    if self._is_live:  # else it was settled meanwhile, and who waits begins again
-                        await self._heat_zones(batch.zones - self._hot)
-                except Exception as error:  # the requests', which meet it below
-                    batch.error = error
-                batch.done.set()
-        self._is_running = False
+        try:
+            while self._next.zones:
+                following = Batch()
+                async with self._turn.hold():
+                    batch, self._next = self._next, following
+                    try:
+                        if self._is_live:  # else it was settled meanwhile, and who waits begins again
+                            await self._heat_zones(batch.zones - self._hot)
+                    except Exception as error:  # the requests', which meet it above
+                        batch.error = error
+                    batch.done.set()
+        except MemoryError as error:
+            self._next.error = error
+            self._next.done.set()
+            raise
 
     async def _heat_zones(self, zones: set[int]) -> None:
         """Let all bits of *zones* be set in the image, stable; and cool others, if their time has come."""

@@ -119,7 +119,7 @@ class Image(WritableImage):
         await self.require_expandable()
         changes = await self._alone()
         await changes.guard(expand_zeros(self._opened, changes.writer, changes.zeroer, on_step))
-        await changes.links.commit()
+        await changes.guard(changes.links.commit())
         if await has_zero_flags(self.file, self.geometry, self._mapping.l1):
             raise UnsupportedImage(self.file.path, "there are zero clusters past the end of the disk")
 
@@ -152,9 +152,9 @@ class Image(WritableImage):
         self.refuse_snapshots()
         changes = await self._alone()
         header_over(self.file, changes.root.header, name, backing_format)  # which refuses what does not fit
-        await changes.bitmaps.settle()
-        await changes.links.flush()
-        await changes.root.rewrite(lambda header: header_over(self.file, header, name, backing_format))
+        await changes.guard(changes.bitmaps.settle())
+        await changes.guard(changes.links.flush())
+        await changes.guard(changes.root.rewrite(lambda header: header_over(self.file, header, name, backing_format)))
         self.show_below(backing)
 
     def show_below(self, backing: "Backing | None") -> None:
@@ -244,7 +244,7 @@ class Image(WritableImage):
         they are, and the image takes no more writes.
         """
         changes = await self._alone()
-        await changes.bitmaps.settle()
+        await changes.guard(changes.bitmaps.settle())
         changes.links.end_log()  # which has no room for their bits if it was begun without
         await changes.guard(changes.bitmap_directory.change(change))
 

@@ -13,7 +13,7 @@ import errno
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from qcow2.driver.operation import Spawn
+from qcow2.engine.background import Background
 from qcow2.engine.batch import Batch, Unrecorded
 from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.engine.opened import Opened
@@ -45,7 +45,7 @@ class Links:
         self._beginning = Mutex()
         self._next = Batch()
         self._in_file: list[range] = []  # guest clusters whose links are in the file, though they wait: a commit failed
-        self._is_running = False
+        self._committing = Background(self._commit_batches, opened.stability)
         if log is not None:
             opened.mapping.cache.set_log(log.native)
             opened.mapping.before_load = self._gather
@@ -192,11 +192,15 @@ class Links:
     def _gather(self) -> None:
         """Take over the links that the extent map has let wait meanwhile; they are in the log and in memory."""
         links = [] if self._log is None else self._log.take_waiting()
-        if links and not self._mapping.holds:
-            self.policy.on_waiting(True)
-        self._next.gathered.update(links)
-        self._next.nclusters += len(links)
-        self._mapping.remember_all(links)
+        try:
+            if links and not self._mapping.holds:
+                self.policy.on_waiting(True)
+            self._next.gathered.update(links)
+            self._next.nclusters += len(links)
+            self._mapping.remember_all(links)
+        except MemoryError:  # whoever asked, be it a read: the log alone knows them now
+            self._stability.fail(no_memory())
+            raise
 
     async def _let_wait(
         self, guest_offset: int, old_entries: Sequence[int], entries: Sequence[int], freed: Sequence[int]
@@ -208,7 +212,7 @@ class Links:
         links = map(Link, range(first, first + len(entries)), old_entries, entries)
         stored = self._log.append(links, lambda: self._mapping.hold(guest_offset, old_entries))
         batch = self._next
-        batch.links.extend(self._earlier(batch, range(first, first + len(entries))))
+        batch.links.extend(batch.earlier(range(first, first + len(entries)), self._geometry.cluster_bits))
         batch.links.append((guest_offset, entries))
         batch.nclusters += len(entries)
         batch.freed.extend(freed)
@@ -224,12 +228,7 @@ class Links:
             await self._do_without_log(batch, Unrecorded(guest_offset, entries, old_entries, freed), error)
         if batch.nclusters > self._limit:
             batch.is_wanted = True
-            await self._run()
-
-    def _earlier(self, batch: Batch, clusters: Iterable[int]) -> list[tuple[int, Sequence[int]]]:
-        """The links of *clusters* that *batch* gathered, no longer the latest."""
-        bits, gathered = self._geometry.cluster_bits, batch.gathered
-        return [(cluster << bits, (gathered.pop(cluster),)) for cluster in clusters if cluster in gathered]
+            await self._committing.begin()
 
     async def _do_without_log(self, batch: Batch, link: Unrecorded, error: OSError) -> None:
         """Bring a link into the file whose record does not count: the host has no space, or no memory, for the mark.
@@ -275,7 +274,7 @@ class Links:
         if self._mapping.holds:
             batch = self._next
             batch.is_wanted = True
-            await self._run()
+            await self._committing.begin()
             await batch.linked.wait()
             if batch.error is not None:
                 raise batch.error
@@ -288,7 +287,7 @@ class Links:
             return
         batch = self._next
         batch.is_wanted = batch.is_flushed = True
-        await self._run()
+        await self._committing.begin()
         await batch.stable.wait()
         if batch.error is not None:
             raise batch.error
@@ -300,22 +299,21 @@ class Links:
         await self.commit()
         self._has_begun = False
 
-    async def _run(self) -> None:
-        """See to it that the batch that gathers is committed. Returns at once."""
-        if not self._is_running:
-            self._is_running = True
-            await Spawn(self._commit_batches())
-
     async def _commit_batches(self) -> None:
         """Commit as long as somebody wants it. One SYNC makes the last links stable, and the next ones' data."""
-        last = Batch()
-        while self._next.is_wanted or last.is_flushed:
-            batch = Batch()
-            self._gather()  # what is in the log before the mark is in this batch
-            if self._next.is_wanted:
-                batch, self._next = self._next, batch
-            last = await self._commit(batch, last)
-        self._is_running = False
+        last = batch = self._next
+        try:
+            last = Batch()
+            while self._next.is_wanted or last.is_flushed:
+                batch = Batch()
+                self._gather()  # what is in the log before the mark is in this batch
+                if self._next.is_wanted:
+                    batch, self._next = self._next, batch
+                last = await self._commit(batch, last)
+        except MemoryError as error:
+            known = self._outcome(error)
+            for each in (last, batch, self._next):
+                each.end(known)
 
     async def _commit(self, batch: Batch, last: Batch) -> Batch:
         """Let the links of *batch* be in the file, and those of *last* stable; the batch that is to be stable next."""
@@ -342,7 +340,7 @@ class Links:
 
     async def _write(self, batch: Batch, mark: int) -> None:
         """Bring the links of *batch*, whose data is stable, into the file; the log forgets what came before *mark*."""
-        joined = list(self._joined(batch))
+        joined = list(batch.joined(self._geometry))
         await self._mapping.bring_all(joined, self._in_file.append)
         await self._forget(mark)
         self._in_file.clear()
@@ -366,29 +364,10 @@ class Links:
         """Let the links of *batch* wait on, though some may be in the file; it was for want of space, or for good."""
         for link in batch.unrecorded:
             self._take_back(batch, link)
-        self._next.links[:0] = batch.links + self._earlier(batch, list(batch.gathered))
+        self._next.links[:0] = batch.links + batch.earlier(list(batch.gathered), self._geometry.cluster_bits)
         self._next.nclusters += batch.nclusters
         self._next.freed[:0] = batch.freed
         batch.end(error)
-
-    def _joined(self, batch: Batch) -> Iterable[tuple[int, list[int]]]:
-        """The links of *batch* in order, of each cluster the last one; those that meet within a slice as one."""
-        bits = self._geometry.cluster_bits
-        in_slice = 1 << self._geometry.slice_bits - bits
-        newest = {
-            cluster: entry
-            for guest_offset, entries in batch.links
-            for cluster, entry in enumerate(entries, guest_offset >> bits)
-        } | batch.gathered
-        start, joined = 0, list[int]()
-        for cluster in sorted(newest):
-            if cluster != start + len(joined) or not cluster % in_slice:
-                if joined:
-                    yield start << bits, joined
-                start, joined = cluster, []
-            joined.append(newest[cluster])
-        if joined:
-            yield start << bits, joined
 
     async def _forget(self, mark: int) -> None:
         assert self._log is not None  # links waited

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from qcow2.driver.operation import Grace, Signal, Spawn, Zero
+from qcow2.engine.background import Background
 from qcow2.engine.opened import Opened
 from qcow2.engine.refcount import Refcounts
 from qcow2.engine.uncounted import Uncounted
@@ -37,7 +38,7 @@ class Reaper:
         self.freed: Any = ffi.new("struct freed *")  # what the extent map lets go of, while we are under way
         self.has_dropped = False  # clusters stay counted for want of space, memory or a sync
         self._waiting: list[int] = []
-        self._under_way: Signal | None = None
+        self._releasing = Background(self._run, opened.stability)
 
     async def free(self, clusters: Iterable[int]) -> None:
         """Take one reference from each of *clusters* once that is safe; the link that led to them is gone.
@@ -45,9 +46,8 @@ class Reaper:
         Returns at once.
         """
         self._waiting.extend(clusters)
-        if self._gather() and self._under_way is None:
-            self._under_way = Signal()
-            await Spawn(self._run(self._under_way))
+        if self._gather():
+            await self._releasing.begin()
         if len(self._waiting) > MAX_WAITING:
             self.freed.is_open = False
 
@@ -61,17 +61,16 @@ class Reaper:
 
     async def drain(self) -> None:
         """Wait until nothing waits to be freed."""
-        while self._under_way is not None:
-            await self._under_way.wait()
+        await self._releasing.wait()
 
-    async def _run(self, ended: Signal) -> None:
-        while self._gather() and self._stability.error is None:
-            batch, self._waiting = self._waiting, []
-            self.freed.is_open = True
-            await self._try_to_release(batch)
-        self.freed.is_open = False
-        self._under_way = None
-        ended.set()
+    async def _run(self) -> None:
+        try:
+            while self._gather() and self._stability.error is None:
+                batch, self._waiting = self._waiting, []
+                self.freed.is_open = True
+                await self._try_to_release(batch)
+        finally:
+            self.freed.is_open = False
 
     async def _try_to_release(self, batch: list[int]) -> None:
         """Release *batch*; what lacks space or memory to be counted down is a leak, anything worse ends all writes."""

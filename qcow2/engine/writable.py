@@ -61,14 +61,14 @@ class WritableImage(ReadableImage):
         changes = self._writable()
         if changes.root.has_promises:
             breaks = changes.root.header.record.autoclear_features & changes.root.broken_promises
-            await changes.root.void_promises()
+            await changes.guard(changes.root.void_promises())
             changes.require_trust()
             self._cache.set_file(self._slot, writable=self._may_overwrite())
             if breaks & Autoclear.BITMAPS and not self._told_void:
                 self._told_void = True
                 self.on_bitmaps_void()
         if changes.uncounted.is_due:
-            await changes.uncounted.look_if_cheap()
+            await changes.guard(changes.uncounted.look_if_cheap())
             changes.require_trust()
             self._cache.set_file(self._slot, writable=self._may_overwrite())
         return changes
@@ -140,13 +140,13 @@ class WritableImage(ReadableImage):
     async def flush(self) -> None:
         """Make every write that has completed stable."""
         if self._changes is not None:
-            await self._changes.links.flush()
+            await self._changes.guard(self._changes.links.flush())
 
     async def settle(self) -> None:
         """Let the file alone hold all that has completed: no link waits after, and no bits are live."""
         if self._changes is not None:
-            await self._changes.links.commit()
-            await self._changes.bitmaps.settle()
+            await self._changes.guard(self._changes.links.commit())
+            await self._changes.guard(self._changes.bitmaps.settle())
 
     @property
     def has_waiting_links(self) -> bool:
@@ -160,7 +160,8 @@ class WritableImage(ReadableImage):
 
     async def begin_log(self) -> None:
         """Have a link log before a link wants to wait, if one is to be had."""
-        await self._writable().links.begin_early()
+        changes = self._writable()
+        await changes.guard(changes.links.begin_early())
 
     async def lie_over(self, below: "WritableImage") -> bool:
         """See to it that links of *below*, which is under this image, may wait on: a kill loses none. Process-safe.
@@ -168,19 +169,23 @@ class WritableImage(ReadableImage):
         False: they may not, `bring_links` must come first. Nothing is under way.
         Raises: OSError; then it is as it was, or takes no more writes.
         """
-        links, log = self._writable().links, below._writable().links.log
-        return not below.has_waiting_links or log is None or await links.name_below(log.tag)
+        changes, log = self._writable(), below._writable().links.log
+        if not below.has_waiting_links or log is None:
+            return True
+        return await changes.guard(changes.links.name_below(log.tag))
 
     async def forget_below(self) -> None:
         """No link of what is below waits any more, which is stable. Raises: OSError, as `lie_over`."""
-        await self._writable().links.name_below(0)
+        changes = self._writable()
+        await changes.guard(changes.links.name_below(0))
 
     async def bring_links(self) -> None:
         """Let the file alone hold the disk: no link waits after. Process-safe, and perhaps not stable.
 
         Raises: OSError, also if the image takes no more writes.
         """
-        await self._writable().links.commit()
+        changes = self._writable()
+        await changes.guard(changes.links.commit())
         self._writable()
 
     async def make_ready(self) -> None:
@@ -199,5 +204,5 @@ class WritableImage(ReadableImage):
     async def _alone(self) -> "Changes":
         """What changes the image; no link waits, and nobody else is about to change anything."""
         changes = await self._changing()
-        await changes.links.commit()
+        await changes.guard(changes.links.commit())
         return changes

@@ -447,6 +447,59 @@ def test_the_refcount_table_moves_while_the_header_names_another_file(before: in
     assert root.header.record.refcount_table_offset == moved
 
 
+def no_memory_for(is_waiting: bool) -> LinkPolicy:
+    """Of an owner who has none left when told that links wait, or none any more."""
+
+    def told(are_waiting: bool) -> None:
+        if are_waiting == is_waiting:
+            raise MemoryError
+
+    return LinkPolicy(on_waiting=told)
+
+
+def assert_no_more_writes(bench: Bench) -> None:
+    """And nobody waits for what will never be."""
+    for change in (bench.image.flush, bench.image.bring_links, bench.image.close):
+        with pytest.raises(OSError):
+            bench.driver.run(change())
+    with pytest.raises(OSError):
+        bench.write(20 * CLUSTER, b"new")
+
+
+def test_who_waits_for_a_commit_in_which_memory_ran_out_is_told_so() -> None:
+    """While a link that neither log nor file takes is taken back."""
+    bench = overlay()
+    bench.write(5 * CLUSTER, noise(CLUSTER, 5))  # reserves a run
+    bench.driver.run(bench.image.flush())
+    bench.image.set_link_policy(no_memory_for(False))
+    bench.breaker.fault = full
+    new = MemoryBuffer(memoryview(noise(CLUSTER, 9)))
+    (error,) = together(bench, bench.image.write(9 * CLUSTER, new))
+    assert isinstance(error, OSError)
+    bench.breaker.fault = None
+    assert_no_more_writes(bench)
+
+
+@pytest.mark.parametrize("change", ["flush", "settle", "read"])
+def test_links_of_the_data_plane_for_which_there_is_no_memory_are_no_flush(change: str) -> None:
+    """They are in the log alone by then, whoever has asked for them."""
+    bench = overlay()
+    bench.write(0, b"new")
+    bench.driver.run(bench.image.flush())
+    bench.image._cache.resize()
+    changes = bench.image._changes
+    log, (new,) = changes.links.log, bench.driver.run(changes._space.allocator.allocate_unsynced(1))
+    (entry,) = bench.image._mapping.entries.data(new * CLUSTER, 1)
+    bench.image._cache.update(7 * CLUSTER, [entry])
+    log.native.links[0], log.native.nlinks = (7, (entry, 0)), 1
+    bench.image.set_link_policy(no_memory_for(True))
+    with pytest.raises(MemoryError):
+        bench.read(0, CLUSTER) if change == "read" else bench.driver.run(getattr(bench.image, change)())
+    bench.image.set_link_policy(LinkPolicy())
+    with pytest.raises(OSError):
+        bench.driver.run(bench.image.flush())
+
+
 def lacks_mark(operation: Operation) -> OSError | None:
     return OSError(errno.ENOSPC, "as told") if isinstance(operation, Store) and operation.mark is not None else None
 
