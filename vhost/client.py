@@ -41,6 +41,7 @@ class Job:
     rate: int  # bytes a second; 0: as fast as it goes
     on_error: str
     error: str  # the last one; empty if there was none
+    left: bool = False  # it was cancelled once it was ready, and its copy is there, whole
 
     def as_json(self) -> dict[str, Any]:
         """As the control socket tells it."""
@@ -384,4 +385,4 @@ def _export_of(said: dict[str, Any]) -> Export:
 def _job_of(record: dict[str, Any]) -> Job:
     """What a daemon tells of a job; a later one may tell more."""
     known = {key.replace("-", "_"): value for key, value in record.items()}
-    return Job(**{field: known[field] for field in Job.__dataclass_fields__})
+    return Job(**{field: known[field] for field in Job.__dataclass_fields__ if field in known})

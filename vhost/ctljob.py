@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from vhost.client import Control, ControlError, EventName, Job
@@ -78,7 +78,7 @@ def run_command(control: Control, request: dict[str, Any]) -> int:
         case {"action": "wait", "job": number}:
             return _wait(control, number, is_json=request["json"])
         case {"action": "complete", "job": number}:
-            return _wait(control, control.complete(number).job, is_json=request["json"], good=("completed",))
+            return _wait(control, control.complete(number).job, is_json=request["json"], is_good=_is_completed)
         case {"action": "set-rate", "job": number, "rate": rate}:
             return _show(control.set_rate(number, rate), is_json=request["json"])
         case {"action": "pause" | "resume" | "cancel" as action, "job": number}:
@@ -111,15 +111,23 @@ def _show(job: Job, *, is_json: bool) -> int:
     return 0
 
 
-def _wait(control: Control, number: int, *, is_json: bool, good: Collection[str] = ("completed", "ready")) -> int:
+def _is_completed(job: Job) -> bool:
+    return job.state == "completed"
+
+
+def _is_whole(job: Job) -> bool:
+    return _is_completed(job) or job.state == "ready" or job.left
+
+
+def _wait(control: Control, number: int, *, is_json: bool, is_good: Callable[[Job], bool] = _is_whole) -> int:
     has_bar = sys.stderr is not None and sys.stderr.isatty()
     job = control.wait(number, _teller(has_bar=has_bar))
     if has_bar:
         print(file=sys.stderr)
-    if job.state not in good and not is_json:
+    if not (is_good(job) or is_json):
         raise ControlError(f"job {number} {job.state}{': ' if job.error else ''}{job.error}")
     _show(job, is_json=is_json)
-    return int(job.state not in good)
+    return int(not is_good(job))
 
 
 def _teller(*, has_bar: bool) -> Callable[[Job], None]:
@@ -150,7 +158,8 @@ def _described(job: Job) -> str:
     percent = f"{100 * job.done / job.total:.1f} % of {quantity(job.total)}" if job.total else "nothing yet"
     rate = f", at most {quantity(job.rate)}/s" if job.rate else ""
     error = f", last error: {job.error}" if job.error else ""
-    return f"job {job.job}: {job.kind}, {job.state}, {percent}{rate}{error}"
+    left = ", a whole copy is left" if job.left else ""
+    return f"job {job.job}: {job.kind}, {job.state}, {percent}{rate}{left}{error}"
 
 
 def quantity(nbytes: float) -> str:

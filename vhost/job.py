@@ -111,6 +111,7 @@ class Report:
     rate: int
     on_error: OnError
     error: str  # the last one
+    left: bool  # it was cancelled, and what it was to make is there, whole
 
     def as_json(self) -> dict[str, Any]:
         """For the control socket."""
@@ -140,6 +141,7 @@ class Job:
         self.is_finishing = False  # at what nothing holds up
         self.is_cancelled = False
         self.is_leaving = False  # it was, while it was ready: something whole was to be left
+        self.has_left = False  # and it was
         self.is_stirred = False  # something of it was changed
         self.reins = Reins()
         self.state = self.standing
@@ -181,4 +183,5 @@ class Job:
             self.rate,
             self.on_error,
             self.error,
+            self.has_left,
         )

@@ -66,7 +66,10 @@ class JobThread:
                 self._stand_back()
                 if self._is_over(error):
                     return
-        self._end(*((State.FAILED, NOTHING_LEFT) if self._job.is_leaving else (State.CANCELLED,)))
+        if self._job.is_leaving:
+            self._end(State.FAILED, "; ".join(filter(None, [self._job.error, NOTHING_LEFT])))
+        else:
+            self._end(State.CANCELLED)
 
     def _stand_back(self) -> None:
         """The attempt is over, the job is not yet."""
@@ -115,19 +118,32 @@ class JobThread:
 
     def _part(self) -> State:
         """Let it finish once it is told to, or end."""
-        if not self._await_word():
-            self._job.work.part()
-            return State.CANCELLED
+        if self._await_word() and self._has_finished():
+            return State.COMPLETED
+        self._job.work.part()
+        with self._changed:
+            self._job.has_left = True
+        return State.CANCELLED
+
+    def _has_finished(self) -> bool:
+        """Whether it could; else it is to end, as it was told to meanwhile. Raises: RoomWanted if not even that."""
         try:
             with _counting_memory():
                 self._job.work.finish()
         except (OSError, ImageError, ValueError) as error:  # it is ready as before
             with self._changed:
                 self._job.may_finish = False
-                self._stand_back()
+                is_to_end = self._job.is_cancelled and not self._must_begin_again()
+                if not is_to_end:
+                    self._stand_back()
                 self._job.turn(self._job.standing, refusal_of(error))
-            raise RoomWanted from error
-        return State.COMPLETED
+            if not is_to_end:
+                raise RoomWanted from error
+            return False
+        return True
+
+    def _must_begin_again(self) -> bool:
+        return self._job.is_behind or not self._room.is_there
 
     def _await_word(self) -> bool:
         """Whether it is to finish, not to end.
@@ -137,21 +153,18 @@ class JobThread:
 
         job = self._job
 
-        def must_begin_again() -> bool:
-            return job.is_behind or not self._room.is_there
-
         def may_go_on() -> bool:
-            return must_begin_again() or job.is_cancelled or (job.may_finish and not job.is_paused)
+            return self._must_begin_again() or job.is_cancelled or (job.may_finish and not job.is_paused)
 
         with self._changed:
             if job.is_cancelled and not job.is_leaving:
                 raise Cancelled
-            if must_begin_again():
+            if self._must_begin_again():
                 raise RoomWanted
             job.is_ready = job.was_ready = True
             job.turn(job.standing)
             self._changed.wait_for(may_go_on)
-            if must_begin_again():
+            if self._must_begin_again():
                 raise RoomWanted
             job.is_finishing = True
             return not job.is_cancelled

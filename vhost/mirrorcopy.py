@@ -195,7 +195,10 @@ class CopyFile:
                 if not self._is_beside():
                     return
                 assert self._copy is not None
-                own = [closing.enter_context(_second(file)) for file in self._copy.files if file.writable]
+                try:
+                    own = [closing.enter_context(_second(file)) for file in self._copy.files if file.writable]
+                except OSError:  # no descriptor is to be had; nothing is lost but time: who goes on syncs all of it
+                    return
             for file in own:  # the guest may let the others go meanwhile
                 self._sync(file)
 

@@ -243,27 +243,35 @@ class Mirroring(Work):
 
     def part(self) -> None:
         try:
-            self._part()
+            self._place.settle()
+            while not self._has_parted():  # the copy is whole as long as it is beside the disk
+                time.sleep(AGAIN_SECONDS)
         except OSError as error:
             raise _failed(error) from error
 
-    def _part(self) -> None:
-        """Raises: OSError, RoomWanted, JobFailed."""
-        self._place.settle()
+    def _has_parted(self) -> bool:
+        """Whether requests that are under way have let it. Raises: OSError, RoomWanted, JobFailed."""
         with self._device.keeping() as is_held:
             if not is_held or not self._is_under_way() or self._mirror is None:
                 raise JobFailed(f"{self._place.path}: the image was let go, and no copy is left")
             mirror = self._mirror
-            self._exchange(
+            refusal = self._device.exchange(
                 lambda done: done("" if mirror.is_in_step else BEHIND),
                 lambda: self._put_beside(None),
                 lambda: None,
+                PATIENCE_SECONDS,
             )
+            if refusal == BEHIND:
+                raise RoomWanted
+            if refusal:
+                log.warning("%s: a copy that is whole is not left yet: %s", self._place.path, refusal)
+                return False
             copy, self._copy, self._mirror = self._copy, None, None
             assert copy is not None
             self._held.close_clean(copy)
             self._is_over = True
             self._name()
+        return True
 
     def _name(self) -> None:
         """Let the copy, which is whole, have its name. Raises: FileNotFoundError; JobFailed, and it stays there."""

@@ -227,12 +227,17 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def sync_directory(path: str) -> None:
-    """Make the names in the directory of *path* stable. Raises: OSError."""
+def open_directory(path: str) -> int:
+    """A descriptor of the directory of *path*, to sync it. Raises: NotTried."""
     try:
-        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise NotTried(error.errno, error.strerror, error.filename) from error
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in the directory of *path* stable. Raises: OSError."""
+    fd = open_directory(path)
     try:
         os.fsync(fd)
     finally:

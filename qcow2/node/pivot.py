@@ -22,7 +22,7 @@ from qcow2.node.leftover import (
     require_lasting_name,
     require_ours,
 )
-from qcow2.node.overlay import leads_to, sync_directory
+from qcow2.node.overlay import leads_to, open_directory, sync_directory
 from qcow2.node.ownership import own_as
 from qcow2.node.recovery import remove_logs_of
 
@@ -145,6 +145,7 @@ class Pivot:
         self._old = None if os.path.islink(served) else _free_name(os.path.join(directory, f"{base}.old"), top)
         self._is_at_hand = False
         self._was_named = False
+        self._directory_fd = -1  # of both names
 
     def prepare(self) -> None:
         """Give what is served a name that it keeps, stable on return, and have the new one at hand. Raises: OSError."""
@@ -154,7 +155,8 @@ class Pivot:
         if self._old is not None and not os.path.lexists(self._old):
             os.link(self._served, self._old)
             self._was_named = True
-        sync_directory(self._temporary)
+        self._directory_fd = open_directory(self._temporary)  # once the path is turned its sync must not lack that
+        os.fsync(self._directory_fd)
 
     def _point(self, name: str) -> None:
         """A second name in the same directory, which a sandbox lets us give; elsewhere a symbolic link."""
@@ -180,10 +182,19 @@ class Pivot:
 
     def sync(self) -> None:
         """Make that stable. Raises: OSError."""
-        sync_directory(os.path.abspath(self._served))
+        try:
+            os.fsync(self._directory_fd)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._directory_fd = self._directory_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def discard(self) -> None:
         """Let all be as it was; what a rename has done that says it failed, stays. Raises: OSError."""
+        self._close()
         if self._is_at_hand:
             with suppress(FileNotFoundError):
                 os.unlink(self._temporary)
