@@ -13,7 +13,7 @@ from qcow2.driver.memory import SharedMemory, is_in_use
 from qcow2.engine.replay import are_in, clear_mark, replay
 from qcow2.engine.restore import restore_bits
 from qcow2.error import ImageError, UnsupportedImage
-from qcow2.format.header import Header, read_header
+from qcow2.format.header import Header, load_header, read_header
 from qcow2.lock import lock_image
 from qcow2.node.gate import ANY, BACKING, DATA, Gate
 from qcow2.node.logplace import all_logs, find_log, origin_of, remove_log
@@ -197,8 +197,19 @@ def remove_logs_of(file: HostFile, directory: str) -> None:
 
 
 def _says_nothing(found: FoundLog) -> bool:
-    """Whether nothing is lost with a log, and no file is where it was made: that may have another name by now."""
-    return not (found.newest_links() or found.live or found.below or os.path.lexists(found.origin.path))
+    """Whether nothing is lost with a log, and what is where it was made names another: that has another name by now."""
+    return not (found.newest_links() or found.live or found.below or _may_name(os.fsdecode(found.origin.path), found))
+
+
+def _may_name(path: str, found: FoundLog) -> bool:
+    """Whether the image at *path*, if one is there, names the log, or nobody knows."""
+    try:
+        with HostFile.open(path) as file:
+            return Mark.parse(run(load_header(file)).log_mark).tag == found.tag
+    except (ImageError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def _load_own(

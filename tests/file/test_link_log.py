@@ -428,6 +428,36 @@ def test_log_of_an_image_that_was_renamed_goes_if_it_says_nothing(
     assert bool(list(logs.iterdir())) == (not is_flushed)  # another file may have had these numbers
 
 
+@pytest.mark.parametrize("there", ["another image", "no image", "a directory", "one that names it"])
+def test_log_of_an_image_that_was_renamed_goes_unless_what_lies_there_now_names_it(
+    image: Path, logs: Path, base: bytes, there: str
+) -> None:
+    """As that of what a mirror's copy has taken the place of."""
+    with daemon(image, logs) as serving, FrontEnd(serving.socket_path) as guest:
+        write_some(guest)
+        shutil.copy(image, image.with_name("before"))
+        guest.flush()
+        serving.kill()
+    (log,) = logs.iterdir()
+    kept = log.read_bytes()
+    moved = image.with_name("moved")
+    image.rename(moved)
+    match there:
+        case "another image":
+            qcow2_tool_ok("create", image, str(len(base)))
+        case "no image":
+            image.write_bytes(base)
+        case "a directory":
+            image.mkdir()
+        case "one that names it":
+            image.with_name("before").rename(image)
+    assert_same_bytes(contents(moved, logs), written(base))
+    log.write_bytes(kept)  # as if it had not been found
+    log.chmod(0o600)
+    assert_same_bytes(contents(moved, logs), written(base))
+    assert bool(list(logs.iterdir())) == (there == "one that names it")
+
+
 def test_what_is_longer_than_any_log_is_not_read(image: Path, logs: Path) -> None:
     log = die(image, logs)
     kept = log.read_bytes()
