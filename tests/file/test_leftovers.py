@@ -91,6 +91,7 @@ def test_what_is_served_keeps_a_name(image: Path, what: str) -> None:
             pivot = Pivot(str(image), served, str(copy), file)
             pivot.prepare()
             pivot.switch()  # looks, and finds that it was done
+            pivot.sync()
             assert os.path.samestat(image.stat(), os.fstat(file.fd))
         assert [path for path in image.parent.iterdir() if path.stat().st_ino == os.fstat(served.fd).st_ino]
 
