@@ -1,6 +1,7 @@
 """The header of an open image: pointers to tables, switched one sector at a time, and the dirty bit."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -69,10 +70,14 @@ class Root:
             self._nunsound += 1
 
     async def end_unsound(self) -> None:
-        """Flags and counts on the disk are right again, unless they are lazy: for each `begin_unsound` that was."""
+        """Flags and counts on the disk are right again, unless they are lazy: for each `begin_unsound` that was.
+
+        Where the bit cannot be cleared it is by the next who ends, or closes: that undoes no change.
+        """
         self._nunsound -= 1
         if not self.is_lazy:
-            await self.mark_clean()
+            with suppress(OSError):
+                await self.mark_clean()
 
     async def void_promises(self) -> None:
         """Clear the autoclear bits that the first change breaks, stable on return.
@@ -196,6 +201,25 @@ class Root:
             self._stability.fail(error)
             raise
         self.header = replace(self.header, record=replace(self.header.record, **fields))
+
+
+class Unsound:
+    """Whether a change has made flags or counts on the disk wrong; without an `end` they are left to a repair."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._is_on = False
+
+    async def begin(self) -> None:
+        """They are wrong from now on."""
+        await self._root.begin_unsound()
+        self._is_on = True
+
+    async def end(self) -> None:
+        """They are right again, if they were wrong."""
+        if self._is_on:
+            self._is_on = False
+            await self._root.end_unsound()
 
 
 def _marked(header: Header, content: bytes) -> Header:

@@ -9,6 +9,7 @@ header; what it points at is stable before (law 6).
 
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from qcow2.driver.operation import Read, Size
@@ -16,7 +17,7 @@ from qcow2.engine.metadata import snapshot_clusters
 from qcow2.engine.opened import Found, Opened
 from qcow2.engine.part import Part
 from qcow2.engine.rollback import Rollback
-from qcow2.engine.root import Root
+from qcow2.engine.root import Root, Unsound
 from qcow2.engine.space import Space
 from qcow2.error import CorruptImage, UnsupportedImage
 from qcow2.format.layout import ENTRY_SIZE
@@ -44,30 +45,28 @@ class Snapshots(Part):
         self._uncounted = space.uncounted
         self.table = found.snapshots
         self._owned = found.owned_by_snapshots
-        self._is_unsound = False  # by what is under way: what failed before is the next open's
 
     async def create(self, name: str, date_ns: int) -> Snapshot:
         """Keep what the disk holds as the snapshot *name*, made *date_ns* nanoseconds after 1970; stable on return.
 
         Raises: ValueError, UnsupportedImage, CorruptImage; OSError, EINVAL if refcounts are too narrow.
         """
-        self._is_unsound = False
         l1 = l1_shared(self._mapping.l1)
         tree = await self.count(l1)
         await self._require_room(tree)
-        areas: list[range] = []
-        async with Rollback(self._undo, areas):
+        areas, unsound = list[range](), Unsound(self._root)
+        async with Rollback(self._undo, (areas, unsound)):
             areas.append(await self._write_area(bytes_of(l1)))
             offset = areas[0].start << self._geometry.cluster_bits
             snapshot = new_snapshot(self.table, name, date_ns, offset, len(l1), self._geometry.size)
             table = SnapshotTable.of((*self.table.snapshots, snapshot), self._file.path)
             areas.append(await self._write_area(pack_snapshots(table.snapshots)))
             owned = await self._owned_by_all(table, areas[-1])
-            await self._begin_unsound()
+            await unsound.begin()
             await self._share(l1)
             await self._raise(tree)
         await self._publish(table, areas[-1], owned)
-        await self._end_unsound()
+        await self._end_unsound(unsound)
         return snapshot
 
     async def apply(self, snapshot: Snapshot) -> None:
@@ -75,7 +74,6 @@ class Snapshots(Part):
 
         Raises: UnsupportedImage, CorruptImage, OSError.
         """
-        self._is_unsound = False
         self._require_applicable(snapshot)
         l1 = await self._l1_of(snapshot)
         if is_cut_short(snapshot, self._root.header.record):
@@ -85,32 +83,33 @@ class Snapshots(Part):
         l1.extend([0] * (nentries - len(l1)))
         tree, old = await self.count(l1), await self.count(self._mapping.l1)
         await self._require_room(tree)
-        areas: list[range] = []
-        async with Rollback(self._undo, areas):
+        areas, unsound = list[range](), Unsound(self._root)
+        async with Rollback(self._undo, (areas, unsound)):
             areas.append(await self._write_area(bytes_of(l1)))
-            await self._begin_unsound()
+            await unsound.begin()
             await self._share(l1, is_active=False)
             await self._raise(tree)
         await self._switch(snapshot, l1, areas[0])
-        await self.let_go(old)
-        await self._end_unsound()
+        with suppress(OSError):  # the disk is the other one: what cannot be done yet is left to a repair
+            await self.let_go(old)
+            await self._end_unsound(unsound)
 
     async def delete(self, snapshot: Snapshot) -> None:
         """Forget *snapshot*; what it alone held is free. Stable on return. Raises: CorruptImage, OSError."""
-        self._is_unsound = False
         l1 = await self._l1_of(snapshot)
         tree = await self.count(l1)
         table = SnapshotTable.of([each for each in self.table.snapshots if each is not snapshot], self._file.path)
-        area = await self._write_area(pack_snapshots(table.snapshots))
-        async with Rollback(self._undo, [area]):
+        area, unsound = await self._write_area(pack_snapshots(table.snapshots)), Unsound(self._root)
+        async with Rollback(self._undo, ([area], unsound)):
             owned = await self._owned_by_all(table, area)
-            await self._begin_unsound()
+            await unsound.begin()
             await self._stability.sync()
         await self._publish(table, area, owned)
         await self._reaper.free(self._clusters(snapshot.record.l1_table_offset, len(l1) * ENTRY_SIZE))
-        await self.let_go(tree)
-        await self._correct_copied()
-        await self._end_unsound()
+        with suppress(OSError):  # it is gone
+            await self.let_go(tree)
+            await self._correct_copied()
+            await self._end_unsound(unsound)
 
     def _require_applicable(self, snapshot: Snapshot) -> None:
         header = self._root.header
@@ -243,24 +242,19 @@ class Snapshots(Part):
         self._refcounts.are_too_high |= self._reaper.has_dropped
         await self._stability.sync()
 
-    async def _undo(self, areas: list[range]) -> None:
+    async def _undo(self, made: tuple[list[range], Unsound]) -> None:
         """Nothing was published: what was written for it is free, and counts are as they were."""
+        areas, unsound = made
         if self._stability.error is None:
             for area in areas:
                 await self._reaper.free(area)
             await self._correct_copied()
-            await self._end_unsound()
+            await self._end_unsound(unsound)
 
-    async def _begin_unsound(self) -> None:
-        """Flags and counts are wrong from now on: one that fails without an end leaves the image to a repair."""
-        await self._root.begin_unsound()
-        self._is_unsound = True
-
-    async def _end_unsound(self) -> None:
-        """Flags and counts are right again, if they were wrong and could be taken back."""
-        if self._is_unsound and not self._refcounts.are_too_high:
-            self._is_unsound = False
-            await self._root.end_unsound()
+    async def _end_unsound(self, unsound: Unsound) -> None:
+        """Flags and counts are right again, unless they could not be taken back."""
+        if not self._refcounts.are_too_high:
+            await unsound.end()
 
     async def _correct_copied(self) -> None:
         """Set the COPIED flag of what counts one, and of nothing else, in the active tables; stable on return.

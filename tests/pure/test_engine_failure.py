@@ -2,15 +2,18 @@
 
 import contextlib
 import errno
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from qcow2.driver import operation as op
 from qcow2.driver.buffer import MemoryBuffer
+from qcow2.engine.image import Image
 from qcow2.error import NotTried
 from qcow2.format import layout
+from qcow2.judge.repair import repair
 from qcow2.node.raw import RawImage
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.engine import Bench, Breaker, Fault, noise, open_again, set_up
@@ -281,3 +284,46 @@ def test_a_punch_that_raises_ends_all_writes_and_the_others_end_first() -> None:
     with pytest.raises(OSError):
         bench.close()
     assert 3 <= punches < 24
+
+
+SNAPSHOT_CHANGES: dict[str, Callable[[Image], Coroutine[Any, Any, Any]]] = {
+    "create": lambda image: image.create_snapshot("two", 0),
+    "apply": lambda image: image.apply_snapshot("one"),
+    "delete": lambda image: image.delete_snapshot("one"),
+}
+
+
+def disk_of(bench: Bench) -> tuple[list[str], bytes]:
+    return [snapshot.name for snapshot in bench.driver.run(bench.image.snapshots())], bench.content()
+
+
+@pytest.mark.parametrize("what", SNAPSHOT_CHANGES)
+def test_a_change_of_snapshots_is_told_as_failed_only_if_it_was_not_made(what: str) -> None:
+    """What is left to do once the header says it, such as letting go of the old, is a repair's at worst."""
+    for number in itertools.count(1):
+        bench, seen = set_up(64 * CLUSTER, cluster_bits=12), 0
+        bench.write(0, noise(8 * CLUSTER, 1))
+        bench.driver.run(bench.image.create_snapshot("one", 0))
+        bench.write(0, noise(4 * CLUSTER, 2))
+        before = disk_of(bench)
+
+        def untried(operation: op.Operation, number: int = number) -> OSError | None:
+            nonlocal seen
+            counts = isinstance(operation, op.Read | op.Write | op.Sync | op.Size)
+            seen += counts
+            return NotTried(errno.ENOMEM, "as told") if counts and seen == number else None
+
+        bench.breaker.fault, is_told = untried, True
+        try:
+            bench.driver.run(SNAPSHOT_CHANGES[what](bench.image))
+        except NotTried:
+            is_told = False
+        bench.breaker.fault = None
+        assert (disk_of(bench) != before) == is_told, f"operation {number}"
+        if seen < number:
+            break
+        with contextlib.suppress(OSError):
+            bench.close()
+        bench.driver.run(repair(bench.file))
+        bench.assert_sound()
+    assert number > 15

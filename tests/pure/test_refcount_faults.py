@@ -6,9 +6,11 @@ from contextlib import suppress
 
 import pytest
 
-from qcow2.driver.operation import Operation, Write
+from qcow2.driver.operation import Operation, Read, Write
 from qcow2.engine import refcount
+from qcow2.format.header import read_header
 from qcow2.judge.check import check
+from qcow2.judge.repair import repair
 from tests.engine import Bench, noise, open_again, set_up
 
 pytestmark = pytest.mark.pure
@@ -90,3 +92,39 @@ def test_table_grows_as_far_as_its_limit(nclusters: int, monkeypatch: pytest.Mon
     assert end > counted * 15 // 16
     bench.close()
     bench.assert_sound()
+
+
+def test_counts_that_could_not_be_lowered_again_are_left_to_a_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sixth block finds no room when counts rise, and the first, written and forgotten, cannot be read again."""
+    monkeypatch.setattr(refcount, "CACHE_BYTES", 0)
+    bench = set_up(12 * PER_BLOCK * CLUSTER, refcount_order=6)
+    bench.write(0, noise(8 * PER_BLOCK * CLUSTER))
+    bench.driver.run(bench.image.flush())
+    table = bench.image._changes.snapshots._refcounts.table
+    blocks = list(filter(None, table))
+    assert len(blocks) > 8
+    failures = [
+        (Write, range(blocks[5], blocks[5] + CLUSTER), OSError(errno.ENOSPC, "full")),
+        (Read, range(blocks[0], blocks[0] + 1), OSError(errno.EIO, "as told")),
+    ]
+
+    def fault(operation: Operation) -> OSError | None:
+        kind, where, error = failures[0] if failures else (Write, range(0), None)
+        if not isinstance(operation, kind) or operation.host_offset not in where:
+            return None
+        del failures[0]
+        return error
+
+    bench.breaker.fault = fault
+    with pytest.raises(OSError, match="as told"):
+        bench.driver.run(bench.image.create_snapshot("s", 0))
+    assert not failures
+    bench.write(0, noise(CLUSTER, 2))
+    content = bench.content()
+    bench.close()
+    report = bench.driver.run(check(bench.file))
+    assert (report.corruptions, bool(report.leaks)) == (0, True)
+    assert bench.driver.run(read_header(bench.file)).is_dirty
+    bench.driver.run(repair(bench.file))
+    bench.assert_sound()
+    assert bench.reopened_content() == content
