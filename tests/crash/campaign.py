@@ -2,7 +2,7 @@
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
 `random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`. A state is
-`SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and once more `/POSITION,DEATH,KEPT` for a death in the recovery after.
+`SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and `/RECOVERY/POSITION,DEATH,KEPT` after it for a death in a recovery.
 DEATH is `kill`, `power`, or `restored MOMENT`: a copy of the file, made at that moment with KEPT, is put back after a
 kill.
 """
@@ -18,7 +18,7 @@ from tests.crash.history import SIZE, History, size_sector
 from tests.crash.images import open_image
 from tests.crash.opening import look
 from tests.crash.sequence import MANY_TABLES, OVERLAYS, SORTS, Sort, beginning, fullness, sequences, steps_of
-from tests.crash.walk import Judge, Scene, Walk, recovery
+from tests.crash.walk import Judge, Scene, Walk
 from tests.crash.workload import MOST_READ, Action, Guest, random_action
 
 CACHES = ("writeback", "writethrough")
@@ -137,17 +137,16 @@ def scene_of(workload: Workload, directory: Path | None) -> Scene:
     return Scene(beginning(workload.sort, workload.full).backing, directory)
 
 
-def parse(line: str) -> tuple[Workload, list[tuple[int, str, list[str]]]]:
-    """A line that a failure printed: the workload, and the deaths one after the other."""
+def parse(line: str) -> tuple[Workload, list[str]]:
+    """A line that a failure printed: the workload, a death, the recovery, and the death in that."""
     sort, cache, seed, what, *deaths = line.split(":")[0].strip().split("/")
-    workload = Workload(NAMED[sort], cache, int(seed), what)
-    parsed = []
-    for death in filter(None, deaths):
-        if death == "recovery":
-            continue
-        position, how, kept = death.split(",")
-        parsed.append((int(position), how, [one for one in kept.split("-") if one]))
-    return workload, parsed
+    return Workload(NAMED[sort], cache, int(seed), what), [*filter(None, deaths)]
+
+
+def parse_death(death: str) -> tuple[int, str, list[str]]:
+    """Where, how, and what it kept."""
+    position, how, kept = death.split(",")
+    return int(position), how, [one for one in kept.split("-") if one]
 
 
 def replay(line: str) -> None:
@@ -158,16 +157,12 @@ def replay(line: str) -> None:
         explore(workload, scene)
         return
     run, _ = run_workload(workload)
-    (position, how, kept), *more = deaths
-    power = how == "power"
+    walk = Walk(run, scene, workload.seed)
+    position, how, kept = parse_death(deaths[0])
     if how.startswith(RESTORED):
-        Walk(run, scene, workload.seed).replay_copy(int(how.removeprefix(RESTORED)), kept, position)
+        walk.replay_copy(int(how.removeprefix(RESTORED)), kept, position)
         return
-    if not more:
-        Walk(run, scene, workload.seed).replay(position, kept, power=power)
-        return
-    initial = Walk(run, scene, workload.seed).disk_at(position, kept, power=power)
-    again = recovery(initial, scene.backing, run.history)
-    walk = Walk(again, scene, workload.seed, judge=Judge(run.history, run.journal), at=(position, power))
-    (position, how, kept) = more[0]
+    if len(deaths) > 1:
+        walk = walk.replay_recovery(position, kept, power=how == "power", how=deaths[1])
+        position, how, kept = parse_death(deaths[2])
     walk.replay(position, kept, power=how == "power")

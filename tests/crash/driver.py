@@ -289,11 +289,14 @@ class CrashDriver:
 
     def write_at_once(self, file: SimulatedFile, host_offset: int, data: bytes) -> None:
         """What a data plane does on its own: a write that nothing else comes between."""
+        self.do_at_once(Effect("write", file, host_offset, data, len(data)))
+
+    def do_at_once(self, effect: Effect) -> None:
+        """The same: any effect."""
         self.operations += 1
-        effect = Effect("write", file, host_offset, data, len(data))
         self.journal.append(Issued(self.operations, effect))
-        effect.apply(file)
-        self._pending[self.operations] = file
+        effect.apply(effect.file)
+        self._pending[self.operations] = effect.file
         self.journal.append(Completed(self.operations))
 
     def sync_at_once(self, file: SimulatedFile) -> None:

@@ -68,7 +68,7 @@ class Life:
         """This life shows what was acknowledged, if it still can read; and so does the next."""
         judge = Judge(self.guest.history, self.driver.journal)
         identity = hash((whole(self.file).identity(), bytes(self.file.memory.content)))
-        opened, _ = self.scene.open(identity, self.file.after_kill)
+        opened = self.scene.open(identity, self.file.after_kill)
         judge.judge(opened.seen, len(self.driver.journal), power=False)
 
     def require_reading(self) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qcow2.driver.file import run
-from qcow2.driver.operation import Spawn, Store
+from qcow2.driver.operation import Size, Spawn, Store
+from qcow2.engine import replay as replay_module
 from qcow2.engine.allocation import Allocator
 from qcow2.engine.batch import Batch, Unrecorded
 from qcow2.engine.image import Image
@@ -286,6 +287,23 @@ def repair_marks_clean_first(patch: Patch) -> None:
     patch.setattr(module, "_repair_all", clean_first)
 
 
+def repair_begins_without_a_sync(patch: Patch) -> None:
+    """Law 5: counts fall while what a killed process took out of the tables may come back."""
+    patch.setattr("qcow2.judge.repair.make_stable", nothing)
+
+
+def replay_begins_without_a_sync(patch: Patch) -> None:
+    """Law 3: links are brought in before what a killed process has written is stable."""
+    write = replay_module._write
+
+    async def unsynced(*arguments: Any) -> None:
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.setattr(replay_module, "Sync", Size)
+            await write(*arguments)
+
+    patch.setattr(replay_module, "_write", unsynced)
+
+
 def failed_sync_is_forgotten(patch: Patch) -> None:
     """Law 7: it fails who asked for it, and the next one reports success."""
     patch.setattr(Stability, "fail", lambda self, error: None)
@@ -410,6 +428,8 @@ FOUND_BY: dict[Mutant, str] = {
     reserved_without_a_sync: "512/writeback/1/allocate",
     block_is_written_after_its_pointer: "width-64/writeback/1/block",
     repair_marks_clean_first: "512-lazy/writeback/1/random-20x8",
+    repair_begins_without_a_sync: "512/writeback/1/random-80x2",
+    replay_begins_without_a_sync: "backing/writeback/1/copy+discard",
     failed_sync_is_forgotten: "faults 512/writeback/allocate+flush",
     failed_sync_is_tried_again: "faults 512/writeback/allocate+flush",
     failed_metadata_write_is_swallowed: "faults 512/writeback/allocate",

@@ -8,17 +8,28 @@ Equal disks are opened once, in all runs from one image; each is judged wherever
 """
 
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
+from qcow2.judge.repair import RepairMode, repair
 from tests.crash.copies import Copies, Copy
-from tests.crash.driver import Completed, CrashDriver, Issued, Mark, SimulatedFile, SimulatedMemory, Stored, Synced
+from tests.crash.driver import (
+    Completed,
+    CrashDriver,
+    Effect,
+    Issued,
+    Mark,
+    SimulatedFile,
+    SimulatedMemory,
+    Stored,
+    Synced,
+)
 from tests.crash.explorer import Run, Violation, name
 from tests.crash.history import ZEROS, History
-from tests.crash.images import open_image
-from tests.crash.opening import Opened, Seen, open_state
+from tests.crash.images import open_image, replay_log
+from tests.crash.opening import ERRORS, Opened, Seen, open_state
 from tests.crash.outside import judge_outside
 from tests.crash.variant import Disk, Unit, doubled, merge, reached, whole
 
@@ -26,7 +37,8 @@ EXHAUSTIVE = 8  # operations, or sectors, of which every subset is visited
 PAIRS = 28  # at most, of more operations than that
 SAMPLES = 4  # torn or random subsets a moment
 OUTSIDE = 160  # one in so many states is judged by QEMU, too
-RECOVERIES = 60  # one in so many states that were repaired has its repair visited as a run of its own
+RECOVERED = 20  # one in so many states that open changes, or that leak, has each recovery visited as a run of its own
+RECOVERIES = {"open": None, "leaks": RepairMode.LEAKS, "all": RepairMode.ALL}  # as the daemon opens it; `check -r`
 KEPT_STATES = 100_000  # opened states that are remembered
 
 Allowed = dict[int, set[bytes]]
@@ -59,22 +71,30 @@ class Scene:
     count: Count = field(default_factory=Count)
     opened: dict[int, Opened | None] = field(default_factory=dict)  # by identity; what they hold, without the file
     _seen: dict[frozenset[tuple[int, bytes]], Seen] = field(default_factory=dict)
+    _recoverable: set[tuple[int, int]] = field(default_factory=set)
     _until_outside: int = 1
 
-    def open(self, identity: int, make: Callable[[], SimulatedFile]) -> tuple[Opened, bool]:
-        """What the disk *identity*, which *make* makes, shows; and whether it was new."""
+    def open(self, identity: int, make: Callable[[], SimulatedFile]) -> Opened:
+        """What the disk *identity*, which *make* makes, shows."""
         known = self.opened.get(identity)
         if known is not None:
-            return known, False
+            return known
         if len(self.opened) >= KEPT_STATES:
             self.opened.clear()
             self._seen.clear()
+            self._recoverable.clear()
         found = open_state(make(), self.backing)
         seen = self._seen.setdefault(frozenset(found.seen.items()), found.seen)
         kept = Opened(seen, found.file, found.leaks, found.was_recovered)
         self.opened[identity] = Opened(seen, NO_FILE, found.leaks, found.was_recovered)
         self.count.opened += 1
-        return kept, True
+        return kept
+
+    def is_to_recover(self, state: tuple[int, int]) -> bool:
+        """Whether *state*, the disk and what of it is stable, is the one in RECOVERED that are new."""
+        is_new = state not in self._recoverable
+        self._recoverable.add(state)
+        return is_new and (len(self._recoverable) - 1) % RECOVERED == 0
 
     def judge_outside(self, states: int, make: Callable[[], SimulatedFile]) -> None:
         """Let QEMU judge the file that *make* makes, the first time, and once every OUTSIDE states."""
@@ -195,11 +215,11 @@ class Walk:
             self._take(entry)
         self._require(reached(self._base, self._stable, self._named(kept)), position, power=power)
 
-    def disk_at(self, position: int, kept: Sequence[str], *, power: bool) -> SimulatedFile:
-        """The state itself."""
+    def replay_recovery(self, position: int, kept: Sequence[str], *, power: bool, how: str) -> "Walk":
+        """The walk over that recovery of one state."""
         for entry in self.run.journal[:position]:
             self._take(entry)
-        return self._make(reached(self._base, self._stable, self._named(kept)), power=power)
+        return self._recover(position, kept, power=power, how=how)[0]
 
     def _named(self, kept: Sequence[str]) -> list[Unit]:
         """The units of those names, in the order they took effect."""
@@ -346,15 +366,18 @@ class Walk:
         if not power and any(self._memory.content):
             identity = hash((identity, bytes(self._memory.content)))
         try:
-            opened, is_new = self.scene.open(identity, lambda: self._make(disk, power=power))
+            opened = self.scene.open(identity, lambda: self._make(disk, power=power))
             moment, was_power = self._at or (position, False)
             self._judge.judge(opened.seen, moment, power=power or was_power)
             self.scene.judge_outside(disk.states, lambda: self._make(disk, power=power))
-            if is_new and opened.was_recovered and self._at is None and self.scene.count.opened % RECOVERIES == 0:
-                self._visit_recovery(self._make(disk, power=power), position, power=power)
         except Violation as violation:
-            death = "power" if power else "kill"
-            raise Violation(f"{self.run.name}/{position},{death},{'-'.join(disk.kept)}: {violation}") from violation
+            raise Violation(f"{self._name(position, disk.kept, power=power)}: {violation}") from violation
+        is_recovered = opened.was_recovered or opened.leaks > 0
+        if is_recovered and self._at is None and self.scene.is_to_recover((identity, power or self._base.identity())):
+            for how in RECOVERIES:
+                self.scene.count.recoveries += 1
+                walk, begun = self._recover(position, disk.kept, power=power, how=how)
+                walk.visit(begun)
 
     def _require_copy(self, copy: Copy, position: int) -> None:
         """Judge *copy*, put back after a death at *position*: by its own moment."""
@@ -365,7 +388,7 @@ class Walk:
         if any(file.memory.content):
             identity = hash((identity, bytes(file.memory.content)))
         try:
-            opened, _ = self.scene.open(identity, lambda: file)
+            opened = self.scene.open(identity, lambda: file)
             self._judge.judge(opened.seen, copy.position, power=not is_known)
         except Violation as violation:
             death = f"restored {copy.position}"
@@ -373,17 +396,48 @@ class Walk:
                 f"{self.run.name}/{position},{death},{'-'.join(copy.disk.kept)}: {violation}"
             ) from violation
 
-    def _visit_recovery(self, initial: SimulatedFile, position: int, *, power: bool) -> None:
-        """Let replay and repair die at each of their own operations."""
-        self.scene.count.recoveries += 1
-        run = recovery(initial, self.scene.backing, self.run.history)
-        Walk(run, self.scene, self._seed, judge=self._judge, at=(position, power)).visit()
+    def _name(self, position: int, kept: Sequence[str], *, power: bool) -> str:
+        return f"{self.run.name}/{position},{'power' if power else 'kill'},{'-'.join(kept)}"
+
+    def _recover(self, position: int, kept: Sequence[str], *, power: bool, how: str) -> tuple["Walk", int]:
+        """The walk over a recovery after a death at *position*, and where in its journal that begins.
+
+        What a killed process has written, and not synced, waits in the page cache until the recovery does.
+        """
+        effects = [unit.effect for unit in self._named(kept)]
+        initial = self._stable.copy()
+        if power:
+            for effect in effects:
+                effect.apply(initial)
+            effects = []
+        else:
+            initial.memory.store(0, bytes(self._memory.content))
+        where = f"{self._name(position, kept, power=power)}/{how}"
+        run, begun = recovery(where, initial, effects, self.scene.backing, self.run.history)
+        return Walk(run, self.scene, self._seed, judge=self._judge, at=(position, power)), begun
 
 
-def recovery(initial: SimulatedFile, backing: SimulatedFile | None, history: History) -> Run:
-    """Opening *initial*, which a death left, as a run."""
-    file = initial.copy()
-    file.memory.store(0, bytes(initial.memory.content))
+def recovery(
+    where: str, initial: SimulatedFile, pending: Iterable[Effect], backing: SimulatedFile | None, history: History
+) -> tuple[Run, int]:
+    """What comes after a death, by the last word of *where*, as a run; and the length of its journal at the start.
+
+    Of what the death left *initial* is stable, and the memory; *pending* is only complete.
+    """
+    file = initial.after_kill()
     driver = CrashDriver()
-    driver.run(open_image(file, backing))
-    return Run("recovery", initial, file, driver.journal, history)
+    for effect in pending:
+        driver.do_at_once(replace(effect, file=file))
+    begun = len(driver.journal)
+    mode = RECOVERIES[where.rpartition("/")[2]]
+    try:
+        driver.run(open_image(file, backing) if mode is None else check_and_repair(file, mode))
+    except ERRORS as error:
+        raise Violation(f"{where}: {type(error).__name__}: {error}") from error
+    return Run(where, initial, file, driver.journal, history), begun
+
+
+async def check_and_repair(file: SimulatedFile, mode: RepairMode) -> None:
+    """As the tool does, whether the image is dirty or not."""
+    await replay_log(file)
+    await repair(file, mode)

@@ -13,9 +13,9 @@ import pytest
 
 from tests.crash.campaign import CACHES, Workload, explore, parse, replay, run_workload, scene_of, sequences_of
 from tests.crash.explorer import Violation
-from tests.crash.mutant import newest_record_counts_whatever_the_mark_says
+from tests.crash.mutant import newest_record_counts_whatever_the_mark_says, repair_begins_without_a_sync
 from tests.crash.sequence import ACTIONS, SORTS, Sort, beginning
-from tests.crash.walk import Count, Walk
+from tests.crash.walk import Count
 
 SEED = 1
 PAIRS = 4  # sequences of two actions, a sort and cache mode
@@ -118,12 +118,14 @@ def test_a_copy_that_is_put_back_replays(monkeypatch: pytest.MonkeyPatch) -> Non
     replay(str(found.value))
 
 
-def test_a_death_within_a_recovery_replays(tmp_path: Path) -> None:
-    """The line of a state that a death in the repair after a death left names both."""
-    workload = Workload(SORTS["512-lazy"], "writeback", SEED, "allocate")
-    run, _ = run_workload(workload)
-    position = len(run.journal) // 2
-    scene = scene_of(workload, None)
-    walk = Walk(run, scene, SEED)
-    walk.replay(position, (), power=True)
-    replay(f"{workload}/{position},power,/2,kill,: what was wrong")
+def test_a_death_within_a_recovery_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of a state that a power loss left in a repair names the kill before it, too."""
+    workload = Workload(SORTS["512"], "writeback", SEED, "random-80x2")
+    with monkeypatch.context() as patch:
+        repair_begins_without_a_sync(patch)
+        with pytest.raises(Violation, match=r",kill,[0-9-]+/(leaks|all)/\d+,power,") as found:
+            explore(workload, scene_of(workload, None))
+        with pytest.raises(Violation) as again:
+            replay(str(found.value))
+        assert str(again.value) == str(found.value)
+    replay(str(found.value))
