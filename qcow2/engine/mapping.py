@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from qcow2.driver.operation import File, Read, Signal
 from qcow2.engine.stability import Stability
 from qcow2.engine.statistics import Statistics
-from qcow2.error import CorruptImage, MetadataOverlap
+from qcow2.error import CorruptImage, MetadataOverlap, NotTried
 from qcow2.format.geometry import Geometry
 from qcow2.format.layout import ENTRY_SIZE
 from qcow2.native import ffi, lib
@@ -203,12 +203,23 @@ class Mapping:
         self.hold(guest_offset, old_entries)  # also if the slice is read again
         try:
             await self.bring(guest_offset, entries)
+            await self._sync_or_bring_back(guest_offset, old_entries)
         except OSError:
             self.release(guest_offset, old_entries)
             raise
-        await self._stability.sync()  # if it fails the file says what memory must not
         self.hold(guest_offset, entries)
         self.release(guest_offset, entries)
+
+    async def _sync_or_bring_back(self, guest_offset: int, old_entries: Sequence[int]) -> None:
+        """`sync`; where that is not tried the file says what memory must not, so it says the *old_entries* again."""
+        try:
+            await self._stability.sync()
+        except NotTried as error:
+            try:
+                await self.bring(guest_offset, old_entries)
+            except OSError:
+                self._stability.fail(error)
+            raise
 
     async def bring(self, guest_offset: int, entries: Sequence[int]) -> None:
         """The same for entries that are held: memory has them already, or what came after."""

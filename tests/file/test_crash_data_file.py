@@ -1,5 +1,6 @@
 """External data files by enumeration: whatever a death leaves of the two files, each sector is allowed."""
 
+import errno
 import itertools
 import random
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from qcow2.driver.buffer import MemoryBuffer
-from qcow2.driver.operation import Zero
+from qcow2.driver.operation import Operation, Sync, Write, Zero
 from qcow2.engine.create import Options, create
 from qcow2.engine.links import Links
 from qcow2.engine.mapping import Mapping
@@ -16,12 +17,13 @@ from qcow2.engine.part import Part
 from qcow2.engine.plain import Preallocation
 from qcow2.engine.shedding import Shedder
 from qcow2.engine.write import Writer
+from qcow2.error import NotTried
 from qcow2.format.header import read_header
 from qcow2.judge.check import check
 from tests.crash.driver import CrashDriver, Effect, Point, SimulatedFile, points
 from tests.crash.history import SECTOR, ZEROS, Flush, History, pattern
 from tests.crash.images import open_image, read_all
-from tests.engine import ENCRYPTION, KEYS, noise
+from tests.engine import ENCRYPTION, KEYS, Breaker, noise
 from tests.extents import Plane, Served
 
 NCLUSTERS = 5
@@ -280,6 +282,44 @@ def test_the_explorer_objects_to_a_data_file_that_is_cut_before_the_disk(monkeyp
 
     monkeypatch.setattr(Shedder, "shrink", shrink)
     assert wrong_after_resizing(TOLD, 1, 1)
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "fails for good"])
+@pytest.mark.parametrize("has_parts", [False, True])
+def test_an_entry_whose_sync_was_not_tried_is_as_it_was(has_parts: bool, goes_on: bool) -> None:
+    """In memory and in the file, and nobody waits for it; unless that one cannot be written any more."""
+    sort = Sort(is_raw=True, has_parts=has_parts)
+    file, data = image_files(sort)
+    breaker = Breaker()
+    driver = CrashDriver(fault=breaker)
+    image = driver.run(open_image(file, None, data=data))
+    driver.run(image.write(0, MemoryBuffer(memoryview(b"w" * SECTOR))))
+    content, old, nwritten = driver.run(read_all(image)), file.copy(), 0
+
+    def fault(operation: Operation) -> OSError | None:
+        nonlocal nwritten
+        if getattr(operation, "file", None) is not file:
+            return None
+        nwritten += isinstance(operation, Write)
+        is_late = (isinstance(operation, Sync) and nwritten == 1) or (nwritten == 2 and not goes_on)
+        return NotTried(errno.ECANCELED, "as told") if is_late else None
+
+    breaker.fault = fault
+    with pytest.raises(NotTried):
+        driver.run(image.write(sort.cluster + SECTOR, MemoryBuffer(memoryview(b"x" * SECTOR))))
+    breaker.fault = None
+    assert not image.has_waiting_links
+    assert driver.run(read_all(image)) == content
+    if goes_on:
+        assert file.content() == old.content()
+        driver.run(image.write(sort.cluster, MemoryBuffer(memoryview(b"y" * SECTOR))))
+        driver.run(image.flush())
+        assert not image.has_waiting_links
+        assert shown(sort, file, data)[sort.cluster :][:SECTOR] == b"y" * SECTOR
+        driver.run(image.close())
+    else:
+        with pytest.raises(OSError, match="no more writes"):
+            driver.run(image.flush())
 
 
 def test_the_explorer_objects_to_entries_before_the_data_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
