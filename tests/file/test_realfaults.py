@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qcow2.format.layout import ENTRY_SIZE, HEADER_L1, HEADER_L1_OFFSET
+from qcow2.plane.entry import l1_table, words_of
 from tests.frontend import FLUSH, IOERR, OK, OUT, FrontEnd
 from tests.kill.images import KINDS
 from tests.program import TIMEOUT, Daemon, qcow2_tool_ok
@@ -31,6 +33,14 @@ def test_a_host_that_fails_is_answered_honestly(tmp_path: Path, kind: str) -> No
         live(setting, draw.choice(list(faults(calls, draw.randint(1, len(calls))))), tmp_path)
 
 
+def entry_of(image: Path, cluster: int) -> range:
+    """Where the L2 entry of one of the first guest clusters lies."""
+    content = image.read_bytes()
+    _, l1_offset = HEADER_L1.unpack_from(content, HEADER_L1_OFFSET)
+    at = l1_table(words_of(content[l1_offset : l1_offset + ENTRY_SIZE])[0]) + cluster * ENTRY_SIZE
+    return range(at, at + ENTRY_SIZE)
+
+
 @pytest.mark.parametrize("backing", [True, False], ids=["mark", "entry"])
 def test_a_name_that_the_data_plane_cannot_write_is_the_last(tmp_path: Path, backing: bool) -> None:
     """The log's mark in the header, for a link that waits, or else the L2 entry: written right after the data."""
@@ -42,11 +52,12 @@ def test_a_name_that_the_data_plane_cannot_write_is_the_last(tmp_path: Path, bac
         with FrontEnd(daemon.socket_path) as guest:
             host.arm()
             cluster = 0
-            while host.seen[-6:] != [WRITE] * 6:  # of three requests: nothing has to be reserved for the next
+            while host.seen[-6:] != [WRITE] * 6:  # of three requests: the data plane needs nobody
                 guest.write(cluster * CLUSTER, b"x" * 512)
                 cluster += 1
-            host.aim(1)
+            host.aim_at(range(512) if backing else entry_of(image, cluster))  # a reservation may come between
             assert guest.do(OUT, cluster * CLUSTER, b"x" * 512).status == IOERR
+            assert host.hit == WRITE
             host.arm(False)
             assert guest.do(FLUSH).status == IOERR
         daemon.process.terminate()

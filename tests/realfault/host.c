@@ -27,6 +27,7 @@ enum kind { NOTHING, READ, WRITE, SYNC, PUNCH, RESERVE, RESIZE, AHEAD, CLOSE };
 struct told {
     uint64_t device, inode; /* of the image */
     uint64_t at;            /* the call that fails, from 1 on */
+    uint64_t place, end;    /* unless it is the first write to these bytes */
     int32_t code, for_good, armed;
     _Atomic int32_t hit; /* enum kind */
     _Atomic uint64_t seen;
@@ -60,9 +61,10 @@ static bool is_image(int fd)
 }
 
 /* -> how this call fails; 0: it does not */
-static int fate(int fd, enum kind kind)
+static int fate_at(int fd, enum kind kind, uint64_t offset)
 {
     uint64_t number;
+    bool is_aimed_at;
 
     if (!told || !told->armed || !is_image(fd))
         return 0;
@@ -71,10 +73,18 @@ static int fate(int fd, enum kind kind)
         told->kinds[number - 1] = kind;
     if (told->code == ENOSPC && kind != WRITE && kind != RESERVE && kind != RESIZE)
         return 0;
-    if (number != told->at && !(told->for_good && told->hit == (int32_t)kind))
+    is_aimed_at = number == told->at;
+    if (told->end)
+        is_aimed_at = kind == WRITE && offset >= told->place && offset < told->end && !told->hit;
+    if (!is_aimed_at && !(told->for_good && told->hit == (int32_t)kind))
         return 0;
     told->hit = kind;
     return told->code;
+}
+
+static int fate(int fd, enum kind kind)
+{
+    return fate_at(fd, kind, 0);
 }
 
 #define REAL(name) ((__typeof__(&name))real(#name))
@@ -115,7 +125,7 @@ TWICE(ssize_t, pread, pread64, (int fd, void *data, size_t nbytes, off_t offset)
 TWICE(ssize_t, pwrite, pwrite64, (int fd, const void *data, size_t nbytes, off_t offset))
 {
     struct iovec whole = {(void *)data, nbytes};
-    int code = fate(fd, WRITE);
+    int code = fate_at(fd, WRITE, (uint64_t)offset);
     return code ? fail_write(fd, &whole, offset, code) : REAL(pwrite)(fd, data, nbytes, offset);
 }
 
@@ -127,7 +137,7 @@ TWICE(ssize_t, preadv, preadv64, (int fd, const struct iovec *iovecs, int count,
 
 TWICE(ssize_t, pwritev, pwritev64, (int fd, const struct iovec *iovecs, int count, off_t offset))
 {
-    int code = fate(fd, WRITE);
+    int code = fate_at(fd, WRITE, (uint64_t)offset);
     return code ? fail_write(fd, iovecs, offset, code) : REAL(pwritev)(fd, iovecs, count, offset);
 }
 
@@ -139,7 +149,7 @@ TWICE(ssize_t, preadv2, preadv64v2, (int fd, const struct iovec *iovecs, int cou
 
 TWICE(ssize_t, pwritev2, pwritev64v2, (int fd, const struct iovec *iovecs, int count, off_t offset, int flags))
 {
-    int code = fate(fd, WRITE);
+    int code = fate_at(fd, WRITE, (uint64_t)offset);
     return code ? fail_write(fd, iovecs, offset, code) : REAL(pwritev2)(fd, iovecs, count, offset, flags);
 }
 
@@ -222,7 +232,7 @@ static void condemn(struct io_uring_sqe *entry)
 {
     static char scratch;
     enum kind kind = kind_of(entry);
-    int code = kind == NOTHING ? 0 : fate(entry->fd, kind);
+    int code = kind == NOTHING ? 0 : fate_at(entry->fd, kind, entry->off);
     uint64_t user_data = entry->user_data;
 
     if (!code)

@@ -23,6 +23,8 @@ class Told(ctypes.Structure):
         ("device", ctypes.c_uint64),
         ("inode", ctypes.c_uint64),
         ("at", ctypes.c_uint64),
+        ("place", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
         ("code", ctypes.c_int32),
         ("for_good", ctypes.c_int32),
         ("armed", ctypes.c_int32),
@@ -73,6 +75,11 @@ class Host:
     def aim(self, count: int) -> None:
         """Let the fault strike at the call after the next *count*, those that are not armed left out."""
         self._told.at = self._told.seen + count + 1
+        self._told.hit = 0
+
+    def aim_at(self, place: range) -> None:
+        """Let the fault strike at the next write that begins at these bytes, whatever comes before it."""
+        self._told.place, self._told.end = place.start, place.stop
         self._told.hit = 0
 
     @property
