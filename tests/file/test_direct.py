@@ -10,6 +10,7 @@ import pytest
 
 from qcow2.lock import GUESTS, GUESTS_LIVE, LIVES, OURS, PROCESSES, guest_key
 from tests.blockguest import MIB
+from tests.forked import fork, status_of
 from tests.frontend import ADD_MEM_REG, IN, OUT, BackendGone, FrontEnd
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.patience import TIMEOUT
@@ -122,13 +123,15 @@ def test_reads_of_a_dead_daemon_into_the_guests_memory_are_awaited(base: Path, l
             guest.connect(daemon.socket_path)
             os.close(fd)
         else:
-            child = os.fork()
-            if not child:
+
+            def live() -> int:
                 wait_for_line(daemon, "waiting for the last reads")
-                os._exit(0)
+                return 0
+
+            child = fork(live)
             os.close(fd)  # as the last transfer does; the child still has it
             guest.connect(daemon.socket_path)
-            assert os.waitpid(child, 0)[1] == 0
+            assert status_of(child) == 0
         assert guest.read(0, 512) == b"b" * 512
         daemon.stop()
 

@@ -12,6 +12,7 @@ import pytest
 import qcow2
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.library.glance import MOST
+from tests.forked import fork, status_of
 from tests.oracle import qemu_img
 
 pytestmark = pytest.mark.file
@@ -138,15 +139,17 @@ def test_a_child_cannot_read_even_if_a_read_was_under_way(tmp_path: Path) -> Non
     plain(tmp_path / "disk")
     with qcow2.open(tmp_path / "disk") as disk:
         disk.read(0, SIZE)
+
+        def live() -> int:
+            try:
+                disk.read(0, 512)
+            except OSError:
+                return 7
+            return 0
+
         with disk._thread._turn:
-            child = os.fork()
-            if not child:
-                try:
-                    disk.read(0, 512)
-                except OSError:
-                    os._exit(7)
-                os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            child = fork(live)
+        assert status_of(child) == 7
 
 
 def test_threads_and_interrupts_leave_it_whole(tmp_path: Path) -> None:

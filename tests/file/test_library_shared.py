@@ -21,6 +21,7 @@ import pytest
 
 import qcow2
 from qcow2.library.own_thread import OwnThread, _Job
+from tests.forked import fork, status_of
 from tests.oracle import assert_not_corrupt, qemu_img
 from tests.patience import TIMEOUT
 
@@ -306,15 +307,16 @@ def test_dropped_disk_warns_and_gives_its_lock_back(overlay: Path) -> None:
 def test_child_of_a_fork_cannot_use_the_disk_and_does_not_close_it(overlay: Path) -> None:
     with qcow2.open(overlay, writable=True) as disk:
         disk.write(0, b"new")
-        child = os.fork()
-        if not child:
+
+        def live() -> int:
             try:
                 disk.write(0, b"bad")
             except OSError as error:
                 disk.close()
-                os._exit(0 if "parent process" in str(error) else 1)
-            os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                return 0 if "parent process" in str(error) else 1
+            return 2
+
+        assert status_of(fork(live)) == 0
         disk.write(4096, b"more")
         assert disk.read(0, 3) == b"new"
     assert_not_corrupt(overlay)
@@ -324,15 +326,16 @@ def test_child_of_a_fork_is_told_no_facts(overlay: Path) -> None:
     with qcow2.open(overlay) as disk:
         disk.read(0, 4096)
         assert disk.info["virtual-size"] == disk.size
-        child = os.fork()
-        if not child:
+
+        def live() -> int:
             signal.alarm(TIMEOUT)  # nobody answers
             try:
                 disk.info  # noqa: B018
             except OSError as error:
-                os._exit(0 if "parent process" in str(error) else 1)
-            os._exit(2)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                return 0 if "parent process" in str(error) else 1
+            return 2
+
+        assert status_of(fork(live)) == 0
 
 
 def test_facts_of_a_disk_that_is_closed_are_none(overlay: Path) -> None:
@@ -360,11 +363,13 @@ def test_close_gives_the_locks_back_while_a_child_of_a_fork_lives(overlay: Path)
     disk = qcow2.open(overlay, "r+")
     disk.write(0, b"new")
     ended, end = os.pipe()
-    child = os.fork()
-    if not child:
+
+    def live() -> int:
         os.close(end)
         os.read(ended, 1)
-        os._exit(0)
+        return 0
+
+    child = fork(live)
     try:
         disk.close()
         with qcow2.open(overlay, "r+") as again:
@@ -372,7 +377,7 @@ def test_close_gives_the_locks_back_while_a_child_of_a_fork_lives(overlay: Path)
     finally:
         os.close(end)
         os.close(ended)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert status_of(child) == 0
     assert_not_corrupt(overlay)
 
 

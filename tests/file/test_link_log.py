@@ -13,6 +13,7 @@ import pytest
 import qcow2
 from tests.builder import Recipe, build
 from tests.builder.record import BACKING_FORMAT, LAZY_REFCOUNTS
+from tests.forked import fork, status_of
 from tests.frontend import F_CONFIG_WCE, F_FLUSH, FrontEnd
 from tests.oracle import assert_clean, assert_not_corrupt, assert_same_bytes, qemu_img, qemu_io, qemu_read, read_header
 from tests.program import TIMEOUT, TOOL, Daemon, qcow2_tool, qcow2_tool_ok
@@ -554,11 +555,12 @@ def test_what_is_no_directory_is_told_at_the_start(image: Path, logs: Path, plac
 
 
 def test_a_python_program_that_is_killed_loses_nothing(image: Path, logs: Path, base: bytes) -> None:
-    child = os.fork()
-    if not child:
+    def live() -> int:
         disk = qcow2.open(str(image), writable=True, log_directory=str(logs))
         for index in WRITES:
             disk.write(index * CLUSTER + 512, NEW)
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert status_of(fork(live)) == -signal.SIGKILL
     assert_same_bytes(contents(image, logs), written(base))
