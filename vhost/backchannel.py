@@ -1,9 +1,10 @@
 """The back-end channel: requests of ours that the front-end answers, or not, whenever it likes."""
 
+import errno
 import os
 import socket
 
-from vhost.channel import Channel, Hangup
+from vhost.channel import Channel, Hangup, close_received
 from vhost.message import REPLY_FLAGS, U64, VERSION, BackendRequest, HeaderFlag, ProtocolViolation
 
 
@@ -13,7 +14,7 @@ class BackendChannel:
     def __init__(self, fd: int, *, acks: bool) -> None:
         """Take over *fd*; *acks*: the front-end acknowledges requests that ask for it.
 
-        Raises: OSError if it is not a socket.
+        Raises: OSError if it is not a Unix socket: to close another kind may take as long as its peer likes.
         """
         self._channel = Channel(_socket(fd))
         self._flags = VERSION | (HeaderFlag.NEED_REPLY if acks else 0)
@@ -52,7 +53,11 @@ class BackendChannel:
 
 def _socket(fd: int) -> socket.socket:
     try:
-        return socket.socket(fileno=fd)
+        found = socket.socket(fileno=fd)
     except OSError:
         os.close(fd)
         raise
+    if found.family == socket.AF_UNIX:
+        return found
+    close_received(found.detach())
+    raise OSError(errno.EPROTOTYPE, "the channel for our own requests is no Unix socket")

@@ -1,10 +1,13 @@
 """A Unix socket that carries bytes and file descriptors: whole messages out of whatever pieces arrive."""
 
 import array
+import contextlib
 import errno
 import os
 import resource
 import socket
+import stat
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +15,7 @@ from vhost.message import MAX_FDS, MAX_PAYLOAD, REPLY_FLAGS, Header, Message, Pr
 
 FD_SIZE = array.array("i").itemsize
 ANCILLARY_SIZE = socket.CMSG_SPACE(MAX_FDS * FD_SIZE)
+NO_LINGER = struct.pack("ii", 0, 0)
 
 
 class Hangup(Exception):
@@ -31,9 +35,23 @@ class Fds:
         """The next one, now the caller's to close."""
         return self.numbers.pop(0)
 
+    def have_sockets(self) -> bool:
+        return any(stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in self.numbers)
+
     def close(self) -> None:
         while self.numbers:
-            os.close(self.numbers.pop())
+            close_received(self.numbers.pop())
+
+
+def close_received(fd: int) -> None:
+    """Close what came from a peer: no socket has us wait for whoever is to read what is in it (SO_LINGER)."""
+    try:
+        found = socket.socket(fileno=fd)
+    except OSError:  # it is none
+        os.close(fd)
+        return
+    with found, contextlib.suppress(OSError):
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
 
 
 class Channel:

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import select
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend import GET_FEATURES, IN, OK, FrontEnd
+from tests.frontend import (
+    ADD_MEM_REG,
+    GET_FEATURES,
+    IN,
+    NEED_REPLY,
+    OK,
+    SET_BACKEND_REQ_FD,
+    SET_VRING_CALL,
+    SET_VRING_KICK,
+    VERSION,
+    FrontEnd,
+)
 from tests.program import Daemon
 
 AIO = pytest.mark.parametrize("aio", [(), ("--aio=threads",)], ids=["auto", "threads"])
@@ -132,4 +145,42 @@ def test_call_that_blocks_does_not_keep_the_daemon_from_ending(image: Path, aio:
         for queue in hostile.queues:
             fill(queue.call)
             queue.submit(IN, 0, nbytes=512)
+        daemon.stop()
+
+
+@contextmanager
+def lingering() -> Iterator[int]:
+    """A socket that the last one to close it waits an hour for: nobody reads what is in it."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        with server.accept()[0]:
+            sender.setblocking(False)
+            sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+            with contextlib.suppress(BlockingIOError):
+                while sender.send(bytes(1 << 20)):
+                    pass
+            yield sender.detach()
+
+
+@AIO
+@pytest.mark.parametrize(
+    ("request_number", "payload"),
+    [
+        (SET_VRING_KICK, struct.pack("<Q", 0)),
+        (SET_VRING_CALL, struct.pack("<Q", 0)),
+        (ADD_MEM_REG, struct.pack("<QQQQQ", 0, 0, 4096, 0, 0)),
+        (SET_BACKEND_REQ_FD, b""),
+        (GET_FEATURES, b""),
+    ],
+    ids=["kick", "call", "memory", "channel", "nothing"],
+)
+def test_socket_that_lingers_keeps_nobody_waiting(
+    image: Path, aio: Sequence[str], request_number: int, payload: bytes
+) -> None:
+    with serve(image, aio) as daemon, lingering() as fd:
+        with FrontEnd(daemon.socket_path) as hostile, FrontEnd(daemon.socket_path, connect=False) as guest:
+            hostile._send(request_number, payload, fds=(fd,), flags=VERSION | NEED_REPLY)
+            os.close(fd)  # by the time the daemon closes its own it is the last
+            hostile.socket.close()
+            guest.connect(daemon.socket_path)
+            read_from(guest, 0)
         daemon.stop()
