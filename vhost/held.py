@@ -58,6 +58,7 @@ class HeldImage:
         """*progress(path)* makes what a repair of the dirty image there is told to; it and *on_wait()* may raise."""
         self.disk: Disk | None = None
         self.beside: Disk | None = None  # one that is written beside it, and not served
+        self.is_beside_kept = False  # open, where the image is let go, for who has opened it
         self.options = options
         self._progress = progress
         self._on_wait = on_wait
@@ -184,8 +185,7 @@ class HeldImage:
             raise UnsupportedImage(disk.files[0].path, "a raw image: who opens its path by that format must find one")
         if disk.image.read_only:
             raise OSError(errno.EROFS, "opened read-only", disk.files[0].path)
-        wanted = overlay_options(disk.image, given)
-        overlay = Overlay(disk.chain, disk.image, name, wanted, self._opening)
+        overlay = Overlay(disk.chain, disk.image, name, overlay_options(disk.image, given), self._opening)
         try:
             is_direct = self._files.are_direct and overlay.image.geometry.cluster_size >= PAGE
             self._files.add_written(overlay.file, is_direct=is_direct)
@@ -385,7 +385,7 @@ class HeldImage:
         beside, self.beside = self.beside, None
         if beside is not None:
             try:
-                self.close_beside(beside)
+                self._close(beside, (lambda: None) if self.is_beside_kept else beside.abandon)
             except OSError as error:
                 log.warning("%s: closing a disk beside it: %s", self.options.blk_file, error.strerror)
 

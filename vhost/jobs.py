@@ -22,10 +22,11 @@ from vhost.problem import refusal_of
 log = logging.getLogger("vhost")
 
 REMEMBERED = 32  # jobs that have ended
+PATIENCE_SECONDS = 30.0  # of a daemon that ends with a job: its disk is to be closed, too, before somebody kills it
 
 
 class Jobs:
-    """The jobs of one disk. A context manager: leaving it cancels what is under way and waits for its end.
+    """The jobs of one disk. A context manager: leaving it cancels what is under way and waits a while for its end.
 
     *tell(report)* comes at each change of a job's state, on any thread.
     """
@@ -56,7 +57,11 @@ class Jobs:
                 self._cancel(self._current)
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(PATIENCE_SECONDS)
+            if thread.is_alive():
+                log.error(
+                    "%s has not ended within %g s, and is left: does its target hang?", thread.name, PATIENCE_SECONDS
+                )
 
     def start(self, begin: Callable[[], Work], *, rate: int, on_error: OnError) -> Report:
         """Do the work that *begin()* makes while nobody lets the image go. Raises: JobRefused."""

@@ -56,6 +56,7 @@ class Mirroring(Work):
         self._format = image_format or ("raw" if is_export else held.options.format)
         self._mirror: Mirror | None = None
         self._copy: Disk | None = None  # that `_mirror` writes
+        self._left: Disk | None = None  # it before, which is to be closed
         self._is_to_end = False  # before it was ready
         self._is_over = False  # the copy is served, or left whole
         self._unclean: OSError | None = None  # why what was served is not closed cleanly
@@ -99,12 +100,12 @@ class Mirroring(Work):
         if not was_usable:  # which nobody else changes
             with self._device.keeping():
                 self._drop()
+            self._close_left()
             self._place.reach()
         with self._device.keeping() as is_held:
             if not is_held or (was_usable and not self._is_usable()):
                 raise RoomWanted
             if not was_usable:
-                self._drop()
                 self._begin_anew()
 
     def _is_usable(self) -> bool:
@@ -267,10 +268,10 @@ class Mirroring(Work):
                 log.warning("%s: a copy that is whole is not left yet: %s", self._place.path, refusal)
                 return False
             copy, self._copy, self._mirror = self._copy, None, None
-            assert copy is not None
-            self._held.close_clean(copy)
-            self._is_over = True
-            self._name()
+        assert copy is not None
+        self._held.close_clean(copy)
+        self._is_over = True
+        self._name()
         return True
 
     def _name(self) -> None:
@@ -295,32 +296,46 @@ class Mirroring(Work):
     def _let_out(self) -> bool:
         """Whether the copy is not beside the disk any more; what is not whole is gone, or said to be left."""
         with self._device.keeping():
-            try:
-                try:
-                    self._drop()
-                finally:
-                    if not (self._is_over or self._is_beside()):
-                        self._place.discard()
-            except (OSError, MemoryError) as error:
-                if not self._is_beside():
-                    log.error("%s: a copy that is not whole is left: %s", self._place.path, problem_of(error))
-            return not self._is_beside()
+            with suppress(OSError, MemoryError):
+                self._drop()
+            if self._is_beside():
+                return False
+        try:
+            self._close_left()
+            if not self._is_over:
+                self._place.discard()
+        except (OSError, MemoryError) as error:
+            log.error("%s: a copy that is not whole is left: %s", self._place.path, problem_of(error))
+        return True
 
     def _is_beside(self) -> bool:
         """Whether the worker has the copy; the device is kept."""
         return self._copy is not None and self._held.beside is self._copy
 
     def _drop(self) -> None:
-        """Let the copy go, which is not whole; the device is kept. Raises: OSError, MemoryError."""
-        copy = self._copy
+        """Let the copy go, which is not whole, for `_close_left`; the device is kept. Raises: OSError, MemoryError."""
         if self._is_beside():
             patience = PATIENCE_SECONDS if self._is_under_way() else AGAIN_PATIENCE_SECONDS
             self._device.worker.call(self._leave_layer)  # whether what is under way ends or not
             self._exchange(lambda done: done(""), lambda: self._put_beside(None), lambda: None, patience)
-            self._copy = self._mirror = None
-            assert copy is not None
-            self._held.close_beside(copy)
-        self._copy = self._mirror = None  # or the image was let go, and the copy closed
+            self._left = self._copy
+        elif self._copy is not None and self._stays(self._copy):  # else, as the image was let go, it is closed
+            self._left = self._copy
+        self._copy = self._mirror = None
+
+    def _close_left(self) -> None:
+        """Close what was the copy: clean, if it is an image that stays, however long that takes."""
+        left, self._left = self._left, None
+        if left is None:
+            return
+        is_sound = self._stays(left) and left.image.failure is None
+        try:
+            (self._held.close_clean if is_sound else self._held.close_beside)(left)
+        except OSError as error:
+            log.error("%s: is not closed cleanly: %s", self._place.path, describe(error))
+
+    def _stays(self, copy: Disk) -> bool:
+        return not self._place.is_new and isinstance(copy.image, Image)
 
     def _leave_layer(self) -> None:
         """On the worker: changes that come from now on go to the disk alone."""
@@ -329,7 +344,7 @@ class Mirroring(Work):
 
     def _put_beside(self, copy: Disk | None) -> None:
         """The worker has nothing of the image."""
-        self._held.beside = copy
+        self._held.beside, self._held.is_beside_kept = copy, copy is not None and self._stays(copy)
 
     def _exchange(
         self,

@@ -11,6 +11,7 @@ import pytest
 from qcow2.driver.operation import Compute
 from qcow2.job.pace import Cancelled, Pace
 from tests.frontend import FrontEnd
+from tests.oracle import qemu_read
 from tests.program import TIMEOUT, qcow2_tool_ok
 from tests.served import serve
 from vhost.job import Report, Work
@@ -232,3 +233,32 @@ def test_a_job_that_finds_no_memory_fails_alone(tmp_path: Path, step: str) -> No
             assert (report.state == "completed") == (step == "leave")
             assert report.error == "Cannot allocate memory"
             guest.write(0, b"s" * 512)
+
+
+class Hanging(Gated):
+    """Its target hangs."""
+
+    def finish(self) -> None:
+        self.gate.wait()
+
+    async def _move(self) -> None:
+        self.has_begun.set()
+
+
+def test_a_target_that_hangs_does_not_keep_a_daemon_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vhost.jobs.PATIENCE_SECONDS", 0.01)
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    work = Hanging()
+    told: SimpleQueue[State] = SimpleQueue()
+    with serve(tmp_path / "image") as served:
+        with FrontEnd(served.socket_path) as guest:
+            device = served.device
+            with Jobs(device, device.backend, lambda report: told.put(report.state)) as jobs:
+                jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+                assert work.has_begun.wait(TIMEOUT)
+                guest.write(0, b"w" * 512)
+            assert told.get(timeout=TIMEOUT) not in ENDED
+        work.gate.set()
+        while told.get(timeout=TIMEOUT) not in ENDED:
+            pass
+    assert qemu_read(tmp_path / "image")[:512] == b"w" * 512

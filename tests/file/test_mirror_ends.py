@@ -187,3 +187,41 @@ def test_what_is_cancelled_while_it_finishes_says_what_that_met(tmp_path: Path, 
     assert (ended.state, ended.left, work.has_parted) == (
         ("failed", False, False) if is_behind else ("cancelled", True, True)
     )
+
+
+@pytest.mark.parametrize("end", ["the daemon ends", "cancelled too early", "cancelled while it waits", "begun anew"])
+def test_what_was_there_is_closed_cleanly_however_the_job_ends(top: Path, tmp_path: Path, end: str) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    qcow2.create(tmp_path / "copy", len(SHOWN), backing="base")
+    with start(top, f"--link-log={logs}") as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror("copy", existing=True).job
+            until(client, job, "ready")
+            for block in range(0, len(SHOWN) // BLOCK, 4):
+                guest.write(block * BLOCK, b"w" * 512)
+            match end:
+                case "the daemon ends":
+                    daemon.stop()
+                case "cancelled too early":
+                    client.cancel(job)
+                    assert client.wait(job).left
+                    job = client.mirror("copy", existing=True, rate=2 * MIB).job
+                    while client.job(job).done < MIB:
+                        assert client.next_event(0.01) is None or not client.job(job).has_ended
+                    guest.write(0, b"v" * 512)
+                    client.cancel(job)
+                    assert client.wait(job).state == "cancelled"
+                case "cancelled while it waits":
+                    queue = guest.stop_queue()
+                    until(client, job, "waiting")
+                    client.cancel(job)
+                    assert client.wait(job).state == "failed"
+                    guest.start_queue(queue)
+                case "begun anew":
+                    guest.start_queue(guest.stop_queue())
+                    until(client, job, "ready")
+        if end != "the daemon ends":
+            daemon.stop()
+    assert_clean(tmp_path / "copy")
+    assert not list(logs.iterdir())
