@@ -228,16 +228,17 @@ class CompressedClusters:
             unpacking.error = error
             raise
         finally:
-            del self._under_way[entry]
+            if not unpacking.is_of_before:
+                del self._under_way[entry]
             unpacking.ended.set()
         if not unpacking.is_of_before:
             self._keep(entry, content)
         return content
 
     def forget(self, entry: int) -> None:
-        """A new payload lies where *entry* says, which nothing refers to yet."""
+        """A new payload lies where *entry* says, which nothing refers to yet: nobody joins who reads the old one."""
         self._kept.pop(entry, None)
-        if (unpacking := self._under_way.get(entry)) is not None:
+        if (unpacking := self._under_way.pop(entry, None)) is not None:
             unpacking.is_of_before = True
 
     def _keep(self, entry: int, content: Content) -> None:

@@ -9,10 +9,13 @@ import zstandard
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.operation import Compute, File, Operation, Read, Write
-from qcow2.engine.compressed import UNPACKING_BYTES, Payload, inflate, unpack_zstd
+from qcow2.engine.compressed import UNPACKING_BYTES, CompressedClusters, Payload, inflate, unpack_zstd
 from qcow2.engine.image import Image
+from qcow2.engine.statistics import Statistics
 from qcow2.format.geometry import Geometry
+from qcow2.format.layout import CompressionType
 from qcow2.plane.entry import Entries
+from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.engine import Bench, noise, set_up
 
 pytestmark = pytest.mark.pure
@@ -146,3 +149,29 @@ def test_few_large_clusters_are_in_memory_at_a_time() -> None:
     assert begun.count(Compute) == 40
     before_the_first_ends = begun[: begun.index(Compute)]
     assert before_the_first_ends.count(Read) <= 1 + UNPACKING_BYTES // (2 * LARGE)  # and a table
+
+
+def test_nobody_joins_a_read_of_what_lay_there_before() -> None:
+    """Its cluster was freed and taken while another core decompressed it, which no Grace waits for."""
+    geometry = Geometry.of(set_up(1 << 20, cluster_bits=16).image.header.record)
+    old, new = b"o" * CLUSTER, b"n" * CLUSTER
+    entry = Entries.of(geometry).descriptor(CLUSTER, len(deflate(old)))
+    file = SimulatedFile.parse("disk", bytes(CLUSTER) + deflate(old))
+    clusters = CompressedClusters(file, geometry, CompressionType.ZLIB, Statistics())
+    driver, seen = CrashDriver(fault=lambda operation: take_over(operation)), list[bytes]()
+
+    async def read() -> None:
+        seen.append(bytes(await clusters.read(entry)))
+
+    def take_over(operation: Operation) -> None:
+        if isinstance(operation, Compute) and deflate(old) in file.content():
+            file.write(CLUSTER, deflate(new))
+            clusters.forget(entry)
+            driver.spawn(read())
+
+    assert len(deflate(old)) == len(deflate(new))
+    driver.run(read())
+    assert sorted(seen) == [new, old]
+    assert clusters.is_at_hand(entry)
+    driver.run(read())
+    assert seen[-1] == new
