@@ -3,11 +3,18 @@
 from dataclasses import replace
 from functools import partial
 
+from qcow2.driver.operation import File
 from qcow2.engine.root import Root
 from qcow2.engine.stability import is_harmless
 from qcow2.error import UnsupportedImage
 from qcow2.format.header import Extension, Header
 from qcow2.format.layout import EXTENSION, SECTOR_SIZE, Autoclear, BitmapsRecord, ExtensionMagic
+
+
+def require_size(file: File, header: Header, nbytes: int) -> None:
+    """Return if the disk of *file* may have *nbytes*, as far as its bitmaps go. Raises: UnsupportedImage."""
+    if not nbytes and header.extension(ExtensionMagic.BITMAPS) is not None:
+        raise UnsupportedImage(file.path, "a disk of 0 bytes has no bitmaps: QEMU would not open it")
 
 
 async def set_bitmaps(root: Root, record: BitmapsRecord | None) -> None:

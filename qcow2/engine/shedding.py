@@ -9,6 +9,7 @@ mapped there goes when the disk is shortened again, be it to the same size.
 from array import array
 
 from qcow2.driver.operation import File, Resize, Size
+from qcow2.engine.bitmapheader import require_size
 from qcow2.engine.data import find_untouched
 from qcow2.engine.links import Links
 from qcow2.engine.opened import Opened
@@ -21,7 +22,7 @@ from qcow2.engine.zeroing import Zeroer
 from qcow2.error import UnsupportedImage
 from qcow2.format.geometry import whole_sectors
 from qcow2.format.header import Header
-from qcow2.format.layout import ENTRY_SIZE, ExtensionMagic
+from qcow2.format.layout import ENTRY_SIZE
 from qcow2.plane.entry import l1_shared, l1_table
 from qcow2.plane.l2cache import Kind
 from qcow2.plane.tally import Tally
@@ -39,8 +40,7 @@ def shrunk_size(file: File, header: Header, nbytes: int) -> int:
     if record.nb_snapshots and record.version < 3:
         message = f"{record.nb_snapshots} internal snapshots in an image of version 2: it cannot be resized"
         raise UnsupportedImage(file.path, message)
-    if not size and header.extension(ExtensionMagic.BITMAPS) is not None:
-        raise UnsupportedImage(file.path, "a disk of 0 bytes has no bitmaps: QEMU would not open it")
+    require_size(file, header, size)
     return size
 
 

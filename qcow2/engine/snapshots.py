@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from qcow2.driver.operation import Read, Size
+from qcow2.engine.bitmapheader import require_size
 from qcow2.engine.metadata import snapshot_clusters
 from qcow2.engine.opened import Found, Opened
 from qcow2.engine.part import Part
@@ -118,6 +119,7 @@ class Snapshots(Part):
             raise UnsupportedImage(self._file.path, f"{message} go back to")
         if snapshot.disk_size != self._geometry.size:
             require_sizes(self._file.path, self.table)
+            require_size(self._file, header, snapshot.disk_size)
 
     async def _l1_of(self, snapshot: Snapshot) -> "array[int]":
         """The L1 table of *snapshot*, its flags left out: they are of another time."""

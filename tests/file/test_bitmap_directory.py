@@ -273,6 +273,11 @@ def test_disk_of_no_bytes_gets_and_keeps_no_bitmap(tmp_path: Path) -> None:
     assert (done.returncode, "a disk of 0 bytes has no bitmaps" in done.stderr) == (1, True)
     with qcow2.open(small, "r+") as disk, pytest.raises(qcow2.UnsupportedImage, match="0 bytes has no bitmaps"):
         disk.resize(0, shrink=True)
+    qcow2_tool_ok("snapshot", "-c", "of nothing", empty)
+    qcow2_tool_ok("resize", empty, "1M")
+    qcow2_tool_ok("bitmap", "--add", empty, "b")
+    done = qcow2_tool("snapshot", "-a", "of nothing", empty)
+    assert (done.returncode, "a disk of 0 bytes has no bitmaps" in done.stderr) == (1, True)
     qemu_img("info", empty)
     qemu_img("info", small)
 
