@@ -35,8 +35,11 @@ class Fds:
         """The next one, now the caller's to close."""
         return self.numbers.pop(0)
 
-    def have_sockets(self) -> bool:
-        return any(stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in self.numbers)
+    def refuse_sockets(self) -> None:
+        """Raises: OSError if one of them is a socket; all are closed then."""
+        if any(stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in self.numbers):
+            self.close()
+            raise OSError(errno.EINVAL, "a socket, where memory or an eventfd is wanted")
 
     def close(self) -> None:
         while self.numbers:

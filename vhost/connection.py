@@ -18,7 +18,7 @@ from vhost import effect, inflight
 from vhost.backchannel import BackendChannel
 from vhost.channel import Channel, Fds
 from vhost.device import Device
-from vhost.message import Inflight, ProtocolViolation, Region, Request
+from vhost.message import Inflight, Region, Request
 from vhost.problem import describe
 from vhost.session import Session
 from vhost.vring import Steps
@@ -102,8 +102,6 @@ class Connection:
             return
         message, fds = received
         try:
-            if message.request != Request.SET_BACKEND_REQ_FD and fds.have_sockets():
-                raise ProtocolViolation(f"request {message.request} came with a socket")
             self._run(self._session.receive(message), fds, message.request)
         finally:
             fds.close()
@@ -130,6 +128,8 @@ class Connection:
             log.warning("%s", text)
 
     def _perform(self, wanted: effect.Effect, fds: Fds) -> int | None:
+        if not isinstance(wanted, effect.SetBackendChannel):
+            fds.refuse_sockets()
         match wanted:
             case effect.Reply(request, payload):
                 self._channel.reply(request, payload)
