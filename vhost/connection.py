@@ -23,8 +23,6 @@ from vhost.problem import describe
 from vhost.session import Session
 from vhost.vring import Steps
 
-TOLD_MAX = 100  # lines of one visit
-
 log = logging.getLogger("vhost")
 
 
@@ -40,7 +38,6 @@ class Connection:
         self._regions: dict[Region, MemoryRegion] = {}
         self._memory_files: set[tuple[int, int]] = set()  # device and inode of each that was ever guest memory
         self._note: inflight.WriteCacheNote | None = None
-        self._told: set[str] = set()
 
     def __enter__(self) -> "Connection":
         return self
@@ -122,9 +119,8 @@ class Connection:
             pass
 
     def _tell(self, text: str) -> None:
-        """Say what is refused, each thing once in a visit."""
-        if text not in self._told and len(self._told) < TOLD_MAX:
-            self._told.add(text)
+        """Say what is refused."""
+        if self._device.told.is_news(text):
             log.warning("%s", text)
 
     def _perform(self, wanted: effect.Effect, fds: Fds) -> int | None:
@@ -259,13 +255,12 @@ class Connection:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EFAULT):
                 raise
-            log.warning("queue %d is not started: %s", ring.index, _no_ring(error.errno, layout))
+            self._tell(f"queue {ring.index} is not started: {_no_ring(error.errno, layout)}")
             return False
         if not is_tracked:
-            log.warning(
-                "queue %d has %d entries, more than the in-flight region has room for: served without",
-                ring.index,
-                ring.size,
+            self._tell(
+                f"queue {ring.index} has {ring.size} entries, more than the in-flight region has room for: "
+                "served without"
             )
         return True
 

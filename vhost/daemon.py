@@ -52,7 +52,8 @@ def receive_visitors(endpoint: Endpoint, stop_fd: int, device: Device) -> None:
         session = Session(device.offer, wce=wce)
         with Connection(Channel(visitor), session, device) as connection:
             device.session = session
-            _serve(connection, stop_fd)
+            if (problem := _serve(connection, stop_fd)) and device.told.is_news(problem):
+                log.warning("connection closed: %s", problem)
             device.session = None
             if is_stopping(stop_fd):
                 # Before this front-end sees us go: QEMU 7.2 comes back within a second, and if whom it finds then ends
@@ -61,15 +62,14 @@ def receive_visitors(endpoint: Endpoint, stop_fd: int, device: Device) -> None:
         wce = session.wce
 
 
-def _serve(connection: Connection, stop_fd: int) -> None:
-    """Serve one front-end; whatever it does wrong ends here."""
+def _serve(connection: Connection, stop_fd: int) -> str:
+    """Serve one front-end; whatever it does wrong ends here -> what that was, if it did."""
     try:
         connection.serve(stop_fd)
     except (Hangup, ConnectionResetError, BrokenPipeError):
         log.info("the front-end left")
-    except ProtocolViolation as violation:
-        log.warning("connection closed: %s", violation)
-    except (OSError, Unavailable) as error:
-        log.warning("connection closed: %s", error)
+    except (ProtocolViolation, OSError, Unavailable) as error:
+        return str(error)
     except MemoryError:
-        log.warning("connection closed: out of memory")
+        return "out of memory"
+    return ""

@@ -13,6 +13,7 @@ from types import TracebackType
 from ring.aio import PLAIN, WorkerOptions
 from ring.memory import REGIONS_MAX
 from ring.worker import Worker
+from vhost.problem import Told
 from vhost.session import Offer, Session
 from virtio.block import Backend, Unavailable
 from virtio.config import MAX_RANGE_SECTORS, block_config
@@ -49,10 +50,12 @@ class Device:
             self.block,
             backend.start,
             worker,
-            on_queue_broken=_tell_of_broken_queue,
+            on_queue_broken=self._tell_of_broken_queue,
             on_death=die,
         )
         self.changed_fd = -1  # readable after `offer` has changed
+        self.told = Told()  # on the control thread
+        self._told_of_queues = Told()  # on the worker
         self._num_queues = num_queues
         self._writeback = writeback
         self.is_attached = False
@@ -281,6 +284,10 @@ class Device:
         finally:
             self._share()
 
+    def _tell_of_broken_queue(self, index: int, fault: str) -> None:
+        if self._told_of_queues.is_news(text := f"queue {index} stopped: {fault}"):
+            log.warning("%s", text)
+
     def _be_alone(self) -> None:
         self.is_alone = True
         self.on_alone()
@@ -314,10 +321,6 @@ def _native_block(backend: Backend) -> NativeBlock:
         serial=properties.serial,
         max_range_sectors=limit,
     )
-
-
-def _tell_of_broken_queue(index: int, fault: str) -> None:
-    log.warning("queue %d stopped: %s", index, fault)
 
 
 def die(error: BaseException) -> None:

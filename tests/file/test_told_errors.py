@@ -1,16 +1,18 @@
 """What a guest's requests meet is told once a minute for as long as it comes: the next outage is told as the first."""
 
+import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qcow2
 from tests.file.test_daemon_failure import fail_a_metadata_write
-from tests.frontend import IN, IOERR, FrontEnd
+from tests.frontend import IN, IOERR, QUEUE_SIZE, SET_VRING_ERR, SET_VRING_KICK, SET_VRING_NUM, BackendGone, FrontEnd
 from tests.patience import TIMEOUT
 from tests.program import Daemon
-from tests.served import serve
+from tests.served import Served, serve
 from vhost import Control
 from vhost.problem import AGAIN_SECONDS, TOLD_MAX, Told
 
@@ -78,3 +80,46 @@ def test_an_image_that_cannot_be_closed_is_an_event(tmp_path: Path) -> None:
                 event = control.next_event(TIMEOUT)
                 assert event is not None, heard
                 heard += event.data["message"]
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    path = tmp_path / "sound"
+    qcow2.create(path, size=MIB)
+    with serve(path) as served:
+        yield served
+
+
+def test_ring_that_breaks_again_and_again_is_told_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    err = os.eventfd(0)
+    with FrontEnd(served.socket_path) as guest:
+        guest.tell(SET_VRING_ERR, struct.pack("<Q", 0), fds=(err,))
+        queue = guest.queues[0]
+        for _ in range(20):
+            queue.bytes[queue.driver_ring + 4 : queue.driver_ring + 4 + 2 * QUEUE_SIZE] = b"\xff" * 2 * QUEUE_SIZE
+            queue.available_index[0] += 1
+            os.eventfd_write(queue.kick, 1)
+            assert os.eventfd_read(err) == 1
+            guest.start_queue(guest.stop_queue())
+    os.close(err)
+    assert caplog.messages == ["queue 0 stopped: a head is past the end of the descriptor table"]
+
+
+def test_ring_that_is_none_again_and_again_is_told_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with FrontEnd(served.socket_path) as guest:
+        guest.stop_queue()
+        for _ in range(20):
+            guest.tell(SET_VRING_NUM, struct.pack("<II", 0, 3))
+            guest.stop_queue()
+            guest._send(SET_VRING_KICK, struct.pack("<Q", 0), fds=(guest.kick,))
+            guest.read_config()
+    assert len(caplog.messages) == 1
+
+
+def test_front_ends_that_do_the_same_wrong_are_told_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(20):
+        with FrontEnd(served.socket_path) as guest:
+            guest._send(99, b"")
+            with pytest.raises(BackendGone):
+                guest.read_config()
+    assert caplog.messages == ["connection closed: request 99 is unknown or was not negotiated"]
