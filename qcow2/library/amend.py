@@ -144,6 +144,8 @@ async def _require_old_enough(image: Image, size: int, pace: Pace) -> None:
         raise CannotAmend(path, "Cannot downgrade an image with a data file")
     if rest := word ^ (word & int(Incompatible.COMPRESSION_TYPE | Incompatible.DIRTY)):
         raise CannotAmend(path, f"Cannot downgrade an image with incompatible features {rest:#x} set")
+    if any(header.later_fields):
+        raise CannotAmend(path, "Cannot downgrade an image with header fields that are not known: they would be lost")
     if header.extension(ExtensionMagic.BITMAPS) is not None:
         raise CannotAmend(path, "Cannot downgrade an image with persistent bitmaps: remove them first")
     await image.require_expandable()

@@ -70,6 +70,15 @@ def test_rebase_keeps_unknown_fields_and_features(bases: Path) -> None:
         assert file.read(128)[112:] == b"\xde\xad\xbe\xef" * 4
 
 
+def test_an_older_version_is_refused_to_unknown_fields(bases: Path) -> None:
+    path = bases / "a"
+    image(path, 3)
+    before = path.read_bytes()
+    done = qcow2_tool("amend", "-o", "compat=0.10,size=2M", path)
+    assert (done.returncode, "header fields that are not known" in done.stderr) == (1, True)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_qemu_finds_the_image_sound_after_a_rebase(bases: Path, version: int) -> None:
     image(bases / "a", version, backing="base")
