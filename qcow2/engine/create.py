@@ -221,11 +221,21 @@ async def create(file: File, options: Options) -> None:
     await write_header(file, whole)
 
 
+def require_possible(file: File, plan: Plan) -> None:
+    """Raises: UnsupportedImage if the header does not fit, or nothing can be encrypted so here."""
+    header_of(file, plan)
+    if plan.options.encryption is not None:
+        from qcow2.engine import luks  # and with it libcrypto
+
+        luks.require_possible(file.path, plan.options.encryption)
+
+
 async def write_tables(file: File, plan: Plan) -> None:
     """Empty *file* and write everything but the header's first sector: until `write_header` it is no image.
 
-    Raises: UnsupportedImage, before the file is touched, if the header does not fit.
+    Raises: UnsupportedImage, as `require_possible`, before the file is touched.
     """
+    require_possible(file, plan)
     _, packed = header_of(file, plan)
     await empty(file, plan.end_offset)
     await Zero(file, 0, plan.end_offset)
@@ -237,7 +247,7 @@ async def write_tables(file: File, plan: Plan) -> None:
     if plan.options.encryption is not None:
         from qcow2.engine.luks import new_vault  # and with it libcrypto
 
-        await (await new_vault(plan.options.encryption)).write(file, plan.luks_offset)
+        await (await new_vault(file.path, plan.options.encryption)).write(file, plan.luks_offset)
     if plan.options.preallocation is Preallocation.FULL:
         await write_zeros(file, plan.data_offset, plan.end_offset)
 

@@ -249,13 +249,19 @@ class NewVault:
         await Write(file, host_offset, magic + self.header[len(MAGIC) : SECTOR_SIZE])
 
 
-async def new_vault(encryption: Encryption, *, is_detached: bool = False) -> NewVault:
-    """A fresh master key in a header whose first slot opens as *encryption* says.
+def require_possible(path: str, encryption: Encryption) -> None:
+    """Raises: UnsupportedImage, naming *path*, if nothing can be encrypted so here."""
+    validate_spec(path, encryption.spec)
+    require_hash(path, encryption.hash_name)
+    Cipher(path, encryption.spec, bytes(range(encryption.spec.key_bytes)))
+
+
+async def new_vault(path: str, encryption: Encryption, *, is_detached: bool = False) -> NewVault:
+    """A fresh master key in a header, to be at *path*, whose first slot opens as *encryption* says.
 
     Raises: UnsupportedImage.
     """
-    validate_spec("", encryption.spec)
-    require_hash("", encryption.hash_name)
+    require_possible(path, encryption)
     record, hash_name = encryption.new_record(is_detached=is_detached), encryption.hash_name
     key = _random(record.key_bytes)
     luks = Luks(record, encryption.spec, hash_name, record.uuid.decode())

@@ -10,7 +10,7 @@ from operator import index
 from typing import TypeVar
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options, max_size, plan, write_header, write_tables
+from qcow2.engine.create import Options, max_size, plan, require_possible, write_header, write_tables
 from qcow2.engine.plain import Preallocation, write_raw
 from qcow2.format.geometry import whole_sectors
 from qcow2.format.layout import COMPRESSIONS, MAX_CLUSTER_SIZE, MIN_CLUSTER_SIZE, VERSIONS
@@ -130,6 +130,7 @@ def make_qcow2(
         _refuse_what_it_rests_on(path, options, looks_below=looks_below)
     with ExitStack() as stack:
         file = stack.enter_context(created(path))
+        require_possible(file, whole)
         if options.data_file_name is not None:
             stack.enter_context(new_data_file(path, options, data_file_use))
         announce()

@@ -155,7 +155,7 @@ async def write_detached(file: File, encryption: Encryption) -> None:
     """Make a LUKS header, whose disk is another file, of whatever *file* holds; stable on return."""
     from qcow2.engine.luks import new_vault  # and with it libcrypto
 
-    vault = await new_vault(encryption, is_detached=True)
+    vault = await new_vault(file.path, encryption, is_detached=True)
     await empty(file, encryption.nbytes)
     await Resize(file, encryption.nbytes)
     await vault.write(file, 0)
@@ -182,7 +182,7 @@ async def create_all_but_magic(file: File, encryption: Encryption, size: int, ke
 async def _write_luks(file: File, encryption: Encryption, size: int, *, has_magic: bool, is_full: bool = False) -> Luks:
     from qcow2.engine.luks import new_vault  # and with it libcrypto
 
-    vault = await new_vault(encryption)
+    vault = await new_vault(file.path, encryption)
     await empty(file, vault.nbytes + size)
     await Zero(file, 0, vault.nbytes)  # a device's
     await Sync(file)

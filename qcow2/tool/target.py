@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qcow2.driver.file import HostFile, run
-from qcow2.engine.create import Options
+from qcow2.engine.create import Options, plan, require_possible
 from qcow2.engine.encryption import Keyring
 from qcow2.engine.image import Image
 from qcow2.engine.opened import OpenOptions
@@ -121,6 +121,7 @@ def _new_with_data_file(file: HostFile, wish: Wish, options: Options, base: Node
         raise Failure("Compression not supported with an external data file")
     from qcow2.library.newdata import KEEP, new_data_file
 
+    require_possible(file, plan(options))
     use = wish.given.get("data_file_use")
     with new_data_file(wish.path, options, use) as data_file:
         header = run(create_all_but_magic(file, options))

@@ -195,6 +195,21 @@ def test_what_contradicts_itself_is_not_made(tmp_path: Path, options: str, text:
     assert (tmp_path / "disk.qcow2").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("command", ["create", "convert"])
+@pytest.mark.parametrize("use", ["empty", "keep"])
+def test_content_stays_if_the_header_has_no_room_for_its_name(tmp_path: Path, command: str, use: str) -> None:
+    path, data, source = (tmp_path / name for name in ("disk", "x" * 200 + "/" + "x" * 200, "source"))
+    data.parent.mkdir()
+    data.write_bytes(b"precious")
+    qcow2.create(source, MIB)
+    options = f"cluster_size=512,data_file={data.relative_to(tmp_path)},data_file_raw=on,data_file_use={use}"
+    words = ["-f", "qcow2", path, "1M"] if command == "create" else ["-O", "qcow2", source, path]
+    done = qcow2_tool(command, "-o", options, *words)
+    assert (done.returncode, done.stdout, "limit 512" in done.stderr) == (1, "", True)
+    assert data.read_bytes() == b"precious"
+    assert not path.exists()
+
+
 def test_convert_makes_one_and_fills_one(tmp_path: Path) -> None:
     source = tmp_path / "source.raw"
     source.write_bytes(random.Random(1).randbytes(MIB) + bytes(SIZE - MIB))

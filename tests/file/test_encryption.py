@@ -236,6 +236,22 @@ def test_what_cannot_be_created_is_refused_by_name(tmp_path: Path, objects: list
     assert not (tmp_path / "disk").exists()
 
 
+@pytest.mark.parametrize("command", ["create", "convert"])
+@pytest.mark.parametrize("more", ["", ",data_file=data,data_file_use=empty"])
+def test_what_was_there_stays_if_nobody_can_encrypt_so(tmp_path: Path, command: str, more: str) -> None:
+    path, data, source = (tmp_path / name for name in ("disk", "data", "source"))
+    qcow2.create(path, 4096)
+    qcow2.create(source, 4096)
+    data.write_bytes(b"precious")
+    before = path.read_bytes()
+    wanted = LUKS + ",encrypt.cipher-alg=cast5-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv" + more
+    words = ["-f", "qcow2", path, "1M"] if command == "create" else ["-O", "qcow2", source, path]
+    done = qcow2_tool(command, "--object", "secret,id=s0,data=x", "-o", wanted, *words)
+    text = "cipher mode cbc-essiv:sha256: no key of cast5 is as long as this hash"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"qcow2: {path}: {text}\n")
+    assert (path.read_bytes(), data.read_bytes()) == (before, b"precious")
+
+
 def test_measure_counts_the_header(tmp_path: Path) -> None:
     words = ["--object", "secret,id=s0,data=x", "-O", "qcow2", "-o", LUKS, "--output=json", "--size=4M"]
     measures = json.loads(qcow2_tool_ok("measure", *words))

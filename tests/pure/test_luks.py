@@ -17,7 +17,7 @@ CBC = CipherSpec("aes", "cbc", "essiv", "sha256", 16)
 def made(spec: CipherSpec = SPEC, hash_name: str = "sha256") -> tuple[SimulatedFile, NewVault]:
     """A header whose slot 0 is opened by "first"."""
     file, driver = SimulatedFile("disk", {}, 0), CrashDriver()
-    vault = driver.run(new_vault(Encryption(spec, hash_name, b"first", 0)))
+    vault = driver.run(new_vault("", Encryption(spec, hash_name, b"first", 0)))
     driver.run(vault.write(file, 0))
     return file, vault
 
