@@ -78,8 +78,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     Raises: UsageError, Failure, OSError, ImageError.
     """
     _validate(arguments)
+    given = inherited() if arguments.socket is arguments.port is arguments.bind is None else []
     if not arguments.fork:
-        _serve(arguments, lambda: None)
+        _serve(arguments, given, lambda: None)
         return 0
     ready_fd, tell_fd = os.pipe()
     server = os.fork()  # before there is anything that a child could not have: locks, threads
@@ -88,7 +89,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 0 if os.read(ready_fd, 1) else max(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]), 1)
     os.close(ready_fd)
     os.setsid()
-    _serve(arguments, lambda: _leave_terminal(tell_fd))
+    _serve(arguments, given, lambda: _leave_terminal(tell_fd))
     return 0
 
 
@@ -102,7 +103,7 @@ def _leave_terminal(tell_fd: int) -> None:
     os.close(tell_fd)
 
 
-def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> None:
+def _serve(arguments: argparse.Namespace, given: list[socket.socket], on_ready: Callable[[], None]) -> None:
     with ExitStack() as stack, suppress(Stopped):
         stop_fd = stack.enter_context(_stopped_by_signals())
         if arguments.keys is not None:
@@ -114,7 +115,7 @@ def _serve(arguments: argparse.Namespace, on_ready: Callable[[], None]) -> None:
             tls = server_context(arguments.tls_creds, verifies=arguments.tls_verify_peer == "on")
         driver, node = stack.enter_context(_opened(arguments))
         export = Export(node, driver, _terms(arguments))
-        listeners = _listeners(arguments, stack)
+        listeners = [stack.enter_context(each) for each in given] or _listeners(arguments, stack)
         if arguments.pid_file is not None:
             with open(arguments.pid_file, "w", encoding="ascii") as file:
                 print(os.getpid(), file=file)
@@ -200,9 +201,6 @@ def _listeners(arguments: argparse.Namespace, stack: ExitStack) -> list[socket.s
     """Raises: OSError naming the address."""
     if arguments.socket is not None:
         return [stack.enter_context(listening_on_path(arguments.socket))]
-    given = inherited()
-    if given and arguments.port is None and arguments.bind is None:
-        return [stack.enter_context(listener) for listener in given]
     port = PORT if arguments.port is None else arguments.port
     is_open = arguments.tls_creds is not None or arguments.no_tls
     return stack.enter_context(listening_on_port(arguments.bind or ADDRESS, port, is_open=is_open))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,24 @@ def test_a_server_in_the_background(image: Path, tmp_path: Path) -> None:
     assert not path.exists()
     failed = qcow2_tool("serve-nbd", "--fork", "-k", path, "-B", "none", image)
     assert (failed.returncode, failed.stderr) == (1, "qcow2: Dirty bitmap 'none' not found\n")
+
+
+def test_a_server_in_the_background_has_the_sockets_that_were_given(image: Path, tmp_path: Path) -> None:
+    """They are said to be the first process's, which is not the one that serves."""
+    pid_file = tmp_path / "pid"
+    with Server(image, "--fork", f"--pid-file={pid_file}") as server:
+        server.end()
+        background = os.pidfd_open(int(pid_file.read_text()))
+        try:
+            with server.client() as client:
+                client.write(0, b"x")
+            assert select.select([background], [], [], TIMEOUT)[0]
+        finally:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(background, signal.SIGKILL)
+            os.close(background)
+    with qcow2.open(image) as disk:
+        assert disk.read(0, 2) == b"x\0"
 
 
 @pytest.mark.parametrize("options", [("-b", "127.0.0.1"), ("-b", "0.0.0.0", "--no-tls")], ids=" ".join)
