@@ -21,6 +21,7 @@ from qcow2.node.node import Node
 PREFERRED_BLOCK = 4096
 MAX_REQUEST = 32 << 20  # bytes that a READ or WRITE may have
 MAX_EXTENTS = 2048  # of one answer to BLOCK_STATUS
+MAX_LOOKS = 2 * MAX_EXTENTS  # at the mapping, for one answer: all others wait meanwhile
 DIRTY = 1  # the one flag of `qemu:dirty-bitmap:NAME`
 
 
@@ -71,7 +72,7 @@ class Context(Protocol):
     name: bytes
 
     def statuses(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
-        """Length and flags of each stretch from *offset* on, within *nbytes*, of the first *limit* of them."""
+        """Length and flags of each stretch from *offset* on, within *nbytes*, of the first *limit* or fewer."""
 
 
 class Export:
@@ -202,13 +203,15 @@ class _Extents:
         self._driver = driver
 
     def statuses(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
-        """As `Context.statuses`; what comes after the beginning of the next stretch is not looked at."""
+        """As `Context.statuses`, of the first MAX_LOOKS runs; the one after *limit* stretches is looked at, no more."""
         return self._driver.run(self._look(offset, nbytes, limit))
 
     async def _look(self, offset: int, nbytes: int, limit: int) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         end = offset + nbytes
-        while offset < end:
+        for _ in range(MAX_LOOKS):
+            if offset == end:
+                break
             extent = await find_extent(self._node, offset, end - offset)
             flags = int(self._flags(extent))
             if found and found[-1][1] == flags:

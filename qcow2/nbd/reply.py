@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from qcow2.driver.file import ZEROS
 from qcow2.error import ImageError
 from qcow2.nbd import wire
 from qcow2.nbd.error import ClientGone
@@ -81,7 +82,7 @@ class Replies:
                 part = memory[: min(len(memory), offset + nbytes - start)]
                 try:
                     self._export.read(start, part)
-                except (OSError, ImageError):
+                except (OSError, ImageError, MemoryError):
                     self._stream.end()
                     raise ClientGone from None
                 self._stream.send(part)
@@ -108,15 +109,15 @@ class Replies:
         """From the page cache; what the file does not have, the engine may know, or why it cannot be read."""
         assert piece.file is not None
         header = self._header(cookie, offset, piece.nbytes, 0)
-        failure: OSError | ImageError | None = None
+        failure: OSError | ImageError | MemoryError | None = None
         with self._stream.sending:
             sent = self._stream.send_file(header, piece.file.fd, piece.host_offset, piece.nbytes)
             if sent < piece.nbytes:
                 rest = memory[: piece.nbytes - sent]
                 try:
                     self._export.read(offset + sent, rest)
-                except (OSError, ImageError) as error:  # the chunk has a length by now, and is followed by the error
-                    rest[:] = bytes(len(rest))
+                except (OSError, ImageError, MemoryError) as error:  # the chunk has a length, and is followed by it
+                    rest = memoryview(ZEROS)[: len(rest)]
                     failure = error
                 self._stream.send(rest)
         if failure is not None:

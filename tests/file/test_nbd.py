@@ -1,12 +1,21 @@
 """`qcow2 serve-nbd`: what the NBD protocol promises, asked by a client of the tests' own."""
 
+import os
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qcow2
+from qcow2.driver.file import HostFile
+from qcow2.driver.operation import Buffer
+from qcow2.driver.shared import SharedDriver
+from qcow2.nbd.export import Export, Terms
+from qcow2.nbd.listening import listening_on_path
+from qcow2.nbd.server import Server as NbdServer
+from qcow2.node.raw import RawImage
 from tests import nbdclient as nbd
 from tests.nbdclient import NbdError, Server, empty_disk
 from tests.oracle import assert_not_corrupt, qemu_img, qemu_io
@@ -129,6 +138,22 @@ def test_who_wants_one_stretch_is_told_before_the_others_are_looked_at(image: Pa
         assert client.status(0, SIZE, flags=nbd.REQ_ONE) == {"base:allocation": [(CLUSTER, 3)]}
         with pytest.raises(NbdError, match=f"^{EIO}$"):
             client.status(0, SIZE)
+
+
+def test_a_disk_in_many_pieces_is_told_part_by_part(tmp_path: Path) -> None:
+    """Who asks for all of it at once would keep everybody else waiting."""
+    path, cluster, nbytes = tmp_path / "pieces.qcow2", 512, 4 << 20
+    qcow2.create(path, nbytes, cluster_size=cluster)
+    with qcow2.open(path, "r+") as disk:
+        for offset in range(nbytes - cluster, -1, -cluster):
+            disk.write(offset, b"x" * cluster)
+    with Server(path, "-r") as server, server.client(contexts=("base:allocation",)) as client:
+        told = 0
+        while told < nbytes:
+            ((length, flags),) = client.status(told, nbytes - told)["base:allocation"]
+            assert flags == 0
+            assert cluster <= length <= nbytes // 2
+            told += length
 
 
 def test_the_status_of_a_bitmap(image: Path) -> None:
@@ -279,3 +304,35 @@ def test_an_encrypted_disk(tmp_path: Path, image_format: str, wanted: str) -> No
         client.request(nbd.FLUSH)
     with qcow2.open(path, key=b"abc", format=image_format) as disk:
         assert disk.read(999, 70_002) == b"\0" + b"x" * 70_000 + b"\0"
+
+
+class Forgetful(RawImage):
+    """It finds no memory to read what lies behind the first MiB."""
+
+    async def read(self, guest_offset: int, target: Buffer) -> None:
+        if guest_offset >= 1 << 20:
+            raise MemoryError
+        await super().read(guest_offset, target)
+
+
+@pytest.mark.parametrize("is_structured", [False, True])
+def test_no_memory_in_the_midst_of_a_reply_is_never_taken_for_data(tmp_path: Path, is_structured: bool) -> None:
+    """A simple reply that has begun well has no way to say so: there the connection ends."""
+    path, end = tmp_path / "disk", os.eventfd(0)
+    path.write_bytes(b"x" * SIZE)
+    with HostFile.open(str(path), writable=True) as file, listening_on_path(str(tmp_path / "nbd")) as listener:
+        driver = SharedDriver()
+        export = Export(Forgetful(file, SIZE, read_only=False), driver, Terms())
+        server = threading.Thread(target=NbdServer(export, [listener]).run, args=(end,))
+        server.start()
+        try:
+            with nbd.Client(tmp_path / "nbd", structured=is_structured) as client:
+                with pytest.raises(NbdError if is_structured else EOFError):
+                    client.read(0, 2 << 20)
+                if is_structured:
+                    assert client.read(0, 1) == b"x"
+        finally:
+            os.eventfd_write(end, 1)
+            server.join()
+            driver.close()
+            os.close(end)
