@@ -8,7 +8,7 @@ to be waited for, a read that is in the page cache, it answers first: there is n
 import errno
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from qcow2.error import ImageError
 from qcow2.nbd import wire
@@ -23,8 +23,7 @@ MAX_THREADS = 16  # of one client
 STEP = 1 << 20  # bytes of memory that a request has for data
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a client asks for."""
 
     flags: int
@@ -195,10 +194,10 @@ class Connection:
 
     def _require_sense(self, request: Request) -> None:
         """Raises: OSError for what cannot be asked for here."""
-        allowed = wire.FLAGS_OF.get(Command(request.command)) if request.command in _COMMANDS else None
+        allowed = wire.FLAGS_OF.get(request.command)
         if allowed is None:
             raise OSError(errno.EINVAL, f"command {request.command} is not known")
-        if request.flags & ~int(allowed):
+        if request.flags & ~allowed:
             raise OSError(errno.EINVAL, f"flags {request.flags:#x} of command {request.command}, known {allowed:#x}")
         writes = request.command in (Command.WRITE, Command.WRITE_ZEROES, Command.TRIM)
         if writes and self._export.read_only:
@@ -265,9 +264,6 @@ class Connection:
             if self._has_ended:
                 raise ClientGone
             self._export.read(start, memory[: min(STEP, offset + nbytes - start)])
-
-
-_COMMANDS = frozenset(Command)
 
 
 def _more(memory: bytearray, nbytes: int) -> bytearray:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from qcow2.driver.buffer import MemoryBuffer
 from qcow2.driver.file import HostFile
@@ -45,8 +45,7 @@ class Terms:
     tells_depth: bool = False  # which file of the chain has what
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of what a client reads."""
 
     nbytes: int

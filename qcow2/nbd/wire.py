@@ -103,8 +103,8 @@ class Command(IntEnum):
     BLOCK_STATUS = 7
 
 
-class CommandFlag(IntFlag):
-    """NBD_CMD_FLAG_*."""
+class CommandFlag(IntEnum):
+    """NBD_CMD_FLAG_*; no IntFlag, which takes microseconds to combine."""
 
     FUA = 1 << 0
     NO_HOLE = 1 << 1
@@ -113,7 +113,7 @@ class CommandFlag(IntFlag):
     FAST_ZERO = 1 << 4
 
 
-FLAGS_OF = {  # that a command may have; FUA every one may, which says nothing where nothing is written
+FLAGS_OF: dict[int, int] = {  # that a command may have; FUA every one may, which says nothing where nothing is written
     Command.READ: CommandFlag.FUA | CommandFlag.DF,
     Command.WRITE: CommandFlag.FUA,
     Command.FLUSH: CommandFlag.FUA,
