@@ -24,7 +24,7 @@ from tests.crash.walk import Count, Scene
 
 BATCH = 40  # workloads of one image that a process takes at a time
 FAULTY_BATCH = 20  # sequences on one sort of image that a process lets fail at a time
-RANDOM = "random-40x8"
+RANDOMS = ("random-40x8", "burst-40x8")
 LONG_RANDOM = "random-120x16"
 
 
@@ -73,11 +73,13 @@ def batches(longest: int, seed: int) -> Iterator[Batch]:
     yield from batches_of(1, seed)
     for sort in OVERLAYS.values():
         for cache in CACHES:
-            yield Batch((Workload(sort, cache, seed, RANDOM),), only_last=False)
+            for what in RANDOMS:
+                yield Batch((Workload(sort, cache, seed, what),), only_last=False)
     for sort in SORTS.values():
         if sort.cluster_bits < 16:  # with larger clusters a state costs ten times as much
             for cache in CACHES:
-                yield Batch((Workload(sort, cache, seed, RANDOM),), only_last=False)
+                for what in RANDOMS:
+                    yield Batch((Workload(sort, cache, seed, what),), only_last=False)
             yield Batch((Workload(sort, "writeback", seed, LONG_RANDOM),), only_last=False)
     for length in range(2, longest + 1):
         sequences = list(batches_of(length, seed))
@@ -102,6 +104,7 @@ class FaultyBatch:
 
     sort: Sort
     cache: str
+    crowd: int | None  # a seed; None: no neighbours
     sequences: tuple[tuple[str, ...], ...]
 
 
@@ -127,7 +130,7 @@ def fail(batch: FaultyBatch) -> Outcomes:
     """Lead the lives of *batch*."""
     result = Outcomes(batch.sort.name)
     start = time.process_time()
-    host = Host(batch.sort, batch.cache)
+    host = Host(batch.sort, batch.cache, batch.crowd)
     for sequence in batch.sequences:
         try:
             host.live_with_every_fault(sequence)
@@ -140,11 +143,12 @@ def fail(batch: FaultyBatch) -> Outcomes:
 
 
 def faulty_batches(length: int, seed: int) -> list[FaultyBatch]:
-    """Every sequence of *length* actions, in an order drawn from *seed*."""
+    """Every sequence of *length* actions, alone and in a crowd, in an order drawn from *seed*."""
     batches = [
-        FaultyBatch(sort, cache, tuple(ordered[start : start + FAULTY_BATCH]))
+        FaultyBatch(sort, cache, crowd, tuple(ordered[start : start + FAULTY_BATCH]))
         for sort in SORTS.values()
         for cache in CACHES
+        for crowd in (None, seed)
         for ordered in [sorted(sequences(sort, length), key=fullness)]
         for start in range(0, len(ordered), FAULTY_BATCH)
     ]

@@ -1,7 +1,8 @@
 """Workloads by name, run and walked; what a line that a failure printed means.
 
 A workload is a sequence of actions (`allocate+discard+reopen`), or random ones in several streams,
-`random-REQUESTSxDEPTH`, or the same while others read, `read-REQUESTSxDEPTH`. A state is
+`random-REQUESTSxDEPTH`, the same while others read, `read-REQUESTSxDEPTH`, or while much completes at once,
+`burst-REQUESTSxDEPTH`. A state is
 `SORT/CACHE/SEED/WORKLOAD/POSITION,DEATH,KEPT`, and `/RECOVERY/POSITION,DEATH,KEPT` after it for a death in a recovery.
 DEATH is `kill`, `power`, or `restored MOMENT`: a copy of the file, made at that moment with KEPT, is put back after a
 kill.
@@ -23,7 +24,7 @@ from tests.crash.workload import MOST_READ, Action, Guest, random_action
 
 CACHES = ("writeback", "writethrough")
 NAMED = {**SORTS, **OVERLAYS, **MANY_TABLES}
-KINDS = ("random-", "read-")
+KINDS = ("random-", "read-", "burst-")
 WRITERS_A_READER = 4
 RESTORED = "restored "  # the death after which a copy, made at the moment that follows, is put back
 
@@ -57,7 +58,7 @@ def run_workload(workload: Workload) -> tuple[Run, int]:
     begun = beginning(workload.sort, workload.full)
     file = begun.image.copy()
     initial = file.copy()
-    driver = CrashDriver(workload.seed)
+    driver = CrashDriver(workload.seed, at_once=workload.what.startswith("burst-"))
     writethrough = workload.cache == "writethrough"
     beyond = {**begun.beyond, SIZE: size_sector(workload.sort.nsectors * 512)}
     history = History(begun.contents, writethrough=writethrough, beyond=beyond)

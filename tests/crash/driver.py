@@ -34,6 +34,7 @@ from qcow2.driver.task import Scheduler, Task
 SECTOR = 512
 ZEROS = bytes(SECTOR)
 SLOW = 1 / 32  # of the transfers; without them a freed cluster never finds a new owner before the old one's write lands
+LATEST = 24  # operations before what is spawned begins
 PATIENCE = 400  # completions that overtake a slow one, on average
 TRANSFERS = (Read, ReadInto, Write, Zero)
 
@@ -242,15 +243,23 @@ class InFlight:
 class CrashDriver:
     """Runs coroutines against `SimulatedFile`s, completing their operations in an order drawn from *seed*.
 
-    *fault(operation)* may return an OSError, which fails that operation without any effect.
+    *fault(operation)* may return an OSError, which fails that operation without any effect. *at_once*: as with the
+    ring, half of the operations that need not wait complete as they begin, and others several together before a task
+    goes on; and what is spawned begins a few operations later.
     """
 
     def __init__(
-        self, seed: int = 0, *, fault: Callable[[Operation], OSError | None] | None = None, limit: int = 1_000_000
+        self,
+        seed: int = 0,
+        *,
+        fault: Callable[[Operation], OSError | None] | None = None,
+        limit: int = 1_000_000,
+        at_once: bool = False,
     ) -> None:
         self.random = random.Random(seed)
         self.journal: list[Entry] = []
         self.operations = 0
+        self._at_once = at_once
         self._limit = limit
         self._fault = fault
         self._in_flight: list[InFlight] = []
@@ -259,6 +268,8 @@ class CrashDriver:
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], on_done: Callable[[Task], None] | None = None) -> Task:
         """Start *coroutine* beside the others."""
+        if self._at_once:
+            coroutine = _later(self.random.randrange(LATEST), coroutine)
         return self._scheduler.spawn(coroutine, on_done)
 
     def mark(self, what: Any) -> None:
@@ -279,8 +290,13 @@ class CrashDriver:
         """Complete operations until none is in flight and no task is ready."""
         self._scheduler.run()
         while self._in_flight:
-            self._complete_one()
+            self._complete(self._in_flight.pop(self._choose()))
+            while self._in_flight and self._is_at_once():
+                self._complete(self._in_flight.pop(self._choose()))
             self._scheduler.run()
+
+    def _is_at_once(self) -> bool:
+        return self._at_once and self.random.random() < 0.5
 
     def store(self, memory: SimulatedMemory, offset: int, data: bytes) -> None:
         """Put *data* into *memory*, as a `Store` or a data plane does."""
@@ -338,7 +354,10 @@ class CrashDriver:
                 effect.apply(effect.file)
         elif not begun.is_late and isinstance(operation, Read | ReadInto):
             begun.value = look(operation)
-        self._in_flight.append(begun)
+        if not isinstance(operation, Sync | Grace) and self._is_at_once():
+            self._complete(begun)
+        else:
+            self._in_flight.append(begun)
 
     def _covered(self, operation: Operation) -> frozenset[int]:
         if isinstance(operation, Sync):
@@ -348,8 +367,7 @@ class CrashDriver:
             return frozenset(other.number for other in self._in_flight if not isinstance(other.operation, waiting))
         return frozenset()
 
-    def _complete_one(self) -> None:
-        done = self._in_flight.pop(self._choose())
+    def _complete(self, done: InFlight) -> None:
         match done.operation:
             case Write() | Zero() | Resize():
                 assert done.effect is not None
@@ -382,6 +400,12 @@ class CrashDriver:
         ]
         quick = [index for index in able if not self._in_flight[index].is_slow]
         return self.random.choice(quick if quick and self.random.random() >= 1 / PATIENCE else able)
+
+
+async def _later(noperations: int, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    for _ in range(noperations):
+        await Compute(lambda: None)
+    return await coroutine
 
 
 def simulated(file: Any) -> SimulatedFile:

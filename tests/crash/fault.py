@@ -26,12 +26,14 @@ def kind_of(operation: op.Operation) -> type[op.Operation] | None:
 class Fault:
     """Fails operation number *at* of those that begin while it is armed, and if *for_good* those of its kind after.
 
-    Of a write of data half gets through: a short transfer that could not be carried on.
+    Of a write of data half gets through: a short transfer that could not be carried on. A host that *spares_data* is
+    full, and data has its place: no write of it fails after the first operation that did.
     """
 
     code: int
     at: int
     for_good: bool = False
+    spares_data: bool = False
     is_untried: bool = False  # the host lacked something before it began
     armed: bool = False
     seen: list[type[op.Operation]] = field(default_factory=list)  # what could have failed
@@ -45,6 +47,8 @@ class Fault:
         if self.code == errno.ENOSPC and kind not in NEEDS_SPACE:
             return None
         again = self.for_good and self.hit is not None and kind_of(self.hit) is kind
+        if self.spares_data and isinstance(operation, op.Write) and operation.data:
+            again = False
         if len(self.seen) != self.at and not again:
             return None
         self.hit = operation

@@ -3,6 +3,7 @@
 - `SORT/CACHE/SEED/WORKLOAD`: the crash explorer visits every state of a workload;
 - `live SORT/CACHE/SEED/WORKLOAD`: nobody dies, and what reads find is compared;
 - `faults SORT/CACHE/WORKLOAD`: each of its operations fails, `tests/crash/life.py`;
+- `crowd SORT/CACHE/SEED/WORKLOAD`: the same, while neighbours write into the same clusters, and much completes at once;
 - `hostile CASE`: an image that lies, `tests/crash/hostile.py`;
 - `alone CASE`: two processes meet on an image, `tests/crash/alone.py`;
 - `between CASE`: something happens to a dead process's image or its link log, `tests/crash/between.py`.
@@ -29,6 +30,9 @@ def sit(line: str) -> int:
                 return _watch(what)
             case "faults":
                 return _face_faults(what)
+            case "crowd":
+                sort, cache, crowd, sequence = what.split("/")
+                return _face_faults(f"{sort}/{cache}/{sequence}", int(crowd))
             case "hostile":
                 return face(what)
             case "alone":
@@ -48,9 +52,9 @@ def _watch(what: str) -> int:
     return len(run.journal)
 
 
-def _face_faults(what: str) -> int:
+def _face_faults(what: str, crowd: int | None = None) -> int:
     sort, cache, sequence = what.split("/")
-    host = Host(SORTS[sort], cache)
+    host = Host(SORTS[sort], cache, crowd)
     host.live_with_every_fault(tuple(sequence.split("+")))
     return host.outcomes.total()
 

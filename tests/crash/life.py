@@ -5,6 +5,7 @@ next; after a failed sync no later one reports success; without a final failure 
 """
 
 import errno
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from tests.crash.fault import NEEDS_SPACE, NEVER, Fault
 from tests.crash.history import SECTOR, SIZE, History, size_sector
 from tests.crash.images import open_image
 from tests.crash.opening import look
-from tests.crash.sequence import Beginning, Sort, beginning, fullness, steps_of
+from tests.crash.sequence import Beginning, Sort, beginning, fullness, steps_of, with_neighbours
 from tests.crash.variant import whole
 from tests.crash.walk import Judge, Scene
 from tests.crash.workload import Action, Guest
@@ -25,14 +26,20 @@ from tests.crash.workload import Action, Guest
 class Life:
     """An image on which something fails, and its guest; what becomes of it is opened in *scene*."""
 
-    def __init__(self, sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault, scene: Scene) -> None:
+    def __init__(
+        self, sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault, scene: Scene, crowd: int | None = None
+    ) -> None:
+        """*crowd*, a seed: neighbours write into the same clusters, and operations complete at once."""
         self.begun: Beginning = beginning(sort, fullness(sequence))
         self.fault = fault
         self.scene = scene
         self.file: SimulatedFile = self.begun.image.copy()
-        self.driver = CrashDriver(1, fault=fault)
+        self.driver = CrashDriver(1 if crowd is None else crowd, fault=fault, at_once=crowd is not None)
         self.writethrough = cache == "writethrough"
         self.steps = steps_of(sort, sequence)
+        if crowd is not None:
+            draw = random.Random(crowd)
+            self.steps = [with_neighbours(sort, step, draw) for step in self.steps]
         beyond = {**self.begun.beyond, SIZE: size_sector(sort.nsectors * SECTOR)}
         history = History(self.begun.contents, writethrough=self.writethrough, beyond=beyond)
         self.guest = Guest(self.driver, self._open(), history)
@@ -76,9 +83,11 @@ class Life:
         Judge(self.guest.history, self.driver.journal).judge(seen, len(self.driver.journal), power=False)
 
 
-def live(sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault, scene: Scene) -> str:
+def live(
+    sort: Sort, cache: str, sequence: tuple[str, ...], fault: Fault, scene: Scene, crowd: int | None = None
+) -> str:
     """Work under *fault*, and everything that must hold after; what became of the image."""
-    life = Life(sort, cache, sequence, fault, scene)
+    life = Life(sort, cache, sequence, fault, scene, crowd)
     if not life.work():
         life.require()
         return "a close failed"
@@ -121,6 +130,7 @@ class Host:
 
     sort: Sort
     cache: str
+    crowd: int | None = None
     outcomes: Counter[str] = field(default_factory=Counter)
     _scenes: dict[str, Scene] = field(default_factory=dict)  # by how full the image is
 
@@ -132,17 +142,19 @@ class Host:
         backing = beginning(self.sort, fullness(sequence)).backing
         scene = self._scenes.setdefault(fullness(sequence), Scene(backing))
         count = Fault(errno.EIO, NEVER)
-        live(self.sort, self.cache, sequence, count, scene)
+        live(self.sort, self.cache, sequence, count, scene, self.crowd)
         for at in range(first, len(count.seen) + 1, stride):
             for code in (errno.EIO, errno.ENOSPC) if count.seen[at - 1] in NEEDS_SPACE else (errno.EIO,):
                 for for_good in (False, True):
-                    self._live(sequence, Fault(code, at, for_good), scene)
+                    spares_data = code == errno.ENOSPC and self.crowd is not None
+                    self._live(sequence, Fault(code, at, for_good, spares_data), scene)
 
     def _live(self, sequence: tuple[str, ...], fault: Fault, scene: Scene) -> None:
         try:
-            outcome = live(self.sort, self.cache, sequence, fault, scene)
+            outcome = live(self.sort, self.cache, sequence, fault, scene, self.crowd)
             assert fault.hit is not None, "another run issues other operations"
         except (AssertionError, OSError) as error:
-            what = f"{self.sort.name}/{self.cache}/{'+'.join(sequence)} {fault}"
+            crowd = "" if self.crowd is None else f"{self.crowd}/"
+            what = f"{self.sort.name}/{self.cache}/{crowd}{'+'.join(sequence)} {fault}"
             raise Violation(f"{what}: {type(error).__name__}: {error}") from error
         self.outcomes[outcome] += 1

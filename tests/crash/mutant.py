@@ -104,6 +104,12 @@ def log_is_not_replayed(patch: Patch) -> None:
     patch.setattr("tests.crash.images.replay", ignore)
 
 
+def refused_record_shows(patch: Patch) -> None:
+    """Law 1: a neighbour writes into a cluster that is taken back, for memory has the link until its writer is told."""
+    append = LinkLog.append
+    patch.setattr(LinkLog, "append", lambda self, links, undo=None: append(self, links))
+
+
 def record_is_not_marked(patch: Patch) -> None:
     """Law 1: the image does not say that a record counts."""
     store = LinkLog._store
@@ -408,6 +414,7 @@ FOUND_BY: dict[Mutant, str] = {
     link_comes_before_the_data: "backing/writethrough/1/copy",
     waiting_link_is_not_logged: "backing/writeback/1/copy",
     log_is_not_replayed: "backing/writeback/1/copy",
+    refused_record_shows: "crowd backing/writeback/2/copy",
     record_is_not_marked: "backing/writeback/1/copy",
     mark_is_not_renewed: "backing/writeback/1/copy+copy",
     mark_comes_before_its_record: "backing/writeback/1/copy",

@@ -20,6 +20,7 @@ What makes no sense, and where:
 """
 
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,7 @@ from tests.engine import ENCRYPTION
 BACKING = "base"
 SHOWN = 14  # guest clusters that may hold something at first
 FILL_AT = 14  # the first of those that *block* and *table-growth* write
+NEIGHBOURS = 4  # writes into each end of a request
 SCANNED_BLOCKS = 4  # the allocator looks for holes in so many blocks before it goes to the end of the file
 
 
@@ -199,6 +201,15 @@ def step_of(sort: Sort, action: str, before: int) -> Step:
             return [Action("write", FILL_AT * size, (sort.room + 1) * size)]
         case _:
             return [Action(action)]
+
+
+def with_neighbours(sort: Sort, step: Step, draw: random.Random) -> Step:
+    """*step*, and writes of single sectors into the first and the last cluster of its requests."""
+    size = sort.cluster_sectors
+    ends = [end for one in step if one.nsectors for end in (one.sector, one.sector + one.nsectors - 1)]
+    firsts = [end // size * size for end in ends]
+    sectors = [draw.randrange(first, min(first + size, sort.nsectors)) for first in firsts for _ in range(NEIGHBOURS)]
+    return [*step, *(Action("write", sector, 1) for sector in sectors)]
 
 
 def sequences(sort: Sort, length: int) -> Iterator[tuple[str, ...]]:

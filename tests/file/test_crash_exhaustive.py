@@ -52,9 +52,10 @@ def test_every_death_leaves_what_the_laws_allow(sort: Sort, cache: str, tmp_path
 
 
 @pytest.mark.sample(1)
+@pytest.mark.parametrize("what", ["random-20x8", "burst-20x8"])
 @pytest.mark.parametrize("name", ["512", "512-lazy", "backing-lazy"])
-def test_every_death_under_many_requests_in_flight(name: str, tmp_path: Path) -> None:
-    workload = Workload(SORTS[name], "writeback", SEED, "random-20x8")
+def test_every_death_under_many_requests_in_flight(name: str, what: str, tmp_path: Path) -> None:
+    workload = Workload(SORTS[name], "writeback", SEED, what)
     scene = scene_of(workload, tmp_path)
     explore(workload, scene)
     print(scene.count)

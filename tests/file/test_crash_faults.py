@@ -27,6 +27,18 @@ def test_every_operation_of_every_action_may_fail(sort: Sort, cache: str) -> Non
     assert len(host.outcomes) == 4  # kinds of ends
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("sort", SORTS.values(), ids=lambda sort: sort.name)
+def test_every_operation_may_fail_in_a_crowd(sort: Sort, cache: str) -> None:
+    """Neighbours write into the same clusters, and much completes at once."""
+    host = Host(sort, cache, SEED)
+    for sequence in sequences(sort, 1):
+        host.live_with_every_fault(sequence, stride=3)
+    print(host.outcomes)
+    assert len(host.outcomes) > 2
+
+
 @pytest.mark.sample(10)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("sort", SORTS.values(), ids=lambda sort: sort.name)
