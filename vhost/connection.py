@@ -36,7 +36,7 @@ class Connection:
         self._worker = device.worker
         self._backchannel: BackendChannel | None = None
         self._regions: dict[Region, MemoryRegion] = {}
-        self._memory_files: set[tuple[int, int]] = set()  # device and inode of each that was ever guest memory
+        self._files: dict[MemoryRegion, tuple[int, int]] = {}  # device and inode of each
         self._note: inflight.WriteCacheNote | None = None
 
     def __enter__(self) -> "Connection":
@@ -164,7 +164,7 @@ class Connection:
                     self._note.write(wce)
             case effect.TakeBackend():
                 self._device.take()
-                self._device.admit(self._memory_files)
+                self._device.admit(files := {*self._files.values()}, files)
                 self._session.offer = self._device.offer
             case effect.LetGoOfBackend():
                 self._device.let_go()
@@ -211,11 +211,11 @@ class Connection:
     def _set_memory(self, regions: dict[Region, MemoryRegion]) -> None:
         added = [mapped.fd for region, mapped in regions.items() if self._regions.get(region) is not mapped]
         with _closing_unless_done(added):
-            files = {(status.st_dev, status.st_ino) for status in map(os.fstat, added)}
-            self._device.admit(files - self._memory_files)
-        self._memory_files |= files
+            files = {mapped: self._files.get(mapped) or _numbers(mapped.fd) for mapped in regions.values()}
+            before = {*self._files.values()}
+            self._device.admit(before | {*files.values()}, {*files.values()} - before)  # it may stay as it was
         self._worker.call(lambda: self._worker.set_memory(list(regions.values())))
-        self._regions = regions
+        self._regions, self._files = regions, files
 
     def _set_log(self, log: MemoryRegion | None) -> None:
         self._worker.call(lambda: self._worker.set_log(log))
@@ -315,6 +315,11 @@ def _closing_unless_done(fds: Sequence[int]) -> Iterator[None]:
         for fd in fds:
             os.close(fd)
         raise
+
+
+def _numbers(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _no_ring(number: int, at: QueueLayout) -> str:

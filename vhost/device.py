@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -110,14 +110,16 @@ class Device:
             self._was_taken = True
             self._attach()
 
-    def admit(self, memory: Collection[tuple[int, int]]) -> None:
-        """Before requests of a guest whose memory is in the files of these numbers, device and inode.
+    def admit(self, memory: set[tuple[int, int]], new: set[tuple[int, int]]) -> None:
+        """Before requests of a guest whose *memory* is in the files of these numbers, device and inode.
+
+        Some are *new* since the last time.
 
         Raises: Unavailable.
         """
         with self._lock:
             if self.is_attached and self.backend.lease is not None:
-                self.backend.lease.admit(memory)
+                self.backend.lease.admit(memory, new)
 
     def let_go(self) -> None:
         """Leave it to others, if it was ever taken: no ring runs."""

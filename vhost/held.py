@@ -4,7 +4,7 @@ import errno
 import gc
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 
@@ -162,13 +162,13 @@ class HeldImage:
             for close_direct in self._files.forget(disk.files):
                 closing.callback(close_direct)
 
-    def admit(self, memory: Collection[tuple[int, int]]) -> None:
-        """Return once no daemon that died reads into the guest's *memory*, files by device and inode.
+    def admit(self, memory: set[tuple[int, int]], new: set[tuple[int, int]]) -> None:
+        """Return once no daemon that died reads into what is *new* of the guest's *memory*, files by device and inode.
 
         Raises: Unavailable.
         """
         try:
-            self._files.admit(memory, [disk for disk in (self.disk, self.beside) if disk is not None])
+            self._files.admit(memory, new, [disk for disk in (self.disk, self.beside) if disk is not None])
         except OSError as error:
             raise Unavailable(describe(error)) from error
 

@@ -55,17 +55,17 @@ class HeldFiles:
         with self._lock:
             self.traits = {**self.traits, file: traits}
 
-    def admit(self, memory: Collection[tuple[int, int]], disks: Collection[Disk]) -> None:
-        """Return once no daemon that died reads from *disks* into the guest's *memory*, files by device and inode.
+    def admit(self, memory: set[tuple[int, int]], new: set[tuple[int, int]], disks: Collection[Disk]) -> None:
+        """Return once no daemon that died reads from *disks* into what is *new* of the guest's *memory*.
 
-        Raises: OSError.
+        Both are files by device and inode. Raises: OSError.
         """
-        self._memory |= set(memory)
+        self._memory = memory
         for disk in disks:
-            self._await_reads(disk.files[0], disk.files, memory)
+            self._await_reads(disk.files[0], disk.files, new)
 
     def admit_all(self, top: HostFile, files: Collection[HostFile]) -> None:
-        """The same for *files*, which are or will be under *top*, and all memory so far. Raises: OSError."""
+        """The same for *files*, which are or will be under *top*, and all memory. Raises: OSError."""
         self._await_reads(top, files, self._memory)
 
     def _await_reads(self, top: HostFile, files: Collection[HostFile], memory: Collection[tuple[int, int]]) -> None:

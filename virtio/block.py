@@ -1,7 +1,7 @@
 """The block device: what a user subclasses, and what the machinery under it serves."""
 
 import errno
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
@@ -88,8 +88,10 @@ class Lease(Protocol):
     def take(self) -> None:
         """Take hold of it, unless it is held. Raises: Unavailable."""
 
-    def admit(self, memory: Collection[tuple[int, int]]) -> None:
-        """Before requests of a guest whose memory is in these files (device, inode): nobody else moves data there now.
+    def admit(self, memory: set[tuple[int, int]], new: set[tuple[int, int]]) -> None:
+        """Before requests of a guest whose *memory* is in these files (device, inode).
+
+        Nobody else moves data there now, into those that are *new*.
 
         Raises: Unavailable.
         """

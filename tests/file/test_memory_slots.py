@@ -1,13 +1,16 @@
 """Memory that is added and taken away through the socket while requests are in flight."""
 
+import gc
 import mmap
 import os
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import qcow2
 from tests.frontend import (
     ADD_MEM_REG,
     GUEST_ADDRESS,
@@ -157,3 +160,29 @@ def test_memory_goes_though_a_backup_keeps_the_write_from_it_waiting(
                 guest.tell(REM_MEM_REG, bytes(8) + dimm.region)
                 while answered < nwindows:
                     answered += len(guest.wait())
+
+
+def test_memory_that_changes_for_ever_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qcow2.create(path, size=1 << 20)
+
+    def change(guest: FrontEnd, count: int) -> int:
+        """The memory that this process has after so many more tables, each with a file that was never in one."""
+        for _ in range(count):
+            other = os.memfd_create("other")
+            os.ftruncate(other, 4096)
+            first = struct.pack("<QQQQ", GUEST_ADDRESS, len(guest.memory), USER_ADDRESS, 0)
+            table = struct.pack("<II", 2, 0) + first + struct.pack("<QQQQ", 0, 4096, 0, 0)
+            guest.tell(SET_MEM_TABLE, table, fds=(guest.memory_fd, other))
+            os.close(other)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    with serve(path) as served, FrontEnd(served.socket_path) as guest:
+        tracemalloc.start()
+        try:
+            before = change(guest, 1500)
+            assert change(guest, 1500) - before < 32 * 1024
+        finally:
+            tracemalloc.stop()
+        assert guest.read(0, 512) == bytes(512)
