@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import tracemalloc
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qcow2.driver.task import Scheduler, Task
 from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from qcow2.node.raw import RawImage
-from vhost.frozen import CHUNK, MOST_BYTES, WINDOW, Frozen, Saved, Wanted
+from vhost.frozen import CHUNK, MOST_BYTES, PIECE, WINDOW, Frozen, Saved, Wanted
 
 SIZE = MOST_BYTES + 4 * CHUNK + 512
 
@@ -223,6 +224,36 @@ def test_wanted_chunks_are_found_and_counted() -> None:
     wanted.clear(0, 35)
     assert [wanted.next(0, end) for end in (35, 36, 200)] == [35, 35, 35]
     assert wanted.nbytes(100 * CHUNK + 1) == 6 * CHUNK + 1
+
+
+def test_wanted_chunks_of_a_large_disk_take_little_more_than_their_bits() -> None:
+    size = (1 << 40) + 1
+    tracemalloc.start()
+    try:
+        wanted = Wanted(size, [(0, CHUNK), (3 * CHUNK, size)])
+        assert wanted.nbytes(size) == size - 2 * CHUNK
+        wanted.clear(5, wanted.end - 9)
+        assert (wanted.nbytes(size), wanted.next(5, wanted.end)) == (3 * CHUNK + CHUNK + 1, wanted.end - 9)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * len(wanted.bits)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranges_of_any_length_become_wanted_or_not(seed: int) -> None:
+    draw = random.Random(seed)
+    count = draw.choice((8 * PIECE - 1, 24 * PIECE + 3, 40 * PIECE))
+    wanted, bits = Wanted(count * CHUNK, []), bytearray(count)
+    for number in range(8):
+        first = draw.randrange(count)
+        end = draw.randint(first + 1, count)
+        if number % 2:
+            wanted.clear(first, end)
+        else:
+            wanted._change(first, end, is_set=True)
+        bits[first:end] = bytes([1 - number % 2]) * (end - first)
+    assert [wanted.bits[at // 8] >> at % 8 & 1 for at in range(count)] == list(bits)
+    assert wanted.nbytes(count * CHUNK) == bits.count(1) * CHUNK
 
 
 @pytest.mark.parametrize("seed", range(20))
