@@ -21,11 +21,19 @@ class FakeServer:
     """
 
     def __init__(
-        self, path: Path, size: int, *, flags: int = ALL, nanswered: int = 1 << 30, greets: bool = True
+        self,
+        path: Path,
+        size: int,
+        *,
+        told_size: int | None = None,
+        flags: int = ALL,
+        nanswered: int = 1 << 30,
+        greets: bool = True,
     ) -> None:
         self.uri = f"nbd+unix:///?socket={path}"
         self.content = bytearray(b"o" * size)
         self.commands: list[int] = []
+        self._told_size = size if told_size is None else told_size
         self._path = path
         self._flags = flags
         self._nanswered = nanswered
@@ -102,7 +110,7 @@ class FakeServer:
             _, option, nbytes = struct.unpack(">8sII", _receive(client, 16))
             _receive(client, nbytes)
             if option == GO:
-                info = struct.pack(">HQH", 0, len(self.content), self._flags)
+                info = struct.pack(">HQH", 0, self._told_size, self._flags)
                 client.sendall(struct.pack(">QIII", REPLY_MAGIC, option, INFO_REPLY, len(info)) + info)
             client.sendall(struct.pack(">QIII", REPLY_MAGIC, option, ACK if option == GO else UNSUP, 0))
         while True:

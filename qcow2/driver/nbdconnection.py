@@ -151,6 +151,8 @@ class NbdConnection:
             self._say_goodbye(handle)
         except self._nbd.Error as error:
             return self._as_os_error(error)
+        except MemoryError:
+            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), self._uri)
         except BaseException as error:  # belongs to who waits
             return error.with_traceback(None)
         return self._given_up()
@@ -190,8 +192,10 @@ class NbdConnection:
             self._end_some()
 
     def _taken(self) -> list[Command]:
+        """What has been asked for since; it is under way, whatever happens to those before it."""
         with self._lock:
             taken = [*self._new]
+            self._under_way.update(taken)
             self._new.clear()
         return taken
 
@@ -200,7 +204,6 @@ class NbdConnection:
             self._ended.append((command, int(error.value)))
             return 1  # libnbd forgets it
 
-        self._under_way.add(command)
         try:
             command.issue(handle, completed)
         except self._nbd.Error as error:  # libnbd knows that it cannot be
@@ -274,8 +277,9 @@ class NbdConnection:
 
     def _as_os_error(self, error: Any) -> OSError:
         """What libnbd says, without the name of its function."""
-        text = re.sub(r"^nbd_\w+: ", "", str(error.string))
-        return OSError(error.errnum or errno.EIO, text, self._uri)
+        number = error.errnum or errno.EIO
+        text = re.sub(r"^nbd_\w+: ", "", error.string or os.strerror(number))  # none of a size that is -1
+        return OSError(number, text, self._uri)
 
 
 def _anew(error: BaseException) -> BaseException:

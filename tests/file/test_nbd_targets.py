@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +30,9 @@ from tests.oracle import assert_not_corrupt, assert_same_bytes
 from tests.patience import TIMEOUT
 from tests.program import SERIAL, TOOL, qcow2_tool, qcow2_tool_ok
 from vhost import ControlError
+
+if TYPE_CHECKING:
+    from qcow2.driver.nbdconnection import Completion
 
 __all__ = ["binding"]  # a fixture
 pytestmark = [needs_binding, pytest.mark.usefixtures("binding")]
@@ -393,6 +398,42 @@ def test_server_that_answers_nothing_is_lost_when_patience_ends(tmp_path: Path) 
             assert lost.wait(TIMEOUT)
             with pytest.raises(OSError, match="answers nothing"):
                 perform(op.Sync(export))
+
+
+def test_no_memory_ends_the_connection_and_all_that_was_asked_for(tmp_path: Path) -> None:
+    from qcow2.driver.nbdconnection import Command, NbdConnection
+
+    def wait(handle: Any, completion: "Completion") -> None:
+        came.set()
+        go_on.wait()
+        handle.aio_flush(completion=completion)
+
+    def find_no_memory(handle: Any, completion: "Completion") -> None:
+        raise MemoryError
+
+    def flush(handle: Any, completion: "Completion") -> None:
+        handle.aio_flush(completion=completion)
+
+    came, go_on, ended, lost = threading.Event(), threading.Event(), SimpleQueue[Any](), SimpleQueue[OSError]()
+    with FakeServer(tmp_path / "server", MIB) as server:
+        connection = NbdConnection(server.uri)
+        connection.open(lambda handle: None)
+        connection.on_lost = lost.put
+        connection.begin(Command(wait, lambda error: None))
+        came.wait()
+        for issue in (find_no_memory, flush):  # which are taken together
+            connection.begin(Command(issue, ended.put))
+        go_on.set()
+        assert [ended.get(timeout=TIMEOUT).errno for _ in range(2)] == [errno.ENOMEM] * 2
+        assert lost.get(timeout=TIMEOUT).errno == errno.ENOMEM
+        connection.close()
+
+
+def test_a_size_that_no_disk_has_is_said_to_be_wrong(tmp_path: Path) -> None:
+    """The error that libnbd raises has no text."""
+    with FakeServer(tmp_path / "server", MIB, told_size=(1 << 64) - 1) as server:
+        said = qcow2_tool("info", server.uri)
+    assert (said.returncode, said.stdout, said.stderr) == (1, "", f"qcow2: {server.uri}: Input/output error\n")
 
 
 @needs_binding
