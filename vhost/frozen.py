@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from qcow2 import ImageError
 from qcow2.driver.operation import Signal, give_way
+from qcow2.engine.bitmaptable import change_bits, count_bits
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.job.reins import Reins
 from qcow2.job.source import Content, Source
@@ -30,8 +31,6 @@ AHEAD_BYTES = 16 << 20  # that wait for the target before the walk does
 MOST_BYTES = 64 << 20  # before a request of the guest does
 AWAITED_BYTES = 256 << 20  # before one does that somebody awaits: a resize, or the end
 PATIENCE_SECONDS = 10.0  # of such a request, while the target takes nothing
-PIECE = 4096  # bytes of bits that are changed or counted at a time: those of a large disk are no number
-FULL, NONE = b"\xff" * PIECE, bytes(PIECE)
 SET = re.compile(rb"[^\0]")
 NOT_FULL = re.compile(rb"[^\xff]")
 
@@ -53,7 +52,7 @@ class Wanted:
         self.bits = bytearray(-(-size // (8 * CHUNK)))
         for start, end in stretches:
             first, last = start >> CHUNK_BITS, min(end, size) - 1 >> CHUNK_BITS
-            self._change(first, last + 1, is_set=True)
+            change_bits(self.bits, first, last + 1, are_set=True)
 
     @classmethod
     def of_bits(cls, size: int, bits: bytes) -> "Wanted":
@@ -63,23 +62,6 @@ class Wanted:
         wanted.clear(-(-size // CHUNK), wanted.end)
         return wanted
 
-    def _change(self, first: int, end: int, *, is_set: bool) -> None:
-        while end - first > 8 * PIECE:
-            stop = (first // 8 + PIECE) * 8
-            self._change_piece(first, stop, is_set=is_set)
-            first = stop
-        self._change_piece(first, end, is_set=is_set)
-
-    def _change_piece(self, first: int, end: int, *, is_set: bool) -> None:
-        start, stop = first // 8, -(-end // 8)
-        if end - first == 8 * PIECE and first % 8 == 0:
-            memoryview(self.bits)[start:stop] = FULL if is_set else NONE
-            return
-        mask = ((1 << end - first) - 1) << first % 8
-        old = int.from_bytes(self.bits[start:stop], "little")
-        new = old | mask if is_set else old & ~mask
-        memoryview(self.bits)[start:stop] = new.to_bytes(stop - start, "little")
-
     @property
     def end(self) -> int:
         """After the last chunk."""
@@ -87,14 +69,13 @@ class Wanted:
 
     def nbytes(self, size: int) -> int:
         """How many bytes of a disk of *size* bytes they are."""
-        pieces = (self.bits[at : at + PIECE] for at in range(0, len(self.bits), PIECE))
-        count = sum(8 * PIECE if piece == FULL else int.from_bytes(piece, "little").bit_count() for piece in pieces)
+        count = count_bits(self.bits)
         has_last = size and self.next(size - 1 >> CHUNK_BITS, self.end) == size - 1 >> CHUNK_BITS
         return count * CHUNK - (-size % CHUNK if has_last else 0)
 
     def clear(self, first: int, end: int) -> None:
         """Those from *first* to before *end* are not wanted any more."""
-        self._change(first, end, is_set=False)
+        change_bits(self.bits, first, end, are_set=False)
 
     def next(self, first: int, end: int) -> int:
         """The first one from *first* on; *end* if there is none before."""

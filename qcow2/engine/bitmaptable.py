@@ -16,6 +16,9 @@ from qcow2.format.layout import ENTRY_SIZE, BitmapRecord
 from qcow2.plane.dirtybits import MAX_LIVE_BYTES
 from qcow2.plane.entry import words_of
 
+PIECE = 4096  # bytes of bits that are changed or counted at a time: those of a large disk are no number
+FULL, NONE = b"\xff" * PIECE, bytes(PIECE)
+
 
 @dataclass(slots=True, eq=False)
 class StoredBitmap:
@@ -175,12 +178,35 @@ def dirty_bytes(bits: bytes, granularity_bits: int, size: int) -> int:
     """How much of a disk of *size* bytes the bits report."""
     last = size - 1 >> granularity_bits
     past_end = (last + 1 << granularity_bits) - size if bits and bits[last >> 3] >> (last & 7) & 1 else 0
-    return (int.from_bytes(bits, "little").bit_count() << granularity_bits) - past_end
+    return (count_bits(bits) << granularity_bits) - past_end
+
+
+def count_bits(bits: bytes | bytearray) -> int:
+    """How many are set."""
+    pieces = (bits[at : at + PIECE] for at in range(0, len(bits), PIECE))
+    return sum(8 * PIECE if piece == FULL else int.from_bytes(piece, "little").bit_count() for piece in pieces)
 
 
 def set_bits(bits: bytearray, first: int, last: int) -> None:
     """Set the bits from *first* to *last*."""
-    start, end = first >> 3, (last >> 3) + 1
-    mask = ((1 << last + 1 - first) - 1) << (first & 7)
-    changed = int.from_bytes(bits[start:end], "little") | mask
-    bits[start:end] = changed.to_bytes(end - start, "little")
+    change_bits(bits, first, last + 1, are_set=True)
+
+
+def change_bits(bits: bytearray, first: int, end: int, *, are_set: bool) -> None:
+    """Set, or clear, the bits from *first* to before *end*; who reads them meanwhile has the memory still."""
+    while end - first > 8 * PIECE:
+        stop = (first // 8 + PIECE) * 8
+        _change_piece(bits, first, stop, are_set=are_set)
+        first = stop
+    _change_piece(bits, first, end, are_set=are_set)
+
+
+def _change_piece(bits: bytearray, first: int, end: int, *, are_set: bool) -> None:
+    start, stop = first // 8, -(-end // 8)
+    there = memoryview(bits)[start:stop]
+    if end - first == 8 * PIECE and first % 8 == 0:
+        there[:] = FULL if are_set else NONE
+        return
+    mask = ((1 << end - first) - 1) << first % 8
+    old = int.from_bytes(there, "little")
+    there[:] = (old | mask if are_set else old & ~mask).to_bytes(stop - start, "little")

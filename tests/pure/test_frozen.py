@@ -14,10 +14,11 @@ from qcow2 import ImageError
 from qcow2.driver.file import HostFile, go_on, outcome
 from qcow2.driver.operation import Operation
 from qcow2.driver.task import Scheduler, Task
+from qcow2.engine.bitmaptable import PIECE, change_bits, count_bits
 from qcow2.job.pace import Cancelled
 from qcow2.job.reins import Reins
 from qcow2.node.raw import RawImage
-from vhost.frozen import CHUNK, MOST_BYTES, PIECE, WINDOW, Frozen, Saved, Wanted
+from vhost.frozen import CHUNK, MOST_BYTES, WINDOW, Frozen, Saved, Wanted
 
 SIZE = MOST_BYTES + 4 * CHUNK + 512
 
@@ -240,20 +241,17 @@ def test_wanted_chunks_of_a_large_disk_take_little_more_than_their_bits() -> Non
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_ranges_of_any_length_become_wanted_or_not(seed: int) -> None:
+def test_bits_of_any_range_are_set_or_cleared(seed: int) -> None:
     draw = random.Random(seed)
     count = draw.choice((8 * PIECE - 1, 24 * PIECE + 3, 40 * PIECE))
-    wanted, bits = Wanted(count * CHUNK, []), bytearray(count)
+    bits, expected = bytearray(-(-count // 8)), bytearray(count)
     for number in range(8):
         first = draw.randrange(count)
-        end = draw.randint(first + 1, count)
-        if number % 2:
-            wanted.clear(first, end)
-        else:
-            wanted._change(first, end, is_set=True)
-        bits[first:end] = bytes([1 - number % 2]) * (end - first)
-    assert [wanted.bits[at // 8] >> at % 8 & 1 for at in range(count)] == list(bits)
-    assert wanted.nbytes(count * CHUNK) == bits.count(1) * CHUNK
+        end = draw.randint(first, count)
+        change_bits(bits, first, end, are_set=number % 2 == 0)
+        expected[first:end] = bytes([1 - number % 2]) * (end - first)
+    assert [bits[at // 8] >> at % 8 & 1 for at in range(count)] == list(expected)
+    assert count_bits(bits) == expected.count(1)
 
 
 @pytest.mark.parametrize("seed", range(20))
