@@ -1,5 +1,6 @@
 """Guest memory: the regions a front-end shares, and their mappings."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Mapping:
                 f"memory region at guest address {region.guest_address:#x}, {region.nbytes:#x} bytes",
             )
         finally:
-            os.close(region.fd)
+            close_shared(region.fd)
 
     @property
     def address(self) -> Pointer:
@@ -61,6 +62,12 @@ class Mapping:
         lib.guest_region_unmap(self.native)
 
 
+def close_shared(fd: int) -> None:
+    """Close the file of somebody else's memory: what the host could not write of it is their loss, *fd* is closed."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def map_regions(regions: Sequence[MemoryRegion]) -> dict[MemoryRegion, Mapping]:
     """Map all *regions* or none; closes every fd either way."""
     mappings: dict[MemoryRegion, Mapping] = {}
@@ -71,7 +78,7 @@ def map_regions(regions: Sequence[MemoryRegion]) -> dict[MemoryRegion, Mapping]:
             for mapping in mappings.values():
                 mapping.close()
             for left in regions[len(mappings) + 1 :]:
-                os.close(left.fd)
+                close_shared(left.fd)
             raise
     return mappings
 

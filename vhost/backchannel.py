@@ -1,7 +1,6 @@
 """The back-end channel: requests of ours that the front-end answers, or not, whenever it likes."""
 
 import errno
-import os
 import socket
 
 from vhost.channel import Channel, Hangup, close_received
@@ -55,7 +54,7 @@ def _socket(fd: int) -> socket.socket:
     try:
         found = socket.socket(fileno=fd)
     except OSError:
-        os.close(fd)
+        close_received(fd)
         raise
     if found.family == socket.AF_UNIX:
         return found

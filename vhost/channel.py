@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ring.memory import close_shared
 from vhost.message import MAX_FDS, MAX_PAYLOAD, REPLY_FLAGS, Header, Message, ProtocolViolation
 
 FD_SIZE = array.array("i").itemsize
@@ -51,7 +52,7 @@ def close_received(fd: int) -> None:
     try:
         found = socket.socket(fileno=fd)
     except OSError:  # it is none
-        os.close(fd)
+        close_shared(fd)
         return
     with found, contextlib.suppress(OSError):
         found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)

@@ -16,7 +16,7 @@ from ring.thread import new_future
 from ring.virtqueue import QueueLayout
 from vhost import effect, inflight
 from vhost.backchannel import BackendChannel
-from vhost.channel import Channel, Fds
+from vhost.channel import Channel, Fds, close_received
 from vhost.device import Device
 from vhost.message import Inflight, Region, Request
 from vhost.problem import describe
@@ -313,7 +313,7 @@ def _closing_unless_done(fds: Sequence[int]) -> Iterator[None]:
         yield
     except BaseException:
         for fd in fds:
-            os.close(fd)
+            close_received(fd)
         raise
 
 

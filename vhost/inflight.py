@@ -11,6 +11,7 @@ import os
 import struct
 
 from ring.inflight import InflightRegion, inflight_nbytes
+from ring.memory import close_shared
 
 RING_ENTRIES = 1024  # QEMU's VIRTQUEUE_MAX_SIZE
 MAGIC = b"vuqcow2\0"
@@ -50,7 +51,7 @@ class WriteCacheNote:
         return 0 if self.wce is None else NOTE.size
 
     def close(self) -> None:
-        os.close(self._fd)
+        close_shared(self._fd)
 
     def write(self, wce: bool) -> None:
         """Change the note; a region without one stays as it is."""

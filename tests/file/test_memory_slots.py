@@ -1,5 +1,7 @@
 """Memory that is added and taken away through the socket while requests are in flight."""
 
+import contextlib
+import errno
 import gc
 import mmap
 import os
@@ -186,3 +188,23 @@ def test_memory_that_changes_for_ever_leaves_nothing(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
         assert guest.read(0, 512) == bytes(512)
+
+
+def test_memory_whose_file_cannot_be_written_is_mapped_and_given_back(tmp_path: Path) -> None:
+    """Whoever closes a descriptor of it is told what the host could not write of it."""
+    path = tmp_path / "disk"
+    qcow2.create(path, size=1 << 20)
+    for name in ("backing", "mount"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "backing" / "memory").write_bytes(bytes(4096))
+    with SlowDisk(tmp_path / "backing", tmp_path / "mount") as slow, serve(path) as served:
+        fd = os.open(slow.path / "memory", os.O_RDWR | os.O_CLOEXEC)
+        with FrontEnd(served.socket_path) as guest, mmap.mmap(fd, 4096) as memory, slow.failing(errno.EIO):
+            memory[0] = 1
+            for start in (0, 4096):
+                region = struct.pack("<QQQQQ", 0, start, 4096, start, 0)
+                guest.tell(ADD_MEM_REG, region, fds=(fd,))
+                memory[0] += 1
+            guest.stop_queue()
+        with contextlib.suppress(OSError):
+            os.close(fd)
