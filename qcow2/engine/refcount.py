@@ -140,14 +140,13 @@ class Refcounts:
 
     async def find_end(self, end: int) -> int:
         """One past the last cluster below *end* that is referenced; the caller holds `mutex`."""
-        while end > 0:
-            index = self.block_of(end - 1)
-            base = index * self.per_block
+        for index in reversed(range(min(len(self.table), self.block_of(end - 1) + 1))):  # a hole may be of any length
             if self.has_block(index):
-                used = lib.refcount_used((await self._block(index)).view, self._order, end - base)
+                base = index * self.per_block
+                limit = min(end - base, self.per_block)
+                used = lib.refcount_used((await self._block(index)).view, self._order, limit)
                 if used:
                     return base + used
-            end = base
         return 0
 
     async def last_references(self, clusters: Iterable[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,16 @@ def test_what_has_no_table_is_one_stretch(tmp_path: Path) -> None:
         ((1 << 30) + 512, False),
     ]
     assert steps < 10
+
+
+def test_a_hole_at_the_end_of_the_file_may_be_of_any_length(tmp_path: Path) -> None:
+    """No refcount block counts it, and none of 2^27 that could is asked for."""
+    path = tmp_path / "disk"
+    qcow2_tool_ok("create", "-o", "cluster_size=512", path, "1M")
+    os.truncate(path, (1 << 44) - (1 << 20))  # all that ext4 has
+    began = time.process_time()
+    with qcow2.open(path, writable=True) as disk:
+        disk.write(0, b"1" * 4096)
+    assert time.process_time() - began < 6
+    with qcow2.open(path) as disk:
+        assert disk.read(0, 4096) == b"1" * 4096
