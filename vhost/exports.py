@@ -67,20 +67,22 @@ class _Export:
         self._said = ""
         self._is_offered = False
         self._is_settled = threading.Event()  # whether it is offered
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="surrogateescape",  # it may name a file
-        )
+        ends: list[int] = []  # Popen would leave those of its own pipes open where one of them cannot be had
+        try:
+            for _ in ("in", "out", "error"):
+                ends += os.pipe()
+            self._process = subprocess.Popen(command, stdin=ends[0], stdout=ends[3], stderr=ends[5])
+        except BaseException:
+            _close_all(ends)
+            raise
+        _close_all([ends[0], ends[3], ends[5]])
+        self._stdin, self._stdout = os.fdopen(ends[1], "wb"), os.fdopen(ends[2], "rb")
+        self._stderr = os.fdopen(ends[4], errors="surrogateescape")  # it may name a file
         self._listener = threading.Thread(target=self._listen, name="export", daemon=True)
         start_deaf(self._listener)
 
     def _listen(self) -> None:
-        assert self._process.stderr is not None
-        with self._process.stderr as stderr:
+        with self._stderr as stderr:
             for line in stderr:
                 self._said = line.strip()
                 log.warning("export of %s: %s", self._file, self._said)
@@ -92,8 +94,7 @@ class _Export:
 
     def wait_until_ready(self, patience: float) -> None:
         """Return once clients may come. Raises: ExportRefused, after *patience* seconds at the latest."""
-        assert self._process.stdout is not None
-        with self._process.stdout as stdout:
+        with self._stdout as stdout:
             poll = select.poll()
             poll.register(stdout, select.POLLIN)
             if not poll.poll(patience * 1000):
@@ -115,8 +116,7 @@ class _Export:
         """Its clients get what they are owed, and no more."""
         self._is_offered = False
         self._is_settled.set()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._stdin.close()
 
     def end(self) -> None:
         """Return once it is gone, or cannot be made to go."""
@@ -137,6 +137,11 @@ class _Export:
             log.error("export of %s: process %d was killed, and has not ended", self._file, self._process.pid)
         else:
             self._listener.join()
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _text(value: object, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -153,6 +154,21 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+@pytest.mark.parametrize("room", range(7))
+def test_an_export_that_finds_no_descriptor_takes_none_along(image: Path, tmp_path: Path, room: int) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    limit = [fd for fd in range(max(used) + 20) if fd not in used][room]
+    with Exports(str(image), None) as exports:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+        try:
+            with pytest.raises(ExportRefused, match="Too many open files"):
+                exports.start(str(image), socket=str(tmp_path / "socket"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert {int(name) for name in os.listdir("/proc/self/fd")} == used
 
 
 def test_what_cannot_be_exported(image: Path, tmp_path: Path) -> None:
