@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import ssl
 
 NEGOTIATION_SECONDS = 10.0  # for all of it
-ENDING_SECONDS = 2.0  # in which clients have to read their last replies
+ENDING_SECONDS = 2.0  # in which clients have to let us send their last replies; and in which to read them
 MAX_THREADS = 512  # of all clients together; each client has one at least
 RETRY_SECONDS = 0.1
 
@@ -159,6 +159,8 @@ class Server:
         connection.serve()
 
     def _leave(self, stream: Stream) -> None:
+        if self._is_stopping or not self._persists:  # our lock on the image may end with this client
+            stream.wait_until_read(ENDING_SECONDS)
         stream.close()
         with self._state:
             del self._clients[stream]

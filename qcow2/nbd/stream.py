@@ -1,12 +1,18 @@
 """A client's socket as a stream of bytes; one thread may receive while others send."""
 
 import contextlib
+import fcntl
 import os
 import socket
+import termios
 import threading
 import time
+from array import array
 
 from qcow2.nbd.error import ClientGone
+
+DEAD_SECONDS = 60  # until a host that says nothing is asked whether it is there; three times
+LOOK_SECONDS = 0.01
 
 
 class Stream:
@@ -18,9 +24,12 @@ class Stream:
         self.socket = connection
         self.deadline: float | None = None
         self.sending = threading.Lock()  # held for as many `send`s as belong together
-        if connection.family != socket.AF_UNIX:
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_SECONDS)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_SECONDS // 3)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
     def limit(self, seconds: float | None) -> None:
         """Let everything that the client has to do take so many *seconds* together; None: as long as it likes."""
@@ -90,6 +99,24 @@ class Stream:
                 break
             sent += count
         return sent
+
+    def wait_until_read(self, seconds: float) -> None:
+        """Until the client has read what it was sent, or so many *seconds* are over.
+
+        What was sent from a file are the file's own pages till then: who changes the file changes the reply. Of TCP the
+        other host's kernel has it, which on this host is no more than that.
+        """
+        late = time.monotonic() + seconds
+        while self._is_unread() and time.monotonic() < late:
+            time.sleep(LOOK_SECONDS)
+
+    def _is_unread(self) -> bool:
+        nbytes = array("i", [0])
+        try:
+            fcntl.ioctl(self.socket, termios.TIOCOUTQ, nbytes)  # SIOCOUTQ
+        except OSError:
+            return False
+        return nbytes[0] > 0
 
     def end_receiving(self) -> None:
         """Let whoever receives find the end; what is to be sent still can be."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import qcow2
+from qcow2.nbd.stream import Stream
 from tests import nbdclient as nbd
 from tests.nbdclient import Client, NbdError, Server, empty_disk
 from tests.nbdzone import Zone
@@ -85,6 +86,24 @@ def test_the_end_leaves_the_image_clean_under_a_client(image: Path) -> None:
     with qcow2.open(image) as disk:
         assert disk.read(12345, CLUSTER) == b"x" * CLUSTER
     assert_not_corrupt(image)
+
+
+def test_what_a_client_was_sent_is_no_later_content(image: Path) -> None:
+    """The server ends, and with it what keeps writers away, when its last replies were read: they may be the file's."""
+    with qcow2.open(image, "r+") as disk:
+        disk.write(0, b"x" * CLUSTER)
+    with Server(image, "-r") as server, server.client() as client:
+        assert client.read(0, CLUSTER) == b"x" * CLUSTER
+        client.send(nbd.READ, 0, CLUSTER)
+        client.socket.recv(1, socket.MSG_PEEK)
+        server.process.send_signal(signal.SIGTERM)
+        process = os.pidfd_open(server.process.pid)
+        if select.select([process], [], [], 1.5)[0]:
+            with qcow2.open(image, "r+") as disk:
+                disk.write(0, b"y" * CLUSTER)
+        os.close(process)
+        assert client.reply(CLUSTER).data == b"x" * CLUSTER
+        server.end()
 
 
 def test_a_second_client_waits_for_the_first_to_leave(image: Path) -> None:
@@ -179,6 +198,20 @@ def test_tcp(image: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
         said = qemu_img("info", f"nbd://127.0.0.1:{port}").stdout
         assert "8 MiB" in said
         assert process.wait(TIMEOUT) == 0
+
+
+def test_a_client_whose_host_is_dead_is_found_out() -> None:
+    """In minutes, not the two hours of the kernel's: with --shared=1 nobody else is let in before."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        there, _ = listener.accept()
+        with there:
+            Stream(there)
+            assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle, step, count = (
+                there.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + step * count == 120
 
 
 @pytest.mark.parametrize(
