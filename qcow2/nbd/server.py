@@ -23,6 +23,7 @@ NEGOTIATION_SECONDS = 10.0  # for all of it
 ENDING_SECONDS = 2.0  # in which clients have to let us send their last replies; and in which to read them
 MAX_THREADS = 512  # of all clients together; each client has one at least
 RETRY_SECONDS = 0.1
+QUIET_SECONDS = 10.0  # after each line that clients can make us write: they need not fill a disk with them
 
 log = logging.getLogger("qcow2.nbd")
 
@@ -54,6 +55,8 @@ class Server:
         self._nthreads = 0
         self._was_used = False
         self._is_stopping = False
+        self._quiet_until = 0.0
+        self._nunsaid = 0
 
     def run(self, *stop_fds: int) -> None:
         """Serve until one of *stop_fds* is readable, or nobody is left to serve; every client has left on return."""
@@ -98,7 +101,7 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # a limit on descriptors: who knocks goes on waiting
-            log.warning("nobody can be let in for now: %s", error.strerror)
+            self._complain(f"nobody can be let in for now: {error.strerror}")
             time.sleep(RETRY_SECONDS)
             return
         with self._state:
@@ -136,11 +139,21 @@ class Server:
         except ClientGone:
             pass
         except ProtocolViolation as violation:
-            log.warning("a client breaks the protocol: %s", violation)
+            self._complain(f"a client breaks the protocol: {violation}")
         except Exception:  # the other clients' go on
             log.exception("a client's connection ends by a fault of ours")
         finally:
             self._leave(stream)
+
+    def _complain(self, text: str) -> None:
+        """Say *text*, or that there was more to say once something is said again."""
+        with self._state:
+            now = time.monotonic()
+            if now < self._quiet_until:
+                self._nunsaid += 1
+                return
+            nunsaid, self._nunsaid, self._quiet_until = self._nunsaid, 0, now + QUIET_SECONDS
+        log.warning("%s%s", text, f" ({nunsaid} more lines were not said)" if nunsaid else "")
 
     def _talk(self, stream: Stream) -> None:
         stream.limit(NEGOTIATION_SECONDS)

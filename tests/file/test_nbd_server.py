@@ -413,6 +413,18 @@ def test_an_option_that_makes_no_sense_is_refused(served: Server, option: int, d
         client.go()
 
 
+def test_who_breaks_the_protocol_fills_no_disk_with_what_is_said_of_it(image: Path) -> None:
+    with Server(image, "-t", "-e", "0") as server:
+        for _ in range(100):
+            with server.client(waits=True) as client:
+                client.socket.sendall(b"\xff" * 4)
+                client.receive(18)
+                assert client.is_dropped()
+        said = server.stop().splitlines()
+    assert said[0] == "a client breaks the protocol: unknown handshake flags 0xffffffff"
+    assert len(said) < 50
+
+
 def test_who_reads_no_replies_keeps_nobody_waiting(image: Path) -> None:
     with Server(image, "-t", "-e", "0") as server, server.client() as other:
         with server.client() as deaf:
