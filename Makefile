@@ -114,10 +114,10 @@ damage: guest-packages $(VENV)/installed
 fuzz: fuzz-packages $(VENV)/installed-fuzz
 	CLANG=clang $(BIN)/python -m tests.fuzz $(FUZZ)
 
-# CRASH: options, such as CRASH="--seed 5" for all sequences of up to three actions; a million states without it.
+# CRASH: options, such as CRASH="--seed 5" for all sequences of up to three actions; three million states without it.
 .PHONY: crash
 crash: guest-packages $(VENV)/installed
-	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 1000000)
+	$(BIN)/python -m tests.crash explore $(or $(CRASH),--states 3000000)
 
 # CHAINS: options, such as CHAINS="--chains 50 --work commit"; a thousand chains for each piece of work without it.
 .PHONY: chains

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from tests.bitmapreader import Bitmap, read_bitmaps
 from tests.crash.driver import SimulatedFile
-from tests.crash.explorer import Explorer, Opener, Violation
+from tests.crash.explorer import Opener, Violation
 from tests.crash.history import SECTOR, History
 from tests.crash.images import BITMAPS
 from tests.crash.judge import opener, perform
+from tests.crash.recovering import RecoveringExplorer
 from tests.crash.workload import Step, random_steps
 
 NAMES = {"fine", "coarse"}
@@ -40,7 +41,7 @@ def said(bitmaps: dict[str, Bitmap], nsectors: int) -> bytes:
     return bytes((sector in every) | (sector in fine) << 1 for sector in range(nsectors))
 
 
-class BitmapExplorer(Explorer):
+class BitmapExplorer(RecoveringExplorer):
     """Judges the disk, and what the bitmaps say of it."""
 
     def _compare(self, content: bytes, position: int, where: str, *, power: bool) -> None:

@@ -47,6 +47,7 @@ class Explorer:
     opener: Opener
     seed: int = 0
     samples: int = 6  # random subsets a point, where not all are visited
+    at: int | None = None  # of a recovery: the moment of the kill before it
     states: int = 0
     opened: int = 0
     _contents: dict[tuple[int, int, frozenset[tuple[int, int]]], bytes] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class Explorer:
                 raise Violation(f"{where}: {violation}") from violation
             self.opened += 1
             self._contents[key] = content
-        self._compare(content, point.position, where, power=power)
+        self._compare(content, point.position if self.at is None else self.at, where, power=power)
 
     def _compare(self, content: bytes, position: int, where: str, *, power: bool) -> None:
         for sector in range(len(content) // SECTOR):

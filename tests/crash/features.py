@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from tests.crash import bitmaps, luks
-from tests.crash.explorer import Explorer, Violation
+from tests.crash.explorer import Violation
 from tests.crash.images import BITMAPS, KINDS
 from tests.crash.judge import opener, perform
+from tests.crash.recovering import RecoveringExplorer
 from tests.crash.workload import random_steps
 from tests.file import test_compressed_writes, test_crash_data_file, test_crash_snapshots
 
@@ -35,7 +36,7 @@ def explore(name: str, seed: int, *, writethrough: bool, at_once: bool) -> int:
     kind = KINDS[name]
     steps = random_steps(seed, kind.nsectors, kind.cluster_sectors)
     run = perform(name, steps, seed=seed, writethrough=writethrough, at_once=at_once)
-    return Explorer(run, opener(name), seed).explore(stride=1 if kind.cluster_bits < 14 else 3)
+    return RecoveringExplorer(run, opener(name), seed).explore(stride=1 if kind.cluster_bits < 14 else 3)
 
 
 def explore_data_file(seed: int, sort: test_crash_data_file.Sort) -> int:

@@ -5,9 +5,12 @@ A failing state is named by its kind, seed, crash point and the operations that 
 
 import pytest
 
-from tests.crash.explorer import Explorer
+from tests.crash import recovering
+from tests.crash.explorer import Explorer, Violation
 from tests.crash.images import KINDS
 from tests.crash.judge import opener, perform
+from tests.crash.mutant import repair_begins_without_a_sync
+from tests.crash.recovering import RecoveringExplorer
 from tests.crash.workload import Action, random_steps
 
 SMALL = [name for name, kind in KINDS.items() if kind.cluster_bits == 9]
@@ -19,7 +22,7 @@ def explore(name: str, seed: int, *, writethrough: bool, stride: int) -> int:
     kind = KINDS[name]
     steps = random_steps(seed, kind.nsectors, kind.cluster_sectors)
     run = perform(name, steps, seed=seed, writethrough=writethrough)
-    return Explorer(run, opener(name), seed).explore(stride=stride)
+    return RecoveringExplorer(run, opener(name), seed).explore(stride=stride)
 
 
 @pytest.mark.sample(1)
@@ -42,3 +45,13 @@ def test_reopening_in_the_middle_changes_no_promise() -> None:
     steps += [[Action("reopen")], *random_steps(6, kind.nsectors, kind.cluster_sectors, steps=4)]
     run = perform("small-lazy", steps, seed=5, writethrough=False)
     assert Explorer(run, opener("small-lazy"), 5).explore() > 100
+
+
+def test_what_a_killed_process_has_discarded_may_come_back_in_a_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found if each kill is looked at: counts must not fall before that is stable."""
+    monkeypatch.setattr(recovering, "RECOVERED", 1)
+    run = perform("small", [[Action("discard", 1, 5)], [Action("flush")]], seed=0, writethrough=False)
+    assert RecoveringExplorer(run, opener("small")).explore() > 300
+    repair_begins_without_a_sync(monkeypatch)
+    with pytest.raises(Violation, match="/leaks point="):
+        RecoveringExplorer(run, opener("small")).explore()

@@ -9,10 +9,11 @@ from qcow2.engine.links import Links
 from qcow2.engine.snapshots import Snapshots
 from qcow2.engine.stability import Stability
 from qcow2.engine.zeroing import Zeroer
-from tests.crash.explorer import Explorer, Violation
+from tests.crash.explorer import Violation
 from tests.crash.features import explore_data_file
 from tests.crash.images import KINDS
 from tests.crash.judge import opener, perform
+from tests.crash.recovering import RecoveringExplorer
 from tests.crash.workload import random_steps
 from tests.file import test_crash_snapshots
 from tests.file.test_crash_data_file import RAW, TOLD
@@ -65,7 +66,7 @@ def some_parts(seed: int) -> int:
     kind = KINDS["parts-backing"]
     steps = random_steps(seed, kind.nsectors, kind.cluster_sectors, steps=5, depth=2)
     run = perform(kind.name, steps, seed=seed, writethrough=False)
-    return Explorer(run, opener(kind.name), seed).explore(stride=2)
+    return RecoveringExplorer(run, opener(kind.name), seed).explore(stride=2)
 
 
 def a_data_file(seed: int) -> int:

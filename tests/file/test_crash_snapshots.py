@@ -16,10 +16,11 @@ from qcow2.judge.check import judge
 from qcow2.judge.repair import RepairMode, repair
 from qcow2.judge.report import Report
 from tests.crash.driver import CrashDriver, SimulatedFile
-from tests.crash.explorer import Explorer, Run, Violation
+from tests.crash.explorer import Run, Violation
 from tests.crash.history import SECTOR, History
 from tests.crash.images import KINDS, check_image, open_image, read_all, start
 from tests.crash.mutant import without_syncs
+from tests.crash.recovering import RecoveringExplorer
 from tests.crash.workload import Guest, random_steps
 
 NAMES = ("kept", "one", "two")
@@ -145,7 +146,7 @@ def remembering_opener(kind: str) -> Callable[[SimulatedFile], bytes]:
 
 def explore(kind: str, story: str, *, seed: int, steps: int = 1, stride: int = 1) -> int:
     run = perform(kind, STORIES[story], seed, steps=steps)
-    return Explorer(run, remembering_opener(kind), seed).explore(stride=stride)
+    return RecoveringExplorer(run, remembering_opener(kind), seed).explore(stride=stride)
 
 
 @pytest.mark.sample(3)
