@@ -13,7 +13,8 @@ from qcow2.driver.nbdconnection import Command, Completion, NbdConnection
 
 SECTOR_SIZE = 512
 PIECE = 32 << 20  # bytes of a read or write, where the server knows no other limit
-STRETCH = 128 << 20  # bytes of zeros, or looked through, by one request
+STRETCH = 128 << 20  # bytes of zeros by one request
+LOOK = 2 << 30  # bytes that one request looks through, as QEMU's do: a disk of many TiB takes thousands
 REQ_ONE = 1 << 3  # NBD_CMD_FLAG_REQ_ONE: others would be looked up for nothing
 ZERO = 1 << 1  # NBD_STATE_ZERO
 CONTEXT = "base:allocation"
@@ -169,7 +170,7 @@ class NbdExport(FarFile, HostFile):
         def ended(error: BaseException | None) -> None:
             end(None if error is not None else _first_run(found, nbytes), error)
 
-        count = min(nbytes, STRETCH, self._nbytes - host_offset)
+        count = min(nbytes, LOOK, self._nbytes - host_offset)
         self.connection.begin(Command(partial(_status, count, host_offset, heard), ended))
 
     def _each(self, parts: Iterator[Issue], done: Callable[[BaseException | None], None]) -> None:

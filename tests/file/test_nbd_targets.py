@@ -463,6 +463,16 @@ def test_no_more_than_one_run_is_asked_for(tmp_path: Path) -> None:
             perform(op.Occupied(export, 3 * CLUSTER, CLUSTER))
 
 
+def test_a_large_disk_is_looked_through_in_large_steps(tmp_path: Path) -> None:
+    from qcow2.driver.nbdexport import NbdExport
+
+    image, size = tmp_path / "large", 5 << 40
+    qcow2.create(image, size, cluster_size=2 << 20)
+    with Server(image, "-r") as server, NbdExport(server.uri, writable=False).connect() as export:
+        assert perform(op.Occupied(export, 0, size)) == (False, 2 << 30)
+        assert perform(op.Occupied(export, size - 512, 1 << 40)) == (False, 512)
+
+
 def test_what_lies_past_the_end_is_zeros_or_no_space(tmp_path: Path) -> None:
     from qcow2.driver.nbdexport import NbdExport
 
