@@ -27,7 +27,7 @@ class Root:
         self.header = header
         self.is_lazy = is_lazy  # refcounts need not be right on the disk, once the dirty bit is stable
         self._nunsound = 0  # changes that are under way or failed: flags or counts on the disk are wrong in another way
-        self._must_mark = is_lazy  # an image that is dirty already is never opened for writing
+        self._is_marked = False  # the dirty bit is stable; an image that has it already is never opened for writing
         self.breakable = layout.PROMISES ^ header.kept_promises
         self.broken_promises = self.breakable  # the autoclear bits that a change breaks
         self.next_bitmaps: BitmapsPlace | None = None  # changes together with the disk's size
@@ -50,12 +50,9 @@ class Root:
 
         Lazy: the dirty bit is stable then. Accurate: at once, since every cluster is counted before it is handed out.
         """
-        if self._must_mark:
+        if self.is_lazy and not self._is_marked:
             async with self._mutex.hold():
-                if self._must_mark:
-                    word = self.header.record.incompatible_features
-                    await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
-                    self._must_mark = False
+                await self._mark_dirty()
 
     async def begin_unsound(self) -> None:
         """Return once the dirty bit is stable: until `end_unsound` a death, or a close, leaves the rest to a repair.
@@ -63,10 +60,8 @@ class Root:
         Version 2 has no such bit, and is left to `qcow2 check -r`.
         """
         async with self._mutex.hold():
-            if self.header.record.version >= 3 and not self.header.is_dirty:
-                word = self.header.record.incompatible_features
-                await self._write_incompatible(word | int(layout.Incompatible.DIRTY))
-            self._must_mark = False
+            if self.header.record.version >= 3:
+                await self._mark_dirty()
             self._nunsound += 1
 
     async def end_unsound(self) -> None:
@@ -89,14 +84,19 @@ class Root:
                 word = self.header.record.autoclear_features
                 offset = layout.HEADER_AUTOCLEAR_OFFSET + layout.FEATURE_WORD.size - 1
                 kept = word ^ (word & self.broken_promises)
-                await self._write(offset, bytes([kept & layout.PROMISES]), autoclear_features=kept)
+                await self._stability.write(offset, bytes([kept & layout.PROMISES]))
+                await self._stability.sync()  # if it is not tried who comes next writes that again
+                self._note(autoclear_features=kept)
 
     async def mark_clean(self) -> None:
         """Clear the dirty bit, if it is set and nothing unsound; stable on return, everything else is so already."""
         async with self._mutex.hold():
             if self.header.is_dirty and not self._nunsound:
                 word = self.header.record.incompatible_features
-                await self._write_incompatible(word ^ (word & int(layout.Incompatible.DIRTY)))
+                word ^= word & int(layout.Incompatible.DIRTY)
+                packed = layout.FEATURE_WORD.pack(word)
+                await self._write(layout.HEADER_INCOMPATIBLE_OFFSET, packed, incompatible_features=word)
+                self._is_marked = False
 
     async def _warn_next(self) -> None:
         """As `warn_next`."""
@@ -106,12 +106,23 @@ class Root:
         """Set the corrupt bit, stable on return: nobody writes before a repair. Version 2 has no place for it."""
         async with self._mutex.hold():
             if self.header.record.version >= 3:
-                word = self.header.record.incompatible_features
-                await self._write_incompatible(word | int(layout.Incompatible.CORRUPT))
+                await self._mark(layout.Incompatible.CORRUPT)
 
-    async def _write_incompatible(self, word: int) -> None:
-        """Eight bytes inside one sector: a power loss leaves the old or the new bits."""
-        await self._write(layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word), incompatible_features=word)
+    async def _mark(self, bit: layout.Incompatible) -> None:
+        """Set *bit*. Eight bytes inside one sector: a power loss leaves the old or the new bits."""
+        word = self.header.record.incompatible_features | int(bit)
+        await self._stability.write(layout.HEADER_INCOMPATIBLE_OFFSET, layout.FEATURE_WORD.pack(word))
+        self._note(incompatible_features=word)  # so a close clears it, whether it is stable or not
+        await self._stability.sync()
+
+    async def _mark_dirty(self) -> None:
+        """Return once the dirty bit is stable; if a sync is not tried who comes next sets it again."""
+        if not self._is_marked:
+            await self._mark(layout.Incompatible.DIRTY)
+            self._is_marked = True
+
+    def _note(self, **fields: int) -> None:
+        self.header = replace(self.header, record=replace(self.header.record, **fields))
 
     async def set_refcount_table(self, host_offset: int, nclusters: int) -> None:
         """Let the header point at another refcount table, which is stable; stable on return."""
@@ -200,7 +211,7 @@ class Root:
         except OSError as error:
             self._stability.fail(error)
             raise
-        self.header = replace(self.header, record=replace(self.header.record, **fields))
+        self._note(**fields)
 
 
 class Unsound:

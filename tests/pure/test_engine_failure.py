@@ -216,6 +216,36 @@ def test_what_was_never_tried_fails_its_request_alone(kind: Callable[[op.Operati
     assert all(seen[cluster * CLUSTER + 512 :][:512] == b"\3" * 512 for cluster in range(1, 40))
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_first_write_whose_sync_was_not_tried_is_not_the_last(lazy: bool, goes_on: bool) -> None:
+    """What must be stable before it, the dirty bit or a promise of others that it breaks, is said again."""
+    for number in itertools.count(1):
+        bench, seen = set_up(64 * CLUSTER, cluster_bits=12, lazy=lazy), 0
+        bench.file.write(layout.HEADER_AUTOCLEAR_OFFSET + 7, b"\x80")
+        bench = open_again(bench, writable=True)
+
+        def untried(operation: op.Operation, number: int = number) -> OSError | None:
+            nonlocal seen
+            seen += is_sync(operation)
+            return NotTried(errno.ECANCELED, "as told") if is_sync(operation) and seen == number else None
+
+        bench.breaker.fault = untried
+        with contextlib.suppress(NotTried):
+            bench.write(0, b"\1" * CLUSTER)
+        bench.breaker.fault = None
+        if goes_on:
+            bench.write(0, b"\2" * CLUSTER)
+            assert is_dirty(bench) == lazy
+            assert not bench.file.read(layout.HEADER_AUTOCLEAR_OFFSET + 7, 1)[0]
+        bench.close()
+        assert not is_dirty(bench)
+        assert not goes_on or bench.reopened_content()[:CLUSTER] == b"\2" * CLUSTER
+        if seen < number:
+            break
+    assert number > 2
+
+
 @pytest.mark.parametrize("kind", [is_metadata, is_sync])
 def test_after_memory_ran_out_in_the_middle_of_a_change_nothing_is_written(
     kind: Callable[[op.Operation], bool],
