@@ -7,7 +7,7 @@ from qcow2.driver.file import HostFile, run
 from qcow2.engine.image import Image
 from qcow2.engine.plain import Preallocation
 from qcow2.error import ImageError
-from qcow2.job.pace import Pace
+from qcow2.job.pace import Cancelled, Pace
 from qcow2.library.hostfile import reserve
 from qcow2.node.node import Node
 
@@ -20,11 +20,12 @@ def lengthen(image: Node, files: Sequence[HostFile], nbytes: int, preallocation:
     Nothing else is under way. The size is stable before the space is there: a death leaves the longer disk with less
     of it, as does a host that fails again while the disk gets its old size back.
     Raises: OSError, ImageError, ValueError; the size is as before then, as is the length of a file of mere data.
-    Cancelled between two pieces; the rest is left as without preallocation.
+    Cancelled between two pieces: as before if the disk is written as it gets longer, else the rest is left as without
+    preallocation.
     """
     data_file = next((file for file in files if file is image.data_file), files[0])
     end, file_end = image.size, data_file.size()
-    run(image.grow(nbytes))
+    _grow(image, nbytes, pace)
     if preallocation is Preallocation.OFF or end == image.size:
         return
     try:
@@ -37,6 +38,27 @@ def lengthen(image: Node, files: Sequence[HostFile], nbytes: int, preallocation:
         if image.size == end and not holds_tables and not data_file.is_device:
             with suppress(OSError):
                 data_file.set_length(file_end)  # which need not be the disk's
+        raise
+
+
+def _grow(image: Node, nbytes: int, pace: Pace) -> None:
+    """At once; piece by piece where all that is new is written: none of it stays after an error."""
+    from qcow2.node.luks import LuksImage  # its ciphers are not for all images
+
+    end, step = image.size, max(1, nbytes)
+    if isinstance(image, LuksImage):
+        image.possible_size(nbytes)
+        step = PIECE
+    try:
+        for stop in range(end + step, nbytes, step):
+            pace.require_going()
+            run(image.grow(stop))
+        pace.require_going()
+        run(image.grow(nbytes))
+    except (OSError, Cancelled):
+        if image.size > end:
+            with suppress(OSError):
+                run(image.shrink(end))
         raise
 
 

@@ -11,7 +11,7 @@ from qcow2.error import CorruptImage, WrongKey
 from qcow2.format.geometry import whole_sectors
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks
-from qcow2.node.raw import RawImage
+from qcow2.node.raw import FILE_SIZE_MAX, RawImage
 from qcow2.plane.l2cache import Kind, Run
 
 
@@ -124,7 +124,7 @@ class LuksImage(RawImage):
 
     async def _resize(self, nbytes: int, *, grows: bool) -> None:
         self._require_writable()
-        old, size = self.size, whole_sectors(self.file.path, nbytes)
+        old, size = self.size, self.possible_size(nbytes)
         if size != old and (size > old) != grows:
             raise ValueError(f"{self.file.path}: size {nbytes}, the disk has {old} and cannot get there so")
         if size > old:
@@ -134,6 +134,13 @@ class LuksImage(RawImage):
         await self._stability.sync()
         self.size = size
         self._map.set_size(size)
+
+    def possible_size(self, nbytes: int) -> int:
+        """*nbytes* rounded up to a sector, if a file can have that behind the header. Raises: ValueError."""
+        size = whole_sectors(self.file.path, nbytes)
+        if self._start + size > FILE_SIZE_MAX:
+            raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have behind its LUKS header")
+        return size
 
     async def _append(self, old: int, size: int) -> None:
         """Write zeros behind the end: never is the file longer than what was written. Raises: OSError; it is as before.

@@ -356,6 +356,28 @@ def test_a_raw_luks_image_is_read_and_written_by_qemu_and_us(tmp_path: Path, sec
         assert disk.read(0, len(model)) == model
 
 
+def test_a_raw_luks_image_that_a_signal_keeps_from_growing_is_as_it_was(tmp_path: Path, secret: list[str]) -> None:
+    path = tmp_path / "disk"
+    qcow2.create(path, 1 << 20, format="luks", key=KEY, iter_time=10)
+    before = path.read_bytes()
+    words = [*secret, "--image-opts", f"driver=luks,file.filename={path},key-secret=s0", "1G"]
+    with subprocess.Popen([TOOL, "resize", *words]) as process:
+        wait_until(lambda: path.stat().st_size > len(before))
+        process.terminate()
+    assert process.returncode == -signal.SIGTERM
+    assert path.read_bytes() == before
+
+
+def test_a_raw_luks_image_is_not_longer_than_files_are(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    qcow2.create(path, 1 << 20, format="luks", key=KEY, iter_time=10)
+    before = path.read_bytes()
+    with qcow2.open(path, format="luks", key=KEY, writable=True) as disk:
+        with pytest.raises(ValueError, match="more than a file can have"):
+            disk.resize((1 << 63) - 512)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
 @pytest.mark.parametrize("how", ["create", "convert"])
 def test_a_raw_luks_image_has_its_space_at_once(tmp_path: Path, secret: list[str], mode: str, how: str) -> None:
