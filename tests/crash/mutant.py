@@ -227,19 +227,16 @@ def block_is_written_after_its_pointer(patch: Patch) -> None:
 
 def dirty_bit_is_set_late(patch: Patch) -> None:
     """Law 4, lazy: the bit is written, and stable only after the links that need it may be."""
-    write: Callable[..., Awaitable[None]] = Root._write
+    mark: Callable[..., Awaitable[None]] = Root._mark_dirty
 
-    async def later(self: Root, host_offset: int, packed: bytes, **fields: int) -> None:
-        if "incompatible_features" not in fields or self.header.is_dirty:
-            await write(self, host_offset, packed, **fields)
-            return
+    async def later(self: Root) -> None:
         stability, self._stability = self._stability, Syncless(self._stability)  # type: ignore[assignment]
         try:
-            await write(self, host_offset, packed, **fields)
+            await mark(self)
         finally:
             self._stability = stability
 
-    patch.setattr(Root, "_write", later)
+    patch.setattr(Root, "_mark_dirty", later)
 
 
 def punch_comes_after_the_count(patch: Patch) -> None:
