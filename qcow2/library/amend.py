@@ -134,6 +134,25 @@ async def require_amendable(image: Image, wanted: Amendment, pace: Pace) -> None
     if version < record.version:
         size = image.size if wanted.size is None else wanted.size + -wanted.size % SECTOR_SIZE
         await _require_old_enough(image, size, pace)
+    if version > record.version:
+        await _require_upgradable(image, version, pace)
+
+
+async def _require_upgradable(image: Image, version: int, pace: Pace) -> None:
+    """Raises: CannotAmend if a newer version would take what is wrong in the image for what it can say; OSError.
+
+    UnsupportedImage if its header has no room.
+    """
+    report = Report()
+    await judge(image.file, report, lambda done, total: pace.require_going())
+    if report.unsound:  # bit 0 of an entry, reserved in version 2, says in version 3 that a cluster reads as zeros
+        raise CannotAmend(image.file.path, "not consistent: repair it before it becomes one of a newer version")
+    pack_header(image.file, _newer(image.header, version))
+
+
+def _newer(header: Header, version: int) -> Header:
+    newer = header.with_version(version)
+    return replace(newer, extensions=(*newer.extensions, *feature_names(version, newer.cluster_size)))
 
 
 async def _require_old_enough(image: Image, size: int, pace: Pace) -> None:
@@ -181,9 +200,7 @@ async def amend_header(file: File, wanted: Amendment, pace: Pace) -> None:
     header = await read_header(file)
     version = wanted.version or header.record.version
     if version > header.record.version:
-        newer = header.with_version(version)
-        extensions = (*newer.extensions, *feature_names(version, newer.cluster_size))
-        header = await rewrite_header(file, replace(newer, extensions=extensions))
+        header = await rewrite_header(file, _newer(header, version))
         if header.record.nb_snapshots:  # version 3 wants more said of each
             await repair(file)
     if wanted.lazy_refcounts is not None and version >= 3:

@@ -16,6 +16,8 @@ from qcow2.job.pace import Cancelled, Pace
 from qcow2.judge.check import check
 from qcow2.judge.repair import change_width
 from qcow2.library.amend import Amendment, amend_image
+from tests.builder.recipe import Recipe
+from tests.builder.writer import build
 from tests.crash.driver import CrashDriver, SimulatedFile
 from tests.crash.images import check_image, open_image, read_all, start
 from tests.crash.moments import states
@@ -173,6 +175,24 @@ def test_refcounts_that_are_too_narrow_are_refused_before_anything_changes(tmp_p
     qemu_io(path, "write -P 1 0 64k")
     qemu_img("snapshot", "-c", "s", path)
     assert_refused_as_it_is(path, "-o", words, said="cannot have refcounts of 1 bits")
+
+
+@pytest.mark.parametrize("words", ["compat=1.1", "compat=1.1,size=2M,lazy_refcounts=on"])
+def test_a_corrupt_entry_does_not_become_zeros(tmp_path: Path, words: str) -> None:
+    """Bit 0 of an L2 entry is reserved in version 2; in version 3 it says that the cluster reads as zeros."""
+    path, recipe = tmp_path / "a", Recipe(MIB, version=2)
+    recipe.data(0, b"data")
+    built = build(recipe, path)
+    built.set_l2(0, built.l2(0) | 1)
+    assert_refused_as_it_is(path, "-o", words, said="not consistent: repair it")
+
+
+def test_a_header_that_has_no_room_for_the_newer_one_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    path, name = tmp_path / "a", "./" * 165 + "bb"
+    qemu_img("create", "-q", "-f", "raw", tmp_path / "bb", "1M")
+    options = "compat=0.10,cluster_size=512"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, "-b", name, "-F", "raw", path)
+    assert_refused_as_it_is(path, "-o", "compat=1.1,size=2M", said="limit 512")
 
 
 def test_zeros_of_a_snapshot_are_refused_before_anything_changes(tmp_path: Path) -> None:
