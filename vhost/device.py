@@ -170,17 +170,31 @@ class Device:
     def resize(self, nbytes: int, patience: float = PATIENCE_SECONDS) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector, and tell the front-end; stable on return. Any thread.
 
-        Requests wait until it is done, and none is lost. The guest sees the new size once its driver reads it.
+        Requests wait until it is done, and none is lost; where all that is new is written they go on between pieces.
+        The guest sees the new size once its driver reads it.
         Raises: ResizeRefused, also if those under way have not ended after *patience* seconds: the others go on then.
         """
         try:
             with self.holding():
-                refusal = self.alone(lambda done: self.backend.grow(nbytes, done), patience)
+                refusal = self._grow(nbytes, patience)
         except Unavailable as unavailable:
             raise ResizeRefused(str(unavailable)) from unavailable
         if refusal:
             raise ResizeRefused(refusal)
         os.eventfd_write(self.changed_fd, 1)
+
+    def _grow(self, nbytes: int, patience: float) -> str:
+        """As far as it goes; -> why no further."""
+        first = before = self.backend.properties.size
+        while True:
+            refusal = self.alone(lambda done: self.backend.grow(nbytes, done), patience)
+            size = self.backend.properties.size
+            if refusal and size > first:
+                os.eventfd_write(self.changed_fd, 1)
+                return f"{refusal}; the disk has {size} bytes now"
+            if refusal or not before < size < nbytes:
+                return refusal
+            before = size
 
     def alone(self, begin: Begin, patience: float = PATIENCE_SECONDS) -> str:
         """*begin(done)*, on the worker, while requests wait and none is under way; -> what *done* is given.

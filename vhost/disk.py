@@ -14,7 +14,7 @@ from qcow2.driver.task import Task
 from qcow2.engine.image import Image
 from qcow2.engine.linkpolicy import LinkPolicy
 from qcow2.error import no_memory
-from qcow2.node.node import Node
+from qcow2.node.node import Node, growth
 from qcow2.node.overlay import Overlay
 from ring.extent import ExtentMap
 from ring.request import Request
@@ -301,7 +301,12 @@ class ImageBackend:
         self._driver.run(image.close(), lambda task: done(problem_of(task.take_error())))
 
     def grow(self, nbytes: int, done: Callable[[str], None]) -> None:
-        self.change((self.layer or self._image).grow(nbytes), done)
+        """Let the disk be as long, or longer than it is: no more at a time than is soon done."""
+        self.change(self._grow(nbytes), done)
+
+    async def _grow(self, nbytes: int) -> None:
+        await self._image.grown_size(nbytes)
+        await (self.layer or self._image).grow(next(growth(self._image, nbytes)))
 
     def change(self, change: Coroutine[Any, Any, None], done: Callable[[str], None]) -> None:
         """Await *change* of the image while nothing else is under way: *done("")*, or what failed."""

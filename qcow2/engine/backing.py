@@ -26,6 +26,7 @@ class Capabilities:
     cluster_size: int = 0  # bytes that it maps as one; 0: there is no such thing
     has_snapshots: bool = False
     has_bitmaps: bool = False
+    writes_to_grow: bool = False  # all that is new, so that it reads as zeros
 
 
 class Backing(Protocol):

@@ -88,8 +88,12 @@ class ReadableImage:
     @property
     def capabilities(self) -> Capabilities:
         """Clusters, snapshots and bitmaps."""
-        has_snapshots = not self.geometry.has_data_file
-        return Capabilities(self.geometry.cluster_size, has_snapshots=has_snapshots, has_bitmaps=True)
+        return Capabilities(
+            self.geometry.cluster_size,
+            has_snapshots=not self.geometry.has_data_file,
+            has_bitmaps=True,
+            writes_to_grow=self._header.record.has_raw_data and self.is_encrypted,
+        )
 
     @property
     def used_lately(self) -> list[range]:

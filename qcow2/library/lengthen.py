@@ -9,7 +9,7 @@ from qcow2.engine.plain import Preallocation
 from qcow2.error import ImageError
 from qcow2.job.pace import Cancelled, Pace
 from qcow2.library.hostfile import reserve
-from qcow2.node.node import Node
+from qcow2.node.node import Node, growth
 
 PIECE = 64 << 20  # bytes: many clusters, and soon done
 
@@ -43,18 +43,12 @@ def lengthen(image: Node, files: Sequence[HostFile], nbytes: int, preallocation:
 
 def _grow(image: Node, nbytes: int, pace: Pace) -> None:
     """At once; piece by piece where all that is new is written: none of it stays after an error."""
-    from qcow2.node.luks import LuksImage  # its ciphers are not for all images
-
-    end, step = image.size, max(1, nbytes)
-    if isinstance(image, LuksImage):
-        image.possible_size(nbytes)
-        step = PIECE
+    end = image.size
+    run(image.grown_size(nbytes))
     try:
-        for stop in range(end + step, nbytes, step):
+        for stop in growth(image, nbytes):
             pace.require_going()
             run(image.grow(stop))
-        pace.require_going()
-        run(image.grow(nbytes))
     except (OSError, Cancelled):
         if image.size > end:
             with suppress(OSError):

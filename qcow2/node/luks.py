@@ -2,16 +2,16 @@
 
 from qcow2.driver.buffer import MemoryBuffer, zeroed
 from qcow2.driver.operation import Buffer, File, Read, Resize, Size, Sync, Zero
+from qcow2.engine.backing import Capabilities
 from qcow2.engine.data import STEP, Data, SectorCipher
 from qcow2.engine.encryption import Keyring, Sealed
 from qcow2.engine.partial import PartialWrites, is_partial
 from qcow2.engine.plain import empty, write_zeros
 from qcow2.engine.rangelock import RangeLocks
 from qcow2.error import CorruptImage, WrongKey
-from qcow2.format.geometry import whole_sectors
 from qcow2.format.layout import SECTOR_SIZE
 from qcow2.format.luks import Encryption, Luks, LuksRecord, parse_luks
-from qcow2.node.raw import FILE_SIZE_MAX, RawImage
+from qcow2.node.raw import RawImage
 from qcow2.plane.l2cache import Kind, Run
 
 
@@ -107,6 +107,11 @@ class LuksImage(RawImage):
             piece = min(STEP, guest_offset + nbytes - start)
             await self.write(start, MemoryBuffer(zeroed(piece)))
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """A disk that writes zeros to what is new."""
+        return Capabilities(writes_to_grow=True)
+
     async def discard(self, guest_offset: int, nbytes: int) -> None:
         """Nothing: a hole would be noise."""
         self._require_writable()
@@ -116,31 +121,18 @@ class LuksImage(RawImage):
 
         Raises: ValueError, OSError; a power loss may leave noise past the old end, a kill leaves less than all of it.
         """
-        await self._resize(nbytes, grows=True)
+        self._require_writable()
+        size = await self.grown_size(nbytes)
+        if size > self.size:
+            await self._append(self.size, size)
+        await self._end_at(size)
 
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long, rounded up to a sector; stable on return. Raises: ValueError, OSError."""
-        await self._resize(nbytes, grows=False)
-
-    async def _resize(self, nbytes: int, *, grows: bool) -> None:
         self._require_writable()
-        old, size = self.size, self.possible_size(nbytes)
-        if size != old and (size > old) != grows:
-            raise ValueError(f"{self.file.path}: size {nbytes}, the disk has {old} and cannot get there so")
-        if size > old:
-            await self._append(old, size)
-        else:
-            await Resize(self.file, self._start + size)
-        await self._stability.sync()
-        self.size = size
-        self._map.set_size(size)
-
-    def possible_size(self, nbytes: int) -> int:
-        """*nbytes* rounded up to a sector, if a file can have that behind the header. Raises: ValueError."""
-        size = whole_sectors(self.file.path, nbytes)
-        if self._start + size > FILE_SIZE_MAX:
-            raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have behind its LUKS header")
-        return size
+        size = self._shrunk_size(nbytes)
+        await Resize(self.file, self._start + size)
+        await self._end_at(size)
 
     async def _append(self, old: int, size: int) -> None:
         """Write zeros behind the end: never is the file longer than what was written. Raises: OSError; it is as before.

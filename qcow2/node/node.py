@@ -1,6 +1,6 @@
 """A node: what can be read and written like a disk, whatever its format."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from qcow2.driver.operation import Buffer
@@ -10,6 +10,9 @@ from qcow2.engine.statistics import Statistics
 
 if TYPE_CHECKING:
     from qcow2.engine.linkpolicy import LinkPolicy
+
+
+GROWTH = 64 << 20  # bytes that are written in a moment
 
 
 class Node(Backing, Protocol):
@@ -63,6 +66,9 @@ class Node(Backing, Protocol):
     async def grow(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long; stable on return."""
 
+    async def grown_size(self, nbytes: int) -> int:
+        """*nbytes* rounded up to a sector, if `grow` would not refuse it."""
+
     async def shrink(self, nbytes: int) -> None:
         """Let the disk be *nbytes* long; stable on return."""
 
@@ -74,6 +80,13 @@ class Node(Backing, Protocol):
 
     async def close(self) -> None:
         """Leave the disk clean; raises what a failed sync raised."""
+
+
+def growth(image: Node, nbytes: int) -> Iterator[int]:
+    """The sizes by which the disk of *image* gets *nbytes* long, each of which is soon reached."""
+    step = GROWTH if image.capabilities.writes_to_grow else max(1, nbytes)
+    yield from range(image.size + step, nbytes, step)
+    yield nbytes
 
 
 def encrypted_among(nodes: Iterable[Node]) -> Node | None:

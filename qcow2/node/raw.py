@@ -22,6 +22,8 @@ FILE_SIZE_MAX = (1 << 63) - 1  # off_t
 class RawImage:
     """A file whose guest offsets are host offsets; the same face as `qcow2.engine.image.Image`."""
 
+    _start = 0  # of the disk, in the file
+
     def __init__(self, file: File, size: int, *, read_only: bool) -> None:
         self.file = file
         self.size = size
@@ -151,17 +153,21 @@ class RawImage:
         Raises: ValueError for less than now; OSError, then the disk goes on as it was.
         """
         self._require_writable()
+        size = await self.grown_size(nbytes)
+        await Resize(self.file, max(nbytes, await Size(self.file)))
+        await self._end_at(size)
+
+    async def grown_size(self, nbytes: int) -> int:
+        """*nbytes* rounded up to a sector, if `grow` would not refuse it. Raises: ValueError."""
         size = whole_sectors(self.file.path, nbytes)
         if size < self.size:
             raise ValueError(
                 f"{self.file.path}: size {nbytes} is less than the disk has, {self.size}; it can only grow"
             )
-        if size > FILE_SIZE_MAX:
-            raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have, {FILE_SIZE_MAX}")
-        await Resize(self.file, max(nbytes, await Size(self.file)))
-        await self._stability.sync()
-        self.size = size
-        self._map.set_size(size)
+        if size > FILE_SIZE_MAX - self._start:
+            where = " behind its LUKS header" if self._start else ""
+            raise ValueError(f"{self.file.path}: size {nbytes} is more than a file can have{where}, {FILE_SIZE_MAX}")
+        return size
 
     async def shrink(self, nbytes: int) -> None:
         """Let the file be *nbytes* long, and the disk, rounded up to a sector; stable on return.
@@ -170,12 +176,20 @@ class RawImage:
         Raises: ValueError for more than now, or a negative size; OSError, then the disk goes on as it was.
         """
         self._require_writable()
+        size = self._shrunk_size(nbytes)
+        await Resize(self.file, nbytes)
+        await self._end_at(size)
+
+    def _shrunk_size(self, nbytes: int) -> int:
         size = whole_sectors(self.file.path, nbytes)
         if size > self.size:
             raise ValueError(
                 f"{self.file.path}: size {nbytes} is not from 0 to {self.size}, the disk cannot shrink to it"
             )
-        await Resize(self.file, nbytes)
+        return size
+
+    async def _end_at(self, size: int) -> None:
+        """The file has that length: stable on return. Raises: OSError, then the disk goes on as it was."""
         await self._stability.sync()
         self.size = size
         self._map.set_size(size)

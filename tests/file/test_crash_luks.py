@@ -37,12 +37,10 @@ def test_random_workloads(seed: int, writethrough: bool) -> None:
 def longer_is_noise(patch: Patch) -> None:
     """Law 3: what a disk grows by is not written."""
 
-    async def resize(self: LuksImage, nbytes: int, *, grows: bool) -> None:
-        await Resize(self.file, self._start + nbytes)
-        self.size = nbytes
-        await self._stability.sync()
+    async def append(self: LuksImage, old: int, size: int) -> None:
+        await Resize(self.file, self._start + size)
 
-    patch.setattr(LuksImage, "_resize", resize)
+    patch.setattr(LuksImage, "_append", append)
 
 
 def slots_are_not_synced(patch: Patch) -> None:

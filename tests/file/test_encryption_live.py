@@ -1,6 +1,7 @@
 """What is made of an encrypted disk while it is served: encrypted as that is, opened by the same key, with its own."""
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -229,3 +230,32 @@ def test_the_top_over_an_encrypted_base_is_its_own(overlay: Path, key: Path, log
         guest.end()
     assert not holds_pattern(overlay.parent / "copy")
     assert content(overlay.parent / "copy") == BASE.ljust(SIZE, b"\0")
+
+
+@pytest.mark.parametrize("kind", ["luks", "qcow2"])
+def test_a_guest_goes_on_while_what_is_new_is_written(tmp_path: Path, key: Path, kind: str) -> None:
+    """Its zeros are as any data there: the first pieces of them are in the file, the last are not."""
+    path, size, larger = tmp_path / "disk", 8 << 20, 512 << 20
+    words = ["--object", f"secret,id=s0,file={key}"]
+    if kind == "luks":
+        written = path
+        qcow2_tool_ok("create", "-q", "-f", "luks", *words, "-o", "key-secret=s0,iter-time=10", path, str(size))
+    else:
+        written = tmp_path / "data"
+        qcow2_tool_ok("create", "-q", *words, "-o", f"{LUKS},data_file={written},data_file_raw=on", path, str(size))
+    before = written.stat().st_size
+    with (
+        Daemon(path, f"--format={kind}", f"--key-file={key}", f"--control={path}.control") as daemon,
+        FrontEnd(daemon.socket_path) as guest,
+        Control(f"{path}.control") as control,
+    ):
+        resizing = threading.Thread(target=control.resize, args=(larger,))
+        resizing.start()
+        while written.stat().st_size == before:
+            assert resizing.is_alive()
+        guest.read(0, 512)
+        reached = written.stat().st_size
+        resizing.join()
+        assert before < reached < written.stat().st_size
+        assert guest.size == larger
+        assert guest.read(larger - 4096, 4096) == bytes(4096)
