@@ -1,11 +1,12 @@
 """How the daemon starts and why it refuses to: sockets, inherited descriptors, images, one line on stderr."""
 
 import errno
+import os
 import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,13 @@ def test_control_socket_that_is_gone_costs_no_guest_its_disk(
     assert [f"{path} is gone" in line for line in said.splitlines() if str(path) in line] == [True]
 
 
+def is_open(path: Path, pid: int) -> bool:
+    """Whether the process has that file open."""
+    with suppress(FileNotFoundError):
+        return any(os.readlink(fd) == str(path.resolve()) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
 @contextmanager
 def opening(image: Path, path: Path, *options: str) -> Iterator[tuple["subprocess.Popen[str]", Callable[[], None]]]:
     """A daemon that has *path*, and opens *image* only after a call of what comes with it."""
@@ -290,7 +298,7 @@ def opening(image: Path, path: Path, *options: str) -> Iterator[tuple["subproces
         disk.flush()  # so that its end takes no time: the daemon waits a second for it
         with start(f"--blk-file={image}", *options) as process:
             try:
-                while not path.exists():
+                while not (path.exists() and is_open(image, process.pid)):  # from then on it knows its path
                     assert process.poll() is None
                 yield process, disk.close
             finally:
