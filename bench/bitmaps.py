@@ -30,12 +30,13 @@ def measure(image: Path, job: Job, passes: int, seconds: float, nbitmaps: int) -
     rates: tuple[list[float], list[float]] = ([], [])
     with ExitStack() as stack:
         listening, address = listen()
-        service = Service(image, CacheMode.WRITEBACK, options=(f"--control={image}.control",))
+        path = image.with_name("control")  # short: an address takes 107 bytes
+        service = Service(image, CacheMode.WRITEBACK, options=(f"--control={path}",))
         stack.enter_context(Server(our_command(service, listening.fileno()), listening))
         front_end = stack.enter_context(
             FrontEnd(connect(address), queues=1, nbytes=memory_nbytes(job), depth=job.depth)
         )
-        control = stack.enter_context(Control(f"{image}.control"))
+        control = stack.enter_context(Control(path))
         for name in names:
             control.bitmaps.add(name)
         load = stack.enter_context(Load(job, front_end))

@@ -147,7 +147,7 @@ def test_backups_of_both_servers_are_timed(tmp_path: Path, seconds: str) -> None
 
 
 @pytest.mark.sample(3, of="runs of bench")
-def test_what_bitmaps_cost_is_told(tmp_path: Path) -> None:
+def test_what_bitmaps_cost(tmp_path: Path) -> None:
     options = ("--mib=32", "--passes=2", "--seconds=0.05", f"--directory={tmp_path}")
     command = [sys.executable, "-m", "bench.bitmaps", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
