@@ -18,6 +18,15 @@ KNOWN_INCOMPATIBLE = int(
 MAX_CUT_OFF = 1 << 20  # bytes of zeros at the end of a file that may be missing
 
 
+def _advice(record: HeaderRecord) -> str:
+    """How to open what is no qcow2 image. To be taken for a raw disk would cost one of LUKS its header."""
+    from qcow2.format.luks import MAGIC  # which knows of headers, and they of us
+
+    if record.magic.to_bytes(4, "big") == MAGIC[:4]:
+        return "of a LUKS disk say -f luks, to a daemon --format=luks"
+    return "of a raw disk say -f raw, to a daemon --format=raw"
+
+
 def validate_identity(file: File, record: HeaderRecord, file_size: int) -> None:
     """Refuse what cannot be taken apart: another format, version, cluster size or header length."""
     if file_size < layout.V2_HEADER_LENGTH:
@@ -25,8 +34,7 @@ def validate_identity(file: File, record: HeaderRecord, file_size: int) -> None:
         raise UnsupportedImage(file.path, message)
     if record.magic != layout.MAGIC:
         magic = f"magic {record.magic:#010x}, not {layout.MAGIC:#010x}"
-        message = f"not a qcow2 image: {magic}; of a raw disk say -f raw, to a daemon --format=raw"
-        raise UnsupportedImage(file.path, message)
+        raise UnsupportedImage(file.path, f"not a qcow2 image: {magic}; {_advice(record)}")
     if record.version not in (2, 3):
         raise UnsupportedImage(file.path, f"qcow2 version {record.version}, supported are 2 and 3")
     if not layout.MIN_CLUSTER_BITS <= record.cluster_bits <= layout.MAX_CLUSTER_BITS:

@@ -303,6 +303,15 @@ def test_bitmaps_are_of_the_disk_as_it_is_now(tmp_path: Path) -> None:
         assert list(disk.bitmaps.dirty("one")) == [(512 * MIB, 65536), (1 << 30, 99 << 30)]
 
 
+def test_a_luks_disk_is_not_advised_to_be_raw(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    secret = ["--object", "secret,id=s,data=k", "-o", "key-secret=s,iter-time=10"]
+    qcow2_tool_ok("create", "-q", "-f", "luks", *secret, path, "1M")
+    done = qcow2_tool("info", path)
+    assert done.returncode == 1
+    assert done.stderr.endswith("; of a LUKS disk say -f luks, to a daemon --format=luks\n")
+
+
 def test_raw_disk_is_never_guessed(images: Path, tmp_path: Path) -> None:
     done = qcow2_tool("convert", "-O", "qcow2", images / "raw", tmp_path / "new")
     assert done.returncode == 1
