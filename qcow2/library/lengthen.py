@@ -20,6 +20,7 @@ def lengthen(image: Node, files: Sequence[HostFile], nbytes: int, preallocation:
     Nothing else is under way. The size is stable before the space is there: a death leaves the longer disk with less
     of it, as does a host that fails again while the disk gets its old size back.
     Raises: OSError, ImageError, ValueError; the size is as before then, as is the length of a file of mere data.
+    Where all that is new is written an image that proves corrupt on the way is as long as it got: nobody changes it.
     Cancelled between two pieces: as before if the disk is written as it gets longer, else the rest is left as without
     preallocation.
     """
