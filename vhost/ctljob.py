@@ -121,7 +121,15 @@ def _is_whole(job: Job) -> bool:
 
 def _wait(control: Control, number: int, *, is_json: bool, is_good: Callable[[Job], bool] = _is_whole) -> int:
     has_bar = sys.stderr is not None and sys.stderr.isatty()
-    job = control.wait(number, _teller(has_bar=has_bar))
+    try:
+        job = control.wait(number, _teller(has_bar=has_bar))
+    except Exception:
+        raise
+    except BaseException:  # a signal
+        if sys.stderr is not None:
+            line = "\n" if has_bar else ""
+            print(f"{line}job {number} goes on; ctl job wait or cancel", file=sys.stderr, flush=True)
+        raise
     if has_bar:
         print(file=sys.stderr)
     if not (is_good(job) or is_json):
@@ -155,7 +163,8 @@ def _show_bar(job: Job) -> None:
 
 def _described(job: Job) -> str:
     """A job on one line."""
-    percent = f"{100 * job.done / job.total:.1f} % of {quantity(job.total)}" if job.total else "nothing yet"
+    nothing = "nothing to do" if job.state == "completed" else "nothing yet"
+    percent = f"{100 * job.done / job.total:.1f} % of {quantity(job.total)}" if job.total else nothing
     rate = f", at most {quantity(job.rate)}/s" if job.rate else ""
     error = f", last error: {job.error}" if job.error else ""
     left = ", a whole copy is left" if job.left else ""

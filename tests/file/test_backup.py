@@ -140,6 +140,8 @@ def test_incremental_backups_are_a_chain_of_what_has_changed(tmp_path: Path) -> 
         guest.write(SIZE - BLOCK, b"l" * BLOCK)
         ended = client.wait(client.backup("tail", bitmap="nightly", backing="last").job)
         assert (ended.state, ended.done, ended.total) == ("completed", 12 * KIB, 12 * KIB)
+        said = ctl(image, "backup", "same", "--bitmap=nightly", "--backing=tail", "--wait").stdout
+        assert said.endswith(": backup, completed, nothing to do\n")
         guest.discard(4 * MIB, 64 * KIB)
         guest.write(0, b"n" * BLOCK)
         daemon.stop()

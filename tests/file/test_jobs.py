@@ -214,6 +214,19 @@ def test_daemon_that_ends_ends_its_job(top: Path) -> None:
     assert_clean(top)
 
 
+def test_interrupted_wait_says_that_the_job_goes_on(top: Path) -> None:
+    limit = ["prlimit", f"--fsize={2 * MIB}:", "--"]
+    with start(top, under=limit) as daemon, FrontEnd(daemon.socket_path), control(top) as client:
+        waits = (DAEMON, "ctl", f"--control={top}.control", "stream", "--on-error=stop", "--wait")
+        waiting = popen(waits, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert waiting.stderr is not None
+        assert "job 1 is paused" in waiting.stderr.readline()  # it waits by now
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.communicate(timeout=TIMEOUT) == ("", "job 1 goes on; ctl job wait or cancel\n")
+        assert waiting.returncode == -signal.SIGINT
+        assert client.job(1).state == "paused"
+
+
 def test_job_that_runs_out_of_space_stops_and_goes_on(top: Path) -> None:
     limit = ["prlimit", f"--fsize={2 * MIB}:", "--"]
     with start(top, under=limit) as daemon, FrontEnd(daemon.socket_path) as guest, control(top) as client:
