@@ -149,11 +149,11 @@ class HeldImage:
             on_wait=self._on_wait,
         )
 
-    def repair(self, path: str, image_format: str, require_going: Callable[[], None]) -> None:
-        """For any thread: leave another image clean, unless *require_going()* raises. Raises: OSError, ImageError."""
+    def repaired(self, path: str, image_format: str, require_going: Callable[[], None]) -> Disk:
+        """For any thread: another image, clean, unless *require_going()* raises. Raises: OSError, ImageError."""
         chain = self._chain(path)
         chain.progress = while_going(require_going, chain.progress)
-        Disk.of(chain, path, image_format, replace(self._opening, keys=self.other_keys())).close()
+        return Disk.of(chain, path, image_format, replace(self._opening, keys=self.other_keys()))
 
     def _close(self, disk: Disk, close: Callable[[], None]) -> None:
         """Forget the files of *disk*, which *close* closes. Raises: OSError, the last of those that closing raised."""

@@ -18,13 +18,14 @@ from qcow2.error import UnsupportedImage
 from qcow2.format.header import read_header
 from qcow2.format.luks import Encryption
 from qcow2.job.pace import Cancelled
-from qcow2.node.chain import Chain
+from qcow2.node.chain import Chain, outline
 from qcow2.node.node import Node
 from qcow2.node.pivot import NewFile
 from qcow2.node.raw import RawImage
 from vhost.beside import beside
 from vhost.exportline import ExportLine
 from vhost.held import HeldImage
+from vhost.job import RoomWanted
 from vhost.servedchain import ServedChain
 
 PATIENCE_SECONDS = 10.0  # of the guest's writes, while a server answers nothing
@@ -42,10 +43,16 @@ class CopyPlace(Protocol):
         """Say what can be known at once. Raises: OSError, ImageError, ValueError."""
 
     def reach(self) -> None:
-        """Do what may take long before `open`, which nobody is to wait for. Raises: OSError, ImageError, Cancelled."""
+        """Do what may take long before `open`, which nobody is to wait for.
+
+        Raises: OSError, ImageError, ValueError, Cancelled.
+        """
 
     def open(self, source: Node) -> Disk:
-        """The copy of *source*, to be written. Raises: OSError, ImageError, ValueError."""
+        """The copy of *source*, to be written.
+
+        Raises: OSError, ImageError, ValueError; RoomWanted: it is to be reached again first.
+        """
 
     def require_servable(self) -> None:
         """Whether the copy can be served. Raises: ValueError."""
@@ -86,6 +93,7 @@ class CopyFile:
         self._backend = served.backend
         self._copy: Disk | None = None  # opened last
         self._is_aborted = False
+        self._length = 0  # that what is there has at least
         self._only_top = only_top
         if exists and only_top:
             raise ValueError(f"{target}: what is there may show more than the top: give a new name")
@@ -106,9 +114,15 @@ class CopyFile:
             return run(read_header(file, trust_refcounts=False)).is_dirty
 
     def reach(self) -> None:
-        """Repair what is there. Raises: ImageError, Cancelled, too."""
-        if self._is_unclean():
-            self._held.repair(self.path, self.image_format, self._require_going)
+        """Repair what is there, and let it be as long as the disk has become. Raises: as of a `CopyPlace`."""
+        if self._new is not None:
+            return
+        length = self._held.properties.size
+        if self._is_unclean() or outline(self.path, self.image_format).size < length:
+            with self._held.repaired(self.path, self.image_format, self._require_going) as copy:
+                if copy.size < length:
+                    copy.resize(length)
+        self._length = length
 
     def _require_going(self) -> None:
         if self._is_aborted:
@@ -116,6 +130,8 @@ class CopyFile:
 
     def open(self, source: Node) -> Disk:
         """As of a `CopyPlace`."""
+        if self._new is None and source.size > self._length:  # it has grown meanwhile
+            raise RoomWanted
         self._copy = self._open(source, writable=True)
         return self._copy
 

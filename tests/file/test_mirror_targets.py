@@ -8,7 +8,7 @@ import pytest
 import qcow2
 from qcow2.job.mirror import CHUNK
 from tests import slowdisk
-from tests.file.test_jobs import SHOWN, chain, content, control, start, top
+from tests.file.test_jobs import MIB, SHOWN, chain, content, control, start, top
 from tests.file.test_mirror import until
 from tests.frontend import FrontEnd
 from tests.oracle import assert_clean, read_header
@@ -148,3 +148,38 @@ def test_what_the_copy_did_not_take_while_the_job_was_paused_is_no_news(top: Pat
         daemon.stop()
     assert (tmp_path / "copy").read_bytes() == content(top)
     assert content(top) == b"w" * 4096 + SHOWN[4096:CHUNK] + b"v" * 4096 + SHOWN[CHUNK + 4096 :]
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+@pytest.mark.parametrize("when", ["while it waits", "before it has begun anew"])
+def test_what_was_there_grows_with_a_disk_that_has_grown_meanwhile(
+    top: Path, tmp_path: Path, image_format: str, when: str
+) -> None:
+    if image_format == "raw":
+        (tmp_path / "copy").write_bytes(b"o" * len(SHOWN))
+    else:
+        qcow2.create(tmp_path / "copy", len(SHOWN))
+    with start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror("copy", image_format, existing=True).job
+            until(client, job, "ready")
+            client.pause(job)
+            queue = guest.stop_queue()
+            if when == "while it waits":
+                client.resize(len(SHOWN) + MIB)
+                guest.start_queue(queue)
+            else:
+                guest.start_queue(queue)
+                client.resize(len(SHOWN) + MIB)
+            guest.write(len(SHOWN), b"g" * 512)
+            client.resume(job)
+            while (now := client.job(job)).state != "ready" or now.total < len(SHOWN) + MIB:
+                assert now.state != "failed", now.error
+                assert client.next_event(TIMEOUT) is not None
+            guest.write(len(SHOWN) + 512, b"w" * 512)
+            client.cancel(job)
+            assert client.wait(job).left
+        daemon.stop()
+    grown = SHOWN + b"g" * 512 + b"w" * 512 + bytes(MIB - 1024)
+    copy = tmp_path / "copy"
+    assert (copy.read_bytes() if image_format == "raw" else content(copy)) == content(top) == grown
