@@ -191,6 +191,10 @@ class Refcounts:
                 raise CorruptImage(self._file.path, where, f"no refcount block counts what lies from {where:#x} on")
             block = await self._block(index)
             if (cluster := tally.misfit(block.view, self._order, first, self.per_block)) is not None:
+                if lib.refcount_get(block.view, self._order, cluster - first) == 0:
+                    where = cluster << self._geometry.cluster_bits
+                    message = f"cluster {cluster} is in use, but its refcount is 0: check -r all puts it right"
+                    raise CorruptImage(self._file.path, where, message)
                 message = f"cluster {cluster} is referenced too often for refcounts of {1 << self._order} bits"
                 raise OSError(errno.EINVAL, message, self._file.path)
 

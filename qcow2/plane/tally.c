@@ -125,8 +125,9 @@ uint64_t tally_fits(const struct tally *tally, const uint8_t *block, uint32_t or
 
     for (uint64_t i = 0; i < n; i++) {
         uint32_t count = tally_count(tally, first + i);
+        uint64_t stored = refcount_get(block, order, i);
 
-        if (count && (count > limit || refcount_get(block, order, i) > limit - count))
+        if (count && (stored == 0 || count > limit || stored > limit - count))
             return i;
     }
     return n;

@@ -41,8 +41,8 @@ uint32_t tally_roles(const struct tally *tally, uint64_t cluster);
 
 /* The first cluster from `from` on with a count and (one of) roles, else nclusters. */
 uint64_t tally_next(const struct tally *tally, uint64_t from, uint32_t roles);
-/* Whether the refcounts in block, whose first entry counts cluster `first`, can hold what n clusters count besides; the
- * index of the first that cannot, else n. */
+/* Whether the refcounts in block, whose first entry counts cluster `first`, can hold what n clusters count besides, and
+ * none of those is zero by now; the index of the first that cannot or is, else n. */
 uint64_t tally_fits(const struct tally *tally, const uint8_t *block, uint32_t order, uint64_t first, uint64_t n);
 /* Add what n clusters count to the refcounts in block, which fit; sign -1: take it away. */
 void tally_change(const struct tally *tally, uint8_t *block, uint32_t order, uint64_t first, uint64_t n, int sign);

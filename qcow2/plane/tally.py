@@ -93,7 +93,7 @@ class Tally:
         return lib.tally_end(self._tally, limit)
 
     def misfit(self, block: Pointer, refcount_order: int, first: int, nentries: int) -> int | None:
-        """The first cluster from *first* on whose refcount, in *block*, cannot hold what we counted besides."""
+        """The first cluster from *first* on, of those counted, whose refcount in *block* is zero or has no room."""
         index = lib.tally_fits(self._tally, block, refcount_order, first, nentries)
         return first + index if index < nentries else None
 

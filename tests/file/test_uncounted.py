@@ -16,7 +16,7 @@ from tests.builder.record import COPIED, OFFSET_MASK
 from tests.engine import Bench, open_again, set_up
 from tests.frontend import FrontEnd
 from tests.oracle import qemu_img
-from tests.program import Daemon
+from tests.program import Daemon, qcow2_tool
 
 CLUSTER = 65536
 OLD, NEW = b"\7" * CLUSTER, b"\x09" * CLUSTER
@@ -137,6 +137,27 @@ def test_uncounted_guest_data_can_be_let_go(tmp_path: Path, is_lazy: bool) -> No
     with qcow2.open(built.path) as disk:
         assert disk.read(0, 32 * CLUSTER) == NEW * 4 + bytes(4 * CLUSTER) + OLD * 24
         assert disk.read(100 * CLUSTER, 64 * CLUSTER) == NEW * 64
+
+
+def test_uncounted_guest_data_is_kept_by_no_snapshot(tmp_path: Path) -> None:
+    """Its count of one would be that of the disk alone: another program would free what the snapshot has."""
+    recipe = Recipe(size=256 * CLUSTER)
+    recipe.data(0, OLD)
+    recipe.data(1, OLD)
+    built = build(recipe, tmp_path / "disk")
+    where = built.l2(1) & OFFSET_MASK
+    built.set_refcount(where, 0)
+    with qcow2.open(built.path, writable=True) as disk:
+        with pytest.raises(qcow2.CorruptImage, match=f"cluster {where // CLUSTER} is in use, but its refcount is 0"):
+            disk.create_snapshot("precious")
+        disk.write(CLUSTER, NEW)
+        assert not list(disk.snapshots)
+    assert qcow2_tool("check", "-q", "-r", "all", built.path).returncode == 0
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.create_snapshot("precious")
+        disk.write(CLUSTER, OLD)
+        disk.apply_snapshot("precious")
+        assert disk.read(0, 2 * CLUSTER) == OLD + NEW
 
 
 def test_data_that_only_a_snapshot_has_is_not_handed_out(tmp_path: Path) -> None:
