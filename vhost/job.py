@@ -68,6 +68,11 @@ class Work(ABC):
     def part(self) -> None:  # noqa: B027
         """What is left where one that awaits word is told to end instead, on the job's thread. Raises: as `finish`."""
 
+    @property
+    def is_whole(self) -> bool:
+        """On the job's thread: whether it may `part`, though it was to be begun again: nothing would be moved."""
+        return False
+
     def abort(self) -> None:  # noqa: B027
         """On any thread: it is cancelled. Let it wait for no other host from now on; does not wait itself."""
 

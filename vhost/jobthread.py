@@ -66,10 +66,32 @@ class JobThread:
                 self._stand_back()
                 if self._is_over(error):
                     return
-        if self._job.is_leaving:
-            self._end(State.FAILED, "; ".join(filter(None, [self._job.error, NOTHING_LEFT])))
+        if not self._job.is_leaving:
+            self._end(State.CANCELLED)
+        elif problem := self._leave_late():
+            self._end(State.FAILED, "; ".join(filter(None, [self._job.error, problem])))
         else:
             self._end(State.CANCELLED)
+
+    def _leave_late(self) -> str:
+        """Let one that is cancelled, and was to be begun again, leave what is whole all the same; -> why it cannot."""
+        job = self._job
+        if not job.work.is_whole:
+            return NOTHING_LEFT
+        with self._changed:
+            job.is_finishing = True
+        try:
+            with _counting_memory():
+                job.work.part()
+        except RoomWanted:
+            return NOTHING_LEFT
+        except JobFailed as failure:
+            return str(failure)
+        except (OSError, ImageError, ValueError) as error:
+            return refusal_of(error)
+        with self._changed:
+            job.has_left = True
+        return ""
 
     def _stand_back(self) -> None:
         """The attempt is over, the job is not yet."""

@@ -242,6 +242,10 @@ class Mirroring(Work):
     def _on_host(self, function: Callable[[], None], done: Callable[[str], None]) -> None:
         self._device.worker.call_host(function, lambda _, error: done(problem_of(error)))
 
+    @property
+    def is_whole(self) -> bool:
+        return self._is_under_way() and self._mirror is not None and self._mirror.is_in_step
+
     def part(self) -> None:
         try:
             self._place.settle()

@@ -104,6 +104,27 @@ def test_a_copy_that_is_whole_needs_no_descriptor_more(top: Path, tmp_path: Path
     assert content(tmp_path / "copy") == SHOWN
 
 
+@pytest.mark.parametrize("is_existing", [False, True])
+def test_a_copy_that_is_whole_is_left_though_the_job_had_to_make_room(
+    top: Path, tmp_path: Path, is_existing: bool
+) -> None:
+    if is_existing:
+        qcow2.create(tmp_path / "copy", len(SHOWN))
+    with start(top) as daemon:
+        with FrontEnd(daemon.socket_path) as guest, control(top) as client:
+            job = client.mirror("copy", existing=is_existing).job
+            until(client, job, "ready")
+            client.pause(job)
+            client.bitmaps.change({"action": "add", "name": "since"})
+            guest.write(0, b"w" * BLOCK)
+            client.cancel(job)
+            now = client.wait(job)
+            assert (now.state, now.error, now.left) == ("cancelled", "", True)
+        daemon.stop()
+    assert_clean(tmp_path / "copy")
+    assert content(tmp_path / "copy") == b"w" * BLOCK + SHOWN[BLOCK:]
+
+
 def test_a_path_that_is_turned_needs_no_descriptor_to_be_stable(tmp_path: Path) -> None:
     for name in ("served", "copy"):
         (tmp_path / name).write_text(name)
