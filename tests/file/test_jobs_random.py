@@ -63,6 +63,7 @@ class Life:
                 self.history.append(action.__name__)
                 with suppress(ControlError):  # what is refused has changed nothing
                     action()
+                self._require_none_failed()
             self.load.drain()
             self._end()
         self._judge()
@@ -80,8 +81,17 @@ class Life:
 
     def mirror(self) -> None:
         self._serial += 1
-        top = self.rng.random() < 0.5
-        self.client.mirror(f"moved{self._serial}", top=top, rate=self.rng.choice([0, 0, MIB]))
+        name, rate = f"moved{self._serial}", self.rng.choice([0, 0, MIB])
+        kind = self.rng.choice(["new", "top", "existing", "existing"])
+        if kind == "existing":
+            qcow2.create(self.top.with_name(name), len(self.load.base), preallocation="metadata")
+        self.client.mirror(name, top=kind == "top", existing=kind == "existing", rate=rate)
+
+    def _require_none_failed(self) -> None:
+        """No mirror does by itself; one that is told to end while it is behind leaves no copy."""
+        for job in self.client.jobs():
+            is_told = job.error.endswith("no copy is left")
+            assert job.kind != "mirror" or job.state != "failed" or is_told, (job, self.history)
 
     def complete(self) -> None:
         """Or leave the copy."""
@@ -106,7 +116,11 @@ class Life:
 
     def pause(self) -> None:
         self.load.drain()
-        self.guest.start_queue(self.guest.stop_queue())
+        queue = self.guest.stop_queue()
+        if self.rng.random() < 0.3:
+            with suppress(ControlError):
+                self.resize()
+        self.guest.start_queue(queue)
 
     def restart(self) -> None:
         self.load.drain()
