@@ -107,22 +107,34 @@ static void open_window(struct file *file, uint64_t nbytes)
 }
 
 /* Whether to ask for the whole stretch: with 2, 4, 8 ... pages of it seen, so seldom in vain. */
-static bool is_worth_asking(uint64_t seen)
+static bool is_worth_asking(const struct window *window, uint64_t seen)
 {
-    int count = __builtin_popcountll(seen);
+    uint32_t count = __builtin_popcountll(seen);
 
-    return count > 1 && count < (int)STRETCH && !(count & (count - 1));
+    return count > 1 && count > window->doubt && count < STRETCH && !(count & (count - 1));
+}
+
+/* To ask costs as much as two reads, where few pages are there: each no doubles what is seen before the next. */
+static bool holds_stretch(struct window *window, uint64_t page)
+{
+    if (host_holds(window->bytes + page / STRETCH * STRETCH * HOST_PAGE)) {
+        window->doubt = 0;
+        return true;
+    }
+    if (window->doubt < STRETCH / 4)
+        window->doubt = window->doubt ? 2 * window->doubt : 2;
+    return false;
 }
 
 static void note_page(struct file *file, uint64_t page)
 {
-    uint64_t *seen = &file->window.seen[page / STRETCH], bit = UINT64_C(1) << page % STRETCH;
+    struct window *window = &file->window;
+    uint64_t *seen = &window->seen[page / STRETCH], bit = UINT64_C(1) << page % STRETCH;
 
     if (*seen & bit)
         return;
     *seen |= bit;
-    if (is_worth_asking(*seen) &&
-        host_holds(file->window.bytes + page / STRETCH * STRETCH * HOST_PAGE))
+    if (is_worth_asking(window, *seen) && holds_stretch(window, page))
         *seen = UINT64_MAX;
 }
 

@@ -173,6 +173,7 @@ struct window {
     uint64_t waits; /* of this thread for pages, so far */
     uint64_t resumes; /* before this time nothing is noted */
     uint32_t losses;
+    uint32_t doubt; /* so many pages of a stretch say nothing of the others: answers of the kernel were no */
     bool refused;
 };
 
