@@ -15,6 +15,7 @@ from qcow2.engine.bitmaps import Bitmaps
 from qcow2.engine.bitmaptable import StoredBitmap, set_bits
 from qcow2.engine.opened import Opened
 from qcow2.engine.part import Part
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import BitmapsPlace, Root
 from qcow2.engine.space import Space
 from qcow2.error import UnsupportedImage
@@ -55,19 +56,23 @@ class BitmapFitting(Part):
             change.close()
             raise
         fitted = Fitted()
-        try:
-            self._root.next_bitmaps = await self._fit(size, fitted, all_dirty=all_dirty)
-            await change
-        except BaseException:
-            change.close()
-            if self._root.next_bitmaps is not None or not fitted.left:
-                self._root.next_bitmaps = None
-                fitted.left = fitted.made
-            raise
-        finally:
-            if self._stability.error is None:
-                await self._bitmaps.reload()
-                await self._reaper.free(fitted.left)
+        async with Rollback(self._look_anew, fitted):
+            try:
+                self._root.next_bitmaps = await self._fit(size, fitted, all_dirty=all_dirty)
+                await change
+            except BaseException:
+                change.close()
+                if self._root.next_bitmaps is not None or not fitted.left:
+                    self._root.next_bitmaps = None
+                    fitted.left = fitted.made
+                raise
+        await self._look_anew(fitted)
+
+    async def _look_anew(self, fitted: Fitted) -> None:
+        """The bitmaps are those that the file has by now; what is left of the others is free."""
+        if self._stability.error is None:
+            await self._bitmaps.reload()
+            await self._reaper.free(fitted.left)
 
     async def _fit(self, size: int, fitted: Fitted, *, all_dirty: bool) -> BitmapsPlace:
         """The bitmaps of a disk of *size* bytes, stable; what the header shall say of them."""

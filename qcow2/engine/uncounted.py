@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from qcow2.driver.operation import Grace, Read
 from qcow2.engine.opened import Opened
 from qcow2.engine.refcount import Refcounts
+from qcow2.engine.rollback import Rollback
 from qcow2.engine.root import Root
 from qcow2.error import CorruptImage, ImageError, NotTried, no_memory
 from qcow2.format.layout import ENTRY_SIZE
@@ -123,7 +124,7 @@ class Uncounted:
 
         In a cluster that guest data or another table claims they may be no flags.
         """
-        try:
+        async with Rollback(self._forget_tables, None):
             async for found in miscopied(census, counted=True):
                 if not is_table_alone(census, census.cluster_of(found.host_offset)):
                     continue
@@ -132,13 +133,12 @@ class Uncounted:
                     if found.entries.is_copied(entry):
                         changed = found.entries.pack([found.entries.flipped(entry)])
                         await self._stability.write(found.host_offset + index * found.entries.nbytes, changed)
-        finally:
-            self._mapping.forget(words_of(await self._active_l1()))
+        await self._forget_tables(None)
 
-    async def _active_l1(self) -> bytes:
+    async def _forget_tables(self, _: None) -> None:
+        """Memory has them as they were: have them read anew."""
         record = self._root.header.record
-        table: bytes = await Read(self._file, record.l1_table_offset, record.l1_size * ENTRY_SIZE)
-        return table
+        self._mapping.forget(words_of(await Read(self._file, record.l1_table_offset, record.l1_size * ENTRY_SIZE)))
 
     async def _compare(self, census: Census, index: int, end: int) -> None:
         """Note the clusters of refcount block *index* that are referenced more often than they count."""

@@ -253,6 +253,24 @@ def filled_lines(paths: list[Path]) -> int:
     return sum(1 for path in paths for line in path.read_text().splitlines() if line.strip())
 
 
+def awaits_at_its_end(text: str) -> Iterator[int]:
+    """Lines of what waits once its coroutine is closed, which Python does not allow: it says so on standard error."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Try):
+            handlers = [
+                each for each in node.handlers if each.type is None or "BaseException" in ast.unparse(each.type)
+            ]
+            for statement in [*node.finalbody, *(line for each in handlers for line in each.body)]:
+                waits = (ast.Await, ast.AsyncFor, ast.AsyncWith)
+                found = [each for each in ast.walk(statement) if isinstance(each, waits)]
+                yield from (each.lineno for each in found if "__aexit__()" not in ast.unparse(each))  # it gives back
+
+
+def test_no_coroutine_waits_as_it_is_closed() -> None:
+    found = {name_of(path): [*awaits_at_its_end(path.read_text())] for path in in_rooms(PYTHON)}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
 def test_c_is_less_than_half_of_python() -> None:
     assert filled_lines(in_rooms(C)) < 0.5 * filled_lines(in_rooms(PYTHON))
 
