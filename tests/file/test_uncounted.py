@@ -160,6 +160,17 @@ def test_uncounted_guest_data_is_kept_by_no_snapshot(tmp_path: Path) -> None:
         assert disk.read(0, 2 * CLUSTER) == OLD + NEW
 
 
+def test_nobody_goes_back_to_a_snapshot_of_what_is_uncounted(tmp_path: Path) -> None:
+    built = snapshotted(tmp_path)
+    where = built.l2(1) & OFFSET_MASK
+    built.set_refcount(where, 0)
+    with qcow2.open(built.path, writable=True) as disk:
+        disk.write(0, NEW)
+        with pytest.raises(qcow2.CorruptImage, match=f"cluster {where // CLUSTER} is in use, but its refcount is 0"):
+            disk.apply_snapshot("precious")
+        assert disk.read(0, 2 * CLUSTER) == NEW + OLD
+
+
 def test_data_that_only_a_snapshot_has_is_not_handed_out(tmp_path: Path) -> None:
     recipe = Recipe(size=256 * CLUSTER)
     recipe.data(0, OLD)
