@@ -20,6 +20,9 @@ import pytest
 TIERS = ("vm", "border", "file", "pure")
 SEED = "SAMPLE_SEED"
 LOGS = Path("/dev/shm")
+SHOWN_BYTES = 64
+NAMED_FAILURES = 8
+SUMMARY_COLUMNS = 180
 RECORDS_OFFSET = 4096  # of a link log; its image's path comes before
 
 
@@ -108,3 +111,32 @@ def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     run = subprocess.run(git, capture_output=True, text=True, timeout=30, check=False)
     return run.stdout.strip() or "0"
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Of long bytes where they first differ: pytest writes thousands of lines in continuous integration."""
+    if op != "==" or not isinstance(left, bytes | bytearray) or not isinstance(right, bytes | bytearray):
+        return None
+    if max(len(left), len(right)) <= SHOWN_BYTES:
+        return None
+    at = next((at for at, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return [f"{len(left)} bytes == {len(right)} bytes", "the shorter begins the longer"]
+    differ = sum(one != other for one, other in zip(left, right, strict=False))
+    ours, theirs = (bytes(each[at : at + SHOWN_BYTES // 2]).hex(" ") for each in (left, right))
+    return [
+        f"{len(left)} bytes == {len(right)} bytes",
+        f"{differ} differ, first at {at:#x}:",
+        f"  {ours}",
+        f"  {theirs}",
+    ]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """At the very end, the names of what failed: of a long log the last lines are what is kept."""
+    yield
+    failed = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
+    for report in failed[-NAMED_FAILURES:]:
+        said = getattr(getattr(report.longrepr, "reprcrash", None), "message", "").partition("\n")[0]
+        terminalreporter.write_line(f"{report.outcome}: {report.nodeid}: {said}"[:SUMMARY_COLUMNS])
