@@ -157,7 +157,7 @@ class Job:
         """Its state while it has not ended."""
         if self.is_paused and not self.is_finishing:
             return State.PAUSED
-        if self.is_ready and not (self.may_finish or self.is_cancelled):
+        if self.is_ready and not (self.may_finish or self.is_cancelled or self.is_behind):
             return State.READY
         return State.RUNNING if self.is_begun or self._room.is_there else State.WAITING
 
@@ -170,6 +170,12 @@ class Job:
             log.error("job %d, %s, %s: %s", self.number, self.work.kind, state, error)
         self.state, self.error = state, error or self.error
         self._tell(self.report())
+
+    def fall_behind(self) -> None:
+        """What was done has to be done again: nobody finds it ready from now on."""
+        self.is_behind = True
+        if self.state is State.READY:
+            self.turn(self.standing)
 
     def stir(self) -> None:
         """Let who looks after it look."""

@@ -208,7 +208,7 @@ class Jobs:
             self._changed.notify_all()  # one that is ready is not any more
             job = self._current
             if job is not None:
-                job.is_behind = True
+                job.fall_behind()
         if job is not None:
             job.reins.cancel()
             wake(job, self._device, self._backend)

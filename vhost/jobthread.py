@@ -37,7 +37,7 @@ class JobThread:
     def fall_behind(self) -> None:
         """What was done has to be done again. On any thread."""
         with self._changed:
-            self._job.is_behind = True
+            self._job.fall_behind()
             self._job.stir()
 
     def main(self) -> None:

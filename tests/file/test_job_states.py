@@ -147,6 +147,22 @@ def test_ready_is_not_told_of_what_is_behind_already(tmp_path: Path) -> None:
     assert now == ("ready", 2)
 
 
+def test_what_has_fallen_behind_is_not_ready_from_then_on(tmp_path: Path) -> None:
+    """Who resizes a disk and then waits for its mirror is not told that it was ready before."""
+    qcow2_tool_ok("create", tmp_path / "image", "1M")
+    told: SimpleQueue[State] = SimpleQueue()
+    work = Ready(lambda work, n: None)
+    with serve(tmp_path / "image") as served, FrontEnd(served.socket_path):
+        device = served.device
+        with Jobs(device, device.backend, lambda report: told.put(report.state)) as jobs:
+            jobs.start(lambda: work, rate=0, on_error=OnError.REPORT)
+            for _ in range(10):
+                while told.get(timeout=TIMEOUT) != "ready":
+                    pass
+                work.on_behind()
+                assert told.get_nowait() == "running"
+
+
 def test_what_was_ready_and_leaves_nothing_has_failed(tmp_path: Path) -> None:
     qcow2_tool_ok("create", tmp_path / "image", "1M")
     told: SimpleQueue[Report] = SimpleQueue()
