@@ -1,5 +1,6 @@
 """How a program ends that a signal interrupts: what it had begun is undone on the way, then it dies of the signal."""
 
+import gc
 import os
 import signal
 import sys
@@ -29,9 +30,11 @@ def run_to_end(main: Callable[[], int]) -> int:
             _flush(has_failed=status != 0)
             return status
     except Interrupted as interrupted:
-        return _die(interrupted.number)
+        number = interrupted.number
     except BrokenPipeError:
         return die_of_closed_pipe()
+    gc.collect()  # the frames go with the exception, and undo what was entered right as the signal came
+    return _die(number)
 
 
 def _flush(*, has_failed: bool) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import termios
 import time
 from array import array
@@ -132,6 +133,27 @@ def test_interrupted_create_dies_of_the_signal_and_leaves_nothing(tmp_path: Path
     os.close(writer)
     assert (process.returncode, said) == (-number, "")
     assert not path.exists()
+
+
+ENTERED = """
+import os, signal, sys
+from qcow2.library.hostfile import created
+from qcow2.tool.interruption import run_to_end
+
+def main():
+    new = created(sys.argv[1])
+    new.__enter__()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+run_to_end(main)
+"""
+
+
+def test_a_signal_right_as_a_file_was_made_leaves_nothing(tmp_path: Path) -> None:
+    """Nobody has heard yet that it is to be removed: Python hears signals between any two steps."""
+    done = subprocess.run([sys.executable, "-c", ENTERED, tmp_path / "disk"], capture_output=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, b"")
+    assert not (tmp_path / "disk").exists()
 
 
 def test_file_names_with_their_protocol_start_where_the_process_does(
