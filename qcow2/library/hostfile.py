@@ -13,6 +13,8 @@ from qcow2.library.place import place_of
 from qcow2.lock import ImageLocked, lock_image
 from qcow2.node.gate import backing_path
 
+_new: dict[str, HostFile] = {}  # what `created` has made, and its caller has not finished
+
 
 @contextmanager
 def opened(path: str, *, writable: bool = False, force_share: bool = False) -> Iterator[HostFile]:
@@ -48,14 +50,24 @@ def created(path: str) -> Iterator[HostFile]:
             except ImageLocked:  # somebody has opened it meanwhile, and fills it
                 is_ours = False
                 raise
+            if is_ours:
+                _new[place] = file
         yield file
     except BaseException:
         if file is not None and is_ours:
             _remove(file, place)
         raise
     finally:
+        _new.pop(place, None)
         if file is not None:
             file.close()
+
+
+def give_up_new() -> None:
+    """For a process that dies: remove what `created` made right as a signal came, before its caller heard of it."""
+    for place, file in list(_new.items()):  # other threads may go on
+        with suppress(OSError):
+            _remove(file, place)
 
 
 def _end_of(path: str) -> str:

@@ -1,6 +1,5 @@
 """How a program ends that a signal interrupts: what it had begun is undone on the way, then it dies of the signal."""
 
-import gc
 import os
 import signal
 import sys
@@ -33,7 +32,7 @@ def run_to_end(main: Callable[[], int]) -> int:
         number = interrupted.number
     except BrokenPipeError:
         return die_of_closed_pipe()
-    gc.collect()  # the frames go with the exception, and undo what was entered right as the signal came
+    _tell("qcow2.library.hostfile", "give_up_new")
     return _die(number)
 
 
@@ -58,15 +57,20 @@ def _raised() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in ENDS:
             signal.signal(each, signal.SIG_IGN)  # a second one would break into the cleaning up
-        give_up_all = getattr(sys.modules.get("qcow2.driver.far"), "give_up_all", None)
-        if give_up_all is not None:  # else nothing waits for another host: it is not even imported, or just being so
-            give_up_all()
+        _tell("qcow2.driver.far", "give_up_all")
         raise Interrupted(number)
 
     for number in ENDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
     yield
+
+
+def _tell(module: str, name: str) -> None:
+    """Call that function, unless the module is not even imported, or just being so: then it has nothing to do."""
+    function = getattr(sys.modules.get(module), name, None)
+    if function is not None:
+        function()
 
 
 def die_of_closed_pipe() -> int:

@@ -125,6 +125,7 @@ def test_data_that_the_host_does_not_take_fails_that_request_alone(tmp_path: Pat
         with FrontEnd(daemon.socket_path) as guest:
             for cluster in range(8):  # the stock has some more by then
                 guest.write(cluster * CLUSTER, b"g" * BLOCK)
+            guest.flush()  # or metadata that is under way does not fail alone
             before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (CLUSTER, before[1]))
             assert guest.do(OUT, 9 * CLUSTER, b"f" * BLOCK).status == IOERR
