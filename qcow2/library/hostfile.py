@@ -58,8 +58,8 @@ def created(path: str) -> Iterator[HostFile]:
             _remove(file, place)
         raise
     finally:
-        _new.pop(place, None)
         if file is not None:
+            _new.pop(place, None)
             file.close()
 
 
